@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a format is: a reader into the canonical form, a writer out of it, and a way to know its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from surgery_formats.adapter import Adapter
+from surgery_formats.checkpoint import Checkpoint
+from surgery_formats.dtypes import DType
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Entry", "Format", "NewTensor", "Rendering"]
+
+Outcome = Literal["exact", "folded", "dropped"]
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor to be written, computed when its turn comes.
+
+    Attributes:
+        name: Key in the file.
+        dtype: Stored type; `load` may return more precision, it is rounded once.
+        shape: Sizes.
+        load: Values, ``shape``.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a conversion's ledger.
+
+    Attributes:
+        site: As the source named it.
+        outcome: ``exact`` (same factors), ``folded`` (a scale or a part multiplied into a factor, same delta), ``dropped``.
+        detail: Where it went, or why it was dropped.
+    """
+
+    site: str
+    outcome: Outcome
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """An adapter as files of one format, not yet written.
+
+    Attributes:
+        tensor_file: Name of the safetensors file.
+        tensors: Its content, in the order it is to have.
+        metadata: Its ``__metadata__``.
+        small_files: Whole contents of the other files (configuration).
+        entries: What became of every update.
+    """
+
+    tensor_file: str
+    tensors: tuple[NewTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    small_files: Mapping[str, bytes] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
+
+
+class Format(Protocol):
+    """One on-disk adapter format. Adding one is adding a file with an object like this to `registry.BUILT_IN`.
+
+    Attributes:
+        name: As in ``surgery convert --to NAME``.
+        title: One line for ``surgery formats``.
+        needs_base: Whether `render` must know the base's names.
+        single_file: Whether an adapter is one file rather than a folder.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def needs_base(self) -> bool: ...
+    @property
+    def single_file(self) -> bool: ...
+
+    def detect(self, path: Path) -> bool:
+        """Whether `path` (file or folder) is of this format, by content; cheap, and never raises for foreign files."""
+
+    def read(self, path: Path) -> Adapter:
+        """The canonical form. Only headers are read.
+
+        Raises:
+            InputError: the files are not what the format says.
+            FitError: the content cannot be expressed (a kind that has no merge).
+        """
+
+    def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
+        """The adapter in this format. What the format cannot hold is an entry with outcome ``dropped``, never silence.
+
+        Raises:
+            FitError: a base is needed and not given, or is the wrong one.
+        """

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a PEFT folder to the canonical form (format: docs/formats.md; equations: the update files)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from surgery_formats.adapter import Adapter, Ignored, Site
+from surgery_formats.adapters.peft_config import PROMPT_KINDS, PeftConfig, parse_config
+from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.sharded import open_folder_tensors
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.text import listing
+from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+
+__all__ = ["read_peft"]
+
+_PREFIX = "base_model.model."
+_FACTORS = (
+    "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+)  # fmt: skip
+_TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
+_EMBEDDINGS = frozenset(
+    [
+        "embed_tokens",
+        "lm_head",
+        "wte",
+        "embed_in",
+        "embed_out",
+        "word_embeddings",
+        "shared",
+        "embedding",
+        "embeddings",
+        "decoder",
+        "output_projection",
+    ]
+)  # modules whose whole weight PEFT stores when the vocabulary was resized
+_HEADS = frozenset(("score", "classifier", "qa_outputs"))  # added by PEFT itself for classification tasks
+_PARAMETER_ORDER = (
+    "weight",
+    "gate_up_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w3",
+    "w2",
+)  # as transformers registers them
+
+
+def read_peft(path: Path) -> Adapter:
+    """Read a folder with adapter_config.json and adapter_model.safetensors (or .bin).
+
+    Raises:
+        NotFoundError: no weights.
+        MalformedError: the configuration or a key is not PEFT's.
+        FitError: a kind or a switch that no merged weight can express.
+    """
+    config = parse_config(read_object(path / "adapter_config.json"), path / "adapter_config.json")
+    found = open_folder_tensors(path, ("adapter_model",))
+    tensors = tuple(found.tensors.values())
+    common = {
+        "path": path,
+        "format": "peft",
+        "kind": config.kind,
+        "tensors": tensors,
+        "base_name": config.raw.get("base_model_name_or_path") or "",
+        "base_id": _metadata(found.shards).get("surgery.base", ""),
+        "config": config.raw,
+        "metadata": _metadata(found.shards),
+        "side_files": tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file())),
+    }
+    if config.kind in PROMPT_KINDS:
+        return _soft_prompt(tensors, config, common)
+    modules, plain, ignored = _sort(tensors)
+    updates: dict[Site, tuple[Update, ...]] = {}
+    for name, tensor in plain.items():
+        _check_plain(name, tensor, config)
+        updates[Site(name)] = (Replacement(Factor.of(tensor)),)
+    for module, parts in modules.items():
+        for site, chain in _module(module, parts, config, modules).items():
+            updates[site] = updates.get(site, ()) + chain
+    return Adapter(
+        **common,  # type: ignore[arg-type]
+        updates=dict(sorted(updates.items())),
+        ignored=tuple(ignored),
+        new_modules=frozenset(config.modules_to_save) | _HEADS,
+        traps=tuple(_traps(config, tensors)),
+    )
+
+
+def _metadata(shards: Iterable[object]) -> dict[str, str]:
+    merged: dict[str, str] = {}
+    for shard in shards:
+        header = getattr(shard, "header", None)
+        merged |= header.metadata if header else {}
+    return merged
+
+
+def _soft_prompt(tensors: Sequence[StoredTensor], config: PeftConfig, common: dict[str, object]) -> Adapter:
+    prompts = [tensor for tensor in tensors if tensor.name.rpartition(".")[2] == "prompt_embeddings"]
+    if len(prompts) != 1:
+        raise MalformedError("no 'prompt_embeddings' in a soft prompt", file=common["path"])  # type: ignore[arg-type]
+    updates: dict[Site, tuple[Update, ...]] = {}
+    for tensor in tensors:
+        if tensor is not prompts[0]:
+            updates[Site(tensor.name.removeprefix("base_model."))] = (Replacement(Factor.of(tensor)),)
+    heads = frozenset(config.modules_to_save) | _HEADS
+    return Adapter(**common, updates=updates, prompt=prompts[0], new_modules=heads)  # type: ignore[arg-type]
+
+
+def _sort(
+    tensors: Iterable[StoredTensor],
+) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor], list[Ignored]]:
+    """Group factors by module; everything else is a parameter stored whole."""
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    plain: dict[str, StoredTensor] = {}
+    ignored: list[Ignored] = []
+    for tensor in tensors:
+        name = tensor.name.removeprefix(_PREFIX)
+        module, leaf = _split(name)
+        if leaf:
+            if leaf in modules.setdefault(module, {}):
+                raise MalformedError(f"'{leaf}' twice for module '{module}'", file=tensor.file.path, tensor=tensor.name)
+            modules[module][leaf] = tensor
+            continue
+        if ".original_module." in name:
+            ignored.append(Ignored(tensor, "the base's own copy of a module trained in full"))
+            continue
+        segments = name.replace(".base_layer.", ".").split(".")
+        if "modules_to_save" in segments:
+            at = segments.index("modules_to_save")
+            segments = segments[:at] + segments[at + (2 if len(segments) - at > 2 else 1) :]
+        clean = ".".join(segments)
+        if clean in plain:
+            raise MalformedError(f"'{clean}' twice", file=tensor.file.path, tensor=tensor.name)
+        plain[clean] = tensor
+    return modules, plain, ignored
+
+
+def _split(name: str) -> tuple[str, str]:
+    """``(module, factor)``; the factor is empty for a plain parameter. An adapter's name inside the key is dropped."""
+    segments = name.split(".")
+    for position in range(len(segments) - 1, max(len(segments) - 4, -1), -1):
+        segment = segments[position]
+        if segment in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
+            tail = segments[position + 1 :]
+            leaf = tail[-1] if tail and tail[-1] in ("weight", "bias") and segment in ("lora_A", "lora_B") else ""
+            return ".".join(segments[:position]), f"{segment}.{leaf}" if leaf else segment
+        if segment == "trainable_tokens_delta":
+            module = segments[:position]
+            return ".".join(module[:-1] if module[-1:] == ["token_adapter"] else module), "tokens"
+    return "", ""
+
+
+def _module(
+    module: str, parts: Mapping[str, StoredTensor], config: PeftConfig, modules: Mapping[str, object]
+) -> dict[Site, tuple[Update, ...]]:
+    """All updates of one module; PEFT nests wrappers as ``base_layer``."""
+    found: dict[Site, tuple[Update, ...]] = {}
+    clean = ".".join(segment for segment in module.split(".") if segment != "base_layer")
+    if "tokens" in parts:
+        found[Site(f"{clean}.weight")] = (_token_rows(clean, parts["tokens"], config),)
+        if len(parts) == 1:
+            return found
+    a, b = (
+        ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else ("lora_A.weight", "lora_B.weight")
+    )
+    for have, lack in ((a, b), (b, a)):
+        if have in parts and lack not in parts:
+            tensor = parts[have]
+            raise MalformedError(
+                f"{have.removesuffix('.weight')} without {lack.removesuffix('.weight')}",
+                file=tensor.file.path,
+                tensor=tensor.name,
+            )
+    if a not in parts:
+        tensor = next(iter(parts.values()))
+        raise MalformedError("belongs to a LoRA that has no factors", file=tensor.file.path, tensor=tensor.name)
+    parameters = [
+        name for name in config.target_parameters if f".{clean}.{name.rpartition('.')[2]}".endswith(f".{name}")
+    ]
+    if parameters:
+        site, update = _parameter_lora(module, clean, parts, config, modules, parameters)
+        return {**found, site: (update,)}
+    embedding = a == "lora_embedding_A"
+    owner = module.partition(".base_layer.")[0]  # out_proj inside a wrapped MultiheadAttention has that module's alpha
+    lora = _lora(owner if ".base_layer." in module else clean, parts[a], parts[b], config, embedding=embedding)
+    site = Site(f"{clean}.weight")
+    found[site] = (*found.get(site, ()), _with_magnitude(lora, parts, config, embedding=embedding))
+    if "lora_B.bias" in parts:
+        found[Site(f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
+    return found
+
+
+def _lora(pattern_path: str, a: StoredTensor, b: StoredTensor, config: PeftConfig, *, embedding: bool) -> LoRA:
+    """The factors as (rank, in) and (out, rank): convolutions flattened, embeddings transposed to (vocabulary, dim)."""
+    if len(a.shape) < 2 or len(b.shape) < 2:
+        raise MalformedError(f"a factor of shape {list(a.shape)}", file=a.file.path, tensor=a.name)
+    rank = a.shape[0]
+    flat_b = b.shape[0], b.numel // max(b.shape[0], 1)
+    if flat_b[1] != rank or rank == 0:
+        raise FitError(
+            f"B is {list(b.shape)}, but A has rank {rank} ({list(a.shape)})", file=b.file.path, tensor=b.name
+        )
+    scale, alpha = config.scale_of(pattern_path, rank), config.alpha_of(pattern_path)
+    if embedding:
+        return LoRA(
+            A=Factor((b,), (rank, b.shape[0]), lambda t: t.T),
+            B=Factor((a,), (a.shape[1], rank), lambda t: t.T),
+            scale=scale,
+            alpha=alpha,
+        )
+    return LoRA(A=Factor((a,), (rank, a.numel // rank)), B=Factor((b,), flat_b), scale=scale, alpha=alpha)
+
+
+def _with_magnitude(
+    lora: LoRA, parts: Mapping[str, StoredTensor], config: PeftConfig, *, embedding: bool
+) -> LoRA | DoRA:
+    magnitude = parts.get("lora_magnitude_vector")
+    if magnitude is None:
+        if config.dora:
+            raise MalformedError(
+                "use_dora is true, but this module has no magnitude vector",
+                file=lora.A.tensors[0].file.path,
+                tensor=lora.A.tensors[0].name,
+            )
+        return lora
+    if not config.dora:
+        raise MalformedError(
+            "a magnitude vector, but use_dora is false", file=magnitude.file.path, tensor=magnitude.name
+        )
+    size = lora.shape[1 if embedding else 0]
+    if magnitude.numel != size:
+        raise FitError(
+            f"{magnitude.numel} magnitudes for {size} {'columns' if embedding else 'rows'}",
+            file=magnitude.file.path,
+            tensor=magnitude.name,
+        )
+    return DoRA(lora, Factor((magnitude,), (size,)), per_row=not embedding)
+
+
+def _parameter_lora(
+    module: str,
+    clean: str,
+    parts: Mapping[str, StoredTensor],
+    config: PeftConfig,
+    modules: Mapping[str, object],
+    parameters: list[str],
+) -> tuple[Site, Update]:
+    """A LoRA on a parameter, not a module: one pair of factors per expert, stacked (PEFT's ``ParamWrapper``)."""
+    a, b = parts["lora_A.weight"], parts["lora_B.weight"]
+    name = _which_parameter(module, clean, modules, parameters, a)
+    key = f"{clean}.{name}"
+    rank = config.rank_of(key)
+    count = a.shape[0] // rank
+    if len(a.shape) != 2 or len(b.shape) != 2 or count * rank != a.shape[0] or b.shape[1] != a.shape[0]:
+        raise FitError(
+            f"A {list(a.shape)} and B {list(b.shape)} do not stack experts of rank {rank}",
+            file=a.file.path,
+            tensor=a.name,
+        )
+    scale, alpha = config.scale_of(key, rank), config.alpha_of(key)
+    if name == "weight" or (count == 1 and not config.experts_old_order):
+        return Site(key), LoRA(Factor.of(a), Factor.of(b), scale, alpha)
+
+    def forward(e: int) -> LoRA:  # PEFT >= 0.19: delta[e] = B[:, :, e] @ A[e], (rows, cols)
+        return LoRA(
+            Factor((a,), (rank, a.shape[1]), lambda t: t.reshape(count, rank, -1)[e]),
+            Factor((b,), (b.shape[0], rank), lambda t: t.reshape(-1, rank, count)[:, :, e]),
+            scale,
+            alpha,
+        )
+
+    def backward(e: int) -> LoRA:  # before, and where experts are held (E, in, out): the transpose
+        return LoRA(
+            Factor((b,), (rank, b.shape[0]), lambda t: t.reshape(-1, rank, count)[:, :, e].T),
+            Factor((a,), (a.shape[1], rank), lambda t: t.reshape(count, rank, -1)[e].T),
+            scale,
+            alpha,
+        )
+
+    turned = tuple(backward(e) for e in range(count))
+    if config.experts_old_order:
+        return Site(key), Stacked(turned)
+    return Site(key), Stacked(tuple(forward(e) for e in range(count)), turned)
+
+
+def _which_parameter(
+    module: str, clean: str, modules: Mapping[str, object], parameters: list[str], a: StoredTensor
+) -> str:
+    """Several targeted parameters of one module nest: the first registered is the innermost ``base_layer``."""
+    names = [name.rpartition(".")[2] for name in parameters]
+    depth = (len(module) - len(clean)) // len(".base_layer")
+    present = sum(other.replace(".base_layer", "") == clean for other in modules)
+    if present != len(names) or depth >= present:
+        raise MalformedError(
+            f"{present} stacked LoRAs for the parameters {listing(names)} of '{clean}'", file=a.file.path, tensor=a.name
+        )
+    if len(names) > 1 and not set(names) <= set(_PARAMETER_ORDER):
+        raise FitError(f"which of {listing(names)} is the inner one is not known", file=a.file.path, tensor=a.name)
+    ordered = sorted(names, key=_PARAMETER_ORDER.index) if len(names) > 1 else names
+    return ordered[present - 1 - depth]
+
+
+def _token_rows(clean: str, tensor: StoredTensor, config: PeftConfig) -> TokenRows:
+    indices = config.token_indices
+    if isinstance(indices, Mapping):
+        named = [rows for name, rows in indices.items() if f".{clean}".endswith(f".{name}")]
+        indices = named[0] if len(named) == 1 else ()
+    if len(tensor.shape) != 2 or len(indices) != tensor.shape[0]:
+        raise MalformedError(
+            f"{tensor.shape[0] if tensor.shape else 0} token rows for {len(indices)} indices",
+            file=tensor.file.path,
+            tensor=tensor.name,
+        )
+    return TokenRows(Factor.of(tensor), indices)
+
+
+def _check_plain(name: str, tensor: StoredTensor, config: PeftConfig) -> None:
+    """A whole parameter must be one that PEFT stores whole; anything else is somebody else's tensor."""
+    module, _, leaf = name.rpartition(".")
+    ancestors = [".".join(module.split(".")[: i + 1]) for i in range(module.count(".") + 1)]
+    saved = any(ancestor.endswith(kept) for ancestor in ancestors for kept in config.modules_to_save)
+    embedding = leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
+    bias = leaf == "bias" and (config.bias != "none")
+    head = bool(_HEADS & set(module.split("."))) and config.raw.get("task_type") in (
+        "SEQ_CLS",
+        "TOKEN_CLS",
+        "QUESTION_ANS",
+    )
+    if not (saved or embedding or bias or head):
+        raise MalformedError(
+            "neither a LoRA factor nor a module the configuration lists",
+            file=tensor.file.path,
+            tensor=tensor.name,
+            hint="is this a full model?" if not tensor.name.startswith(_PREFIX) else None,
+        )
+
+
+def _traps(config: PeftConfig, tensors: Sequence[StoredTensor]) -> Iterable[str]:
+    if tensors and not any(tensor.name.startswith("base_model.") for tensor in tensors):
+        yield "its keys lack PEFT's prefix 'base_model.model.'"
+    if "lora_alpha" not in config.raw and config.kind == "LORA":
+        yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
+    if config.raw.get("fan_in_fan_out"):
+        yield "fan_in_fan_out is set; the base's architecture decides the orientation"

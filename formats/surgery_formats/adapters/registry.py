@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats by name, and the one that a path is of."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from surgery_formats.adapter import Adapter
+from surgery_formats.adapters.format import Format
+from surgery_formats.adapters.kohya import KOHYA
+from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.peft import PEFT
+from surgery_formats.errors import MalformedError, NotFoundError, SurgeryError
+from surgery_formats.text import closest, listing
+
+__all__ = ["BUILT_IN", "ENTRY_POINTS", "format_named", "formats", "read_adapter"]
+
+BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA)
+ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
+
+
+@cache
+def formats() -> dict[str, Format]:
+    """Every format by name: the built-in ones, then plugins'.
+
+    Raises:
+        SurgeryError: a plugin cannot be imported, or takes a name that is taken.
+    """
+    found: dict[str, Format] = {one.name: one for one in BUILT_IN}
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        try:
+            plugin = entry.load()
+        except Exception as error:
+            raise SurgeryError(f"the format plugin '{entry.name}' cannot be imported: {error}") from error
+        if found.setdefault(plugin.name, plugin) is not plugin:
+            raise SurgeryError(f"the format plugin '{entry.name}' takes the name '{plugin.name}', which is taken")
+    return found
+
+
+def format_named(name: str) -> Format:
+    """The format called `name`.
+
+    Raises:
+        NotFoundError: no such format.
+    """
+    if name not in formats():
+        hint = closest(name, formats()) or f"known: {listing(formats(), 20)}"
+        raise NotFoundError(f"no adapter format '{name}'", hint=hint)
+    return formats()[name]
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter of any known format, found by content.
+
+    Raises:
+        NotFoundError: nothing there.
+        MalformedError: no format knows it.
+        InputError, FitError: as the format's reader.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise NotFoundError("no such file or folder", file=where)
+    for candidate in formats().values():
+        if candidate.detect(where):
+            return candidate.read(where)
+    raise MalformedError("not an adapter of a known format", file=where, hint=f"known: {listing(formats(), 20)}")

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which update meets which bytes of a base: everything later (plan, ledger, proof, report) is computed from a `Binding`.
+
+Updates are grouped by the stored tensor they change, so that ties and overlaps are seen once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from surgery_formats.adapter import Adapter, Ignored, Site
+from surgery_formats.checkpoint import Checkpoint, Component
+from surgery_formats.edits import Edit, Operation
+from surgery_formats.errors import FitError
+from surgery_formats.lenses import Parameter, rows
+from surgery_formats.names import Place
+from surgery_formats.text import closest, listing
+from surgery_formats.ties import settle_tie
+from surgery_formats.updates import Replacement, TokenRows, Update
+
+__all__ = ["Binding", "bind"]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The meeting of adapters and a base.
+
+    Attributes:
+        checkpoint: The base.
+        adapters: With their weights.
+        edits: By ``(component, output tensor name)``.
+        untied: Components whose head and embedding part.
+        ignored: Adapter tensors that rightly do nothing.
+        warnings: What the user should know.
+    """
+
+    checkpoint: Checkpoint
+    adapters: tuple[tuple[Adapter, float], ...]
+    edits: Mapping[tuple[str, str], Edit]
+    untied: frozenset[str] = frozenset()
+    ignored: tuple[Ignored, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> Binding:
+    """Resolve every update of every adapter against the base.
+
+    Args:
+        adapters: Each with its weight, applied in this order.
+        checkpoint: The base.
+
+    Raises:
+        FitError: a parameter the base lacks, a shape that does not fit, a tensor nobody consumes, an adapter that changes no
+            weights, two adapters that replace one parameter.
+    """
+    collected: dict[tuple[str, str], list[tuple[Operation, Place]]] = {}
+    for number, (adapter, weight) in enumerate(adapters):
+        _check_mergeable(adapter)
+        missing: list[Site] = []
+        for site, chain in adapter.updates.items():
+            component = _component_of(site, adapter, checkpoint)
+            places = component.names.resolve(site.path, flat=site.flat) or _new_head(site, chain, adapter, component)
+            if not places:
+                missing.append(site)
+            for update in chain if places else ():
+                if isinstance(update, Replacement):
+                    places = (_replaced(update, places, site, adapter),)
+                scaled = update if weight == 1.0 else update.scaled(weight)
+                for operation, place in _operations(scaled, places, site, number, adapter):
+                    collected.setdefault((component.name, place.alias or place.parameter.name), []).append(
+                        (operation, place)
+                    )
+        _check_missing(missing, adapter, checkpoint)
+    edits = {key: _edit(key, found, checkpoint.components[key[0]], adapters) for key, found in collected.items()}
+    untied: set[str] = set()
+    for component in checkpoint.components.values():
+        edits, parted = settle_tie(edits, component)
+        if parted:
+            untied.add(component.name)
+    warnings = [f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in adapter.traps]
+    warnings += _warn_of_parting(untied, checkpoint) + _warn_of_other_base(adapters, checkpoint)
+    ignored = tuple(entry for adapter, _ in adapters for entry in adapter.ignored)
+    return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, tuple(warnings))
+
+
+def _check_mergeable(adapter: Adapter) -> None:
+    if left := adapter.unconsumed():
+        raise FitError(
+            f"{len(left)} of {len(adapter.tensors)} tensors have no use: {listing(tensor.name for tensor in left)}",
+            file=left[0].file.path,
+            tensor=left[0].name,
+        )
+    if adapter.prompt is not None and not adapter.updates:
+        raise FitError(
+            f"{adapter.kind} trains virtual tokens, not weights: there is nothing to merge",
+            file=adapter.path,
+            hint="keep it as a prefix of the input",
+        )
+    if not adapter.updates:
+        raise FitError("the adapter holds no tensors", file=adapter.path)
+
+
+def _component_of(site: Site, adapter: Adapter, checkpoint: Checkpoint) -> Component:
+    if site.component in checkpoint.components:
+        return checkpoint.components[site.component]
+    if not checkpoint.is_pipeline and len({other.component for other in adapter.updates}) == 1:
+        return checkpoint.main
+    raise FitError(
+        f"the adapter changes '{site.component or 'one model'}', the base has {listing(sorted(checkpoint.components)) or 'one model'}",
+        file=adapter.path,
+    )
+
+
+def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component: Component) -> tuple[Place, ...]:
+    """A head that was added for a task has no place in the base; it gets one."""
+    module = site.path.rpartition(".")[0]
+    if not (isinstance(chain[0], Replacement) and len(chain) == 1 and adapter.new_modules & set(module.split("."))):
+        return ()
+    if any(segment.isdigit() for segment in module.split(".")[:2]) or ".layers." in module:
+        return ()
+    return (Place(replace(Parameter.of(chain[0].stored, component.name), name=site.path)),)
+
+
+def _replaced(update: Replacement, places: tuple[Place, ...], site: Site, adapter: Adapter) -> Place:
+    """The place after its values were replaced: a longer vocabulary gives a longer weight."""
+    place = places[0]
+    old, new = place.parameter.storage.tensor, update.stored
+    grows = len(new.shape) == 2 and new.shape[1:] == old.shape[1:]
+    if len(places) > 1 or (new.shape != old.shape and not grows):
+        raise FitError(
+            f"shape {list(new.shape)}, but {list(old.shape)} in the base", file=new.file.path, tensor=new.name
+        )
+    if new.shape == old.shape:
+        return place
+    return Place(replace(Parameter.of(new, place.parameter.component), name=place.parameter.name), place.alias)
+
+
+def _operations(
+    update: Update, places: tuple[Place, ...], site: Site, number: int, adapter: Adapter
+) -> Iterator[tuple[Operation, Place]]:
+    """`update` cut to the pieces of the base that hold its weight."""
+    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
+    width = places[0].parameter.shape[1]
+    fits = update.shape == (height, width) or (
+        isinstance(update, TokenRows) and update.shape[0] <= height and update.shape[1] == width
+    )
+    if not fits and not isinstance(update, Replacement):
+        tensor = update.tensors[0]
+        raise FitError(
+            f"made for a weight of {list(update.shape)}, but '{places[0].parameter.name}' is {[height, width]}",
+            file=tensor.file.path,
+            tensor=tensor.name,
+            hint="is this the base it was trained on?",
+        )
+    for first, part in update.parts():
+        for place in places:
+            view = place.parameter.view
+            low, high = max(first, view.row_origin), min(first + part.shape[0], view.row_origin + view.shape[0])
+            if isinstance(part, TokenRows | Replacement):
+                low, high = view.row_origin, view.row_origin + view.shape[0]
+            if low < high:
+                piece = rows(view, low - view.row_origin, high - view.row_origin)
+                yield Operation(part, replace(piece, row_origin=low - first), site, number), place
+
+
+def _edit(
+    key: tuple[str, str],
+    found: list[tuple[Operation, Place]],
+    component: Component,
+    adapters: Sequence[tuple[Adapter, float]],
+) -> Edit:
+    """The operations on one tensor, its source being the base or the one adapter that replaces it."""
+    replacements = [i for i, (operation, _) in enumerate(found) if isinstance(operation.update, Replacement)]
+    if len(replacements) > 1 or (replacements and replacements[0] != 0):
+        names = sorted({str(adapters[found[i][0].adapter][0].path.name) for i in range(len(found))})
+        raise FitError(f"is trained in full by one adapter and changed by another ({listing(names)})", tensor=key[1])
+    stored = component.names.tensors.get(component.aliases.get(key[1], key[1]))
+    place = found[0][1]
+    stacked = place.parameter.storage.shape != place.parameter.storage.tensor.matrix
+    operations = tuple(operation for operation, _ in found)
+    if replacements:
+        update = found[0][0].update
+        assert isinstance(update, Replacement)
+        return Edit(*key, update.stored, operations[1:], stacked, replaced=operations[0], added=stored is None)
+    assert stored is not None
+    return Edit(*key, stored, operations, stacked)
+
+
+def _check_missing(missing: list[Site], adapter: Adapter, checkpoint: Checkpoint) -> None:
+    if not missing:
+        return
+    site = missing[0]
+    known = checkpoint.components[
+        site.component if site.component in checkpoint.components else next(iter(checkpoint.components))
+    ]
+    tensor = adapter.updates[site][0].tensors[0]
+    raise FitError(
+        f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
+        file=tensor.file.path,
+        tensor=tensor.name,
+        hint=closest(site.path, known.tensors) or "is this the base it was trained on?",
+    )
+
+
+def _warn_of_parting(untied: set[str], checkpoint: Checkpoint) -> list[str]:
+    return [
+        f"head and embedding were one tensor and part here: the output stores both ({checkpoint.components[name].head})"
+        for name in sorted(untied)
+    ]
+
+
+def _warn_of_other_base(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> list[str]:
+    """Another recorded name is worth a word, no more: folders are renamed all the time."""
+    config = next(iter(checkpoint.components.values())).config
+    names = {checkpoint.path.resolve().name, str(config.get("_name_or_path", "")).rpartition("/")[2]}
+    return [
+        f"{adapter.path.name}: was trained on '{adapter.base_name}', the base given is '{checkpoint.path.resolve().name}'"
+        for adapter, _ in adapters
+        if adapter.base_name and adapter.base_name.rstrip("/").rpartition("/")[2] not in names
+    ]

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Element types as safetensors names them.
+
+Reading a header, planning and inspecting need names and sizes only, so torch is not imported until a tensor's values are asked for.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch as _torch
+
+__all__ = ["DType"]
+
+
+class DType(enum.Enum):
+    """A stored element type: ``(safetensors name, bits, torch name or None where torch has no such type)``."""
+
+    F64 = ("F64", 64, "float64")
+    F32 = ("F32", 32, "float32")
+    F16 = ("F16", 16, "float16")
+    BF16 = ("BF16", 16, "bfloat16")
+    F8_E4M3 = ("F8_E4M3", 8, "float8_e4m3fn")
+    F8_E5M2 = ("F8_E5M2", 8, "float8_e5m2")
+    F8_E8M0 = ("F8_E8M0", 8, "float8_e8m0fnu")
+    F6_E2M3 = ("F6_E2M3", 6, None)
+    F6_E3M2 = ("F6_E3M2", 6, None)
+    F4 = ("F4", 4, None)
+    I64 = ("I64", 64, "int64")
+    I32 = ("I32", 32, "int32")
+    I16 = ("I16", 16, "int16")
+    I8 = ("I8", 8, "int8")
+    U64 = ("U64", 64, "uint64")
+    U32 = ("U32", 32, "uint32")
+    U16 = ("U16", 16, "uint16")
+    U8 = ("U8", 8, "uint8")
+    BOOL = ("BOOL", 8, "bool")
+    C64 = ("C64", 64, "complex64")
+
+    def __init__(self, label: str, bits: int, torch_name: str | None) -> None:
+        self.label = label
+        self.bits = bits
+        self.torch_name = torch_name
+
+    @property
+    def is_float(self) -> bool:
+        """Whether weights of this type take part in arithmetic as they are (plain floating point)."""
+        return self in (DType.F64, DType.F32, DType.F16, DType.BF16)
+
+    @property
+    def torch(self) -> _torch.dtype:
+        """The torch type; AttributeError never leaves: types torch lacks are refused by name.
+
+        Raises:
+            TypeError: torch has no such type (sub-byte floats).
+        """
+        import torch
+
+        if self.torch_name is None or not hasattr(torch, self.torch_name):
+            raise TypeError(f"{self.label} has no torch type")
+        found: _torch.dtype = getattr(torch, self.torch_name)
+        return found
+
+    @classmethod
+    def of(cls, dtype: _torch.dtype) -> DType:
+        """The stored type of a torch dtype.
+
+        Raises:
+            TypeError: safetensors has no such type.
+        """
+        name = str(dtype).removeprefix("torch.")
+        for member in cls:
+            if member.torch_name == name:
+                return member
+        raise TypeError(f"safetensors cannot store {name}")
+
+    @classmethod
+    def parse(cls, text: str) -> DType:
+        """``bf16``, ``bfloat16``, ``BF16`` ... -> `DType.BF16`.
+
+        Raises:
+            ValueError: no such name.
+        """
+        for member in cls:
+            if text.lower() in (
+                member.label.lower(),
+                member.torch_name,
+                (member.torch_name or "").replace("float", "fp"),
+            ):
+                return member
+        raise ValueError(f"unknown dtype '{text}'")

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record every family file fills in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["Family", "Fused", "Rename", "role_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """Two spellings of the same run of path segments; either may be on disk, either in an adapter.
+
+    transformers renames modules between its eras while ``save_pretrained`` keeps the old names on disk, so adapters of both eras exist.
+    """
+
+    one: str
+    other: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A parameter that some checkpoints hold in parts, one under the other.
+
+    Attributes:
+        whole: Parameter path below its module: ``experts.gate_up_proj`` (3-D, one matrix per expert).
+        parts: Parameter paths of one expert's parts in row order; ``{e}`` stands for the expert's number.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Names of one model family.
+
+    Attributes:
+        names: ``model_type`` (or diffusers ``_class_name``) values.
+        embedding: Path of the token embedding.
+        head: Path of the language-model head.
+        tied: Whether the head is the embedding when config.json does not say.
+        ties: Further ``(alias, source)`` module paths that always share one tensor.
+        conv1d: Last path segments of modules that store their weight ``(in, out)``.
+        renames: Spellings, see `Rename`.
+        fused: Parameters in parts, see `Fused`.
+        derivable: Last path segments of tensors that are computed, not trained (``inv_freq``).
+    """
+
+    names: tuple[str, ...]
+    embedding: str = ""
+    head: str = ""
+    tied: bool = False
+    ties: tuple[tuple[str, str], ...] = ()
+    conv1d: tuple[str, ...] = ()
+    renames: tuple[Rename, ...] = ()
+    fused: tuple[Fused, ...] = field(default=())
+    derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
+
+    def stores_transposed(self, parameter: str) -> bool:
+        """Whether `parameter` (``...c_attn.weight``) is ``(in, out)`` on disk."""
+        module, _, leaf = parameter.rpartition(".")
+        return leaf == "weight" and module.rpartition(".")[2] in self.conv1d
+
+
+_ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("norm", ("norm", "ln", "layernorm", "layer_norm", "ln_1", "ln_2", "ln_f", "input_layernorm", "group_norm")),
+    ("expert", ("experts",)),
+    (
+        "embedding",
+        ("embed", "embed_tokens", "wte", "wpe", "embeddings", "embed_positions", "shared", "embed_in", "embd"),
+    ),
+    ("head", ("lm_head", "embed_out", "score", "classifier", "cls", "pooler", "qa_outputs")),
+    (
+        "attention",
+        ("attn", "attention", "self_attn", "SelfAttention", "EncDecAttention", "attn1", "attn2", "crossattention"),
+    ),
+    (
+        "mlp",
+        ("mlp", "ff", "DenseReluDense", "feed_forward", "intermediate", "output", "fc1", "fc2", "block_sparse_moe"),
+    ),
+)  # in order of precedence: a norm inside an attention block is a norm, an expert's projection is an expert's
+
+
+def role_of(parameter: str) -> str:
+    """What a parameter does, by the field's common names: attention, mlp, expert, embedding, head, norm or other."""
+    segments = parameter.split(".")[:-1] or [parameter]
+    for role, names in _ROLES:
+        if role == "norm":
+            if "norm" in segments[-1].lower() or segments[-1] in names:
+                return role
+        elif any(segment in names for segment in segments):
+            return role
+    return "other"

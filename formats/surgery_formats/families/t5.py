@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5: one embedding for encoder and decoder, and (v1.0) for the head."""
+
+from surgery_formats.families.family import Family
+
+__all__ = ["FAMILY"]
+
+FAMILY = Family(
+    names=("t5", "mt5", "umt5"),
+    embedding="shared",
+    head="lm_head",
+    tied=True,
+    ties=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")),
+)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes on disk: safetensors, sharded folders, torch pickles, and folders that appear complete or not at all."""

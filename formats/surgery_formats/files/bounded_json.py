@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON from strangers: bounded in size, no duplicate keys, no NaN, no giant integers."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from surgery_formats.errors import MalformedError
+from surgery_formats.files.raw import open_file
+from surgery_formats.text import show
+
+__all__ = ["CONFIG_LIMIT", "INDEX_LIMIT", "TOKENIZER_LIMIT", "parse_object", "read_object"]
+
+CONFIG_LIMIT = 1 << 20
+INDEX_LIMIT = 64 << 20
+TOKENIZER_LIMIT = 256 << 20
+_DIGITS = 300  # of one number; Python parses ints in quadratic time
+
+
+def parse_object(raw: bytes | bytearray, *, file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in `raw`.
+
+    Raises:
+        MalformedError: not UTF-8, not JSON, not an object, too deep, a key twice, NaN or Infinity, a number beyond float64.
+    """
+
+    def fail(what: str) -> MalformedError:
+        return MalformedError(what, file=file)
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise fail(f"the key '{show(twice)}' appears twice")
+        return found
+
+    def constant(text: str) -> Any:
+        raise fail(f"{text} is not JSON")
+
+    def integer(text: str) -> int:
+        if len(text) > _DIGITS:
+            raise fail(f"a number of {len(text)} digits")
+        return int(text)
+
+    def real(text: str) -> float:
+        value = float(text)
+        if len(text) > _DIGITS or value in (float("inf"), float("-inf")):
+            raise fail(f"the number {show(text, 40)} does not fit a double")
+        return value
+
+    try:
+        found = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=integer, parse_float=real
+        )
+    except MalformedError:
+        raise
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise fail(f"not JSON ({show(error)})") from error
+    if not isinstance(found, dict):
+        raise fail("not a JSON object")
+    return found
+
+
+def read_object(path: str | os.PathLike[str], limit: int = CONFIG_LIMIT) -> dict[str, Any]:
+    """The JSON object in the file `path` of at most `limit` bytes.
+
+    Raises:
+        NotFoundError: no such file.
+        MalformedError: too large, or see `parse_object`.
+    """
+    opened = open_file(path)
+    if opened.size > limit:
+        raise MalformedError(f"{opened.size} bytes of JSON (at most {limit} are read)", file=path)
+    return parse_object(opened.read(0, opened.size), file=path)

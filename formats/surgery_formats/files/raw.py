@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regular files opened once, read by position, and watched for change until the work that used them is committed."""
+
+from __future__ import annotations
+
+import os
+import stat
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery_formats.errors import MalformedError, NotFoundError, ProofError
+
+__all__ = ["File", "open_file"]
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class File:
+    """An open regular file: its descriptor lives as long as this object.
+
+    Attributes:
+        path: As given.
+        fd: Read-only descriptor; position is never used (`os.pread`).
+        size: In bytes, when opened.
+        identity: ``(device, inode, size, mtime_ns)`` when opened; `check_unchanged` compares with it.
+    """
+
+    path: Path
+    fd: int
+    size: int
+    identity: tuple[int, int, int, int]
+
+    def read(self, offset: int, nbytes: int) -> bytearray:
+        """`nbytes` bytes from `offset`, in a buffer of the caller's own.
+
+        Raises:
+            MalformedError: the file ends before.
+        """
+        buffer = bytearray(nbytes)
+        self.read_into(memoryview(buffer), offset)
+        return buffer
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` (bytes) from `offset`.
+
+        Raises:
+            MalformedError: the file ends before.
+        """
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self.fd, [buffer[done:]], offset + done)
+            if got == 0:
+                raise MalformedError(
+                    f"the file ends at byte {offset + done}, {len(buffer) - done} bytes early", file=self.path
+                )
+            done += got
+
+    def check_unchanged(self) -> None:
+        """Law 2: a copied range is proved by the identity of its source.
+
+        Raises:
+            ProofError: the file was replaced or written to since it was opened.
+        """
+        try:
+            by_name = _identity(os.stat(self.path))
+        except OSError as error:
+            raise ProofError("the input went away while it was read", file=self.path, hint="run again") from error
+        if by_name != self.identity or _identity(os.fstat(self.fd)) != self.identity:
+            raise ProofError("the input changed while it was read", file=self.path, hint="run again")
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def open_file(path: str | os.PathLike[str]) -> File:
+    """Open a regular file for reading.
+
+    Pipes, devices and folders are refused rather than waited for (O_NONBLOCK, then fstat).
+
+    Raises:
+        NotFoundError: nothing there, or no permission.
+        MalformedError: not a regular file.
+    """
+    where = Path(path)
+    try:
+        fd = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:
+        raise NotFoundError("not a usable file name", file=where) from error
+    except OSError as error:
+        raise NotFoundError(error.strerror or "cannot be opened", file=where) from error
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(fd)
+        raise MalformedError("not a regular file", file=where)
+    opened = File(where, fd, found.st_size, _identity(found))
+    weakref.finalize(opened, os.close, fd)
+    return opened

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes two inputs the same: a quick fingerprint of a file, and the content id of a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import xxhash
+
+from surgery_formats.checkpoint import Checkpoint
+from surgery_formats.files.raw import File
+
+__all__ = ["content_id", "fingerprint"]
+
+_HEAD = 1 << 20
+_SAMPLES = 64
+_SAMPLE = 16 << 10
+_WHOLE = 8 << 20  # files up to this size are hashed whole
+_STEP = 8 << 20
+
+
+def fingerprint(file: File) -> str:
+    """xxh3-128 of a small file, or of the size, the head and 64 samples spread over a large one.
+
+    It names the job, so that an interrupted run can go on; it is no proof (files are watched for change while they are used).
+    """
+    state = xxhash.xxh3_128(str(file.size).encode())
+    for offset, nbytes in _ranges(file.size):
+        state.update(file.read(offset, nbytes))
+    return state.hexdigest()
+
+
+def _ranges(size: int) -> Iterable[tuple[int, int]]:
+    if size <= _WHOLE:
+        return [(0, size)]
+    gap = (size - _HEAD - _SAMPLE) // _SAMPLES
+    return [(0, _HEAD), *((_HEAD + i * gap, _SAMPLE) for i in range(_SAMPLES)), (size - _SAMPLE, _SAMPLE)]
+
+
+def content_id(checkpoint: Checkpoint) -> str:
+    """sha256 over the sorted ``(component, name, dtype, shape, xxh3-128 of the bytes)`` of all tensors.
+
+    Independent of sharding, order, metadata and place. Reads every byte once.
+    """
+    lines = []
+    for component in checkpoint.components.values():
+        for tensor in component.tensors.values():
+            state = xxhash.xxh3_128()
+            for at in range(0, tensor.nbytes, _STEP):
+                state.update(tensor.file.read(tensor.offset + at, min(_STEP, tensor.nbytes - at)))
+            lines.append(
+                f"{component.name}\0{tensor.name}\0{tensor.dtype.label}\0{list(tensor.shape)}\0{state.hexdigest()}"
+            )
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogatepass")).hexdigest()

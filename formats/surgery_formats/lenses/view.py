@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The index map every lens builds on: which storage element is which element of a logical weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Index", "Overlap", "View", "positions", "take", "whole"]
+
+Index = range | tuple[int, ...]
+"""Positions along one axis: a `range` wherever possible (slices cost nothing), a tuple for permutations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Where a block of storage rows meets a logical weight.
+
+    ``block[block_rows, block_cols]`` (transposed, if the view is) holds the logical elements ``[rows, cols]``.
+    """
+
+    block_rows: Index
+    block_cols: Index
+    rows: Index
+    cols: Index
+    transposed: bool
+
+    def __bool__(self) -> bool:
+        return len(self.rows) > 0 and len(self.cols) > 0
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A logical matrix ``(len(rows), len(cols))`` inside a storage matrix.
+
+    Attributes:
+        rows: Storage row (column, if `transposed`) of each logical row.
+        cols: Storage column (row, if `transposed`) of each logical column.
+        transposed: The storage holds the logical weight transposed.
+        row_origin: Logical row that ``rows[0]`` stands for, when the update's weight is larger than this storage (a fused adapter on a
+            split checkpoint).
+        col_origin: The same for columns.
+    """
+
+    rows: Index
+    cols: Index
+    transposed: bool = False
+    row_origin: int = 0
+    col_origin: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(rows, cols)`` that this view covers."""
+        return len(self.rows), len(self.cols)
+
+    def locate(self, start: int, stop: int) -> Overlap:
+        """The part of this view that lies in storage rows ``[start, stop)``."""
+        if not self.transposed:
+            inside = _inside(self.rows, start, stop)
+            return Overlap(
+                _shift(_pick(self.rows, inside), -start),
+                self.cols,
+                _shift(inside, self.row_origin),
+                range(self.col_origin, self.col_origin + len(self.cols)),
+                transposed=False,
+            )
+        inside = _inside(self.cols, start, stop)
+        return Overlap(
+            _shift(_pick(self.cols, inside), -start),
+            self.rows,
+            range(self.row_origin, self.row_origin + len(self.rows)),
+            _shift(inside, self.col_origin),
+            transposed=True,
+        )
+
+
+def whole(shape: tuple[int, int]) -> View:
+    """The storage itself."""
+    return View(range(shape[0]), range(shape[1]))
+
+
+def take(matrix: torch.Tensor, rows: Index, cols: Index | None = None) -> torch.Tensor:
+    """``matrix[rows][:, cols]``; shares memory with `matrix` when both are plain ranges."""
+    return positions(positions(matrix, 0, rows), 1, cols) if cols is not None else positions(matrix, 0, rows)
+
+
+def positions(tensor: torch.Tensor, axis: int, index: Index) -> torch.Tensor:
+    """`tensor` at `index` along `axis`; a view for ranges, a copy for permutations."""
+    import torch
+
+    if isinstance(index, range):
+        if len(index) == tensor.shape[axis] and index.start == 0 and index.step == 1:
+            return tensor
+        if index.step > 0:
+            stop = index[-1] + 1 if len(index) else index.start
+            return tensor[(slice(None),) * axis + (slice(index.start, stop, index.step),)]
+    return tensor.index_select(axis, torch.tensor(list(index), dtype=torch.int64))
+
+
+def _inside(index: Index, start: int, stop: int) -> Index:
+    """Positions i with ``start <= index[i] < stop``."""
+    if isinstance(index, range) and index.step > 0:
+        low = max(0, -(-(start - index.start) // index.step))
+        high = min(len(index), -(-(stop - index.start) // index.step))
+        return range(low, max(low, high))
+    return tuple(i for i, at in enumerate(index) if start <= at < stop)
+
+
+def _pick(index: Index, chosen: Index) -> Index:
+    if isinstance(chosen, range):
+        return index[chosen.start : chosen.stop]
+    return tuple(index[i] for i in chosen)
+
+
+def _shift(index: Index, by: int) -> Index:
+    if isinstance(index, range):
+        return range(index.start + by, index.stop + by, index.step)
+    return tuple(i + by for i in index)

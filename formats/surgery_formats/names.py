@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a parameter's name in an adapter to the bytes of a checkpoint.
+
+The same module has several names: transformers' eras, bare models and models with a head, experts one by one or fused, kohya's underscores. Names
+are resolved against the names the base really has; nothing is guessed from the adapter's name alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from surgery_formats.errors import FitError
+from surgery_formats.families.family import Family
+from surgery_formats.lenses import Parameter, Plain, expert, rows, transpose, window
+from surgery_formats.text import listing
+
+if TYPE_CHECKING:
+    from surgery_formats.tensors import StoredTensor
+
+__all__ = ["Names", "Place"]
+
+_MAX_SPELLINGS = 256  # of one path; families have fewer than ten renames
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One piece of the weight a site names.
+
+    Attributes:
+        parameter: The piece, its view's origin telling where in the whole weight it lies.
+        alias: The tied name that the site used, if it is not the stored one.
+    """
+
+    parameter: Parameter
+    alias: str = ""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of one component of a checkpoint.
+
+    Attributes:
+        tensors: Stored tensors by name.
+        aliases: Names that are not stored (or are copies), with the name whose bytes they are.
+        family: Spellings and orientation.
+        component: Name of the component.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    aliases: Mapping[str, str]
+    family: Family
+    component: str = ""
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.tensors) | frozenset(self.aliases)
+
+    @cached_property
+    def _prefixes(self) -> tuple[str, ...]:
+        """Leading runs of one or two segments (``transformer``, ``model.language_model``) that a bare adapter may lack."""
+        found: dict[str, None] = {}
+        for name in self._known:
+            segments = name.split(".")
+            for depth in (1, 2):
+                if len(segments) > depth + 1 and not segments[depth - 1].isdigit():
+                    found.setdefault(".".join(segments[:depth]))
+        return tuple(sorted(found, key=lambda prefix: (prefix.count("."), prefix)))
+
+    @cached_property
+    def _flat(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in sorted(self._known):
+            module, _, leaf = name.rpartition(".")
+            found.setdefault(f"{module.replace('.', '_')}.{leaf}", []).append(name)
+        return found
+
+    def resolve(self, path: str, *, flat: bool = False) -> tuple[Place, ...]:
+        """Every piece of the weight called `path`; empty if the base has no such weight.
+
+        Raises:
+            FitError: the name fits several weights of the base.
+        """
+        for spelling in self._flat_spellings(path) if flat else self._spellings(path):
+            if found := self._places(spelling):
+                return found
+        return ()
+
+    def _flat_spellings(self, path: str) -> Iterator[str]:
+        tried = [path, *(f"{prefix}_{path}" for prefix in self._prefixes if "." not in prefix)]
+        tried += [path.removeprefix(f"{prefix}_") for prefix in ("text_model",) if path.startswith(f"{prefix}_")]
+        for candidate in tried:
+            names = self._flat.get(candidate, [])
+            if len(names) > 1:
+                raise FitError(f"'{candidate}' fits {listing(names)}", tensor=path)
+            yield from names
+
+    def _spellings(self, path: str) -> Iterator[str]:
+        """`path` itself, then with renames, then with a prefix less or more."""
+        renamed = list(_renamings(path, self.family))
+        yield from renamed
+        shorter = [name.partition(".")[2] for name in renamed if name.count(".") > 1]
+        yield from shorter
+        longer = [f"{prefix}.{name}" for prefix in self._prefixes for name in renamed]
+        hits = [name for name in longer if self._places(name)]
+        if len(hits) > 1 and len({self.aliases.get(hit, hit) for hit in hits}) > 1:
+            raise FitError(f"'{path}' fits {listing(hits)}", tensor=path, hint="the base has several models in it")
+        yield from hits[:1]
+
+    def _places(self, name: str) -> tuple[Place, ...]:
+        if name in self._known:
+            source = self.aliases.get(name, name)
+            return (Place(self._parameter(source), name if source != name else ""),)
+        module, _, leaf = name.rpartition(".")
+        if (
+            leaf in ("weight", "bias") and (fused := f"{module}.in_proj_{leaf}") in self.tensors
+        ):  # torch's MultiheadAttention
+            return (Place(self._parameter(fused)),)
+        return self._split_here(name) or self._fused_here(name)
+
+    def _parameter(self, name: str) -> Parameter:
+        tensor = self.tensors[name]
+        stacked = len(tensor.shape) == 3 and not name.endswith(
+            ".weight"
+        )  # a convolution is a .weight; expert stacks have no leaf
+        parameter = Parameter.of(tensor, self.component, stacked=stacked)
+        if len(tensor.shape) == 2 and self.family.stores_transposed(name):
+            return Parameter(name, parameter.storage, transpose(parameter.view), self.component)
+        return parameter
+
+    def _split_here(self, name: str) -> tuple[Place, ...]:
+        """`name` is fused in the adapter (``experts.gate_up_proj``), the base holds its parts expert by expert."""
+        for fused in self.family.fused:
+            if not name.endswith(f".{fused.whole}"):
+                continue
+            base = name.removesuffix(fused.whole)
+            pieces: list[Place] = []
+            row = number = 0
+            while f"{base}{fused.parts[0].format(e=number)}" in self.tensors:
+                for part in fused.parts:
+                    stored = f"{base}{part.format(e=number)}"
+                    if stored not in self.tensors:
+                        raise FitError(f"the base has expert {number} of '{name}' but not '{stored}'")
+                    parameter = Parameter.of(self.tensors[stored], self.component)
+                    view = window(parameter.view, row_origin=row)
+                    pieces.append(Place(Parameter(stored, parameter.storage, view, self.component)))
+                    row += parameter.shape[0]
+                number += 1
+            if pieces:
+                return tuple(pieces)
+        return ()
+
+    def _fused_here(self, name: str) -> tuple[Place, ...]:
+        """`name` is one expert's part (``experts.3.w1.weight``), the base holds all experts in one 3-D tensor."""
+        for fused in self.family.fused:
+            for position, part in enumerate(fused.parts):
+                number = _expert_number(name, part)
+                if number is None:
+                    continue
+                stored = f"{name.removesuffix(part.format(e=number))}{fused.whole}"
+                tensor = self.tensors.get(stored)
+                if tensor is None or len(tensor.shape) != 3 or number >= tensor.shape[0]:
+                    continue
+                storage = Plain.of(tensor, stacked=True)
+                height = tensor.shape[1] // len(fused.parts)
+                view = expert(number, tensor.shape[0], (tensor.shape[1], tensor.shape[2]))
+                view = rows(view, position * height, (position + 1) * height)
+                return (Place(Parameter(stored, storage, view, self.component)),)
+        return ()
+
+
+def _expert_number(name: str, part: str) -> int | None:
+    head, _, tail = part.partition("{e}")
+    before, found, after = name.rpartition(f".{head}")
+    digits, _, rest = after.partition(".")
+    return int(digits) if found and digits.isdecimal() and len(digits) < 6 and f".{rest}" == tail and before else None
+
+
+def _renamings(path: str, family: Family) -> Iterator[str]:
+    """`path` and everything the family's renames make of it, nearest first."""
+    queue, seen = [path], {path}
+    while queue and len(seen) < _MAX_SPELLINGS:
+        name = queue.pop(0)
+        yield name
+        for rename in family.renames:
+            for old, new in ((rename.one, rename.other), (rename.other, rename.one)):
+                changed = f".{name}.".replace(f".{old}.", f".{new}.")[1:-1]
+                if changed not in seen and f".{old}." in f".{name}.":
+                    seen.add(changed)
+                    queue.append(changed)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kind of update offers, and the factors it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.lenses.view import Index
+from surgery_formats.tensors import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    View = Callable[..., torch.Tensor]
+
+__all__ = ["Apply", "Factor", "Update", "Weight"]
+
+Apply = Callable[["torch.Tensor", Index, Index], "torch.Tensor"]
+"""``apply(block, rows, cols) -> block'``: `block` holds the logical elements ``[rows, cols]`` and may be written into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A trained matrix or vector, read when it is needed.
+
+    Attributes:
+        tensors: The stored tensors it is made of.
+        shape: As the equation of its update wants it.
+        view: From the stored values (float32 or float64) to the factor; None if they are the factor.
+    """
+
+    tensors: tuple[StoredTensor, ...]
+    shape: tuple[int, ...]
+    view: View | None = None
+
+    @classmethod
+    def of(cls, tensor: StoredTensor) -> Factor:
+        """A stored tensor as it is."""
+        return cls((tensor,), tensor.shape)
+
+    def load(self, dtype: torch.dtype) -> torch.Tensor:
+        """The values in `dtype`, of `shape`.
+
+        Raises:
+            FitError: a value is not finite, or the stored type is not floating point.
+        """
+        import torch
+
+        read = []
+        for tensor in self.tensors:
+            if not tensor.dtype.is_float and tensor.dtype not in (DType.F8_E4M3, DType.F8_E5M2):
+                raise FitError(
+                    f"trained values of type {tensor.dtype.label}", file=tensor.file.path, tensor=tensor.name
+                )
+            values = tensor.read().to(dtype)
+            if not bool(torch.isfinite(values).all()):
+                raise FitError("holds NaN or Inf", file=tensor.file.path, tensor=tensor.name, hint="train it again")
+            read.append(values)
+        made = read[0] if self.view is None else self.view(*read)
+        return made.reshape(self.shape)
+
+
+class Weight(Protocol):
+    """The weight an update acts on, for equations that look at it first."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+        """``(block, rows, cols)`` in storage order, covering every element once, in memory bounded by the block size."""
+
+
+class Update(Protocol):
+    """What was trained for one weight (or bias) of a base.
+
+    Attributes:
+        kind: Name in the field: ``LoRA``, ``DoRA`` ...
+        shape: Logical ``(out, in)`` of the weight it fits; ``(n, 1)`` for a bias.
+        tensors: Every stored tensor it consumes.
+        needs_weight: Whether `prepare` looks at the weight, so that the weight is read twice.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]: ...
+    @property
+    def needs_weight(self) -> bool: ...
+
+    def scaled(self, weight: float) -> Update:
+        """The update that moves a weight `weight` times as far."""
+
+    def parts(self) -> tuple[tuple[int, Update], ...]:
+        """``(first logical row, update)`` of which this one is made: itself at row 0 unless it is stacked."""
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Load the factors once and return the equation for blocks of `weight`."""

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DoRA: ``W' = m / ||V|| * V`` with ``V = W + s B A`` (Liu et al. 2024, arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery_formats.lenses.view import Index, positions
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.blend import Blend
+from surgery_formats.updates.lora import LoRA
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DoRA"]
+
+
+@dataclass(frozen=True, slots=True)
+class DoRA:
+    """A low-rank addition whose result is given new row (or column) lengths.
+
+    Attributes:
+        direction: The low-rank part.
+        magnitude: ``m``: one value per logical row, ``(out,)``, or per logical column, ``(in,)``; for a convolution per input channel, so
+            that the ``k`` columns of one channel share a value and a norm.
+        per_row: Whether `magnitude` belongs to rows (PEFT linear and convolution) or columns (PEFT embeddings, input-axis LyCORIS files).
+    """
+
+    kind: ClassVar[str] = "DoRA"
+    needs_weight: ClassVar[bool] = True
+
+    direction: LoRA
+    magnitude: Factor
+    per_row: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(out, in)``."""
+        return self.direction.shape
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the low-rank part."""
+        return self.direction.rank
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The low-rank part's, then the magnitude's."""
+        return (*self.direction.tensors, *self.magnitude.tensors)
+
+    def scaled(self, weight: float) -> DoRA | Blend:
+        """`weight` of the way from W to the full DoRA result (scaling only B would still impose ``m``)."""
+        return self if weight == 1.0 else Blend(self, weight)
+
+    def parts(self) -> tuple[tuple[int, DoRA], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def prepare(self, weight: Weight) -> Apply:
+        """One pass over the weight for the norms of V (accumulated in float64), then row blocks."""
+        import torch
+
+        add = self.direction.prepare(weight)
+        squares = torch.zeros(weight.shape[0 if self.per_row else 1], dtype=torch.float64)
+        for block, rows, cols in weight.blocks():
+            v = add(block, rows, cols)
+            sums = v.square().sum(dim=1 if self.per_row else 0, dtype=torch.float64)
+            at = rows if self.per_row else cols
+            if isinstance(at, range):
+                squares[at.start : at.stop : at.step] += sums
+            else:
+                squares.index_add_(0, torch.tensor(list(at)), sums)
+        magnitude = self.magnitude.load(torch.float64)
+        shared = len(squares) // len(magnitude)  # columns of one input channel
+        squares = squares.reshape(-1, shared).sum(dim=1)
+        gain = (magnitude / squares.sqrt()).repeat_interleave(shared).to(weight.dtype)
+
+        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+            v = add(block, rows, cols)
+            return v.mul_(positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :])
+
+        return apply

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: ``W' = W + s B A`` (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery_formats.lenses.view import Index, positions
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Factor, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoRA"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoRA:
+    """A low-rank addition.
+
+    Attributes:
+        A: ``(rank, in)``; for convolutions the kernel axes are flattened into ``in``.
+        B: ``(out, rank)``.
+        scale: ``alpha / rank``, ``alpha / sqrt(rank)`` for rsLoRA (arXiv:2312.03732), or whatever the file's format says.
+        alpha: As written in the file, for writers that need it; None where the format has none.
+        noted: Stored tensors that `scale` was read from (kohya's ``alpha``).
+    """
+
+    kind: ClassVar[str] = "LoRA"
+    needs_weight: ClassVar[bool] = False
+
+    A: Factor
+    B: Factor
+    scale: float
+    alpha: float | None = None
+    noted: tuple[StoredTensor, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the product."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(out, in)``."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """A's, B's, then those the scale came from."""
+        return (*self.A.tensors, *self.B.tensors, *self.noted)
+
+    def scaled(self, weight: float) -> LoRA:
+        """The same directions, `weight` times as far."""
+        return replace(self, scale=self.scale * weight)
+
+    def parts(self) -> tuple[tuple[int, LoRA], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def delta(self, dtype: torch.dtype) -> torch.Tensor:
+        """``s B A``, shape `shape`, in `dtype`."""
+        return (self.B.load(dtype) * self.scale) @ self.A.load(dtype)
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Load A and ``s B`` once; each block costs one rank-r product."""
+        A = self.A.load(weight.dtype)
+        B = self.B.load(weight.dtype).mul_(self.scale)
+
+        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+            return block.addmm_(positions(B, 0, rows), positions(A, 1, cols))
+
+        return apply

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vector or full matrix that is added: ``b' = b + s d`` (PEFT's ``lora_bias``, LyCORIS ``diff`` and ``diff_b``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery_formats.lenses.view import Index, take
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Factor, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Offset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """An addition stored in full.
+
+    Attributes:
+        value: ``(n,)`` for a bias, ``(out, in)`` for a weight.
+        scale: Factor on `value`.
+    """
+
+    kind: ClassVar[str] = "offset"
+    needs_weight: ClassVar[bool] = False
+
+    value: Factor
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, 1)`` or ``(out, in)``."""
+        return (self.value.shape[0], 1) if len(self.value.shape) == 1 else (self.value.shape[0], self.value.shape[1])
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The value's."""
+        return self.value.tensors
+
+    def scaled(self, weight: float) -> Offset:
+        """`weight` times as far."""
+        return replace(self, scale=self.scale * weight)
+
+    def parts(self) -> tuple[tuple[int, Offset], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Load the value once."""
+        value = self.value.load(weight.dtype).reshape(self.shape) * self.scale
+
+        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+            return block.add_(take(value, rows, cols))
+
+        return apply

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update per expert of a 3-D parameter ``(E, rows, cols)`` (PEFT's ``target_parameters``, MLX's ``SwitchLinear``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Update, Weight
+
+__all__ = ["Stacked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Updates of equal kind, one under the other in the flattened weight ``(E * rows, cols)``.
+
+    Binding takes it apart (`parts`), so that each expert meets the bytes that hold it, fused or not.
+
+    Attributes:
+        experts: In order.
+        if_transposed: What the same factors mean for a family that holds experts as ``(E, in, out)``: PEFT gives A and B the other
+            way round there, and only the base can tell. Empty where the format leaves no doubt.
+    """
+
+    experts: tuple[Update, ...]
+    if_transposed: tuple[Update, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The experts' kind."""
+        return self.experts[0].kind
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(E * rows, cols)``."""
+        return sum(expert.shape[0] for expert in self.experts), self.experts[0].shape[1]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """All experts' tensors; experts usually share theirs."""
+        return tuple(dict.fromkeys(tensor for expert in self.experts for tensor in expert.tensors))
+
+    @property
+    def needs_weight(self) -> bool:
+        """As the experts."""
+        return self.experts[0].needs_weight
+
+    def scaled(self, weight: float) -> Stacked:
+        """Every expert scaled."""
+        return Stacked(
+            tuple(expert.scaled(weight) for expert in self.experts),
+            tuple(expert.scaled(weight) for expert in self.if_transposed),
+        )
+
+    def parts(self) -> tuple[tuple[int, Update], ...]:
+        """Each expert with its first row."""
+        starts = accumulate((expert.shape[0] for expert in self.experts[:-1]), initial=0)
+        return tuple(zip(starts, self.experts, strict=True))
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Never used: binding applies the parts.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a stacked update is applied by its parts")

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single rows of an embedding, trained in full: ``W'[i] = v_i`` (PEFT's trainable tokens)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery_formats.lenses.view import Index, positions
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.blend import Blend
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TokenRows"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Absolute new values of some rows.
+
+    Attributes:
+        value: ``(len(indices), dim)``.
+        indices: Token ids, distinct.
+        vocabulary: Rows of the weight it fits, or 0 for "at least ``max(indices) + 1``".
+    """
+
+    kind: ClassVar[str] = "token rows"
+    needs_weight: ClassVar[bool] = False
+
+    value: Factor
+    indices: tuple[int, ...]
+    vocabulary: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(vocabulary, dim)``; the first is a lower bound if `vocabulary` is 0."""
+        return self.vocabulary or max(self.indices, default=-1) + 1, self.value.shape[1]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The rows'."""
+        return self.value.tensors
+
+    def scaled(self, weight: float) -> TokenRows | Blend:
+        """`weight` of the way from the base's rows to the trained ones."""
+        return self if weight == 1.0 else Blend(self, weight)
+
+    def parts(self) -> tuple[tuple[int, TokenRows], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Load the rows once; blocks without one of them pass unchanged."""
+        value = self.value.load(weight.dtype)
+        place = {token: i for i, token in enumerate(self.indices)}
+
+        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+            inside = range(rows[0], rows[-1] + 1) if len(rows) else rows
+            hit = [token for token in place if token in inside]
+            for at, row in enumerate(rows) if hit else ():
+                if row in place:
+                    block[at] = positions(value[place[row]], 0, cols)
+            return block
+
+        return apply

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of one computed tensor: block by block, in float32, rounded once (law 8)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import xxhash
+
+from surgery.ledger import Measured
+from surgery.plan import Compute, PlannedTensor
+from surgery_formats.dtypes import DType
+from surgery_formats.edits import Operation
+from surgery_formats.errors import FitError
+from surgery_formats.lenses import Index, Overlap, Plain, View, take
+from surgery_formats.updates import Apply
+
+__all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
+
+BLOCK_ELEMENTS = 1 << 19
+"""Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend on nothing else."""
+_SAMPLE = 8  # one block of eight is measured; all of a tensor of up to eight blocks
+
+Write = Callable[[int, memoryview], None]
+"""``write(offset within the tensor, bytes)``; it also proves that the bytes arrived."""
+
+
+def block_bytes(tensor: PlannedTensor) -> int:
+    """Upper bound of the memory `compute` takes for a tensor, factors included."""
+    assert isinstance(tensor.step, Compute)
+    width = math.prod(tensor.shape[1:]) if len(tensor.shape) > 1 else 1
+    block = max(BLOCK_ELEMENTS, width) * 8
+    factors = sum(t.numel * 8 for operation in tensor.step.operations for t in operation.update.tensors)
+    return 5 * block + factors
+
+
+def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], device: str = "cpu") -> Measured:
+    """Compute one tensor and hand its bytes to `write` in order.
+
+    Args:
+        tensor: Its step is a `Compute`.
+        write: Takes each block of bytes.
+        stop: Asked before each block; work ends early when it says yes.
+        device: Where the arithmetic runs.
+
+    Raises:
+        FitError: a value is NaN or Inf, in the base or after the update.
+        ProofError: from `write`.
+    """
+    step = tensor.step
+    assert isinstance(step, Compute)
+    storage = Plain.of(step.source, stacked=step.stacked)
+    exact = torch.float64 if DType.F64 in (step.source.dtype, tensor.dtype) else torch.float32
+    chain: list[tuple[View, Apply]] = []
+    for operation in step.operations:
+        seen = _Seen(storage, tuple(chain), operation.view, exact, device)
+        chain.append((operation.view, operation.update.prepare(seen)))
+    tally = _Tally(tensor, step.operations)
+    height = max(1, BLOCK_ELEMENTS // max(storage.shape[1], 1))
+    sampled = _SAMPLE if storage.shape[0] > _SAMPLE * height else 1
+    hasher = xxhash.xxh3_128()
+    for number, start in enumerate(range(0, storage.shape[0], height)):
+        if stop():
+            break
+        end = min(start + height, storage.shape[0])
+        stored = storage.stored(start, end)
+        before = stored.to(device, exact)
+        block = before.clone() if chain and number % sampled == 0 else before
+        _apply(chain, block, start, end)
+        rounded = _round(block, tensor)
+        tally.note(stored, before if block is not before else None, block, rounded)
+        offset, raw = storage.put(start, rounded, tensor.dtype)
+        hasher.update(raw)
+        write(offset, raw)
+    return tally.result(hasher.hexdigest())
+
+
+def _apply(chain: Sequence[tuple[View, Apply]], block: torch.Tensor, start: int, end: int) -> None:
+    """Every update of `chain` on storage rows ``[start, end)``, in place."""
+    for view, apply in chain:
+        at = view.locate(start, end)
+        if at:
+            part = _logical(block, at)
+            made = apply(part, at.rows, at.cols)
+            _store(block, at, made)
+
+
+def _logical(block: torch.Tensor, at: Overlap) -> torch.Tensor:
+    part = take(block, at.block_rows, at.block_cols)
+    return part.T if at.transposed else part
+
+
+def _store(block: torch.Tensor, at: Overlap, made: torch.Tensor) -> None:
+    """Put `made` back where its rows and columns came from; nothing to do if it is that memory."""
+    value = made.T if at.transposed else made
+    if isinstance(at.block_rows, range) and isinstance(at.block_cols, range):
+        target = take(block, at.block_rows, at.block_cols)
+        if target.data_ptr() != value.data_ptr():
+            target.copy_(value)
+    else:
+        block[torch.tensor(list(at.block_rows))[:, None], torch.tensor(list(at.block_cols))[None, :]] = value
+
+
+def _round(block: torch.Tensor, tensor: PlannedTensor) -> torch.Tensor:
+    """`block` in the stored type, on the CPU.
+
+    Raises:
+        FitError: NaN or Inf, or a finite value too large for the type.
+    """
+    wanted = tensor.dtype.torch
+    rounded = block.to(wanted)
+    # One fused pass: the maximum norm is NaN if any value is, Inf if any is or if rounding overflowed.
+    if rounded.numel() and not math.isfinite(
+        largest := float(torch.linalg.vector_norm(rounded, math.inf, dtype=torch.float32))
+    ):
+        inner = float(torch.linalg.vector_norm(block, math.inf))
+        what = (
+            f"a value of {inner:.3g} does not fit {tensor.dtype.label}"
+            if math.isfinite(inner)
+            else f"a value is {largest}"
+        )
+        hint = "use --dtype bf16 or fp32" if math.isfinite(inner) else "is the base, or the adapter, damaged?"
+        raise FitError(f"after the update {what}", tensor=tensor.label, hint=hint)
+    return rounded.cpu()
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The weight as one update of a chain sees it: after the updates before it. Satisfies `surgery_formats.updates.Weight`."""
+
+    storage: Plain
+    earlier: tuple[tuple[View, Apply], ...]
+    view: View
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical size of what the view covers, from the update's own origin."""
+        return self.view.row_origin + self.view.shape[0], self.view.col_origin + self.view.shape[1]
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+        """Blocks in storage order."""
+        height = max(1, BLOCK_ELEMENTS // max(self.storage.shape[1], 1))
+        for start in range(0, self.storage.shape[0], height):
+            end = min(start + height, self.storage.shape[0])
+            at = self.view.locate(start, end)
+            if at:
+                block = self.storage.stored(start, end).to(self.device, self.dtype)
+                _apply(self.earlier, block, start, end)
+                yield _logical(block, at), at.rows, at.cols
+
+
+class _Tally:
+    """Sums over the sampled blocks (extraction noise model: docs/precision.md)."""
+
+    def __init__(self, tensor: PlannedTensor, operations: tuple[Operation, ...]) -> None:
+        self.label = tensor.label
+        self.measures = bool(operations)
+        self.changed = False
+        self.sampled = self.moved = 0
+        self.update = self.stored = self.noise = 0.0
+
+    def note(
+        self, stored: torch.Tensor, before: torch.Tensor | None, block: torch.Tensor, rounded: torch.Tensor
+    ) -> None:
+        """One block: as it was on disk, as it was in `exact` (None if not sampled), after the updates, and as it will be stored."""
+        if not self.changed:
+            self.changed = stored.dtype != rounded.dtype or not torch.equal(stored, rounded)
+        if before is None or not self.measures:
+            return
+        wanted = block.sub(before).flatten()
+        kept = rounded.to(before.device, before.dtype).sub_(before).flatten()
+        self.sampled += wanted.numel()
+        self.moved += int(torch.count_nonzero(kept))
+        self.update += float(torch.dot(wanted, wanted))
+        self.stored += float(torch.dot(kept, wanted))
+        miss = kept.sub_(wanted)
+        self.noise += float(torch.dot(miss, miss))
+
+    def result(self, xxh3: str) -> Measured:
+        """The sums so far."""
+        return Measured(xxh3, self.changed, self.sampled, self.moved, self.update, self.stored, self.noise)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of an output: what it was made of and what was measured. No paths, no times: the same bytes every time."""
+
+from __future__ import annotations
+
+import math
+
+from surgery import __version__
+from surgery.ledger import Ledger
+from surgery_formats.binding import Binding
+from surgery_formats.text import count, nbytes, show
+
+__all__ = ["merge_card"]
+
+
+def merge_card(binding: Binding, ledger: Ledger) -> bytes:
+    """README.md of a merged model."""
+    base = binding.checkpoint
+    names = [_code(adapter.path.resolve().name) for adapter, _ in binding.adapters]
+    rows = [
+        f"| {_code(adapter.path.resolve().name)} | {adapter.format} {adapter.kind} | {weight:g} | {count(adapter.parameters)} |"
+        for adapter, weight in binding.adapters
+    ]
+    classes = ", ".join(f"{number} {kind}" for kind, number in ledger.classes.items())
+    lines = [
+        "---",
+        "base_model_relation: merge",
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "---",
+        "",
+        f"# {_code(base.path.resolve().name)} with {', '.join(names)} merged in",
+        "",
+        "| adapter | kind | weight | trained parameters |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        f"- Base: {_code(base.path.resolve().name)}, {count(base.parameters)} parameters, {nbytes(base.nbytes)}.",
+        f"- Tensors: {classes}.",
+    ]
+    if not math.isnan(ledger.survival):
+        lines.append(
+            f"- {ledger.survival:.2%} of the update survives in the stored type (rounding noise {ledger.rounding:.2%} of its norm)."
+        )
+    lines += [f"- Warning: {show(warning, 500)}" for warning in ledger.plan.warnings]
+    lines += ["", f"Made by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
+    return "\n".join(lines).encode()
+
+
+def _code(text: str) -> str:
+    """Untrusted text as inline code: no links, no tables, no markup."""
+    return "`" + show(text).replace("`", "'").replace("|", "\\|") + "`"

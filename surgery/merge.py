@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merge: the base with everything the adapters trained folded into its weights, at the cost of copying the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import surgery.card as card
+from surgery import __version__
+from surgery.config import corrected_config
+from surgery.execute import Run, execute
+from surgery.layout import Laid, lay_out
+from surgery.ledger import Ledger
+from surgery.plan import Plan, SideFile, check_conservation
+from surgery.progress import Callback
+from surgery_formats.adapter import Adapter
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.binding import Binding, bind
+from surgery_formats.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, NothingChangedError
+from surgery_formats.identity import content_id, fingerprint
+from surgery_formats.text import listing
+
+__all__ = ["MergeResult", "merge", "plan_merge"]
+
+LOW_SURVIVAL = 0.9
+"""Below this share of the update surviving its storage type, a merge warns."""
+
+Weighted = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did, or (dry run) would do.
+
+    Attributes:
+        output: The folder; None for a dry run.
+        ledger: Every tensor, with what was measured.
+        warnings: What the user should know.
+    """
+
+    output: Path | None
+    ledger: Ledger
+    warnings: tuple[str, ...]
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapters: Weighted | Sequence[Weighted],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    dtype: str = "keep",
+    device: str = "cpu",
+    workers: int | None = None,
+    memory_limit: int | None = None,
+    shard_size: int | None = None,
+    verify: str = "fast",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callback | None = None,
+) -> MergeResult:
+    """Merge adapters into a base and write the result as a folder of its own.
+
+    Args:
+        base: Weight file, Hugging Face folder, or diffusers pipeline folder.
+        adapters: One or several, each a path or ``(path, weight)``; applied in this order.
+        output: Folder to make. Its parent must exist.
+        dtype: ``keep`` (each tensor its own), or a type for every floating-point tensor (``bf16``, ``fp16``, ``fp32``).
+        device: Where arithmetic runs (``cpu``, ``cuda``, ``cuda:1``).
+        workers: Computing threads; None is one per core, at most eight. Never changes the result.
+        memory_limit: Bytes the computed tensors may take together.
+        shard_size: Most bytes per weight file; None keeps the base's shards.
+        verify: ``fast``, or ``full`` to compare copied ranges byte by byte too.
+        overwrite: Replace an existing output, atomically.
+        dry_run: Plan only.
+        progress: Called with every step.
+
+    Returns:
+        The ledger of every tensor.
+
+    Raises:
+        InputError: base or adapter cannot be read.
+        FitError: they do not fit, a tensor has no use, a value is NaN or Inf.
+        NothingChangedError: the output would be the base.
+        OutputExistsError, ResourceError, ProofError: see `surgery.execute.execute`.
+    """
+    found = bind(_read(adapters), open_checkpoint(base))
+    plan = plan_merge(found, dtype=None if dtype == "keep" else DType.parse(dtype), shard_size=shard_size)
+    if dry_run:
+        return MergeResult(None, Ledger(plan), plan.warnings)
+    if output is None:
+        raise FitError("no output was named")
+    run = Run(workers, memory_limit, device, verify == "full", overwrite, progress)
+    warnings: list[str] = list(plan.warnings)
+
+    def finish(ledger: Ledger) -> Mapping[str, bytes]:
+        warnings.extend(_judge(ledger))
+        return {"README.md": card.merge_card(found, ledger)}
+
+    ledger = execute(plan, output, run, finish)
+    return MergeResult(Path(output), ledger, tuple(warnings))
+
+
+def _read(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, float]]:
+    if isinstance(adapters, str | os.PathLike) or (
+        isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], float | int)
+    ):
+        adapters = [adapters]  # type: ignore[list-item]
+    read = []
+    for one in adapters:
+        path, weight = one if isinstance(one, tuple) else (one, 1.0)
+        if not math.isfinite(weight):
+            raise FitError(f"the weight {weight} is not a number", file=path)
+        read.append((read_adapter(path), float(weight)))
+    if not read:
+        raise FitError("no adapter was named")
+    return read
+
+
+def plan_merge(binding: Binding, *, dtype: DType | None = None, shard_size: int | None = None) -> Plan:
+    """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
+
+    Raises:
+        FitError: the base would lose a tensor, or the adapter was made for another base.
+    """
+    checkpoint = binding.checkpoint
+    _check_base_id(binding)
+    laid: dict[str, Laid] = {}
+    for name, component in checkpoint.components.items():
+        edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
+        laid[name] = lay_out(component, edits, dtype, shard_size)
+    side_files = [SideFile(one.index_name, data=one.index) for one in laid.values() if one.index_name]
+    side_files += _carried(binding)
+    files = tuple(file for one in laid.values() for file in one.files)
+    side_files += corrected_config(binding, {tensor.label: tensor for file in files for tensor in file.tensors}, dtype)
+    inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
+    inputs += list(
+        {tensor.file.identity: tensor.file for adapter, _ in binding.adapters for tensor in adapter.tensors}.values()
+    )
+    facts = _facts(binding)
+    options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size}
+    plan = Plan(
+        verb="merge",
+        files=files,
+        side_files=tuple(side_files),
+        accounts=tuple(account for one in laid.values() for account in one.accounts),
+        ignored=binding.ignored,
+        inputs=tuple(inputs),
+        roots=(checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)),
+        id=hashlib.sha256(json.dumps([__version__, "merge", facts, options], sort_keys=True).encode()).hexdigest(),
+        facts=facts,
+        warnings=binding.warnings + _left_behind(checkpoint),
+    )
+    check_conservation((t for c in checkpoint.components.values() for t in c.tensors.values()), plan)
+    return plan
+
+
+def _check_base_id(binding: Binding) -> None:
+    recorded = [adapter for adapter, _ in binding.adapters if adapter.base_id]
+    if recorded and any(adapter.base_id != (actual := content_id(binding.checkpoint)) for adapter in recorded):
+        raise FitError(
+            f"was made for a base with content id {recorded[0].base_id[:16]}..., this base has {actual[:16]}...",
+            file=recorded[0].path,
+            hint="merge it into the base it was made for",
+        )
+
+
+def _carried(binding: Binding) -> list[SideFile]:
+    """The base's side files; the adapter's tokenizer where the vocabulary grew."""
+    found = {name: SideFile(name, source=path) for name, path in binding.checkpoint.side_files}
+    grown = [
+        edit
+        for edit in binding.edits.values()
+        if edit.replaced
+        and not edit.added
+        and edit.source.shape != binding.checkpoint.components[edit.component].tensors[edit.name].shape
+    ]
+    for edit in grown:
+        assert edit.replaced is not None
+        for path in binding.adapters[edit.replaced.adapter][0].side_files:
+            found[path.name] = SideFile(path.name, source=path)
+    return [found[name] for name in sorted(found)]
+
+
+def _facts(binding: Binding) -> dict[str, Any]:
+    """What names the inputs by content, not by place."""
+    return {
+        "base": {
+            (f"{component.name}/" if component.name else "") + shard.path.name: fingerprint(shard.file)
+            for component in binding.checkpoint.components.values()
+            for shard in component.shards
+        },
+        "side_files": {name: _small_digest(path) for name, path in binding.checkpoint.side_files},
+        "configs": {name: component.config for name, component in binding.checkpoint.components.items()},
+        "adapters": [
+            {
+                "format": adapter.format,
+                "kind": adapter.kind,
+                "weight": weight,
+                "config": adapter.config,
+                "files": sorted({fingerprint(tensor.file) for tensor in adapter.tensors}),
+            }
+            for adapter, weight in binding.adapters
+        ],
+    }
+
+
+def _small_digest(path: Path) -> str:
+    from surgery_formats.files.raw import open_file
+
+    return fingerprint(open_file(path))
+
+
+def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if not checkpoint.left_behind:
+        return ()
+    return (f"not carried (other weights beside the ones read): {listing(checkpoint.left_behind)}",)
+
+
+def _judge(ledger: Ledger) -> list[str]:
+    """Refuse an output equal to the base; warn of updates lost to rounding.
+
+    Raises:
+        NothingChangedError: no stored value differs from the base's.
+    """
+    moved = [tensor for tensor in ledger.plan.tensors if tensor.kind in ("replaced", "added")]
+    if not moved and not any(found.changed for found in ledger.measured.values()):
+        raise NothingChangedError(
+            "no weight of the base would change",
+            hint="the adapter is all zeros, or its update is smaller than the stored type can hold",
+        )
+    warnings = []
+    if ledger.survival < LOW_SURVIVAL:
+        warnings.append(
+            f"only {ledger.survival:.0%} of the update survives in the stored type; --dtype fp32 keeps it all, "
+            "or serve the adapter unmerged"
+        )
+    if unmoved := ledger.unmoved():
+        warnings.append(f"{len(unmoved)} updated tensors did not change: {listing(unmoved)}")
+    return warnings

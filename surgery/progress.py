@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the library tells of its progress: a callback, never a print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Callback", "Progress"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One step.
+
+    Attributes:
+        done: Bytes written so far.
+        total: Bytes the plan will write.
+        phase: ``writing`` or ``syncing``.
+    """
+
+    done: int
+    total: int
+    phase: str
+
+
+Callback = Callable[[Progress], None]
