@@ -7,22 +7,67 @@ Each verb of the command ``surgery`` is a function here of the same name; import
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from surgery.catalogue import Catalogue, catalogue
     from surgery.convert import ConvertResult, convert
+    from surgery.environment import EnvironmentReport, environment
+    from surgery.inspect import AdapterReport, CheckpointReport, inspect
     from surgery.merge import MergeResult, merge
+    from surgery.savings import SavingsReport, report
 
 _HOMES = {
+    "AdapterReport": "surgery.inspect",
+    "Catalogue": "surgery.catalogue",
+    "CheckpointReport": "surgery.inspect",
+    "EnvironmentReport": "surgery.environment",
+    "SavingsReport": "surgery.savings",
+    "catalogue": "surgery.catalogue",
+    "environment": "surgery.environment",
+    "inspect": "surgery.inspect",
+    "report": "surgery.savings",
     "MergeResult": "surgery.merge",
     "merge": "surgery.merge",
     "ConvertResult": "surgery.convert",
     "convert": "surgery.convert",
 }
 
-__all__ = ["ConvertResult", "MergeResult", "__version__", "convert", "merge"]
+__all__ = [
+    "AdapterReport",
+    "Catalogue",
+    "CheckpointReport",
+    "ConvertResult",
+    "EnvironmentReport",
+    "MergeResult",
+    "SavingsReport",
+    "__version__",
+    "catalogue",
+    "convert",
+    "environment",
+    "inspect",
+    "merge",
+    "report",
+]
+
+
+class _Verbs(ModuleType):
+    """Keeps a verb from being hidden by the module of the same name.
+
+    Importing ``surgery.merge`` makes the import system set that module as the attribute ``merge`` of this package; the
+    attribute has to stay the function. ``from surgery.merge import ...`` finds the module all the same.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Verbs
 
 
 def __getattr__(name: str) -> Any:

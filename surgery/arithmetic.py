@@ -13,16 +13,16 @@ import xxhash
 from surgery.ledger import Measured
 from surgery.plan import Compute, PlannedTensor
 from surgery_formats.dtypes import DType
-from surgery_formats.edits import Operation
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Index, Overlap, Plain, View, take
+from surgery_formats.tensors import as_bytes
 from surgery_formats.updates import Apply
 
 __all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend on nothing else."""
-_SAMPLE = 8  # one block of eight is measured; all of a tensor of up to eight blocks
+_SAMPLE = 8  # one row of eight is measured; all rows of a tensor of one block
 
 Write = Callable[[int, memoryview], None]
 """``write(offset within the tensor, bytes)``; it also proves that the bytes arrived."""
@@ -58,24 +58,49 @@ def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], devic
     for operation in step.operations:
         seen = _Seen(storage, tuple(chain), operation.view, exact, device)
         chain.append((operation.view, operation.update.prepare(seen)))
-    tally = _Tally(tensor, step.operations)
-    height = max(1, BLOCK_ELEMENTS // max(storage.shape[1], 1))
-    sampled = _SAMPLE if storage.shape[0] > _SAMPLE * height else 1
+    tally = _Tally()
+    scratch = _Scratch(storage, tensor.dtype, exact, device)
+    sampled = _SAMPLE if storage.shape[0] > scratch.height else 1
     hasher = xxhash.xxh3_128()
-    for number, start in enumerate(range(0, storage.shape[0], height)):
+    for start in range(0, storage.shape[0], scratch.height):
         if stop():
             break
-        end = min(start + height, storage.shape[0])
-        stored = storage.stored(start, end)
-        before = stored.to(device, exact)
-        block = before.clone() if chain and number % sampled == 0 else before
+        end = min(start + scratch.height, storage.shape[0])
+        stored, block = scratch.load(start, end)
+        before = block[::sampled].clone() if chain else None
         _apply(chain, block, start, end)
-        rounded = _round(block, tensor)
-        tally.note(stored, before if block is not before else None, block, rounded)
-        offset, raw = storage.put(start, rounded, tensor.dtype)
+        rounded = scratch.round(block)
+        _check_finite(block, tensor)
+        tally.note_change(stored, rounded)
+        if before is not None:
+            tally.note_update(before, block[::sampled], rounded[::sampled])
+        raw = as_bytes(rounded)
         hasher.update(raw)
-        write(offset, raw)
+        write(start * storage.shape[1] * tensor.dtype.bits // 8, raw)
     return tally.result(hasher.hexdigest())
+
+
+class _Scratch:
+    """The buffers of one tensor's blocks, used again for each: fresh memory would cost more than the arithmetic."""
+
+    def __init__(self, storage: Plain, dtype: DType, exact: torch.dtype, device: str) -> None:
+        rows, width = storage.shape
+        self.height = max(1, BLOCK_ELEMENTS // max(width, 1))
+        self._storage = storage
+        shape = (min(self.height, rows), width)
+        self._stored = torch.empty(shape, dtype=storage.tensor.dtype.torch)
+        self._block = torch.empty(shape, dtype=exact, device=device)
+        self._rounded = torch.empty(shape, dtype=dtype.torch)
+
+    def load(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows ``[start, end)`` as stored, and in the precision of the arithmetic."""
+        stored = self._stored[: end - start]
+        self._storage.read_into(stored, start)
+        return stored, self._block[: end - start].copy_(stored)
+
+    def round(self, block: torch.Tensor) -> torch.Tensor:
+        """`block` in the output's type, on the CPU."""
+        return self._rounded[: len(block)].copy_(block)
 
 
 def _apply(chain: Sequence[tuple[View, Apply]], block: torch.Tensor, start: int, end: int) -> None:
@@ -104,27 +129,27 @@ def _store(block: torch.Tensor, at: Overlap, made: torch.Tensor) -> None:
         block[torch.tensor(list(at.block_rows))[:, None], torch.tensor(list(at.block_cols))[None, :]] = value
 
 
-def _round(block: torch.Tensor, tensor: PlannedTensor) -> torch.Tensor:
-    """`block` in the stored type, on the CPU.
+def _check_finite(block: torch.Tensor, tensor: PlannedTensor) -> None:
+    """Refuse NaN, Inf, and finite values that the stored type would turn into Inf.
 
     Raises:
-        FitError: NaN or Inf, or a finite value too large for the type.
+        FitError: one of them.
     """
-    wanted = tensor.dtype.torch
-    rounded = block.to(wanted)
-    # One fused pass: the maximum norm is NaN if any value is, Inf if any is or if rounding overflowed.
-    if rounded.numel() and not math.isfinite(
-        largest := float(torch.linalg.vector_norm(rounded, math.inf, dtype=torch.float32))
-    ):
-        inner = float(torch.linalg.vector_norm(block, math.inf))
-        what = (
-            f"a value of {inner:.3g} does not fit {tensor.dtype.label}"
-            if math.isfinite(inner)
-            else f"a value is {largest}"
+    if not block.numel():
+        return
+    extremes = torch.stack(torch.aminmax(block))  # one pass; NaN if any value is
+    if bool(torch.isfinite(extremes.to(tensor.dtype.torch).float()).all()):
+        return
+    largest = float(extremes.abs().max())
+    if math.isfinite(largest):
+        raise FitError(
+            f"after the update a value of {largest:.3g} does not fit {tensor.dtype.label}",
+            tensor=tensor.label,
+            hint="use --dtype bf16 or fp32",
         )
-        hint = "use --dtype bf16 or fp32" if math.isfinite(inner) else "is the base, or the adapter, damaged?"
-        raise FitError(f"after the update {what}", tensor=tensor.label, hint=hint)
-    return rounded.cpu()
+    raise FitError(
+        f"after the update a value is {largest}", tensor=tensor.label, hint="is the base, or the adapter, damaged?"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,25 +180,22 @@ class _Seen:
 
 
 class _Tally:
-    """Sums over the sampled blocks (extraction noise model: docs/precision.md)."""
+    """Sums over the sampled rows (what they mean: `surgery.ledger.Measured`)."""
 
-    def __init__(self, tensor: PlannedTensor, operations: tuple[Operation, ...]) -> None:
-        self.label = tensor.label
-        self.measures = bool(operations)
+    def __init__(self) -> None:
         self.changed = False
         self.sampled = self.moved = 0
         self.update = self.stored = self.noise = 0.0
 
-    def note(
-        self, stored: torch.Tensor, before: torch.Tensor | None, block: torch.Tensor, rounded: torch.Tensor
-    ) -> None:
-        """One block: as it was on disk, as it was in `exact` (None if not sampled), after the updates, and as it will be stored."""
+    def note_change(self, stored: torch.Tensor, rounded: torch.Tensor) -> None:
+        """Whether a block as it was on disk differs from what will be stored."""
         if not self.changed:
             self.changed = stored.dtype != rounded.dtype or not torch.equal(stored, rounded)
-        if before is None or not self.measures:
-            return
-        wanted = block.sub(before).flatten()
-        kept = rounded.to(before.device, before.dtype).sub_(before).flatten()
+
+    def note_update(self, before: torch.Tensor, after: torch.Tensor, rounded: torch.Tensor) -> None:
+        """Sampled rows before and after the updates, and as they will be stored. `before` is used up."""
+        wanted = after.sub(before).flatten()
+        kept = rounded.to(before.device, before.dtype).sub(before).flatten()
         self.sampled += wanted.numel()
         self.moved += int(torch.count_nonzero(kept))
         self.update += float(torch.dot(wanted, wanted))

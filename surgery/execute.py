@@ -266,10 +266,16 @@ class _FileJob:
         """One tensor; each block is read back from the staged file and compared."""
         from surgery.arithmetic import compute
 
+        check = bytearray()
+
         def write(offset: int, raw: memoryview) -> None:
+            nonlocal check
             at = tensor.offset + offset
             self.out.pwrite(raw, at)
-            if self.out.readback(at, len(raw)) != raw:
+            if len(check) != len(raw):
+                check = bytearray(len(raw))
+            self.out.readback_into(memoryview(check), at)
+            if check != raw:
                 raise ProofError("a block on disk is not the one written", file=self.file.name, tensor=tensor.label)
             meter.add(len(raw))
 

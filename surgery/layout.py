@@ -53,12 +53,10 @@ def lay_out(
             edit = edits.get(tensor.name)
             if edit is not None and edit.replaced:
                 accounts.append(Account(tensor, "superseded", "replaced by the adapter's"))
-            planned.append(_tensor(component.name, tensor, edit, dtype))
+            planned.append(_tensor(component, tensor, edit, dtype))
         groups.append((_safetensors_name(shard.path.name), shard, planned))
     added = [
-        _tensor(component.name, edit.source, edit, dtype)
-        for edit in edits.values()
-        if edit.name not in component.tensors
+        _tensor(component, edit.source, edit, dtype) for edit in edits.values() if edit.name not in component.tensors
     ]
     groups[-1][2].extend(added)
     if shard_size is not None:
@@ -73,10 +71,10 @@ def _is_tie(name: str, source: str, component: Component) -> bool:
     return component.tied and name in known and source in known
 
 
-def _tensor(component: str, stored: StoredTensor, edit: Edit | None, dtype: DType | None) -> PlannedTensor:
+def _tensor(component: Component, stored: StoredTensor, edit: Edit | None, dtype: DType | None) -> PlannedTensor:
     """An output tensor without its offset."""
     source = stored if edit is None else edit.source
-    keep = _kept_dtype(stored, edit)
+    keep = _kept_dtype(stored, edit, _model_dtype(component))
     wanted = dtype if dtype is not None and keep.is_float else keep
     name = stored.name if edit is None else edit.name
     size = source.numel * wanted.bits // 8
@@ -91,14 +89,22 @@ def _tensor(component: str, stored: StoredTensor, edit: Edit | None, dtype: DTyp
         kind = "added" if edit.added else kind
     elif wanted is not source.dtype:
         kind = "cast"
-    return PlannedTensor(name, component, wanted, source.shape, step, kind, 0, size, edit.why if edit else "")
+    return PlannedTensor(name, component.name, wanted, source.shape, step, kind, 0, size, edit.why if edit else "")
 
 
-def _kept_dtype(stored: StoredTensor, edit: Edit | None) -> DType:
-    """The base's own type, also for what replaces it; a head the base lacks keeps the adapter's."""
-    if edit is not None and edit.replaced and not edit.added and stored.dtype.is_float:
-        return stored.dtype
-    return (edit.source if edit else stored).dtype
+def _kept_dtype(stored: StoredTensor, edit: Edit | None, model: DType) -> DType:
+    """The base's own type, also for what replaces it; what the base lacks gets the type of its embedding (or first matrix)."""
+    if edit is None or not edit.source.dtype.is_float:
+        return (edit.source if edit else stored).dtype
+    if edit.added:
+        return model
+    return stored.dtype if stored.dtype.is_float else edit.source.dtype
+
+
+def _model_dtype(component: Component) -> DType:
+    if component.embedding:
+        return component.tensors[component.embedding].dtype
+    return next((tensor.dtype for tensor in component.tensors.values() if tensor.dtype.is_float), DType.F32)
 
 
 def _file(folder: str, name: str, shard: Shard | None, planned: Sequence[PlannedTensor]) -> PlannedFile:

@@ -18,7 +18,7 @@ __all__ = ["Ledger", "Measured", "Row"]
 class Measured:
     """What the executor found out about one computed tensor.
 
-    The sums run over a fixed sample of its blocks (all of a small tensor). With T the exact update and D the stored one
+    The sums run over a fixed sample of its rows (all of a small tensor). With T the exact update and D the stored one
     (rounded result minus what was stored before):
 
     Attributes:

@@ -113,7 +113,7 @@ def _read(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, float]
     if isinstance(adapters, str | os.PathLike) or (
         isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], float | int)
     ):
-        adapters = [adapters]  # type: ignore[list-item]
+        adapters = [adapters]
     read = []
     for one in adapters:
         path, weight = one if isinstance(one, tuple) else (one, 1.0)

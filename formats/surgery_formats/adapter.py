@@ -60,6 +60,8 @@ class Adapter:
         metadata: Free strings that must survive a conversion (``ss_*``, ``modelspec.*``).
         side_files: Tokenizer files and the like beside the adapter.
         traps: Facts worth a warning (an alpha that is missing, a version known to write wrong scales).
+        keeps_ties: Whether what was trained for the embedding is meant for a head that shares its tensor too (mlx-lm), and not for the
+            embedding alone (PEFT).
     """
 
     path: Path
@@ -76,6 +78,7 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     side_files: tuple[Path, ...] = ()
     traps: tuple[str, ...] = ()
+    keeps_ties: bool = False
 
     @property
     def parameters(self) -> int:

@@ -74,8 +74,9 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
         _check_missing(missing, adapter, checkpoint)
     edits = {key: _edit(key, found, checkpoint.components[key[0]], adapters) for key, found in collected.items()}
     untied: set[str] = set()
+    keeping = frozenset(number for number, (adapter, _) in enumerate(adapters) if adapter.keeps_ties)
     for component in checkpoint.components.values():
-        edits, parted = settle_tie(edits, component)
+        edits, parted = settle_tie(edits, component, keeping)
         if parted:
             untied.add(component.name)
     warnings = [f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in adapter.traps]

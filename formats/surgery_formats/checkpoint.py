@@ -102,13 +102,17 @@ class Component:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """Names that share another's bytes: ``lm_head.weight`` -> ``model.embed_tokens.weight``."""
-        found = {tie.alias: tie.source for tie in ties_by_place(self.tensors)}
+        found = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(self.tensors))
         if self.tied and self.head and self.head not in self.tensors:
             found[self.head] = self.embedding
-        for alias, source in self.family.ties:
-            if source in self.tensors and alias not in self.tensors:
-                found[alias] = source
+        found |= {
+            alias: source for alias, source in self.family.ties if source in self.tensors and alias not in self.tensors
+        }
         return found
+
+    def _preferred(self, alias: str, source: str) -> tuple[str, str]:
+        """Of two names of the same bytes the embedding's is the source, whichever was stored first."""
+        return (source, alias) if alias == self.embedding else (alias, source)
 
     @cached_property
     def names(self) -> Names:

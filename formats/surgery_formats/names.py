@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a parameter's name in an adapter to the bytes of a checkpoint.
 
-The same module has several names: transformers' eras, bare models and models with a head, experts one by one or fused, kohya's underscores. Names
-are resolved against the names the base really has; nothing is guessed from the adapter's name alone.
+The same module has several names: transformers' eras, bare models and models with a head, experts one by one or fused, kohya's
+underscores. Names are resolved against the names the base really has; nothing is guessed from the adapter's name alone.
 """
 
 from __future__ import annotations
@@ -75,6 +75,12 @@ class Names:
         for name in sorted(self._known):
             module, _, leaf = name.rpartition(".")
             found.setdefault(f"{module.replace('.', '_')}.{leaf}", []).append(name)
+        if self.family.other_flat:
+            modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(self._known))
+            for flat, module in self.family.other_flat(modules):
+                for leaf in ("weight", "bias"):
+                    if f"{module}.{leaf}" in self._known:
+                        found.setdefault(f"{flat}.{leaf}", []).append(f"{module}.{leaf}")
         return found
 
     def resolve(self, path: str, *, flat: bool = False) -> tuple[Place, ...]:
@@ -131,26 +137,33 @@ class Names:
         return parameter
 
     def _split_here(self, name: str) -> tuple[Place, ...]:
-        """`name` is fused in the adapter (``experts.gate_up_proj``), the base holds its parts expert by expert."""
+        """`name` stacks experts in the adapter (``experts.gate_up_proj``), the base holds their parts in another way."""
         for fused in self.family.fused:
             if not name.endswith(f".{fused.whole}"):
                 continue
             base = name.removesuffix(fused.whole)
             pieces: list[Place] = []
             row = number = 0
-            while f"{base}{fused.parts[0].format(e=number)}" in self.tensors:
-                for part in fused.parts:
-                    stored = f"{base}{part.format(e=number)}"
-                    if stored not in self.tensors:
-                        raise FitError(f"the base has expert {number} of '{name}' but not '{stored}'")
-                    parameter = Parameter.of(self.tensors[stored], self.component)
+            while parts := [found for part in fused.parts if (found := self._piece(f"{base}{part.format(e=number)}"))]:
+                if len(parts) != len(fused.parts):
+                    raise FitError(
+                        f"the base has only {len(parts)} of {len(fused.parts)} parts of expert {number} of '{name}'"
+                    )
+                for parameter in parts:
                     view = window(parameter.view, row_origin=row)
-                    pieces.append(Place(Parameter(stored, parameter.storage, view, self.component)))
+                    pieces.append(Place(Parameter(parameter.name, parameter.storage, view, self.component)))
                     row += parameter.shape[0]
                 number += 1
             if pieces:
                 return tuple(pieces)
         return ()
+
+    def _piece(self, name: str) -> Parameter | None:
+        """One expert's part: a tensor of its own, or a slice of a 3-D one."""
+        if name in self.tensors:
+            return Parameter.of(self.tensors[name], self.component)
+        found = self._fused_here(name)
+        return found[0].parameter if found else None
 
     def _fused_here(self, name: str) -> tuple[Place, ...]:
         """`name` is one expert's part (``experts.3.w1.weight``), the base holds all experts in one 3-D tensor."""

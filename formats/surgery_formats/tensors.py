@@ -14,7 +14,7 @@ from surgery_formats.files.raw import File
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StoredTensor"]
+__all__ = ["StoredTensor", "as_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +91,12 @@ class StoredTensor:
         import torch
 
         return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy; writing to them writes to the tensor."""
+    import torch
+
+    if not values.numel():
+        return memoryview(b"")
+    return memoryview(values.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy has the buffer protocol

@@ -10,7 +10,7 @@ __all__ = ["closest", "count", "listing", "nbytes", "show"]
 
 
 def show(text: object, limit: int = 120) -> str:
-    """`text` as one printable line of at most `limit` characters.
+    r"""`text` as one printable line of at most `limit` characters.
 
     Terminal escapes, line breaks, bidirectional overrides and lone surrogates become ``\\x..`` escapes, so that a tensor's name can
     neither forge a message nor move the cursor.

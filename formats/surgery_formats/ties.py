@@ -20,8 +20,15 @@ __all__ = ["settle_tie"]
 Edits = dict[tuple[str, str], Edit]
 
 
-def settle_tie(edits: Mapping[tuple[str, str], Edit], component: Component) -> tuple[Edits, bool]:
+def settle_tie(
+    edits: Mapping[tuple[str, str], Edit], component: Component, keeping: frozenset[int] = frozenset()
+) -> tuple[Edits, bool]:
     """`edits` with the component's head and embedding settled.
+
+    Args:
+        edits: By ``(component, tensor)``.
+        component: Of the base.
+        keeping: Numbers of the adapters whose updates of the embedding are meant for a tied head too.
 
     Returns:
         The edits, and whether head and embedding part (``tie_word_embeddings`` becomes false).
@@ -37,7 +44,7 @@ def settle_tie(edits: Mapping[tuple[str, str], Edit], component: Component) -> t
     if (
         embedding is not None
         and (head is None or _same(embedding, head))
-        and (head is not None or _head_follows(embedding, component))
+        and (head is not None or _head_follows(embedding, component, keeping))
     ):
         settled.pop(head_key, None)
         if stored_twice:  # the copy on disk must not contradict the embedding
@@ -47,17 +54,23 @@ def settle_tie(edits: Mapping[tuple[str, str], Edit], component: Component) -> t
     if not stored_twice:
         base = component.tensors[component.embedding]
         if head is None and embedding is not None:
-            source = embedding.source if embedding.replaced else base
+            grown = embedding.source.shape != base.shape  # then only the adapter has all its rows
+            source = embedding.source if grown else base
             head = Edit(component.name, component.head, source, (), why="was tied to the embedding, keeps its values")
         if head is not None:
             settled[head_key] = replace(head, added=True)
     return settled, True
 
 
-def _head_follows(embedding: Edit, component: Component) -> bool:
+def _head_follows(embedding: Edit, component: Component, keeping: frozenset[int]) -> bool:
     """Trained token rows and a resized vocabulary are shared with a tied head (transformers ties them again on load)."""
     if embedding.operations:
-        return all(isinstance(operation.update, TokenRows) for operation in embedding.operations)
+        return all(
+            isinstance(operation.update, TokenRows) or operation.adapter in keeping
+            for operation in embedding.operations
+        )
+    if embedding.replaced is not None and embedding.replaced.adapter in keeping:
+        return True
     return embedding.source.shape[0] != component.tensors[component.embedding].shape[0]
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from surgery_formats.adapter import Adapter
+from surgery_formats.adapter import Adapter, Site
 from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.dtypes import DType
+from surgery_formats.updates import Update
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "Format", "NewTensor", "Rendering"]
+__all__ = ["Entry", "Format", "NewTensor", "Outcome", "Rendering"]
 
 Outcome = Literal["exact", "folded", "dropped"]
 
@@ -62,6 +63,7 @@ class Rendering:
         metadata: Its ``__metadata__``.
         small_files: Whole contents of the other files (configuration).
         entries: What became of every update.
+        held: The source's updates that the files hold: everything but what was dropped.
     """
 
     tensor_file: str
@@ -69,6 +71,7 @@ class Rendering:
     metadata: Mapping[str, str] = field(default_factory=dict)
     small_files: Mapping[str, bytes] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
+    held: Mapping[Site, tuple[Update, ...]] = field(default_factory=dict)
 
 
 class Format(Protocol):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from surgery_formats.adapter import Adapter, Ignored, Site
 from surgery_formats.adapters.peft_config import PROMPT_KINDS, PeftConfig, parse_config
+from surgery_formats.adapters.peft_parameters import parameter_lora, targeted_parameters
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.sharded import open_folder_tensors
 from surgery_formats.tensors import StoredTensor
-from surgery_formats.text import listing
-from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, TokenRows, Update
 
 __all__ = ["read_peft"]
 
@@ -38,16 +38,6 @@ _EMBEDDINGS = frozenset(
     ]
 )  # modules whose whole weight PEFT stores when the vocabulary was resized
 _HEADS = frozenset(("score", "classifier", "qa_outputs"))  # added by PEFT itself for classification tasks
-_PARAMETER_ORDER = (
-    "weight",
-    "gate_up_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w3",
-    "w2",
-)  # as transformers registers them
 
 
 def read_peft(path: Path) -> Adapter:
@@ -129,7 +119,7 @@ def _sort(
         if ".original_module." in name:
             ignored.append(Ignored(tensor, "the base's own copy of a module trained in full"))
             continue
-        segments = name.replace(".base_layer.", ".").split(".")
+        segments = [segment for segment in name.split(".") if segment not in ("base_layer", "token_adapter")]
         if "modules_to_save" in segments:
             at = segments.index("modules_to_save")
             segments = segments[:at] + segments[at + (2 if len(segments) - at > 2 else 1) :]
@@ -179,15 +169,20 @@ def _module(
     if a not in parts:
         tensor = next(iter(parts.values()))
         raise MalformedError("belongs to a LoRA that has no factors", file=tensor.file.path, tensor=tensor.name)
-    parameters = [
-        name for name in config.target_parameters if f".{clean}.{name.rpartition('.')[2]}".endswith(f".{name}")
-    ]
+    parameters = targeted_parameters(module, clean, config, modules, parts[a])
     if parameters:
-        site, update = _parameter_lora(module, clean, parts, config, modules, parameters)
+        site, update = parameter_lora(module, clean, parts, config, modules, parameters)
         return {**found, site: (update,)}
     embedding = a == "lora_embedding_A"
-    owner = module.partition(".base_layer.")[0]  # out_proj inside a wrapped MultiheadAttention has that module's alpha
-    lora = _lora(owner if ".base_layer." in module else clean, parts[a], parts[b], config, embedding=embedding)
+    in_attention = module.endswith(
+        ".base_layer.out_proj"
+    )  # inside a wrapped torch.nn.MultiheadAttention, whose alpha it has
+    pattern_path = module.removesuffix(".base_layer.out_proj") if in_attention else clean
+    lora = _lora(pattern_path, parts[a], parts[b], config, embedding=embedding)
+    if in_attention:
+        # PEFT adds this delta twice, attached as merged (its MultiheadAttention.merge adds it, then calls out_proj.merge):
+        # it was trained at twice the scale.
+        lora = lora.scaled(2.0)
     site = Site(f"{clean}.weight")
     found[site] = (*found.get(site, ()), _with_magnitude(lora, parts, config, embedding=embedding))
     if "lora_B.bias" in parts:
@@ -240,69 +235,6 @@ def _with_magnitude(
             tensor=magnitude.name,
         )
     return DoRA(lora, Factor((magnitude,), (size,)), per_row=not embedding)
-
-
-def _parameter_lora(
-    module: str,
-    clean: str,
-    parts: Mapping[str, StoredTensor],
-    config: PeftConfig,
-    modules: Mapping[str, object],
-    parameters: list[str],
-) -> tuple[Site, Update]:
-    """A LoRA on a parameter, not a module: one pair of factors per expert, stacked (PEFT's ``ParamWrapper``)."""
-    a, b = parts["lora_A.weight"], parts["lora_B.weight"]
-    name = _which_parameter(module, clean, modules, parameters, a)
-    key = f"{clean}.{name}"
-    rank = config.rank_of(key)
-    count = a.shape[0] // rank
-    if len(a.shape) != 2 or len(b.shape) != 2 or count * rank != a.shape[0] or b.shape[1] != a.shape[0]:
-        raise FitError(
-            f"A {list(a.shape)} and B {list(b.shape)} do not stack experts of rank {rank}",
-            file=a.file.path,
-            tensor=a.name,
-        )
-    scale, alpha = config.scale_of(key, rank), config.alpha_of(key)
-    if name == "weight" or (count == 1 and not config.experts_old_order):
-        return Site(key), LoRA(Factor.of(a), Factor.of(b), scale, alpha)
-
-    def forward(e: int) -> LoRA:  # PEFT >= 0.19: delta[e] = B[:, :, e] @ A[e], (rows, cols)
-        return LoRA(
-            Factor((a,), (rank, a.shape[1]), lambda t: t.reshape(count, rank, -1)[e]),
-            Factor((b,), (b.shape[0], rank), lambda t: t.reshape(-1, rank, count)[:, :, e]),
-            scale,
-            alpha,
-        )
-
-    def backward(e: int) -> LoRA:  # before, and where experts are held (E, in, out): the transpose
-        return LoRA(
-            Factor((b,), (rank, b.shape[0]), lambda t: t.reshape(-1, rank, count)[:, :, e].T),
-            Factor((a,), (a.shape[1], rank), lambda t: t.reshape(count, rank, -1)[e].T),
-            scale,
-            alpha,
-        )
-
-    turned = tuple(backward(e) for e in range(count))
-    if config.experts_old_order:
-        return Site(key), Stacked(turned)
-    return Site(key), Stacked(tuple(forward(e) for e in range(count)), turned)
-
-
-def _which_parameter(
-    module: str, clean: str, modules: Mapping[str, object], parameters: list[str], a: StoredTensor
-) -> str:
-    """Several targeted parameters of one module nest: the first registered is the innermost ``base_layer``."""
-    names = [name.rpartition(".")[2] for name in parameters]
-    depth = (len(module) - len(clean)) // len(".base_layer")
-    present = sum(other.replace(".base_layer", "") == clean for other in modules)
-    if present != len(names) or depth >= present:
-        raise MalformedError(
-            f"{present} stacked LoRAs for the parameters {listing(names)} of '{clean}'", file=a.file.path, tensor=a.name
-        )
-    if len(names) > 1 and not set(names) <= set(_PARAMETER_ORDER):
-        raise FitError(f"which of {listing(names)} is the inner one is not known", file=a.file.path, tensor=a.name)
-    ordered = sorted(names, key=_PARAMETER_ORDER.index) if len(names) > 1 else names
-    return ordered[present - 1 - depth]
 
 
 def _token_rows(clean: str, tensor: StoredTensor, config: PeftConfig) -> TokenRows:

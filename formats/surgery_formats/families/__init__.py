@@ -9,7 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery_formats.families import bert, clip, diffusion, gpt2, gpt_neox, llama, mixtral, opt, phi3, qwen_moe, t5, vit
+from surgery_formats.families import (
+    bert,
+    clip,
+    diffusion,
+    gpt2,
+    gpt_neox,
+    llama,
+    mixtral,
+    opt,
+    phi3,
+    qwen_moe,
+    t5,
+    vit,
+    whisper,
+)
 from surgery_formats.families.family import Family, Fused, Rename
 
 __all__ = ["FAMILIES", "Family", "Fused", "Rename", "family_of"]
@@ -26,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen_moe.FAMILY,
     vit.FAMILY,
     clip.FAMILY,
+    whisper.FAMILY,
     diffusion.FAMILY,
 )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 __all__ = ["Family", "Fused", "Rename", "role_of"]
@@ -46,6 +47,8 @@ class Family:
         renames: Spellings, see `Rename`.
         fused: Parameters in parts, see `Fused`.
         derivable: Last path segments of tensors that are computed, not trained (``inv_freq``).
+        other_flat: From the module paths a base has, ``(another flattened name, module path)`` pairs, for networks that tools outside know
+            under other names.
     """
 
     names: tuple[str, ...]
@@ -57,6 +60,7 @@ class Family:
     renames: tuple[Rename, ...] = ()
     fused: tuple[Fused, ...] = field(default=())
     derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
+    other_flat: Callable[[Collection[str]], Iterator[tuple[str, str]]] | None = None
 
     def stores_transposed(self, parameter: str) -> bool:
         """Whether `parameter` (``...c_attn.weight``) is ``(in, out)`` on disk."""

@@ -13,5 +13,8 @@ FAMILY = Family(
     fused=(
         Fused("experts.gate_up_proj", ("experts.{e}.w1.weight", "experts.{e}.w3.weight")),
         Fused("experts.down_proj", ("experts.{e}.w2.weight",)),
+        Fused("switch_mlp.gate_proj.weight", ("experts.{e}.w1.weight",)),  # as MLX stacks them
+        Fused("switch_mlp.up_proj.weight", ("experts.{e}.w3.weight",)),
+        Fused("switch_mlp.down_proj.weight", ("experts.{e}.w2.weight",)),
     ),
 )

@@ -27,5 +27,8 @@ FAMILY = Family(
     fused=(
         Fused("experts.gate_up_proj", ("experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight")),
         Fused("experts.down_proj", ("experts.{e}.down_proj.weight",)),
+        Fused("switch_mlp.gate_proj.weight", ("experts.{e}.gate_proj.weight",)),  # as MLX stacks them
+        Fused("switch_mlp.up_proj.weight", ("experts.{e}.up_proj.weight",)),
+        Fused("switch_mlp.down_proj.weight", ("experts.{e}.down_proj.weight",)),
     ),
 )

@@ -54,6 +54,9 @@ def reserve(fd: int, nbytes: int) -> None:
     """
     if nbytes == 0:
         return
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        os.ftruncate(fd, nbytes)
+        return
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
@@ -66,7 +69,6 @@ def copy_range(source: File, source_offset: int, target_fd: int, target_offset: 
     """Copy `nbytes` bytes of `source` into `target_fd`, in the kernel where it can.
 
     File systems that can share blocks (btrfs, xfs) then copy nothing.
-
 
     `sendfile` is no stand-in: it writes at the descriptor's own position, which threads share.
 

@@ -150,17 +150,24 @@ class OutputFile:
         Raises:
             ProofError: outside the planned size, or the file is shorter than it.
         """
-        self._inside(offset, nbytes)
         buffer = bytearray(nbytes)
-        view = memoryview(buffer)
+        self.readback_into(memoryview(buffer), offset)
+        return buffer
+
+    def readback_into(self, view: memoryview, offset: int) -> None:
+        """As `readback`, into memory of the caller's own.
+
+        Raises:
+            ProofError: as `readback`.
+        """
+        self._inside(offset, len(view))
         done = 0
         with output_faults(self._shown):
-            while done < nbytes:
+            while done < len(view):
                 got = os.preadv(self.fd, [view[done:]], offset + done)
                 if got == 0:
                     raise ProofError(f"ends at byte {offset + done} while it is written", file=self._shown)
                 done += got
-        return buffer
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Make the file durable, give it its name, and note it so that a resumed run need not write it again.

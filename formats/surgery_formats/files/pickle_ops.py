@@ -248,7 +248,7 @@ def _step(m: _Machine, op: str, arg: Any) -> None:
 
 
 def interpret(stream: io.BytesIO, file: File, locate: Locate) -> object:
-    """Read one pickle from `stream`, leaving it behind the STOP opcode.
+    r"""Read one pickle from `stream`, leaving it behind the STOP opcode.
 
     Args:
         stream: The bytes of the pickle.

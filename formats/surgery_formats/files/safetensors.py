@@ -193,7 +193,8 @@ def _read_header(file: File) -> Header:
         raise MalformedError("the header does not begin with '{'", file=file.path, hint=hint_for(file))
     entries = parse_object(raw, file=file.path)
     _refuse_minus_zero(raw, file)
-    metadata = _metadata(entries.pop(METADATA_KEY, {}), file)
+    noted = entries.pop(METADATA_KEY, None)  # null where MLX wrote the file; the reference takes that for none
+    metadata = {} if noted is None else _metadata(noted, file)
     _check_text(entries, file)
 
     ranges = [_entry(name, entry, file) for name, entry in entries.items()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery_formats.dtypes import DType
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors import StoredTensor, as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -39,19 +39,25 @@ class Plain:
         """Stored tensors this matrix is made of."""
         return (self.tensor,)
 
+    def read_into(self, block: torch.Tensor, start: int) -> None:
+        """Fill `block` ``(n, cols)``, contiguous and of the stored type, with the rows from `start`.
+
+        Raises:
+            MalformedError: the file ends before.
+        """
+        if self.tensor.strides is not None or not self.tensor.shape:
+            block.copy_(self.tensor.read().reshape(self.shape)[start : start + len(block)])
+        elif block.numel():
+            row = self.tensor.nbytes // self.shape[0]
+            self.tensor.file.read_into(as_bytes(block), self.tensor.offset + start * row)
+
     def stored(self, start: int, stop: int) -> torch.Tensor:
         """Rows ``[start, stop)`` in the stored type, in memory of the caller's own."""
         import torch
 
-        stop = min(stop, self.shape[0])
-        if self.tensor.strides is not None or not self.tensor.shape:
-            return self.tensor.read().reshape(self.shape)[start:stop]
-        row = self.tensor.nbytes // self.shape[0] if self.shape[0] else 0
-        nbytes = max(stop - start, 0) * row
-        if nbytes == 0:
-            return torch.empty((max(stop - start, 0), self.shape[1]), dtype=self.tensor.dtype.torch)
-        raw = self.tensor.file.read(self.tensor.offset + start * row, nbytes)
-        return torch.frombuffer(raw, dtype=self.tensor.dtype.torch).reshape(stop - start, self.shape[1])
+        block = torch.empty((max(min(stop, self.shape[0]) - start, 0), self.shape[1]), dtype=self.tensor.dtype.torch)
+        self.read_into(block, start)
+        return block
 
     def get(self, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows ``[start, stop)`` in `dtype`: float32, or float64 where stored so, unless another is asked for."""
@@ -66,9 +72,5 @@ class Plain:
         Returns:
             ``(offset from the tensor's first byte, bytes)``.
         """
-        import torch
-
         kept = dtype or self.tensor.dtype
-        rounded = block.to(kept.torch).contiguous()
-        raw = memoryview(rounded.view(torch.uint8).numpy()) if rounded.numel() else memoryview(b"")
-        return start * self.shape[1] * kept.bits // 8, raw.cast("B") if raw.nbytes else raw
+        return start * self.shape[1] * kept.bits // 8, as_bytes(block.to(kept.torch).contiguous())

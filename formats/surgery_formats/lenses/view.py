@@ -97,7 +97,7 @@ def positions(tensor: torch.Tensor, axis: int, index: Index) -> torch.Tensor:
         if index.step > 0:
             stop = index[-1] + 1 if len(index) else index.start
             return tensor[(slice(None),) * axis + (slice(index.start, stop, index.step),)]
-    return tensor.index_select(axis, torch.tensor(list(index), dtype=torch.int64))
+    return tensor.index_select(axis, torch.tensor(list(index), dtype=torch.int64, device=tensor.device))
 
 
 def _inside(index: Index, start: int, stop: int) -> Index:

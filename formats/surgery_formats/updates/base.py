@@ -42,8 +42,8 @@ class Factor:
         """A stored tensor as it is."""
         return cls((tensor,), tensor.shape)
 
-    def load(self, dtype: torch.dtype) -> torch.Tensor:
-        """The values in `dtype`, of `shape`.
+    def load(self, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        """The values in `dtype`, of `shape`, on `device`.
 
         Raises:
             FitError: a value is not finite, or the stored type is not floating point.
@@ -61,14 +61,24 @@ class Factor:
                 raise FitError("holds NaN or Inf", file=tensor.file.path, tensor=tensor.name, hint="train it again")
             read.append(values)
         made = read[0] if self.view is None else self.view(*read)
-        return made.reshape(self.shape)
+        return made.reshape(self.shape).to(device)
 
 
 class Weight(Protocol):
-    """The weight an update acts on, for equations that look at it first."""
+    """The weight an update acts on, for equations that look at it first.
 
-    shape: tuple[int, int]
-    dtype: torch.dtype
+    Attributes:
+        shape: Logical ``(out, in)``.
+        dtype: Precision of the arithmetic: float32, or float64.
+        device: Where the arithmetic runs; factors go there.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> str: ...
 
     def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
         """``(block, rows, cols)`` in storage order, covering every element once, in memory bounded by the block size."""

@@ -64,7 +64,7 @@ class DoRA:
         import torch
 
         add = self.direction.prepare(weight)
-        squares = torch.zeros(weight.shape[0 if self.per_row else 1], dtype=torch.float64)
+        squares = torch.zeros(weight.shape[0 if self.per_row else 1], dtype=torch.float64, device=weight.device)
         for block, rows, cols in weight.blocks():
             v = add(block, rows, cols)
             sums = v.square().sum(dim=1 if self.per_row else 0, dtype=torch.float64)
@@ -72,8 +72,8 @@ class DoRA:
             if isinstance(at, range):
                 squares[at.start : at.stop : at.step] += sums
             else:
-                squares.index_add_(0, torch.tensor(list(at)), sums)
-        magnitude = self.magnitude.load(torch.float64)
+                squares.index_add_(0, torch.tensor(list(at), device=weight.device), sums)
+        magnitude = self.magnitude.load(torch.float64, weight.device)
         shared = len(squares) // len(magnitude)  # columns of one input channel
         squares = squares.reshape(-1, shared).sum(dim=1)
         gain = (magnitude / squares.sqrt()).repeat_interleave(shared).to(weight.dtype)

@@ -66,8 +66,8 @@ class LoRA:
 
     def prepare(self, weight: Weight) -> Apply:
         """Load A and ``s B`` once; each block costs one rank-r product."""
-        A = self.A.load(weight.dtype)
-        B = self.B.load(weight.dtype).mul_(self.scale)
+        A = self.A.load(weight.dtype, weight.device)
+        B = self.B.load(weight.dtype, weight.device).mul_(self.scale)
 
         def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
             return block.addmm_(positions(B, 0, rows), positions(A, 1, cols))

@@ -51,7 +51,7 @@ class Offset:
 
     def prepare(self, weight: Weight) -> Apply:
         """Load the value once."""
-        value = self.value.load(weight.dtype).reshape(self.shape) * self.scale
+        value = self.value.load(weight.dtype, weight.device).reshape(self.shape) * self.scale
 
         def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
             return block.add_(take(value, rows, cols))

@@ -55,7 +55,7 @@ class Replacement:
 
     def prepare(self, weight: Weight) -> Apply:
         """Values are read whole: what is replaced is a head, an embedding or a norm."""
-        value = self.value.load(weight.dtype).reshape(self.shape)
+        value = self.value.load(weight.dtype, weight.device).reshape(self.shape)
 
         def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
             return take(value, rows, cols).clone()

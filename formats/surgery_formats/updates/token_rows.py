@@ -54,7 +54,7 @@ class TokenRows:
 
     def prepare(self, weight: Weight) -> Apply:
         """Load the rows once; blocks without one of them pass unchanged."""
-        value = self.value.load(weight.dtype)
+        value = self.value.load(weight.dtype, weight.device)
         place = {token: i for i, token in enumerate(self.indices)}
 
         def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``surgery convert``."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery_cli.options import Settings, complete_files, dtype_option, output_option, overwrite_option
+from surgery_cli.options import command as sub_command
+from surgery_cli.output import emit_json, note, pairs, table, warn
+from surgery_cli.progress import bar
+from surgery_formats.text import nbytes, show
+
+if TYPE_CHECKING:
+    from surgery.convert import ConvertResult
+
+__all__ = ["command"]
+
+_LISTED = 20  # lost parts named; all of them with -v
+
+
+def _format(text: str) -> str:
+    """A format's name, plugins' included."""
+    from surgery_formats.adapters.registry import formats
+    from surgery_formats.text import closest, listing
+
+    if text not in formats():
+        hint = closest(text, formats()) or f"there are {listing(formats(), 20)}"
+        raise click.BadParameter(f"no adapter format '{show(text)}'; {hint}")
+    return text
+
+
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from surgery_formats.adapters.registry import formats
+
+    return [name for name in formats() if name.startswith(incomplete)]
+
+
+@sub_command("convert")
+@click.argument("adapter", shell_complete=complete_files)
+@click.option(
+    "--to", required=True, type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'."
+)
+@output_option("Folder to make, or file where FORMAT is a single file.")
+@click.option(
+    "--base",
+    metavar="BASE",
+    shell_complete=complete_files,
+    help="The model it was trained on, if FORMAT needs its names.",
+)
+@click.option("--component", metavar="NAME", help="The part of a pipeline, e.g. unet.")
+@click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
+@dtype_option
+@click.option("--dry-run", is_flag=True, help="Show what would become of every part; write nothing.")
+@overwrite_option()
+def command(
+    settings: Settings, adapter: str, to: str, output: Path, base: str | None, dry_run: bool, **options: Any
+) -> None:
+    """Convert an adapter to another format.
+
+    What was written is read back, and must change every weight as ADAPTER does. What FORMAT cannot hold is an error that names it.
+
+    \b
+    Examples:
+      surgery convert my-lora/ --to mlx -o my-lora-mlx/
+      surgery convert style.safetensors --to peft --base sdxl/ -o style-peft/
+    """
+    from surgery.convert import convert
+    from surgery_formats.refs import resolve
+
+    began = time.monotonic()
+    source = resolve(adapter)
+    model = None if base is None else resolve(base)
+    with bar(settings, "converting") as progress:
+        result = convert(source, to, output, base=model, dry_run=dry_run, progress=progress, **options)
+    seconds = time.monotonic() - began
+    if settings.json:
+        where = None if result.output is None else str(result.output)
+        emit_json("convert", {"output": where, "seconds": round(seconds, 3), **result.as_json()})
+    elif dry_run or not settings.quiet:
+        _text(result, source, output, seconds, settings)
+    for text in result.warnings:
+        warn(text)
+
+
+def _text(result: ConvertResult, source: Path, output: Path, seconds: float, settings: Settings) -> None:
+    outcomes = Counter(entry.outcome for entry in result.entries)
+    rows = [
+        ("convert", f"{show(source, 500)} ({show(result.source)})"),
+        ("to", f"{show(output, 500)} ({show(result.target)})"),
+        ("parts", ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())),
+    ]
+    if result.output is not None:
+        error = f"largest error {result.max_error:.1e} of a change"
+        rows.append(("proof", f"{len(result.errors)} weights change as before; {error}"))
+        rows.append(("wrote", f"{nbytes(_size(result.output))} in {seconds:.2f} s"))
+    pairs(rows)
+    dropped = [entry for entry in result.entries if entry.outcome == "dropped"]
+    shown = list(result.entries) if settings.verbose else dropped[:_LISTED]
+    if shown:
+        click.echo()
+        table(("part", "outcome", "detail"), ((entry.site, entry.outcome, entry.detail) for entry in shown))
+    if len(dropped) > len(shown):
+        note(f"... and {len(dropped) - len(shown)} more dropped; -v shows all")
+    if result.output is None:
+        note("dry run: nothing was written")
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

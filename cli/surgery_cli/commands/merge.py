@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``surgery merge``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery_cli.commands._merge_text import obstacles, plan_text, result_text
+from surgery_cli.options import (
+    Settings,
+    complete_files,
+    device_option,
+    dtype_option,
+    output_option,
+    overwrite_option,
+    size,
+    weighted,
+)
+from surgery_cli.options import (
+    command as sub_command,
+)
+from surgery_cli.output import emit_json, warn
+from surgery_cli.progress import bar
+
+if TYPE_CHECKING:
+    from surgery.merge import MergeResult
+
+__all__ = ["command"]
+
+
+@sub_command("merge")
+@click.argument("base", shell_complete=complete_files)
+@click.argument(
+    "adapters", nargs=-1, required=True, type=weighted, metavar="ADAPTER[=WEIGHT]...", shell_complete=complete_files
+)
+@output_option("Folder to make; it must not exist yet.")
+@dtype_option
+@device_option
+@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@click.option("--memory-limit", type=size, metavar="SIZE", help="Most memory for tensors being computed, e.g. 2GB.")
+@click.option("--shard-size", type=size, metavar="SIZE", help="Most bytes per weight file, e.g. 5GB; default: as BASE.")
+@click.option(
+    "--verify",
+    type=click.Choice(["fast", "full"]),
+    default="fast",
+    show_default=True,
+    help="full: compare what was copied byte by byte too.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
+@overwrite_option()
+def command(
+    settings: Settings,
+    base: str,
+    adapters: tuple[tuple[str, float], ...],
+    output: Path,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Merge adapters into a base model.
+
+    BASE is a weight file, a Hugging Face folder or a diffusers pipeline; each ADAPTER may have a weight. OUT gets BASE's files,
+    each tensor's own type kept, with every adapter folded in. All of it appears at once, or nothing does.
+
+    \b
+    Examples:
+      surgery merge llama/ my-lora/ -o merged/
+      surgery merge llama/ style=0.7 facts=0.5 -o merged/ --dtype bf16
+      surgery merge llama/ my-lora/ -o merged/ --dry-run
+    """
+    from surgery.merge import merge
+    from surgery_formats.refs import resolve
+
+    began = time.monotonic()
+    inputs = [(resolve(reference), weight) for reference, weight in adapters]
+    with bar(settings, "merging") as progress:
+        result = merge(resolve(base), inputs, output=output, dry_run=dry_run, progress=progress, **options)
+    seconds = time.monotonic() - began
+    warnings = [*result.warnings]
+    if dry_run:
+        warnings += obstacles(result.ledger.plan, output, overwrite=options["overwrite"])
+    if settings.json:
+        emit_json("merge", _as_json(result, seconds, warnings))
+    elif dry_run:
+        plan_text(result, output, options["workers"], settings)
+    elif not settings.quiet:
+        result_text(result, seconds, settings)
+    for text in warnings:
+        warn(text)
+
+
+def _as_json(result: MergeResult, seconds: float, warnings: list[str]) -> dict[str, Any]:
+    return {
+        "output": None if result.output is None else str(result.output),
+        "nbytes": result.ledger.plan.nbytes,
+        "files": {file.name: file.nbytes for file in result.ledger.plan.files},
+        "seconds": round(seconds, 3),
+        "warnings": warnings,
+        "ledger": result.ledger.as_json(),
+    }

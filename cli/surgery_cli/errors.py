@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one map from what went wrong to a message on stderr and an exit code; commands never catch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import click
+
+from surgery_cli.options import Settings
+from surgery_cli.output import SCHEMA_VERSION, clean
+from surgery_formats.errors import SurgeryError
+from surgery_formats.text import show
+
+__all__ = ["INTERRUPTED", "Fault", "fault_of", "guarded"]
+
+INTERNAL, USAGE, INPUT, RESOURCE, INTERRUPTED = 1, 2, 3, 7, 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+_UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PATH_LIMIT = 500  # characters; a path is worth showing whole
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is told about an exception.
+
+    Attributes:
+        exit_code: Of the process.
+        code: Stable name for machines.
+        message: What is wrong.
+        hint: What to do next.
+        file: Where.
+        tensor: Where in it.
+    """
+
+    exit_code: int
+    code: str
+    message: str
+    hint: str | None = None
+    file: str | None = None
+    tensor: str | None = None
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What to tell about `error`."""
+    match error:
+        case SurgeryError():
+            return Fault(error.exit_code, error.code, error.message, error.hint, error.file, error.tensor)
+        case click.UsageError():
+            hint = f"see '{error.ctx.command_path} --help'" if error.ctx else None
+            return Fault(USAGE, "UsageError", _lowered(error.format_message()), hint)
+        case click.ClickException():
+            return Fault(USAGE, "UsageError", error.format_message())
+        case KeyboardInterrupt() | click.Abort():
+            return Fault(INTERRUPTED, "Interrupted", "interrupted")
+        case MemoryError():
+            return Fault(RESOURCE, "ResourceError", "not enough memory", "try --workers 1 or a --memory-limit")
+        case OSError() if error.errno in _FULL:
+            hint = "free some space, or write to another disk"
+            return Fault(RESOURCE, "ResourceError", str(error.strerror), hint, _path(error))
+        case OSError() if isinstance(error, _UNREADABLE) and error.filename is not None:
+            return Fault(INPUT, "InputError", str(error.strerror), None, _path(error))
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, unimported
+        hint = "try --workers 1, a --memory-limit or another --device"
+        return Fault(RESOURCE, "ResourceError", f"not enough memory: {_first_line(error)}", hint)
+    hint = "run again with --debug for the traceback; please report"
+    return Fault(INTERNAL, "InternalError", f"internal error: {type(error).__name__}: {_first_line(error)}", hint)
+
+
+def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) -> int:
+    """Do `work`; tell what went wrong, if anything did.
+
+    Args:
+        work: Raises whatever it wants to.
+        settings: As far as parsing came.
+        words: The command line: where parsing failed, `settings` may not have seen its ``--json`` yet.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        work()
+        sys.stdout.flush()  # here, where a reader that went away can still be dealt with
+    except click.exceptions.Exit as left:
+        return left.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return USAGE
+    except BrokenPipeError:
+        # The reader (head, a pager) has seen enough. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        fault = fault_of(error)
+        known = words[: words.index("--")] if "--" in words else words
+        debug = settings.debug or "--debug" in known
+        trace = "".join(traceback.format_exception(error)) if debug else None
+        if settings.json or "--json" in known:
+            _tell_machine(fault, trace)
+        else:
+            _tell_human(fault, trace)
+        return fault.exit_code
+    return 0
+
+
+def _tell_human(fault: Fault, trace: str | None) -> None:
+    for line in (trace or "").splitlines():
+        click.echo(clean(line), err=True)
+    where = [show(fault.file, _PATH_LIMIT)] if fault.file else []
+    where += [f"tensor '{show(fault.tensor)}'"] if fault.tensor else []
+    click.echo(f"error: {': '.join([*where, clean(fault.message)])}", err=True)
+    if fault.hint:
+        click.echo(f"  hint: {clean(fault.hint)}", err=True)
+
+
+def _tell_machine(fault: Fault, trace: str | None) -> None:
+    error = {
+        "code": fault.code,
+        "message": clean(fault.message),
+        "hint": clean(fault.hint) if fault.hint else None,
+        "file": fault.file,
+        "tensor": fault.tensor,
+    }
+    if trace is not None:
+        error["traceback"] = trace
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}), err=True)
+
+
+def _path(error: OSError) -> str | None:
+    return None if error.filename is None else os.fsdecode(error.filename)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _lowered(text: str) -> str:
+    """Click's sentences in the form of our own messages."""
+    return text[:1].lower() + text[1:].removesuffix(".")

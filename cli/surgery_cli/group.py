@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of sub-commands. Nothing of a command is imported until it is the one asked for, so that help and completion are quick."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+from click.shell_completion import CompletionItem, shell_complete
+
+from surgery_cli.errors import guarded
+from surgery_cli.options import Settings, global_options
+from surgery_formats.text import closest, show
+
+__all__ = ["COMMANDS", "COMPLETE", "SurgeryGroup", "surgery"]
+
+COMMANDS = {
+    "merge": "Merge adapters into a base model.",
+    "convert": "Convert an adapter to another format.",
+    "inspect": "Show what a model or an adapter is made of.",
+    "report": "Report what adapters save in parameters and storage.",
+    "formats": "List the adapter formats that can be read and written.",
+    "env": "Show versions and devices, for bug reports.",
+    "completion": "Print the completion script of a shell.",
+}
+"""In order of use. Each line is the first line of the command's own help."""
+
+COMPLETE = "_SURGERY_COMPLETE"  # click's name for it; the scripts of ``surgery completion`` set it
+
+_EPILOG = """\b
+Exit codes: 0 done; 1 internal error; 2 usage; 3 input missing, unreadable or
+malformed; 4 does not fit; 5 proof failed; 7 not enough disk or memory;
+130 interrupted.
+"""
+
+
+class SurgeryGroup(click.Group):
+    """A group whose commands are names in a table."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command called `cmd_name`, if the table has it."""
+        if cmd_name not in COMMANDS:
+            return None
+        found: click.Command = importlib.import_module(f"surgery_cli.commands.{cmd_name}").command
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with a "did you mean" out of the table."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            hint = closest(name, COMMANDS)
+            raise click.UsageError(f"no command '{show(name)}'" + (f"; {hint}" if hint else ""), ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table, without importing what it names."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names out of the table, then options."""
+        names = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
+    def main(  # type: ignore[override]  # always leaves through the one error map
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> NoReturn:
+        """Run one command line and exit with its code."""
+        words = list(sys.argv[1:] if args is None else args)
+        name = prog_name or "surgery"
+        if instruction := os.environ.get(COMPLETE):
+            sys.exit(shell_complete(self, {}, name, COMPLETE, instruction))
+        settings = Settings()
+
+        def work() -> None:
+            with self.make_context(name, words, obj=settings, **extra) as ctx:
+                self.invoke(ctx)
+
+        sys.exit(guarded(work, settings, words))
+
+
+@click.group(
+    cls=SurgeryGroup,
+    params=global_options(),
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+)
+def surgery() -> None:
+    """Operate on model and adapter files: exact, accounted for, as fast as copying the file."""

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that commands share, as decorators, and the types of their values."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from surgery_formats.text import show
+
+__all__ = [
+    "Settings",
+    "command",
+    "complete_files",
+    "device",
+    "device_option",
+    "dtype_option",
+    "global_options",
+    "output_option",
+    "overwrite_option",
+    "size",
+    "weighted",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
+
+
+@dataclass
+class Settings:
+    """What the global options say; the same object before and after the sub-command.
+
+    Attributes:
+        json: Data for machines instead of text for people.
+        verbose: How often ``-v`` was given.
+        quiet: Neither progress, nor summaries, nor hints.
+        debug: Show tracebacks.
+    """
+
+    json: bool = False
+    verbose: int = 0
+    quiet: bool = False
+    debug: bool = False
+
+
+def _store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Absent is not false: the option may have been given on the other side of the sub-command."""
+    if value and param.name:
+        setattr(ctx.ensure_object(Settings), param.name, value)
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from surgery import __version__
+
+        click.echo(f"surgery {__version__}")
+        ctx.exit()
+
+
+def global_options() -> list[click.Parameter]:
+    """``--json -v -q --debug --version``: of the group and of every command, last in its help."""
+
+    def flag(*names: str, help: str, callback: Callable[..., None] = _store, **kind: Any) -> click.Option:
+        return click.Option(names, help=help, callback=callback, expose_value=False, is_eager=True, **kind)
+
+    return [
+        flag("--json", is_flag=True, help="Data as JSON on stdout, everything else on stderr."),
+        flag("-v", "--verbose", count=True, help="Show more."),
+        flag("-q", "--quiet", is_flag=True, help="No progress, summary or hints."),
+        flag("--debug", is_flag=True, help="Show tracebacks."),
+        flag("--version", is_flag=True, help="Show the version and exit.", callback=_version),
+    ]
+
+
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A sub-command: it takes the global options and gets `Settings` as its first argument."""
+
+    def wrap(function: Callable[..., None]) -> click.Command:
+        made = click.command(name)(click.pass_obj(function))
+        made.params += global_options()
+        return made
+
+    return wrap
+
+
+def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """References are mostly files and folders: the shell completes those itself."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def output_option(help: str) -> Callable[[F], F]:
+    """``-o/--output``."""
+    return click.option("-o", "--output", metavar="OUT", required=True, type=click.Path(path_type=Path), help=help)
+
+
+def overwrite_option(what: str = "OUT") -> Callable[[F], F]:
+    """``--overwrite``."""
+    return click.option("--overwrite", is_flag=True, help=f"Replace {what} if it is there, atomically.")
+
+
+def dtype_option(function: F) -> F:
+    """``--dtype``."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["keep", "bf16", "fp16", "fp32", "fp64"]),
+        default="keep",
+        show_default=True,
+        help="Stored type of floating-point tensors.",
+    )(function)
+
+
+def device_option(function: F) -> F:
+    """``--device``, checked before anything is read."""
+    return click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        type=device,
+        metavar="cpu|cuda[:N]|auto",
+        help="Where the arithmetic runs.",
+    )(function)
+
+
+def device(text: str) -> str:
+    """A device that is there.
+
+    Raises:
+        click.BadParameter: not a device, or not on this machine.
+    """
+    if text == "cpu":
+        return text
+    if text != "auto" and re.fullmatch(r"cuda(:\d{1,3})?", text, re.ASCII) is None:
+        raise click.BadParameter(f"'{show(text)}' is none of cpu, cuda, cuda:N, auto")
+    import torch
+
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return "cuda" if number else "cpu"
+    if int(text.partition(":")[2] or 0) >= number:
+        raise click.BadParameter(f"'{text}' is not on this machine, which has {number} CUDA devices")
+    return text
+
+
+def size(text: str) -> int:
+    """A number of bytes: ``5GB`` (decimal), ``512MiB`` (binary), ``1000000``.
+
+    Raises:
+        click.BadParameter: anything else, or less than one byte.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise click.BadParameter(f"'{show(text)}' is not a size; write 2GB, 512MiB or a number of bytes")
+    number, unit, binary = found.groups()
+    factor: int = (1024 if binary else 1000) ** _UNITS[(unit or "").lower()]
+    whole, _, fraction = number.partition(".")  # whole numbers all the way: a double holds 16 digits only
+    nbytes: int = int(whole) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
+    if nbytes < 1:
+        raise click.BadParameter(f"'{show(text)}' is less than one byte")
+    return nbytes
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """``ADAPTER[=WEIGHT]`` -> reference and weight. A file or folder that has the whole name always wins.
+
+    Raises:
+        click.BadParameter: what follows the last ``=`` is not a finite number.
+    """
+    reference, equals, number = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight) or not reference:
+        raise click.BadParameter(f"neither is '{show(number)}' a weight, nor is there a file or folder '{show(text)}'")
+    return reference, weight

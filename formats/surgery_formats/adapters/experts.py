@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts under three names: each (``experts.3.up_proj``), fused (``experts.gate_up_proj``), stacked by MLX (``switch_mlp.up_proj``).
+
+The families' `Fused` records say which is which; without a base the name of the block tells Mixtral's spelling from the others'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from surgery_formats.adapter import Site
+from surgery_formats.adapters.writing import component_of, row_slice
+from surgery_formats.checkpoint import Checkpoint
+from surgery_formats.families import Fused, mixtral, qwen_moe
+from surgery_formats.updates import LoRA, Stacked
+
+__all__ = ["SWITCH", "fused_of", "one_expert", "taken_apart"]
+
+SWITCH = ".switch_mlp."  # the module that holds MLX's stacks
+_MIXTRAL = re.compile(r"\.block_sparse_moe\.|\.experts\.\d+\.w[123]\.")
+
+
+def fused_of(site: Site, base: Checkpoint | None) -> tuple[Fused, ...]:
+    """How the experts of the weight `site` are named: by the base's family, or by the spelling of the path."""
+    if base is not None and (found := component_of(site, base).family.fused):
+        return found
+    return mixtral.FAMILY.fused if _MIXTRAL.search(site.path) else qwen_moe.FAMILY.fused
+
+
+def taken_apart(path: str, update: Stacked, fused: Iterable[Fused]) -> Iterator[tuple[str, LoRA]]:
+    """``(path of one expert's part, its LoRA)`` of an update that stacks experts; nothing if the records do not know its name."""
+    for record in fused:
+        if path.endswith(f".{record.whole}"):
+            stem = path.removesuffix(record.whole)
+            for number, expert in enumerate(update.experts):
+                if not isinstance(expert, LoRA) or expert.shape[0] % len(record.parts):
+                    return
+                height = expert.shape[0] // len(record.parts)
+                for position, part in enumerate(record.parts):
+                    piece = (
+                        expert
+                        if len(record.parts) == 1
+                        else row_slice(expert, position * height, (position + 1) * height)
+                    )
+                    yield f"{stem}{part.format(e=number)}", piece
+            return
+
+
+def one_expert(path: str, fused: Iterable[Fused]) -> tuple[str, int] | None:
+    """``(path of MLX's stack, number)`` for the path of one expert's part."""
+    for record in fused:
+        if f".{record.whole}".startswith(SWITCH):
+            pattern = re.escape(record.parts[0]).replace(r"\{e\}", r"(\d{1,5})")
+            if found := re.fullmatch(rf"(.*\.){pattern}", path):
+                return f"{found[1]}{record.whole}", int(found[2])
+    return None

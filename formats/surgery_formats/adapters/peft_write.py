@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the canonical form to a PEFT folder.
+
+Ranks and scales become ``r``, ``lora_alpha``, ``rank_pattern`` and ``alpha_pattern`` with anchored full paths as keys, unless the
+adapter was a PEFT adapter whose own configuration still gives every module its rank and scale: then that stays as it was written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from surgery_formats.adapter import Adapter, Site
+from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
+from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.mlx_read import EMBEDDINGS
+from surgery_formats.adapters.peft_config import PeftConfig, parse_config
+from surgery_formats.adapters.writing import (
+    Ledger,
+    commonest,
+    copied,
+    factor_dtype,
+    made,
+    places_of,
+    surviving_metadata,
+    whole_place,
+)
+from surgery_formats.checkpoint import Checkpoint
+from surgery_formats.errors import FitError
+from surgery_formats.text import listing
+from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["render_peft"]
+
+_PREFIX = "base_model.model."
+_PARAMETER_ORDER = (
+    "weight",
+    "gate_up_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w3",
+    "w2",
+)  # as transformers registers them
+_EXPERTS_ORDER_SINCE = (
+    "0.19.0"  # the version that gave expert factors the axis order written here (huggingface/peft#3165)
+)
+
+
+@dataclass
+class _State:
+    """What has been written so far."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    tensors: dict[str, NewTensor] = field(default_factory=dict)
+    settings: dict[str, tuple[int, float]] = field(default_factory=dict)  # module -> rank, alpha
+    saved: set[str] = field(default_factory=set)
+    parameters: list[tuple[Site, Stacked]] = field(default_factory=list)
+    biased: bool = False
+
+    def add(self, tensor: NewTensor) -> None:
+        """One tensor of the file."""
+        if tensor.name in self.tensors:
+            raise FitError("two updates have the same key in this format", tensor=tensor.name)
+        self.tensors[tensor.name] = tensor
+
+
+def render_peft(adapter: Adapter, base: Checkpoint | None) -> Rendering:
+    """adapter_model.safetensors and adapter_config.json.
+
+    Raises:
+        FitError: flattened names and no base, or several parts of a pipeline, of which a PEFT folder can hold one.
+    """
+    _check_sites(adapter, base)
+    own = parse_config(adapter.config, adapter.path) if adapter.format == "peft" else None
+    state = _State()
+    dora = any(isinstance(update, DoRA) for chain in adapter.updates.values() for update in chain)
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            if isinstance(update, LoRA | DoRA):
+                _lora(site, update, base, own, state, dora=dora)
+                _tied_head(site, update, adapter, base, state)
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            if not isinstance(update, LoRA | DoRA):
+                _other(site, update, adapter, base, own, state)
+    _parameters(state)
+    if adapter.prompt is not None and own is not None:
+        state.add(copied(adapter.prompt.name, adapter.prompt))
+    else:
+        state.ledger.drop_prompt(adapter)
+    config = _config(adapter, own, state, dora=dora)
+    metadata = surviving_metadata(adapter) | {"format": "pt"}
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
+    tensors = tuple(state.tensors[name] for name in sorted(state.tensors))
+    small = {"adapter_config.json": text.encode()}
+    return Rendering(
+        "adapter_model.safetensors", tensors, metadata, small, tuple(state.ledger.entries), state.ledger.held
+    )
+
+
+def _check_sites(adapter: Adapter, base: Checkpoint | None) -> None:
+    components = sorted({site.component for site in adapter.updates})
+    if len(components) > 1:
+        raise FitError(
+            f"a PEFT folder holds one model's adapter, this one has {listing(components)}",
+            file=adapter.path,
+            hint="choose one with --component",
+        )
+    if base is None and any(site.flat for site in adapter.updates):
+        raise FitError(
+            "its module names are flattened: only the base tells them apart",
+            file=adapter.path,
+            hint="give it with --base",
+        )
+
+
+def _lora(
+    site: Site, update: LoRA | DoRA, base: Checkpoint | None, own: PeftConfig | None, state: _State, *, dora: bool
+) -> None:
+    """One module's LoRA or DoRA."""
+    lora = update.direction if isinstance(update, DoRA) else update
+    why = ""
+    if dora and isinstance(update, LoRA):
+        why = "use_dora holds for every module of a file"
+    module, shape = _module(site, lora, base, own)
+    embedding = _is_embedding(module, lora, base)
+    if isinstance(update, DoRA):
+        size = lora.shape[1 if embedding else 0]
+        if update.per_row == embedding or update.magnitude.shape[0] != size:
+            why = f"its magnitudes belong to {'rows' if update.per_row else 'columns'}, this format's do not"
+    if f"{_PREFIX}{module}.lora_A.weight" in state.tensors or f"{_PREFIX}{module}.lora_embedding_A" in state.tensors:
+        why = "a second one on one module"
+    if not site.path.endswith(".weight") and not (own and site.path.endswith("." + _leaf(site))):
+        why = "this format names modules, not parameters"
+    if why:
+        state.ledger.drop(site, update, why)
+        return
+    for tensor in _factors(f"{_PREFIX}{module}", lora, shape, embedding=embedding):
+        state.add(tensor)
+    if isinstance(update, DoRA):
+        ones = (1,) * (len(shape) - 2)
+        magnitude = (1, shape[0], *ones) if ones else (update.magnitude.shape[0],)
+        state.add(made(f"{_PREFIX}{module}.lora_magnitude_vector", update.magnitude, magnitude))
+    clean = ".".join(segment for segment in module.split(".") if segment != "base_layer")
+    state.settings[clean] = (lora.rank, lora.scale * lora.rank)
+    folded = len(lora.A.tensors) + len(lora.B.tensors) > 2
+    state.ledger.keep(site, update, "folded" if folded else "exact", f"{_PREFIX}{module}")
+
+
+def _tied_head(site: Site, update: LoRA | DoRA, adapter: Adapter, base: Checkpoint | None, state: _State) -> None:
+    """A tied head that follows the embedding (mlx-lm) needs the same LoRA of its own here."""
+    if base is None or base.is_pipeline or not adapter.keeps_ties or not isinstance(update, LoRA):
+        return
+    main = base.main
+    found = whole_place(places_of(site, base, update.tensors))
+    if main.tied and main.head and found and found[0] == main.embedding and Site(main.head) not in adapter.updates:
+        module = main.head.removesuffix(".weight")
+        for tensor in _factors(f"{_PREFIX}{module}", update, update.shape, embedding=False):
+            state.add(tensor)
+        state.settings[module] = (update.rank, update.scale * update.rank)
+
+
+def _leaf(site: Site) -> str:
+    return site.path.rpartition(".")[2]
+
+
+def _module(site: Site, lora: LoRA, base: Checkpoint | None, own: PeftConfig | None) -> tuple[str, tuple[int, ...]]:
+    """``(module path, shape of its weight)``: the path as written before, or the adapter's, or (flattened names) the base's."""
+    stored = lora.A.tensors[0]
+    out, inputs = lora.shape
+    shape = (out, inputs) if len(stored.shape) < 3 or lora.A.view is not None else (out, *stored.shape[1:])
+    path = site.path.removesuffix(".weight")
+    if base is not None and (found := whole_place(places_of(site, base, lora.tensors))):
+        shape = found[1] if len(found[1]) > 2 else (out, inputs)
+        path = found[0].removesuffix(".weight") if site.flat else path
+    if own is not None:  # keeps the nesting of wrapped modules
+        path = re.split(r"\.lora_(?:embedding_)?[AB]\b", stored.name.removeprefix(_PREFIX))[0]
+    return path, shape
+
+
+def _is_embedding(module: str, lora: LoRA, base: Checkpoint | None) -> bool:
+    if any(".lora_embedding_" in tensor.name for tensor in lora.tensors):
+        return True
+    if any(re.search(r"\.lora_[AB]\b", tensor.name) for tensor in lora.tensors):
+        return False
+    if base is not None and not base.is_pipeline and base.main.embedding == f"{module}.weight":
+        return True
+    return module.rpartition(".")[2] in EMBEDDINGS
+
+
+def _factors(key: str, lora: LoRA, shape: tuple[int, ...], *, embedding: bool) -> list[NewTensor]:
+    rank = lora.rank
+    if embedding:  # delta = (B A)^T
+        return [
+            made(f"{key}.lora_embedding_A", lora.B, (rank, lora.shape[0]), lambda t: t.T),
+            made(f"{key}.lora_embedding_B", lora.A, (lora.shape[1], rank), lambda t: t.T),
+        ]
+    ones = (1,) * (len(shape) - 2)
+    return [
+        made(f"{key}.lora_A.weight", lora.A, (rank, *shape[1:])),
+        made(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones)),
+    ]
+
+
+def _other(
+    site: Site, update: Update, adapter: Adapter, base: Checkpoint | None, own: PeftConfig | None, state: _State
+) -> None:
+    """Everything that is not one module's LoRA."""
+    if isinstance(update, Stacked):
+        _stacked(site, update, base, state)
+    elif isinstance(update, Offset):
+        _bias(site, update, adapter, state)
+    elif isinstance(update, Replacement):
+        name = update.stored.name
+        if own is None and not state.settings:
+            state.ledger.drop(site, update, "this format trains whole modules only beside a LoRA")
+            return
+        kept = own is not None and name.startswith("base_model.") and ".modules_to_save." not in name
+        state.add(
+            NewTensor(
+                name if kept else _PREFIX + site.path, update.stored.dtype, update.stored.shape, update.stored.read
+            )
+        )
+        if own is None:
+            state.saved.add(site.path.rpartition(".")[0])
+        state.ledger.keep(site, update, "exact", "modules_to_save")
+    elif isinstance(update, TokenRows) and own is not None:
+        module = site.path.removesuffix(".weight")
+        wrapper = "" if own.kind == "TRAINABLE_TOKENS" else ".token_adapter"
+        state.add(made(f"{_PREFIX}{module}{wrapper}.trainable_tokens_delta", update.value, update.value.shape))
+        state.ledger.keep(site, update, "exact", "trainable tokens")
+    else:
+        state.ledger.drop(site, update, f"this format has no {update.kind}")
+
+
+def _bias(site: Site, update: Offset, adapter: Adapter, state: _State) -> None:
+    """``lora_bias``: an addition to the bias, scaled like the LoRA of its module."""
+    weight = Site(site.path.removesuffix("bias") + "weight", site.component, site.flat)
+    held = [one for one in state.ledger.held.get(weight, ()) if isinstance(one, LoRA)]
+    if not site.path.endswith(".bias") or len(held) != 1:
+        state.ledger.drop(site, update, "this format adds to a bias only where its module has a LoRA")
+        return
+    lora = held[0]
+    entry = next(entry for entry in state.ledger.entries if entry.site == str(weight) and entry.outcome != "dropped")
+    times = 1.0 if update.scale == lora.scale else update.scale / lora.scale
+    state.add(made(f"{entry.detail}.lora_B.bias", update.value, update.value.shape, times=times))
+    state.biased = True
+    state.ledger.keep(site, update, "exact" if times == 1.0 else "folded", "lora_bias")
+
+
+def _stacked(site: Site, update: Stacked, base: Checkpoint | None, state: _State) -> None:
+    """Experts: one LoRA each where they come from MLX's stacks, a LoRA on the 3-D parameter otherwise."""
+    if SWITCH not in site.path:
+        if not all(isinstance(one, LoRA) and one.rank == update.experts[0].rank for one in update.experts):  # type: ignore[attr-defined]
+            state.ledger.drop(site, update, "its experts have several ranks")
+            return
+        state.parameters.append((site, update))
+        return
+    pieces = list(taken_apart(site.path, update, fused_of(site, base)))
+    if not pieces:
+        state.ledger.drop(site, update, "the names of its experts are not known")
+        return
+    for path, lora in pieces:
+        module = path.removesuffix(".weight")
+        for tensor in _factors(f"{_PREFIX}{module}", lora, lora.shape, embedding=False):
+            state.add(tensor)
+        state.settings[module] = (lora.rank, lora.scale * lora.rank)
+    state.ledger.keep(site, update, "exact", f"{len(pieces)} modules")
+
+
+def _parameters(state: _State) -> None:
+    """LoRAs on 3-D parameters (``target_parameters``): several on one module nest, the first registered innermost."""
+    by_module: dict[str, list[tuple[Site, Stacked]]] = {}
+    for site, update in state.parameters:
+        by_module.setdefault(site.path.rpartition(".")[0], []).append((site, update))
+    for module, found in by_module.items():
+        names = {_leaf(site) for site, _ in found}
+        if len(found) > 1 and not names <= set(_PARAMETER_ORDER):
+            raise FitError(
+                f"which of {listing(sorted(names))} is the inner one is not known",
+                file=found[0][1].tensors[0].file.path,
+            )
+        if len(found) > 1:
+            found.sort(key=lambda pair: _PARAMETER_ORDER.index(_leaf(pair[0])))
+        for depth, (site, update) in enumerate(reversed(found)):
+            key = f"{_PREFIX}{module}{'.base_layer' * depth}"
+            for tensor in _stack_factors(key, update):
+                state.add(tensor)
+            first = update.experts[0]
+            assert isinstance(first, LoRA)
+            state.settings[site.path] = (first.rank, first.scale * first.rank)
+            state.ledger.keep(site, update, "exact", key)
+
+
+def _stack_factors(key: str, update: Stacked) -> list[NewTensor]:
+    """``A`` (E*rank, cols), ``B`` (rows, rank*E), expert e being ``B.reshape(rows, rank, E)[:, :, e]``."""
+    loras = [one for one in update.experts if isinstance(one, LoRA)]
+    if update.if_transposed and len(loras[0].A.tensors) == 1:  # PEFT's own tensors, in today's order
+        a, b = loras[0].A.tensors[0], loras[0].B.tensors[0]
+        return [copied(f"{key}.lora_A.weight", a), copied(f"{key}.lora_B.weight", b)]
+    count, rank = len(loras), loras[0].rank
+    out, inputs = loras[0].shape
+
+    def load_a() -> torch.Tensor:
+        import torch
+
+        return torch.cat([lora.A.load(torch.float64) for lora in loras])
+
+    def load_b() -> torch.Tensor:
+        import torch
+
+        return torch.stack([lora.B.load(torch.float64) for lora in loras], dim=-1).reshape(out, rank * count)
+
+    def dtype(factors: list[Factor]) -> Any:
+        return factor_dtype(factors, folded=False)
+
+    return [
+        NewTensor(f"{key}.lora_A.weight", dtype([lora.A for lora in loras]), (count * rank, inputs), load_a),
+        NewTensor(f"{key}.lora_B.weight", dtype([lora.B for lora in loras]), (out, rank * count), load_b),
+    ]
+
+
+def _config(adapter: Adapter, own: PeftConfig | None, state: _State, *, dora: bool) -> dict[str, Any]:
+    stacked = [site.path for site, _ in state.parameters]
+    if own is not None and _still_holds(own, state):
+        kept = dict(adapter.config)
+        if stacked and own.experts_old_order:
+            kept["peft_version"] = _EXPERTS_ORDER_SINCE
+        return kept
+    rank = commonest(rank for rank, _ in state.settings.values()) or 8
+    alpha = commonest(alpha for _, alpha in state.settings.values()) or float(rank)
+    ranks = {_anchored(module): r for module, (r, _) in state.settings.items() if r != rank}
+    alphas = {_anchored(module): _number(a) for module, (_, a) in state.settings.items() if a != alpha}
+    config: dict[str, Any] = {
+        "auto_mapping": None,
+        "base_model_name_or_path": adapter.base_name or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "revision": None,
+        "task_type": None,
+        **(dict(adapter.config) if own is not None else {}),
+        "alpha_pattern": dict(sorted(alphas.items())),
+        "lora_alpha": _number(alpha),
+        "lora_bias": state.biased,
+        "r": rank,
+        "rank_pattern": dict(sorted(ranks.items())),
+        "target_modules": sorted(module for module in state.settings if module not in stacked),
+        "use_dora": dora,
+        "use_rslora": False,
+    }
+    if own is None:
+        config["modules_to_save"] = sorted(state.saved) or None
+    if stacked:
+        config |= {"peft_version": _EXPERTS_ORDER_SINCE, "target_parameters": sorted(stacked)}
+    return config
+
+
+def _still_holds(own: PeftConfig, state: _State) -> bool:
+    """Whether the configuration the adapter came with says what was written."""
+    for module, (rank, alpha) in state.settings.items():
+        wanted, scale = alpha / rank, own.scale_of(module, rank)
+        if own.rank_of(module) != rank or abs(scale - wanted) > 1e-12 * abs(wanted):
+            return False
+    return True
+
+
+def _anchored(module: str) -> str:
+    r"""A pattern that only this path matches: PEFT matches ``(.*\\.)?(key)$``, an anchor inside pins the start."""
+    return f"^{re.escape(module)}"
+
+
+def _number(value: float) -> int | float:
+    """Whole numbers without a point, as people write them."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every writer needs: tensors made from factors, a ledger that cannot forget an update, names looked up in the base."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from surgery_formats.adapter import Adapter, Site
+from surgery_formats.adapters.format import Entry, NewTensor, Outcome
+from surgery_formats.checkpoint import Checkpoint, Component
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.names import Place
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates import Factor, LoRA, Update
+
+if TYPE_CHECKING:
+    import torch
+
+    Change = Callable[[torch.Tensor], torch.Tensor]
+
+__all__ = [
+    "Ledger",
+    "commonest",
+    "component_of",
+    "copied",
+    "factor_dtype",
+    "made",
+    "places_of",
+    "row_slice",
+    "surviving_metadata",
+    "whole_place",
+]
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+# Hashes of a file's own bytes, and the container's own mark: wrong or meaningless in another file. Tools compute them when absent.
+_OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")
+
+
+@dataclass
+class Ledger:
+    """What becomes of every update of the source, noted while a writer goes through them."""
+
+    entries: list[Entry] = field(default_factory=list)
+    held: dict[Site, tuple[Update, ...]] = field(default_factory=dict)
+
+    def keep(self, site: Site, update: Update, outcome: Outcome, detail: str = "") -> None:
+        """`update` is in the files."""
+        self.entries.append(Entry(str(site), outcome, detail))
+        self.held[site] = (*self.held.get(site, ()), update)
+
+    def drop(self, site: Site, update: Update, why: str) -> None:
+        """`update` is not in the files, and why."""
+        self.entries.append(Entry(str(site), "dropped", f"{update.kind}: {why}"))
+
+    def drop_prompt(self, adapter: Adapter) -> None:
+        """Virtual tokens, for a format that has none."""
+        if adapter.prompt is not None:
+            self.entries.append(Entry(adapter.prompt.name, "dropped", "this format has no virtual tokens"))
+
+
+def factor_dtype(factors: Iterable[Factor], *, folded: bool) -> DType:
+    """The type to store a factor in: the widest it was made of; at least float32 if numbers were multiplied into it."""
+    stored = [tensor.dtype for factor in factors for tensor in factor.tensors]
+    widest = max(stored, key=lambda dtype: (dtype.bits, dtype is DType.BF16))
+    exact = widest.is_float and len({dtype for dtype in stored if dtype.bits == widest.bits}) == 1
+    return widest if exact and (widest.bits > 16 or not folded) else (DType.F64 if widest is DType.F64 else DType.F32)
+
+
+def made(
+    name: str, factor: Factor, shape: tuple[int, ...], change: Change | None = None, *, times: float = 1.0
+) -> NewTensor:
+    """A factor as a tensor: changed (transposed, padded), then scaled. A product of several tensors counts as folded.
+
+    Args:
+        name: Key in the file.
+        factor: Values.
+        shape: Of the result.
+        change: From the factor's values to the result's, up to a reshape.
+        times: Number to multiply in.
+    """
+
+    def load() -> torch.Tensor:
+        import torch
+
+        values = factor.load(torch.float64)
+        values = (values if change is None else change(values)).reshape(shape)
+        return values if times == 1.0 else values * times
+
+    return NewTensor(name, factor_dtype([factor], folded=times != 1.0 or len(factor.tensors) > 1), shape, load)
+
+
+def copied(name: str, tensor: StoredTensor) -> NewTensor:
+    """A stored tensor as it is."""
+    return NewTensor(name, tensor.dtype, tensor.shape, tensor.read)
+
+
+def row_slice(lora: LoRA, start: int, stop: int) -> LoRA:
+    """The LoRA of rows ``[start, stop)`` of its weight: the same A, a part of B."""
+    whole = lora.B
+    part = Factor(whole.tensors, (stop - start, lora.rank), lambda *read: _viewed(whole, read)[start:stop])
+    return replace(lora, B=part)
+
+
+def _viewed(factor: Factor, read: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    found = read[0] if factor.view is None else factor.view(*read)
+    return found.reshape(factor.shape)
+
+
+def commonest(values: Iterable[_Key]) -> _Key | None:
+    """The value that occurs most often, the least of those that tie; None if there are none."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value), default=None)
+
+
+def surviving_metadata(adapter: Adapter) -> dict[str, str]:
+    """The free strings that mean something in any file."""
+    return {key: value for key, value in adapter.metadata.items() if key not in _OF_THE_FILE}
+
+
+def component_of(site: Site, base: Checkpoint) -> Component:
+    """The part of the base that a site means.
+
+    Raises:
+        FitError: the base has no such part.
+    """
+    if not base.is_pipeline:
+        return base.main
+    if site.component not in base.components:
+        raise FitError(f"the base has no '{site.component or 'single model'}'", file=base.path)
+    return base.components[site.component]
+
+
+def places_of(site: Site, base: Checkpoint, tensors: tuple[StoredTensor, ...]) -> tuple[Place, ...]:
+    """Where the base holds the weight of `site`.
+
+    Raises:
+        FitError: it has no such weight.
+    """
+    component = component_of(site, base)
+    found = component.names.resolve(site.path, flat=site.flat)
+    if not found:
+        raise FitError(
+            f"the base has no parameter '{site}'",
+            file=tensors[0].file.path,
+            tensor=tensors[0].name,
+            hint="is this the base it was trained on?",
+        )
+    return found
+
+
+def whole_place(found: tuple[Place, ...]) -> tuple[str, tuple[int, ...]] | None:
+    """``(stored name, shape as stored)`` of a weight that the base holds in one tensor of its own; None otherwise."""
+    place = found[0]
+    tensor = place.parameter.storage.tensor
+    if len(found) != 1 or math.prod(place.parameter.shape) != tensor.numel:
+        return None
+    return place.alias or place.parameter.name, tensor.shape

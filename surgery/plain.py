@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen results as plain JSON values: one rule for every report, so that no two differ in how they say nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+__all__ = ["plain"]
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it.
+
+    Dataclasses and mappings become objects, tuples lists, paths strings, NaN and infinities null.
+
+    Raises:
+        TypeError: a value of another type; a report that holds one is a defect.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not a plain value")

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fault ends in one message and the exit code that is its own."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+import torch
+from cli_kit import Run, environment, make_base, make_lora, spawn
+from safetensors.torch import load_file, save_file
+
+from surgery_cli.errors import fault_of, guarded
+from surgery_cli.options import Settings
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, OutputExistsError, ProofError, ResourceError
+
+HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\nerror: forged\u202e"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (click.UsageError("no"), 2),
+        (OutputExistsError("there"), 2),
+        (NotFoundError("gone"), 3),
+        (MalformedError("bad"), 3),
+        (PermissionError(errno.EACCES, "denied", "model.safetensors"), 3),
+        (FitError("shape"), 4),
+        (ProofError("differs"), 5),
+        (ResourceError("full"), 7),
+        (MemoryError(), 7),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 7),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 7),
+        (torch.OutOfMemoryError("CUDA out of memory"), 7),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("what"), 1),
+        (OSError(errno.EIO, "Input/output error"), 1),
+    ],
+)
+def test_the_map(error: BaseException, code: int):
+    assert fault_of(error).exit_code == code
+
+
+def test_not_found(run: Run, tmp_path):
+    result = run("merge", tmp_path / "no", tmp_path / "none", "-o", tmp_path / "out")
+    assert result.exit_code == 3
+    assert result.stdout == ""
+    assert "none" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_usage(run: Run, base, lora, tmp_path):
+    for words in (
+        ("--memory-limit", "0"),
+        ("--shard-size", "-5"),
+        ("--workers", "0"),
+        ("--dtype", "int8"),
+        ("--device", "abacus"),
+        ("--verify", "slowly"),
+        ("--what",),
+    ):
+        result = run("merge", base, lora, "-o", tmp_path / "out", *words)
+        assert result.exit_code == 2, words
+        assert result.stderr.startswith("error: ")
+        assert "surgery merge --help" in result.stderr
+        assert not (tmp_path / "out").exists()
+    assert run("merge", base, lora).exit_code == 2
+    assert run("merge", base, "-o", tmp_path / "out").exit_code == 2
+
+
+def test_a_message_names_file_and_tensor(run: Run, base, lora, tmp_path):
+    tensors = load_file(lora / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, lora / "adapter_model.safetensors")
+    result = run("merge", base, lora, "-o", tmp_path / "out")
+    assert result.exit_code in (3, 4)
+    assert "model.layers.0.self_attn.q_proj" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_malformed_file_is_named(run: Run, base, tmp_path):
+    (base / "model.safetensors").write_bytes(b"\xff" * 64)
+    result = run("inspect", base)
+    assert result.exit_code == 3
+    assert "model.safetensors" in result.stderr
+
+
+def test_an_adapter_that_does_not_fit(run: Run, base, tmp_path):
+    other = make_lora(tmp_path / "other", targets=("self_attn.query",))
+    result = run("merge", base, other, "-o", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "query" in result.stderr
+    assert str(other) in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_zeros_changes_nothing(run: Run, base, tmp_path):
+    result = run("merge", base, make_lora(tmp_path / "zero", 0.0), "-o", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "no weight of the base would change" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "zero"]
+
+
+def test_an_output_that_is_there(run: Run, base, lora, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("keep")
+    result = run("merge", base, lora, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--overwrite" in result.stderr
+    assert (tmp_path / "out/mine").read_text() == "keep"
+
+
+def test_hostile_names_are_escaped_in_messages(run: Run, base, tmp_path):
+    other = make_lora(tmp_path / "other", targets=(HOSTILE,))
+    result = run("merge", base, other, "-o", tmp_path / "out")
+    assert result.exit_code in (3, 4)
+    assert "\x1b" not in result.stderr
+    assert "\u202e" not in result.stderr
+    assert "\nerror: forged" not in result.stderr
+    assert "evil\\x1b" in result.stderr
+
+
+def test_hostile_file_names_are_escaped(run: Run, tmp_path):
+    result = run("inspect", tmp_path / HOSTILE)
+    assert result.exit_code == 3
+    assert "\x1b" not in result.stderr
+    assert len(result.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("flags", [("--json", "inspect"), ("inspect", "--json")])
+def test_errors_as_json(run: Run, tmp_path, flags):
+    result = run(*flags, tmp_path / "gone")
+    document = json.loads(result.stderr)
+    assert document["schema_version"] == 1
+    assert set(document["error"]) == {"code", "message", "hint", "file", "tensor"}
+    assert document["error"]["code"] == "NotFoundError"
+    assert document["error"]["file"] == str(tmp_path / "gone")
+    assert result.stdout == ""
+
+
+def test_usage_errors_as_json_even_where_parsing_stopped_before_the_flag(run: Run):
+    result = run("merge", "--nonsense", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stderr)["error"]["code"] == "UsageError"
+    assert not run("merge", "--nonsense", "--", "--json").stderr.startswith("{")
+
+
+def test_an_unexpected_error_is_one_line_and_a_way_on(capsys):
+    def broken() -> None:
+        raise ZeroDivisionError("division by zero\nsecond line")
+
+    assert guarded(broken, Settings(), []) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "Traceback" not in told.err
+    assert "ZeroDivisionError: division by zero" in told.err
+    assert "--debug" in told.err
+    assert guarded(broken, Settings(debug=True), []) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error(base):
+    command = [sys.executable, "-m", "surgery_cli", "inspect", str(base), "--json"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()  # before anything can have been written
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 0
+
+
+def test_a_disk_that_is_full(base, lora, tmp_path):
+    """RLIMIT_FSIZE makes every write beyond it fail."""
+    script = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+from surgery_cli.__main__ import main
+main()
+"""
+    command = [sys.executable, "-c", script, "merge", str(base), str(lora), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_names_that_no_encoding_has_do_not_crash(tmp_path):
+    folder = make_base(tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"über.weight": torch.ones(2)}, folder / "model.safetensors")
+    done = spawn("inspect", folder, "--all", PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    assert "ber.weight" in done.stdout

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C, a closed terminal and a polite kill all end the same way: exit 130, nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from cli_kit import environment
+
+# A merge that takes a minute: every step waits, and the first one says that it has begun.
+SLOW = """
+import contextlib, sys, time
+from surgery_cli.commands import merge
+
+@contextlib.contextmanager
+def slow(settings, what):
+    def step(progress):
+        print("begun", flush=True)
+        time.sleep(2)
+    yield step
+
+merge.bar = slow
+from surgery_cli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_in_the_middle_of_a_merge(base, lora, tmp_path, number):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    command = [sys.executable, "-c", SLOW, "merge", str(base), str(lora), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        told = process.stderr.read()
+        assert process.wait(60) == 130
+    assert told == "error: interrupted\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_under_nohup_a_closed_terminal_is_ignored(base, lora, tmp_path):
+    script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SLOW.replace("sleep(2)", "sleep(0.1)")
+    command = [sys.executable, "-c", script, "merge", str(base), str(lora), "-o", str(tmp_path / "out"), "-q"]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGHUP)
+        process.stdout.read()
+        assert process.wait(60) == 0
+    assert (tmp_path / "out/model.safetensors").exists()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``inspect``, ``report``, ``formats``, ``env`` and ``convert``: what people see, what machines read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli_kit import HIDDEN, LAYERS, RANK, Run, make_base, spawn
+from safetensors.torch import load_file, save_file
+
+HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\rforged\u202e[red]markup[/red]"
+
+
+def names_below(node: dict) -> set[str]:
+    return {node["name"]}.union(*map(names_below, node["children"]))
+
+
+def test_a_model(run: Run, base):
+    result = run("inspect", base)
+    assert result.exit_code == 0, result.stderr
+    for text in ("llama", "layers.0-1", "q_proj.weight", f"{HIDDEN}x{HIDDEN}", "attention", "BF16", "tokenizer.json"):
+        assert text in result.stdout, text
+    assert result.stderr == ""
+
+
+def test_depth(run: Run, base):
+    shallow = run("inspect", base, "--depth", "1").stdout
+    assert "embed_tokens" not in shallow
+    assert "model ..." in shallow
+    assert "q_proj" in run("inspect", base, "--depth", "1", "--all").stdout
+
+
+def test_numbers_of_a_model_are_those_of_its_file(run: Run, base):
+    stored = load_file(base / "model.safetensors")
+    found = json.loads(run("inspect", base, "--json").stdout)["result"]
+    assert found["parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert found["nbytes"] == (base / "model.safetensors").stat().st_size
+
+
+def test_an_adapter(run: Run, lora):
+    result = run("inspect", lora)
+    for text in ("peft", "LORA", "rank", "alpha", "scale", "model.layers.*.self_attn.q_proj"):
+        assert text in result.stdout, text
+    found = json.loads(run("inspect", lora, "--json").stdout)["result"]
+    assert found["ranks"] == {str(RANK): 2 * LAYERS}
+    assert found["parameters"] == 2 * LAYERS * 2 * RANK * HIDDEN
+    every = run("inspect", lora, "--all").stdout
+    assert all(f"model.layers.{layer}.self_attn.v_proj" in every for layer in range(LAYERS))
+
+
+@pytest.mark.parametrize("flags", [("--all",), ("--json",)])
+def test_hostile_names_are_data_not_orders(tmp_path, flags):
+    """In a process of its own, so that nothing between the command and its stdout can be kinder than a terminal."""
+    folder = make_base(tmp_path / "base", **{f"model.{HOSTILE}.weight": torch.ones(3)})
+    done = spawn("inspect", folder, *flags)
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout + done.stderr) & set("\x1b\x07\r\u202e")
+    if flags == ("--json",):
+        document = json.loads(done.stdout)
+        assert f"model.{HOSTILE}.weight" in names_below(document["result"]["components"][0]["tree"])
+    else:
+        assert "evil\\x1b[2J" in done.stdout
+        assert "[red]markup[/red]" in done.stdout  # shown, not obeyed
+
+
+def test_hostile_metadata_and_configuration(run: Run, lora):
+    tensors = load_file(lora / "adapter_model.safetensors")
+    save_file(tensors, lora / "adapter_model.safetensors", {HOSTILE: HOSTILE})
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": HOSTILE}))
+    result = run("inspect", lora, "--all")
+    assert result.exit_code == 0, result.stderr
+    assert not set(result.stdout + result.stderr) & set("\x1b\x07\r\u202e")
+    assert result.stdout.count("evil\\x1b") == 3
+
+
+def test_names_are_whole_where_no_terminal_says_how_wide_it_is(run: Run, tmp_path):
+    name = "block." + "x" * 150 + ".weight"
+    folder = make_base(tmp_path / "base", **{name: torch.ones(3)})
+    assert name in run("inspect", folder, "--all").stdout
+
+
+def test_report(run: Run, base, lora, tmp_path):
+    result = run("report", lora, "--base", base, "--md", tmp_path / "r.md")
+    assert result.exit_code == 0, result.stderr
+    assert "full copies" in result.stdout
+    assert (tmp_path / "r.md").read_text().startswith("# Savings")
+    found = json.loads(run("report", base, lora, "--json").stdout)["result"]
+    adapter = found["adapters"][0]
+    assert adapter["trained"] == 2 * LAYERS * 2 * RANK * HIDDEN
+    assert adapter["nbytes"] == (lora / "adapter_model.safetensors").stat().st_size
+    assert [task["tasks"] for task in adapter["tasks"]] == [1, 10, 100]
+
+
+def test_a_report_replaces_nothing_unasked(run: Run, lora, tmp_path):
+    (tmp_path / "r.md").write_text("mine")
+    result = run("report", lora, "--md", tmp_path / "r.md")
+    assert result.exit_code == 2
+    assert (tmp_path / "r.md").read_text() == "mine"
+    assert run("report", lora, "--md", tmp_path / "r.md", "--overwrite").exit_code == 0
+    assert (tmp_path / "r.md").read_text() != "mine"
+
+
+def test_numbers_of_tasks(run: Run, base, lora):
+    found = json.loads(run("report", base, lora, "--tasks", "7", "--tasks", "3", "--json").stdout)["result"]
+    assert [task["tasks"] for task in found["adapters"][0]["tasks"]] == [7, 3]
+    assert run("report", lora, "--tasks", "0").exit_code == 2
+
+
+def test_formats(run: Run):
+    result = run("formats")
+    found = json.loads(run("formats", "--json").stdout)["result"]
+    names = [one["name"] for one in found["formats"]]
+    assert {"peft", "kohya", "mlx"} <= set(names)
+    assert all(name in result.stdout for name in names)
+    assert "llama" in result.stdout
+    assert "W' = W + s B A" in result.stdout
+
+
+def test_env(run: Run):
+    result = run("env")
+    assert torch.__version__ in result.stdout
+    found = json.loads(run("env", "--json").stdout)["result"]
+    assert {"name": "torch", "version": torch.__version__} in found["packages"]
+
+
+def test_convert_there_and_back(run: Run, lora, tmp_path):
+    there = run("convert", lora, "--to", "mlx", "-o", tmp_path / "mlx")
+    assert there.exit_code == 0, there.stderr
+    assert f"{2 * LAYERS} exact" in there.stdout
+    assert "proof" in there.stdout
+    back = run("convert", tmp_path / "mlx", "--to", "peft", "-o", tmp_path / "back", "--json")
+    document = json.loads(back.stdout)
+    assert document["command"] == "convert"
+    assert document["result"]["output"] == str(tmp_path / "back")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (lora, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_convert_dry_run(run: Run, lora, tmp_path):
+    result = run("convert", lora, "--to", "mlx", "-o", tmp_path / "mlx", "--dry-run", "-v")
+    assert result.exit_code == 0, result.stderr
+    assert "model.layers.0.self_attn.q_proj" in result.stdout
+    assert "nothing was written" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def test_convert_to_what_is_no_format(run: Run, lora, tmp_path):
+    result = run("convert", lora, "--to", "koya", "-o", tmp_path / "x")
+    assert result.exit_code == 2
+    assert "did you mean 'kohya'" in result.stderr
+
+
+def test_convert_refuses_what_a_format_cannot_hold(run: Run, base, lora, tmp_path):
+    words = ("convert", lora, "--to", "kohya", "--base", base, "-o", tmp_path / "x.safetensors")
+    result = run(*words)
+    assert result.exit_code == 4
+    assert "--allow-loss" in result.stderr
+    assert not (tmp_path / "x.safetensors").exists()
