@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 
 from surgery import __version__
+from surgery.graph import module_graph
 from surgery.ledger import Ledger
 from surgery_formats.binding import Binding
 from surgery_formats.text import count, nbytes, show
@@ -21,6 +22,7 @@ def merge_card(binding: Binding, ledger: Ledger) -> bytes:
         f"| {_code(adapter.path.resolve().name)} | {adapter.format} {adapter.kind} | {weight:g} | {count(adapter.parameters)} |"
         for adapter, weight in binding.adapters
     ]
+    parameters = sum(module_graph(component).parameters for component in base.components.values())
     classes = ", ".join(f"{number} {kind}" for kind, number in ledger.classes.items())
     lines = [
         "---",
@@ -36,7 +38,7 @@ def merge_card(binding: Binding, ledger: Ledger) -> bytes:
         "|---|---|---|---|",
         *rows,
         "",
-        f"- Base: {_code(base.path.resolve().name)}, {count(base.parameters)} parameters, {nbytes(base.nbytes)}.",
+        f"- Base: {_code(base.path.resolve().name)}, {count(parameters)} parameters, {nbytes(base.nbytes)}.",
         f"- Tensors: {classes}.",
     ]
     if not math.isnan(ledger.survival):

@@ -79,7 +79,8 @@ def _tensor(component: Component, stored: StoredTensor, edit: Edit | None, dtype
     name = stored.name if edit is None else edit.name
     size = source.numel * wanted.bits // 8
     operations = edit.operations if edit else ()
-    if operations or wanted is not source.dtype or source.strides is not None:
+    trained = edit is not None and edit.replaced is not None  # never copied unseen: its values must be finite
+    if operations or trained or wanted is not source.dtype or source.strides is not None:
         step: Copy | Compute = Compute(source, operations, edit.stacked if edit else False)
     else:
         step = Copy(source)

@@ -17,7 +17,7 @@ from surgery_formats.lenses import Parameter, rows
 from surgery_formats.names import Place
 from surgery_formats.text import closest, listing
 from surgery_formats.ties import settle_tie
-from surgery_formats.updates import Replacement, TokenRows, Update
+from surgery_formats.updates import Replacement, Stacked, TokenRows, Update
 
 __all__ = ["Binding", "bind"]
 
@@ -63,7 +63,8 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
             places = component.names.resolve(site.path, flat=site.flat) or _new_head(site, chain, adapter, component)
             if not places:
                 missing.append(site)
-            for update in chain if places else ():
+            for given in chain if places else ():
+                update = _oriented(given, component)
                 if isinstance(update, Replacement):
                     places = (_replaced(update, places, site, adapter),)
                 scaled = update if weight == 1.0 else update.scaled(weight)
@@ -123,6 +124,13 @@ def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component
     return (Place(replace(Parameter.of(chain[0].stored, component.name), name=site.path)),)
 
 
+def _oriented(update: Update, component: Component) -> Update:
+    """Factors of stacked experts as this family's axis order has them."""
+    if isinstance(update, Stacked) and update.if_transposed and component.family.experts_transposed:
+        return Stacked(update.if_transposed)
+    return update
+
+
 def _replaced(update: Replacement, places: tuple[Place, ...], site: Site, adapter: Adapter) -> Place:
     """The place after its values were replaced: a longer vocabulary gives a longer weight."""
     place = places[0]
@@ -141,19 +149,7 @@ def _operations(
     update: Update, places: tuple[Place, ...], site: Site, number: int, adapter: Adapter
 ) -> Iterator[tuple[Operation, Place]]:
     """`update` cut to the pieces of the base that hold its weight."""
-    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
-    width = places[0].parameter.shape[1]
-    fits = update.shape == (height, width) or (
-        isinstance(update, TokenRows) and update.shape[0] <= height and update.shape[1] == width
-    )
-    if not fits and not isinstance(update, Replacement):
-        tensor = update.tensors[0]
-        raise FitError(
-            f"made for a weight of {list(update.shape)}, but '{places[0].parameter.name}' is {[height, width]}",
-            file=tensor.file.path,
-            tensor=tensor.name,
-            hint="is this the base it was trained on?",
-        )
+    _check_fit(update, places)
     for first, part in update.parts():
         for place in places:
             view = place.parameter.view
@@ -163,6 +159,36 @@ def _operations(
             if low < high:
                 piece = rows(view, low - view.row_origin, high - view.row_origin)
                 yield Operation(part, replace(piece, row_origin=low - first), site, number), place
+
+
+def _check_fit(update: Update, places: tuple[Place, ...]) -> None:
+    """Shapes agree, and the base's values are numbers that can be added to."""
+    parameter = places[0].parameter
+    tensor = update.tensors[0]
+    if isinstance(update, Replacement):
+        return
+    if not parameter.storage.tensor.dtype.is_float:
+        raise FitError(
+            f"'{parameter.name}' is stored as {parameter.storage.tensor.dtype.label}: a quantised base cannot be merged into",
+            file=parameter.storage.tensor.file.path,
+            tensor=tensor.name,
+            hint="merge into the base it was quantised from",
+        )
+    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
+    width = parameter.shape[1]
+    if isinstance(update, TokenRows) and update.shape[1] == width:
+        if (last := max(update.indices, default=-1)) < height:
+            return
+        raise FitError(
+            f"token id {last}, but '{parameter.name}' has {height} rows", file=tensor.file.path, tensor=tensor.name
+        )
+    if update.shape != (height, width):
+        raise FitError(
+            f"made for a weight of {list(update.shape)}, but '{parameter.name}' is {[height, width]}",
+            file=tensor.file.path,
+            tensor=tensor.name,
+            hint="is this the base it was trained on?",
+        )
 
 
 def _edit(

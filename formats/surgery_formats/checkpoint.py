@@ -127,15 +127,6 @@ class Component:
         return bare if bare in self.tensors else ""
 
     @property
-    def parameters(self) -> int:
-        """Numbers stored, ties counted once, computed buffers left out."""
-        return sum(
-            tensor.numel
-            for name, tensor in self.tensors.items()
-            if name not in self.aliases and not name.endswith(self.family.derivable)
-        )
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all weight files."""
         return sum(shard.file.size for shard in self.shards)
@@ -172,11 +163,6 @@ class Checkpoint:
         if self.is_pipeline:
             raise FitError("a pipeline of several models where one model was expected", file=self.path)
         return self.components[""]
-
-    @property
-    def parameters(self) -> int:
-        """Numbers stored in all components."""
-        return sum(component.parameters for component in self.components.values())
 
     @property
     def nbytes(self) -> int:

@@ -155,11 +155,18 @@ def _prepare(adapter: Adapter, arch: str, base: Path, folder: Path, seed: int, r
     if adapter.make is not None:
         adapter.make(base, folder, torch.Generator().manual_seed(seed))
         return None
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": list(models.ARCHS[arch].targets)} if adapter.kind == "LoraConfig" else {}
+    fields = (
+        {"r": 4, "lora_alpha": 6, "target_modules": list(models.ARCHS[arch].targets)}
+        if adapter.kind == "LoraConfig"
+        else {}
+    )
     fields.update(adapter.config)
     trained = peft_oracle.train(arch, base, adapter.kind, fields, folder, seed=seed, resize=resize)
     config, tensors = disk.adapter(folder)
-    for key in config.keys() & {"rank_pattern", "alpha_pattern"}:  # PEFT sorts them when it saves: a file written by hand need not be sorted
+    for key in config.keys() & {
+        "rank_pattern",
+        "alpha_pattern",
+    }:  # PEFT sorts them when it saves: a file written by hand need not be sorted
         if key in fields and config[key] != fields[key]:
             raise AssertionError(f"PEFT changed {key}: {config[key]}")
         config[key] = dict(fields.get(key, config[key]))
@@ -220,4 +227,5 @@ def build(case: Case, folder: Path) -> Built:
     )
 
 
-from tests.oracles import catalog as _catalog  # noqa: E402, F401  (registers the cases)
+from tests.oracles import catalog as _catalog  # noqa: E402, F401  (registers cases)
+from tests.oracles import catalog_parts as _parts  # noqa: E402, F401

@@ -43,13 +43,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def to_pickles(folder: Path) -> None:
     """Turn the safetensors files of ``folder`` into ``pytorch_model*.bin``, keeping the shards and their index."""
     for file in sorted(folder.glob("*.safetensors")):
-        torch.save(load_file(file), folder / file.name.replace("model", "pytorch_model").replace(".safetensors", ".bin"))
+        torch.save(
+            load_file(file), folder / file.name.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+        )
         file.unlink()
     index = folder / "model.safetensors.index.json"
     if index.exists():
         fields = json.loads(index.read_text())
         fields["weight_map"] = {
-            k: v.replace("model", "pytorch_model").replace(".safetensors", ".bin") for k, v in fields["weight_map"].items()
+            k: v.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+            for k, v in fields["weight_map"].items()
         }
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(fields))
         index.unlink()
@@ -60,13 +63,18 @@ def adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads((folder / "adapter_config.json").read_text()), read_tensors(folder)
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, pickled: bool = False) -> Path:
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, pickled: bool = False
+) -> Path:
     """Write a PEFT adapter folder, replacing the tensor file that is there. Dict order is kept: in patterns the first match wins."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("adapter_model.safetensors", "adapter_model.bin"):
         (folder / old).unlink(missing_ok=True)
     # PEFT keeps targets as a set, whose order changes with the hash seed
-    fixed = {k: sorted(v) if k in ("target_modules", "exclude_modules") and isinstance(v, list) else v for k, v in config.items()}
+    fixed = {
+        k: sorted(v) if k in ("target_modules", "exclude_modules") and isinstance(v, list) else v
+        for k, v in config.items()
+    }
     (folder / "adapter_config.json").write_text(json.dumps(fixed, indent=2))
     if pickled:
         torch.save({k: v.clone() for k, v in tensors.items()}, folder / "adapter_model.bin")

@@ -7,8 +7,6 @@ something, or would change nothing. Two codes are given where both readings are 
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch import Tensor
 from tests.oracles import disk, hostile, models, peft_oracle
 from tests.oracles.cases import Config, Tensors
 
-__all__ = ["FAULTS", "MARKER", "Fault", "good"]
+__all__ = ["FAULTS", "MARKER", "Fault", "fault", "good"]
 
 MARKER = hostile.MARKER
 PREFIX = "base_model.model.model.layers"
@@ -68,7 +66,7 @@ def good(folder: Path, arch: str = "llama", **config: Any) -> tuple[Path, Path]:
     return base, folder / "adapter"
 
 
-def _fault(name: str, codes: int | tuple[int, ...], *mentions: str, **more: Any) -> Callable[[Make], Make]:
+def fault(name: str, codes: int | tuple[int, ...], *mentions: str, **more: Any) -> Callable[[Make], Make]:
     def register(make: Make) -> Make:
         FAULTS.append(Fault(name, make, codes if isinstance(codes, tuple) else (codes,), mentions, **more))
         return make
@@ -76,7 +74,9 @@ def _fault(name: str, codes: int | tuple[int, ...], *mentions: str, **more: Any)
     return register
 
 
-def _change(name: str, codes: int | tuple[int, ...], *mentions: str, **more: Any) -> Callable[[Callable[[Config, Tensors], Any]], None]:
+def _change(
+    name: str, codes: int | tuple[int, ...], *mentions: str, **more: Any
+) -> Callable[[Callable[[Config, Tensors], Any]], None]:
     """A fault made by changing the config and the tensors of the good adapter in place."""
 
     def register(change: Callable[[Config, Tensors], Any]) -> None:
@@ -85,7 +85,7 @@ def _change(name: str, codes: int | tuple[int, ...], *mentions: str, **more: Any
             change(config, tensors)
             return base, disk.write_adapter(folder / "bad", config, tensors)
 
-        _fault(name, codes, *mentions, **more)(make)
+        fault(name, codes, *mentions, **more)(make)
 
     return register
 
@@ -120,8 +120,12 @@ def _poke(value: float) -> Callable[[Tensor], Tensor]:
 
 # --- keys ---------------------------------------------------------------------------------------------------------------------
 _change("no-key-matches", 4, "encoder.blocks")(lambda c, t: _rename(t, "model.layers", "encoder.blocks"))
-_change("one-module-unknown", 4, "layers.0.self_attn.frob_proj")(lambda c, t: _rename(t, "0.self_attn.q_proj", "0.self_attn.frob_proj"))
-_change("half-lora-b-missing", (3, 4), "layers.1.", "lora_B")(lambda c, t: _keep(t, lambda k: "layers.0" in k or "lora_A" in k))
+_change("one-module-unknown", 4, "layers.0.self_attn.frob_proj")(
+    lambda c, t: _rename(t, "0.self_attn.q_proj", "0.self_attn.frob_proj")
+)
+_change("half-lora-b-missing", (3, 4), "layers.1.", "lora_B")(
+    lambda c, t: _keep(t, lambda k: "layers.0" in k or "lora_A" in k)
+)
 _change("only-lora-a", (3, 4), "lora_B")(lambda c, t: _keep(t, lambda k: "lora_A" in k))
 _change("only-lora-b", (3, 4), "lora_A")(lambda c, t: _keep(t, lambda k: "lora_B" in k))
 _change("layer-beyond-the-base", 4, "layers.7")(
@@ -130,21 +134,39 @@ _change("layer-beyond-the-base", 4, "layers.7")(
 _change("unknown-tensor-kind", (3, 4), "lora_frob")(lambda c, t: t.update({f"{Q0}.lora_frob.weight": torch.ones(4)}))
 _change("stray-tensor", (4, 3), "stray.thing")(lambda c, t: t.update({"base_model.model.stray.thing": torch.ones(4)}))
 _change("module-twice", (3, 4), "q_proj")(
-    lambda c, t: t.update({k.replace(".weight", ".default.weight"): 2 * v for k, v in list(t.items()) if "0.self_attn.q_proj" in k})
+    lambda c, t: t.update(
+        {k.replace(".weight", ".default.weight"): 2 * v for k, v in list(t.items()) if "0.self_attn.q_proj" in k}
+    )
 )
-_change("lora-on-a-norm", (4, 3), "layers.0.input_layernorm")(lambda c, t: _rename(t, "0.self_attn.q_proj", "0.input_layernorm"))
+_change("lora-on-a-norm", (4, 3), "layers.0.input_layernorm")(
+    lambda c, t: _rename(t, "0.self_attn.q_proj", "0.input_layernorm")
+)
 _change("no-tensors", (4, 3))(lambda c, t: t.clear())
-_change("escape-in-a-name", (4, 3), "frob", forbids=("\x1b", "Traceback"))(lambda c, t: t.update({"base_model.model.\x1b[31mfrob\x1b[2J": torch.ones(2)}))
+_change("escape-in-a-name", (4, 3), "frob", forbids=("\x1b", "Traceback"))(
+    lambda c, t: t.update({"base_model.model.\x1b[31mfrob\x1b[2J": torch.ones(2)})
+)
 
 
 # --- values and shapes --------------------------------------------------------------------------------------------------------
-_change("nan", (3, 4), "layers.0.self_attn.q_proj")(lambda c, t: _set(t, "0.self_attn.q_proj.lora_A.weight", _poke(float("nan"))))
-_change("inf", (3, 4), "layers.1.mlp.down_proj")(lambda c, t: _set(t, "1.mlp.down_proj.lora_B.weight", _poke(float("inf"))))
+_change("nan", (3, 4), "layers.0.self_attn.q_proj")(
+    lambda c, t: _set(t, "0.self_attn.q_proj.lora_A.weight", _poke(float("nan")))
+)
+_change("inf", (3, 4), "layers.1.mlp.down_proj")(
+    lambda c, t: _set(t, "1.mlp.down_proj.lora_B.weight", _poke(float("inf")))
+)
 _change("zero-delta", 4)(lambda c, t: _set(t, "lora_B.weight", torch.zeros_like))
-_change("rank-mismatch", (3, 4), "layers.0.self_attn.q_proj")(lambda c, t: _set(t, "0.self_attn.q_proj.lora_B.weight", lambda b: torch.randn(32, 5)))
-_change("input-width-mismatch", 4, "layers.0.self_attn.q_proj")(lambda c, t: _set(t, "0.self_attn.q_proj.lora_A.weight", lambda a: torch.randn(4, 33)))
-_change("output-width-mismatch", 4, "layers.1.mlp.up_proj")(lambda c, t: _set(t, "1.mlp.up_proj.lora_B.weight", lambda b: torch.randn(57, 4)))
-_change("factors-transposed", (4, 3), "layers.1.mlp.up_proj")(lambda c, t: _set(t, "1.mlp.up_proj.lora_A.weight", lambda a: a.t().contiguous()))
+_change("rank-mismatch", (3, 4), "layers.0.self_attn.q_proj")(
+    lambda c, t: _set(t, "0.self_attn.q_proj.lora_B.weight", lambda b: torch.randn(32, 5))
+)
+_change("input-width-mismatch", 4, "layers.0.self_attn.q_proj")(
+    lambda c, t: _set(t, "0.self_attn.q_proj.lora_A.weight", lambda a: torch.randn(4, 33))
+)
+_change("output-width-mismatch", 4, "layers.1.mlp.up_proj")(
+    lambda c, t: _set(t, "1.mlp.up_proj.lora_B.weight", lambda b: torch.randn(57, 4))
+)
+_change("factors-transposed", (4, 3), "layers.1.mlp.up_proj")(
+    lambda c, t: _set(t, "1.mlp.up_proj.lora_A.weight", lambda a: a.t().contiguous())
+)
 _change("factor-is-a-vector", (3, 4), "q_proj")(lambda c, t: _set(t, "q_proj.lora_A.weight", lambda a: a.flatten()))
 _change("factor-has-rank-zero", (3, 4), "v_proj")(
     lambda c, t: (_set(t, "v_proj.lora_A.weight", lambda a: a[:0]), _set(t, "v_proj.lora_B.weight", lambda b: b[:, :0]))
@@ -152,22 +174,22 @@ _change("factor-has-rank-zero", (3, 4), "v_proj")(
 _change("int8-factors", (3, 4), "lora_A")(lambda c, t: _set(t, "lora_A.weight", lambda a: (a * 100).to(torch.int8)))
 
 
-@_fault("other-width", 4, "q_proj")
+@fault("other-width", 4, "adapter_model")
 def _other_width(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
     return models.build_base("llama", folder / "wide", hidden_size=64, intermediate_size=112), adapter
 
 
-@_fault("fewer-layers", 4, "layers.1")
+@fault("fewer-layers", 4, "layers.1")
 def _fewer_layers(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
     return models.build_base("llama", folder / "short", num_hidden_layers=1), adapter
 
 
-@_fault("other-architecture", 4, "q_proj")
+@fault("other-architecture", 4, "adapter_model")
 def _other_architecture(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
     return models.build_base("gpt2", folder / "gpt2"), adapter
 
 
-@_fault("fp16-overflow", (4, 3, 5), "q_proj")
+@fault("fp16-overflow", (4, 3, 5), "q_proj")
 def _overflow(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
     half = models.build_base("llama", folder / "half", dtype="float16")
     config, tensors = disk.adapter(adapter)
@@ -175,7 +197,7 @@ def _overflow(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
     return half, disk.write_adapter(folder / "bad", config, tensors)
 
 
-@_fault("int8-base-weight", (4, 3), "q_proj")
+@fault("int8-base-weight", (4, 3), "q_proj")
 def _int8_base(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
     shutil.copytree(base, folder / "int8")
     tensors = disk.read_tensors(base)
@@ -197,17 +219,30 @@ _field("unknown-config-on", (3, 4), {"frob_config": {"strength": 2}})
 _field("rslora-is-a-string", 3, {"use_rslora": "false"})
 _field("dora-is-a-number", 3, {"use_dora": 1})
 _field("dora-without-vectors", (3, 4), {"use_dora": True})
-_change("vectors-without-dora", (3, 4), "lora_magnitude_vector")(lambda c, t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(32)}))
+_change("vectors-without-dora", (3, 4), "lora_magnitude_vector")(
+    lambda c, t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(32)})
+)
 _change("dora-half-the-vectors", (3, 4), "layers.1.self_attn.v_proj")(
     lambda c, t: (
         c.update(use_dora=True),
-        t.update({k.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(d) for k, d in _widths(t).items() if "1.self_attn.v_proj" not in k}),
+        t.update(
+            {
+                k.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(d)
+                for k, d in _widths(t).items()
+                if "1.self_attn.v_proj" not in k
+            }
+        ),
     )
 )
 _change("dora-vector-too-long", (3, 4), "layers.0.self_attn.q_proj")(
     lambda c, t: (
         c.update(use_dora=True),
-        t.update({k.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(d + ("0.self_attn.q_proj" in k)) for k, d in _widths(t).items()}),
+        t.update(
+            {
+                k.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(d + ("0.self_attn.q_proj" in k))
+                for k, d in _widths(t).items()
+            }
+        ),
     )
 )
 _field("alpha-is-nan", 3, {"lora_alpha": float("nan")}, "adapter_config.json")
@@ -218,16 +253,14 @@ _field("alpha-pattern-is-nan", 3, {"alpha_pattern": {"q_proj": float("nan")}}, "
 _field("alpha-pattern-is-a-list", 3, {"alpha_pattern": [1, 2]})
 _field("alpha-pattern-value-is-a-string", 3, {"alpha_pattern": {"q_proj": "8"}})
 _field("regex-malformed", 3, {"alpha_pattern": {"q_proj(": 3}})
-_field("regex-catastrophic", 3, {"alpha_pattern": {r"(?:(?:[a-z_.0-9]+)+)+[A-Z]x(?:(?:[a-z_.0-9]+)+)+": 3}})
-_field("regex-catastrophic-backreference", 3, {"alpha_pattern": {r"(?:([a-z_.0-9]+)+\1*)+!": 3}})
+_field("regex-catastrophic", 3, {"alpha_pattern": {r"(?:([a-z_.0-9]+)+\1?)+(?<!j)": 3}})
+_field("regex-catastrophic-backreference", 3, {"alpha_pattern": {r"(?:([a-z_.0-9]+)+\1*)+(?<!j)": 3}})
 _field("layer-replication", (4, 3), {"layer_replication": [[0, 2], [1, 2]]})
 for _init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"):
     _field(f"init-{_init}", (4, 3), {"init_lora_weights": _init}, "init_lora_weights", _init)
 _field("alora", (4, 3), {"alora_invocation_tokens": [1, 2, 3]})
 _field("arrow", (4, 3), {"arrow_config": {"top_k": 2}})
 _field("qalora", (4, 3), {"use_qalora": True})
-_field("megatron", (4, 3), {"megatron_config": {"tensor_model_parallel_size": 2}})
-_field("parameters-the-base-lacks", (4, 3), {"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters")
 
 
 def _widths(tensors: Tensors) -> dict[str, int]:
@@ -238,7 +271,7 @@ def _widths(tensors: Tensors) -> dict[str, int]:
 def _text(name: str, codes: int | tuple[int, ...], edit: Callable[[str], str | bytes], *mentions: str) -> None:
     """A fault made by changing the text of adapter_config.json."""
 
-    @_fault(name, codes, "adapter_config.json", *mentions)
+    @fault(name, codes, "adapter_config.json", *mentions)
     def _make(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
         shutil.copytree(adapter, folder / "bad")
         text = edit((adapter / "adapter_config.json").read_text())
@@ -259,14 +292,20 @@ _text("config-is-empty", 3, lambda text: "")
 _text("config-is-a-list", 3, lambda text: f"[{text}]")
 _text("config-is-nested-deep", 3, lambda text: '{"a":' * 100_000)
 _text("config-is-latin-1", 3, lambda text: text.replace('"LORA"', '"L\u00d6RA"').encode("latin-1"))
-_text("config-is-huge", 3, lambda text: text + " " * (64 << 20))
+_text("config-is-huge", 3, lambda text: text + " " * (8 << 20))
 
 
 # --- adapters with more than LoRA pairs ---------------------------------------------------------------------------------------
-def _other_adapter(name: str, codes: int | tuple[int, ...], fields: Mapping[str, Any], change: Callable[[Config, Tensors], Any], *mentions: str) -> None:
+def _other_adapter(
+    name: str,
+    codes: int | tuple[int, ...],
+    fields: Mapping[str, Any],
+    change: Callable[[Config, Tensors], Any],
+    *mentions: str,
+) -> None:
     """A fault in an adapter trained with further options."""
 
-    @_fault(name, codes, *mentions)
+    @fault(name, codes, *mentions)
     def _make(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
         other, trained = good(folder / "more", **fields)
         config, tensors = disk.adapter(trained)
@@ -274,25 +313,63 @@ def _other_adapter(name: str, codes: int | tuple[int, ...], fields: Mapping[str,
         return other, disk.write_adapter(folder / "bad", config, tensors)
 
 
-_other_adapter("saved-module-of-other-shape", 4, {"modules_to_save": ["lm_head"]}, lambda c, t: _set(t, "lm_head.weight", lambda w: w[:, :-1]), "lm_head")
-_other_adapter("saved-module-nan", (3, 4), {"modules_to_save": ["lm_head"]}, lambda c, t: _set(t, "lm_head.weight", _poke(float("nan"))), "lm_head")
 _other_adapter(
-    "magnitude-nan", (3, 4), {"use_dora": True}, lambda c, t: _set(t, "0.mlp.up_proj.lora_magnitude_vector", _poke(float("nan"))), "layers.0.mlp.up_proj"
+    "saved-module-of-other-shape",
+    4,
+    {"modules_to_save": ["lm_head"]},
+    lambda c, t: _set(t, "lm_head.weight", lambda w: w[:, :-1]),
+    "lm_head",
+)
+_other_adapter(
+    "saved-module-nan",
+    (3, 4),
+    {"modules_to_save": ["lm_head"]},
+    lambda c, t: _set(t, "lm_head.weight", _poke(float("nan"))),
+    "lm_head",
+)
+_other_adapter(
+    "magnitude-nan",
+    (3, 4),
+    {"use_dora": True},
+    lambda c, t: _set(t, "0.mlp.up_proj.lora_magnitude_vector", _poke(float("nan"))),
+    "layers.0.mlp.up_proj",
 )
 _TOKENS = {"trainable_token_indices": [3, 5]}
-_other_adapter("token-rows-missing", (3, 4), _TOKENS, lambda c, t: _set(t, "trainable_tokens_delta", lambda d: d[:1]), "embed_tokens")
+_other_adapter(
+    "token-rows-missing",
+    (3, 4),
+    _TOKENS,
+    lambda c, t: _set(t, "trainable_tokens_delta", lambda d: d[:1]),
+    "embed_tokens",
+)
 _other_adapter("token-index-beyond", (4, 3), _TOKENS, lambda c, t: c.update(trainable_token_indices=[3, 9999]), "9999")
 _other_adapter("token-index-negative", (3, 4), _TOKENS, lambda c, t: c.update(trainable_token_indices=[3, -1]), "-1")
-_other_adapter("token-index-twice", (3, 4), _TOKENS, lambda c, t: c.update(trainable_token_indices=[3, 3]), "trainable_token_indices")
-_other_adapter("token-index-is-a-float", (3, 4), _TOKENS, lambda c, t: c.update(trainable_token_indices=[3, 5.5]), "trainable_token_indices")
-_other_adapter("token-indices-missing", (3, 4), _TOKENS, lambda c, t: c.update(trainable_token_indices=None), "trainable_tokens")
-_change("bias-the-base-lacks", (4, 3), "q_proj", "bias")(lambda c, t: (c.update(lora_bias=True), t.update({f"{Q0}.lora_B.bias": torch.ones(32)})))
+_other_adapter(
+    "token-index-twice",
+    (3, 4),
+    _TOKENS,
+    lambda c, t: c.update(trainable_token_indices=[3, 3]),
+    "trainable_token_indices",
+)
+_other_adapter(
+    "token-index-is-a-float",
+    (3, 4),
+    _TOKENS,
+    lambda c, t: c.update(trainable_token_indices=[3, 5.5]),
+    "trainable_token_indices",
+)
+_other_adapter(
+    "token-indices-missing", (3, 4), _TOKENS, lambda c, t: c.update(trainable_token_indices=None), "trainable_tokens"
+)
+_change("bias-the-base-lacks", (4, 3), "q_proj", "bias")(
+    lambda c, t: (c.update(lora_bias=True), t.update({f"{Q0}.lora_B.bias": torch.ones(32)}))
+)
 _change("replaced-bias-the-base-lacks", (4, 3), "q_proj", "bias")(
     lambda c, t: (c.update(bias="lora_only"), t.update({f"{Q0}.base_layer.bias": torch.ones(32)}))
 )
 
 
-@_fault("expert-factors-do-not-divide", (3, 4), "experts")
+@fault("expert-factors-do-not-divide", (3, 4), "experts")
 def _experts(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
     fields = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
     other, trained = good(folder / "more", "mixtral", **fields)
@@ -302,118 +379,4 @@ def _experts(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
     return other, disk.write_adapter(folder / "bad", config, tensors)
 
 
-# --- files --------------------------------------------------------------------------------------------------------------------
-def _file(name: str, codes: int | tuple[int, ...], write: Callable[[Path, bytes], Any], *mentions: str, **more: Any) -> None:
-    """A fault made by writing another tensor file: ``write(path, good_bytes)``."""
-
-    @_fault(name, codes, *(mentions or ("adapter_model.safetensors",)), **more)
-    def _make(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
-        shutil.copytree(adapter, folder / "bad")
-        path = folder / "bad" / "adapter_model.safetensors"
-        data = path.read_bytes()
-        path.unlink()
-        write(path, data)
-        return base, folder / "bad"
-
-
-_file("tensor-file-missing", 3, lambda path, data: None, "adapter_model")
-_file("tensor-file-empty", 3, lambda path, data: path.write_bytes(b""))
-_file("tensor-file-cut-off", 3, lambda path, data: path.write_bytes(data[: len(data) * 2 // 3]))
-_file("tensor-file-cut-in-header", 3, lambda path, data: path.write_bytes(data[:100]))
-_file("tensor-file-too-long", 3, lambda path, data: path.write_bytes(data + b"\0" * 64))
-_file("tensor-file-is-a-folder", 3, lambda path, data: path.mkdir(), "adapter_model")
-_file("tensor-file-is-a-fifo", 3, lambda path, data: os.mkfifo(path))
-_file("tensor-file-is-dev-zero", 3, lambda path, data: path.symlink_to("/dev/zero"), "adapter_model")
-_file("tensor-file-dangles", 3, lambda path, data: path.symlink_to("nowhere"), "adapter_model")
-for _name, _lie in hostile.LIES.items():
-    _file(f"header-{_name}", 3, lambda path, data, lie=_lie: path.write_bytes(lie(data)))
-for _name, _pickle in hostile.PICKLES.items():
-    _file(
-        f"pickle-{_name}", 3, lambda path, data, write=_pickle: write(path.with_suffix(".bin"), path.parent.parent / MARKER), "adapter_model.bin"
-    )
-
-
-@_fault("config-is-a-fifo", 3, "adapter_config.json")
-def _config_fifo(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
-    shutil.copytree(adapter, folder / "bad")
-    (folder / "bad" / "adapter_config.json").unlink()
-    os.mkfifo(folder / "bad" / "adapter_config.json")
-    return base, folder / "bad"
-
-
-@_fault("adapter-missing", 3, "nowhere")
-def _missing(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
-    return base, folder / "nowhere"
-
-
-@_fault("adapter-folder-empty", 3, "empty")
-def _empty(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
-    (folder / "empty").mkdir(parents=True)
-    return base, folder / "empty"
-
-
-@_fault("full-model-as-adapter", (4, 3))
-def _full_model(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
-    config, _ = disk.adapter(adapter)
-    return base, disk.write_adapter(folder / "bad", config, {k: v + 0.1 for k, v in disk.read_tensors(base).items()})
-
-
-@_fault("model-folder-as-adapter", (3, 4))
-def _model_folder(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
-    return base, models.build_base("llama", folder / "model", seed=3)
-
-
-@_fault("adapter-folder-as-base", (3, 4))
-def _adapter_folder(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
-    return adapter, adapter
-
-
-# --- bases --------------------------------------------------------------------------------------------------------------------
-def _base(name: str, codes: int | tuple[int, ...], damage: Callable[[Path], Any], *mentions: str, layout: str = "sharded") -> None:
-    """A fault in the base; its folder is given to ``damage``."""
-
-    @_fault(name, codes, *mentions)
-    def _make(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
-        damaged = models.build_base("llama", folder / "damaged", layout=layout)
-        damage(damaged)
-        return damaged, adapter
-
-
-def _index(change: Callable[[dict[str, str], Path], Any]) -> Callable[[Path], None]:
-    """Change the weight map of a sharded base."""
-
-    def damage(folder: Path) -> None:
-        path = folder / "model.safetensors.index.json"
-        fields = json.loads(path.read_text())
-        change(fields["weight_map"], folder)
-        path.write_text(json.dumps(fields))
-
-    return damage
-
-
-def _outside(to: Callable[[Path], str]) -> Callable[[dict[str, str], Path], None]:
-    def change(weight_map: dict[str, str], folder: Path) -> None:
-        shard = weight_map["lm_head.weight"]
-        shutil.move(folder / shard, folder.parent / "secret.safetensors")
-        for key in [k for k, v in weight_map.items() if v == shard]:
-            weight_map[key] = to(folder)
-
-    return change
-
-
-_base("weight-map-goes-up", 3, _index(_outside(lambda folder: "../secret.safetensors")), "model.safetensors.index.json")
-_base("weight-map-is-absolute", 3, _index(_outside(lambda folder: str(folder.parent / "secret.safetensors"))), "model.safetensors.index.json")
-_base("shard-missing", 3, lambda folder: next(iter(sorted(folder.glob("model-*")))).unlink(), "model-00001")
-_base("index-names-a-missing-tensor", 3, _index(lambda m, f: m.update({"model.ghost.weight": next(iter(m.values()))})), "model.ghost.weight")
-_base("index-misses-a-tensor", (3, 4), _index(lambda m, f: m.pop("model.layers.0.self_attn.q_proj.weight")), "q_proj")
-_base("index-is-a-list", 3, lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "model.safetensors.index.json")
-_base("base-cut-off", 3, lambda folder: _cut(folder / "model.safetensors"), "model.safetensors", layout="safetensors")
-_base("base-is-a-fifo", 3, lambda folder: (_cut(folder / "model.safetensors", 0), os.mkfifo(folder / "model.safetensors")), "model.safetensors", layout="safetensors")
-
-
-def _cut(path: Path, share: float = 0.7) -> None:
-    """Cut a file off; remove it where nothing is left."""
-    data = path.read_bytes()
-    path.unlink()
-    if share:
-        path.write_bytes(data[: int(len(data) * share)])
+from tests.oracles import faults_files as _files  # noqa: E402, F401  (registers more)

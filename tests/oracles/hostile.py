@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle  # noqa: TID251
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable
@@ -103,7 +103,9 @@ class _Evil:
 
 
 def _zip(path: Path, marker: Path) -> None:
-    torch.save({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32), "x": _Evil(marker)}, path)
+    torch.save(
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32), "x": _Evil(marker)}, path
+    )
 
 
 def _raw(path: Path, marker: Path) -> None:

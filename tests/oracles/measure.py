@@ -35,7 +35,9 @@ def ulp_error(actual: Tensor, reference64: Tensor, base: Tensor | None = None) -
     magnitude = reference64.abs()
     if base is not None and base.shape == reference64.shape:
         magnitude = torch.maximum(magnitude, base.double().abs())
-    return float(((actual.double() - reference64).abs() / ulp(magnitude, actual.dtype)).max()) if actual.numel() else 0.0
+    return (
+        float(((actual.double() - reference64).abs() / ulp(magnitude, actual.dtype)).max()) if actual.numel() else 0.0
+    )
 
 
 def bit_differences(actual: Tensor, peft: Tensor, reference64: Tensor, base: Tensor | None = None) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers  # noqa: TID251
+import transformers
 from torch import Tensor, nn
 
 from tests.oracles import disk
@@ -91,21 +91,48 @@ class Arch:
 
 
 def _llama(cls: str = "LlamaForCausalLM", **fields: Any) -> Arch:
-    return Arch(cls, _config("LlamaConfig", **{**_GQA, "tie_word_embeddings": False, **fields}), ("q_proj", "v_proj", "up_proj", "down_proj"))
+    return Arch(
+        cls,
+        _config("LlamaConfig", **{**_GQA, "tie_word_embeddings": False, **fields}),
+        ("q_proj", "v_proj", "up_proj", "down_proj"),
+    )
 
 
-_GPT2 = _config("GPT2Config", vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+_GPT2 = _config(
+    "GPT2Config",
+    vocab_size=VOCAB,
+    n_embd=HIDDEN,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 _BERT = _config("BertConfig", **_LM, num_labels=3)
 _VIT = _config(
-    "ViTConfig", hidden_size=HIDDEN, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4, num_labels=5
+    "ViTConfig",
+    hidden_size=HIDDEN,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=16,
+    patch_size=4,
+    num_labels=5,
 )
-_RESNET = _config("ResNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
+_RESNET = _config(
+    "ResNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5
+)
 
 ARCHS: dict[str, Arch] = {
     "llama": _llama(),
     "llama_tied": _llama(tie_word_embeddings=True),
     "llama_cls": _llama("LlamaForSequenceClassification", num_labels=3),
-    "qwen2": Arch("Qwen2ForCausalLM", _config("Qwen2Config", **_GQA, tie_word_embeddings=True), ("q_proj", "k_proj", "o_proj", "gate_proj")),
+    "qwen2": Arch(
+        "Qwen2ForCausalLM",
+        _config("Qwen2Config", **_GQA, tie_word_embeddings=True),
+        ("q_proj", "k_proj", "o_proj", "gate_proj"),
+    ),
     "gpt2": Arch("GPT2LMHeadModel", _GPT2, ("c_attn", "c_proj", "c_fc")),
     "gpt2_bare": Arch("GPT2Model", _GPT2, ("c_attn", "c_proj", "c_fc")),
     "bert": Arch("BertForSequenceClassification", _BERT, ("query", "value", "dense")),
@@ -113,7 +140,15 @@ ARCHS: dict[str, Arch] = {
     "t5": Arch(
         "T5ForConditionalGeneration",
         _config(
-            "T5Config", vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=56, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+            "T5Config",
+            vocab_size=VOCAB,
+            d_model=HIDDEN,
+            d_kv=8,
+            d_ff=56,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
         ),
         ("q", "v", "wi", "wo"),
         "seq2seq",
@@ -134,13 +169,23 @@ ARCHS: dict[str, Arch] = {
         ("q_proj", "v_proj", "fc1", "fc2"),
     ),
     "gpt_neox": Arch(
-        "GPTNeoXForCausalLM", _config("GPTNeoXConfig", **_LM, tie_word_embeddings=False), ("query_key_value", "dense", "dense_4h_to_h")
+        "GPTNeoXForCausalLM",
+        _config("GPTNeoXConfig", **_LM, tie_word_embeddings=False),
+        ("query_key_value", "dense", "dense_4h_to_h"),
     ),
-    "phi3": Arch("Phi3ForCausalLM", _config("Phi3Config", **_GQA, tie_word_embeddings=False), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
-    "mixtral": Arch("MixtralForCausalLM", _config("MixtralConfig", **_MIXTRAL, tie_word_embeddings=False), ("q_proj", "v_proj")),
+    "phi3": Arch(
+        "Phi3ForCausalLM",
+        _config("Phi3Config", **_GQA, tie_word_embeddings=False),
+        ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ),
+    "mixtral": Arch(
+        "MixtralForCausalLM", _config("MixtralConfig", **_MIXTRAL, tie_word_embeddings=False), ("q_proj", "v_proj")
+    ),
     # gate_up (E, 2*16, 32) is square: the two axis orders have the same shapes, only peft_version tells them apart
     "mixtral_square": Arch(
-        "MixtralForCausalLM", _config("MixtralConfig", **{**_MIXTRAL, "intermediate_size": 16}, tie_word_embeddings=False), ("q_proj", "v_proj")
+        "MixtralForCausalLM",
+        _config("MixtralConfig", **{**_MIXTRAL, "intermediate_size": 16}, tie_word_embeddings=False),
+        ("q_proj", "v_proj"),
     ),
     "qwen2_moe": Arch(
         "Qwen2MoeForCausalLM",
@@ -231,7 +276,9 @@ def build_base(
     if entry.config is None:
         model: nn.Module = TorchModule()
         _randomise(model, generator)
-        disk.write_safetensors(folder / "model.safetensors", {k: v.to(DTYPES[dtype]) for k, v in model.state_dict().items()})
+        disk.write_safetensors(
+            folder / "model.safetensors", {k: v.to(DTYPES[dtype]) for k, v in model.state_dict().items()}
+        )
         return folder
     model = getattr(transformers, entry.cls)(entry.config(**config))
     _randomise(model, generator)
@@ -241,13 +288,22 @@ def build_base(
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES if sharded else "1GB")
     if float32_parts:
         tensors = disk.read_tensors(folder)
-        disk.write_safetensors(folder / "model.safetensors", {k: v.float() if float32_parts in k else v for k, v in tensors.items()})
+        disk.write_safetensors(
+            folder / "model.safetensors", {k: v.float() if float32_parts in k else v for k, v in tensors.items()}
+        )
     if layout in ("bin", "sharded_bin"):
         disk.to_pickles(folder)
     return folder
 
 
-def load(arch: str, folder: Path, dtype: str = "float64", *, tensors: Mapping[str, Tensor] | None = None, config: Mapping[str, Any] = {}) -> Any:
+def load(
+    arch: str,
+    folder: Path,
+    dtype: str = "float64",
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    config: Mapping[str, Any] = {},
+) -> Any:
     """The model of ``folder`` in eval mode, its tensors or config fields replaced where given (a scratch folder is written)."""
     entry = ARCHS[arch]
     if entry.config is None:
@@ -261,7 +317,9 @@ def load(arch: str, folder: Path, dtype: str = "float64", *, tensors: Mapping[st
             disk.write_safetensors(scratch / "model.safetensors", dict(tensors or disk.read_tensors(folder)))
             return load(arch, scratch, dtype)
     cls = getattr(transformers, entry.cls)
-    moe = {"experts_implementation": "eager"} if "moe" in arch or "mixtral" in arch else {}  # the grouped kernel knows no float64
+    moe = (
+        {"experts_implementation": "eager"} if "moe" in arch or "mixtral" in arch else {}
+    )  # the grouped kernel knows no float64
     model, info = cls.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **moe)
     wrong = {k: v for k, v in info.items() if v}
     if wrong:

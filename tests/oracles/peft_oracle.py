@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: TID251
+import peft
 import torch
-from peft.tuners.lora.layer import Conv1d, LoraLayer  # noqa: TID251
+from peft.tuners.lora.layer import Conv1d, LoraLayer
 from torch import Tensor
 
 from tests.oracles import disk, models
@@ -60,7 +60,9 @@ def _forwardable(wrapped: Any) -> Any:
     return wrapped.eval()
 
 
-def train(arch: str, base: Path, kind: str, config: Mapping[str, Any], folder: Path, *, seed: int, resize: int = 0) -> Tensor:
+def train(
+    arch: str, base: Path, kind: str, config: Mapping[str, Any], folder: Path, *, seed: int, resize: int = 0
+) -> Tensor:
     """Write a random adapter of ``arch`` into ``folder``, as PEFT saves it after training; returns its logits."""
     with quiet():
         model = models.load(arch, base, "float32")
@@ -96,7 +98,9 @@ def attach(arch: str, base: Path, adapters: Sequence[tuple[Path, float]], dtype:
         return _forwardable(wrapped)
 
 
-def merge(arch: str, base: Path, adapters: Sequence[tuple[Path, float]], dtype: str = "float64", resize: int = 0) -> Merged:
+def merge(
+    arch: str, base: Path, adapters: Sequence[tuple[Path, float]], dtype: str = "float64", resize: int = 0
+) -> Merged:
     """PEFT's ``merge_and_unload`` of a copy of the base in ``dtype``, saved by transformers and read back from the disk."""
     with quiet():
         wrapped = attach(arch, base, adapters, dtype, resize)

@@ -40,7 +40,11 @@ def rename(old_text: str, new_text: str) -> Rewrite:
         renamed = {k.replace(old_text, new_text, 1): v for k, v in tensors.items()}
         if renamed.keys() == tensors.keys():
             raise ValueError(f"no key has {old_text!r}: {sorted(tensors)[:3]}")
-        targets = [t.replace("lm_head", "embed_out") for t in old["target_modules"]] if "embed_out" in new_text else old["target_modules"]
+        targets = (
+            [t.replace("lm_head", "embed_out") for t in old["target_modules"]]
+            if "embed_out" in new_text
+            else old["target_modules"]
+        )
         return {**old, "target_modules": targets}, renamed
 
     return rewrite

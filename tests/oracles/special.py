@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: TID251
+import peft
 import torch
 
 from tests.oracles import disk, models, peft_oracle
@@ -75,7 +75,9 @@ def linear_formula(trained: Trained) -> Answer:
     return Answer(merged, None, {})
 
 
-def per_expert(module: str, parts: Sequence[str], experts: Sequence[int] = (0, 1, 2), **config: Any) -> Callable[[Path, Path, torch.Generator], None]:
+def per_expert(
+    module: str, parts: Sequence[str], experts: Sequence[int] = (0, 1, 2), **config: Any
+) -> Callable[[Path, Path, torch.Generator], None]:
     """An adapter as PEFT wrote it under transformers 4: one LoRA per expert and projection, and one on q_proj."""
 
     def make(base: Path, folder: Path, generator: torch.Generator) -> None:
@@ -94,7 +96,9 @@ def per_expert(module: str, parts: Sequence[str], experts: Sequence[int] = (0, 1
         paths += [f"model.layers.{i}.{module}.experts.{e}.{part}" for i in (0, 1) for e in experts for part in parts]
         tensors = {}
         for path in paths:
-            rank = next((r for p, r in fields["rank_pattern"].items() if re.match(rf"(.*\.)?({p})$", path)), fields["r"])
+            rank = next(
+                (r for p, r in fields["rank_pattern"].items() if re.match(rf"(.*\.)?({p})$", path)), fields["r"]
+            )
             out, width = weights[f"{path}.weight"].shape
             tensors[f"base_model.model.{path}.lora_A.weight"] = 0.2 * torch.randn(rank, width, generator=generator)
             tensors[f"base_model.model.{path}.lora_B.weight"] = 0.2 * torch.randn(out, rank, generator=generator)

@@ -26,7 +26,7 @@ class _Peft:
         """A folder whose adapter_config.json mentions a peft_type, or that holds PEFT's weights."""
         config = path / "adapter_config.json"
         if not config.is_file():
-            return False
+            return config.exists() and path.is_dir()  # a pipe of that name: the reader refuses it by name
         with open(config, "rb") as file:
             head = file.read(1 << 20)
         return b'"peft_type"' in head or (b"fine_tune_type" not in head and b"lora_parameters" not in head)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import regex
 
@@ -119,29 +119,31 @@ class PeftConfig:
 
     def rank_of(self, module: str) -> int:
         """Configured rank of a module."""
-        return self.rank_pattern[key] if (key := self._first(self.rank_pattern, module)) else self.rank
+        key = self._first("rank_pattern", module)
+        return self.rank if key is None else self.rank_pattern[key]
 
     def alpha_of(self, module: str) -> float:
         """Configured alpha of a module."""
-        return self.alpha_pattern[key] if (key := self._first(self.alpha_pattern, module)) else self.alpha
+        key = self._first("alpha_pattern", module)
+        return self.alpha if key is None else self.alpha_pattern[key]
 
     def scale_of(self, module: str, rank: int) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)``."""
         return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
 
-    def _first(self, patterns: Mapping[str, Any], module: str) -> str | None:
+    def _first(self, field: Literal["rank_pattern", "alpha_pattern"], module: str) -> str | None:
         """The first key that matches as PEFT matches (``get_pattern_key``), with a limit on time."""
-        for pattern in patterns:
+        for pattern in getattr(self, field):
             try:
                 if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_REGEX_SECONDS):
-                    return pattern
+                    return str(pattern)
             except TimeoutError as error:
                 raise MalformedError(
-                    f"the pattern '{show(pattern)}' takes too long to match", file=self.file
+                    f"{field}: '{show(pattern)}' takes too long to match", file=self.file, hint="simplify it"
                 ) from error
             except regex.error as error:
                 raise MalformedError(
-                    f"'{show(pattern)}' is not a regular expression ({error})", file=self.file
+                    f"{field}: '{show(pattern)}' is not a regular expression ({error})", file=self.file
                 ) from error
         return None
 
@@ -159,7 +161,7 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> PeftConfig:
         raise MalformedError("no 'peft_type'", file=file, hint="is this an adapter's folder?")
     kind = kind.rpartition(".")[2]
     if kind not in WEIGHT_KINDS + PROMPT_KINDS:
-        raise FitError(
+        raise MalformedError(
             f"adapters of type '{show(kind)}' are not read", file=file, hint="`surgery formats` lists what is"
         )
     if kind in WEIGHT_KINDS:

@@ -18,6 +18,7 @@ from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Tok
 __all__ = ["read_peft"]
 
 _PREFIX = "base_model.model."
+_SAVED = "modules_to_save"
 _FACTORS = (
     "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
 )  # fmt: skip
@@ -119,15 +120,27 @@ def _sort(
         if ".original_module." in name:
             ignored.append(Ignored(tensor, "the base's own copy of a module trained in full"))
             continue
-        segments = [segment for segment in name.split(".") if segment not in ("base_layer", "token_adapter")]
-        if "modules_to_save" in segments:
-            at = segments.index("modules_to_save")
-            segments = segments[:at] + segments[at + (2 if len(segments) - at > 2 else 1) :]
-        clean = ".".join(segments)
-        if clean in plain:
+        clean = _whole_parameter(name)
+        saved = f".{_SAVED}." in name
+        other = plain.get(clean)
+        if other is not None and saved == (f".{_SAVED}." in other.name):
             raise MalformedError(f"'{clean}' twice", file=tensor.file.path, tensor=tensor.name)
-        plain[clean] = tensor
+        if (
+            other is not None
+        ):  # PEFT trains the copy under modules_to_save, and stores the module it was copied from too
+            ignored.append(Ignored(other if saved else tensor, "the copy in modules_to_save takes its place"))
+        if other is None or saved:
+            plain[clean] = tensor
     return modules, plain, ignored
+
+
+def _whole_parameter(name: str) -> str:
+    """The parameter's own name, without PEFT's wrappers and without the adapter's name."""
+    segments = [segment for segment in name.split(".") if segment not in ("base_layer", "token_adapter")]
+    if _SAVED in segments:
+        at = segments.index(_SAVED)
+        segments = segments[:at] + segments[at + (2 if len(segments) - at > 2 else 1) :]
+    return ".".join(segments)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -44,6 +44,7 @@ class Family:
         tied: Whether the head is the embedding when config.json does not say.
         ties: Further ``(alias, source)`` module paths that always share one tensor.
         conv1d: Last path segments of modules that store their weight ``(in, out)``.
+        experts_transposed: Whether 3-D expert tensors are ``(E, in, out)`` rather than ``(E, out, in)``.
         renames: Spellings, see `Rename`.
         fused: Parameters in parts, see `Fused`.
         derivable: Last path segments of tensors that are computed, not trained (``inv_freq``).
@@ -57,6 +58,7 @@ class Family:
     tied: bool = False
     ties: tuple[tuple[str, str], ...] = ()
     conv1d: tuple[str, ...] = ()
+    experts_transposed: bool = False
     renames: tuple[Rename, ...] = ()
     fused: tuple[Fused, ...] = field(default=())
     derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias")

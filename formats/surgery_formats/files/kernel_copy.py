@@ -12,7 +12,7 @@ from typing import Any
 
 from surgery_formats.files.raw import File
 
-__all__ = ["copy_range", "exchange", "reserve", "start_writeback", "sync_folder", "write_all"]
+__all__ = ["copy_range", "exchange", "rename_new", "reserve", "start_writeback", "sync_folder", "write_all"]
 
 # One copy_file_range call: large enough that the call costs nothing, small enough that Ctrl-C is answered
 # within a fraction of a second.
@@ -26,7 +26,8 @@ _CANNOT_COPY = frozenset(
 _CANNOT_RESERVE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 _AT_FDCWD = -100  # linux/fcntl.h
-_RENAME_EXCHANGE = 2  # linux/fs.h
+_RENAME_NOREPLACE = 1  # linux/fs.h
+_RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
@@ -132,6 +133,24 @@ def sync_folder(fd: int) -> None:
         # some network file systems sync folders by themselves
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
+
+
+def rename_new(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+    """Give a file a name nobody has, in one step where the system can; elsewhere there is a moment between the look and the step.
+
+    Raises:
+        FileExistsError: the name is taken.
+        OSError: any other fault.
+    """
+    if _renameat2 is not None:
+        if _renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE) == 0:
+            return
+        fault = ctypes.get_errno()
+        if fault not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise OSError(fault, os.strerror(fault), os.fspath(new))
+    if os.path.lexists(new):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(new))
+    os.rename(old, new)
 
 
 def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

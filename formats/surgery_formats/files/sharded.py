@@ -210,7 +210,10 @@ def _pick(folder: Path, names: Sequence[str], stems: Iterable[str]) -> str:
             )
         if lone:
             return lone[0]
-    raise NotFoundError("no weights here", file=folder, hint="expected *.safetensors, or *.bin and the like")
+    stem = next(iter(stems), "")
+    raise NotFoundError(
+        "no weights here", file=folder, hint=f"expected {stem or '*'}.safetensors, or {stem or '*'}.bin and the like"
+    )
 
 
 def _single_or_index(folder: Path, single: str, index: str, suffix: str) -> str:

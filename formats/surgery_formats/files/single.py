@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 from surgery_formats.errors import FitError, NotFoundError, OutputExistsError
-from surgery_formats.files.kernel_copy import reserve, sync_folder, write_all
+from surgery_formats.files.kernel_copy import rename_new, reserve, sync_folder, write_all
 from surgery_formats.files.output_file import output_faults
 
 __all__ = ["SingleFile", "write_single"]
@@ -40,6 +39,7 @@ class SingleFile:
 
 def write_single(
     out: str | os.PathLike[str],
+    job: str,
     nbytes: int,
     fill: Callable[[SingleFile], None],
     *,
@@ -49,11 +49,12 @@ def write_single(
 ) -> Path:
     """Write the file `out`.
 
-    A file cannot hold a journal, and what is written this way is small, so nothing is resumed: a killed run leaves at most a hidden
-    ``.<name>.surgery-*`` beside the output.
+    What is written this way is small, so nothing is resumed: a killed run leaves at most a hidden ``.<name>.surgery-*`` beside the
+    output, which the same job takes over.
 
     Args:
         out: Must not exist unless `overwrite`; its parent must.
+        job: Hex digest of inputs and options: the same job takes over what it left when it was killed.
         nbytes: Its exact size.
         fill: Writes every byte.
         overwrite: Replace an existing file, atomically.
@@ -73,22 +74,21 @@ def write_single(
         raise NotFoundError("no such folder to write into", file=shown.parent)
     _refuse(final, shown, inputs, overwrite=overwrite)
     # The suffix stays last, so that readers that go by it can prove the hidden file.
-    hidden = parent / f".{shown.stem[:150]}.surgery-{secrets.token_hex(4)}{shown.suffix}"
+    hidden = parent / f".{shown.stem[:150]}.surgery-{job[:16]}{shown.suffix}"
     with output_faults(shown, nbytes):
-        fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = _open_hidden(hidden, shown)
         try:
-            try:
-                reserve(fd, nbytes)
-                fill(SingleFile(fd, hidden, shown, nbytes))
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            reserve(fd, nbytes)
+            fill(SingleFile(fd, hidden, shown, nbytes))
+            os.fsync(fd)
             if prove is not None:
                 prove(hidden)
             _publish(hidden, final, shown, overwrite=overwrite)
         except BaseException:
             hidden.unlink(missing_ok=True)
             raise
+        finally:
+            os.close(fd)
         folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             sync_folder(folder)
@@ -107,22 +107,35 @@ def _refuse(final: Path, shown: Path, inputs: tuple[Path, ...], *, overwrite: bo
 
 
 def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None:
-    """``link`` fails where the name is taken, unlike ``rename``: no other process's file is lost in between."""
     if overwrite:
         os.replace(hidden, final)
         return
     try:
-        os.link(hidden, final)
+        rename_new(hidden, final)
     except FileExistsError as error:
         raise _exists(shown) from error
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-            raise
-        if os.path.lexists(final):  # a file system without links: the moment between is as short as it gets
-            raise _exists(shown) from error
-        os.rename(hidden, final)
-        return
-    os.unlink(hidden)
+
+
+def _open_hidden(hidden: Path, shown: Path) -> int:
+    """The hidden file, empty and locked: what a killed run left is taken over, what another process is writing is not.
+
+    Raises:
+        OutputExistsError: another process is writing it.
+    """
+    fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours, there = os.fstat(fd), os.lstat(hidden)
+        if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):  # its writer finished between the two calls
+            raise BlockingIOError
+        os.ftruncate(fd, 0)
+    except (BlockingIOError, FileNotFoundError) as error:
+        os.close(fd)
+        raise OutputExistsError("another process is writing it", file=shown, hint="wait for it to finish") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _exists(shown: Path) -> OutputExistsError:

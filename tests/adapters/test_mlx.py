@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLX-LM folders: what mlx-lm itself saved merges to what mlx-lm itself fused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from surgery import convert
+from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.peft import PEFT
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.updates import DoRA, LoRA
+from tests.adapter_files import (
+    GOLDEN,
+    assert_close,
+    assert_expected,
+    config_of,
+    draw,
+    llama,
+    merged,
+    mlx_deltas,
+    peft_deltas,
+    write_mlx,
+    write_peft,
+)
+
+CASES = sorted(path for path in (GOLDEN / "mlx").glob("*/*") if (path / "adapters.safetensors").exists())
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}-{path.name}"
+
+
+@pytest.mark.parametrize("folder", CASES, ids=_name)
+def test_merges_to_what_mlx_lm_fuses(folder: Path, tmp_path: Path) -> None:
+    base = folder.parent / "base"
+    assert_expected(base, merged(base, folder, tmp_path / "out"), folder / "expected.safetensors")
+
+
+@pytest.mark.parametrize("folder", CASES, ids=_name)
+def test_every_tensor_is_consumed(folder: Path) -> None:
+    adapter = read_adapter(folder)
+    assert adapter.format == "mlx"
+    assert adapter.unconsumed() == ()
+    assert not PEFT.detect(folder)
+
+
+@pytest.mark.parametrize(
+    "folder", [c for c in CASES if "embed" not in c.name and c.name not in ("full", "dora-tied")], ids=_name
+)
+@pytest.mark.parametrize("with_base", [False, True])
+def test_survives_the_way_through_peft(folder: Path, tmp_path: Path, with_base: bool) -> None:
+    base = folder.parent / "base"
+    there = convert(folder, "peft", tmp_path / "peft", base=base if with_base else None)
+    back = convert(tmp_path / "peft", "mlx", tmp_path / "mlx", base=base if with_base else None)
+    assert max(there.max_error, back.max_error) <= 1e-6
+    assert_expected(base, merged(base, tmp_path / "mlx", tmp_path / "out"), folder / "expected.safetensors")
+    embeddings = ("embed_tokens",)
+    assert_close(mlx_deltas(tmp_path / "mlx", embeddings), mlx_deltas(folder, embeddings))
+
+
+def test_a_peft_folder_of_stacked_experts_merges_the_same(tmp_path: Path) -> None:
+    folder = GOLDEN / "mlx/mixtral/lora"
+    convert(folder, "peft", tmp_path / "peft")
+    base = folder.parent / "base"
+    assert_expected(base, merged(base, tmp_path / "peft", tmp_path / "out"), folder / "expected.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "scale", "trap"),
+    [
+        ({"num_layers": 2, "lora_parameters": {"rank": 2, "scale": 5.0}}, 5.0, ""),
+        ({"lora_layers": 2, "lora_parameters": {"rank": 2, "scale": 5.0, "alpha": 8}}, 20.0, "before 2024-04"),
+        ({"num_layers": 2, "lora_parameters": {"rank": 2, "scale": 5.0, "alpha": 8}}, 5.0, "ignores it"),
+        ({"num_layers": 2, "lora_parameters": {"rank": 2}}, 20.0, "no scale"),
+    ],
+)
+def test_scale_by_generation_of_the_configuration(
+    tmp_path: Path, config: dict[str, object], scale: float, trap: str
+) -> None:
+    write_mlx(tmp_path / "a", {f"{Q}.lora_a": draw(1, 6, 2), f"{Q}.lora_b": draw(2, 2, 6)}, **config)
+    adapter = read_adapter(tmp_path / "a")
+    (update,) = next(iter(adapter.updates.values()))
+    assert isinstance(update, LoRA)
+    assert update.scale == scale
+    assert trap in " ".join(adapter.traps)
+    assert bool(trap) == bool(adapter.traps)
+
+
+def test_ranks_are_padded_and_scales_folded(tmp_path: Path) -> None:
+    prefix = "base_model.model.model.layers"
+    tensors = {}
+    for layer, name, rank, shape in ((0, "q_proj", 2, (6, 6)), (1, "q_proj", 4, (6, 6)), (1, "k_proj", 2, (4, 6))):
+        tensors[f"{prefix}.{layer}.self_attn.{name}.lora_A.weight"] = draw(layer, rank, shape[1])
+        tensors[f"{prefix}.{layer}.self_attn.{name}.lora_B.weight"] = draw(layer + 9, shape[0], rank)
+    source = write_peft(
+        tmp_path / "a",
+        tensors,
+        r=2,
+        lora_alpha=3,
+        rank_pattern={"layers.1.self_attn.q_proj": 4},
+        alpha_pattern={"k_proj": 7},
+    )
+    result = convert(source, "mlx", tmp_path / "b")
+    assert [entry.outcome for entry in result.entries] == ["folded", "folded", "exact"]
+    parameters = config_of(tmp_path / "b")["lora_parameters"]
+    assert isinstance(parameters, dict)
+    assert (parameters["rank"], parameters["scale"]) == (4, 0.75)
+    assert_close(mlx_deltas(tmp_path / "b"), peft_deltas(source))
+
+
+def test_keys_are_relative_only_where_every_block_has_them(tmp_path: Path) -> None:
+    def tensors(modules: list[str]) -> dict[str, np.ndarray]:
+        return {
+            f"base_model.model.{m}.lora_{side}.weight": draw(1, *((2, 6) if side == "A" else (6, 2)))
+            for m in modules
+            for side in "AB"
+        }
+
+    same = write_peft(
+        tmp_path / "a", tensors([f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)] + ["lm_head"]), r=2
+    )
+    convert(same, "mlx", tmp_path / "same")
+    other = write_peft(tmp_path / "b", tensors(["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.x"]), r=2)
+    convert(other, "mlx", tmp_path / "other")
+    keys = [config_of(tmp_path / name)["lora_parameters"]["keys"] for name in ("same", "other")]  # type: ignore[index]
+    assert keys == [["lm_head", "self_attn.q_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.x"]]
+    assert config_of(tmp_path / "same")["num_layers"] == -1
+
+
+def test_a_tied_head_follows_the_embedding_in_mlx_only(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", tied=True)
+    stem = "model.embed_tokens"
+    source = write_mlx(
+        tmp_path / "mlx",
+        {f"{stem}.lora_a": draw(1, 11, 2), f"{stem}.lora_b": draw(2, 2, 6)},
+        lora_parameters={"rank": 2, "scale": 3.0},
+    )
+    after = merged(base, source, tmp_path / "out")
+    assert "lm_head.weight" not in after, "mlx-lm keeps head and embedding one tensor"
+    convert(source, "peft", tmp_path / "peft", base=base)
+    deltas = peft_deltas(tmp_path / "peft")
+    assert_close({"lm_head": deltas["lm_head"]}, {"lm_head": deltas[stem]})
+    assert_close(merged(base, tmp_path / "peft", tmp_path / "out2"), after, 1e-7)
+    alone = write_peft(
+        tmp_path / "alone",
+        {
+            f"base_model.model.{stem}.lora_embedding_A": draw(1, 2, 11),
+            f"base_model.model.{stem}.lora_embedding_B": draw(2, 6, 2),
+        },
+        r=2,
+    )
+    with pytest.raises(FitError, match="head and embedding are one tensor in mlx-lm"):
+        convert(alone, "mlx", tmp_path / "no", base=base)
+
+
+def test_what_it_cannot_hold_is_named(tmp_path: Path) -> None:
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    source = write_peft(
+        tmp_path / "a",
+        {
+            f"{stem}.lora_A.weight": draw(1, 2, 6),
+            f"{stem}.lora_B.weight": draw(2, 6, 2),
+            f"{stem}.lora_B.bias": draw(3, 6),
+        },
+        r=2,
+        lora_bias=True,
+    )
+    with pytest.raises(FitError, match=r"q_proj\.bias") as caught:
+        convert(source, "mlx", tmp_path / "b")
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "b").exists()
+    result = convert(source, "mlx", tmp_path / "b", allow_loss=True)
+    assert [entry.outcome for entry in result.entries] == ["dropped", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "fault"),
+    [
+        ({f"{Q}.lora_a": draw(1, 6, 2)}, {}, "without its 'lora_b'"),
+        ({f"{Q}.lora_b": draw(1, 2, 6)}, {}, "without its 'lora_a'"),
+        ({f"{Q}.weight": draw(1, 6, 6)}, {}, "neither lora_a"),
+        ({f"{Q}.lora_a": draw(1, 6, 2), f"{Q}.lora_b": draw(1, 3, 6)}, {}, "is \\[6, 2\\]"),
+        ({f"{Q}.lora_a": draw(1, 6, 2), f"{Q}.lora_b": draw(1, 2, 6)}, {"fine_tune_type": "dora"}, "no magnitude"),
+        ({f"{Q}.lora_a": draw(1, 6, 2), f"{Q}.lora_b": draw(1, 2, 6), f"{Q}.m": draw(1, 6)}, {}, "not DoRA"),
+        ({f"{Q}.lora_a": draw(1, 6, 2), f"{Q}.lora_b": draw(1, 2, 6)}, {"fine_tune_type": "x"}, "not known"),
+        (
+            {f"{Q}.lora_a": draw(1, 6, 2), f"{Q}.lora_b": draw(1, 2, 6)},
+            {"lora_parameters": {"scale": "x"}},
+            "not a number",
+        ),
+    ],
+)
+def test_refuses(tmp_path: Path, tensors: dict[str, np.ndarray], config: dict[str, object], fault: str) -> None:
+    write_mlx(tmp_path / "a", tensors, **{"lora_parameters": {"rank": 2, "scale": 1.0}, **config})
+    with pytest.raises((MalformedError, FitError), match=fault):
+        read_adapter(tmp_path / "a")
+
+
+def test_the_old_npz_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapters.npz").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_parameters": {}}))
+    assert MLX.detect(tmp_path)
+    with pytest.raises(NotFoundError, match="npz"):
+        read_adapter(tmp_path)
+
+
+def test_magnitudes_of_an_embedding_belong_to_its_rows() -> None:
+    adapter = read_adapter(GOLDEN / "mlx/llama/dora-embed")
+    (update,) = next(chain for site, chain in adapter.updates.items() if "embed" in site.path)
+    assert isinstance(update, DoRA)
+    assert update.per_row
+    assert update.shape == (64, 32)
