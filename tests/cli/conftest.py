@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli_kit import Run, make_base, make_lora
+from tests.kit import Run, make_base, make_lora
 from click.testing import CliRunner
 
 from surgery_cli.group import surgery

@@ -11,7 +11,7 @@ import sys
 import click
 import pytest
 import torch
-from cli_kit import Run, environment, make_base, make_lora, spawn
+from tests.kit import Run, environment, make_base, make_lora, spawn
 from safetensors.torch import load_file, save_file
 
 from surgery_cli.errors import fault_of, guarded

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from cli_kit import Run, environment, spawn
+from tests.kit import Run, environment, spawn
 
 from surgery_cli.group import COMMANDS, surgery
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_kit import LAYERS, Run, environment, make_lora, spawn
+from tests.kit import LAYERS, Run, environment, make_lora, spawn
 from safetensors.torch import load_file
 
 CHANGED = 2 * LAYERS  # q and v of every layer

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from cli_kit import Run, make_lora
+from tests.kit import Run, make_lora
 
 from surgery_formats.errors import InputError, NotFoundError
 from surgery_formats.refs import HubName, parse_hub_name, resolve

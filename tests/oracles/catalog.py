@@ -16,9 +16,22 @@ def lora(**config: Any) -> Adapter:
 
 
 # --- every architecture: plain, rsLoRA, DoRA ------------------------------------------------------------------------------
-ARCHITECTURES = (
-    ["llama", "qwen2", "gpt2", "bert", "t5", "opt", "gpt_neox", "phi3", "mixtral", "qwen2_moe", "vit", "resnet", "whisper", "torch_module"]
-)
+ARCHITECTURES = [
+    "llama",
+    "qwen2",
+    "gpt2",
+    "bert",
+    "t5",
+    "opt",
+    "gpt_neox",
+    "phi3",
+    "mixtral",
+    "qwen2_moe",
+    "vit",
+    "resnet",
+    "whisper",
+    "torch_module",
+]
 for _arch in ARCHITECTURES:
     add(f"{_arch}-lora", _arch, lora(lora_alpha=7), tags="lora alpha")
     add(f"{_arch}-rslora", _arch, lora(use_rslora=True, r=3), tags="lora rslora")

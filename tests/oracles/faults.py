@@ -253,7 +253,7 @@ _field("alpha-pattern-is-nan", 3, {"alpha_pattern": {"q_proj": float("nan")}}, "
 _field("alpha-pattern-is-a-list", 3, {"alpha_pattern": [1, 2]})
 _field("alpha-pattern-value-is-a-string", 3, {"alpha_pattern": {"q_proj": "8"}})
 _field("regex-malformed", 3, {"alpha_pattern": {"q_proj(": 3}})
-_field("regex-catastrophic", 3, {"alpha_pattern": {r"(?:([a-z_.0-9]+)+\1?)+(?<!j)": 3}})
+_field("regex-catastrophic", 3, {"alpha_pattern": {r"(?:(.+)+\1*)+(?<!j)": 3}})
 _field("regex-catastrophic-backreference", 3, {"alpha_pattern": {r"(?:([a-z_.0-9]+)+\1*)+(?<!j)": 3}})
 _field("layer-replication", (4, 3), {"layer_replication": [[0, 2], [1, 2]]})
 for _init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"):

@@ -150,8 +150,9 @@ def _adapter(found: AdapterReport, every: bool) -> None:
         ("weights", _files(found.files)),
         ("types", _types(found.dtypes)),
     ]
-    rows += [(name, show(value, 500)) for name, value in found.metadata.items()] if every else []
-    rows = [(show(label), text) for label, text in rows]
+    rows += (
+        [("metadata", f"{show(name)} = {show(value, 500)}") for name, value in found.metadata.items()] if every else []
+    )
     pairs(rows)
     if found.targets:
         click.echo()

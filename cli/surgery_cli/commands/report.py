@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,7 +75,8 @@ def _write(text: str, path: Path, inputs: list[Path], overwrite: bool) -> None:
     from surgery_formats.files.single import write_single
 
     data = text.encode()
-    write_single(path, len(data), lambda file: file.pwrite(data, 0), overwrite=overwrite, inputs=tuple(inputs))
+    job = hashlib.sha256(data).hexdigest()
+    write_single(path, job, len(data), lambda file: file.pwrite(data, 0), overwrite=overwrite, inputs=tuple(inputs))
 
 
 def _text(found: SavingsReport) -> None:

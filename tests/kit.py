@@ -14,7 +14,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 HIDDEN, LAYERS, RANK = 32, 2, 4
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj")
 

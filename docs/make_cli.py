@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes docs/cli.md from the commands' own ``--help``, so that the two cannot differ.
+
+``python docs/make_cli.py`` rewrites the page; with ``--check`` it ends with exit code 1 if the page is out of date.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from surgery_cli.group import COMMANDS, surgery
+
+__all__ = ["PAGE", "render"]
+
+PAGE = Path(__file__).resolve().parent / "cli.md"
+_WIDTH = 80  # of help texts; fixed, so that the page does not depend on anybody's terminal
+_HEAD = """\
+# The command line
+
+Made from `surgery --help` by `python docs/make_cli.py`; do not edit.
+
+`REF`, `BASE` and `ADAPTER` are local paths first: a file or folder of that name always wins. Names of the Hugging Face
+hub are `hf://org/name[@revision][:file]`, or `org/name` where nothing local has that name. Data goes to stdout;
+progress, hints, warnings and errors go to stderr. With `--json` stdout holds one JSON object with `schema_version`,
+`command` and `result`, and an error is one JSON object on stderr.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    top = click.Context(surgery, info_name="surgery", terminal_width=_WIDTH, **surgery.context_settings)
+    parts = [_HEAD, *_section("surgery", surgery, top)]
+    for name in COMMANDS:
+        command = surgery.get_command(top, name)
+        assert command is not None
+        parts += _section(f"surgery {name}", command, click.Context(command, top, name, terminal_width=_WIDTH))
+    return "\n".join(parts)
+
+
+def _section(title: str, command: click.Command, context: click.Context) -> Iterator[str]:
+    yield f"## {title}\n"
+    text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    yield f"```\n{text}\n```\n"
+
+
+def main() -> int:
+    """Write the page, or say whether it is current."""
+    page = render()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(page, encoding="utf-8")
+        return 0
+    return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
