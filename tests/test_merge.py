@@ -22,7 +22,9 @@ from tests.kit import environment, make_base, make_lora, spawn
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.fixture
@@ -259,3 +261,20 @@ def test_a_full_disk_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path) -> 
     assert "Traceback" not in ran.stderr
     assert set(os.listdir(tmp_path)) == {"base", "lora"}
     assert spawn("merge", *pair, "-o", tmp_path / "out").returncode == 0
+
+
+def test_a_t5_head_that_would_have_to_part_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    save_file(
+        {"shared.weight": torch.randn(16, 8), "decoder.x.weight": torch.randn(8, 8)},
+        tmp_path / "base" / "model.safetensors",
+    )
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "lora").mkdir()
+    stem = "base_model.model.lm_head"
+    factors = {f"{stem}.lora_A.weight": torch.randn(2, 8), f"{stem}.lora_B.weight": torch.randn(16, 2)}
+    save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    with pytest.raises(FitError, match="only while the head is tied"):
+        surgery.merge(tmp_path / "base", tmp_path / "lora", output=tmp_path / "out")

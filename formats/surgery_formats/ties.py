@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from surgery_formats.checkpoint import Component
 from surgery_formats.edits import Edit, Operation
+from surgery_formats.errors import FitError
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates import LoRA, TokenRows, Update
 
@@ -32,6 +33,9 @@ def settle_tie(
 
     Returns:
         The edits, and whether head and embedding part (``tie_word_embeddings`` becomes false).
+
+    Raises:
+        FitError: they would have to part, and this family's cannot.
     """
     settled = dict(edits)
     if not (component.tied and component.embedding and component.head):
@@ -51,6 +55,14 @@ def settle_tie(
             source = embedding.source if embedding.replaced else component.tensors[component.head]
             settled[head_key] = replace(embedding, name=component.head, source=source, why="tied to the embedding")
         return settled, False
+    if component.family.inseparable:
+        changed = head or embedding
+        assert changed is not None
+        raise FitError(
+            f"only one of the tied '{component.head}' and '{component.embedding}' was trained: {component.family.inseparable}",
+            tensor=changed.name,
+            hint="keep this adapter unmerged",
+        )
     if not stored_twice:
         base = component.tensors[component.embedding]
         if head is None and embedding is not None:

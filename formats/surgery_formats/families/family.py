@@ -43,6 +43,7 @@ class Family:
         head: Path of the language-model head.
         tied: Whether the head is the embedding when config.json does not say.
         ties: Further ``(alias, source)`` module paths that always share one tensor.
+        inseparable: Why head and embedding cannot part although they are tied; empty if they can.
         conv1d: Last path segments of modules that store their weight ``(in, out)``.
         experts_transposed: Whether 3-D expert tensors are ``(E, in, out)`` rather than ``(E, out, in)``.
         renames: Spellings, see `Rename`.
@@ -57,6 +58,7 @@ class Family:
     head: str = ""
     tied: bool = False
     ties: tuple[tuple[str, str], ...] = ()
+    inseparable: str = ""
     conv1d: tuple[str, ...] = ()
     experts_transposed: bool = False
     renames: tuple[Rename, ...] = ()

@@ -10,5 +10,6 @@ FAMILY = Family(
     embedding="shared",
     head="lm_head",
     tied=True,
+    inseparable="transformers scales T5's last hidden state by d_model ** -0.5 only while the head is tied",
     ties=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")),
 )

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole processes, timed: wall seconds, processor seconds, and the peak of resident memory the kernel saw."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: seconds of wall and processor time, peak resident bytes (VmHWM: page cache mapped in would count)."""
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+def environment() -> dict[str, str]:
+    """As on a clone that was not installed."""
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "formats", "cli"))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def run(command: Sequence[str], log: Path, extra: Mapping[str, str] | None = None) -> Sample:
+    """Run `command` to its end; its output goes to `log`, which is shown if it fails."""
+    with open(log, "wb") as out:
+        started = time.perf_counter()
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment() | dict(extra or {}))
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - started
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"{' '.join(command)} left with {child.returncode}:\n{log.read_text()[-2000:]}")
+    return Sample(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def versions(*packages: str) -> str:
+    """``Python 3.11.7, Linux 6.18, 2 cores; torch 2.13.0, ...``."""
+    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores; {found}"

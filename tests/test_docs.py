@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documents say what is true: examples run, links resolve, the command line's page is the command line's help."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import surgery
+from surgery_cli.group import COMMANDS
+from surgery_formats.adapters.registry import BUILT_IN
+from tests.oracles.cases import CASES
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "README.md"])
+RUN = re.compile(r"^```python run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+# Folders of the machines this is made on; the tools of a finished project have no business with them. /tmp is left out of
+# the words, because documentation may well use it as an example.
+MACHINE = re.compile(r"(?<![\w./-])/(?:root|work|home/\w+|Users/\w+)/[\w.-]+")
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def make_cli():
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_the_command_line_is_its_help():
+    made = make_cli()
+    assert made.PAGE.read_text(encoding="utf-8") == made.render(), "run: python docs/make_cli.py"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_documented(command: str):
+    assert f"## surgery {command}\n" in (ROOT / "docs" / "cli.md").read_text()
+    assert f"`surgery {command}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("verb", [verb for verb in COMMANDS if verb in surgery.__all__])
+def test_every_verb_has_a_function(verb: str):
+    assert callable(getattr(surgery, verb))
+
+
+@pytest.mark.parametrize("format", BUILT_IN, ids=lambda one: one.name)
+def test_every_format_is_documented(format):
+    assert f"`{format.name}`" in (ROOT / "docs" / "formats.md").read_text()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if RUN.search(page.read_text())], ids=name)
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The blocks of one page, in order, each a program of its own in a folder where `examples` lies."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    for found in RUN.finditer(text):
+        line = text[: found.start(1)].count("\n")
+        code = compile(
+            "\n" * line + found[1], str(page), "exec", dont_inherit=True
+        )  # so that a traceback shows the page's line
+        exec(code, {"__name__": "example"})
+
+
+def test_the_readme_and_the_guides_have_examples():
+    assert {name(page) for page in PAGES if RUN.search(page.read_text())} >= {
+        "README.md",
+        "docs/adding.md",
+        "docs/guarantees.md",
+        "docs/precision.md",
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_resolve(page: Path):
+    broken = []
+    for target in LINK.findall(FENCED.sub("", page.read_text())):
+        if re.match(r"[a-z]+://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        where = page if not path else (page.parent / path)
+        if not where.exists() or (anchor and anchor not in anchors(where)):
+            broken.append(target)
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_counts_no_more_merges_than_there_are():
+    said = re.search(r"more than (\d+) merges \((\d+) model classes", (ROOT / "README.md").read_text())
+    assert said is not None
+    assert int(said[1]) < len(CASES)
+    assert int(said[2]) <= len({case.arch for case in CASES.values()})
+
+
+def test_the_readme_shows_what_the_changelog_and_the_code_call_this_version():
+    assert f"## [{surgery.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_first_screen_has_the_two_commands():
+    first = (ROOT / "README.md").read_text().splitlines()[:15]
+    assert any(line.startswith("make demo") for line in first)
+    assert any(line.startswith("make test") for line in first)
+
+
+def test_exit_codes_are_the_commands_own():
+    told = re.compile(r"Exit codes: (.*?)130\s+interrupted", re.DOTALL)
+
+    def codes(text: str) -> list[str]:
+        return re.findall(r"\b\d+\b", told.search(text)[1])
+
+    assert codes((ROOT / "README.md").read_text()) == codes((ROOT / "docs" / "cli.md").read_text())
+
+
+def tracked() -> list[Path]:
+    """Files of the repository; without git, every file that could be one."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(words, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        folders = ("surgery", "formats", "cli", "docs", "tests", "examples", "benchmarks")
+        listed = [str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*")]
+        listed += [path.name for path in ROOT.glob("*.*")]
+    return [ROOT / one for one in listed if one and (ROOT / one).is_file() and "__pycache__" not in one]
+
+
+def test_no_file_names_a_folder_of_the_machine_it_was_made_on():
+    found = []
+    for path in tracked():
+        data = path.read_bytes()
+        if b"\0" in data[:4096]:
+            continue
+        found += [f"{name(path)}: {hit}" for hit in MACHINE.findall(data.decode("utf-8", "replace"))]
+    assert found == []
+
+
+def test_machine_folders_are_recognised():
+    """The test above can fail."""
+    for folder in ("root", "work", "home/me", "Users/me"):
+        assert MACHINE.search(f'path = "/{folder}/thing.py"')
+    assert not MACHINE.search("https://example.org/work/thing and a/root/b")
