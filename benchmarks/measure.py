@@ -37,12 +37,27 @@ def run(command: Sequence[str], log: Path, extra: Mapping[str, str] | None = Non
     with open(log, "wb") as out:
         started = time.perf_counter()
         child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment() | dict(extra or {}))
-        _, status, usage = os.wait4(child.pid, 0)
+        peak = 0
+        while True:
+            peak = max(peak, _high_water(child.pid))
+            done, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.01)
         wall = time.perf_counter() - started
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"{' '.join(command)} left with {child.returncode}:\n{log.read_text()[-2000:]}")
-    return Sample(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Sample(wall, usage.ru_utime + usage.ru_stime, peak)
+
+
+def _high_water(pid: int) -> int:
+    """VmHWM of a process and, for a shell's sake, nobody else; rusage would count the memory of the process that started it."""
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def median(values: Sequence[float]) -> float:
@@ -52,4 +67,6 @@ def median(values: Sequence[float]) -> float:
 def versions(*packages: str) -> str:
     """``Python 3.11.7, Linux 6.18, 2 cores; torch 2.13.0, ...``."""
     found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores; {found}"
+    return (
+        f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores; {found}"
+    )

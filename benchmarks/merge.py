@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging a rank-16 LoRA on all linear layers into a 1.24 B bf16 Llama shape, beside copying the folder and beside PEFT.
 
-    python benchmarks/merge.py [--rounds 5] [--peft-rounds 2] [--folder DIR]
+    python benchmarks/merge.py [--rounds 5] [--peft-rounds 2] [--pause 5] [--folder DIR]
 
 Every round runs each contender once, in turn, on warm files, as whole processes. Correctness is asserted inside: sampled
 tensors against float64, and bit equality with PEFT's. The copy is followed by ``sync -f``, because the merge syncs what it writes too;
-PEFT syncs nothing.
+PEFT syncs nothing. A pause before each run lets the memory that the last one's output held go back to where it came from: on a virtual
+machine whoever writes first after a deletion is handed warm pages, and writes twice as fast.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import torch
 from measure import Sample, median, run, versions
-from shapes import LARGE, LINEAR, SMALL, Shape, write_adapter, write_base
-
 from safetensors import safe_open
+from shapes import LARGE, LINEAR, SMALL, Shape, write_adapter, write_base
 
 PEFT = """
 import sys, torch, transformers, peft
@@ -62,16 +62,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peft-rounds", type=int, default=2)
+    parser.add_argument("--pause", type=float, default=5.0, help="seconds before each run")
     parser.add_argument("--folder", type=Path, help="where to work; needs 12 GB")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="surgery-bench-", dir=options.folder))
     try:
-        bench(work, options.rounds, options.peft_rounds)
+        bench(work, options.rounds, options.peft_rounds, options.pause)
     finally:
         shutil.rmtree(work)
 
 
-def bench(work: Path, rounds: int, peft_rounds: int) -> None:
+def bench(work: Path, rounds: int, peft_rounds: int, pause: float) -> None:
     for name, shape in (("large", LARGE), ("small", SMALL)):
         write_base(shape, work / name / "base")
         write_adapter(shape, work / name / "adapter")
@@ -81,9 +82,9 @@ def bench(work: Path, rounds: int, peft_rounds: int) -> None:
         base, adapter, out = (str(work / size / part) for part in ("base", "adapter", "out"))
         return [sys.executable, "-m", "surgery_cli", "-q", "merge", base, adapter, "-o", out]
 
-    def once(name: str, command: list[str], out: Path, after: Callable[[], None] = lambda: None) -> None:
+    def once(name: str, command: list[str], out: Path) -> None:
+        time.sleep(pause)
         samples[name].append(run(command, work / "log"))
-        after()
         shutil.rmtree(out)
 
     copied, peft_out = work / "copy", work / "peft"
@@ -118,7 +119,9 @@ def report(samples: dict[str, list[Sample]]) -> None:
         span = f"{median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f})"
         peak = max(sample.peak for sample in found) / 1e6
         cpu = median([sample.cpu for sample in found])
-        print(f"| {titles.get(name, f'`surgery merge`{name[5:]}')} | {span} | {median(walls) / base:.2f}x | {cpu:.1f} | {peak:.0f} |")
+        print(
+            f"| {titles.get(name, f'`surgery merge`{name[5:]}')} | {span} | {median(walls) / base:.2f}x | {cpu:.1f} | {peak:.0f} |"
+        )
     if samples["PEFT"]:
         ratio = median([s.wall for s in samples["PEFT"]]) / median([s.wall for s in samples["merge"]])
         print(f"\nPEFT takes {ratio:.1f} times as long as the merge.")

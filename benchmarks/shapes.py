@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from surgery_formats.dtypes import DType
 from surgery_formats.files.safetensors import layout
 
@@ -29,7 +30,12 @@ class Shape:
     def linear(self, module: str) -> tuple[int, int]:
         """(out, in) of a linear layer."""
         head = self.hidden // self.heads
-        out = {"q_proj": self.hidden, "o_proj": self.hidden, "k_proj": self.kv_heads * head, "v_proj": self.kv_heads * head}
+        out = {
+            "q_proj": self.hidden,
+            "o_proj": self.hidden,
+            "k_proj": self.kv_heads * head,
+            "v_proj": self.kv_heads * head,
+        }
         name = module.rpartition(".")[2]
         if name == "down_proj":
             return self.hidden, self.intermediate
@@ -41,7 +47,9 @@ class Shape:
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
             found += [(f"{prefix}{module}.weight", self.linear(module)) for module in LINEAR]
-            found += [(f"{prefix}{norm}.weight", (self.hidden,)) for norm in ("input_layernorm", "post_attention_layernorm")]
+            found += [
+                (f"{prefix}{norm}.weight", (self.hidden,)) for norm in ("input_layernorm", "post_attention_layernorm")
+            ]
         return [*found, ("model.norm.weight", (self.hidden,))]
 
     @property

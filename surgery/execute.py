@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,7 @@ def _write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Meas
                 futures += job.start(folder, copiers, run, stop, meter)
             if any(job.computed for job in jobs):
                 with _compute_pool(_affordable(plan, run)) as pool:
-                    computing = [
-                        pool.submit(job.compute, tensor, run, stop, meter) for job in jobs for tensor in job.computed
-                    ]
+                    computing = [pool.submit(job.compute, tensor, run, stop, meter) for job, tensor in _in_turn(jobs)]
                     _wait([*futures, *computing], stop)
             _wait(futures, stop)
             _wait([job.synced for job in jobs], stop)
@@ -130,6 +129,12 @@ def _write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Meas
     for job in jobs:
         measured |= job.measured
     return measured
+
+
+def _in_turn(jobs: Sequence[_FileJob]) -> Iterator[tuple[_FileJob, PlannedTensor]]:
+    """A tensor of each file in turn: two threads that write to one file wait for each other inside the kernel."""
+    for row in zip_longest(*(job.computed for job in jobs)):
+        yield from ((job, tensor) for job, tensor in zip(jobs, row, strict=True) if tensor is not None)
 
 
 def _wait(futures: list[Future[None]], stop: threading.Event) -> None:

@@ -10,9 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery_cli.group import COMMANDS
+from surgery_cli.group import surgery as surgery_command
 from surgery_formats.adapters.registry import BUILT_IN
 from tests.oracles.cases import CASES
 
@@ -71,6 +75,40 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "\n" * line + found[1], str(page), "exec", dont_inherit=True
         )  # so that a traceback shows the page's line
         exec(code, {"__name__": "example"})
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the example, and the two faulty adapters that the README shows."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    tensors = load_file(tmp_path / "examples" / "lora" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
+    for folder, changed in (("wrong-base-lora", {key: torch.zeros(8, 99)}), ("half-a-lora", {key: None})):
+        shutil.copytree(tmp_path / "examples" / "lora", tmp_path / folder)
+        kept = {one: value for one, value in (tensors | changed).items() if value is not None}
+        save_file(kept, tmp_path / folder / "adapter_model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_readme_shows_what_the_command_says(shipped: Path):
+    """Every line of every session, but for times; ``...`` stands for lines left out."""
+    sessions = [block for block in FENCED.findall((ROOT / "README.md").read_text()) if "$ surgery" in block]
+    commands = [part for block in sessions for part in block.strip("`\n").split("$ surgery ")[1:]]
+    assert len(commands) == 6
+    for part in commands:
+        words, _, shown = part.partition("\n")
+        shutil.rmtree("merged", ignore_errors=True)
+        ran = CliRunner().invoke(surgery_command, words.split(), prog_name="surgery")
+        said = [untimed(line) for line in ran.output.splitlines()]
+        assert ran.exit_code in (0, 3, 4), ran.output
+        assert Path("merged").exists() == (ran.exit_code == 0 and words.startswith("merge"))
+        missing = [line for line in shown.splitlines() if line not in ("", "...") and untimed(line) not in said]
+        assert missing == [], f"surgery {words} says:\n{ran.output}"
+
+
+def untimed(line: str) -> str:
+    return re.sub(r"in \d+\.\d\d s$", "in ... s", line).rstrip()
 
 
 def test_the_readme_and_the_guides_have_examples():
