@@ -181,6 +181,7 @@ def _affordable(plan: Plan, run: Run) -> int:
         raise ResourceError(
             f"computing this tensor takes up to {human(largest[0])}, the limit is {human(run.memory_limit)}",
             tensor=largest[1],
+            hint=f"raise the limit to {human(largest[0])}",
         )
     return max(1, min(wanted, run.memory_limit // largest[0]))
 

@@ -102,7 +102,7 @@ def merge(
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        warnings.extend(_judge(ledger))
+        warnings.extend(_judge(ledger, [weight for _, weight in found.adapters]))
         return {"README.md": card.merge_card(found, ledger)}
 
     ledger = execute(plan, output, run, finish)
@@ -225,7 +225,7 @@ def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (f"not carried (other weights beside the ones read): {listing(checkpoint.left_behind)}",)
 
 
-def _judge(ledger: Ledger) -> list[str]:
+def _judge(ledger: Ledger, weights: Sequence[float]) -> list[str]:
     """Refuse an output equal to the base; warn of updates lost to rounding.
 
     Raises:
@@ -233,6 +233,8 @@ def _judge(ledger: Ledger) -> list[str]:
     """
     moved = [tensor for tensor in ledger.plan.tensors if tensor.kind in ("replaced", "added")]
     if not moved and not any(found.changed for found in ledger.measured.values()):
+        if all(weight == 0 for weight in weights):
+            raise NothingChangedError("every adapter has the weight 0", hint="weights are written ADAPTER=0.7")
         raise NothingChangedError(
             "no weight of the base would change",
             hint="the adapter is all zeros, or its update is smaller than the stored type can hold",

@@ -103,6 +103,11 @@ def _hint(path: Path, name: HubName | None) -> str | None:
     return found
 
 
+def _near(text: str) -> str | None:
+    """A folder here whose name is nearly the first one of `text`."""
+    return None if text.startswith(_SCHEME) else closest(text.split("/")[0], sorted(os.listdir()))
+
+
 def _download(name: HubName, text: str) -> Path:
     hub = _hub()
     try:
@@ -118,9 +123,9 @@ def _download(name: HubName, text: str) -> Path:
             raise  # the disk, not the hub
         said = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise NotFoundError(
-            f"the hub did not give it: {show(said, 300)}",
+            f"nothing here has that name, and the hub did not give it: {show(said, 300)}",
             file=text,
-            hint="check the name; a gated or private repository needs 'hf auth login'",
+            hint=_near(text) or "check the name; a gated or private repository needs 'hf auth login'",
         ) from error
     return folder
 

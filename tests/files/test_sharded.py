@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
+
+from surgery_formats.errors import MalformedError, NotFoundError
 from surgery_formats.files.sharded import open_folder_tensors, open_shards
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -127,7 +128,7 @@ def test_open_shards_takes_files_too(sharded: Path) -> None:
     assert len(open_shards(sharded / INDEX).tensors) == 3
     assert len(open_shards(sharded).tensors) == 3
     (sharded / "notes.txt").write_text("x")
-    with pytest.raises(FitError, match="by its name"):
+    with pytest.raises(MalformedError, match="by its name"):
         open_shards(sharded / "notes.txt")
 
 

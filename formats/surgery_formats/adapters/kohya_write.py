@@ -152,7 +152,11 @@ def _fault(
 ) -> str:
     """Why the format cannot hold an update; empty if it can."""
     if not namer.prefix:
-        return f"this format has no name for '{component.name or 'a model of this kind'}'"
+        return (
+            f"this format has no name for '{component.name}'"
+            if component.name
+            else "this format names diffusion models only"
+        )
     if not _plain(update):
         return f"this format has no {update.kind}"
     if where is None:

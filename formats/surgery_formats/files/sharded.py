@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.errors import MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.raw import File, open_file
 from surgery_formats.files.safetensors import Header, read_header
@@ -233,7 +233,6 @@ def open_shards(path: str | os.PathLike[str]) -> ShardSet:
     Raises:
         NotFoundError: nothing there.
         MalformedError: a file is malformed, or index and shards disagree.
-        FitError: the name says it is none of these.
     """
     where = Path(path)
     if where.is_dir():
@@ -242,7 +241,9 @@ def open_shards(path: str | os.PathLike[str]) -> ShardSet:
     if index:
         return _open_indexed(where, index["suffix"])
     if where.suffix not in _SUFFIXES:
-        raise FitError("not a file of weights by its name", file=where, hint=f"expected one of {', '.join(_SUFFIXES)}")
+        raise MalformedError(
+            "not a file of weights by its name", file=where, hint=f"expected one of {', '.join(_SUFFIXES)}"
+        )
     return ShardSet(where.parent, (_open_shard(where),), None, None)
 
 
