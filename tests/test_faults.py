@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from surgery_cli.group import surgery as cli
 
+from surgery_cli.group import surgery as cli
 from tests.oracles.faults import FAULTS, MARKER, Fault, good
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+
 from surgery_formats.files.safetensors import open_safetensors
 from surgery_formats.lenses import (
     Parameter,
@@ -24,8 +26,6 @@ from surgery_formats.lenses import (
     window,
 )
 from surgery_formats.tensors import StoredTensor
-
-from safetensors.torch import save_file
 
 
 def stored(folder: Path, values: torch.Tensor) -> StoredTensor:
@@ -53,7 +53,12 @@ def views(draw: st.DrawFn, shape: tuple[int, int]) -> View:
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), height=st.integers(1, 7), width=st.integers(1, 7), dtype=st.sampled_from(["float32", "bfloat16", "float16"]))
+@given(
+    data=st.data(),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+)
 def test_put_after_get_is_the_identity(
     data: st.DataObject, height: int, width: int, dtype: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -72,7 +77,9 @@ def test_blocks_cover_a_view_exactly_once(
 ) -> None:
     """However the storage is cut into row blocks, every logical element turns up once, with its own value."""
     values = torch.arange(height * width, dtype=torch.float32).reshape(height, width)
-    parameter = Parameter("w", Plain.of(stored(tmp_path_factory.mktemp("w"), values)), data.draw(views((height, width))))
+    parameter = Parameter(
+        "w", Plain.of(stored(tmp_path_factory.mktemp("w"), values)), data.draw(views((height, width)))
+    )
     view, expected = parameter.view, parameter.get()
     seen = torch.full(expected.shape, float("nan"))
     for start in range(0, height, step):

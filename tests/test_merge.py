@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError, ResourceError
-from surgery_formats.files.folder import verify_folder
+from safetensors.torch import load_file, save_file
 
 import surgery
-from safetensors.torch import load_file, save_file
+from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError, ResourceError
+from surgery_formats.files.folder import verify_folder
 from tests.kit import environment, make_base, make_lora, spawn
 
 

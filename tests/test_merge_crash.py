@@ -24,7 +24,19 @@ def test_merge_survives_every_kill(tmp_path: Path) -> None:
     base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
     (tmp_path / "work").mkdir()
     out = tmp_path / "work" / "out"
-    command = [sys.executable, "-m", "surgery_cli", "-q", "merge", str(base), str(lora), "-o", str(out), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "surgery_cli",
+        "-q",
+        "merge",
+        str(base),
+        str(lora),
+        "-o",
+        str(out),
+        "--workers",
+        "1",
+    ]
     environ = environment(PYTHONDONTWRITEBYTECODE="1")
     report = matrix(command, out, environ, limit=LIMIT, faults=LIMIT is None)
     assert report.points >= (LIMIT or 30)

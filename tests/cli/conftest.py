@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.kit import Run, make_base, make_lora
 from click.testing import CliRunner
 
 from surgery_cli.group import surgery
+from tests.kit import Run, make_base, make_lora
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from tests.kit import Run, environment, spawn
 
 from surgery_cli.group import COMMANDS, surgery
+from tests.kit import Run, environment, spawn
 
 LIMIT = 0.3  # seconds; what a person takes for at once
 

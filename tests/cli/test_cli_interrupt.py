@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.kit import environment
 
 # A merge that takes a minute: every step waits, and the first one says that it has begun.

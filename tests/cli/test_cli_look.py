@@ -7,8 +7,9 @@ import json
 
 import pytest
 import torch
-from tests.kit import HIDDEN, LAYERS, RANK, Run, make_base, spawn
 from safetensors.torch import load_file, save_file
+
+from tests.kit import HIDDEN, LAYERS, RANK, Run, make_base, spawn
 
 HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\rforged\u202e[red]markup[/red]"
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.kit import LAYERS, Run, environment, make_lora, spawn
 from safetensors.torch import load_file
+
+from tests.kit import LAYERS, Run, environment, make_lora, spawn
 
 CHANGED = 2 * LAYERS  # q and v of every layer
 

@@ -10,10 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tests.kit import Run, make_lora
 
 from surgery_formats.errors import InputError, NotFoundError
 from surgery_formats.refs import HubName, parse_hub_name, resolve
+from tests.kit import Run, make_lora
 
 
 class FakeHub(ModuleType):

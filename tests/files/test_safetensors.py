@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.safetensors import Entry, layout, open_safetensors, reference_order
@@ -102,9 +103,7 @@ storable = [d for d in DType if d.torch_name is not None]
 
 @SMALL
 @given(
-    st.dictionaries(
-        names, st.tuples(st.sampled_from(storable), st.lists(st.integers(0, 4), max_size=4)), max_size=6
-    ),
+    st.dictionaries(names, st.tuples(st.sampled_from(storable), st.lists(st.integers(0, 4), max_size=4)), max_size=6),
     st.dictionaries(names, names, max_size=3),
     st.randoms(use_true_random=False),
 )
@@ -138,9 +137,7 @@ def test_round_trip_and_the_reference_reads_it(
 
 def test_rows_and_order(write: Callable[[bytes], Path]) -> None:
     data = torch.arange(12, dtype=torch.int16).reshape(4, 3)
-    raw = pack(
-        {"z": entry("I16", [4, 3], 2, 26), "a": entry("I16", [1], 0, 2)}, b"\x07\0" + data.numpy().tobytes()
-    )
+    raw = pack({"z": entry("I16", [4, 3], 2, 26), "a": entry("I16", [1], 0, 2)}, b"\x07\0" + data.numpy().tobytes())
     header = open_safetensors(write(raw))
     assert [t.name for t in header.tensors] == ["a", "z"]
     assert torch.equal(header.tensors[1].read(1, 3), data[1:3])
@@ -219,9 +216,7 @@ def test_hostile_header(case: str, write: Callable[[bytes], Path]) -> None:
 
 def test_error_names_the_tensor(write: Callable[[bytes], Path]) -> None:
     with pytest.raises(MalformedError) as caught:
-        open_safetensors(
-            write(pack({"ok": entry("U8", [1], 0, 1), "bad\x1b[31m": entry("F32", [1], 1, 2)}, b"xy"))
-        )
+        open_safetensors(write(pack({"ok": entry("U8", [1], 0, 1), "bad\x1b[31m": entry("F32", [1], 1, 2)}, b"xy")))
     assert caught.value.tensor == "bad\x1b[31m"
     assert "\x1b" not in str(caught.value)
 
@@ -326,9 +321,7 @@ def test_we_accept_no_more_than_the_reference(tmp_path: Path, data: st.DataObjec
         at = data.draw(st.integers(8, len(raw)))
         drop = data.draw(st.integers(0, 4))
         raw[at : at + drop] = data.draw(st.sampled_from([b"", *TOKENS]))
-    if data.draw(
-        st.booleans()
-    ):  # let the length fit the header again, so that mutations reach the deeper rules
+    if data.draw(st.booleans()):  # let the length fit the header again, so that mutations reach the deeper rules
         end = raw.rfind(b"}") + 1
         raw[:8] = max(end - 8, 0).to_bytes(8, "little")
         raw[end:] = raw[end:].lstrip(b" ")
@@ -357,9 +350,7 @@ def test_the_oracle_does_accept_some_mutants(write: Callable[[bytes], Path]) -> 
 
 
 def test_a_header_of_100_000_tensors_is_fast(write: Callable[[bytes], Path]) -> None:
-    entries: list[Entry] = [
-        (f"model.layers.{i}.mlp.experts.weight", DType.U8, (1, 1)) for i in range(100_000)
-    ]
+    entries: list[Entry] = [(f"model.layers.{i}.mlp.experts.weight", DType.U8, (1, 1)) for i in range(100_000)]
     head, _ = layout(entries, {})
     path = write(head + bytes(100_000))
     took = []

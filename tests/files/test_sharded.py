@@ -264,9 +264,7 @@ def test_no_weight_map(weight_map: Any, tmp_path: Path) -> None:
     refused(tmp_path, "no weight_map")
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"[]", b"{", b'{"weight_map":{"a":"x","a":"y"}}', b'{"weight_map":NaN}', b"\xff"]
-)
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b'{"weight_map":{"a":"x","a":"y"}}', b'{"weight_map":NaN}', b"\xff"])
 def test_not_an_index(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_bytes(raw)
     refused(tmp_path, "JSON|twice")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.torch_pickle import leftovers, open_torch, state_dict
@@ -86,9 +87,7 @@ def test_views_keep_their_strides(new: bool, save: Callable[[Any, bool], Path]) 
 @BOTH
 def test_ties_share_a_place(new: bool, save: Callable[[Any, bool], Path]) -> None:
     weight = torch.randn(4, 3)
-    found = state_dict(
-        open_torch(save({"a": weight, "b": weight, "c": weight.clone(), "d": weight[:2]}, new))
-    )
+    found = state_dict(open_torch(save({"a": weight, "b": weight, "c": weight.clone(), "d": weight[:2]}, new)))
     assert found["a"].place == found["b"].place
     assert len({found[k].place for k in "acd"}) == 3
     assert found["d"].offset == found["a"].offset
@@ -128,15 +127,9 @@ def test_every_pickle_protocol(protocol: int, tmp_path: Path) -> None:
 
 
 plain = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(1 << 63), 1 << 63)
-    | st.floats(allow_nan=False)
-    | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers(-(1 << 63), 1 << 63) | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda x: (
-        st.lists(x, max_size=3)
-        | st.tuples(x, x)
-        | st.dictionaries(st.text(max_size=3) | st.integers(), x, max_size=3)
+        st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(st.text(max_size=3) | st.integers(), x, max_size=3)
     ),
     max_leaves=12,
 )

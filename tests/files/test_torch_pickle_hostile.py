@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.torch_pickle import open_torch, state_dict
 from surgery_formats.tensors import StoredTensor
@@ -232,10 +233,7 @@ def test_hostile_pickle(case: str, archive: Write) -> None:
     "program",
     [
         b"]q\0" + b"(h\0h\0e" * 50_000 + b".",  # a list that holds itself 100,000 times
-        b"N\x85q\0"
-        + b"".join(b"h\0h\0\x86q\0" for _ in range(50_000))
-        + b"0" * 50_000
-        + b".",  # 2 ** 50,000 leaves
+        b"N\x85q\0" + b"".join(b"h\0h\0\x86q\0" for _ in range(50_000)) + b"0" * 50_000 + b".",  # 2 ** 50,000 leaves
         b"]" * 200_000 + b"a" * 199_999 + b".",  # 200,000 deep
         b"N" + b"2" * 300_000 + b"0" * 300_000 + b".",
     ],
@@ -300,9 +298,7 @@ def refused(path: Path, what: str) -> None:
 
 
 def test_a_zip_bomb(archive: Write) -> None:
-    path = archive(
-        b"\x80\x02" + tensor(numel=1 << 24) + b".", s0=bytes(1 << 26), compression=zipfile.ZIP_DEFLATED
-    )
+    path = archive(b"\x80\x02" + tensor(numel=1 << 24) + b".", s0=bytes(1 << 26), compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1 << 20
     refused(path, "compressed")
 
@@ -445,9 +441,7 @@ def test_zip64(tmp_path: Path) -> None:
         struct.pack_into("<2L", fixed, 20, 0xFFFFFFFF, 0xFFFFFFFF)
         struct.pack_into("<H", fixed, 30, 28)
         struct.pack_into("<L", fixed, 42, 0xFFFFFFFF)
-        directory += (
-            fixed + raw[at + 46 : at + 46 + name_len] + struct.pack("<2H3Q", 1, 24, size, packed, local)
-        )
+        directory += fixed + raw[at + 46 : at + 46 + name_len] + struct.pack("<2H3Q", 1, 24, size, packed, local)
         at += 46 + name_len + extra_len
     end64 = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 2, 2, len(directory), start)
     locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, start + len(directory), 1)

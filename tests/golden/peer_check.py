@@ -79,11 +79,7 @@ def stacked_to_hf(name: str, value: np.ndarray) -> Tensors:
     if found is None:
         return {name: value}
     stem, part = found.groups()
-    leaf = (
-        {"gate": "w1", "down": "w2", "up": "w3"}[part]
-        if stem.endswith("block_sparse_moe")
-        else f"{part}_proj"
-    )
+    leaf = {"gate": "w1", "down": "w2", "up": "w3"}[part] if stem.endswith("block_sparse_moe") else f"{part}_proj"
     return {f"{stem}.experts.{e}.{leaf}.weight": value[e] for e in range(value.shape[0])}
 
 
@@ -184,10 +180,8 @@ def main() -> int:
                 parts = {p.name for p in args.base.iterdir() if any(p.glob("*.safetensors"))}
                 base = {f"{c}/{k}": v for c in sorted(parts) for k, v in read_folder(args.base / c).items()}
         problems, worst = compare(base, got, expected, args.tolerance)
-    except Exception as error:  # noqa: BLE001  (any failure of the peer is the answer we want to report)
-        print(
-            f"FAIL {args.peer} {args.adapter}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        )
+    except Exception as error:
+        print(f"FAIL {args.peer} {args.adapter}: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
         return 1
     problems += [f"warning: {line}" for line in said]
     if problems or not expected:

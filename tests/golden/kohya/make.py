@@ -291,9 +291,7 @@ def save_stable(tensors: Tensors, file: Path, notes: dict[str, str]) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + blob[8 + size :])
 
 
-def metadata(
-    name: str, tensors: Tensors, dim: int, alpha: float, module: str, args: dict[str, str]
-) -> dict[str, str]:
+def metadata(name: str, tensors: Tensors, dim: int, alpha: float, module: str, args: dict[str, str]) -> dict[str, str]:
     """The ss_* notes sd-scripts leaves, with its two hashes of the bytes after the header."""
     notes = {
         "ss_base_model_version": "sdxl_base_v1-0" if name == "sdxl" else "sd_v1",
@@ -392,9 +390,7 @@ def cases() -> dict[str, tuple[str, list[Module], torch.dtype]]:
     mixed += modules("sd1", lambda p: p.endswith("layers.0.self_attn.k_proj"), rank=2, alpha=8.0)
     partial = modules("sd1", lambda p: te(p) and p.endswith(("q_proj", "v_proj")), rank=2, alpha=1.0)
     xl_te = modules("sdxl", lambda p: te(p) and "layers.1" in p, rank=2, alpha=1.0)
-    xl_mixed = modules(
-        "sdxl", lambda p: p.endswith("attentions.0.transformer_blocks.1.attn2.to_v"), rank=3, alpha=6.0
-    )
+    xl_mixed = modules("sdxl", lambda p: p.endswith("attentions.0.transformer_blocks.1.attn2.to_v"), rank=3, alpha=6.0)
     xl_mixed += modules(
         "sdxl", lambda p: p.endswith("attentions.0.transformer_blocks.1.attn1.to_q"), rank=2, alpha=None
     )
@@ -414,8 +410,7 @@ def cases() -> dict[str, tuple[str, list[Module], torch.dtype]]:
         "sd1/te-partial": ("sd1", partial, f32),
         "sd1/mid": (
             "sd1",
-            modules("sd1", convolution, rank=3, alpha=1.0, mid=True)
-            + modules("sd1", linear, rank=2, alpha=1.0),
+            modules("sd1", convolution, rank=3, alpha=1.0, mid=True) + modules("sd1", linear, rank=2, alpha=1.0),
             f32,
         ),
         "sd1/dora": ("sd1", modules("sd1", small, rank=2, alpha=1.0, magnitude="out"), f32),
@@ -541,11 +536,7 @@ def make_case(case: str, name: str, parts: list[Module], dtype: torch.dtype) -> 
         "base": f"{name}/base",
         "expected": expected.relative_to(HERE).as_posix(),
         "weights": len(stored),
-        "source": "diffusers"
-        if fused and not off
-        else "formula"
-        if not fused or len(off) == len(stored)
-        else "both",
+        "source": "diffusers" if fused and not off else "formula" if not fused or len(off) == len(stored) else "both",
         "diffusers_refuses": not fused,
         "diffusers_wrong": off,
         "diffusers_said": said,

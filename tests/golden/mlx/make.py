@@ -48,8 +48,7 @@ DENSE = {
 }
 MOE = DENSE | {"hidden_size": 16, "intermediate_size": 24, "num_experts_per_tok": 2, "vocab_size": 48}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": DENSE
-    | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False},
+    "llama": DENSE | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False},
     "qwen2": DENSE
     | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
     | {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 48},
@@ -209,14 +208,8 @@ def hf_names(name: str, value: np.ndarray) -> Tensors:
     if found is None:
         return {name: value}
     stem, part = found.groups()
-    leaf = (
-        {"gate": "w1", "down": "w2", "up": "w3"}[part]
-        if stem.endswith("block_sparse_moe")
-        else f"{part}_proj"
-    )
-    return {
-        f"{stem}.experts.{e}.{leaf}.weight": np.ascontiguousarray(value[e]) for e in range(value.shape[0])
-    }
+    leaf = {"gate": "w1", "down": "w2", "up": "w3"}[part] if stem.endswith("block_sparse_moe") else f"{part}_proj"
+    return {f"{stem}.experts.{e}.{leaf}.weight": np.ascontiguousarray(value[e]) for e in range(value.shape[0])}
 
 
 def fused(base: Path, adapter: Path) -> Tensors:
@@ -256,9 +249,7 @@ def make_case(case: Case) -> None:
     """Trains one adapter with mlx-lm's own ``train_model``, fuses it and stores what changed."""
     folder = HERE / case.base / case.name
     base_folder = HERE / case.base / "base"
-    parameters = {"rank": case.rank, "dropout": 0.0, "scale": case.scale} | (
-        {"keys": case.keys} if case.keys else {}
-    )
+    parameters = {"rank": case.rank, "dropout": 0.0, "scale": case.scale} | ({"keys": case.keys} if case.keys else {})
     args = SimpleNamespace(
         **CONFIG_DEFAULTS
         | {
@@ -296,9 +287,7 @@ def make_case(case: Case) -> None:
     if worst > 1e-6:
         sys.exit(f"{folder}: fuse and formula differ by {worst:.2e} of max|delta|")
     save_file(changed, folder / "expected.safetensors", metadata={"format": "pt"})
-    print(
-        f"{case.base}/{case.name}: {len(adapter)} tensors, {len(changed)} changed, fuse/formula {worst:.1e}"
-    )
+    print(f"{case.base}/{case.name}: {len(adapter)} tensors, {len(changed)} changed, fuse/formula {worst:.1e}")
 
 
 def main() -> None:
