@@ -25,7 +25,7 @@ from surgery.inspect import AdapterReport, CheckpointReport, inspect_adapter
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.checkpoint import Component, open_checkpoint
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, NotFoundError
+from surgery_formats.errors import MalformedError, NotFoundError
 from surgery_formats.files.raw import open_file
 from surgery_formats.files.sharded import Shard
 from surgery_formats.tensors import StoredTensor
@@ -316,7 +316,7 @@ def test_what_is_not_there_or_not_read_is_refused(tmp_path: Path) -> None:
         surgery.inspect(tmp_path)
     lora = header_only.lora(tmp_path / "lora", "1b", 8)
     (lora / "adapter_config.json").write_text('{"peft_type": "NEVER"}')
-    with pytest.raises(FitError, match="NEVER"):
+    with pytest.raises(MalformedError, match="NEVER"):
         surgery.inspect(lora)
 
 
