@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.ledger import Ledger, Measured
-from surgery.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor
+from surgery.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile
 from surgery.progress import Callback, Progress
 from surgery_formats.errors import ProofError, ResourceError
 from surgery_formats.files.folder import FileRecord, OutputFile, OutputFolder, output_folder
@@ -29,6 +29,7 @@ __all__ = ["Run", "default_workers", "execute"]
 _COPY_CHUNK = 64 << 20
 _MAX_DEFAULT_WORKERS = 8  # beyond, memory bandwidth is the limit
 _IO_THREADS = 2
+_SMALL = 16 << 20  # a tokenizer is read whole; anything larger is copied by the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,7 @@ def execute(
         measured = _write_weights(plan, folder, run)
         ledger = Ledger(plan, measured)
         for side in plan.side_files:
-            data = side.data if side.source is None else _content(side.source)
-            folder.write_small(side.name, data)
+            _write_side_file(side, folder)
         for name, data in finish(ledger).items():
             folder.write_small(name, data)
         for file in plan.inputs:
@@ -94,9 +94,19 @@ def execute(
     return ledger
 
 
-def _content(path: Path) -> bytes:
-    file = open_file(path)
-    return bytes(file.read(0, file.size))
+def _write_side_file(side: SideFile, folder: OutputFolder) -> None:
+    """Small ones at once; large ones by the kernel, like weights."""
+    if side.source is None:
+        folder.write_small(side.name, side.data)
+        return
+    file = open_file(side.source)
+    if file.size <= _SMALL:
+        folder.write_small(side.name, bytes(file.read(0, file.size)))
+    elif folder.finished.get(side.name) is None:
+        out = folder.create(side.name, file.size)
+        out.copy_from(file, 0, 0, file.size)
+        file.check_unchanged()
+        out.finish({})
 
 
 def _write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measured]:
@@ -339,6 +349,8 @@ def _still_good(path: Path, record: FileRecord) -> bool:
 
     from surgery_formats.files.safetensors import open_safetensors
 
+    if "tensors" not in record.record:
+        return False  # a side file: copied again
     try:
         stored = {tensor.name: tensor for tensor in open_safetensors(path).tensors}
         for label, fields in record.record["tensors"].items():

@@ -222,7 +222,7 @@ def _small_digest(path: Path) -> str:
 def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not checkpoint.left_behind:
         return ()
-    return (f"not carried (other weights beside the ones read): {listing(checkpoint.left_behind)}",)
+    return (f"not carried (other weights, or links out of the folder): {listing(checkpoint.left_behind)}",)
 
 
 def _judge(ledger: Ledger, weights: Sequence[float]) -> list[str]:

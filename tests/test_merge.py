@@ -278,3 +278,20 @@ def test_a_t5_head_that_would_have_to_part_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     with pytest.raises(FitError, match="only while the head is tied"):
         surgery.merge(tmp_path / "base", tmp_path / "lora", output=tmp_path / "out")
+
+
+def test_a_link_out_of_the_folder_is_not_carried(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A model from a stranger must not make its user publish a file of theirs."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    (pair[0] / "notes.txt").symlink_to(secret)
+    result = surgery.merge(*pair, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    assert any("notes.txt" in warning for warning in result.warnings)
+
+
+def test_a_large_side_file_is_carried_whole(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (pair[0] / "merges.txt").write_bytes(os.urandom(17 << 20))
+    surgery.merge(*pair, output=tmp_path / "out")
+    assert (tmp_path / "out" / "merges.txt").read_bytes() == (pair[0] / "merges.txt").read_bytes()
+    verify_folder(tmp_path / "out")

@@ -13,6 +13,8 @@ from typing import Any
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.families import Family, family_of
 from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.manifest import is_safe_name
+from surgery_formats.files.raw import stays_inside
 from surgery_formats.files.sharded import Shard, open_folder_tensors, open_shards
 from surgery_formats.lenses import ties_by_place
 from surgery_formats.names import Names
@@ -140,7 +142,7 @@ class Checkpoint:
         path: What was opened.
         components: By name; a plain model has one, called "".
         side_files: ``(relative name, path)`` of everything that is not weights: tokenizer, templates, schedulers, code.
-        left_behind: Files that belong to no component and are not carried (other formats' weights).
+        left_behind: Files that are not carried: other formats' weights, links that lead out of the folder.
     """
 
     path: Path
@@ -184,16 +186,17 @@ def _component(name: str, folder: Path) -> Component:
 
 
 def _side_files(folder: Path, prefix: str = "") -> tuple[list[tuple[str, Path]], list[str]]:
+    """What to carry from a folder, and what stays: other weights, and links that lead out of it."""
     carried, left = [], []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not entry.is_file() or entry.name in _NEVER_CARRIED or entry.name.startswith("."):
             continue
-        name = f"{prefix}{entry.name}"
-        if entry.name.endswith(".index.json"):
+        if entry.name == "config.json" or entry.name.endswith(".index.json"):
             continue
-        if entry.name.endswith(_WEIGHTS):
+        name = f"{prefix}{entry.name}"
+        if entry.name.endswith(_WEIGHTS) or not stays_inside(Path(entry.path)) or not is_safe_name(name):
             left.append(name)
-        elif entry.name != "config.json":
+        else:
             carried.append((name, Path(entry.path)))
     return carried, left
 

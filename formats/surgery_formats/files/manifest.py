@@ -19,7 +19,16 @@ from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import listing, show
 
-__all__ = ["FORMAT", "MANIFEST", "FileRecord", "file_digest", "manifest_bytes", "safe_name", "verify_folder"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "FileRecord",
+    "file_digest",
+    "is_safe_name",
+    "manifest_bytes",
+    "safe_name",
+    "verify_folder",
+]
 
 MANIFEST = "surgery_manifest.json"
 FORMAT = "surgery-manifest/1"
@@ -70,6 +79,15 @@ def safe_name(name: str) -> tuple[str, ...]:
     if reserved or len(parts) > 2 or not all(_is_plain(part) for part in parts):
         raise FitError(f"'{show(name)}' cannot be the name of an output file")
     return parts
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether `safe_name` takes it."""
+    try:
+        safe_name(name)
+    except FitError:
+        return False
+    return True
 
 
 def _is_plain(part: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError
 
-__all__ = ["File", "open_file"]
+__all__ = ["File", "open_file", "stays_inside"]
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -96,3 +96,17 @@ def open_file(path: str | os.PathLike[str]) -> File:
     opened = File(where, fd, found.st_size, _identity(found))
     weakref.finalize(opened, os.close, fd)
     return opened
+
+
+def stays_inside(path: Path) -> bool:
+    """Whether `path`, links followed, lies in its folder or in the blobs of the cache around it."""
+    try:
+        folder, target = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+    if target.parent == folder:
+        return True
+    for inner in (folder, *folder.parents):
+        if inner.parent.name == "snapshots":
+            return target.parent == inner.parent.parent / "blobs"
+    return False

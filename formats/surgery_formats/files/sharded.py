@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from surgery_formats.errors import MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
-from surgery_formats.files.raw import File, open_file
+from surgery_formats.files.raw import File, open_file, stays_inside
 from surgery_formats.files.safetensors import Header, read_header
 from surgery_formats.files.torch_pickle import leftovers, open_torch, state_dict
 from surgery_formats.tensors import StoredTensor
@@ -114,20 +114,6 @@ def _name_fault(name: str, suffix: str) -> str | None:
     return None if name.endswith(suffix) else f"does not end in '{suffix}' as its index does"
 
 
-def _stays_inside(path: Path) -> bool:
-    """Whether `path`, links followed, lies in its folder or in the blobs of the cache around it."""
-    try:
-        folder, target = path.parent.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # a loop of links
-        return False
-    if target.parent == folder:
-        return True
-    for inner in (folder, *folder.parents):
-        if inner.parent.name == "snapshots":
-            return target.parent == inner.parent.parent / "blobs"
-    return False
-
-
 def _weight_map(index_path: Path, index: dict[str, Any], suffix: str) -> dict[str, str]:
     """The checked weight map: plain names of existing files of this folder."""
     found = index.get("weight_map")
@@ -149,7 +135,7 @@ def _weight_map(index_path: Path, index: dict[str, Any], suffix: str) -> dict[st
         if not os.path.lexists(path):
             hint = "the download is incomplete, or the index is left over from another model"
             raise MalformedError(f"the shard '{show(name)}' is missing", file=index_path, hint=hint)
-        if not _stays_inside(path):
+        if not stays_inside(path):
             hint = "links may lead into the blobs of a Hugging Face cache only"
             raise MalformedError(f"the shard '{show(name)}' leads out of the folder", file=index_path, hint=hint)
     return found

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -48,20 +49,35 @@ class Factor:
         Raises:
             FitError: a value is not finite, or the stored type is not floating point.
         """
-        import torch
+        if self.view is None:
+            return _read(self.tensors[0], dtype).reshape(self.shape).to(device)
+        made = self.view(*(_read_shared(tensor, dtype) for tensor in self.tensors))
+        return made.reshape(self.shape).clone().to(device)
 
-        read = []
-        for tensor in self.tensors:
-            if not tensor.dtype.is_float and tensor.dtype not in (DType.F8_E4M3, DType.F8_E5M2):
-                raise FitError(
-                    f"trained values of type {tensor.dtype.label}", file=tensor.file.path, tensor=tensor.name
-                )
-            values = tensor.read().to(dtype)
-            if not bool(torch.isfinite(values).all()):
-                raise FitError("holds NaN or Inf", file=tensor.file.path, tensor=tensor.name, hint="train it again")
-            read.append(values)
-        made = read[0] if self.view is None else self.view(*read)
-        return made.reshape(self.shape).to(device)
+
+def _read(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+    """All values of a trained tensor, checked."""
+    import torch
+
+    if not tensor.dtype.is_float and tensor.dtype not in (DType.F8_E4M3, DType.F8_E5M2):
+        raise FitError(f"trained values of type {tensor.dtype.label}", file=tensor.file.path, tensor=tensor.name)
+    values = tensor.read().to(dtype)
+    if not bool(torch.isfinite(values).all()):
+        raise FitError("holds NaN or Inf", file=tensor.file.path, tensor=tensor.name, hint="train it again")
+    return values
+
+
+def _read_shared(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `_read`, remembering this thread's last two: the experts of a stack are parts of the same two tensors."""
+    key = (tensor.file.identity, tensor.offset, tensor.nbytes, dtype)
+    kept: dict[object, torch.Tensor] = getattr(_recent, "values", {})
+    if key not in kept:
+        last = dict(list(kept.items())[-1:])
+        _recent.values = kept = {**last, key: _read(tensor, dtype)}
+    return kept[key]
+
+
+_recent = threading.local()
 
 
 class Weight(Protocol):
