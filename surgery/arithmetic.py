@@ -16,7 +16,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Index, Overlap, Plain, View, take
 from surgery_formats.tensors import as_bytes
-from surgery_formats.updates import Apply
+from surgery_formats.updates import Apply, blend
 
 __all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
 
@@ -33,7 +33,8 @@ def block_bytes(tensor: PlannedTensor) -> int:
     assert isinstance(tensor.step, Compute)
     width = math.prod(tensor.shape[1:]) if len(tensor.shape) > 1 else 1
     block = max(BLOCK_ELEMENTS, width) * 8
-    factors = sum(t.numel * 8 for operation in tensor.step.operations for t in operation.update.tensors)
+    used = {t.place: t for operation in tensor.step.operations for t in operation.update.tensors}
+    factors = sum(t.numel * 8 for t in used.values())
     return 5 * block + factors
 
 
@@ -57,7 +58,10 @@ def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], devic
     chain: list[tuple[View, Apply]] = []
     for operation in step.operations:
         seen = _Seen(storage, tuple(chain), operation.view, exact, device)
-        chain.append((operation.view, operation.update.prepare(seen)))
+        apply = operation.update.prepare(seen)
+        chain.append((operation.view, apply if operation.share == 1.0 else blend(apply, operation.share)))
+    if not chain and tensor.dtype is step.source.dtype and not step.source.dtype.is_float:
+        return _as_stored(storage, write)  # strided integers of a pickle: no arithmetic touches them
     tally = _Tally()
     scratch = _Scratch(storage, tensor.dtype, exact, device)
     sampled = _SAMPLE if storage.shape[0] > scratch.height else 1
@@ -78,6 +82,13 @@ def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], devic
         hasher.update(raw)
         write(start * storage.shape[1] * tensor.dtype.bits // 8, raw)
     return tally.result(hasher.hexdigest())
+
+
+def _as_stored(storage: Plain, write: Write) -> Measured:
+    """The stored values, only put in order."""
+    raw = as_bytes(storage.tensor.read().contiguous())
+    write(0, raw)
+    return Measured(xxhash.xxh3_128_hexdigest(raw), changed=False)
 
 
 class _Scratch:
@@ -138,7 +149,7 @@ def _check_finite(block: torch.Tensor, tensor: PlannedTensor) -> None:
     if not block.numel():
         return
     extremes = torch.stack(torch.aminmax(block))  # one pass; NaN if any value is
-    if bool(torch.isfinite(extremes.to(tensor.dtype.torch).float()).all()):
+    if bool(torch.isfinite(extremes.to(tensor.dtype.torch).double()).all()):
         return
     largest = float(extremes.abs().max())
     if math.isfinite(largest):
@@ -188,9 +199,10 @@ class _Tally:
         self.update = self.stored = self.noise = 0.0
 
     def note_change(self, stored: torch.Tensor, rounded: torch.Tensor) -> None:
-        """Whether a block as it was on disk differs from what will be stored."""
+        """Whether the values of a block on disk differ from those that will be stored; another type alone is no difference."""
         if not self.changed:
-            self.changed = stored.dtype != rounded.dtype or not torch.equal(stored, rounded)
+            same = stored.dtype == rounded.dtype
+            self.changed = not torch.equal(stored if same else stored.double(), rounded if same else rounded.double())
 
     def note_update(self, before: torch.Tensor, after: torch.Tensor, rounded: torch.Tensor) -> None:
         """Sampled rows before and after the updates, and as they will be stored. `before` is used up."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.plan import Account, Class, Compute, Copy, PlannedFile, PlannedTensor
@@ -30,7 +30,11 @@ class Laid:
 
 
 def lay_out(
-    component: Component, edits: Mapping[str, Edit], dtype: DType | None = None, shard_size: int | None = None
+    component: Component,
+    edits: Mapping[str, Edit],
+    dtype: DType | None = None,
+    shard_size: int | None = None,
+    untied: Collection[str] = (),
 ) -> Laid:
     """Plan the weight files of one component.
 
@@ -39,6 +43,7 @@ def lay_out(
         edits: By output tensor name.
         dtype: Stored type of every floating-point tensor; None keeps each tensor's own.
         shard_size: Most bytes per file; None keeps the base's shards.
+        untied: Components whose head and embedding part.
     """
     folder = f"{component.name}/" if component.name else ""
     accounts: list[Account] = []
@@ -47,7 +52,8 @@ def lay_out(
         planned = []
         for tensor in shard.tensors:
             alias = component.aliases.get(tensor.name)
-            if alias and shard.kind == "torch" and _is_tie(tensor.name, alias, component):
+            stays_tied = alias and tensor.name not in edits and component.name not in untied
+            if alias and stays_tied and shard.kind == "torch" and _is_tie(tensor.name, alias, component):
                 accounts.append(Account(tensor, "alias", f"tied to {alias}"))
                 continue
             edit = edits.get(tensor.name)
@@ -149,7 +155,7 @@ def _resharded(
             filled = 0
         groups[-1].append(tensor)
         filled += tensor.nbytes
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", first_name.removesuffix(".safetensors"))
+    stem = re.sub(r"-\d+-of-\d+$", "", first_name.removesuffix(".safetensors"))
     if len(groups) == 1:
         return [(f"{stem}.safetensors", None, groups[0])]
     return [(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", None, group) for i, group in enumerate(groups, 1)]
@@ -165,6 +171,12 @@ def _index(component: Component, files: Sequence[PlannedFile], folder: str) -> t
     metadata = {**(kept if isinstance(kept, dict) else {}), "total_size": total}
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(t.nbytes * 8 // t.dtype.bits for file in files for t in file.tensors)
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", files[0].name.removeprefix(folder).removesuffix(".safetensors"))
+    if component.index_name:  # whatever loads the base looks for this name
+        name = re.sub("^pytorch_model", "model", component.index_name.replace(".bin.", ".safetensors."))
+    else:
+        name = (
+            re.sub(r"-\d+-of-\d+$", "", files[0].name.removeprefix(folder).removesuffix(".safetensors"))
+            + ".safetensors.index.json"
+        )
     text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-    return f"{folder}{stem}.safetensors.index.json", text.encode() + b"\n"
+    return f"{folder}{name}", text.encode() + b"\n"

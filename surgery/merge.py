@@ -136,7 +136,7 @@ def plan_merge(binding: Binding, *, dtype: DType | None = None, shard_size: int 
     laid: dict[str, Laid] = {}
     for name, component in checkpoint.components.items():
         edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
-        laid[name] = lay_out(component, edits, dtype, shard_size)
+        laid[name] = lay_out(component, edits, dtype, shard_size, binding.untied)
     side_files = [SideFile(one.index_name, data=one.index) for one in laid.values() if one.index_name]
     side_files += _carried(binding)
     files = tuple(file for one in laid.values() for file in one.files)

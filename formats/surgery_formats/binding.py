@@ -13,11 +13,11 @@ from surgery_formats.adapter import Adapter, Ignored, Site
 from surgery_formats.checkpoint import Checkpoint, Component
 from surgery_formats.edits import Edit, Operation
 from surgery_formats.errors import FitError
-from surgery_formats.lenses import Parameter, rows
+from surgery_formats.lenses import Parameter, View, rows, whole
 from surgery_formats.names import Place
-from surgery_formats.text import closest, listing
+from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
-from surgery_formats.updates import Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import Linear, LoRA, Replacement, Stacked, TokenRows, Update
 
 __all__ = ["Binding", "bind"]
 
@@ -64,14 +64,14 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
             if not places:
                 missing.append(site)
             for given in chain if places else ():
-                update = _oriented(given, component)
+                update = _oriented(given, component, adapter)
                 if isinstance(update, Replacement):
-                    places = (_replaced(update, places, site, adapter),)
-                scaled = update if weight == 1.0 else update.scaled(weight)
-                for operation, place in _operations(scaled, places, site, number, adapter):
-                    collected.setdefault((component.name, place.alias or place.parameter.name), []).append(
-                        (operation, place)
-                    )
+                    places = (_replaced(update, places, weight),)
+                linear = isinstance(update, Linear)
+                scaled = update.scaled(weight) if isinstance(update, Linear) and weight != 1.0 else update
+                for operation, place in _operations(scaled, places, site, number, 1.0 if linear else weight):
+                    key = (component.name, place.alias or place.parameter.name)
+                    collected.setdefault(key, []).append((operation, place))
         _check_missing(missing, adapter, checkpoint)
     edits = {key: _edit(key, found, checkpoint.components[key[0]], adapters) for key, found in collected.items()}
     untied: set[str] = set()
@@ -93,9 +93,9 @@ def _check_mergeable(adapter: Adapter) -> None:
             file=left[0].file.path,
             tensor=left[0].name,
         )
-    if adapter.prompt is not None and not adapter.updates:
+    if adapter.prompt is not None:
         raise FitError(
-            f"{adapter.kind} trains virtual tokens, not weights: there is nothing to merge",
+            f"{adapter.kind} trains virtual tokens: no weight can hold them",
             file=adapter.path,
             hint="keep it as a prefix of the input",
         )
@@ -119,19 +119,36 @@ def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component
     module = site.path.rpartition(".")[0]
     if not (isinstance(chain[0], Replacement) and len(chain) == 1 and adapter.new_modules & set(module.split("."))):
         return ()
-    if any(segment.isdigit() for segment in module.split(".")[:2]) or ".layers." in module:
+    if any(segment.isdigit() for segment in module.split(".")):  # a layer the base lacks is no new head
         return ()
     return (Place(replace(Parameter.of(chain[0].stored, component.name), name=site.path)),)
 
 
-def _oriented(update: Update, component: Component) -> Update:
-    """Factors of stacked experts as this family's axis order has them."""
+def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
+    """Factors of stacked experts as this family's axis order has them.
+
+    Raises:
+        FitError: the shapes fit both ways and the family is not known.
+    """
+    square = update.shape[0] == update.shape[1]
+    if isinstance(update, Stacked):
+        square = update.experts[0].shape[0] == update.experts[0].shape[1]
+    doubtful = (isinstance(update, Stacked) and update.if_transposed) or (
+        isinstance(update, LoRA) and adapter.config.get("fan_in_fan_out") is True
+    )
+    if doubtful and square and not component.family.known:
+        raise FitError(
+            "square, and only the base's family could tell rows from columns",
+            file=update.tensors[0].file.path,
+            tensor=update.tensors[0].name,
+            hint="give the base as a folder with its config.json",
+        )
     if isinstance(update, Stacked) and update.if_transposed and component.family.experts_transposed:
         return Stacked(update.if_transposed)
     return update
 
 
-def _replaced(update: Replacement, places: tuple[Place, ...], site: Site, adapter: Adapter) -> Place:
+def _replaced(update: Replacement, places: tuple[Place, ...], weight: float) -> Place:
     """The place after its values were replaced: a longer vocabulary gives a longer weight."""
     place = places[0]
     old, new = place.parameter.storage.tensor, update.stored
@@ -140,25 +157,37 @@ def _replaced(update: Replacement, places: tuple[Place, ...], site: Site, adapte
         raise FitError(
             f"shape {list(new.shape)}, but {list(old.shape)} in the base", file=new.file.path, tensor=new.name
         )
+    if not (new.dtype.is_float and old.dtype.is_float):
+        raise FitError(f"{new.dtype.label} in place of {old.dtype.label}", file=new.file.path, tensor=new.name)
+    if weight != 1.0 and (new.shape != old.shape or old is new):
+        raise FitError(
+            f"the base has nothing to blend {weight:g} of this with",
+            file=new.file.path,
+            tensor=new.name,
+            hint="use weight 1",
+        )
     if new.shape == old.shape:
         return place
     return Place(replace(Parameter.of(new, place.parameter.component), name=place.parameter.name), place.alias)
 
 
 def _operations(
-    update: Update, places: tuple[Place, ...], site: Site, number: int, adapter: Adapter
+    update: Update, places: tuple[Place, ...], site: Site, number: int, share: float
 ) -> Iterator[tuple[Operation, Place]]:
     """`update` cut to the pieces of the base that hold its weight."""
     _check_fit(update, places)
+    if isinstance(update, Replacement):  # as the parameter is stored, whatever its orientation
+        yield Operation(update, whole(places[0].parameter.storage.shape), site, number, share), places[0]
+        return
     for first, part in update.parts():
         for place in places:
             view = place.parameter.view
             low, high = max(first, view.row_origin), min(first + part.shape[0], view.row_origin + view.shape[0])
-            if isinstance(part, TokenRows | Replacement):
+            if isinstance(part, TokenRows):
                 low, high = view.row_origin, view.row_origin + view.shape[0]
             if low < high:
                 piece = rows(view, low - view.row_origin, high - view.row_origin)
-                yield Operation(part, replace(piece, row_origin=low - first), site, number), place
+                yield Operation(part, replace(piece, row_origin=low - first), site, number, share), place
 
 
 def _check_fit(update: Update, places: tuple[Place, ...]) -> None:
@@ -199,19 +228,54 @@ def _edit(
 ) -> Edit:
     """The operations on one tensor, its source being the base or the one adapter that replaces it."""
     replacements = [i for i, (operation, _) in enumerate(found) if isinstance(operation.update, Replacement)]
-    if len(replacements) > 1 or (replacements and replacements[0] != 0):
-        names = sorted({str(adapters[found[i][0].adapter][0].path.name) for i in range(len(found))})
+    several = len({operation.adapter for operation, _ in found}) > 1
+    if len(replacements) > 1 or (replacements and (several or replacements[0] != 0)):
+        names = sorted({str(adapters[operation.adapter][0].path.name) for operation, _ in found})
         raise FitError(f"is trained in full by one adapter and changed by another ({listing(names)})", tensor=key[1])
+    _check_overlap(key[1], [operation for operation, _ in found], adapters)
+    _check_family(key[1], found, component)
     stored = component.names.tensors.get(component.aliases.get(key[1], key[1]))
     place = found[0][1]
     stacked = place.parameter.storage.shape != place.parameter.storage.tensor.matrix
     operations = tuple(operation for operation, _ in found)
-    if replacements:
+    if replacements and found[0][0].share == 1.0:
         update = found[0][0].update
         assert isinstance(update, Replacement)
         return Edit(*key, update.stored, operations[1:], stacked, replaced=operations[0], added=stored is None)
     assert stored is not None
     return Edit(*key, stored, operations, stacked)
+
+
+def _check_overlap(name: str, operations: Sequence[Operation], adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Two names of one adapter for the same rows: adding both would double what was trained once."""
+    for position, one in enumerate(operations):
+        for other in operations[:position]:
+            if one.adapter == other.adapter and one.site != other.site and _meet(one.view, other.view):
+                raise FitError(
+                    f"'{one.site}' and '{other.site}' are the same weight of the base",
+                    file=adapters[one.adapter][0].path,
+                    tensor=name,
+                )
+
+
+def _meet(one: View, other: View) -> bool:
+    return bool(set(one.rows) & set(other.rows)) and bool(set(one.cols) & set(other.cols))
+
+
+def _check_family(name: str, found: Sequence[tuple[Operation, Place]], component: Component) -> None:
+    """In a model of unknown family an embedding may be tied to a head by a name nobody here knows."""
+    config = component.config
+    text = config.get("text_config")
+    vocabulary = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+    tensor = found[0][1].parameter.storage.tensor
+    if component.family.known or not config.get("model_type") or config.get("tie_word_embeddings") is False:
+        return
+    if len(tensor.shape) == 2 and tensor.shape[0] == vocabulary:
+        raise FitError(
+            f"models of type '{show(config['model_type'])}' are not known: whether this weight is tied to another cannot be told",
+            tensor=name,
+            hint="keep the adapter unmerged, or set tie_word_embeddings to false in the base's config.json if it is not tied",
+        )
 
 
 def _check_missing(missing: list[Site], adapter: Adapter, checkpoint: Checkpoint) -> None:

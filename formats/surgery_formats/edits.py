@@ -22,12 +22,15 @@ class Operation:
         view: Where its rows and columns lie in the storage.
         site: As the adapter names it.
         adapter: Position of its adapter in the list that was bound.
+        share: How far to go from the weight before to what the update makes of it; other than 1 only for kinds that are not linear in
+            their factors (of the linear ones the update itself is scaled).
     """
 
     update: Update
     view: View
     site: Site
     adapter: int
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,9 @@ def _same(one: Edit, other: Edit) -> bool:
 
 
 def _same_operation(one: Operation, other: Operation) -> bool:
-    return one.view == other.view and one.adapter == other.adapter and _same_update(one.update, other.update)
+    return (one.view, one.adapter, one.share) == (other.view, other.adapter, other.share) and _same_update(
+        one.update, other.update
+    )
 
 
 def _same_update(one: Update, other: Update) -> bool:

@@ -11,9 +11,11 @@ from typing import Any
 
 from surgery_formats.families import (
     bert,
+    bloom,
     clip,
     diffusion,
     gpt2,
+    gpt_neo,
     gpt_neox,
     gpt_oss,
     llama,
@@ -34,6 +36,8 @@ FAMILIES: tuple[Family, ...] = (
     gpt2.FAMILY,
     gpt_neox.FAMILY,
     bert.FAMILY,
+    bloom.FAMILY,
+    gpt_neo.FAMILY,
     t5.FAMILY,
     opt.FAMILY,
     phi3.FAMILY,

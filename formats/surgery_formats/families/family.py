@@ -66,6 +66,11 @@ class Family:
     derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
     other_flat: Callable[[Collection[str]], Iterator[tuple[str, str]]] | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether this is a family's record, not the empty one."""
+        return self.names != ("unknown",)
+
     def stores_transposed(self, parameter: str) -> bool:
         """Whether `parameter` (``...c_attn.weight``) is ``(in, out)`` on disk."""
         module, _, leaf = parameter.rpartition(".")

@@ -4,8 +4,8 @@
 Adding a kind is adding a file with a frozen dataclass that satisfies `base.Update`.
 """
 
-from surgery_formats.updates.base import Apply, Factor, Update, Weight
-from surgery_formats.updates.blend import Blend
+from surgery_formats.updates.base import Apply, Factor, Linear, Update, Weight
+from surgery_formats.updates.blend import blend
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.lora import LoRA
 from surgery_formats.updates.offset import Offset
@@ -15,9 +15,9 @@ from surgery_formats.updates.token_rows import TokenRows
 
 __all__ = [
     "Apply",
-    "Blend",
     "DoRA",
     "Factor",
+    "Linear",
     "LoRA",
     "Offset",
     "Replacement",
@@ -25,4 +25,5 @@ __all__ = [
     "TokenRows",
     "Update",
     "Weight",
+    "blend",
 ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     View = Callable[..., torch.Tensor]
 
-__all__ = ["Apply", "Factor", "Update", "Weight"]
+__all__ = ["Apply", "Factor", "Linear", "Update", "Weight"]
 
 Apply = Callable[["torch.Tensor", Index, Index], "torch.Tensor"]
 """``apply(block, rows, cols) -> block'``: `block` holds the logical elements ``[rows, cols]`` and may be written into."""
@@ -119,11 +119,16 @@ class Update(Protocol):
     @property
     def needs_weight(self) -> bool: ...
 
-    def scaled(self, weight: float) -> Update:
-        """The update that moves a weight `weight` times as far."""
-
     def parts(self) -> tuple[tuple[int, Update], ...]:
         """``(first logical row, update)`` of which this one is made: itself at row 0 unless it is stacked."""
 
     def prepare(self, weight: Weight) -> Apply:
         """Load the factors once and return the equation for blocks of `weight`."""
+
+
+@runtime_checkable
+class Linear(Update, Protocol):
+    """An update that adds something: half of it is half as far."""
+
+    def scaled(self, weight: float) -> Linear:
+        """The update that moves a weight `weight` times as far."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 from surgery_formats.lenses.view import Index, positions
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates.base import Apply, Factor, Weight
-from surgery_formats.updates.blend import Blend
 from surgery_formats.updates.lora import LoRA
 
 if TYPE_CHECKING:
@@ -50,10 +49,6 @@ class DoRA:
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The low-rank part's, then the magnitude's."""
         return (*self.direction.tensors, *self.magnitude.tensors)
-
-    def scaled(self, weight: float) -> DoRA | Blend:
-        """`weight` of the way from W to the full DoRA result (scaling only B would still impose ``m``)."""
-        return self if weight == 1.0 else Blend(self, weight)
 
     def parts(self) -> tuple[tuple[int, DoRA], ...]:
         """Itself."""

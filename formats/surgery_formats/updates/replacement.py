@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 from surgery_formats.lenses.view import Index, take
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates.base import Apply, Factor, Weight
-from surgery_formats.updates.blend import Blend
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +43,6 @@ class Replacement:
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The one stored tensor."""
         return self.value.tensors
-
-    def scaled(self, weight: float) -> Replacement | Blend:
-        """`weight` of the way from the base's values to the new ones."""
-        return self if weight == 1.0 else Blend(self, weight)
 
     def parts(self) -> tuple[tuple[int, Replacement], ...]:
         """Itself."""

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates.base import Apply, Update, Weight
+from surgery_formats.updates.lora import LoRA
 
 __all__ = ["Stacked"]
 
@@ -24,8 +25,8 @@ class Stacked:
             way round there, and only the base can tell. Empty where the format leaves no doubt.
     """
 
-    experts: tuple[Update, ...]
-    if_transposed: tuple[Update, ...] = ()
+    experts: tuple[LoRA, ...]
+    if_transposed: tuple[LoRA, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -48,7 +49,7 @@ class Stacked:
         return self.experts[0].needs_weight
 
     def scaled(self, weight: float) -> Stacked:
-        """Every expert scaled."""
+        """Every expert scaled; they are LoRAs."""
         return Stacked(
             tuple(expert.scaled(weight) for expert in self.experts),
             tuple(expert.scaled(weight) for expert in self.if_transposed),

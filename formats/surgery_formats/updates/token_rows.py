@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 from surgery_formats.lenses.view import Index, positions
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates.base import Apply, Factor, Weight
-from surgery_formats.updates.blend import Blend
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +42,6 @@ class TokenRows:
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The rows'."""
         return self.value.tensors
-
-    def scaled(self, weight: float) -> TokenRows | Blend:
-        """`weight` of the way from the base's rows to the trained ones."""
-        return self if weight == 1.0 else Blend(self, weight)
 
     def parts(self) -> tuple[tuple[int, TokenRows], ...]:
         """Itself."""
