@@ -15,10 +15,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from surgery.catalogue import Catalogue, catalogue
+    from surgery.combine import CombineResult, combine
     from surgery.convert import ConvertResult, convert
+    from surgery.diff import diff
+    from surgery.diff_adapters import AdapterDiff
+    from surgery.diff_checkpoints import CheckpointDiff
     from surgery.environment import EnvironmentReport, environment
+    from surgery.extract import ExtractResult, extract_lora
     from surgery.inspect import AdapterReport, CheckpointReport, inspect
     from surgery.merge import MergeResult, merge
+    from surgery.resize import resize
     from surgery.savings import SavingsReport, report
 
 _HOMES = {
@@ -35,23 +41,39 @@ _HOMES = {
     "merge": "surgery.merge",
     "ConvertResult": "surgery.convert",
     "convert": "surgery.convert",
+    "AdapterDiff": "surgery.diff_adapters",
+    "CheckpointDiff": "surgery.diff_checkpoints",
+    "CombineResult": "surgery.combine",
+    "combine": "surgery.combine",
+    "diff": "surgery.diff",
+    "resize": "surgery.resize",
+    "ExtractResult": "surgery.extract",
+    "extract_lora": "surgery.extract",
 }
 
 __all__ = [
+    "AdapterDiff",
     "AdapterReport",
     "Catalogue",
+    "CheckpointDiff",
     "CheckpointReport",
+    "CombineResult",
     "ConvertResult",
     "EnvironmentReport",
+    "ExtractResult",
     "MergeResult",
     "SavingsReport",
     "__version__",
     "catalogue",
+    "combine",
     "convert",
+    "diff",
     "environment",
+    "extract_lora",
     "inspect",
     "merge",
     "report",
+    "resize",
 ]
 
 

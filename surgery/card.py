@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from surgery import __version__
 from surgery.graph import module_graph
@@ -26,8 +27,9 @@ def merge_card(binding: Binding, ledger: Ledger) -> bytes:
     classes = ", ".join(f"{number} {kind}" for kind, number in ledger.classes.items())
     lines = [
         "---",
+        *_base_model(binding),
         "base_model_relation: merge",
-        "library_name: transformers",
+        f"library_name: {'diffusers' if base.is_pipeline else 'transformers'}",
         "tags:",
         "- merge",
         "---",
@@ -48,6 +50,16 @@ def merge_card(binding: Binding, ledger: Ledger) -> bytes:
     lines += [f"- Warning: {show(warning, 500)}" for warning in ledger.plan.warnings]
     lines += ["", f"Made by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
     return "\n".join(lines).encode()
+
+
+def _base_model(binding: Binding) -> list[str]:
+    """The hub's name of the base, where an adapter recorded one."""
+    names = {adapter.base_name for adapter, _ in binding.adapters}
+    return [
+        f"base_model: {name}"
+        for name in sorted(names)
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name)
+    ][:1]
 
 
 def _code(text: str) -> str:

@@ -78,7 +78,8 @@ def _task_head(
         return
     config["architectures"] = [_renamed(str(name), _TASKS[task]) for name in architectures]
     labels = heads[0].shape[0]
-    if task != "QUESTION_ANS" and len(config.get("id2label", {})) != labels:
+    labelled = config.get("id2label")
+    if task != "QUESTION_ANS" and not (isinstance(labelled, dict) and len(labelled) == labels):
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
 

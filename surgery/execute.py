@@ -7,6 +7,8 @@ One thread computes one tensor from its first block to its last, so the result d
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +83,7 @@ def execute(
     Raises:
         OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
     """
-    with output_folder(output, plan.id, overwrite=run.overwrite, inputs=plan.roots, verify=_still_good) as folder:
+    with output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=_still_good) as folder:
         measured = _write_weights(plan, folder, run)
         ledger = Ledger(plan, measured)
         for side in plan.side_files:
@@ -90,8 +92,14 @@ def execute(
             folder.write_small(name, data)
         for file in plan.inputs:
             file.check_unchanged()
-        folder.commit({"inputs": dict(plan.facts), "ledger": ledger.as_json()})
+        folder.commit({"plan": plan.id, "inputs": dict(plan.facts), "ledger": ledger.as_json()})
     return ledger
+
+
+def _job(plan: Plan) -> str:
+    """Names the unfinished work of a plan on these very files: a copied range is worth no more than the identity of its source."""
+    seen = sorted({(str(file.path.name), *file.identity) for file in plan.inputs})
+    return hashlib.sha256(json.dumps([plan.id, seen]).encode()).hexdigest()
 
 
 def _write_side_file(side: SideFile, folder: OutputFolder) -> None:
@@ -102,7 +110,7 @@ def _write_side_file(side: SideFile, folder: OutputFolder) -> None:
     file = open_file(side.source)
     if file.size <= _SMALL:
         folder.write_small(side.name, bytes(file.read(0, file.size)))
-    elif folder.finished.get(side.name) is None:
+    else:
         out = folder.create(side.name, file.size)
         out.copy_from(file, 0, 0, file.size)
         file.check_unchanged()
@@ -126,7 +134,7 @@ def _write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Meas
             for job in jobs:
                 futures += job.start(folder, copiers, run, stop, meter)
             if any(job.computed for job in jobs):
-                with _compute_pool(_affordable(plan, run)) as pool:
+                with _compute_pool(_affordable(plan, run), stop) as pool:
                     computing = [pool.submit(job.compute, tensor, run, stop, meter) for job, tensor in _in_turn(jobs)]
                     _wait([*futures, *computing], stop)
             _wait(futures, stop)
@@ -161,7 +169,7 @@ def _wait(futures: list[Future[None]], stop: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _compute_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+def _compute_pool(workers: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
     """Threads that each use one core inside torch (law 6)."""
     import torch
 
@@ -170,6 +178,9 @@ def _compute_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     pool = ThreadPoolExecutor(workers, "surgery-compute", initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
+    except BaseException:
+        stop.set()  # before waiting for the threads below, so that they end with the block they are at
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
@@ -345,9 +356,8 @@ def _remembered(record: FileRecord) -> dict[str, Measured]:
 
 def _still_good(path: Path, record: FileRecord) -> bool:
     """Whether a file that an interrupted run finished still holds the computed tensors it finished with."""
-    import xxhash
-
     from surgery_formats.files.safetensors import open_safetensors
+    from surgery_formats.identity import tensor_digest
 
     if "tensors" not in record.record:
         return False  # a side file: copied again
@@ -355,7 +365,7 @@ def _still_good(path: Path, record: FileRecord) -> bool:
         stored = {tensor.name: tensor for tensor in open_safetensors(path).tensors}
         for label, fields in record.record["tensors"].items():
             tensor = stored[label.rpartition(":")[2]]
-            if xxhash.xxh3_128_hexdigest(bytes(tensor.file.read(tensor.offset, tensor.nbytes))) != fields["xxh3"]:
+            if tensor_digest(tensor) != fields["xxh3"]:
                 return False
     except (KeyError, TypeError, ValueError):
         return False

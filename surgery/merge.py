@@ -18,16 +18,18 @@ from surgery.config import corrected_config
 from surgery.execute import Run, execute
 from surgery.layout import Laid, lay_out
 from surgery.ledger import Ledger
-from surgery.plan import Plan, SideFile, check_conservation
+from surgery.plan import Plan, PlannedTensor, SideFile, check_conservation
 from surgery.progress import Callback
 from surgery_formats.adapter import Adapter
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding import Binding, bind
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.dtypes import DType
+from surgery_formats.edits import Edit
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.identity import content_id, fingerprint
-from surgery_formats.text import listing
+from surgery_formats.text import listing, show
+from surgery_formats.ties import same_values
 
 __all__ = ["MergeResult", "merge", "plan_merge"]
 
@@ -92,8 +94,14 @@ def merge(
         NothingChangedError: the output would be the base.
         OutputExistsError, ResourceError, ProofError: see `surgery.execute.execute`.
     """
+    if verify not in ("fast", "full"):
+        raise FitError(f"verify is 'fast' or 'full', not '{show(verify)}'")
+    if any(
+        value is not None and (not isinstance(value, int) or value < 1) for value in (workers, shard_size, memory_limit)
+    ):
+        raise FitError("workers, shard_size and memory_limit are whole numbers of at least 1")
     found = bind(_read(adapters), open_checkpoint(base))
-    plan = plan_merge(found, dtype=None if dtype == "keep" else DType.parse(dtype), shard_size=shard_size)
+    plan = plan_merge(found, dtype=_float_type(dtype), shard_size=shard_size)
     if dry_run:
         return MergeResult(None, Ledger(plan), plan.warnings)
     if output is None:
@@ -102,11 +110,26 @@ def merge(
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        warnings.extend(_judge(ledger, [weight for _, weight in found.adapters]))
+        warnings.extend(_judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
         return {"README.md": card.merge_card(found, ledger)}
 
     ledger = execute(plan, output, run, finish)
     return MergeResult(Path(output), ledger, tuple(warnings))
+
+
+def _float_type(name: str) -> DType | None:
+    """The stored type of a name; None for ``keep``."""
+    if name == "keep":
+        return None
+    try:
+        found = DType.parse(name)
+    except ValueError as error:
+        raise FitError(f"no type '{show(name)}'", hint="keep, bf16, fp16, fp32 or fp64") from error
+    if not found.is_float:
+        raise FitError(
+            f"weights cannot be stored as {found.label} without scales", hint="keep, bf16, fp16, fp32 or fp64"
+        )
+    return found
 
 
 def _read(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, float]]:
@@ -159,35 +182,38 @@ def plan_merge(binding: Binding, *, dtype: DType | None = None, shard_size: int 
         facts=facts,
         warnings=binding.warnings + _left_behind(checkpoint),
     )
-    check_conservation((t for c in checkpoint.components.values() for t in c.tensors.values()), plan)
+    check_conservation(binding, plan)
     return plan
 
 
 def _check_base_id(binding: Binding) -> None:
     recorded = [adapter for adapter, _ in binding.adapters if adapter.base_id]
-    if recorded and any(adapter.base_id != (actual := content_id(binding.checkpoint)) for adapter in recorded):
-        raise FitError(
-            f"was made for a base with content id {recorded[0].base_id[:16]}..., this base has {actual[:16]}...",
-            file=recorded[0].path,
-            hint="merge it into the base it was made for",
-        )
+    actual = content_id(binding.checkpoint) if recorded else ""
+    for adapter in recorded:
+        if adapter.base_id != actual:
+            raise FitError(
+                f"was made for a base with content id {adapter.base_id[:16]}..., this base has {actual[:16]}...",
+                file=adapter.path,
+                hint="merge it into the base it was made for",
+            )
 
 
 def _carried(binding: Binding) -> list[SideFile]:
     """The base's side files; the adapter's tokenizer where the vocabulary grew."""
     found = {name: SideFile(name, source=path) for name, path in binding.checkpoint.side_files}
     grown = [
-        edit
-        for edit in binding.edits.values()
-        if edit.replaced
-        and not edit.added
-        and edit.source.shape != binding.checkpoint.components[edit.component].tensors[edit.name].shape
+        edit for edit in binding.edits.values() if edit.replaced and not edit.added and _grew(edit, binding.checkpoint)
     ]
     for edit in grown:
         assert edit.replaced is not None
         for path in binding.adapters[edit.replaced.adapter][0].side_files:
             found[path.name] = SideFile(path.name, source=path)
     return [found[name] for name in sorted(found)]
+
+
+def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:
+    base = checkpoint.components[edit.component].tensors.get(edit.name)
+    return base is not None and edit.source.shape != base.shape
 
 
 def _facts(binding: Binding) -> dict[str, Any]:
@@ -222,17 +248,26 @@ def _small_digest(path: Path) -> str:
 def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not checkpoint.left_behind:
         return ()
-    return (f"not carried (other weights, or links out of the folder): {listing(checkpoint.left_behind)}",)
+    return (f"not carried (other weights, deeper folders, links out of the folder): {listing(checkpoint.left_behind)}",)
 
 
-def _judge(ledger: Ledger, weights: Sequence[float]) -> list[str]:
+def _differs(tensor: PlannedTensor, checkpoint: Checkpoint) -> bool:
+    """Whether an added tensor is trained, or a replaced one holds other values than the base's."""
+    trained = tensor.step.source
+    if tensor.kind == "added":
+        return all(trained.file is not shard.file for c in checkpoint.components.values() for shard in c.shards)
+    base = checkpoint.components[tensor.component].tensors.get(tensor.name)
+    return tensor.kind == "replaced" and (base is None or not same_values(base, trained))
+
+
+def _judge(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float]) -> list[str]:
     """Refuse an output equal to the base; warn of updates lost to rounding.
 
     Raises:
         NothingChangedError: no stored value differs from the base's.
     """
-    moved = [tensor for tensor in ledger.plan.tensors if tensor.kind in ("replaced", "added")]
-    if not moved and not any(found.changed for found in ledger.measured.values()):
+    moved = any(found.changed for found in ledger.measured.values())
+    if not moved and not any(_differs(tensor, checkpoint) for tensor in ledger.plan.tensors):
         if all(weight == 0 for weight in weights):
             raise NothingChangedError("every adapter has the weight 0", hint="weights are written ADAPTER=0.7")
         raise NothingChangedError(

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from surgery_formats.adapter import Ignored
+from surgery_formats.binding import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.edits import Operation
 from surgery_formats.errors import FitError
@@ -160,17 +161,44 @@ class Plan:
         return tuple(tensor for tensor in self.tensors if isinstance(tensor.step, Compute))
 
 
-def check_conservation(stored: Iterable[StoredTensor], plan: Plan) -> None:
-    """Law 1: every stored tensor of the base ends in exactly one class.
+def check_conservation(binding: Binding, plan: Plan) -> None:
+    """Law 1, on the plan: nothing of the base and nothing of an adapter ends nowhere, or twice.
 
     Raises:
-        FitError: one is used twice as the source of different outputs of the same kind, or not at all.
+        FitError: a tensor of the base that is neither an output of its name nor accounted for; two outputs of one name; a tensor of an
+            adapter that no step uses.
     """
-    sources = [tensor.step.source for tensor in plan.tensors]
-    used = {(source.file.identity, source.name) for source in sources}
-    used |= {(account.tensor.file.identity, account.tensor.name) for account in plan.accounts}
-    if lost := [tensor for tensor in stored if (tensor.file.identity, tensor.name) not in used]:
+    labels = [(tensor.component, tensor.name) for tensor in plan.tensors]
+    if len(set(labels)) != len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise FitError("would be written twice", tensor=twice[1])
+    outputs = set(labels)
+    excused = {(account.tensor.file.identity, account.tensor.name) for account in plan.accounts}
+    lost = [
+        tensor
+        for name, component in binding.checkpoint.components.items()
+        for tensor in component.tensors.values()
+        if (name, tensor.name) not in outputs and (tensor.file.identity, tensor.name) not in excused
+    ]
+    used = {(step.source.file.identity, step.source.name) for step in (tensor.step for tensor in plan.tensors)}
+    used |= {
+        (trained.file.identity, trained.name)
+        for tensor in plan.tensors
+        if isinstance(tensor.step, Compute)
+        for operation in tensor.step.operations
+        for trained in operation.update.tensors
+    }
+    used |= {(trained.file.identity, trained.name) for trained in binding.settled}
+    used |= {(entry.tensor.file.identity, entry.tensor.name) for entry in binding.ignored}
+    lost += [
+        trained
+        for adapter, _ in binding.adapters
+        for trained in adapter.tensors
+        if (trained.file.identity, trained.name) not in used
+    ]
+    if lost:
         raise FitError(
-            f"{len(lost)} tensors of the base would be lost: {listing(tensor.name for tensor in lost)}",
+            f"{len(lost)} tensors would end nowhere: {listing(tensor.name for tensor in lost)}",
+            file=lost[0].file.path,
             tensor=lost[0].name,
         )

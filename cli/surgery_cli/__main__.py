@@ -12,6 +12,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+from surgery_cli import interruption
 from surgery_cli.group import surgery
 
 __all__ = ["main"]
@@ -22,7 +23,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name no terminal encoding has is shown, not a crash
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
             signal.signal(number, _interrupt)
@@ -40,7 +41,8 @@ def main() -> NoReturn:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """As Ctrl-C: what was begun is taken back on the way out."""
+    """As Ctrl-C: what was begun is taken back on the way out. Remembered, since an import in C may swallow the exception."""
+    interruption.remember()
     raise KeyboardInterrupt
 
 

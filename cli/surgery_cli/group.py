@@ -20,8 +20,12 @@ __all__ = ["COMMANDS", "COMPLETE", "SurgeryGroup", "surgery"]
 
 COMMANDS = {
     "merge": "Merge adapters into a base model.",
+    "extract-lora": "Extract a LoRA from a full fine-tune.",
     "convert": "Convert an adapter to another format.",
+    "combine": "Combine adapters into one.",
+    "resize": "Lower the rank of an adapter.",
     "inspect": "Show what a model or an adapter is made of.",
+    "diff": "Show what differs between two models or two adapters.",
     "report": "Report what adapters save in parameters and storage.",
     "formats": "List the adapter formats that can be read and written.",
     "env": "Show versions and devices, for bug reports.",
@@ -33,8 +37,8 @@ COMPLETE = "_SURGERY_COMPLETE"  # click's name for it; the scripts of ``surgery 
 
 _EPILOG = """\b
 Exit codes: 0 done; 1 internal error; 2 usage; 3 input missing, unreadable or
-malformed; 4 does not fit; 5 proof failed; 7 not enough disk or memory;
-130 interrupted.
+malformed; 4 does not fit; 5 proof failed; 6 findings (diff --fail-on);
+7 not enough disk or memory; 130 interrupted.
 """
 
 
@@ -49,7 +53,7 @@ class SurgeryGroup(click.Group):
         """Import the command called `cmd_name`, if the table has it."""
         if cmd_name not in COMMANDS:
             return None
-        found: click.Command = importlib.import_module(f"surgery_cli.commands.{cmd_name}").command
+        found: click.Command = importlib.import_module(f"surgery_cli.commands.{cmd_name.replace('-', '_')}").command
         return found
 
     def resolve_command(

@@ -111,7 +111,7 @@ def dtype_option(function: F) -> F:
     """``--dtype``."""
     return click.option(
         "--dtype",
-        type=click.Choice(["keep", "bf16", "fp16", "fp32", "fp64"]),
+        type=click.Choice(["keep", "bf16", "fp16", "fp32", "fp64"], case_sensitive=False),
         default="keep",
         show_default=True,
         help="Stored type of floating-point tensors.",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from surgery_cli import interruption
 from surgery_cli.options import Settings
 
 if TYPE_CHECKING:
@@ -18,10 +19,10 @@ __all__ = ["bar"]
 
 
 @contextlib.contextmanager
-def bar(settings: Settings, what: str) -> Iterator[Callback | None]:
-    """The callback to hand to the library; None where nobody watches (no terminal, ``-q``, ``--json``)."""
+def bar(settings: Settings, what: str) -> Iterator[Callback]:
+    """The callback to hand to the library; it draws only where somebody watches, and always asks whether to stop."""
     if settings.json or settings.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield None
+        yield lambda step: interruption.check()
         return
     from rich import progress as rich
     from rich.console import Console
@@ -38,6 +39,7 @@ def bar(settings: Settings, what: str) -> Iterator[Callback | None]:
         task = shown.add_task(what, total=None)
 
         def advance(step: Progress) -> None:
+            interruption.check()
             label = what if step.phase == "writing" else step.phase
             shown.update(task, completed=step.done, total=step.total, description=label)
 

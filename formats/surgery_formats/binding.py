@@ -15,6 +15,7 @@ from surgery_formats.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Parameter, View, rows, whole
 from surgery_formats.names import Place
+from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
 from surgery_formats.updates import Linear, LoRA, Replacement, Stacked, TokenRows, Update
@@ -32,6 +33,7 @@ class Binding:
         edits: By ``(component, output tensor name)``.
         untied: Components whose head and embedding part.
         ignored: Adapter tensors that rightly do nothing.
+        settled: Adapter tensors that say of one side of a tie what was applied for the other.
         warnings: What the user should know.
     """
 
@@ -40,6 +42,7 @@ class Binding:
     edits: Mapping[tuple[str, str], Edit]
     untied: frozenset[str] = frozenset()
     ignored: tuple[Ignored, ...] = ()
+    settled: tuple[StoredTensor, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -74,6 +77,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
                     collected.setdefault(key, []).append((operation, place))
         _check_missing(missing, adapter, checkpoint)
     edits = {key: _edit(key, found, checkpoint.components[key[0]], adapters) for key, found in collected.items()}
+    before = {tensor for edit in edits.values() for tensor in _trained(edit)}
     untied: set[str] = set()
     keeping = frozenset(number for number, (adapter, _) in enumerate(adapters) if adapter.keeps_ties)
     for component in checkpoint.components.values():
@@ -83,7 +87,14 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
     warnings = [f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in adapter.traps]
     warnings += _warn_of_parting(untied, checkpoint) + _warn_of_other_base(adapters, checkpoint)
     ignored = tuple(entry for adapter, _ in adapters for entry in adapter.ignored)
-    return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, tuple(warnings))
+    settled = tuple(sorted(before - {t for e in edits.values() for t in _trained(e)}, key=lambda tensor: tensor.name))
+    return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, settled, tuple(warnings))
+
+
+def _trained(edit: Edit) -> Iterator[StoredTensor]:
+    """The adapters' tensors that make an edit."""
+    for operation in (*edit.operations, *((edit.replaced,) if edit.replaced else ())):
+        yield from operation.update.tensors
 
 
 def _check_mergeable(adapter: Adapter) -> None:
@@ -157,7 +168,7 @@ def _replaced(update: Replacement, places: tuple[Place, ...], weight: float) -> 
         raise FitError(
             f"shape {list(new.shape)}, but {list(old.shape)} in the base", file=new.file.path, tensor=new.name
         )
-    if not (new.dtype.is_float and old.dtype.is_float):
+    if new.dtype is not old.dtype and not (new.dtype.is_float and old.dtype.is_float):
         raise FitError(f"{new.dtype.label} in place of {old.dtype.label}", file=new.file.path, tensor=new.name)
     if weight != 1.0 and (new.shape != old.shape or old is new):
         raise FitError(

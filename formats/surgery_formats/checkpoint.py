@@ -181,17 +181,22 @@ class Checkpoint:
 def _component(name: str, folder: Path) -> Component:
     found = open_folder_tensors(folder)
     config = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    if config and not stays_inside(folder / "config.json"):
+        raise MalformedError("is a link out of its folder", file=folder / "config.json")
     index_name = found.index_path.name if found.index_path else ""
     return Component(name, folder, found.shards, found.index, index_name, config)
 
 
-def _side_files(folder: Path, prefix: str = "") -> tuple[list[tuple[str, Path]], list[str]]:
-    """What to carry from a folder, and what stays: other weights, and links that lead out of it."""
-    carried, left = [], []
+def _side_files(folder: Path, prefix: str = "", *, configs: bool = False) -> tuple[list[tuple[str, Path]], list[str]]:
+    """What to carry from a folder, and what stays: other weights, deeper folders, and links that lead out of it."""
+    carried: list[tuple[str, Path]] = []
+    left: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if prefix and entry.is_dir() and not entry.name.startswith("."):
+            left.append(f"{prefix}{entry.name}/")
         if not entry.is_file() or entry.name in _NEVER_CARRIED or entry.name.startswith("."):
             continue
-        if entry.name == "config.json" or entry.name.endswith(".index.json"):
+        if (entry.name == "config.json" and not configs) or entry.name.endswith(".index.json"):
             continue
         name = f"{prefix}{entry.name}"
         if entry.name.endswith(_WEIGHTS) or not stays_inside(Path(entry.path)) or not is_safe_name(name):
@@ -222,6 +227,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     ):
         raise FitError("an adapter where a base model was expected", file=where)
     carried, left = _side_files(where)
+    for entry in sorted(os.scandir(where), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            inner, beside = _side_files(Path(entry.path), f"{entry.name}/", configs=True)
+            carried, left = carried + inner, left + beside
     used = {shard.path.name for shard in component.shards}
     return Checkpoint(where, {"": component}, tuple(carried), tuple(name for name in left if name not in used))
 

@@ -10,8 +10,9 @@ import xxhash
 
 from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.files.raw import File
+from surgery_formats.tensors import StoredTensor
 
-__all__ = ["content_id", "fingerprint"]
+__all__ = ["content_id", "fingerprint", "tensor_digest"]
 
 _HEAD = 1 << 20
 _SAMPLES = 64
@@ -43,13 +44,17 @@ def content_id(checkpoint: Checkpoint) -> str:
 
     Independent of sharding, order, metadata and place. Reads every byte once.
     """
-    lines = []
-    for component in checkpoint.components.values():
-        for tensor in component.tensors.values():
-            state = xxhash.xxh3_128()
-            for at in range(0, tensor.nbytes, _STEP):
-                state.update(tensor.file.read(tensor.offset + at, min(_STEP, tensor.nbytes - at)))
-            lines.append(
-                f"{component.name}\0{tensor.name}\0{tensor.dtype.label}\0{list(tensor.shape)}\0{state.hexdigest()}"
-            )
+    lines = [
+        f"{component.name}\0{tensor.name}\0{tensor.dtype.label}\0{list(tensor.shape)}\0{tensor_digest(tensor)}"
+        for component in checkpoint.components.values()
+        for tensor in component.tensors.values()
+    ]
     return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogatepass")).hexdigest()
+
+
+def tensor_digest(tensor: StoredTensor) -> str:
+    """xxh3-128 of a stored tensor's bytes, read in steps."""
+    state = xxhash.xxh3_128()
+    for at in range(0, tensor.nbytes, _STEP):
+        state.update(tensor.file.read(tensor.offset + at, min(_STEP, tensor.nbytes - at)))
+    return state.hexdigest()

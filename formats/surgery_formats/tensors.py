@@ -99,4 +99,4 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 
     if not values.numel():
         return memoryview(b"")
-    return memoryview(values.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy has the buffer protocol
+    return memoryview(values.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy has the buffer protocol

@@ -16,7 +16,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates import LoRA, TokenRows, Update
 
-__all__ = ["settle_tie"]
+__all__ = ["same_values", "settle_tie"]
 
 Edits = dict[tuple[str, str], Edit]
 
@@ -90,7 +90,7 @@ def _same(one: Edit, other: Edit) -> bool:
     """Whether two edits come to the same values (PEFT's ``ensure_weight_tying`` stores both)."""
     if len(one.operations) != len(other.operations) or bool(one.replaced) != bool(other.replaced):
         return False
-    if one.replaced and not _equal(one.source, other.source):
+    if one.replaced and not same_values(one.source, other.source):
         return False
     return all(_same_operation(a, b) for a, b in zip(one.operations, other.operations, strict=True))
 
@@ -118,12 +118,13 @@ def _same_update(one: Update, other: Update) -> bool:
     return False
 
 
-def _equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
-    """Whether two stored tensors hold the same values; a few rows at a time."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+def same_values(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
+    """Whether two stored tensors hold the same numbers, whatever their types; a few rows at a time."""
+    if one.shape != other.shape:
         return False
-    step = max(1, min(rows, one.shape[0] if one.shape else 1))
+    count = one.shape[0] if one.shape else 1
+    step = max(1, min(rows, count))
     return all(
-        bool((one.read(at, at + step) == other.read(at, at + step)).all())
-        for at in range(0, one.shape[0] if one.shape else 1, step)
+        bool((one.read(at, at + step).double() == other.read(at, at + step).double()).all())
+        for at in range(0, count, step)
     )

@@ -100,11 +100,14 @@ def test_a_module_with_parameters_and_metadata(new: bool, save: Callable[[Any, b
     whole = {
         "model": module.state_dict(),
         "epoch": 3,
-        "optimizer": {"state": {0: torch.ones(1)}, "lr": [0.1]},
+        "optimizer": {"lr": [0.1]},
     }
     found = state_dict(open_torch(save(whole, new)))
     assert list(found) == list(module.state_dict())
     assert all(same(found[name], tensor) for name, tensor in module.state_dict().items())
+    whole["optimizer"]["state"] = {0: torch.ones(1)}
+    with pytest.raises(MalformedError, match="optimizer"):  # nothing is dropped without a word
+        state_dict(open_torch(save(whole, new)))
     parameters = collections.OrderedDict(module.named_parameters())
     found = state_dict(open_torch(save(parameters, new)))
     assert all(same(found[name], tensor) for name, tensor in parameters.items())

@@ -176,7 +176,8 @@ def _next_step(plan: Plan, output: Path | None) -> str:
         return f'load it with diffusers: DiffusionPipeline.from_pretrained("{where}")'
     if "config.json" in names:
         configs: dict[str, Any] = dict(plan.facts["configs"])  # type: ignore[call-overload]
-        causal = "ForCausalLM" in str(configs.get("", {}).get("architectures"))
+        architectures = str(configs.get("", {}).get("architectures"))
+        causal = "ForCausalLM" in architectures or "LMHeadModel" in architectures
         return (
             f'load it with transformers: {"AutoModelForCausalLM" if causal else "AutoModel"}.from_pretrained("{where}")'
         )

@@ -11,6 +11,7 @@ from surgery_formats.adapters.peft_config import PROMPT_KINDS, PeftConfig, parse
 from surgery_formats.adapters.peft_parameters import parameter_lora, targeted_parameters
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.raw import stays_inside
 from surgery_formats.files.sharded import open_folder_tensors
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, TokenRows, Update
@@ -57,11 +58,11 @@ def read_peft(path: Path) -> Adapter:
         "format": "peft",
         "kind": config.kind,
         "tensors": tensors,
-        "base_name": config.raw.get("base_model_name_or_path") or "",
+        "base_name": _text(config.raw.get("base_model_name_or_path")),
         "base_id": _metadata(found.shards).get("surgery.base", ""),
         "config": config.raw,
         "metadata": _metadata(found.shards),
-        "side_files": tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file())),
+        "side_files": tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
     }
     if config.kind in PROMPT_KINDS:
         return _soft_prompt(tensors, config, common)
@@ -80,6 +81,10 @@ def read_peft(path: Path) -> Adapter:
         new_modules=frozenset(config.modules_to_save) | _HEADS,
         traps=tuple(_traps(config, tensors)),
     )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _metadata(shards: Iterable[object]) -> dict[str, str]:
@@ -290,5 +295,3 @@ def _traps(config: PeftConfig, tensors: Sequence[StoredTensor]) -> Iterable[str]
         yield "its keys lack PEFT's prefix 'base_model.model.'"
     if "lora_alpha" not in config.raw and config.kind == "LORA":
         yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
-    if config.raw.get("fan_in_fan_out"):
-        yield "fan_in_fan_out is set; the base's architecture decides the orientation"

@@ -258,7 +258,7 @@ def _bias(site: Site, update: Offset, adapter: Adapter, state: _State) -> None:
 def _stacked(site: Site, update: Stacked, base: Checkpoint | None, state: _State) -> None:
     """Experts: one LoRA each where they come from MLX's stacks, a LoRA on the 3-D parameter otherwise."""
     if SWITCH not in site.path:
-        if not all(isinstance(one, LoRA) and one.rank == update.experts[0].rank for one in update.experts):  # type: ignore[attr-defined]
+        if not all(isinstance(one, LoRA) and one.rank == update.experts[0].rank for one in update.experts):
             state.ledger.drop(site, update, "its experts have several ranks")
             return
         state.parameters.append((site, update))

@@ -13,9 +13,10 @@ from surgery_formats.text import show
 
 __all__ = ["CONFIG_LIMIT", "INDEX_LIMIT", "TOKENIZER_LIMIT", "parse_object", "read_object"]
 
-CONFIG_LIMIT = 1 << 20
+CONFIG_LIMIT = 4 << 20
 INDEX_LIMIT = 64 << 20
 TOKENIZER_LIMIT = 256 << 20
+_DEPTH = 64
 _DIGITS = 300  # of one number; Python parses ints in quadratic time
 
 
@@ -61,7 +62,24 @@ def parse_object(raw: bytes | bytearray, *, file: str | os.PathLike[str]) -> dic
         raise fail(f"not JSON ({show(error)})") from error
     if not isinstance(found, dict):
         raise fail("not a JSON object")
+    if _too_deep(found):
+        raise fail(f"nested deeper than {_DEPTH}")
     return found
+
+
+def _too_deep(found: dict[str, Any]) -> bool:
+    """Level by level, so that no depth is too deep for this."""
+    level: list[Any] = [found]
+    for _ in range(_DEPTH):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def read_object(path: str | os.PathLike[str], limit: int = CONFIG_LIMIT) -> dict[str, Any]:

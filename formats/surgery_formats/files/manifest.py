@@ -118,9 +118,12 @@ def file_digest(path: str | os.PathLike[str], kind: str) -> str:
 
 
 def manifest_bytes(manifest: Mapping[str, Any], plan_id: str, files: Mapping[str, FileRecord]) -> bytes:
-    """The manifest as written: sorted keys, no NaN, one newline at the end; equal inputs give equal bytes."""
+    """The manifest as written: sorted keys, no NaN, one newline at the end; equal inputs give equal bytes.
+
+    Its plan is `plan_id`, unless `manifest` names one that does not depend on where the inputs lie.
+    """
     entries = {name: found.as_json() for name, found in files.items()}
-    whole = {**manifest, "format": FORMAT, "plan": plan_id, "files": entries}
+    whole = {"plan": plan_id, **manifest, "format": FORMAT, "files": entries}
     return json.dumps(whole, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ResourceError
 from surgery_formats.files.kernel_copy import exchange, sync_folder
+from surgery_formats.files.manifest import MANIFEST
 from surgery_formats.files.output_file import output_faults
 from surgery_formats.text import show
 
@@ -224,6 +225,12 @@ class Stage:
             return
         if not _is_folder(self._final) or (not self._overwrite and _has_entries(self._final)):
             raise self._exists()
+        if _has_entries(self._final) and not (self._final / MANIFEST).is_file():
+            raise OutputExistsError(
+                "the folder was not written by this tool, so it is not replaced",
+                file=self.shown,
+                hint="remove it yourself, or write to another folder",
+            )
 
     def _refuse_unsafe(self) -> None:
         """Compare by identity, not by name: links, mounts and blind case give one folder many names."""

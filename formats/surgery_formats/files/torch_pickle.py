@@ -142,7 +142,22 @@ def _weights(tree: object) -> dict[object, object]:
     inside = [key for key in WRAPPERS if isinstance(tree.get(key), dict)]
     if len(inside) > 1:
         raise MalformedError(f"several dicts of tensors: {listing(inside)}")
-    return tree[inside[0]] if inside else tree
+    if not inside:
+        return tree
+    others = [str(key) for key, value in tree.items() if key != inside[0] and _holds_tensors(value)]
+    if others:
+        raise MalformedError(
+            f"tensors under {listing(others)} beside those of the model", hint="save the model's state dict alone"
+        )
+    found: dict[object, object] = tree[inside[0]]
+    return found
+
+
+def _holds_tensors(value: object, depth: int = 8) -> bool:
+    if isinstance(value, StoredTensor):
+        return True
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return depth > 0 and any(_holds_tensors(one, depth - 1) for one in inner)
 
 
 def _pairs(tree: object) -> Iterator[tuple[str, object]]:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``surgery combine``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from surgery_cli.commands._combine_text import as_json, share, text
+from surgery_cli.options import (
+    Settings,
+    complete_files,
+    dtype_option,
+    output_option,
+    overwrite_option,
+    weighted,
+)
+from surgery_cli.options import (
+    command as sub_command,
+)
+from surgery_cli.output import emit_json, warn
+from surgery_cli.progress import bar
+
+__all__ = ["command"]
+
+_DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
+
+
+@sub_command("combine")
+@click.argument(
+    "adapters", nargs=-1, required=True, type=weighted, metavar="ADAPTER[=WEIGHT]...", shell_complete=complete_files
+)
+@output_option("Folder to make, or file where the format is a single file.")
+@click.option("--rank", type=click.IntRange(min=1), help="Greatest rank; without it nothing is lost.")
+@click.option("--energy", type=share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
+@click.option(
+    "--method",
+    type=click.Choice(["exact", "svd", *_DENSE]),
+    default="exact",
+    show_default=True,
+    help="How deltas are combined; all but exact and svd are approximate by design.",
+)
+@click.option(
+    "--density", type=share, metavar="SHARE", help="Share of the values TIES, DARE and pruning keep, e.g. .2."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of DARE's random drops.")
+@click.option("--to", metavar="FORMAT", help="Format to write; by default the first adapter's.")
+@click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model, if names come from it.")
+@dtype_option
+@click.option("--dry-run", is_flag=True, help="Show ranks and errors; write nothing.")
+@overwrite_option()
+def command(
+    settings: Settings,
+    adapters: tuple[tuple[str, float], ...],
+    output: Path,
+    base: str | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Combine adapters into one.
+
+    OUT does to a model what all ADAPTERs do together, each WEIGHT times: factors side by side, cut to the best of a lower rank if one is
+    asked for. Weights may be negative; one ADAPTER alone is scaled. No model is needed. What was written is read back and compared.
+
+    \b
+    Examples:
+      surgery combine style=0.7 facts=-0.3 -o both/
+      surgery combine style/ facts/ -o both/ --rank 16
+      surgery combine a/ b/ c/ -o merged/ --method ties --density .2 --rank 32
+    """
+    from surgery.combine import combine
+    from surgery_formats.refs import resolve
+
+    _check(options)
+    began = time.monotonic()
+    given = [(resolve(reference), weight) for reference, weight in adapters]
+    model = None if base is None else resolve(base)
+    with bar(settings, "combining") as progress:
+        result = combine(given, output=output, base=model, dry_run=dry_run, progress=progress, **options)
+    seconds = time.monotonic() - began
+    if settings.json:
+        emit_json("combine", as_json(result, seconds))
+    elif dry_run or not settings.quiet:
+        text(result, output, seconds, settings)
+    for one in result.warnings:
+        warn(one)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """What is wrong with the options, before anything is read."""
+    dense = options["method"] in _DENSE
+    if dense and options["density"] is None:
+        raise click.UsageError(f"--method {options['method']} needs --density")
+    if not dense and options["density"] is not None:
+        raise click.UsageError(f"--method {options['method']} drops no values: --density has no meaning")
+    if dense and options["rank"] is None and options["energy"] is None:
+        raise click.UsageError(f"what --method {options['method']} makes has full rank: give --rank or --energy")

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``surgery extract-lora``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery_cli.options import Settings, complete_files, device_option, output_option, overwrite_option
+from surgery_cli.options import command as sub_command
+from surgery_cli.output import emit_json, note, pairs, table, warn
+from surgery_cli.progress import bar
+from surgery_formats.errors import FitError
+from surgery_formats.text import count, nbytes, show
+
+if TYPE_CHECKING:
+    from surgery.extract_ledger import ExtractResult, ExtractRow
+
+__all__ = ["command"]
+
+_LISTED = 8  # tensors shown with the largest part of the change left out; all of them with -v
+
+
+def _rank(text: str) -> int | str:
+    """A number of directions, or ``auto``."""
+    if text == "auto":
+        return text
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:12]) <= 1 << 20:
+        raise click.BadParameter(f"'{show(text, 40)}' is neither a number of at least 1 nor 'auto'")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    """A number between 0 and 1; ``95%`` too."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise click.BadParameter(f"'{show(text, 40)}' does not lie between 0 and 1")
+    return value
+
+
+def _budget(text: str) -> str:
+    from surgery.extract_ranks import parse_budget
+
+    try:
+        parse_budget(text)
+    except FitError as error:
+        raise click.BadParameter(error.message) from error
+    return text
+
+
+def _dense(text: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in text.split(","))
+    if not set(parts) <= {"norm", "bias", "none"} or ("none" in parts and len(parts) > 1):
+        raise click.BadParameter(f"'{show(text, 40)}' is not norm, bias, norm,bias or none")
+    return tuple(part for part in parts if part != "none")
+
+
+@sub_command("extract-lora")
+@click.argument("base", shell_complete=complete_files)
+@click.argument("tuned", shell_complete=complete_files)
+@output_option("Folder to make, or file where FORMAT is a single file.")
+@click.option("--rank", type=_rank, metavar="N|auto", help="Directions per matrix; 16 if nothing else is said.")
+@click.option("--energy", type=_share, metavar="SHARE", help="Instead: share of each matrix' squared change to hold.")
+@click.option(
+    "--max-error", type=_share, metavar="SHARE", help="Instead: most that may be missing of each matrix' change."
+)
+@click.option(
+    "--budget", type=_budget, metavar="SIZE", help="Instead: 20MB, or 2M parameters, shared out where it helps most."
+)
+@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), help="lora_alpha; default: the rank.")
+@click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
+@click.option(
+    "--dense",
+    type=_dense,
+    default="norm,bias",
+    show_default=True,
+    metavar="norm,bias|none",
+    help="One-dimensional changes to keep.",
+)
+@click.option(
+    "--embeddings",
+    type=click.Choice(["lora", "full"]),
+    default="lora",
+    show_default=True,
+    help="Form of embedding and head.",
+)
+@click.option(
+    "--adapter-dtype",
+    "dtype",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Stored type of the factors; auto: as TUNED.",
+)
+@click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="See 'surgery formats'.")
+@click.option("--allow-loss", is_flag=True, help="Leave out what no form can hold.")
+@device_option
+@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
+@click.option("--dry-run", is_flag=True, help="Compare and factorise; write nothing.")
+@overwrite_option()
+def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bool, **options: Any) -> None:
+    """Extract a LoRA from a full fine-tune.
+
+    TUNED minus BASE, each matrix by its best factors of the rank asked for, everything else as TUNED has it. What was written is
+    read back, put on BASE and compared with TUNED; a change that nothing holds is an error that names it.
+
+    \b
+    Examples:
+      surgery extract-lora llama/ my-llama/ -o my-lora/
+      surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64
+      surgery extract-lora llama/ my-llama/ -o my-lora/ --budget 20MB
+    """
+    from surgery.extract import extract_lora
+    from surgery_formats.refs import resolve
+
+    ways = [name for name in ("rank", "energy", "max_error", "budget") if options[name] is not None]
+    if len(ways) > 1 and not (set(ways) == {"rank", "budget"} and options["rank"] == "auto"):
+        raise click.UsageError(f"only one of {' and '.join('--' + way.replace('_', '-') for way in ways)} can be given")
+    began = time.monotonic()
+    with bar(settings, "extracting") as progress:
+        result = extract_lora(
+            resolve(base), resolve(tuned), output=output, dry_run=dry_run, progress=progress, **options
+        )
+    seconds = time.monotonic() - began
+    if settings.json:
+        where = None if result.output is None else str(result.output)
+        emit_json("extract-lora", {"output": where, "seconds": round(seconds, 3), **result.as_json()})
+    elif dry_run or not settings.quiet:
+        _text(result, output, seconds, settings)
+    for text in result.warnings:
+        warn(text)
+
+
+def _text(result: ExtractResult, output: Path, seconds: float, settings: Settings) -> None:
+    ranks = sorted({row.rank for row in result.rows if row.rank})
+    spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no factors"
+    smaller = f"{result.saved:.3g} times smaller than the full copy's {nbytes(result.tuned_nbytes)}"
+    rows = [
+        ("tensors", ", ".join(f"{number} {kind}" for kind, number in result.classes.items())),
+        (
+            "change",
+            f"{result.moved:.1%} of the values moved; storage rounding makes up {result.noise:.1%} of the change",
+        ),
+        ("adapter", f"{spread}, {count(result.parameters)} parameters, {result.dtype}"),
+        (
+            "held",
+            f"all but {result.residual:.2%} of the change"
+            + (f"; {result.lost:.2%} of its energy was left out" if result.lost else ""),
+        ),
+        ("size", f"{nbytes(result.adapter_nbytes)}, {smaller}"),
+    ]
+    if result.output is not None:
+        rows.append(("proof", "read back, put on BASE and compared with TUNED"))
+        rows.append(("wrote", f"{show(output, 500)} in {seconds:.2f} s"))
+    pairs(rows)
+    told = [row for row in result.rows if row.energy or row.form]
+    shown = told if settings.verbose else _worst(told)
+    if shown:
+        click.echo()
+        table(_HEADINGS, map(_cells, shown), right=range(2, 7))
+    if len(told) > len(shown):
+        note(f"... and {len(told) - len(shown)} more; -v shows all")
+    if result.table:
+        click.echo()
+        cells = (
+            (str(c.rank), c.layers, f"{c.residual:.2%}", count(c.parameters), nbytes(c.nbytes)) for c in result.table
+        )
+        table(("rank", "layers", "missing", "parameters", "size"), cells, right=(0, 2, 3, 4))
+    if result.output is None:
+        note("dry run: nothing was written")
+
+
+_HEADINGS = ("tensor", "class", "rank", "share", "missing", "moved", "rms/ulp", "remark")
+
+
+def _worst(rows: list[ExtractRow]) -> list[ExtractRow]:
+    """Those that leave most of the change out, and the dropped."""
+    ordered = sorted(rows, key=lambda row: (row.kind != "dropped", -row.share * row.residual**2, row.name))
+    return ordered[:_LISTED]
+
+
+def _cells(row: ExtractRow) -> tuple[str, ...]:
+    figures = (f"{row.share:.2%}", f"{row.residual:.2%}", f"{row.moved:.1%}", f"{row.rms_ulp:.2g}")
+    return (row.name, row.kind, str(row.rank or ""), *figures, row.why)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``surgery resize``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from surgery_cli.commands._combine_text import as_json, share, text
+from surgery_cli.options import Settings, complete_files, dtype_option, output_option, overwrite_option
+from surgery_cli.options import command as sub_command
+from surgery_cli.output import emit_json, warn
+from surgery_cli.progress import bar
+
+__all__ = ["command"]
+
+
+@sub_command("resize")
+@click.argument("adapter", shell_complete=complete_files)
+@output_option("Folder to make, or file where the format is a single file.")
+@click.option("--rank", type=click.IntRange(min=1), help="Greatest rank of a module.")
+@click.option("--energy", type=share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
+@click.option("--max-error", type=share, metavar="SHARE", help="Greatest relative error of a module, e.g. .05.")
+@click.option("--to", metavar="FORMAT", help="Format to write; by default ADAPTER's.")
+@click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model, if names come from it.")
+@dtype_option
+@click.option("--dry-run", is_flag=True, help="Show ranks and errors; write nothing.")
+@overwrite_option()
+def command(settings: Settings, adapter: str, output: Path, base: str | None, dry_run: bool, **options: Any) -> None:
+    """Lower the rank of an adapter.
+
+    Each module gets the best factors of its new rank; its error is shown. Ranks are never raised: that would add zeros.
+
+    \b
+    Examples:
+      surgery resize my-lora/ -o small/ --rank 8
+      surgery resize my-lora/ -o small/ --energy .99
+      surgery resize my-lora/ -o small/ --max-error .05 --dry-run
+    """
+    from surgery.resize import resize
+    from surgery_formats.refs import resolve
+
+    if all(options[name] is None for name in ("rank", "energy", "max_error")):
+        raise click.UsageError("give --rank, --energy or --max-error")
+    began = time.monotonic()
+    source = resolve(adapter)
+    model = None if base is None else resolve(base)
+    with bar(settings, "resizing") as progress:
+        result = resize(source, output=output, base=model, dry_run=dry_run, progress=progress, **options)
+    seconds = time.monotonic() - began
+    if settings.json:
+        emit_json("resize", as_json(result, seconds))
+    elif dry_run or not settings.quiet:
+        text(result, output, seconds, settings)
+    for one in result.warnings:
+        warn(one)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adaptive block Krylov: the leading singular vectors of a matrix from a few products with it.
+
+Block Golub-Kahan with full re-orthogonalisation and Rayleigh-Ritz on the whole basis (Musco and Musco, arXiv:1504.05477; block sizes
+after Meyer, Musco and Musco, arXiv:2305.02535). A new block is orthogonalised against the basis before *and after* it is normalised: on
+a difference of low rank, such as a merged LoRA, what is left of it is rounding noise, and normalising amplifies that noise's share of
+the basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from surgery_formats.linalg.certificate import Progress, excess_energy, outside_norm, ratio_bound
+from surgery_formats.linalg.matrix import Operator
+
+__all__ = ["Found", "block_size", "krylov"]
+
+_EXACT = 5e-7
+"""Residual, relative to the norm, at which a matrix is of the rank asked for, exactly."""
+_ROUNDING = 16.0
+"""Units of the last place, relative to the norm, that products and orthogonalisation may lose."""
+_LOOK = 1e-6
+"""Share of the energy below which the residual is measured: the difference of two energies is rounding noise there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a basis gives, for ``M`` of the `Operator`.
+
+    Attributes:
+        left: ``(short, r)``, orthonormal to rounding.
+        right: ``M^T left``, ``(long, r)``.
+        excess: See `surgery_formats.linalg.certificate`.
+        steps: Blocks in the basis.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    excess: float
+    steps: int
+
+
+def block_size(rank: int | None) -> int:
+    """Columns per block: enough to hold small ranks at once; for large ones, smaller blocks and more steps need fewer products."""
+    if rank is None:
+        return 32
+    return rank + 8 if rank <= 32 else min(128, max(40, (rank // 2 + 7) // 8 * 8))
+
+
+def krylov(
+    op: Operator, wanted: Callable[[torch.Tensor, float], int | None], block: int, most: int, target: float, seed: int
+) -> Found | None:
+    """Extend a basis until it is certified.
+
+    Args:
+        op: The matrix.
+        wanted: ``(theta^2 descending, ||M||_F^2) -> how many to keep``, None where the basis holds too few.
+        block: Columns per step.
+        most: Columns at which to give up.
+        target: Bound on the distance from the optimum at which a basis is good enough.
+        seed: Of the start block.
+
+    Returns:
+        None if `most` columns were not enough. Where float32 is too coarse for the target, float64 is used.
+    """
+    rounding = (_ROUNDING * torch.finfo(op.dtype).eps) ** 2 * op.norm2
+    basis = torch.empty(min(most, 8 * block) + block, op.short, dtype=op.dtype, device=op.device)  # rows are vectors
+    image = torch.empty(len(basis), op.long, dtype=op.dtype, device=op.device)
+    small = torch.zeros(len(basis), len(basis), dtype=torch.float64)
+    start = torch.randn(op.long, block, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    fresh = op.times(start.to(op.device, op.dtype))
+    have, steps, next_check, progress = 0, 0, 0, Progress()
+    while have + block <= most:
+        if have + block > len(basis):
+            basis, image = _grown(basis, len(basis)), _grown(image, len(image))
+            small = torch.nn.functional.pad(small, (0, len(small), 0, len(small)))
+        fresh = _orthonormal(fresh, basis[:have])
+        basis[have : have + block] = fresh.T
+        image[have : have + block] = op.adjoint(fresh).T
+        new = image[have : have + block].double() @ image[: have + block].double().T
+        small[have : have + block, : have + block] = new.cpu()
+        small[: have + block, have : have + block] = new.T.cpu()
+        have, steps = have + block, steps + 1
+        fresh = _without(op.times(image[have - block : have].T), basis[:have])
+        if have < next_check:
+            continue
+        next_check = int(have * 1.12)  # large bases: their eigenvectors cost more than a step
+        ritz, vectors = torch.linalg.eigh(small[:have, :have])
+        ritz, vectors = ritz.flip(0).clamp_min(0), vectors.flip(1)
+        keep = wanted(ritz, op.norm2)
+        if keep is None:
+            if _hopeless(ritz, op.norm2, wanted, most):
+                return None
+            continue
+        if keep >= have:
+            continue
+        last, beyond = vectors[have - block :], (fresh.double().T @ fresh.double()).cpu()
+        edge = outside_norm(small[max(0, have - 2 * block) : have, max(0, have - 2 * block) : have], beyond)
+        held = float(ritz[:keep].sum())
+        excess = min(excess_energy(ritz, last.T @ (beyond @ last), keep, edge), progress.expected(keep, have, held))
+        excess, rest = excess + rounding, op.norm2 - held
+        found = None
+        if rest < _LOOK * op.norm2:
+            found = _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], excess, steps)
+            rest = residual(op, found) ** 2
+            if rest <= _EXACT**2 * op.norm2:
+                return found
+            if ratio_bound(rest, rounding) > target and op.dtype == torch.float32:
+                return krylov(op.in_float64(), wanted, block, most, target, seed)
+        if ratio_bound(rest, excess) <= target:
+            return found or _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], excess, steps)
+    return None
+
+
+def residual(op: Operator, found: Found) -> float:
+    """``||M - left right^T||_F``, element by element."""
+    sides = (found.right, found.left) if op.turned else (found.left, found.right)
+    return op.distance(*sides, op.dtype)
+
+
+def _hopeless(ritz: torch.Tensor, norm2: float, wanted: Callable[[torch.Tensor, float], int | None], most: int) -> bool:
+    """Whether even `most` columns, all as large as the smallest converged value of this basis, would hold too little."""
+    typical = float(ritz[len(ritz) // 2])
+    more = max(0, most - len(ritz))
+    imagined = torch.cat([ritz, torch.full((more,), typical, dtype=ritz.dtype)])
+    return wanted(imagined, norm2) is None
+
+
+def _ritz_vectors(basis: torch.Tensor, image: torch.Tensor, vectors: torch.Tensor, excess: float, steps: int) -> Found:
+    chosen = vectors.to(basis.device, basis.dtype)
+    return Found(basis.T @ chosen, image.T @ chosen, excess, steps)
+
+
+def _without(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    for _ in range(2):
+        block = block - basis.T @ (basis @ block)
+    return block
+
+
+def _orthonormal(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    block = _without(torch.linalg.qr(block)[0], basis)
+    made: torch.Tensor = torch.linalg.qr(block)[0]
+    return made
+
+
+def _grown(rows: torch.Tensor, more: int) -> torch.Tensor:
+    return torch.cat([rows, rows.new_empty(more, rows.shape[1])])

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A matrix that can be multiplied from both sides, whether it lies in memory or is read row block by row block."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from surgery_formats.errors import FitError
+
+__all__ = ["MatrixSource", "Operator", "one_thread"]
+
+_BLOCK = 1 << 23
+"""Elements read at a time from a source: 32 MB of float32."""
+_SAFE = (1e-15, 1e15)
+"""Norms whose squares, and whose elements' squares, are ordinary numbers in float32."""
+
+
+class MatrixSource(Protocol):
+    """A matrix that need not lie in memory.
+
+    Attributes:
+        shape: ``(m, n)``.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``."""
+        ...
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start:stop``, ``(stop - start, n)``, of a floating dtype, on any device; the same values each time."""
+        ...
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Do this thread's arithmetic in one thread: QR and gemm round differently when split over a different number of them."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Operator:
+    """``M``, the matrix `D` turned so that its rows are the short side and scaled so that ``1 <= ||M||_F < 2``.
+
+    Attributes:
+        shape: ``(m, n)`` of `D`.
+        turned: Whether ``M = D^T / scale`` rather than ``D / scale``.
+        scale: A power of two, so that scaling is exact; without it the squares of small deltas underflow.
+        norm2: ``||M||_F^2``, summed in float64; 0 for a matrix of zeros.
+        dtype: Of products, float32 or float64.
+        device: Where they are made.
+    """
+
+    def __init__(
+        self, matrix: torch.Tensor | MatrixSource, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        m, n = matrix.shape
+        self.shape = (int(m), int(n))
+        self.turned = m > n
+        self.short, self.long = min(self.shape), max(self.shape)
+        self._matrix = matrix
+        if isinstance(matrix, torch.Tensor):
+            self.device = device or matrix.device
+            self.dtype = dtype or (torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+            stored = matrix if matrix.dtype == torch.float64 else matrix.float()
+            self._matrix = stored.to(self.device)
+        else:
+            self.device = device or torch.device("cpu")
+            self.dtype = dtype or torch.float32
+        self.scale = 1.0
+        norm2 = self._norm2()
+        if norm2 > 0:
+            self.scale = 2.0 ** math.floor(math.log2(norm2) / 2)
+            if not 1e-30 < self.scale < 1e30:
+                self.dtype = torch.float64
+        self.norm2 = norm2 / self.scale / self.scale
+
+    def in_float64(self) -> Operator:
+        """The same matrix with products in float64."""
+        return Operator(self._matrix, self.device, torch.float64)
+
+    def blocks(self, dtype: torch.dtype | None = None, first: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """``(start, stop, rows start:stop of D)`` from row `first` on, unscaled; all at once where nothing has to be read or converted."""
+        m, n = self.shape
+        dtype = dtype or self.dtype
+        whole = isinstance(self._matrix, torch.Tensor) and self._matrix.dtype == dtype
+        step = m if whole else max(1, _BLOCK // max(1, n))
+        for start in range(first, m, step):
+            stop = min(m, start + step)
+            found = (
+                self._matrix[start:stop] if isinstance(self._matrix, torch.Tensor) else self._matrix.rows(start, stop)
+            )
+            yield start, stop, found.to(self.device, dtype)
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """``M x``, ``(short, b)``, for `x` ``(long, b)``."""
+        return self._adjoint(x) if self.turned else self._forward(x)
+
+    def adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        """``M^T y``, ``(long, b)``, for `y` ``(short, b)``."""
+        return self._forward(y) if self.turned else self._adjoint(y)
+
+    def gram(self) -> torch.Tensor:
+        """``M M^T``, ``(short, short)``, float64, in one pass where rows are the long side."""
+        made = torch.zeros(self.short, self.short, dtype=torch.float64, device=self.device)
+        for start, stop, rows in self.blocks(torch.float64):
+            rows = rows / self.scale
+            if self.turned:
+                made.addmm_(rows.T, rows)
+                continue
+            for begin, end, others in self.blocks(torch.float64, start):
+                part = rows @ (others / self.scale).T
+                made[start:stop, begin:end] = part
+                made[begin:end, start:stop] = part.T
+        return made
+
+    def distance(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> float:
+        """``||D / scale - left right^T||_F`` formed element by element; `left` ``(m, r)``, `right` ``(n, r)``."""
+        left, right = left.to(dtype), right.to(dtype)
+        step = max(1, _BLOCK // max(1, self.shape[1]))
+        total = 0.0
+        for start, _, rows in self.blocks(dtype):
+            for at in range(0, len(rows), step):
+                part = rows[at : at + step]
+                rest = torch.addmm(
+                    part, left[start + at : start + at + len(part)], right.T, beta=1 / self.scale, alpha=-1
+                )
+                total += float(_row_norms(rest).double().square().sum())
+        return math.sqrt(total)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = x.new_empty(self.shape[0], x.shape[1])
+        x = x / self.scale
+        for start, stop, rows in self.blocks():
+            torch.mm(rows, x, out=made[start:stop])
+        return made
+
+    def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        made = y.new_zeros(self.shape[1], y.shape[1])
+        y = y / self.scale
+        for start, stop, rows in self.blocks():
+            made.addmm_(rows.T, y[start:stop])
+        return made
+
+    def _norm2(self) -> float:
+        total = 0.0
+        for _, _, rows in self.blocks():
+            norms = _row_norms(rows)
+            if not _SAFE[0] < float(norms.max()) < _SAFE[1]:  # also where it is NaN
+                norms = _row_norms(rows, torch.float64)
+                if not bool(torch.isfinite(norms).all()):
+                    raise FitError("the matrix holds NaN or infinity", hint="such a difference has no factors")
+            total += float(norms.double().square().sum())
+        if not math.isfinite(total) or 0 < total < 1e-250:
+            raise FitError(f"the matrix's norm, {math.sqrt(total):g}, is out of range")
+        return total
+
+
+def _row_norms(rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype) if rows.numel() else rows.new_zeros(1)

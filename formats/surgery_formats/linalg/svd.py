@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Truncated singular value decomposition with an exact residual and a bound on the distance from the optimum.
+
+``||D - U S V^T||_F`` is least among matrices of the same rank (Eckart and Young, 1936) up to a factor that is at most `Truncated.bound`.
+Large matrices go through block Krylov (`surgery_formats.linalg.krylov`); small ones, and those of which a large part of the spectrum is
+asked for, through all eigenvectors of the Gram matrix of the short side, in float64. One implementation serves CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from surgery_formats.errors import FitError
+from surgery_formats.linalg.certificate import ratio_bound
+from surgery_formats.linalg.krylov import Found, block_size, krylov
+from surgery_formats.linalg.matrix import MatrixSource, Operator, one_thread
+from surgery_formats.linalg.ranks import checked_rank, rank_holding
+
+__all__ = ["Truncated", "truncated_svd"]
+
+_SMALL = 10
+"""Blocks of a basis that would fill so small a short side: all its eigenvectors are as cheap."""
+_SHARE = 0.8
+"""Of the distance from the optimum that is allowed; rounding takes the rest."""
+_MEASURED = 0.05
+"""Relative residual below which it is measured on the matrix; above, ``||D||^2 - sum S^2`` is right to 1e-4 of it."""
+_FINE = 1e-3
+"""Relative residual below which float32 cannot measure it."""
+_SLACK = 1e-4  # added to the bound: what float32 bases leave out of it
+_NOTHING = 1e-6
+"""Relative residual of a matrix that is of the rank asked for, but for rounding."""
+
+
+class Truncated(NamedTuple):
+    """``D ~ U diag(S) V^T``.
+
+    Attributes:
+        U: ``(m, r)``, orthonormal columns; the element of largest magnitude in each is positive.
+        S: ``(r,)``, descending.
+        V: ``(n, r)``, orthonormal columns.
+        residual: ``||D - U diag(S) V^T||_F``, measured, not estimated.
+        total: ``||D||_F``.
+        bound: `residual` is at most this many times the least possible at this rank. 1 where it is below 1e-6 of `total`: the matrix is
+            of this rank. `surgery_formats.linalg.certificate` says on what premise.
+        iterations: Steps of block Krylov; 0 where all eigenvectors were computed.
+    """
+
+    U: torch.Tensor
+    S: torch.Tensor
+    V: torch.Tensor
+    residual: float
+    total: float
+    bound: float
+    iterations: int
+
+    @property
+    def rank(self) -> int:
+        """Columns."""
+        return len(self.S)
+
+    @property
+    def relative(self) -> float:
+        """``residual / total``; 0 for a matrix of zeros."""
+        return self.residual / self.total if self.total else 0.0
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``B (m, r)`` and ``A (r, n)``, the square root of `S` in each: neither underflows in 16 bits."""
+        root = self.S.sqrt()
+        return self.U * root, (self.V * root).T
+
+
+def truncated_svd(
+    matrix: torch.Tensor | MatrixSource,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    accuracy: float = 1.001,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Truncated:
+    """The leading singular vectors of a matrix.
+
+    Args:
+        matrix: ``(m, n)``. A tensor of any floating dtype is converted once, to float32 (float64 stays); a source is read block by block,
+            once per product.
+        rank: So many; with another criterion, at most so many. More than ``min(m, n)`` is cut.
+        energy: The least rank that holds this share of ``||D||_F^2``, in (0, 1].
+        max_error: The least rank with ``residual <= max_error * total``, in [0, 1).
+        accuracy: The greatest `Truncated.bound` wanted. Ranks that reach into noise cost several times less at 1.01.
+        seed: Of the start block; same inputs and seed, same bits, whatever the number of threads.
+        device: Where to compute; where the matrix lies by default. The result stays there.
+
+    Returns:
+        Factors in float32 (float64 for a float64 tensor).
+
+    Raises:
+        ValueError: No criterion, or one out of range.
+        FitError: Not a matrix, or NaN or infinity in it.
+    """
+    shape = tuple(matrix.shape)
+    if len(shape) != 2 or min(shape) < 1:
+        raise FitError(f"a matrix is needed, not a tensor of shape {list(shape)}")
+    if not accuracy > 1:
+        raise ValueError(f"accuracy {accuracy} is not above 1")
+    wanted = _criterion(shape, rank, energy, max_error)
+    fine = (energy is not None and 1 - energy < _FINE**2) or (max_error is not None and max_error < _FINE)
+    place = None if device is None else torch.device(device)
+    with torch.no_grad(), one_thread():
+        op = Operator(matrix, place, None)
+        result = torch.float64 if isinstance(matrix, torch.Tensor) and matrix.dtype == torch.float64 else torch.float32
+        if op.norm2 == 0:
+            return _zero(op, rank if energy is None and max_error is None else 0, result)
+        found = _solve(op.in_float64() if fine else op, wanted, block_size(rank), 1 + _SHARE * (accuracy - 1), seed)
+        return _finished(op, found, result)
+
+
+def _criterion(
+    shape: tuple[int, ...], rank: int | None, energy: float | None, max_error: float | None
+) -> Callable[[torch.Tensor, float], int | None]:
+    limit = checked_rank(rank, shape)[0] if rank is not None else min(shape)
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy {energy} is not in (0, 1]")
+    if max_error is not None and not 0 <= max_error < 1:
+        raise ValueError(f"greatest error {max_error} is not in [0, 1)")
+    if rank is None and energy is None and max_error is None:
+        raise ValueError("one of rank, energy and max_error is needed")
+    share = min(1.0 if energy is None else 1 - energy, 1.0 if max_error is None else max_error**2)
+
+    def wanted(squares: torch.Tensor, norm2: float) -> int | None:
+        if energy is None and max_error is None:
+            return limit if len(squares) >= limit else None
+        found = rank_holding(squares, norm2, share)
+        if found is None:
+            return limit if len(squares) >= limit else None
+        return min(found, limit)
+
+    return wanted
+
+
+def _solve(
+    op: Operator, wanted: Callable[[torch.Tensor, float], int | None], block: int, target: float, seed: int
+) -> Found:
+    if op.short <= _SMALL * block:
+        return _all_eigenvectors(op, wanted)
+    found = krylov(op, wanted, block, op.short // 2, target, seed)
+    return _all_eigenvectors(op, wanted) if found is None else found
+
+
+def _all_eigenvectors(op: Operator, wanted: Callable[[torch.Tensor, float], int | None]) -> Found:
+    squares, vectors = torch.linalg.eigh(op.gram())
+    squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
+    keep = wanted(squares.cpu(), float(squares.sum()))
+    left = vectors[:, : op.short if keep is None else keep].contiguous()
+    exact = op if op.dtype == torch.float64 else op.in_float64()
+    return Found(left, exact.adjoint(left), 0.0, 0)
+
+
+def _finished(op: Operator, found: Found, dtype: torch.dtype) -> Truncated:
+    """Make both sides orthonormal through a small SVD in float64, choose signs, and measure what was left out."""
+    right, core = torch.linalg.qr(found.right.double())
+    turn, values, back = torch.linalg.svd(core.T)
+    left = found.left.double() @ turn
+    right = right @ back.T
+    if op.turned:
+        left, right = right, left
+    flip = torch.where(left.gather(0, left.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+    left, right, values = (left * flip).to(dtype), (right * flip).to(dtype), values.to(dtype)
+    rest = op.norm2 - float(values.double().square().sum())
+    if rest < _MEASURED**2 * op.norm2:
+        fine = torch.float64 if rest < _FINE**2 * op.norm2 else op.dtype
+        rest = op.distance(left.to(fine) * values.to(fine), right, fine) ** 2
+    rounding = torch.finfo(dtype).eps ** 2 * op.norm2
+    bound = 1.0 if rest <= _NOTHING**2 * op.norm2 else ratio_bound(rest, found.excess + rounding) * (1 + _SLACK)
+    total = math.sqrt(op.norm2) * op.scale
+    return Truncated(left, values * op.scale, right, math.sqrt(rest) * op.scale, total, bound, found.steps)
+
+
+def _zero(op: Operator, rank: int | None, dtype: torch.dtype) -> Truncated:
+    """Of a matrix of zeros: any orthonormal vectors."""
+    m, n = op.shape
+    keep = min(rank or 0, m, n)
+    left = torch.eye(m, keep, dtype=dtype, device=op.device)
+    right = torch.eye(n, keep, dtype=dtype, device=op.device)
+    return Truncated(left, left.new_zeros(keep), right, 0.0, 0.0, 1.0, 0)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The combination of one weight: what can be added is added, what depends on the base is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from surgery.combine_experts import stacked
+from surgery.combine_group import Given, Share
+from surgery.combine_parts import Part, Solutions, low_rank, offset
+from surgery.sums import Recipe
+from surgery.task_vectors import DENSE_METHODS
+from surgery_formats.adapter import Site
+from surgery_formats.errors import FitError
+from surgery_formats.text import listing, show
+from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows
+
+__all__ = ["make_part"]
+
+
+@dataclass
+class _Group:
+    """Shares of one weight, by kind."""
+
+    loras: list[Share] = field(default_factory=list)
+    stacks: list[Share] = field(default_factory=list)
+    offsets: list[Share] = field(default_factory=list)
+    others: list[Share] = field(default_factory=list)
+
+    def add(self, share: Share) -> None:
+        kinds = ((LoRA, self.loras), (Stacked, self.stacks), (Offset, self.offsets))
+        next((found for kind, found in kinds if isinstance(share.update, kind)), self.others).append(share)
+
+
+def make_part(
+    key: tuple[str, str], shares: Sequence[Share], given: Sequence[Given], recipe: Recipe, memory: Solutions
+) -> Part:
+    """The combination of one weight.
+
+    Args:
+        key: As `group` made it; names the weight where random numbers are drawn for it.
+        shares: Of this weight.
+        given: All adapters, for messages.
+        recipe: How.
+        memory: Of the whole combination.
+
+    Raises:
+        FitError: what the result is depends on the base, or shapes differ.
+    """
+    site = shares[0].site
+    carried = [share for share in shares if share.carried]
+    if carried:
+        _check_carried(carried, given)
+        rest = [share for share in shares if not share.carried]
+        if not rest:
+            return Part(site, (carried[0].update,), "kept")
+        part = make_part(key, rest, given, recipe, memory)
+        return replace(part, updates=(carried[0].update, *part.updates))
+    found = _Group()
+    for share in shares:
+        found.add(share)
+    if found.others:
+        return _kept(site, shares, found.others, given, recipe)
+    kinds = [kind for kind in (found.loras, found.stacks, found.offsets) if kind]
+    shapes = {share.update.shape for share in shares}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{list(share.update.shape)} in {show(given[share.owner].name)}" for share in shares)
+        raise FitError(f"the adapters were made for different weights: {sizes}", tensor=site.path)
+    dense = recipe.method in DENSE_METHODS
+    if (found.stacks or dense) and len(kinds) > 1:
+        raise FitError(
+            f"is changed by a {kinds[0][0].update.kind} and by a {kinds[1][0].update.kind}, which '{recipe.method}' does not combine",
+            tensor=site.path,
+        )
+    name = f"{key[0]}:{key[1]}"
+    made = [
+        *([low_rank(name, site, found.loras, recipe, memory)] if found.loras else []),
+        *([stacked(name, site, found.stacks, given, recipe, memory)] if found.stacks else []),
+        *([offset(name, site, found.offsets, recipe)] if found.offsets else []),
+    ]
+    if len(made) == 1:
+        return made[0]
+    low, full = made  # a LoRA and a full difference of one weight add up side by side
+    return replace(low, updates=(*low.updates, *full.updates), vector=full.vector)
+
+
+def _check_carried(shares: Sequence[Share], given: Sequence[Given]) -> None:
+    """The base's own values are stored once, so all who brought them must have brought the same."""
+    first = shares[0].update.tensors[0]
+    for share in shares[1:]:
+        other = share.update.tensors[0]
+        if first.shape != other.shape or not bool((first.read() == other.read()).all()):
+            names = listing([given[shares[0].owner].name, given[share.owner].name])
+            raise FitError(
+                f"is stored whole by {names}, with other values: they were trained on different bases",
+                tensor=other.name,
+            )
+
+
+def _kept(site: Site, shares: Sequence[Share], others: Sequence[Share], given: Sequence[Given], recipe: Recipe) -> Part:
+    """An update that is not an addition survives only where nothing is to be added to it, subtracted from it or scaled."""
+    what = others[0].update.kind
+    owners = sorted({share.owner for share in shares})
+    blamed = given[others[0].owner]
+    why = ""
+    if len(owners) > 1:
+        names = listing([given[owner].name for owner in owners])
+        why = f"'{show(str(site))}' is changed by {names}, by one of them as {what}: their sum depends on the base"
+    elif blamed.weight != 1.0:
+        why = f"'{show(str(site))}' is changed by a {what}, of which {blamed.weight:g} times depends on the base"
+    elif isinstance(others[0].update, DoRA) and (recipe.truncates or recipe.method != "exact"):
+        why = f"'{show(str(site))}' is a DoRA, whose lengths hold for its own directions on its base: its rank cannot change"
+    elif recipe.method in DENSE_METHODS and not isinstance(others[0].update, Replacement | TokenRows):
+        why = f"'{show(str(site))}' is changed by a {what}, whose delta depends on the base"
+    if why:
+        raise FitError(
+            why, file=blamed.adapter.path, hint="merge them into the base, and extract a LoRA from the result"
+        )
+    return Part(site, tuple(share.update for share in shares), "kept")

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The difference of two checkpoints, tensor by tensor, in memory bounded by a block of rows whatever their size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from surgery.diff_adapters import Profile
+from surgery.plain import plain
+from surgery.progress import Callback, Progress
+from surgery_formats.checkpoint import Checkpoint, Component
+from surgery_formats.dtypes import DType
+from surgery_formats.tensors import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CheckpointDiff", "Header", "TensorDiff", "Values", "diff_checkpoints"]
+
+Status = Literal["equal", "values", "dtype", "shape", "only in A", "only in B"]
+
+_BLOCK = 1 << 21  # elements: 16 MB of float64 per side
+_BYTES = 8 << 20  # compared at a time where only equality is asked
+_SHORT_SIDE = 8192  # greatest short side whose Gram matrix (512 MB) is formed for a spectrum
+_SHARES = (0.5, 0.9, 0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A tensor without its values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """How far the values of two tensors of one shape are apart; sums in float64.
+
+    Attributes:
+        max_abs: Greatest difference of two finite values.
+        relative: ``||B - A||_F / ||A||_F``.
+        moved: Share of the values that differ.
+        not_finite: Values that are NaN or infinite in one of the two; they are in `moved` where they differ, and in nothing else.
+        difference: ``||B - A||_F``.
+        norm: ``||A||_F``.
+        profile: Of the singular values of ``B - A``, where it was asked for.
+    """
+
+    max_abs: float
+    relative: float
+    moved: float
+    not_finite: int
+    difference: float
+    norm: float
+    profile: Profile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDiff:
+    """One tensor.
+
+    Attributes:
+        name: With its component in a pipeline.
+        status: ``equal`` (or, by header, alike); ``values``; ``dtype`` (values were compared all the same); ``shape``; or who lacks it.
+        a: A's header.
+        b: B's header.
+        values: Of tensors that are not equal, where they were compared.
+        note: What cannot be put in a number.
+    """
+
+    name: str
+    status: Status
+    a: Header | None
+    b: Header | None
+    values: Values | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CheckpointDiff:
+    """Two checkpoints.
+
+    Attributes:
+        tensors: All of both, in order of names.
+        difference: ``||B - A||_F / ||A||_F`` over all tensors whose values differ; None where no values were compared.
+        moved: Share of all compared values that differ.
+        header: Whether values were left unread.
+    """
+
+    tensors: tuple[TensorDiff, ...]
+    difference: float | None
+    moved: float | None
+    header: bool
+
+    @property
+    def equal(self) -> bool:
+        """Whether every tensor is."""
+        return all(one.status == "equal" for one in self.tensors)
+
+    @property
+    def same_structure(self) -> bool:
+        """Whether the same tensors are there, of the same types and shapes."""
+        return all(one.status in ("equal", "values") for one in self.tensors)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **plain(self)}
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Over tensors."""
+
+    difference: float = 0.0
+    norm: float = 0.0
+    moved: float = 0.0
+    numel: int = 0
+
+
+def diff_checkpoints(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    header: bool,
+    spectrum: bool,
+    tolerance: float | None,
+    progress: Callback | None = None,
+) -> CheckpointDiff:
+    """Compare two open checkpoints. See `surgery.diff.diff`."""
+    pairs = _pairs(a, b)
+    whole = sum(one.nbytes for one, other in pairs.values() if one and other)
+    done, totals, found = 0, _Totals(), []
+    for name, (mine, theirs) in pairs.items():
+        if mine is None or theirs is None:
+            found.append(TensorDiff(name, "only in B" if mine is None else "only in A", _header(mine), _header(theirs)))
+            continue
+        found.append(_pair(name, mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, totals=totals))
+        done += mine.nbytes
+        if progress is not None and not header:
+            progress(Progress(done, whole, "comparing"))
+    for checkpoint in (a, b):
+        checkpoint.check_unchanged()
+    known = totals.numel > 0
+    size = math.sqrt(totals.norm)
+    difference = (
+        (math.sqrt(totals.difference) / size if size else (math.inf if totals.difference else 0.0)) if known else None
+    )
+    return CheckpointDiff(tuple(found), difference, totals.moved / totals.numel if known else None, header)
+
+
+def _pairs(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[StoredTensor | None, StoredTensor | None]]:
+    pairs: dict[str, tuple[StoredTensor | None, StoredTensor | None]] = {}
+    for part in sorted(a.components.keys() | b.components.keys()):
+        mine, theirs = a.components.get(part), b.components.get(part)
+        names = (mine.tensors.keys() if mine else set()) | (theirs.tensors.keys() if theirs else set())
+        for name in sorted(names):
+            pairs[f"{part}/{name}" if part else name] = _tensor(mine, name), _tensor(theirs, name)
+    return pairs
+
+
+def _tensor(component: Component | None, name: str) -> StoredTensor | None:
+    """The tensor, or the one it is tied to: a head that one model stores and the other does not is no difference."""
+    if component is None:
+        return None
+    return component.tensors.get(name) or component.tensors.get(component.aliases.get(name, ""))
+
+
+def _header(tensor: StoredTensor | None) -> Header | None:
+    return None if tensor is None else Header(tensor.dtype.label, tensor.shape)
+
+
+def _pair(
+    name: str,
+    mine: StoredTensor,
+    theirs: StoredTensor,
+    *,
+    header: bool,
+    spectrum: bool,
+    tolerance: float | None,
+    totals: _Totals,
+) -> TensorDiff:
+    one = TensorDiff(name, "equal", _header(mine), _header(theirs))
+    if mine.shape != theirs.shape:
+        return replace(one, status="shape")
+    status: Status = "equal" if mine.dtype is theirs.dtype else "dtype"
+    if header:
+        return replace(one, status=status)
+    if not (_numeric(mine) and _numeric(theirs)):
+        if status == "equal" and not _same_bytes(mine, theirs):
+            status = "values"
+        return replace(one, status=status, note="compared as bytes: there is no arithmetic for this type")
+    if status == "equal" and _same_bytes(mine, theirs):
+        if mine.dtype.is_float:
+            totals.numel += mine.numel
+        return one
+    values = _measure(mine, theirs)
+    if mine.dtype.is_float:
+        totals.numel += mine.numel
+        totals.norm += values.norm**2
+        totals.difference += values.difference**2
+        totals.moved += values.moved * mine.numel
+    if status == "equal" and not _within(values, tolerance):
+        status = "values"
+    if spectrum and values.difference and min(mine.matrix) > 1:
+        profile, note = _profile(mine, theirs)
+        return replace(one, status=status, values=replace(values, profile=profile), note=note)
+    return replace(one, status=status, values=values)
+
+
+def _within(values: Values, tolerance: float | None) -> bool:
+    """No value moved (+0 and -0 are one value), or by no more than was allowed."""
+    if values.moved == 0.0:
+        return True
+    return tolerance is not None and not values.not_finite and values.relative <= tolerance
+
+
+def _numeric(tensor: StoredTensor) -> bool:
+    return tensor.dtype.torch_name is not None and tensor.dtype is not DType.C64
+
+
+def _same_bytes(mine: StoredTensor, theirs: StoredTensor) -> bool:
+    if mine.strides is not None or theirs.strides is not None or mine.nbytes != theirs.nbytes:
+        return False
+    if mine.place == theirs.place:
+        return True
+    for at in range(0, mine.nbytes, _BYTES):
+        size = min(_BYTES, mine.nbytes - at)
+        if mine.file.read(mine.offset + at, size) != theirs.file.read(theirs.offset + at, size):
+            return False
+    return True
+
+
+def _blocks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Rows as `dtype`, flattened after the first axis, each block at most `_BLOCK` elements where rows allow."""
+    if not tensor.shape:
+        yield tensor.read().to(dtype).reshape(1, 1)
+        return
+    rows, width = tensor.matrix
+    step = max(1, _BLOCK // max(width, 1))
+    whole = tensor.read().to(dtype) if tensor.strides is not None else None
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        block = whole[start:stop] if whole is not None else tensor.read(start, stop).to(dtype)
+        yield block.reshape(stop - start, width)
+
+
+def _measure(mine: StoredTensor, theirs: StoredTensor) -> Values:
+    """One pass over both, in float32 where that holds every value of the types, sums in float64."""
+    import torch
+
+    half = (DType.BF16, DType.F16, DType.F8_E4M3, DType.F8_E5M2)
+    dtype = torch.float32 if mine.dtype in half and theirs.dtype in half else torch.float64
+    greatest = difference = norm = 0.0
+    moved = strange = 0
+    for left, right in zip(_blocks(mine, dtype), _blocks(theirs, dtype), strict=True):
+        differs = left != right
+        size = _norm(left)
+        if not (math.isfinite(size) and math.isfinite(_norm(right))):
+            finite = torch.isfinite(left) & torch.isfinite(right)
+            differs &= ~(torch.isnan(left) & torch.isnan(right))
+            strange += int((~finite).sum())
+            left, right = torch.where(finite, left, 0.0), torch.where(finite, right, 0.0)
+            size = _norm(left)
+        moved += int(differs.sum())
+        apart = right - left
+        if apart.numel():
+            greatest = max(greatest, float(apart.abs().max()))
+        difference, norm = math.hypot(difference, _norm(apart)), math.hypot(norm, size)
+    relative = difference / norm if norm else (0.0 if difference == 0 else math.inf)
+    return Values(greatest, relative, moved / mine.numel if mine.numel else 0.0, strange, difference, norm)
+
+
+def _norm(values: torch.Tensor) -> float:
+    import torch
+
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
+def _profile(mine: StoredTensor, theirs: StoredTensor) -> tuple[Profile | None, str]:
+    """Ranks of ``B - A`` from the float64 Gram matrix of its short side, summed over blocks of rows."""
+    import torch
+
+    rows, cols = mine.matrix
+    if min(rows, cols) > _SHORT_SIDE:
+        return None, f"no spectrum: both sides are longer than {_SHORT_SIDE}"
+    wide = cols > rows
+    sides = zip(_blocks(mine, torch.float64), _blocks(theirs, torch.float64), strict=True)
+    apart = (right - left for left, right in sides)
+    if wide:  # the Gram matrix over columns needs all rows of a block of columns: the matrix is read whole, its short side is small
+        delta = torch.cat(list(apart))
+        gram = delta @ delta.T
+    else:
+        gram = torch.zeros((cols, cols), dtype=torch.float64)
+        for block in apart:
+            gram.addmm_(block.T, block)
+    if not bool(torch.isfinite(gram).all()):
+        return None, "no spectrum: NaN or Inf"
+    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0.0)
+    held, whole = energies.cumsum(0), float(energies.sum())
+    ranks: Mapping[str, int] = {f"{share:g}": int((held < share * whole * (1 - 1e-12)).sum()) + 1 for share in _SHARES}
+    return Profile(whole / float(energies[0]), ranks), ""

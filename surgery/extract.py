@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extract: the least adapter that makes of a base what a full fine-tune made of it, with an account of every tensor.
+
+Both checkpoints are streamed. Every difference is factorised optimally, what is no matrix is stored as the fine-tune has it, and
+the written folder is read back, put on the base and measured against the fine-tune before it gets its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from surgery import __version__
+from surgery.deltas import Measure, measure
+from surgery.execute import default_workers
+from surgery.extract_factor import Factored, Scratch, factor, in_threads
+from surgery.extract_ledger import ExtractResult
+from surgery.extract_plan import MOST_ROWS, Forms, Options, kept_size, settle
+from surgery.extract_ranks import Wanted, ranks_of, wanted
+from surgery.extract_rows import check_losses, rows_of
+from surgery.extract_sites import Spot, Unit, spots_of, units_of
+from surgery.extract_table import Choice, choices
+from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
+from surgery.pairs import Pair, differing_settings, pair_up
+from surgery.progress import Callback, Progress
+from surgery_formats.adapters.format import NewTensor
+from surgery_formats.adapters.registry import format_named
+from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.files.folder import output_folder
+from surgery_formats.identity import content_id, fingerprint
+
+__all__ = ["ExtractResult", "extract_lora"]
+
+Pathlike = str | os.PathLike[str]
+
+
+def extract_lora(
+    base: Pathlike,
+    tuned: Pathlike,
+    *,
+    output: Pathlike | None = None,
+    rank: int | Literal["auto"] | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: str | None = None,
+    alpha: float | None = None,
+    rslora: bool = False,
+    dense: Sequence[str] = ("norm", "bias"),
+    embeddings: str = "lora",
+    dtype: str = "auto",
+    to: str = "peft",
+    allow_loss: bool = False,
+    device: str = "cpu",
+    workers: int | None = None,
+    overwrite: bool = False,
+    table: bool = False,
+    dry_run: bool = False,
+    progress: Callback | None = None,
+) -> ExtractResult:
+    """Turn the difference of two checkpoints into an adapter and prove it.
+
+    Args:
+        base: What was tuned: weight file or folder.
+        tuned: The full fine-tune.
+        output: Folder to make (file, for a format of single files). Its parent must exist.
+        rank: Directions per matrix, 16 if nothing else is said; ``auto`` takes those above the rounding noise of storage.
+        energy: Instead: share of every matrix' squared change to hold.
+        max_error: Instead: most that may be missing of a matrix' change, relative to its norm.
+        budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
+        alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
+        rslora: Scale by ``alpha / sqrt(rank)``.
+        dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
+        embeddings: ``lora`` or ``full``.
+        dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
+        to: Format of the adapter.
+        allow_loss: Leave out what no form can hold.
+        device: Where factorisation runs.
+        workers: Threads; None is one per core, at most eight. Never changes the result.
+        overwrite: Replace an existing output, atomically.
+        table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
+        dry_run: Compare and factorise, write nothing.
+        progress: Called with every step.
+
+    Raises:
+        InputError: an input cannot be read.
+        FitError: another architecture, other shapes, NaN, a change that nothing holds, options that contradict each other.
+        NothingChangedError: TUNED is BASE.
+        OutputExistsError, ResourceError, ProofError: nothing is left behind.
+    """
+    goal = wanted(rank, energy, max_error, budget, table=table)
+    options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
+    scaling = _scaling(alpha, rslora)
+    target = format_named(to)
+    if output is None and not dry_run:
+        raise FitError("no output was named")
+    pair = _Both(open_checkpoint(base), open_checkpoint(tuned))
+    parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
+    scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
+    try:
+        scan = _scan(pair, goal, options, scratch, device, workers or default_workers(), progress)
+        job = _settled(pair, scan, goal, options, scaling, _dtype(dtype, pair.new), allow_loss=allow_loss)
+        job = replace(job, table=job.choices() if table else (), workers=workers or default_workers())
+        if dry_run:
+            return replace(job.result(), format=to)
+        assert output is not None
+        if target.name == "peft":
+            return _write(job, Path(output), overwrite=overwrite, progress=progress)
+        return _converted(job, Path(output), to, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+    finally:
+        scratch.close()
+
+
+def _one_of(value: str, known: tuple[str, ...], what: str) -> str:
+    if value not in known:
+        raise FitError(f"'{value}' is no choice of {what}", hint=f"there are {', '.join(known)}")
+    return value
+
+
+def _dense(chosen: Sequence[str]) -> tuple[str, ...]:
+    parts = [part for part in ([chosen] if isinstance(chosen, str) else chosen) if part != "none"]
+    return tuple(_one_of(part, ("norm", "bias"), "dense") for part in parts)
+
+
+def _scaling(alpha: float | None, rslora: bool) -> Scaling:
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise FitError(f"alpha is {alpha}, not a positive number")
+    return Scaling(None if alpha is None else float(alpha), rslora)
+
+
+def _dtype(text: str, tuned: Component) -> DType:
+    if text != "auto":
+        return DType.parse(_one_of(text, ("fp32", "fp16", "bf16"), "dtype"))
+    largest = max((t for t in tuned.tensors.values() if t.dtype.is_float), key=lambda t: t.numel, default=None)
+    return DType.F32 if largest is None or largest.dtype.bits > 16 else largest.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Both:
+    base: Checkpoint
+    tuned: Checkpoint
+
+    @property
+    def old(self) -> Component:
+        return self._main(self.base)
+
+    @property
+    def new(self) -> Component:
+        return self._main(self.tuned)
+
+    @staticmethod
+    def _main(checkpoint: Checkpoint) -> Component:
+        if checkpoint.is_pipeline:
+            raise FitError(
+                "a pipeline of several models",
+                file=checkpoint.path,
+                hint="extract each part from its own folder: BASE/unet TUNED/unet",
+            )
+        return checkpoint.main
+
+    def check_unchanged(self) -> None:
+        self.base.check_unchanged()
+        self.tuned.check_unchanged()
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    pairs: tuple[Pair, ...]
+    spots: tuple[Spot, ...]
+    units: tuple[Unit, ...]
+    measures: Mapping[str, Measure]
+    factored: Mapping[str, Factored]
+
+
+def _scan(
+    both: _Both, goal: Wanted, options: Options, scratch: Scratch, device: str, workers: int, progress: Callback | None
+) -> _Scan:
+    """Read every pair once to compare it, and once more to factorise it if it changed."""
+    pairs = pair_up(both.old, both.new)
+    spots = spots_of(pairs, both.old)
+    units = units_of(spots, both.old)
+    by_name = {spot.pair.name: spot for spot in spots}
+    measures: dict[str, Measure] = {}
+    factored: dict[str, Factored] = {}
+    vocabulary = {both.new.embedding, both.new.head}
+    stored_whole = options.embeddings == "full" or (both.old.tied and bool(both.old.head))
+    meter = _Meter(sum(spot.pair.tuned.nbytes for spot in spots), progress)
+
+    def look(name: str) -> Measure:
+        found = by_name[name].pair
+        measures[name] = measure(found, MOST_ROWS if by_name[name].form == "embedding" else 0)
+        meter.add(found.tuned.nbytes)
+        return measures[name]
+
+    def alone(name: str) -> Callable[[Callable[[], bool]], None]:
+        return lambda stop: None if stop() else (look(name), None)[1]
+
+    def together(unit: Unit) -> Callable[[Callable[[], bool]], None]:
+        def work(stop: Callable[[], bool]) -> None:
+            changed = [look(name).changed for name in unit.names if not stop()]
+            whole = stored_whole and bool(vocabulary.intersection(unit.names))
+            grown = any(by_name[name].pair.grown > 0 for name in unit.names)
+            if (
+                any(changed)
+                and not whole
+                and not grown
+                and (done := factor(unit, goal.criterion, scratch, device, stop))
+            ):
+                factored[unit.path] = done
+
+        return work
+
+    inside = {name for unit in units for name in unit.names}
+    in_threads([*map(together, units), *(alone(name) for name in by_name if name not in inside)], workers)
+    return _Scan(pairs, spots, units, measures, factored)
+
+
+class _Meter:
+    """Adds up bytes from all threads."""
+
+    def __init__(self, total: int, callback: Callback | None) -> None:
+        self._total, self._done, self._callback = total, 0, callback
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._callback is not None:
+                self._callback(Progress(self._done, self._total, "factorising"))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that is decided; nothing is written yet."""
+
+    both: _Both
+    scan: _Scan
+    forms: Forms
+    ranks: Mapping[str, int]
+    dtype: DType
+    tensors: tuple[NewTensor, ...]
+    config: bytes
+    metadata: Mapping[str, str]
+    id: str
+    warnings: tuple[str, ...] = ()
+    table: tuple[Choice, ...] = ()
+    workers: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return size_of(self.tensors, self.metadata)
+
+    def choices(self) -> tuple[Choice, ...]:
+        """Other ranks, fewer layers."""
+        kept = [kept_size(one) for one in self.forms.kept]
+        stored = sum(numbers for numbers, _ in kept), sum(nbytes for _, nbytes in kept)
+        return choices(self.forms, self.scan.factored, self.scan.measures, stored, self.dtype)
+
+    def result(self) -> ExtractResult:
+        """By the spectra."""
+        rows = rows_of(self.scan.pairs, self.scan.measures, self.scan.factored, self.forms, self.ranks, self.dtype)
+        return ExtractResult(
+            None,
+            "peft",
+            self.metadata["surgery.base"],
+            rows,
+            self.dtype.label,
+            self.nbytes,
+            self.both.tuned.nbytes,
+            self.warnings,
+            self.table,
+        )
+
+    def proved(self, folder: Path) -> ExtractResult:
+        """By what lies in `folder`.
+
+        Raises:
+            ProofError: it does something else.
+        """
+        from surgery.extract_proof import compare
+        from surgery.extract_rows import with_measured
+
+        changed = [pair for pair in self.scan.pairs if pair.match == "pair" and self.scan.measures[pair.name].changed]
+        errors = compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
+        result = self.result()
+        return replace(
+            result, rows=with_measured(result.rows, errors, self.forms, self.scan.factored, self.ranks, self.dtype)
+        )
+
+
+def _settled(
+    both: _Both, scan: _Scan, goal: Wanted, options: Options, scaling: Scaling, dtype: DType, *, allow_loss: bool
+) -> _Job:
+    old, new = both.old, both.new
+
+    def formed(ranks: Mapping[str, int]) -> Forms:
+        return settle(scan.spots, scan.units, scan.measures, old, new, options, ranks)
+
+    ranks = ranks_of(goal, scan.units, scan.factored, formed, dtype)
+    forms = formed(ranks)
+    for unit in forms.units:
+        if goal.rank is not None and ranks[unit.path] < goal.rank:
+            forms.why |= dict.fromkeys(
+                unit.names, f"rank cut from {goal.rank} to {ranks[unit.path]}: the change has no more"
+            )
+    check_losses(forms, scan.measures, both.tuned.path, allow_loss=allow_loss)
+    if not forms.units and not forms.kept:
+        raise FitError("nothing of what changed can be held", file=both.tuned.path)
+    metadata = {"format": "pt", "surgery.base": content_id(both.base)}
+    tensors = tensors_of(forms, scan.factored, ranks, scaling, dtype)
+    config = configuration(forms, ranks, scaling, goal.rank, old, both.base.path.resolve().name)
+    facts = {
+        "version": __version__,
+        "verb": "extract-lora",
+        "config": hashlib.sha256(config).hexdigest(),
+        "tensors": [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in tensors],
+        "base": metadata["surgery.base"],
+        "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
+    }
+    plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return _Job(both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, differing_settings(old, new))
+
+
+def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
+    inputs = (job.both.base.path, job.both.tuned.path)
+    with output_folder(out, job.id, overwrite=overwrite, inputs=inputs) as folder:
+        folder.write_small("adapter_config.json", job.config)
+        if any(kept.via == "resized" for kept in job.forms.kept):
+            for name, path in job.both.tuned.side_files:
+                if "token" in name or name in ("vocab.json", "merges.txt"):
+                    folder.write_small(name, path.read_bytes())
+        file = folder.create(TENSOR_FILE, job.nbytes)
+        stage = file.path.parent
+        file.finish({"xxh3": fill(file, job.tensors, job.metadata)})
+        if progress is not None:
+            progress(Progress(job.nbytes, job.nbytes, "proving"))
+        result = job.proved(stage)
+        job.both.check_unchanged()
+        folder.commit({**result.as_json(), "version": __version__})
+    return replace(result, output=out)
+
+
+def _converted(
+    job: _Job, out: Path, to: str, *, allow_loss: bool, overwrite: bool, progress: Callback | None
+) -> ExtractResult:
+    """Through a PEFT folder beside the output, by the converter with its own proof."""
+    from surgery.convert import convert
+
+    if not out.parent.is_dir():
+        raise FitError("no such folder to write into", file=out.parent)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:100]}.surgery-") as name:
+        result = _write(job, Path(name) / "peft", overwrite=False, progress=None)
+        done = convert(
+            Path(name) / "peft",
+            to,
+            out,
+            base=job.both.base.path,
+            allow_loss=allow_loss,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    lost = tuple(
+        f"{to} cannot hold '{entry.site}' ({entry.detail})" for entry in done.entries if entry.outcome == "dropped"
+    )
+    files = [out] if out.is_file() else list(out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    return replace(result, output=out, format=to, adapter_nbytes=size, warnings=result.warnings + lost)

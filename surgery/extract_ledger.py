@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of every tensor of TUNED, and what the whole comes to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from surgery.extract_table import Choice
+
+__all__ = ["ExtractClass", "ExtractResult", "ExtractRow"]
+
+ExtractClass = Literal["low-rank", "dense", "rows", "new rows", "unchanged", "alias", "derivable", "dropped"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractRow:
+    """One tensor of TUNED.
+
+    Attributes:
+        name: As TUNED names it.
+        kind: Its class.
+        form: Where the adapter holds it: ``LoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``; empty where it need not.
+        shape: TUNED's.
+        rank: Of the factors; 0 where there are none.
+        energy: ``||TUNED - BASE||_F^2``.
+        share: Of the energy of all tensors.
+        residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||``, measured on what was written (dry run: computed from the spectrum).
+        bound: The residual is at most this many times the least that any matrix of that rank leaves.
+        moved: Share of values that differ from BASE.
+        rms_ulp: Root mean square of the change, in units of TUNED's median spacing.
+        noise: Storage rounding expected in the change, relative to its norm.
+        parameters: Numbers stored for it.
+        nbytes: Their bytes. Experts that share one pair of factors share them evenly.
+        why: Remark.
+    """
+
+    name: str
+    kind: ExtractClass
+    form: str = ""
+    shape: tuple[int, ...] = ()
+    rank: int = 0
+    energy: float = 0.0
+    share: float = 0.0
+    residual: float = 0.0
+    bound: float = 1.0
+    moved: float = 0.0
+    rms_ulp: float = 0.0
+    noise: float = 0.0
+    parameters: int = 0
+    nbytes: int = 0
+    why: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Figures rounded to what they mean; the same bytes for the same inputs."""
+        row: dict[str, Any] = {"class": self.kind, "shape": list(self.shape)}
+        if self.form:
+            row |= {"form": self.form, "parameters": self.parameters, "nbytes": self.nbytes}
+        if self.energy or self.kind in ("low-rank", "dense", "rows", "new rows", "dropped"):
+            row |= {
+                "energy": _short(self.energy),
+                "energy_share": _short(self.share),
+                "residual": _short(self.residual),
+                "moved": _short(self.moved),
+                "rms_ulp": _short(self.rms_ulp),
+                "storage_noise": _short(self.noise),
+            }
+        if self.rank:
+            row |= {"rank": self.rank, "bound": _short(self.bound)}
+        return row | ({"why": self.why} if self.why else {})
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """What an extraction did, or (dry run) would do.
+
+    Attributes:
+        output: Folder or file; None for a dry run.
+        format: Of the adapter.
+        base_id: Content id of BASE, as recorded in the adapter.
+        rows: Every tensor of TUNED, in its order.
+        dtype: Stored type of the factors.
+        alpha: ``lora_alpha``.
+        adapter_nbytes: Of the adapter's tensor file.
+        tuned_nbytes: Of TUNED's weights: what the adapter takes the place of.
+        warnings: What the user should know.
+        table: Other ranks and fewer layers; empty where it was not asked for.
+    """
+
+    output: Path | None
+    format: str
+    base_id: str
+    rows: tuple[ExtractRow, ...]
+    dtype: str
+    adapter_nbytes: int
+    tuned_nbytes: int
+    warnings: tuple[str, ...] = ()
+    table: tuple[Choice, ...] = ()
+
+    @property
+    def energy(self) -> float:
+        """Of the whole change."""
+        return math.fsum(row.energy for row in self.rows)
+
+    @property
+    def residual(self) -> float:
+        """Of the whole model: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||`` over all tensors together."""
+        left = math.fsum(row.energy * row.residual**2 for row in self.rows)
+        return math.sqrt(left / self.energy) if self.energy > 0 else 0.0
+
+    @property
+    def moved(self) -> float:
+        """Share of all compared values that differ from BASE."""
+        sizes = [(math.prod(row.shape), row) for row in self.rows if row.kind not in ("alias", "derivable")]
+        return sum(size * row.moved for size, row in sizes) / max(sum(size for size, _ in sizes), 1)
+
+    @property
+    def noise(self) -> float:
+        """Storage rounding expected in the whole change, relative to its norm."""
+        rounding = math.fsum(row.energy * row.noise**2 for row in self.rows)
+        return math.sqrt(rounding / self.energy) if self.energy > 0 else 0.0
+
+    @property
+    def lost(self) -> float:
+        """Share of the energy in tensors that no form holds."""
+        return math.fsum(row.share for row in self.rows if row.kind == "dropped")
+
+    @property
+    def parameters(self) -> int:
+        """Numbers the adapter holds."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def classes(self) -> Mapping[str, int]:
+        """Tensors per class."""
+        return dict(sorted(Counter(row.kind for row in self.rows).items()))
+
+    @property
+    def saved(self) -> float:
+        """How many times smaller the adapter is than the full copy."""
+        return self.tuned_nbytes / self.adapter_nbytes if self.adapter_nbytes else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json`` and the manifest; no paths."""
+        return {
+            "verb": "extract-lora",
+            "format": self.format,
+            "base": self.base_id,
+            "dtype": self.dtype,
+            "classes": dict(self.classes),
+            "residual": _short(self.residual),
+            "energy": _short(self.energy),
+            "lost": _short(self.lost),
+            "moved": _short(self.moved),
+            "storage_noise": _short(self.noise),
+            "parameters": self.parameters,
+            "adapter_nbytes": self.adapter_nbytes,
+            "tuned_nbytes": self.tuned_nbytes,
+            "tensors": {row.name: row.as_json() for row in self.rows},
+            "warnings": list(self.warnings),
+        } | ({"table": [choice.as_json() for choice in self.table]} if self.table else {})
+
+
+def _short(value: float) -> float:
+    """Six significant digits."""
+    return float(f"{value:.6g}") if math.isfinite(value) else value

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which form every change takes in a PEFT folder, so that attached and merged agree in PEFT itself.
+
+What PEFT does with each key was tried with PEFT 0.21: factors of a module; ``modules_to_save`` copies, which need every tensor of their
+module; biases as absolute values (``bias="all"``); rows of an embedding; a resized embedding under its plain name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from surgery.deltas import Measure
+from surgery.extract_sites import Spot, Unit, tree_name
+from surgery_formats.checkpoint import Component
+from surgery_formats.errors import FitError, NothingChangedError
+from surgery_formats.tensors import StoredTensor
+
+__all__ = ["MOST_ROWS", "Forms", "Kept", "Options", "Via", "kept_size", "nesting", "settle"]
+
+RESIZABLE = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
+"""Modules whose whole weight PEFT (and every reader here) takes under its plain name: a vocabulary that was resized."""
+_NESTING = ("gate_up_proj", "down_proj")  # in the order transformers registers them: the first is the innermost wrapper
+
+MOST_ROWS = 1 << 16
+"""Rows that can be listed in a configuration of at most 1 MB, which is what readers here accept."""
+_TOO_MANY = f"more than {MOST_ROWS} rows of a tensor that several modules share changed"
+
+Via = Literal["modules_to_save", "bias", "resized", "token rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user wants kept, and how.
+
+    Attributes:
+        dense: Which one-dimensional changes are kept: ``norm``, ``bias``.
+        embeddings: ``lora`` or ``full``.
+    """
+
+    dense: tuple[str, ...] = ("norm", "bias")
+    embeddings: str = "lora"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor (or some of its rows) stored as TUNED has it.
+
+    Attributes:
+        path: Parameter path in the model's tree.
+        tensor: TUNED's.
+        via: How PEFT takes it.
+        name: TUNED's name for the ledger (a tied head has its embedding's).
+        rows: Numbers of the rows that are stored; empty for all.
+    """
+
+    path: str
+    tensor: StoredTensor
+    via: Via
+    name: str
+    rows: tuple[int, ...] = ()
+
+
+@dataclass
+class Forms:
+    """The form of everything that changed.
+
+    Attributes:
+        units: Low-rank.
+        kept: Stored as TUNED has it.
+        saved: Module paths for ``modules_to_save``.
+        dropped: TUNED's name -> why no form holds it.
+        why: TUNED's name -> remark for the ledger.
+    """
+
+    units: list[Unit] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    saved: set[str] = field(default_factory=set)
+    dropped: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> set[str]:
+        """Modules with factors."""
+        return {unit.path.rpartition(".")[0] for unit in self.units}
+
+
+def settle(
+    spots: tuple[Spot, ...],
+    units: tuple[Unit, ...],
+    measures: Mapping[str, Measure],
+    base: Component,
+    tuned: Component,
+    options: Options,
+    ranks: Mapping[str, int],
+) -> Forms:
+    """Choose.
+
+    Args:
+        spots: Every compared tensor.
+        units: What was factorised.
+        measures: By TUNED's name.
+        base: BASE.
+        tuned: TUNED.
+        options: The user's.
+        ranks: Rank of every unit, by path.
+
+    Raises:
+        NothingChangedError: TUNED is BASE.
+        FitError: a vocabulary that grew where no resized embedding can be stored.
+    """
+    if not any(measure.changed for measure in measures.values()):
+        raise NothingChangedError(
+            "TUNED has the weights of BASE: there is nothing to extract",
+            file=tuned.folder,
+            hint="the order is BASE TUNED",
+        )
+    forms = Forms()
+    done = _vocabulary(forms, spots, units, measures, base, tuned, options, ranks)
+    rest = [spot for spot in spots if spot.pair.name not in done]
+    _copies(forms, rest, measures, options)
+    covered = {spot.pair.name for spot in rest if _inside(spot.path, forms.saved)} | done
+    for unit in units:
+        if not covered.intersection(unit.names) and any(measures[name].changed for name in unit.names):
+            forms.units.append(unit)
+    _refuse_nests(forms)
+    for spot in rest:
+        name = spot.pair.name
+        if name in covered:
+            forms.kept.append(Kept(spot.path, spot.pair.tuned, "modules_to_save", name))
+        elif measures[name].changed and spot.path.endswith(".bias") and spot.form in ("bias", "norm"):
+            if spot.form in options.dense:
+                forms.kept.append(Kept(spot.path, spot.pair.tuned, "bias", name))
+            else:
+                forms.dropped[name] = f"{spot.form} changes were not asked for (--dense)"
+    return forms
+
+
+def _inside(path: str, modules: Iterable[str]) -> bool:
+    """Whether the parameter `path` lies in one of `modules`."""
+    return any(path.startswith(f"{module}.") for module in modules)
+
+
+def _vocabulary(
+    forms: Forms,
+    spots: tuple[Spot, ...],
+    units: tuple[Unit, ...],
+    measures: Mapping[str, Measure],
+    base: Component,
+    tuned: Component,
+    options: Options,
+    ranks: Mapping[str, int],
+) -> set[str]:
+    """Embedding and head; returns the names that are settled."""
+    settled = set()
+    for spot in spots:
+        name = spot.pair.name
+        if not base.embedding and measures[name].changed and _may_be_tied(spot, spots, base):
+            if measures[name].rows and not _masked(base):
+                _shared_rows(forms, spot, measures[name])
+            else:
+                forms.dropped[name] = "which modules share it is not known" if _masked(base) else _TOO_MANY
+            settled.add(name)
+    mine = [
+        spot for spot in spots if spot.pair.name in (tuned.embedding, tuned.head) and measures[spot.pair.name].changed
+    ]
+    if any(spot.pair.grown > 0 for spot in mine):
+        return _resized(forms, mine)
+    shared = [alias for alias, source in base.family.ties if source == base.embedding and alias in base.aliases]
+    if mine and (shared or (base.tied and base.head)):
+        return _tied(forms, spots, measures, base, tuned, inseparable=bool(shared or base.family.inseparable))
+    for spot in mine:
+        name = spot.pair.name
+        unit = next((one for one in units if name in one.names), None)
+        rows = measures[name].rows
+        full = spot.pair.tuned.matrix
+        if spot.form == "embedding" and rows and unit and len(rows) * full[1] <= ranks[unit.path] * unit.cost:
+            forms.kept.append(Kept(spot.path, spot.pair.tuned, "token rows", name, rows))
+            forms.why[name] = f"only {len(rows)} of {full[0]} rows changed"
+            settled.add(name)
+        elif options.embeddings == "full":
+            forms.saved.add(spot.module)
+            forms.why[name] = "a full copy was asked for"
+    return settled
+
+
+def _masked(base: Component) -> bool:
+    """Heads of masked language models have a bias."""
+    return any("MaskedLM" in str(name) or "PreTraining" in str(name) for name in base.config.get("architectures") or ())
+
+
+def _resized(forms: Forms, mine: list[Spot]) -> set[str]:
+    for spot in mine:
+        last = spot.module.rpartition(".")[2]
+        if last not in RESIZABLE:
+            raise FitError(
+                f"its vocabulary grew by {spot.pair.grown} rows, and PEFT takes no resized '{last}'",
+                file=spot.pair.tuned.file.path,
+                tensor=spot.pair.name,
+            )
+        forms.kept.append(Kept(spot.path, spot.pair.tuned, "resized", spot.pair.name))
+        forms.why[spot.pair.name] = (
+            f"{spot.pair.grown} new rows, stored whole: resize the base's embedding to {spot.pair.tuned.shape[0]} before PEFT loads it"
+        )
+    return {spot.pair.name for spot in mine}
+
+
+def _tied(
+    forms: Forms,
+    spots: tuple[Spot, ...],
+    measures: Mapping[str, Measure],
+    base: Component,
+    tuned: Component,
+    *,
+    inseparable: bool,
+) -> set[str]:
+    """Head and embedding are one tensor: factors on both would be added twice when merged, on one be missed by the other attached."""
+    by_name = {spot.pair.name: spot for spot in spots}
+    embedding = by_name[tuned.embedding]
+    own_head = by_name.get(tuned.head)
+    measure = measures[tuned.embedding]
+    parted = own_head is not None and not tuned.tied
+    settled = {tuned.embedding, *([tuned.head] if own_head else [])}
+    # PEFT's rows on a head leave its bias out while attached.
+    biased = f"{base.head.removesuffix('weight')}bias" in {*base.tensors, *base.aliases}
+    if biased:
+        forms.dropped |= dict.fromkeys(
+            settled, "it is tied to a head with a bias, for which PEFT has no form that is right attached and merged"
+        )
+        return settled
+    if measure.rows and (inseparable or not parted):
+        if parted:
+            forms.dropped[tuned.head] = "TUNED parted it from the embedding, and in BASE they cannot part"
+        _shared_rows(forms, embedding, measure)
+        return settled
+    if inseparable:
+        forms.dropped |= dict.fromkeys(settled, _TOO_MANY)
+        return settled
+    head = own_head.pair.tuned if own_head else embedding.pair.tuned
+    path = tree_name(base.head, base)
+    for where, tensor, name in ((embedding.path, embedding.pair.tuned, tuned.embedding), (path, head, tuned.head)):
+        forms.saved.add(where.rpartition(".")[0])
+        forms.kept.append(Kept(where, tensor, "modules_to_save", name))
+    forms.why[tuned.embedding] = "tied to the head: copies of both are the form in which PEFT attached and merged agree"
+    return settled
+
+
+def _shared_rows(forms: Forms, spot: Spot, measure: Measure) -> None:
+    """Rows reach every module that shares the tensor, in PEFT attached as merged, and the tie lasts."""
+    name = spot.pair.name
+    forms.kept.append(Kept(spot.path, spot.pair.tuned, "token rows", name, measure.rows))
+    forms.why[name] = (
+        f"tied: {len(measure.rows)} of {spot.pair.tuned.shape[0]} rows as TUNED has them, the form in which PEFT attached and merged agree"
+    )
+
+
+def _may_be_tied(spot: Spot, spots: Iterable[Spot], base: Component) -> bool:
+    """Whether a head that is not stored may share this table: an unknown family's language model."""
+    names = [str(name) for name in base.config.get("architectures") or ()]
+    model = any(
+        mark in name
+        for name in names
+        for mark in ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining")
+    )
+    if spot.form != "embedding" or not model:
+        return False
+    vocabulary = spot.pair.base.shape[0] == base.config.get("vocab_size")
+    stored = any(one.form == "linear" and one.pair.base.shape == spot.pair.base.shape for one in spots)
+    return vocabulary and not stored and base.config.get("tie_word_embeddings") is not False
+
+
+def _copies(forms: Forms, rest: list[Spot], measures: Mapping[str, Measure], options: Options) -> None:
+    """Modules that must be stored whole, for one of their parameters has no other form."""
+    modules = {module for spot in rest for module in _ancestors(spot.path)}
+    for spot in rest:
+        if not measures[spot.pair.name].changed or spot.form in ("linear", "conv", "embedding", "experts", "bias"):
+            continue
+        only_bias = spot.form == "norm" and spot.path.endswith(".bias")
+        if spot.form == "norm" and "norm" not in options.dense:
+            forms.dropped.setdefault(spot.pair.name, "norm changes were not asked for (--dense)")
+        elif not _can_be_copied(spot.module, modules):
+            forms.dropped[spot.pair.name] = "it belongs to no module that PEFT could store in full"
+        elif not only_bias:
+            forms.saved.add(spot.module)
+    # PEFT copies every module whose path ends as a listed one, and asks the file for all of them.
+    own = {module for module in forms.saved if module in modules}
+    while more := {module for module in modules if any(module.endswith(kept) for kept in own)} - own:
+        own |= more
+    forms.saved |= own
+    forms.saved = {module for module in forms.saved if not _inside(module, forms.saved - {module})}
+    for name in [
+        name for name in forms.dropped if any(s.pair.name == name and _inside(s.path, forms.saved) for s in rest)
+    ]:
+        del forms.dropped[name]
+
+
+def _ancestors(path: str) -> list[str]:
+    segments = path.split(".")[:-1]
+    return [".".join(segments[: depth + 1]) for depth in range(len(segments))]
+
+
+def _can_be_copied(module: str, modules: set[str]) -> bool:
+    """Whether it is a part of a model, not a layer or the whole of it."""
+    if not module or module.rpartition(".")[2].isdigit():
+        return False
+    below = (other.removeprefix(f"{module}.") for other in modules if other.startswith(f"{module}."))
+    return not any(segment.isdigit() for path in below for segment in path.split("."))
+
+
+def _refuse_nests(forms: Forms) -> None:
+    """Several 3-D parameters of one module nest; which is the inner one is known for the common names only."""
+    by_module: dict[str, list[Unit]] = {}
+    for unit in forms.units:
+        if unit.form == "experts":
+            by_module.setdefault(unit.path.rpartition(".")[0], []).append(unit)
+    for module, units in by_module.items():
+        names = {unit.path.rpartition(".")[2] for unit in units}
+        if len(units) > 1 and not names <= set(_NESTING):
+            for unit in units:
+                forms.units.remove(unit)
+                forms.dropped |= dict.fromkeys(
+                    unit.names, f"which parameter of '{module}' PEFT wraps first is not known"
+                )
+
+
+def kept_size(kept: Kept) -> tuple[int, int]:
+    """``(numbers, bytes)`` that are stored."""
+    numbers = len(kept.rows) * kept.tensor.matrix[1] if kept.rows else kept.tensor.numel
+    return numbers, numbers * kept.tensor.dtype.bits // 8
+
+
+def nesting(path: str, paths: Iterable[str]) -> int:
+    """How deep the factors of the 3-D parameter `path` lie among those of its module."""
+    module, _, name = path.rpartition(".")
+    others = {other.rpartition(".")[2] for other in paths if other.rpartition(".")[0] == module}
+    ordered = sorted(others, key=lambda one: _NESTING.index(one) if one in _NESTING else 0)
+    return len(ordered) - 1 - ordered.index(name)

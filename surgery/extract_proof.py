@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof of an extraction: what was written is read back, put on BASE, and compared with TUNED, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from surgery.deltas import BLOCK_ELEMENTS
+from surgery.extract_factor import in_threads
+from surgery.pairs import Pair
+from surgery_formats.adapters.registry import format_named
+from surgery_formats.binding import bind
+from surgery_formats.checkpoint import Checkpoint
+from surgery_formats.dtypes import DType
+from surgery_formats.edits import Edit
+from surgery_formats.errors import ProofError
+from surgery_formats.lenses import Index, Plain, View, take
+from surgery_formats.text import listing
+from surgery_formats.updates import Apply, LoRA
+
+__all__ = ["Error", "agrees", "compare"]
+
+_ROUNDING = {DType.F32: 2.0**-17, DType.BF16: 2.0**-7, DType.F16: 2.0**-10, DType.F64: 2.0**-17}
+"""What storing both factors may add to ``||D - BA|| / ||D||``: measured 2.3e-3 (BF16) and 3e-4 (F16), with room."""
+_AGREEMENT = 0.01  # measured and reported residual, relative
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """One tensor of TUNED.
+
+    Attributes:
+        energy: ``||TUNED - BASE||_F^2``.
+        left: ``||TUNED - (BASE + adapter)||_F^2``.
+    """
+
+    energy: float
+    left: float
+
+    @property
+    def residual(self) -> float:
+        """``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||``."""
+        return math.sqrt(self.left / self.energy) if self.energy > 0 else (math.inf if self.left else 0.0)
+
+
+def compare(
+    folder: Path, base: Checkpoint, pairs: Iterable[Pair], dropped: Mapping[str, str], workers: int = 1
+) -> dict[str, Error]:
+    """Measure every tensor that the adapter changes, some rows at a time.
+
+    Args:
+        folder: With the written PEFT adapter.
+        base: BASE.
+        pairs: Everything that changed, by TUNED's names; a tied head that is stored apart included.
+        dropped: Names that no form holds.
+        workers: Threads.
+
+    Raises:
+        ProofError: something is read back that nobody meant, or not read back.
+    """
+    adapter = format_named("peft").read(folder)
+    if left := adapter.unconsumed():
+        raise ProofError(
+            f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=folder.name
+        )
+    edits = {edit.name: edit for edit in bind([(adapter, 1.0)], base).edits.values()}
+    found: dict[str, Error] = {}
+    jobs = []
+    for pair in pairs:
+        edit = edits.get(pair.name) or edits.get(pair.base.name)
+        if pair.name in dropped:
+            continue
+        if edit is None:
+            raise ProofError("changed, but nothing that was written changes it", file=folder.name, tensor=pair.name)
+        jobs.append(partial(_into, found, pair, edit))
+    in_threads(jobs, workers)
+    return found
+
+
+def _into(found: dict[str, Error], pair: Pair, edit: Edit, stop: Callable[[], bool]) -> None:
+    if not stop():
+        found[pair.name] = _error(pair, edit)
+
+
+def agrees(measured: float, reported: float, dtype: DType) -> bool:
+    """Whether a residual read back from disk is the reported one, given that factors were rounded to `dtype`."""
+    slack = _ROUNDING[dtype]
+    low, high = (1 - _AGREEMENT) * reported, (1 + _AGREEMENT) * reported
+    return max(low - slack, 0.0) <= measured <= math.hypot(high, slack) + 2.0**-20
+
+
+def _error(pair: Pair, edit: Edit) -> Error:
+    """Values that were replaced are compared with TUNED's, updates are put on BASE's."""
+    source = Plain.of(edit.source, stacked=edit.stacked)
+    base, tuned = Plain(pair.base, _flat(pair, source, old=True)), Plain(pair.tuned, _flat(pair, source, old=False))
+    if source.shape != tuned.shape:
+        raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
+    # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger values.
+    added = edit.replaced is None and all(isinstance(operation.update, LoRA) for operation in edit.operations)
+    fine = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
+    exact = torch.float64 if fine else torch.float32
+    nothing = [_Nothing(operation.update.shape, exact) for operation in edit.operations]
+    chain = [(o.view, o.update.prepare(weight)) for o, weight in zip(edit.operations, nothing, strict=True)]
+    energy = left = 0.0
+    step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
+    for start in range(0, tuned.shape[0], step):
+        stop = min(start + step, tuned.shape[0])
+        wanted = tuned.get(start, stop, exact)
+        change = wanted.clone()
+        if start < base.shape[0]:  # of rows that BASE lacks, all is change
+            old = base.get(start, min(stop, base.shape[0]), exact)
+            change[: len(old)] -= old
+        block = torch.zeros_like(wanted) if added else source.get(start, stop, exact)
+        _apply(chain, block, start, stop)
+        energy += float(change.square().sum(dtype=torch.float64))
+        left += float((change if added else wanted).sub_(block).square_().sum(dtype=torch.float64))
+    return Error(energy, left)
+
+
+def _flat(pair: Pair, source: Plain, *, old: bool) -> tuple[int, int]:
+    tensor = pair.base if old else pair.tuned
+    return tensor.numel // max(source.shape[1], 1), source.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Nothing:
+    """What an update asks of a weight before it is applied; none written here looks at values."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: str = "cpu"
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+        """Never asked."""
+        raise TypeError("an extracted update does not look at the weight")
+
+
+def _apply(chain: list[tuple[View, Apply]], block: torch.Tensor, start: int, stop: int) -> None:
+    for view, apply in chain:
+        at = view.locate(start, stop)
+        if not at:
+            continue
+        part = take(block, at.block_rows, at.block_cols)
+        made = apply(part.T if at.transposed else part, at.rows, at.cols)
+        made = made.T if at.transposed else made
+        if not (isinstance(at.block_rows, range) and isinstance(at.block_cols, range)):
+            block[_numbers(at.block_rows)[:, None], _numbers(at.block_cols)] = made
+        elif made.data_ptr() != part.data_ptr():
+            part.copy_(made)
+
+
+def _numbers(index: Index) -> torch.Tensor:
+    return torch.tensor(list(index), dtype=torch.int64)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many directions each matrix gets: a number, a share of the energy, an error, a budget for all, or what rises above rounding noise."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from surgery.extract_factor import MOST, Criterion, Factored
+from surgery.extract_plan import Forms, kept_size
+from surgery.extract_sites import Unit
+from surgery.extract_table import TABLE_RANKS
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.text import show
+
+__all__ = ["Budget", "Wanted", "parse_budget", "ranks_of", "wanted"]
+
+DEFAULT = 16
+_HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
+_BUDGET = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE | re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Most that the adapter may hold: bytes or numbers."""
+
+    limit: int
+    unit: Literal["bytes", "parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user asked for.
+
+    Attributes:
+        criterion: For every matrix by itself.
+        rank: The one number, if it is one.
+        budget: For all together.
+        auto: Only directions above the noise of storage.
+    """
+
+    criterion: Criterion
+    rank: int | None = None
+    budget: Budget | None = None
+    auto: bool = False
+
+
+def wanted(
+    rank: int | str | None, energy: float | None, max_error: float | None, budget: str | None, *, table: bool = False
+) -> Wanted:
+    """Check the options against each other; with `table` at least as many directions are computed as the table shows.
+
+    Raises:
+        FitError: more than one way to find the rank, or a number out of range.
+    """
+    given = [
+        name for name, value in (("energy", energy), ("max_error", max_error), ("budget", budget)) if value is not None
+    ]
+    if len(given) > 1 or (given and rank is not None and (rank != "auto" or given != ["budget"])):
+        raise FitError(
+            f"rank is found in one way only; given: {', '.join([*(['rank'] if rank is not None else []), *given])}"
+        )
+    for name, value in (("energy", energy), ("max_error", max_error)):
+        if value is not None and not 0 < value < 1:
+            raise FitError(f"{name} is {value}; it lies between 0 and 1")
+    if table and (energy is not None or max_error is not None or budget is not None):
+        raise FitError(
+            "the table of ranks needs spectra as long as it is", hint="ask for it with a rank, or with rank auto"
+        )
+    if energy is not None:
+        return Wanted(Criterion(energy=energy))
+    if max_error is not None:
+        return Wanted(Criterion(max_error=max_error))
+    if budget is not None or rank == "auto":
+        limit = None if budget is None else parse_budget(budget)
+        numbers = None if limit is None else limit.limit // (2 if limit.unit == "bytes" else 1)
+        return Wanted(Criterion(most=MOST, numbers=numbers, edge=rank == "auto"), None, limit, rank == "auto")
+    number = DEFAULT if rank is None else rank
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise FitError(f"the rank is {show(number, 40)}; it is at least 1")
+    return Wanted(Criterion(rank=max(number, *TABLE_RANKS) if table else number), number)
+
+
+def parse_budget(text: str) -> Budget:
+    """``20MB``, ``512KiB`` (bytes) or ``2M``, ``300000`` (numbers).
+
+    Raises:
+        FitError: neither.
+    """
+    found = _BUDGET.fullmatch(text.strip())
+    if found is None:
+        raise FitError(
+            f"'{show(text, 40)}' is no budget", hint="write 20MB for bytes, or 2M for a number of parameters"
+        )
+    number, prefix, binary, unit = found.groups()
+    limit = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+    if limit < 1 or (binary and not unit):
+        raise FitError(
+            f"'{show(text, 40)}' is no budget", hint="write 20MB for bytes, or 2M for a number of parameters"
+        )
+    return Budget(limit, "bytes" if unit else "parameters")
+
+
+def ranks_of(
+    goal: Wanted,
+    units: tuple[Unit, ...],
+    factored: Mapping[str, Factored],
+    formed: Callable[[Mapping[str, int]], Forms],
+    dtype: DType,
+) -> dict[str, int]:
+    """The rank of every unit, by path.
+
+    Args:
+        goal: What was asked for.
+        units: All.
+        factored: Those that changed, by path.
+        formed: Says which of them become factors, and what is stored beside them.
+        dtype: Of the factors.
+
+    Raises:
+        FitError: the budget is too small for what is stored beside the factors and one direction each.
+    """
+    ranks = {unit.path: max(1, factored[unit.path].rank) if unit.path in factored else 1 for unit in units}
+    if goal.rank is not None:
+        ranks = {path: min(found, goal.rank) for path, found in ranks.items()}
+    if goal.auto:
+        ranks |= {path: max(1, *(piece.signal for piece in found.pieces)) for path, found in factored.items()}
+    if goal.budget is None:
+        return ranks
+    forms = formed(dict.fromkeys(ranks, 1))
+    factors = [factored[unit.path] for unit in forms.units]
+    each = dtype.bits // 8 if goal.budget.unit == "bytes" else 1
+    fixed = sum(kept_size(kept)[goal.budget.unit == "bytes"] for kept in forms.kept)
+    if goal.budget.unit == "bytes":
+        fixed += _HEADER * (2 * len(factors) + len(forms.kept) + 1)
+    return ranks | _allotted(goal.budget, factors, ranks, each, fixed)
+
+
+def _allotted(
+    budget: Budget, factors: list[Factored], ranks: Mapping[str, int], each: int, fixed: int
+) -> dict[str, int]:
+    import torch
+
+    from surgery_formats.linalg.ranks import allocate
+
+    costs = [found.unit.cost * each for found in factors]
+    if fixed + sum(costs) > budget.limit:
+        raise FitError(
+            f"the budget is {budget.limit:,} {budget.unit}; what is stored whole takes {fixed:,}, and one direction of each of "
+            f"{len(factors)} matrices {sum(costs):,}",
+            hint="raise it, or use --dense none --allow-loss",
+        )
+    spectra = [torch.tensor(found.spectrum, dtype=torch.float64) for found in factors]
+    most = [ranks[found.unit.path] for found in factors]
+    made = allocate(spectra, costs, budget.limit - fixed, least=1, most=most)
+    return {found.unit.path: max(1, rank) for found, rank in zip(factors, made.ranks, strict=True)}

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger's rows: every tensor of TUNED in one class (law 1), with what it cost and what it left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.deltas import Measure
+from surgery.extract_factor import Factored
+from surgery.extract_ledger import ExtractClass, ExtractRow
+from surgery.extract_plan import Forms, Kept, Via, kept_size
+from surgery.extract_sites import Unit
+from surgery.pairs import Pair
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.text import listing, show
+
+if TYPE_CHECKING:
+    from surgery.extract_proof import Error
+
+__all__ = ["check_losses", "rows_of", "with_measured"]
+
+_CLASS: Mapping[Via, ExtractClass] = {
+    "modules_to_save": "dense",
+    "bias": "dense",
+    "resized": "new rows",
+    "token rows": "rows",
+}
+
+
+def check_losses(forms: Forms, measures: Mapping[str, Measure], tuned: Path, *, allow_loss: bool) -> None:
+    """Law 1: a change that nothing holds is an error, unless the user allowed it.
+
+    Raises:
+        FitError: there is one.
+    """
+    if not forms.dropped or allow_loss:
+        return
+    total = math.fsum(found.energy for found in measures.values())
+    share = math.fsum(measures[name].energy for name in forms.dropped) / total if total else 0.0
+    reasons = "; ".join(f"'{show(name)}' ({why})" for name, why in list(forms.dropped.items())[:3])
+    more = f"; and {len(forms.dropped) - 3} more" if len(forms.dropped) > 3 else ""
+    raise FitError(
+        f"{len(forms.dropped)} changed tensors, {share:.2%} of the change, would be lost: {reasons}{more}",
+        file=tuned,
+        tensor=next(iter(forms.dropped)),
+        hint="--allow-loss leaves them out",
+    )
+
+
+def rows_of(
+    pairs: Iterable[Pair],
+    measures: Mapping[str, Measure],
+    factored: Mapping[str, Factored],
+    forms: Forms,
+    ranks: Mapping[str, int],
+    dtype: DType,
+) -> tuple[ExtractRow, ...]:
+    """By what was found while reading: residuals are those of the spectra.
+
+    Raises:
+        FitError: a tensor changed and is in no class.
+    """
+    units = {name: unit for unit in forms.units for name in unit.names}
+    kept: dict[str, list[Kept]] = {}
+    for one in forms.kept:
+        kept.setdefault(one.name, []).append(one)
+    total = math.fsum(measure.energy for measure in measures.values())
+    rows, adrift = [], []
+    for pair in pairs:
+        if pair.match != "pair":
+            stored = kept.pop(pair.name, [])
+            row = ExtractRow(pair.name, pair.match, shape=pair.tuned.shape, why=pair.why)
+            rows.append(replace(row, **_cost(stored)) if stored else row)  # type: ignore[arg-type]
+            continue
+        row = _measured(pair, measures[pair.name], total, forms.why.get(pair.name, ""))
+        if pair.name in forms.dropped:
+            row = replace(row, kind="dropped", residual=1.0, why=forms.dropped[pair.name])
+        elif pair.name in kept:
+            stored = kept.pop(pair.name)
+            kind: ExtractClass = _CLASS[stored[0].via] if measures[pair.name].changed else "unchanged"
+            row = replace(row, kind=kind, **_cost(stored))  # type: ignore[arg-type]
+            if kind == "unchanged":
+                row = replace(row, why="PEFT stores its module whole")
+        elif not measures[pair.name].changed:
+            row = replace(row, kind="unchanged")
+        elif pair.name in units:
+            row = _low_rank(row, units[pair.name], factored, ranks, dtype, forms)
+        else:
+            adrift.append(pair.name)
+        rows.append(row)
+    if adrift:
+        raise FitError(f"{len(adrift)} changed tensors are in no class: {listing(adrift)}", tensor=adrift[0])
+    # what is stored for a name that TUNED does not store itself: a tied head
+    rows += [ExtractRow(name, "alias", why="tied", **_cost(stored)) for name, stored in kept.items()]  # type: ignore[arg-type]
+    return tuple(rows)
+
+
+def _measured(pair: Pair, found: Measure, total: float, why: str) -> ExtractRow:
+    return ExtractRow(
+        pair.name,
+        "dropped",
+        shape=pair.tuned.shape,
+        energy=found.energy,
+        share=found.energy / total if total else 0.0,
+        moved=found.moved_share,
+        rms_ulp=found.rms_ulp,
+        noise=math.sqrt(found.noise / found.energy) if found.energy else 0.0,
+        why=why,
+    )
+
+
+def _cost(stored: list[Kept]) -> dict[str, object]:
+    sizes = [kept_size(one) for one in stored]
+    return {
+        "form": stored[0].via,
+        "parameters": sum(size[0] for size in sizes),
+        "nbytes": sum(size[1] for size in sizes),
+    }
+
+
+def _low_rank(
+    row: ExtractRow, unit: Unit, factored: Mapping[str, Factored], ranks: Mapping[str, int], dtype: DType, forms: Forms
+) -> ExtractRow:
+    found, rank = factored[unit.path], ranks[unit.path]
+    position = unit.names.index(row.name)
+    mine = unit.cost * rank
+    part = mine // len(unit.names) + (
+        mine % len(unit.names) if position == 0 else 0
+    )  # experts share factors; nothing is counted twice
+    left = found.residual(rank) / found.energy if found.energy else 0.0
+    notes = [row.why] if row.why else []
+    notes += [f"experts of '{unit.path}' in one pair of factors"] if len(unit.names) > 1 else []
+    return replace(
+        row,
+        kind="low-rank",
+        form="LoRA",
+        rank=rank,
+        residual=math.sqrt(left),
+        bound=max(piece.bound for piece in found.pieces),
+        parameters=part,
+        nbytes=part * dtype.bits // 8,
+        why="; ".join(notes),
+    )
+
+
+def with_measured(
+    rows: Iterable[ExtractRow],
+    errors: Mapping[str, Error],
+    forms: Forms,
+    factored: Mapping[str, Factored],
+    ranks: Mapping[str, int],
+    dtype: DType,
+) -> tuple[ExtractRow, ...]:
+    """The same rows with the residuals that were read back.
+
+    Raises:
+        ProofError: one is not what was reported: the spectrum's for factors, none at all for copies.
+    """
+    from surgery.extract_proof import agrees
+
+    for unit in forms.units:
+        energy = math.fsum(errors[name].energy for name in unit.names if name in errors)
+        left = math.fsum(errors[name].left for name in unit.names if name in errors)
+        reported = math.sqrt(factored[unit.path].residual(ranks[unit.path]) / factored[unit.path].energy)
+        measured = math.sqrt(left / energy) if energy else 0.0
+        if not agrees(measured, reported, dtype):
+            raise ProofError(
+                f"read back, {measured:.4%} of the change is missing; {reported:.4%} was expected", tensor=unit.names[0]
+            )
+    found = []
+    for row in rows:
+        error = errors.get(row.name)
+        if error is None:
+            found.append(row)
+            continue
+        if row.kind in ("dense", "rows", "new rows") and error.left:
+            raise ProofError(
+                f"read back, it is not what TUNED has ({error.residual:.1e} of the change)", tensor=row.name
+            )
+        found.append(replace(row, residual=error.residual))
+    return tuple(found)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What form each tensor's change can take in an adapter, by its name, its shape and its family.
+
+PEFT addresses modules of the model as transformers builds it, whose names may differ from those on disk; both are worked out here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from surgery.deltas import Delta, Strip
+from surgery.pairs import Pair
+from surgery_formats.checkpoint import Component
+from surgery_formats.errors import FitError
+from surgery_formats.families import Fused
+from surgery_formats.lenses import Plain
+
+__all__ = ["Form", "Spot", "Unit", "spots_of", "tree_name", "units_of"]
+
+Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole", "owner"]
+"""``whole``: a weight that only a copy of its module can hold; ``owner``: a parameter that belongs to a module of several."""
+
+_TABLES = (
+    "embed", "embed_in", "embed_tokens", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding", "token_embeddings",
+    "word_embeddings", "wpe", "wte",
+)  # fmt: skip  # looked up by index, nothing else: PEFT has a LoRA for them
+_OTHER_TABLES = ("relative_attention_bias",)
+"""Tables of an unusual name or with a forward() of their own (``embed_positions`` computes the positions itself), where a LoRA would be
+missed; whatever has ``emb`` in its name is taken for one."""
+_LINEAR = ("proj", "linear", "dense")  # with ``emb`` in their name, and linear all the same: ``time_emb_proj``
+_BARE_CONVOLUTIONS = {"whisper": ("conv1", "conv2")}
+"""By model type: convolutions whose attributes the model reads (``conv1.stride``), which PEFT's LoRA layer does not pass on."""
+_ROUTERS = ("gate", "router")  # beside ``experts``: parameters of a router module, which no LoRA layer wraps
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A pair and where PEFT finds it.
+
+    Attributes:
+        pair: The two tensors.
+        path: Parameter path in the model's tree.
+        form: What it can become.
+    """
+
+    pair: Pair
+    path: str
+    form: Form
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the parameter."""
+        return self.path.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is factorised together.
+
+    Attributes:
+        path: Parameter path in the model's tree.
+        form: ``linear``, ``conv``, ``embedding`` or ``experts``.
+        deltas: One per expert; one for anything else.
+        shape: Of PEFT's weight: ``(out, in[, k...])``.
+        names: TUNED's tensors that it covers.
+    """
+
+    path: str
+    form: Form
+    deltas: tuple[Delta, ...]
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def cost(self) -> int:
+        """Numbers per unit of rank: ``(out + in)`` times the experts."""
+        return sum(self.deltas[0].shape) * len(self.deltas)
+
+    @property
+    def largest_rank(self) -> int:
+        """Above it nothing is left."""
+        return min(self.deltas[0].shape)
+
+
+def spots_of(pairs: Iterable[Pair], base: Component) -> tuple[Spot, ...]:
+    """Every compared pair with its place in the tree and its form."""
+    prefix = _prefix(base)
+    every = [pair for pair in pairs if pair.match == "pair"]
+    known = {pair.name: pair for pair in every}
+    routed = {name.partition(".experts.")[0] for name in known if ".experts." in name}
+    return tuple(Spot(pair, tree_name(pair.name, base, prefix), _form(pair, base, known, routed)) for pair in every)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _prefix(base: Component) -> str:
+    """What the tree has in front of the names on disk: a bare model's file loaded into a class with a head."""
+    first = base.family.embedding.partition(".")[0]
+    if "." not in base.family.embedding or base.family.embedding == base.embedding.removesuffix(".weight"):
+        return ""
+    names = base.config.get("architectures")
+    with_head = any(mark in str(name) for name in names or () for mark in ("For", "LMHead", "DoubleHeads"))
+    return f"{first}." if with_head and base.embedding and not base.embedding.startswith(f"{first}.") else ""
+
+
+def tree_name(name: str, base: Component, prefix: str = "") -> str:
+    """`name` as the model's tree has it: today's spelling of every renamed run of segments."""
+    found = f".{prefix}{name}."
+    for rename in base.family.renames:
+        found = found.replace(f".{rename.other}.", f".{rename.one}.")
+    return found[1:-1]
+
+
+def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[str]) -> Form:
+    module, _, leaf = pair.name.rpartition(".")
+    last = module.rpartition(".")[2]
+    shape = pair.tuned.shape
+    if not pair.tuned.dtype.is_float or not pair.base.dtype.is_float:
+        return "whole" if module else "owner"
+    if len(shape) == 3 and leaf != "weight" and last == "experts" and not base.family.experts_transposed:
+        return "experts"
+    if leaf == "bias" and len(shape) == 1:
+        weight = known.get(f"{module}.weight")
+        return "norm" if weight is not None and len(weight.tuned.shape) == 1 else "bias"
+    if leaf != "weight" or not module:
+        # what batch norms keep beside their weight belongs to them; anything else to its module as a whole
+        return (
+            "norm"
+            if len(shape) <= 1 and f"{module}.weight" in known and leaf.startswith(("running_", "num_batches"))
+            else "owner"
+        )
+    if len(shape) == 1:
+        return "norm"
+    if len(shape) == 2:
+        if pair.name in (base.embedding, base.head) or last in _TABLES:
+            return "linear" if pair.name == base.head else "embedding"
+        table = last in _OTHER_TABLES or ("emb" in last and not last.endswith(_LINEAR))
+        if table or (last in _ROUTERS and _parent(module) in routed):
+            return "whole"
+        return "linear"
+    # Of a grouped convolution the file shows less input channels than there are; a depthwise one shows one.
+    bare = last in _BARE_CONVOLUTIONS.get(str(base.config.get("model_type")), ())
+    return "conv" if len(shape) <= 5 and shape[1] > 1 and not bare else "whole"
+
+
+def units_of(spots: Iterable[Spot], base: Component) -> tuple[Unit, ...]:
+    """What can be low-rank: matrices one by one, experts together."""
+    units: list[Unit] = []
+    apart: dict[str, dict[tuple[int, int], Spot]] = {}
+    fused_by_path: dict[str, Fused] = {}
+    for spot in spots:
+        place = _expert_part(spot, base)
+        if place is not None:
+            path, number, position, fused = place
+            apart.setdefault(path, {})[number, position] = spot
+            fused_by_path[path] = fused
+        elif spot.form == "experts":
+            units.append(_stack(spot))
+        elif spot.form in ("linear", "conv", "embedding"):
+            units.append(_single(spot, base))
+    for path, parts in apart.items():
+        units.append(_gathered(path, parts, len(fused_by_path[path].parts)))
+    return tuple(units)
+
+
+def _single(spot: Spot, base: Component) -> Unit:
+    pair = spot.pair
+    turned = len(pair.tuned.shape) == 2 and base.family.stores_transposed(pair.name)
+    delta = Delta((_strip(pair),), turned, (pair.name,))
+    shape = delta.shape if len(pair.tuned.shape) == 2 else pair.tuned.shape
+    return Unit(spot.path, spot.form, (delta,), shape, (pair.name,))
+
+
+def _strip(pair: Pair) -> Strip:
+    one, other = Plain.of(pair.base), Plain.of(pair.tuned)
+    return Strip(one, other, 0, min(one.shape[0], other.shape[0]))
+
+
+def _stack(spot: Spot) -> Unit:
+    """A 3-D tensor ``(E, out, in)``: one delta per expert."""
+    pair = spot.pair
+    one, other = Plain.of(pair.base, stacked=True), Plain.of(pair.tuned, stacked=True)
+    count, height, _ = pair.tuned.shape
+    deltas = tuple(Delta((Strip(one, other, e * height, (e + 1) * height),), names=(pair.name,)) for e in range(count))
+    return Unit(spot.path, "experts", deltas, pair.tuned.shape[1:], (pair.name,))
+
+
+def _expert_part(spot: Spot, base: Component) -> tuple[str, int, int, Fused] | None:
+    """``(path of the 3-D parameter, expert, position of the part, record)`` of one expert's own tensor."""
+    if spot.form != "linear" or ".experts." not in spot.path:
+        return None
+    for fused in base.family.fused:
+        for position, part in enumerate(fused.parts):
+            pattern = re.escape(part).replace(r"\{e\}", r"(\d{1,5})")
+            if found := re.fullmatch(rf"(.*\.){pattern}", spot.path):
+                return f"{found[1]}{fused.whole}", int(found[2]), position, fused
+    return None
+
+
+def _gathered(path: str, parts: Mapping[tuple[int, int], Spot], width: int) -> Unit:
+    """Experts that the files hold one by one, as the tree stacks them."""
+    count = max(number for number, _ in parts) + 1
+    if len(parts) != count * width:
+        raise FitError(
+            f"{len(parts)} tensors do not make {count} experts of {width} parts",
+            tensor=next(iter(parts.values())).pair.name,
+        )
+    deltas = []
+    for number in range(count):
+        mine = [parts[number, position].pair for position in range(width)]
+        deltas.append(Delta(tuple(_strip(pair) for pair in mine), names=tuple(pair.name for pair in mine)))
+    names = tuple(name for delta in deltas for name in delta.names)
+    return Unit(path, "experts", tuple(deltas), deltas[0].shape, names)

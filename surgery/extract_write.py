@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PEFT folder of an extraction: its tensors, made one at a time, and its configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from surgery.extract_factor import Factored
+from surgery.extract_plan import Forms, Kept, nesting
+from surgery.extract_sites import Unit
+from surgery_formats.adapters.format import NewTensor
+from surgery_formats.checkpoint import Component
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.output_file import OutputFile
+from surgery_formats.files.safetensors import layout, reference_order
+from surgery_formats.tensors import as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TENSOR_FILE", "Scaling", "configuration", "fill", "size_of", "tensors_of"]
+
+TENSOR_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_EXPERTS_ORDER_SINCE = (
+    "0.19.0"  # the PEFT that gave expert factors the order of axes written here (huggingface/peft#3165)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """``scale = alpha / rank``, or ``alpha / sqrt(rank)``; the factors are divided by it, so that it never changes a delta.
+
+    Attributes:
+        alpha: One for all; None gives each module its own rank, which makes the scale 1 (rsLoRA: the root of the rank).
+        rslora: Which of the two.
+    """
+
+    alpha: float | None = None
+    rslora: bool = False
+
+    def alpha_of(self, rank: int) -> float:
+        """As written in the configuration."""
+        return float(rank) if self.alpha is None else self.alpha
+
+    def scale(self, rank: int) -> float:
+        """What PEFT multiplies ``B A`` with."""
+        return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def tensors_of(
+    forms: Forms, factored: Mapping[str, Factored], ranks: Mapping[str, int], scaling: Scaling, dtype: DType
+) -> tuple[NewTensor, ...]:
+    """Every tensor of the file, in the order it is to have."""
+    experts = [unit.path for unit in forms.units if unit.form == "experts"]
+    found: list[NewTensor] = []
+    for unit in forms.units:
+        rank = ranks[unit.path]
+        found += _factors(
+            factored[unit.path],
+            rank,
+            scaling.scale(rank),
+            dtype,
+            nesting(unit.path, experts) if unit.path in experts else 0,
+        )
+    targets = forms.targets
+    found += [_copy(kept, targets) for kept in forms.kept]
+    by_name = {tensor.name: tensor for tensor in found}
+    order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in found)
+    return tuple(by_name[name] for name, _, _ in order)
+
+
+def _factors(found: Factored, rank: int, scale: float, dtype: DType, depth: int) -> Iterator[NewTensor]:
+    """PEFT's two tensors of one unit."""
+    unit = found.unit
+    module = unit.path.rpartition(".")[0]
+    fold = 1 / math.sqrt(scale)
+
+    def left(index: int = 0) -> torch.Tensor:
+        return found.factors(index, rank)[0] * fold
+
+    def right(index: int = 0) -> torch.Tensor:
+        return found.factors(index, rank)[1] * fold
+
+    out, inputs = unit.deltas[0].shape
+    if unit.form == "embedding":  # PEFT: delta = (B A)^T
+        yield NewTensor(f"{_PREFIX}{module}.lora_embedding_A", dtype, (rank, out), lambda: left().T)
+        yield NewTensor(f"{_PREFIX}{module}.lora_embedding_B", dtype, (inputs, rank), lambda: right().T)
+    elif unit.form == "experts":  # delta of expert e: B.reshape(out, rank, E)[:, :, e] @ A[e * rank : (e + 1) * rank]
+        key, count = f"{_PREFIX}{module}{'.base_layer' * depth}", len(unit.deltas)
+        yield NewTensor(
+            f"{key}.lora_A.weight", dtype, (count * rank, inputs), lambda: _cat([right(e) for e in range(count)])
+        )
+        yield NewTensor(
+            f"{key}.lora_B.weight",
+            dtype,
+            (out, rank * count),
+            lambda: _stack([left(e) for e in range(count)]).reshape(out, rank * count),
+        )
+    else:
+        ones = (1,) * (len(unit.shape) - 2)
+        yield NewTensor(f"{_PREFIX}{module}.lora_A.weight", dtype, (rank, *unit.shape[1:]), right)
+        yield NewTensor(f"{_PREFIX}{module}.lora_B.weight", dtype, (out, rank, *ones), left)
+
+
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.cat(parts)
+
+
+def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.stack(parts, dim=-1)
+
+
+def _copy(kept: Kept, targets: set[str]) -> NewTensor:
+    tensor = kept.tensor
+    module, _, leaf = kept.path.rpartition(".")
+    if kept.via == "token rows":
+        key = f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
+        return NewTensor(key, tensor.dtype, (len(kept.rows), *tensor.shape[1:]), lambda: _some_rows(kept))
+    inner = ".base_layer" if kept.via == "bias" and module in targets else ""
+    return NewTensor(f"{_PREFIX}{module}{inner}.{leaf}", tensor.dtype, tensor.shape, tensor.read)
+
+
+def _some_rows(kept: Kept) -> torch.Tensor:
+    import torch
+
+    return torch.cat([kept.tensor.read(row, row + 1) for row in kept.rows])
+
+
+def configuration(
+    forms: Forms, ranks: Mapping[str, int], scaling: Scaling, rank: int | None, base: Component, base_name: str
+) -> bytes:
+    """adapter_config.json, with anchored full paths as the keys of patterns.
+
+    Args:
+        forms: What is stored how.
+        ranks: By unit path.
+        scaling: Alpha.
+        rank: ``r``; None for the one most units have.
+        base: Its class decides the task.
+        base_name: Recorded.
+    """
+    used = {_setting(unit): ranks[unit.path] for unit in forms.units}
+    values = list(used.values())
+    common = rank if rank in values else max(sorted(set(values)), key=values.count, default=8)
+    alpha = scaling.alpha_of(common)
+    modules = sorted(unit.path.rpartition(".")[0] for unit in forms.units if unit.form != "experts")
+    experts = sorted(unit.path for unit in forms.units if unit.form == "experts")
+    rows = {kept.path.rpartition(".")[0]: list(kept.rows) for kept in forms.kept if kept.via == "token rows"}
+    architectures = [str(name) for name in base.config.get("architectures") or ()]
+    causal = any("CausalLM" in name or "LMHeadModel" in name for name in architectures)
+    config: dict[str, Any] = {
+        "alpha_pattern": {
+            _anchored(path): _number(scaling.alpha_of(r)) for path, r in used.items() if scaling.alpha_of(r) != alpha
+        },
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name,
+        "bias": "all" if any(kept.via == "bias" for kept in forms.kept) else "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _number(alpha),
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "modules_to_save": sorted(forms.saved) or None,
+        "peft_type": "LORA",
+        "r": common,
+        "rank_pattern": {_anchored(path): r for path, r in used.items() if r != common},
+        "revision": None,
+        # PEFT refuses an adapter without a target, but for this name (peft.utils.constants.DUMMY_TARGET_MODULES)
+        "target_modules": modules if modules or experts else "dummy-target-modules",
+        "task_type": "CAUSAL_LM" if causal else None,
+        "use_dora": False,
+        "use_rslora": scaling.rslora,
+    }
+    if rows:
+        config["trainable_token_indices"] = rows
+    if experts:
+        config |= {"peft_version": _EXPERTS_ORDER_SINCE, "target_parameters": experts}
+    return (
+        json.dumps(config, indent=None if rows else 2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
+    ).encode()
+
+
+def _setting(unit: Unit) -> str:
+    """What PEFT looks a rank up by: the parameter of experts, the module of anything else."""
+    return unit.path if unit.form == "experts" else unit.path.rpartition(".")[0]
+
+
+def _anchored(path: str) -> str:
+    return f"^{re.escape(path)}"
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def size_of(tensors: tuple[NewTensor, ...], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file."""
+    header, ranges = layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], metadata)
+    return max([len(header), *(offset + size for offset, size in ranges.values())])
+
+
+def fill(file: OutputFile, tensors: tuple[NewTensor, ...], metadata: Mapping[str, str]) -> str:
+    """Write the file; its xxh3-128."""
+    header, ranges = layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], metadata)
+    state = xxhash.xxh3_128(header)
+    file.pwrite(header, 0)
+    for tensor in tensors:
+        data = _bytes_of(tensor)
+        state.update(data)
+        file.pwrite(data, ranges[tensor.name][0])
+    return state.hexdigest()
+
+
+def _bytes_of(tensor: NewTensor) -> memoryview:
+    """Values rounded once to the stored type.
+
+    Raises:
+        FitError: a value that the type cannot hold.
+    """
+    import torch
+
+    stored = tensor.load().to(tensor.dtype.torch).contiguous().reshape(-1)
+    if stored.numel() != math.prod(tensor.shape):
+        raise ProofError(f"made with {stored.numel()} values instead of {list(tensor.shape)}", tensor=tensor.name)
+    if tensor.dtype.is_float and not bool(torch.isfinite(stored).all()):
+        raise FitError(
+            f"a value is too large for {tensor.dtype.label}", tensor=tensor.name, hint="--dtype bf16 or fp32"
+        )
+    return as_bytes(stored)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks by what is lost, and by what everything costs together."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery_formats.linalg.ranks import allocate, auto_rank, checked_rank, rank_for_energy, rank_for_error
+
+
+def test_ranks_are_cut_and_said() -> None:
+    assert checked_rank(4, (8, 16)) == (4, None)
+    rank, note = checked_rank(64, (8, 16))
+    assert rank == 8
+    assert note == "rank 64 cut to 8: a matrix of 8 x 16 has no more"
+    for wrong in (0, -3, True, 2.0):
+        with pytest.raises(ValueError, match="positive"):
+            checked_rank(wrong, (8, 16))  # type: ignore[arg-type]
+
+
+def test_energy_and_error_say_the_same() -> None:
+    values = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    assert [rank_for_energy(values, e) for e in (0.5, 9 / 14, 0.65, 13 / 14, 1.0)] == [1, 1, 2, 2, 3]
+    assert rank_for_error(values, (5 / 14) ** 0.5 + 1e-12) == 1
+    assert rank_for_error(values, 0.0) == 3
+    assert rank_for_energy(values[:2], 0.9, total=14**0.5) == 2
+    assert rank_for_energy(values[:2], 0.95, total=14**0.5) is None
+    assert rank_for_energy(torch.zeros(3), 0.9) == 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_the_budget_is_kept_and_spent_as_well_as_can_be(data: st.DataObject) -> None:
+    """Equal costs: exactly the optimum of all allocations."""
+    spectra = [
+        torch.tensor(sorted(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)), reverse=True)).float()
+        for _ in range(data.draw(st.integers(1, 3)))
+    ]
+    budget = data.draw(st.integers(0, 10))
+    found = allocate(spectra, [1] * len(spectra), budget)
+    assert found.cost == sum(found.ranks) <= budget
+    ways = [w for w in product(*(range(len(s) + 1) for s in spectra)) if sum(w) <= budget]
+    best = min(sum(float(s[r:].square().sum()) for s, r in zip(spectra, way, strict=True)) for way in ways)
+    assert found.lost == best
+
+
+def test_dear_directions_wait() -> None:
+    spectra = [torch.tensor([4.0, 3.0]), torch.tensor([5.0, 1.0])]
+    assert allocate(spectra, [10, 30], 20).ranks == (2, 0)  # 25/30 is less than 9/10
+    assert allocate(spectra, [10, 30], 50).ranks == (2, 1)
+    assert allocate(spectra, [10, 30], 35).ranks == (2, 0)  # what does not fit does not stop the cheaper
+    assert allocate(spectra, [10, 30], 50, most=[1, 2]).ranks == (1, 1)
+    assert allocate(spectra, [10, 30], 40, least=1).ranks == (1, 1)
+    with pytest.raises(ValueError, match="budget"):
+        allocate(spectra, [10, 30], 39, least=1)
+    with pytest.raises(ValueError, match="cost"):
+        allocate(spectra, [10], 39)
+
+
+def test_auto() -> None:
+    values = torch.tensor([9.0, 5.0, 2.0, 1.0])
+    assert auto_rank(values, 1.5) == 3
+    assert auto_rank(values, 1.5, budget=2) == 2
+    assert auto_rank(values, 1.5, budget=8) == 3
