@@ -56,9 +56,9 @@ def test_exact_before_truncation_and_optimal_after(made: tuple[Terms, list[float
 
 
 def test_combined_adapters_at_full_size() -> None:
-    """Two of rank 16 and 8, weights .7 and -.3, in a 1536 x 1024 layer."""
+    """Two of rank 16 and 8, weights .7 and -.3, in a 512 x 384 layer."""
     g = torch.Generator().manual_seed(0)
-    terms = [(torch.randn(1536, r, generator=g) * 0.01, torch.randn(r, 1024, generator=g) * 0.02) for r in (16, 8)]
+    terms = [(torch.randn(512, r, generator=g) * 0.01, torch.randn(r, 384, generator=g) * 0.02) for r in (16, 8)]
     dense = exact_sum(terms, [0.7, -0.3])
     B, A = concatenated(terms, [0.7, -0.3])
     assert float((B.double() @ A.double() - dense).norm() / dense.norm()) <= 1e-6
