@@ -58,7 +58,7 @@ def meet(adapter: Adapter, base: Checkpoint) -> Meeting:
             heads += chain[0].stored.numel
             continue
         if component is None or not places or not _fits(chain, places):
-            odd.append(site)
+            odd += [] if site in adapter.optional else [site]
             continue
         roles[site] = role_of(places[0].parameter.name)
         for update in chain:
@@ -97,8 +97,10 @@ def _fits(chain: tuple[Update, ...], places: tuple[Place, ...]) -> bool:
         elif isinstance(update, Stacked):  # experts may be held either way round
             if rows * cols != height * width:
                 return False
-        elif cols != width or (rows > height if isinstance(update, TokenRows) else rows != height):
-            return False
+        elif (cols or width) != width or (
+            rows > height if isinstance(update, TokenRows) else (rows or height) != height
+        ):
+            return False  # 0: a size that the file does not tell
     return True
 
 
@@ -110,10 +112,10 @@ def _hint(site: Site, base: Checkpoint) -> str:
 def _prompt(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
     """Virtual tokens must be as long as the base's embeddings; prefixes (keys and values) are of another length."""
     component = base.components.get("")
-    if adapter.prompt is None or adapter.kind == "PREFIX_TUNING" or not component or not component.embedding:
+    if adapter.prompt is None or adapter.prompt.prefix or not component or not component.embedding:
         return ()
     found = []
-    width, dim = component.tensors[component.embedding].shape[-1], adapter.prompt.shape[-1]
+    width, dim = component.tensors[component.embedding].shape[-1], adapter.prompt.dim
     if dim != width:
         found.append(f"its virtual tokens have {dim} numbers, the base's embeddings {width}")
     if adapter.kind == "P_TUNING":
