@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from surgery.factors import settings, tensor_error
 from surgery_formats.adapter import Adapter, Site
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.binding import bind

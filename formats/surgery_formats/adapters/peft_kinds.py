@@ -207,8 +207,12 @@ def _oft(module: Module) -> Found:
         raise _refused(
             stored, "OFT as PEFT stored it before 0.16", "load and save it with PEFT 0.15, or train it again"
         )
-    stored = module.matrix("oft_embedding_R.weight" if embedding else "oft_R.weight")
-    blocks, angles = stored.shape
+    stored = module.part("oft_embedding_R.weight" if embedding else "oft_R.weight")
+    if len(stored.shape) != 2 or not stored.shape[0]:
+        raise _odd(stored, "not a matrix")
+    blocks, angles = (
+        stored.shape
+    )  # no angles: blocks of one, which PEFT falls back to where nothing else divides the width
     block = (1 + math.isqrt(1 + 8 * angles)) // 2
     if block * (block - 1) // 2 != angles:
         raise _odd(stored, f"{angles} numbers are no strictly upper triangle")

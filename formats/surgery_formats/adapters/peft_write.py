@@ -18,6 +18,7 @@ from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.mlx_read import EMBEDDINGS
 from surgery_formats.adapters.peft_config import PeftConfig, parse_config
 from surgery_formats.adapters.peft_kinds import KINDS
+from surgery_formats.adapters.peft_parameters import PARAMETER_ORDER
 from surgery_formats.adapters.writing import (
     Ledger,
     commonest,
@@ -39,16 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["render_peft"]
 
 _PREFIX = "base_model.model."
-_PARAMETER_ORDER = (
-    "weight",
-    "gate_up_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w3",
-    "w2",
-)  # as transformers registers them
 _EXPERTS_ORDER_SINCE = (
     "0.19.0"  # the version that gave expert factors the axis order written here (huggingface/peft#3165)
 )
@@ -301,13 +292,13 @@ def _parameters(state: _State) -> None:
         by_module.setdefault(site.path.rpartition(".")[0], []).append((site, update))
     for module, found in by_module.items():
         names = {_leaf(site) for site, _ in found}
-        if len(found) > 1 and not names <= set(_PARAMETER_ORDER):
+        if len(found) > 1 and not names <= set(PARAMETER_ORDER):
             raise FitError(
                 f"which of {listing(sorted(names))} is the inner one is not known",
                 file=found[0][1].tensors[0].file.path,
             )
         if len(found) > 1:
-            found.sort(key=lambda pair: _PARAMETER_ORDER.index(_leaf(pair[0])))
+            found.sort(key=lambda pair: PARAMETER_ORDER.index(_leaf(pair[0])))
         for depth, (site, update) in enumerate(reversed(found)):
             key = f"{_PREFIX}{module}{'.base_layer' * depth}"
             for tensor in _stack_factors(key, update):
