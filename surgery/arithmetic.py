@@ -36,7 +36,8 @@ def block_bytes(tensor: PlannedTensor) -> int:
     block = _height(width, tensor.step.operations) * width * 8
     used = {t.place: t for operation in tensor.step.operations for t in operation.update.tensors}
     factors = sum(t.numel * 8 for t in used.values())
-    return 5 * block + factors
+    mixing = [operation.update for operation in tensor.step.operations if isinstance(operation.update, Mixing)]
+    return 5 * block + factors + sum(update.shape[1] * update.group * 8 * 5 for update in mixing)
 
 
 def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], device: str = "cpu") -> Measured:

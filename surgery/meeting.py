@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from surgery.touched import site_role
 from surgery_formats.adapter import Adapter, Site
+from surgery_formats.binding import fit_of
 from surgery_formats.checkpoint import Checkpoint, Component
 from surgery_formats.errors import FitError
 from surgery_formats.families.family import role_of
 from surgery_formats.names import Place
 from surgery_formats.text import closest, listing, show
-from surgery_formats.updates import Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import Replacement, Stacked, TokenRows, Unsized, Update
 
 __all__ = ["Meeting", "meet"]
 
@@ -87,7 +88,13 @@ def _fits(chain: tuple[Update, ...], places: tuple[Place, ...]) -> bool:
     """By shape alone. A replacement may have more rows (a larger vocabulary), and what follows it then has too."""
     height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
     width = places[0].parameter.shape[1]
-    for update in chain:
+    for given in chain:
+        update = given
+        if isinstance(given, Unsized):
+            try:
+                update = given.fitted(fit_of(places, (height, width)))
+            except FitError:
+                return False
         rows, cols = update.shape
         if isinstance(update, Replacement):
             old = places[0].parameter.storage.tensor.shape
@@ -97,10 +104,8 @@ def _fits(chain: tuple[Update, ...], places: tuple[Place, ...]) -> bool:
         elif isinstance(update, Stacked):  # experts may be held either way round
             if rows * cols != height * width:
                 return False
-        elif (cols or width) != width or (
-            rows > height if isinstance(update, TokenRows) else (rows or height) != height
-        ):
-            return False  # 0: a size that the file does not tell
+        elif cols != width or (rows > height if isinstance(update, TokenRows) else rows != height):
+            return False
     return True
 
 

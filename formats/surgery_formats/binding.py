@@ -21,7 +21,7 @@ from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
 from surgery_formats.updates import Fit, Linear, Replacement, Stacked, TokenRows, Unsized, Update
 
-__all__ = ["Binding", "bind"]
+__all__ = ["Binding", "bind", "fit_of"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
                 if isinstance(given, Unsized):
                     if given.kind not in widest:
                         widest[given.kind] = _widest(given.kind, adapter, checkpoint)
-                    given = given.fitted(_fit(places, widest[given.kind]))
+                    given = given.fitted(fit_of(places, widest[given.kind]))
                 update = _oriented(given, component, adapter)
                 if isinstance(update, Replacement):
                     places = (_replaced(update, places, weight),)
@@ -141,7 +141,7 @@ def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component
     return (Place(replace(Parameter.of(chain[0].stored, component.name), name=site.path)),)
 
 
-def _fit(places: tuple[Place, ...], widest: tuple[int, int]) -> Fit:
+def fit_of(places: tuple[Place, ...], widest: tuple[int, int]) -> Fit:
     """What an update may need to know of the weight at `places`."""
     storage = places[0].parameter.storage
     sizes = storage.tensor.shape

@@ -174,6 +174,14 @@ add(
     oracle=special.partway,
 )
 
+# --- ties: what changes one side of a tie parts the two, whatever its equation ------------------------------------------------
+for _name, _adapter in (
+    ("oft-tied-embed", oft("embed_tokens", oft_block_size=4)),
+    ("ia3-tied-head", ia3("k_proj", "lm_head")),
+    ("vera-tied-head", vera("lm_head", "q_proj")),
+):
+    add(f"qwen2-{_name}", "qwen2", _adapter, tags="tied", oracle=special.untied, peft_wrong=True)
+
 # --- the rest ---------------------------------------------------------------------------------------------------------------
 add("llama-ln-tuning", "llama", kind("LNTuning", "input_layernorm", "norm"), tags="ln_tuning")
 add("gpt2-ln-tuning", "gpt2", kind("LNTuning", "ln_1", "ln_f"), tags="ln_tuning bias")

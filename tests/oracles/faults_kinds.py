@@ -215,6 +215,7 @@ def _prompt(
 
 
 _prompt("sound", "PromptTuningConfig", lambda c, t: None, (4,), "virtual tokens", "export-onnx")
+_prompt("unknown-switch", "PrefixTuningConfig", lambda c, t: c.update(rotate_keys=True), (4, 3), "rotate_keys")
 _prompt("missing", "PromptTuningConfig", lambda c, t: t.clear(), (3,), "prompt_embeddings")
 _prompt("other-count", "PromptTuningConfig", lambda c, t: c.update(num_virtual_tokens=6), (4, 3), "[6, 32]")
 _prompt("other-dim", "PromptTuningConfig", lambda c, t: c.update(token_dim=64), (4, 3), "[5, 64]")

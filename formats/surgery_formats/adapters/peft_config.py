@@ -17,7 +17,6 @@ from surgery_formats.text import show
 
 __all__ = ["PeftConfig", "parse_config"]
 
-PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
 _RAW_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _REGEX_SECONDS = 0.5
 
@@ -128,12 +127,11 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> PeftConfig:
     kind = kind.rpartition(".")[2]
     if kind in NOT_READ:
         raise FitError(f"adapters of type '{kind}' are not read: {NOT_READ[kind]}", file=file)
-    if kind not in SWITCHES and kind not in PROMPT_KINDS:
+    if kind not in SWITCHES:
         raise MalformedError(
             f"adapters of type '{show(kind)}' are not read", file=file, hint="`surgery formats` lists what is"
         )
-    if kind in SWITCHES:
-        _refuse_unknown(raw, kind, file)
+    _refuse_unknown(raw, kind, file)
     return PeftConfig(
         kind=kind,
         rank=read.integer("r", 8, low=0 if kind == "OFT" else 1),  # OFT: 0 where the size of a block is given instead

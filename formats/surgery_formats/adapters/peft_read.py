@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from surgery_formats.adapter import Adapter, Site
-from surgery_formats.adapters.peft_config import PROMPT_KINDS, PeftConfig, parse_config
+from surgery_formats.adapters.peft_config import PeftConfig, parse_config
 from surgery_formats.adapters.peft_keys import HEADS, LORA_FACTORS, PREFIX, sort_tensors, unwrapped
 from surgery_formats.adapters.peft_kinds import KINDS, Module
 from surgery_formats.adapters.peft_parameters import parameter_lora, targeted_parameters
 from surgery_formats.adapters.peft_prompt import read_prompt
+from surgery_formats.adapters.peft_switches import PROMPT_KINDS
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside

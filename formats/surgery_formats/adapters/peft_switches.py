@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["NOT_READ", "SWITCHES", "Switches"]
+__all__ = ["NOT_READ", "PROMPT_KINDS", "SWITCHES", "Switches"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,39 @@ _LORA = Switches(
         "lora_ga_config": "raw LoRA-GA changes the base in a way its files do not record; convert it with PEFT first",
     },
 )
+_PROMPT = Switches(
+    harmless=_COMMON
+    | {
+        "encoder_reparameterization_type",  # what is stored is what the encoder, or the projection, made
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+        "prefix_projection",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_name_or_path",
+        "tokenizer_kwargs",
+        "num_frozen_tokens",
+        "cpt_token_ids",
+        "cpt_mask",
+        "cpt_tokens_type_mask",
+        "opt_weighted_loss_type",
+        "opt_loss_decay_factor",
+        "opt_projection_epsilon",
+        "opt_projection_format_epsilon",
+    },
+    understood=frozenset(
+        [
+            "num_virtual_tokens",
+            "token_dim",
+            "num_transformer_submodules",
+            "num_attention_heads",
+            "num_layers",
+            "modules_to_save",
+        ]
+    ),
+)
+PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
 _LYCORIS = _COMMON | {"rank_dropout", "module_dropout", "use_effective_conv2d"}
 _LYCORIS_READ = frozenset(["r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"])
 
@@ -106,6 +139,7 @@ SWITCHES: Mapping[str, Switches] = {
         frozenset(["r", "bias", "modules_to_save", "projection_prng_key", "save_projection"]),
     ),
     "LN_TUNING": Switches(_COMMON, frozenset(["modules_to_save"])),
+    **dict.fromkeys(PROMPT_KINDS, _PROMPT),
 }
 
 NOT_READ: Mapping[str, str] = {
