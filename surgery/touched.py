@@ -113,7 +113,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
                     scale=getattr(inner, "scale", None),
                     experts=len(update.experts) if isinstance(update, Stacked) else 0,
                     parameters=sum(tensor.numel for tensor in own),
-                    held=_held(site, adapter) if isinstance(update, Replacement) else "added",
+                    held=_held(site, update, adapter) if isinstance(update, Replacement) else "added",
                 )
             )
     return tuple(found)
@@ -157,7 +157,7 @@ def site_role(site: Site) -> str:
     return role_of(re.sub(r"^(input|output)_blocks_", "", site.path).replace("_", "."))  # not the "output" of BERT
 
 
-def _held(site: Site, adapter: Adapter) -> Held:
+def _held(site: Site, update: Replacement, adapter: Adapter) -> Held:
     """What a whole parameter is: PEFT also saves embeddings it did not train, when their vocabulary was resized."""
     module, _, leaf = site.path.rpartition(".")
     parents = [module[: match.start()] for match in re.finditer(r"\.", module)] + [module]
@@ -166,6 +166,8 @@ def _held(site: Site, adapter: Adapter) -> Held:
     if any(
         parent.endswith(names) for parent in parents
     ):  # PEFT matches ends of paths: `norm` takes input_layernorm too
+        return "copy"
+    if ".ln_tuning_layers." in update.stored.name:
         return "copy"
     if adapter.format != "peft" or leaf == "bias":
         return "in place"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from surgery.convert import convert
 from surgery.inspect import AdapterReport, inspect
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError
+from surgery_formats.lenses import Index
 from surgery_formats.refs import resolve
-from surgery_formats.updates import Linear
+from surgery_formats.updates import Fit, Linear, Unsized
 from tests.oracles import disk, measure, models, peft_oracle
 
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -56,6 +59,38 @@ def test_blocks_of_any_height_give_the_same(
     whole, blocks = disk.read_tensors(tmp_path / "whole"), disk.read_tensors(tmp_path / "blocks")
     for key, value in whole.items():
         assert measure.relative_error(blocks[key], value) < 5e-7, key
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What `prepare` may ask for; these kinds do not look at the weight."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+    def blocks(self) -> Iterator[tuple[Tensor, Index, Index]]:
+        raise AssertionError("only kinds that need the weight look at it")
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("oft", "ln")])
+def test_any_rows_and_columns_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
+    """Permuted and transposed storage hands an equation any positions, in any order."""
+    generator = torch.Generator().manual_seed(8)
+    adapter = read_adapter(made(name, tmp_path)[1])
+    for chain in adapter.updates.values():
+        for given in chain:
+            height, width = (size or 11 for size in given.shape)
+            update = given.fitted(Fit((height, width))) if isinstance(given, Unsized) else given
+            apply = update.prepare(Weight((height, width)))
+            weight = torch.randn(height, width, dtype=torch.float64, generator=generator)
+            whole = apply(weight.clone(), range(height), range(width))
+            assert not torch.equal(whole, weight)
+            rows, cols = (
+                tuple(torch.randperm(size, generator=generator)[: size // 2 + 1].tolist()) for size in (height, width)
+            )
+            part = apply(weight[list(rows)][:, list(cols)], rows, cols)
+            torch.testing.assert_close(part, whole[list(rows)][:, list(cols)], rtol=1e-12, atol=1e-12)
 
 
 def turned(weight: Tensor, angles: Tensor, block: int) -> Tensor:
@@ -138,6 +173,14 @@ def test_other_formats_say_that_they_have_no_such_thing(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_what_has_no_sum_of_its_kind_is_not_combined(name: str, tmp_path: Path) -> None:
+    _, one = made(name, tmp_path)
+    _, other = made(name, tmp_path, seed=3)
+    with pytest.raises(FitError, match="cannot be combined"):
+        surgery.combine([(one, 0.5), (other, 0.5)], output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_two_adapters_of_a_kind_are_told_apart(name: str, tmp_path: Path) -> None:
     _, one = made(name, tmp_path)
     _, other = made(name, tmp_path, seed=3)
@@ -169,6 +212,11 @@ def test_a_report_finds_that_sizes_the_file_does_not_tell_fit(
     base = models.build_base(arch, tmp_path / "base")
     peft_oracle.train(arch, base, f"{kind}Config", fields, tmp_path / "adapter", seed=1)
     assert surgery.report(tmp_path / "adapter", base=base).adapters[0].warnings == ()
+
+
+def test_norms_that_were_tuned_are_no_baggage(tmp_path: Path) -> None:
+    found = looked_at(made("ln", tmp_path)[1])
+    assert (found.parameters, found.carried, found.traps) == (2 * models.HIDDEN, 0, ())
 
 
 def test_a_bias_that_follows_is_no_parameter_of_its_own(tmp_path: Path) -> None:
