@@ -133,7 +133,15 @@ add("llama-oft-embed", "llama", oft("embed_tokens", "q_proj", oft_block_size=4),
 add("mixtral-oft", "mixtral", oft("q_proj", "o_proj"), tags="oft")
 for _dtype, _short in (("bfloat16", "bf16"), ("float16", "fp16")):
     add(f"llama-oft-{_short}", "llama", oft("q_proj", "up_proj"), tags="oft half", dtype=_dtype)
-add("llama-two-oft", "llama", oft("q_proj", "v_proj"), oft("v_proj"), tags="oft several", notes="in the order given")
+add(
+    "llama-two-oft",
+    "llama",
+    oft("q_proj", "v_proj"),
+    oft("v_proj"),
+    tags="oft several",
+    oracle=special.in_order,
+    notes="as if merged one after the other, which is what PEFT's merge does; attached together, PEFT turns in the other order",
+)
 add(
     "llama-oft-weighted",
     "llama",

@@ -16,7 +16,7 @@ import torch
 from tests.oracles import disk, models, peft_oracle
 from tests.oracles.cases import Answer, Trained
 
-__all__ = ["converted", "linear_formula", "partway", "per_expert", "untied"]
+__all__ = ["converted", "in_order", "linear_formula", "partway", "per_expert", "untied"]
 
 EMBEDDINGS = {
     "qwen2": ("model.embed_tokens.weight", "lm_head.weight"),
@@ -73,6 +73,11 @@ def linear_formula(trained: Trained) -> Answer:
             scale = alpha / (math.sqrt(len(a)) if config["use_rslora"] else len(a))
             merged[f"{module}.weight"] = merged[f"{module}.weight"] + weight * scale * (b @ a)
     return Answer(merged, None, {})
+
+
+def in_order(trained: Trained) -> Answer:
+    """PEFT's merge, one adapter after the other, where the attached adapters act in another order."""
+    return Answer(peft_oracle.merge(trained.arch, trained.base, trained.adapters).tensors, None, {})
 
 
 def partway(trained: Trained) -> Answer:
