@@ -11,6 +11,7 @@ from typing import Any
 from surgery.combine_group import Given
 from surgery.combine_parts import Part
 from surgery_formats.adapter import Adapter
+from surgery_formats.adapters.peft_parameters import EXPERTS_ORDER_SINCE
 from surgery_formats.errors import FitError
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows
 
@@ -21,7 +22,6 @@ _SURVIVING = (
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_dropout", "revision",
     "task_type",
 )  # fmt: skip
-_EXPERTS_ORDER_SINCE = "0.19.0"  # of PEFT: the axis order in which combined experts are written
 _BIAS = ("none", "lora_only", "all")  # each holds what the one before holds
 
 
@@ -96,7 +96,7 @@ def _peft_config(given: Sequence[Given], parts: Sequence[Part]) -> dict[str, Any
         "use_rslora": False,
     }
     if stacks:
-        made |= {"peft_version": _EXPERTS_ORDER_SINCE, "target_parameters": sorted(site.path for site in stacks)}
+        made |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(site.path for site in stacks)}
     return made
 
 

@@ -22,9 +22,9 @@ from surgery_formats.errors import ProofError
 from surgery_formats.lenses import Index, Plain, View, take, whole
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import listing
-from surgery_formats.updates import Apply, DoRA, LoRA, Replacement, Stacked, Update
+from surgery_formats.updates import Apply, DoRA, Factor, LoRA, Replacement, Stacked, Update
 
-__all__ = ["compare", "restricted"]
+__all__ = ["compare", "compare_prompt", "restricted"]
 
 _BLOCK_ELEMENTS = 1 << 20  # 8 MB of float64 per side
 
@@ -75,6 +75,19 @@ def compare(source: Adapter, written: Adapter, base: Checkpoint | None) -> dict[
             f"{len(lost)} weights are missing ({listing(lost)}), {len(new)} are new ({listing(new)})", file=written.path
         )
     return {name: _error(name, one[name], other[name], written) for name in sorted(one)}
+
+
+def compare_prompt(prompt: StoredTensor, written: Adapter) -> dict[str, float]:
+    """The greatest error of the virtual tokens, relative to their greatest value.
+
+    Raises:
+        ProofError: they are not there, or of another shape.
+    """
+    found = written.prompt
+    if found is None or found.shape != prompt.shape:
+        raise ProofError(f"the virtual tokens {list(prompt.shape)} are not in it", file=written.path)
+    mine, theirs = (Factor.of(tensor).load(torch.float64) for tensor in (prompt, found))
+    return {prompt.name: _relative(float((mine - theirs).abs().max()), float(mine.abs().max()))}
 
 
 def _targets(adapter: Adapter, base: Checkpoint | None) -> dict[str, _Target]:

@@ -14,7 +14,7 @@ from surgery_formats.checkpoint import Checkpoint, Component
 from surgery_formats.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Parameter, View, rows, whole
-from surgery_formats.names import Place
+from surgery_formats.names import Place, extent
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
@@ -214,8 +214,7 @@ def _check_fit(update: Update, places: tuple[Place, ...]) -> None:
             tensor=tensor.name,
             hint="merge into the base it was quantised from",
         )
-    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
-    width = parameter.shape[1]
+    height, width = extent(places)
     if isinstance(update, TokenRows) and update.shape[1] == width:
         if (last := max(update.indices, default=-1)) < height:
             return

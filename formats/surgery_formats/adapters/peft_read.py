@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from surgery_formats.adapter import Adapter, Ignored, Site
@@ -53,19 +54,21 @@ def read_peft(path: Path) -> Adapter:
     config = parse_config(read_object(path / "adapter_config.json"), path / "adapter_config.json")
     found = open_folder_tensors(path, ("adapter_model",))
     tensors = tuple(found.tensors.values())
-    common = {
-        "path": path,
-        "format": "peft",
-        "kind": config.kind,
-        "tensors": tensors,
-        "base_name": _text(config.raw.get("base_model_name_or_path")),
-        "base_id": _metadata(found.shards).get("surgery.base", ""),
-        "config": config.raw,
-        "metadata": _metadata(found.shards),
-        "side_files": tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
-    }
+    whole = Adapter(
+        path=path,
+        format="peft",
+        kind=config.kind,
+        updates={},
+        tensors=tensors,
+        new_modules=frozenset(config.modules_to_save) | _HEADS,
+        base_name=_text(config.raw.get("base_model_name_or_path")),
+        base_id=_metadata(found.shards).get("surgery.base", ""),
+        config=config.raw,
+        metadata=_metadata(found.shards),
+        side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
+    )
     if config.kind in PROMPT_KINDS:
-        return _soft_prompt(tensors, config, common)
+        return _soft_prompt(whole)
     modules, plain, ignored = _sort(tensors)
     updates: dict[Site, tuple[Update, ...]] = {}
     for name, tensor in plain.items():
@@ -74,11 +77,10 @@ def read_peft(path: Path) -> Adapter:
     for module, parts in modules.items():
         for site, chain in _module(module, parts, config, modules).items():
             updates[site] = updates.get(site, ()) + chain
-    return Adapter(
-        **common,  # type: ignore[arg-type]
+    return replace(
+        whole,
         updates=dict(sorted(updates.items())),
         ignored=tuple(ignored),
-        new_modules=frozenset(config.modules_to_save) | _HEADS,
         traps=tuple(_traps(config, tensors)),
     )
 
@@ -95,16 +97,16 @@ def _metadata(shards: Iterable[object]) -> dict[str, str]:
     return merged
 
 
-def _soft_prompt(tensors: Sequence[StoredTensor], config: PeftConfig, common: dict[str, object]) -> Adapter:
-    prompts = [tensor for tensor in tensors if tensor.name.rpartition(".")[2] == "prompt_embeddings"]
+def _soft_prompt(adapter: Adapter) -> Adapter:
+    """Virtual tokens, and the heads that may lie beside them."""
+    prompts = [tensor for tensor in adapter.tensors if tensor.name.rpartition(".")[2] == "prompt_embeddings"]
     if len(prompts) != 1:
-        raise MalformedError("no 'prompt_embeddings' in a soft prompt", file=common["path"])  # type: ignore[arg-type]
+        raise MalformedError("no 'prompt_embeddings' in a soft prompt", file=adapter.path)
     updates: dict[Site, tuple[Update, ...]] = {}
-    for tensor in tensors:
+    for tensor in adapter.tensors:
         if tensor is not prompts[0]:
             updates[Site(tensor.name.removeprefix("base_model."))] = (Replacement(Factor.of(tensor)),)
-    heads = frozenset(config.modules_to_save) | _HEADS
-    return Adapter(**common, updates=updates, prompt=prompts[0], new_modules=heads)  # type: ignore[arg-type]
+    return replace(adapter, updates=updates, prompt=prompts[0])
 
 
 def _sort(

@@ -17,6 +17,7 @@ from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.mlx_read import EMBEDDINGS
 from surgery_formats.adapters.peft_config import PeftConfig, parse_config
+from surgery_formats.adapters.peft_parameters import EXPERTS_ORDER_SINCE, innermost_first
 from surgery_formats.adapters.writing import (
     Ledger,
     commonest,
@@ -38,19 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["render_peft"]
 
 _PREFIX = "base_model.model."
-_PARAMETER_ORDER = (
-    "weight",
-    "gate_up_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w3",
-    "w2",
-)  # as transformers registers them
-_EXPERTS_ORDER_SINCE = (
-    "0.19.0"  # the version that gave expert factors the axis order written here (huggingface/peft#3165)
-)
 
 
 @dataclass
@@ -93,6 +81,7 @@ def render_peft(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     _parameters(state)
     if adapter.prompt is not None and own is not None:
         state.add(copied(adapter.prompt.name, adapter.prompt))
+        state.ledger.keep_prompt(adapter.prompt)
     else:
         state.ledger.drop_prompt(adapter)
     config = _config(adapter, own, state, dora=dora)
@@ -281,14 +270,8 @@ def _parameters(state: _State) -> None:
     for site, update in state.parameters:
         by_module.setdefault(site.path.rpartition(".")[0], []).append((site, update))
     for module, found in by_module.items():
-        names = {_leaf(site) for site, _ in found}
-        if len(found) > 1 and not names <= set(_PARAMETER_ORDER):
-            raise FitError(
-                f"which of {listing(sorted(names))} is the inner one is not known",
-                file=found[0][1].tensors[0].file.path,
-            )
-        if len(found) > 1:
-            found.sort(key=lambda pair: _PARAMETER_ORDER.index(_leaf(pair[0])))
+        order = innermost_first([_leaf(site) for site, _ in found], found[0][1].tensors[0].file.path)
+        found.sort(key=lambda pair: order.index(_leaf(pair[0])))
         for depth, (site, update) in enumerate(reversed(found)):
             key = f"{_PREFIX}{module}{'.base_layer' * depth}"
             for tensor in _stack_factors(key, update):
@@ -332,7 +315,7 @@ def _config(adapter: Adapter, own: PeftConfig | None, state: _State, *, dora: bo
     if own is not None and _still_holds(own, state):
         kept = dict(adapter.config)
         if stacked and own.experts_old_order:
-            kept["peft_version"] = _EXPERTS_ORDER_SINCE
+            kept["peft_version"] = EXPERTS_ORDER_SINCE
         return kept
     rank = commonest(rank for rank, _ in state.settings.values()) or 8
     alpha = commonest(alpha for _, alpha in state.settings.values()) or float(rank)
@@ -362,7 +345,7 @@ def _config(adapter: Adapter, own: PeftConfig | None, state: _State, *, dora: bo
     if own is None:
         config["modules_to_save"] = sorted(state.saved) or None
     if stacked:
-        config |= {"peft_version": _EXPERTS_ORDER_SINCE, "target_parameters": sorted(stacked)}
+        config |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(stacked)}
     return config
 
 
