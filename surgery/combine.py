@@ -24,6 +24,7 @@ from surgery.plain import plain
 from surgery.progress import Callback
 from surgery.sums import Recipe
 from surgery.task_vectors import DENSE_METHODS
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.errors import FitError, NothingChangedError
@@ -270,7 +271,7 @@ def _check_inputs(given: Sequence[Given], base: Checkpoint | None) -> list[str]:
                 else "the adapter holds no tensors",
                 file=adapter.path,
             )
-        warnings += [f"{one.name}: {trap}" for trap in adapter.traps]
+        warnings += [f"{one.name}: {trap}" for trap in (*adapter.traps, *by_values(adapter))]
         if one.weight == 0.0:
             warnings.append(f"{one.name}: its weight is 0, so it is left out")
     ids = {adapter.base_id for adapter in (one.adapter for one in given) if adapter.base_id}

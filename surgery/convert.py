@@ -13,6 +13,7 @@ from surgery.adapter_output import float_type, job_id, stored_as, write_adapter
 from surgery.progress import Callback
 from surgery_formats.adapter import Adapter
 from surgery_formats.adapters.format import Entry, Format, Rendering
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.binding import bind
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
@@ -121,7 +122,9 @@ def convert(
     if not rendering.tensors:
         raise FitError(f"{to} can hold nothing of this adapter", file=source.path)
     rendering = stored_as(rendering, kind)
-    result = ConvertResult(None, source.format, wanted.name, (*rendering.entries, *left), {}, source.traps)
+    result = ConvertResult(
+        None, source.format, wanted.name, (*rendering.entries, *left), {}, (*source.traps, *by_values(source))
+    )
     if dry_run:
         return result
     if output is None:

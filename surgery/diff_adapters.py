@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from surgery.combine_group import key_of
 from surgery.plain import plain
 from surgery_formats.adapter import Adapter, Site
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
 if TYPE_CHECKING:
@@ -156,7 +157,9 @@ def diff_adapters(a: Adapter, b: Adapter, *, header: bool, tolerance: float | No
 
 
 def _notes(a: Adapter, b: Adapter) -> list[str]:
-    notes = [f"{side}: {trap}" for side, adapter in (("A", a), ("B", b)) for trap in adapter.traps]
+    notes = [
+        f"{side}: {trap}" for side, adapter in (("A", a), ("B", b)) for trap in (*adapter.traps, *by_values(adapter))
+    ]
     if (a.prompt is None) != (b.prompt is None):
         notes.append("one of them has virtual tokens")
     elif a.prompt is not None and b.prompt is not None:

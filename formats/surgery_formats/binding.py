@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgery_formats.adapter import Adapter, Ignored, Site
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.checkpoint import Checkpoint, Component
 from surgery_formats.edits import Edit, Operation
 from surgery_formats.errors import FitError
@@ -84,7 +85,9 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
         edits, parted = settle_tie(edits, component, keeping)
         if parted:
             untied.add(component.name)
-    warnings = [f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in adapter.traps]
+    warnings = [
+        f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in (*adapter.traps, *by_values(adapter))
+    ]
     warnings += _warn_of_parting(untied, checkpoint) + _warn_of_other_base(adapters, checkpoint)
     ignored = tuple(entry for adapter, _ in adapters for entry in adapter.ignored)
     settled = tuple(sorted(before - {t for e in edits.values() for t in _trained(e)}, key=lambda tensor: tensor.name))

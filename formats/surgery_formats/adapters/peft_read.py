@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from surgery_formats.adapter import Adapter, Ignored, Site
 from surgery_formats.adapters.peft_config import PROMPT_KINDS, PeftConfig, parse_config
 from surgery_formats.adapters.peft_parameters import parameter_lora, targeted_parameters
+from surgery_formats.adapters.peft_traps import peft_traps
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
@@ -81,7 +82,7 @@ def read_peft(path: Path) -> Adapter:
         whole,
         updates=dict(sorted(updates.items())),
         ignored=tuple(ignored),
-        traps=tuple(_traps(config, tensors)),
+        traps=tuple(peft_traps(config.kind, config.raw, tensors)),
     )
 
 
@@ -290,10 +291,3 @@ def _check_plain(name: str, tensor: StoredTensor, config: PeftConfig) -> None:
             tensor=tensor.name,
             hint="is this a full model?" if not tensor.name.startswith(_PREFIX) else None,
         )
-
-
-def _traps(config: PeftConfig, tensors: Sequence[StoredTensor]) -> Iterable[str]:
-    if tensors and not any(tensor.name.startswith("base_model.") for tensor in tensors):
-        yield "its keys lack PEFT's prefix 'base_model.model.'"
-    if "lora_alpha" not in config.raw and config.kind == "LORA":
-        yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
