@@ -76,7 +76,9 @@ def _peft_config(given: Sequence[Given], parts: Sequence[Part]) -> dict[str, Any
         raise FitError("none of the adapters holds a LoRA", file=given[0].adapter.path)
     ranks = Counter(_rank(update) for _, update in updates if isinstance(update, LoRA | DoRA | Stacked))
     rank = min(ranks, key=lambda one: (-ranks[one], one))
-    saved = {name for config in configs for name in config.get("modules_to_save") or ()}
+    replaced = [f".{site.path}" for site, update in updates if isinstance(update, Replacement)]
+    listed = {name for config in configs for name in config.get("modules_to_save") or ()}
+    saved = {name for name in listed if any(f".{name}." in path for path in replaced)}
     rows = {site.path.removesuffix(".weight"): list(u.indices) for site, u in updates if isinstance(u, TokenRows)}
     whole = any(isinstance(update, Replacement) for _, update in updates)
     made: dict[str, Any] = {

@@ -160,18 +160,9 @@ def _placed(adapter: Adapter, base: Checkpoint | None, component: str | None) ->
             raise FitError(
                 f"the adapter has no part '{component}'", file=adapter.path, hint=f"it has {listing(sorted(named))}"
             )
-        kept = {site: chain for site, chain in adapter.updates.items() if site.component == component}
-        out = {
-            tensor.name
-            for site in adapter.updates.keys() - kept.keys()
-            for u in adapter.updates[site]
-            for tensor in u.tensors
-        }
-        tensors = tuple(tensor for tensor in adapter.tensors if tensor.name not in out)
-        left = tuple(
-            Entry(str(site), "dropped", "not of the chosen part") for site in adapter.updates.keys() - kept.keys()
-        )
-        return replace(adapter, updates=kept, tensors=tensors), tuple(sorted(left, key=lambda entry: entry.site))
+        kept = [site for site in adapter.updates if site.component == component]
+        left = sorted(str(site) for site in adapter.updates.keys() - set(kept))
+        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left)
     if base is None or not base.is_pipeline or named:
         return adapter, ()
     fitting = [component] if component is not None else _fitting(adapter, base)

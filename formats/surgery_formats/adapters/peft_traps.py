@@ -59,7 +59,7 @@ def by_values(adapter: Adapter) -> tuple[str, ...]:
         return ()
     return (
         f"'{show(smallest.name)}' has orthonormal rows and lora_alpha = r, as PEFT's combinations by SVD leave them: before PEFT 0.21 "
-        "these multiplied the alpha / r of every source in twice. Right only if alpha was r in all of them; else combine the originals instead",
+        "these multiplied the alpha / r of every source in twice. Right only if alpha was r in all of them; else combine the originals",
     )
 
 
