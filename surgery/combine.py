@@ -224,7 +224,7 @@ def rewrite(
     if not given:
         raise NothingChangedError("every weight is 0: nothing is left")
     memory = Solutions()
-    parts = [make_part(key, shares, given, recipe, memory) for key, shares in group(given, base).items()]
+    parts = [make_part(key, shares, given, recipe, memory, base) for key, shares in group(given, base).items()]
     if verb == "resize" and all(part.outcome == "kept" for part in parts):
         highest = max((part.rank for part in parts), default=0)
         raise NothingChangedError(
