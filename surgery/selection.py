@@ -44,14 +44,10 @@ def matches(pattern: str, site: Site) -> bool:
     component, colon, pattern = pattern.rpartition(":")
     if colon and component != site.component:
         return False
-    module = site.path.rpartition(".")[0]
-    if site.flat:
-        module, pattern = module.replace(".", "_"), pattern.replace(".", "_")
-    ends = ("", "_") if site.flat else ("",)
-    return any(
-        fnmatchcase(path, pattern) or any(fnmatchcase(path, f"*{end or '.'}{pattern}") for end in ends)
-        for path in (module, site.path)
-    )
+    paths, before = (site.path.rpartition(".")[0], site.path), "."
+    if site.flat:  # where a name begins is not known: at any underscore
+        paths, before, pattern = tuple(p.replace(".", "_") for p in paths), "_", pattern.replace(".", "_")
+    return any(fnmatchcase(path, pattern) or fnmatchcase(path, f"*{before}{pattern}") for path in paths)
 
 
 def check_patterns(selection: Selection, adapters: Sequence[Adapter]) -> None:

@@ -66,6 +66,6 @@ def test_half_a_dora_merges_as_half_of_what_it_does(made: tuple[Path, Path, Path
 def test_without_base_or_rank_it_is_refused_and_the_way_is_named(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, dora, lora = made
     for options in ({}, {"base": base}, {"rank": 8}):
-        with pytest.raises(FitError, match="depends on the base|rank cannot change") as caught:
+        with pytest.raises(FitError, match=r"depends on the base|rank cannot change") as caught:
             combine([(dora, 0.7), (lora, -0.3)], output=tmp_path / "out", **options)  # type: ignore[arg-type]
         assert "--base, --rank" in str(caught.value)
