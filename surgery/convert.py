@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.adapter_output import float_type, job_id, stored_as, write_adapter
 from surgery.progress import Callback
@@ -21,6 +21,9 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.identity import content_id
 from surgery_formats.text import listing, show
+
+if TYPE_CHECKING:
+    from surgery.projections import LaidOut
 
 __all__ = ["ConvertResult", "convert"]
 
@@ -77,6 +80,7 @@ def convert(
     *,
     base: str | os.PathLike[str] | None = None,
     component: str | None = None,
+    projections: str | None = None,
     dtype: str = "keep",
     allow_loss: bool = False,
     overwrite: bool = False,
@@ -91,6 +95,8 @@ def convert(
         output: File (kohya) or folder to make. Its parent must exist.
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where given.
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
+        projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as they are. Where
+            only the base knows how high the parts are it is needed; it may have either.
         dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``, ``bf16``.
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
@@ -108,8 +114,16 @@ def convert(
     source = read_adapter(adapter)
     checkpoint = None if base is None else open_checkpoint(base)
     source, left = _placed(source, checkpoint, component)
-    _check_source(source, checkpoint)
-    rendering = wanted.render(source, checkpoint)
+    given, made = source, None
+    if projections is not None:
+        from surgery.projections import laid_out
+
+        made = laid_out(source, projections, wanted.name, checkpoint)
+        source = made.adapter
+    held = made is not None and made.held  # a base that has the given names, and none of the new ones
+    _check_source(given if held else source, checkpoint)
+    bound = None if held else checkpoint
+    rendering = wanted.render(source, bound)
     dropped = [entry for entry in rendering.entries if entry.outcome == "dropped"]
     if dropped and not allow_loss:
         raise FitError(
@@ -122,9 +136,8 @@ def convert(
     if not rendering.tensors:
         raise FitError(f"{to} can hold nothing of this adapter", file=source.path)
     rendering = stored_as(rendering, kind)
-    result = ConvertResult(
-        None, source.format, wanted.name, (*rendering.entries, *left), {}, (*source.traps, *by_values(source))
-    )
+    traps = (*given.traps, *by_values(given))
+    result = ConvertResult(None, given.format, wanted.name, (*rendering.entries, *left), {}, traps)
     if dry_run:
         return result
     if output is None:
@@ -133,23 +146,27 @@ def convert(
     def prove(path: Path) -> dict[str, Any]:
         nonlocal result
         tolerance = _ROUNDING.get(kind, TOLERANCE) if kind else TOLERANCE
-        result = replace(result, errors=_proved(path, source, wanted, rendering, checkpoint, tolerance))
+        errors = _proved(path, source, wanted, rendering, bound, tolerance)
+        if made is not None:
+            errors |= _proved_back(path, given, wanted, made, tolerance)
+        result = replace(result, errors=errors)
         return result.as_json()
 
-    made = write_adapter(
+    facts = {"verb": "convert", "target": wanted.name, "projections": projections}
+    written = write_adapter(
         rendering,
         wanted,
         Path(output),
-        job_id({"verb": "convert", "target": wanted.name}, source.tensors, rendering),
+        job_id(facts, source.tensors, rendering),
         prove,
         inputs=(source.path, *(() if checkpoint is None else (checkpoint.path,))),
-        side_files={path.name: path for path in source.side_files},
+        side_files={path.name: path for path in given.side_files},
         overwrite=overwrite,
         progress=progress,
     )
     if checkpoint is not None:
         checkpoint.check_unchanged()
-    return replace(result, output=made)
+    return replace(result, output=written)
 
 
 def _placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:
@@ -228,6 +245,28 @@ def _proved(
             moved = {replace(s, component=min(parts)): chain for s, chain in written.updates.items()}
             written = replace(written, updates=moved)
         errors |= compare(restricted(source, rendering.held), replace(written, prompt=None), base)
+    _check_errors(errors, tolerance, path)
+    for tensor in source.tensors:
+        tensor.file.check_unchanged()
+    return errors
+
+
+def _proved_back(path: Path, given: Adapter, target: Format, made: LaidOut, tolerance: float) -> dict[str, float]:
+    """What lies at `path`, put under the names of `given` again, does what that does.
+
+    Raises:
+        ProofError: it does not.
+    """
+    from surgery.convert_proof import compare, restricted
+    from surgery.projections import given_names
+
+    written = given_names(given, target.read(path), made)
+    errors = compare(restricted(given, {site: given.updates[site] for site in written.updates}), written, None)
+    _check_errors(errors, tolerance, path)
+    return errors
+
+
+def _check_errors(errors: Mapping[str, float], tolerance: float, path: Path) -> None:
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
         name = max(wrong, key=lambda one: wrong[one])
@@ -237,6 +276,3 @@ def _proved(
             file=path.name,
             hint="--dtype fp32 keeps more digits",
         )
-    for tensor in source.tensors:
-        tensor.file.check_unchanged()
-    return errors

@@ -44,7 +44,8 @@ def matches(pattern: str, site: Site) -> bool:
     component, colon, pattern = pattern.rpartition(":")
     if colon and component != site.component:
         return False
-    paths, before = (site.path.rpartition(".")[0], site.path), "."
+    paths: tuple[str, ...] = (site.path.rpartition(".")[0], site.path)
+    before = "."
     if site.flat:  # where a name begins is not known: at any underscore
         paths, before, pattern = tuple(p.replace(".", "_") for p in paths), "_", pattern.replace(".", "_")
     return any(fnmatchcase(path, pattern) or fnmatchcase(path, f"*{before}{pattern}") for path in paths)
