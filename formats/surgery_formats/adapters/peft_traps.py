@@ -55,7 +55,7 @@ def by_values(adapter: Adapter) -> tuple[str, ...]:
     smallest = min(factors, key=lambda tensor: (tensor.numel, tensor.name), default=None)
     if smallest is None or smallest.numel > _LARGEST or (values := _values(smallest)) is None:
         return ()
-    if abs(values @ values.T - _identity(len(values))).max() > _ORTHONORMAL:
+    if not _orthonormal(values):
         return ()
     return (
         f"'{show(smallest.name)}' has orthonormal rows and lora_alpha = r, as PEFT's combinations by SVD leave them: before PEFT 0.21 "
@@ -88,7 +88,10 @@ def _values(tensor: StoredTensor) -> np.ndarray[Any, Any] | None:
     return raw.astype(np.float32).reshape(tensor.matrix)
 
 
-def _identity(size: int) -> np.ndarray[Any, Any]:
+def _orthonormal(rows: np.ndarray[Any, Any]) -> bool:
     import numpy as np
 
-    return np.eye(size, dtype=np.float32)
+    with np.errstate(
+        all="ignore"
+    ):  # NaN and Inf are no orthonormal rows, and whoever reads all values refuses them by name
+        return bool(abs(rows @ rows.T - np.eye(len(rows), dtype=np.float32)).max() <= _ORTHONORMAL)
