@@ -6,17 +6,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tests.adapter_files import (
     draw,
     write_peft,
 )
 
-__all__ = ["Arrays", "Q", "best", "lora", "simple", "total"]
+__all__ = ["Arrays", "OneLayer", "Q", "best", "lora", "simple", "total"]
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 Arrays = dict[str, np.ndarray]
+
+
+class OneLayer(torch.nn.Module):
+    """The least that PEFT can put an adapter on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = torch.nn.Linear(48, 40, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(x)
 
 
 def lora(folder: Path, seed: int, rank: int, shapes: dict[str, tuple[int, int]], **config: object) -> Path:

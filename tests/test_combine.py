@@ -33,7 +33,7 @@ from tests.adapter_files import (
     write_mlx,
     write_peft,
 )
-from tests.combinations import best, lora, simple, total
+from tests.combinations import OneLayer, best, lora, simple, total
 
 _SETTINGS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 _MODULES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
@@ -100,17 +100,9 @@ def test_peft_linear_is_off_and_its_cat_agrees(tmp_path: Path) -> None:
     """What the field's own tool makes of .7 A - .3 B, beside the sum of the two deltas."""
     import peft
 
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj = torch.nn.Linear(48, 40, bias=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.q_proj(x)
-
     torch.manual_seed(0)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
-    model = peft.get_peft_model(Model(), config, adapter_name="a")
+    model = peft.get_peft_model(OneLayer(), config, adapter_name="a")
     model.add_adapter("b", config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

@@ -16,6 +16,7 @@ from surgery import combine, convert, inspect
 from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.adapters.registry import read_adapter
 from tests.adapter_files import draw, peft_deltas, write_peft
+from tests.combinations import OneLayer
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 M = "lora_unet_down_blocks_0_attentions_0_proj_in"
@@ -24,17 +25,9 @@ M = "lora_unet_down_blocks_0_attentions_0_proj_in"
 def combined_by_peft(folder: Path, *, rslora: bool = False, kind: str = "svd", alpha: int = 16) -> Path:
     """What PEFT's own ``add_weighted_adapter`` makes of two adapters."""
 
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj = torch.nn.Linear(48, 40, bias=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.q_proj(x)
-
     torch.manual_seed(0)
     config = peft.LoraConfig(r=8, lora_alpha=alpha, use_rslora=rslora, target_modules=["q_proj"])
-    model = peft.get_peft_model(Model(), config, adapter_name="a")
+    model = peft.get_peft_model(OneLayer(), config, adapter_name="a")
     model.add_adapter("b", config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
