@@ -21,11 +21,12 @@ from surgery_formats.binding import bind
 from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.errors import ProofError
 from surgery_formats.lenses import Index, Plain, View, take, whole
+from surgery_formats.prompts import SoftPrompt
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import listing
-from surgery_formats.updates import Apply, DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import Apply, DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
-__all__ = ["compare", "restricted"]
+__all__ = ["compare", "compare_prompt", "restricted"]
 
 _BLOCK_ELEMENTS = 1 << 20  # 8 MB of float64 per side
 
@@ -76,6 +77,19 @@ def compare(source: Adapter, written: Adapter, base: Checkpoint | None) -> dict[
             f"{len(lost)} weights are missing ({listing(lost)}), {len(new)} are new ({listing(new)})", file=written.path
         )
     return {name: _error(name, one[name], other[name], written) for name in sorted(one)}
+
+
+def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
+    """The greatest error of the virtual tokens, relative to their greatest value.
+
+    Raises:
+        ProofError: they are not there, or of another kind or shape.
+    """
+    found = written.prompt
+    if found is None or found.table.shape != prompt.table.shape or replace(found, table=prompt.table) != prompt:
+        raise ProofError(f"the virtual tokens {list(prompt.table.shape)} are not in it", file=written.path)
+    mine, theirs = (Factor.of(one.table).load(torch.float64) for one in (prompt, found))
+    return {prompt.table.name: _relative(float((mine - theirs).abs().max()), float(mine.abs().max()))}
 
 
 def _targets(adapter: Adapter, base: Checkpoint | None) -> dict[str, _Target]:

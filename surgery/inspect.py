@@ -14,6 +14,7 @@ from surgery.graph import Node, Totals, leaves, module_graph, role_totals, store
 from surgery.plain import plain
 from surgery.touched import Target, Touched, distribution, group_targets, touched, trained_parameters
 from surgery_formats.adapter import Adapter
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.adapters.registry import formats
 from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
 from surgery_formats.errors import NotFoundError
@@ -350,7 +351,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         base_id=adapter.base_id,
         metadata=adapter.metadata,
         ignored={entry.tensor.name: entry.reason for entry in adapter.ignored},
-        traps=(*adapter.traps, *_traps(adapter, modules)),
+        traps=(*adapter.traps, *by_values(adapter), *_traps(adapter, modules)),
     )
 
 

@@ -15,7 +15,7 @@ from surgery_formats.binding import fit_of
 from surgery_formats.checkpoint import Checkpoint, Component
 from surgery_formats.errors import FitError
 from surgery_formats.families.family import role_of
-from surgery_formats.names import Place
+from surgery_formats.names import Place, extent
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Replacement, Stacked, TokenRows, Unsized, Update
 
@@ -86,8 +86,7 @@ def _component(site: Site, base: Checkpoint) -> Component | None:
 
 def _fits(chain: tuple[Update, ...], places: tuple[Place, ...]) -> bool:
     """By shape alone. A replacement may have more rows (a larger vocabulary), and what follows it then has too."""
-    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
-    width = places[0].parameter.shape[1]
+    height, width = extent(places)
     for given in chain:
         update = given
         if isinstance(given, Unsized):

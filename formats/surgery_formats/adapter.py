@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,17 @@ class Adapter:
         """Trained numbers: the elements of every tensor that does something."""
         dead = {id(entry.tensor) for entry in self.ignored}
         return sum(tensor.numel for tensor in self.tensors if id(tensor) not in dead)
+
+    def only(self, sites: Iterable[Site]) -> Adapter:
+        """The updates at `sites` alone, without the stored tensors that no other update uses."""
+        kept = set(sites)
+        out = {t.name for site, chain in self.updates.items() if site not in kept for u in chain for t in u.tensors}
+        out -= {t.name for site in kept for update in self.updates[site] for t in update.tensors}
+        return replace(
+            self,
+            updates={site: chain for site, chain in self.updates.items() if site in kept},
+            tensors=tuple(tensor for tensor in self.tensors if tensor.name not in out),
+        )
 
     def unconsumed(self) -> tuple[StoredTensor, ...]:
         """Stored tensors that no update uses and no reason excuses: must be empty (law 1)."""

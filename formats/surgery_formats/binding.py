@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgery_formats.adapter import Adapter, Ignored, Site
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.checkpoint import Checkpoint, Component
 from surgery_formats.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Parameter, View, rows, whole
-from surgery_formats.names import Place
+from surgery_formats.names import Place, extent
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
@@ -90,7 +91,9 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
         edits, parted = settle_tie(edits, component, keeping)
         if parted:
             untied.add(component.name)
-    warnings = [f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in adapter.traps]
+    warnings = [
+        f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in (*adapter.traps, *by_values(adapter))
+    ]
     warnings += _warn_of_parting(untied, checkpoint) + _warn_of_other_base(adapters, checkpoint)
     ignored = tuple(entry for adapter, _ in adapters for entry in adapter.ignored)
     settled = tuple(sorted(before - {t for e in edits.values() for t in _trained(e)}, key=lambda tensor: tensor.name))
@@ -146,7 +149,7 @@ def fit_of(places: tuple[Place, ...], widest: tuple[int, int]) -> Fit:
     storage = places[0].parameter.storage
     sizes = storage.tensor.shape
     kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
-    return Fit(_shape(places), kernel, widest)
+    return Fit(extent(places), kernel, widest)
 
 
 def _widest(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -155,14 +158,8 @@ def _widest(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, i
     for site, chain in adapter.updates.items():
         if any(update.kind == kind for update in chain):
             names = _component_of(site, adapter, checkpoint).names
-            shapes += [_shape(found)] if (found := names.resolve(site.path, flat=site.flat)) else []
+            shapes += [extent(found)] if (found := names.resolve(site.path, flat=site.flat)) else []
     return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
-
-
-def _shape(places: tuple[Place, ...]) -> tuple[int, int]:
-    """Logical ``(out, in)`` of the weight that lies at `places`."""
-    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
-    return height, places[0].parameter.shape[1]
 
 
 def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
@@ -244,7 +241,7 @@ def _check_fit(update: Update, places: tuple[Place, ...]) -> None:
             tensor=tensor.name,
             hint="merge into the base it was quantised from",
         )
-    height, width = _shape(places)
+    height, width = extent(places)
     if isinstance(update, TokenRows) and update.shape[1] == width:
         if (last := max(update.indices, default=-1)) < height:
             return

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from surgery_formats.adapter import Adapter, Site
@@ -13,6 +14,7 @@ from surgery_formats.adapters.peft_kinds import KINDS, Module
 from surgery_formats.adapters.peft_parameters import parameter_lora, targeted_parameters
 from surgery_formats.adapters.peft_prompt import read_prompt
 from surgery_formats.adapters.peft_switches import PROMPT_KINDS
+from surgery_formats.adapters.peft_traps import peft_traps
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
@@ -50,19 +52,21 @@ def read_peft(path: Path) -> Adapter:
     config = parse_config(read_object(path / "adapter_config.json"), path / "adapter_config.json")
     opened = open_folder_tensors(path, ("adapter_model",))
     tensors = tuple(opened.tensors.values())
-    common = {
-        "path": path,
-        "format": "peft",
-        "kind": config.kind,
-        "tensors": tensors,
-        "base_name": _text(config.raw.get("base_model_name_or_path")),
-        "base_id": _metadata(opened.shards).get("surgery.base", ""),
-        "config": config.raw,
-        "metadata": _metadata(opened.shards),
-        "side_files": tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
-    }
+    whole = Adapter(
+        path=path,
+        format="peft",
+        kind=config.kind,
+        updates={},
+        tensors=tensors,
+        new_modules=frozenset(config.modules_to_save) | HEADS,
+        base_name=_text(config.raw.get("base_model_name_or_path")),
+        base_id=_metadata(opened.shards).get("surgery.base", ""),
+        config=config.raw,
+        metadata=_metadata(opened.shards),
+        side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
+    )
     if config.kind in PROMPT_KINDS:
-        return _soft_prompt(tensors, config, common)
+        return _soft_prompt(whole, config)
     kind = KINDS.get(config.kind)
     found = sort_tensors(tensors, kind.factors, kind.shared) if kind else sort_tensors(tensors, LORA_FACTORS)
     updates: dict[Site, tuple[Update, ...]] = {}
@@ -79,13 +83,12 @@ def read_peft(path: Path) -> Adapter:
             chains = _module(module, parts, config, found.modules)
         for site, chain in chains.items():
             updates[site] = updates.get(site, ()) + chain
-    return Adapter(
-        **common,  # type: ignore[arg-type]
+    return replace(
+        whole,
         updates=dict(sorted(updates.items())),
         ignored=tuple(found.ignored),
         optional=frozenset(optional),
-        new_modules=frozenset(config.modules_to_save) | HEADS,
-        traps=tuple(_traps(config, tensors)),
+        traps=tuple(peft_traps(config.kind, config.raw, tensors)),
     )
 
 
@@ -101,21 +104,16 @@ def _metadata(shards: Iterable[object]) -> dict[str, str]:
     return merged
 
 
-def _soft_prompt(tensors: Sequence[StoredTensor], config: PeftConfig, common: dict[str, object]) -> Adapter:
+def _soft_prompt(adapter: Adapter, config: PeftConfig) -> Adapter:
     """Virtual tokens, and what was trained in full beside them."""
-    prompt = read_prompt(tensors, config)
-    rest = sort_tensors((tensor for tensor in tensors if tensor is not prompt.table), frozenset(), prefix="base_model.")
+    prompt = read_prompt(adapter.tensors, config)
+    beside = (tensor for tensor in adapter.tensors if tensor is not prompt.table)
+    rest = sort_tensors(beside, frozenset(), prefix="base_model.")
     updates: dict[Site, tuple[Update, ...]] = {}
     for name, tensor in rest.plain.items():
         _check_plain(name, tensor, config)
         updates[Site(name)] = (Replacement(Factor.of(tensor)),)
-    return Adapter(
-        **common,  # type: ignore[arg-type]
-        updates=dict(sorted(updates.items())),
-        ignored=tuple(rest.ignored),
-        prompt=prompt,
-        new_modules=frozenset(config.modules_to_save) | HEADS,
-    )
+    return replace(adapter, updates=dict(sorted(updates.items())), ignored=tuple(rest.ignored), prompt=prompt)
 
 
 def _module(
@@ -243,16 +241,3 @@ def _check_plain(name: str, tensor: StoredTensor, config: PeftConfig) -> None:
             tensor=tensor.name,
             hint="is this a full model?" if not tensor.name.startswith(PREFIX) else None,
         )
-
-
-def _traps(config: PeftConfig, tensors: Sequence[StoredTensor]) -> Iterable[str]:
-    if tensors and not any(tensor.name.startswith("base_model.") for tensor in tensors):
-        yield "its keys lack PEFT's prefix 'base_model.model.'"
-    if "lora_alpha" not in config.raw and config.kind == "LORA":
-        yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
-    if "alpha" not in config.raw and config.kind in ("LOHA", "LOKR"):
-        yield "no alpha in its configuration: PEFT's default, 8, is used"
-    if config.kind == "VERA" and not any("vera_A" in tensor.name for tensor in tensors):
-        yield "its random projections are not in the file: they are drawn again from projection_prng_key, as PEFT does"
-    if config.kind == "OFT" and config.flag("use_cayley_neumann"):
-        yield "OFT by a Cayley-Neumann series: its blocks are only nearly orthogonal, as in training"

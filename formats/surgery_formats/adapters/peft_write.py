@@ -18,7 +18,7 @@ from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.mlx_read import EMBEDDINGS
 from surgery_formats.adapters.peft_config import PeftConfig, parse_config
 from surgery_formats.adapters.peft_kinds import KINDS
-from surgery_formats.adapters.peft_parameters import PARAMETER_ORDER
+from surgery_formats.adapters.peft_parameters import EXPERTS_ORDER_SINCE, innermost_first
 from surgery_formats.adapters.writing import (
     Ledger,
     commonest,
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["render_peft"]
 
 _PREFIX = "base_model.model."
-_EXPERTS_ORDER_SINCE = (
-    "0.19.0"  # the version that gave expert factors the axis order written here (huggingface/peft#3165)
-)
 
 
 @dataclass
@@ -87,6 +84,7 @@ def render_peft(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     _parameters(state)
     if adapter.prompt is not None and own is not None:
         state.add(copied(adapter.prompt.table.name, adapter.prompt.table))
+        state.ledger.keep_prompt(adapter.prompt.table)
     else:
         state.ledger.drop_prompt(adapter)
     config = _config(adapter, own, state, dora=dora)
@@ -291,14 +289,8 @@ def _parameters(state: _State) -> None:
     for site, update in state.parameters:
         by_module.setdefault(site.path.rpartition(".")[0], []).append((site, update))
     for module, found in by_module.items():
-        names = {_leaf(site) for site, _ in found}
-        if len(found) > 1 and not names <= set(PARAMETER_ORDER):
-            raise FitError(
-                f"which of {listing(sorted(names))} is the inner one is not known",
-                file=found[0][1].tensors[0].file.path,
-            )
-        if len(found) > 1:
-            found.sort(key=lambda pair: PARAMETER_ORDER.index(_leaf(pair[0])))
+        order = innermost_first([_leaf(site) for site, _ in found], found[0][1].tensors[0].file.path)
+        found.sort(key=lambda pair: order.index(_leaf(pair[0])))
         for depth, (site, update) in enumerate(reversed(found)):
             key = f"{_PREFIX}{module}{'.base_layer' * depth}"
             for tensor in _stack_factors(key, update):
@@ -342,7 +334,7 @@ def _config(adapter: Adapter, own: PeftConfig | None, state: _State, *, dora: bo
     if own is not None and _still_holds(own, state):
         kept = dict(adapter.config)
         if stacked and own.experts_old_order:
-            kept["peft_version"] = _EXPERTS_ORDER_SINCE
+            kept["peft_version"] = EXPERTS_ORDER_SINCE
         return kept
     rank = commonest(rank for rank, _ in state.settings.values()) or 8
     alpha = commonest(alpha for _, alpha in state.settings.values()) or float(rank)
@@ -372,7 +364,7 @@ def _config(adapter: Adapter, own: PeftConfig | None, state: _State, *, dora: bo
     if own is None:
         config["modules_to_save"] = sorted(state.saved) or None
     if stacked:
-        config |= {"peft_version": _EXPERTS_ORDER_SINCE, "target_parameters": sorted(stacked)}
+        config |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(stacked)}
     return config
 
 

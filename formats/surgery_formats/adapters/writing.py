@@ -58,6 +58,10 @@ class Ledger:
         """`update` is not in the files, and why."""
         self.entries.append(Entry(str(site), "dropped", f"{update.kind}: {why}"))
 
+    def keep_prompt(self, prompt: StoredTensor) -> None:
+        """Virtual tokens are in the files."""
+        self.entries.append(Entry(prompt.name, "exact", "virtual tokens"))
+
     def drop_prompt(self, adapter: Adapter) -> None:
         """Virtual tokens, for a format that has none."""
         if adapter.prompt is not None:
