@@ -19,9 +19,11 @@ from surgery_formats.families import (
     gpt_neox,
     gpt_oss,
     llama,
+    mistral,
     mixtral,
     opt,
     phi3,
+    qwen,
     qwen_moe,
     t5,
     vit,
@@ -33,6 +35,10 @@ __all__ = ["FAMILIES", "Family", "Fused", "Rename", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
+    mistral.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    llama.NAMES_ONLY,
     gpt2.FAMILY,
     gpt_neox.FAMILY,
     bert.FAMILY,
