@@ -9,6 +9,7 @@ from surgery.onnx.graph import ONNX_TYPES, Graph
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.files.raw import File
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import closest, listing
 
@@ -25,6 +26,7 @@ class Weights:
 
     Attributes:
         used: Stored names that some node reads.
+        files: Files they lie in, in order of use.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Weights:
         self._found: dict[str, StoredTensor] = {}
         self._values: dict[tuple[str, DType], str] = {}
         self.used: set[str] = set()
+        self.files: list[File] = []
 
     def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
         """The tensor the recipe calls `name`.
@@ -68,13 +71,15 @@ class Weights:
                 tensor=stored,
                 hint="dequantise the checkpoint first",
             )
-        if tensor.strides is not None:
+        if tensor.file.path.suffix != ".safetensors":
             raise FitError(
-                "is not stored in row order, so it cannot be referenced",
+                "a graph refers to safetensors files only",
                 file=tensor.file.path,
                 tensor=stored,
                 hint="save the checkpoint as safetensors first",
             )
+        if tensor.file not in self.files:
+            self.files.append(tensor.file)
         return tensor
 
     def _stored_name(self, name: str) -> str:
