@@ -20,6 +20,7 @@ from surgery_formats.families.recipe import (
     Rope,
 )
 from surgery_formats.families.settings import LAYERS, Settings
+from surgery_formats.text import show
 
 __all__ = [
     "Sizes",
@@ -27,7 +28,9 @@ __all__ = [
     "causal_only",
     "decoder",
     "gated_mlp",
+    "layer_norm",
     "llama_like",
+    "plain_mlp",
     "pre_norm",
     "projection",
     "read_sizes",
@@ -75,6 +78,7 @@ def read_sizes(
     inner: int = 11008,
     layers: int = 32,
     heads: int = 32,
+    inner_key: str = "intermediate_size",
 ) -> Sizes:
     """Sizes under Llama's keys; the arguments are the family's defaults.
 
@@ -88,6 +92,7 @@ def read_sizes(
         inner: ``intermediate_size``.
         layers: ``num_hidden_layers``.
         heads: ``num_attention_heads``.
+        inner_key: The family's name for ``intermediate_size``.
 
     Raises:
         FitError: a size that is none, or heads that do not divide.
@@ -104,7 +109,7 @@ def read_sizes(
         raise settings.fault(f"num_attention_heads {queries} is not a multiple of num_key_value_heads {keys}")
     return Sizes(
         hidden=width,
-        inner=settings.count("intermediate_size", default=inner),
+        inner=settings.count(inner_key, default=inner),
         layers=settings.count("num_hidden_layers", default=layers, most=LAYERS),
         heads=queries,
         kv_heads=keys,
@@ -114,16 +119,21 @@ def read_sizes(
     )
 
 
-def causal_only(settings: Settings, suffix: str = "ForCausalLM") -> None:
+def causal_only(settings: Settings, *suffixes: str) -> None:
     """Refuse whatever makes a decoder something else than a causal language model.
+
+    Args:
+        settings: Of the model.
+        *suffixes: How the class name of such a model ends; ``ForCausalLM`` unless given.
 
     Raises:
         FitError: another task's head, attention in both directions, attention to an encoder, a quantised checkpoint.
     """
+    known = suffixes or ("ForCausalLM",)
     names = settings.architectures()
-    if names and not any(name.endswith(suffix) for name in names):
+    if names and not any(name.endswith(known) for name in names):
         raise settings.fault(
-            f"architectures is {', '.join(names)}; of decoders only language models ({suffix}) are known"
+            f"architectures is {show(', '.join(names), 80)}; of decoders only language models are known"
         )
     settings.only("use_bidirectional_attention", False)
     settings.only("is_causal", True)
@@ -144,6 +154,11 @@ def projection(name: str, inputs: int, outputs: int, bias: bool = False, *, tran
 def rms(name: str, epsilon: float, *, plus_one: bool = False) -> Norm:
     """The RMS norm of module `name`."""
     return Norm("rms", f"{name}.weight", epsilon, plus_one=plus_one)
+
+
+def layer_norm(name: str, epsilon: float, *, affine: bool = True, bias: bool = True) -> Norm:
+    """The layer norm of module `name`, with gain and bias where `affine`."""
+    return Norm("layer", f"{name}.weight" if affine else "", epsilon, f"{name}.bias" if affine and bias else "")
 
 
 def attention(
@@ -191,6 +206,18 @@ def gated_mlp(at: str, sizes: Sizes, activation: Activation, *, bias: bool = Fal
         output=projection(f"{at}.down_proj", sizes.inner, sizes.hidden, bias),
         activation=activation,
         gated=True,
+    )
+
+
+def plain_mlp(
+    up: str, down: str, hidden: int, inner: int, activation: Activation, *, bias: bool = True, transposed: bool = False
+) -> MLP:
+    """An MLP without a gate, of modules `up` and `down`."""
+    return MLP(
+        inputs=(projection(up, hidden, inner, bias, transposed=transposed),),
+        output=projection(down, inner, hidden, bias, transposed=transposed),
+        activation=activation,
+        gated=False,
     )
 
 

@@ -41,19 +41,7 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
 FAMILY = Family(names=("llama",), embedding="model.embed_tokens", head="lm_head", recipe=recipe)
 
 NAMES_ONLY = Family(
-    names=(
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "olmo",
-        "olmo2",
-        "granite",
-        "smollm3",
-        "stablelm",
-        "cohere",
-        "starcoder2",
-        "phi",
-    ),
+    names=("cohere", "starcoder2", "phi"),
     embedding="model.embed_tokens",
     head="lm_head",
 )
