@@ -12,7 +12,7 @@ from surgery.onnx.linear import joined, linear
 from surgery.onnx.norm import norm
 from surgery_formats.families.recipe import Attention, Norm
 
-__all__ = ["Cache", "cached_attention", "project"]
+__all__ = ["Cache", "cached_attention", "project", "split"]
 
 _ROTATED = 16  # GroupQueryAttention rotates a multiple of this many values itself
 

@@ -155,7 +155,7 @@ def _contract(component: Component, model: Model, options: Options, length: int)
         task=_task(model),
         target=options.target.name,
         dtype=_LABELS[options.io],
-        padding="right" if model.kind == "decoder" and grouped else "any",
+        padding="right" if _wants_right(model, options.target) else "any",
         cache="none" if model.kind == "encoder" else ("shared" if grouped else "growing"),
         layers=len(model.layers) if model.kind == "decoder" else 0,
         kv_heads=first.kv_heads if first else 0,
@@ -164,6 +164,13 @@ def _contract(component: Component, model: Model, options: Options, length: int)
         max_length=length,
     )
     return replace(found, **options.contract)
+
+
+def _wants_right(model: Model, target: Target) -> bool:
+    """GroupQueryAttention counts tokens from the left; so do an encoder's positions by place."""
+    if model.kind == "decoder":
+        return target.attention == "gqa"
+    return bool(model.embedding.positions) and model.embedding.position_rule == "absolute"
 
 
 def _task(model: Model) -> str:
