@@ -8,8 +8,8 @@ from surgery.onnx.context import Context, Stream, module_of
 from surgery.onnx.embedding import token_rows
 from surgery.onnx.frame import Frame
 from surgery.onnx.heads import language_head
-from surgery.onnx.linear import linear
 from surgery.onnx.layers import Body, layer_steps
+from surgery.onnx.linear import linear
 from surgery.onnx.norm import norm, residual_norm
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError

@@ -73,6 +73,8 @@ def _attention(ctx: Context, record: Attention, allowed: str) -> Body:
             kv_num_heads=record.kv_heads,
             scale=float(record.scale),
         )
-        return linear(ctx, record.output, ctx.reshaped(y, (-1, record.output.inputs), at) if ctx.flat else y, alpha=alpha)
+        return linear(
+            ctx, record.output, ctx.reshaped(y, (-1, record.output.inputs), at) if ctx.flat else y, alpha=alpha
+        )
 
     return attend

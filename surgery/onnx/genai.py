@@ -12,8 +12,28 @@ from surgery.onnx.contract import Contract
 __all__ = ["genai_config"]
 
 _TYPES = frozenset(
-    "chatglm ernie4_5 gemma gemma2 gemma3_text gptoss granite internlm2 llama mistral nemotron olmo phi phi3 phi3small phimoe qwen2 qwen3 "
-    "smollm3 gpt2".split()
+    [
+        "chatglm",
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gptoss",
+        "granite",
+        "internlm2",
+        "llama",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "phi",
+        "phi3",
+        "phi3small",
+        "phimoe",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "gpt2",
+    ]
 )
 """Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``."""
 

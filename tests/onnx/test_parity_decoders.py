@@ -110,8 +110,10 @@ def _assert_batch(name, graph, style):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma2"])
 def test_several_rows_on_top_of_a_past_go_through_the_prefill_graph(saved, name):
     path, prefill, built = exported(saved(name), "cuda")
-    assert built.contract.prefill == "prefill.onnx" and not built.contract.prefill_batch
-    assert prefill.exists() and path.exists()
+    assert built.contract.prefill == "prefill.onnx"
+    assert not built.contract.prefill_batch
+    assert prefill.exists()
+    assert path.exists()
     rows = np.array([[5, 17, 3, 88, 42, 9, 61], [29, 8, 77, 50, 1, 2, 90]])
     with torch.no_grad():
         expected = zoo.load(name)(torch.from_numpy(rows)).logits.numpy()

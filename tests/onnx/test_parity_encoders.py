@@ -38,4 +38,5 @@ def test_outputs_are_those_of_transformers(tmp_path, name, target):
         assert value.shape == wanted.shape
         where = mask.astype(bool) if value.ndim == 3 else slice(None)
         assert np.abs(value - wanted)[where].max() <= 1e-4
-    assert contract.kind == "encoder" and contract.cache == "none"
+    assert contract.kind == "encoder"
+    assert contract.cache == "none"

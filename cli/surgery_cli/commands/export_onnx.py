@@ -85,8 +85,14 @@ def _tell(result: ExportResult, seconds: float) -> None:
         ("written", f"{nbytes(result.nbytes)} in {seconds:.2f} s"),
     ]
     if contract.kind == "decoder":
-        rows.insert(1, ("reach", f"{count(contract.max_length)} tokens; rows of a batch are padded on the {_side(contract.padding)}"))
-        rows.append(("next", f"surgery run {result.output} -p \"...\""))
+        rows.insert(
+            1,
+            (
+                "reach",
+                f"{count(contract.max_length)} tokens; rows of a batch are padded on the {_side(contract.padding)}",
+            ),
+        )
+        rows.append(("next", f'surgery run {result.output} -p "..."'))
     pairs(rows)
 
 
