@@ -11,18 +11,18 @@ from surgery.onnx.build import Options, build
 from surgery.onnx.target import TARGETS
 from surgery_formats.checkpoint import open_checkpoint
 from surgery_formats.dtypes import DType
-from tests.onnx import zoo
 from tests.onnx.sessions import feed_encoder, open_session
+from tests.oracles import recipes
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", zoo.ENCODERS)
+@pytest.mark.parametrize("name", recipes.ENCODERS)
 def test_outputs_are_those_of_transformers(tmp_path, name, target):
-    folder = zoo.save(name, tmp_path)
+    folder = recipes.build(name, tmp_path)
     built = build(open_checkpoint(folder).main, Options(TARGETS[target], DType.F32))
     (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
     session, contract = open_session(folder / "model.onnx")
-    model = zoo.load(name)
+    model = recipes.load(name, folder)
     pad = model.config.pad_token_id or 0
     ids = np.array([[5, 17, 3, 88, 42], [29, 8, 77, pad, pad]])
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
