@@ -78,9 +78,7 @@ def lay_out(
         groups = [(name, None, packing_order(planned, joint)) for name, _, planned in groups]
     alignment = PAGE if packed else 1
     files = tuple(
-        _file(folder, name, shard, planned, alignment)
-        for name, shard, planned in groups
-        if planned or len(groups) == 1
+        _file(folder, name, shard, planned, alignment) for name, shard, planned in groups if planned or len(groups) == 1
     )
     index_name, index = _index(component, files, folder)
     return Laid(files, index_name, index, tuple(accounts))
