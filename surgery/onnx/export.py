@@ -99,7 +99,9 @@ def export_onnx(
     parcel = _parcel(checkpoint, built, mode, where)
     written = place(parcel, where, mode, component.folder, overwrite=overwrite)
     sizes = {name: len(data) for name, data in parcel.files.items()}
-    return ExportResult(where, built.contract, sizes, mode, written, built.nodes, tuple(_warnings(mode)))
+    return ExportResult(
+        where, built.contract, sizes, mode, written, built.nodes, tuple(_warnings(mode, component, built))
+    )
 
 
 def _stored_type(component: Component) -> DType:
@@ -141,10 +143,15 @@ def _generation(folder: Path) -> Mapping[str, Any]:
     return read_object(path) if path.exists() else {}
 
 
-def _warnings(mode: Mode) -> list[str]:
+def _warnings(mode: Mode, component: Component, built: Built) -> list[str]:
+    found = []
     if mode == "link":
-        return [
+        found.append(
             "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes into one file "
             "changes both"
-        ]
-    return []
+        )
+    if built.contract.kind == "decoder":
+        ends = (component.config.get("eos_token_id"), _generation(component.folder).get("eos_token_id"))
+        if all(one is None for one in ends):
+            found.append("the model names no eos_token_id; onnxruntime-genai takes token 0 for the end of a text")
+    return found

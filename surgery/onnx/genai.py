@@ -12,7 +12,7 @@ from surgery.onnx.contract import Contract
 __all__ = ["genai_config"]
 
 _TYPES = frozenset(
-    [
+    (
         "chatglm",
         "ernie4_5",
         "gemma",
@@ -24,18 +24,10 @@ _TYPES = frozenset(
         "llama",
         "mistral",
         "nemotron",
-        "olmo",
-        "phi",
-        "phi3",
-        "phi3small",
-        "phimoe",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-        "gpt2",
-    ]
+    )
+    + ("olmo", "phi", "phi3", "phi3small", "phimoe", "qwen2", "qwen3", "smollm3")
 )
-"""Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``."""
+"""Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``. Its ``gpt2`` takes others."""
 
 
 def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int) -> bytes:
@@ -76,7 +68,7 @@ def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], contr
         "context_length": contract.max_length,
         "decoder": decoder,
         "eos_token_id": eos,
-        "pad_token_id": first if pad is None else pad,
+        "pad_token_id": next((one for one in (pad, first) if one is not None), 0),
         "type": kind if kind in _TYPES else "decoder",
         "vocab_size": contract.vocabulary,
     }
