@@ -37,9 +37,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
                 continue
             if end - begin > _LIMIT:
                 raise MalformedError(f"an entry of metadata has {end - begin} bytes", file=path)
-            entry = {
-                inner: bytes(file.read(at, until - at)).decode() for inner, at, until in _fields(file, begin, end)
-            }
+            entry = {inner: bytes(file.read(at, until - at)).decode() for inner, at, until in _fields(file, begin, end)}
             key = entry.get(_KEY, "")
             if key in found:
                 raise MalformedError("two entries of metadata have one name", file=path)

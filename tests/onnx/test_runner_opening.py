@@ -136,7 +136,9 @@ def test_what_cannot_run_here_is_said(tmp_path):
         open_graph(tmp_path / "empty.onnx", device="cpu")
 
 
-@pytest.mark.parametrize(("attention", "cache", "padding"), [("grouped", "shared", "right"), ("plain", "growing", "left")])
+@pytest.mark.parametrize(
+    ("attention", "cache", "padding"), [("grouped", "shared", "right"), ("plain", "growing", "left")]
+)
 def test_graphs_of_other_exporters_are_understood_by_their_inputs(tmp_path, attention, cache, padding):
     path = decoder(tmp_path, attention)
     model = onnx.load(path)
@@ -147,5 +149,7 @@ def test_graphs_of_other_exporters_are_understood_by_their_inputs(tmp_path, atte
     (tmp_path / "genai_config.json").write_text('{"model": {"context_length": 64}}')
     opened = open_graph(path, device="cpu")
     assert opened.foreign
-    wanted = Contract("decoder", "text-generation", "cpu", "fp32", padding, cache, 2, 2, 16, 40, 64, attention == "plain")
+    wanted = Contract(
+        "decoder", "text-generation", "cpu", "fp32", padding, cache, 2, 2, 16, 40, 64, attention == "plain"
+    )
     assert opened.contract == wanted

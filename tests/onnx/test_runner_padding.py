@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from surgery.onnx.run.opening import open_graph
 from surgery.onnx.run.rows import pad, unpad
 from surgery_formats.errors import FitError
-from tests.onnx.graphs import KV_HEADS, HEAD_DIM, LAYERS, decoder, plain_logits
+from tests.onnx.graphs import HEAD_DIM, KV_HEADS, LAYERS, decoder, plain_logits
 
 
-@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=7), min_size=1, max_size=5), st.sampled_from(["left", "right"]))
+@given(
+    st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=7), min_size=1, max_size=5),
+    st.sampled_from(["left", "right"]),
+)
 def test_unpadding_is_the_inverse_of_padding(rows, side):
     assert unpad(*pad(rows, side), side) == rows
     assert unpad(*pad(rows, side), "any") == rows

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from surgery.onnx.run.memory import Buffer, Bytes, raw
 from surgery_formats.errors import FitError, ResourceError, SurgeryError
 
-__all__ = ["CudaMemory", "copy_bandwidth", "device_count"]
+__all__ = ["CudaMemory", "copy_bandwidth", "device_count", "used"]
 
 _SONAMES = ("libcudart.so.13", "libcudart.so.12")
 _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3
@@ -127,11 +127,22 @@ class CudaMemory:
         """Until everything so far is done."""
         _call("cudaStreamSynchronize", self.stream)
 
-    def used(self) -> int:
-        """Bytes taken on the device, by whomever."""
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        _call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        return total.value - free.value
+    def free(self) -> int:
+        """Bytes that are free on the device."""
+        return _memory_info(self.index)[0]
+
+
+def used(index: int = 0) -> int:
+    """Bytes taken on a device, by whomever."""
+    free, total = _memory_info(index)
+    return total - free
+
+
+def _memory_info(index: int) -> tuple[int, int]:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _call("cudaSetDevice", index)
+    _call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
 
 
 class _Owner:

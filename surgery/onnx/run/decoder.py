@@ -110,4 +110,3 @@ def default_past(opened: Opened) -> Past | None:
             raise FitError(f"'{name}' begins with {array.shape[2] - 1} virtual tokens, not {count}", file=opened.path)
         arrays[name] = np.ascontiguousarray(array[:, :, :count])
     return Past(count, arrays)
-

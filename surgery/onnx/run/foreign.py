@@ -44,9 +44,7 @@ def guessed_contract(
     if logits is None or len(key.shape) != 4 or not isinstance(key.shape[1], int) or not isinstance(key.shape[3], int):
         raise FitError("a cache that is not [batch, heads, past, size], or no output 'logits'", file=path)
     if not isinstance(length, int) or length < 1:
-        raise FitError(
-            "neither genai_config.json nor config.json beside it says how long a sequence may be", file=path
-        )
+        raise FitError("neither genai_config.json nor config.json beside it says how long a sequence may be", file=path)
     grouped = _has_grouped_attention(path)
     width = logits.shape[-1] if isinstance(logits.shape[-1], int) else config.get("vocab_size")
     if not isinstance(width, int) or width < 1:

@@ -175,7 +175,9 @@ def _session(
     import onnxruntime
 
     if memory.device == "cpu" and contract is not None and contract.dtype == "bf16":
-        raise FitError("a bf16 graph does not run on the cpu", file=path, hint="export with --dtype fp32 or --target cpu")
+        raise FitError(
+            "a bf16 graph does not run on the cpu", file=path, hint="export with --dtype fp32 or --target cpu"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
     if threads is not None:
@@ -190,11 +192,15 @@ def _session(
             chosen["user_compute_stream"] = str(stream)
         providers.insert(0, ("CUDAExecutionProvider", {**chosen, **more}))
     source: str | bytes = os.fspath(path)
-    if folder != path.parent or _linked(contract, folder):
-        # onnxruntime follows no link out of the graph's folder, but takes the folder by name when it gets the graph as bytes.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder.resolve()))
-        file = open_file(path)
-        source = bytes(file.read(0, file.size))
+    names = {weight.name: (folder / weight.name).resolve() for weight in contract.weights} if contract else {}
+    places = {target.parent for target in names.values()} or {folder.resolve()}
+    if folder != path.parent or any(target != folder.resolve() / name for name, target in names.items()):
+        # onnxruntime follows no link out of the graph's folder, but takes another folder by name for a graph given as bytes.
+        if len(places) > 1:
+            raise FitError("links lead to weight files in several folders", file=folder, hint="copy them into one")
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, os.fspath(next(iter(places))))
+        source = _renamed(path, {name: target.name for name, target in names.items()})
     try:
         session = onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime's own types, which share no base class
@@ -204,5 +210,17 @@ def _session(
     return session
 
 
-def _linked(contract: Contract | None, folder: Path) -> bool:
-    return contract is not None and any((folder / weight.name).is_symlink() for weight in contract.weights)
+def _renamed(path: Path, names: Mapping[str, str]) -> bytes:
+    """The graph's bytes, its weight files called by their names behind the links."""
+    if all(name == target for name, target in names.items()):
+        file = open_file(path)
+        return bytes(file.read(0, file.size))
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = names.get(entry.value, entry.value)
+    found: bytes = model.SerializeToString()
+    return found

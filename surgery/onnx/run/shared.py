@@ -60,7 +60,13 @@ class SharedDecoder:
         self._logits_nbytes = batch * contract.vocabulary * self._logits.dtype.itemsize
         self._logits_buffer = memory.allocate(self._logits_nbytes)
         self._step = self._bind(
-            slice(0, batch), (batch, 1), self._ids_buffer, self._mask_buffer, max_length, self._places_buffer, self._logits_buffer
+            slice(0, batch),
+            (batch, 1),
+            self._ids_buffer,
+            self._mask_buffer,
+            max_length,
+            self._places_buffer,
+            self._logits_buffer,
         )
         self._options = recorded(next(_recordings)) if opened.cuda_graph else not_recorded()
 
