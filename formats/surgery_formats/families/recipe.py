@@ -194,7 +194,8 @@ class Embedding:
         position_offset: First row used (2 for OPT, ``padding_idx + 1`` for RoBERTa).
         padding_token: For ``nonpad``.
         types: Token types ``(types, D)``, or empty.
-        scale: Rows are multiplied by it, rounded to the stored type first (Gemma: ``sqrt(D)``).
+        scale: Rows are multiplied by it.
+        scale_rounded: Whether `scale` is rounded to the stored type first (Gemma: ``sqrt(D)``; Granite's is not).
         norm: After the sum (BERT), or None.
         projection: After the rows (OPT-350m), or None.
     """
@@ -206,6 +207,7 @@ class Embedding:
     padding_token: int = 0
     types: str = ""
     scale: float = 1.0
+    scale_rounded: bool = False
     norm: Norm | None = None
     projection: Projection | None = None
 
