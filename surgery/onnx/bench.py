@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,16 +168,20 @@ def bind(
     cuda_graph: bool = True,
     threads: int | None = None,
     adapters: Sequence[str | os.PathLike[str]] = (),
-    provider_options: dict[str, str] | None = None,
+    prompt_adapter: str | os.PathLike[str] | None = None,
+    provider_options: Mapping[str, str] | None = None,
+    session_config: Mapping[str, str] | None = None,
 ) -> Bound:
-    """Open `model` and make its buffers; `max_length` is without virtual tokens."""
+    """Open `model` and make its buffers; `max_length` is without virtual tokens. See `open_graph` and `prepare_decoder`."""
     used = _used(device)
     began = time.perf_counter()
     opened = open_graph(model, device=device, cuda_graph=cuda_graph, threads=threads, provider_options=provider_options)
     loaded = time.perf_counter() - began
     decoder, past = None, None
     if opened.contract.kind == "decoder":
-        decoder, past = prepare_decoder(opened, batch=batch, max_length=max_length, adapters=adapters)
+        decoder, past = prepare_decoder(
+            opened, batch=batch, max_length=max_length, adapters=adapters, prompt_adapter=prompt_adapter
+        )
     tokens = past.tokens if past else 0
     return Bound(os.fspath(model), opened, decoder, loaded, max(0, _used(device) - used), tokens)
 
@@ -230,8 +234,14 @@ def step_nbytes(path: Path) -> int:
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
-    tables = {(node.op_type == "Gather", index, name) for node in graph.node for index, name in enumerate(node.input)}
-    whole = {name for gather, index, name in tables if not (gather and index == 0)}
+    names = {tensor.name for tensor in graph.initializer}
+    cast = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast" and node.input[0] in names}
+    whole = {
+        cast.get(name, name)
+        for node in graph.node
+        for index, name in enumerate(node.input)
+        if not (node.op_type == "Gather" and index == 0) and node.output[0] not in cast
+    }
     found: dict[tuple[str, int], int] = {}
     for tensor in graph.initializer:
         if tensor.name in whole:

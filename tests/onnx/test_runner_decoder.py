@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from surgery.onnx.run.adapters import fill_slots, prompt_past
-from surgery.onnx.run.decoder import default_past, make_decoder
+from surgery.onnx.run.decoder import default_past, make_decoder, text_past
 from surgery.onnx.run.growing import GrowingDecoder, RowByRow
 from surgery.onnx.run.opening import open_graph
 from surgery.onnx.run.shared import SharedDecoder
@@ -80,6 +80,17 @@ def test_the_graph_s_own_soft_prompt_is_found_and_can_be_left_out_or_swapped(tmp
     follow(make_decoder(opened), ROWS[:1], path)
     other = prompt_past(prefix(2, 7), opened.contract, file="other")
     follow(make_decoder(opened, past=other), ROWS[:1], path, prefix(2, 7))
+
+
+@pytest.mark.parametrize("attention", ["grouped", "plain"])
+def test_a_text_read_once_stands_before_every_row(tmp_path, attention):
+    path = decoder(tmp_path, attention)
+    opened = open_graph(path, device="cpu")
+    text = [7, 1, 22, 4]
+    decode = make_decoder(opened, batch=3, past=text_past(opened, text))
+    logits = decode.prefill(ROWS)
+    for row, found in zip(ROWS, logits, strict=True):
+        assert np.abs(found - plain_logits(path, text + row)[-1]).max() < EXACT
 
 
 def test_a_graph_with_grouped_attention_and_a_growing_cache(tmp_path):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.shared import SharedDecoder
 from surgery_formats.errors import FitError
 
-__all__ = ["Decoder", "default_past", "make_decoder"]
+__all__ = ["Decoder", "default_past", "make_decoder", "text_past"]
 
 Array = npt.NDArray[Any]
 
@@ -74,8 +74,9 @@ def make_decoder(
         raise FitError(f"the graph has no input {missing[0]}", file=opened.path)
     if contract.cache == "shared":
         return SharedDecoder(opened, batch, length, slots or {}, past)
-    if batch > 1 and past is not None and (contract.padding != "left" or "position_ids" not in opened.inputs):
-        # Padding must not part a prompt from its text, and GroupQueryAttention takes one row on top of a past.
+    apart = contract.padding == "right" or (contract.padding == "left" and "position_ids" not in opened.inputs)
+    if batch > 1 and past is not None and apart:
+        # GroupQueryAttention takes one row on top of a past; where places are positions, padding would part a prompt from its text.
         return RowByRow(opened, batch, length, slots or {}, past)
     return GrowingDecoder(opened, batch, length, slots or {}, past)
 
@@ -84,29 +85,56 @@ def default_past(opened: Opened) -> Past | None:
     """The soft prompt that is the graph's own: the default of its past. None if it has none.
 
     It is what one run over one token gives back in front of that token, so that it need not be sought in the file.
+
+    Raises:
+        FitError: the graph speaks of virtual tokens that it does not have.
     """
-    contract = opened.contract
-    if not contract.virtual_tokens:
+    count = opened.contract.virtual_tokens
+    if not count:
         return None
+    if lacking := [name for name in past_names(opened.contract.layers) if name not in opened.optional]:
+        raise FitError(f"the graph speaks of {count} virtual tokens, but {lacking[0]} has no default", file=opened.path)
+    found = _present(opened, [0], count)
+    return Past(count, {name: np.ascontiguousarray(array[:, :, :count]) for name, array in found.items()})
+
+
+def text_past(opened: Opened, ids: Sequence[int]) -> Past:
+    """Keys and values of the tokens `ids`, to stand in front of other rows: a text that is read once for all.
+
+    Raises:
+        FitError: no tokens, or more than the graph takes.
+    """
+    if not 0 < len(ids) <= opened.contract.max_length:
+        raise FitError(f"{len(ids)} tokens; the graph takes 1 to {opened.contract.max_length}", file=opened.path)
+    return Past(len(ids), _present(opened, ids, None))
+
+
+def _present(opened: Opened, ids: Sequence[int], default: int | None) -> dict[str, Array]:
+    """The whole cache behind `ids`, by name of the past: on `default` tokens of the graph's own, or on none."""
+    contract = opened.contract
     names = past_names(contract.layers)
-    if lacking := [name for name in names if name not in opened.optional]:
-        text = f"the graph speaks of {contract.virtual_tokens} virtual tokens, but {lacking[0]} has no default"
-        raise FitError(text, file=opened.path)
+    before = default or 0
+    whole = before + len(ids)
     binding = opened.session.io_binding()
-    count = contract.virtual_tokens
-    binding.bind_cpu_input("input_ids", np.zeros((1, 1), np.int64))
-    binding.bind_cpu_input("attention_mask", np.ones((1, count + 1), np.int64))
+    binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
+    binding.bind_cpu_input("attention_mask", np.ones((1, whole), np.int64))
     if "position_ids" in opened.inputs:
-        binding.bind_cpu_input("position_ids", np.full((1, 1), count, np.int64))
-    wanted = [name.replace("past_key_values", "present") for name in names]
-    for name in ("logits", *wanted):
+        binding.bind_cpu_input("position_ids", np.arange(before, whole, dtype=np.int64)[None])
+    where = (opened.memory.device, opened.memory.index)
+    nothing = opened.memory.allocate(1)
+    if default is None:
+        for name in names:
+            empty = (1, contract.kv_heads, 0, contract.head_dim)
+            binding.bind_input(name, *where, opened.inputs[name].element, empty, nothing.address)
+    outputs = [name.replace("past_key_values", "present") for name in names]
+    for name in ("logits", *outputs):
         binding.bind_output(name, "cpu")
     execute(opened.session, binding, not_recorded())
-    values = dict(zip(("logits", *wanted), binding.get_outputs(), strict=True))
-    arrays = {}
-    for name, output in zip(names, wanted, strict=True):
-        array = as_array(values[output], opened.outputs[output])
-        if array.shape != (1, contract.kv_heads, count + 1, contract.head_dim):
-            raise FitError(f"'{name}' begins with {array.shape[2] - 1} virtual tokens, not {count}", file=opened.path)
-        arrays[name] = np.ascontiguousarray(array[:, :, :count])
-    return Past(count, arrays)
+    _, *values = binding.get_outputs()
+    found = {}
+    for name, output, value in zip(names, outputs, values, strict=True):
+        found[name] = as_array(value, opened.outputs[output])
+        if found[name].shape != (1, contract.kv_heads, whole, contract.head_dim):
+            shape = list(found[name].shape)
+            raise FitError(f"{shape} comes out where {whole} tokens should", file=opened.path, tensor=output)
+    return found

@@ -113,6 +113,7 @@ def open_graph(
     threads: int | None = None,
     cuda_graph: bool = True,
     provider_options: Mapping[str, str] | None = None,
+    session_config: Mapping[str, str] | None = None,
 ) -> Opened:
     """Open a graph for running.
 
@@ -123,6 +124,7 @@ def open_graph(
         threads: Of one operation on the cpu; by default one per core.
         cuda_graph: On CUDA, record a decoding step once and replay it.
         provider_options: More for the CUDA provider, as onnxruntime names them.
+        session_config: More configuration entries of the session, as onnxruntime names them.
 
     Raises:
         NotFoundError: no such file, or a weight file is missing.
@@ -136,7 +138,9 @@ def open_graph(
     if contract is not None:
         check_weights(contract, folder)
     memory = _memory(device, contract)
-    session = _session(path, folder, contract, memory, threads, cuda_graph, provider_options or {})
+    session = _session(
+        path, folder, contract, memory, threads, cuda_graph, provider_options or {}, session_config or {}
+    )
     inputs, outputs = ports(session.get_inputs()), ports(session.get_outputs())
     defaults = ports(session.get_overridable_initializers())
     known = contract or guessed_contract(path, {**inputs, **defaults}, outputs, memory.device)
@@ -171,6 +175,7 @@ def _session(
     threads: int | None,
     cuda_graph: bool,
     more: Mapping[str, str],
+    config: Mapping[str, str],
 ) -> Any:
     import onnxruntime
 
@@ -185,6 +190,8 @@ def _session(
     if contract is not None and contract.target == "cpu":
         # Prepacking copies every weight into memory of the process and gains nothing for Gemm(transB): they stay mapped.
         options.add_session_config_entry("session.disable_prepacking", "1")
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
     providers: list[Any] = ["CPUExecutionProvider"]
     if memory.device == "cuda":
         chosen = {"device_id": str(memory.index), "enable_cuda_graph": str(int(cuda_graph))}

@@ -28,6 +28,7 @@ __all__ = ["SharedDecoder"]
 Array = npt.NDArray[Any]
 _CHUNK = 2048  # tokens of one row per run of a prefill: bounds its logits
 _SINGLE_WRITES = 4  # rows up to which a step writes one mark each instead of the whole mask
+_KEPT_BINDINGS = 64  # prefills of one shape need not be bound again
 _recordings = itertools.count(1)
 
 
@@ -48,8 +49,11 @@ class SharedDecoder:
             buffer = memory.allocate(array.nbytes)
             memory.write(buffer, array)
             self._slots[name] = buffer, array.shape
-        self._past = past
+        self._tokens = past.tokens if past else 0
+        if past is not None:
+            self._write_past(past)  # once: every later key goes behind it
         self._scratch = Scratch(memory)
+        self._bindings: dict[tuple[int, ...], Any] = {}  # of prefills
         self._logits = opened.outputs["logits"]
         self.lengths = np.zeros(batch, np.int64)
         # Of a step: made once.
@@ -79,12 +83,10 @@ class SharedDecoder:
         """Begin anew with `rows`; ``(B, V)`` logits behind the last token of each, in the graph's own type."""
         if len(rows) != self._batch:
             raise FitError(f"{len(rows)} rows, this decoder has {self._batch}")
-        tokens = self._past.tokens if self._past else 0
+        tokens = self._tokens
         if tokens + max(map(len, rows)) > self._max:
             raise FitError(f"{tokens + max(map(len, rows))} tokens do not fit into a cache of {self._max}")
-        self.lengths[:] = 0
-        if self._past is not None:
-            self._write_past(self._past)
+        self.lengths[:] = tokens
         if tokens or max(map(len, rows)) > _CHUNK:
             # GroupQueryAttention takes several new tokens on top of a past for one row at a time only.
             found = [self._feed(slice(r, r + 1), [row]) for r, row in enumerate(rows)]
@@ -145,7 +147,13 @@ class SharedDecoder:
             memory.write(buffers[-1], array)
         size = contract.vocabulary * self._logits.dtype.itemsize
         logits = self._scratch.get("logits", batch * width * size)
-        binding = self._bind(which, ids.shape, buffers[0], buffers[1], mask.shape[1], buffers[2], logits)
+        key = (which.start, *ids.shape, mask.shape[1], *(buffer.address for buffer in (*buffers, logits)))
+        binding = self._bindings.get(key)
+        if binding is None:
+            if len(self._bindings) >= _KEPT_BINDINGS:
+                self._bindings.clear()
+            binding = self._bind(which, ids.shape, buffers[0], buffers[1], mask.shape[1], buffers[2], logits)
+            self._bindings[key] = binding
         execute(self._opened.session, binding, not_recorded())
         ends = new.sum(1)
         self.lengths[which] += ends
@@ -153,7 +161,7 @@ class SharedDecoder:
         return np.stack([raw.view(self._logits.dtype) for raw in found])
 
     def _write_past(self, past: Past) -> None:
-        """The soft prompt in front of every row. Its places are never written again, but the buffer may be another's."""
+        """The soft prompt in front of every row."""
         memory, contract = self._opened.memory, self._opened.contract
         stride = self._max * contract.head_dim * self._kind.dtype.itemsize  # from head to head
         for name in self._names:
@@ -163,7 +171,6 @@ class SharedDecoder:
             for row in range(self._batch):
                 for head in range(contract.kv_heads):
                     memory.write(self._cache[name], array[0, head], row * self._row + head * stride)
-        self.lengths[:] = past.tokens
 
     def _bind(
         self,

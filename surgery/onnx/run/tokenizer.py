@@ -19,7 +19,10 @@ __all__ = ["Stream", "Tokenizer", "open_tokenizer", "stop_tokens"]
 
 NAME = "tokenizer.json"
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_PENDING = 8  # tokens that one character may be spread over; beyond that it is broken for good
+_PARTS = 3  # broken characters that the next token may still make one of: a character has at most four bytes
+_PENDING = (
+    64  # tokens that are held back at most: bounds the work per token where a model writes nothing but broken bytes
+)
 
 
 class Tokenizer:
@@ -84,29 +87,33 @@ def stop_tokens(folder: Path) -> frozenset[int]:
 class Stream:
     """Text of tokens as they come.
 
-    A token may be part of a character, and what a token looks like may depend on the one before it (spaces). So the tokens since the
-    last whole character are decoded together, and nothing is let out that ends in a broken one.
+    A token may be part of a character, and what a token looks like may depend on the one before it (spaces). So new tokens are decoded
+    together with those before the last whole character, and what may still become a character is held back.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []
-        self._shown = 0  # ids before this one have been let out, and are kept as context
-        self._begin = 0  # context begins here
+        self._ids: list[int] = []  # the last whole piece, as context, and what came after it
+        self._context = 0  # how many of them are context
+        self._out = ""  # what has been let out of their text
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is not whole."""
         self._ids.append(token)
-        whole = self._decode(self._ids[self._begin :])
-        if whole.endswith(_BROKEN) and len(self._ids) - self._shown < _PENDING:
-            return ""
-        return self._release(whole)
+        whole = self._decode(self._ids)
+        held = min(len(whole) - len(whole.rstrip(_BROKEN)), _PARTS)
+        settled = whole.startswith(
+            self._out
+        )  # decoders with byte tokens show a whole run of them as broken until it is right
+        if not (settled and not held) and len(self._ids) - self._context < _PENDING:
+            piece = whole[len(self._out) : len(whole) - held] if settled else ""
+            self._out += piece
+            return piece
+        piece = whole[len(self._out) :]
+        self._ids = self._ids[self._context :]
+        self._context, self._out = len(self._ids), self._decode(self._ids)
+        return piece
 
     def close(self) -> str:
         """What was held back."""
-        return self._release(self._decode(self._ids[self._begin :]))
-
-    def _release(self, whole: str) -> str:
-        before = self._decode(self._ids[self._begin : self._shown])
-        self._begin, self._shown = self._shown, len(self._ids)
-        return whole[len(before) :]
+        return self._decode(self._ids)[len(self._out) :]
