@@ -27,7 +27,9 @@ class Cache:
     present_value: str
 
 
-def cached_attention(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache, *, alpha: float = 1.0) -> str:
+def cached_attention(
+    ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache, *, alpha: float = 1.0
+) -> str:
     """Attention of new tokens to past and new ones.
 
     Args:

@@ -16,7 +16,7 @@ from surgery.onnx.encoder import encoder
 from surgery.onnx.graph import Graph
 from surgery.onnx.rotary import longest
 from surgery.onnx.target import Target, standard
-from surgery.onnx.weights import Weights
+from surgery.onnx.weights import Weights, file_of
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -85,9 +85,7 @@ def model_of(component: Component, names: Collection[str] | None = None) -> Mode
     if recipe is None:
         kind = component.config.get("model_type", component.config.get("_class_name"))
         raise FitError(
-            f"no recipe for the architecture '{show(kind, 60)}'"
-            if kind
-            else "config.json does not say which architecture",
+            f"no recipe for the architecture '{show(kind, 60)}'" if kind else "config.json does not say which architecture",
             file=component.folder / "config.json",
             hint="the families with one are listed in docs/onnx.md",
         )

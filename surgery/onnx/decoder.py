@@ -123,7 +123,9 @@ def _after(ctx: Context, model: Model, branch: Branch, body: Body, x: str, at: s
     return y
 
 
-def _parallel(ctx: Context, model: Model, layer: Layer, stream: Stream, attend: Body, think: Body, at: str) -> Stream:
+def _parallel(
+    ctx: Context, model: Model, layer: Layer, stream: Stream, attend: Body, think: Body, at: str
+) -> Stream:
     """Both bodies read the layer's input; an MLP without a norm reads what the attention reads."""
     x, stream = _before(ctx, model, layer.attention_branch, stream, at)
     y = x

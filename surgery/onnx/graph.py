@@ -130,7 +130,7 @@ class Graph:
         return self.node("Cast", [value], at, to=ONNX_TYPES[io])
 
     def numpy_type(self, io: DType) -> np.dtype[Any]:
-        """Numpy's name of a type."""
+        """numpy's name of a type."""
         import numpy as np
 
         if io is DType.BF16:

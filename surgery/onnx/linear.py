@@ -22,9 +22,7 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0) 
         x: Hidden states.
         alpha: A factor the multiplication takes along at no cost.
     """
-    stored = (
-        (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
-    )
+    stored = (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
     weight = ctx.weights.value(projection.weight, stored)
     bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
     at = module_of(projection.weight)
