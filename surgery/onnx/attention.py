@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from surgery.onnx.context import Context, module_of
 from surgery.onnx.frame import Frame
 from surgery.onnx.graph import MICROSOFT
 from surgery.onnx.linear import joined, linear
-from surgery.onnx.norm import norm
+from surgery.onnx.norm import gain, norm
 from surgery_formats.families.recipe import Attention, Norm
 
-__all__ = ["Cache", "cached_attention", "project"]
+__all__ = ["Cache", "cached_attention", "project", "split"]
 
 _ROTATED = 16  # GroupQueryAttention rotates a multiple of this many values itself
 
@@ -27,9 +28,7 @@ class Cache:
     present_value: str
 
 
-def cached_attention(
-    ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache, *, alpha: float = 1.0
-) -> str:
+def cached_attention(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache, *, alpha: float = 1.0) -> str:
     """Attention of new tokens to past and new ones.
 
     Args:
@@ -93,7 +92,7 @@ def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache
     elif ctx.flat:
         parts = tuple(ctx.batched(one, at) for one in parts)
     tables = [rows.cos, rows.sin] if inside and rows is not None else ["", ""]
-    options: dict[str, int | float] = {"scale": float(record.scale), **epsilon}
+    options: dict[str, Any] = {"scale": float(record.scale), **epsilon}
     if inside:
         options["do_rotary"] = 1
     if record.window is not None:
@@ -124,8 +123,6 @@ def _norms_inside(ctx: Context, record: Attention) -> bool:
 
 
 def _gain_inside(ctx: Context, record: Norm | None, width: int) -> str:
-    from surgery.onnx.norm import gain
-
     assert record is not None
     return gain(ctx, record, width)
 
@@ -138,7 +135,7 @@ def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cach
         q, k, v = _rotated(ctx, record, parts, frame, at)
     else:
         q, k, v = (ctx.batched(one, at) if ctx.flat else one for one in parts)
-    options = {} if record.softcap is None else {"softcap": float(record.softcap)}
+    options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
     return ctx.graph.several(
         "Attention",
         [q, k, v, frame.allowed(record.window), cache.past_key, cache.past_value],
@@ -159,7 +156,7 @@ def _rotated(
     rows = frame.table(record.rope)
     q, k, v = (ctx.batched(one, at) if ctx.flat else one for one in parts)
     positions = frame.shifted_positions(rows)
-    partial = {} if record.rope.dims == record.head_dim else {"rotary_embedding_dim": record.rope.dims}
+    partial: dict[str, Any] = {} if record.rope.dims == record.head_dim else {"rotary_embedding_dim": record.rope.dims}
     inputs = [rows.cos, rows.sin, positions]
     q = ctx.graph.node("RotaryEmbedding", [q, *inputs], at, num_heads=record.heads, **partial)
     k = ctx.graph.node("RotaryEmbedding", [k, *inputs], at, num_heads=record.kv_heads, **partial)

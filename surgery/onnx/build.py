@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +16,21 @@ from surgery.onnx.encoder import encoder
 from surgery.onnx.graph import Graph
 from surgery.onnx.rotary import longest
 from surgery.onnx.target import Target, standard
-from surgery.onnx.weights import Weights, file_of
+from surgery.onnx.weights import Weights
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model
+from surgery_formats.families.parameters import model_of
+from surgery_formats.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model, Rope
 from surgery_formats.files.raw import File
 from surgery_formats.tensors import StoredTensor
-from surgery_formats.text import show
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Built", "Options", "build", "model_of", "weight_file"]
+__all__ = ["Built", "Options", "build", "weight_file"]
 
+_HEAD_UNIT = 8  # GroupQueryAttention takes heads of a multiple of this many values
 _LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
 
 
@@ -75,30 +76,15 @@ class Built:
     files: tuple[File, ...]
 
 
-def model_of(component: Component, names: Collection[str] | None = None) -> Model:
-    """What a checkpoint computes, by its family's recipe.
-
-    Raises:
-        FitError: its architecture has no recipe, or a switch of config.json is not known.
-    """
-    recipe = component.family.recipe
-    if recipe is None:
-        kind = component.config.get("model_type", component.config.get("_class_name"))
-        raise FitError(
-            f"no recipe for the architecture '{show(kind, 60)}'" if kind else "config.json does not say which architecture",
-            file=component.folder / "config.json",
-            hint="the families with one are listed in docs/onnx.md",
-        )
-    return recipe(component.config, frozenset(component.tensors) if names is None else names)
-
-
 def build(component: Component, options: Options, model: Model | None = None) -> Built:
     """Build the graphs of a checkpoint.
 
     Raises:
         FitError: an unknown architecture; a tensor that is missing, left over, misshapen or of a type that is not computed with.
     """
-    model = model or model_of(component)
+    model = model or model_of(component.config, frozenset(component.tensors))
+    if any(layer.attention.head_dim % _HEAD_UNIT for layer in model.layers):
+        options = replace(options, target=standard(options.target))
     length = _length(model, options)
     graphs: dict[str, onnx.ModelProto] = {}
     contract = _contract(component, model, options, length)
@@ -155,15 +141,31 @@ def _contract(component: Component, model: Model, options: Options, length: int)
         task=_task(model),
         target=options.target.name,
         dtype=_LABELS[options.io],
-        padding="right" if model.kind == "decoder" and grouped else "any",
+        padding="right" if _wants_right(model, options.target) else "any",
         cache="none" if model.kind == "encoder" else ("shared" if grouped else "growing"),
         layers=len(model.layers) if model.kind == "decoder" else 0,
         kv_heads=first.kv_heads if first else 0,
         head_dim=first.head_dim if first else 0,
         vocabulary=model.vocabulary,
         max_length=length,
+        rope_switch=min((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )
     return replace(found, **options.contract)
+
+
+def _switch(rope: Rope | None, length: int) -> int:
+    """Tokens up to which LongRoPE has other angles than beyond; 0 where a graph never sees the others."""
+    if rope is None or rope.parameters["rope_type"] != "longrope":
+        return 0
+    original = int(rope.parameters["original_max_position_embeddings"])
+    return original if length > original else 0
+
+
+def _wants_right(model: Model, target: Target) -> bool:
+    """GroupQueryAttention counts tokens from the left; so do an encoder's positions by place."""
+    if model.kind == "decoder":
+        return target.attention == "gqa"
+    return bool(model.embedding.positions) and model.embedding.position_rule == "absolute"
 
 
 def _task(model: Model) -> str:

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from surgery.onnx.attention import Cache, cached_attention
 from surgery.onnx.context import Context, Stream, module_of
 from surgery.onnx.embedding import token_rows
 from surgery.onnx.frame import Frame
 from surgery.onnx.heads import language_head
+from surgery.onnx.layers import Body, layer_steps
 from surgery.onnx.linear import linear
-from surgery.onnx.mlp import mlp
 from surgery.onnx.norm import norm, residual_norm
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.families.recipe import Branch, LanguageHead, Layer, Model
+from surgery_formats.families.recipe import Attention, LanguageHead, Layer, Model
 
 __all__ = ["decoder"]
 
@@ -43,9 +41,10 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     frame = Frame(ctx, "attention_mask", max_length)
     stream = Stream(_embedded(ctx, model, frame, max_length))
     for layer, cache in zip(model.layers, caches, strict=True):
-        stream = _layer(ctx, model, layer, stream, frame, cache)
+        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, frame, cache))
     if model.final_norm is not None:
-        x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, module_of(model.final_norm.weight) or "norm")
+        at = module_of(model.final_norm.weight) or "norm"
+        x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
     else:
         x = ctx.settled(stream, "")
     language_head(ctx, model.head, x)
@@ -80,57 +79,8 @@ def _embedded(ctx: Context, model: Model, frame: Frame, max_length: int) -> str:
     return x
 
 
-def _layer(ctx: Context, model: Model, layer: Layer, stream: Stream, frame: Frame, cache: Cache) -> Stream:
+def _attention(ctx: Context, record: Attention, frame: Frame, cache: Cache) -> Body:
     def attend(x: str, alpha: float) -> str:
-        return cached_attention(ctx, layer.attention, x, frame, cache, alpha=alpha)
+        return cached_attention(ctx, record, x, frame, cache, alpha=alpha)
 
-    def think(x: str, alpha: float) -> str:
-        return mlp(ctx, layer.mlp, x, alpha=alpha)
-
-    at = module_of(module_of(module_of(layer.attention.output.weight)))
-    if layer.parallel:
-        return _parallel(ctx, model, layer, stream, attend, think, at)
-    stream = _branch(ctx, model, layer.attention_branch, stream, attend, at)
-    return _branch(ctx, model, layer.mlp_branch, stream, think, at)
-
-
-Body = Callable[[str, float], str]
-
-
-def _branch(ctx: Context, model: Model, branch: Branch, stream: Stream, body: Body, at: str) -> Stream:
-    """``x + multiplier * after(body(before(x)))``, then `on_sum`; the sum is left to whoever reads it."""
-    x, stream = _before(ctx, model, branch, stream, at)
-    stream = Stream(stream.value, _after(ctx, model, branch, body, x, at))
-    if branch.on_sum is None:
-        return stream
-    normed, _ = residual_norm(ctx, branch.on_sum, stream, model.hidden, module_of(branch.on_sum.weight) or at)
-    return Stream(normed)
-
-
-def _before(ctx: Context, model: Model, branch: Branch, stream: Stream, at: str) -> tuple[str, Stream]:
-    if branch.before is None:
-        total = ctx.settled(stream, at)
-        return total, Stream(total)
-    return residual_norm(ctx, branch.before, stream, model.hidden, module_of(branch.before.weight) or at)
-
-
-def _after(ctx: Context, model: Model, branch: Branch, body: Body, x: str, at: str) -> str:
-    if branch.after is None:
-        return body(x, branch.multiplier)
-    y = norm(ctx, branch.after, body(x, 1.0), model.hidden, module_of(branch.after.weight) or at)
-    if branch.multiplier != 1.0:
-        y = ctx.graph.node("Mul", [y, ctx.graph.number(branch.multiplier, ctx.io)], at)
-    return y
-
-
-def _parallel(
-    ctx: Context, model: Model, layer: Layer, stream: Stream, attend: Body, think: Body, at: str
-) -> Stream:
-    """Both bodies read the layer's input; an MLP without a norm reads what the attention reads."""
-    x, stream = _before(ctx, model, layer.attention_branch, stream, at)
-    y = x
-    if layer.mlp_branch.before is not None:
-        y, _ = _before(ctx, model, layer.mlp_branch, stream, at)
-    attended = _after(ctx, model, layer.attention_branch, attend, x, at)
-    thought = _after(ctx, model, layer.mlp_branch, think, y, at)
-    return Stream(stream.value, ctx.graph.node("Add", [attended, thought], at))
+    return attend

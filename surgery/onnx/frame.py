@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all layers of a decoder read besides hidden states: lengths, positions, masks and rotary tables, each made once, when first asked for.
+"""What all layers of a decoder read besides hidden states: lengths, positions, masks and rotary tables, each made when first asked for.
 
 ``B`` batch, ``S`` new tokens, ``T`` past and new tokens.
 """

@@ -130,14 +130,17 @@ class Graph:
         return self.node("Cast", [value], at, to=ONNX_TYPES[io])
 
     def numpy_type(self, io: DType) -> np.dtype[Any]:
-        """numpy's name of a type."""
+        """Numpy's name of a type."""
         import numpy as np
 
         if io is DType.BF16:
             import ml_dtypes
 
-            return np.dtype(ml_dtypes.bfloat16)
-        return np.dtype({DType.F32: "f4", DType.F16: "f2", DType.I64: "i8", DType.I32: "i4", DType.BOOL: "?"}[io])
+            wide: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return wide
+        names = {DType.F32: "f4", DType.F16: "f2", DType.I64: "i8", DType.I32: "i4", DType.BOOL: "?"}
+        found: np.dtype[Any] = np.dtype(names[io])
+        return found
 
     def external(self, name: str, tensor: StoredTensor, file: str, shape: Sequence[int], nbytes: int) -> None:
         """An initializer that is `nbytes` bytes of `file` from the first byte of `tensor`; harmless twice."""
@@ -154,7 +157,8 @@ class Graph:
 
     def _add(self, name: str, kind: int, shape: Sequence[int]) -> onnx.TensorProto:
         self._initializers.add(name)
-        return self._proto.initializer.add(name=name, data_type=kind, dims=list(shape))
+        made: onnx.TensorProto = self._proto.initializer.add(name=name, data_type=kind, dims=list(shape))
+        return made
 
     def input(self, name: str, dtype: DType, shape: Sequence[int | str]) -> str:
         """Add an input."""
@@ -192,11 +196,11 @@ def _describe(value: onnx.ValueInfoProto, dtype: DType, shape: Sequence[int | st
 
 def _set(attribute: onnx.AttributeProto, value: Any) -> None:
     if isinstance(value, int):
-        attribute.type, attribute.i = 2, value
+        attribute.type, attribute.i = attribute.INT, value
     elif isinstance(value, float):
-        attribute.type, attribute.f = 1, value
+        attribute.type, attribute.f = attribute.FLOAT, value
     elif isinstance(value, str):
-        attribute.type, attribute.s = 3, value.encode()
+        attribute.type, attribute.s = attribute.STRING, value.encode()
     else:
-        attribute.type = 7
+        attribute.type = attribute.INTS
         attribute.ints.extend(value)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from surgery.onnx.context import Context, module_of
 from surgery.onnx.contract import Slot
@@ -22,7 +23,9 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0) 
         x: Hidden states.
         alpha: A factor the multiplication takes along at no cost.
     """
-    stored = (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
+    stored = (
+        (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
+    )
     weight = ctx.weights.value(projection.weight, stored)
     bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
     at = module_of(projection.weight)
@@ -57,9 +60,9 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
 def _multiply(
     ctx: Context, x: str, weight: str, bias: str, at: str, *, transposed: bool = False, alpha: float = 1.0
 ) -> str:
-    factor = {} if alpha == 1.0 else {"alpha": float(alpha)}
+    factor: dict[str, Any] = {} if alpha == 1.0 else {"alpha": float(alpha)}
     if ctx.flat:
-        beta = {} if alpha == 1.0 or not bias else {"beta": float(alpha)}
+        beta: dict[str, Any] = {} if alpha == 1.0 or not bias else {"beta": float(alpha)}
         return ctx.graph.node("Gemm", [x, weight, bias], at, transB=0 if transposed else 1, **factor, **beta)
     y = ctx.graph.node("FusedMatMul", [x, weight], at, domain=MICROSOFT, transB=0 if transposed else 1, **factor)
     if not bias:

@@ -22,21 +22,21 @@ def norm(ctx: Context, record: Norm, x: str, width: int, at: str) -> str:
     return ctx.graph.node(op, [x, scale], at, axis=-1, epsilon=record.epsilon, stash_type=1)
 
 
-def residual_norm(ctx: Context, record: Norm, stream: Stream, width: int, at: str) -> tuple[str, Stream]:
-    """The stream's sum normalised, and the stream as it goes on."""
+def residual_norm(
+    ctx: Context, record: Norm, stream: Stream, width: int, at: str, *, keep: bool = True
+) -> tuple[str, Stream]:
+    """The stream's sum normalised, and the stream as it goes on; with `keep` false nobody reads that one."""
     if ctx.target.norm == "standard" or not stream.pending:
         total = ctx.settled(stream, at)
         return norm(ctx, record, total, width, at), Stream(total)
-    scale = gain(ctx, record, width)
-    inputs = [stream.value, stream.pending, scale]
+    inputs = [stream.value, stream.pending, gain(ctx, record, width)]
     op = "SkipSimplifiedLayerNormalization"
     if record.kind == "layer":
         op = "SkipLayerNormalization"
         inputs.append(_bias(ctx, record, width))
-    normed, _, _, total = ctx.graph.several(
-        op, inputs, at, ("*", "", "", "*"), domain=MICROSOFT, epsilon=record.epsilon
-    )
-    return normed, Stream(total)
+    outputs = ("*", "", "", "*") if keep else ("*",)
+    made = ctx.graph.several(op, inputs, at, outputs, domain=MICROSOFT, epsilon=record.epsilon)
+    return made[0], Stream(made[-1])
 
 
 def gain(ctx: Context, record: Norm, width: int) -> str:

@@ -112,7 +112,8 @@ def _llama3(plain: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
     )
     turns = original * plain / (2 * math.pi)
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - blend) * plain / p["factor"] + blend * plain
+    mixed: np.ndarray = (1 - blend) * plain / p["factor"] + blend * plain
+    return mixed
 
 
 def _yarn(plain: np.ndarray, p: Mapping[str, Any], dims: int) -> np.ndarray:
@@ -130,7 +131,8 @@ def _yarn(plain: np.ndarray, p: Mapping[str, Any], dims: int) -> np.ndarray:
     if low == high:
         high += 0.001
     keep = 1 - np.clip((np.arange(dims // 2) - low) / (high - low), 0, 1)
-    return plain / p["factor"] * (1 - keep) + plain * keep
+    mixed: np.ndarray = plain / p["factor"] * (1 - keep) + plain * keep
+    return mixed
 
 
 def _yarn_scaling(p: Mapping[str, Any]) -> float:

@@ -19,9 +19,10 @@ class Target:
 
     Attributes:
         name: As in ``--target``.
-        linear: ``gemm``: Gemm over rows ``(B*S, D)``, which every runtime has; ``fused``: com.microsoft.FusedMatMul over ``(B, S, D)``, no
-            Reshape around it. Both read weights as checkpoints store them.
-        attention: ``gqa``: com.microsoft.GroupQueryAttention, cache in one buffer, padding on the right; ``standard``: Attention of opset 23.
+        linear: ``gemm``: Gemm over rows ``(B*S, D)``, which every runtime has; ``fused``: com.microsoft.FusedMatMul over ``(B, S, D)``,
+            without a Reshape around it. Both read weights as checkpoints store them.
+        attention: ``gqa``: com.microsoft.GroupQueryAttention, its cache in one buffer, padding on the right; ``standard``: Attention of
+            opset 23.
         norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of opset 23.
         activation: ``fused``: SiLU is one com.microsoft.QuickGelu; ``standard``: Sigmoid and Mul.
         packed: Whether weights that lie one after the other in the file become one.

@@ -59,6 +59,17 @@ class Weights:
             )
         return tensor
 
+    def rows(self, name: str) -> int:
+        """Rows of a table whose number the recipe does not know.
+
+        Raises:
+            FitError: there is no such tensor, or it is a scalar.
+        """
+        tensor = self._found[name] = self._found.get(name) or self._look_up(name)
+        if not tensor.shape:
+            raise FitError("is a scalar", file=tensor.file.path, tensor=tensor.name)
+        return tensor.shape[0]
+
     def _look_up(self, name: str) -> StoredTensor:
         stored = self._stored_name(name)
         self.used.add(stored)

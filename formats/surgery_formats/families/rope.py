@@ -101,11 +101,17 @@ def rope_of(settings: Settings, found: Mapping[str, Any], head_dim: int, max_pos
     if dims % 2 or not 0 < dims <= head_dim:
         raise settings.fault(f"{dims} of {head_dim} values per head would be rotated; it must be an even number")
     values: dict[str, Any] = {"rope_type": kind, "rope_theta": inner.positive("rope_theta", default=10000.0)}
+    if values["rope_theta"] <= 1:
+        raise settings.fault("rope_theta must be above 1")
+    if kind == "dynamic" and dims <= 2:
+        raise settings.fault("rope_type 'dynamic' needs more than 2 rotated values per head")
     needs = _NEEDS[kind]
     if "original_max_position_embeddings" in needs:
         values["original_max_position_embeddings"] = inner.count(
             "original_max_position_embeddings", default=max_positions
         )
+        if values["original_max_position_embeddings"] < 2:
+            raise settings.fault("original_max_position_embeddings must be above 1")
     if "factor" in needs:
         given = inner.raw("factor")
         if given is None and kind not in ("yarn", "longrope"):
