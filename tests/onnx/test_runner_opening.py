@@ -150,6 +150,17 @@ def test_graphs_of_other_exporters_are_understood_by_their_inputs(tmp_path, atte
     opened = open_graph(path, device="cpu")
     assert opened.foreign
     wanted = Contract(
-        "decoder", "text-generation", "cpu", "fp32", padding, cache, 2, 2, 16, 40, 64, attention == "plain"
+        "decoder",
+        "text-generation",
+        "cpu",
+        "fp32",
+        padding,
+        cache,
+        2,
+        2,
+        16,
+        40,
+        64,
+        prefill_batch=attention == "plain",
     )
     assert opened.contract == wanted

@@ -30,6 +30,10 @@ class Decoder(Protocol):
         """``(B,)`` tokens in the cache, virtual ones included."""
 
     @property
+    def switch(self) -> int:
+        """Tokens behind which the next one must be prefilled with all before it (`Contract.rope_switch`); 0 for never."""
+
+    @property
     def room(self) -> int:
         """How many more tokens the longest row can take."""
 
@@ -67,6 +71,8 @@ def make_decoder(
     tokens = past.tokens if past else 0
     if length > contract.max_length:
         raise FitError(f"{length} tokens, the graph's positions end at {contract.max_length}", file=opened.path)
+    if past is not None and contract.rope_switch:
+        length = min(length, contract.rope_switch)  # the prompt's keys hold the angles of short sequences
     if tokens >= length:
         raise FitError(f"{tokens} virtual tokens leave no room in {length}", file=opened.path)
     missing = [name for name in past_names(contract.layers) if name not in opened.inputs]

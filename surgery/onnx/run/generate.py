@@ -59,7 +59,8 @@ def generate(
     reasons: list[Reason | None] = [None] * len(rows)
     if max_new < 1:
         return tuple(Generated((), "length") for _ in rows)
-    logits = decoder.prefill(rows)
+    whole = [list(row) for row in rows]
+    logits = decoder.prefill(whole)
     while True:
         tokens = choose(logits, sampling, generator)
         for row, token in enumerate(tokens.tolist()):
@@ -78,5 +79,9 @@ def generate(
         if decoder.room < 1:
             reasons = [reason or "full" for reason in reasons]
             break
-        logits = decoder.step(tokens)  # rows that have ended go on unseen: a step has a fixed number of rows
+        whole = [[*row, token] for row, token in zip(whole, tokens.tolist(), strict=True)]
+        if decoder.switch and int(decoder.lengths.max()) == decoder.switch:
+            logits = decoder.prefill(whole)
+        else:
+            logits = decoder.step(tokens)  # rows that have ended go on unseen: a step has a fixed number of rows
     return tuple(Generated(tuple(ids), reason or "full") for ids, reason in zip(found, reasons, strict=True))

@@ -52,6 +52,7 @@ class GrowingDecoder:
         self._cache: dict[str, Any] = {}  # values of onnxruntime, once there are any
         self._mask = np.zeros((batch, 0), np.int64)
         self.lengths = np.zeros(batch, np.int64)
+        self.switch = opened.contract.rope_switch
 
     @property
     def room(self) -> int:
@@ -117,6 +118,7 @@ class RowByRow:
     def __init__(
         self, opened: Opened, batch: int, max_length: int, slots: Mapping[str, Array], past: Past | None
     ) -> None:
+        self.switch = 0  # only rows with a soft prompt come here, which end before it
         self._rows = [GrowingDecoder(opened, 1, max_length, slots, past) for _ in range(batch)]
 
     @property

@@ -56,6 +56,7 @@ class SharedDecoder:
         self._bindings: dict[tuple[int, ...], Any] = {}  # of prefills
         self._logits = opened.outputs["logits"]
         self.lengths = np.zeros(batch, np.int64)
+        self.switch = contract.rope_switch
         # Of a step: made once.
         self._mask = np.zeros((batch, max_length), np.int64)
         self._ids_buffer = memory.allocate(batch * 8)
@@ -87,7 +88,7 @@ class SharedDecoder:
         if tokens + max(map(len, rows)) > self._max:
             raise FitError(f"{tokens + max(map(len, rows))} tokens do not fit into a cache of {self._max}")
         self.lengths[:] = tokens
-        if tokens or max(map(len, rows)) > _CHUNK:
+        if tokens or (max(map(len, rows)) > _CHUNK and not self.switch):
             # GroupQueryAttention takes several new tokens on top of a past for one row at a time only.
             found = [self._feed(slice(r, r + 1), [row]) for r, row in enumerate(rows)]
             logits = np.concatenate(found)
@@ -129,8 +130,9 @@ class SharedDecoder:
         """Append `rows` to the cache rows `which`: all at once on an empty cache, one row in chunks on top of a past."""
         longest = max(map(len, rows))
         found = None
-        for begin in range(0, longest, _CHUNK):
-            found = self._run(which, [row[begin : begin + _CHUNK] for row in rows])
+        chunk = longest if self.switch else _CHUNK  # a first chunk would not know that the sequence is a long one
+        for begin in range(0, longest, chunk):
+            found = self._run(which, [row[begin : begin + chunk] for row in rows])
         assert found is not None
         return found
 
