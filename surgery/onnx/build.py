@@ -148,7 +148,7 @@ def _contract(component: Component, model: Model, options: Options, length: int)
         head_dim=first.head_dim if first else 0,
         vocabulary=model.vocabulary,
         max_length=length,
-        rope_switch=min((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
+        rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )
     return replace(found, **options.contract)
 
