@@ -7,7 +7,9 @@ Functions and their meaning: CUDA Runtime API, "Memory Management", "Stream Mana
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import sys
 import time
 import weakref
@@ -20,8 +22,9 @@ import numpy.typing as npt
 from surgery.onnx.run.memory import Buffer, Bytes, raw
 from surgery_formats.errors import FitError, ResourceError, SurgeryError
 
-__all__ = ["CudaMemory", "copy_bandwidth", "device_count", "used"]
+__all__ = ["INSTALL", "CudaMemory", "copy_bandwidth", "device_count", "used"]
 
+INSTALL = "pip install 'onnxruntime-gpu[cuda,cudnn]', or run on the cpu"
 _SONAMES = ("libcudart.so.13", "libcudart.so.12")
 _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3
 _OUT_OF_MEMORY = 2
@@ -41,14 +44,23 @@ _SIGNATURES = {
 
 
 @cache
-def _library() -> Any | None:
-    """The CUDA runtime; None where there is none. onnxruntime finds it first, in the folders of the nvidia packages."""
-    if not sys.platform.startswith("linux"):
-        return None
+def _preloaded() -> str:
+    """Let onnxruntime load what it needs from the folders of the nvidia packages, or of torch; what it printed meanwhile."""
     import onnxruntime
 
+    said = io.StringIO()
     if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
+        with contextlib.redirect_stdout(said):
+            onnxruntime.preload_dlls()
+    return said.getvalue()
+
+
+@cache
+def _library() -> Any | None:
+    """The CUDA runtime; None where there is none."""
+    if not sys.platform.startswith("linux"):
+        return None
+    _preloaded()
     for name in _SONAMES:
         try:
             found = ctypes.CDLL(name)
@@ -73,7 +85,7 @@ def device_count() -> int:
 def _call(function: str, *arguments: Any) -> None:
     library = _library()
     if library is None:
-        raise FitError("no CUDA runtime", hint="pip install 'onnxruntime-gpu[cuda,cudnn]', or run on the cpu")
+        raise FitError("no CUDA runtime", hint=INSTALL)
     if (code := getattr(library, function)(*arguments)) != 0:
         text = library.cudaGetErrorString(code).decode(errors="replace")
         if code == _OUT_OF_MEMORY:

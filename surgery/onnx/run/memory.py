@@ -40,6 +40,10 @@ class Memory(Protocol):
     def index(self) -> int:
         """Of the device."""
 
+    @property
+    def stream(self) -> int:
+        """Address of the stream that runs and copies are in order on; 0 where there is none."""
+
     def allocate(self, nbytes: int) -> Buffer:
         """`nbytes` zeros."""
 
@@ -60,6 +64,7 @@ class HostMemory:
 
     device = "cpu"
     index = 0
+    stream = 0
 
     def allocate(self, nbytes: int) -> Buffer:
         """`nbytes` zeros, which take no memory until they are touched."""

@@ -138,15 +138,13 @@ def open_graph(
     if contract is not None:
         check_weights(contract, folder)
     memory = _memory(device, contract)
-    session = _session(
-        path, folder, contract, memory, threads, cuda_graph, provider_options or {}, session_config or {}
-    )
+    session = _session(path, folder, contract, memory, threads, recorded, provider_options or {}, session_config or {})
     inputs, outputs = ports(session.get_inputs()), ports(session.get_outputs())
     defaults = ports(session.get_overridable_initializers())
     known = contract or guessed_contract(path, {**inputs, **defaults}, outputs, memory.device)
     return Opened(
         session, known, contract is None, path, memory, {**inputs, **defaults}, frozenset(defaults), outputs,
-        cuda_graph and memory.device == "cuda",
+        recorded,
     )  # fmt: skip
 
 
@@ -195,8 +193,7 @@ def _session(
     providers: list[Any] = ["CPUExecutionProvider"]
     if memory.device == "cuda":
         chosen = {"device_id": str(memory.index), "enable_cuda_graph": str(int(cuda_graph))}
-        if stream := getattr(memory, "stream", 0):
-            chosen["user_compute_stream"] = str(stream)
+        chosen["user_compute_stream"] = str(memory.stream)
         providers.insert(0, ("CUDAExecutionProvider", {**chosen, **more}))
     source: str | bytes = os.fspath(path)
     names = {weight.name: (folder / weight.name).resolve() for weight in contract.weights} if contract else {}
@@ -211,9 +208,12 @@ def _session(
     try:
         session = onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime's own types, which share no base class
-        raise FitError(f"onnxruntime cannot load it: {show(error, 500)}", file=path) from error
+        hint = "try without a CUDA graph" if cuda_graph else None
+        raise FitError(f"onnxruntime cannot load it: {show(error, 500)}", file=path, hint=hint) from error
     if memory.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise FitError("onnxruntime could not use CUDA", hint="pip install 'onnxruntime-gpu[cuda,cudnn]'")
+        from surgery.onnx.run.cudart import INSTALL
+
+        raise FitError("onnxruntime could not use CUDA", hint=INSTALL)
     return session
 
 
