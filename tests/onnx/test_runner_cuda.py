@@ -38,10 +38,8 @@ def graph(request, tmp_path_factory):
 
 def logits(decoder, rows, steps):
     """Along fixed tokens, so that all see the same."""
-    found = [decoder.prefill(rows).astype(np.float32)]
-    for step in range(steps):
-        found.append(decoder.step([10 + step] * len(rows)).astype(np.float32))
-    return np.stack(found)
+    first = decoder.prefill(rows)
+    return np.stack([first, *(decoder.step([10 + step] * len(rows)) for step in range(steps))]).astype(np.float32)
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["one", "three lengths"])

@@ -138,6 +138,7 @@ def open_graph(
     if contract is not None:
         check_weights(contract, folder)
     memory = _memory(device, contract)
+    recorded = cuda_graph and memory.device == "cuda" and (contract is None or contract.cache == "shared")
     session = _session(path, folder, contract, memory, threads, recorded, provider_options or {}, session_config or {})
     inputs, outputs = ports(session.get_inputs()), ports(session.get_outputs())
     defaults = ports(session.get_overridable_initializers())
