@@ -68,6 +68,8 @@ class Contract:
         head_dim: Per head.
         vocabulary: Width of the logits.
         max_length: Positions the rotary tables (or learned positions) reach to.
+        rope_switch: Tokens beyond which rotary positions have other angles (LongRoPE); a sequence that grows past them must be prefilled
+            anew, or its cached keys keep the old ones. 0 for none.
         prefill_batch: Whether several rows may be prefilled at once on top of a past; else rows go one by one, or through `prefill`.
         prefill: File of a graph over the same weights that takes several rows with a past, or empty.
         virtual_tokens: Default past of a soft prompt: tokens that every call stands on; 0 for none.
@@ -90,6 +92,7 @@ class Contract:
     head_dim: int
     vocabulary: int
     max_length: int
+    rope_switch: int = 0
     prefill_batch: bool = True
     prefill: str = ""
     virtual_tokens: int = 0
