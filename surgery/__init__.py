@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from surgery.merge import MergeResult, merge
     from surgery.resize import resize
     from surgery.savings import SavingsReport, report
+    from surgery.verify import Verification, verify
 
 _HOMES = {
     "AdapterReport": "surgery.inspect",
@@ -49,6 +50,8 @@ _HOMES = {
     "resize": "surgery.resize",
     "ExtractResult": "surgery.extract",
     "extract_lora": "surgery.extract",
+    "Verification": "surgery.verify",
+    "verify": "surgery.verify",
 }
 
 __all__ = [
@@ -63,6 +66,7 @@ __all__ = [
     "ExtractResult",
     "MergeResult",
     "SavingsReport",
+    "Verification",
     "__version__",
     "catalogue",
     "combine",
@@ -74,6 +78,7 @@ __all__ = [
     "merge",
     "report",
     "resize",
+    "verify",
 ]
 
 

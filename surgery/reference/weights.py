@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from surgery_formats.checkpoint import Component
     from surgery_formats.names import Names
 
-__all__ = ["Weights", "planned_weights", "stored_weights"]
+__all__ = ["Weights", "planned_weights", "stored_weights", "tensor_weights"]
 
 
 class Weights(Protocol):
@@ -93,6 +93,11 @@ def _computed(tensor: PlannedTensor) -> torch.Tensor:
 def stored_weights(component: Component) -> Weights:
     """The weights of a checkpoint's network as they are."""
     return _Stored(component.tensors, component.names)
+
+
+def tensor_weights(tensors: Mapping[str, StoredTensor], names: Names) -> Weights:
+    """Weights of any origin, under the names that `names` resolves."""
+    return _Stored(tensors, names)
 
 
 def planned_weights(plan: Plan, component: str = "") -> Weights:
