@@ -162,9 +162,12 @@ def _switch(rope: Rope | None, length: int) -> int:
 
 
 def _wants_right(model: Model, target: Target) -> bool:
-    """GroupQueryAttention counts tokens from the left; so do an encoder's positions by place."""
+    """GroupQueryAttention counts tokens from the left; so do an encoder's positions by place, and a head that reads the first token."""
     if model.kind == "decoder":
         return target.attention == "gqa"
+    head = model.head
+    if (isinstance(head, ClassifierHead) and head.tokens == "first") or (isinstance(head, HiddenHead) and head.pooler):
+        return True
     return bool(model.embedding.positions) and model.embedding.position_rule == "absolute"
 
 
