@@ -23,6 +23,7 @@ from surgery.deltas import Measure, measure
 from surgery.execute import default_workers
 from surgery.extract_factor import Factored, Scratch, factor, in_threads
 from surgery.extract_ledger import ExtractResult
+from surgery.extract_noise import NoiseReport, noise_report
 from surgery.extract_plan import MOST_ROWS, Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
 from surgery.extract_rows import check_losses, rows_of
@@ -107,9 +108,10 @@ def extract_lora(
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
     try:
-        scan = _scan(pair, goal, options, scratch, device, workers or default_workers(), progress)
-        job = _settled(pair, scan, goal, options, scaling, _dtype(dtype, pair.new), allow_loss=allow_loss)
-        job = replace(job, table=job.choices() if table else (), workers=workers or default_workers())
+        threads = workers or default_workers()
+        scan = _scan(pair, goal, options, scratch, device, threads, progress)
+        job = _settled(pair, scan, goal, options, scaling, _dtype(dtype, pair.new), threads, allow_loss=allow_loss)
+        job = replace(job, table=job.choices() if table else (), workers=threads)
         if dry_run:
             return replace(job.result(), format=to)
         assert output is not None
@@ -251,6 +253,8 @@ class _Job:
     config: bytes
     metadata: Mapping[str, str]
     id: str
+    noise: NoiseReport
+    asked: bool
     warnings: tuple[str, ...] = ()
     table: tuple[Choice, ...] = ()
     workers: int = 1
@@ -267,7 +271,16 @@ class _Job:
 
     def result(self) -> ExtractResult:
         """By the spectra."""
-        rows = rows_of(self.scan.pairs, self.scan.measures, self.scan.factored, self.forms, self.ranks, self.dtype)
+        rows = rows_of(
+            self.scan.pairs,
+            self.scan.measures,
+            self.scan.factored,
+            self.forms,
+            self.ranks,
+            self.dtype,
+            self.noise.signals,
+            asked=self.asked,
+        )
         return ExtractResult(
             None,
             "peft",
@@ -278,6 +291,8 @@ class _Job:
             self.both.tuned.nbytes,
             self.warnings,
             self.table,
+            self.noise.survival,
+            self.noise.merged,
         )
 
     def proved(self, folder: Path) -> ExtractResult:
@@ -298,7 +313,15 @@ class _Job:
 
 
 def _settled(
-    both: _Both, scan: _Scan, goal: Wanted, options: Options, scaling: Scaling, dtype: DType, *, allow_loss: bool
+    both: _Both,
+    scan: _Scan,
+    goal: Wanted,
+    options: Options,
+    scaling: Scaling,
+    dtype: DType,
+    workers: int,
+    *,
+    allow_loss: bool,
 ) -> _Job:
     old, new = both.old, both.new
 
@@ -327,7 +350,12 @@ def _settled(
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return _Job(both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, differing_settings(old, new))
+    units = [scan.factored[unit.path] for unit in forms.units]
+    noise = noise_report(units, scan.factored, ranks, scan.measures, workers)
+    asked = goal.rank is not None
+    return _Job(
+        both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, noise, asked, differing_settings(old, new)
+    )
 
 
 def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:

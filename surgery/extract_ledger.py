@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery.extract_signal import MergedLoRA, Signal
 from surgery.extract_table import Choice
+from surgery.plain import plain
 
 __all__ = ["ExtractClass", "ExtractResult", "ExtractRow"]
 
@@ -36,6 +38,7 @@ class ExtractRow:
         noise: Storage rounding expected in the change, relative to its norm.
         parameters: Numbers stored for it.
         nbytes: Their bytes. Experts that share one pair of factors share them evenly.
+        signal: Of factors: what stands out of rounding.
         why: Remark.
     """
 
@@ -53,6 +56,7 @@ class ExtractRow:
     noise: float = 0.0
     parameters: int = 0
     nbytes: int = 0
+    signal: Signal | None = None
     why: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -71,6 +75,8 @@ class ExtractRow:
             }
         if self.rank:
             row |= {"rank": self.rank, "bound": _short(self.bound)}
+        if self.signal is not None:
+            row |= self.signal.as_json()
         return row | ({"why": self.why} if self.why else {})
 
 
@@ -89,6 +95,8 @@ class ExtractResult:
         tuned_nbytes: Of TUNED's weights: what the adapter takes the place of.
         warnings: What the user should know.
         table: Other ranks and fewer layers; empty where it was not asked for.
+        survival: Share of all factors' updates that is kept if they are merged into BASE's stored type; NaN where there are none.
+        merged: The LoRA that TUNED looks to be a merge of; None if it does not.
     """
 
     output: Path | None
@@ -100,6 +108,8 @@ class ExtractResult:
     tuned_nbytes: int
     warnings: tuple[str, ...] = ()
     table: tuple[Choice, ...] = ()
+    survival: float = math.nan
+    merged: MergedLoRA | None = None
 
     @property
     def energy(self) -> float:
@@ -157,6 +167,8 @@ class ExtractResult:
             "lost": _short(self.lost),
             "moved": _short(self.moved),
             "storage_noise": _short(self.noise),
+            "survival": None if math.isnan(self.survival) else _short(self.survival),
+            "looks_like": None if self.merged is None else {"kind": "merged LoRA", **plain(self.merged)},
             "parameters": self.parameters,
             "adapter_nbytes": self.adapter_nbytes,
             "tuned_nbytes": self.tuned_nbytes,

@@ -13,7 +13,7 @@ from surgery.deltas import Measure
 from surgery.extract_factor import Factored
 from surgery.extract_ledger import ExtractClass, ExtractRow
 from surgery.extract_plan import Forms, Kept, Via, kept_size
-from surgery.extract_sites import Unit
+from surgery.extract_signal import Signal, remark
 from surgery.pairs import Pair
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
@@ -59,6 +59,9 @@ def rows_of(
     forms: Forms,
     ranks: Mapping[str, int],
     dtype: DType,
+    signals: Mapping[str, Signal],
+    *,
+    asked: bool,
 ) -> tuple[ExtractRow, ...]:
     """By what was found while reading: residuals are those of the spectra.
 
@@ -89,7 +92,9 @@ def rows_of(
         elif not measures[pair.name].changed:
             row = replace(row, kind="unchanged")
         elif pair.name in units:
-            row = _low_rank(row, units[pair.name], factored, ranks, dtype, forms)
+            unit = units[pair.name]
+            row = _low_rank(row, factored[unit.path], ranks[unit.path], dtype)
+            row = _with_signal(row, signals[unit.path], asked=asked)
         else:
             adrift.append(pair.name)
         rows.append(row)
@@ -123,10 +128,13 @@ def _cost(stored: list[Kept]) -> dict[str, object]:
     }
 
 
-def _low_rank(
-    row: ExtractRow, unit: Unit, factored: Mapping[str, Factored], ranks: Mapping[str, int], dtype: DType, forms: Forms
-) -> ExtractRow:
-    found, rank = factored[unit.path], ranks[unit.path]
+def _with_signal(row: ExtractRow, signal: Signal, *, asked: bool) -> ExtractRow:
+    notes = (row.why, remark(row.rank, signal, asked=asked))
+    return replace(row, signal=signal, why="; ".join(note for note in notes if note))
+
+
+def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType) -> ExtractRow:
+    unit = found.unit
     position = unit.names.index(row.name)
     mine = unit.cost * rank
     part = mine // len(unit.names) + (

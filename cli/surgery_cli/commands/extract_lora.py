@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,10 @@ from surgery_formats.errors import FitError
 from surgery_formats.text import count, nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.extract_ledger import ExtractResult, ExtractRow
+    from surgery.extract_layers import Layers
+    from surgery.extract_ledger import ExtractResult
 
 __all__ = ["command"]
-
-_LISTED = 8  # tensors shown with the largest part of the change left out; all of them with -v
 
 
 def _rank(text: str) -> int | str:
@@ -156,17 +156,23 @@ def _text(result: ExtractResult, output: Path, seconds: float, settings: Setting
         ),
         ("size", f"{nbytes(result.adapter_nbytes)}, {smaller}"),
     ]
+    if result.merged is not None:
+        rows.append(("origin", result.merged.text))
+    if not math.isnan(result.survival):
+        rows.append(("merging", f"keeps {result.survival:.1%} of the factors' update in BASE's stored type"))
     if result.output is not None:
         rows.append(("proof", "read back, put on BASE and compared with TUNED"))
         rows.append(("wrote", f"{show(output, 500)} in {seconds:.2f} s"))
     pairs(rows)
     told = [row for row in result.rows if row.energy or row.form]
-    shown = told if settings.verbose else _worst(told)
-    if shown:
+    if told:
+        from surgery.extract_layers import layers_of
+
         click.echo()
-        table(_HEADINGS, map(_cells, shown), right=range(2, 7))
-    if len(told) > len(shown):
-        note(f"... and {len(told) - len(shown)} more; -v shows all")
+        layers = layers_of(told, apart=bool(settings.verbose))
+        table(_HEADINGS, map(_cells, layers), right=range(1, 10))
+        if len(layers) < len(told):
+            note("like-named layers are taken together; -v shows each")
     if result.table:
         click.echo()
         cells = (
@@ -177,15 +183,12 @@ def _text(result: ExtractResult, output: Path, seconds: float, settings: Setting
         note("dry run: nothing was written")
 
 
-_HEADINGS = ("tensor", "class", "rank", "share", "missing", "moved", "rms/ulp", "remark")
+_HEADINGS = (
+    "layers", "times", "rank", "share", "missing", "moved", "rms/ulp", "noise", "signal", "survives", "class", "remark",
+)  # fmt: skip
 
 
-def _worst(rows: list[ExtractRow]) -> list[ExtractRow]:
-    """Those that leave most of the change out, and the dropped."""
-    ordered = sorted(rows, key=lambda row: (row.kind != "dropped", -row.share * row.residual**2, row.name))
-    return ordered[:_LISTED]
-
-
-def _cells(row: ExtractRow) -> tuple[str, ...]:
-    figures = (f"{row.share:.2%}", f"{row.residual:.2%}", f"{row.moved:.1%}", f"{row.rms_ulp:.2g}")
-    return (row.name, row.kind, str(row.rank or ""), *figures, row.why)
+def _cells(one: Layers) -> tuple[str, ...]:
+    survival = "" if math.isnan(one.survival) else f"{one.survival:.1%}"
+    figures = (f"{one.share:.2%}", f"{one.residual:.2%}", f"{one.moved:.1%}", f"{one.rms_ulp:.2g}", f"{one.noise:.1%}")
+    return (one.pattern, str(len(one.rows)), one.ranks, *figures, one.signal, survival, one.kind, one.why)
