@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage rounding: its map is exact, its edge bounds what it does, survival is what a merge does, a merged LoRA is told from a fine-tune."""
+"""Storage rounding: its map is exact, its edge bounds it, survival is what a merge does, a merged LoRA is told from a fine-tune."""
 
 from __future__ import annotations
 
