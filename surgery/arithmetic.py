@@ -20,7 +20,7 @@ from surgery_formats.linalg.noise import kept
 from surgery_formats.tensors import as_bytes
 from surgery_formats.updates import Apply, blend
 
-__all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
+__all__ = ["BLOCK_ELEMENTS", "Seen", "block_bytes", "compute"]
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend on nothing else."""
@@ -59,7 +59,7 @@ def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], devic
     exact = torch.float64 if DType.F64 in (step.source.dtype, tensor.dtype) else torch.float32
     chain: list[tuple[View, Apply]] = []
     for operation in step.operations:
-        seen = _Seen(storage, tuple(chain), operation.view, exact, device)
+        seen = Seen(storage, tuple(chain), operation.view, exact, device)
         apply = operation.update.prepare(seen)
         chain.append((operation.view, apply if operation.share == 1.0 else blend(apply, operation.share)))
     if not chain and tensor.dtype is step.source.dtype and not step.source.dtype.is_float:
@@ -166,7 +166,7 @@ def _check_finite(block: torch.Tensor, tensor: PlannedTensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """The weight as one update of a chain sees it: after the updates before it. Satisfies `surgery_formats.updates.Weight`."""
 
     storage: Plain

@@ -21,7 +21,9 @@ from typing import Literal
 from surgery import __version__
 from surgery.deltas import Measure, measure
 from surgery.execute import default_workers
+from surgery.extract_dora import Decision, decide, kept_lora
 from surgery.extract_factor import Factored, Scratch, factor, in_threads
+from surgery.extract_kind import KINDS, Kind
 from surgery.extract_ledger import ExtractResult
 from surgery.extract_noise import NoiseReport, noise_report
 from surgery.extract_plan import MOST_ROWS, Forms, Options, kept_size, settle
@@ -56,6 +58,7 @@ def extract_lora(
     budget: str | None = None,
     alpha: float | None = None,
     rslora: bool = False,
+    kind: Kind = "auto",
     dense: Sequence[str] = ("norm", "bias"),
     embeddings: str = "lora",
     dtype: str = "auto",
@@ -80,6 +83,7 @@ def extract_lora(
         budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
+        kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
         dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
         embeddings: ``lora`` or ``full``.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
@@ -101,6 +105,7 @@ def extract_lora(
     goal = wanted(rank, energy, max_error, budget, table=table)
     options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
+    chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
     target = format_named(to)
     if output is None and not dry_run:
         raise FitError("no output was named")
@@ -109,9 +114,10 @@ def extract_lora(
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
     try:
         threads = workers or default_workers()
+        made = _Making(goal, options, scaling, _dtype(dtype, pair.new), chosen, scratch, device, threads)
         scan = _scan(pair, goal, options, scratch, device, threads, progress)
-        job = _settled(pair, scan, goal, options, scaling, _dtype(dtype, pair.new), threads, allow_loss=allow_loss)
-        job = replace(job, table=job.choices() if table else (), workers=threads)
+        job = _settled(pair, scan, made, allow_loss=allow_loss)
+        job = replace(job, table=job.choices() if table else ())
         if dry_run:
             return replace(job.result(), format=to)
         assert output is not None
@@ -240,6 +246,20 @@ class _Meter:
                 self._callback(Progress(self._done, self._total, "factorising"))
 
 
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """What the user wants, and where it is worked out."""
+
+    goal: Wanted
+    options: Options
+    scaling: Scaling
+    dtype: DType
+    kind: Kind
+    scratch: Scratch
+    device: str
+    workers: int
+
+
 @dataclass(frozen=True)
 class _Job:
     """All that is decided; nothing is written yet."""
@@ -254,10 +274,16 @@ class _Job:
     metadata: Mapping[str, str]
     id: str
     noise: NoiseReport
+    decision: Decision
     asked: bool
+    workers: int
     warnings: tuple[str, ...] = ()
     table: tuple[Choice, ...] = ()
-    workers: int = 1
+
+    @property
+    def factored(self) -> Mapping[str, Factored]:
+        """What is written."""
+        return {**self.scan.factored, **self.decision.factored}
 
     @property
     def nbytes(self) -> int:
@@ -274,11 +300,12 @@ class _Job:
         rows = rows_of(
             self.scan.pairs,
             self.scan.measures,
-            self.scan.factored,
+            self.factored,
             self.forms,
             self.ranks,
             self.dtype,
             self.noise.signals,
+            {path: one.count for path, one in self.decision.magnitudes.items()},
             asked=self.asked,
         )
         return ExtractResult(
@@ -293,6 +320,7 @@ class _Job:
             self.table,
             self.noise.survival,
             self.noise.merged,
+            self.decision.facts,
         )
 
     def proved(self, folder: Path) -> ExtractResult:
@@ -307,28 +335,22 @@ class _Job:
         changed = [pair for pair in self.scan.pairs if pair.match == "pair" and self.scan.measures[pair.name].changed]
         errors = compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
         result = self.result()
-        return replace(
-            result, rows=with_measured(result.rows, errors, self.forms, self.scan.factored, self.ranks, self.dtype)
-        )
+        sizes = {path: one.size for path, one in self.decision.magnitudes.items()}
+        rows = with_measured(result.rows, errors, self.forms, self.factored, self.ranks, self.dtype, sizes)
+        return replace(result, rows=rows)
 
 
-def _settled(
-    both: _Both,
-    scan: _Scan,
-    goal: Wanted,
-    options: Options,
-    scaling: Scaling,
-    dtype: DType,
-    workers: int,
-    *,
-    allow_loss: bool,
-) -> _Job:
+def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> _Job:
     old, new = both.old, both.new
+    goal, dtype, scaling = making.goal, making.dtype, making.scaling
 
     def formed(ranks: Mapping[str, int]) -> Forms:
-        return settle(scan.spots, scan.units, scan.measures, old, new, options, ranks)
+        return settle(scan.spots, scan.units, scan.measures, old, new, making.options, ranks)
 
-    ranks = ranks_of(goal, scan.units, scan.factored, formed, dtype)
+    ranks: Mapping[str, int] = ranks_of(goal, scan.units, scan.factored, formed, dtype)
+    decision, dora_ranks = _kind(both, scan, making, formed, ranks)
+    if decision.facts.kind == "dora":
+        ranks = dora_ranks
     forms = formed(ranks)
     for unit in forms.units:
         if goal.rank is not None and ranks[unit.path] < goal.rank:
@@ -339,8 +361,11 @@ def _settled(
     if not forms.units and not forms.kept:
         raise FitError("nothing of what changed can be held", file=both.tuned.path)
     metadata = {"format": "pt", "surgery.base": content_id(both.base)}
-    tensors = tensors_of(forms, scan.factored, ranks, scaling, dtype)
-    config = configuration(forms, ranks, scaling, goal.rank, old, both.base.path.resolve().name)
+    factored = {**scan.factored, **decision.factored}
+    places = {path: one.values for path, one in decision.magnitudes.items()}
+    tensors = tensors_of(forms, factored, ranks, scaling, dtype, places)
+    name = both.base.path.resolve().name
+    config = configuration(forms, ranks, scaling, goal.rank, old, name, dora=decision.facts.kind == "dora")
     facts = {
         "version": __version__,
         "verb": "extract-lora",
@@ -351,11 +376,39 @@ def _settled(
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     units = [scan.factored[unit.path] for unit in forms.units]
-    noise = noise_report(units, scan.factored, ranks, scan.measures, workers)
-    asked = goal.rank is not None
+    gains = {path: one.load_gains for path, one in decision.magnitudes.items()}
+    noise = noise_report(units, factored, ranks, scan.measures, making.workers, gains)
     return _Job(
-        both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, noise, asked, differing_settings(old, new)
-    )
+        both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, noise, decision, goal.rank is not None,
+        making.workers, differing_settings(old, new),
+    )  # fmt: skip
+
+
+def _kind(
+    both: _Both, scan: _Scan, making: _Making, formed: Callable[[Mapping[str, int]], Forms], ranks: Mapping[str, int]
+) -> tuple[Decision, Mapping[str, int]]:
+    """LoRA or DoRA, and the ranks of a DoRA.
+
+    Raises:
+        FitError: a DoRA was asked for, and none can be made.
+    """
+    goal = making.goal
+    if making.kind == "auto" and (goal.criterion.energy is not None or goal.criterion.max_error is not None):
+        return kept_lora("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
+    dora_ranks = ranks
+    if making.kind != "lora" and goal.budget is not None:
+        try:
+            dora_ranks = ranks_of(goal, scan.units, scan.factored, formed, making.dtype, magnitudes=True)
+        except FitError as error:
+            if making.kind == "dora":
+                raise
+            return kept_lora(error.message), ranks
+    units = formed(dora_ranks).units
+    decision = decide(
+        making.kind, units, scan.factored, dora_ranks, ranks, making.scratch, making.device, making.workers,
+        both.tuned.path,
+    )  # fmt: skip
+    return decision, dora_ranks
 
 
 def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:

@@ -21,7 +21,7 @@ from surgery_formats.tensors import as_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Criterion", "Factored", "Scratch", "factor", "in_threads"]
+__all__ = ["Criterion", "Factored", "Piece", "Place", "Scratch", "factor", "in_threads"]
 
 ROWS_FROM = 1 << 27
 """Elements above which a matrix is read block by block at every product instead of being held (512 MB of float32): vocabularies."""

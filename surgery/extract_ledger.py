@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery.extract_kind import KindFacts
 from surgery.extract_signal import MergedLoRA, Signal
 from surgery.extract_table import Choice
 from surgery.plain import plain
@@ -26,7 +27,8 @@ class ExtractRow:
     Attributes:
         name: As TUNED names it.
         kind: Its class.
-        form: Where the adapter holds it: ``LoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``; empty where it need not.
+        form: Where the adapter holds it: ``LoRA``, ``DoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``; empty where it
+            need not.
         shape: TUNED's.
         rank: Of the factors; 0 where there are none.
         energy: ``||TUNED - BASE||_F^2``.
@@ -97,6 +99,7 @@ class ExtractResult:
         table: Other ranks and fewer layers; empty where it was not asked for.
         survival: Share of all factors' updates that is kept if they are merged into BASE's stored type; NaN where there are none.
         merged: The LoRA that TUNED looks to be a merge of; None if it does not.
+        kind: LoRA or DoRA, and why.
     """
 
     output: Path | None
@@ -110,6 +113,7 @@ class ExtractResult:
     table: tuple[Choice, ...] = ()
     survival: float = math.nan
     merged: MergedLoRA | None = None
+    kind: KindFacts | None = None
 
     @property
     def energy(self) -> float:
@@ -161,6 +165,7 @@ class ExtractResult:
             "format": self.format,
             "base": self.base_id,
             "dtype": self.dtype,
+            "kind": None if self.kind is None else self.kind.as_json(),
             "classes": dict(self.classes),
             "residual": _short(self.residual),
             "energy": _short(self.energy),

@@ -11,13 +11,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from surgery.deltas import BLOCK_ELEMENTS, Delta, Measure
 from surgery.extract_factor import Factored, in_threads
 from surgery.extract_signal import MergedLoRA, Signal, Spectrum, looks_merged
 from surgery_formats.linalg.kept import Kept
 
-__all__ = ["NoiseReport", "noise_edge", "noise_report", "spectra", "survivals"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["NoiseReport", "noise_edge", "noise_report", "sample_runs", "spectra", "survivals"]
 
 _LOOKED_AT = 1 << 18
 """Elements of a unit that survival is computed from, in `_RUNS` runs of rows: its standard error is then below 1 %."""
@@ -72,6 +76,7 @@ def noise_report(
     ranks: Mapping[str, int],
     measures: Mapping[str, Measure],
     workers: int,
+    gains: Mapping[str, Callable[[], torch.Tensor]],
 ) -> NoiseReport:
     """Conclude.
 
@@ -81,9 +86,10 @@ def noise_report(
         ranks: By unit path.
         measures: By TUNED's names.
         workers: Threads.
+        gains: Of a DoRA, by unit path: what each row (of an embedding, each column) of ``W + BA`` is multiplied with.
     """
     every = tuple(units)
-    kept = survivals([chosen[found.unit.path] for found in every], ranks, workers)
+    kept = survivals([chosen[found.unit.path] for found in every], ranks, workers, gains)
     signals, all_spectra = {}, []
     for found in every:
         mine = spectra(found, math.fsum(measures[name].noise for name in found.unit.names))
@@ -95,26 +101,35 @@ def noise_report(
     return NoiseReport(signals, Kept.total(kept.values()).survival, looks_merged(all_spectra))
 
 
-def survivals(factored: Iterable[Factored], ranks: Mapping[str, int], workers: int) -> dict[str, Kept]:
+def survivals(
+    factored: Iterable[Factored],
+    ranks: Mapping[str, int],
+    workers: int,
+    gains: Mapping[str, Callable[[], torch.Tensor]],
+) -> dict[str, Kept]:
     """What a merge of the factors into BASE's stored type would keep, by unit path.
 
     Args:
         factored: Units.
         ranks: Of each, by path.
         workers: Threads.
+        gains: As for `noise_report`.
     """
     made: dict[str, Kept] = {}
 
     def work(found: Factored, stop: Callable[[], bool]) -> None:
         if not stop():
-            made[found.unit.path] = Kept.total(_survival(found, ranks[found.unit.path]))
+            made[found.unit.path] = Kept.total(_survival(found, ranks[found.unit.path], gains.get(found.unit.path)))
 
     in_threads([partial(work, found) for found in factored], workers)
     return made
 
 
-def _survival(found: Factored, rank: int) -> Iterator[Kept]:
+def _survival(found: Factored, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Kept]:
     from surgery_formats.linalg.noise import survival
+
+    gain = None if gains is None else gains()
+    by_column = found.unit.form == "embedding" or found.unit.deltas[0].transposed
 
     for index, delta in enumerate(found.unit.deltas):
         left, right = found.factors(index, rank)  # (out, rank), (rank, in)
@@ -122,15 +137,24 @@ def _survival(found: Factored, rank: int) -> Iterator[Kept]:
         at = 0
         for strip in delta.strips:
             height = strip.last - strip.first
-            for start, stop in _runs(height, delta.stored_shape[1], len(found.unit.deltas) * len(delta.strips)):
+            for start, stop in sample_runs(height, delta.stored_shape[1], len(found.unit.deltas) * len(delta.strips)):
                 change = one[at + start : at + stop] @ other
                 base = strip.base.get(strip.first + start, strip.first + stop)
+                if gain is not None:  # g (W + BA) - W
+                    scale = gain if by_column else gain[at + start : at + stop, None]
+                    change = scale * change + (scale - 1) * base
                 yield survival(base, change, strip.base.tensor.dtype)
             at += height
 
 
-def _runs(rows: int, cols: int, share: int) -> Iterator[tuple[int, int]]:
-    """Some runs of rows, spread evenly: all rows where they are few."""
+def sample_runs(rows: int, cols: int, share: int = 1) -> Iterator[tuple[int, int]]:
+    """Some runs of rows, spread evenly: all rows where they are few.
+
+    Args:
+        rows: Of the matrix.
+        cols: Of the matrix.
+        share: How many such matrices are looked at together.
+    """
     some = max(1, _LOOKED_AT // max(cols * share, 1))
     if some >= rows:
         yield 0, rows

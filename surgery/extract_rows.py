@@ -60,10 +60,22 @@ def rows_of(
     ranks: Mapping[str, int],
     dtype: DType,
     signals: Mapping[str, Signal],
+    magnitudes: Mapping[str, int],
     *,
     asked: bool,
 ) -> tuple[ExtractRow, ...]:
     """By what was found while reading: residuals are those of the spectra.
+
+    Args:
+        pairs: Every tensor of TUNED.
+        measures: By its names.
+        factored: What is written, by unit path.
+        forms: What becomes of each.
+        ranks: By unit path.
+        dtype: Of the factors.
+        signals: By unit path.
+        magnitudes: How many numbers a DoRA has beside its factors, by unit path.
+        asked: Whether the user named the rank.
 
     Raises:
         FitError: a tensor changed and is in no class.
@@ -93,7 +105,7 @@ def rows_of(
             row = replace(row, kind="unchanged")
         elif pair.name in units:
             unit = units[pair.name]
-            row = _low_rank(row, factored[unit.path], ranks[unit.path], dtype)
+            row = _low_rank(row, factored[unit.path], ranks[unit.path], dtype, magnitudes.get(unit.path, 0))
             row = _with_signal(row, signals[unit.path], asked=asked)
         else:
             adrift.append(pair.name)
@@ -133,7 +145,7 @@ def _with_signal(row: ExtractRow, signal: Signal, *, asked: bool) -> ExtractRow:
     return replace(row, signal=signal, why="; ".join(note for note in notes if note))
 
 
-def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType) -> ExtractRow:
+def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType, magnitudes: int) -> ExtractRow:
     unit = found.unit
     position = unit.names.index(row.name)
     mine = unit.cost * rank
@@ -146,12 +158,12 @@ def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType) -> Extr
     return replace(
         row,
         kind="low-rank",
-        form="LoRA",
+        form="DoRA" if magnitudes else "LoRA",
         rank=rank,
         residual=math.sqrt(left),
         bound=max(piece.bound for piece in found.pieces),
-        parameters=part,
-        nbytes=part * dtype.bits // 8,
+        parameters=part + magnitudes,
+        nbytes=part * dtype.bits // 8 + magnitudes * 4,
         why="; ".join(notes),
     )
 
@@ -163,8 +175,9 @@ def with_measured(
     factored: Mapping[str, Factored],
     ranks: Mapping[str, int],
     dtype: DType,
+    sizes: Mapping[str, float],
 ) -> tuple[ExtractRow, ...]:
-    """The same rows with the residuals that were read back.
+    """The same rows with the residuals that were read back; `sizes` is ``||TUNED||_F`` of what became DoRA, by unit path.
 
     Raises:
         ProofError: one is not what was reported: the spectrum's for factors, none at all for copies.
@@ -176,7 +189,8 @@ def with_measured(
         left = math.fsum(errors[name].left for name in unit.names if name in errors)
         reported = math.sqrt(factored[unit.path].residual(ranks[unit.path]) / factored[unit.path].energy)
         measured = math.sqrt(left / energy) if energy else 0.0
-        if not agrees(measured, reported, dtype):
+        whole = sizes.get(unit.path, 0.0) / math.sqrt(energy) if energy else 0.0
+        if not agrees(measured, reported, dtype, whole):
             raise ProofError(
                 f"read back, {measured:.4%} of the change is missing; {reported:.4%} was expected", tensor=unit.names[0]
             )

@@ -64,7 +64,7 @@ def test_a_dense_change_gains_nothing_and_the_cheap_test_says_so() -> None:
     found = alternate(pair, 8)
     assert 0.98 * plain < found.residual / found.total <= plain * 1.001
     assert found.steps <= 3
-    along, energy = row_share(pair.tuned - pair.base - B @ A, pair.tuned)
+    along, energy = row_share(pair.tuned - pair.base - B @ A, pair.base + B @ A)
     assert along < 0.02 * energy
 
 
@@ -76,7 +76,7 @@ def test_the_cheap_test_sees_a_rescaling_even_of_rows_that_resemble_each_other(s
     base = (U / torch.arange(1, 193)) @ V.T
     pair = HeldPair(base, base * (1 + spread * torch.randn(256, 1, generator=generator)))
     B, A, _ = lora(pair, 8)
-    along, energy = row_share(pair.tuned - pair.base - B @ A, pair.tuned)
+    along, energy = row_share(pair.tuned - pair.base - B @ A, pair.base + B @ A)
     assert along > 0.06 * energy
     assert alternate(pair, 8).residual < 1e-4 * float((pair.tuned - pair.base).norm())
 

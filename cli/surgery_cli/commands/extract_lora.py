@@ -73,6 +73,13 @@ def _dense(text: str) -> tuple[str, ...]:
 @click.option(
     "--budget", type=_budget, metavar="SIZE", help="Instead: 20MB, or 2M parameters, shared out where it helps most."
 )
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "lora", "dora"]),
+    default="auto",
+    show_default=True,
+    help="auto: DoRA where it leaves clearly less than a LoRA of as many parameters.",
+)
 @click.option("--alpha", type=click.FloatRange(min=0, min_open=True), help="lora_alpha; default: the rank.")
 @click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
 @click.option(
@@ -156,6 +163,8 @@ def _text(result: ExtractResult, output: Path, seconds: float, settings: Setting
         ),
         ("size", f"{nbytes(result.adapter_nbytes)}, {smaller}"),
     ]
+    if result.kind is not None:
+        rows.append(("kind", f"{'DoRA' if result.kind.kind == 'dora' else 'LoRA'}: {result.kind.why}"))
     if result.merged is not None:
         rows.append(("origin", result.merged.text))
     if not math.isnan(result.survival):

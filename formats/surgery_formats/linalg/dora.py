@@ -21,7 +21,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.matrix import MatrixSource, one_thread
 from surgery_formats.linalg.svd import truncated_svd
 
-__all__ = ["Alternated", "HeldPair", "PairSource", "alternate", "best_rows", "row_share"]
+__all__ = ["Alternated", "Fitted", "HeldPair", "PairSource", "alternate", "best_columns", "best_rows", "row_share"]
 
 _STEPS = 12
 _SETTLED = 0.99
@@ -89,11 +89,20 @@ class Alternated(NamedTuple):
     steps: int
 
 
-class _Rows(NamedTuple):
-    scales: torch.Tensor
+class Fitted(NamedTuple):
+    """Magnitudes for given factors.
+
+    Attributes:
+        magnitude: Float64; what gives each row (column) of ``W + B A`` its best length.
+        gain: Float64; what it is multiplied with.
+        residual: ``||W' - what comes out||_F``.
+        scales: Of the next step; empty for columns.
+    """
+
     magnitude: torch.Tensor
     gain: torch.Tensor
     residual: float
+    scales: torch.Tensor
 
 
 def alternate(pair: PairSource, rank: int, *, seed: int = 0, device: torch.device | str = "cpu") -> Alternated:
@@ -128,7 +137,7 @@ def alternate(pair: PairSource, rank: int, *, seed: int = 0, device: torch.devic
         return Alternated(B, A, rows.magnitude, rows.gain, rows.residual, total, size, steps)
 
 
-def best_rows(pair: PairSource, B: torch.Tensor, A: torch.Tensor) -> _Rows:
+def best_rows(pair: PairSource, B: torch.Tensor, A: torch.Tensor) -> Fitted:
     """Magnitudes for given factors, by least squares, and the scales of the next step.
 
     Args:
@@ -155,20 +164,44 @@ def best_rows(pair: PairSource, B: torch.Tensor, A: torch.Tensor) -> _Rows:
         column = gain[:, None]
         rest = (tuned - base) + (1 - column).to(base.dtype) * base - column.to(base.dtype) * change
         left += float(rest.double().square().sum())
-    return _Rows(torch.cat(scales), torch.cat(magnitudes), torch.cat(gains), math.sqrt(left))
+    return Fitted(torch.cat(magnitudes), torch.cat(gains), math.sqrt(left), torch.cat(scales))
 
 
-def row_share(rest: torch.Tensor, tuned: torch.Tensor) -> tuple[float, float]:
+def best_columns(pair: PairSource, B: torch.Tensor, A: torch.Tensor) -> Fitted:
+    """The same for columns, which are what PEFT's magnitudes of an embedding belong to; two passes.
+
+    Raises:
+        FitError: A column of ``W + B A`` is zero.
+    """
+    both = torch.zeros(pair.shape[1], dtype=torch.float64)
+    own = torch.zeros(pair.shape[1], dtype=torch.float64)
+    for start, stop in _blocks(pair):
+        base, tuned = pair.rows(start, stop)
+        made = base + B[start:stop].to(base.dtype) @ A.to(base.dtype)
+        both += (made * tuned).sum(dim=0, dtype=torch.float64)
+        own += made.square().sum(dim=0, dtype=torch.float64)
+    if not bool((own > 0).all()):
+        raise FitError("a column of the weight is zero: it has no direction that a magnitude could give a length")
+    gain, left = both / own, 0.0
+    for start, stop in _blocks(pair):
+        base, tuned = pair.rows(start, stop)
+        change = B[start:stop].to(base.dtype) @ A.to(base.dtype)
+        rest = (tuned - base) + (1 - gain).to(base.dtype) * base - gain.to(base.dtype) * change
+        left += float(rest.double().square().sum())
+    return Fitted(gain * own.sqrt(), gain, math.sqrt(left), gain.new_zeros(0))
+
+
+def row_share(rest: torch.Tensor, made: torch.Tensor) -> tuple[float, float]:
     """How much of what a LoRA leaves is a rescaling of rows: the test whether alternation can win.
 
     Args:
         rest: Some rows of ``W' - W - B A``, ``(rows, in)``.
-        tuned: The same of W'.
+        made: The same of ``W + B A``.
 
     Returns:
-        ``(energy along W', energy)``: the first is what scales alone would take away, less what chance aligns.
+        ``(energy along W + B A, energy)``: the first is what scales alone would take away, less what chance aligns.
     """
-    along = _ratio(_dots(rest, tuned).square(), _dots(tuned, tuned), nothing=0.0)
+    along = _ratio(_dots(rest, made).square(), _dots(made, made), nothing=0.0)
     energy = float(_dots(rest, rest).sum())
     return float(along.sum()) - energy / max(rest.shape[1], 1), energy
 
