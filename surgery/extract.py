@@ -21,15 +21,16 @@ from typing import Literal
 from surgery import __version__
 from surgery.deltas import Measure, measure
 from surgery.execute import default_workers
+from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
 from surgery.extract_dora import Decision, decide, kept_lora
 from surgery.extract_factor import Factored, Scratch, factor, in_threads
-from surgery.extract_kind import KINDS, Kind
+from surgery.extract_kind import KINDS, CalibrationTotals, Kind
 from surgery.extract_ledger import ExtractResult
 from surgery.extract_noise import NoiseReport, noise_report
 from surgery.extract_plan import MOST_ROWS, Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
 from surgery.extract_rows import check_losses, rows_of
-from surgery.extract_sites import Spot, Unit, spots_of, units_of
+from surgery.extract_sites import Spot, Unit, spots_of, tree_name, units_of
 from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
 from surgery.pairs import Pair, differing_settings, pair_up
@@ -41,6 +42,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.folder import output_folder
 from surgery_formats.identity import content_id, fingerprint
+from surgery_formats.text import listing
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -59,6 +61,7 @@ def extract_lora(
     alpha: float | None = None,
     rslora: bool = False,
     kind: Kind = "auto",
+    calibration: Pathlike | None = None,
     dense: Sequence[str] = ("norm", "bias"),
     embeddings: str = "lora",
     dtype: str = "auto",
@@ -84,6 +87,7 @@ def extract_lora(
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
         kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
+        calibration: Inputs of modules (`surgery.extract_calibration`), for factors that are best on them; a LoRA's only.
         dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
         embeddings: ``lora`` or ``full``.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
@@ -105,16 +109,23 @@ def extract_lora(
     goal = wanted(rank, energy, max_error, budget, table=table)
     options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
+    if kind == "dora" and calibration is not None:
+        raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
     chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
     target = format_named(to)
     if output is None and not dry_run:
         raise FitError("no output was named")
     pair = _Both(open_checkpoint(base), open_checkpoint(tuned))
+    given = None if calibration is None else open_calibration(calibration)
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
     try:
         threads = workers or default_workers()
-        made = _Making(goal, options, scaling, _dtype(dtype, pair.new), chosen, scratch, device, threads)
+        made = _Making(goal, options, scaling, _dtype(dtype, pair.new), chosen, given, scratch, device, threads)
+        if given is not None:
+            spots = spots_of(pair_up(pair.old, pair.new), pair.old)
+            shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
+            check_modules(given, spots, units_of(spots, pair.old), [*shared, *(tree_name(n, pair.old) for n in shared)])
         scan = _scan(pair, goal, options, scratch, device, threads, progress)
         job = _settled(pair, scan, made, allow_loss=allow_loss)
         job = replace(job, table=job.choices() if table else ())
@@ -255,6 +266,7 @@ class _Making:
     scaling: Scaling
     dtype: DType
     kind: Kind
+    calibration: Calibration | None
     scratch: Scratch
     device: str
     workers: int
@@ -275,6 +287,8 @@ class _Job:
     id: str
     noise: NoiseReport
     decision: Decision
+    calibrated: Calibrated
+    calibration: Calibration | None
     asked: bool
     workers: int
     warnings: tuple[str, ...] = ()
@@ -283,7 +297,7 @@ class _Job:
     @property
     def factored(self) -> Mapping[str, Factored]:
         """What is written."""
-        return {**self.scan.factored, **self.decision.factored}
+        return {**self.scan.factored, **self.decision.factored, **self.calibrated.factored}
 
     @property
     def nbytes(self) -> int:
@@ -306,6 +320,7 @@ class _Job:
             self.dtype,
             self.noise.signals,
             {path: one.count for path, one in self.decision.magnitudes.items()},
+            self.calibrated.facts,
             asked=self.asked,
         )
         return ExtractResult(
@@ -321,6 +336,7 @@ class _Job:
             self.noise.survival,
             self.noise.merged,
             self.decision.facts,
+            CalibrationTotals.of(self.calibrated.facts.values()) if self.calibration is not None else None,
         )
 
     def proved(self, folder: Path) -> ExtractResult:
@@ -332,7 +348,12 @@ class _Job:
         from surgery.extract_proof import compare
         from surgery.extract_rows import with_measured
 
-        changed = [pair for pair in self.scan.pairs if pair.match == "pair" and self.scan.measures[pair.name].changed]
+        shifted = {kept.name for kept in self.forms.kept if kept.shift is not None}
+        changed = [
+            pair
+            for pair in self.scan.pairs
+            if pair.match == "pair" and (self.scan.measures[pair.name].changed or pair.name in shifted)
+        ]
         errors = compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
         result = self.result()
         sizes = {path: one.size for path, one in self.decision.magnitudes.items()}
@@ -352,6 +373,13 @@ def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> 
     if decision.facts.kind == "dora":
         ranks = dora_ranks
     forms = formed(ranks)
+    calibrated = Calibrated({}, {}, {})
+    if making.calibration is not None:
+        calibrated = calibrate(
+            making.calibration, forms, scan.spots, scan.factored, ranks, making.scratch, making.device, making.workers,
+            biases="bias" in making.options.dense,
+        )  # fmt: skip
+        calibrated.into(forms, scan.spots)
     for unit in forms.units:
         if goal.rank is not None and ranks[unit.path] < goal.rank:
             forms.why |= dict.fromkeys(
@@ -361,7 +389,7 @@ def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> 
     if not forms.units and not forms.kept:
         raise FitError("nothing of what changed can be held", file=both.tuned.path)
     metadata = {"format": "pt", "surgery.base": content_id(both.base)}
-    factored = {**scan.factored, **decision.factored}
+    factored = {**scan.factored, **decision.factored, **calibrated.factored}
     places = {path: one.values for path, one in decision.magnitudes.items()}
     tensors = tensors_of(forms, factored, ranks, scaling, dtype, places)
     name = both.base.path.resolve().name
@@ -372,15 +400,21 @@ def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> 
         "config": hashlib.sha256(config).hexdigest(),
         "tensors": [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in tensors],
         "base": metadata["surgery.base"],
+        "calibration": None if making.calibration is None else making.calibration.id,
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     units = [scan.factored[unit.path] for unit in forms.units]
     gains = {path: one.load_gains for path, one in decision.magnitudes.items()}
     noise = noise_report(units, factored, ranks, scan.measures, making.workers, gains)
+    warnings = differing_settings(old, new)
+    given = making.calibration
+    if given is not None and (unused := given.unused(forms.units)):
+        warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
+    asked = goal.rank is not None
     return _Job(
-        both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, noise, decision, goal.rank is not None,
-        making.workers, differing_settings(old, new),
+        both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, noise, decision, calibrated, given, asked,
+        making.workers, warnings,
     )  # fmt: skip
 
 
@@ -393,6 +427,8 @@ def _kind(
         FitError: a DoRA was asked for, and none can be made.
     """
     goal = making.goal
+    if making.calibration is not None:
+        return kept_lora("calibration weights the factors of a LoRA"), ranks
     if making.kind == "auto" and (goal.criterion.energy is not None or goal.criterion.max_error is not None):
         return kept_lora("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
     dora_ranks = ranks
@@ -412,7 +448,8 @@ def _kind(
 
 
 def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
-    inputs = (job.both.base.path, job.both.tuned.path)
+    given = () if job.calibration is None else (job.calibration.path,)
+    inputs = (job.both.base.path, job.both.tuned.path, *given)
     with output_folder(out, job.id, overwrite=overwrite, inputs=inputs) as folder:
         folder.write_small("adapter_config.json", job.config)
         if any(kept.via == "resized" for kept in job.forms.kept):
@@ -426,6 +463,8 @@ def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) 
             progress(Progress(job.nbytes, job.nbytes, "proving"))
         result = job.proved(stage)
         job.both.check_unchanged()
+        if job.calibration is not None:
+            job.calibration.check_unchanged()
         folder.commit({**result.as_json(), "version": __version__})
     return replace(result, output=out)
 

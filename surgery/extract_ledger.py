@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery.extract_kind import KindFacts
+from surgery.extract_kind import CalibrationFacts, CalibrationTotals, KindFacts
 from surgery.extract_signal import MergedLoRA, Signal
 from surgery.extract_table import Choice
 from surgery.plain import plain
 
 __all__ = ["ExtractClass", "ExtractResult", "ExtractRow"]
 
-ExtractClass = Literal["low-rank", "dense", "rows", "new rows", "unchanged", "alias", "derivable", "dropped"]
+ExtractClass = Literal[
+    "low-rank", "dense", "rows", "new rows", "unchanged", "alias", "derivable", "corrected", "dropped"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class ExtractRow:
         parameters: Numbers stored for it.
         nbytes: Their bytes. Experts that share one pair of factors share them evenly.
         signal: Of factors: what stands out of rounding.
+        calibration: Of factors of a module whose inputs were given.
         why: Remark.
     """
 
@@ -59,6 +62,7 @@ class ExtractRow:
     parameters: int = 0
     nbytes: int = 0
     signal: Signal | None = None
+    calibration: CalibrationFacts | None = None
     why: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -79,6 +83,8 @@ class ExtractRow:
             row |= {"rank": self.rank, "bound": _short(self.bound)}
         if self.signal is not None:
             row |= self.signal.as_json()
+        if self.calibration is not None:
+            row["calibration"] = self.calibration.as_json()
         return row | ({"why": self.why} if self.why else {})
 
 
@@ -100,6 +106,7 @@ class ExtractResult:
         survival: Share of all factors' updates that is kept if they are merged into BASE's stored type; NaN where there are none.
         merged: The LoRA that TUNED looks to be a merge of; None if it does not.
         kind: LoRA or DoRA, and why.
+        calibration: What the given inputs changed; None without any.
     """
 
     output: Path | None
@@ -114,6 +121,7 @@ class ExtractResult:
     survival: float = math.nan
     merged: MergedLoRA | None = None
     kind: KindFacts | None = None
+    calibration: CalibrationTotals | None = None
 
     @property
     def energy(self) -> float:
@@ -166,6 +174,7 @@ class ExtractResult:
             "base": self.base_id,
             "dtype": self.dtype,
             "kind": None if self.kind is None else self.kind.as_json(),
+            "calibration": None if self.calibration is None else self.calibration.as_json(),
             "classes": dict(self.classes),
             "residual": _short(self.residual),
             "energy": _short(self.energy),

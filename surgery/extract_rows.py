@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from surgery.deltas import Measure
 from surgery.extract_factor import Factored
+from surgery.extract_kind import CalibrationFacts
 from surgery.extract_ledger import ExtractClass, ExtractRow
 from surgery.extract_plan import Forms, Kept, Via, kept_size
 from surgery.extract_signal import Signal, remark
@@ -61,6 +62,7 @@ def rows_of(
     dtype: DType,
     signals: Mapping[str, Signal],
     magnitudes: Mapping[str, int],
+    calibrated: Mapping[str, CalibrationFacts],
     *,
     asked: bool,
 ) -> tuple[ExtractRow, ...]:
@@ -75,6 +77,7 @@ def rows_of(
         dtype: Of the factors.
         signals: By unit path.
         magnitudes: How many numbers a DoRA has beside its factors, by unit path.
+        calibrated: By path of the units whose inputs were given.
         asked: Whether the user named the rank.
 
     Raises:
@@ -98,6 +101,9 @@ def rows_of(
         elif pair.name in kept:
             stored = kept.pop(pair.name)
             kind: ExtractClass = _CLASS[stored[0].via] if measures[pair.name].changed else "unchanged"
+            if stored[0].shift is not None:
+                kind = "corrected"
+                row = replace(row, why="makes up for the mean of what its module's factors leave out")
             row = replace(row, kind=kind, **_cost(stored))  # type: ignore[arg-type]
             if kind == "unchanged":
                 row = replace(row, why="PEFT stores its module whole")
@@ -107,6 +113,7 @@ def rows_of(
             unit = units[pair.name]
             row = _low_rank(row, factored[unit.path], ranks[unit.path], dtype, magnitudes.get(unit.path, 0))
             row = _with_signal(row, signals[unit.path], asked=asked)
+            row = replace(row, calibration=calibrated.get(unit.path))
         else:
             adrift.append(pair.name)
         rows.append(row)
@@ -138,6 +145,20 @@ def _cost(stored: list[Kept]) -> dict[str, object]:
         "parameters": sum(size[0] for size in sizes),
         "nbytes": sum(size[1] for size in sizes),
     }
+
+
+def _corrected(row: ExtractRow, error: Error, kept: Kept) -> ExtractRow:
+    """A bias that is TUNED's plus what was meant.
+
+    Raises:
+        ProofError: it is another.
+    """
+    from surgery.extract_write import shifted
+
+    meant = float((shifted(kept).double() - kept.tensor.read().double()).square().sum())
+    if not math.isclose(error.left, meant, rel_tol=1e-6, abs_tol=1e-30):
+        raise ProofError("read back, it is not the corrected bias that was meant", tensor=row.name)
+    return replace(row, residual=error.residual if error.energy > 0 else 0.0)
 
 
 def _with_signal(row: ExtractRow, signal: Signal, *, asked: bool) -> ExtractRow:
@@ -199,6 +220,9 @@ def with_measured(
         error = errors.get(row.name)
         if error is None:
             found.append(row)
+            continue
+        if row.kind == "corrected":
+            found.append(_corrected(row, error, next(kept for kept in forms.kept if kept.name == row.name)))
             continue
         if row.kind in ("dense", "rows", "new rows") and error.left:
             raise ProofError(

@@ -26,7 +26,7 @@ from surgery_formats.tensors import as_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TENSOR_FILE", "Scaling", "configuration", "fill", "size_of", "tensors_of"]
+__all__ = ["TENSOR_FILE", "Scaling", "configuration", "fill", "shifted", "size_of", "tensors_of"]
 
 TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -145,7 +145,13 @@ def _copy(kept: Kept, targets: set[str]) -> NewTensor:
         key = f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
         return NewTensor(key, tensor.dtype, (len(kept.rows), *tensor.shape[1:]), lambda: _some_rows(kept))
     inner = ".base_layer" if kept.via == "bias" and module in targets else ""
-    return NewTensor(f"{_PREFIX}{module}{inner}.{leaf}", tensor.dtype, tensor.shape, tensor.read)
+    return NewTensor(f"{_PREFIX}{module}{inner}.{leaf}", tensor.dtype, tensor.shape, lambda: shifted(kept))
+
+
+def shifted(kept: Kept) -> torch.Tensor:
+    """TUNED's values, plus the shift where there is one, rounded once to the stored type."""
+    values = kept.tensor.read()
+    return values if kept.shift is None else (values.double() + kept.shift().double()).to(values.dtype)
 
 
 def _some_rows(kept: Kept) -> torch.Tensor:

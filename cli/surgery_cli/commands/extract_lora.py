@@ -18,6 +18,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.text import count, nbytes, show
 
 if TYPE_CHECKING:
+    from surgery.extract_kind import CalibrationTotals
     from surgery.extract_layers import Layers
     from surgery.extract_ledger import ExtractResult
 
@@ -80,6 +81,12 @@ def _dense(text: str) -> tuple[str, ...]:
     show_default=True,
     help="auto: DoRA where it leaves clearly less than a LoRA of as many parameters.",
 )
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Inputs of modules (safetensors), for factors that are best on them.",
+)
 @click.option("--alpha", type=click.FloatRange(min=0, min_open=True), help="lora_alpha; default: the rank.")
 @click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
 @click.option(
@@ -127,6 +134,8 @@ def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bo
     from surgery.extract import extract_lora
     from surgery_formats.refs import resolve
 
+    if options["kind"] == "dora" and options["calibration"] is not None:
+        raise click.UsageError("--calibration weights the factors of a LoRA; --kind dora makes none")
     ways = [name for name in ("rank", "energy", "max_error", "budget") if options[name] is not None]
     if len(ways) > 1 and not (set(ways) == {"rank", "budget"} and options["rank"] == "auto"):
         raise click.UsageError(f"only one of {' and '.join('--' + way.replace('_', '-') for way in ways)} can be given")
@@ -165,6 +174,8 @@ def _text(result: ExtractResult, output: Path, seconds: float, settings: Setting
     ]
     if result.kind is not None:
         rows.append(("kind", f"{'DoRA' if result.kind.kind == 'dora' else 'LoRA'}: {result.kind.why}"))
+    if result.calibration is not None:
+        rows.append(("calibration", _calibration(result.calibration)))
     if result.merged is not None:
         rows.append(("origin", result.merged.text))
     if not math.isnan(result.survival):
@@ -190,6 +201,14 @@ def _text(result: ExtractResult, output: Path, seconds: float, settings: Setting
         table(("rank", "layers", "missing", "parameters", "size"), cells, right=(0, 2, 3, 4))
     if result.output is None:
         note("dry run: nothing was written")
+
+
+def _calibration(found: CalibrationTotals) -> str:
+    bias = f"; {found.biases} biases make up for mean errors" if found.biases else ""
+    return (
+        f"weighted factors in {found.weighted} of {found.modules} modules: on these inputs {found.error:.2%} of what the change does "
+        f"is missing, {found.plain:.2%} with plain factors{bias}"
+    )
 
 
 _HEADINGS = (
