@@ -8,7 +8,8 @@ The file is a safetensors file with, for each module (by its path in the model, 
 
 `in` is the module's number of inputs; of a convolution, channels times kernel, unfolded. Modules that are not in the file are extracted
 plainly. Half-whitened factors (`surgery_formats.linalg.whitening`) are compared with plain ones by the error of the outputs on these
-inputs, and the better ones are kept. A module's bias, where it has one and the mean is known, makes up for the mean error.
+inputs, and the better ones are kept; of raw inputs one in four is not used for weighting but for this comparison. A module's bias,
+where it has one and the mean is known, makes up for the mean error if that helps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from surgery.extract_factor import Factored, Place, Scratch, in_threads
 from surgery.extract_kind import CalibrationFacts
@@ -33,10 +36,12 @@ from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import closest, show
 
 if TYPE_CHECKING:
-    import torch
+    from surgery_formats.linalg.whitening import Moment
 
 __all__ = ["Calibrated", "Calibration", "calibrate", "check_modules", "open_calibration"]
 
+_JUDGING = 4
+_FEW = 8  # raw inputs below this number are too few to keep some back
 _PARTS = ("activations", "gram", "mean")
 
 
@@ -230,6 +235,24 @@ class _Made:
     shift: Place | None
 
 
+def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
+    """What the factors are weighted with, and what they are judged by: of raw inputs, every fourth is kept from the weighting.
+
+    Factors that are weighted with few inputs are good on these whatever they do to others.
+    """
+    from surgery_formats.linalg.whitening import moment_of_gram, moment_of_inputs
+
+    if "gram" in parts:
+        found = moment_of_gram(parts["gram"].read(), parts["mean"].read() if "mean" in parts else None)
+        return found, found
+    rows = parts["activations"].read()
+    if len(rows) < _FEW:
+        found = moment_of_inputs(rows)
+        return found, found
+    judging = torch.arange(len(rows)) % _JUDGING == _JUDGING - 1
+    return moment_of_inputs(rows[~judging]), moment_of_inputs(rows[judging])
+
+
 def _weighted(
     unit: Unit,
     parts: Mapping[str, StoredTensor],
@@ -239,30 +262,30 @@ def _weighted(
     device: str,
     bias: str,
 ) -> _Made:
-    from surgery_formats.linalg.whitening import moment_of_gram, moment_of_inputs, output_energy, weighted_factors
+    from surgery_formats.linalg.whitening import output_energy, weighted_factors
 
-    tensor = next(iter(parts.values()))
     try:
-        if "gram" in parts:
-            moment = moment_of_gram(parts["gram"].read(), parts["mean"].read() if "mean" in parts else None)
-        else:
-            moment = moment_of_inputs(parts["activations"].read())
+        moment, judge = _moments(parts)
     except FitError as error:
+        tensor = next(iter(parts.values()))
         raise FitError(error.message, file=tensor.file.path, tensor=tensor.name) from error
-    centred = bool(bias) and moment.mean is not None
+    away = moment.mean if bias else None
     delta = unit.deltas[0].whole()
-    total = output_energy(delta, moment, centred=False)
+    total = output_energy(delta, judge)
     left, right = plain.factors(0, rank)
     rest = delta - (left @ right).to(delta.dtype)
-    errors = {"plain": output_energy(rest, moment, centred=centred)}
     B, A = (factor.cpu() for factor in weighted_factors(delta.to(device), moment, rank))
     other = delta - B @ A
-    errors["weighted"] = output_energy(other, moment, centred=centred)
+    if away is not None and output_energy(rest, judge, away) >= output_energy(rest, judge):
+        away = None  # the mean of other inputs is another
+    errors = {"plain": output_energy(rest, judge, away), "weighted": output_energy(other, judge, away)}
     better = errors["weighted"] < errors["plain"]
     weighted, least = (math.sqrt(errors[one] / total) if total > 0 else 0.0 for one in ("weighted", "plain"))
-    facts = CalibrationFacts("weighted" if better else "plain", weighted, least, total, bias if centred else "")
+    facts = CalibrationFacts(
+        "weighted" if better else "plain", weighted, least, total, bias if away is not None else ""
+    )
     kept = other if better else rest
-    shift = scratch.put((kept.double() @ moment.mean)[None]) if centred and moment.mean is not None else None
+    shift = None if away is None else scratch.put((kept.double() @ away)[None])
     if not better:
         return _Made(facts, None, bias, shift)
     (piece,) = plain.pieces

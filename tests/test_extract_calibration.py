@@ -35,7 +35,13 @@ def recorded(arch: str, folder: Path) -> dict[str, torch.Tensor]:
         if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
             module.register_forward_pre_hook(hook(name))
     models.run(arch, model)
-    return {f"{name}.activations": torch.cat(values) for name, values in found.items()}
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    for name, values in found.items():  # many more like the few that it got
+        rows = torch.cat(values)
+        rows, mean = rows - rows.mean(dim=0), rows.mean(dim=0)
+        made[f"{name}.activations"] = torch.randn(400, len(rows), generator=generator) @ rows / len(rows) ** 0.5 + mean
+    return made
 
 
 @pytest.fixture
@@ -59,7 +65,7 @@ def missing(result: surgery.ExtractResult, out: Path, base: Path, tuned: Path, x
     for row in result.rows:
         if row.calibration is not None:
             module = row.name.removesuffix(".weight")
-            inputs = x[f"{module}.activations"].double()
+            inputs = x[f"{module}.activations"].double()[3::4]  # the others are what the factors were weighted with
             rest = inputs @ (new[row.name].double() - got[row.name].double()).T
             if row.calibration.bias:
                 rest += new[f"{module}.bias"].double() - got[f"{module}.bias"].double()
@@ -120,6 +126,20 @@ def test_without_biases_none_is_touched(qwen: tuple[Path, Path, dict[str, torch.
     assert with_them.calibration.error < without.calibration.error
 
 
+def test_few_inputs_do_not_mislead(qwen: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    """Weighted with noise, factors are better on that noise and on no other: inputs that were kept back show it."""
+    base, tuned, x = qwen
+    few = {
+        name: torch.randn(8, value.shape[1], generator=torch.Generator().manual_seed(1)) for name, value in x.items()
+    }
+    given = saved(few, tmp_path / "x.safetensors")
+    result = surgery.extract_lora(
+        base, tuned, output=tmp_path / "out", rank=4, calibration=given, dense=("norm",), allow_loss=True
+    )
+    assert result.calibration is not None
+    assert result.calibration.weighted < 0.7 * result.calibration.modules
+
+
 def test_a_gram_with_a_mean_is_as_good_as_the_inputs(
     qwen: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
@@ -137,7 +157,7 @@ def test_a_gram_with_a_mean_is_as_good_as_the_inputs(
     )
     assert one.calibration is not None
     assert two.calibration is not None
-    assert two.calibration.error == pytest.approx(one.calibration.error, rel=1e-3)
+    assert two.calibration.error == pytest.approx(one.calibration.error, rel=0.2)
 
 
 def test_plain_factors_are_kept_where_weighting_does_not_help(

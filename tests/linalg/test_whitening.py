@@ -42,10 +42,14 @@ def test_inputs_and_their_gram_are_the_same_moment(n: int) -> None:
     other = moment_of_gram(gram, x.double().mean(dim=0))
     torch.testing.assert_close(one.times_power(delta(), 0.25), other.times_power(delta(), 0.25))
     d = delta().double()
-    assert output_energy(d, one, centred=False) == pytest.approx(float((x.double() @ d.T).square().sum() / n))
+    assert output_energy(d, one) == pytest.approx(float((x.double() @ d.T).square().sum() / n))
     rest = x.double() @ d.T
     rest -= rest.mean(dim=0)
-    assert output_energy(d, other, centred=True) == pytest.approx(float(rest.square().sum() / n))
+    elsewhere = other.mean
+    assert elsewhere is not None
+    shifted = (x.double() - 0.5 * elsewhere) @ d.T
+    assert output_energy(d, one, 0.5 * elsewhere) == pytest.approx(float(shifted.square().sum() / n))
+    assert output_energy(d, other, other.mean) == pytest.approx(float(rest.square().sum() / n))
 
 
 def test_powers_are_those_of_the_damped_matrix() -> None:
@@ -65,11 +69,11 @@ def test_whitened_factors_are_best_for_these_inputs_half_whitened_ones_between(r
     errors = []
     for power in (0.0, 0.25, 0.5):
         B, A = weighted_factors(d, moment, rank, power=power)
-        errors.append(output_energy(d - B @ A, moment, centred=False))
+        errors.append(output_energy(d - B @ A, moment))
         assert B.norm(dim=0).tolist() == pytest.approx(A.norm(dim=1).tolist(), rel=1e-4)
     assert errors[2] < errors[1] < errors[0]
     plain = truncated_svd(d, rank=rank).factors()
-    assert errors[0] == pytest.approx(output_energy(d - plain[0] @ plain[1], moment, centred=False), rel=1e-3)
+    assert errors[0] == pytest.approx(output_energy(d - plain[0] @ plain[1], moment), rel=1e-3)
 
 
 def test_at_full_rank_nothing_is_left() -> None:

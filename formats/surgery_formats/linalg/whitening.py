@@ -126,19 +126,20 @@ def _check_finite(values: torch.Tensor) -> None:
         raise FitError("holds NaN or Inf")
 
 
-def output_energy(matrix: torch.Tensor, moment: Moment, *, centred: bool) -> float:
-    """``E ||matrix x||^2`` over the inputs, ``matrix`` being ``(out, in)``.
+def output_energy(matrix: torch.Tensor, moment: Moment, away: torch.Tensor | None = None) -> float:
+    """``E ||matrix (x - away)||^2`` over the inputs, ``matrix`` being ``(out, in)``.
 
     Args:
         matrix: Usually what factors leave of a difference.
         moment: Of the inputs.
-        centred: Whether a bias takes the mean of the outputs away.
+        away: ``(in,)``: the mean that a bias takes away; it may have been found on other inputs. Needs the moment's own.
     """
     with one_thread():
         exact = matrix.to("cpu", torch.float64)
         total = float((exact @ moment.basis).square().sum(dim=0) @ moment.energies)
-        if centred and moment.mean is not None:
-            total -= float((exact @ moment.mean).square().sum())
+        if away is not None and moment.mean is not None:
+            taken = exact @ away
+            total += float(taken @ taken) - 2 * float(taken @ (exact @ moment.mean))
     return max(total, 0.0)
 
 
