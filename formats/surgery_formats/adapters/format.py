@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from surgery_formats.adapter import Adapter, Site
 from surgery_formats.checkpoint import Checkpoint
@@ -16,9 +16,9 @@ from surgery_formats.updates import Update
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "Format", "NewTensor", "Outcome", "Rendering"]
+__all__ = ["Coded", "Entry", "Format", "NewTensor", "Outcome", "Rendering"]
 
-Outcome = Literal["exact", "folded", "dropped"]
+Outcome = Literal["exact", "folded", "approximated", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,16 @@ class Entry:
 
     Attributes:
         site: As the source named it.
-        outcome: ``exact`` (same factors), ``folded`` (a scale or a part multiplied into a factor, same delta), ``dropped``.
+        outcome: ``exact`` (same factors), ``folded`` (a scale or a part multiplied into a factor, same delta), ``approximated`` (another
+            delta, as near as the format's type allows), ``dropped``.
         detail: Where it went, or why it was dropped.
+        error: Of what is approximated: ``||delta - written|| / ||delta||`` (Frobenius), measured on what was written; None until then.
     """
 
     site: str
     outcome: Outcome
     detail: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Rendering:
         small_files: Whole contents of the other files (configuration).
         entries: What became of every update.
         held: The source's updates that the files hold: everything but what was dropped.
+        stated: For sites with something approximated, the errors that their updates in `held` are to have, in order (0: none). Known for sure
+            once the tensors were loaded. Such a format keeps sites and kinds as they are.
     """
 
     tensor_file: str
@@ -72,6 +77,7 @@ class Rendering:
     small_files: Mapping[str, bytes] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
     held: Mapping[Site, tuple[Update, ...]] = field(default_factory=dict)
+    stated: Mapping[Site, Callable[[], tuple[float, ...]]] = field(default_factory=dict)
 
 
 class Format(Protocol):
@@ -109,4 +115,16 @@ class Format(Protocol):
 
         Raises:
             FitError: a base is needed and not given, or is the wrong one.
+        """
+
+
+@runtime_checkable
+class Coded(Format, Protocol):
+    """A format that stores factors as codes, in one of several types."""
+
+    def with_factors(self, factors: str) -> Format:
+        """The same format with factors of the type `factors` (``int8``, ``int4``).
+
+        Raises:
+            FitError: no such type.
         """
