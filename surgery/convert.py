@@ -16,7 +16,7 @@ import xxhash
 from surgery import __version__
 from surgery.progress import Callback, Progress
 from surgery_formats.adapter import Adapter
-from surgery_formats.adapters.format import Entry, Format, NewTensor, Rendering
+from surgery_formats.adapters.format import Coded, Entry, Format, NewTensor, Rendering
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.binding import bind
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
@@ -31,7 +31,10 @@ from surgery_formats.text import listing, show
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ConvertResult", "convert"]
+__all__ = ["ConvertResult", "coded_as", "convert"]
+
+Check = Callable[[Path], Mapping[str, Any]]
+Put = Callable[[bytes | memoryview, int], None]
 
 TOLERANCE = 1e-6
 """Greatest error of a weight's delta relative to its greatest value: what float32 factors allow."""
@@ -50,7 +53,7 @@ class ConvertResult:
         source: Format it was read from.
         target: Format it was written in.
         entries: What became of every update.
-        errors: Per weight, the greatest error found by the proof relative to the greatest value; empty for a dry run.
+        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a dry run.
         warnings: What the user should know.
     """
 
@@ -63,8 +66,13 @@ class ConvertResult:
 
     @property
     def max_error(self) -> float:
-        """The worst weight's error."""
+        """The worst weight's error; what is approximated not counted."""
         return max(self.errors.values(), default=0.0)
+
+    @property
+    def max_approximation(self) -> float:
+        """The worst error of what is approximated, relative to the norm of its change."""
+        return max((entry.error for entry in self.entries if entry.error is not None), default=0.0)
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json`` and the manifest; no paths."""
@@ -72,9 +80,14 @@ class ConvertResult:
             "verb": "convert",
             "from": self.source,
             "to": self.target,
-            "entries": [{"site": e.site, "outcome": e.outcome, "detail": e.detail} for e in self.entries],
+            "entries": [
+                {"site": e.site, "outcome": e.outcome, "detail": e.detail}
+                | ({} if e.error is None else {"error": e.error})
+                for e in self.entries
+            ],
             "errors": dict(self.errors),
             "max_error": self.max_error,
+            "max_approximation": self.max_approximation,
             "warnings": list(self.warnings),
         }
 
@@ -87,9 +100,11 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     component: str | None = None,
     dtype: str = "keep",
+    factors: str | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    check: Check | None = None,
     progress: Callback | None = None,
 ) -> ConvertResult:
     """Write an adapter in another format and prove it.
@@ -101,9 +116,11 @@ def convert(
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where given.
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
         dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``, ``bf16``.
+        factors: ``int8`` or ``int4``, for a format that stores factors as codes (``compact``).
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
+        check: Called with what was written and proved, before it appears; what it returns goes into the manifest of a folder.
         progress: Called with every step.
 
     Raises:
@@ -112,8 +129,10 @@ def convert(
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    wanted = format_named(to)
+    wanted = coded_as(format_named(to), factors)
     kind = _float_type(dtype)
+    if kind is not None and isinstance(wanted, Coded):
+        raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="--factors chooses the codes")
     source = read_adapter(adapter)
     checkpoint = None if base is None else open_checkpoint(base)
     source, left = _placed(source, checkpoint, component)
@@ -137,12 +156,26 @@ def convert(
         return result
     if output is None:
         raise FitError("no output was named")
-    job = _Job(source, checkpoint, wanted, rendering, _ROUNDING.get(kind, TOLERANCE) if kind else TOLERANCE, progress)
+    tolerance = _ROUNDING.get(kind, TOLERANCE) if kind else TOLERANCE
+    job = _Job(source, checkpoint, wanted, rendering, tolerance, check, progress)
     write = _write_file if wanted.single_file else _write_folder
-    made, errors = write(job, Path(output), result, overwrite=overwrite)
+    made, proved = write(job, Path(output), result, overwrite=overwrite)
     if checkpoint is not None:
         checkpoint.check_unchanged()
-    return replace(result, output=made, errors=errors)
+    return replace(proved, output=made)
+
+
+def coded_as(target: Format, factors: str | None) -> Format:
+    """`target` with factors of the type `factors`, if one was named.
+
+    Raises:
+        FitError: it stores no codes, or none of this type.
+    """
+    if factors is None:
+        return target
+    if not isinstance(target, Coded):
+        raise FitError(f"{target.name} stores factors as numbers, not as {show(factors, 40)} codes", hint="--to compact")
+    return target.with_factors(factors)
 
 
 def _float_type(dtype: str) -> DType | None:
@@ -229,10 +262,12 @@ class _Job:
     target: Format
     rendering: Rendering
     tolerance: float
+    check: Check | None
     progress: Callback | None
 
-    def prove(self, path: Path) -> dict[str, float]:
-        """Read back what lies at `path` and compare."""
+    def proved(self, path: Path, result: ConvertResult) -> ConvertResult:
+        """`result` with the errors of what lies at `path`, which is read back and compared."""
+        from surgery.convert_approximate import measured
         from surgery.convert_proof import compare, restricted
 
         written = self.target.read(path)
@@ -241,13 +276,16 @@ class _Job:
                 f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=path
             )
         if not self.rendering.held:
-            return {}
+            return result
         parts = {site.component for site in self.rendering.held}
         if len(parts) == 1 and all(not site.component for site in written.updates):
             written = replace(
                 written, updates={replace(s, component=min(parts)): c for s, c in written.updates.items()}
             )
-        errors = compare(restricted(self.source, self.rendering.held), written, self.base)
+        near = measured(self.rendering, written, self.tolerance)
+        held = {site: chain for site, chain in self.rendering.held.items() if site not in near}
+        rest = replace(written, updates={s: c for s, c in written.updates.items() if s not in near})
+        errors = compare(restricted(self.source, held), rest, self.base) if held or rest.updates else {}
         wrong = {name: error for name, error in errors.items() if not error <= self.tolerance}
         if wrong:
             name = max(wrong, key=lambda one: wrong[one])
@@ -259,7 +297,12 @@ class _Job:
             )
         for tensor in self.source.tensors:
             tensor.file.check_unchanged()
-        return errors
+        by_name = {str(site): error for site, error in near.items()}
+        entries = (
+            replace(entry, error=by_name[entry.site]) if entry.outcome == "approximated" else entry
+            for entry in result.entries
+        )
+        return replace(result, entries=tuple(entries), errors=errors)
 
     @property
     def id(self) -> str:
@@ -270,8 +313,6 @@ class _Job:
         facts = [__version__, "convert", self.target.name, small, dict(self.rendering.metadata), tensors, files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-
-Put = Callable[[bytes | memoryview, int], None]
 
 
 def _ranges(rendering: Rendering) -> tuple[bytes, dict[str, tuple[int, int]], int]:
@@ -316,11 +357,17 @@ def _inputs(job: _Job) -> tuple[Path, ...]:
     return (job.source.path, *(() if job.base is None else (job.base.path,)))
 
 
-def _write_file(job: _Job, out: Path, result: ConvertResult, *, overwrite: bool) -> tuple[Path, dict[str, float]]:
+def _write_file(job: _Job, out: Path, result: ConvertResult, *, overwrite: bool) -> tuple[Path, ConvertResult]:
     if out.suffix != ".safetensors":
         raise FitError("the name must end in .safetensors", file=out)
     total = _ranges(job.rendering)[2]
-    errors: dict[str, float] = {}
+    proved: list[ConvertResult] = []
+
+    def prove(path: Path) -> None:
+        proved.append(job.proved(path, result))
+        if job.check is not None:
+            job.check(path)
+
     made = write_single(
         out,
         job.id,
@@ -328,12 +375,12 @@ def _write_file(job: _Job, out: Path, result: ConvertResult, *, overwrite: bool)
         lambda file: (_fill(job, file.pwrite), None)[1],
         overwrite=overwrite,
         inputs=_inputs(job),
-        prove=lambda path: errors.update(job.prove(path)),
+        prove=prove,
     )
-    return made, errors
+    return made, proved[-1]
 
 
-def _write_folder(job: _Job, out: Path, result: ConvertResult, *, overwrite: bool) -> tuple[Path, dict[str, float]]:
+def _write_folder(job: _Job, out: Path, result: ConvertResult, *, overwrite: bool) -> tuple[Path, ConvertResult]:
     total = _ranges(job.rendering)[2]
     with output_folder(out, job.id, overwrite=overwrite, inputs=_inputs(job)) as folder:
         for name, data in job.rendering.small_files.items():
@@ -344,6 +391,7 @@ def _write_folder(job: _Job, out: Path, result: ConvertResult, *, overwrite: boo
         file = folder.create(job.rendering.tensor_file, total)
         stage = file.path.parent
         file.finish({"xxh3": _fill(job, file.pwrite)})
-        errors = job.prove(stage)
-        folder.commit({**replace(result, errors=errors).as_json(), "version": __version__})
-    return out, errors
+        proved = job.proved(stage, result)
+        facts = job.check(stage) if job.check is not None else {}
+        folder.commit({**proved.as_json(), **facts, "version": __version__})
+    return out, proved

@@ -167,7 +167,7 @@ def _held(site: Site, adapter: Adapter) -> Held:
         parent.endswith(names) for parent in parents
     ):  # PEFT matches ends of paths: `norm` takes input_layernorm too
         return "copy"
-    if adapter.format != "peft" or leaf == "bias":
+    if "peft_type" not in adapter.config or leaf == "bias":
         return "in place"
     return "copy" if adapter.new_modules & set(module.split(".")) else "carried"
 
