@@ -284,7 +284,7 @@ class _Job:
             )
         near = measured(self.rendering, written, self.tolerance)
         held = {site: chain for site, chain in self.rendering.held.items() if site not in near}
-        rest = replace(written, updates={s: c for s, c in written.updates.items() if s not in near})
+        rest = restricted(written, {site: chain for site, chain in written.updates.items() if site not in near})
         errors = compare(restricted(self.source, held), rest, self.base) if held or rest.updates else {}
         wrong = {name: error for name, error in errors.items() if not error <= self.tolerance}
         if wrong:

@@ -16,9 +16,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery import __version__
+from surgery.convert import coded_as
 from surgery.deltas import Measure, measure
 from surgery.execute import default_workers
 from surgery.extract_factor import Factored, Scratch, factor, in_threads
@@ -31,13 +32,17 @@ from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
 from surgery.pairs import Pair, differing_settings, pair_up
 from surgery.progress import Callback, Progress
-from surgery_formats.adapters.format import NewTensor
+from surgery_formats.adapters.format import Coded, Format, NewTensor
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.folder import output_folder
 from surgery_formats.identity import content_id, fingerprint
+from surgery_formats.linalg.coding import Coding
+
+if TYPE_CHECKING:
+    from surgery.extract_proof import Error
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -59,6 +64,7 @@ def extract_lora(
     embeddings: str = "lora",
     dtype: str = "auto",
     to: str = "peft",
+    factors: str | None = None,
     allow_loss: bool = False,
     device: str = "cpu",
     workers: int | None = None,
@@ -83,6 +89,7 @@ def extract_lora(
         embeddings: ``lora`` or ``full``.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
         to: Format of the adapter.
+        factors: ``int8`` or ``int4``: the format is ``compact``, unless `to` names another that stores codes.
         allow_loss: Leave out what no form can hold.
         device: Where factorisation runs.
         workers: Threads; None is one per core, at most eight. Never changes the result.
@@ -100,7 +107,8 @@ def extract_lora(
     goal = wanted(rank, energy, max_error, budget, table=table)
     options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
-    target = format_named(to)
+    target = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
+    coding = _coding(target, dtype)
     if output is None and not dry_run:
         raise FitError("no output was named")
     pair = _Both(open_checkpoint(base), open_checkpoint(tuned))
@@ -108,14 +116,15 @@ def extract_lora(
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
     try:
         scan = _scan(pair, goal, options, scratch, device, workers or default_workers(), progress)
-        job = _settled(pair, scan, goal, options, scaling, _dtype(dtype, pair.new), allow_loss=allow_loss)
+        kind = DType.F32 if coding else _dtype(dtype, pair.new)
+        job = _settled(pair, scan, goal, options, scaling, kind, coding, allow_loss=allow_loss)
         job = replace(job, table=job.choices() if table else (), workers=workers or default_workers())
         if dry_run:
-            return replace(job.result(), format=to)
+            return replace(job.result(), format=target.name)
         assert output is not None
         if target.name == "peft":
             return _write(job, Path(output), overwrite=overwrite, progress=progress)
-        return _converted(job, Path(output), to, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+        return _converted(job, Path(output), target.name, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
     finally:
         scratch.close()
 
@@ -135,6 +144,15 @@ def _scaling(alpha: float | None, rslora: bool) -> Scaling:
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise FitError(f"alpha is {alpha}, not a positive number")
     return Scaling(None if alpha is None else float(alpha), rslora)
+
+
+def _coding(target: Format, dtype: str) -> Coding | None:
+    """The codes that factors are stored as, if they are."""
+    if not isinstance(target, Coded):
+        return None
+    if dtype != "auto":
+        raise FitError(f"{target.name} stores factors as codes, not as {dtype}", hint="--factors chooses the codes")
+    return target.coding
 
 
 def _dtype(text: str, tuned: Component) -> DType:
@@ -247,6 +265,7 @@ class _Job:
     forms: Forms
     ranks: Mapping[str, int]
     dtype: DType
+    coding: Coding | None
     tensors: tuple[NewTensor, ...]
     config: bytes
     metadata: Mapping[str, str]
@@ -263,18 +282,19 @@ class _Job:
         """Other ranks, fewer layers."""
         kept = [kept_size(one) for one in self.forms.kept]
         stored = sum(numbers for numbers, _ in kept), sum(nbytes for _, nbytes in kept)
-        return choices(self.forms, self.scan.factored, self.scan.measures, stored, self.dtype)
+        return choices(self.forms, self.scan.factored, self.scan.measures, stored, self.coding or self.dtype)
 
     def result(self) -> ExtractResult:
         """By the spectra."""
-        rows = rows_of(self.scan.pairs, self.scan.measures, self.scan.factored, self.forms, self.ranks, self.dtype)
+        kind = self.coding or self.dtype
+        rows = rows_of(self.scan.pairs, self.scan.measures, self.scan.factored, self.forms, self.ranks, kind)
         return ExtractResult(
             None,
             "peft",
             self.metadata["surgery.base"],
             rows,
-            self.dtype.label,
-            self.nbytes,
+            self.coding.name if self.coding else self.dtype.label,
+            sum(row.nbytes for row in rows) if self.coding else self.nbytes,
             self.both.tuned.nbytes,
             self.warnings,
             self.table,
@@ -286,26 +306,43 @@ class _Job:
         Raises:
             ProofError: it does something else.
         """
-        from surgery.extract_proof import compare
         from surgery.extract_rows import with_measured
 
-        changed = [pair for pair in self.scan.pairs if pair.match == "pair" and self.scan.measures[pair.name].changed]
-        errors = compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
-        result = self.result()
+        errors, result = self._errors(folder), self.result()
         return replace(
             result, rows=with_measured(result.rows, errors, self.forms, self.scan.factored, self.ranks, self.dtype)
         )
 
+    def coded(self, folder: Path) -> ExtractResult:
+        """By the codes that lie in `folder`, whose error the converter has proved to be what its writer says."""
+        errors, result = self._errors(folder), self.result()
+        rows = (replace(r, residual=errors[r.name].residual) if r.name in errors else r for r in result.rows)
+        return replace(result, rows=tuple(rows))
+
+    def _errors(self, folder: Path) -> dict[str, Error]:
+        from surgery.extract_proof import compare
+
+        changed = [pair for pair in self.scan.pairs if pair.match == "pair" and self.scan.measures[pair.name].changed]
+        return compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
+
 
 def _settled(
-    both: _Both, scan: _Scan, goal: Wanted, options: Options, scaling: Scaling, dtype: DType, *, allow_loss: bool
+    both: _Both,
+    scan: _Scan,
+    goal: Wanted,
+    options: Options,
+    scaling: Scaling,
+    dtype: DType,
+    coding: Coding | None,
+    *,
+    allow_loss: bool,
 ) -> _Job:
     old, new = both.old, both.new
 
     def formed(ranks: Mapping[str, int]) -> Forms:
         return settle(scan.spots, scan.units, scan.measures, old, new, options, ranks)
 
-    ranks = ranks_of(goal, scan.units, scan.factored, formed, dtype)
+    ranks = ranks_of(goal, scan.units, scan.factored, formed, coding or dtype)
     forms = formed(ranks)
     for unit in forms.units:
         if goal.rank is not None and ranks[unit.path] < goal.rank:
@@ -327,7 +364,9 @@ def _settled(
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return _Job(both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, differing_settings(old, new))
+    return _Job(
+        both, scan, forms, ranks, dtype, coding, tensors, config, metadata, plan_id, differing_settings(old, new)
+    )
 
 
 def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
@@ -359,13 +398,23 @@ def _converted(
         raise FitError("no such folder to write into", file=out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:100]}.surgery-") as name:
         result = _write(job, Path(name) / "peft", overwrite=False, progress=None)
+
+        def check(path: Path) -> Mapping[str, Any]:
+            nonlocal result
+            if job.coding is not None:
+                result = replace(job.coded(path), format=to)
+                return {"extract": result.as_json()}
+            return {}
+
         done = convert(
             Path(name) / "peft",
             to,
             out,
             base=job.both.base.path,
+            factors=job.coding and job.coding.name,
             allow_loss=allow_loss,
             overwrite=overwrite,
+            check=check,
             progress=progress,
         )
     lost = tuple(

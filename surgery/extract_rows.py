@@ -17,6 +17,7 @@ from surgery.extract_sites import Unit
 from surgery.pairs import Pair
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def rows_of(
     factored: Mapping[str, Factored],
     forms: Forms,
     ranks: Mapping[str, int],
-    dtype: DType,
+    dtype: DType | Coding,
 ) -> tuple[ExtractRow, ...]:
     """By what was found while reading: residuals are those of the spectra.
 
@@ -124,7 +125,12 @@ def _cost(stored: list[Kept]) -> dict[str, object]:
 
 
 def _low_rank(
-    row: ExtractRow, unit: Unit, factored: Mapping[str, Factored], ranks: Mapping[str, int], dtype: DType, forms: Forms
+    row: ExtractRow,
+    unit: Unit,
+    factored: Mapping[str, Factored],
+    ranks: Mapping[str, int],
+    dtype: DType | Coding,
+    forms: Forms,
 ) -> ExtractRow:
     found, rank = factored[unit.path], ranks[unit.path]
     position = unit.names.index(row.name)
@@ -143,7 +149,7 @@ def _low_rank(
         residual=math.sqrt(left),
         bound=max(piece.bound for piece in found.pieces),
         parameters=part,
-        nbytes=part * dtype.bits // 8,
+        nbytes=dtype.nbytes(part),
         why="; ".join(notes),
     )
 

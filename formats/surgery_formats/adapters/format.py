@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from surgery_formats.adapter import Adapter, Site
 from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.dtypes import DType
+from surgery_formats.linalg.coding import Coding
 from surgery_formats.updates import Update
 
 if TYPE_CHECKING:
@@ -120,7 +121,14 @@ class Format(Protocol):
 
 @runtime_checkable
 class Coded(Format, Protocol):
-    """A format that stores factors as codes, in one of several types."""
+    """A format that stores factors as codes, in one of several types.
+
+    Attributes:
+        coding: The type it stores now.
+    """
+
+    @property
+    def coding(self) -> Coding: ...
 
     def with_factors(self, factors: str) -> Format:
         """The same format with factors of the type `factors` (``int8``, ``int4``).
