@@ -57,8 +57,8 @@ class Combined:
 
     Attributes:
         site: As the first adapter names it.
-        outcome: ``exact``, ``approximated`` (directions dropped, or codes in the place of factors) or ``kept`` (taken over as it was, perhaps
-            with another scale).
+        outcome: ``exact``, ``approximated`` (directions dropped, or codes in the place of factors) or ``kept`` (taken over as it was,
+            perhaps with another scale).
         ranks: Of the terms.
         rank: Of the result; 0 for what is not low-rank.
         norm: Frobenius norm of the delta that was wanted; None where it was not worked out.

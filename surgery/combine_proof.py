@@ -127,9 +127,7 @@ def _check(errors: Mapping[str, float], tolerance: float, path: Path) -> None:
         )
 
 
-def _measure(
-    part: Part, chain: Sequence[Update], lost: float, tolerance: float, slack: float, path: Path
-) -> Measured:
+def _measure(part: Part, chain: Sequence[Update], lost: float, tolerance: float, slack: float, path: Path) -> Measured:
     """Norm and error of one weight, all its experts together; `slack` is what codes add to the error, relative to what they stand for."""
     norms, errors, sizes = [], [], []
     for wanted, loras in zip(part.wanted, _loras(part, chain), strict=True):

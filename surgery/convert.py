@@ -53,7 +53,8 @@ class ConvertResult:
         source: Format it was read from.
         target: Format it was written in.
         entries: What became of every update.
-        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a dry run.
+        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a
+            dry run.
         warnings: What the user should know.
     """
 
@@ -174,7 +175,9 @@ def coded_as(target: Format, factors: str | None) -> Format:
     if factors is None:
         return target
     if not isinstance(target, Coded):
-        raise FitError(f"{target.name} stores factors as numbers, not as {show(factors, 40)} codes", hint="--to compact")
+        raise FitError(
+            f"{target.name} stores factors as numbers, not as {show(factors, 40)} codes", hint="--to compact"
+        )
     return target.with_factors(factors)
 
 
@@ -312,7 +315,6 @@ class _Job:
         files = sorted({fingerprint(tensor.file) for tensor in self.source.tensors})
         facts = [__version__, "convert", self.target.name, small, dict(self.rendering.metadata), tensors, files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
 
 
 def _ranges(rendering: Rendering) -> tuple[bytes, dict[str, tuple[int, int]], int]:

@@ -27,7 +27,7 @@ def measured(rendering: Rendering, written: Adapter, tolerance: float) -> dict[S
     Raises:
         ProofError: an update is missing, of another kind, or further away than stated.
     """
-    found = {}
+    found: dict[Site, float] = {}
     for site, stated in rendering.stated.items():
         chain, other = rendering.held[site], written.updates.get(site, ())
         if [update.kind for update in chain] != [update.kind for update in other]:

@@ -411,7 +411,7 @@ def _converted(
             to,
             out,
             base=job.both.base.path,
-            factors=job.coding and job.coding.name,
+            factors=None if job.coding is None else job.coding.name,
             allow_loss=allow_loss,
             overwrite=overwrite,
             check=check,

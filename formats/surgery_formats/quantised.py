@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors stored as codes and scales that read as the float32 values they stand for, so that every update serves them like any other.
 
-On disk a factor has two tensors: ``NAME.codes``, for int8 ``(count, length, rank)`` of type I8, for int4 ``(count, bytes)`` of type U8 with the
-first of two codes in the low half and zero bits where there is no second; and ``NAME.scales``, BF16 ``(count, groups)``. `count` is that of
-stacked experts, 1 otherwise. Each expert's ``length * rank`` numbers lie row by row and are grouped from their first on.
+On disk a factor has two tensors: ``NAME.codes``, for int8 ``(count, length, rank)`` of type I8, for int4 ``(count, bytes)`` of type U8
+with the first of two codes in the low half and zero bits where there is no second; and ``NAME.scales``, BF16 ``(count, groups)``.
+`count` is that of stacked experts, 1 otherwise. Each expert's ``length * rank`` numbers lie row by row and are grouped from their first on.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def pack(codes: torch.Tensor, coding: Coding) -> torch.Tensor:
     return (flat[:, 0::2] | (flat[:, 1::2] << 4)).to(torch.uint8)
 
 
-def _unpack(stored: torch.Tensor, numel: int) -> torch.Tensor:
-    """``(count, bytes)`` to int8 ``(count, 2 * bytes)``, and whether the bits that hold nothing are zero."""
+def _unpack(stored: torch.Tensor) -> torch.Tensor:
+    """``(count, bytes)`` to int8 ``(count, 2 * bytes)``."""
     import torch
 
     halves = torch.stack([stored & 15, stored >> 4], dim=-1).reshape(len(stored), -1).to(torch.int8)
@@ -88,11 +88,13 @@ class Quantised(StoredTensor):
         from surgery_formats.linalg.quantise import Codes, dequantise
 
         codes, scales, coding = self.codes, self.scales, self.coding
-        assert codes is not None and scales is not None and coding is not None
-        count, length, rank = self.sizes
+        assert codes is not None
+        assert scales is not None
+        assert coding is not None
+        _, length, rank = self.sizes
         values, steps = codes.read(), scales.read()
         if coding.bits == 4:
-            values = _unpack(values, length * rank)
+            values = _unpack(values)
             if bool(values[:, length * rank :].any()):
                 raise MalformedError("bits behind its last code", file=codes.file.path, tensor=codes.name)
             values = values[:, : length * rank]
@@ -107,7 +109,8 @@ class Quantised(StoredTensor):
 
     def coded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales as stored."""
-        assert self.codes is not None and self.scales is not None
+        assert self.codes is not None
+        assert self.scales is not None
         return self.codes.read(), self.scales.read()
 
 
@@ -147,6 +150,4 @@ def quantised(
                 tensor=tensor.name,
             )
     nbytes = codes.nbytes + scales.nbytes
-    return Quantised(
-        name, DType.F32, shape, codes.file, codes.offset, nbytes, None, codes, scales, coding, side, sizes
-    )
+    return Quantised(name, DType.F32, shape, codes.file, codes.offset, nbytes, None, codes, scales, coding, side, sizes)

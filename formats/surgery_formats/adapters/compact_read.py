@@ -121,13 +121,13 @@ class _Object:
     def number(self, key: str) -> float:
         """A finite number."""
         value = self.raw.get(key)
-        if type(value) not in (int, float) or not abs(value) < 1e300:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
             raise MalformedError(f"'{key}' is {show(repr(value), 40)}, not a number", file=self.file)
         return float(value)
 
     def size(self, value: object, key: str, least: int = 1) -> int:
         """A whole number of at least `least`."""
-        if type(value) is not int or not least <= value < _MOST:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _MOST:
             raise MalformedError(f"'{key}' is {show(repr(value), 40)}, not a size", file=self.file)
         return value
 
@@ -231,9 +231,7 @@ def _low_rank(stem: str, kind: str, record: _Object, state: _State) -> Update:
     return DoRA(lora, magnitude, per_row)
 
 
-def _quantised(
-    name: str, side: Any, sizes: tuple[int, int, int], shape: tuple[int, ...], state: _State
-) -> Quantised:
+def _quantised(name: str, side: Any, sizes: tuple[int, int, int], shape: tuple[int, ...], state: _State) -> Quantised:
     codes, scales = state.take(f"{name}.codes"), state.take(f"{name}.scales")
     made = quantised(name, codes, scales, state.coding, side, sizes, shape)
     state.used.append(made)

@@ -17,7 +17,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.quantised import Quantised, code_shape, code_type, pack
-from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
 if TYPE_CHECKING:
     import torch
@@ -138,9 +138,7 @@ def _first_lora(update: Update) -> LoRA | None:
     return found if isinstance(found, LoRA) else None
 
 
-def _low_rank(
-    stem: str, update: Update, first: LoRA, wrapped: bool, site: Site, state: _State
-) -> Callable[[], float]:
+def _low_rank(stem: str, update: Update, first: LoRA, wrapped: bool, site: Site, state: _State) -> Callable[[], float]:
     """The codes of a LoRA, of a DoRA's direction, or of all experts of a stack; what says their error."""
     loras = [*update.experts] if isinstance(update, Stacked) else [first]
     embedding = any(".lora_embedding_" in tensor.name for tensor in first.tensors)

@@ -68,8 +68,8 @@ class Rendering:
         small_files: Whole contents of the other files (configuration).
         entries: What became of every update.
         held: The source's updates that the files hold: everything but what was dropped.
-        stated: For sites with something approximated, the errors that their updates in `held` are to have, in order (0: none). Known for sure
-            once the tensors were loaded. Such a format keeps sites and kinds as they are.
+        stated: For sites with something approximated, the errors that their updates in `held` are to have, in order (0: none). Such a
+            format keeps sites and kinds as they are. Asked before the tensors were loaded, it is the work of loading them.
     """
 
     tensor_file: str

@@ -39,7 +39,9 @@ __all__ = ["render_peft"]
 
 _PREFIX = "base_model.model."
 _WRAPPED = ".base_layer.out_proj"
-_NO_TARGET = "dummy-target-modules"  # PEFT refuses an adapter without a target, but for this name (peft.utils.constants)
+_NO_TARGET = (
+    "dummy-target-modules"  # PEFT refuses an adapter without a target, but for this name (peft.utils.constants)
+)
 _SURVIVING = ("auto_mapping", "inference_mode", "lora_dropout", "revision", "task_type")  # say nothing about tensors
 _PARAMETER_ORDER = (
     "weight",

@@ -9,8 +9,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from surgery_formats.adapter import Adapter
-from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.compact import COMPACT
+from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT

@@ -37,4 +37,4 @@ class Coding:
 
 
 CODINGS = {coding.name: coding for coding in (Coding("int8", 8, 64), Coding("int4", 4, 32))}
-"""By name. Error and size of each: docs/extraction.md."""
+"""By name. Error and size of each: docs/compact.md."""

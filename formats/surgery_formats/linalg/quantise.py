@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole numbers in the place of factors: symmetric codes with one scale per group, and products rounded for the product's sake.
 
-A value is ``code * scale``; ``-128`` and ``-8`` are no codes, so that the range is symmetric. A bfloat16 scale times a code of 8 bits fits
-float32 exactly: everybody who decodes a file gets the same numbers, and only the encoder has choices. It has four for a product ``B A``, each
-measured to gain (docs/extraction.md):
+A value is ``code * scale``; ``-128`` and ``-8`` are no codes, so that the range is symmetric. A bfloat16 scale times a code of 8 bits
+fits float32 exactly: everybody who decodes a file gets the same numbers, and only the encoder has choices. It has four for a product
+``B A``, each measured to gain (docs/compact.md):
 
 - The singular values are split evenly, so that an error in either factor costs the same (`factored.rerank`).
-- The directions are mixed by an orthogonal matrix. ``B A`` stays, but every direction now has the mean of the singular values, and the error
-  of rounding falls from ``sum s_k^2`` to ``(sum s_k)^2 / r`` (Cauchy and Schwarz).
-- Rounding one direction, the directions that follow make up for it, as far as the other factor cannot tell them apart (the error feedback of
-  GPTQ, Frantar et al. 2022, arXiv:2210.17323, with the other factor in the place of the inputs).
+- The directions are mixed by an orthogonal matrix. ``B A`` stays, but every direction now has the mean of the singular values, and the
+  squared error of rounding falls from ``sum s_k^2`` to ``(sum s_k)^2 / r`` (Cauchy and Schwarz).
+- When one direction is rounded, those that follow make up for it, as far as the other factor cannot tell them apart (the error feedback
+  of GPTQ, Frantar et al. 2022, arXiv:2210.17323, with the other factor in the place of the inputs).
 - Each factor in turn is solved anew, by least squares, for the other one as it was rounded.
 """
 
@@ -96,7 +96,10 @@ def quantise_product(B: torch.Tensor, A: torch.Tensor, coding: Coding) -> CodedP
         B, A = B.double(), A.double()
         even = rerank(B, A, B.shape[1])
         given = (B, A) if even.B.shape[1] == B.shape[1] else (even.B, even.A)
-        best = quantise(given[0], coding), quantise(given[1].T.contiguous(), coding)  # decoded codes are to become what they were
+        best = (
+            quantise(given[0], coding),
+            quantise(given[1].T.contiguous(), coding),
+        )  # what codes decode to becomes them again
         left = _distance(even.B, even.A, best, coding)
         for pair in _rounds(even.B, even.A, coding) if left > 1e-14 else ():
             if (found := _distance(even.B, even.A, pair, coding)) < left:
@@ -132,7 +135,8 @@ def _mixing(rank: int) -> torch.Tensor:
 
 def _solved(fixed: torch.Tensor, wanted: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """``argmin_X ||wanted^T other - fixed^T X||``, directions being rows."""
-    return torch.linalg.solve(_gram(fixed), (fixed @ wanted.T) @ other)
+    found: torch.Tensor = torch.linalg.solve(_gram(fixed), (fixed @ wanted.T) @ other)
+    return found
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:
@@ -183,7 +187,11 @@ def _scales(flat: torch.Tensor, coding: Coding, candidates: list[float]) -> torc
     """One scale per group of `flat`, float64 values that bfloat16 has."""
     short = -flat.numel() % coding.group
     groups = torch.nn.functional.pad(flat, (0, short)).reshape(-1, coding.group)
-    return torch.cat([_search(chunk, coding, candidates) for chunk in groups.split(_CHUNK)]) if len(groups) else flat
+    return (
+        torch.cat([_search(chunk, coding, candidates) for chunk in torch.split(groups, _CHUNK)])
+        if len(groups)
+        else flat
+    )
 
 
 def _search(groups: torch.Tensor, coding: Coding, candidates: list[float]) -> torch.Tensor:
