@@ -107,9 +107,8 @@ def render_peft(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
     tensors = tuple(state.tensors[name] for name in sorted(state.tensors))
     small = {"adapter_config.json": text.encode()}
-    return Rendering(
-        "adapter_model.safetensors", tensors, metadata, small, tuple(state.ledger.entries), state.ledger.held
-    )
+    held = state.ledger.held_in_order(adapter)
+    return Rendering("adapter_model.safetensors", tensors, metadata, small, tuple(state.ledger.entries), held)
 
 
 def _check_sites(adapter: Adapter, base: Checkpoint | None) -> None:
