@@ -240,6 +240,8 @@ def test_options_that_mean_nothing_are_refused(tmp_path: Path) -> None:
         convert(source, "compact", tmp_path / "b", factors="int3")
     with pytest.raises(FitError, match="--factors chooses"):
         convert(source, "compact", tmp_path / "b", dtype="fp16")
+    with pytest.raises(FitError, match="keeps names as they are"):
+        convert(source, "compact", tmp_path / "b", projections="split")
     with pytest.raises(FitError, match="a dtype says nothing"):
         surgery.combine([(source, 2.0)], to="compact", output=tmp_path / "b", dtype="fp16")
 

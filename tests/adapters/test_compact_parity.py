@@ -10,16 +10,19 @@ import torch
 
 import surgery
 from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.errors import FitError
 from tests.oracles.cases import CASES, Case, build
 from tests.oracles.disk import read_tensors
 
+_OTHERS = ("ia3", "loha", "lokr", "oft", "vera")  # small as they are: nothing to gain from codes
+
 
 def _covering() -> list[Case]:
-    """Every architecture and every option of the catalogue at least once."""
+    """Every architecture and every option of the catalogue at least once, of LoRA and what goes with it."""
     seen: set[str] = set()
     chosen = []
     for case in CASES.values():
-        if not {case.arch, *case.tags} <= seen:
+        if not set(case.name.split("-")) & set(_OTHERS) and not {case.arch, *case.tags} <= seen:
             seen |= {case.arch, *case.tags}
             chosen.append(case)
     return chosen
@@ -46,3 +49,10 @@ def test_a_compact_adapter_merges_as_the_peft_adapter_it_decodes_to(case: Case, 
     a, b = read_tensors(tmp_path / "a"), read_tensors(tmp_path / "b")
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize("name", ["llama-ia3", "llama-loha", "llama-lokr", "llama-oft", "llama-vera"])
+def test_kinds_without_factors_to_code_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    built = build(CASES[name], tmp_path)
+    with pytest.raises(FitError, match=r"this format has no (IA3|LoHa|LoKr|OFT|VeRA)"):
+        surgery.convert(built.adapters[0][0], "compact", tmp_path / "compact")

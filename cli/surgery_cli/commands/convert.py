@@ -54,6 +54,11 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     help="The model it was trained on, if FORMAT needs its names.",
 )
 @click.option("--component", metavar="NAME", help="The part of a pipeline, e.g. unet.")
+@click.option(
+    "--projections",
+    type=click.Choice(["split", "fused"]),
+    help="Make qkv_proj and gate_up_proj of their parts, or parts of them.",
+)
 @click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
 @dtype_option
 @click.option(
@@ -73,6 +78,7 @@ def command(
     \b
     Examples:
       surgery convert my-lora/ --to mlx -o my-lora-mlx/
+      surgery convert phi3-lora/ --to peft -o llama-names/ --projections split --base phi3/
       surgery convert style.safetensors --to peft --base sdxl/ -o style-peft/
       surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a compact folder to the canonical form (format: docs/formats.md). Codes stay on disk until a factor is asked for."""
+"""From a compact folder to the canonical form (format: docs/compact.md). Codes stay on disk until a factor is asked for."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the canonical form to a compact folder: factors as codes, the rest as it is stored (format: docs/formats.md)."""
+"""From the canonical form to a compact folder: factors as codes, the rest as it is stored (format: docs/compact.md)."""
 
 from __future__ import annotations
 

@@ -63,10 +63,14 @@ class Ledger:
         kept = {site: {id(update) for update in chain} for site, chain in self.held.items()}
         return {site: tuple(u for u in adapter.updates[site] if id(u) in kept[site]) for site in self.held}
 
+    def keep_prompt(self, prompt: StoredTensor) -> None:
+        """Virtual tokens are in the files."""
+        self.entries.append(Entry(prompt.name, "exact", "virtual tokens"))
+
     def drop_prompt(self, adapter: Adapter) -> None:
         """Virtual tokens, for a format that has none."""
         if adapter.prompt is not None:
-            self.entries.append(Entry(adapter.prompt.name, "dropped", "this format has no virtual tokens"))
+            self.entries.append(Entry(adapter.prompt.table.name, "dropped", "this format has no virtual tokens"))
 
 
 def factor_dtype(factors: Iterable[Factor], *, folded: bool) -> DType:
