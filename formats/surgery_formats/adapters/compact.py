@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compact: a folder of our own whose factors are codes of 8 or 4 bits (docs/compact.md). It holds LoRA and what goes with it, under any names."""
+"""Compact: a folder of our own whose factors are codes of 8 or 4 bits (docs/compact.md). It holds LoRA and what goes with it."""
 
 from __future__ import annotations
 
