@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from surgery.extract import ExtractResult, extract_lora
     from surgery.inspect import AdapterReport, CheckpointReport, inspect
     from surgery.merge import MergeResult, merge
+    from surgery.onnx.bench import BenchResult, bench
+    from surgery.onnx.export import ExportResult, export_onnx
+    from surgery.onnx.run.text import RunResult, run
     from surgery.resize import resize
     from surgery.savings import SavingsReport, report
+    from surgery.verify import Verification, verify
 
 _HOMES = {
     "AdapterReport": "surgery.inspect",
@@ -49,31 +53,47 @@ _HOMES = {
     "resize": "surgery.resize",
     "ExtractResult": "surgery.extract",
     "extract_lora": "surgery.extract",
+    "BenchResult": "surgery.onnx.bench",
+    "ExportResult": "surgery.onnx.export",
+    "RunResult": "surgery.onnx.run.text",
+    "bench": "surgery.onnx.bench",
+    "export_onnx": "surgery.onnx.export",
+    "run": "surgery.onnx.run.text",
+    "Verification": "surgery.verify",
+    "verify": "surgery.verify",
 }
 
 __all__ = [
     "AdapterDiff",
     "AdapterReport",
+    "BenchResult",
     "Catalogue",
     "CheckpointDiff",
     "CheckpointReport",
     "CombineResult",
     "ConvertResult",
     "EnvironmentReport",
+    "ExportResult",
     "ExtractResult",
     "MergeResult",
+    "RunResult",
     "SavingsReport",
+    "Verification",
     "__version__",
+    "bench",
     "catalogue",
     "combine",
     "convert",
     "diff",
     "environment",
+    "export_onnx",
     "extract_lora",
     "inspect",
     "merge",
     "report",
     "resize",
+    "run",
+    "verify",
 ]
 
 
