@@ -20,13 +20,12 @@ from surgery_formats.lenses import Plain
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BLOCK_ELEMENTS", "Delta", "Measure", "Strip", "measure", "spacing"]
+__all__ = ["BLOCK_ELEMENTS", "Delta", "Measure", "Strip", "measure"]
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements per block, 2 MB of float32. Fixed, so that sums depend on nothing else."""
 _SAMPLE = 8  # of a tensor of several blocks one row of eight is looked at for the figures about rounding
 _EXPONENTS = 2200  # powers of two that float64 knows
-_MANTISSA = {DType.BF16: (7, -126), DType.F16: (10, -14), DType.F32: (23, -126), DType.F64: (52, -1022)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +169,8 @@ def measure(pair: Pair, row_limit: int = 0) -> Measure:
     """
     import torch
 
+    from surgery_formats.linalg.noise import spacing
+
     base, tuned = Plain.of(pair.base), Plain.of(pair.tuned)
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
     height = max(1, BLOCK_ELEMENTS // max(cols, 1))
@@ -248,12 +249,3 @@ def _bits(values: torch.Tensor) -> torch.dtype:
     import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-
-
-def spacing(values: torch.Tensor, dtype: DType) -> torch.Tensor:
-    """Spacing of `dtype` at each value."""
-    import torch
-
-    bits, smallest = _MANTISSA[dtype]
-    exponent = torch.frexp(values).exponent.sub_(1).clamp_(min=max(smallest, -126 + bits))
-    return torch.ldexp(torch.ones_like(values), exponent.sub_(bits))

@@ -22,12 +22,16 @@ from surgery import __version__
 from surgery.convert import coded_as
 from surgery.deltas import Measure, measure
 from surgery.execute import default_workers
+from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
+from surgery.extract_dora import Decision, decide, kept_lora
 from surgery.extract_factor import Factored, Scratch, factor, in_threads
+from surgery.extract_kind import KINDS, CalibrationTotals, Kind
 from surgery.extract_ledger import ExtractResult
+from surgery.extract_noise import NoiseReport, noise_report
 from surgery.extract_plan import MOST_ROWS, Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
 from surgery.extract_rows import check_losses, rows_of
-from surgery.extract_sites import Spot, Unit, spots_of, units_of
+from surgery.extract_sites import Spot, Unit, spots_of, tree_name, units_of
 from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
 from surgery.pairs import Pair, differing_settings, pair_up
@@ -40,6 +44,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.folder import output_folder
 from surgery_formats.identity import content_id, fingerprint
 from surgery_formats.linalg.coding import Coding
+from surgery_formats.text import listing
 
 if TYPE_CHECKING:
     from surgery.extract_proof import Error
@@ -60,6 +65,8 @@ def extract_lora(
     budget: str | None = None,
     alpha: float | None = None,
     rslora: bool = False,
+    kind: Kind = "auto",
+    calibration: Pathlike | None = None,
     dense: Sequence[str] = ("norm", "bias"),
     embeddings: str = "lora",
     dtype: str = "auto",
@@ -85,6 +92,8 @@ def extract_lora(
         budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
+        kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
+        calibration: Inputs of modules (`surgery.extract_calibration`), for factors that are best on them; a LoRA's only.
         dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
         embeddings: ``lora`` or ``full``.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
@@ -107,18 +116,28 @@ def extract_lora(
     goal = wanted(rank, energy, max_error, budget, table=table)
     options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
+    if kind == "dora" and calibration is not None:
+        raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
+    chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
     target = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
     coding = _coding(target, dtype)
     if output is None and not dry_run:
         raise FitError("no output was named")
     pair = _Both(open_checkpoint(base), open_checkpoint(tuned))
+    given = None if calibration is None else open_calibration(calibration)
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
     try:
-        scan = _scan(pair, goal, options, scratch, device, workers or default_workers(), progress)
-        kind = DType.F32 if coding else _dtype(dtype, pair.new)
-        job = _settled(pair, scan, goal, options, scaling, kind, coding, allow_loss=allow_loss)
-        job = replace(job, table=job.choices() if table else (), workers=workers or default_workers())
+        threads = workers or default_workers()
+        stored = DType.F32 if coding else _dtype(dtype, pair.new)
+        made = _Making(goal, options, scaling, stored, coding, chosen, given, scratch, device, threads)
+        if given is not None:
+            spots = spots_of(pair_up(pair.old, pair.new), pair.old)
+            shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
+            check_modules(given, spots, units_of(spots, pair.old), [*shared, *(tree_name(n, pair.old) for n in shared)])
+        scan = _scan(pair, goal, options, scratch, device, threads, progress)
+        job = _settled(pair, scan, made, allow_loss=allow_loss)
+        job = replace(job, table=job.choices() if table else ())
         if dry_run:
             return replace(job.result(), format=target.name)
         assert output is not None
@@ -256,6 +275,27 @@ class _Meter:
                 self._callback(Progress(self._done, self._total, "factorising"))
 
 
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """What the user wants, and where it is worked out.
+
+    Attributes:
+        dtype: Of the factors of the PEFT folder.
+        coding: Of the factors in the end, if they are codes.
+    """
+
+    goal: Wanted
+    options: Options
+    scaling: Scaling
+    dtype: DType
+    coding: Coding | None
+    kind: Kind
+    calibration: Calibration | None
+    scratch: Scratch
+    device: str
+    workers: int
+
+
 @dataclass(frozen=True)
 class _Job:
     """All that is decided; nothing is written yet."""
@@ -270,9 +310,19 @@ class _Job:
     config: bytes
     metadata: Mapping[str, str]
     id: str
+    noise: NoiseReport
+    decision: Decision
+    calibrated: Calibrated
+    calibration: Calibration | None
+    asked: bool
+    workers: int
     warnings: tuple[str, ...] = ()
     table: tuple[Choice, ...] = ()
-    workers: int = 1
+
+    @property
+    def factored(self) -> Mapping[str, Factored]:
+        """What is written."""
+        return {**self.scan.factored, **self.decision.factored, **self.calibrated.factored}
 
     @property
     def nbytes(self) -> int:
@@ -286,8 +336,18 @@ class _Job:
 
     def result(self) -> ExtractResult:
         """By the spectra."""
-        kind = self.coding or self.dtype
-        rows = rows_of(self.scan.pairs, self.scan.measures, self.scan.factored, self.forms, self.ranks, kind)
+        rows = rows_of(
+            self.scan.pairs,
+            self.scan.measures,
+            self.factored,
+            self.forms,
+            self.ranks,
+            self.coding or self.dtype,
+            self.noise.signals,
+            {path: one.count for path, one in self.decision.magnitudes.items()},
+            self.calibrated.facts,
+            asked=self.asked,
+        )
         return ExtractResult(
             None,
             "peft",
@@ -298,6 +358,10 @@ class _Job:
             self.both.tuned.nbytes,
             self.warnings,
             self.table,
+            self.noise.survival,
+            self.noise.merged,
+            self.decision.facts,
+            CalibrationTotals.of(self.calibrated.facts.values()) if self.calibration is not None else None,
         )
 
     def proved(self, folder: Path) -> ExtractResult:
@@ -309,9 +373,9 @@ class _Job:
         from surgery.extract_rows import with_measured
 
         errors, result = self._errors(folder), self.result()
-        return replace(
-            result, rows=with_measured(result.rows, errors, self.forms, self.scan.factored, self.ranks, self.dtype)
-        )
+        sizes = {path: one.size for path, one in self.decision.magnitudes.items()}
+        rows = with_measured(result.rows, errors, self.forms, self.factored, self.ranks, self.dtype, sizes)
+        return replace(result, rows=rows)
 
     def coded(self, folder: Path) -> ExtractResult:
         """By the codes that lie in `folder`, whose error the converter has proved to be what its writer says."""
@@ -322,28 +386,34 @@ class _Job:
     def _errors(self, folder: Path) -> dict[str, Error]:
         from surgery.extract_proof import compare
 
-        changed = [pair for pair in self.scan.pairs if pair.match == "pair" and self.scan.measures[pair.name].changed]
+        shifted = {kept.name for kept in self.forms.kept if kept.shift is not None}
+        changed = [
+            pair
+            for pair in self.scan.pairs
+            if pair.match == "pair" and (self.scan.measures[pair.name].changed or pair.name in shifted)
+        ]
         return compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
 
 
-def _settled(
-    both: _Both,
-    scan: _Scan,
-    goal: Wanted,
-    options: Options,
-    scaling: Scaling,
-    dtype: DType,
-    coding: Coding | None,
-    *,
-    allow_loss: bool,
-) -> _Job:
+def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> _Job:
     old, new = both.old, both.new
+    goal, dtype, scaling = making.goal, making.dtype, making.scaling
 
     def formed(ranks: Mapping[str, int]) -> Forms:
-        return settle(scan.spots, scan.units, scan.measures, old, new, options, ranks)
+        return settle(scan.spots, scan.units, scan.measures, old, new, making.options, ranks)
 
-    ranks = ranks_of(goal, scan.units, scan.factored, formed, coding or dtype)
+    ranks: Mapping[str, int] = ranks_of(goal, scan.units, scan.factored, formed, making.coding or dtype)
+    decision, dora_ranks = _kind(both, scan, making, formed, ranks)
+    if decision.facts.kind == "dora":
+        ranks = dora_ranks
     forms = formed(ranks)
+    calibrated = Calibrated({}, {}, {})
+    if making.calibration is not None:
+        calibrated = calibrate(
+            making.calibration, forms, scan.spots, scan.factored, ranks, making.scratch, making.device, making.workers,
+            biases="bias" in making.options.dense,
+        )  # fmt: skip
+        calibrated.into(forms, scan.spots)
     for unit in forms.units:
         if goal.rank is not None and ranks[unit.path] < goal.rank:
             forms.why |= dict.fromkeys(
@@ -353,24 +423,69 @@ def _settled(
     if not forms.units and not forms.kept:
         raise FitError("nothing of what changed can be held", file=both.tuned.path)
     metadata = {"format": "pt", "surgery.base": content_id(both.base)}
-    tensors = tensors_of(forms, scan.factored, ranks, scaling, dtype)
-    config = configuration(forms, ranks, scaling, goal.rank, old, both.base.path.resolve().name)
+    factored = {**scan.factored, **decision.factored, **calibrated.factored}
+    places = {path: one.values for path, one in decision.magnitudes.items()}
+    tensors = tensors_of(forms, factored, ranks, scaling, dtype, places)
+    name = both.base.path.resolve().name
+    config = configuration(forms, ranks, scaling, goal.rank, old, name, dora=decision.facts.kind == "dora")
     facts = {
         "version": __version__,
         "verb": "extract-lora",
         "config": hashlib.sha256(config).hexdigest(),
         "tensors": [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in tensors],
         "base": metadata["surgery.base"],
+        "calibration": None if making.calibration is None else making.calibration.id,
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    units = [scan.factored[unit.path] for unit in forms.units]
+    gains = {path: one.load_gains for path, one in decision.magnitudes.items()}
+    noise = noise_report(units, factored, ranks, scan.measures, making.workers, gains)
+    warnings = differing_settings(old, new)
+    given = making.calibration
+    if given is not None and (unused := given.unused(forms.units)):
+        warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
+    asked = goal.rank is not None
     return _Job(
-        both, scan, forms, ranks, dtype, coding, tensors, config, metadata, plan_id, differing_settings(old, new)
-    )
+        both, scan, forms, ranks, dtype, making.coding, tensors, config, metadata, plan_id, noise, decision, calibrated, given, asked,
+        making.workers, warnings,
+    )  # fmt: skip
+
+
+def _kind(
+    both: _Both, scan: _Scan, making: _Making, formed: Callable[[Mapping[str, int]], Forms], ranks: Mapping[str, int]
+) -> tuple[Decision, Mapping[str, int]]:
+    """LoRA or DoRA, and the ranks of a DoRA.
+
+    Raises:
+        FitError: a DoRA was asked for, and none can be made.
+    """
+    goal = making.goal
+    if making.calibration is not None:
+        return kept_lora("calibration weights the factors of a LoRA"), ranks
+    if making.kind == "auto" and (goal.criterion.energy is not None or goal.criterion.max_error is not None):
+        return kept_lora("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
+    dora_ranks = ranks
+    if making.kind != "lora" and goal.budget is not None:
+        try:
+            dora_ranks = ranks_of(
+                goal, scan.units, scan.factored, formed, making.coding or making.dtype, magnitudes=True
+            )
+        except FitError as error:
+            if making.kind == "dora":
+                raise
+            return kept_lora(error.message), ranks
+    units = formed(dora_ranks).units
+    decision = decide(
+        making.kind, units, scan.factored, dora_ranks, ranks, making.scratch, making.device, making.workers,
+        both.tuned.path,
+    )  # fmt: skip
+    return decision, dora_ranks
 
 
 def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
-    inputs = (job.both.base.path, job.both.tuned.path)
+    given = () if job.calibration is None else (job.calibration.path,)
+    inputs = (job.both.base.path, job.both.tuned.path, *given)
     with output_folder(out, job.id, overwrite=overwrite, inputs=inputs) as folder:
         folder.write_small("adapter_config.json", job.config)
         if any(kept.via == "resized" for kept in job.forms.kept):
@@ -384,6 +499,8 @@ def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) 
             progress(Progress(job.nbytes, job.nbytes, "proving"))
         result = job.proved(stage)
         job.both.check_unchanged()
+        if job.calibration is not None:
+            job.calibration.check_unchanged()
         folder.commit({**result.as_json(), "version": __version__})
     return replace(result, output=out)
 

@@ -21,7 +21,7 @@ from surgery_formats.tensors import as_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Criterion", "Factored", "Scratch", "factor", "in_threads"]
+__all__ = ["Criterion", "Factored", "Piece", "Place", "Scratch", "factor", "in_threads"]
 
 ROWS_FROM = 1 << 27
 """Elements above which a matrix is read block by block at every product instead of being held (512 MB of float32): vocabularies."""
@@ -39,7 +39,6 @@ class Criterion:
         max_error: Until ``||D - BA||_F / ||D||_F`` is at most this.
         most: Look at so many and decide later (budget, auto).
         numbers: Most numbers the whole adapter may hold, which limits `most`.
-        edge: Whether to find out what rounding noise could be, too.
     """
 
     rank: int | None = None
@@ -47,7 +46,6 @@ class Criterion:
     max_error: float | None = None
     most: int | None = None
     numbers: int | None = None
-    edge: bool = False
 
     def limit(self, cost: int) -> int | None:
         """Directions of a unit of which each costs `cost` numbers; None for no limit of its own."""
@@ -112,7 +110,7 @@ class Piece:
         total: ``||D||_F^2``.
         rest: What all `k` leave of it.
         bound: The error is at most this many times the least possible.
-        edge: Largest singular value that rounding noise alone would have; 0 where nobody asked.
+        edge: Largest singular value that rounding noise alone would have.
     """
 
     left: Place
@@ -126,7 +124,9 @@ class Piece:
     @property
     def signal(self) -> int:
         """Directions above the noise."""
-        return sum(value > self.edge for value in self.values)
+        from surgery_formats.linalg.noise import signal_count
+
+        return signal_count(self.values, self.edge)
 
     def residual(self, rank: int) -> float:
         """``||D - D_rank||_F^2``."""
@@ -203,7 +203,7 @@ def _piece(delta: Delta, criterion: Criterion, rank: int | None, scratch: Scratc
         float(found.total) ** 2,
         float(found.residual) ** 2,
         float(found.bound),
-        noise_edge(delta) if criterion.edge else 0.0,
+        noise_edge(delta),
     )
 
 

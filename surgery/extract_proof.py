@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from surgery.arithmetic import Seen
 from surgery.deltas import BLOCK_ELEMENTS
 from surgery.extract_factor import in_threads
 from surgery.pairs import Pair
@@ -88,9 +89,16 @@ def _into(found: dict[str, Error], pair: Pair, edit: Edit, stop: Callable[[], bo
         found[pair.name] = _error(pair, edit)
 
 
-def agrees(measured: float, reported: float, dtype: DType) -> bool:
-    """Whether a residual read back from disk is the reported one, given that factors were rounded to `dtype`."""
-    slack = _ROUNDING[dtype]
+def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -> bool:
+    """Whether a residual read back from disk is the reported one.
+
+    Args:
+        measured: Read back.
+        reported: Found before writing.
+        dtype: What factors were rounded to.
+        whole: ``||TUNED|| / ||TUNED - BASE||`` of a DoRA, whose float32 magnitudes and norms multiply whole rows.
+    """
+    slack = _ROUNDING[dtype] + whole * 2.0**-22
     low, high = (1 - _AGREEMENT) * reported, (1 + _AGREEMENT) * reported
     return max(low - slack, 0.0) <= measured <= math.hypot(high, slack) + 2.0**-20
 
@@ -105,10 +113,12 @@ def _error(pair: Pair, edit: Edit) -> Error:
     added = edit.replaced is None and all(isinstance(operation.update, LoRA) for operation in edit.operations)
     fine = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     exact = torch.float64 if fine else torch.float32
-    nothing = [_Nothing(operation.update.shape, exact) for operation in edit.operations]
-    chain = [(o.view, o.update.prepare(weight)) for o, weight in zip(edit.operations, nothing, strict=True)]
-    energy = left = 0.0
     step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
+    chain: list[tuple[View, Apply]] = []
+    for operation in edit.operations:  # a DoRA looks at BASE's rows, a LoRA at nothing
+        seen = Seen(source, tuple(chain), operation.view, exact, "cpu", step)
+        chain.append((operation.view, operation.update.prepare(seen)))
+    energy = left = 0.0
     for start in range(0, tuned.shape[0], step):
         stop = min(start + step, tuned.shape[0])
         wanted = tuned.get(start, stop, exact)
@@ -126,19 +136,6 @@ def _error(pair: Pair, edit: Edit) -> Error:
 def _flat(pair: Pair, source: Plain, *, old: bool) -> tuple[int, int]:
     tensor = pair.base if old else pair.tuned
     return tensor.numel // max(source.shape[1], 1), source.shape[1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Nothing:
-    """What an update asks of a weight before it is applied; none written here looks at values."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: str = "cpu"
-
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
-        """Never asked."""
-        raise TypeError("an extracted update does not look at the weight")
 
 
 def _apply(chain: list[tuple[View, Apply]], block: torch.Tensor, start: int, stop: int) -> None:

@@ -24,8 +24,15 @@ _TYPES = frozenset(
         "llama",
         "mistral",
         "nemotron",
+        "olmo",
+        "phi",
+        "phi3",
+        "phi3small",
+        "phimoe",
+        "qwen2",
+        "qwen3",
+        "smollm3",
     )
-    + ("olmo", "phi", "phi3", "phi3small", "phimoe", "qwen2", "qwen3", "smollm3")
 )
 """Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``. Its ``gpt2`` takes others."""
 
