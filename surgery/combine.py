@@ -18,13 +18,15 @@ from surgery.adapter_output import float_type, job_id, stored_as, write_adapter
 from surgery.combine_files import as_adapter, side_files
 from surgery.combine_group import Given, group
 from surgery.combine_parts import Part, Solutions
-from surgery.combine_proof import Measured, prove
+from surgery.combine_proof import TOLERANCE, Measured, prove
 from surgery.combine_weight import make_part
+from surgery.convert_approximate import measured as approximated
 from surgery.plain import plain
 from surgery.progress import Callback
 from surgery.selection import Selection, check_patterns
 from surgery.sums import Recipe
 from surgery.task_vectors import DENSE_METHODS
+from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.peft_kinds import KINDS
 from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.adapters.registry import format_named, read_adapter
@@ -58,7 +60,8 @@ class Combined:
 
     Attributes:
         site: As the first adapter names it.
-        outcome: ``exact``, ``approximated``, ``kept`` (taken over as it was, perhaps with another scale) or ``left out`` (not chosen).
+        outcome: ``exact``, ``approximated`` (directions dropped, or codes in the place of factors), ``kept`` (taken over as it was,
+            perhaps with another scale) or ``left out`` (not chosen).
         ranks: Of the terms.
         rank: Of the result; 0 for what is not low-rank.
         norm: Frobenius norm of the delta that was wanted; None where it was not worked out.
@@ -234,6 +237,8 @@ def rewrite(
             hint="a higher rank would only add zeros",
         )
     result = as_adapter(given, parts, target.name)
+    if dtype is not None and isinstance(target, Coded):
+        raise FitError(f"{target.name} stores factors as codes: a dtype says nothing")
     rendering = stored_as(target.render(result, base), dtype)
     if dropped := [entry for entry in rendering.entries if entry.outcome == "dropped"]:
         raise FitError(
@@ -252,8 +257,13 @@ def rewrite(
 
     def check(path: Path) -> dict[str, Any]:
         nonlocal found
-        measured = prove(path, target, result, parts, memory, base, dtype)
-        found = replace(found, modules=tuple(_with(one, measured) for one in found.modules))
+        near = approximated(rendering, target.read(path), TOLERANCE)
+        measured = prove(path, target, result, parts, memory, base, dtype, near)
+        coded = {str(site) for site in near}
+        modules = (_with(one, measured) for one in found.modules)
+        found = replace(
+            found, modules=tuple(replace(m, outcome="approximated") if m.site in coded else m for m in modules)
+        )
         _check_something(found)
         for one in given:
             for file in {tensor.file for tensor in one.adapter.tensors}:

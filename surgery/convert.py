@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.adapter_output import float_type, job_id, stored_as, write_adapter
 from surgery.progress import Callback
 from surgery_formats.adapter import Adapter
-from surgery_formats.adapters.format import Entry, Format, Rendering
+from surgery_formats.adapters.format import Coded, Entry, Format, Rendering
 from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.binding import bind
@@ -25,7 +25,9 @@ from surgery_formats.text import listing, show
 if TYPE_CHECKING:
     from surgery.projections import LaidOut
 
-__all__ = ["ConvertResult", "convert"]
+__all__ = ["ConvertResult", "coded_as", "convert"]
+
+Check = Callable[[Path], Mapping[str, Any]]
 
 TOLERANCE = 1e-6
 """Greatest error of a weight's delta relative to its greatest value: what float32 factors allow."""
@@ -44,7 +46,8 @@ class ConvertResult:
         source: Format it was read from.
         target: Format it was written in.
         entries: What became of every update.
-        errors: Per weight, the greatest error found by the proof relative to the greatest value; empty for a dry run.
+        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a
+            dry run.
         warnings: What the user should know.
     """
 
@@ -57,8 +60,13 @@ class ConvertResult:
 
     @property
     def max_error(self) -> float:
-        """The worst weight's error."""
+        """The worst weight's error; what is approximated not counted."""
         return max(self.errors.values(), default=0.0)
+
+    @property
+    def max_approximation(self) -> float:
+        """The worst error of what is approximated, relative to the norm of its change."""
+        return max((entry.error for entry in self.entries if entry.error is not None), default=0.0)
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json`` and the manifest; no paths."""
@@ -66,9 +74,14 @@ class ConvertResult:
             "verb": "convert",
             "from": self.source,
             "to": self.target,
-            "entries": [{"site": e.site, "outcome": e.outcome, "detail": e.detail} for e in self.entries],
+            "entries": [
+                {"site": e.site, "outcome": e.outcome, "detail": e.detail}
+                | ({} if e.error is None else {"error": e.error})
+                for e in self.entries
+            ],
             "errors": dict(self.errors),
             "max_error": self.max_error,
+            "max_approximation": self.max_approximation,
             "warnings": list(self.warnings),
         }
 
@@ -82,9 +95,11 @@ def convert(
     component: str | None = None,
     projections: str | None = None,
     dtype: str = "keep",
+    factors: str | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    check: Check | None = None,
     progress: Callback | None = None,
 ) -> ConvertResult:
     """Write an adapter in another format and prove it.
@@ -98,9 +113,11 @@ def convert(
         projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as they are. Where
             only the base knows how high the parts are it is needed; it may have either.
         dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``, ``bf16``.
+        factors: ``int8`` or ``int4``, for a format that stores factors as codes (``compact``).
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
+        check: Called with what was written and proved, before it appears; what it returns goes into the manifest of a folder.
         progress: Called with every step.
 
     Raises:
@@ -109,13 +126,19 @@ def convert(
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    wanted = format_named(to)
+    wanted = coded_as(format_named(to), factors)
     kind = float_type(dtype)
+    if kind is not None and isinstance(wanted, Coded):
+        raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="--factors chooses the codes")
     source = read_adapter(adapter)
     checkpoint = None if base is None else open_checkpoint(base)
     source, left = _placed(source, checkpoint, component)
     given, made = source, None
     if projections is not None:
+        if isinstance(wanted, Coded):  # the proof puts the parts together again, and codes are not what they were
+            raise FitError(
+                f"{to} keeps names as they are", hint="convert with --projections to peft first, then to compact"
+            )
         from surgery.projections import laid_out
 
         made = laid_out(source, projections, wanted.name, checkpoint)
@@ -146,11 +169,12 @@ def convert(
     def prove(path: Path) -> dict[str, Any]:
         nonlocal result
         tolerance = _ROUNDING.get(kind, TOLERANCE) if kind else TOLERANCE
-        errors = _proved(path, source, wanted, rendering, bound, tolerance)
+        errors, near = _proved(path, source, wanted, rendering, bound, tolerance)
         if made is not None:
             errors |= _proved_back(path, given, wanted, made, tolerance)
-        result = replace(result, errors=errors)
-        return result.as_json()
+        entries = (replace(e, error=near[e.site]) if e.outcome == "approximated" else e for e in result.entries)
+        result = replace(result, entries=tuple(entries), errors=errors)
+        return {**result.as_json(), **(check(path) if check is not None else {})}
 
     facts = {"verb": "convert", "target": wanted.name, "projections": projections}
     written = write_adapter(
@@ -167,6 +191,21 @@ def convert(
     if checkpoint is not None:
         checkpoint.check_unchanged()
     return replace(result, output=written)
+
+
+def coded_as(target: Format, factors: str | None) -> Format:
+    """`target` with factors of the type `factors`, if one was named.
+
+    Raises:
+        FitError: it stores no codes, or none of this type.
+    """
+    if factors is None:
+        return target
+    if not isinstance(target, Coded):
+        raise FitError(
+            f"{target.name} stores factors as numbers, not as {show(factors, 40)} codes", hint="--to compact"
+        )
+    return target.with_factors(factors)
 
 
 def _placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:
@@ -222,12 +261,16 @@ def _check_source(source: Adapter, base: Checkpoint | None) -> None:
 
 def _proved(
     path: Path, source: Adapter, target: Format, rendering: Rendering, base: Checkpoint | None, tolerance: float
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, float]]:
     """Read back what lies at `path` and compare it with `source`, weight by weight.
+
+    Returns:
+        Errors by weight, and by site those of what is approximated.
 
     Raises:
         ProofError: it is not what was meant.
     """
+    from surgery.convert_approximate import measured
     from surgery.convert_proof import compare, compare_prompt, restricted
 
     written = target.read(path)
@@ -244,11 +287,15 @@ def _proved(
         if len(parts) == 1 and all(not site.component for site in written.updates):
             moved = {replace(s, component=min(parts)): chain for s, chain in written.updates.items()}
             written = replace(written, updates=moved)
-        errors |= compare(restricted(source, rendering.held), replace(written, prompt=None), base)
+    near = measured(rendering, written, tolerance)
+    held = {site: chain for site, chain in rendering.held.items() if site not in near}
+    rest = {site: chain for site, chain in written.updates.items() if site not in near}
+    if held or (rest and rendering.held):
+        errors |= compare(restricted(source, held), restricted(written, rest), base)
     _check_errors(errors, tolerance, path)
     for tensor in source.tensors:
         tensor.file.check_unchanged()
-    return errors
+    return errors, {str(site): error for site, error in near.items()}
 
 
 def _proved_back(path: Path, given: Adapter, target: Format, made: LaidOut, tolerance: float) -> dict[str, float]:

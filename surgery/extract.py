@@ -16,9 +16,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery import __version__
+from surgery.convert import coded_as
 from surgery.deltas import Measure, measure
 from surgery.execute import default_workers
 from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
@@ -35,14 +36,18 @@ from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
 from surgery.pairs import Pair, differing_settings, pair_up
 from surgery.progress import Callback, Progress
-from surgery_formats.adapters.format import NewTensor
+from surgery_formats.adapters.format import Coded, Format, NewTensor
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.folder import output_folder
 from surgery_formats.identity import content_id, fingerprint
+from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import listing
+
+if TYPE_CHECKING:
+    from surgery.extract_proof import Error
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -66,6 +71,7 @@ def extract_lora(
     embeddings: str = "lora",
     dtype: str = "auto",
     to: str = "peft",
+    factors: str | None = None,
     allow_loss: bool = False,
     device: str = "cpu",
     workers: int | None = None,
@@ -92,6 +98,7 @@ def extract_lora(
         embeddings: ``lora`` or ``full``.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
         to: Format of the adapter.
+        factors: ``int8`` or ``int4``: the format is ``compact``, unless `to` names another that stores codes.
         allow_loss: Leave out what no form can hold.
         device: Where factorisation runs.
         workers: Threads; None is one per core, at most eight. Never changes the result.
@@ -112,7 +119,8 @@ def extract_lora(
     if kind == "dora" and calibration is not None:
         raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
     chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
-    target = format_named(to)
+    target = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
+    coding = _coding(target, dtype)
     if output is None and not dry_run:
         raise FitError("no output was named")
     pair = _Both(open_checkpoint(base), open_checkpoint(tuned))
@@ -121,7 +129,8 @@ def extract_lora(
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
     try:
         threads = workers or default_workers()
-        made = _Making(goal, options, scaling, _dtype(dtype, pair.new), chosen, given, scratch, device, threads)
+        stored = DType.F32 if coding else _dtype(dtype, pair.new)
+        made = _Making(goal, options, scaling, stored, coding, chosen, given, scratch, device, threads)
         if given is not None:
             spots = spots_of(pair_up(pair.old, pair.new), pair.old)
             shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
@@ -130,11 +139,11 @@ def extract_lora(
         job = _settled(pair, scan, made, allow_loss=allow_loss)
         job = replace(job, table=job.choices() if table else ())
         if dry_run:
-            return replace(job.result(), format=to)
+            return replace(job.result(), format=target.name)
         assert output is not None
         if target.name == "peft":
             return _write(job, Path(output), overwrite=overwrite, progress=progress)
-        return _converted(job, Path(output), to, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+        return _converted(job, Path(output), target.name, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
     finally:
         scratch.close()
 
@@ -154,6 +163,15 @@ def _scaling(alpha: float | None, rslora: bool) -> Scaling:
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise FitError(f"alpha is {alpha}, not a positive number")
     return Scaling(None if alpha is None else float(alpha), rslora)
+
+
+def _coding(target: Format, dtype: str) -> Coding | None:
+    """The codes that factors are stored as, if they are."""
+    if not isinstance(target, Coded):
+        return None
+    if dtype != "auto":
+        raise FitError(f"{target.name} stores factors as codes, not as {dtype}", hint="--factors chooses the codes")
+    return target.coding
 
 
 def _dtype(text: str, tuned: Component) -> DType:
@@ -259,12 +277,18 @@ class _Meter:
 
 @dataclass(frozen=True, slots=True)
 class _Making:
-    """What the user wants, and where it is worked out."""
+    """What the user wants, and where it is worked out.
+
+    Attributes:
+        dtype: Of the factors of the PEFT folder.
+        coding: Of the factors in the end, if they are codes.
+    """
 
     goal: Wanted
     options: Options
     scaling: Scaling
     dtype: DType
+    coding: Coding | None
     kind: Kind
     calibration: Calibration | None
     scratch: Scratch
@@ -281,6 +305,7 @@ class _Job:
     forms: Forms
     ranks: Mapping[str, int]
     dtype: DType
+    coding: Coding | None
     tensors: tuple[NewTensor, ...]
     config: bytes
     metadata: Mapping[str, str]
@@ -307,7 +332,7 @@ class _Job:
         """Other ranks, fewer layers."""
         kept = [kept_size(one) for one in self.forms.kept]
         stored = sum(numbers for numbers, _ in kept), sum(nbytes for _, nbytes in kept)
-        return choices(self.forms, self.scan.factored, self.scan.measures, stored, self.dtype)
+        return choices(self.forms, self.scan.factored, self.scan.measures, stored, self.coding or self.dtype)
 
     def result(self) -> ExtractResult:
         """By the spectra."""
@@ -317,7 +342,7 @@ class _Job:
             self.factored,
             self.forms,
             self.ranks,
-            self.dtype,
+            self.coding or self.dtype,
             self.noise.signals,
             {path: one.count for path, one in self.decision.magnitudes.items()},
             self.calibrated.facts,
@@ -328,8 +353,8 @@ class _Job:
             "peft",
             self.metadata["surgery.base"],
             rows,
-            self.dtype.label,
-            self.nbytes,
+            self.coding.name if self.coding else self.dtype.label,
+            sum(row.nbytes for row in rows) if self.coding else self.nbytes,
             self.both.tuned.nbytes,
             self.warnings,
             self.table,
@@ -345,8 +370,21 @@ class _Job:
         Raises:
             ProofError: it does something else.
         """
-        from surgery.extract_proof import compare
         from surgery.extract_rows import with_measured
+
+        errors, result = self._errors(folder), self.result()
+        sizes = {path: one.size for path, one in self.decision.magnitudes.items()}
+        rows = with_measured(result.rows, errors, self.forms, self.factored, self.ranks, self.dtype, sizes)
+        return replace(result, rows=rows)
+
+    def coded(self, folder: Path) -> ExtractResult:
+        """By the codes that lie in `folder`, whose error the converter has proved to be what its writer says."""
+        errors, result = self._errors(folder), self.result()
+        rows = (replace(r, residual=errors[r.name].residual) if r.name in errors else r for r in result.rows)
+        return replace(result, rows=tuple(rows))
+
+    def _errors(self, folder: Path) -> dict[str, Error]:
+        from surgery.extract_proof import compare
 
         shifted = {kept.name for kept in self.forms.kept if kept.shift is not None}
         changed = [
@@ -354,11 +392,7 @@ class _Job:
             for pair in self.scan.pairs
             if pair.match == "pair" and (self.scan.measures[pair.name].changed or pair.name in shifted)
         ]
-        errors = compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
-        result = self.result()
-        sizes = {path: one.size for path, one in self.decision.magnitudes.items()}
-        rows = with_measured(result.rows, errors, self.forms, self.factored, self.ranks, self.dtype, sizes)
-        return replace(result, rows=rows)
+        return compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
 
 
 def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> _Job:
@@ -368,7 +402,7 @@ def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> 
     def formed(ranks: Mapping[str, int]) -> Forms:
         return settle(scan.spots, scan.units, scan.measures, old, new, making.options, ranks)
 
-    ranks: Mapping[str, int] = ranks_of(goal, scan.units, scan.factored, formed, dtype)
+    ranks: Mapping[str, int] = ranks_of(goal, scan.units, scan.factored, formed, making.coding or dtype)
     decision, dora_ranks = _kind(both, scan, making, formed, ranks)
     if decision.facts.kind == "dora":
         ranks = dora_ranks
@@ -413,7 +447,7 @@ def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> 
         warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
     asked = goal.rank is not None
     return _Job(
-        both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, noise, decision, calibrated, given, asked,
+        both, scan, forms, ranks, dtype, making.coding, tensors, config, metadata, plan_id, noise, decision, calibrated, given, asked,
         making.workers, warnings,
     )  # fmt: skip
 
@@ -434,7 +468,9 @@ def _kind(
     dora_ranks = ranks
     if making.kind != "lora" and goal.budget is not None:
         try:
-            dora_ranks = ranks_of(goal, scan.units, scan.factored, formed, making.dtype, magnitudes=True)
+            dora_ranks = ranks_of(
+                goal, scan.units, scan.factored, formed, making.coding or making.dtype, magnitudes=True
+            )
         except FitError as error:
             if making.kind == "dora":
                 raise
@@ -479,13 +515,23 @@ def _converted(
         raise FitError("no such folder to write into", file=out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:100]}.surgery-") as name:
         result = _write(job, Path(name) / "peft", overwrite=False, progress=None)
+
+        def check(path: Path) -> Mapping[str, Any]:
+            nonlocal result
+            if job.coding is not None:
+                result = replace(job.coded(path), format=to)
+                return {"extract": result.as_json()}
+            return {}
+
         done = convert(
             Path(name) / "peft",
             to,
             out,
             base=job.both.base.path,
+            factors=None if job.coding is None else job.coding.name,
             allow_loss=allow_loss,
             overwrite=overwrite,
+            check=check,
             progress=progress,
         )
     lost = tuple(

@@ -15,7 +15,7 @@ from surgery.arithmetic import Seen
 from surgery.deltas import BLOCK_ELEMENTS
 from surgery.extract_factor import in_threads
 from surgery.pairs import Pair
-from surgery_formats.adapters.registry import format_named
+from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding import bind
 from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.dtypes import DType
@@ -56,7 +56,7 @@ def compare(
     """Measure every tensor that the adapter changes, some rows at a time.
 
     Args:
-        folder: With the written PEFT adapter.
+        folder: With the written adapter.
         base: BASE.
         pairs: Everything that changed, by TUNED's names; a tied head that is stored apart included.
         dropped: Names that no form holds.
@@ -65,7 +65,7 @@ def compare(
     Raises:
         ProofError: something is read back that nobody meant, or not read back.
     """
-    adapter = format_named("peft").read(folder)
+    adapter = read_adapter(folder)
     if left := adapter.unconsumed():
         raise ProofError(
             f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=folder.name

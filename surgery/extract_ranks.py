@@ -14,12 +14,14 @@ from surgery.extract_sites import Unit
 from surgery.extract_table import TABLE_RANKS
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import show
 
 __all__ = ["Budget", "Wanted", "magnitude_count", "parse_budget", "ranks_of", "wanted"]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
+_CODED = 6  # such shares of a compact adapter: codes and scales of two factors, a line of compact.json, and groups that are not full
 _BUDGET = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE | re.ASCII)
 
 
@@ -109,7 +111,7 @@ def ranks_of(
     units: tuple[Unit, ...],
     factored: Mapping[str, Factored],
     formed: Callable[[Mapping[str, int]], Forms],
-    dtype: DType,
+    dtype: DType | Coding,
     *,
     magnitudes: bool = False,
 ) -> dict[str, int]:
@@ -135,13 +137,13 @@ def ranks_of(
         return ranks
     forms = formed(dict.fromkeys(ranks, 1))
     factors = [factored[unit.path] for unit in forms.units]
-    each = dtype.bits // 8 if goal.budget.unit == "bytes" else 1
+    costs = [dtype.nbytes(one.unit.cost) if goal.budget.unit == "bytes" else one.unit.cost for one in factors]
     fixed = sum(kept_size(kept)[goal.budget.unit == "bytes"] for kept in forms.kept)
     if goal.budget.unit == "bytes":
-        fixed += _HEADER * (2 * len(factors) + len(forms.kept) + 1)
+        fixed += _HEADER * ((2 if isinstance(dtype, DType) else _CODED) * len(factors) + len(forms.kept) + 1)
     if magnitudes:
         fixed += sum(magnitude_count(found.unit) for found in factors) * (4 if goal.budget.unit == "bytes" else 1)
-    return ranks | _allotted(goal.budget, factors, ranks, each, fixed)
+    return ranks | _allotted(goal.budget, factors, ranks, costs, fixed)
 
 
 def magnitude_count(unit: Unit) -> int:
@@ -150,13 +152,12 @@ def magnitude_count(unit: Unit) -> int:
 
 
 def _allotted(
-    budget: Budget, factors: list[Factored], ranks: Mapping[str, int], each: int, fixed: int
+    budget: Budget, factors: list[Factored], ranks: Mapping[str, int], costs: list[int], fixed: int
 ) -> dict[str, int]:
     import torch
 
     from surgery_formats.linalg.ranks import allocate
 
-    costs = [found.unit.cost * each for found in factors]
     if fixed + sum(costs) > budget.limit:
         raise FitError(
             f"the budget is {budget.limit:,} {budget.unit}; what is stored whole takes {fixed:,}, and one direction of each of "

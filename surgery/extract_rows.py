@@ -18,6 +18,7 @@ from surgery.extract_signal import Signal, remark
 from surgery.pairs import Pair
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def rows_of(
     factored: Mapping[str, Factored],
     forms: Forms,
     ranks: Mapping[str, int],
-    dtype: DType,
+    dtype: DType | Coding,
     signals: Mapping[str, Signal],
     magnitudes: Mapping[str, int],
     calibrated: Mapping[str, CalibrationFacts],
@@ -166,7 +167,7 @@ def _with_signal(row: ExtractRow, signal: Signal, *, asked: bool) -> ExtractRow:
     return replace(row, signal=signal, why="; ".join(note for note in notes if note))
 
 
-def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType, magnitudes: int) -> ExtractRow:
+def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType | Coding, magnitudes: int) -> ExtractRow:
     unit = found.unit
     position = unit.names.index(row.name)
     mine = unit.cost * rank
@@ -184,7 +185,7 @@ def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType, magnitu
         residual=math.sqrt(left),
         bound=max(piece.bound for piece in found.pieces),
         parameters=part + magnitudes,
-        nbytes=part * dtype.bits // 8 + magnitudes * 4,
+        nbytes=dtype.nbytes(part) + magnitudes * 4,
         why="; ".join(notes),
     )
 

@@ -314,8 +314,8 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
     modules = touched(adapter)
     dtypes: dict[str, Totals] = {}
     for tensor in adapter.tensors:
-        before = dtypes.get(tensor.dtype.label, Totals())
-        dtypes[tensor.dtype.label] = Totals(
+        before = dtypes.get(tensor.stored_type, Totals())
+        dtypes[tensor.stored_type] = Totals(
             before.tensors + 1, before.parameters + tensor.numel, before.nbytes + tensor.nbytes
         )
     files = _files(adapter)

@@ -183,7 +183,7 @@ def _held(site: Site, update: Replacement, adapter: Adapter) -> Held:
         return "copy"
     if ".ln_tuning_layers." in update.stored.name:
         return "copy"
-    if adapter.format != "peft" or leaf == "bias":
+    if "peft_type" not in adapter.config or leaf == "bias":
         return "in place"
     return "copy" if adapter.new_modules & set(module.split(".")) else "carried"
 

@@ -45,6 +45,11 @@ class StoredTensor:
         return math.prod(self.shape)
 
     @property
+    def stored_type(self) -> str:
+        """Name of what lies on disk, for people."""
+        return self.dtype.label
+
+    @property
     def place(self) -> tuple[int, int, int, int]:
         """``(device, inode, offset, nbytes)``: equal for two names of the same bytes (ties)."""
         return (*self.file.identity[:2], self.offset, self.nbytes)

@@ -113,6 +113,7 @@ def _dense(text: str) -> tuple[str, ...]:
     help="Stored type of the factors; auto: as TUNED.",
 )
 @click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="See 'surgery formats'.")
+@click.option("--factors", type=click.Choice(["int8", "int4"]), help="Store factors as codes: format compact.")
 @click.option("--allow-loss", is_flag=True, help="Leave out what no form can hold.")
 @device_option
 @click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
@@ -130,6 +131,7 @@ def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bo
       surgery extract-lora llama/ my-llama/ -o my-lora/
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64
       surgery extract-lora llama/ my-llama/ -o my-lora/ --budget 20MB
+      surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64 --factors int4
     """
     from surgery.extract import extract_lora
     from surgery_formats.refs import resolve
