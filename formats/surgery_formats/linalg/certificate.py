@@ -18,6 +18,7 @@ come is extrapolated from what the last blocks brought, with a margin (`Progress
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -87,19 +88,24 @@ def excess_energy(ritz: torch.Tensor, coupling: torch.Tensor, kept: int, outside
     if kept == 0:
         return 0.0
     head, tail = coupling[:kept, :kept], coupling[kept : kept + _FULL, kept : kept + _FULL]
-    first = max(float(ritz[kept]), outside)
-    beyond = min(
-        (
-            max(_largest(ritz[kept : kept + _FULL], tail, t), first + t)
-            for t in _steps(float(tail.diagonal().sum()), first)
-        ),
-        default=first,
-    )
-    best = math.inf
+    first, rest = max(float(ritz[kept]), outside), ritz[kept : kept + _FULL]
+    steps = _steps(float(tail.diagonal().sum()), first)
+    beyond = _least(lambda t: max(_largest(rest, tail, t), first + t), steps, first)
     base = float(ritz[:kept].sum())
-    for t in _steps(float(head.diagonal().sum()), float(ritz[0])):
-        best = min(best, float(_upper(ritz[:kept], head, t).clamp_min(beyond + t).sum()) - base)
-    return 0.0 if best is math.inf else max(best, 0.0)
+    steps = _steps(float(head.diagonal().sum()), float(ritz[0]))
+    best = _least(lambda t: float(_upper(ritz[:kept], head, t).clamp_min(beyond + t).sum()) - base, steps, 0.0)
+    return max(best, 0.0)
+
+
+def _least(bound: Callable[[float], float], steps: list[float], otherwise: float) -> float:
+    """The least of `bound` over `steps`, looked for where it is small: every fourth, then beside the least of these."""
+    if not steps:
+        return otherwise
+    found = {at: bound(steps[at]) for at in range(0, len(steps), 4)}
+    for stride in (2, 1):
+        best = min(found, key=lambda at: found[at])
+        found |= {at: bound(steps[at]) for at in (best - stride, best + stride) if 0 <= at < len(steps)}
+    return min(found.values())
 
 
 def ratio_bound(rest: float, excess: float) -> float:

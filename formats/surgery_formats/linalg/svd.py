@@ -18,6 +18,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.certificate import ratio_bound
 from surgery_formats.linalg.krylov import Found, block_size, krylov
 from surgery_formats.linalg.matrix import MatrixSource, Operator, one_thread
+from surgery_formats.linalg.panel import noise, orthonormal
 from surgery_formats.linalg.ranks import checked_rank, rank_holding
 
 __all__ = ["Truncated", "truncated_svd"]
@@ -116,7 +117,7 @@ def truncated_svd(
         if op.norm2 == 0:
             return _zero(op, rank if energy is None and max_error is None else 0, result)
         found = _solve(op.in_float64() if fine else op, wanted, block_size(rank), 1 + _SHARE * (accuracy - 1), seed)
-        return _finished(op, found, result)
+        return _finished(op, found, result, seed)
 
 
 def _criterion(
@@ -154,30 +155,31 @@ def _solve(
 def _all_eigenvectors(op: Operator, wanted: Callable[[torch.Tensor, float], int | None]) -> Found:
     squares, vectors = torch.linalg.eigh(op.gram())
     squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-    keep = wanted(squares.cpu(), float(squares.sum()))
-    left = vectors[:, : op.short if keep is None else keep].contiguous()
+    known = squares.cpu()
+    keep = wanted(known, float(known.sum()))
+    left = vectors[:, : op.short if keep is None else keep].T.contiguous()
     exact = op if op.dtype == torch.float64 else op.in_float64()
     return Found(left, exact.adjoint(left), 0.0, 0)
 
 
-def _finished(op: Operator, found: Found, dtype: torch.dtype) -> Truncated:
+def _finished(op: Operator, found: Found, dtype: torch.dtype, seed: int) -> Truncated:
     """Make both sides orthonormal through a small SVD in float64, choose signs, and measure what was left out."""
-    right, core = torch.linalg.qr(found.right.double())
-    turn, values, back = torch.linalg.svd(core.T)
-    left = found.left.double() @ turn
-    right = right @ back.T
+    basis = orthonormal(found.right, noise((len(found.right), op.long), seed, op.dtype, op.device))
+    turn, values, back = torch.linalg.svd((found.right.double() @ basis.T).cpu())
+    left, right = turn.T.to(op.device) @ found.left.double(), back.to(op.device) @ basis
     if op.turned:
         left, right = right, left
-    flip = torch.where(left.gather(0, left.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+    flip = torch.where(left.gather(1, left.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     left, right, values = (left * flip).to(dtype), (right * flip).to(dtype), values.to(dtype)
     rest = op.norm2 - float(values.double().square().sum())
+    on_device = values.to(op.device)
     if rest < _MEASURED**2 * op.norm2:
         fine = torch.float64 if rest < _FINE**2 * op.norm2 else op.dtype
-        rest = op.distance(left.to(fine) * values.to(fine), right, fine) ** 2
+        rest = float(op.left_over(left.T.to(fine) * on_device.to(fine), right, fine).sum())
     rounding = torch.finfo(dtype).eps ** 2 * op.norm2
     bound = 1.0 if rest <= _NOTHING**2 * op.norm2 else ratio_bound(rest, found.excess + rounding) * (1 + _SLACK)
     total = math.sqrt(op.norm2) * op.scale
-    return Truncated(left, values * op.scale, right, math.sqrt(rest) * op.scale, total, bound, found.steps)
+    return Truncated(left.T, on_device * op.scale, right.T, math.sqrt(rest) * op.scale, total, bound, found.steps)
 
 
 def _zero(op: Operator, rank: int | None, dtype: torch.dtype) -> Truncated:
