@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extract: the least adapter that makes of a base what a full fine-tune made of it, with an account of every tensor.
 
-Both checkpoints are streamed. Every difference is factorised optimally, what is no matrix is stored as the fine-tune has it, and
-the written folder is read back, put on the base and measured against the fine-tune before it gets its name.
+Both checkpoints are streamed once. Every difference is factorised optimally while it is there, and what is left of it beside the factors
+as they will be written is measured. What is no matrix is stored as the fine-tune has it. The written folder is read back and must hold
+what was measured, where it was measured, before it gets its name.
 """
 
 from __future__ import annotations
@@ -12,24 +13,24 @@ import json
 import math
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from surgery import __version__
-from surgery.deltas import Measure, measure
 from surgery.execute import default_workers
-from surgery.extract_factor import Factored, Scratch, factor, in_threads
+from surgery.extract_factor import Plan, Scratch
 from surgery.extract_ledger import ExtractResult
-from surgery.extract_plan import MOST_ROWS, Forms, Options, kept_size, settle
+from surgery.extract_plan import Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
 from surgery.extract_rows import check_losses, rows_of
-from surgery.extract_sites import Spot, Unit, spots_of, units_of
+from surgery.extract_scan import Found, Layout, layout_of, scan
+from surgery.extract_sites import Unit
 from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
-from surgery.pairs import Pair, differing_settings, pair_up
+from surgery.lanes import Lanes, devices_of
+from surgery.pairs import differing_settings
 from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.registry import format_named
@@ -84,8 +85,9 @@ def extract_lora(
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
         to: Format of the adapter.
         allow_loss: Leave out what no form can hold.
-        device: Where factorisation runs.
-        workers: Threads; None is one per core, at most eight. Never changes the result.
+        device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``, ``auto``. Matrices are
+            shared out over all of them.
+        workers: Threads (per GPU); None is one per core, at most eight. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
         dry_run: Compare and factorise, write nothing.
@@ -101,14 +103,19 @@ def extract_lora(
     options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
     target = format_named(to)
+    devices = devices_of(device)
     if output is None and not dry_run:
         raise FitError("no output was named")
     pair = _Both(open_checkpoint(base), open_checkpoint(tuned))
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
+    lanes: Lanes | None = None
     try:
-        scan = _scan(pair, goal, options, scratch, device, workers or default_workers(), progress)
-        job = _settled(pair, scan, goal, options, scaling, _dtype(dtype, pair.new), allow_loss=allow_loss)
+        layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
+        stored = _dtype(dtype, pair.new)
+        lanes = Lanes(devices, workers or default_workers())
+        found = scan(layout, goal.criterion, _planned(goal, scaling, stored), scratch, lanes, progress)
+        job = _settled(pair, layout, found, goal, options, scaling, stored, allow_loss=allow_loss)
         job = replace(job, table=job.choices() if table else (), workers=workers or default_workers())
         if dry_run:
             return replace(job.result(), format=to)
@@ -117,6 +124,8 @@ def extract_lora(
             return _write(job, Path(output), overwrite=overwrite, progress=progress)
         return _converted(job, Path(output), to, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
     finally:
+        if lanes is not None:
+            lanes.close()
         scratch.close()
 
 
@@ -172,70 +181,17 @@ class _Both:
         self.tuned.check_unchanged()
 
 
-@dataclass(frozen=True, slots=True)
-class _Scan:
-    pairs: tuple[Pair, ...]
-    spots: tuple[Spot, ...]
-    units: tuple[Unit, ...]
-    measures: Mapping[str, Measure]
-    factored: Mapping[str, Factored]
+def _planned(goal: Wanted, scaling: Scaling, dtype: DType) -> Callable[[Unit], Plan | None]:
+    """How factors will be written, as far as it is known before all of them are: not with a budget, nor where the scale needs the rank."""
 
+    def plan(unit: Unit) -> Plan | None:
+        if goal.rank is not None:
+            rank = min(goal.rank, unit.largest_rank)
+            return Plan(rank, scaling.fold(rank), dtype)
+        alone = goal.budget is None and not goal.auto and scaling.constant
+        return Plan(None, 1.0, dtype) if alone else None
 
-def _scan(
-    both: _Both, goal: Wanted, options: Options, scratch: Scratch, device: str, workers: int, progress: Callback | None
-) -> _Scan:
-    """Read every pair once to compare it, and once more to factorise it if it changed."""
-    pairs = pair_up(both.old, both.new)
-    spots = spots_of(pairs, both.old)
-    units = units_of(spots, both.old)
-    by_name = {spot.pair.name: spot for spot in spots}
-    measures: dict[str, Measure] = {}
-    factored: dict[str, Factored] = {}
-    vocabulary = {both.new.embedding, both.new.head}
-    stored_whole = options.embeddings == "full" or (both.old.tied and bool(both.old.head))
-    meter = _Meter(sum(spot.pair.tuned.nbytes for spot in spots), progress)
-
-    def look(name: str) -> Measure:
-        found = by_name[name].pair
-        measures[name] = measure(found, MOST_ROWS if by_name[name].form == "embedding" else 0)
-        meter.add(found.tuned.nbytes)
-        return measures[name]
-
-    def alone(name: str) -> Callable[[Callable[[], bool]], None]:
-        return lambda stop: None if stop() else (look(name), None)[1]
-
-    def together(unit: Unit) -> Callable[[Callable[[], bool]], None]:
-        def work(stop: Callable[[], bool]) -> None:
-            changed = [look(name).changed for name in unit.names if not stop()]
-            whole = stored_whole and bool(vocabulary.intersection(unit.names))
-            grown = any(by_name[name].pair.grown > 0 for name in unit.names)
-            if (
-                any(changed)
-                and not whole
-                and not grown
-                and (done := factor(unit, goal.criterion, scratch, device, stop))
-            ):
-                factored[unit.path] = done
-
-        return work
-
-    inside = {name for unit in units for name in unit.names}
-    in_threads([*map(together, units), *(alone(name) for name in by_name if name not in inside)], workers)
-    return _Scan(pairs, spots, units, measures, factored)
-
-
-class _Meter:
-    """Adds up bytes from all threads."""
-
-    def __init__(self, total: int, callback: Callback | None) -> None:
-        self._total, self._done, self._callback = total, 0, callback
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._callback is not None:
-                self._callback(Progress(self._done, self._total, "factorising"))
+    return plan
 
 
 @dataclass(frozen=True)
@@ -243,7 +199,8 @@ class _Job:
     """All that is decided; nothing is written yet."""
 
     both: _Both
-    scan: _Scan
+    layout: Layout
+    found: Found
     forms: Forms
     ranks: Mapping[str, int]
     dtype: DType
@@ -263,11 +220,11 @@ class _Job:
         """Other ranks, fewer layers."""
         kept = [kept_size(one) for one in self.forms.kept]
         stored = sum(numbers for numbers, _ in kept), sum(nbytes for _, nbytes in kept)
-        return choices(self.forms, self.scan.factored, self.scan.measures, stored, self.dtype)
+        return choices(self.forms, self.found.factored, self.found.measures, stored, self.dtype)
 
     def result(self) -> ExtractResult:
         """By the spectra."""
-        rows = rows_of(self.scan.pairs, self.scan.measures, self.scan.factored, self.forms, self.ranks, self.dtype)
+        rows = rows_of(self.layout.pairs, self.found.measures, self.found.factored, self.forms, self.ranks, self.dtype)
         return ExtractResult(
             None,
             "peft",
@@ -286,37 +243,48 @@ class _Job:
         Raises:
             ProofError: it does something else.
         """
-        from surgery.extract_proof import compare
+        from surgery.extract_proof import prove
         from surgery.extract_rows import with_measured
 
-        changed = [pair for pair in self.scan.pairs if pair.match == "pair" and self.scan.measures[pair.name].changed]
-        errors = compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
+        changed = [
+            pair for pair in self.layout.pairs if pair.match == "pair" and self.found.measures[pair.name].changed
+        ]
+        known = {unit.path: self.found.factored[unit.path] for unit in self.forms.units}
+        errors = prove(folder, self.both.base, changed, known, self.found.measures, self.forms.dropped, self.workers)
         result = self.result()
         return replace(
-            result, rows=with_measured(result.rows, errors, self.forms, self.scan.factored, self.ranks, self.dtype)
+            result, rows=with_measured(result.rows, errors, self.forms, self.found.factored, self.ranks, self.dtype)
         )
 
 
 def _settled(
-    both: _Both, scan: _Scan, goal: Wanted, options: Options, scaling: Scaling, dtype: DType, *, allow_loss: bool
+    both: _Both,
+    layout: Layout,
+    found: Found,
+    goal: Wanted,
+    options: Options,
+    scaling: Scaling,
+    dtype: DType,
+    *,
+    allow_loss: bool,
 ) -> _Job:
     old, new = both.old, both.new
 
     def formed(ranks: Mapping[str, int]) -> Forms:
-        return settle(scan.spots, scan.units, scan.measures, old, new, options, ranks)
+        return settle(layout.spots, layout.units, found.measures, old, new, options, ranks)
 
-    ranks = ranks_of(goal, scan.units, scan.factored, formed, dtype)
+    ranks = ranks_of(goal, layout.units, found.factored, formed, dtype)
     forms = formed(ranks)
     for unit in forms.units:
         if goal.rank is not None and ranks[unit.path] < goal.rank:
             forms.why |= dict.fromkeys(
                 unit.names, f"rank cut from {goal.rank} to {ranks[unit.path]}: the change has no more"
             )
-    check_losses(forms, scan.measures, both.tuned.path, allow_loss=allow_loss)
+    check_losses(forms, found.measures, both.tuned.path, allow_loss=allow_loss)
     if not forms.units and not forms.kept:
         raise FitError("nothing of what changed can be held", file=both.tuned.path)
     metadata = {"format": "pt", "surgery.base": content_id(both.base)}
-    tensors = tensors_of(forms, scan.factored, ranks, scaling, dtype)
+    tensors = tensors_of(forms, found.factored, ranks, scaling, dtype)
     config = configuration(forms, ranks, scaling, goal.rank, old, both.base.path.resolve().name)
     facts = {
         "version": __version__,
@@ -327,7 +295,9 @@ def _settled(
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return _Job(both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, differing_settings(old, new))
+    return _Job(
+        both, layout, found, forms, ranks, dtype, tensors, config, metadata, plan_id, differing_settings(old, new)
+    )
 
 
 def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:

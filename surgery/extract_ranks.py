@@ -77,7 +77,7 @@ def wanted(
     if budget is not None or rank == "auto":
         limit = None if budget is None else parse_budget(budget)
         numbers = None if limit is None else limit.limit // (2 if limit.unit == "bytes" else 1)
-        return Wanted(Criterion(most=MOST, numbers=numbers, edge=rank == "auto"), None, limit, rank == "auto")
+        return Wanted(Criterion(most=MOST, numbers=numbers), None, limit, rank == "auto")
     number = DEFAULT if rank is None else rank
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise FitError(f"the rank is {show(number, 40)}; it is at least 1")

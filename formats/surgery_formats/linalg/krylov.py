@@ -85,7 +85,7 @@ def krylov(
         image[at] = op.adjoint(basis[at])
         fresh = without(op.times(image[at]), basis[:have])
         new, wide = image[at].double() @ image[:have].double().T, fresh.double()
-        new, beyond = torch.cat([new, wide @ wide.T], 1).cpu().split([have, block], 1)  # the one wait of a step
+        new, beyond = torch.split(torch.cat([new, wide @ wide.T], 1).cpu(), [have, block], 1)  # the one wait of a step
         small[at, :have], small[:have, at] = new, new.T
         if have < next_check:
             continue

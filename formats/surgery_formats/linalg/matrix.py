@@ -64,7 +64,11 @@ class Operator:
     """
 
     def __init__(
-        self, matrix: torch.Tensor | MatrixSource, device: torch.device | None, dtype: torch.dtype | None
+        self,
+        matrix: torch.Tensor | MatrixSource,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        total: float | None = None,
     ) -> None:
         m, n = matrix.shape
         self.shape = (int(m), int(n))
@@ -80,7 +84,7 @@ class Operator:
             self.device = device or torch.device("cpu")
             self.dtype = dtype or torch.float32
         self.scale = 1.0
-        norm2 = self._norm2()
+        norm2 = total**2 if total is not None and _SAFE[0] < total < _SAFE[1] else self._norm2()
         if norm2 > 0:
             self.scale = 2.0 ** math.floor(math.log2(norm2) / 2)
             if not 1e-30 < self.scale < 1e30:

@@ -21,7 +21,7 @@ from surgery_formats.linalg.matrix import MatrixSource, Operator, one_thread
 from surgery_formats.linalg.panel import noise, orthonormal
 from surgery_formats.linalg.ranks import checked_rank, rank_holding
 
-__all__ = ["Truncated", "truncated_svd"]
+__all__ = ["Truncated", "left_over", "truncated_svd"]
 
 _SMALL = 10
 """Blocks of a basis that would fill so small a short side: all its eigenvectors are as cheap."""
@@ -83,6 +83,7 @@ def truncated_svd(
     accuracy: float = 1.001,
     seed: int = 0,
     device: torch.device | str | None = None,
+    total: float | None = None,
 ) -> Truncated:
     """The leading singular vectors of a matrix.
 
@@ -95,6 +96,7 @@ def truncated_svd(
         accuracy: The greatest `Truncated.bound` wanted. Ranks that reach into noise cost several times less at 1.01.
         seed: Of the start block; same inputs and seed, same bits, whatever the number of threads.
         device: Where to compute; where the matrix lies by default. The result stays there.
+        total: ``||D||_F`` where somebody has summed it, in float64 and found finite: one pass less.
 
     Returns:
         Factors in float32 (float64 for a float64 tensor).
@@ -112,12 +114,37 @@ def truncated_svd(
     fine = (energy is not None and 1 - energy < _FINE**2) or (max_error is not None and max_error < _FINE)
     place = None if device is None else torch.device(device)
     with torch.no_grad(), one_thread():
-        op = Operator(matrix, place, None)
+        op = Operator(matrix, place, None, total)
         result = torch.float64 if isinstance(matrix, torch.Tensor) and matrix.dtype == torch.float64 else torch.float32
         if op.norm2 == 0:
             return _zero(op, rank if energy is None and max_error is None else 0, result)
         found = _solve(op.in_float64() if fine else op, wanted, block_size(rank), 1 + _SHARE * (accuracy - 1), seed)
         return _finished(op, found, result, seed)
+
+
+def left_over(
+    matrix: torch.Tensor | MatrixSource,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    total: float | None = None,
+    fine: bool = False,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """``||row of D - row of left right||^2`` for every row, ``(m,)``, float64, each element formed.
+
+    Args:
+        matrix: ``(m, n)``, as in `truncated_svd`.
+        left: ``(m, r)``.
+        right: ``(r, n)``.
+        total: As in `truncated_svd`.
+        fine: In float64: where less than a thousandth is left, float32 cannot tell how much.
+        device: Where to compute.
+    """
+    with torch.no_grad(), one_thread():
+        op = Operator(matrix, None if device is None else torch.device(device), None, total)
+        dtype = torch.float64 if fine else op.dtype
+        return op.left_over(left.to(dtype) / op.scale, right, dtype) * op.scale**2
 
 
 def _criterion(

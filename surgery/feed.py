@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads pairs of tensors to where they are subtracted, through buffers that are used again and again.
+
+On a CPU the thread that subtracts reads. For a GPU, threads of their own read into page-locked buffers, and the copies to the device run
+while the next bytes are read. Reading never runs ahead by more than the buffers hold (law 3).
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from surgery_formats.lenses import Plain
+from surgery_formats.tensors import as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Direct", "Feed", "Rows", "Staged"]
+
+HOST_BLOCK = 1 << 19
+"""Elements that are subtracted at a time on a CPU, 2 MB of float32: they stay in its cache. Sums depend on it: fixed."""
+DEVICE_BLOCK = 1 << 26
+"""The same on a GPU, whose memory is the cache, and which wants long loops."""
+_CHUNK = 8 << 20  # bytes per buffer
+
+
+class Rows(NamedTuple):
+    """Rows of a pair, as stored.
+
+    Attributes:
+        first: Number of the first one.
+        base: ``(n, cols)``.
+        tuned: ``(n, cols)``.
+    """
+
+    first: int
+    base: torch.Tensor
+    tuned: torch.Tensor
+
+
+class Feed(Protocol):
+    """A way to the device."""
+
+    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int) -> Iterator[Rows]:
+        """Rows ``[start, stop)`` in order; what is handed out lasts until the next is asked for."""
+        ...
+
+
+class Direct:
+    """Into memory of the CPU, by the thread that asks."""
+
+    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int) -> Iterator[Rows]:
+        """See `Feed`."""
+        import torch
+
+        height = min(stop - start, max(1, HOST_BLOCK // max(tuned.shape[1], 1)))
+        one, other = (torch.empty((height, side.shape[1]), dtype=side.tensor.dtype.torch) for side in (base, tuned))
+        for at in range(start, stop, max(height, 1)):
+            count = min(height, stop - at)
+            base.read_into(one[:count], at)
+            tuned.read_into(other[:count], at)
+            yield Rows(at, one[:count], other[:count])
+
+
+class _Buffer:
+    """Page-locked bytes, and the copy that last read them."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.bytes = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def copied(self) -> None:
+        """The current stream's copies out of it have been asked for."""
+        if self.event is not None:
+            self.event.record()
+
+    def wait(self) -> None:
+        """Until they are done."""
+        if self.event is not None:
+            self.event.synchronize()
+
+
+class Staged:
+    """Through page-locked buffers to a device. One object serves any number of threads.
+
+    Args:
+        device: Where the rows are wanted.
+        readers: Threads that read.
+        buffers: How far they may run ahead, in buffers of 8 MB.
+    """
+
+    def __init__(self, device: torch.device, readers: int, buffers: int) -> None:
+        self._device = device
+        self._free: queue.Queue[_Buffer] = queue.Queue()
+        for _ in range(buffers):
+            self._free.put(_Buffer(device))
+        self._pool = ThreadPoolExecutor(readers, "surgery-read")
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int) -> Iterator[Rows]:
+        """See `Feed`."""
+        import torch
+
+        height = max(1, DEVICE_BLOCK // max(tuned.shape[1], 1))
+        for at in range(start, stop, height):
+            count = min(height, stop - at)
+            one, other = (
+                torch.empty((count, side.shape[1]), dtype=side.tensor.dtype.torch, device=self._device)
+                for side in (base, tuned)
+            )
+            self._fill([(base, one), (tuned, other)], at)
+            yield Rows(at, one, other)
+
+    def _fill(self, sides: list[tuple[Plain, torch.Tensor]], start: int) -> None:
+        """Both sides by turns, so that none waits for the whole of the other."""
+        wanted = deque(_chunks(sides, start))
+        running: deque[tuple[Future[None], _Buffer, torch.Tensor]] = deque()
+        try:
+            while wanted or running:
+                # Whoever has nothing under way may wait for a buffer; whoever has, frees one first. So nobody waits in a circle.
+                while wanted and (buffer := self._take(wait=not running)) is not None:
+                    side, offset, place = wanted.popleft()
+                    into = buffer.bytes[: place.numel()]
+                    running.append((self._pool.submit(_read, buffer, into, side, offset), buffer, place))
+                future, buffer, place = running[0]
+                future.result()
+                running.popleft()
+                place.copy_(buffer.bytes[: place.numel()], non_blocking=True)
+                buffer.copied()
+                self._free.put(buffer)
+        finally:
+            for future, buffer, _ in running:  # after a failure
+                future.cancel()
+                if not future.cancelled():
+                    future.exception()
+                self._free.put(buffer)
+
+    def _take(self, *, wait: bool) -> _Buffer | None:
+        try:
+            return self._free.get(block=wait)
+        except queue.Empty:
+            return None
+
+
+def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[tuple[Plain, int, torch.Tensor]]:
+    """``(side, byte offset from its tensor's start, where the bytes go)``."""
+    import torch
+
+    flat = [
+        (side, start * side.shape[1] * block.element_size(), block.reshape(-1).view(torch.uint8))
+        for side, block in sides
+    ]
+    for at in range(0, max(len(place) for _, _, place in flat), _CHUNK):
+        for side, offset, place in flat:
+            if at < len(place):
+                yield side, offset + at, place[at : at + _CHUNK]
+
+
+def _read(buffer: _Buffer, into: torch.Tensor, side: Plain, offset: int) -> None:
+    buffer.wait()
+    tensor = side.tensor
+    if tensor.strides is None and tensor.shape:
+        tensor.file.read_into(as_bytes(into), tensor.offset + offset)
+    else:  # a pickle's transposed tensor: rare, and read whole
+        import torch
+
+        flat = tensor.read().reshape(-1)
+        into.copy_(flat.view(torch.uint8)[offset : offset + len(into)])
