@@ -13,6 +13,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from surgery.extract_ledger import ExtractResult
 from surgery.extract_plan import Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
 from surgery.extract_rows import check_losses, rows_of
-from surgery.extract_scan import Found, Layout, layout_of, scan
+from surgery.extract_scan import Found, Layout, layout_of, scan, warm
 from surgery.extract_sites import Unit
 from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
@@ -110,19 +111,24 @@ def extract_lora(
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
     lanes: Lanes | None = None
+    started = time.monotonic()
     try:
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
         stored = _dtype(dtype, pair.new)
         lanes = Lanes(devices, workers or default_workers())
+        lanes.warm(warm)
         found = scan(layout, goal.criterion, _planned(goal, scaling, stored), scratch, lanes, progress)
         job = _settled(pair, layout, found, goal, options, scaling, stored, allow_loss=allow_loss)
         job = replace(job, table=job.choices() if table else (), workers=workers or default_workers())
+        timings = {"starting": found.began - started, "reading": time.monotonic() - found.began}
         if dry_run:
-            return replace(job.result(), format=to)
+            return replace(job.result(), format=to, timings=timings)
         assert output is not None
         if target.name == "peft":
-            return _write(job, Path(output), overwrite=overwrite, progress=progress)
-        return _converted(job, Path(output), to, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+            result = _write(job, Path(output), overwrite=overwrite, progress=progress)
+        else:
+            result = _converted(job, Path(output), to, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+        return replace(result, timings={**timings, "first_read_to_synced": time.monotonic() - found.began})
     finally:
         if lanes is not None:
             lanes.close()

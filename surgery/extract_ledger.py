@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +89,9 @@ class ExtractResult:
         tuned_nbytes: Of TUNED's weights: what the adapter takes the place of.
         warnings: What the user should know.
         table: Other ranks and fewer layers; empty where it was not asked for.
+        timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was asked for;
+            ``reading``: from then until all differences were factorised; ``first_read_to_synced``: from then until the output was
+            complete and on the disk.
     """
 
     output: Path | None
@@ -100,6 +103,7 @@ class ExtractResult:
     tuned_nbytes: int
     warnings: tuple[str, ...] = ()
     table: tuple[Choice, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def energy(self) -> float:

@@ -25,7 +25,7 @@ from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
 from surgery_formats.lenses import Plain
 
-__all__ = ["Found", "Layout", "layout_of", "scan"]
+__all__ = ["Found", "Layout", "layout_of", "scan", "warm"]
 
 HELD = {"cpu": 1 << 27, "cuda": 1 << 30}
 """Elements up to which a difference is held, by type of device: 512 MB of float32 on a CPU, 4 GB on a GPU."""
@@ -128,6 +128,15 @@ def scan(
     # What takes longest begins first; the others as they lie in the files.
     lanes.run([job for _, job in sorted(jobs, key=lambda one: -one[0] if one[0] >= HELD["cpu"] else 0)])
     return work.found
+
+
+def warm(lane: Lane, stop: Stop) -> None:
+    """Use what a GPU will be asked for once, on a matrix that costs nothing."""
+    import torch
+
+    from surgery_formats.linalg.svd import truncated_svd
+
+    truncated_svd(torch.ones(512, 384, device=lane.device).tril(), rank=16)
 
 
 @dataclass(frozen=True)

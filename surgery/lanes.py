@@ -108,6 +108,9 @@ class Lanes:
         self._staged: list[Staged] = []
         by_device = [self._on(torch.device(name), workers, len(devices)) for name in devices]
         self._lanes = [lane for lanes in zip(*by_device, strict=True) for lane in lanes]  # by turns: few jobs reach all
+        self._local = threading.local()
+        self._waiting = list(reversed(self._lanes))
+        self._pool = ThreadPoolExecutor(len(self._lanes), "surgery-lane", initializer=self._enter)
 
     def _on(self, device: torch.device, workers: int, devices: int) -> list[Lane]:
         import torch
@@ -119,13 +122,33 @@ class Lanes:
             self._staged.append(Staged(device, workers, _BUFFERS))
             return [Lane(device, self._staged[-1], room)] * workers
 
-    def __len__(self) -> int:
-        return len(self._lanes)
+    def _enter(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._local.lane = self._waiting.pop()
+        self._local.stream = _stream(self._local.lane.device)
 
     def close(self) -> None:
-        """Stop the readers."""
+        """Stop all threads."""
+        self._pool.shutdown(cancel_futures=True)
         for staged in self._staged:
             staged.close()
+
+    def warm(self, job: Job) -> None:
+        """Run `job` in every lane on a GPU at once, whose libraries start when first used; nothing on CPUs."""
+        gpus = [lane for lane in self._lanes if lane.device.type != "cpu"]
+        if not gpus:
+            return
+        together = threading.Barrier(len(self._lanes))
+
+        def once(lane: Lane, stop: Stop) -> None:
+            try:
+                job(lane, stop)
+            finally:
+                together.wait(60)  # or one thread would take two
+
+        self.run([once] * len(self._lanes))
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Every job in one lane; the first failure stops the others.
@@ -135,27 +158,21 @@ class Lanes:
         """
         import torch
 
-        local = threading.local()
-        waiting = list(reversed(self._lanes))
-
-        def enter() -> None:
-            lane = local.lane = waiting.pop()
-            local.stream = _stream(lane.device)
-
         def on(job: Job) -> Callable[[Stop], None]:
             def work(stop: Stop) -> None:
+                lane = self._local.lane
                 try:
-                    with local.stream:
-                        job(local.lane, stop)
+                    with self._local.stream:
+                        job(lane, stop)
                 except torch.OutOfMemoryError as error:
                     raise ResourceError(
-                        f"{local.lane.device} has too little memory: {str(error).splitlines()[0][:200]}",
+                        f"{lane.device} has too little memory: {str(error).splitlines()[0][:200]}",
                         hint="fewer --workers, or --device cpu",
                     ) from error
 
             return work
 
-        in_threads([on(job) for job in jobs], len(self._lanes), enter)
+        _all_in(self._pool, [on(job) for job in jobs])
 
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:
@@ -169,40 +186,41 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
     return made
 
 
-def in_threads(jobs: Sequence[Callable[[Stop], None]], workers: int, enter: Callable[[], None] | None = None) -> None:
+def in_threads(jobs: Sequence[Callable[[Stop], None]], workers: int) -> None:
     """Run every job, each in one thread of torch's (law 6); the first failure stops the others.
 
     Args:
         jobs: Each gets a function that says whether to stop.
         workers: Threads.
-        enter: Called in each thread first.
     """
+    import torch
+
+    with ThreadPoolExecutor(workers, "surgery-factor", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        _all_in(pool, jobs)
+
+
+def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], None]]) -> None:
     import torch
 
     stop = threading.Event()
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        if enter is not None:
-            enter()
-
+    torch.set_num_threads(1)  # of OpenMP's, which threads that start now take over
+    futures = [pool.submit(job, stop.is_set) for job in jobs]
     try:
-        with ThreadPoolExecutor(workers, "surgery-factor", initializer=start) as pool:
-            futures = [pool.submit(job, stop.is_set) for job in jobs]
-            try:
-                done, rest = wait(futures, return_when=FIRST_EXCEPTION)
-            except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
-            if rest:
-                stop.set()
-            for future in rest:
-                future.cancel()
-            for future in futures:
-                if future in done:
-                    future.result()
+        done, rest = wait(futures, return_when=FIRST_EXCEPTION)
+        if rest:
+            stop.set()
+        for future in rest:
+            future.cancel()
+        wait(futures)
+        for future in futures:
+            if future in done:
+                future.result()
+    except BaseException:
+        stop.set()
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        raise
     finally:
         torch.set_num_threads(before)
