@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import xxhash
 
@@ -28,6 +28,8 @@ __all__ = ["Criterion", "Factored", "Piece", "Plan", "Scratch", "digest", "facto
 
 _FINE = 1e-3
 """Relative residual below which float32 cannot measure it."""
+_MUCH = 0.05
+"""Relative residual above which ``||D||^2 - 2 <D, BA> + ||BA||^2`` is right to a few 1e-5 of it."""
 MOST = 256
 """Most singular values looked at where the rank is to be found (budget, auto): beyond, an adapter is no smaller than what it replaces."""
 
@@ -221,7 +223,8 @@ def factorise(
     scratch: Scratch,
     device: torch.device,
     *,
-    energy: float | None,
+    energies: Sequence[float],
+    moved: bool,
     edge: float,
     plan: Plan | None,
     transposed: bool,
@@ -235,7 +238,8 @@ def factorise(
         strips: Heights of the tensors that it is made of.
         scratch: Where the factors go.
         device: Where to compute.
-        energy: ``||D||_F^2``; None where it is too small for who summed it.
+        energies: ``||D||_F^2`` of each of them; zeros where they are too small for who summed them.
+        moved: Whether anything in them differs.
         edge: See `Piece`.
         plan: How the factors will be written; None where that is decided later.
         transposed: Whether the logical matrix is the transpose.
@@ -244,7 +248,8 @@ def factorise(
 
     from surgery_formats.linalg.svd import left_over, truncated_svd
 
-    total = None if energy is None else math.sqrt(energy)
+    energy = math.fsum(energies)
+    total = math.sqrt(energy) if energy or not moved else None
     found = truncated_svd(
         matrix,
         rank=None if rank is None else min(rank, *matrix.shape),
@@ -258,9 +263,16 @@ def factorise(
     if plan is not None:
         fold = plan.fold
         left, right = (plan.stored(side) for side in (left, right))
-        fine = plan.dtype is DType.F32 and found.relative < _FINE
-        rows = left_over(matrix, left.T / fold, right / fold, total=total, fine=fine, device=device).cpu()
-        left_energy = tuple(float(part.sum()) for part in torch.split(rows, list(strips)))
+        # What is left of almost nothing must be measured finely, what is left of much follows from one product.
+        how: Literal["fine", "plain", "sums"] = "plain"
+        if found.relative < _FINE and plan.dtype is DType.F32:
+            how = "fine"
+        elif found.relative > _MUCH and total:
+            how = "sums"
+        rows = left_over(matrix, left.T / fold, right / fold, total=total, how=how, device=device)
+        parts = [part.sum() for part in torch.split(rows, list(strips))]
+        known = energies if how == "sums" else [0.0] * len(strips)
+        left_energy = tuple(own + part for own, part in zip(known, torch.stack(parts).tolist(), strict=True))
     one, other = (right, left) if transposed else (left, right)
     return Piece(
         scratch.put(one),

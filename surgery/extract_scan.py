@@ -179,24 +179,20 @@ class _Work:
 
     def _piece(self, unit: Unit, delta: Delta, tallies: Mapping[str, Tally], lane: Lane) -> Piece | None:
         """None where a unit of one matrix did not change."""
-        import torch
-
         held = delta.numel <= HELD[lane.device.type]
-        whole = torch.empty(delta.stored_shape, dtype=delta.dtype, device=lane.device) if held else None
-        edge, energy, moved, at = Edge(), 0.0, False, 0
+        whole = lane.space(*delta.stored_shape, delta.dtype) if held else None
+        edge, moved, at = Edge(), False, 0
+        energies: list[float] = []
         for strip in delta.strips:
             tally = tallies[strip.tuned.tensor.name]
             for rows in lane.feed.pairs(strip.base, strip.tuned, strip.first, strip.last):
                 count = len(rows.tuned)
-                into = (
-                    rows.tuned.new_empty(rows.tuned.shape, dtype=delta.dtype)
-                    if whole is None
-                    else whole[at : at + count]
-                )
+                shape = rows.tuned.shape
+                into = rows.tuned.new_empty(shape, dtype=delta.dtype) if whole is None else whole[at : at + count]
                 tally.subtract(rows.first, rows.base, rows.tuned, into, edge)
                 at += count
-            news = tally.news()
-            energy, moved = energy + news[0], moved or news[1]
+            energy, differs = tally.news()
+            energies, moved = [*energies, energy], moved or differs
         self.meter.add(
             sum(
                 strip.tuned.tensor.nbytes // strip.tuned.shape[0] * (strip.last - strip.first) for strip in delta.strips
@@ -211,7 +207,8 @@ class _Work:
             [strip.last - strip.first for strip in delta.strips],
             self.scratch,
             lane.device,
-            energy=energy if energy or not moved else None,
+            energies=energies,
+            moved=moved,
             edge=edge.value(),
             plan=self.plan_of(unit),
             transposed=delta.transposed,

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from surgery.feed import Direct, Feed, Staged
@@ -89,6 +89,22 @@ class Lane:
     device: torch.device
     feed: Feed
     room: Room
+    _kept: list[torch.Tensor] = field(default_factory=list)
+
+    def space(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a matrix until the job ends.
+
+        On a CPU it is the same for every job: giving it back and taking it again costs as much as reading the files.
+        """
+        import torch
+
+        if self.device.type != "cpu":
+            return torch.empty((rows, cols), dtype=dtype, device=self.device)
+        needed = rows * cols
+        if not self._kept or self._kept[0].dtype != dtype or self._kept[0].numel() < needed:
+            self._kept[:] = []
+            self._kept[:] = [torch.empty(needed, dtype=dtype)]
+        return self._kept[0][:needed].view(rows, cols)
 
 
 Job = Callable[[Lane, Stop], None]
@@ -116,11 +132,11 @@ class Lanes:
         import torch
 
         if device.type == "cpu":
-            return [Lane(device, Direct(), Room(None))] * -(-workers // devices)
+            return [Lane(device, Direct(), Room(None)) for _ in range(-(-workers // devices))]
         with torch.cuda.device(device):
             room = Room(int(torch.cuda.mem_get_info()[0] * _SHARE))
             self._staged.append(Staged(device, workers, _BUFFERS))
-            return [Lane(device, self._staged[-1], room)] * workers
+            return [Lane(device, self._staged[-1], room) for _ in range(workers)]
 
     def _enter(self) -> None:
         import torch

@@ -150,6 +150,13 @@ class Operator:
                 found.append(_row_norms(rest).double().square())
         return torch.cat(found)
 
+    def change_of_energy(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """What `left_over` gives, less ``||row of D / scale||^2``, from one product; ``(m,)``, float64, the same arguments."""
+        left, right = left.to(self.dtype), right.to(self.dtype)
+        met = self._forward(right).T.double()
+        wide, other = left.double(), right.double()
+        return (wide * (wide @ (other @ other.T) - 2 * met)).sum(1)
+
     def _forward(self, rows: torch.Tensor) -> torch.Tensor:
         made = rows.new_empty(self.shape[0], rows.shape[0])
         columns = (rows / self.scale).T

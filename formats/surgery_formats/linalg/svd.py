@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -128,22 +128,25 @@ def left_over(
     right: torch.Tensor,
     *,
     total: float | None = None,
-    fine: bool = False,
+    how: Literal["plain", "fine", "sums"] = "plain",
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """``||row of D - row of left right||^2`` for every row, ``(m,)``, float64, each element formed.
+    """``||row of D - row of left right||^2`` for every row, ``(m,)``, float64.
 
     Args:
         matrix: ``(m, n)``, as in `truncated_svd`.
         left: ``(m, r)``.
         right: ``(r, n)``.
         total: As in `truncated_svd`.
-        fine: In float64: where less than a thousandth is left, float32 cannot tell how much.
+        how: ``plain`` forms each element in float32, ``fine`` in float64 (where less than a thousandth is left, float32 cannot tell how
+            much), ``sums`` none: it gives ``||row of D - row of left right||^2 - ||row of D||^2`` from one product.
         device: Where to compute.
     """
     with torch.no_grad(), one_thread():
         op = Operator(matrix, None if device is None else torch.device(device), None, total)
-        dtype = torch.float64 if fine else op.dtype
+        if how == "sums":
+            return op.change_of_energy(left / op.scale, right) * op.scale**2
+        dtype = torch.float64 if how == "fine" else op.dtype
         return op.left_over(left.to(dtype) / op.scale, right, dtype) * op.scale**2
 
 
