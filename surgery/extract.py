@@ -289,7 +289,7 @@ def _settled(
     check_losses(forms, found.measures, both.tuned.path, allow_loss=allow_loss)
     if not forms.units and not forms.kept:
         raise FitError("nothing of what changed can be held", file=both.tuned.path)
-    metadata = {"format": "pt", "surgery.base": content_id(both.base)}
+    metadata = {"format": "pt", "surgery.base": content_id(both.base, found.digests.of)}
     tensors = tensors_of(forms, found.factored, ranks, scaling, dtype)
     config = configuration(forms, ranks, scaling, goal.rank, old, both.base.path.resolve().name)
     facts = {

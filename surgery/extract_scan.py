@@ -16,13 +16,14 @@ from surgery.deltas import Delta
 from surgery.extract_factor import Criterion, Factored, Piece, Plan, Scratch, factorise
 from surgery.extract_plan import MOST_ROWS
 from surgery.extract_sites import Spot, Unit, spots_of, units_of
-from surgery.feed import DEVICE_BLOCK, Direct, Feed, Rows
+from surgery.feed import DEVICE_BLOCK, Direct, Feed, Rows, Seen
 from surgery.lanes import Job, Lane, Lanes, Stop
 from surgery.pairs import Pair, pair_up
 from surgery.progress import Callback, Progress
 from surgery.tally import Edge, Measure, Tally, check_finite
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
+from surgery_formats.identity import Digests
 from surgery_formats.lenses import Plain
 
 __all__ = ["Found", "Layout", "layout_of", "scan", "warm"]
@@ -73,11 +74,13 @@ class Found:
         measures: By TUNED's name.
         factored: Units that changed, by path.
         began: `time.monotonic` when the first byte of a tensor was asked for.
+        digests: Of BASE's tensors, for its content id.
     """
 
     measures: dict[str, Measure] = field(default_factory=dict)
     factored: dict[str, Factored] = field(default_factory=dict)
     began: float = 0.0
+    digests: Digests = field(default_factory=Digests)
 
 
 def scan(
@@ -155,18 +158,19 @@ class _Work:
                 return
             pair = self.spots[name].pair
             with lane.room.taken(_need(min(pair.tuned.numel, DEVICE_BLOCK))):
-                self.found.measures[name] = _compare(pair, self._limit(name), lane)
+                self.found.measures[name] = _compare(pair, self._limit(name), lane, self.found.digests)
             self.meter.add(pair.tuned.nbytes)
 
     def unit(self, unit: Unit, lane: Lane, stop: Stop) -> None:
         """Compare and factorise what belongs together."""
         tallies = {name: _tally(self.spots[name].pair, self._limit(name), unit) for name in unit.names}
+        seen = {tally: self.found.digests.claim(self.spots[name].pair.base) for name, tally in tallies.items()}
         pieces: list[Piece] = []
         with lane.room.taken(_need(max(delta.numel for delta in unit.deltas))):
             for delta in unit.deltas:
                 if stop():
                     return
-                piece = self._piece(unit, delta, tallies, lane)
+                piece = self._piece(unit, delta, tallies, seen, lane)
                 if piece is not None:
                     pieces.append(piece)
         for name, tally in tallies.items():
@@ -177,7 +181,9 @@ class _Work:
     def _limit(self, name: str) -> int:
         return MOST_ROWS if self.spots[name].form == "embedding" else 0
 
-    def _piece(self, unit: Unit, delta: Delta, tallies: Mapping[str, Tally], lane: Lane) -> Piece | None:
+    def _piece(
+        self, unit: Unit, delta: Delta, tallies: Mapping[str, Tally], seen: Mapping[Tally, Seen | None], lane: Lane
+    ) -> Piece | None:
         """None where a unit of one matrix did not change."""
         held = delta.numel <= HELD[lane.device.type]
         whole = lane.space(*delta.stored_shape, delta.dtype) if held else None
@@ -185,7 +191,7 @@ class _Work:
         energies: list[float] = []
         for strip in delta.strips:
             tally = tallies[strip.tuned.tensor.name]
-            for rows in lane.feed.pairs(strip.base, strip.tuned, strip.first, strip.last):
+            for rows in lane.feed.pairs(strip.base, strip.tuned, strip.first, strip.last, seen[tally]):
                 count = len(rows.tuned)
                 shape = rows.tuned.shape
                 into = rows.tuned.new_empty(shape, dtype=delta.dtype) if whole is None else whole[at : at + count]
@@ -226,18 +232,19 @@ def _tally(pair: Pair, row_limit: int, unit: Unit | None) -> Tally:
     return Tally(base, tuned, min(base.shape[0], tuned.shape[0]), row_limit)
 
 
-def _compare(pair: Pair, row_limit: int, lane: Lane) -> Measure:
+def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> Measure:
     """A pair by itself: of equal shapes, or grown (then the common rows are compared)."""
     import torch
 
     base, tuned = Plain.of(pair.base), Plain.of(pair.tuned)
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
+    seen = digests.claim(pair.base)
     if not (pair.tuned.dtype.is_float and pair.base.dtype.is_float):
-        return Measure(any(map(_differs, Direct().pairs(base, tuned, 0, rows))), numel=rows * cols)
+        return Measure(any(list(map(_differs, Direct().pairs(base, tuned, 0, rows, seen)))), numel=rows * cols)
     feed: Feed = lane.feed if pair.tuned.numel > _SMALL else Direct()
     wide = DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     tally = _tally(pair, row_limit, None)
-    for found in feed.pairs(base, tuned, 0, rows):
+    for found in feed.pairs(base, tuned, 0, rows, seen):
         made = found.tuned.new_empty(found.tuned.shape, dtype=torch.float64 if wide else torch.float32)
         tally.subtract(found.first, found.base, found.tuned, made, None)
     measure = tally.result()

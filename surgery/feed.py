@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from surgery_formats.tensors import as_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Direct", "Feed", "Rows", "Staged"]
+__all__ = ["Direct", "Feed", "Rows", "Seen", "Staged"]
 
 HOST_BLOCK = 1 << 17
 """Elements that are subtracted at a time on a CPU, 512 kB of float32: with what is worked out from them they stay in its cache. Sums
@@ -27,6 +27,9 @@ depend on it: fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
 _CHUNK = 8 << 20  # bytes per buffer
+
+
+Seen = Callable[[int, memoryview], None]
 
 
 class Rows(NamedTuple):
@@ -46,15 +49,23 @@ class Rows(NamedTuple):
 class Feed(Protocol):
     """A way to the device."""
 
-    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int) -> Iterator[Rows]:
-        """Rows ``[start, stop)`` in order; what is handed out lasts until the next is asked for."""
+    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int, seen: Seen | None = None) -> Iterator[Rows]:
+        """Rows ``[start, stop)`` in order; what is handed out lasts until the next is asked for.
+
+        Args:
+            base: One side.
+            tuned: The other.
+            start: First row.
+            stop: Row after the last.
+            seen: Called with the bytes of `base` in order, and their offset in its tensor.
+        """
         ...
 
 
 class Direct:
     """Into memory of the CPU, by the thread that asks."""
 
-    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int) -> Iterator[Rows]:
+    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int, seen: Seen | None = None) -> Iterator[Rows]:
         """See `Feed`."""
         import torch
 
@@ -64,6 +75,8 @@ class Direct:
             count = min(height, stop - at)
             base.read_into(one[:count], at)
             tuned.read_into(other[:count], at)
+            if seen is not None:
+                seen(at * base.shape[1] * one.element_size(), as_bytes(one[:count]))
             yield Rows(at, one[:count], other[:count])
 
 
@@ -107,7 +120,7 @@ class Staged:
         """Stop reading."""
         self._pool.shutdown(cancel_futures=True)
 
-    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int) -> Iterator[Rows]:
+    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int, seen: Seen | None = None) -> Iterator[Rows]:
         """See `Feed`."""
         import torch
 
@@ -118,25 +131,27 @@ class Staged:
                 torch.empty((count, side.shape[1]), dtype=side.tensor.dtype.torch, device=self._device)
                 for side in (base, tuned)
             )
-            self._fill([(base, one), (tuned, other)], at)
+            self._fill([(base, one), (tuned, other)], at, seen)
             yield Rows(at, one, other)
 
-    def _fill(self, sides: list[tuple[Plain, torch.Tensor]], start: int) -> None:
+    def _fill(self, sides: list[tuple[Plain, torch.Tensor]], start: int, seen: Seen | None) -> None:
         """Both sides by turns, so that none waits for the whole of the other."""
         wanted = deque(_chunks(sides, start))
-        running: deque[tuple[Future[None], _Buffer, torch.Tensor]] = deque()
+        running: deque[tuple[Future[None], _Buffer, _Chunk]] = deque()
         try:
             while wanted or running:
                 # Whoever has nothing under way may wait for a buffer; whoever has, frees one first. So nobody waits in a circle.
                 while wanted and (buffer := self._take(wait=not running)) is not None:
-                    side, offset, place = wanted.popleft()
-                    into = buffer.bytes[: place.numel()]
-                    running.append((self._pool.submit(_read, buffer, into, side, offset), buffer, place))
-                future, buffer, place = running[0]
+                    chunk = wanted.popleft()
+                    running.append((self._pool.submit(_read, buffer, chunk), buffer, chunk))
+                future, buffer, chunk = running[0]
                 future.result()
                 running.popleft()
-                place.copy_(buffer.bytes[: place.numel()], non_blocking=True)
+                read = buffer.bytes[: chunk.place.numel()]
+                chunk.place.copy_(read, non_blocking=True)
                 buffer.copied()
+                if seen is not None and chunk.side is sides[0][0]:
+                    seen(chunk.offset, as_bytes(read))
                 self._free.put(buffer)
         finally:
             for future, buffer, _ in running:  # after a failure
@@ -152,8 +167,15 @@ class Staged:
             return None
 
 
-def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[tuple[Plain, int, torch.Tensor]]:
-    """``(side, byte offset from its tensor's start, where the bytes go)``."""
+class _Chunk(NamedTuple):
+    """Bytes of one side, their offset in its tensor, and where they go."""
+
+    side: Plain
+    offset: int
+    place: torch.Tensor
+
+
+def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[_Chunk]:
     import torch
 
     flat = [
@@ -163,16 +185,16 @@ def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[tup
     for at in range(0, max(len(place) for _, _, place in flat), _CHUNK):
         for side, offset, place in flat:
             if at < len(place):
-                yield side, offset + at, place[at : at + _CHUNK]
+                yield _Chunk(side, offset + at, place[at : at + _CHUNK])
 
 
-def _read(buffer: _Buffer, into: torch.Tensor, side: Plain, offset: int) -> None:
+def _read(buffer: _Buffer, chunk: _Chunk) -> None:
     buffer.wait()
-    tensor = side.tensor
+    tensor, into = chunk.side.tensor, buffer.bytes[: chunk.place.numel()]
     if tensor.strides is None and tensor.shape:
-        tensor.file.read_into(as_bytes(into), tensor.offset + offset)
+        tensor.file.read_into(as_bytes(into), tensor.offset + chunk.offset)
     else:  # a pickle's transposed tensor: rare, and read whole
         import torch
 
         flat = tensor.read().reshape(-1)
-        into.copy_(flat.view(torch.uint8)[offset : offset + len(into)])
+        into.copy_(flat.view(torch.uint8)[chunk.offset : chunk.offset + len(into)])
