@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery_formats.linalg.certificate import Progress, excess_energy, outside_norm, ratio_bound
+from surgery_formats.linalg.certificate import Progress, allowed_excess, excess_energy, outside_norm, ratio_bound
 from surgery_formats.linalg.matrix import Operator
 from surgery_formats.linalg.panel import noise, orthonormal, without
 
@@ -99,11 +99,15 @@ def krylov(
             continue
         if keep >= have:
             continue
-        last = vectors[old:]
-        edge = outside_norm(small[max(0, have - 2 * block) : have, max(0, have - 2 * block) : have], beyond)
         held = float(ritz[:keep].sum())
-        excess = min(excess_energy(ritz, last.T @ (beyond @ last), keep, edge), progress.expected(keep, have, held))
-        excess, rest = excess + rounding, op.norm2 - held
+        rest = op.norm2 - held
+        enough = allowed_excess(rest, target) - rounding
+        excess = progress.expected(keep, have, held)
+        if excess > enough:  # cheap bounds first
+            last, near = vectors[old:], slice(max(0, old - block), have)
+            edge = outside_norm(small[near, near], beyond)
+            excess = min(excess, excess_energy(ritz, last.T @ (beyond @ last), keep, edge, enough))
+        excess += rounding
         found = None
         if rest < _LOOK * op.norm2:
             found = _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], excess, steps)
