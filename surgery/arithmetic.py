@@ -15,10 +15,12 @@ from surgery.plan import Compute, PlannedTensor
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Index, Overlap, Plain, View, take
+from surgery_formats.linalg.kept import Kept
+from surgery_formats.linalg.noise import kept
 from surgery_formats.tensors import as_bytes
 from surgery_formats.updates import Apply, blend
 
-__all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
+__all__ = ["BLOCK_ELEMENTS", "Seen", "block_bytes", "compute"]
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend on nothing else."""
@@ -57,7 +59,7 @@ def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], devic
     exact = torch.float64 if DType.F64 in (step.source.dtype, tensor.dtype) else torch.float32
     chain: list[tuple[View, Apply]] = []
     for operation in step.operations:
-        seen = _Seen(storage, tuple(chain), operation.view, exact, device)
+        seen = Seen(storage, tuple(chain), operation.view, exact, device)
         apply = operation.update.prepare(seen)
         chain.append((operation.view, apply if operation.share == 1.0 else blend(apply, operation.share)))
     if not chain and tensor.dtype is step.source.dtype and not step.source.dtype.is_float:
@@ -164,7 +166,7 @@ def _check_finite(block: torch.Tensor, tensor: PlannedTensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """The weight as one update of a chain sees it: after the updates before it. Satisfies `surgery_formats.updates.Weight`."""
 
     storage: Plain
@@ -196,7 +198,7 @@ class _Tally:
     def __init__(self) -> None:
         self.changed = False
         self.sampled = self.moved = 0
-        self.update = self.stored = self.noise = 0.0
+        self.kept = Kept()
 
     def note_change(self, stored: torch.Tensor, rounded: torch.Tensor) -> None:
         """Whether the values of a block on disk differ from those that will be stored; another type alone is no difference."""
@@ -206,15 +208,11 @@ class _Tally:
 
     def note_update(self, before: torch.Tensor, after: torch.Tensor, rounded: torch.Tensor) -> None:
         """Sampled rows before and after the updates, and as they will be stored. `before` is used up."""
-        wanted = after.sub(before).flatten()
-        kept = rounded.to(before.device, before.dtype).sub(before).flatten()
-        self.sampled += wanted.numel()
-        self.moved += int(torch.count_nonzero(kept))
-        self.update += float(torch.dot(wanted, wanted))
-        self.stored += float(torch.dot(kept, wanted))
-        miss = kept.sub_(wanted)
-        self.noise += float(torch.dot(miss, miss))
+        stored = rounded.to(before.device, before.dtype).sub(before)
+        self.sampled += stored.numel()
+        self.moved += int(torch.count_nonzero(stored))
+        self.kept = Kept.total((self.kept, kept(after.sub(before), stored)))
 
     def result(self, xxh3: str) -> Measured:
         """The sums so far."""
-        return Measured(xxh3, self.changed, self.sampled, self.moved, self.update, self.stored, self.noise)
+        return Measured(xxh3, self.changed, self.sampled, self.moved, *self.kept)

@@ -84,6 +84,11 @@ class Delta:
             at += height
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def whole(self) -> torch.Tensor:
+        """The logical matrix in one piece, read now."""
+        made = self.rows(0, self.stored_shape[0])
+        return made.T.contiguous() if self.transposed else made
+
     @property
     def stored(self) -> Stored:
         """As the files have it."""

@@ -21,13 +21,17 @@ from typing import Literal
 
 from surgery import __version__
 from surgery.execute import default_workers
-from surgery.extract_factor import Plan, Scratch
+from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
+from surgery.extract_dora import Decision, decide, kept_lora
+from surgery.extract_factor import Factored, Plan, Scratch
+from surgery.extract_kind import KINDS, CalibrationTotals, Kind
 from surgery.extract_ledger import ExtractResult
+from surgery.extract_noise import NoiseReport, noise_report
 from surgery.extract_plan import Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
 from surgery.extract_rows import check_losses, rows_of
 from surgery.extract_scan import Found, Layout, layout_of, scan, warm
-from surgery.extract_sites import Unit
+from surgery.extract_sites import Unit, tree_name
 from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
 from surgery.lanes import Lanes, devices_of
@@ -40,6 +44,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.folder import output_folder
 from surgery_formats.identity import content_id, fingerprint
+from surgery_formats.text import listing
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -57,6 +62,8 @@ def extract_lora(
     budget: str | None = None,
     alpha: float | None = None,
     rslora: bool = False,
+    kind: Kind = "auto",
+    calibration: Pathlike | None = None,
     dense: Sequence[str] = ("norm", "bias"),
     embeddings: str = "lora",
     dtype: str = "auto",
@@ -81,6 +88,8 @@ def extract_lora(
         budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
+        kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
+        calibration: Inputs of modules (`surgery.extract_calibration`), for factors that are best on them; a LoRA's only.
         dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
         embeddings: ``lora`` or ``full``.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
@@ -103,24 +112,33 @@ def extract_lora(
     goal = wanted(rank, energy, max_error, budget, table=table)
     options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
+    if kind == "dora" and calibration is not None:
+        raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
+    chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
     target = format_named(to)
     devices = devices_of(device)
     if output is None and not dry_run:
         raise FitError("no output was named")
     pair = _Both(open_checkpoint(base), open_checkpoint(tuned))
+    given = None if calibration is None else open_calibration(calibration)
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
     lanes: Lanes | None = None
     started = time.monotonic()
     try:
+        threads, stored = workers or default_workers(), _dtype(dtype, pair.new)
+        making = _Making(goal, options, scaling, stored, chosen, given, scratch, devices[0], threads)
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
-        stored = _dtype(dtype, pair.new)
-        lanes = Lanes(devices, workers or default_workers())
+        if given is not None:
+            shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
+            names = [*shared, *(tree_name(name, pair.old) for name in shared)]
+            check_modules(given, layout.spots, layout.units, names)
+        lanes = Lanes(devices, threads)
         lanes.warm(warm)
         found = scan(layout, goal.criterion, _planned(goal, scaling, stored), scratch, lanes, progress)
-        job = _settled(pair, layout, found, goal, options, scaling, stored, allow_loss=allow_loss)
-        job = replace(job, table=job.choices() if table else (), workers=workers or default_workers())
         timings = {"starting": found.began - started, "reading": time.monotonic() - found.began}
+        job = _settled(pair, layout, found, making, allow_loss=allow_loss)
+        job = replace(job, table=job.choices() if table else ())
         if dry_run:
             return replace(job.result(), format=to, timings=timings)
         assert output is not None
@@ -200,6 +218,21 @@ def _planned(goal: Wanted, scaling: Scaling, dtype: DType) -> Callable[[Unit], P
     return plan
 
 
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """What the user wants, and where it is worked out."""
+
+    goal: Wanted
+    options: Options
+    scaling: Scaling
+    dtype: DType
+    kind: Kind
+    calibration: Calibration | None
+    scratch: Scratch
+    device: str
+    workers: int
+
+
 @dataclass(frozen=True)
 class _Job:
     """All that is decided; nothing is written yet."""
@@ -214,9 +247,19 @@ class _Job:
     config: bytes
     metadata: Mapping[str, str]
     id: str
+    noise: NoiseReport
+    decision: Decision
+    calibrated: Calibrated
+    calibration: Calibration | None
+    asked: bool
+    workers: int
     warnings: tuple[str, ...] = ()
     table: tuple[Choice, ...] = ()
-    workers: int = 1
+
+    @property
+    def factored(self) -> Mapping[str, Factored]:
+        """What is written."""
+        return {**self.found.factored, **self.decision.factored, **self.calibrated.factored}
 
     @property
     def nbytes(self) -> int:
@@ -230,7 +273,18 @@ class _Job:
 
     def result(self) -> ExtractResult:
         """By the spectra."""
-        rows = rows_of(self.layout.pairs, self.found.measures, self.found.factored, self.forms, self.ranks, self.dtype)
+        rows = rows_of(
+            self.layout.pairs,
+            self.found.measures,
+            self.factored,
+            self.forms,
+            self.ranks,
+            self.dtype,
+            self.noise.signals,
+            {path: one.count for path, one in self.decision.magnitudes.items()},
+            self.calibrated.facts,
+            asked=self.asked,
+        )
         return ExtractResult(
             None,
             "peft",
@@ -241,6 +295,10 @@ class _Job:
             self.both.tuned.nbytes,
             self.warnings,
             self.table,
+            self.noise.survival,
+            self.noise.merged,
+            self.decision.facts,
+            CalibrationTotals.of(self.calibrated.facts.values()) if self.calibration is not None else None,
         )
 
     def proved(self, folder: Path) -> ExtractResult:
@@ -252,35 +310,40 @@ class _Job:
         from surgery.extract_proof import prove
         from surgery.extract_rows import with_measured
 
+        measures = self.found.measures
+        shifted = {kept.name for kept in self.forms.kept if kept.shift is not None}
         changed = [
-            pair for pair in self.layout.pairs if pair.match == "pair" and self.found.measures[pair.name].changed
+            pair
+            for pair in self.layout.pairs
+            if pair.match == "pair" and (measures[pair.name].changed or pair.name in shifted)
         ]
-        known = {unit.path: self.found.factored[unit.path] for unit in self.forms.units}
-        errors = prove(folder, self.both.base, changed, known, self.found.measures, self.forms.dropped, self.workers)
+        known = {unit.path: self.factored[unit.path] for unit in self.forms.units}
+        errors = prove(folder, self.both.base, changed, known, measures, self.forms.dropped, self.workers)
         result = self.result()
-        return replace(
-            result, rows=with_measured(result.rows, errors, self.forms, self.found.factored, self.ranks, self.dtype)
-        )
+        sizes = {path: one.size for path, one in self.decision.magnitudes.items()}
+        rows = with_measured(result.rows, errors, self.forms, self.factored, self.ranks, self.dtype, sizes)
+        return replace(result, rows=rows)
 
 
-def _settled(
-    both: _Both,
-    layout: Layout,
-    found: Found,
-    goal: Wanted,
-    options: Options,
-    scaling: Scaling,
-    dtype: DType,
-    *,
-    allow_loss: bool,
-) -> _Job:
+def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allow_loss: bool) -> _Job:
     old, new = both.old, both.new
+    goal, dtype, scaling = making.goal, making.dtype, making.scaling
 
     def formed(ranks: Mapping[str, int]) -> Forms:
-        return settle(layout.spots, layout.units, found.measures, old, new, options, ranks)
+        return settle(layout.spots, layout.units, found.measures, old, new, making.options, ranks)
 
-    ranks = ranks_of(goal, layout.units, found.factored, formed, dtype)
+    ranks: Mapping[str, int] = ranks_of(goal, layout.units, found.factored, formed, dtype)
+    decision, dora_ranks = _kind(both, layout, found, making, formed, ranks)
+    if decision.facts.kind == "dora":
+        ranks = dora_ranks
     forms = formed(ranks)
+    calibrated = Calibrated({}, {}, {})
+    if making.calibration is not None:
+        calibrated = calibrate(
+            making.calibration, forms, layout.spots, found.factored, ranks, making.scratch, making.device, making.workers,
+            biases="bias" in making.options.dense,
+        )  # fmt: skip
+        calibrated.into(forms, layout.spots)
     for unit in forms.units:
         if goal.rank is not None and ranks[unit.path] < goal.rank:
             forms.why |= dict.fromkeys(
@@ -290,24 +353,72 @@ def _settled(
     if not forms.units and not forms.kept:
         raise FitError("nothing of what changed can be held", file=both.tuned.path)
     metadata = {"format": "pt", "surgery.base": content_id(both.base, found.digests.of)}
-    tensors = tensors_of(forms, found.factored, ranks, scaling, dtype)
-    config = configuration(forms, ranks, scaling, goal.rank, old, both.base.path.resolve().name)
+    factored = {**found.factored, **decision.factored, **calibrated.factored}
+    places = {path: one.values for path, one in decision.magnitudes.items()}
+    tensors = tensors_of(forms, factored, ranks, scaling, dtype, places)
+    name = both.base.path.resolve().name
+    config = configuration(forms, ranks, scaling, goal.rank, old, name, dora=decision.facts.kind == "dora")
     facts = {
         "version": __version__,
         "verb": "extract-lora",
         "config": hashlib.sha256(config).hexdigest(),
         "tensors": [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in tensors],
         "base": metadata["surgery.base"],
+        "calibration": None if making.calibration is None else making.calibration.id,
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    units = [found.factored[unit.path] for unit in forms.units]
+    gains = {path: one.load_gains for path, one in decision.magnitudes.items()}
+    noise = noise_report(units, factored, ranks, found.measures, making.workers, gains)
+    warnings = differing_settings(old, new)
+    given = making.calibration
+    if given is not None and (unused := given.unused(forms.units)):
+        warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
+    asked = goal.rank is not None
     return _Job(
-        both, layout, found, forms, ranks, dtype, tensors, config, metadata, plan_id, differing_settings(old, new)
-    )
+        both, layout, found, forms, ranks, dtype, tensors, config, metadata, plan_id, noise, decision, calibrated, given, asked,
+        making.workers, warnings,
+    )  # fmt: skip
+
+
+def _kind(
+    both: _Both,
+    layout: Layout,
+    found: Found,
+    making: _Making,
+    formed: Callable[[Mapping[str, int]], Forms],
+    ranks: Mapping[str, int],
+) -> tuple[Decision, Mapping[str, int]]:
+    """LoRA or DoRA, and the ranks of a DoRA.
+
+    Raises:
+        FitError: a DoRA was asked for, and none can be made.
+    """
+    goal = making.goal
+    if making.calibration is not None:
+        return kept_lora("calibration weights the factors of a LoRA"), ranks
+    if making.kind == "auto" and (goal.criterion.energy is not None or goal.criterion.max_error is not None):
+        return kept_lora("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
+    dora_ranks = ranks
+    if making.kind != "lora" and goal.budget is not None:
+        try:
+            dora_ranks = ranks_of(goal, layout.units, found.factored, formed, making.dtype, magnitudes=True)
+        except FitError as error:
+            if making.kind == "dora":
+                raise
+            return kept_lora(error.message), ranks
+    units = formed(dora_ranks).units
+    decision = decide(
+        making.kind, units, found.factored, dora_ranks, ranks, making.scratch, making.device, making.workers,
+        both.tuned.path,
+    )  # fmt: skip
+    return decision, dora_ranks
 
 
 def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
-    inputs = (job.both.base.path, job.both.tuned.path)
+    given = () if job.calibration is None else (job.calibration.path,)
+    inputs = (job.both.base.path, job.both.tuned.path, *given)
     with output_folder(out, job.id, overwrite=overwrite, inputs=inputs) as folder:
         folder.write_small("adapter_config.json", job.config)
         if any(kept.via == "resized" for kept in job.forms.kept):
@@ -321,6 +432,8 @@ def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) 
             progress(Progress(job.nbytes, job.nbytes, "proving"))
         result = job.proved(stage)
         job.both.check_unchanged()
+        if job.calibration is not None:
+            job.calibration.check_unchanged()
         folder.commit({**result.as_json(), "version": __version__})
     return replace(result, output=out)
 

@@ -168,7 +168,9 @@ class Piece:
     @property
     def signal(self) -> int:
         """Directions above the noise."""
-        return sum(value > self.edge for value in self.values)
+        from surgery_formats.linalg.noise import signal_count
+
+        return signal_count(self.values, self.edge)
 
     def residual(self, rank: int) -> float:
         """``||D - D_rank||_F^2``."""

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from surgery.arithmetic import Seen
 from surgery.deltas import BLOCK_ELEMENTS, Strip
 from surgery.extract_factor import Factored, Piece, digest
 from surgery.lanes import in_threads
@@ -96,7 +97,7 @@ def prove(
         if edit is None:
             raise ProofError("changed, but nothing that was written changes it", file=folder.name, tensor=pair.name)
         parts = known.get(pair.name)
-        if parts is None:
+        if parts is None or not all(isinstance(operation.update, LoRA) for operation in edit.operations):
             jobs.append(partial(_into, found, pair, edit))
             continue
         found[pair.name] = Error(measures[pair.name].energy, math.fsum(part.left for part in parts))
@@ -139,11 +140,10 @@ def _parts(found: Factored) -> dict[str, list[_Part]]:
 
 def _recognise(parts: list[_Part], edit: Edit, pair: Pair, stop: Callable[[], bool]) -> None:
     """That what was read back is, bit by bit, what was measured, and that it reaches the rows where it was measured."""
-    updates = [operation.update for operation in edit.operations]
-    loras = [update for update in updates if isinstance(update, LoRA)]
-    if edit.replaced is not None or len(loras) < len(updates) or len(loras) != len(parts):
+    loras = [operation.update for operation in edit.operations if isinstance(operation.update, LoRA)]
+    if edit.replaced is not None or len(loras) != len(parts):
         raise ProofError(
-            f"read back as {len(updates)} updates, written as {len(parts)} pairs of factors", tensor=pair.name
+            f"read back as {len(loras)} updates, written as {len(parts)} pairs of factors", tensor=pair.name
         )
     for lora, part in zip(loras, parts, strict=True):
         if stop():
@@ -155,8 +155,8 @@ def _recognise(parts: list[_Part], edit: Edit, pair: Pair, stop: Callable[[], bo
             kept, rest = factor[: place.shape[0]].contiguous(), factor[place.shape[0] :]
             if tuple(kept.shape) != place.shape or digest(kept) != place.digest or bool(rest.any()):
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
-    nothing = [_Nothing(lora.shape, torch.float32) for lora in loras]
-    chain = [(o.view, u.prepare(weight)) for o, u, weight in zip(edit.operations, updates, nothing, strict=True)]
+    source = Plain.of(edit.source, stacked=edit.stacked)
+    chain = [(o.view, o.update.prepare(Seen(source, (), o.view, torch.float32, "cpu"))) for o in edit.operations]
     for part in parts:
         left, right = (place.scratch.get(place) for place in (part.piece.left, part.piece.right))
         one, other = (right, left) if part.transposed else (left, right)
@@ -179,9 +179,16 @@ def _into(found: dict[str, Error], pair: Pair, edit: Edit, stop: Callable[[], bo
         found[pair.name] = _error(pair, edit)
 
 
-def agrees(measured: float, reported: float, dtype: DType) -> bool:
-    """Whether a residual read back from disk is the reported one, given that factors were rounded to `dtype`."""
-    slack = _ROUNDING[dtype]
+def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -> bool:
+    """Whether a residual read back from disk is the reported one.
+
+    Args:
+        measured: Read back.
+        reported: Found before writing.
+        dtype: What factors were rounded to.
+        whole: ``||TUNED|| / ||TUNED - BASE||`` of a DoRA, whose float32 magnitudes and norms multiply whole rows.
+    """
+    slack = _ROUNDING[dtype] + whole * 2.0**-22
     low, high = (1 - _AGREEMENT) * reported, (1 + _AGREEMENT) * reported
     return max(low - slack, 0.0) <= measured <= math.hypot(high, slack) + 2.0**-20
 
@@ -196,8 +203,10 @@ def _error(pair: Pair, edit: Edit) -> Error:
     added = edit.replaced is None and all(isinstance(operation.update, LoRA) for operation in edit.operations)
     fine = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     exact = torch.float64 if fine else torch.float32
-    nothing = [_Nothing(operation.update.shape, exact) for operation in edit.operations]
-    chain = [(o.view, o.update.prepare(weight)) for o, weight in zip(edit.operations, nothing, strict=True)]
+    chain: list[tuple[View, Apply]] = []
+    for operation in edit.operations:  # a DoRA looks at BASE's rows, a LoRA at nothing
+        seen = Seen(source, tuple(chain), operation.view, exact, "cpu")
+        chain.append((operation.view, operation.update.prepare(seen)))
     energy = left = 0.0
     step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
     for start in range(0, tuned.shape[0], step):
@@ -217,19 +226,6 @@ def _error(pair: Pair, edit: Edit) -> Error:
 def _flat(pair: Pair, source: Plain, *, old: bool) -> tuple[int, int]:
     tensor = pair.base if old else pair.tuned
     return tensor.numel // max(source.shape[1], 1), source.shape[1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Nothing:
-    """What an update asks of a weight before it is applied; none written here looks at values."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: str = "cpu"
-
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
-        """Never asked."""
-        raise TypeError("an extracted update does not look at the weight")
 
 
 def _apply(chain: list[tuple[View, Apply]], block: torch.Tensor, start: int, stop: int) -> None:

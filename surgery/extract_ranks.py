@@ -16,7 +16,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["Budget", "Wanted", "parse_budget", "ranks_of", "wanted"]
+__all__ = ["Budget", "Wanted", "magnitude_count", "parse_budget", "ranks_of", "wanted"]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
@@ -110,6 +110,8 @@ def ranks_of(
     factored: Mapping[str, Factored],
     formed: Callable[[Mapping[str, int]], Forms],
     dtype: DType,
+    *,
+    magnitudes: bool = False,
 ) -> dict[str, int]:
     """The rank of every unit, by path.
 
@@ -119,6 +121,7 @@ def ranks_of(
         factored: Those that changed, by path.
         formed: Says which of them become factors, and what is stored beside them.
         dtype: Of the factors.
+        magnitudes: Whether a budget has to pay for a DoRA's, too.
 
     Raises:
         FitError: the budget is too small for what is stored beside the factors and one direction each.
@@ -136,7 +139,14 @@ def ranks_of(
     fixed = sum(kept_size(kept)[goal.budget.unit == "bytes"] for kept in forms.kept)
     if goal.budget.unit == "bytes":
         fixed += _HEADER * (2 * len(factors) + len(forms.kept) + 1)
+    if magnitudes:
+        fixed += sum(magnitude_count(found.unit) for found in factors) * (4 if goal.budget.unit == "bytes" else 1)
     return ranks | _allotted(goal.budget, factors, ranks, each, fixed)
+
+
+def magnitude_count(unit: Unit) -> int:
+    """Numbers that a DoRA has beside the factors: one for each row, of an embedding for each column."""
+    return unit.deltas[0].shape[1 if unit.form == "embedding" else 0]
 
 
 def _allotted(

@@ -20,7 +20,7 @@ from surgery.feed import DEVICE_BLOCK, Direct, Feed, Rows, Seen
 from surgery.lanes import Job, Lane, Lanes, Stop
 from surgery.pairs import Pair, pair_up
 from surgery.progress import Callback, Progress
-from surgery.tally import Edge, Measure, Tally, check_finite
+from surgery.tally import Measure, Tally, check_finite
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
 from surgery_formats.identity import Digests
@@ -185,9 +185,11 @@ class _Work:
         self, unit: Unit, delta: Delta, tallies: Mapping[str, Tally], seen: Mapping[Tally, Seen | None], lane: Lane
     ) -> Piece | None:
         """None where a unit of one matrix did not change."""
+        from surgery_formats.linalg.noise import NoiseTally
+
         held = delta.numel <= HELD[lane.device.type]
         whole = lane.space(*delta.stored_shape, delta.dtype) if held else None
-        edge, moved, at = Edge(), False, 0
+        noise, moved, at = NoiseTally(), False, 0
         energies: list[float] = []
         for strip in delta.strips:
             tally = tallies[strip.tuned.tensor.name]
@@ -195,7 +197,7 @@ class _Work:
                 count = len(rows.tuned)
                 shape = rows.tuned.shape
                 into = rows.tuned.new_empty(shape, dtype=delta.dtype) if whole is None else whole[at : at + count]
-                tally.subtract(rows.first, rows.base, rows.tuned, into, edge)
+                tally.subtract(rows.first, rows.base, rows.tuned, into, noise)
                 at += count
             energy, differs = tally.news()
             energies, moved = [*energies, energy], moved or differs
@@ -215,7 +217,7 @@ class _Work:
             lane.device,
             energies=energies,
             moved=moved,
-            edge=edge.value(),
+            edge=noise.edge,
             plan=self.plan_of(unit),
             transposed=delta.transposed,
         )

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is found out about a pair of tensors while their difference is made, on the device where it is made.
 
-Rounding to nearest adds independent errors of variance ``ulp^2 / 12``. The largest singular value of such a matrix is at most about
-``max_i sqrt(sum_j var_ij) + max_j sqrt(sum_i var_ij)`` (Bandeira and van Handel 2016, arXiv:1408.6185): directions above that edge are
-change. Rows that do not differ have no rounding in them.
+What rounding is in it is worked out as in `surgery_formats.linalg.noise`, of the rows that differ: the others have none in them.
 """
 
 from __future__ import annotations
@@ -12,19 +10,18 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Plain
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Edge", "Measure", "Tally", "check_finite"]
+    from surgery_formats.linalg.noise import NoiseTally
+
+__all__ = ["Measure", "Tally", "check_finite"]
 
 _SAMPLE = 8  # of a large tensor one row of eight is looked at for the median spacing
 _LARGE = 1 << 19  # elements
-_MANTISSA = {DType.BF16: (7, -126), DType.F16: (10, -14), DType.F32: (23, -126), DType.F64: (52, -1022)}
-"""Stored bits of the fraction; exponent of the smallest normal number, below which the spacing stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +57,6 @@ class Measure:
         return self.moved / self.numel if self.numel else 0.0
 
 
-class Edge:
-    """Largest singular value that rounding alone would have, of a matrix whose rows come block by block."""
-
-    def __init__(self) -> None:
-        self._cols: torch.Tensor | None = None
-        self._largest: list[torch.Tensor] = []
-
-    def add(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
-        """Sums of ``ulp^2`` of further rows: of each row, and of all of them by columns; float64."""
-        self._cols = cols if self._cols is None else self._cols + cols
-        self._largest.append(rows.max())
-
-    def value(self) -> float:
-        """Of all rows so far; waits for the device."""
-        import torch
-
-        if self._cols is None:
-            return 0.0
-        rows, cols = torch.stack([torch.stack(self._largest).max(), self._cols.max()]).tolist()
-        return math.sqrt(rows / 12) + math.sqrt(cols / 12)
-
-
 class Tally:
     """Sums over the blocks of one pair. Nothing waits for a device other than the CPU before `result`.
 
@@ -101,7 +76,9 @@ class Tally:
         self._exponents: torch.Tensor | None = None
         self._hit: list[torch.Tensor] = []
 
-    def subtract(self, first: int, old: torch.Tensor, new: torch.Tensor, made: torch.Tensor, edge: Edge | None) -> None:
+    def subtract(
+        self, first: int, old: torch.Tensor, new: torch.Tensor, made: torch.Tensor, noise: NoiseTally | None
+    ) -> None:
         """Make rows of the difference and count them.
 
         Args:
@@ -109,9 +86,11 @@ class Tally:
             old: BASE's rows as stored, ``(n, cols)``.
             new: TUNED's.
             made: ``(n, cols)``, float32 or float64: filled with the difference.
-            edge: Of the matrix they are part of.
+            noise: Of the matrix they are part of.
         """
         import torch
+
+        from surgery_formats.linalg.noise import MANTISSA
 
         self._numel += new.numel()
         if old.dtype == new.dtype and old.device.type == "cpu" and torch.equal(_bits(old), _bits(new)):
@@ -126,7 +105,7 @@ class Tally:
         made.sub_(old.to(made.dtype))
         norms = torch.linalg.vector_norm(made, dim=1)
         moved = norms > 0
-        bits, smallest = _MANTISSA[self._dtype]
+        bits, smallest = MANTISSA[self._dtype]
         lowest = max(smallest, -126 + bits) if made.dtype == torch.float32 else smallest
         bias = 127 if made.dtype == torch.float32 else 1023
         exponents = exponents.clamp_(min=lowest + bias).mul_(moved[sampled, None])
@@ -134,8 +113,8 @@ class Tally:
         self._exponents = counted if self._exponents is None else self._exponents + counted
         units.clamp_(min=2.0**lowest).square_()
         rows = units.sum(1).double().mul_(moved).mul_(4.0**-bits)
-        if edge is not None:
-            edge.add(rows, (moved.to(units.dtype) @ units).double().mul_(4.0**-bits))
+        if noise is not None:
+            noise.add_sums(rows / 12, (moved.to(units.dtype) @ units).double().mul_(4.0**-bits / 12))
         energy = norms.double().square_().sum()
         differing = made.sign().abs_().sum(1).double().sum()  # twice as fast as count_nonzero
         self._sums.append(torch.stack([energy, differing, rows.sum()]))
@@ -186,12 +165,14 @@ class Tally:
         return Measure(moved > 0, energy, named, self._numel, int(moved), self._ulp(), noise / 12)
 
     def _ulp(self) -> float:
+        from surgery_formats.linalg.noise import MANTISSA
+
         assert self._exponents is not None
         counts = self._exponents.cpu()
         counts[0] = 0  # rows that do not differ
         middle = int((counts.cumsum(0) * 2 < counts.sum()).sum())
         bias = 127 if len(counts) == 256 else 1023
-        return math.ldexp(1.0, middle - bias - _MANTISSA[self._dtype][0]) if int(counts.sum()) else 0.0
+        return math.ldexp(1.0, middle - bias - MANTISSA[self._dtype][0]) if int(counts.sum()) else 0.0
 
     def _refuse(self) -> None:
         """Say which side it is."""

@@ -14,7 +14,16 @@ from surgery_formats.families.family import role_of
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates import DoRA, LoRA, Replacement, Stacked, Update
 
-__all__ = ["Target", "Touched", "distribution", "group_targets", "site_role", "touched", "trained_parameters"]
+__all__ = [
+    "Target",
+    "Touched",
+    "distribution",
+    "group_targets",
+    "pattern_of",
+    "site_role",
+    "touched",
+    "trained_parameters",
+]
 
 Held = Literal["added", "copy", "in place", "carried"]
 _Number = TypeVar("_Number", int, float)
@@ -104,7 +113,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
             found.append(
                 Touched(
                     name=str(site),
-                    pattern=_NUMBER.sub("*", str(site).removesuffix(".weight")),
+                    pattern=pattern_of(str(site)),
                     role="expert" if isinstance(update, Stacked) else (role or site_role)(site),
                     kind=update.kind,
                     shape=update.shape,
@@ -117,6 +126,11 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
                 )
             )
     return tuple(found)
+
+
+def pattern_of(name: str) -> str:
+    """What a name shares with those like it: its numbers as ``*``, without a final ``.weight``."""
+    return _NUMBER.sub("*", name.removesuffix(".weight"))
 
 
 def group_targets(entries: Iterable[Touched]) -> tuple[Target, ...]:
