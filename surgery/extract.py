@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extract: the least adapter that makes of a base what a full fine-tune made of it, with an account of every tensor.
 
-Both checkpoints are streamed. Every difference is factorised optimally, what is no matrix is stored as the fine-tune has it, and
-the written folder is read back, put on the base and measured against the fine-tune before it gets its name.
+Both checkpoints are streamed once. Every difference is factorised optimally while it is there, and what is left of it beside the factors
+as they will be written is measured. What is no matrix is stored as the fine-tune has it. The written folder is read back and must hold
+what was measured, where it was measured, before it gets its name.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import os
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,21 +21,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from surgery import __version__
 from surgery.convert import coded_as
-from surgery.deltas import Measure, measure
 from surgery.execute import default_workers
 from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
 from surgery.extract_dora import Decision, decide, kept_lora
-from surgery.extract_factor import Factored, Scratch, factor, in_threads
+from surgery.extract_factor import Factored, Plan, Scratch
 from surgery.extract_kind import KINDS, CalibrationTotals, Kind
 from surgery.extract_ledger import ExtractResult
 from surgery.extract_noise import NoiseReport, noise_report
-from surgery.extract_plan import MOST_ROWS, Forms, Options, kept_size, settle
+from surgery.extract_plan import Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
 from surgery.extract_rows import check_losses, rows_of
-from surgery.extract_sites import Spot, Unit, spots_of, tree_name, units_of
+from surgery.extract_scan import Found, Layout, layout_of, scan, warm
+from surgery.extract_sites import Unit, tree_name
 from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
-from surgery.pairs import Pair, differing_settings, pair_up
+from surgery.lanes import Lanes, devices_of
+from surgery.pairs import differing_settings
 from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import Coded, Format, NewTensor
 from surgery_formats.adapters.registry import format_named
@@ -100,8 +102,9 @@ def extract_lora(
         to: Format of the adapter.
         factors: ``int8`` or ``int4``: the format is ``compact``, unless `to` names another that stores codes.
         allow_loss: Leave out what no form can hold.
-        device: Where factorisation runs.
-        workers: Threads; None is one per core, at most eight. Never changes the result.
+        device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``, ``auto``. Matrices are
+            shared out over all of them.
+        workers: Threads (per GPU); None is one per core, at most eight. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
         dry_run: Compare and factorise, write nothing.
@@ -121,30 +124,42 @@ def extract_lora(
     chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
     target = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
     coding = _coding(target, dtype)
+    devices = devices_of(device)
     if output is None and not dry_run:
         raise FitError("no output was named")
     pair = _Both(open_checkpoint(base), open_checkpoint(tuned))
     given = None if calibration is None else open_calibration(calibration)
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
+    lanes: Lanes | None = None
+    started = time.monotonic()
     try:
         threads = workers or default_workers()
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
-        made = _Making(goal, options, scaling, stored, coding, chosen, given, scratch, device, threads)
+        making = _Making(goal, options, scaling, stored, coding, chosen, given, scratch, devices[0], threads)
+        layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
         if given is not None:
-            spots = spots_of(pair_up(pair.old, pair.new), pair.old)
             shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
-            check_modules(given, spots, units_of(spots, pair.old), [*shared, *(tree_name(n, pair.old) for n in shared)])
-        scan = _scan(pair, goal, options, scratch, device, threads, progress)
-        job = _settled(pair, scan, made, allow_loss=allow_loss)
+            names = [*shared, *(tree_name(name, pair.old) for name in shared)]
+            check_modules(given, layout.spots, layout.units, names)
+        lanes = Lanes(devices, threads)
+        lanes.warm(warm)
+        found = scan(layout, goal.criterion, _planned(goal, scaling, stored), scratch, lanes, progress)
+        timings = {"starting": found.began - started, "reading": time.monotonic() - found.began}
+        job = _settled(pair, layout, found, making, allow_loss=allow_loss)
         job = replace(job, table=job.choices() if table else ())
         if dry_run:
-            return replace(job.result(), format=target.name)
+            return replace(job.result(), format=target.name, timings=timings)
         assert output is not None
+        where = Path(output)
         if target.name == "peft":
-            return _write(job, Path(output), overwrite=overwrite, progress=progress)
-        return _converted(job, Path(output), target.name, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+            result = _write(job, where, overwrite=overwrite, progress=progress)
+        else:
+            result = _converted(job, where, target.name, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+        return replace(result, timings={**timings, "first_read_to_synced": time.monotonic() - found.began})
     finally:
+        if lanes is not None:
+            lanes.close()
         scratch.close()
 
 
@@ -209,70 +224,17 @@ class _Both:
         self.tuned.check_unchanged()
 
 
-@dataclass(frozen=True, slots=True)
-class _Scan:
-    pairs: tuple[Pair, ...]
-    spots: tuple[Spot, ...]
-    units: tuple[Unit, ...]
-    measures: Mapping[str, Measure]
-    factored: Mapping[str, Factored]
+def _planned(goal: Wanted, scaling: Scaling, dtype: DType) -> Callable[[Unit], Plan | None]:
+    """How factors will be written, as far as it is known before all of them are: not with a budget, nor where the scale needs the rank."""
 
+    def plan(unit: Unit) -> Plan | None:
+        if goal.rank is not None:
+            rank = min(goal.rank, unit.largest_rank)
+            return Plan(rank, scaling.fold(rank), dtype)
+        alone = goal.budget is None and not goal.auto and scaling.constant
+        return Plan(None, 1.0, dtype) if alone else None
 
-def _scan(
-    both: _Both, goal: Wanted, options: Options, scratch: Scratch, device: str, workers: int, progress: Callback | None
-) -> _Scan:
-    """Read every pair once to compare it, and once more to factorise it if it changed."""
-    pairs = pair_up(both.old, both.new)
-    spots = spots_of(pairs, both.old)
-    units = units_of(spots, both.old)
-    by_name = {spot.pair.name: spot for spot in spots}
-    measures: dict[str, Measure] = {}
-    factored: dict[str, Factored] = {}
-    vocabulary = {both.new.embedding, both.new.head}
-    stored_whole = options.embeddings == "full" or (both.old.tied and bool(both.old.head))
-    meter = _Meter(sum(spot.pair.tuned.nbytes for spot in spots), progress)
-
-    def look(name: str) -> Measure:
-        found = by_name[name].pair
-        measures[name] = measure(found, MOST_ROWS if by_name[name].form == "embedding" else 0)
-        meter.add(found.tuned.nbytes)
-        return measures[name]
-
-    def alone(name: str) -> Callable[[Callable[[], bool]], None]:
-        return lambda stop: None if stop() else (look(name), None)[1]
-
-    def together(unit: Unit) -> Callable[[Callable[[], bool]], None]:
-        def work(stop: Callable[[], bool]) -> None:
-            changed = [look(name).changed for name in unit.names if not stop()]
-            whole = stored_whole and bool(vocabulary.intersection(unit.names))
-            grown = any(by_name[name].pair.grown > 0 for name in unit.names)
-            if (
-                any(changed)
-                and not whole
-                and not grown
-                and (done := factor(unit, goal.criterion, scratch, device, stop))
-            ):
-                factored[unit.path] = done
-
-        return work
-
-    inside = {name for unit in units for name in unit.names}
-    in_threads([*map(together, units), *(alone(name) for name in by_name if name not in inside)], workers)
-    return _Scan(pairs, spots, units, measures, factored)
-
-
-class _Meter:
-    """Adds up bytes from all threads."""
-
-    def __init__(self, total: int, callback: Callback | None) -> None:
-        self._total, self._done, self._callback = total, 0, callback
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._callback is not None:
-                self._callback(Progress(self._done, self._total, "factorising"))
+    return plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +263,8 @@ class _Job:
     """All that is decided; nothing is written yet."""
 
     both: _Both
-    scan: _Scan
+    layout: Layout
+    found: Found
     forms: Forms
     ranks: Mapping[str, int]
     dtype: DType
@@ -322,7 +285,7 @@ class _Job:
     @property
     def factored(self) -> Mapping[str, Factored]:
         """What is written."""
-        return {**self.scan.factored, **self.decision.factored, **self.calibrated.factored}
+        return {**self.found.factored, **self.decision.factored, **self.calibrated.factored}
 
     @property
     def nbytes(self) -> int:
@@ -332,13 +295,13 @@ class _Job:
         """Other ranks, fewer layers."""
         kept = [kept_size(one) for one in self.forms.kept]
         stored = sum(numbers for numbers, _ in kept), sum(nbytes for _, nbytes in kept)
-        return choices(self.forms, self.scan.factored, self.scan.measures, stored, self.coding or self.dtype)
+        return choices(self.forms, self.found.factored, self.found.measures, stored, self.coding or self.dtype)
 
     def result(self) -> ExtractResult:
         """By the spectra."""
         rows = rows_of(
-            self.scan.pairs,
-            self.scan.measures,
+            self.layout.pairs,
+            self.found.measures,
             self.factored,
             self.forms,
             self.ranks,
@@ -372,58 +335,60 @@ class _Job:
         """
         from surgery.extract_rows import with_measured
 
-        errors, result = self._errors(folder), self.result()
+        known = {unit.path: self.factored[unit.path] for unit in self.forms.units}
+        errors, result = self._errors(folder, known), self.result()
         sizes = {path: one.size for path, one in self.decision.magnitudes.items()}
         rows = with_measured(result.rows, errors, self.forms, self.factored, self.ranks, self.dtype, sizes)
         return replace(result, rows=rows)
 
     def coded(self, folder: Path) -> ExtractResult:
         """By the codes that lie in `folder`, whose error the converter has proved to be what its writer says."""
-        errors, result = self._errors(folder), self.result()
+        errors, result = self._errors(folder, {}), self.result()
         rows = (replace(r, residual=errors[r.name].residual) if r.name in errors else r for r in result.rows)
         return replace(result, rows=tuple(rows))
 
-    def _errors(self, folder: Path) -> dict[str, Error]:
-        from surgery.extract_proof import compare
+    def _errors(self, folder: Path, known: Mapping[str, Factored]) -> dict[str, Error]:
+        from surgery.extract_proof import prove
 
+        measures = self.found.measures
         shifted = {kept.name for kept in self.forms.kept if kept.shift is not None}
         changed = [
             pair
-            for pair in self.scan.pairs
-            if pair.match == "pair" and (self.scan.measures[pair.name].changed or pair.name in shifted)
+            for pair in self.layout.pairs
+            if pair.match == "pair" and (measures[pair.name].changed or pair.name in shifted)
         ]
-        return compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
+        return prove(folder, self.both.base, changed, known, measures, self.forms.dropped, self.workers)
 
 
-def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> _Job:
+def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allow_loss: bool) -> _Job:
     old, new = both.old, both.new
     goal, dtype, scaling = making.goal, making.dtype, making.scaling
 
     def formed(ranks: Mapping[str, int]) -> Forms:
-        return settle(scan.spots, scan.units, scan.measures, old, new, making.options, ranks)
+        return settle(layout.spots, layout.units, found.measures, old, new, making.options, ranks)
 
-    ranks: Mapping[str, int] = ranks_of(goal, scan.units, scan.factored, formed, making.coding or dtype)
-    decision, dora_ranks = _kind(both, scan, making, formed, ranks)
+    ranks: Mapping[str, int] = ranks_of(goal, layout.units, found.factored, formed, making.coding or dtype)
+    decision, dora_ranks = _kind(both, layout, found, making, formed, ranks)
     if decision.facts.kind == "dora":
         ranks = dora_ranks
     forms = formed(ranks)
     calibrated = Calibrated({}, {}, {})
     if making.calibration is not None:
         calibrated = calibrate(
-            making.calibration, forms, scan.spots, scan.factored, ranks, making.scratch, making.device, making.workers,
+            making.calibration, forms, layout.spots, found.factored, ranks, making.scratch, making.device, making.workers,
             biases="bias" in making.options.dense,
         )  # fmt: skip
-        calibrated.into(forms, scan.spots)
+        calibrated.into(forms, layout.spots)
     for unit in forms.units:
         if goal.rank is not None and ranks[unit.path] < goal.rank:
             forms.why |= dict.fromkeys(
                 unit.names, f"rank cut from {goal.rank} to {ranks[unit.path]}: the change has no more"
             )
-    check_losses(forms, scan.measures, both.tuned.path, allow_loss=allow_loss)
+    check_losses(forms, found.measures, both.tuned.path, allow_loss=allow_loss)
     if not forms.units and not forms.kept:
         raise FitError("nothing of what changed can be held", file=both.tuned.path)
-    metadata = {"format": "pt", "surgery.base": content_id(both.base)}
-    factored = {**scan.factored, **decision.factored, **calibrated.factored}
+    metadata = {"format": "pt", "surgery.base": content_id(both.base, found.digests.of)}
+    factored = {**found.factored, **decision.factored, **calibrated.factored}
     places = {path: one.values for path, one in decision.magnitudes.items()}
     tensors = tensors_of(forms, factored, ranks, scaling, dtype, places)
     name = both.base.path.resolve().name
@@ -438,22 +403,27 @@ def _settled(both: _Both, scan: _Scan, making: _Making, *, allow_loss: bool) -> 
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    units = [scan.factored[unit.path] for unit in forms.units]
+    units = [found.factored[unit.path] for unit in forms.units]
     gains = {path: one.load_gains for path, one in decision.magnitudes.items()}
-    noise = noise_report(units, factored, ranks, scan.measures, making.workers, gains)
+    noise = noise_report(units, factored, ranks, found.measures, making.workers, gains)
     warnings = differing_settings(old, new)
     given = making.calibration
     if given is not None and (unused := given.unused(forms.units)):
         warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
     asked = goal.rank is not None
     return _Job(
-        both, scan, forms, ranks, dtype, making.coding, tensors, config, metadata, plan_id, noise, decision, calibrated, given, asked,
-        making.workers, warnings,
+        both, layout, found, forms, ranks, dtype, making.coding, tensors, config, metadata, plan_id, noise, decision, calibrated, given,
+        asked, making.workers, warnings,
     )  # fmt: skip
 
 
 def _kind(
-    both: _Both, scan: _Scan, making: _Making, formed: Callable[[Mapping[str, int]], Forms], ranks: Mapping[str, int]
+    both: _Both,
+    layout: Layout,
+    found: Found,
+    making: _Making,
+    formed: Callable[[Mapping[str, int]], Forms],
+    ranks: Mapping[str, int],
 ) -> tuple[Decision, Mapping[str, int]]:
     """LoRA or DoRA, and the ranks of a DoRA.
 
@@ -469,7 +439,7 @@ def _kind(
     if making.kind != "lora" and goal.budget is not None:
         try:
             dora_ranks = ranks_of(
-                goal, scan.units, scan.factored, formed, making.coding or making.dtype, magnitudes=True
+                goal, layout.units, found.factored, formed, making.coding or making.dtype, magnitudes=True
             )
         except FitError as error:
             if making.kind == "dora":
@@ -477,7 +447,7 @@ def _kind(
             return kept_lora(error.message), ranks
     units = formed(dora_ranks).units
     decision = decide(
-        making.kind, units, scan.factored, dora_ranks, ranks, making.scratch, making.device, making.workers,
+        making.kind, units, found.factored, dora_ranks, ranks, making.scratch, making.device, making.workers,
         both.tuned.path,
     )  # fmt: skip
     return decision, dora_ranks

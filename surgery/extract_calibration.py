@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.extract_factor import Factored, Place, Scratch, in_threads
+from surgery.extract_factor import Factored, Place, Scratch
 from surgery.extract_kind import CalibrationFacts
 from surgery.extract_plan import Forms, Kept
 from surgery.extract_sites import Spot, Unit
+from surgery.lanes import in_threads
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.raw import File
 from surgery_formats.files.sharded import open_shards
@@ -293,5 +294,6 @@ def _weighted(
     values = tuple((B.norm(dim=0) * A.norm(dim=1)).tolist())
     bound = piece.bound * math.sqrt(missing / best) if best > 0 else 1.0
     places = scratch.put(B.T), scratch.put(A)
-    new = replace(piece, left=places[0], right=places[1], values=values, rest=missing, bound=max(bound, 1.0))
+    new = replace(piece, left=places[0], right=places[1], values=values, rest=missing, bound=max(bound, 1.0), fold=1.0)
+    new = replace(new, left_energy=None)
     return _Made(facts, Factored(unit, (new,)), bias, shift)

@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 from surgery.deltas import Delta, Strip
-from surgery.extract_factor import ROWS_FROM, Factored, Piece, Place, Scratch, in_threads
+from surgery.extract_factor import Factored, Piece, Place, Scratch
 from surgery.extract_kind import Kind, KindFacts
 from surgery.extract_noise import sample_runs
+from surgery.extract_scan import HELD
 from surgery.extract_sites import Unit
+from surgery.lanes import in_threads
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.dora import Alternated, Fitted, HeldPair, PairSource, alternate, best_columns, row_share
@@ -248,7 +250,7 @@ def _alternated(
             return
         delta = unit.deltas[0]
         pair = _pair(delta)
-        if isinstance(pair, _Stored) and math.prod(pair.shape) <= ROWS_FROM:
+        if isinstance(pair, _Stored) and math.prod(pair.shape) <= HELD["cpu"]:
             pair = _held(pair, turned=False)
         try:
             made = alternate(pair, ranks[unit.path], device=device)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +107,9 @@ class ExtractResult:
         merged: The LoRA that TUNED looks to be a merge of; None if it does not.
         kind: LoRA or DoRA, and why.
         calibration: What the given inputs changed; None without any.
+        timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was asked for;
+            ``reading``: from then until all differences were factorised; ``first_read_to_synced``: from then until the output was
+            complete and on the disk.
     """
 
     output: Path | None
@@ -122,6 +125,7 @@ class ExtractResult:
     merged: MergedLoRA | None = None
     kind: KindFacts | None = None
     calibration: CalibrationTotals | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def energy(self) -> float:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounding in an extraction: the edge below which directions are noise, and how much of the factors a merge would keep.
 
-The edge needs every stored value of TUNED once. Survival is computed from some rows of BASE as they are and of the change that the chosen
+The edge needs every stored value of TUNED once (`surgery.tally`). Survival
+is computed from some rows of BASE as they are and of the change that the chosen
 factors make there: no table, and no pass over the files.
 """
 
@@ -13,32 +14,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from surgery.deltas import BLOCK_ELEMENTS, Delta, Measure
-from surgery.extract_factor import Factored, in_threads
+from surgery.extract_factor import Factored
 from surgery.extract_signal import MergedLoRA, Signal, Spectrum, looks_merged
+from surgery.lanes import in_threads
+from surgery.tally import Measure
 from surgery_formats.linalg.kept import Kept
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NoiseReport", "noise_edge", "noise_report", "sample_runs", "spectra", "survivals"]
+__all__ = ["NoiseReport", "noise_report", "sample_runs", "spectra", "survivals"]
 
 _LOOKED_AT = 1 << 18
 """Elements of a unit that survival is computed from, in `_RUNS` runs of rows: its standard error is then below 1 %."""
 _RUNS = 16
-
-
-def noise_edge(delta: Delta) -> float:
-    """Largest singular value that TUNED's rounding alone would have."""
-    from surgery_formats.linalg.noise import NoiseTally
-
-    tally = NoiseTally(delta.stored_shape[1])
-    height = max(1, BLOCK_ELEMENTS // max(delta.stored_shape[1], 1))
-    for strip in delta.strips:
-        for start in range(strip.first, strip.last, height):
-            stop = min(start + height, strip.last)
-            tally.add((strip.tuned.get(start, stop), strip.tuned.tensor.dtype))
-    return tally.edge
 
 
 def spectra(found: Factored, noise: float) -> list[Spectrum]:

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.deltas import Measure
 from surgery.extract_factor import Factored
 from surgery.extract_kind import CalibrationFacts
 from surgery.extract_ledger import ExtractClass, ExtractRow
 from surgery.extract_plan import Forms, Kept, Via, kept_size
 from surgery.extract_signal import Signal, remark
 from surgery.pairs import Pair
+from surgery.tally import Measure
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.linalg.coding import Coding

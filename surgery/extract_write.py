@@ -55,6 +55,15 @@ class Scaling:
         """What PEFT multiplies ``B A`` with."""
         return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
 
+    def fold(self, rank: int) -> float:
+        """What either factor is multiplied by, so that `scale` changes nothing."""
+        return 1 / math.sqrt(self.scale(rank))
+
+    @property
+    def constant(self) -> bool:
+        """Whether the scale is the same at every rank."""
+        return self.alpha is None and not self.rslora
+
 
 def tensors_of(
     forms: Forms,
@@ -72,7 +81,7 @@ def tensors_of(
         found += _factors(
             factored[unit.path],
             rank,
-            scaling.scale(rank),
+            scaling,
             dtype,
             nesting(unit.path, experts) if unit.path in experts else 0,
         )
@@ -85,17 +94,17 @@ def tensors_of(
     return tuple(by_name[name] for name, _, _ in order)
 
 
-def _factors(found: Factored, rank: int, scale: float, dtype: DType, depth: int) -> Iterator[NewTensor]:
+def _factors(found: Factored, rank: int, scaling: Scaling, dtype: DType, depth: int) -> Iterator[NewTensor]:
     """PEFT's two tensors of one unit."""
     unit = found.unit
     module = unit.path.rpartition(".")[0]
-    fold = 1 / math.sqrt(scale)
+    fold = scaling.fold(rank)
 
     def left(index: int = 0) -> torch.Tensor:
-        return found.factors(index, rank)[0] * fold
+        return found.factors(index, rank, fold)[0]
 
     def right(index: int = 0) -> torch.Tensor:
-        return found.factors(index, rank)[1] * fold
+        return found.factors(index, rank, fold)[1]
 
     out, inputs = unit.deltas[0].shape
     if unit.form == "embedding":  # PEFT: delta = (B A)^T

@@ -264,8 +264,7 @@ def test_a_large_matrix_is_read_in_blocks(
     llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = surgery.extract_lora(*llama, output=tmp_path / "held", rank=4)
-    monkeypatch.setattr("surgery.extract_factor.ROWS_FROM", 0)
-    monkeypatch.setattr("surgery.extract_factor.Delta.whole", None)
+    monkeypatch.setattr("surgery.extract_scan.HELD", {"cpu": 0})
     streamed = surgery.extract_lora(*llama, output=tmp_path / "streamed", rank=4)
     for one, other in zip(held.rows, streamed.rows, strict=True):
         assert one.residual == pytest.approx(other.residual, rel=1e-5)
@@ -509,8 +508,8 @@ def test_a_wrong_factor_is_caught(llama: tuple[Path, Path], tmp_path: Path, monk
 
     right = Factored.factors
 
-    def wrong(self: Factored, index: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        left, other = right(self, index, rank)
+    def wrong(self: Factored, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        left, other = right(self, index, rank, fold)
         return (left * 1.02 if "layers.1.mlp.down_proj" in self.unit.path else left), other
 
     monkeypatch.setattr(Factored, "factors", wrong)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
+from surgery.extract_scan import HELD
 from surgery_formats.errors import FitError
 from tests.kit import spawn
 from tests.oracles import disk, models
@@ -188,7 +189,7 @@ def test_a_large_matrix_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Mo
     base = models.build_base("llama", tmp_path / "base")
     tuned = tune(base, tmp_path / "tuned", rescaled(3))
     held = surgery.extract_lora(base, tuned, output=tmp_path / "held", rank=3)
-    monkeypatch.setattr("surgery.extract_dora.ROWS_FROM", 0)
+    monkeypatch.setitem(HELD, "cpu", 0)
     monkeypatch.setattr("surgery.extract_dora._held", None)
     streamed = surgery.extract_lora(base, tuned, output=tmp_path / "streamed", rank=3)
     assert held.kind is not None

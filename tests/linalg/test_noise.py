@@ -60,7 +60,7 @@ def test_noise_energy_is_what_rounding_does_on_one_side_or_both(dtype: DType, ro
     noise = (stored(tuned, dtype) - stored(base, dtype)) - (tuned - base)
     sides = [(stored(tuned, dtype), dtype), (stored(base, dtype), dtype)][:rounded]
     assert float(noise.square().sum()) == pytest.approx(noise_energy(*sides), rel=0.03)
-    tally = NoiseTally(300)
+    tally = NoiseTally()
     for start in range(0, 400, 64):
         tally.add(*((values[start : start + 64], kind) for values, kind in sides))
     assert tally.energy == pytest.approx(noise_energy(*sides), rel=1e-6)
@@ -94,7 +94,7 @@ def test_directions_that_float32_cannot_see_are_no_signal() -> None:
 
 def spectrum(base: torch.Tensor, tuned: torch.Tensor, dtype: DType, known: int | None = None) -> Spectrum:
     values = torch.linalg.svdvals(tuned - base)
-    tally = NoiseTally(base.shape[1])
+    tally = NoiseTally()
     tally.add((tuned, dtype))
     few = values[:known].tolist()
     rest = float(values[known:].square().sum()) if known is not None else 0.0

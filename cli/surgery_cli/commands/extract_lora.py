@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, device_option, output_option, overwrite_option
+from surgery_cli.options import Settings, complete_files, devices_option, output_option, overwrite_option
 from surgery_cli.options import command as sub_command
 from surgery_cli.output import emit_json, note, pairs, table, warn
 from surgery_cli.progress import bar
@@ -115,7 +115,7 @@ def _dense(text: str) -> tuple[str, ...]:
 @click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="See 'surgery formats'.")
 @click.option("--factors", type=click.Choice(["int8", "int4"]), help="Store factors as codes: format compact.")
 @click.option("--allow-loss", is_flag=True, help="Leave out what no form can hold.")
-@device_option
+@devices_option
 @click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
 @click.option("--dry-run", is_flag=True, help="Compare and factorise; write nothing.")
@@ -149,7 +149,10 @@ def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bo
     seconds = time.monotonic() - began
     if settings.json:
         where = None if result.output is None else str(result.output)
-        emit_json("extract-lora", {"output": where, "seconds": round(seconds, 3), **result.as_json()})
+        timings = {name: round(value, 3) for name, value in result.timings.items()}
+        emit_json(
+            "extract-lora", {"output": where, "seconds": round(seconds, 3), "timings": timings, **result.as_json()}
+        )
     elif dry_run or not settings.quiet:
         _text(result, output, seconds, settings)
     for text in result.warnings:

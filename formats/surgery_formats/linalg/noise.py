@@ -18,9 +18,9 @@ import torch
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.kept import Kept
 
-__all__ = ["NoiseTally", "Side", "kept", "noise_energy", "signal_count", "spacing", "survival", "variance"]
+__all__ = ["MANTISSA", "NoiseTally", "Side", "kept", "noise_energy", "signal_count", "spacing", "survival", "variance"]
 
-_MANTISSA = {DType.BF16: (7, -126), DType.F16: (10, -14), DType.F32: (23, -126), DType.F64: (52, -1022)}
+MANTISSA = {DType.BF16: (7, -126), DType.F16: (10, -14), DType.F32: (23, -126), DType.F64: (52, -1022)}
 """Stored bits of the fraction; exponent of the smallest normal number, below which the spacing stays."""
 _POWER = {torch.float32: (torch.int32, 0x7F800000, -126), torch.float64: (torch.int64, 0x7FF0000000000000, -1022)}
 """Type of the bits, those of the exponent, smallest normal exponent."""
@@ -38,7 +38,7 @@ def spacing(values: torch.Tensor, dtype: DType) -> torch.Tensor:
         values: Of any floating dtype; the answer is float64 for float64, else float32, which has no spacing below its smallest normal.
         dtype: BF16, F16, F32 or F64.
     """
-    bits, smallest = _MANTISSA[dtype]
+    bits, smallest = MANTISSA[dtype]
     wide = values if values.dtype in _POWER else values.float()
     integer, mask, lowest = _POWER[wide.dtype]
     power = wide.view(integer).bitwise_and(mask).view(wide.dtype)  # the exponent alone: 2^floor(log2 |x|)
@@ -65,31 +65,35 @@ def noise_energy(*sides: Side) -> float:
 
 
 class NoiseTally:
-    """Rounding noise of one matrix, whose stored rows come block by block.
+    """Rounding noise of one matrix, whose stored rows come block by block. Nothing waits for a device before the figures are asked for."""
 
-    Attributes:
-        energy: Expected ``||noise||_F^2`` of the rows so far.
-    """
-
-    def __init__(self, cols: int) -> None:
-        self._cols = torch.zeros(cols, dtype=torch.float64)
-        self._largest = 0.0
-        self.energy = 0.0
+    def __init__(self) -> None:
+        self._cols: torch.Tensor | None = None
+        self._rows: list[torch.Tensor] = []
 
     def add(self, *sides: Side) -> None:
         """Further rows, ``(rows, cols)``; `sides` as in `variance`."""
         found = variance(*sides)
-        if not found.numel():
-            return
-        rows = found.sum(dim=1).double()
-        self._cols += found.sum(dim=0).double().cpu()
-        self._largest = max(self._largest, float(rows.max()))
-        self.energy += float(rows.sum())
+        self.add_sums(found.sum(dim=1).double(), found.sum(dim=0).double())
+
+    def add_sums(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
+        """Variances of further rows: the sum of each row, and of all of them by columns; float64."""
+        if len(rows):
+            self._cols = cols if self._cols is None else self._cols + cols
+            self._rows.append(torch.stack([rows.max(), rows.sum()]))
+
+    @property
+    def energy(self) -> float:
+        """Expected ``||noise||_F^2`` of the rows so far."""
+        return float(torch.stack(self._rows)[:, 1].sum()) if self._rows else 0.0
 
     @property
     def edge(self) -> float:
         """Largest singular value that rounding alone would have."""
-        return math.sqrt(self._largest) + math.sqrt(float(self._cols.max())) if len(self._cols) else 0.0
+        if self._cols is None or not len(self._cols):
+            return 0.0
+        row, col = torch.stack([torch.stack(self._rows)[:, 0].max(), self._cols.max()]).tolist()
+        return math.sqrt(row) + math.sqrt(col)
 
 
 def signal_count(values: Sequence[float], edge: float) -> int:
