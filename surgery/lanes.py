@@ -156,6 +156,9 @@ class Lanes:
         gpus = [lane for lane in self._lanes if lane.device.type != "cpu"]
         if not gpus:
             return
+        import torch
+
+        torch.linalg.inv(torch.ones(1, 1, device=gpus[0].device))  # loads a library that two threads must not load at once
         together = threading.Barrier(len(self._lanes))
 
         def once(lane: Lane, stop: Stop) -> None:
