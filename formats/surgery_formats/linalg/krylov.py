@@ -17,7 +17,7 @@ import torch
 
 from surgery_formats.linalg.certificate import Progress, allowed_excess, excess_energy, outside_norm, ratio_bound
 from surgery_formats.linalg.matrix import Operator
-from surgery_formats.linalg.panel import noise, orthonormal, without
+from surgery_formats.linalg.panel import noise, orthonormal, within, without
 
 __all__ = ["Found", "block_size", "krylov"]
 
@@ -75,6 +75,7 @@ def krylov(
     small = torch.zeros(len(basis), len(basis), dtype=torch.float64)
     filler = noise((block, op.short), seed + 1, op.dtype, op.device)
     fresh = op.times(noise((block, op.long), seed, op.dtype, op.device))
+    support = (fresh != 0).any(0)  # rows of M that hold anything: the others are no part of any direction
     have, steps, next_check, progress = 0, 0, 0, Progress()
     while have + block <= most:
         if have + block > len(basis):
@@ -110,14 +111,14 @@ def krylov(
         excess += rounding
         found = None
         if rest < _LOOK * op.norm2:
-            found = _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], excess, steps)
+            found = _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], support, excess, steps)
             rest = residual(op, found) ** 2
             if rest <= _EXACT**2 * op.norm2:
                 return found
             if ratio_bound(rest, rounding) > target and op.dtype == torch.float32:
                 return krylov(op.in_float64(), wanted, block, most, target, seed)
         if ratio_bound(rest, excess) <= target:
-            return found or _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], excess, steps)
+            return found or _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], support, excess, steps)
     return None
 
 
@@ -135,9 +136,11 @@ def _hopeless(ritz: torch.Tensor, norm2: float, wanted: Callable[[torch.Tensor, 
     return wanted(imagined, norm2) is None
 
 
-def _ritz_vectors(basis: torch.Tensor, image: torch.Tensor, vectors: torch.Tensor, excess: float, steps: int) -> Found:
+def _ritz_vectors(
+    basis: torch.Tensor, image: torch.Tensor, vectors: torch.Tensor, support: torch.Tensor, excess: float, steps: int
+) -> Found:
     chosen = vectors.T.to(basis.device, basis.dtype)
-    return Found(chosen @ basis, chosen @ image, excess, steps)
+    return Found(within(chosen @ basis, support), chosen @ image, excess, steps)
 
 
 def _next(block: torch.Tensor, basis: torch.Tensor, filler: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["noise", "orthonormal", "without"]
+__all__ = ["noise", "orthonormal", "within", "without"]
 
 _SHIFT = 1e-13
 """Of the first pass, relative to the trace: far above float64's rounding of a Gram matrix, and harmless to directions above 3e-7."""
 _FILL = 1e-9
 """Size of what is added, relative to the panel: panels of lower rank than they have rows become independent, others do not notice."""
+_INSIDE = 1 - 1e-6  # norm of what is inside, at least
 _LEAST = 1e-18  # the same, absolute, for a panel of zeros; matrices here have a norm of about 1
 
 
@@ -43,6 +44,12 @@ def orthonormal(rows: torch.Tensor, filler: torch.Tensor) -> torch.Tensor:
             gram.diagonal().add_(gram.diagonal().sum() * shift)
         made = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram)[0], made, upper=False)
     return made
+
+
+def within(rows: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+    """Unit `rows` ``(b, n)`` with exact zeros outside `support` ``(n,)``, where a filler left a trace; vectors that lie outside stay."""
+    kept = rows * support
+    return torch.where(torch.linalg.vector_norm(kept, dim=1, keepdim=True) > _INSIDE, kept, rows)
 
 
 def without(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

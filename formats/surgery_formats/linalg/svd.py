@@ -18,7 +18,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.certificate import ratio_bound
 from surgery_formats.linalg.krylov import Found, block_size, krylov
 from surgery_formats.linalg.matrix import MatrixSource, Operator, one_thread
-from surgery_formats.linalg.panel import noise, orthonormal
+from surgery_formats.linalg.panel import noise, orthonormal, within
 from surgery_formats.linalg.ranks import checked_rank, rank_holding
 
 __all__ = ["Truncated", "left_over", "truncated_svd"]
@@ -183,11 +183,12 @@ def _solve(
 
 
 def _all_eigenvectors(op: Operator, wanted: Callable[[torch.Tensor, float], int | None]) -> Found:
-    squares, vectors = torch.linalg.eigh(op.gram())
+    gram = op.gram()
+    squares, vectors = torch.linalg.eigh(gram)
     squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
     known = squares.cpu()
     keep = wanted(known, float(known.sum()))
-    left = vectors[:, : op.short if keep is None else keep].T.contiguous()
+    left = within(vectors[:, : op.short if keep is None else keep].T.contiguous(), gram.diagonal() != 0)
     exact = op if op.dtype == torch.float64 else op.in_float64()
     return Found(left, exact.adjoint(left), 0.0, 0)
 
@@ -196,7 +197,8 @@ def _finished(op: Operator, found: Found, dtype: torch.dtype, seed: int) -> Trun
     """Make both sides orthonormal through a small SVD in float64, choose signs, and measure what was left out."""
     basis = orthonormal(found.right, noise((len(found.right), op.long), seed, op.dtype, op.device))
     turn, values, back = torch.linalg.svd((found.right.double() @ basis.T).cpu())
-    left, right = turn.T.to(op.device) @ found.left.double(), back.to(op.device) @ basis
+    left = turn.T.to(op.device) @ found.left.double()
+    right = within(back.to(op.device) @ basis, (found.right != 0).any(0))
     if op.turned:
         left, right = right, left
     flip = torch.where(left.gather(1, left.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
