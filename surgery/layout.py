@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from surgery.packing import PAGE, packing_groups, packing_order
 from surgery.plan import Account, Class, Compute, Copy, PlannedFile, PlannedTensor
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
@@ -35,6 +36,7 @@ def lay_out(
     dtype: DType | None = None,
     shard_size: int | None = None,
     untied: Collection[str] = (),
+    packed: bool = False,
 ) -> Laid:
     """Plan the weight files of one component.
 
@@ -44,6 +46,10 @@ def lay_out(
         dtype: Stored type of every floating-point tensor; None keeps each tensor's own.
         shard_size: Most bytes per file; None keeps the base's shards.
         untied: Components whose head and embedding part.
+        packed: Lay out for graphs: see `surgery.packing`.
+
+    Raises:
+        FitError: `packed`, and the architecture has no recipe that says what belongs together.
     """
     folder = f"{component.name}/" if component.name else ""
     accounts: list[Account] = []
@@ -67,7 +73,13 @@ def lay_out(
     groups[-1][2].extend(added)
     if shard_size is not None:
         groups = _resharded([tensor for _, _, planned in groups for tensor in planned], shard_size, groups[0][0])
-    files = tuple(_file(folder, name, shard, planned) for name, shard, planned in groups if planned or len(groups) == 1)
+    if packed:
+        joint = packing_groups(component)
+        groups = [(name, None, packing_order(planned, joint)) for name, _, planned in groups]
+    alignment = PAGE if packed else 1
+    files = tuple(
+        _file(folder, name, shard, planned, alignment) for name, shard, planned in groups if planned or len(groups) == 1
+    )
     index_name, index = _index(component, files, folder)
     return Laid(files, index_name, index, tuple(accounts))
 
@@ -114,7 +126,9 @@ def _model_dtype(component: Component) -> DType:
     return next((tensor.dtype for tensor in component.tensors.values() if tensor.dtype.is_float), DType.F32)
 
 
-def _file(folder: str, name: str, shard: Shard | None, planned: Sequence[PlannedTensor]) -> PlannedFile:
+def _file(
+    folder: str, name: str, shard: Shard | None, planned: Sequence[PlannedTensor], alignment: int = 1
+) -> PlannedFile:
     """Offsets; the base's header byte for byte if it still describes the content."""
     header = shard.header if shard else None
     if header is not None and [(t.name, t.dtype, t.shape) for t in planned] == [
@@ -124,7 +138,7 @@ def _file(folder: str, name: str, shard: Shard | None, planned: Sequence[Planned
         ranges = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in header.tensors}
     else:
         metadata = {"format": "pt"} | (header.metadata if header else {})
-        raw, ranges = layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in planned], metadata)
+        raw, ranges = layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in planned], metadata, alignment)
     placed = tuple(_placed(tensor, *ranges[tensor.name]) for tensor in planned)
     return PlannedFile(f"{folder}{name}", raw, max([len(raw), *(t.offset + t.nbytes for t in placed)]), placed)
 

@@ -64,6 +64,7 @@ def merge(
     workers: int | None = None,
     memory_limit: int | None = None,
     shard_size: int | None = None,
+    layout: str = "keep",
     verify: str = "fast",
     overwrite: bool = False,
     dry_run: bool = False,
@@ -80,6 +81,7 @@ def merge(
         workers: Computing threads; None is one per core, at most eight. Never changes the result.
         memory_limit: Bytes the computed tensors may take together.
         shard_size: Most bytes per weight file; None keeps the base's shards.
+        layout: ``keep`` the base's order of tensors; ``packed`` puts those that graphs read together side by side, see `surgery.packing`.
         verify: ``fast``, or ``full`` to compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -100,8 +102,10 @@ def merge(
         value is not None and (not isinstance(value, int) or value < 1) for value in (workers, shard_size, memory_limit)
     ):
         raise FitError("workers, shard_size and memory_limit are whole numbers of at least 1")
+    if layout not in ("keep", "packed"):
+        raise FitError(f"layout is 'keep' or 'packed', not '{show(layout)}'")
     found = bind(_read(adapters), open_checkpoint(base))
-    plan = plan_merge(found, dtype=_float_type(dtype), shard_size=shard_size)
+    plan = plan_merge(found, dtype=_float_type(dtype), shard_size=shard_size, packed=layout == "packed")
     if dry_run:
         return MergeResult(None, Ledger(plan), plan.warnings)
     if output is None:
@@ -148,7 +152,9 @@ def _read(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, float]
     return read
 
 
-def plan_merge(binding: Binding, *, dtype: DType | None = None, shard_size: int | None = None) -> Plan:
+def plan_merge(
+    binding: Binding, *, dtype: DType | None = None, shard_size: int | None = None, packed: bool = False
+) -> Plan:
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
 
     Raises:
@@ -159,7 +165,7 @@ def plan_merge(binding: Binding, *, dtype: DType | None = None, shard_size: int 
     laid: dict[str, Laid] = {}
     for name, component in checkpoint.components.items():
         edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
-        laid[name] = lay_out(component, edits, dtype, shard_size, binding.untied)
+        laid[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed)
     side_files = [SideFile(one.index_name, data=one.index) for one in laid.values() if one.index_name]
     side_files += _carried(binding)
     files = tuple(file for one in laid.values() for file in one.files)
@@ -169,7 +175,7 @@ def plan_merge(binding: Binding, *, dtype: DType | None = None, shard_size: int 
         {tensor.file.identity: tensor.file for adapter, _ in binding.adapters for tensor in adapter.tensors}.values()
     )
     facts = _facts(binding)
-    options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size}
+    options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     plan = Plan(
         verb="merge",
         files=files,

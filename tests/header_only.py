@@ -10,7 +10,7 @@ from pathlib import Path
 from surgery_formats.dtypes import DType
 from surgery_formats.files.safetensors import layout
 
-SIZES = {  # of Llama 3.2 1B and Llama 3.1 8B, as their config.json say
+SIZES = {  # of Llama 3.2 1B, Llama 3.1 8B and 70B, as their config.json say
     "1b": {
         "num_hidden_layers": 16,
         "hidden_size": 2048,
@@ -23,6 +23,13 @@ SIZES = {  # of Llama 3.2 1B and Llama 3.1 8B, as their config.json say
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_attention_heads": 32,
+        "head_dim": 128,
+    },
+    "70b": {
+        "num_hidden_layers": 80,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
         "head_dim": 128,
     },
 }

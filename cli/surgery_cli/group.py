@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "Convert an adapter to another format.",
     "combine": "Combine adapters into one.",
     "resize": "Lower the rank of an adapter.",
+    "export-onnx": "Export a model as ONNX graphs that use its weight files as they are.",
     "inspect": "Show what a model or an adapter is made of.",
     "diff": "Show what differs between two models or two adapters.",
     "report": "Report what adapters save in parameters and storage.",

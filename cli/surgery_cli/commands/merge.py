@@ -44,6 +44,13 @@ __all__ = ["command"]
 @click.option("--memory-limit", type=size, metavar="SIZE", help="Most memory for tensors being computed, e.g. 2GB.")
 @click.option("--shard-size", type=size, metavar="SIZE", help="Most bytes per weight file, e.g. 5GB; default: as BASE.")
 @click.option(
+    "--layout",
+    type=click.Choice(["keep", "packed"]),
+    default="keep",
+    show_default=True,
+    help="packed: matrices that export-onnx joins lie side by side.",
+)
+@click.option(
     "--verify",
     type=click.Choice(["fast", "full"]),
     default="fast",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model families as data: which names mean what. Adding one is adding a file here and its name to `FAMILIES`.
 
-Names, the module graph and (later) graph recipes read the same record.
+Names, the module graph and graph recipes read the same record.
 """
 
 from __future__ import annotations
@@ -14,15 +14,24 @@ from surgery_formats.families import (
     bloom,
     clip,
     diffusion,
+    distilbert,
+    gemma,
     gpt2,
     gpt_neo,
     gpt_neox,
     gpt_oss,
+    granite,
     llama,
+    mistral,
     mixtral,
+    olmo,
     opt,
     phi3,
+    qwen,
     qwen_moe,
+    roberta,
+    smollm3,
+    stablelm,
     t5,
     vit,
     whisper,
@@ -33,14 +42,31 @@ __all__ = ["FAMILIES", "Family", "Fused", "Rename", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
+    mistral.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    gemma.GEMMA,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    olmo.OLMO,
+    olmo.OLMO2,
+    granite.FAMILY,
+    smollm3.FAMILY,
+    stablelm.FAMILY,
+    llama.NAMES_ONLY,
     gpt2.FAMILY,
+    gpt2.NAMES_ONLY,
     gpt_neox.FAMILY,
+    opt.FAMILY,
+    phi3.FAMILY,
+    phi3.NAMES_ONLY,
     bert.FAMILY,
+    bert.NAMES_ONLY,
+    roberta.FAMILY,
+    distilbert.FAMILY,
     bloom.FAMILY,
     gpt_neo.FAMILY,
     t5.FAMILY,
-    opt.FAMILY,
-    phi3.FAMILY,
     mixtral.FAMILY,
     gpt_oss.FAMILY,
     qwen_moe.FAMILY,

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
+from surgery_formats.families.recipe import Recipe
+
 __all__ = ["Family", "Fused", "Rename", "role_of"]
 
 
@@ -51,6 +53,7 @@ class Family:
         derivable: Last path segments of tensors that are computed, not trained (``inv_freq``).
         other_flat: From the module paths a base has, ``(another flattened name, module path)`` pairs, for networks that tools outside know
             under other names.
+        recipe: What models of this family compute, see `surgery_formats.families.recipe`; None where only names are known.
     """
 
     names: tuple[str, ...]
@@ -65,6 +68,7 @@ class Family:
     fused: tuple[Fused, ...] = field(default=())
     derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
     other_flat: Callable[[Collection[str]], Iterator[tuple[str, str]]] | None = None
+    recipe: Recipe | None = None
 
     @property
     def known(self) -> bool:

@@ -35,6 +35,7 @@ from surgery_formats.files.manifest import (
     verify_folder,
 )
 from surgery_formats.files.output_file import OutputFile, check_disk, output_faults
+from surgery_formats.files.raw import File
 from surgery_formats.files.resume import Finished, has_size, parse_line, same_digest
 from surgery_formats.files.stage import Stage
 from surgery_formats.text import listing, show
@@ -127,6 +128,23 @@ class OutputFolder:
         with self._lock:
             self._open[name] = made
         return made
+
+    def link(self, name: str, source: File) -> None:
+        """Another name for `source`, a hard link: no bytes are written, and whoever writes into one writes into both.
+
+        Raises:
+            FitError: as `create`, or it lies on another file system.
+        """
+        path = self._claim(name)
+        try:
+            os.link(os.path.realpath(source.path), path)
+        except OSError as error:
+            raise FitError(
+                f"cannot be linked to ({error.strerror})", file=source.path, hint="copy it instead"
+            ) from error
+        source.check_unchanged()
+        with self._lock:
+            self._done[name] = FileRecord(name, source.size, {})
 
     def write_small(self, name: str, data: bytes) -> None:
         """A small file at once. It is not worth a journal line: a resumed run writes it again.

@@ -243,11 +243,13 @@ def reference_order(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: (-_REFERENCE_RANK[entry[1].label], entry[0]))
 
 
-def layout(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def layout(
+    entries: Sequence[Entry], metadata: Mapping[str, str], alignment: int = 1
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header for `entries` in the order given, and where the bytes of each belong.
 
     The same input gives the same bytes: metadata sorted, ASCII JSON without spaces, padded with spaces to a
-    multiple of 8.
+    multiple of 8, or so that the data begins at a multiple of `alignment`.
 
     Returns:
         The first bytes of the file, and ``{name: (absolute offset, nbytes)}``; the file ends with the last
@@ -272,6 +274,7 @@ def layout(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes
             raise FitError(f"'{show(text)}' is not Unicode (a lone surrogate)")
     body = json.dumps(header, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
     body += b" " * (-len(body) % _ALIGNMENT)
+    body += b" " * (-(_LENGTH_NBYTES + len(body)) % alignment)
     if len(body) > _HEADER_LIMIT:
         raise FitError(f"a header of {len(body)} bytes (at most {_HEADER_LIMIT} can be read back)")
     data = _LENGTH_NBYTES + len(body)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projections, norms and activations, on tensors in the precision of the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from surgery_formats.families.recipe import Activation, Norm, Projection
+
+__all__ = ["Load", "activate", "normalise", "project"]
+
+Load = Callable[[str], torch.Tensor]
+"""From a name to the whole tensor in the precision of the reference."""
+
+
+def project(values: torch.Tensor, one: Projection, load: Load) -> torch.Tensor:
+    """``x W^T + b``."""
+    weight = load(one.weight)
+    made = values @ (weight if one.transposed else weight.T)
+    return made + load(one.bias) if one.bias else made
+
+
+def normalise(values: torch.Tensor, norm: Norm | None, load: Load, heads: int = 0) -> torch.Tensor:
+    """`norm` over the last axis; `values` are ``(..., heads, dim)`` where every head has parameters of its own."""
+    if norm is None:
+        return values
+    if norm.kind == "layer":
+        values = values - values.mean(-1, keepdim=True)
+    values = values / torch.sqrt(values.square().mean(-1, keepdim=True) + norm.epsilon)
+    if norm.weight:
+        weight = _of_heads(norm.weight, heads, load)
+        values = values * (1 + weight if norm.plus_one else weight)
+    return values + _of_heads(norm.bias, heads, load) if norm.bias else values
+
+
+def _of_heads(name: str, heads: int, load: Load) -> torch.Tensor:
+    """The parameter `name`, or ``(heads, dim)`` of one per head."""
+    return torch.stack([load(name.format(h=head)) for head in range(heads)]) if heads else load(name)
+
+
+def activate(values: torch.Tensor, kind: Activation | None) -> torch.Tensor:
+    """The activation function of a recipe; None is none."""
+    if kind is None:
+        return values
+    if kind == "silu":
+        return values / (1 + torch.exp(-values))
+    if kind == "relu":
+        return values.clamp(min=0)
+    if kind == "tanh":
+        return torch.tanh(values)
+    if kind == "gelu":
+        return values * (1 + torch.erf(values / math.sqrt(2))) / 2
+    return values * (1 + torch.tanh(math.sqrt(2 / math.pi) * (values + 0.044715 * values**3))) / 2

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every encoder family and head, on every target, computes what transformers computes, padded batches included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from surgery.onnx.build import Options, build
+from surgery.onnx.target import TARGETS
+from surgery_formats.checkpoint import open_checkpoint
+from surgery_formats.dtypes import DType
+from tests.onnx.sessions import feed_encoder, open_session
+from tests.oracles import recipes
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", recipes.ENCODERS)
+def test_outputs_are_those_of_transformers(tmp_path, name, target):
+    folder = recipes.build(name, tmp_path)
+    built = build(open_checkpoint(folder).main, Options(TARGETS[target], DType.F32))
+    (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
+    session, contract = open_session(folder / "model.onnx")
+    model = recipes.load(name, folder)
+    pad = model.config.pad_token_id or 0
+    ids = np.array([[5, 17, 3, 88, 42], [29, 8, 77, pad, pad]])
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    found = feed_encoder(session, ids, mask)
+    if any(one.name == "token_type_ids" for one in session.get_inputs()):
+        inputs["token_type_ids"] = torch.arange(ids.size).reshape(ids.shape) % 2
+    with torch.no_grad():
+        expected = model(**inputs)
+    assert set(found) == {key for key in expected if key != "loss"}
+    for key, value in found.items():
+        wanted = expected[key].numpy()
+        assert value.shape == wanted.shape
+        where = mask.astype(bool) if value.ndim == 3 else slice(None)
+        assert np.abs(value - wanted)[where].max() <= 1e-4
+    assert contract.kind == "encoder"
+    assert contract.cache == "none"

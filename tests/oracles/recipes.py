@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of every family with a recipe, and of every switch a recipe reads.
+
+Norms and biases are random too: gains of one would hide a norm that is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+__all__ = ["DECODERS", "ENCODERS", "VOCAB", "Case", "build", "load"]
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+VOCAB = 99
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model: class and fields of its configuration."""
+
+    cls: str
+    config: str
+    fields: Mapping[str, Any]
+
+
+_LM: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_GQA = {**_LM, "num_key_value_heads": 2, "tie_word_embeddings": False}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_GEMMA = {**_GQA, "head_dim": 16, "tie_word_embeddings": True}
+_OPT = {**_LM, "ffn_dim": 56, "word_embed_proj_dim": 32}
+_BERT = {**_LM, "type_vocab_size": 2, "num_labels": 3}
+_DISTIL = {
+    "vocab_size": VOCAB,
+    "dim": 32,
+    "hidden_dim": 56,
+    "n_layers": 3,
+    "n_heads": 4,
+    "max_position_embeddings": 64,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.5, 2.0, 3.0, 4.0],
+}
+
+
+def _rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **values}}
+
+
+def _llama(**fields: Any) -> Case:
+    return Case("LlamaForCausalLM", "LlamaConfig", {**_GQA, **fields})
+
+
+def _of(name: str, fields: Mapping[str, Any], **more: Any) -> Case:
+    return Case(f"{name}ForCausalLM", f"{name}Config", {**fields, **more})
+
+
+DECODERS: dict[str, Case] = {
+    "llama": _llama(),
+    "llama_mha_tied_biases": _llama(
+        num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=12
+    ),
+    "llama_llama3": _llama(
+        **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+    ),
+    "llama_linear": _llama(**_rope("linear", factor=2.5)),
+    "llama_dynamic": _llama(max_position_embeddings=10, **_rope("dynamic", factor=2.0)),
+    "llama_yarn": _llama(**_rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama_yarn_tuned": _llama(
+        **_rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            beta_fast=8.0,
+            beta_slow=2.0,
+            mscale=0.7,
+            mscale_all_dim=1.3,
+            truncate=False,
+        )
+    ),
+    "mistral": _of("Mistral", _GQA, sliding_window=48),
+    "mistral_short_window": _of("Mistral", _GQA, sliding_window=5),
+    "mistral_no_window": _of("Mistral", _GQA, sliding_window=None),
+    "qwen2": _of("Qwen2", _GQA),
+    "qwen2_windows": _of("Qwen2", _GQA, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": _of("Qwen3", _GQA, head_dim=16, tie_word_embeddings=True),
+    "qwen3_biases": _of("Qwen3", _GQA, head_dim=16, attention_bias=True),
+    "gemma": _of("Gemma", _GEMMA),
+    "gemma2": _of("Gemma2", _GEMMA, sliding_window=5, query_pre_attn_scalar=24, attn_logit_softcapping=5.0),
+    "gemma2_uncapped": _of(
+        "Gemma2", _GEMMA, sliding_window=48, final_logit_softcapping=None, attn_logit_softcapping=None
+    ),
+    "gemma3": Case(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {**_GEMMA, "sliding_window": 5, "sliding_window_pattern": 3, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3_scaled": Case(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {
+            **_GEMMA,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "phi3": _of("Phi3", _GQA, sliding_window=7),
+    "phi3_partial": _of(
+        "Phi3", _GQA, rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    ),
+    "phi3_longrope_short": _of("Phi3", _GQA, original_max_position_embeddings=32, rope_parameters=_LONG),
+    "phi3_longrope_long": _of("Phi3", _GQA, original_max_position_embeddings=8, rope_parameters=_LONG),
+    "olmo": _of("Olmo", _GQA),
+    "olmo2": _of("Olmo2", _GQA),
+    "olmo2_biases": _of("Olmo2", _GQA, attention_bias=True),
+    "granite": _of(
+        "Granite",
+        _GQA,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=2.5,
+    ),
+    "smollm3": _of("SmolLM3", _GQA, no_rope_layer_interval=2, tie_word_embeddings=True),
+    "smollm3_windows": _of(
+        "SmolLM3", _GQA, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=5, attention_bias=True
+    ),
+    "stablelm": _of("StableLm", _GQA),
+    "stablelm_parallel": _of(
+        "StableLm", _GQA, use_parallel_residual=True, qk_layernorm=True, use_qkv_bias=True, partial_rotary_factor=0.5
+    ),
+    "gpt2": Case("GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "gpt2_scales": Case(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {**_GPT2, "n_inner": 40, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
+    ),
+    "gpt_neox": _of("GPTNeoX", _LM, tie_word_embeddings=False),
+    "gpt_neox_sequential": _of(
+        "GPTNeoX", _LM, tie_word_embeddings=False, use_parallel_residual=False, attention_bias=False, rotary_pct=0.5
+    ),
+    "opt": _of("OPT", _OPT),
+    "opt_350m": _of("OPT", _OPT, do_layer_norm_before=False, word_embed_proj_dim=20),
+    "opt_bare": _of("OPT", _OPT, enable_bias=False, layer_norm_elementwise_affine=False),
+}
+
+ENCODERS: dict[str, Case] = {
+    "bert_sequence": Case("BertForSequenceClassification", "BertConfig", _BERT),
+    "bert_token": Case("BertForTokenClassification", "BertConfig", {**_BERT, "hidden_act": "gelu_new"}),
+    "bert_sentence": Case("BertModel", "BertConfig", _BERT),
+    "roberta_sequence": Case("RobertaForSequenceClassification", "RobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "roberta_token": Case("RobertaForTokenClassification", "RobertaConfig", {**_BERT, "pad_token_id": 3}),
+    "roberta_sentence": Case("RobertaModel", "RobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "xlm_roberta_sequence": Case(
+        "XLMRobertaForSequenceClassification", "XLMRobertaConfig", {**_BERT, "pad_token_id": 1}
+    ),
+    "camembert_token": Case("CamembertForTokenClassification", "CamembertConfig", {**_BERT, "pad_token_id": 1}),
+    "distilbert_sequence": Case("DistilBertForSequenceClassification", "DistilBertConfig", _DISTIL),
+    "distilbert_token": Case("DistilBertForTokenClassification", "DistilBertConfig", _DISTIL),
+    "distilbert_sentence": Case("DistilBertModel", "DistilBertConfig", _DISTIL),
+}
+
+
+def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+    """Write the random checkpoint `name` into `folder`, some fields of its configuration replaced."""
+    case = {**DECODERS, **ENCODERS}[name]
+    config = getattr(transformers, case.config)(**{**case.fields, **fields})
+    model = getattr(transformers, case.cls)(config)
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    centred = 0.0 if "gemma" in name else 1.0  # Gemma's gain is 1 + g
+    for key, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim >= 2 or key.endswith("bias"):
+            value = 0.2 * noise
+        else:
+            value = centred + 0.3 * noise
+        parameter.data.copy_(value)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of `folder` as transformers loads it, strictly, with attention spelt out."""
+    case = {**DECODERS, **ENCODERS}[name]
+    model, info = getattr(transformers, case.cls).from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+    )
+    wrong = {key: value for key, value in info.items() if value}
+    if wrong:
+        raise AssertionError(f"{name}: the checkpoint does not load cleanly: {wrong}")
+    return model.eval()
