@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from surgery.extract import ExtractResult, extract_lora
     from surgery.inspect import AdapterReport, CheckpointReport, inspect
     from surgery.merge import MergeResult, merge
+    from surgery.onnx.bench import BenchResult, bench
+    from surgery.onnx.run.text import RunResult, run
     from surgery.resize import resize
     from surgery.savings import SavingsReport, report
 
@@ -49,11 +51,16 @@ _HOMES = {
     "resize": "surgery.resize",
     "ExtractResult": "surgery.extract",
     "extract_lora": "surgery.extract",
+    "BenchResult": "surgery.onnx.bench",
+    "RunResult": "surgery.onnx.run.text",
+    "bench": "surgery.onnx.bench",
+    "run": "surgery.onnx.run.text",
 }
 
 __all__ = [
     "AdapterDiff",
     "AdapterReport",
+    "BenchResult",
     "Catalogue",
     "CheckpointDiff",
     "CheckpointReport",
@@ -62,8 +69,10 @@ __all__ = [
     "EnvironmentReport",
     "ExtractResult",
     "MergeResult",
+    "RunResult",
     "SavingsReport",
     "__version__",
+    "bench",
     "catalogue",
     "combine",
     "convert",
@@ -74,6 +83,7 @@ __all__ = [
     "merge",
     "report",
     "resize",
+    "run",
 ]
 
 

@@ -28,6 +28,8 @@ COMMANDS = {
     "inspect": "Show what a model or an adapter is made of.",
     "diff": "Show what differs between two models or two adapters.",
     "report": "Report what adapters save in parameters and storage.",
+    "run": "Run an exported model: generate text, or classify it.",
+    "bench": "Measure an exported model: load, prefill, time per token, memory.",
     "formats": "List the adapter formats that can be read and written.",
     "env": "Show versions and devices, for bug reports.",
     "completion": "Print the completion script of a shell.",

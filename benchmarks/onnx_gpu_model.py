@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A random Llama of a real size in one aligned file, its weights in the order in which a graph packs them; and adapters for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from shapes import LINEAR, Shape
+
+from surgery.onnx.adapter_file import write_adapter_file
+from surgery.onnx.build import Options, build
+from surgery.onnx.contract import Contract
+from surgery.onnx.target import Target
+from surgery_formats.checkpoint import open_checkpoint
+from surgery_formats.dtypes import DType
+from surgery_formats.files.safetensors import layout
+
+EIGHT_B = Shape(4096, 32, 32, 8, 14336, 128256)
+ALIGNMENT = 4096
+SCALE = 0.02  # of matrices: after a norm, hidden values of size 1 make logits of size 0.02 * sqrt(hidden), about 1
+NUMPY: dict[str, tuple[DType, Any, str]] = {
+    "fp16": (DType.F16, np.float16, "float16"),
+    "bf16": (DType.BF16, ml_dtypes.bfloat16, "bfloat16"),
+}
+
+
+def write_model(shape: Shape, folder: Path, dtype: str, seed: int = 0) -> None:
+    """``model.safetensors`` with q|k|v and gate|up one after the other and every matrix on a page; norms near 1."""
+    folder.mkdir(parents=True)
+    stored, kind, label = NUMPY[dtype]
+    rng = np.random.default_rng(seed)
+    pool = memoryview(rng.normal(0, SCALE, (1 << 24) + 7919).astype(np.float32).astype(kind).view(np.uint8))
+    norms = (1 + 0.1 * rng.normal(size=shape.hidden)).astype(kind).tobytes()
+    tensors = sorted(shape.tensors(), key=lambda one: len(one[1]) == 1)  # vectors last: every matrix stays aligned
+    header, _ = layout([(name, stored, size) for name, size in tensors], {"format": "pt"})
+    gap = -len(header) % ALIGNMENT
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write((len(header) - 8 + gap).to_bytes(8, "little") + header[8:] + b" " * gap)
+        for position, (_, size) in enumerate(tensors):
+            if len(size) == 1:
+                file.write(norms)
+                continue
+            left, at = 2 * int(np.prod(size)), position * 7918 * 2
+            while left:
+                piece = pool[at : at + left]
+                file.write(piece)
+                left, at = left - len(piece), 0
+    config = shape.config() | {"dtype": label}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def export(
+    folder: Path, name: str, target: Target, dtype: str, slots: bool = False, shape: Shape | None = None
+) -> tuple[Path, Contract]:
+    """A graph beside the weights."""
+    slotted = frozenset(
+        f"model.layers.{layer}.{module}.weight" for layer in range(shape.layers if shape else 0) for module in LINEAR
+    )
+    options = Options(target, NUMPY[dtype][0], prefill=False, slotted=slotted if slots else frozenset())
+    built = build(open_checkpoint(folder).main, options)
+    path = folder / name
+    path.write_bytes(built.graphs["model.onnx"].SerializeToString())
+    return path, built.contract
+
+
+def unpacked(target: Target) -> Target:
+    """As `target`, every weight on its own."""
+    return replace(target, packed=False)
+
+
+def write_slots(path: Path, contract: Contract, adapter: Path, dtype: str) -> None:
+    """The factors of a PEFT LoRA for a graph's slots: transposed, the scale in B."""
+    from safetensors.numpy import load_file
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    found = load_file(adapter / "adapter_model.safetensors")
+    kind, arrays = NUMPY[dtype][1], {}
+    for slot in contract.slots:
+        stem = "base_model.model." + slot.weight.removesuffix(".weight")
+        arrays[slot.A] = found[f"{stem}.lora_A.weight"].T.astype(kind)
+        arrays[slot.B] = (scale * found[f"{stem}.lora_B.weight"].T).astype(kind)
+    path.unlink(missing_ok=True)
+    write_adapter_file(path, arrays)

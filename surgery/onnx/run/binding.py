@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of a run, and values that onnxruntime made."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from surgery.onnx.run.ports import Port
+from surgery_formats.errors import FitError
+from surgery_formats.text import show
+
+__all__ = ["as_array", "execute", "not_recorded", "recorded"]
+
+
+def execute(session: Any, binding: Any, options: Any) -> None:
+    """Run what is bound.
+
+    Raises:
+        FitError: onnxruntime refuses; a kernel's demands show only now.
+    """
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:  # onnxruntime's own types and RuntimeError
+        raise FitError(f"onnxruntime cannot run the graph: {show(error, 500)}") from error
+
+
+def as_array(value: Any, port: Port) -> npt.NDArray[Any]:
+    """A value on the cpu as an array, of types too that numpy itself lacks."""
+    shape = tuple(value.shape())
+    nbytes = port.dtype.itemsize * int(np.prod(shape))
+    raw = ctypes.string_at(value.data_ptr(), nbytes) if nbytes else b""
+    return np.frombuffer(raw, port.dtype).reshape(shape)
+
+
+def not_recorded() -> Any:
+    """Options of a run that no CUDA graph is made of."""
+    return _options(-1)
+
+
+def recorded(number: int) -> Any:
+    """Options of runs that are captured as CUDA graph `number` the first time, and replayed."""
+    return _options(number)
+
+
+def _options(number: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options

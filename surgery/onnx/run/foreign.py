@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graphs of other exporters: what their contract would say, from their inputs, their nodes and the files beside them.
+
+The names are those that optimum, onnxruntime-genai's builder and this project agree on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from surgery.onnx.contract import Contract
+from surgery.onnx.run.ports import Port
+from surgery_formats.errors import FitError, NotFoundError
+from surgery_formats.files.bounded_json import read_object
+
+__all__ = ["guessed_contract"]
+
+_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def guessed_contract(
+    path: Path, inputs: Mapping[str, Port], outputs: Mapping[str, Port], device: Literal["cpu", "cuda"] | str
+) -> Contract:
+    """What the graph `path` would say of itself.
+
+    Raises:
+        FitError: the inputs are not those of a language model, or nothing says how long its sequences may be.
+    """
+    if "input_ids" not in inputs:
+        raise FitError("no input 'input_ids': not a language model, or one with other names", file=path)
+    config = _beside(path, "config.json")
+    genai = _beside(path, "genai_config.json").get("model", {})
+    keys = [name for name in inputs if name.startswith("past_key_values.") and name.endswith(".key")]
+    if not keys:
+        first = next(iter(outputs.values()))
+        return Contract(
+            "encoder", "feature-extraction", device, _NAMES.get(first.dtype.name, ""), "any", "none", 0, 0, 0, 0,
+            int(config.get("max_position_embeddings") or 0),
+        )  # fmt: skip
+    key, logits = inputs[keys[0]], outputs.get("logits")
+    length = genai.get("context_length") or config.get("max_position_embeddings")
+    if logits is None or len(key.shape) != 4 or not isinstance(key.shape[1], int) or not isinstance(key.shape[3], int):
+        raise FitError("a cache that is not [batch, heads, past, size], or no output 'logits'", file=path)
+    if not isinstance(length, int) or length < 1:
+        raise FitError("neither genai_config.json nor config.json beside it says how long a sequence may be", file=path)
+    grouped = _has_grouped_attention(path)
+    width = logits.shape[-1] if isinstance(logits.shape[-1], int) else config.get("vocab_size")
+    if not isinstance(width, int) or width < 1:
+        raise FitError("neither the graph nor config.json beside it says how large the vocabulary is", file=path)
+    return Contract(
+        kind="decoder",
+        task="text-generation",
+        target=device,
+        dtype=_NAMES.get(key.dtype.name, ""),
+        padding="right" if grouped else "left",
+        cache="shared" if grouped else "growing",
+        layers=len(keys),
+        kv_heads=key.shape[1],
+        head_dim=key.shape[3],
+        vocabulary=width,
+        max_length=length,
+        prefill_batch=not grouped,
+    )
+
+
+def _beside(path: Path, name: str) -> dict[str, Any]:
+    try:
+        return read_object(path.parent / name)
+    except NotFoundError:
+        return {}
+
+
+def _has_grouped_attention(path: Path) -> bool:
+    """Whether its attention keeps past and present in one buffer."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return any(node.op_type == "GroupQueryAttention" for node in graph.node)

@@ -1,0 +1,125 @@
+"""``.onnx_adapter``: what is written is what is read, by us and by onnxruntime, and nothing else is read."""
+
+from __future__ import annotations
+
+import gc
+import struct
+
+import ml_dtypes
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from surgery.onnx.adapter_file import read_adapter_file, write_adapter_file
+from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from tests.onnx.graphs import HEAD_DIM, KV_HEADS, LAYERS, decoder, factors, plain_logits, prefix
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "b": rng.normal(size=(3, 0, 2)).astype(np.float32),
+        "a": rng.normal(size=(3, 5)).astype(np.float16),
+        "c": rng.normal(size=(4, 2)).astype(ml_dtypes.bfloat16),
+        "past_key_values.0.key": rng.normal(size=(1, 2, 3, 4)).astype(np.float32),
+        "ids": np.arange(7),
+    }
+
+
+def test_arrays_of_every_type_come_back_bit_by_bit(tmp_path):
+    path = tmp_path / "x.onnx_adapter"
+    nbytes = write_adapter_file(path, arrays())
+    assert nbytes == path.stat().st_size
+    found = read_adapter_file(path)
+    assert list(found) == sorted(arrays())
+    for name, array in arrays().items():
+        assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape
+        assert found[name].tobytes() == array.tobytes()
+
+
+def test_temporary_arrays_are_kept_until_they_are_written(tmp_path):
+    """onnxruntime's writer keeps addresses only: views and converted copies would be gone by then."""
+    for number in range(10):
+        rng = np.random.default_rng(number)
+        made = {f"{n}": rng.normal(size=(64, 32)).astype(np.float32).T for n in range(8)}  # not contiguous: copies
+        path = tmp_path / f"{number}.onnx_adapter"
+        write_adapter_file(path, made)
+        gc.collect()
+        back = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        for name, array in made.items():
+            assert np.array_equal(back[name].numpy(), array)
+
+
+def test_the_same_arrays_in_any_order_give_the_same_bytes(tmp_path):
+    write_adapter_file(tmp_path / "1", arrays())
+    write_adapter_file(tmp_path / "2", dict(reversed(arrays().items())))
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+def test_onnxruntime_runs_with_what_was_written(tmp_path):
+    """LoRA factors and a soft prompt, each an active adapter of one call, two of them at once."""
+    path = decoder(tmp_path, "plain", slots=True, optional_past=True)
+    write_adapter_file(tmp_path / "lora", factors(3, 2))
+    write_adapter_file(tmp_path / "prompt", prefix(1, 4))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    row, kept = [3, 17, 9, 4, 30], []
+
+    def run(tokens, *files):
+        options = onnxruntime.RunOptions()
+        for file in files:
+            adapter = onnxruntime.LoraAdapter()
+            adapter.Load(str(tmp_path / file))
+            options.add_active_adapter(adapter)
+            kept.append(adapter)
+        feeds = {"input_ids": np.array([row]), "attention_mask": np.ones((1, tokens + len(row)), np.int64)}
+        return session.run(["logits"], feeds, options)[0][0]
+
+    assert np.abs(run(0) - plain_logits(path, row)).max() < 1e-5
+    assert np.abs(run(0, "lora") - plain_logits(path, row, **factors(3, 2))).max() < 1e-5
+    assert np.abs(run(4, "prompt") - plain_logits(path, row, prefix(1, 4))).max() < 1e-5
+    both = plain_logits(path, row, prefix(1, 4), **factors(3, 2))
+    assert np.abs(run(4, "lora", "prompt") - both).max() < 1e-5
+    assert (LAYERS, KV_HEADS, HEAD_DIM) == (2, 2, 16)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(FitError, match="without a single array"):
+        write_adapter_file(tmp_path / "x", {})
+    with pytest.raises(FitError, match="complex64"):
+        write_adapter_file(tmp_path / "x", {"a": np.zeros(2, np.complex64)})
+    (tmp_path / "x").write_bytes(b"kept")
+    with pytest.raises(FileExistsError):
+        write_adapter_file(tmp_path / "x", arrays())
+    assert (tmp_path / "x").read_bytes() == b"kept"
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "x"
+    with pytest.raises(NotFoundError):
+        read_adapter_file(path)
+    for raw in (b"", b"TORT", b"\0" * 100, b"\xff\xff\xff\x7fTORT" + b"\xff" * 50, b"\x08\0\0\0TORT" + b"\0" * 40):
+        path.write_bytes(raw)
+        with pytest.raises(MalformedError):
+            read_adapter_file(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+@given(st.data())
+def test_a_damaged_file_is_read_or_refused_and_never_more(tmp_path, data):
+    path = tmp_path / "whole"
+    if not path.exists():
+        write_adapter_file(path, {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((2, 2), np.float32)})
+    raw = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(raw) - 4))
+    value = data.draw(st.sampled_from([0, 1, 4, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000]) | st.integers(0, 2**32 - 1))
+    struct.pack_into("<I", raw, at, value)
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
+    try:
+        found = read_adapter_file(damaged)
+    except MalformedError:
+        return
+    assert sum(array.nbytes for array in found.values()) <= 2 * len(raw)

@@ -1,0 +1,166 @@
+"""A graph is opened with the weights it was made for, wherever they lie, or not at all."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import xxhash
+
+from surgery.onnx.contract import Contract, WeightFile, from_metadata
+from surgery.onnx.metadata import read_metadata
+from surgery.onnx.run.opening import find_graph, open_graph
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.files.safetensors import layout
+from tests.onnx.graphs import CONTRACT, decoder
+
+
+def outside(folder, contract=CONTRACT):
+    """The tiny decoder with its embedding in ``model.safetensors``, as byte range."""
+    path = decoder(folder)
+    model = onnx.load(path)
+    tensor = next(one for one in model.graph.initializer if one.name == "embedding")
+    header, ranges = layout([("embedding", DType.F32, tuple(tensor.dims))], {})
+    weights = folder / "model.safetensors"
+    weights.write_bytes(header + tensor.raw_data)
+    offset, nbytes = ranges["embedding"]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", weights.name), ("offset", offset), ("length", nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    file = WeightFile(weights.name, weights.stat().st_size, xxhash.xxh3_128(header).hexdigest())
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, replace(contract, weights=(file,)).as_metadata())
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def logits(opened):
+    empty = np.zeros((1, 2, 0, 16), np.float32)
+    feeds = {name: empty for name in opened.inputs if name.startswith("past")}
+    return opened.session.run(["logits"], {"input_ids": [[1, 2]], "attention_mask": [[1, 1]], **feeds})[0]
+
+
+def test_the_contract_is_read_without_the_graph(tmp_path):
+    path = decoder(tmp_path)
+    props = read_metadata(path)
+    assert props == {one.key: one.value for one in onnx.load(path).metadata_props}
+    assert from_metadata(props) == CONTRACT
+    (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:-3])
+    for name, raw in (("text", b"hello, this is not onnx"), ("zeros", b"\x80" * 40), ("empty field", b"\x72\xff\xff")):
+        (tmp_path / "bad.onnx").write_bytes(raw)
+        with pytest.raises(MalformedError):
+            read_metadata(tmp_path / "bad.onnx")
+        assert name
+    with pytest.raises(MalformedError):
+        read_metadata(tmp_path / "cut.onnx")
+
+
+def test_metadata_of_a_large_graph_costs_nothing(tmp_path):
+    path = decoder(tmp_path)
+    size = 1 << 33
+    with open(tmp_path / "large.onnx", "wb") as file:  # ModelProto.graph of 8 GB, sparse
+        file.write(b"\x3a" + b"\x80\x80\x80\x80\x20")
+        file.truncate(6 + size)
+        file.seek(6 + size)
+        file.write(onnx.ModelProto(metadata_props=onnx.load(path).metadata_props).SerializeToString())
+    began = time.perf_counter()
+    assert from_metadata(read_metadata(tmp_path / "large.onnx")) == CONTRACT
+    assert time.perf_counter() - began < 0.1
+
+
+def test_a_folder_or_a_file_is_opened(tmp_path):
+    path = decoder(tmp_path / "out")
+    assert find_graph(tmp_path / "out") == find_graph(path) == path
+    assert open_graph(tmp_path / "out", device="cpu").contract == CONTRACT
+    with pytest.raises(NotFoundError, match=r"no model\.onnx"):
+        find_graph(tmp_path)
+    with pytest.raises(NotFoundError):
+        find_graph(tmp_path / "nothing")
+
+
+def test_other_weights_than_the_graph_was_made_for_are_refused(tmp_path):
+    path = outside(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    good = weights.read_bytes()
+    wanted = logits(open_graph(path, device="cpu"))
+    weights.write_bytes(good + b"\0")
+    with pytest.raises(ProofError, match="bytes, not"):
+        open_graph(path, device="cpu")
+    weights.write_bytes(good[:10] + b"X" + good[11:])
+    with pytest.raises(ProofError, match="header"):
+        open_graph(path, device="cpu")
+    weights.write_bytes(b"\xff" * len(good))
+    with pytest.raises(ProofError, match="not a safetensors file"):
+        open_graph(path, device="cpu")
+    weights.unlink()
+    with pytest.raises(NotFoundError):
+        open_graph(path, device="cpu")
+    weights.write_bytes(good)
+    assert np.array_equal(logits(open_graph(path, device="cpu")), wanted)
+
+
+def test_weights_in_another_folder_or_behind_a_link_are_found(tmp_path):
+    path = outside(tmp_path / "base")
+    wanted = logits(open_graph(path, device="cpu"))
+    away = tmp_path / "away"
+    away.mkdir()
+    (away / "model.onnx").write_bytes(path.read_bytes())
+    assert np.array_equal(logits(open_graph(away, device="cpu", weights=tmp_path / "base")), wanted)
+    blobs = tmp_path / "blobs"  # as the hub's cache keeps them
+    blobs.mkdir()
+    os.rename(tmp_path / "base" / "model.safetensors", blobs / "0123")
+    os.symlink(blobs / "0123", away / "model.safetensors")
+    assert np.array_equal(logits(open_graph(away, device="cpu")), wanted)
+
+
+def test_a_contract_cannot_lead_out_of_the_folder(tmp_path):
+    file = WeightFile("../secret", 1, "0")
+    with pytest.raises(MalformedError, match="secret"):
+        open_graph(decoder(tmp_path, contract=replace(CONTRACT, weights=(file,))), device="cpu")
+
+
+def test_what_cannot_run_here_is_said(tmp_path):
+    path = decoder(tmp_path / "bf16", contract=replace(CONTRACT, dtype="bf16", target="cuda"))
+    with pytest.raises(FitError, match="bf16 graph does not run on the cpu"):
+        open_graph(path, device="cpu")
+    with pytest.raises(FitError, match="'cuda:99' is not on this machine"):
+        open_graph(path, device="cuda:99")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(FitError, match="cannot load"):
+        open_graph(tmp_path / "empty.onnx", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("attention", "cache", "padding"), [("grouped", "shared", "right"), ("plain", "growing", "left")]
+)
+def test_graphs_of_other_exporters_are_understood_by_their_inputs(tmp_path, attention, cache, padding):
+    path = decoder(tmp_path, attention)
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(FitError, match="how long a sequence"):
+        open_graph(path, device="cpu")
+    (tmp_path / "genai_config.json").write_text('{"model": {"context_length": 64}}')
+    opened = open_graph(path, device="cpu")
+    assert opened.foreign
+    wanted = Contract(
+        "decoder",
+        "text-generation",
+        "cpu",
+        "fp32",
+        padding,
+        cache,
+        2,
+        2,
+        16,
+        40,
+        64,
+        prefill_batch=attention == "plain",
+    )
+    assert opened.contract == wanted
