@@ -32,7 +32,7 @@ __all__ = [
     "check_conservation",
 ]
 
-Class = Literal["copied", "cast", "updated", "replaced", "added", "alias", "derivable", "superseded"]
+Class = Literal["copied", "cast", "updated", "replaced", "added", "alias", "derivable", "superseded", "referenced"]
 """Where a tensor ended (law 1). Output tensors are copied, cast, updated, replaced or added; the others say why an input has no output."""
 
 

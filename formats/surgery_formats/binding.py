@@ -21,7 +21,7 @@ from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
 from surgery_formats.updates import Fit, Linear, Replacement, Stacked, TokenRows, Unsized, Update
 
-__all__ = ["Binding", "bind", "fit_of"]
+__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
         if parted:
             untied.add(component.name)
     warnings = [f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in adapter.traps]
-    warnings += _warn_of_parting(untied, checkpoint) + _warn_of_other_base(adapters, checkpoint)
+    warnings += _warn_of_parting(untied, checkpoint) + warn_of_other_base([adapter for adapter, _ in adapters], checkpoint)
     ignored = tuple(entry for adapter, _ in adapters for entry in adapter.ignored)
     settled = tuple(sorted(before - {t for e in edits.values() for t in _trained(e)}, key=lambda tensor: tensor.name))
     return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, settled, tuple(warnings))
@@ -341,12 +341,12 @@ def _warn_of_parting(untied: set[str], checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _warn_of_other_base(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> list[str]:
+def warn_of_other_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> list[str]:
     """Another recorded name is worth a word, no more: folders are renamed all the time."""
     config = next(iter(checkpoint.components.values())).config
     names = {checkpoint.path.resolve().name, str(config.get("_name_or_path", "")).rpartition("/")[2]}
     return [
         f"{adapter.path.name}: was trained on '{adapter.base_name}', the base given is '{checkpoint.path.resolve().name}'"
-        for adapter, _ in adapters
+        for adapter in adapters
         if adapter.base_name and adapter.base_name.rstrip("/").rpartition("/")[2] not in names
     ]
