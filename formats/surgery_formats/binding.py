@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 
 from surgery_formats.adapter import Adapter, Ignored, Site
 from surgery_formats.checkpoint import Checkpoint, Component
+from surgery_formats.dtypes import DType
 from surgery_formats.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Parameter, View, rows, whole
 from surgery_formats.names import Place
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors import StoredTensor, Zeros
 from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
-from surgery_formats.updates import Fit, Linear, Replacement, Stacked, TokenRows, Unsized, Update
+from surgery_formats.updates import Fit, Linear, Offset, Replacement, Stacked, TokenRows, Unsized, Update
 
 __all__ = ["Binding", "bind", "fit_of", "warn_of_other_base"]
 
@@ -47,12 +48,15 @@ class Binding:
     warnings: tuple[str, ...] = ()
 
 
-def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> Binding:
+def bind(
+    adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, new_biases: bool = False
+) -> Binding:
     """Resolve every update of every adapter against the base.
 
     Args:
         adapters: Each with its weight, applied in this order.
         checkpoint: The base.
+        new_biases: Layers without a bias get one where an adapter adds to it: a graph can hold it, a checkpoint of the family cannot.
 
     Raises:
         FitError: a parameter the base lacks, a shape that does not fit, a tensor nobody consumes, an adapter that changes no
@@ -66,6 +70,8 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
         for site, chain in adapter.updates.items():
             component = _component_of(site, adapter, checkpoint)
             places = component.names.resolve(site.path, flat=site.flat) or _new_head(site, chain, adapter, component)
+            if not places and new_biases and site not in adapter.optional:
+                places = _new_bias(site, chain, component)
             if not places and site not in adapter.optional:
                 missing.append(site)
             for given in chain if places else ():
@@ -139,6 +145,22 @@ def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component
     if any(segment.isdigit() for segment in module.split(".")):  # a layer the base lacks is no new head
         return ()
     return (Place(replace(Parameter.of(chain[0].stored, component.name), name=site.path)),)
+
+
+def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tuple[Place, ...]:
+    """A bias of zeros for a layer that has none; its weight must be one stored tensor."""
+    module, _, leaf = site.path.rpartition(".")
+    if leaf != "bias" or not all(isinstance(update, Offset) for update in chain):
+        return ()
+    weights = component.names.resolve(f"{module}.weight", flat=site.flat)
+    if len(weights) != 1 or not (name := weights[0].parameter.name).endswith(".weight"):
+        return ()
+    parameter = weights[0].parameter
+    if parameter.storage.tensor.numel != parameter.shape[0] * parameter.shape[1]:
+        return ()
+    file = chain[0].tensors[0].file
+    zeros = Zeros(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1], file, 0, 0, (0,))
+    return (Place(Parameter.of(zeros, component.name)),)
 
 
 def fit_of(places: tuple[Place, ...], widest: tuple[int, int]) -> Fit:
@@ -282,7 +304,8 @@ def _edit(
         update = found[0][0].update
         assert isinstance(update, Replacement)
         return Edit(*key, update.stored, operations[1:], stacked, replaced=operations[0], added=stored is None)
-    assert stored is not None
+    if stored is None:
+        return Edit(*key, place.parameter.storage.tensor, operations, stacked, added=True, why="the base adds no bias here")
     return Edit(*key, stored, operations, stacked)
 
 

@@ -19,7 +19,7 @@ from surgery.onnx.adapters import Reference, Wanted, Weighted, sort_adapters
 from surgery.onnx.assemble import Assembly, prompt_form
 from surgery.onnx.build import Built, Options
 from surgery.onnx.contract import Contract
-from surgery.onnx.merged import Merged, PlannedBytes, merged_weights
+from surgery.onnx.merged import Merged, PlannedBytes, merged_model, merged_weights
 from surgery.onnx.place import Mode, Parcel, choose_mode, embed, place
 from surgery.onnx.prompts import TEXT, Place, Prompt, of_adapter, unique
 from surgery.onnx.slots import swappable
@@ -137,7 +137,7 @@ def export_onnx(
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     check_base_id(checkpoint, wanted.adapters)
-    binding = bind(wanted.merged, checkpoint) if wanted.merged else None
+    binding = bind(wanted.merged, checkpoint, new_biases=True) if wanted.merged else None
     merged = merged_weights(binding, "full" if merge_to == "full" else "delta") if binding else None
     assembly = _assembly(checkpoint, wanted, merged, target, dtype, max_length, tuple(bake_prompt), form)
     where = Path(output)
@@ -192,7 +192,7 @@ def _assembly(
     component = merged.component if merged else checkpoint.main
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, _stored_type(checkpoint.main))
-    model = model_of(component.config, frozenset(component.tensors) | frozenset(overrides))
+    model = merged_model(merged) if merged else model_of(component.config, frozenset(component.tensors))
     prompts = [of_adapter(one.name, one.adapter, model) for one in wanted.prefix]
     for text in texts:
         if model.kind != "decoder":

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
 
 from surgery.layout import planned_file
 from surgery.merge import plan_merge
@@ -20,10 +20,12 @@ from surgery.plan import Account, Compute, Copy, Plan, PlannedFile, PlannedTenso
 from surgery_formats.binding import Binding
 from surgery_formats.checkpoint import Component
 from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.families.parameters import model_of
+from surgery_formats.families.recipe import Model, Projection
 from surgery_formats.files.raw import File
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors import StoredTensor, Zeros
 
-__all__ = ["DELTA", "Layout", "Merged", "PlannedBytes", "merged_weights"]
+__all__ = ["DELTA", "Layout", "Merged", "PlannedBytes", "merged_model", "merged_weights"]
 
 DELTA = "delta.safetensors"
 """Name of the file of changed tensors."""
@@ -90,6 +92,12 @@ def merged_weights(binding: Binding, layout: Layout) -> Merged:
         FitError: see `surgery.merge.plan_merge`.
     """
     component = binding.checkpoint.main
+    if layout == "full" and (grown := [edit.name for edit in binding.edits.values() if isinstance(edit.source, Zeros)]):
+        raise FitError(
+            "the adapter adds a bias where this architecture has none: no checkpoint can hold it, a graph can",
+            tensor=grown[0],
+            hint="--merge-to delta",
+        )
     whole = plan_merge(binding, packed=layout == "full")
     plan = whole if layout == "full" else _delta(binding, whole, component)
     overrides: dict[str, StoredTensor] = {}
@@ -105,6 +113,29 @@ def merged_weights(binding: Binding, layout: Layout) -> Merged:
     index_names = {f"{file}" for file in (component.index_name,) if file}
     kept = tuple(side for side in whole.side_files if layout == "full" or side.name not in index_names)
     return Merged(plan, replace(component, config=_config(component, kept)), overrides, kept)
+
+
+def merged_model(merged: Merged) -> Model:
+    """The recipe of a graph with what was merged: layers that have got a bias add it.
+
+    Raises:
+        FitError: see `surgery_formats.families.parameters.model_of`.
+    """
+    model = model_of(merged.component.config, frozenset(merged.component.tensors) | frozenset(merged.overrides))
+    grown: Model = _with_biases(model, merged.overrides)
+    return grown
+
+
+def _with_biases(part: Any, names: Collection[str]) -> Any:
+    """`part` of a recipe, every projection without a bias given the one of its name."""
+    if isinstance(part, tuple):
+        return tuple(_with_biases(one, names) for one in part)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    if isinstance(part, Projection):
+        bias = f"{part.weight.removesuffix('weight')}bias"
+        return replace(part, bias=bias) if not part.bias and bias in names else part
+    return replace(part, **{field.name: _with_biases(getattr(part, field.name), names) for field in fields(part)})
 
 
 def _config(component: Component, side_files: Collection[SideFile]) -> Mapping[str, object]:
