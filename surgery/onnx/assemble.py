@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from surgery.onnx.adapters import Wanted, entry
 from surgery.onnx.build import Built, Options, build
+from surgery.onnx.contract import TEXT
 from surgery.onnx.genai import genai_config
-from surgery.onnx.prompts import TEXT, Place, Prompt, computed_past, empty_past, stored_past
+from surgery.onnx.prompts import Place, Prompt, computed_past, empty_past, stored_past
 from surgery.onnx.slots import Swappable, slot_arrays
 from surgery.onnx.virtual import Virtual
 from surgery_formats.checkpoint import Component

@@ -14,7 +14,10 @@ from typing import Any, Literal
 
 from surgery_formats.errors import MalformedError
 
-__all__ = ["PAD_SWITCH", "Contract", "Slot", "WeightFile", "from_metadata"]
+__all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "from_metadata"]
+
+TEXT = "TEXT"
+"""Kind of a prompt that is a text: what follows goes on with it, and has no token of a beginning."""
 
 PAD_SWITCH = "pad_attention_mask"
 """Optional input of graphs with a default past; fed as an empty vector it says that the mask counts virtual tokens already."""

@@ -18,10 +18,10 @@ from surgery.merge import check_base_id, judge
 from surgery.onnx.adapters import Reference, Wanted, Weighted, sort_adapters
 from surgery.onnx.assemble import Assembly, prompt_form
 from surgery.onnx.build import Built, Options
-from surgery.onnx.contract import Contract
+from surgery.onnx.contract import TEXT, Contract
 from surgery.onnx.merged import Merged, PlannedBytes, merged_model, merged_weights
 from surgery.onnx.place import Mode, Parcel, choose_mode, embed, place
-from surgery.onnx.prompts import TEXT, Place, Prompt, of_adapter, unique
+from surgery.onnx.prompts import Place, Prompt, of_adapter, unique
 from surgery.onnx.slots import swappable
 from surgery.onnx.target import choose, io_type
 from surgery.plan import SideFile

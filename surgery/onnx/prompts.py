@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.build import Options, build
+from surgery.onnx.contract import TEXT
 from surgery.onnx.target import TARGETS, twin
 from surgery.onnx.virtual import Virtual
 from surgery_formats.adapter import Adapter
@@ -29,13 +30,10 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["TEXT", "Place", "Prompt", "computed_past", "empty_past", "of_adapter", "stored_past", "unique"]
+__all__ = ["Place", "Prompt", "computed_past", "empty_past", "of_adapter", "stored_past", "unique"]
 
 Array = npt.NDArray[Any]
 Past = dict[str, Array]
-
-TEXT = "TEXT"
-"""Kind of a prompt that is a text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +42,7 @@ class Prompt:
 
     Attributes:
         name: Of its file.
-        kind: PEFT's name, or `TEXT`.
+        kind: PEFT's name, or ``TEXT``.
         tokens: How many.
         adapter: It comes from, or None for a text.
         embeddings: ``(tokens, width)`` float32, or None.

@@ -22,6 +22,7 @@ from surgery_formats.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.families.parameters import parameters
 from surgery_formats.families.recipe import Model
+from surgery_formats.ties import same_values
 from surgery_formats.updates import LoRA
 
 __all__ = ["Swappable", "slot_arrays", "swappable"]
@@ -46,7 +47,7 @@ class Swappable:
 
 
 def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappable:
-    """Find the slots of an adapter.
+    """Find the slots of an adapter. A copy of the base's own values, which PEFT saves beside a LoRA on an embedding, does nothing.
 
     Raises:
         FitError: it does something that no slot can hold, or does not fit the base.
@@ -57,7 +58,7 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
             file=adapter.path,
             hint="--prefix makes it swappable as keys and values",
         )
-    binding = bind([(adapter, 1.0)], checkpoint)
+    binding = bind([(adapter, 1.0)], checkpoint, new_biases=True)
     component = checkpoint.main
     named = _by_stored_name(component, model)
     found: dict[str, tuple[Operation, ...]] = {}
@@ -65,13 +66,17 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
     for edit in binding.edits.values():
         if edit.added and not edit.operations and edit.replaced is None:
             continue  # a head that was tied and keeps the embedding's values: slots leave it alone anyway
-        _check(edit, adapter)
+        _check(edit, adapter, component)
+        if not edit.operations:
+            continue
         weight = component.head if component.tied and edit.name == component.head else named.get(edit.name, edit.name)
         found[weight] = edit.operations
         if weight == model.embedding.tokens:
             tables.add(weight)
             if _head_follows(binding, component, edit):
                 found[component.head] = edit.operations
+    if not found:
+        raise FitError("the adapter changes nothing", file=adapter.path)
     return Swappable(adapter, found, frozenset(tables))
 
 
@@ -90,8 +95,9 @@ def _head_follows(binding: Binding, component: Component, embedding: Edit) -> bo
     return bool(follows) and embedding.name == component.embedding
 
 
-def _check(edit: Edit, adapter: Adapter) -> None:
-    if edit.replaced is not None:
+def _check(edit: Edit, adapter: Adapter, component: Component) -> None:
+    base = component.tensors.get(component.aliases.get(edit.name, edit.name))
+    if edit.replaced is not None and (base is None or not same_values(base, edit.source)):
         raise _refused("new values in place of the base's", edit, edit.replaced, adapter)
     if edit.stacked:
         raise _refused("an update of stacked experts", edit, edit.operations[0], adapter)
