@@ -13,19 +13,20 @@ __all__ = ["genai_config"]
 
 _TYPES = frozenset(
     (
-        "chatglm",
-        "ernie4_5",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gptoss",
-        "granite",
-        "internlm2",
-        "llama",
-        "mistral",
-        "nemotron",
+        *(
+            "chatglm",
+            "ernie4_5",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "gptoss",
+            "granite",
+            "internlm2",
+            "llama",
+            "mistral",
+        ),
+        *("nemotron", "olmo", "phi", "phi3", "phi3small", "phimoe", "qwen2", "qwen3", "smollm3"),
     )
-    + ("olmo", "phi", "phi3", "phi3small", "phimoe", "qwen2", "qwen3", "smollm3")
 )
 """Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``. Its ``gpt2`` takes others."""
 
