@@ -24,6 +24,7 @@ from surgery.plain import plain
 from surgery.progress import Callback
 from surgery.sums import Recipe
 from surgery.task_vectors import DENSE_METHODS
+from surgery_formats.adapters.peft_kinds import KINDS
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.errors import FitError, NothingChangedError
@@ -269,6 +270,12 @@ def _check_inputs(given: Sequence[Given], base: Checkpoint | None) -> list[str]:
                 if adapter.prompt is not None
                 else "the adapter holds no tensors",
                 file=adapter.path,
+            )
+        if adapter.format == "peft" and adapter.kind in KINDS:
+            raise FitError(
+                f"adapters of type {adapter.kind} cannot be combined: their sum is not of that type",
+                file=adapter.path,
+                hint="merge them into the base, and extract a LoRA from the result",
             )
         warnings += [f"{one.name}: {trap}" for trap in adapter.traps]
         if one.weight == 0.0:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.combine_group import key_of
+from surgery.factors import settings, tensor_error
 from surgery.plain import plain
 from surgery_formats.adapter import Adapter, Site
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
@@ -160,7 +161,8 @@ def _notes(a: Adapter, b: Adapter) -> list[str]:
     if (a.prompt is None) != (b.prompt is None):
         notes.append("one of them has virtual tokens")
     elif a.prompt is not None and b.prompt is not None:
-        same = a.prompt.shape == b.prompt.shape and bool((a.prompt.read() == b.prompt.read()).all())
+        one, other = a.prompt.table, b.prompt.table
+        same = one.shape == other.shape and bool((one.read() == other.read()).all())
         notes.append(f"their virtual tokens are {'equal' if same else 'different'}")
     return notes
 
@@ -351,4 +353,17 @@ def _set_values(mine: Chain, theirs: Chain, limit: float) -> list[str]:
                 notes.append(f"{what} of other shapes")
             elif (by := _ratio(float((right - left).norm()), float(left.norm()))) > limit:
                 notes.append(f"{what} differ by {by:.2g}")
+    return notes + _other_factors(mine, theirs, limit)
+
+
+def _other_factors(mine: Chain, theirs: Chain, limit: float) -> list[str]:
+    """Kinds whose delta is no sum of LoRAs are compared by their stored factors: a note for each pair that differs."""
+    known = (LoRA, DoRA, Offset, Stacked, Replacement, TokenRows)
+    left, right = ([u for u in chain if not isinstance(u, known)] for chain in (mine, theirs))
+    notes = []
+    for one, other in zip(left, right, strict=True):
+        if type(one) is not type(other) or settings(one) != settings(other):
+            notes.append(f"the settings of its {one.kind} differ")
+        elif (by := tensor_error(one, other)) > limit:
+            notes.append(f"the factors of its {one.kind} differ by {by:.2g}")
     return notes

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.prompts import SoftPrompt
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates import Update
 
@@ -53,13 +54,14 @@ class Adapter:
         tensors: Every stored tensor of the adapter.
         ignored: Tensors that rightly do nothing.
         new_modules: Module names that the base may lack: heads added for a task (``score``, ``classifier``).
-        prompt: Virtual tokens ``(tokens, dim)`` of a soft prompt; such an adapter has no updates.
+        prompt: Virtual tokens; the updates of such an adapter are the heads that were trained beside them.
         base_name: The base it says it was trained on, or empty.
         base_id: Content id of that base, where recorded.
         config: The format's own configuration, for writers and reports; only plain JSON values.
         metadata: Free strings that must survive a conversion (``ss_*``, ``modelspec.*``).
         side_files: Tokenizer files and the like beside the adapter.
         traps: Facts worth a warning (an alpha that is missing, a version known to write wrong scales).
+        optional: Sites that a base need not have: biases that follow their weight.
         keeps_ties: Whether what was trained for the embedding is meant for a head that shares its tensor too (mlx-lm), and not for the
             embedding alone (PEFT).
     """
@@ -71,13 +73,14 @@ class Adapter:
     tensors: tuple[StoredTensor, ...]
     ignored: tuple[Ignored, ...] = ()
     new_modules: frozenset[str] = frozenset()
-    prompt: StoredTensor | None = None
+    prompt: SoftPrompt | None = None
     base_name: str = ""
     base_id: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     side_files: tuple[Path, ...] = ()
     traps: tuple[str, ...] = ()
+    optional: frozenset[Site] = frozenset()
     keeps_ties: bool = False
 
     @property
@@ -90,5 +93,5 @@ class Adapter:
         """Stored tensors that no update uses and no reason excuses: must be empty (law 1)."""
         used = {tensor.name for chain in self.updates.values() for update in chain for tensor in update.tensors}
         used |= {entry.tensor.name for entry in self.ignored}
-        used |= {self.prompt.name} if self.prompt else set()
+        used |= {self.prompt.table.name} if self.prompt else set()
         return tuple(tensor for tensor in self.tensors if tensor.name not in used)

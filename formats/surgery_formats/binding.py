@@ -6,6 +6,7 @@ Updates are grouped by the stored tensor they change, so that ties and overlaps 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,9 +19,9 @@ from surgery_formats.names import Place
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
-from surgery_formats.updates import Linear, LoRA, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import Fit, Linear, Replacement, Stacked, TokenRows, Unsized, Update
 
-__all__ = ["Binding", "bind"]
+__all__ = ["Binding", "bind", "fit_of"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,17 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
     for number, (adapter, weight) in enumerate(adapters):
         _check_mergeable(adapter)
         missing: list[Site] = []
+        widest: dict[str, tuple[int, int]] = {}
         for site, chain in adapter.updates.items():
             component = _component_of(site, adapter, checkpoint)
             places = component.names.resolve(site.path, flat=site.flat) or _new_head(site, chain, adapter, component)
-            if not places:
+            if not places and site not in adapter.optional:
                 missing.append(site)
             for given in chain if places else ():
+                if isinstance(given, Unsized):
+                    if given.kind not in widest:
+                        widest[given.kind] = _widest(given.kind, adapter, checkpoint)
+                    given = given.fitted(fit_of(places, widest[given.kind]))
                 update = _oriented(given, component, adapter)
                 if isinstance(update, Replacement):
                     places = (_replaced(update, places, weight),)
@@ -108,7 +114,7 @@ def _check_mergeable(adapter: Adapter) -> None:
         raise FitError(
             f"{adapter.kind} trains virtual tokens: no weight can hold them",
             file=adapter.path,
-            hint="keep it as a prefix of the input",
+            hint="keep it beside the model: `surgery export-onnx` puts it in front of the input",
         )
     if not adapter.updates:
         raise FitError("the adapter holds no tensors", file=adapter.path)
@@ -135,6 +141,30 @@ def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component
     return (Place(replace(Parameter.of(chain[0].stored, component.name), name=site.path)),)
 
 
+def fit_of(places: tuple[Place, ...], widest: tuple[int, int]) -> Fit:
+    """What an update may need to know of the weight at `places`."""
+    storage = places[0].parameter.storage
+    sizes = storage.tensor.shape
+    kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
+    return Fit(_shape(places), kernel, widest)
+
+
+def _widest(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
+    """``(out, in)``, each the greatest of all weights for which `adapter` has updates of `kind`."""
+    shapes = [(0, 0)]
+    for site, chain in adapter.updates.items():
+        if any(update.kind == kind for update in chain):
+            names = _component_of(site, adapter, checkpoint).names
+            shapes += [_shape(found)] if (found := names.resolve(site.path, flat=site.flat)) else []
+    return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
+
+
+def _shape(places: tuple[Place, ...]) -> tuple[int, int]:
+    """Logical ``(out, in)`` of the weight that lies at `places`."""
+    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
+    return height, places[0].parameter.shape[1]
+
+
 def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     """Factors of stacked experts as this family's axis order has them.
 
@@ -145,7 +175,7 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     if isinstance(update, Stacked):
         square = update.experts[0].shape[0] == update.experts[0].shape[1]
     doubtful = (isinstance(update, Stacked) and update.if_transposed) or (
-        isinstance(update, LoRA) and adapter.config.get("fan_in_fan_out") is True
+        not isinstance(update, Replacement | TokenRows) and adapter.config.get("fan_in_fan_out") is True
     )
     if doubtful and square and not component.family.known:
         raise FitError(
@@ -214,8 +244,7 @@ def _check_fit(update: Update, places: tuple[Place, ...]) -> None:
             tensor=tensor.name,
             hint="merge into the base it was quantised from",
         )
-    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
-    width = parameter.shape[1]
+    height, width = _shape(places)
     if isinstance(update, TokenRows) and update.shape[1] == width:
         if (last := max(update.indices, default=-1)) < height:
             return

@@ -12,9 +12,9 @@ from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
 
-__all__ = ["parameter_lora", "targeted_parameters"]
+__all__ = ["PARAMETER_ORDER", "parameter_lora", "targeted_parameters"]
 
-_PARAMETER_ORDER = (
+PARAMETER_ORDER = (
     "weight",
     "gate_up_proj",
     "gate_proj",
@@ -106,7 +106,7 @@ def _which_parameter(
         raise MalformedError(
             f"{present} stacked LoRAs for the parameters {listing(names)} of '{clean}'", file=a.file.path, tensor=a.name
         )
-    if len(names) > 1 and not set(names) <= set(_PARAMETER_ORDER):
+    if len(names) > 1 and not set(names) <= set(PARAMETER_ORDER):
         raise FitError(f"which of {listing(names)} is the inner one is not known", file=a.file.path, tensor=a.name)
-    ordered = sorted(names, key=_PARAMETER_ORDER.index) if len(names) > 1 else names
+    ordered = sorted(names, key=PARAMETER_ORDER.index) if len(names) > 1 else names
     return ordered[present - 1 - depth]

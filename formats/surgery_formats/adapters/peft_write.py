@@ -17,6 +17,8 @@ from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.mlx_read import EMBEDDINGS
 from surgery_formats.adapters.peft_config import PeftConfig, parse_config
+from surgery_formats.adapters.peft_kinds import KINDS
+from surgery_formats.adapters.peft_parameters import PARAMETER_ORDER
 from surgery_formats.adapters.writing import (
     Ledger,
     commonest,
@@ -38,16 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["render_peft"]
 
 _PREFIX = "base_model.model."
-_PARAMETER_ORDER = (
-    "weight",
-    "gate_up_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w3",
-    "w2",
-)  # as transformers registers them
 _EXPERTS_ORDER_SINCE = (
     "0.19.0"  # the version that gave expert factors the axis order written here (huggingface/peft#3165)
 )
@@ -77,6 +69,8 @@ def render_peft(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     Raises:
         FitError: flattened names and no base, or several parts of a pipeline, of which a PEFT folder can hold one.
     """
+    if adapter.format == "peft" and adapter.kind in KINDS:
+        return _as_stored(adapter)
     _check_sites(adapter, base)
     own = parse_config(adapter.config, adapter.path) if adapter.format == "peft" else None
     state = _State()
@@ -92,17 +86,33 @@ def render_peft(adapter: Adapter, base: Checkpoint | None) -> Rendering:
                 _other(site, update, adapter, base, own, state)
     _parameters(state)
     if adapter.prompt is not None and own is not None:
-        state.add(copied(adapter.prompt.name, adapter.prompt))
+        state.add(copied(adapter.prompt.table.name, adapter.prompt.table))
     else:
         state.ledger.drop_prompt(adapter)
     config = _config(adapter, own, state, dora=dora)
     metadata = surviving_metadata(adapter) | {"format": "pt"}
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
     tensors = tuple(state.tensors[name] for name in sorted(state.tensors))
-    small = {"adapter_config.json": text.encode()}
+    small = {"adapter_config.json": _text(config)}
     return Rendering(
         "adapter_model.safetensors", tensors, metadata, small, tuple(state.ledger.entries), state.ledger.held
     )
+
+
+def _as_stored(adapter: Adapter) -> Rendering:
+    """A kind of PEFT's own beside LoRA: the same tensors under the same configuration."""
+    ledger = Ledger()
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            ledger.keep(site, update, "exact", update.tensors[0].name)
+    idle = {entry.tensor.name for entry in adapter.ignored}
+    tensors = tuple(copied(tensor.name, tensor) for tensor in adapter.tensors if tensor.name not in idle)
+    metadata = surviving_metadata(adapter) | {"format": "pt"}
+    small = {"adapter_config.json": _text(dict(adapter.config))}
+    return Rendering("adapter_model.safetensors", tensors, metadata, small, tuple(ledger.entries), ledger.held)
+
+
+def _text(config: dict[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
 def _check_sites(adapter: Adapter, base: Checkpoint | None) -> None:
@@ -282,13 +292,13 @@ def _parameters(state: _State) -> None:
         by_module.setdefault(site.path.rpartition(".")[0], []).append((site, update))
     for module, found in by_module.items():
         names = {_leaf(site) for site, _ in found}
-        if len(found) > 1 and not names <= set(_PARAMETER_ORDER):
+        if len(found) > 1 and not names <= set(PARAMETER_ORDER):
             raise FitError(
                 f"which of {listing(sorted(names))} is the inner one is not known",
                 file=found[0][1].tensors[0].file.path,
             )
         if len(found) > 1:
-            found.sort(key=lambda pair: _PARAMETER_ORDER.index(_leaf(pair[0])))
+            found.sort(key=lambda pair: PARAMETER_ORDER.index(_leaf(pair[0])))
         for depth, (site, update) in enumerate(reversed(found)):
             key = f"{_PREFIX}{module}{'.base_layer' * depth}"
             for tensor in _stack_factors(key, update):

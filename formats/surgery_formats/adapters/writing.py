@@ -61,7 +61,7 @@ class Ledger:
     def drop_prompt(self, adapter: Adapter) -> None:
         """Virtual tokens, for a format that has none."""
         if adapter.prompt is not None:
-            self.entries.append(Entry(adapter.prompt.name, "dropped", "this format has no virtual tokens"))
+            self.entries.append(Entry(adapter.prompt.table.name, "dropped", "this format has no virtual tokens"))
 
 
 def factor_dtype(factors: Iterable[Factor], *, folded: bool) -> DType:
