@@ -26,7 +26,7 @@ from surgery_formats.files.folder import FileRecord, OutputFile, OutputFolder, o
 from surgery_formats.files.raw import File, open_file
 from surgery_formats.text import nbytes as human
 
-__all__ = ["Run", "default_workers", "execute"]
+__all__ = ["Run", "default_workers", "execute", "write_weights"]
 
 _COPY_CHUNK = 64 << 20
 _MAX_DEFAULT_WORKERS = 8  # beyond, memory bandwidth is the limit
@@ -84,7 +84,7 @@ def execute(
         OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
     """
     with output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=_still_good) as folder:
-        measured = _write_weights(plan, folder, run)
+        measured = write_weights(plan, folder, run)
         ledger = Ledger(plan, measured)
         for side in plan.side_files:
             _write_side_file(side, folder)
@@ -117,8 +117,11 @@ def _write_side_file(side: SideFile, folder: OutputFolder) -> None:
         out.finish({})
 
 
-def _write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measured]:
-    """Copies start at once in threads of their own, while torch is still being imported for the rest."""
+def write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measured]:
+    """Write the weight files of a plan into a folder that somebody else commits; see `execute`.
+
+    Copies start at once in threads of their own, while torch is still being imported for the rest.
+    """
     measured: dict[str, Measured] = {}
     jobs: list[_FileJob] = []
     for file in plan.files:

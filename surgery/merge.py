@@ -31,7 +31,7 @@ from surgery_formats.identity import content_id, fingerprint
 from surgery_formats.text import listing, show
 from surgery_formats.ties import same_values
 
-__all__ = ["MergeResult", "merge", "plan_merge"]
+__all__ = ["MergeResult", "judge", "merge", "plan_merge"]
 
 LOW_SURVIVAL = 0.9
 """Below this share of the update surviving its storage type, a merge warns."""
@@ -114,7 +114,7 @@ def merge(
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        warnings.extend(_judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
+        warnings.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
         return {"README.md": card.merge_card(found, ledger)}
 
     ledger = execute(plan, output, run, finish)
@@ -266,7 +266,7 @@ def _differs(tensor: PlannedTensor, checkpoint: Checkpoint) -> bool:
     return tensor.kind == "replaced" and (base is None or not same_values(base, trained))
 
 
-def _judge(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float]) -> list[str]:
+def judge(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float]) -> list[str]:
     """Refuse an output equal to the base; warn of updates lost to rounding.
 
     Raises:

@@ -23,9 +23,9 @@ from surgery_formats.errors import FitError
 from surgery_formats.families.parameters import model_of
 from surgery_formats.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model, Rope
 from surgery_formats.files.raw import File
-from surgery_formats.tensors import StoredTensor
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
 __all__ = ["Built", "Options", "build", "weight_file"]
@@ -43,7 +43,8 @@ class Options:
         io: Type of arithmetic, logits and cache.
         max_length: Positions to reach to; None for as many as the model was made for.
         prefill: Whether to build the second graph that takes several rows on top of a past, where the first one refuses them.
-        overrides: Tensors to use instead of the checkpoint's, by stored name: what a merge changed.
+        headers: First bytes of weight files that are not written yet, by name.
+        past: Keys and values of a soft prompt by input, each ``(1, kv_heads, tokens, head_dim)``; empty for none.
         slotted: Weights, as the recipe names them, that get a slot for a LoRA.
         contract: Further fields of the contract.
     """
@@ -52,7 +53,8 @@ class Options:
     io: DType
     max_length: int | None = None
     prefill: bool = True
-    overrides: Mapping[str, StoredTensor] = field(default_factory=dict)
+    headers: Mapping[str, bytes] = field(default_factory=dict)
+    past: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
     contract: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,22 +97,23 @@ def build(component: Component, options: Options, model: Model | None = None) ->
             other = replace(options, target=standard(options.target))
             ctx = _context(component, model, other, length)
             theirs = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
-            graphs["prefill.onnx"] = ctx.graph.model(replace(theirs, **_found(ctx)).as_metadata())
+            graphs["prefill.onnx"] = ctx.graph.model(replace(theirs, **_found(ctx, options)).as_metadata())
     ctx = _context(component, model, options, length)
-    contract = replace(contract, **_found(ctx))
+    contract = replace(contract, **_found(ctx, options))
     graphs["model.onnx"] = ctx.graph.model(contract.as_metadata())
     return Built(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files))
 
 
-def _found(ctx: Context) -> dict[str, Any]:
+def _found(ctx: Context, options: Options) -> dict[str, Any]:
     """Parts of the contract that only building tells."""
-    return {"slots": tuple(ctx.slots), "weights": tuple(weight_file(file) for file in ctx.weights.files)}
+    files = tuple(weight_file(file, options.headers.get(file.path.name)) for file in ctx.weights.files)
+    return {"slots": tuple(ctx.slots), "weights": files}
 
 
 def _context(component: Component, model: Model, options: Options, length: int) -> Context:
     graph = Graph()
-    weights = Weights(graph, component, options.io, options.overrides)
-    ctx = Context(graph, weights, options.target, options.io, slotted=options.slotted)
+    weights = Weights(graph, component, options.io)
+    ctx = Context(graph, weights, options.target, options.io, past=options.past, slotted=options.slotted)
     if model.kind == "decoder":
         decoder(ctx, model, length)
     else:
@@ -178,7 +181,8 @@ def _task(model: Model) -> str:
             return "feature-extraction"
 
 
-def weight_file(file: File) -> WeightFile:
-    """What identifies a weight file to whoever loads the graph."""
-    length = int.from_bytes(file.read(0, 8), "little") + 8
-    return WeightFile(file.path.name, file.size, xxhash.xxh3_128_hexdigest(bytes(file.read(0, length))))
+def weight_file(file: File, header: bytes | None = None) -> WeightFile:
+    """What identifies a weight file to whoever loads the graph; `header` are its first bytes where it is not written yet."""
+    if header is None:
+        header = bytes(file.read(0, int.from_bytes(file.read(0, 8), "little") + 8))
+    return WeightFile(file.path.name, file.size, xxhash.xxh3_128_hexdigest(header))

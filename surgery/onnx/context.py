@@ -6,15 +6,19 @@ Hidden states are rows ``(B*S, D)`` where linear maps are Gemm, else ``(B, S, D)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.contract import Slot
 from surgery.onnx.graph import Graph
 from surgery.onnx.target import Target
 from surgery.onnx.weights import Weights
 from surgery_formats.dtypes import DType
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Context", "Stream", "module_of"]
 
@@ -42,6 +46,7 @@ class Context:
         target: Operators to use.
         io: Type of hidden states, logits and cache.
         ids: Input of token ids ``(B, S)``.
+        past: Keys and values that every sequence stands on unless others are given, by input; empty for none.
         slotted: Weights (as the recipe names them) that get a slot for a LoRA.
         slots: Those made so far.
     """
@@ -51,6 +56,7 @@ class Context:
     target: Target
     io: DType
     ids: str = "input_ids"
+    past: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
     slots: list[Slot] = field(default_factory=list)
 

@@ -38,6 +38,8 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
     graph.input("attention_mask", DType.I64, ("batch", "total_sequence"))
     caches = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
+    for name, array in ctx.past.items():
+        graph.initializer(name, array)
     frame = Frame(ctx, "attention_mask", max_length)
     stream = Stream(_embedded(ctx, model, frame, max_length))
     for layer, cache in zip(model.layers, caches, strict=True):

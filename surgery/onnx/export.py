@@ -4,21 +4,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.build import Built, Options, build
 from surgery.onnx.contract import Contract
 from surgery.onnx.genai import genai_config
-from surgery.onnx.place import Mode, Parcel, choose_mode, embed, place
+from surgery.onnx.place import Mode, Parcel, choose_mode, embed, place, place_merged
 from surgery.onnx.target import choose, io_type
 from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.families.parameters import model_of
 from surgery_formats.files.bounded_json import read_object
 
+if TYPE_CHECKING:
+    from surgery.onnx.parts import Parts
+
 __all__ = ["ExportResult", "export_onnx"]
+
+GENAI_CONFIG = "genai_config.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ def export_onnx(
     base: str | os.PathLike[str],
     *,
     output: str | os.PathLike[str],
+    merge: Sequence[tuple[str | os.PathLike[str], float]] = (),
+    swap: Sequence[str | os.PathLike[str]] = (),
+    prefix: Sequence[str | os.PathLike[str]] = (),
     target: str = "cpu",
     dtype: str = "auto",
     weights: str = "auto",
@@ -78,6 +88,10 @@ def export_onnx(
     Args:
         base: Hugging Face folder.
         output: Folder to make, or the base's own, to which files are only added.
+        merge: Adapters folded into the weights, with their weights, in this order. Where the base's files are used as they are, the changed
+            tensors go into ``delta.safetensors`` beside them.
+        swap: LoRA adapters that get slots in the graph, and a file ``NAME.onnx_adapter`` each.
+        prefix: At most one soft prompt, as keys and values that every sequence stands on.
         target: ``cuda``, ``cpu`` or ``portable``.
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the file system can;
@@ -86,22 +100,63 @@ def export_onnx(
         overwrite: Replace an existing output, atomically.
 
     Raises:
-        InputError: the base cannot be read.
-        FitError: an architecture without a recipe; a tensor missing, left over or misshapen; a type the target cannot run.
+        InputError: the base or an adapter cannot be read.
+        FitError: an architecture without a recipe; a tensor missing, left over or misshapen; an adapter that does not fit or cannot be used
+            that way; a type the target cannot run.
+        NothingChangedError: a merge would change no weight.
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
     checkpoint = open_checkpoint(base)
     component = checkpoint.main
     where = Path(output)
     io = io_type(target, dtype, _stored_type(component))
-    built = build(component, Options(choose(target, io), io, max_length))
-    mode = choose_mode(weights, where, component.folder, built.files)
-    parcel = _parcel(checkpoint, built, mode, where)
-    written = place(parcel, where, mode, component.folder, overwrite=overwrite)
-    sizes = {name: len(data) for name, data in parcel.files.items()}
-    return ExportResult(
-        where, built.contract, sizes, mode, written, built.nodes, tuple(_warnings(mode, component, built))
+    mode = choose_mode(weights, where, component.folder, [shard.file for shard in component.shards])
+    parts = _parts(checkpoint, merge, swap, prefix)
+    merged = parts.merged if parts else None
+    whole = merged is not None and mode == "copy"
+    options = Options(choose(target, io), io, max_length)
+    if merged is not None:
+        if mode == "embed":
+            raise FitError("merged weights are not embedded", hint="surgery merge first, or --weights copy")
+        component = merged.component(component, where, whole=whole)
+        options = replace(options, headers=merged.headers(whole=whole))
+    model = model_of(component.config, frozenset(component.tensors))
+    if parts is not None:
+        past = parts.past(checkpoint.main, model, io)
+        options = replace(options, past=past, slotted=parts.slotted, contract=parts.contract(past))
+    built = build(component, options, model)
+    parcel = _parcel(checkpoint, component, built, mode)
+    if parts is not None:
+        parcel = _with_parts(parcel, parts, built, io)
+    written = (
+        place_merged(parcel, merged, checkpoint, where, overwrite=overwrite)
+        if merged is not None and whole
+        else place(parcel, where, mode, checkpoint, overwrite=overwrite, merged=merged)
     )
+    sizes = {name: len(data) for name, data in parcel.files.items()}
+    warnings = (*(parts.warnings if parts else ()), *_warnings(mode, component, built))
+    return ExportResult(where, built.contract, sizes, mode, written, built.nodes, warnings)
+
+
+def _parts(
+    checkpoint: Checkpoint,
+    merge: Sequence[tuple[str | os.PathLike[str], float]],
+    swap: Sequence[str | os.PathLike[str]],
+    prefix: Sequence[str | os.PathLike[str]],
+) -> Parts | None:
+    """Imported when there are adapters: their arithmetic needs torch, a plain export does not."""
+    if not (merge or swap or prefix):
+        return None
+    from surgery.onnx.parts import read_parts
+
+    return read_parts(checkpoint, merge, swap, prefix)
+
+
+def _with_parts(parcel: Parcel, parts: Parts, built: Built, io: DType) -> Parcel:
+    """Adapter files in front of the graphs; no genai_config.json where onnxruntime-genai could not keep the graph's contract."""
+    files = {one.file: one.data(built.contract.slots, io) for one in parts.swapped}
+    rest = {name: data for name, data in parcel.files.items() if name != GENAI_CONFIG or not parts.prompt}
+    return replace(parcel, files={**files, **rest})
 
 
 def _stored_type(component: Component) -> DType:
@@ -111,13 +166,12 @@ def _stored_type(component: Component) -> DType:
     return next((one.dtype for one in component.tensors.values() if one.dtype.is_float), DType.F32)
 
 
-def _parcel(checkpoint: Checkpoint, built: Built, mode: Mode, output: Path) -> Parcel:
-    component = checkpoint.main
+def _parcel(checkpoint: Checkpoint, component: Component, built: Built, mode: Mode) -> Parcel:
     files: dict[str, bytes] = {}
     if built.contract.kind == "decoder":
-        files["genai_config.json"] = genai_config(
+        files[GENAI_CONFIG] = genai_config(
             component.config,
-            _generation(component.folder),
+            _generation(checkpoint.main.folder),
             built.contract,
             built.model.layers[0].attention.heads if built.model.layers else 0,
         )
@@ -126,13 +180,13 @@ def _parcel(checkpoint: Checkpoint, built: Built, mode: Mode, output: Path) -> P
             embed(model, built.files)
         files[name] = model.SerializeToString(deterministic=True)
     side_files = [*checkpoint.side_files]
-    if (component.folder / "config.json").exists():
-        side_files.append(("config.json", component.folder / "config.json"))
+    if (checkpoint.main.folder / "config.json").exists():
+        side_files.append(("config.json", checkpoint.main.folder / "config.json"))
     facts = {"target": built.contract.target, "dtype": built.contract.dtype, "weights": mode}
     taken = {*files, *(file.path.name for file in built.files)}
     return Parcel(
         files,
-        () if mode == "embed" else built.files,
+        () if mode == "embed" else tuple(file for file in built.files if file.fd >= 0),
         [side for side in side_files if side[0] not in taken],
         facts,
     )
@@ -150,7 +204,11 @@ def _warnings(mode: Mode, component: Component, built: Built) -> list[str]:
             "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes into one file "
             "changes both"
         )
-    if built.contract.kind == "decoder":
+    if built.contract.virtual_tokens:
+        found.append(
+            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it would leave out the soft prompt"
+        )
+    elif built.contract.kind == "decoder":
         ends = (component.config.get("eos_token_id"), _generation(component.folder).get("eos_token_id"))
         if all(one is None for one in ends):
             found.append("the model names no eos_token_id; onnxruntime-genai takes token 0 for the end of a text")

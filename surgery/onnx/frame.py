@@ -32,10 +32,23 @@ class Frame:
     def __init__(self, ctx: Context, mask: str, max_length: int) -> None:
         self._ctx = ctx
         self._graph = ctx.graph
-        self.mask = mask
+        self.mask = self._counting_past(mask) if ctx.past and ctx.target.attention == "standard" else mask
         self.max_length = max_length
         self._tables: list[tuple[Rope, Table]] = []
         self._masks: dict[int | None, str] = {}
+
+    def _counting_past(self, mask: str) -> str:
+        """The mask with ones in front for past tokens that the caller does not know of: those of a soft prompt.
+
+        Not where the cache is one buffer: there the past has as many places as the buffer, and the caller counts its tokens.
+        """
+        graph = self._graph
+        past = graph.node("Shape", [next(iter(self._ctx.past))], "", start=2, end=3)
+        there = graph.node("Shape", [mask], "", start=1, end=2)
+        missing = graph.node("Sub", [graph.node("Add", [past, self._new_tokens], ""), there], "")
+        zero = graph.ints(0)
+        pads = graph.node("Concat", [zero, missing, zero, zero], "", axis=0)
+        return graph.node("Pad", [mask, pads, graph.number(1, DType.I64)], "")
 
     def table(self, rope: Rope) -> Table:
         """Cosines and sines; layers of the same parameters share them."""

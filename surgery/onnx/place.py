@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,11 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["MODES", "Mode", "Parcel", "choose_mode", "embed", "place"]
+    from surgery.ledger import Ledger
+    from surgery.onnx.parts import Merged
+    from surgery_formats.checkpoint import Checkpoint
+
+__all__ = ["MODES", "Mode", "Parcel", "choose_mode", "embed", "place", "place_merged"]
 
 Mode = Literal["reference", "link", "copy", "embed"]
 MODES = ("auto", "reference", "link", "copy", "embed")
@@ -91,20 +96,43 @@ def choose_mode(asked: str, output: Path, home: Path, weights: Sequence[File]) -
     return "reference"
 
 
-def place(parcel: Parcel, output: Path, mode: Mode, home: Path, *, overwrite: bool = False) -> int:
+def place(
+    parcel: Parcel,
+    output: Path,
+    mode: Mode,
+    checkpoint: Checkpoint,
+    *,
+    overwrite: bool = False,
+    merged: Merged | None = None,
+) -> int:
     """Write all of it, or nothing.
+
+    Args:
+        parcel: What to write.
+        output: Folder.
+        mode: How weights get there.
+        checkpoint: The base.
+        overwrite: Replace an existing output.
+        merged: Writes its delta file beside the base's weights; None for no merge.
 
     Returns:
         Bytes written, shared blocks of weights included.
 
     Raises:
         OutputExistsError: something of it is already there.
+        NothingChangedError: a merge would change no weight.
         ResourceError, ProofError, FitError: see `surgery_formats.files.folder`.
     """
+    home = checkpoint.main.folder
     if _same_folder(output, home):
-        return _add(parcel, output)
+        return _add(parcel, output, checkpoint, merged)
     with output_folder(output, _job(parcel, mode), overwrite=overwrite, inputs=[home]) as folder:
         written = _bring_weights(folder, parcel, mode)
+        facts = dict(parcel.facts)
+        if merged is not None:
+            ledger = _write_delta(folder, merged, checkpoint)
+            facts["merged"] = ledger.as_json()
+            written += merged.delta.nbytes
         for name, path in parcel.side_files:
             data = bytes((found := open_file(path)).read(0, found.size))
             folder.write_small(name, data)
@@ -114,8 +142,39 @@ def place(parcel: Parcel, output: Path, mode: Mode, home: Path, *, overwrite: bo
             written += len(data)
         for file in parcel.weights:
             file.check_unchanged()
-        folder.commit({"export": dict(parcel.facts)})
+        folder.commit({"export": facts})
     return written
+
+
+def place_merged(
+    parcel: Parcel, merged: Merged, checkpoint: Checkpoint, output: Path, *, overwrite: bool = False
+) -> int:
+    """Write a merged checkpoint with its graphs, as `surgery.merge` does.
+
+    Raises:
+        As `place`.
+    """
+    from surgery.execute import Run, execute
+    from surgery.merge import judge
+
+    def finish(ledger: Ledger) -> Mapping[str, bytes]:
+        judge(ledger, checkpoint, merged.weights)
+        return parcel.files
+
+    execute(merged.full, output, Run(overwrite=overwrite), finish)
+    return merged.full.nbytes + sum(map(len, parcel.files.values()))
+
+
+def _write_delta(folder: OutputFolder, merged: Merged, checkpoint: Checkpoint) -> Ledger:
+    from surgery.execute import Run, write_weights
+    from surgery.ledger import Ledger
+    from surgery.merge import judge
+
+    ledger = Ledger(merged.delta, write_weights(merged.delta, folder, Run()))
+    judge(ledger, checkpoint, merged.weights)
+    for file in merged.delta.inputs:
+        file.check_unchanged()
+    return ledger
 
 
 def _bring_weights(folder: OutputFolder, parcel: Parcel, mode: Mode) -> int:
@@ -144,14 +203,17 @@ def _same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-def _add(parcel: Parcel, folder: Path) -> int:
+def _add(parcel: Parcel, folder: Path, checkpoint: Checkpoint, merged: Merged | None) -> int:
     """Add files to a folder that has others, each complete or not at all, none replaced; those added go again if a later one fails."""
-    for name in parcel.files:
+    delta = [file.name for file in merged.delta.files] if merged else []
+    for name in (*delta, *parcel.files):
         if os.path.lexists(folder / name):
             raise _taken(folder / name)
     added: list[Path] = []
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        if merged is not None:
+            added += _add_delta(folder, merged, checkpoint)
         for name, data in parcel.files.items():
             _add_one(folder / name, data)
             added.append(folder / name)
@@ -164,7 +226,25 @@ def _add(parcel: Parcel, folder: Path) -> int:
         raise
     finally:
         os.close(fd)
-    return sum(map(len, parcel.files.values()))
+    return sum(map(len, parcel.files.values())) + (merged.delta.nbytes if merged else 0)
+
+
+def _add_delta(folder: Path, merged: Merged, checkpoint: Checkpoint) -> list[Path]:
+    """The delta file, written and proved in a hidden folder first."""
+    hidden = folder / f".surgery-delta-{merged.delta.id[:16]}"
+    with output_folder(hidden, merged.delta.id, overwrite=True, inputs=merged.delta.roots) as stage:
+        ledger = _write_delta(stage, merged, checkpoint)
+        stage.commit({"plan": merged.delta.id, "ledger": ledger.as_json()})
+    try:
+        made = []
+        for file in merged.delta.files:
+            rename_new(hidden / file.name, folder / file.name)
+            made.append(folder / file.name)
+        return made
+    except FileExistsError as error:
+        raise _taken(folder / file.name) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _add_one(path: Path, data: bytes) -> None:

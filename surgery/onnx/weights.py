@@ -29,14 +29,10 @@ class Weights:
         files: Files they lie in, in order of use.
     """
 
-    def __init__(
-        self, graph: Graph, component: Component, io: DType, overrides: Mapping[str, StoredTensor] | None = None
-    ) -> None:
-        """Read from `component`, but from `overrides` (by stored name) where it has the tensor."""
+    def __init__(self, graph: Graph, component: Component, io: DType) -> None:
         self._graph = graph
         self._component = component
         self._io = io
-        self._overrides = overrides or {}
         self._found: dict[str, StoredTensor] = {}
         self._values: dict[tuple[str, DType], str] = {}
         self.used: set[str] = set()
@@ -73,8 +69,7 @@ class Weights:
     def _look_up(self, name: str) -> StoredTensor:
         stored = self._stored_name(name)
         self.used.add(stored)
-        tensor = self._overrides.get(stored, self._component.tensors.get(stored))
-        assert tensor is not None
+        tensor = self._component.tensors[stored]
         if not tensor.dtype.is_float or tensor.dtype not in ONNX_TYPES:
             raise FitError(
                 f"is stored as {tensor.dtype.label}, which graphs do not compute with",
@@ -94,7 +89,7 @@ class Weights:
         return tensor
 
     def _stored_name(self, name: str) -> str:
-        if name in self._component.tensors or name in self._overrides:
+        if name in self._component.tensors:
             return name
         places = self._component.names.resolve(name)
         if len(places) != 1:
