@@ -76,8 +76,8 @@ def command(
     """Export a model as ONNX graphs that use its weight files as they are.
 
     Adapters are merged (what changes goes into a second weight file where BASE's are used as they are), kept apart to be swapped while a
-    session runs, or put in front as a soft prompt; all of it mixes. OUT gets model.onnx, tokenizer and configuration, and genai_config.json,
-    so that onnxruntime-genai runs the folder as it is.
+    session runs, or put in front as a soft prompt; all of it mixes. OUT gets model.onnx, tokenizer and configuration, and
+    genai_config.json, so that onnxruntime-genai runs the folder as it is.
 
     \b
     Examples:
