@@ -81,6 +81,8 @@ def main() -> None:
                 llama(base, "70b", tied=False)
             else:
                 write_base(SHAPES[name], base, shards=1)
+                for file in ("tokenizer.json", "tokenizer_config.json"):  # the builder wants one; any does
+                    shutil.copy(ROOT / "examples/base" / file, base)
             ours(name, base, options.rounds)
             if name == min(SHAPES, key=lambda one: SHAPES[one].parameters):
                 check(base)
