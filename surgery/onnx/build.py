@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-__all__ = ["Built", "Options", "build", "weight_file"]
+__all__ = ["ROWS", "Built", "Options", "build", "weight_file"]
 
+ROWS = "rows.onnx"
 _HEAD_UNIT = 8  # GroupQueryAttention takes heads of a multiple of this many values
 _LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
 
@@ -45,6 +46,8 @@ class Options:
         prefill: Whether to build the second graph that takes several rows on top of a past, where the first one refuses them.
         headers: First bytes of weight files that are not written yet, by name.
         past: Keys and values of a soft prompt by input, each ``(1, kv_heads, tokens, head_dim)``; empty for none.
+        rows: Embeddings of a soft prompt ``(tokens, D)`` for a further graph, ``rows.onnx``, where ids behind the vocabulary stand for
+            them: for runtimes that pass a past of their own; None for none.
         slotted: Weights, as the recipe names them, that get a slot for a LoRA.
         contract: Further fields of the contract.
     """
@@ -55,6 +58,7 @@ class Options:
     prefill: bool = True
     headers: Mapping[str, bytes] = field(default_factory=dict)
     past: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    rows: np.ndarray[Any, Any] | None = None
     slotted: frozenset[str] = frozenset()
     contract: Mapping[str, Any] = field(default_factory=dict)
 
@@ -64,7 +68,7 @@ class Built:
     """Graphs by file name, the main one last.
 
     Attributes:
-        graphs: ``model.onnx``, and ``prefill.onnx`` before it where there is one.
+        graphs: ``model.onnx``, and before it ``prefill.onnx`` and ``rows.onnx`` where they are.
         contract: Of the main graph.
         model: What was built.
         nodes: Of the main graph.
@@ -98,6 +102,12 @@ def build(component: Component, options: Options, model: Model | None = None) ->
             ctx = _context(component, model, other, length)
             theirs = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
             graphs["prefill.onnx"] = ctx.graph.model(replace(theirs, **_found(ctx, options)).as_metadata())
+    if options.rows is not None:
+        there = replace(options, past={})
+        ctx = _context(component, model, there, length, options.rows)
+        rows = (model.vocabulary, len(options.rows))
+        theirs = replace(contract, virtual_tokens=0, vocabulary_rows=rows, prefill="")
+        graphs[ROWS] = ctx.graph.model(replace(theirs, **_found(ctx, options)).as_metadata())
     ctx = _context(component, model, options, length)
     contract = replace(contract, **_found(ctx, options))
     graphs["model.onnx"] = ctx.graph.model(contract.as_metadata())
@@ -110,10 +120,16 @@ def _found(ctx: Context, options: Options) -> dict[str, Any]:
     return {"slots": tuple(ctx.slots), "weights": files}
 
 
-def _context(component: Component, model: Model, options: Options, length: int) -> Context:
+def _context(
+    component: Component,
+    model: Model,
+    options: Options,
+    length: int,
+    rows: np.ndarray[Any, Any] | None = None,
+) -> Context:
     graph = Graph()
     weights = Weights(graph, component, options.io)
-    ctx = Context(graph, weights, options.target, options.io, past=options.past, slotted=options.slotted)
+    ctx = Context(graph, weights, options.target, options.io, past=options.past, rows=rows, slotted=options.slotted)
     if model.kind == "decoder":
         decoder(ctx, model, length)
     else:

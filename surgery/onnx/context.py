@@ -47,6 +47,7 @@ class Context:
         io: Type of hidden states, logits and cache.
         ids: Input of token ids ``(B, S)``.
         past: Keys and values that every sequence stands on unless others are given, by input; empty for none.
+        rows: Embeddings ``(tokens, D)`` of a soft prompt, which ids behind the vocabulary stand for; None for none.
         slotted: Weights (as the recipe names them) that get a slot for a LoRA.
         slots: Those made so far.
     """
@@ -57,6 +58,7 @@ class Context:
     io: DType
     ids: str = "input_ids"
     past: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    rows: np.ndarray[Any, Any] | None = None
     slotted: frozenset[str] = frozenset()
     slots: list[Slot] = field(default_factory=list)
 

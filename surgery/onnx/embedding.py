@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from surgery.onnx.context import Context, Stream, module_of
 from surgery_formats.dtypes import DType
 from surgery_formats.families.recipe import Embedding, Model
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["encoder_rows", "token_rows"]
 
@@ -17,10 +22,23 @@ def token_rows(ctx: Context, model: Model) -> str:
     width = record.projection.inputs if record.projection else model.hidden
     table = ctx.weights.value(record.tokens, (model.vocabulary, width))
     ids = ctx.reshaped(ctx.ids, (-1,), at) if ctx.flat else ctx.ids
-    x = ctx.graph.node("Gather", [table, ids], at, axis=0)
+    known = ids
+    if ctx.rows is not None:
+        known = ctx.graph.node("Min", [ids, ctx.graph.number(model.vocabulary - 1, DType.I64)], at)
+    x = ctx.graph.node("Gather", [table, known], at, axis=0)
     if record.scale != 1.0:
         x = ctx.graph.node("Mul", [x, ctx.graph.number(_scale(ctx, record, (model.vocabulary, width)), ctx.io)], at)
-    return x
+    return x if ctx.rows is None else _with_rows(ctx, model, ctx.rows, ids, x, at)
+
+
+def _with_rows(ctx: Context, model: Model, rows: np.ndarray[Any, Any], ids: str, x: str, at: str) -> str:
+    """`x`, but rows of a soft prompt for ids behind the vocabulary. They are not scaled, as they were not when they were trained."""
+    graph = ctx.graph
+    behind = graph.node("Sub", [ids, graph.number(model.vocabulary, DType.I64)], at)
+    zero = graph.number(0, DType.I64)
+    soft = graph.node("Gather", [graph.constant(rows), graph.node("Max", [behind, zero], at)], at, axis=0)
+    is_soft = graph.node("Unsqueeze", [graph.node("GreaterOrEqual", [behind, zero], at), graph.ints(-1)], at)
+    return graph.node("Where", [is_soft, soft, x], at)
 
 
 def _scale(ctx: Context, record: Embedding, shape: tuple[int, int]) -> float:

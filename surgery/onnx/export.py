@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.build import Built, Options, build
+from surgery.onnx.build import ROWS, Built, Options, build
 from surgery.onnx.contract import Contract
 from surgery.onnx.genai import genai_config
 from surgery.onnx.place import Mode, Parcel, choose_mode, embed, place, place_merged
@@ -123,7 +123,7 @@ def export_onnx(
     model = model_of(component.config, frozenset(component.tensors))
     if parts is not None:
         past = parts.past(checkpoint.main, model, io)
-        options = replace(options, past=past, slotted=parts.slotted, contract=parts.contract(past))
+        options = replace(options, past=past, slotted=parts.slotted, contract=parts.contract(past), rows=parts.rows(io))
     built = build(component, options, model)
     parcel = _parcel(checkpoint, component, built, mode)
     if parts is not None:
@@ -155,7 +155,8 @@ def _parts(
 def _with_parts(parcel: Parcel, parts: Parts, built: Built, io: DType) -> Parcel:
     """Adapter files in front of the graphs; no genai_config.json where onnxruntime-genai could not keep the graph's contract."""
     files = {one.file: one.data(built.contract.slots, io) for one in parts.swapped}
-    rest = {name: data for name, data in parcel.files.items() if name != GENAI_CONFIG or not parts.prompt}
+    keeps = not parts.prompt or ROWS in built.graphs
+    rest = {name: data for name, data in parcel.files.items() if name != GENAI_CONFIG or keeps}
     return replace(parcel, files={**files, **rest})
 
 
@@ -174,6 +175,7 @@ def _parcel(checkpoint: Checkpoint, component: Component, built: Built, mode: Mo
             _generation(checkpoint.main.folder),
             built.contract,
             built.model.layers[0].attention.heads if built.model.layers else 0,
+            ROWS if ROWS in built.graphs else "model.onnx",
         )
     for name, model in built.graphs.items():
         if mode == "embed":
@@ -204,9 +206,15 @@ def _warnings(mode: Mode, component: Component, built: Built) -> list[str]:
             "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes into one file "
             "changes both"
         )
-    if built.contract.virtual_tokens:
+    if built.contract.virtual_tokens and ROWS not in built.graphs:
         found.append(
-            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it would leave out the soft prompt"
+            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on trained keys and values"
+        )
+    elif built.contract.virtual_tokens:
+        first, last = built.contract.vocabulary, built.contract.vocabulary + built.contract.virtual_tokens - 1
+        found.append(
+            f"onnxruntime-genai passes a past of its own and gets {ROWS}: there the soft prompt is the token ids {first} to {last}, to be "
+            "put in front of a text"
         )
     elif built.contract.kind == "decoder":
         ends = (component.config.get("eos_token_id"), _generation(component.folder).get("eos_token_id"))

@@ -12,7 +12,7 @@ from typing import Any
 from surgery.merge import plan_merge
 from surgery.onnx.planned import DELTA, delta_plan, planned_component, with_delta
 from surgery.onnx.prefix import prompt_past
-from surgery.onnx.swap import Swapped, swappable
+from surgery.onnx.swap import Swapped, as_numpy, swappable
 from surgery.plan import Plan
 from surgery_formats.adapter import Adapter
 from surgery_formats.adapters.registry import read_adapter
@@ -79,6 +79,12 @@ class Parts:
         if self.prompt is None:
             return {}
         return prompt_past(self.prompt, base, model, io, self.merged.full if self.merged else None)
+
+    def rows(self, io: DType) -> Any:
+        """Embeddings of the soft prompt ``(tokens, D)``; None where it is keys and values, or there is none."""
+        if self.prompt is None or self.prompt.prompt is None or self.prompt.prompt.prefix is not None:
+            return None
+        return as_numpy(self.prompt.prompt.embeddings(), io)
 
     @property
     def slotted(self) -> frozenset[str]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnxruntime
 import peft
@@ -166,7 +168,7 @@ def test_soft_prompts_compute_what_peft_computes_and_cost_no_prefill(base, tmp_p
     model = trained(base, tmp_path / "adapter", PROMPTS[kind]())
     result = export_onnx(base, output=tmp_path / "out", target=target, prefix=[tmp_path / "adapter"])
     assert result.contract.virtual_tokens == 5
-    assert "genai_config.json" not in result.files
+    assert ("genai_config.json" in result.files) == ("rows.onnx" in result.files) == (not kind.startswith("prefix"))
     session, contract = open_session(tmp_path / "out/model.onnx")
     assert contract.prompt_kind
     counted = 0 if target == "portable" else 5  # there the graph counts virtual tokens by itself
@@ -180,6 +182,18 @@ def test_soft_prompts_compute_what_peft_computes_and_cost_no_prefill(base, tmp_p
         past = {name.replace("present", "past_key_values"): found[name] for name in names if name != "logits"}
         new = found["logits"][:, -1:].argmax(-1)
         tokens = np.concatenate([tokens, new], 1)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+def test_soft_prompts_are_ids_behind_the_vocabulary_where_a_runtime_has_a_past_of_its_own(base, tmp_path, kind):
+    expected = logits_of(trained(base, tmp_path / "adapter", PROMPTS[kind]()))
+    export_onnx(base, output=tmp_path / "out", prefix=[tmp_path / "adapter"])
+    graph = Plain(tmp_path / "out/rows.onnx")
+    assert graph.contract.vocabulary_rows == (recipes.VOCAB, 5)
+    ids = np.concatenate([np.arange(recipes.VOCAB, recipes.VOCAB + 5)[None], IDS], 1)
+    found = graph.step(ids, np.ones_like(ids))
+    assert np.abs(found[:, 5:] - expected).max() <= 1e-4
+    assert json.loads((tmp_path / "out/genai_config.json").read_text())["model"]["decoder"]["filename"] == "rows.onnx"
 
 
 def test_all_three_ways_at_once(base, tmp_path):
