@@ -46,8 +46,8 @@ class Options:
         prefill: Whether to build the second graph that takes several rows on top of a past, where the first one refuses them.
         headers: First bytes of weight files that are not written yet, by name.
         past: Keys and values of a soft prompt by input, each ``(1, kv_heads, tokens, head_dim)``; empty for none.
-        rows: Embeddings of a soft prompt ``(tokens, D)`` for a further graph, ``rows.onnx``, where ids behind the vocabulary stand for
-            them: for runtimes that pass a past of their own; None for none.
+        rows: Embeddings of a soft prompt ``(tokens, D)``; None for none. Of a decoder they make a further graph, ``rows.onnx``, where ids
+            behind the vocabulary stand for them, for runtimes that pass a past of their own; an encoder puts them in front itself.
         slotted: Weights, as the recipe names them, that get a slot for a LoRA.
         contract: Further fields of the contract.
     """
@@ -102,13 +102,13 @@ def build(component: Component, options: Options, model: Model | None = None) ->
             ctx = _context(component, model, other, length)
             theirs = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
             graphs["prefill.onnx"] = ctx.graph.model(replace(theirs, **_found(ctx, options)).as_metadata())
-    if options.rows is not None:
+    if options.rows is not None and model.kind == "decoder":
         there = replace(options, past={})
         ctx = _context(component, model, there, length, options.rows)
         rows = (model.vocabulary, len(options.rows))
         theirs = replace(contract, virtual_tokens=0, vocabulary_rows=rows, prefill="")
         graphs[ROWS] = ctx.graph.model(replace(theirs, **_found(ctx, options)).as_metadata())
-    ctx = _context(component, model, options, length)
+    ctx = _context(component, model, options, length, options.rows if model.kind == "encoder" else None)
     contract = replace(contract, **_found(ctx, options))
     graphs["model.onnx"] = ctx.graph.model(contract.as_metadata())
     return Built(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files))

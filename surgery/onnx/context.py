@@ -50,6 +50,7 @@ class Context:
         rows: Embeddings ``(tokens, D)`` of a soft prompt, which ids behind the vocabulary stand for; None for none.
         slotted: Weights (as the recipe names them) that get a slot for a LoRA.
         slots: Those made so far.
+        prepended: Tokens of a soft prompt that the graph itself puts in front of every row (encoders).
     """
 
     graph: Graph
@@ -61,6 +62,7 @@ class Context:
     rows: np.ndarray[Any, Any] | None = None
     slotted: frozenset[str] = frozenset()
     slots: list[Slot] = field(default_factory=list)
+    prepended: int = 0
 
     @property
     def flat(self) -> bool:

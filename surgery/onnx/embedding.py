@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.context import Context, Stream, module_of
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
 from surgery_formats.families.recipe import Embedding, Model
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def token_rows(ctx: Context, model: Model) -> str:
 
 def _with_rows(ctx: Context, model: Model, rows: np.ndarray[Any, Any], ids: str, x: str, at: str) -> str:
     """`x`, but rows of a soft prompt for ids behind the vocabulary. They are not scaled, as they were not when they were trained."""
+    if rows.shape[1] != model.hidden or model.embedding.projection is not None:
+        raise FitError(f"a soft prompt of {rows.shape[1]} numbers per token, the model has {model.hidden}")
     graph = ctx.graph
     behind = graph.node("Sub", [ids, graph.number(model.vocabulary, DType.I64)], at)
     zero = graph.number(0, DType.I64)
@@ -93,7 +96,11 @@ def _type_rows(ctx: Context, model: Model) -> str:
     number = ctx.weights.rows(record.types)
     table = ctx.weights.value(record.types, (number, model.hidden))
     if number > 1:
-        return _rows(ctx, table, ctx.graph.input("token_type_ids", DType.I64, ("batch", "sequence")), at)
+        kinds = ctx.graph.input("token_type_ids", DType.I64, ("batch", "sequence"))
+        if ctx.prepended:
+            pads = ctx.graph.ints(0, ctx.prepended, 0, 0)
+            kinds = ctx.graph.node("Pad", [kinds, pads, ctx.graph.number(0, DType.I64)], at)
+        return _rows(ctx, table, kinds, at)
     zeros = ctx.graph.node("Mul", [ctx.ids, ctx.graph.number(0, DType.I64)], at)
     return _rows(ctx, table, zeros, at)
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from surgery.onnx.attention import project, split
 from surgery.onnx.context import Context, Stream, module_of
 from surgery.onnx.embedding import encoder_rows
@@ -24,7 +28,7 @@ def encoder(ctx: Context, model: Model) -> None:
     those of the head.
 
     Args:
-        ctx: An empty graph.
+        ctx: An empty graph; with the rows of a soft prompt they stand in front of every sequence.
         model: What to build.
 
     Raises:
@@ -33,6 +37,8 @@ def encoder(ctx: Context, model: Model) -> None:
     graph = ctx.graph
     graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
     mask = graph.input("attention_mask", DType.I64, ("batch", "sequence"))
+    if ctx.rows is not None:
+        mask = _prepend(ctx, model, mask, len(ctx.rows))
     stream = encoder_rows(ctx, model)
     if (first := model.embedding.norm) is not None:
         stream = Stream(residual_norm(ctx, first, stream, model.hidden, module_of(first.weight), keep=False)[0])
@@ -49,6 +55,20 @@ def encoder(ctx: Context, model: Model) -> None:
             hidden_head(ctx, model.head, x, model.hidden)
         case _:
             raise FitError("an encoder with a language-modelling head", file="config.json")
+
+
+def _prepend(ctx: Context, model: Model, mask: str, tokens: int) -> str:
+    """Put the ids of a soft prompt in front of every row's, so that everything after counts its tokens; the mask with ones for them."""
+    graph, whole = ctx.graph, np.int64
+    rows = graph.node("Shape", [ctx.ids], "", start=0, end=1)
+    shape = graph.node("Concat", [rows, graph.ints(tokens)], "", axis=0)
+
+    def in_front(values: np.ndarray[Any, Any], value: str) -> str:
+        return graph.node("Concat", [graph.node("Expand", [graph.constant(values), shape], ""), value], "", axis=1)
+
+    ctx.ids = in_front(np.arange(model.vocabulary, model.vocabulary + tokens, dtype=whole), ctx.ids)
+    ctx.prepended = tokens
+    return in_front(np.ones(1, whole), mask)
 
 
 def _allowed(ctx: Context, mask: str) -> str:

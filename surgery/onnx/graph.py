@@ -92,10 +92,15 @@ class Graph:
         return wanted if count == 0 else f"{wanted}_{count}"
 
     def rename(self, value: str, name: str) -> str:
-        """Call the output `value` of the last node `name`."""
-        last = self._proto.node[-1]
-        last.output[list(last.output).index(value)] = name
-        return name
+        """Call the output `value` of one of the last nodes `name`."""
+        for node in reversed(self._proto.node):
+            for values in (node.output, node.input):
+                for place, known in enumerate(values):
+                    if known == value:
+                        values[place] = name
+            if name in node.output:
+                return name
+        raise KeyError(value)
 
     def constant(self, array: np.ndarray, name: str = "") -> str:
         """An initializer that holds `array`; equal ones are stored once."""

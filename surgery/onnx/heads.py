@@ -43,12 +43,13 @@ def classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
 
 def hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
     """The outputs ``last_hidden_state (B, S, D)`` and, with a pooler, ``pooler_output (B, D)``."""
-    _every_token(ctx, x, "", "last_hidden_state", width)
     if record.pooler is not None:
         at = module_of(record.pooler.weight)
-        first = ctx.graph.node("Gather", ["last_hidden_state", ctx.graph.number(0, DType.I64)], at, axis=1)
-        pooled = activate(ctx, "tanh", linear(ctx, record.pooler, first), at)
-        ctx.graph.output(ctx.graph.rename(pooled, "pooler_output"), ctx.io, ("batch", record.pooler.outputs))
+        pooled = activate(ctx, "tanh", linear(ctx, record.pooler, _first_token(ctx, x, at)), at)
+        ctx.graph.rename(pooled, "pooler_output")
+    _every_token(ctx, x, "", "last_hidden_state", width)
+    if record.pooler is not None:
+        ctx.graph.output("pooler_output", ctx.io, ("batch", record.pooler.outputs))
 
 
 def _first_token(ctx: Context, x: str, at: str) -> str:
@@ -57,5 +58,10 @@ def _first_token(ctx: Context, x: str, at: str) -> str:
 
 
 def _every_token(ctx: Context, x: str, at: str, name: str, width: int) -> None:
-    y = ctx.batched(x, at, out=name) if ctx.flat else ctx.graph.rename(x, name)
+    if ctx.prepended:
+        y = ctx.batched(x, at) if ctx.flat else x
+        begin, end, axis = (ctx.graph.ints(n) for n in (ctx.prepended, 2**62, 1))
+        y = ctx.graph.node("Slice", [y, begin, end, axis], at, out=name)
+    else:
+        y = ctx.batched(x, at, out=name) if ctx.flat else ctx.graph.rename(x, name)
     ctx.graph.output(y, ctx.io, ("batch", "sequence", width))

@@ -75,8 +75,8 @@ class Parts:
         return model_of(component.config, frozenset(component.tensors))
 
     def past(self, base: Component, model: Model, io: DType) -> dict[str, Any]:
-        """Keys and values of the soft prompt, by input; empty without one."""
-        if self.prompt is None:
+        """Keys and values of the soft prompt, by input; empty without one, or where there is no cache to hold them."""
+        if self.prompt is None or (model.kind == "encoder" and self.rows(io) is not None):
             return {}
         return prompt_past(self.prompt, base, model, io, self.merged.full if self.merged else None)
 
@@ -92,11 +92,12 @@ class Parts:
         return frozenset(weight for one in self.swapped for weight in one.factors)
 
     def contract(self, past: dict[str, Any]) -> dict[str, Any]:
-        """Fields of the contract that adapters fill."""
+        """Fields of the contract that adapters fill. Virtual tokens are those of a cache: an encoder has its own."""
         found: dict[str, Any] = {"adapters": self.records}
         if self.prompt is not None and self.prompt.prompt is not None:
-            tokens = next(iter(past.values())).shape[2]
-            found |= {"virtual_tokens": tokens, "prompt_kind": self.prompt.prompt.kind}
+            found["prompt_kind"] = self.prompt.prompt.kind
+        if past:
+            found["virtual_tokens"] = next(iter(past.values())).shape[2]
         return found
 
 
@@ -110,23 +111,33 @@ def read_parts(
     """
     if len(prefix) > 1:
         raise FitError("several soft prompts in front of one input", hint="one --prefix at most")
-    merged, warnings = _merged(checkpoint, merge)
+    prompt = read_adapter(prefix[0]) if prefix else None
+    to_merge = [(read_adapter(path), weight) for path, weight in merge]
+    if prompt is not None and prompt.prompt is not None and prompt.updates:
+        to_merge.append((_heads_of(prompt), 1.0))
+    merged, warnings = _merged(checkpoint, to_merge)
     model = model_of(checkpoint.main.config, frozenset(checkpoint.main.tensors)) if swap else None
     swapped = tuple(swappable(read_adapter(path), checkpoint, model) for path in swap) if model else ()
     names = [one.file for one in swapped]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise FitError(f"two adapters would be called {listing(twice)}", hint="rename one of the folders")
-    prompt = read_adapter(prefix[0]) if prefix else None
     records = [_record(path, "merged", weight) for path, weight in merge]
     records += [_record(path, "swapped", 1.0) for path in swap] + [_record(path, "prefix", 1.0) for path in prefix]
     warnings += [warning for one in swapped for warning in one.warnings]
     return Parts(merged, swapped, prompt, tuple(records), tuple(warnings))
 
 
-def _merged(checkpoint: Checkpoint, merge: Sequence[tuple[Path_, float]]) -> tuple[Merged | None, list[str]]:
+def _heads_of(prompt: Adapter) -> Adapter:
+    """What was trained in full beside a soft prompt: the head of a task."""
+    assert prompt.prompt is not None
+    table = prompt.prompt.table
+    return replace(prompt, prompt=None, tensors=tuple(one for one in prompt.tensors if one.name != table.name))
+
+
+def _merged(checkpoint: Checkpoint, merge: Sequence[tuple[Adapter, float]]) -> tuple[Merged | None, list[str]]:
     if not merge:
         return None, []
-    found = bind([(read_adapter(path), weight) for path, weight in merge], checkpoint)
+    found = bind(merge, checkpoint)
     full = plan_merge(found, packed=True)
     if any(Path(file.name).name == DELTA for file in full.files):
         raise FitError(f"a weight file of the base is called {DELTA}", file=checkpoint.path)

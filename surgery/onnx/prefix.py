@@ -39,12 +39,12 @@ def prompt_past(
         merged: What other adapters make of the base; None for none.
 
     Raises:
-        FitError: no soft prompt, one beside other updates, or one for a model of other sizes.
+        FitError: no soft prompt, or one for a model of other sizes.
     """
     prompt = adapter.prompt
-    if prompt is None or adapter.updates:
+    if prompt is None:
         raise FitError(
-            "is no soft prompt alone, so it cannot stand in front of the input", file=adapter.path, hint="--merge it"
+            "is no soft prompt, so it cannot stand in front of the input", file=adapter.path, hint="--merge it"
         )
     if model.kind != "decoder" or prompt.submodules != 1:
         raise FitError("a soft prompt needs a decoder with a cache", file=adapter.path)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.onnx.export import export_onnx
 from surgery_formats.errors import FitError, NothingChangedError
-from tests.onnx.sessions import Plain, open_session
+from tests.onnx.sessions import Plain, feed_encoder, open_session
 from tests.oracles import recipes
 
 IDS = np.array([[5, 17, 3, 88, 42, 9]])
@@ -194,6 +194,38 @@ def test_soft_prompts_are_ids_behind_the_vocabulary_where_a_runtime_has_a_past_o
     found = graph.step(ids, np.ones_like(ids))
     assert np.abs(found[:, 5:] - expected).max() <= 1e-4
     assert json.loads((tmp_path / "out/genai_config.json").read_text())["model"]["decoder"]["filename"] == "rows.onnx"
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "portable"])
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("bert_sequence", "SEQ_CLS"),
+        ("bert_token", "TOKEN_CLS"),
+        ("roberta_sequence", "SEQ_CLS"),
+        ("distilbert_sequence", "SEQ_CLS"),
+    ],
+)
+def test_prompt_tuned_classifiers_with_the_head_that_peft_saved(tmp_path, name, task, target):
+    folder = recipes.build(name, tmp_path / "base")
+    sizes = {"token_dim": 32, "num_layers": 3, "num_attention_heads": 4}
+    config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4, **sizes)
+    model = trained(folder, tmp_path / "adapter", config, name=name)
+    export_onnx(folder, output=tmp_path / "out", target=target, prefix=[tmp_path / "adapter"])
+    session, contract = open_session(tmp_path / "out/model.onnx")
+    pad = model.config.pad_token_id if hasattr(model, "config") else 0
+    ids = np.array([[5, 17, 23, 88, 42], [29, 8, 77, pad, pad]])
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    found = feed_encoder(session, ids, mask)["logits"]
+    extra = {}
+    if any(one.name == "token_type_ids" for one in session.get_inputs()):
+        extra["token_type_ids"] = torch.arange(ids.size).reshape(ids.shape) % 2
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **extra).logits.numpy()
+    if task == "TOKEN_CLS":
+        expected, found = expected[:, -5:][mask.astype(bool)], found[mask.astype(bool)]
+    assert np.abs(found - expected).max() <= 1e-4
+    assert contract.prompt_kind == "PROMPT_TUNING"
 
 
 def test_all_three_ways_at_once(base, tmp_path):
