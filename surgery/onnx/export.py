@@ -66,6 +66,7 @@ class ExportResult:
             "weight_files": [one.name for one in contract.weights],
             "nbytes": self.nbytes,
             "nodes": self.nodes,
+            "adapters": [dict(one) for one in contract.adapters],
             "warnings": list(self.warnings),
         }
 
