@@ -69,6 +69,7 @@ VARIANTS = (
     Variant("memory-efficient attention", provider={"sdpa_kernel": "2"}),
     Variant("small-N GEMV", environment={"ORT_ENABLE_SMALL_N_GEMV": "1"}),
     Variant("tunable operators", provider={"tunable_op_enable": "1", "tunable_op_tuning_enable": "1"}),
+    Variant("MLP as one expert", lambda t: replace(t, mlp="expert")),
     Variant("no CUDA graph"),
 )  # fmt: skip
 

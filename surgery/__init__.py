@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from surgery.inspect import AdapterReport, CheckpointReport, inspect
     from surgery.merge import MergeResult, merge
     from surgery.onnx.bench import BenchResult, bench
+    from surgery.onnx.export import ExportResult, export_onnx
     from surgery.onnx.run.text import RunResult, run
     from surgery.resize import resize
     from surgery.savings import SavingsReport, report
+    from surgery.verify import Verification, verify
 
 _HOMES = {
     "AdapterReport": "surgery.inspect",
@@ -52,9 +54,13 @@ _HOMES = {
     "ExtractResult": "surgery.extract",
     "extract_lora": "surgery.extract",
     "BenchResult": "surgery.onnx.bench",
+    "ExportResult": "surgery.onnx.export",
     "RunResult": "surgery.onnx.run.text",
     "bench": "surgery.onnx.bench",
+    "export_onnx": "surgery.onnx.export",
     "run": "surgery.onnx.run.text",
+    "Verification": "surgery.verify",
+    "verify": "surgery.verify",
 }
 
 __all__ = [
@@ -67,10 +73,12 @@ __all__ = [
     "CombineResult",
     "ConvertResult",
     "EnvironmentReport",
+    "ExportResult",
     "ExtractResult",
     "MergeResult",
     "RunResult",
     "SavingsReport",
+    "Verification",
     "__version__",
     "bench",
     "catalogue",
@@ -78,12 +86,14 @@ __all__ = [
     "convert",
     "diff",
     "environment",
+    "export_onnx",
     "extract_lora",
     "inspect",
     "merge",
     "report",
     "resize",
     "run",
+    "verify",
 ]
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "combine": "Combine adapters into one.",
     "resize": "Lower the rank of an adapter.",
     "export-onnx": "Export a model as ONNX graphs that use its weight files as they are.",
+    "verify": "Verify an output: its bytes, and what a graph computes.",
     "inspect": "Show what a model or an adapter is made of.",
     "diff": "Show what differs between two models or two adapters.",
     "report": "Report what adapters save in parameters and storage.",

@@ -48,9 +48,7 @@ class Binding:
     warnings: tuple[str, ...] = ()
 
 
-def bind(
-    adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, new_biases: bool = False
-) -> Binding:
+def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, new_biases: bool = False) -> Binding:
     """Resolve every update of every adapter against the base.
 
     Args:
@@ -97,7 +95,9 @@ def bind(
         if parted:
             untied.add(component.name)
     warnings = [f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in adapter.traps]
-    warnings += _warn_of_parting(untied, checkpoint) + warn_of_other_base([adapter for adapter, _ in adapters], checkpoint)
+    warnings += _warn_of_parting(untied, checkpoint) + warn_of_other_base(
+        [adapter for adapter, _ in adapters], checkpoint
+    )
     ignored = tuple(entry for adapter, _ in adapters for entry in adapter.ignored)
     settled = tuple(sorted(before - {t for e in edits.values() for t in _trained(e)}, key=lambda tensor: tensor.name))
     return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, settled, tuple(warnings))
@@ -305,7 +305,9 @@ def _edit(
         assert isinstance(update, Replacement)
         return Edit(*key, update.stored, operations[1:], stacked, replaced=operations[0], added=stored is None)
     if stored is None:
-        return Edit(*key, place.parameter.storage.tensor, operations, stacked, added=True, why="the base adds no bias here")
+        return Edit(
+            *key, place.parameter.storage.tensor, operations, stacked, added=True, why="the base adds no bias here"
+        )
     return Edit(*key, stored, operations, stacked)
 
 

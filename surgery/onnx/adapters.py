@@ -23,7 +23,9 @@ __all__ = ["MODES", "Named", "Reference", "Wanted", "Weighted", "entry", "sort_a
 Reference = str | os.PathLike[str]
 Weighted = Reference | tuple[Reference, float]
 MODES = ("merged", "swappable", "prefix")
-_GENERIC = frozenset({"adapter_model", "adapters", "pytorch_lora_weights", "model"})  # names that every adapter's file has
+_GENERIC = frozenset(
+    {"adapter_model", "adapters", "pytorch_lora_weights", "model"}
+)  # names that every adapter's file has
 
 
 @dataclass(frozen=True, slots=True)

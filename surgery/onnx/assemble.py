@@ -27,12 +27,15 @@ from surgery_formats.files.bounded_json import read_object
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Assembly", "Form", "prompt_form"]
+__all__ = ["ROWS", "Assembly", "Form", "prompt_form"]
+
+ROWS = "rows.onnx"
+"""Beside a graph with keys and values: one over the same weights with rows behind the vocabulary, for onnxruntime-genai."""
 
 Array = npt.NDArray[Any]
 
 Form = str
-"""``kv``: keys and values as the default past; ``rows``: behind the vocabulary; ``front``: before an encoder's tokens; empty for no prompts."""
+"""``kv``: keys and values as the default past; ``rows``: behind the vocabulary; ``front``: before an encoder's tokens; empty: no prompts."""
 
 
 def prompt_form(asked: str, prompts: tuple[Prompt, ...], model: Model) -> Form:
@@ -107,7 +110,7 @@ class Assembly:
         named = [self._adapter_file(one.name) for one in self.wanted.swap]
         if self.form == "kv":
             named += [self._prompt_file(one) for one in self.prompts]
-        return (*named, *(["genai_config.json"] if self._for_genai(draft) else []), *draft.graphs)
+        return (*named, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
 
     def files(self, place: Place) -> tuple[dict[str, bytes], Built, dict[str, onnx.ModelProto]]:
         """All small files but the graphs, the graphs not yet serialised.
@@ -128,7 +131,7 @@ class Assembly:
             files[self._adapter_file(named.name)] = _adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
             files[self._prompt_file(prompt)] = _adapter_bytes({name: one.astype(kind) for name, one in past.items()})
-        if self._for_genai(built):
+        if genai := self.for_genai(built):
             folder = self.component.folder
             generation = folder / "generation_config.json"
             files["genai_config.json"] = genai_config(
@@ -136,12 +139,17 @@ class Assembly:
                 read_object(generation) if generation.exists() else {},
                 built.contract,
                 built.model.layers[0].attention.heads if built.model.layers else 0,
+                genai,
             )
         return files, built, dict(built.graphs)
 
-    def _for_genai(self, built: Built) -> bool:
-        """onnxruntime-genai feeds a past of its own, so that a default one would be ignored in silence."""
-        return built.contract.kind == "decoder" and self.form != "kv"
+    def for_genai(self, built: Built) -> str:
+        """The graph for onnxruntime-genai, or empty: it feeds a past of its own, so that a default one would be ignored in silence."""
+        if built.contract.kind != "decoder":
+            return ""
+        if self.form != "kv":
+            return "model.onnx"
+        return ROWS if ROWS in built.graphs else ""
 
     def _pasts(self, place: Place) -> list[dict[str, Array]]:
         stored = {one.name: stored_past(one, len(self.model.layers)) for one in self.prompts if _is_stored(one)}
@@ -152,28 +160,30 @@ class Assembly:
 
     def _built(self, past: Mapping[str, Array]) -> Built:
         rows = [one.embeddings for one in self.prompts if one.embeddings is not None]
-        table = np.concatenate(rows) if self.form in ("rows", "front") else None
+        table = np.concatenate(rows) if rows else None
         front = len(table) if table is not None and self.form == "front" else 0
-        options = replace(
-            self.options,
-            slotted=self.slot_names,
-            virtual=Virtual(past, table, front),
-            contract=self._contract(),
-        )
-        return build(self.component, options, self.model)
+        virtual = Virtual(past, None if self.form == "kv" else table, front)
+        options = replace(self.options, slotted=self.slot_names, virtual=virtual, contract=self._contract())
+        built = build(self.component, options, self.model)
+        if self.form != "kv" or self.prompts[0].embeddings is None:
+            return built
+        theirs = replace(options, prefill=False, virtual=Virtual(rows=table), contract=self._contract("rows"))
+        graph = build(self.component, theirs, self.model).graphs["model.onnx"]
+        return replace(built, graphs={ROWS: graph, **built.graphs})
 
-    def _contract(self) -> dict[str, Any]:
+    def _contract(self, form: Form = "") -> dict[str, Any]:
+        form = form or self.form
         entries = [entry(one, "merged", weight=one.weight) for one in self.wanted.merge]
-        entries += [entry(one, "swap", file=self._adapter_file(one.name)) for one in self.wanted.swap]
+        entries += [entry(one, "swapped", file=self._adapter_file(one.name)) for one in self.wanted.swap]
         names = {id(one.adapter): one for one in self.wanted.prefix}
         first = self.model.vocabulary
         for prompt in self.prompts:
             more: dict[str, Any] = {"virtual_tokens": prompt.tokens}
             if self.form == "kv":
                 more["file"] = self._prompt_file(prompt)
-            if self.form == "rows":
+            if form != "front" and prompt.embeddings is not None:
                 more["rows"] = [first, prompt.tokens]
-            first += prompt.tokens
+                first += prompt.tokens
             if prompt.adapter is None:
                 entries.append({"name": prompt.name, "mode": "prefix", "kind": TEXT, "ids": [*prompt.ids], **more})
             else:
@@ -181,7 +191,7 @@ class Assembly:
         found: dict[str, Any] = {"adapters": tuple(entries)}
         if self.prompts:
             found["prompt_kind"] = self.prompts[0].kind
-            if self.form == "rows":
+            if form == "rows":
                 found["vocabulary_rows"] = (self.model.vocabulary, self.prompts[0].tokens)
             else:
                 found["virtual_tokens"] = self.prompts[0].tokens

@@ -16,7 +16,7 @@ from surgery.execute import Run
 from surgery.ledger import Ledger
 from surgery.merge import check_base_id, judge
 from surgery.onnx.adapters import Reference, Wanted, Weighted, sort_adapters
-from surgery.onnx.assemble import Assembly, prompt_form
+from surgery.onnx.assemble import ROWS, Assembly, prompt_form
 from surgery.onnx.build import Built, Options
 from surgery.onnx.contract import TEXT, Contract
 from surgery.onnx.merged import Merged, PlannedBytes, merged_model, merged_weights
@@ -31,6 +31,7 @@ from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.families.parameters import model_of
+from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import File
 
 __all__ = ["ExportResult", "export_onnx"]
@@ -144,7 +145,7 @@ def export_onnx(
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if not isinstance(file, PlannedBytes))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
-    warnings = _warnings(chosen, wanted, checkpoint, binding, assembly)
+    warnings = _warnings(chosen, wanted, checkpoint, binding) + _genai_warnings(assembly, draft)
     built: list[Built] = []
 
     def make(here: Place) -> Mapping[str, bytes]:
@@ -297,12 +298,33 @@ def _id(draft: Built, assembly: Assembly) -> str:
     return state.hexdigest()
 
 
-def _warnings(
-    mode: Mode, wanted: Wanted, checkpoint: Checkpoint, binding: Binding | None, assembly: Assembly
-) -> list[str]:
+def _genai_warnings(assembly: Assembly, draft: Built) -> list[str]:
+    """What onnxruntime-genai does otherwise than the graph's own contract says."""
+    if draft.contract.kind != "decoder":
+        return []
+    graph = assembly.for_genai(draft)
+    if not graph:
+        return [
+            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and values of a prompt"
+        ]
+    found = []
+    if graph == ROWS or assembly.form == "rows":
+        first = assembly.model.vocabulary
+        found.append(
+            f"onnxruntime-genai gets {graph}: there the soft prompt is the token ids {first} to {first + assembly.prompts[0].tokens - 1}, "
+            "to be put in front of a text"
+        )
+    generation = assembly.component.folder / "generation_config.json"
+    ends = [assembly.component.config, read_object(generation) if generation.exists() else {}]
+    if all(one.get("eos_token_id") is None for one in ends):
+        found.append("the model names no eos_token_id; onnxruntime-genai takes token 0 for the end of a text")
+    return found
+
+
+def _warnings(mode: Mode, wanted: Wanted, checkpoint: Checkpoint, binding: Binding | None) -> list[str]:
     found = list(binding.warnings) if binding else []
     others = [one.adapter for one in (*wanted.swap, *wanted.prefix)]
-    said = {text for text in found}
+    said = set(found)
     found += [
         text
         for text in [
@@ -311,11 +333,6 @@ def _warnings(
         ]
         if text not in said
     ]
-    if assembly.form == "kv":
-        found.append(
-            "onnxruntime-genai has no default past and would leave the prompt out, so it gets no genai_config.json here; "
-            "prompts of embeddings can go out for it as rows: --prompt-form rows"
-        )
     if mode == "link":
         found.append(
             "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes into one file "

@@ -12,33 +12,28 @@ from surgery.onnx.contract import Contract
 __all__ = ["genai_config"]
 
 _TYPES = frozenset(
-    [
-        "chatglm",
-        "ernie4_5",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gptoss",
-        "granite",
-        "internlm2",
-        "llama",
-        "mistral",
-        "nemotron",
-        "olmo",
-        "phi",
-        "phi3",
-        "phi3small",
-        "phimoe",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-        "gpt2",
-    ]
+    (
+        *(
+            "chatglm",
+            "ernie4_5",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "gptoss",
+            "granite",
+            "internlm2",
+            "llama",
+            "mistral",
+        ),
+        *("nemotron", "olmo", "phi", "phi3", "phi3small", "phimoe", "qwen2", "qwen3", "smollm3"),
+    )
 )
-"""Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``."""
+"""Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``. Its ``gpt2`` takes others."""
 
 
-def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int) -> bytes:
+def genai_config(
+    config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int, graph: str
+) -> bytes:
     """The file for a decoder's graph.
 
     Args:
@@ -46,11 +41,12 @@ def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], contr
         generation: generation_config.json, or empty; its token ids go first.
         contract: Of the graph.
         heads: Of queries.
+        graph: Its file.
     """
     kind = config.get("model_type")
     decoder = {
         "session_options": _session(contract),
-        "filename": "model.onnx",
+        "filename": graph,
         "head_size": contract.head_dim,
         "hidden_size": config.get("hidden_size", config.get("n_embd")),
         "num_attention_heads": heads,
@@ -76,7 +72,7 @@ def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], contr
         "context_length": contract.max_length,
         "decoder": decoder,
         "eos_token_id": eos,
-        "pad_token_id": first if pad is None else pad,
+        "pad_token_id": next((one for one in (pad, first) if one is not None), 0),
         "type": kind if kind in _TYPES else "decoder",
         "vocab_size": contract.vocabulary,
     }

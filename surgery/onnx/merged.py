@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 from surgery.layout import planned_file
@@ -59,8 +61,6 @@ class PlannedBytes(File):
     @classmethod
     def of(cls, file: PlannedFile) -> PlannedBytes:
         """The file of a plan."""
-        from pathlib import Path
-
         return cls(Path(file.name), -1, file.nbytes, (-1, -1, file.nbytes, -1), file.header)
 
 
@@ -110,8 +110,7 @@ def merged_weights(binding: Binding, layout: Layout) -> Merged:
     for one in whole.tensors:  # a head that was tied and keeps the embedding's values: the same bytes by another name
         if isinstance(one.step, Copy) and one.name not in overrides and one.step.source.name != one.name:
             overrides[one.name] = replace(one.step.source, name=one.name)
-    index_names = {f"{file}" for file in (component.index_name,) if file}
-    kept = tuple(side for side in whole.side_files if layout == "full" or side.name not in index_names)
+    kept = tuple(side for side in whole.side_files if layout == "full" or side.name != component.index_name)
     return Merged(plan, replace(component, config=_config(component, kept)), overrides, kept)
 
 
@@ -174,9 +173,6 @@ def _torn(planned: Collection[PlannedTensor], groups: Mapping[str, tuple[str, ..
         if not changed & set(group) or changed >= set(group) or any(name not in component.tensors for name in group):
             continue
         stored = [component.tensors[name] for name in group]
-        if all(
-            one.file is other.file and one.offset + one.nbytes == other.offset
-            for one, other in zip(stored, stored[1:], strict=False)
-        ):
+        if all(one.file is other.file and one.offset + one.nbytes == other.offset for one, other in pairwise(stored)):
             found |= set(group) - changed
     return found

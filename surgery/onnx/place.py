@@ -128,9 +128,7 @@ def place(parcel: Parcel, output: Path, mode: Mode, home: Path, run: Run) -> Pla
     """
     if _same_folder(output, home):
         return _add(parcel, output, run)
-    with output_folder(
-        output, _job(parcel, mode), overwrite=run.overwrite, inputs=[home], verify=still_good
-    ) as folder:
+    with output_folder(output, _job(parcel, mode), overwrite=run.overwrite, inputs=[home], verify=still_good) as folder:
         written = _bring_weights(folder, parcel, mode)
         ledger = _compute(parcel, folder, run)
         for side in parcel.side_files:

@@ -8,7 +8,7 @@ taking embeddings instead of ids, and run once. Those of prefix tuning are store
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.build import Options, build
-from surgery.onnx.contract import TEXT
 from surgery.onnx.target import TARGETS, twin
 from surgery.onnx.virtual import Virtual
 from surgery_formats.adapter import Adapter
@@ -201,9 +200,7 @@ def _session(graph: onnx.ModelProto, place: Place, component: Component) -> Any:
     key = "session.model_external_initializers_file_folder_path"
     options.add_session_config_entry(key, os.fspath(place.folder.resolve()))
     try:
-        return onnxruntime.InferenceSession(
-            graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own types
         raise FitError(f"onnxruntime cannot load it: {show(error, 500)}", file=component.folder) from error
 

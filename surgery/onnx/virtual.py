@@ -73,7 +73,9 @@ def rows_behind(graph: Graph, x: str, ids: str, vocabulary: int, rows: Array, io
     beyond = graph.node("Sub", [ids, graph.number(vocabulary, DType.I64)], at)
     soft = graph.node("Max", [beyond, graph.number(0, DType.I64)], at)
     held = graph.constant(rows.astype(graph.numpy_type(io)), "soft_prompt")
-    is_known = graph.node("Unsqueeze", [graph.node("Less", [beyond, graph.number(0, DType.I64)], at), graph.ints(-1)], at)
+    is_known = graph.node(
+        "Unsqueeze", [graph.node("Less", [beyond, graph.number(0, DType.I64)], at), graph.ints(-1)], at
+    )
     return graph.node("Where", [is_known, x, graph.node("Gather", [held, soft], at, axis=0)], at)
 
 

@@ -15,8 +15,9 @@ from surgery_formats.tensors import StoredTensor
 
 if TYPE_CHECKING:
     from surgery_formats.checkpoint import Component
+    from surgery_formats.names import Names
 
-__all__ = ["Weights", "planned_weights", "stored_weights"]
+__all__ = ["Weights", "planned_weights", "stored_weights", "tensor_weights"]
 
 
 class Weights(Protocol):
@@ -37,17 +38,21 @@ class Weights(Protocol):
 
 
 class _Stored:
-    """Tensors of a checkpoint."""
+    """Tensors of a checkpoint; those of another era are found by the family's renames."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], names: Names | None = None) -> None:
         self._tensors = tensors
+        self._resolver = names
 
     @property
     def names(self) -> Collection[str]:
         return self._tensors.keys()
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        if (found := self._tensors.get(name)) is None:
+        found = self._tensors.get(name)
+        if found is None and self._resolver is not None and len(places := self._resolver.resolve(name)) == 1:
+            found = self._tensors.get(places[0].parameter.name)
+        if found is None:
             raise FitError("the model needs a tensor that the checkpoint does not have", tensor=name)
         if not found.dtype.is_float:
             raise FitError(f"weights of type {found.dtype.label} need scales to be read", tensor=name)
@@ -87,7 +92,12 @@ def _computed(tensor: PlannedTensor) -> torch.Tensor:
 
 def stored_weights(component: Component) -> Weights:
     """The weights of a checkpoint's network as they are."""
-    return _Stored(component.tensors)
+    return _Stored(component.tensors, component.names)
+
+
+def tensor_weights(tensors: Mapping[str, StoredTensor], names: Names) -> Weights:
+    """Weights of any origin, under the names that `names` resolves."""
+    return _Stored(tensors, names)
 
 
 def planned_weights(plan: Plan, component: str = "") -> Weights:

@@ -14,6 +14,7 @@ from surgery.onnx.adapter_file import read_adapter_file
 from surgery.onnx.export import export_onnx
 from surgery.onnx.run.text import run
 from surgery_formats.errors import FitError
+from tests.kit import ROOT
 from tests.onnx import trained
 from tests.onnx.sessions import Plain, open_session
 from tests.oracles import recipes
@@ -101,7 +102,8 @@ def test_the_default_past_is_what_peft_computes(case, name, kind, target, tmp_pa
     plain = trained.logits(recipes.load(name, one.base), IDS)
     assert np.abs(trained.logits(model, IDS) - plain).max() > 0.01
     assert_like(Unaware(tmp_path / "out" / "model.onnx"), model)
-    assert not (tmp_path / "out" / "genai_config.json").exists()
+    rows = (tmp_path / "out" / "rows.onnx").exists()  # what onnxruntime-genai gets
+    assert rows == (tmp_path / "out" / "genai_config.json").exists() == (not kind.startswith("prefix"))
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
@@ -120,7 +122,9 @@ def test_prompts_are_swapped_in_one_session(case, target, tmp_path):
         assert_like(Unaware(tmp_path / "out" / "model.onnx", tmp_path / "out" / entry["file"]), one.model(kind))
     base = Unaware(tmp_path / "out" / "model.onnx")  # an empty past is the base
     size = (1, result.contract.kv_heads, 0, result.contract.head_dim)
-    base.past = {one.name: np.zeros(size, "f4") for one in base.session.get_overridable_initializers() if "past" in one.name}
+    base.past = {
+        one.name: np.zeros(size, "f4") for one in base.session.get_overridable_initializers() if "past" in one.name
+    }
     expected = trained.logits(recipes.load("llama", one.base), IDS)
     assert np.abs(base.step(IDS, np.ones_like(IDS)) - expected).max() <= 1e-5
 
@@ -224,6 +228,28 @@ def test_half_precision_keys_are_the_caches_type(case, tmp_path):
     assert {array.dtype.name for array in past.values()} == {"float16"}
     found = Unaware(tmp_path / "out" / "model.onnx").step(IDS, np.ones_like(IDS))
     assert np.abs(found - trained.logits(one.model("prompt"), IDS)).max() <= 2e-2
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_a_text_is_read_once(target, tmp_path):
+    """What is generated is what the model says after the text and the input, the input without a beginning of its own."""
+    import transformers
+
+    base = ROOT / "examples" / "base"
+    text, goes_on = "The function returns", [" the value", " no"]
+    result = export_onnx(base, bake_prompt=[text], output=tmp_path / "out", target=target, dtype="fp32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    head = tokenizer(text).input_ids
+    assert (result.contract.prompt_kind, result.contract.virtual_tokens) == ("TEXT", len(head))
+    assert result.contract.adapters[0]["ids"] == head
+    found = run(tmp_path / "out", goes_on, max_new=STEPS)
+    for one, more in zip(found.texts, goes_on, strict=True):
+        ids = np.array([head + tokenizer(more, add_special_tokens=False).input_ids])
+        expected = trained.generated(model, ids, STEPS)
+        assert list(one.tokens) == expected[: len(one.tokens)]
+        assert one.reason == "stop" or len(one.tokens) == STEPS
+    assert not (tmp_path / "out" / "genai_config.json").exists()
 
 
 ENCODERS = {"bert_sequence": "SEQ_CLS", "bert_token": "TOKEN_CLS", "roberta_sequence": "SEQ_CLS"}

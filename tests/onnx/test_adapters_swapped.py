@@ -33,7 +33,8 @@ def base(tmp_path_factory):
 def adapters(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     return {
-        name: trained.train("llama", base, config, folder / name, seed) for seed, (name, config) in enumerate(THREE.items())
+        name: trained.train("llama", base, config, folder / name, seed)
+        for seed, (name, config) in enumerate(THREE.items())
     }
 
 
@@ -60,7 +61,7 @@ def test_three_adapters_take_turns_in_one_session(base, adapters, target, tmp_pa
         assert np.abs(alone - expected).max() > 0.05
         assert np.abs(swapped(plain, out / "adapters" / f"{name}.onnx_adapter") - alone).max() <= TOLERANCE
         assert np.abs(swapped(plain) - expected).max() <= 1e-5  # and the base again
-    assert [(one["name"], one["mode"]) for one in result.contract.adapters] == [(name, "swap") for name in THREE]
+    assert [(one["name"], one["mode"]) for one in result.contract.adapters] == [(name, "swapped") for name in THREE]
     assert len(result.contract.slots) == 7 * 3  # the union of the targets
 
 
@@ -130,7 +131,8 @@ def test_the_scale_is_in_B_and_half_precision_is_the_graphs(base, adapters, tmp_
 
 
 @pytest.mark.parametrize(
-    "name", ["dora", "lora_bias", "modules_to_save head", "trainable tokens", "oft", "loha", "ia3", "vera", "layer norms"]
+    "name",
+    ["dora", "lora_bias", "modules_to_save head", "trainable tokens", "oft", "loha", "ia3", "vera", "layer norms"],
 )
 def test_what_a_slot_cannot_hold_is_refused_by_name(base, name, tmp_path):
     adapter = trained.train("llama", base, trained.MERGED[name], tmp_path / "adapter")

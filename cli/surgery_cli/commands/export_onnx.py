@@ -153,7 +153,7 @@ def _adapter_rows(result: ExportResult) -> list[tuple[str, str]]:
         name, kind = show(one["name"], 60), one["kind"]
         if one["mode"] == "merged":
             rows.append(("merged", f"{name} ({kind})" + (f", weight {one['weight']:g}" if one["weight"] != 1 else "")))
-        elif one["mode"] == "swap":
+        elif one["mode"] == "swapped":
             rows.append(("swap", f"{name} ({kind}): {one['file']}"))
         else:
             where = f": {one['file']}" if "file" in one else ""
@@ -167,7 +167,7 @@ def _adapter_rows(result: ExportResult) -> list[tuple[str, str]]:
 
 
 def _given(result: ExportResult) -> str:
-    swapped = next((one for one in result.contract.adapters if one["mode"] == "swap"), None)
+    swapped = next((one for one in result.contract.adapters if one["mode"] == "swapped"), None)
     return f" --adapter {result.output}/{swapped['file']}" if swapped else ""
 
 

@@ -58,8 +58,12 @@ class EncoderSizes:
     positions: int
 
 
-def read_encoder_sizes(settings: Settings) -> EncoderSizes:
+def read_encoder_sizes(settings: Settings, *, vocabulary: int = 30522) -> EncoderSizes:
     """Sizes under BERT's keys, with BERT's defaults.
+
+    Args:
+        settings: Of the model.
+        vocabulary: The family's ``vocab_size``.
 
     Raises:
         FitError: a size that is none, or heads that do not divide.
@@ -69,7 +73,7 @@ def read_encoder_sizes(settings: Settings) -> EncoderSizes:
         inner=settings.count("intermediate_size", default=3072),
         layers=settings.count("num_hidden_layers", default=12, most=LAYERS),
         heads=settings.count("num_attention_heads", default=12),
-        vocabulary=settings.count("vocab_size", default=30522),
+        vocabulary=settings.count("vocab_size", default=vocabulary),
         positions=settings.count("max_position_embeddings", default=512),
     )
     if sizes.hidden % sizes.heads:

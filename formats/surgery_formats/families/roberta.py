@@ -26,7 +26,8 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
     """Positions are counted from ``pad_token_id + 1`` (arXiv:1907.11692)."""
     settings = Settings(config)
     encoder_only(settings)
-    sizes = read_encoder_sizes(settings)
+    first = settings.text("model_type", default="") == "roberta"
+    sizes = read_encoder_sizes(settings, vocabulary=50265 if first else 30522)
     epsilon = settings.positive("layer_norm_eps", default=1e-12)
     padding = settings.whole("pad_token_id", default=1)
     if sizes.positions <= padding + 1:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,8 +127,15 @@ def manifest_bytes(manifest: Mapping[str, Any], plan_id: str, files: Mapping[str
     return json.dumps(whole, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
-def verify_folder(path: str | os.PathLike[str]) -> None:
+def verify_folder(path: str | os.PathLike[str], *, added: Collection[str] = ()) -> dict[str, Any]:
     """Check that the folder holds the files of its manifest, no others, with their sizes and recorded hashes.
+
+    Args:
+        path: The folder.
+        added: Names of files that may have been put beside them since.
+
+    Returns:
+        The manifest.
 
     Raises:
         NotFoundError: no manifest.
@@ -144,12 +151,13 @@ def verify_folder(path: str | os.PathLike[str]) -> None:
     present = _files_below(folder) - {MANIFEST}
     if missing := sorted(entries.keys() - present):
         raise ProofError(f"missing: {listing(missing)}", file=folder)
-    if extra := sorted(present - entries.keys()):
+    if extra := sorted(present - entries.keys() - set(added)):
         raise ProofError(f"not in the manifest: {listing(extra)}", file=folder)
     for name, entry in sorted(entries.items()):
         if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
             raise MalformedError(f"the entry of '{show(name)}' has no size", file=source)
         _verify_file(folder / name, entry)
+    return found
 
 
 def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verify an output: are its bytes those that were written, and does a graph compute what its model is?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.verify_bytes import compare_copied, compare_files, recorded_tensors
+from surgery_formats.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.errors import FitError, NotFoundError, ProofError
+from surgery_formats.files.manifest import MANIFEST, verify_folder
+from surgery_formats.text import count
+
+if TYPE_CHECKING:
+    from surgery.reference import Reference
+    from surgery.verify_onnx import Measure
+    from surgery.verify_session import GraphFile
+
+__all__ = ["TOLERANCE", "Check", "Verification", "verify"]
+
+TOLERANCE = 1e-4
+"""Greatest difference of a logit, as a share of the greatest logit (of 1 where that is less), for graphs of float32."""
+SHORT_TOLERANCE = 1e-2
+"""The same for graphs of 16 bits that hold constants (multipliers), which were rounded when the graph was made."""
+_GRAPH = "model.onnx"
+_PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
+
+Weighted = tuple[str | os.PathLike[str], float]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that was found to be so.
+
+    Attributes:
+        name: What was looked at.
+        detail: What was found.
+        difference: Greatest difference of a logit, where there is one.
+        limit: What it had to stay below.
+    """
+
+    name: str
+    detail: str
+    difference: float | None = None
+    limit: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        numbers = {"difference": self.difference, "limit": self.limit} if self.limit is not None else {}
+        return {"name": self.name, "detail": self.detail, **numbers}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified; what fails is an error.
+
+    Attributes:
+        path: The folder.
+        kind: ``graph`` or ``folder``.
+        checks: In order.
+        notes: What could not be looked at, and how it can.
+    """
+
+    path: Path
+    kind: str
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def difference(self) -> float | None:
+        """Greatest difference of a logit of all checks."""
+        return max((check.difference for check in self.checks if check.difference is not None), default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "difference": self.difference,
+            "checks": [check.as_json() for check in self.checks],
+            "notes": list(self.notes),
+        }
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    adapters: Sequence[Weighted] = (),
+    tolerance: float | None = None,
+) -> Verification:
+    """Verify a folder that this toolkit made.
+
+    A graph is run by onnxruntime on the CPU, in float32, and compared with a reference computed from config.json and weights by
+    arithmetic of its own. A folder of weights is compared with what its manifest recorded.
+
+    Args:
+        path: A folder with ``model.onnx`` or a manifest.
+        against: The base: weights that were copied are compared with it, and a graph that holds its weights inside is computed from it.
+        adapters: ``(path, weight)`` of what was merged into `against`; a graph must compute what the merge would.
+        tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
+
+    Raises:
+        InputError: the folder or something in it cannot be read.
+        FitError: neither a graph nor an output of this toolkit, or `against` is another model.
+        ProofError: something is not as it was meant.
+    """
+    where = Path(path)
+    if where.name.endswith(".onnx") and where.is_file():
+        where = where.parent
+    if not where.is_dir():
+        raise NotFoundError("no such folder", file=where)
+    if adapters and against is None:
+        raise FitError("adapters were named without a base", hint="name the base they were merged into: --against BASE")
+    base = None if against is None else open_checkpoint(against)
+    has_manifest, has_graph = (where / MANIFEST).exists(), (where / _GRAPH).exists()
+    if not has_manifest and not has_graph:
+        raise FitError(f"neither {_GRAPH} nor {MANIFEST} is there", file=where, hint="verify what surgery has written")
+    checks: list[Check] = []
+    notes: list[str] = []
+    manifest = _folder(where, checks) if has_manifest else {}
+    if not has_graph:
+        if base is not None:
+            number = compare_copied(open_checkpoint(where), base, manifest)
+            checks.append(Check("copied tensors", f"{count(number)}, each the base's"))
+        else:
+            notes.append("copied tensors were not compared with the base: --against BASE does")
+        return Verification(where, "folder", tuple(checks), tuple(notes))
+    _graphs(where, base, list(adapters), tolerance, checks, notes)
+    return Verification(where, "graph", tuple(checks), tuple(notes))
+
+
+def _folder(where: Path, checks: list[Check]) -> Mapping[str, Any]:
+    """The manifest: files, sizes, hashes; graphs may have been added to a folder of weights since."""
+    added = [name for name in os.listdir(where) if name.endswith((".onnx", ".onnx_adapter")) or name in _PER_GRAPH]
+    manifest = verify_folder(where, added=added)
+    checks.append(Check("files", f"{count(len(manifest['files']))} as the manifest has them"))
+    if number := recorded_tensors(where, manifest):
+        checks.append(Check("computed tensors", f"{count(number)}, each as it was written"))
+    return manifest
+
+
+def _graphs(
+    where: Path,
+    base: Checkpoint | None,
+    adapters: list[Weighted],
+    tolerance: float | None,
+    checks: list[Check],
+    notes: list[str],
+) -> None:
+    from surgery.verify_session import check_weight_files, read_graph
+
+    main = read_graph(where / _GRAPH)
+    graphs = [main]
+    if main.contract.prefill:
+        graphs.append(read_graph(where / Path(main.contract.prefill).name))
+    for graph in graphs:
+        check_weight_files(graph)
+    names = [one.name for one in main.weight_files]
+    if names:
+        checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))
+    if base is not None and not adapters:  # a merge may have put them under the names of the base's files
+        same = compare_files(where, names, base)
+        if same:
+            checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
+    elif names and base is None:
+        notes.append("the weights' bytes were not compared with the base: --against BASE does")
+    reference = _reference(main, base, adapters)
+    for graph in graphs:
+        checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference)]
+
+
+def _reference(graph: GraphFile, base: Checkpoint | None, adapters: list[Weighted]) -> Reference:
+    """The model that the graph should be: base and adapters where named, else what lies beside it."""
+    from surgery.merge import plan_merge
+    from surgery.reference import open_reference
+    from surgery.reference.model import Reference
+    from surgery.reference.weights import tensor_weights
+    from surgery_formats.adapters.registry import read_adapter
+    from surgery_formats.binding import bind
+    from surgery_formats.families.parameters import model_of
+    from surgery_formats.files.safetensors import open_safetensors
+
+    contract, folder = graph.contract, graph.path.parent
+    if base is not None and adapters:
+        plan = plan_merge(bind([(read_adapter(path), weight) for path, weight in adapters], base))
+        return open_reference(base.main, plan)
+    if not graph.weight_files:
+        if base is None:
+            raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: --against BASE")
+        return open_reference(base.main)
+    merged = any(str(one.get("mode")).startswith("merge") for one in contract.adapters)
+    if base is not None and not merged:
+        return open_reference(base.main)
+    component = open_checkpoint(folder).main
+    tensors = dict(component.tensors)
+    known = {shard.path.name for shard in component.shards}
+    for one in graph.weight_files:
+        if one.name not in known:  # what a merge changed lies in a file of its own
+            tensors |= {tensor.name: tensor for tensor in open_safetensors(folder / one.name).tensors}
+    return Reference(model_of(component.config, tensors.keys()), tensor_weights(tensors, component.names))
+
+
+def _measures(graph: GraphFile, reference: Reference) -> list[Measure]:
+    from surgery.verify_onnx import compare_decoder, compare_encoder
+    from surgery.verify_session import Session, default_past
+
+    if graph.contract.kind != reference.model.kind:
+        raise ProofError(f"the graph is a {graph.contract.kind}, the model a {reference.model.kind}", file=graph.path)
+    session = Session(graph)
+    if graph.contract.kind == "encoder":
+        return list(compare_encoder(session, reference))
+    return list(compare_decoder(session, reference, default_past(graph)))
+
+
+def _judged(measure: Measure, graph: GraphFile, tolerance: float | None) -> Check:
+    """The check, or the error.
+
+    Raises:
+        ProofError: the graph computes something else.
+    """
+    share = tolerance or (SHORT_TOLERANCE if graph.rounded else TOLERANCE)
+    limit = share * max(1.0, measure.size)
+    if not measure.within(share):
+        tokens = f", {measure.wrong_tokens} greedy tokens differ" if measure.wrong_tokens else ""
+        raise ProofError(
+            f"{measure.name}: a logit differs by {measure.difference:.3g} from what the model computes (at most {limit:.3g}){tokens}",
+            file=graph.path,
+            hint="graph and weights do not belong together, or one of them is damaged: export again",
+        )
+    name = measure.name if graph.path.name == _GRAPH else f"{graph.path.name}: {measure.name}"
+    return Check(name, f"max |d| {measure.difference:.2g} of {measure.size:.3g}", measure.difference, limit)

@@ -1,0 +1,72 @@
+"""Whole generations of other families through export and runner, in batches, equal transformers' own; encoders give its scores."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import surgery
+from surgery.onnx.export import export_onnx
+from surgery.onnx.run.opening import open_graph
+from tests.oracles import recipes
+
+ROWS = [[5, 17, 3, 88, 42, 9], [29, 8, 77, 50], [7]]
+NEW = 10
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("qwen2", {"hidden_size": 64}),
+        ("gpt2", {}),
+        ("gemma2", {}),
+        ("phi3_longrope_long", {"original_max_position_embeddings": 9}),
+    ],
+    ids=["qwen2", "gpt2", "gemma2", "LongRoPE, growing into the long angles"],
+)
+def test_a_batch_says_what_each_row_says_alone_in_transformers(tmp_path, name, fields, target):
+    folder = recipes.build(name, tmp_path / "base", **fields)
+    model = recipes.load(name, folder)
+    export_onnx(folder, output=folder, target=target, dtype="fp32")
+    longrope = "longrope" in name  # the longest row decides for all of a batch: rows go alone
+    for rows in [[row] for row in ROWS] if longrope else [ROWS]:
+        found = surgery.run(folder, rows, device="cpu", max_new=NEW, threads=1)
+        for row, one in zip(rows, found.texts, strict=True):
+            with torch.no_grad():
+                wanted = model.generate(
+                    torch.tensor([row]),
+                    max_new_tokens=NEW,
+                    do_sample=False,
+                    num_beams=1,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            assert list(one.tokens) == wanted[0, len(row) :].tolist()[: len(one.tokens)]
+            assert len(one.tokens) == NEW or one.reason == "stop"
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize("name", ["bert_sequence", "roberta_token", "roberta_sentence"])
+def test_encoders_give_the_scores_of_transformers(tmp_path, name, target):
+    folder = recipes.build(name, tmp_path / "base")
+    model = recipes.load(name, folder)
+    export_onnx(folder, output=folder, target=target, dtype="fp32")
+    assert open_graph(folder, device="cpu").contract.kind == "encoder"
+    rows = [[5, 17, 9, 88, 42], [29, 8, 77]]
+    found = surgery.run(folder, rows, device="cpu", threads=1)
+    labels = json.loads((folder / "config.json").read_text()).get("id2label", {})
+    for number, row in enumerate(rows):
+        with torch.no_grad():
+            wanted = model(torch.tensor([row]))
+        if "sentence" in name:
+            hidden = found.arrays["last_hidden_state"][number, : len(row)]
+            assert np.abs(hidden - wanted.last_hidden_state[0].numpy()).max() < 1e-4
+            continue
+        shares = torch.softmax(wanted.logits.double(), -1).reshape(-1, wanted.logits.shape[-1]).numpy()
+        scores = found.texts[number].scores
+        assert np.abs(np.array([list(one.values()) for one in scores]) - shares).max() < 1e-5
+        assert list(scores[0]) == (list(labels.values()) or [str(n) for n in range(shares.shape[-1])])
