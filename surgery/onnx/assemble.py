@@ -35,7 +35,7 @@ ROWS = "rows.onnx"
 Array = npt.NDArray[Any]
 
 Form = str
-"""``kv``: keys and values as the default past; ``rows``: behind the vocabulary; ``front``: before an encoder's tokens; empty: no prompts."""
+"""``kv``: keys and values as the default past; ``rows``: behind the vocabulary; ``front``: before an encoder's tokens; empty: none."""
 
 
 def prompt_form(asked: str, prompts: tuple[Prompt, ...], model: Model) -> Form:
