@@ -9,14 +9,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.onnx.prompts import unique
-from surgery_formats.adapter import Adapter
-from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError
 from surgery_formats.identity import fingerprint
 from surgery_formats.text import show
+
+if TYPE_CHECKING:
+    from surgery_formats.adapter import Adapter
 
 __all__ = ["MODES", "Named", "Reference", "Wanted", "Weighted", "entry", "sort_adapters"]
 
@@ -93,6 +94,8 @@ def sort_adapters(
         InputError: one cannot be read.
         FitError: no such mode, or a weight where none is of use.
     """
+    from surgery_formats.adapters.registry import read_adapter
+
     if mode is not None and mode not in MODES:
         raise FitError(f"no mode '{show(mode)}'", hint=f"one of {', '.join(MODES)}")
     placed: dict[str, list[Named]] = {"merged": [], "swappable": [], "prefix": []}

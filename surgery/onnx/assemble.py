@@ -17,7 +17,6 @@ from surgery.onnx.build import Built, Options, build
 from surgery.onnx.contract import TEXT
 from surgery.onnx.genai import genai_config
 from surgery.onnx.prompts import Place, Prompt, computed_past, empty_past, stored_past
-from surgery.onnx.slots import Swappable, slot_arrays
 from surgery.onnx.virtual import Virtual
 from surgery_formats.checkpoint import Component
 from surgery_formats.errors import FitError
@@ -26,6 +25,8 @@ from surgery_formats.files.bounded_json import read_object
 
 if TYPE_CHECKING:
     import onnx
+
+    from surgery.onnx.slots import Swappable
 
 __all__ = ["ROWS", "Assembly", "Form", "prompt_form"]
 
@@ -127,6 +128,8 @@ class Assembly:
         files: dict[str, bytes] = {}
         sizes = _slot_sizes(built)
         for named, one in zip(self.wanted.swap, self.slots, strict=True):
+            from surgery.onnx.slots import slot_arrays
+
             arrays = slot_arrays(one, built.contract.slots, sizes, kind)
             files[self._adapter_file(named.name)] = _adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):

@@ -9,30 +9,32 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery import __version__
 from surgery.execute import Run
 from surgery.ledger import Ledger
-from surgery.merge import check_base_id, judge
 from surgery.onnx.adapters import Reference, Wanted, Weighted, sort_adapters
 from surgery.onnx.assemble import ROWS, Assembly, prompt_form
 from surgery.onnx.build import Built, Options
 from surgery.onnx.contract import TEXT, Contract
-from surgery.onnx.merged import Merged, PlannedBytes, merged_model, merged_weights
 from surgery.onnx.place import Mode, Parcel, choose_mode, embed, place
 from surgery.onnx.prompts import Place, Prompt, of_adapter, unique
-from surgery.onnx.slots import swappable
 from surgery.onnx.target import choose, io_type
 from surgery.plan import SideFile
 from surgery.progress import Callback
-from surgery_formats.binding import Binding, bind, warn_of_other_base
 from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.families.parameters import model_of
+from surgery_formats.families.recipe import Model
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import File
+
+if TYPE_CHECKING:
+    from surgery.onnx.merged import Merged
+    from surgery.onnx.slots import Swappable
+    from surgery_formats.binding import Binding
 
 __all__ = ["ExportResult", "export_onnx"]
 
@@ -137,13 +139,12 @@ def export_onnx(
     wanted = sort_adapters(adapters, mode, merge, swap, prefix)
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
-    check_base_id(checkpoint, wanted.adapters)
-    binding = bind(wanted.merged, checkpoint, new_biases=True) if wanted.merged else None
-    merged = merged_weights(binding, "full" if merge_to == "full" else "delta") if binding else None
+    binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
     assembly = _assembly(checkpoint, wanted, merged, target, dtype, max_length, tuple(bake_prompt), form)
     where = Path(output)
     draft = assembly.draft()
-    sources = tuple(file for file in draft.files if not isinstance(file, PlannedBytes))
+    planned = {one.file for one in merged.overrides.values() if one.file.fd < 0} if merged else set()
+    sources = tuple(file for file in draft.files if file not in planned)
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     warnings = _warnings(chosen, wanted, checkpoint, binding) + _genai_warnings(assembly, draft)
     built: list[Built] = []
@@ -158,6 +159,8 @@ def export_onnx(
         return files
 
     def check(ledger: Ledger) -> None:
+        from surgery.merge import judge
+
         assert binding is not None
         warnings.extend(judge(ledger, checkpoint, [weight for _, weight in binding.adapters]))
 
@@ -180,6 +183,21 @@ def export_onnx(
     )
 
 
+def _merged(checkpoint: Checkpoint, wanted: Wanted, *, full: bool) -> tuple[Binding | None, Merged | None]:
+    """What is merged; imported only where there are adapters, which cost a plain export as much as all the rest."""
+    if not wanted.adapters:
+        return None, None
+    from surgery.merge import check_base_id
+    from surgery.onnx.merged import merged_weights
+    from surgery_formats.binding import bind
+
+    check_base_id(checkpoint, wanted.adapters)
+    if not (pairs := wanted.merged):
+        return None, None
+    binding = bind(pairs, checkpoint, new_biases=True)
+    return binding, merged_weights(binding, "full" if full else "delta")
+
+
 def _assembly(
     checkpoint: Checkpoint,
     wanted: Wanted,
@@ -193,7 +211,7 @@ def _assembly(
     component = merged.component if merged else checkpoint.main
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, _stored_type(checkpoint.main))
-    model = merged_model(merged) if merged else model_of(component.config, frozenset(component.tensors))
+    model = merged.model if merged else model_of(component.config, frozenset(component.tensors))
     prompts = [of_adapter(one.name, one.adapter, model) for one in wanted.prefix]
     for text in texts:
         if model.kind != "decoder":
@@ -206,10 +224,18 @@ def _assembly(
         model,
         Options(choose(target, io), io, max_length, overrides=overrides),
         wanted,
-        tuple(swappable(one.adapter, checkpoint, model) for one in wanted.swap),
+        _slots(checkpoint, wanted, model),
         tuple(prompts),
         prompt_form(form, tuple(prompts), model),
     )
+
+
+def _slots(checkpoint: Checkpoint, wanted: Wanted, model: Model) -> tuple[Swappable, ...]:
+    if not wanted.swap:
+        return ()
+    from surgery.onnx.slots import swappable
+
+    return tuple(swappable(one.adapter, checkpoint, model) for one in wanted.swap)
 
 
 def _ids(folder: Path, text: str) -> tuple[int, ...]:
@@ -323,16 +349,11 @@ def _genai_warnings(assembly: Assembly, draft: Built) -> list[str]:
 
 def _warnings(mode: Mode, wanted: Wanted, checkpoint: Checkpoint, binding: Binding | None) -> list[str]:
     found = list(binding.warnings) if binding else []
-    others = [one.adapter for one in (*wanted.swap, *wanted.prefix)]
-    said = set(found)
-    found += [
-        text
-        for text in [
-            *(f"{adapter.path.name}: {trap}" for adapter in others for trap in adapter.traps),
-            *warn_of_other_base(others, checkpoint),
-        ]
-        if text not in said
-    ]
+    if others := [one.adapter for one in (*wanted.swap, *wanted.prefix)]:
+        from surgery_formats.binding import warn_of_other_base
+
+        texts = [f"{adapter.path.name}: {trap}" for adapter in others for trap in adapter.traps]
+        found += [text for text in (*texts, *warn_of_other_base(others, checkpoint)) if text not in found]
     if mode == "link":
         found.append(
             "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes into one file "

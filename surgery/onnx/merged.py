@@ -27,7 +27,7 @@ from surgery_formats.families.recipe import Model, Projection
 from surgery_formats.files.raw import File
 from surgery_formats.tensors import StoredTensor, Zeros
 
-__all__ = ["DELTA", "Layout", "Merged", "PlannedBytes", "merged_model", "merged_weights"]
+__all__ = ["DELTA", "Layout", "Merged", "PlannedBytes", "merged_weights"]
 
 DELTA = "delta.safetensors"
 """Name of the file of changed tensors."""
@@ -73,12 +73,14 @@ class Merged:
         component: The base with the configuration the merge made true.
         overrides: Tensors to read instead of the base's, by name.
         side_files: Of the output folder, but for an index that the folder does not need.
+        model: The recipe; layers that have got a bias add it.
     """
 
     plan: Plan
     component: Component
     overrides: Mapping[str, StoredTensor]
     side_files: tuple[SideFile, ...]
+    model: Model
 
 
 def merged_weights(binding: Binding, layout: Layout) -> Merged:
@@ -111,18 +113,9 @@ def merged_weights(binding: Binding, layout: Layout) -> Merged:
         if isinstance(one.step, Copy) and one.name not in overrides and one.step.source.name != one.name:
             overrides[one.name] = replace(one.step.source, name=one.name)
     kept = tuple(side for side in whole.side_files if layout == "full" or side.name != component.index_name)
-    return Merged(plan, replace(component, config=_config(component, kept)), overrides, kept)
-
-
-def merged_model(merged: Merged) -> Model:
-    """The recipe of a graph with what was merged: layers that have got a bias add it.
-
-    Raises:
-        FitError: see `surgery_formats.families.parameters.model_of`.
-    """
-    model = model_of(merged.component.config, frozenset(merged.component.tensors) | frozenset(merged.overrides))
-    grown: Model = _with_biases(model, merged.overrides)
-    return grown
+    changed = replace(component, config=_config(component, kept))
+    model = model_of(changed.config, frozenset(changed.tensors) | frozenset(overrides))
+    return Merged(plan, changed, overrides, kept, _with_biases(model, overrides))
 
 
 def _with_biases(part: Any, names: Collection[str]) -> Any:

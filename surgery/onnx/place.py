@@ -33,7 +33,10 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["MODES", "Mode", "Parcel", "Placed", "choose_mode", "embed", "place"]
+__all__ = ["LEDGER", "MODES", "Mode", "Parcel", "Placed", "choose_mode", "embed", "place"]
+
+LEDGER = "surgery_export.json"
+"""In a folder that was only added to: what its manifest would say of computed weights."""
 
 Mode = Literal["reference", "link", "copy", "embed"]
 MODES = ("auto", "reference", "link", "copy", "embed")
@@ -192,7 +195,7 @@ def _add(parcel: Parcel, folder: Path, run: Run) -> Placed:
     Computed weights are staged in a folder within, so that they lie on its file system and the graph can already read them there.
     """
     planned = [file.name for file in parcel.plan.files] if parcel.plan else []
-    for name in (*planned, *parcel.names):
+    for name in (*planned, *([LEDGER] if planned else []), *parcel.names):
         if os.path.lexists(folder / name):
             raise _taken(folder / name)
     added: list[Path] = []
@@ -212,6 +215,9 @@ def _add(parcel: Parcel, folder: Path, run: Run) -> Placed:
                 with output_faults(folder / name):
                     _rename(os.fspath(stage.staged / name), folder / name)
                 added.append(folder / name)
+        if ledger is not None:
+            text = json.dumps({"export": dict(parcel.facts), "ledger": ledger.as_json()}, indent=1, sort_keys=True)
+            files = {LEDGER: text.encode() + b"\n", **files}
         for name, data in files.items():
             _add_one(folder / name, data, added)
         sync_folder(fd)

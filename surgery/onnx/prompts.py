@@ -19,7 +19,6 @@ import numpy.typing as npt
 from surgery.onnx.build import Options, build
 from surgery.onnx.target import TARGETS, twin
 from surgery.onnx.virtual import Virtual
-from surgery_formats.adapter import Adapter
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -28,6 +27,8 @@ from surgery_formats.text import show
 
 if TYPE_CHECKING:
     import onnx
+
+    from surgery_formats.adapter import Adapter
 
 __all__ = ["Place", "Prompt", "computed_past", "empty_past", "of_adapter", "stored_past", "unique"]
 

@@ -96,7 +96,10 @@ def test_beside_the_base_only_files_are_added(base, adapters, tmp_path):
     assert result.weights == "reference"
     assert {name: ((folder / name).stat().st_ino, (folder / name).read_bytes()) for name in before} == before
     added = {path.name for path in folder.iterdir()} - set(before)
-    assert added == {DELTA, "model.onnx", "prefill.onnx", "genai_config.json"}
+    assert added == {DELTA, "surgery_export.json", "model.onnx", "prefill.onnx", "genai_config.json"}
+    assert json.loads((folder / "surgery_export.json").read_text())["ledger"] == json.loads(
+        json.dumps(result.ledger.as_json())
+    )
     expected = trained.logits(trained.attached("llama", folder, (adapters["lora q v"], 1.0)), IDS)
     assert np.abs(found(folder) - expected).max() <= TOLERANCE
     with pytest.raises(OutputExistsError):
