@@ -94,14 +94,16 @@ def sort_adapters(
         InputError: one cannot be read.
         FitError: no such mode, or a weight where none is of use.
     """
-    from surgery_formats.adapters.registry import read_adapter
-
     if mode is not None and mode not in MODES:
         raise FitError(f"no mode '{show(mode)}'", hint=f"one of {', '.join(MODES)}")
     placed: dict[str, list[Named]] = {"merged": [], "swappable": [], "prefix": []}
     given = [(one, mode) for one in adapters]
     given += [(one, "merged") for one in merge]
     given += [(one, "swappable") for one in swap] + [(one, "prefix") for one in prefix]
+    if not given:
+        return Wanted()
+    from surgery_formats.adapters.registry import read_adapter
+
     names: set[str] = set()
     for reference, place in given:
         path, weight = reference if isinstance(reference, tuple) else (reference, 1.0)
