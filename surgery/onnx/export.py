@@ -207,6 +207,10 @@ def _warnings(mode: Mode, component: Component, built: Built) -> list[str]:
             "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes into one file "
             "changes both"
         )
+    if built.contract.kind == "decoder" and built.contract.target == "cuda" and built.contract.dtype == "fp32":
+        found.append(
+            "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much faster"
+        )
     if built.contract.virtual_tokens and ROWS not in built.graphs:
         found.append(
             "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on trained keys and values"
