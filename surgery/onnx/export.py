@@ -146,7 +146,7 @@ def export_onnx(
     planned = {one.file for one in merged.overrides.values() if one.file.fd < 0} if merged else set()
     sources = tuple(file for file in draft.files if file not in planned)
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
-    warnings = _warnings(chosen, wanted, checkpoint, binding) + _genai_warnings(assembly, draft)
+    warnings = _warnings(chosen, wanted, checkpoint, binding) + _graph_warnings(assembly, draft)
     built: list[Built] = []
 
     def make(here: Place) -> Mapping[str, bytes]:
@@ -324,16 +324,21 @@ def _id(draft: Built, assembly: Assembly) -> str:
     return state.hexdigest()
 
 
-def _genai_warnings(assembly: Assembly, draft: Built) -> list[str]:
-    """What onnxruntime-genai does otherwise than the graph's own contract says."""
-    if draft.contract.kind != "decoder":
+def _graph_warnings(assembly: Assembly, draft: Built) -> list[str]:
+    """What is slow, and what onnxruntime-genai does otherwise than the graph's own contract says."""
+    contract, found = draft.contract, []
+    if contract.kind != "decoder":
         return []
+    if contract.target == "cuda" and contract.dtype == "fp32":
+        found.append(
+            "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much faster"
+        )
     graph = assembly.for_genai(draft)
     if not graph:
-        return [
+        found.append(
             "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and values of a prompt"
-        ]
-    found = []
+        )
+        return found
     if graph == ROWS or assembly.form == "rows":
         first = assembly.model.vocabulary
         found.append(

@@ -252,7 +252,7 @@ def test_a_text_is_read_once(target, tmp_path):
     assert not (tmp_path / "out" / "genai_config.json").exists()
 
 
-ENCODERS = {"bert_sequence": "SEQ_CLS", "bert_token": "TOKEN_CLS", "roberta_sequence": "SEQ_CLS"}
+ENCODERS = {"bert_sequence": "SEQ_CLS", "bert_token": "TOKEN_CLS", "roberta_sequence": "SEQ_CLS", "distilbert_sequence": "SEQ_CLS"}
 
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
