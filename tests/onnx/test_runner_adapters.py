@@ -1,0 +1,93 @@
+"""``surgery run`` with adapters and soft prompts: one graph, and what is chosen per run is what is computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import surgery
+from surgery.onnx.adapter_file import write_adapter_file
+from surgery_formats.errors import FitError
+from tests.kit import spawn
+from tests.onnx.graphs import CONTRACT, decoder, factors, plain_logits, prefix
+
+ROWS = [[3, 17, 9, 4, 30], [8, 2]]
+NEW = 6
+
+
+def greedy(path, row, past=None, **more):
+    ids = list(row)
+    for _ in range(NEW):
+        ids.append(int(plain_logits(path, ids, past, **more)[-1].argmax()))
+    return ids[len(row) :]
+
+
+def tokens(path, **how):
+    return [list(one.tokens) for one in surgery.run(path, ROWS, device="cpu", max_new=NEW, threads=1, **how).texts]
+
+
+@pytest.mark.parametrize("attention", ["grouped", "plain"])
+def test_prompts_and_adapters_are_chosen_per_run(tmp_path, attention):
+    path = decoder(tmp_path, attention, prefix=prefix(1, 4), slots=True)
+    files = {name: tmp_path / f"{name}.onnx_adapter" for name in ("prompt", "one", "two")}
+    write_adapter_file(files["prompt"], prefix(2, 7))
+    write_adapter_file(files["one"], factors(3, 2))
+    write_adapter_file(files["two"], factors(4, 5))
+    both = {
+        name: np.concatenate([factors(3, 2)[name], factors(4, 5)[name]], int(name.endswith("A")))
+        for name in factors(3, 2)
+    }
+    cases = [
+        ({}, prefix(1, 4), {}),
+        ({"prompt": False}, None, {}),
+        ({"prompt_adapter": files["prompt"]}, prefix(2, 7), {}),
+        ({"adapters": [files["one"]]}, prefix(1, 4), factors(3, 2)),
+        ({"prompt": False, "adapters": [files["one"], files["two"]]}, None, both),
+        ({"prompt_adapter": files["prompt"], "adapters": [files["two"]]}, prefix(2, 7), factors(4, 5)),
+    ]
+    seen = []
+    for how, past, more in cases:
+        found = tokens(path, **how)
+        assert found == [greedy(path, row, past, **more) for row in ROWS]
+        seen.append(found)
+    assert len({str(one) for one in seen}) == len(cases)  # each of them makes a difference
+
+
+def test_the_command_takes_them_too(tmp_path):
+    path = decoder(tmp_path, prefix=prefix(1, 4), slots=True)
+    write_adapter_file(tmp_path / "one", factors(3, 2))
+    write_adapter_file(tmp_path / "prompt", prefix(2, 7))
+    words = ["run", path, "--ids", "3,17,9,4,30", "--max-new", NEW, "--device", "cpu", "-q"]
+    for more, past, slots in (
+        (["--adapter", tmp_path / "one"], prefix(1, 4), factors(3, 2)),
+        (["--adapter", tmp_path / "one", "--no-prompt"], None, factors(3, 2)),
+        (["--prompt-adapter", tmp_path / "prompt"], prefix(2, 7), {}),
+    ):
+        done = spawn(*words, *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == ",".join(map(str, greedy(path, ROWS[0], past, **slots)))
+    done = spawn(*words, "--prompt-adapter", tmp_path / "one", "--json")
+    assert done.returncode == 4
+    assert json.loads(done.stderr)["error"]["tensor"] == "q0.lora_A"
+    assert spawn(*words, "--prompt-adapter", "x", "--no-prompt").returncode == 2
+
+
+def test_soft_prompts_as_vocabulary_rows_go_in_front(tmp_path):
+    path = decoder(tmp_path, contract=replace(CONTRACT, vocabulary_rows=(36, 4)))
+    ahead = [36, 37, 38, 39]
+    assert tokens(path) == [greedy(path, ahead + row) for row in ROWS]
+    assert tokens(path, prompt=False) == [greedy(path, row) for row in ROWS]
+
+
+def test_a_prompt_the_graph_speaks_of_but_lacks_is_an_error(tmp_path):
+    path = decoder(tmp_path, contract=replace(CONTRACT, virtual_tokens=3))
+    with pytest.raises(FitError, match="has no default"):
+        tokens(path)
+    other = decoder(tmp_path / "other", prefix=prefix(1, 4))
+    model = other.read_bytes().replace(b'"virtual_tokens":4', b'"virtual_tokens":2')
+    other.write_bytes(model)
+    with pytest.raises(FitError, match="comes out where 3 tokens should"):
+        tokens(other)
