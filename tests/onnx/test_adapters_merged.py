@@ -184,6 +184,20 @@ def test_what_changes_nothing_is_refused(base, adapters, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_bias_the_base_lacks_is_the_graphs_and_no_checkpoints(base, adapters, tmp_path):
+    pair = [(adapters["lora_bias"], 0.5), (adapters["lora all-linear"], 1.0), (adapters["lora_bias"], 0.25)]
+    export_onnx(base, merge=pair, output=tmp_path / "out")
+    trained_bias = load_file(adapters["lora_bias"] / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    expected = 0.75 * 6 / 4 * trained_bias[f"base_model.model.{name}.lora_B.bias"]
+    assert load_file(tmp_path / "out" / DELTA)[f"{name}.bias"].allclose(expected, rtol=1e-6, atol=1e-7)
+    with pytest.raises(FitError, match="no checkpoint can hold it"):
+        export_onnx(base, merge=pair, output=tmp_path / "full", merge_to="full")
+    with pytest.raises(FitError, match="no parameter"):
+        merge(base, adapters["lora_bias"], output=tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
