@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 from surgery_formats.adapter import Adapter, Ignored, Site
 from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.checkpoint import Checkpoint, Component
+from surgery_formats.dtypes import DType
 from surgery_formats.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Parameter, View, rows, whole
 from surgery_formats.names import Place, extent
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors import StoredTensor, Zeros
 from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
-from surgery_formats.updates import Fit, Linear, Replacement, Stacked, TokenRows, Unsized, Update
+from surgery_formats.updates import Fit, Linear, Offset, Replacement, Stacked, TokenRows, Unsized, Update
 
-__all__ = ["Binding", "bind", "fit_of"]
+__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ class Binding:
     warnings: tuple[str, ...] = ()
 
 
-def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> Binding:
+def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, new_biases: bool = False) -> Binding:
     """Resolve every update of every adapter against the base.
 
     Args:
         adapters: Each with its weight, applied in this order.
         checkpoint: The base.
+        new_biases: Layers without a bias get one where an adapter adds to it: a graph can hold it, a checkpoint of the family cannot.
 
     Raises:
         FitError: a parameter the base lacks, a shape that does not fit, a tensor nobody consumes, an adapter that changes no
@@ -67,6 +69,8 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
         for site, chain in adapter.updates.items():
             component = _component_of(site, adapter, checkpoint)
             places = component.names.resolve(site.path, flat=site.flat) or _new_head(site, chain, adapter, component)
+            if not places and new_biases and site not in adapter.optional:
+                places = _new_bias(site, chain, component)
             if not places and site not in adapter.optional:
                 missing.append(site)
             for given in chain if places else ():
@@ -94,7 +98,9 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
     warnings = [
         f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in (*adapter.traps, *by_values(adapter))
     ]
-    warnings += _warn_of_parting(untied, checkpoint) + _warn_of_other_base(adapters, checkpoint)
+    warnings += _warn_of_parting(untied, checkpoint) + warn_of_other_base(
+        [adapter for adapter, _ in adapters], checkpoint
+    )
     ignored = tuple(entry for adapter, _ in adapters for entry in adapter.ignored)
     settled = tuple(sorted(before - {t for e in edits.values() for t in _trained(e)}, key=lambda tensor: tensor.name))
     return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, settled, tuple(warnings))
@@ -142,6 +148,22 @@ def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component
     if any(segment.isdigit() for segment in module.split(".")):  # a layer the base lacks is no new head
         return ()
     return (Place(replace(Parameter.of(chain[0].stored, component.name), name=site.path)),)
+
+
+def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tuple[Place, ...]:
+    """A bias of zeros for a layer that has none; its weight must be one stored tensor."""
+    module, _, leaf = site.path.rpartition(".")
+    if leaf != "bias" or not all(isinstance(update, Offset) for update in chain):
+        return ()
+    weights = component.names.resolve(f"{module}.weight", flat=site.flat)
+    if len(weights) != 1 or not (name := weights[0].parameter.name).endswith(".weight"):
+        return ()
+    parameter = weights[0].parameter
+    if parameter.storage.tensor.numel != parameter.shape[0] * parameter.shape[1]:
+        return ()
+    file = chain[0].tensors[0].file
+    zeros = Zeros(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1], file, 0, 0, (0,))
+    return (Place(Parameter.of(zeros, component.name)),)
 
 
 def fit_of(places: tuple[Place, ...], widest: tuple[int, int]) -> Fit:
@@ -279,7 +301,10 @@ def _edit(
         update = found[0][0].update
         assert isinstance(update, Replacement)
         return Edit(*key, update.stored, operations[1:], stacked, replaced=operations[0], added=stored is None)
-    assert stored is not None
+    if stored is None:
+        return Edit(
+            *key, place.parameter.storage.tensor, operations, stacked, added=True, why="the base adds no bias here"
+        )
     return Edit(*key, stored, operations, stacked)
 
 
@@ -338,12 +363,12 @@ def _warn_of_parting(untied: set[str], checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _warn_of_other_base(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> list[str]:
+def warn_of_other_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> list[str]:
     """Another recorded name is worth a word, no more: folders are renamed all the time."""
     config = next(iter(checkpoint.components.values())).config
     names = {checkpoint.path.resolve().name, str(config.get("_name_or_path", "")).rpartition("/")[2]}
     return [
         f"{adapter.path.name}: was trained on '{adapter.base_name}', the base given is '{checkpoint.path.resolve().name}'"
-        for adapter, _ in adapters
+        for adapter in adapters
         if adapter.base_name and adapter.base_name.rstrip("/").rpartition("/")[2] not in names
     ]
