@@ -26,8 +26,6 @@ class Target:
         norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of opset 23.
         activation: ``fused``: SiLU is one com.microsoft.QuickGelu; ``standard``: Sigmoid and Mul.
         packed: Whether weights that lie one after the other in the file become one.
-        mlp: ``steps``: an operator for each step; ``expert``: a gated SiLU MLP whose weights are packed is com.microsoft.MoE with one
-            expert (CUDA only; for comparison, no target uses it).
         qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: operators of their own.
     """
 
@@ -38,7 +36,6 @@ class Target:
     activation: Literal["fused", "standard"]
     packed: bool = True
     qk_norm: Literal["fused", "standard"] = "standard"
-    mlp: Literal["steps", "expert"] = "steps"
 
 
 TARGETS = {
@@ -89,4 +86,4 @@ def standard(target: Target) -> Target:
 
 def twin(target: Target) -> Target:
     """The same operators as far as the CPU provider has them, to prove a graph for CUDA in fp32 where there is no GPU."""
-    return replace(target, qk_norm="standard", mlp="steps")
+    return replace(target, qk_norm="standard")

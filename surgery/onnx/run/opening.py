@@ -28,7 +28,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Opened", "check_weights", "find_graph", "open_graph"]
+__all__ = ["Opened", "check_weights", "find_graph", "open_graph", "open_prefill"]
 
 GRAPH = "model.onnx"
 _HEADER_LIMIT = 100_000_000
@@ -49,6 +49,8 @@ class Opened:
         optional: Inputs that have a default.
         outputs: By name.
         cuda_graph: Whether runs may be captured and replayed.
+        weights: Folder of the weight files.
+        threads: Of one operation on the cpu; None for one per core.
     """
 
     session: onnxruntime.InferenceSession
@@ -60,6 +62,8 @@ class Opened:
     optional: frozenset[str]
     outputs: Mapping[str, Port]
     cuda_graph: bool
+    weights: Path
+    threads: int | None
 
     @property
     def folder(self) -> Path:
@@ -145,8 +149,35 @@ def open_graph(
     known = contract or guessed_contract(path, {**inputs, **defaults}, outputs, memory.device)
     return Opened(
         session, known, contract is None, path, memory, {**inputs, **defaults}, frozenset(defaults), outputs,
-        recorded,
+        recorded, folder, threads,
     )  # fmt: skip
+
+
+def open_prefill(opened: Opened) -> Opened | None:
+    """The graph over the same weights that takes several rows on top of a past (`Contract.prefill`); None where there is none.
+
+    On the cpu both sessions map the same weight files. A second session on CUDA would hold every weight again: onnxruntime shares
+    initializers between sessions only where they lie in the host's memory (`SessionOptions.add_initializer`), so there it is None too.
+
+    Raises:
+        MalformedError: a name that leads out of the folder, or a graph over other weights.
+        ProofError, FitError: see `open_graph`.
+    """
+    contract = opened.contract
+    if not contract.prefill or opened.memory.device != "cpu":
+        return None
+    if not is_safe_name(contract.prefill):
+        raise MalformedError(f"the graph names '{show(contract.prefill)}' for prefills", file=opened.path)
+    path = opened.folder / contract.prefill
+    if not path.exists():  # whoever takes the main graph alone has all there is, row by row
+        return None
+    found = open_graph(path, device="cpu", weights=opened.weights, threads=opened.threads)
+    for field in ("dtype", "layers", "kv_heads", "head_dim", "vocabulary", "weights", "slots"):
+        if getattr(found.contract, field) != getattr(contract, field):
+            raise MalformedError(
+                f"not of the same model as {GRAPH}: another {field}", file=path, hint="export it again"
+            )
+    return found
 
 
 def _memory(device: str, contract: Contract | None) -> Memory:
