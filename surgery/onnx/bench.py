@@ -173,13 +173,14 @@ def bind(
     prompt_adapter: str | os.PathLike[str] | None = None,
     provider_options: Mapping[str, str] | None = None,
     session_config: Mapping[str, str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
 ) -> Bound:
     """Open `model` and make its buffers; `max_length` is without virtual tokens. See `open_graph` and `prepare_decoder`."""
     used = _used(device)
     began = time.perf_counter()
     opened = open_graph(
         model, device=device, cuda_graph=cuda_graph, threads=threads, provider_options=provider_options,
-        session_config=session_config,
+        session_config=session_config, profile=profile,
     )  # fmt: skip
     loaded = time.perf_counter() - began
     decoder, past = None, None

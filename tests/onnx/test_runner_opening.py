@@ -178,3 +178,19 @@ def test_graphs_of_other_exporters_are_understood_by_their_inputs(tmp_path, atte
         prefill_batch=attention == "plain",
     )
     assert opened.contract == wanted
+
+
+def test_a_head_whose_size_the_graph_leaves_free_is_as_large_as_the_file_beside_it_says(tmp_path):
+    path = decoder(tmp_path)
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past", "present")):
+            value.type.tensor_type.shape.dim[3].dim_param = "size"
+    path.write_bytes(model.SerializeToString())
+    config = tmp_path / "genai_config.json"
+    config.write_text('{"model": {"context_length": 64}}')
+    with pytest.raises(FitError, match="how large a head is"):
+        open_graph(path, device="cpu")
+    config.write_text('{"model": {"context_length": 64, "decoder": {"head_size": 16}}}')
+    assert open_graph(path, device="cpu").contract.head_dim == 16

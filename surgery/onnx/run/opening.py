@@ -118,6 +118,7 @@ def open_graph(
     cuda_graph: bool = True,
     provider_options: Mapping[str, str] | None = None,
     session_config: Mapping[str, str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
 ) -> Opened:
     """Open a graph for running.
 
@@ -129,6 +130,7 @@ def open_graph(
         cuda_graph: On CUDA, record a decoding step once and replay it.
         provider_options: More for the CUDA provider, as onnxruntime names them.
         session_config: More configuration entries of the session, as onnxruntime names them.
+        profile: Where onnxruntime writes the time of each node to (the beginning of a file's name); see its ``end_profiling``.
 
     Raises:
         NotFoundError: no such file, or a weight file is missing.
@@ -143,7 +145,9 @@ def open_graph(
         check_weights(contract, folder)
     memory = _memory(device, contract)
     recorded = cuda_graph and memory.device == "cuda" and (contract is None or contract.cache == "shared")
-    session = _session(path, folder, contract, memory, threads, recorded, provider_options or {}, session_config or {})
+    session = _session(
+        path, folder, contract, memory, threads, recorded, provider_options or {}, session_config or {}, profile
+    )
     inputs, outputs = ports(session.get_inputs()), ports(session.get_outputs())
     defaults = ports(session.get_overridable_initializers())
     known = contract or guessed_contract(path, {**inputs, **defaults}, outputs, memory.device)
@@ -156,8 +160,8 @@ def open_graph(
 def open_prefill(opened: Opened) -> Opened | None:
     """The graph over the same weights that takes several rows on top of a past (`Contract.prefill`); None where there is none.
 
-    On the cpu both sessions map the same weight files. A second session on CUDA would hold every weight again: onnxruntime shares
-    initializers between sessions only where they lie in the host's memory (`SessionOptions.add_initializer`), so there it is None too.
+    On the cpu both sessions map the same weight files. A second session on CUDA would hold every weight again, as onnxruntime copies
+    initializers to the device for each session of its own, so there it is None too.
 
     Raises:
         MalformedError: a name that leads out of the folder, or a graph over other weights.
@@ -206,6 +210,7 @@ def _session(
     cuda_graph: bool,
     more: Mapping[str, str],
     config: Mapping[str, str],
+    profile: str | os.PathLike[str] | None,
 ) -> Any:
     import onnxruntime
 
@@ -220,6 +225,8 @@ def _session(
     if contract is not None and contract.target == "cpu":
         # Prepacking copies every weight into memory of the process and gains nothing for Gemm(transB): they stay mapped.
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
     for key, value in config.items():
         options.add_session_config_entry(key, value)
     providers: list[Any] = ["CPUExecutionProvider"]
