@@ -20,7 +20,7 @@ def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
     if len(record.inputs) == 1:
         both: str | None = linear(ctx, record.inputs[0], x)
     else:
-        both = joined(ctx, record.inputs, x)
+        both = joined(ctx, record.inputs, x) if ctx.target.packed == "all" else None
     if both is not None:
         gate, up = ctx.graph.several("Split", [both], at, ("*", "*"), axis=-1, num_outputs=2)
     else:

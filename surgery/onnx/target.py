@@ -25,7 +25,8 @@ class Target:
             opset 23.
         norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of opset 23.
         activation: ``fused``: SiLU is one com.microsoft.QuickGelu; ``standard``: Sigmoid and Mul.
-        packed: Whether weights that lie one after the other in the file become one.
+        packed: Whether weights that lie one after the other in the file become one: ``all``; ``attention``: those of an MLP stay apart,
+            which takes a multiplication more and a Split less; ``none``.
         qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: operators of their own.
     """
 
@@ -34,7 +35,7 @@ class Target:
     attention: Literal["gqa", "standard"]
     norm: Literal["fused", "standard"]
     activation: Literal["fused", "standard"]
-    packed: bool = True
+    packed: Literal["all", "attention", "none"] = "all"
     qk_norm: Literal["fused", "standard"] = "standard"
 
 
