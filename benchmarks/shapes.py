@@ -26,6 +26,7 @@ class Shape:
     kv_heads: int
     intermediate: int
     vocabulary: int
+    tied: bool = True
 
     def linear(self, module: str) -> tuple[int, int]:
         """(out, in) of a linear layer."""
@@ -42,7 +43,7 @@ class Shape:
         return out.get(name, self.intermediate), self.hidden
 
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes as transformers stores them; the head is tied."""
+        """Names and shapes as transformers stores them; a tied head is not stored."""
         found: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (self.vocabulary, self.hidden))]
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
@@ -50,7 +51,8 @@ class Shape:
             found += [
                 (f"{prefix}{norm}.weight", (self.hidden,)) for norm in ("input_layernorm", "post_attention_layernorm")
             ]
-        return [*found, ("model.norm.weight", (self.hidden,))]
+        head = [] if self.tied else [("lm_head.weight", (self.vocabulary, self.hidden))]
+        return [*found, ("model.norm.weight", (self.hidden,)), *head]
 
     @property
     def parameters(self) -> int:
@@ -61,13 +63,17 @@ class Shape:
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
             "intermediate_size": self.intermediate, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "vocab_size": self.vocabulary, "head_dim": self.hidden // self.heads,
-            "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192,
+            "tie_word_embeddings": self.tied, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192,
             "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "attention_bias": False,
         }  # fmt: skip
 
 
 LARGE = Shape(2048, 16, 32, 8, 8192, 128256)  # 1.24 B: Llama 3.2 1B
 SMALL = Shape(1024, 16, 16, 4, 4096, 64128)  # a quarter of it
+LAYER = Shape(
+    4096, 1, 32, 32, 11008, 1000
+)  # one layer of Llama 7B: four matrices of 4096 x 4096, three of 11008 x 4096
+EIGHT = Shape(4096, 32, 32, 8, 14336, 128256, tied=False)  # 8 B: Llama 3 8B
 
 
 def write_base(shape: Shape, folder: Path, shards: int = 3, seed: int = 0) -> None:
@@ -76,17 +82,8 @@ def write_base(shape: Shape, folder: Path, shards: int = 3, seed: int = 0) -> No
     values = np.random.default_rng(seed).normal(0, 0.02, (1 << 24) + 7919).astype(np.float32)
     pool = ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).tobytes()
     tensors = shape.tensors()
-    share = sum(int(np.prod(s)) for _, s in tensors) / shards
-    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    filled = 0
-    for name, size in tensors:
-        if filled >= share * len(groups) and len(groups) < shards:
-            groups.append([])
-        groups[-1].append((name, size))
-        filled += int(np.prod(size))
     weight_map = {}
-    for number, group in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{shards:05d}.safetensors"
+    for file, group in shards_of(tensors, shards).items():
         header, ranges = layout([(name, DType.BF16, size) for name, size in group], {"format": "pt"})
         with open(folder / file, "wb") as out:
             out.write(header)
@@ -98,8 +95,25 @@ def write_base(shape: Shape, folder: Path, shards: int = 3, seed: int = 0) -> No
                     out.write(piece)
                     left -= len(piece)
                     at = 0
-    total = 2 * shape.parameters
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    describe(shape, folder, weight_map)
+
+
+def shards_of(tensors: list[tuple[str, tuple[int, ...]]], shards: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Which tensors lie in which file, about evenly."""
+    share = sum(int(np.prod(s)) for _, s in tensors) / shards
+    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, size in tensors:
+        if filled >= share * len(groups) and len(groups) < shards:
+            groups.append([])
+        groups[-1].append((name, size))
+        filled += int(np.prod(size))
+    return {f"model-{number:05d}-of-{shards:05d}.safetensors": group for number, group in enumerate(groups, 1)}
+
+
+def describe(shape: Shape, folder: Path, weight_map: dict[str, str]) -> None:
+    """The index and the configuration."""
+    index = {"metadata": {"total_size": 2 * shape.parameters}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job from end to end, on the example shipped here: look, merge, prove, convert, and see what came out.
+"""The main jobs from end to end, on the example shipped here: look, merge, extract, convert, prove, and see what came out.
 
     make demo                      or      python examples/demo.py
 
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+RANKS = (4, 8, 16, 32, 64)  # at which a LoRA is extracted from the full fine-tune
+SHOWN_RANK = 16
 TEXT_CHARS = 8_000  # of each held-out text: enough to tell the models apart, quick on two cores
 LOGIT_TOKENS = 256
 FLOAT32_LIMIT = (
@@ -67,6 +69,12 @@ def operate(out: Path) -> None:
     print("\n# once more without rounding to bfloat16, to be compared with the attached adapter", end="")
     surgery("merge", base, lora, "-o", _shown(out / "merged-fp32"), "--dtype", "fp32", "--overwrite", "--quiet")
     surgery("convert", lora, "--to", "mlx", "-o", _shown(out / "lora-mlx"), "--base", base, "--overwrite")
+    for rank in RANKS:
+        words = ("-o", _shown(out / f"rank-{rank}"), "--rank", str(rank), "--overwrite")
+        loud = rank == SHOWN_RANK
+        if not loud:
+            print(f"\n# and at rank {rank}", end="")
+        surgery("extract-lora", base, _shown(HERE / "tuned"), *words, *(("--table",) if loud else ("--quiet",)))
     back = ("-o", _shown(out / "lora-back"), "--base", base, "--overwrite")
     surgery("convert", _shown(out / "lora-mlx"), "--to", "peft", *back)
 
@@ -97,6 +105,7 @@ def judge(out: Path) -> dict[str, Judged]:
         "merged": out / "merged",
         "merged, stored as float32": out / "merged-fp32",
         "full fine-tune": HERE / "tuned",
+        **{f"extracted at rank {rank}": out / f"rank-{rank}" for rank in RANKS},
     }.items():
         model = load(folder, HERE / "base")
         losses = {}
@@ -120,6 +129,10 @@ def check(judged: Mapping[str, Judged], out: Path) -> list[tuple[str, str]]:
         raise DemoError(f"merged and attached disagree: losses differ by {gap:.3f} bits/byte")
     if not merged.losses["target"] < base.losses["target"]:
         raise DemoError("the merged model is not better than its base on the text it was trained for")
+    tuned, extracted = judged["full fine-tune"], [judged[f"extracted at rank {rank}"] for rank in RANKS]
+    gains = [(base.losses["target"] - one.losses["target"]) for one in (*extracted, tuned)]
+    if sorted(gains) != gains or gains[0] <= 0:
+        raise DemoError("a LoRA of more rank should have more of the fine-tune's gain")
     same, total = _same_tensors(HERE / "lora", out / "lora-back")
     if same != total:
         raise DemoError(f"PEFT -> MLX -> PEFT: only {same} of {total} tensors came back as they were")
@@ -133,6 +146,11 @@ def check(judged: Mapping[str, Judged], out: Path) -> list[tuple[str, str]]:
         ("", f"(the largest logit is {largest:.0f})"),
         ("tensors", ", ".join(f"{number} {kind}" for kind, number in ledger["classes"].items()) + ", 0 lost"),
         ("survival", f"{ledger['survival']:.2%} of the update; rounding noise {ledger['rounding']:.2%} of its norm"),
+        (
+            "extracted LoRAs",
+            "of the fine-tune's gain: "
+            + ", ".join(f"{g / gains[-1]:.0%} at rank {r}" for g, r in zip(gains, RANKS, strict=False)),
+        ),
         ("PEFT -> MLX -> PEFT", f"{same} of {total} tensors the same to the bit"),
     ]
 

@@ -13,12 +13,15 @@ import xxhash
 from surgery.ledger import Measured
 from surgery.plan import Compute, PlannedTensor
 from surgery_formats.dtypes import DType
+from surgery_formats.edits import Operation
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Index, Overlap, Plain, View, take
+from surgery_formats.linalg.kept import Kept
+from surgery_formats.linalg.noise import kept
 from surgery_formats.tensors import as_bytes
-from surgery_formats.updates import Apply, blend
+from surgery_formats.updates import Apply, Mixing, blend
 
-__all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
+__all__ = ["BLOCK_ELEMENTS", "Seen", "block_bytes", "compute"]
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend on nothing else."""
@@ -32,10 +35,11 @@ def block_bytes(tensor: PlannedTensor) -> int:
     """Upper bound of the memory `compute` takes for a tensor, factors included."""
     assert isinstance(tensor.step, Compute)
     width = math.prod(tensor.shape[1:]) if len(tensor.shape) > 1 else 1
-    block = max(BLOCK_ELEMENTS, width) * 8
+    block = _height(width, tensor.step.operations) * width * 8
     used = {t.place: t for operation in tensor.step.operations for t in operation.update.tensors}
     factors = sum(t.numel * 8 for t in used.values())
-    return 5 * block + factors
+    mixing = [operation.update for operation in tensor.step.operations if isinstance(operation.update, Mixing)]
+    return 5 * block + factors + sum(update.shape[1] * update.group * 8 * 5 for update in mixing)
 
 
 def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], device: str = "cpu") -> Measured:
@@ -55,15 +59,16 @@ def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], devic
     assert isinstance(step, Compute)
     storage = Plain.of(step.source, stacked=step.stacked)
     exact = torch.float64 if DType.F64 in (step.source.dtype, tensor.dtype) else torch.float32
+    height = _height(storage.shape[1], step.operations)
     chain: list[tuple[View, Apply]] = []
     for operation in step.operations:
-        seen = _Seen(storage, tuple(chain), operation.view, exact, device)
+        seen = Seen(storage, tuple(chain), operation.view, exact, device, height)
         apply = operation.update.prepare(seen)
         chain.append((operation.view, apply if operation.share == 1.0 else blend(apply, operation.share)))
     if not chain and tensor.dtype is step.source.dtype and not step.source.dtype.is_float:
         return _as_stored(storage, write)  # strided integers of a pickle: no arithmetic touches them
     tally = _Tally()
-    scratch = _Scratch(storage, tensor.dtype, exact, device)
+    scratch = _Scratch(storage, height, tensor.dtype, exact, device)
     sampled = _SAMPLE if storage.shape[0] > scratch.height else 1
     hasher = xxhash.xxh3_128()
     for start in range(0, storage.shape[0], scratch.height):
@@ -84,6 +89,14 @@ def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], devic
     return tally.result(hasher.hexdigest())
 
 
+def _height(width: int, operations: Sequence[Operation]) -> int:
+    """Storage rows per block: a multiple of the groups of columns that are mixed, where columns are what storage holds as rows."""
+    height = max(1, BLOCK_ELEMENTS // max(width, 1))
+    mixed = [operation for operation in operations if operation.view.transposed]
+    group = math.lcm(*(one.update.group for one in mixed if isinstance(one.update, Mixing)))
+    return -(-height // group) * group
+
+
 def _as_stored(storage: Plain, write: Write) -> Measured:
     """The stored values, only put in order."""
     raw = as_bytes(storage.tensor.read().contiguous())
@@ -94,9 +107,9 @@ def _as_stored(storage: Plain, write: Write) -> Measured:
 class _Scratch:
     """The buffers of one tensor's blocks, used again for each: fresh memory would cost more than the arithmetic."""
 
-    def __init__(self, storage: Plain, dtype: DType, exact: torch.dtype, device: str) -> None:
+    def __init__(self, storage: Plain, height: int, dtype: DType, exact: torch.dtype, device: str) -> None:
         rows, width = storage.shape
-        self.height = max(1, BLOCK_ELEMENTS // max(width, 1))
+        self.height = height
         self._storage = storage
         shape = (min(self.height, rows), width)
         self._stored = torch.empty(shape, dtype=storage.tensor.dtype.torch)
@@ -164,7 +177,7 @@ def _check_finite(block: torch.Tensor, tensor: PlannedTensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """The weight as one update of a chain sees it: after the updates before it. Satisfies `surgery_formats.updates.Weight`."""
 
     storage: Plain
@@ -172,6 +185,7 @@ class _Seen:
     view: View
     dtype: torch.dtype
     device: str
+    height: int
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -180,9 +194,8 @@ class _Seen:
 
     def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
         """Blocks in storage order."""
-        height = max(1, BLOCK_ELEMENTS // max(self.storage.shape[1], 1))
-        for start in range(0, self.storage.shape[0], height):
-            end = min(start + height, self.storage.shape[0])
+        for start in range(0, self.storage.shape[0], self.height):
+            end = min(start + self.height, self.storage.shape[0])
             at = self.view.locate(start, end)
             if at:
                 block = self.storage.stored(start, end).to(self.device, self.dtype)
@@ -196,7 +209,7 @@ class _Tally:
     def __init__(self) -> None:
         self.changed = False
         self.sampled = self.moved = 0
-        self.update = self.stored = self.noise = 0.0
+        self.kept = Kept()
 
     def note_change(self, stored: torch.Tensor, rounded: torch.Tensor) -> None:
         """Whether the values of a block on disk differ from those that will be stored; another type alone is no difference."""
@@ -206,15 +219,11 @@ class _Tally:
 
     def note_update(self, before: torch.Tensor, after: torch.Tensor, rounded: torch.Tensor) -> None:
         """Sampled rows before and after the updates, and as they will be stored. `before` is used up."""
-        wanted = after.sub(before).flatten()
-        kept = rounded.to(before.device, before.dtype).sub(before).flatten()
-        self.sampled += wanted.numel()
-        self.moved += int(torch.count_nonzero(kept))
-        self.update += float(torch.dot(wanted, wanted))
-        self.stored += float(torch.dot(kept, wanted))
-        miss = kept.sub_(wanted)
-        self.noise += float(torch.dot(miss, miss))
+        stored = rounded.to(before.device, before.dtype).sub(before)
+        self.sampled += stored.numel()
+        self.moved += int(torch.count_nonzero(stored))
+        self.kept = Kept.total((self.kept, kept(after.sub(before), stored)))
 
     def result(self, xxh3: str) -> Measured:
         """The sums so far."""
-        return Measured(xxh3, self.changed, self.sampled, self.moved, self.update, self.stored, self.noise)
+        return Measured(xxh3, self.changed, self.sampled, self.moved, *self.kept)

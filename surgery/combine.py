@@ -18,12 +18,17 @@ from surgery.adapter_output import float_type, job_id, stored_as, write_adapter
 from surgery.combine_files import as_adapter, side_files
 from surgery.combine_group import Given, group
 from surgery.combine_parts import Part, Solutions
-from surgery.combine_proof import Measured, prove
+from surgery.combine_proof import TOLERANCE, Measured, prove
 from surgery.combine_weight import make_part
+from surgery.convert_approximate import measured as approximated
 from surgery.plain import plain
 from surgery.progress import Callback
+from surgery.selection import Selection, check_patterns
 from surgery.sums import Recipe
 from surgery.task_vectors import DENSE_METHODS
+from surgery_formats.adapters.format import Coded
+from surgery_formats.adapters.peft_kinds import KINDS
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.errors import FitError, NothingChangedError
@@ -55,7 +60,8 @@ class Combined:
 
     Attributes:
         site: As the first adapter names it.
-        outcome: ``exact``, ``approximated`` or ``kept`` (taken over as it was, perhaps with another scale).
+        outcome: ``exact``, ``approximated`` (directions dropped, or codes in the place of factors), ``kept`` (taken over as it was,
+            perhaps with another scale) or ``left out`` (not chosen).
         ranks: Of the terms.
         rank: Of the result; 0 for what is not low-rank.
         norm: Frobenius norm of the delta that was wanted; None where it was not worked out.
@@ -117,6 +123,8 @@ def combine(
     method: str = "exact",
     density: float | None = None,
     seed: int = 0,
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
     dtype: str = "keep",
     to: str | None = None,
     base: str | os.PathLike[str] | None = None,
@@ -135,6 +143,8 @@ def combine(
             ``dare-linear`` (arXiv:2311.03099), ``magnitude-prune``: dense merges of the deltas, which need `rank` or `energy`.
         density: Share of the values that a dense method keeps, in (0, 1].
         seed: Of DARE's random drops.
+        only: Patterns of modules to keep (see `surgery.selection.Selection`); all of them by default.
+        without: Patterns of modules to leave out.
         dtype: ``keep`` (float32 for what was computed), ``fp32``, ``fp16``, ``bf16``.
         to: Format to write; by default the first adapter's.
         base: The model they were trained on: only where names differ, or a format's names come from it.
@@ -151,11 +161,27 @@ def combine(
     """
     _check_options(method, density, rank, energy)
     given = [Given(read_adapter(path), float(weight)) for path, weight in adapters]
+    given, left = _chosen(given, Selection(tuple(only), tuple(without)))
     recipe = Recipe(method, rank, energy, None, 1.0 if density is None else density, seed)
-    if len(given) == 1 and given[0].weight == 1.0 and method == "exact" and not recipe.truncates:
+    if len(given) == 1 and given[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
         raise NothingChangedError("one adapter with weight 1 is what it was", file=given[0].adapter.path)
     options = Options(output, dtype, to, base, overwrite, dry_run, progress)
-    return rewrite(given, recipe, options, "combine")
+    return rewrite(given, recipe, options, "combine", left)
+
+
+def _chosen(given: Sequence[Given], selection: Selection) -> tuple[list[Given], tuple[str, ...]]:
+    """What is kept of every adapter, and the names of what none of them keeps."""
+    check_patterns(selection, [one.adapter for one in given])
+    kept: list[Given] = []
+    left: dict[str, None] = {}
+    for one in given:
+        adapter, out = selection.of(one.adapter)
+        left |= dict.fromkeys(map(str, out))
+        if adapter.updates or not out:
+            kept.append(replace(one, adapter=adapter))
+    if not kept:
+        raise NothingChangedError("no module is left", hint="widen the patterns")
+    return kept, tuple(left)
 
 
 def _check_options(method: str, density: float | None, rank: int | None, energy: float | None) -> None:
@@ -190,8 +216,10 @@ class Options:
     progress: Callback | None
 
 
-def rewrite(given: Sequence[Given], recipe: Recipe, options: Options, verb: str) -> CombineResult:
-    """Combine by `recipe` and write: what `combine` and `surgery.resize` share."""
+def rewrite(
+    given: Sequence[Given], recipe: Recipe, options: Options, verb: str, left: Sequence[str] = ()
+) -> CombineResult:
+    """Combine by `recipe` and write: what `combine` and `surgery.resize` share; `left` are sites that are not wanted."""
     dtype = float_type(options.dtype)
     target = format_named(options.to or given[0].adapter.format)
     base = None if options.base is None else open_checkpoint(options.base)
@@ -200,7 +228,7 @@ def rewrite(given: Sequence[Given], recipe: Recipe, options: Options, verb: str)
     if not given:
         raise NothingChangedError("every weight is 0: nothing is left")
     memory = Solutions()
-    parts = [make_part(key, shares, given, recipe, memory) for key, shares in group(given, base).items()]
+    parts = [make_part(key, shares, given, recipe, memory, base) for key, shares in group(given, base).items()]
     if verb == "resize" and all(part.outcome == "kept" for part in parts):
         highest = max((part.rank for part in parts), default=0)
         raise NothingChangedError(
@@ -209,6 +237,8 @@ def rewrite(given: Sequence[Given], recipe: Recipe, options: Options, verb: str)
             hint="a higher rank would only add zeros",
         )
     result = as_adapter(given, parts, target.name)
+    if dtype is not None and isinstance(target, Coded):
+        raise FitError(f"{target.name} stores factors as codes: a dtype says nothing")
     rendering = stored_as(target.render(result, base), dtype)
     if dropped := [entry for entry in rendering.entries if entry.outcome == "dropped"]:
         raise FitError(
@@ -218,7 +248,7 @@ def rewrite(given: Sequence[Given], recipe: Recipe, options: Options, verb: str)
             hint="choose another format with --to",
         )
     sources = tuple(Source(one.name, one.adapter.format, one.weight) for one in given)
-    planned = tuple(_planned(part) for part in parts)
+    planned = (*(_planned(part) for part in parts), *(Combined(name, "left out", (), 0) for name in left))
     found = CombineResult(None, verb, sources, target.name, recipe.method, planned, tuple(warnings))
     if options.dry_run:
         return found
@@ -227,8 +257,13 @@ def rewrite(given: Sequence[Given], recipe: Recipe, options: Options, verb: str)
 
     def check(path: Path) -> dict[str, Any]:
         nonlocal found
-        measured = prove(path, target, result, parts, memory, base, dtype)
-        found = replace(found, modules=tuple(_with(one, measured) for one in found.modules))
+        near = approximated(rendering, target.read(path), TOLERANCE)
+        measured = prove(path, target, result, parts, memory, base, dtype, near)
+        coded = {str(site) for site in near}
+        modules = (_with(one, measured) for one in found.modules)
+        found = replace(
+            found, modules=tuple(replace(m, outcome="approximated") if m.site in coded else m for m in modules)
+        )
         _check_something(found)
         for one in given:
             for file in {tensor.file for tensor in one.adapter.tensors}:
@@ -270,7 +305,13 @@ def _check_inputs(given: Sequence[Given], base: Checkpoint | None) -> list[str]:
                 else "the adapter holds no tensors",
                 file=adapter.path,
             )
-        warnings += [f"{one.name}: {trap}" for trap in adapter.traps]
+        if adapter.format == "peft" and adapter.kind in KINDS:
+            raise FitError(
+                f"adapters of type {adapter.kind} cannot be combined: their sum is not of that type",
+                file=adapter.path,
+                hint="merge them into the base, and extract a LoRA from the result",
+            )
+        warnings += [f"{one.name}: {trap}" for trap in (*adapter.traps, *by_values(adapter))]
         if one.weight == 0.0:
             warnings.append(f"{one.name}: its weight is 0, so it is left out")
     ids = {adapter.base_id for adapter in (one.adapter for one in given) if adapter.base_id}

@@ -11,6 +11,7 @@ from typing import Any
 from surgery.combine_group import Given
 from surgery.combine_parts import Part
 from surgery_formats.adapter import Adapter
+from surgery_formats.adapters.peft_parameters import EXPERTS_ORDER_SINCE
 from surgery_formats.errors import FitError
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows
 
@@ -21,7 +22,6 @@ _SURVIVING = (
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_dropout", "revision",
     "task_type",
 )  # fmt: skip
-_EXPERTS_ORDER_SINCE = "0.19.0"  # of PEFT: the axis order in which combined experts are written
 _BIAS = ("none", "lora_only", "all")  # each holds what the one before holds
 
 
@@ -76,7 +76,9 @@ def _peft_config(given: Sequence[Given], parts: Sequence[Part]) -> dict[str, Any
         raise FitError("none of the adapters holds a LoRA", file=given[0].adapter.path)
     ranks = Counter(_rank(update) for _, update in updates if isinstance(update, LoRA | DoRA | Stacked))
     rank = min(ranks, key=lambda one: (-ranks[one], one))
-    saved = {name for config in configs for name in config.get("modules_to_save") or ()}
+    replaced = [f".{site.path}" for site, update in updates if isinstance(update, Replacement)]
+    listed = {name for config in configs for name in config.get("modules_to_save") or ()}
+    saved = {name for name in listed if any(f".{name}." in path for path in replaced)}
     rows = {site.path.removesuffix(".weight"): list(u.indices) for site, u in updates if isinstance(u, TokenRows)}
     whole = any(isinstance(update, Replacement) for _, update in updates)
     made: dict[str, Any] = {
@@ -96,7 +98,7 @@ def _peft_config(given: Sequence[Given], parts: Sequence[Part]) -> dict[str, Any
         "use_rslora": False,
     }
     if stacks:
-        made |= {"peft_version": _EXPERTS_ORDER_SINCE, "target_parameters": sorted(site.path for site in stacks)}
+        made |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(site.path for site in stacks)}
     return made
 
 

@@ -20,7 +20,18 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.updates import Factor, LoRA, Offset, Update
 
-__all__ = ["PEFT", "Part", "Solutions", "common_rank", "low_rank", "offset", "outcome_of", "stored_type", "wanted_of"]
+__all__ = [
+    "PEFT",
+    "Part",
+    "Solutions",
+    "common_rank",
+    "factors_of",
+    "low_rank",
+    "offset",
+    "outcome_of",
+    "stored_type",
+    "wanted_of",
+]
 
 Outcome = Literal["exact", "approximated", "kept"]
 
@@ -89,6 +100,20 @@ def low_rank(name: str, site: Site, shares: Sequence[Share], recipe: Recipe, mem
     rank, best = common_rank((wanted,), recipe)
     if len(loras) == 1 and recipe.method == "exact" and rank == loras[0].rank:
         return Part(site, (loras[0].scaled(shares[0].weight),), "kept", wanted.ranks, rank, (wanted,))
+    return factors_of(name, site, wanted, loras, rank, best, recipe, memory)
+
+
+def factors_of(
+    name: str,
+    site: Site,
+    wanted: Wanted,
+    loras: Sequence[LoRA],
+    rank: int,
+    best: tuple[float, float] | None,
+    recipe: Recipe,
+    memory: Solutions,
+) -> Part:
+    """`wanted` as one LoRA whose factors are solved for when they are written; `loras` are the sources, for names and types."""
 
     def solved() -> Solved:
         return memory.of(name, lambda: wanted.solve(rank))

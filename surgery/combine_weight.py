@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from surgery.combine_dora import with_dora
 from surgery.combine_experts import stacked
 from surgery.combine_group import Given, Share
 from surgery.combine_parts import Part, Solutions, low_rank, offset
 from surgery.sums import Recipe
 from surgery.task_vectors import DENSE_METHODS
 from surgery_formats.adapter import Site
+from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows
@@ -34,7 +36,12 @@ class _Group:
 
 
 def make_part(
-    key: tuple[str, str], shares: Sequence[Share], given: Sequence[Given], recipe: Recipe, memory: Solutions
+    key: tuple[str, str],
+    shares: Sequence[Share],
+    given: Sequence[Given],
+    recipe: Recipe,
+    memory: Solutions,
+    base: Checkpoint | None = None,
 ) -> Part:
     """The combination of one weight.
 
@@ -44,6 +51,7 @@ def make_part(
         given: All adapters, for messages.
         recipe: How.
         memory: Of the whole combination.
+        base: If one was given: with it, and a rank, a DoRA is a delta like others.
 
     Raises:
         FitError: what the result is depends on the base, or shapes differ.
@@ -55,11 +63,16 @@ def make_part(
         rest = [share for share in shares if not share.carried]
         if not rest:
             return Part(site, (carried[0].update,), "kept")
-        part = make_part(key, rest, given, recipe, memory)
+        part = make_part(key, rest, given, recipe, memory, base)
         return replace(part, updates=(carried[0].update, *part.updates))
     found = _Group()
     for share in shares:
         found.add(share)
+    name = f"{key[0]}:{key[1]}"
+    if base is not None and recipe.truncates and _low_rank_or_dora(shares):
+        made = with_dora(name, site, shares, base, recipe, memory)
+        if made is not None:
+            return made
     if found.others:
         return _kept(site, shares, found.others, given, recipe)
     kinds = [kind for kind in (found.loras, found.stacks, found.offsets) if kind]
@@ -73,16 +86,22 @@ def make_part(
             f"is changed by a {kinds[0][0].update.kind} and by a {kinds[1][0].update.kind}, which '{recipe.method}' does not combine",
             tensor=site.path,
         )
-    name = f"{key[0]}:{key[1]}"
-    made = [
+    parts = [
         *([low_rank(name, site, found.loras, recipe, memory)] if found.loras else []),
         *([stacked(name, site, found.stacks, given, recipe, memory)] if found.stacks else []),
         *([offset(name, site, found.offsets, recipe)] if found.offsets else []),
     ]
-    if len(made) == 1:
-        return made[0]
-    low, full = made  # a LoRA and a full difference of one weight add up side by side
+    if len(parts) == 1:
+        return parts[0]
+    low, full = parts  # a LoRA and a full difference of one weight add up side by side
     return replace(low, updates=(*low.updates, *full.updates), vector=full.vector)
+
+
+def _low_rank_or_dora(shares: Sequence[Share]) -> bool:
+    """Whether there is a DoRA, beside nothing but LoRAs of the same shape."""
+    updates = [share.update for share in shares]
+    alike = all(isinstance(update, LoRA | DoRA) for update in updates) and len({u.shape for u in updates}) == 1
+    return alike and any(isinstance(update, DoRA) for update in updates)
 
 
 def _check_carried(shares: Sequence[Share], given: Sequence[Given]) -> None:
@@ -114,7 +133,9 @@ def _kept(site: Site, shares: Sequence[Share], others: Sequence[Share], given: S
     elif recipe.method in DENSE_METHODS and not isinstance(others[0].update, Replacement | TokenRows):
         why = f"'{show(str(site))}' is changed by a {what}, whose delta depends on the base"
     if why:
+        dora = all(isinstance(share.update, LoRA | DoRA) for share in shares)
+        hint = "give the base and a rank (--base, --rank), or merge" if dora else "merge"
         raise FitError(
-            why, file=blamed.adapter.path, hint="merge them into the base, and extract a LoRA from the result"
+            why, file=blamed.adapter.path, hint=f"{hint} them into the base and extract a LoRA from the result"
         )
     return Part(site, tuple(share.update for share in shares), "kept")

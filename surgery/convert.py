@@ -3,35 +3,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
-from surgery import __version__
-from surgery.progress import Callback, Progress
+from surgery.adapter_output import float_type, job_id, stored_as, write_adapter
+from surgery.progress import Callback
 from surgery_formats.adapter import Adapter
-from surgery_formats.adapters.format import Entry, Format, NewTensor, Rendering
+from surgery_formats.adapters.format import Coded, Entry, Format, Rendering
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.binding import bind
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.files.folder import output_folder
-from surgery_formats.files.safetensors import layout, reference_order
-from surgery_formats.files.single import write_single
-from surgery_formats.identity import content_id, fingerprint
+from surgery_formats.identity import content_id
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
-    import torch
+    from surgery.projections import LaidOut
 
-__all__ = ["ConvertResult", "convert"]
+__all__ = ["ConvertResult", "coded_as", "convert"]
+
+Check = Callable[[Path], Mapping[str, Any]]
 
 TOLERANCE = 1e-6
 """Greatest error of a weight's delta relative to its greatest value: what float32 factors allow."""
@@ -50,7 +46,8 @@ class ConvertResult:
         source: Format it was read from.
         target: Format it was written in.
         entries: What became of every update.
-        errors: Per weight, the greatest error found by the proof relative to the greatest value; empty for a dry run.
+        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a
+            dry run.
         warnings: What the user should know.
     """
 
@@ -63,8 +60,13 @@ class ConvertResult:
 
     @property
     def max_error(self) -> float:
-        """The worst weight's error."""
+        """The worst weight's error; what is approximated not counted."""
         return max(self.errors.values(), default=0.0)
+
+    @property
+    def max_approximation(self) -> float:
+        """The worst error of what is approximated, relative to the norm of its change."""
+        return max((entry.error for entry in self.entries if entry.error is not None), default=0.0)
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json`` and the manifest; no paths."""
@@ -72,9 +74,14 @@ class ConvertResult:
             "verb": "convert",
             "from": self.source,
             "to": self.target,
-            "entries": [{"site": e.site, "outcome": e.outcome, "detail": e.detail} for e in self.entries],
+            "entries": [
+                {"site": e.site, "outcome": e.outcome, "detail": e.detail}
+                | ({} if e.error is None else {"error": e.error})
+                for e in self.entries
+            ],
             "errors": dict(self.errors),
             "max_error": self.max_error,
+            "max_approximation": self.max_approximation,
             "warnings": list(self.warnings),
         }
 
@@ -86,10 +93,13 @@ def convert(
     *,
     base: str | os.PathLike[str] | None = None,
     component: str | None = None,
+    projections: str | None = None,
     dtype: str = "keep",
+    factors: str | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    check: Check | None = None,
     progress: Callback | None = None,
 ) -> ConvertResult:
     """Write an adapter in another format and prove it.
@@ -100,10 +110,14 @@ def convert(
         output: File (kohya) or folder to make. Its parent must exist.
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where given.
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
+        projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as they are. Where
+            only the base knows how high the parts are it is needed; it may have either.
         dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``, ``bf16``.
+        factors: ``int8`` or ``int4``, for a format that stores factors as codes (``compact``).
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
+        check: Called with what was written and proved, before it appears; what it returns goes into the manifest of a folder.
         progress: Called with every step.
 
     Raises:
@@ -112,13 +126,27 @@ def convert(
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    wanted = format_named(to)
-    kind = _float_type(dtype)
+    wanted = coded_as(format_named(to), factors)
+    kind = float_type(dtype)
+    if kind is not None and isinstance(wanted, Coded):
+        raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="--factors chooses the codes")
     source = read_adapter(adapter)
     checkpoint = None if base is None else open_checkpoint(base)
     source, left = _placed(source, checkpoint, component)
-    _check_source(source, checkpoint)
-    rendering = wanted.render(source, checkpoint)
+    given, made = source, None
+    if projections is not None:
+        if isinstance(wanted, Coded):  # the proof puts the parts together again, and codes are not what they were
+            raise FitError(
+                f"{to} keeps names as they are", hint="convert with --projections to peft first, then to compact"
+            )
+        from surgery.projections import laid_out
+
+        made = laid_out(source, projections, wanted.name, checkpoint)
+        source = made.adapter
+    held = made is not None and made.held  # a base that has the given names, and none of the new ones
+    _check_source(given if held else source, checkpoint)
+    bound = None if held else checkpoint
+    rendering = wanted.render(source, bound)
     dropped = [entry for entry in rendering.entries if entry.outcome == "dropped"]
     if dropped and not allow_loss:
         raise FitError(
@@ -130,36 +158,54 @@ def convert(
         )
     if not rendering.tensors:
         raise FitError(f"{to} can hold nothing of this adapter", file=source.path)
-    if kind is not None:
-        rendering = replace(rendering, tensors=tuple(_cast(tensor, kind) for tensor in rendering.tensors))
-    result = ConvertResult(None, source.format, wanted.name, (*rendering.entries, *left), {}, source.traps)
+    rendering = stored_as(rendering, kind)
+    traps = (*given.traps, *by_values(given))
+    result = ConvertResult(None, given.format, wanted.name, (*rendering.entries, *left), {}, traps)
     if dry_run:
         return result
     if output is None:
         raise FitError("no output was named")
-    job = _Job(source, checkpoint, wanted, rendering, _ROUNDING.get(kind, TOLERANCE) if kind else TOLERANCE, progress)
-    write = _write_file if wanted.single_file else _write_folder
-    made, errors = write(job, Path(output), result, overwrite=overwrite)
+
+    def prove(path: Path) -> dict[str, Any]:
+        nonlocal result
+        tolerance = _ROUNDING.get(kind, TOLERANCE) if kind else TOLERANCE
+        errors, near = _proved(path, source, wanted, rendering, bound, tolerance)
+        if made is not None:
+            errors |= _proved_back(path, given, wanted, made, tolerance)
+        entries = (replace(e, error=near[e.site]) if e.outcome == "approximated" else e for e in result.entries)
+        result = replace(result, entries=tuple(entries), errors=errors)
+        return {**result.as_json(), **(check(path) if check is not None else {})}
+
+    facts = {"verb": "convert", "target": wanted.name, "projections": projections}
+    written = write_adapter(
+        rendering,
+        wanted,
+        Path(output),
+        job_id(facts, source.tensors, rendering),
+        prove,
+        inputs=(source.path, *(() if checkpoint is None else (checkpoint.path,))),
+        side_files={path.name: path for path in given.side_files},
+        overwrite=overwrite,
+        progress=progress,
+    )
     if checkpoint is not None:
         checkpoint.check_unchanged()
-    return replace(result, output=made, errors=errors)
+    return replace(result, output=written)
 
 
-def _float_type(dtype: str) -> DType | None:
-    if dtype == "keep":
-        return None
-    try:
-        found = DType.parse(dtype)
-    except ValueError as error:
-        raise FitError(str(error), hint="fp32, fp16, bf16 or keep") from error
-    if not found.is_float:
-        raise FitError(f"factors cannot be stored as {found.label}", hint="fp32, fp16, bf16 or keep")
-    return found
+def coded_as(target: Format, factors: str | None) -> Format:
+    """`target` with factors of the type `factors`, if one was named.
 
-
-def _cast(tensor: NewTensor, dtype: DType) -> NewTensor:
-    """Scalars (kohya's alpha) keep their type: they are no weights, and rounding one would change every delta."""
-    return tensor if not tensor.shape or not tensor.dtype.is_float else replace(tensor, dtype=dtype)
+    Raises:
+        FitError: it stores no codes, or none of this type.
+    """
+    if factors is None:
+        return target
+    if not isinstance(target, Coded):
+        raise FitError(
+            f"{target.name} stores factors as numbers, not as {show(factors, 40)} codes", hint="--to compact"
+        )
+    return target.with_factors(factors)
 
 
 def _placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:
@@ -170,18 +216,9 @@ def _placed(adapter: Adapter, base: Checkpoint | None, component: str | None) ->
             raise FitError(
                 f"the adapter has no part '{component}'", file=adapter.path, hint=f"it has {listing(sorted(named))}"
             )
-        kept = {site: chain for site, chain in adapter.updates.items() if site.component == component}
-        out = {
-            tensor.name
-            for site in adapter.updates.keys() - kept.keys()
-            for u in adapter.updates[site]
-            for tensor in u.tensors
-        }
-        tensors = tuple(tensor for tensor in adapter.tensors if tensor.name not in out)
-        left = tuple(
-            Entry(str(site), "dropped", "not of the chosen part") for site in adapter.updates.keys() - kept.keys()
-        )
-        return replace(adapter, updates=kept, tensors=tensors), tuple(sorted(left, key=lambda entry: entry.site))
+        kept = [site for site in adapter.updates if site.component == component]
+        left = sorted(str(site) for site in adapter.updates.keys() - set(kept))
+        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left)
     if base is None or not base.is_pipeline or named:
         return adapter, ()
     fitting = [component] if component is not None else _fitting(adapter, base)
@@ -222,128 +259,67 @@ def _check_source(source: Adapter, base: Checkpoint | None) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Job:
-    source: Adapter
-    base: Checkpoint | None
-    target: Format
-    rendering: Rendering
-    tolerance: float
-    progress: Callback | None
+def _proved(
+    path: Path, source: Adapter, target: Format, rendering: Rendering, base: Checkpoint | None, tolerance: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Read back what lies at `path` and compare it with `source`, weight by weight.
 
-    def prove(self, path: Path) -> dict[str, float]:
-        """Read back what lies at `path` and compare."""
-        from surgery.convert_proof import compare, restricted
-
-        written = self.target.read(path)
-        if left := written.unconsumed():
-            raise ProofError(
-                f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=path
-            )
-        if not self.rendering.held:
-            return {}
-        parts = {site.component for site in self.rendering.held}
-        if len(parts) == 1 and all(not site.component for site in written.updates):
-            written = replace(
-                written, updates={replace(s, component=min(parts)): c for s, c in written.updates.items()}
-            )
-        errors = compare(restricted(self.source, self.rendering.held), written, self.base)
-        wrong = {name: error for name, error in errors.items() if not error <= self.tolerance}
-        if wrong:
-            name = max(wrong, key=lambda one: wrong[one])
-            raise ProofError(
-                f"{len(wrong)} of {len(errors)} weights differ, '{name}' by {wrong[name]:.1e} of its greatest change "
-                f"(at most {self.tolerance:.1e} is allowed)",
-                file=path.name,
-                hint="--dtype fp32 keeps more digits",
-            )
-        for tensor in self.source.tensors:
-            tensor.file.check_unchanged()
-        return errors
-
-    @property
-    def id(self) -> str:
-        """Names the job by its inputs' contents and its options."""
-        small = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.rendering.small_files.items())}
-        tensors = [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in self.rendering.tensors]
-        files = sorted({fingerprint(tensor.file) for tensor in self.source.tensors})
-        facts = [__version__, "convert", self.target.name, small, dict(self.rendering.metadata), tensors, files]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-Put = Callable[[bytes | memoryview, int], None]
-
-
-def _ranges(rendering: Rendering) -> tuple[bytes, dict[str, tuple[int, int]], int]:
-    entries = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors)
-    header, ranges = layout(entries, rendering.metadata)
-    return header, ranges, max((offset + size for offset, size in ranges.values()), default=len(header))
-
-
-def _fill(job: _Job, put: Put) -> str:
-    """Write header and tensors in file order; the xxh3-128 of the whole."""
-    header, ranges, total = _ranges(job.rendering)
-    state = xxhash.xxh3_128(header)
-    put(header, 0)
-    by_name = {tensor.name: tensor for tensor in job.rendering.tensors}
-    for name, (offset, _) in ranges.items():
-        data = _bytes_of(by_name[name])
-        put(data, offset)
-        state.update(data)
-        if job.progress is not None:
-            job.progress(Progress(offset + len(data), total, "writing"))
-    return state.hexdigest()
-
-
-def _bytes_of(tensor: NewTensor) -> memoryview:
-    """The tensor's values, rounded once.
+    Returns:
+        Errors by weight, and by site those of what is approximated.
 
     Raises:
-        FitError: a value is too large for the stored type.
+        ProofError: it is not what was meant.
     """
-    import torch
+    from surgery.convert_approximate import measured
+    from surgery.convert_proof import compare, compare_prompt, restricted
 
-    values: torch.Tensor = tensor.load()
-    if tuple(values.shape) != tensor.shape:
-        raise ProofError(f"made with shape {list(values.shape)} instead of {list(tensor.shape)}", tensor=tensor.name)
-    stored = values.to(tensor.dtype.torch).contiguous()
-    if tensor.dtype.is_float and not bool(torch.isfinite(stored).all()):
-        raise FitError(f"NaN, Inf, or a value too large for {tensor.dtype.label}", tensor=tensor.name)
-    return memoryview(stored.reshape(-1).view(torch.uint8).numpy().data).cast("B")
-
-
-def _inputs(job: _Job) -> tuple[Path, ...]:
-    return (job.source.path, *(() if job.base is None else (job.base.path,)))
-
-
-def _write_file(job: _Job, out: Path, result: ConvertResult, *, overwrite: bool) -> tuple[Path, dict[str, float]]:
-    if out.suffix != ".safetensors":
-        raise FitError("the name must end in .safetensors", file=out)
-    total = _ranges(job.rendering)[2]
+    written = target.read(path)
+    if left := written.unconsumed():
+        raise ProofError(
+            f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=path
+        )
     errors: dict[str, float] = {}
-    made = write_single(
-        out,
-        job.id,
-        total,
-        lambda file: (_fill(job, file.pwrite), None)[1],
-        overwrite=overwrite,
-        inputs=_inputs(job),
-        prove=lambda path: errors.update(job.prove(path)),
-    )
-    return made, errors
+    kept = {entry.site for entry in rendering.entries if entry.outcome != "dropped"}
+    if source.prompt is not None and source.prompt.table.name in kept:
+        errors |= compare_prompt(source.prompt, written)
+    if rendering.held:
+        parts = {site.component for site in rendering.held}
+        if len(parts) == 1 and all(not site.component for site in written.updates):
+            moved = {replace(s, component=min(parts)): chain for s, chain in written.updates.items()}
+            written = replace(written, updates=moved)
+    near = measured(rendering, written, tolerance)
+    held = {site: chain for site, chain in rendering.held.items() if site not in near}
+    rest = {site: chain for site, chain in written.updates.items() if site not in near}
+    if held or (rest and rendering.held):
+        errors |= compare(restricted(source, held), restricted(written, rest), base)
+    _check_errors(errors, tolerance, path)
+    for tensor in source.tensors:
+        tensor.file.check_unchanged()
+    return errors, {str(site): error for site, error in near.items()}
 
 
-def _write_folder(job: _Job, out: Path, result: ConvertResult, *, overwrite: bool) -> tuple[Path, dict[str, float]]:
-    total = _ranges(job.rendering)[2]
-    with output_folder(out, job.id, overwrite=overwrite, inputs=_inputs(job)) as folder:
-        for name, data in job.rendering.small_files.items():
-            folder.write_small(name, data)
-        for path in job.source.side_files:
-            if path.name not in job.rendering.small_files:
-                folder.write_small(path.name, path.read_bytes())
-        file = folder.create(job.rendering.tensor_file, total)
-        stage = file.path.parent
-        file.finish({"xxh3": _fill(job, file.pwrite)})
-        errors = job.prove(stage)
-        folder.commit({**replace(result, errors=errors).as_json(), "version": __version__})
-    return out, errors
+def _proved_back(path: Path, given: Adapter, target: Format, made: LaidOut, tolerance: float) -> dict[str, float]:
+    """What lies at `path`, put under the names of `given` again, does what that does.
+
+    Raises:
+        ProofError: it does not.
+    """
+    from surgery.convert_proof import compare, restricted
+    from surgery.projections import given_names
+
+    written = given_names(given, target.read(path), made)
+    errors = compare(restricted(given, {site: given.updates[site] for site in written.updates}), written, None)
+    _check_errors(errors, tolerance, path)
+    return errors
+
+
+def _check_errors(errors: Mapping[str, float], tolerance: float, path: Path) -> None:
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        name = max(wrong, key=lambda one: wrong[one])
+        raise ProofError(
+            f"{len(wrong)} of {len(errors)} weights differ, '{name}' by {wrong[name]:.1e} of its greatest change "
+            f"(at most {tolerance:.1e} is allowed)",
+            file=path.name,
+            hint="--dtype fp32 keeps more digits",
+        )

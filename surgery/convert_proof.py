@@ -14,17 +14,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from surgery.factors import settings, tensor_error
 from surgery_formats.adapter import Adapter, Site
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.binding import bind
 from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.errors import ProofError
 from surgery_formats.lenses import Index, Plain, View, take, whole
+from surgery_formats.prompts import SoftPrompt
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import listing
-from surgery_formats.updates import Apply, DoRA, LoRA, Replacement, Stacked, Update
+from surgery_formats.updates import Apply, DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
-__all__ = ["compare", "restricted"]
+__all__ = ["compare", "compare_prompt", "restricted"]
 
 _BLOCK_ELEMENTS = 1 << 20  # 8 MB of float64 per side
 
@@ -77,6 +79,19 @@ def compare(source: Adapter, written: Adapter, base: Checkpoint | None) -> dict[
     return {name: _error(name, one[name], other[name], written) for name in sorted(one)}
 
 
+def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
+    """The greatest error of the virtual tokens, relative to their greatest value.
+
+    Raises:
+        ProofError: they are not there, or of another kind or shape.
+    """
+    found = written.prompt
+    if found is None or found.table.shape != prompt.table.shape or replace(found, table=prompt.table) != prompt:
+        raise ProofError(f"the virtual tokens {list(prompt.table.shape)} are not in it", file=written.path)
+    mine, theirs = (Factor.of(one.table).load(torch.float64) for one in (prompt, found))
+    return {prompt.table.name: _relative(float((mine - theirs).abs().max()), float(mine.abs().max()))}
+
+
 def _targets(adapter: Adapter, base: Checkpoint | None) -> dict[str, _Target]:
     if base is None:
         return dict(_unbound(adapter.updates))
@@ -112,6 +127,8 @@ def _error(name: str, one: _Target, other: _Target, written: Adapter) -> float:
         error = max(error, _relative(float((mine - theirs).abs().max()), float(mine.abs().max())))
     if (one.value is None) != (other.value is None):
         raise ProofError("is replaced by one and not by the other", file=written.path, tensor=name)
+    if (kept := _kept(one, other)) is not None:
+        return max(error, kept)
     if (same := _same_factors(one, other)) is not None:
         return max(error, same)
     worst = largest = 0.0
@@ -164,6 +181,21 @@ def _same_factors(one: _Target, other: _Target) -> float | None:
         if not torch.equal(a.load(torch.float64), b.load(torch.float64)):
             return None
     return _relative(abs(mine.scale - theirs.scale), abs(mine.scale))
+
+
+def _kept(one: _Target, other: _Target) -> float | None:
+    """The error of the factors where some update's effect depends on the base, or its sizes do; None where none is such."""
+    updates = [update for target in (one, other) for update, _ in target.pieces]
+    if all(isinstance(update, LoRA | DoRA | Offset | TokenRows) for update in updates):
+        return None
+    if len(one.pieces) != len(other.pieces):
+        return math.inf
+    worst = 0.0
+    for (mine, view), (theirs, seen) in zip(one.pieces, other.pieces, strict=True):
+        if type(mine) is not type(theirs) or view != seen or settings(mine) != settings(theirs):
+            return math.inf
+        worst = max(worst, tensor_error(mine, theirs))
+    return worst
 
 
 def _applied(target: _Target) -> list[tuple[View, Apply]]:

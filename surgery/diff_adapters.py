@@ -12,19 +12,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.combine_group import key_of
+from surgery.factors import settings, tensor_error
 from surgery.plain import plain
 from surgery_formats.adapter import Adapter, Site
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdapterDiff", "ModuleDiff", "Profile", "Side", "diff_adapters"]
+__all__ = ["SHARES", "AdapterDiff", "ModuleDiff", "Profile", "Side", "diff_adapters"]
 
 Status = Literal["equal", "different", "only in A", "only in B"]
 TOLERANCE = 1e-6
 """Relative difference of deltas that are called equal: what float32 factors of one delta differ by."""
-_SHARES = (0.5, 0.9, 0.99)
+SHARES = (0.5, 0.9, 0.99)
+"""Of the energy, for which directions are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,11 @@ class Profile:
 
     Attributes:
         stable_rank: ``||.||_F^2 / ||.||_2^2``.
-        ranks: ``{share of the energy: directions that hold it}``.
+        ranks: ``{share of the energy: directions that hold it}``; None where they are more than were looked at.
     """
 
     stable_rank: float
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +159,14 @@ def diff_adapters(a: Adapter, b: Adapter, *, header: bool, tolerance: float | No
 
 
 def _notes(a: Adapter, b: Adapter) -> list[str]:
-    notes = [f"{side}: {trap}" for side, adapter in (("A", a), ("B", b)) for trap in adapter.traps]
+    notes = [
+        f"{side}: {trap}" for side, adapter in (("A", a), ("B", b)) for trap in (*adapter.traps, *by_values(adapter))
+    ]
     if (a.prompt is None) != (b.prompt is None):
         notes.append("one of them has virtual tokens")
     elif a.prompt is not None and b.prompt is not None:
-        same = a.prompt.shape == b.prompt.shape and bool((a.prompt.read() == b.prompt.read()).all())
+        one, other = a.prompt.table, b.prompt.table
+        same = one.shape == other.shape and bool((one.read() == other.read()).all())
         notes.append(f"their virtual tokens are {'equal' if same else 'different'}")
     return notes
 
@@ -269,7 +275,7 @@ def _measured(chain: Chain) -> Side:
 
 def _profile(blocks: Sequence[torch.Tensor]) -> Profile:
     """Of one matrix, or of all experts: the greatest of theirs."""
-    stable, ranks = 0.0, {f"{share:g}": 0 for share in _SHARES}
+    stable, ranks = 0.0, {f"{share:g}": 0 for share in SHARES}
     for values in blocks:
         squares = values.square()
         whole = float(squares.sum())
@@ -277,7 +283,7 @@ def _profile(blocks: Sequence[torch.Tensor]) -> Profile:
             continue
         stable = max(stable, whole / float(squares[0]))
         held = squares.cumsum(0)
-        for share in _SHARES:
+        for share in SHARES:
             needed = int((held < share * whole * (1 - 1e-12)).sum()) + 1
             ranks[f"{share:g}"] = max(ranks[f"{share:g}"], needed)
     return Profile(stable, ranks)
@@ -351,4 +357,17 @@ def _set_values(mine: Chain, theirs: Chain, limit: float) -> list[str]:
                 notes.append(f"{what} of other shapes")
             elif (by := _ratio(float((right - left).norm()), float(left.norm()))) > limit:
                 notes.append(f"{what} differ by {by:.2g}")
+    return notes + _other_factors(mine, theirs, limit)
+
+
+def _other_factors(mine: Chain, theirs: Chain, limit: float) -> list[str]:
+    """Kinds whose delta is no sum of LoRAs are compared by their stored factors: a note for each pair that differs."""
+    known = (LoRA, DoRA, Offset, Stacked, Replacement, TokenRows)
+    left, right = ([u for u in chain if not isinstance(u, known)] for chain in (mine, theirs))
+    notes = []
+    for one, other in zip(left, right, strict=True):
+        if type(one) is not type(other) or settings(one) != settings(other):
+            notes.append(f"the settings of its {one.kind} differ")
+        elif (by := tensor_error(one, other)) > limit:
+            notes.append(f"the factors of its {one.kind} differ by {by:.2g}")
     return notes

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,10 +21,7 @@ __all__ = ["CheckpointDiff", "Header", "TensorDiff", "Values", "diff_checkpoints
 
 Status = Literal["equal", "values", "dtype", "shape", "only in A", "only in B"]
 
-_BLOCK = 1 << 21  # elements: 16 MB of float64 per side
 _BYTES = 8 << 20  # compared at a time where only equality is asked
-_SHORT_SIDE = 8192  # greatest short side whose Gram matrix (512 MB) is formed for a spectrum
-_SHARES = (0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +202,9 @@ def _pair(
     if status == "equal" and not _within(values, tolerance):
         status = "values"
     if spectrum and values.difference and min(mine.matrix) > 1:
-        profile, note = _profile(mine, theirs)
+        from surgery.diff_spectrum import profile_of_difference
+
+        profile, note = profile_of_difference(mine, theirs)
         return replace(one, status=status, values=replace(values, profile=profile), note=note)
     return replace(one, status=status, values=values)
 
@@ -234,29 +232,17 @@ def _same_bytes(mine: StoredTensor, theirs: StoredTensor) -> bool:
     return True
 
 
-def _blocks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Rows as `dtype`, flattened after the first axis, each block at most `_BLOCK` elements where rows allow."""
-    if not tensor.shape:
-        yield tensor.read().to(dtype).reshape(1, 1)
-        return
-    rows, width = tensor.matrix
-    step = max(1, _BLOCK // max(width, 1))
-    whole = tensor.read().to(dtype) if tensor.strides is not None else None
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        block = whole[start:stop] if whole is not None else tensor.read(start, stop).to(dtype)
-        yield block.reshape(stop - start, width)
-
-
 def _measure(mine: StoredTensor, theirs: StoredTensor) -> Values:
     """One pass over both, in float32 where that holds every value of the types, sums in float64."""
     import torch
+
+    from surgery.diff_spectrum import blocks
 
     half = (DType.BF16, DType.F16, DType.F8_E4M3, DType.F8_E5M2)
     dtype = torch.float32 if mine.dtype in half and theirs.dtype in half else torch.float64
     greatest = difference = norm = 0.0
     moved = strange = 0
-    for left, right in zip(_blocks(mine, dtype), _blocks(theirs, dtype), strict=True):
+    for left, right in zip(blocks(mine, dtype), blocks(theirs, dtype), strict=True):
         differs = left != right
         size = _norm(left)
         if not (math.isfinite(size) and math.isfinite(_norm(right))):
@@ -278,28 +264,3 @@ def _norm(values: torch.Tensor) -> float:
     import torch
 
     return float(torch.linalg.vector_norm(values, dtype=torch.float64))
-
-
-def _profile(mine: StoredTensor, theirs: StoredTensor) -> tuple[Profile | None, str]:
-    """Ranks of ``B - A`` from the float64 Gram matrix of its short side, summed over blocks of rows."""
-    import torch
-
-    rows, cols = mine.matrix
-    if min(rows, cols) > _SHORT_SIDE:
-        return None, f"no spectrum: both sides are longer than {_SHORT_SIDE}"
-    wide = cols > rows
-    sides = zip(_blocks(mine, torch.float64), _blocks(theirs, torch.float64), strict=True)
-    apart = (right - left for left, right in sides)
-    if wide:  # the Gram matrix over columns needs all rows of a block of columns: the matrix is read whole, its short side is small
-        delta = torch.cat(list(apart))
-        gram = delta @ delta.T
-    else:
-        gram = torch.zeros((cols, cols), dtype=torch.float64)
-        for block in apart:
-            gram.addmm_(block.T, block)
-    if not bool(torch.isfinite(gram).all()):
-        return None, "no spectrum: NaN or Inf"
-    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0.0)
-    held, whole = energies.cumsum(0), float(energies.sum())
-    ranks: Mapping[str, int] = {f"{share:g}": int((held < share * whole * (1 - 1e-12)).sum()) + 1 for share in _SHARES}
-    return Profile(whole / float(energies[0]), ranks), ""

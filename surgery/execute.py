@@ -26,7 +26,7 @@ from surgery_formats.files.folder import FileRecord, OutputFile, OutputFolder, o
 from surgery_formats.files.raw import File, open_file
 from surgery_formats.text import nbytes as human
 
-__all__ = ["Run", "default_workers", "execute"]
+__all__ = ["Run", "default_workers", "execute", "still_good", "write_side_file", "write_weights"]
 
 _COPY_CHUNK = 64 << 20
 _MAX_DEFAULT_WORKERS = 8  # beyond, memory bandwidth is the limit
@@ -83,11 +83,11 @@ def execute(
     Raises:
         OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
     """
-    with output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=_still_good) as folder:
-        measured = _write_weights(plan, folder, run)
+    with output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=still_good) as folder:
+        measured = write_weights(plan, folder, run)
         ledger = Ledger(plan, measured)
         for side in plan.side_files:
-            _write_side_file(side, folder)
+            write_side_file(side, folder)
         for name, data in finish(ledger).items():
             folder.write_small(name, data)
         for file in plan.inputs:
@@ -102,7 +102,7 @@ def _job(plan: Plan) -> str:
     return hashlib.sha256(json.dumps([plan.id, seen]).encode()).hexdigest()
 
 
-def _write_side_file(side: SideFile, folder: OutputFolder) -> None:
+def write_side_file(side: SideFile, folder: OutputFolder) -> None:
     """Small ones at once; large ones by the kernel, like weights."""
     if side.source is None:
         folder.write_small(side.name, side.data)
@@ -117,8 +117,13 @@ def _write_side_file(side: SideFile, folder: OutputFolder) -> None:
         out.finish({})
 
 
-def _write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measured]:
-    """Copies start at once in threads of their own, while torch is still being imported for the rest."""
+def write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measured]:
+    """The weight files of `plan` in `folder`, but for those an interrupted run finished; what was measured of each computed tensor.
+
+    Raises:
+        ResourceError, FitError, ProofError: as `execute`.
+    """
+    # Copies start at once in threads of their own, while torch is still being imported for the rest.
     measured: dict[str, Measured] = {}
     jobs: list[_FileJob] = []
     for file in plan.files:
@@ -354,7 +359,7 @@ def _remembered(record: FileRecord) -> dict[str, Measured]:
     return {label: Measured(**fields) for label, fields in record.record["tensors"].items()}
 
 
-def _still_good(path: Path, record: FileRecord) -> bool:
+def still_good(path: Path, record: FileRecord) -> bool:
     """Whether a file that an interrupted run finished still holds the computed tensors it finished with."""
     from surgery_formats.files.safetensors import open_safetensors
     from surgery_formats.identity import tensor_digest

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extract: the least adapter that makes of a base what a full fine-tune made of it, with an account of every tensor.
 
-Both checkpoints are streamed. Every difference is factorised optimally, what is no matrix is stored as the fine-tune has it, and
-the written folder is read back, put on the base and measured against the fine-tune before it gets its name.
+Both checkpoints are streamed once. Every difference is factorised optimally while it is there, and what is left of it beside the factors
+as they will be written is measured. What is no matrix is stored as the fine-tune has it. The written folder is read back and must hold
+what was measured, where it was measured, before it gets its name.
 """
 
 from __future__ import annotations
@@ -12,32 +13,43 @@ import json
 import math
 import os
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery import __version__
-from surgery.deltas import Measure, measure
+from surgery.convert import coded_as
 from surgery.execute import default_workers
-from surgery.extract_factor import Factored, Scratch, factor, in_threads
+from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
+from surgery.extract_dora import Decision, decide, kept_lora
+from surgery.extract_factor import Factored, Plan, Scratch
+from surgery.extract_kind import KINDS, CalibrationTotals, Kind
 from surgery.extract_ledger import ExtractResult
-from surgery.extract_plan import MOST_ROWS, Forms, Options, kept_size, settle
+from surgery.extract_noise import NoiseReport, noise_report
+from surgery.extract_plan import Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
 from surgery.extract_rows import check_losses, rows_of
-from surgery.extract_sites import Spot, Unit, spots_of, units_of
+from surgery.extract_scan import Found, Layout, layout_of, scan, warm
+from surgery.extract_sites import Unit, tree_name
 from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
-from surgery.pairs import Pair, differing_settings, pair_up
+from surgery.lanes import Lanes, devices_of
+from surgery.pairs import differing_settings
 from surgery.progress import Callback, Progress
-from surgery_formats.adapters.format import NewTensor
+from surgery_formats.adapters.format import Coded, Format, NewTensor
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.folder import output_folder
 from surgery_formats.identity import content_id, fingerprint
+from surgery_formats.linalg.coding import Coding
+from surgery_formats.text import listing
+
+if TYPE_CHECKING:
+    from surgery.extract_proof import Error
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -55,10 +67,13 @@ def extract_lora(
     budget: str | None = None,
     alpha: float | None = None,
     rslora: bool = False,
+    kind: Kind = "auto",
+    calibration: Pathlike | None = None,
     dense: Sequence[str] = ("norm", "bias"),
     embeddings: str = "lora",
     dtype: str = "auto",
     to: str = "peft",
+    factors: str | None = None,
     allow_loss: bool = False,
     device: str = "cpu",
     workers: int | None = None,
@@ -79,13 +94,17 @@ def extract_lora(
         budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
+        kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
+        calibration: Inputs of modules (`surgery.extract_calibration`), for factors that are best on them; a LoRA's only.
         dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
         embeddings: ``lora`` or ``full``.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
         to: Format of the adapter.
+        factors: ``int8`` or ``int4``: the format is ``compact``, unless `to` names another that stores codes.
         allow_loss: Leave out what no form can hold.
-        device: Where factorisation runs.
-        workers: Threads; None is one per core, at most eight. Never changes the result.
+        device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``, ``auto``. Matrices are
+            shared out over all of them.
+        workers: Threads (per GPU); None is one per core, at most eight. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
         dry_run: Compare and factorise, write nothing.
@@ -100,23 +119,47 @@ def extract_lora(
     goal = wanted(rank, energy, max_error, budget, table=table)
     options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
-    target = format_named(to)
+    if kind == "dora" and calibration is not None:
+        raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
+    chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
+    target = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
+    coding = _coding(target, dtype)
+    devices = devices_of(device)
     if output is None and not dry_run:
         raise FitError("no output was named")
     pair = _Both(open_checkpoint(base), open_checkpoint(tuned))
+    given = None if calibration is None else open_calibration(calibration)
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
+    lanes: Lanes | None = None
+    started = time.monotonic()
     try:
-        scan = _scan(pair, goal, options, scratch, device, workers or default_workers(), progress)
-        job = _settled(pair, scan, goal, options, scaling, _dtype(dtype, pair.new), allow_loss=allow_loss)
-        job = replace(job, table=job.choices() if table else (), workers=workers or default_workers())
+        threads = workers or default_workers()
+        stored = DType.F32 if coding else _dtype(dtype, pair.new)
+        making = _Making(goal, options, scaling, stored, coding, chosen, given, scratch, devices[0], threads)
+        layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
+        if given is not None:
+            shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
+            names = [*shared, *(tree_name(name, pair.old) for name in shared)]
+            check_modules(given, layout.spots, layout.units, names)
+        lanes = Lanes(devices, threads)
+        lanes.warm(warm)
+        found = scan(layout, goal.criterion, _planned(goal, scaling, stored), scratch, lanes, progress)
+        timings = {"starting": found.began - started, "reading": time.monotonic() - found.began}
+        job = _settled(pair, layout, found, making, allow_loss=allow_loss)
+        job = replace(job, table=job.choices() if table else ())
         if dry_run:
-            return replace(job.result(), format=to)
+            return replace(job.result(), format=target.name, timings=timings)
         assert output is not None
+        where = Path(output)
         if target.name == "peft":
-            return _write(job, Path(output), overwrite=overwrite, progress=progress)
-        return _converted(job, Path(output), to, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+            result = _write(job, where, overwrite=overwrite, progress=progress)
+        else:
+            result = _converted(job, where, target.name, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+        return replace(result, timings={**timings, "first_read_to_synced": time.monotonic() - found.began})
     finally:
+        if lanes is not None:
+            lanes.close()
         scratch.close()
 
 
@@ -135,6 +178,15 @@ def _scaling(alpha: float | None, rslora: bool) -> Scaling:
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise FitError(f"alpha is {alpha}, not a positive number")
     return Scaling(None if alpha is None else float(alpha), rslora)
+
+
+def _coding(target: Format, dtype: str) -> Coding | None:
+    """The codes that factors are stored as, if they are."""
+    if not isinstance(target, Coded):
+        return None
+    if dtype != "auto":
+        raise FitError(f"{target.name} stores factors as codes, not as {dtype}", hint="--factors chooses the codes")
+    return target.coding
 
 
 def _dtype(text: str, tuned: Component) -> DType:
@@ -172,70 +224,38 @@ class _Both:
         self.tuned.check_unchanged()
 
 
+def _planned(goal: Wanted, scaling: Scaling, dtype: DType) -> Callable[[Unit], Plan | None]:
+    """How factors will be written, as far as it is known before all of them are: not with a budget, nor where the scale needs the rank."""
+
+    def plan(unit: Unit) -> Plan | None:
+        if goal.rank is not None:
+            rank = min(goal.rank, unit.largest_rank)
+            return Plan(rank, scaling.fold(rank), dtype)
+        alone = goal.budget is None and not goal.auto and scaling.constant
+        return Plan(None, 1.0, dtype) if alone else None
+
+    return plan
+
+
 @dataclass(frozen=True, slots=True)
-class _Scan:
-    pairs: tuple[Pair, ...]
-    spots: tuple[Spot, ...]
-    units: tuple[Unit, ...]
-    measures: Mapping[str, Measure]
-    factored: Mapping[str, Factored]
+class _Making:
+    """What the user wants, and where it is worked out.
 
+    Attributes:
+        dtype: Of the factors of the PEFT folder.
+        coding: Of the factors in the end, if they are codes.
+    """
 
-def _scan(
-    both: _Both, goal: Wanted, options: Options, scratch: Scratch, device: str, workers: int, progress: Callback | None
-) -> _Scan:
-    """Read every pair once to compare it, and once more to factorise it if it changed."""
-    pairs = pair_up(both.old, both.new)
-    spots = spots_of(pairs, both.old)
-    units = units_of(spots, both.old)
-    by_name = {spot.pair.name: spot for spot in spots}
-    measures: dict[str, Measure] = {}
-    factored: dict[str, Factored] = {}
-    vocabulary = {both.new.embedding, both.new.head}
-    stored_whole = options.embeddings == "full" or (both.old.tied and bool(both.old.head))
-    meter = _Meter(sum(spot.pair.tuned.nbytes for spot in spots), progress)
-
-    def look(name: str) -> Measure:
-        found = by_name[name].pair
-        measures[name] = measure(found, MOST_ROWS if by_name[name].form == "embedding" else 0)
-        meter.add(found.tuned.nbytes)
-        return measures[name]
-
-    def alone(name: str) -> Callable[[Callable[[], bool]], None]:
-        return lambda stop: None if stop() else (look(name), None)[1]
-
-    def together(unit: Unit) -> Callable[[Callable[[], bool]], None]:
-        def work(stop: Callable[[], bool]) -> None:
-            changed = [look(name).changed for name in unit.names if not stop()]
-            whole = stored_whole and bool(vocabulary.intersection(unit.names))
-            grown = any(by_name[name].pair.grown > 0 for name in unit.names)
-            if (
-                any(changed)
-                and not whole
-                and not grown
-                and (done := factor(unit, goal.criterion, scratch, device, stop))
-            ):
-                factored[unit.path] = done
-
-        return work
-
-    inside = {name for unit in units for name in unit.names}
-    in_threads([*map(together, units), *(alone(name) for name in by_name if name not in inside)], workers)
-    return _Scan(pairs, spots, units, measures, factored)
-
-
-class _Meter:
-    """Adds up bytes from all threads."""
-
-    def __init__(self, total: int, callback: Callback | None) -> None:
-        self._total, self._done, self._callback = total, 0, callback
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._callback is not None:
-                self._callback(Progress(self._done, self._total, "factorising"))
+    goal: Wanted
+    options: Options
+    scaling: Scaling
+    dtype: DType
+    coding: Coding | None
+    kind: Kind
+    calibration: Calibration | None
+    scratch: Scratch
+    device: str
+    workers: int
 
 
 @dataclass(frozen=True)
@@ -243,17 +263,29 @@ class _Job:
     """All that is decided; nothing is written yet."""
 
     both: _Both
-    scan: _Scan
+    layout: Layout
+    found: Found
     forms: Forms
     ranks: Mapping[str, int]
     dtype: DType
+    coding: Coding | None
     tensors: tuple[NewTensor, ...]
     config: bytes
     metadata: Mapping[str, str]
     id: str
+    noise: NoiseReport
+    decision: Decision
+    calibrated: Calibrated
+    calibration: Calibration | None
+    asked: bool
+    workers: int
     warnings: tuple[str, ...] = ()
     table: tuple[Choice, ...] = ()
-    workers: int = 1
+
+    @property
+    def factored(self) -> Mapping[str, Factored]:
+        """What is written."""
+        return {**self.found.factored, **self.decision.factored, **self.calibrated.factored}
 
     @property
     def nbytes(self) -> int:
@@ -263,21 +295,36 @@ class _Job:
         """Other ranks, fewer layers."""
         kept = [kept_size(one) for one in self.forms.kept]
         stored = sum(numbers for numbers, _ in kept), sum(nbytes for _, nbytes in kept)
-        return choices(self.forms, self.scan.factored, self.scan.measures, stored, self.dtype)
+        return choices(self.forms, self.found.factored, self.found.measures, stored, self.coding or self.dtype)
 
     def result(self) -> ExtractResult:
         """By the spectra."""
-        rows = rows_of(self.scan.pairs, self.scan.measures, self.scan.factored, self.forms, self.ranks, self.dtype)
+        rows = rows_of(
+            self.layout.pairs,
+            self.found.measures,
+            self.factored,
+            self.forms,
+            self.ranks,
+            self.coding or self.dtype,
+            self.noise.signals,
+            {path: one.count for path, one in self.decision.magnitudes.items()},
+            self.calibrated.facts,
+            asked=self.asked,
+        )
         return ExtractResult(
             None,
             "peft",
             self.metadata["surgery.base"],
             rows,
-            self.dtype.label,
-            self.nbytes,
+            self.coding.name if self.coding else self.dtype.label,
+            sum(row.nbytes for row in rows) if self.coding else self.nbytes,
             self.both.tuned.nbytes,
             self.warnings,
             self.table,
+            self.noise.survival,
+            self.noise.merged,
+            self.decision.facts,
+            CalibrationTotals.of(self.calibrated.facts.values()) if self.calibration is not None else None,
         )
 
     def proved(self, folder: Path) -> ExtractResult:
@@ -286,52 +333,129 @@ class _Job:
         Raises:
             ProofError: it does something else.
         """
-        from surgery.extract_proof import compare
         from surgery.extract_rows import with_measured
 
-        changed = [pair for pair in self.scan.pairs if pair.match == "pair" and self.scan.measures[pair.name].changed]
-        errors = compare(folder, self.both.base, changed, self.forms.dropped, self.workers)
-        result = self.result()
-        return replace(
-            result, rows=with_measured(result.rows, errors, self.forms, self.scan.factored, self.ranks, self.dtype)
-        )
+        known = {unit.path: self.factored[unit.path] for unit in self.forms.units}
+        errors, result = self._errors(folder, known), self.result()
+        sizes = {path: one.size for path, one in self.decision.magnitudes.items()}
+        rows = with_measured(result.rows, errors, self.forms, self.factored, self.ranks, self.dtype, sizes)
+        return replace(result, rows=rows)
+
+    def coded(self, folder: Path) -> ExtractResult:
+        """By the codes that lie in `folder`, whose error the converter has proved to be what its writer says."""
+        errors, result = self._errors(folder, {}), self.result()
+        rows = (replace(r, residual=errors[r.name].residual) if r.name in errors else r for r in result.rows)
+        return replace(result, rows=tuple(rows))
+
+    def _errors(self, folder: Path, known: Mapping[str, Factored]) -> dict[str, Error]:
+        from surgery.extract_proof import prove
+
+        measures = self.found.measures
+        shifted = {kept.name for kept in self.forms.kept if kept.shift is not None}
+        changed = [
+            pair
+            for pair in self.layout.pairs
+            if pair.match == "pair" and (measures[pair.name].changed or pair.name in shifted)
+        ]
+        return prove(folder, self.both.base, changed, known, measures, self.forms.dropped, self.workers)
 
 
-def _settled(
-    both: _Both, scan: _Scan, goal: Wanted, options: Options, scaling: Scaling, dtype: DType, *, allow_loss: bool
-) -> _Job:
+def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allow_loss: bool) -> _Job:
     old, new = both.old, both.new
+    goal, dtype, scaling = making.goal, making.dtype, making.scaling
 
     def formed(ranks: Mapping[str, int]) -> Forms:
-        return settle(scan.spots, scan.units, scan.measures, old, new, options, ranks)
+        return settle(layout.spots, layout.units, found.measures, old, new, making.options, ranks)
 
-    ranks = ranks_of(goal, scan.units, scan.factored, formed, dtype)
+    ranks: Mapping[str, int] = ranks_of(goal, layout.units, found.factored, formed, making.coding or dtype)
+    decision, dora_ranks = _kind(both, layout, found, making, formed, ranks)
+    if decision.facts.kind == "dora":
+        ranks = dora_ranks
     forms = formed(ranks)
+    calibrated = Calibrated({}, {}, {})
+    if making.calibration is not None:
+        calibrated = calibrate(
+            making.calibration, forms, layout.spots, found.factored, ranks, making.scratch, making.device, making.workers,
+            biases="bias" in making.options.dense,
+        )  # fmt: skip
+        calibrated.into(forms, layout.spots)
     for unit in forms.units:
         if goal.rank is not None and ranks[unit.path] < goal.rank:
             forms.why |= dict.fromkeys(
                 unit.names, f"rank cut from {goal.rank} to {ranks[unit.path]}: the change has no more"
             )
-    check_losses(forms, scan.measures, both.tuned.path, allow_loss=allow_loss)
+    check_losses(forms, found.measures, both.tuned.path, allow_loss=allow_loss)
     if not forms.units and not forms.kept:
         raise FitError("nothing of what changed can be held", file=both.tuned.path)
-    metadata = {"format": "pt", "surgery.base": content_id(both.base)}
-    tensors = tensors_of(forms, scan.factored, ranks, scaling, dtype)
-    config = configuration(forms, ranks, scaling, goal.rank, old, both.base.path.resolve().name)
+    metadata = {"format": "pt", "surgery.base": content_id(both.base, found.digests.of)}
+    factored = {**found.factored, **decision.factored, **calibrated.factored}
+    places = {path: one.values for path, one in decision.magnitudes.items()}
+    tensors = tensors_of(forms, factored, ranks, scaling, dtype, places)
+    name = both.base.path.resolve().name
+    config = configuration(forms, ranks, scaling, goal.rank, old, name, dora=decision.facts.kind == "dora")
     facts = {
         "version": __version__,
         "verb": "extract-lora",
         "config": hashlib.sha256(config).hexdigest(),
         "tensors": [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in tensors],
         "base": metadata["surgery.base"],
+        "calibration": None if making.calibration is None else making.calibration.id,
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return _Job(both, scan, forms, ranks, dtype, tensors, config, metadata, plan_id, differing_settings(old, new))
+    units = [found.factored[unit.path] for unit in forms.units]
+    gains = {path: one.load_gains for path, one in decision.magnitudes.items()}
+    noise = noise_report(units, factored, ranks, found.measures, making.workers, gains)
+    warnings = differing_settings(old, new)
+    given = making.calibration
+    if given is not None and (unused := given.unused(forms.units)):
+        warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
+    asked = goal.rank is not None
+    return _Job(
+        both, layout, found, forms, ranks, dtype, making.coding, tensors, config, metadata, plan_id, noise, decision, calibrated, given,
+        asked, making.workers, warnings,
+    )  # fmt: skip
+
+
+def _kind(
+    both: _Both,
+    layout: Layout,
+    found: Found,
+    making: _Making,
+    formed: Callable[[Mapping[str, int]], Forms],
+    ranks: Mapping[str, int],
+) -> tuple[Decision, Mapping[str, int]]:
+    """LoRA or DoRA, and the ranks of a DoRA.
+
+    Raises:
+        FitError: a DoRA was asked for, and none can be made.
+    """
+    goal = making.goal
+    if making.calibration is not None:
+        return kept_lora("calibration weights the factors of a LoRA"), ranks
+    if making.kind == "auto" and (goal.criterion.energy is not None or goal.criterion.max_error is not None):
+        return kept_lora("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
+    dora_ranks = ranks
+    if making.kind != "lora" and goal.budget is not None:
+        try:
+            dora_ranks = ranks_of(
+                goal, layout.units, found.factored, formed, making.coding or making.dtype, magnitudes=True
+            )
+        except FitError as error:
+            if making.kind == "dora":
+                raise
+            return kept_lora(error.message), ranks
+    units = formed(dora_ranks).units
+    decision = decide(
+        making.kind, units, found.factored, dora_ranks, ranks, making.scratch, making.device, making.workers,
+        both.tuned.path,
+    )  # fmt: skip
+    return decision, dora_ranks
 
 
 def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
-    inputs = (job.both.base.path, job.both.tuned.path)
+    given = () if job.calibration is None else (job.calibration.path,)
+    inputs = (job.both.base.path, job.both.tuned.path, *given)
     with output_folder(out, job.id, overwrite=overwrite, inputs=inputs) as folder:
         folder.write_small("adapter_config.json", job.config)
         if any(kept.via == "resized" for kept in job.forms.kept):
@@ -345,6 +469,8 @@ def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) 
             progress(Progress(job.nbytes, job.nbytes, "proving"))
         result = job.proved(stage)
         job.both.check_unchanged()
+        if job.calibration is not None:
+            job.calibration.check_unchanged()
         folder.commit({**result.as_json(), "version": __version__})
     return replace(result, output=out)
 
@@ -359,13 +485,23 @@ def _converted(
         raise FitError("no such folder to write into", file=out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:100]}.surgery-") as name:
         result = _write(job, Path(name) / "peft", overwrite=False, progress=None)
+
+        def check(path: Path) -> Mapping[str, Any]:
+            nonlocal result
+            if job.coding is not None:
+                result = replace(job.coded(path), format=to)
+                return {"extract": result.as_json()}
+            return {}
+
         done = convert(
             Path(name) / "peft",
             to,
             out,
             base=job.both.base.path,
+            factors=None if job.coding is None else job.coding.name,
             allow_loss=allow_loss,
             overwrite=overwrite,
+            check=check,
             progress=progress,
         )
     lost = tuple(

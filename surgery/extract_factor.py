@@ -7,24 +7,29 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from surgery.deltas import Delta
+import xxhash
+
 from surgery.extract_sites import Unit
+from surgery_formats.dtypes import DType
 from surgery_formats.tensors import as_bytes
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Criterion", "Factored", "Scratch", "factor", "in_threads"]
+    from surgery_formats.linalg.matrix import MatrixSource
 
-ROWS_FROM = 1 << 27
-"""Elements above which a matrix is read block by block at every product instead of being held (512 MB of float32): vocabularies."""
+__all__ = ["Criterion", "Factored", "Piece", "Plan", "Scratch", "digest", "factorise"]
+
+_FINE = 1e-3
+"""Relative residual below which float32 cannot measure it."""
+_MUCH = 0.05
+"""Relative residual above which ``||D||^2 - 2 <D, BA> + ||BA||^2`` is right to a few 1e-5 of it."""
 MOST = 256
 """Most singular values looked at where the rank is to be found (budget, auto): beyond, an adapter is no smaller than what it replaces."""
 
@@ -39,7 +44,6 @@ class Criterion:
         max_error: Until ``||D - BA||_F / ||D||_F`` is at most this.
         most: Look at so many and decide later (budget, auto).
         numbers: Most numbers the whole adapter may hold, which limits `most`.
-        edge: Whether to find out what rounding noise could be, too.
     """
 
     rank: int | None = None
@@ -47,13 +51,33 @@ class Criterion:
     max_error: float | None = None
     most: int | None = None
     numbers: int | None = None
-    edge: bool = False
 
     def limit(self, cost: int) -> int | None:
         """Directions of a unit of which each costs `cost` numbers; None for no limit of its own."""
         if self.most is None or self.numbers is None:
             return self.most if self.rank is None else self.rank
         return max(1, min(self.most, self.numbers // cost))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the factors of a matrix will be written, where it is known when they are made.
+
+    Attributes:
+        rank: Directions that are kept; None for all that the criterion finds.
+        fold: What each factor is multiplied by, so that the format's scale changes nothing.
+        dtype: Type they are rounded to.
+    """
+
+    rank: int | None
+    fold: float
+    dtype: DType
+
+    def stored(self, factor: torch.Tensor) -> torch.Tensor:
+        """The values that will be written, float32, of all directions ``(k, n)``."""
+        import torch
+
+        return (factor[: self.rank] * self.fold).to(self.dtype.torch).to(torch.float32)
 
 
 class Scratch:
@@ -75,7 +99,7 @@ class Scratch:
         done = 0
         while done < len(raw):
             done += os.pwrite(self._file.fileno(), raw[done:], at + done)
-        return Place(self, at, (kept.shape[0], kept.shape[1]))
+        return Place(self, at, (kept.shape[0], kept.shape[1]), digest(kept))
 
     def get(self, place: Place) -> torch.Tensor:
         """Read it back."""
@@ -94,25 +118,41 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a matrix lies in the scratch file."""
+    """Where a matrix lies in the scratch file.
+
+    Attributes:
+        scratch: The file.
+        offset: In it.
+        shape: Of the matrix, float32.
+        digest: Of its values when they were put there.
+    """
 
     scratch: Scratch
     offset: int
     shape: tuple[int, int]
+    digest: str
+
+
+def digest(values: torch.Tensor) -> str:
+    """Of a contiguous float32 matrix in memory."""
+    return xxhash.xxh3_128_hexdigest(as_bytes(values))
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One factorised matrix ``D ~ left right^T``, the square root of every singular value on either side.
+    """One factorised matrix ``D ~ left^T right / fold^2``, the square root of every singular value on either side.
 
     Attributes:
-        left: ``(k, out)``, one direction per row.
+        left: ``(k, out)``, one direction per row; of `left_energy`'s factors where that is known.
         right: ``(k, in)``.
         values: Singular values, descending.
         total: ``||D||_F^2``.
         rest: What all `k` leave of it.
         bound: The error is at most this many times the least possible.
-        edge: Largest singular value that rounding noise alone would have; 0 where nobody asked.
+        edge: Largest singular value that rounding noise alone would have.
+        fold: What either side was multiplied by.
+        left_energy: ``||D - left^T right / fold^2||_F^2``, measured, of each tensor that the matrix is made of; None where the factors
+            are not yet those that will be written.
     """
 
     left: Place
@@ -122,11 +162,15 @@ class Piece:
     rest: float
     bound: float
     edge: float = 0.0
+    fold: float = 1.0
+    left_energy: tuple[float, ...] | None = None
 
     @property
     def signal(self) -> int:
         """Directions above the noise."""
-        return sum(value > self.edge for value in self.values)
+        from surgery_formats.linalg.noise import signal_count
+
+        return signal_count(self.values, self.edge)
 
     def residual(self, rank: int) -> float:
         """``||D - D_rank||_F^2``."""
@@ -160,80 +204,86 @@ class Factored:
         """Energy that is left at `rank`."""
         return math.fsum(piece.residual(rank) for piece in self.pieces)
 
-    def factors(self, index: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(left (out, rank), right (rank, in))`` of one matrix; directions that it lacks are zeros."""
+    def factors(self, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(left (out, rank), right (rank, in))`` of one matrix, each times `fold`; directions that it lacks are zeros."""
         import torch
 
-        found = []
-        for place in (self.pieces[index].left, self.pieces[index].right):
+        piece, found = self.pieces[index], []
+        for place in (piece.left, piece.right):
             whole = place.scratch.get(place)[:rank]
+            if fold != piece.fold:
+                whole *= fold / piece.fold
             found.append(torch.nn.functional.pad(whole, (0, 0, 0, rank - len(whole))))
         return found[0].T, found[1]
 
 
-def factor(
-    unit: Unit, criterion: Criterion, scratch: Scratch, device: str, stop: Callable[[], bool]
-) -> Factored | None:
-    """Factorise every matrix of a unit; None if told to stop."""
-    pieces = []
-    for delta in unit.deltas:
-        if stop():
-            return None
-        pieces.append(_piece(delta, criterion, criterion.limit(unit.cost), scratch, device))
-    return Factored(unit, tuple(pieces))
+def factorise(
+    matrix: torch.Tensor | MatrixSource,
+    criterion: Criterion,
+    rank: int | None,
+    strips: Sequence[int],
+    scratch: Scratch,
+    device: torch.device,
+    *,
+    energies: Sequence[float],
+    moved: bool,
+    edge: float,
+    plan: Plan | None,
+    transposed: bool,
+) -> Piece:
+    """Factors of one matrix, and what is left of it beside what will be written of them.
 
+    Args:
+        matrix: As stored.
+        criterion: How the rank is found.
+        rank: Most directions, where the criterion has a number.
+        strips: Heights of the tensors that it is made of.
+        scratch: Where the factors go.
+        device: Where to compute.
+        energies: ``||D||_F^2`` of each of them; zeros where they are too small for who summed them.
+        moved: Whether anything in them differs.
+        edge: See `Piece`.
+        plan: How the factors will be written; None where that is decided later.
+        transposed: Whether the logical matrix is the transpose.
+    """
+    import torch
 
-def _piece(delta: Delta, criterion: Criterion, rank: int | None, scratch: Scratch, device: str) -> Piece:
-    from surgery.extract_noise import noise_edge
-    from surgery_formats.linalg.svd import truncated_svd
+    from surgery_formats.linalg.svd import left_over, truncated_svd
 
-    large = delta.shape[0] * delta.shape[1] > ROWS_FROM and not delta.transposed
+    energy = math.fsum(energies)
+    total = math.sqrt(energy) if energy or not moved else None
     found = truncated_svd(
-        delta if large else delta.whole(device),
-        rank=None if rank is None else min(rank, *delta.shape),
+        matrix,
+        rank=None if rank is None else min(rank, *matrix.shape),
         energy=criterion.energy,
         max_error=criterion.max_error,
         device=device,
+        total=total,
     )
-    root = found.S.sqrt()
+    root, left_energy, fold = found.S.sqrt(), None, 1.0
+    left, right = ((side * root).T.to(torch.float32) for side in (found.U, found.V))
+    if plan is not None:
+        fold = plan.fold
+        left, right = (plan.stored(side) for side in (left, right))
+        # What is left of almost nothing must be measured finely, what is left of much follows from one product.
+        how: Literal["fine", "plain", "sums"] = "plain"
+        if found.relative < _FINE and plan.dtype is DType.F32:
+            how = "fine"
+        elif found.relative > _MUCH and total:
+            how = "sums"
+        rows = left_over(matrix, left.T / fold, right / fold, total=total, how=how, device=device)
+        parts = [part.sum() for part in torch.split(rows, list(strips))]
+        known = energies if how == "sums" else [0.0] * len(strips)
+        left_energy = tuple(own + part for own, part in zip(known, torch.stack(parts).tolist(), strict=True))
+    one, other = (right, left) if transposed else (left, right)
     return Piece(
-        scratch.put((found.U * root).T),
-        scratch.put((found.V * root).T),
+        scratch.put(one),
+        scratch.put(other),
         tuple(found.S.tolist()),
         float(found.total) ** 2,
         float(found.residual) ** 2,
         float(found.bound),
-        noise_edge(delta) if criterion.edge else 0.0,
+        edge,
+        fold,
+        left_energy,
     )
-
-
-def in_threads(jobs: Sequence[Callable[[Callable[[], bool]], None]], workers: int) -> None:
-    """Run every job, each in one thread of torch's (law 6); the first failure stops the others.
-
-    Args:
-        jobs: Each gets a function that says whether to stop.
-        workers: Threads.
-    """
-    import torch
-
-    stop = threading.Event()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers, "surgery-factor", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(job, stop.is_set) for job in jobs]
-            try:
-                done, rest = wait(futures, return_when=FIRST_EXCEPTION)
-            except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
-            if rest:
-                stop.set()
-            for future in rest:
-                future.cancel()
-            for future in futures:
-                if future in done:
-                    future.result()
-    finally:
-        torch.set_num_threads(before)

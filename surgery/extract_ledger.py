@@ -6,15 +6,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery.extract_kind import CalibrationFacts, CalibrationTotals, KindFacts
+from surgery.extract_signal import MergedLoRA, Signal
 from surgery.extract_table import Choice
+from surgery.plain import plain
 
 __all__ = ["ExtractClass", "ExtractResult", "ExtractRow"]
 
-ExtractClass = Literal["low-rank", "dense", "rows", "new rows", "unchanged", "alias", "derivable", "dropped"]
+ExtractClass = Literal[
+    "low-rank", "dense", "rows", "new rows", "unchanged", "alias", "derivable", "corrected", "dropped"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,8 @@ class ExtractRow:
     Attributes:
         name: As TUNED names it.
         kind: Its class.
-        form: Where the adapter holds it: ``LoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``; empty where it need not.
+        form: Where the adapter holds it: ``LoRA``, ``DoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``; empty where it
+            need not.
         shape: TUNED's.
         rank: Of the factors; 0 where there are none.
         energy: ``||TUNED - BASE||_F^2``.
@@ -36,6 +42,8 @@ class ExtractRow:
         noise: Storage rounding expected in the change, relative to its norm.
         parameters: Numbers stored for it.
         nbytes: Their bytes. Experts that share one pair of factors share them evenly.
+        signal: Of factors: what stands out of rounding.
+        calibration: Of factors of a module whose inputs were given.
         why: Remark.
     """
 
@@ -53,6 +61,8 @@ class ExtractRow:
     noise: float = 0.0
     parameters: int = 0
     nbytes: int = 0
+    signal: Signal | None = None
+    calibration: CalibrationFacts | None = None
     why: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -71,6 +81,10 @@ class ExtractRow:
             }
         if self.rank:
             row |= {"rank": self.rank, "bound": _short(self.bound)}
+        if self.signal is not None:
+            row |= self.signal.as_json()
+        if self.calibration is not None:
+            row["calibration"] = self.calibration.as_json()
         return row | ({"why": self.why} if self.why else {})
 
 
@@ -89,6 +103,13 @@ class ExtractResult:
         tuned_nbytes: Of TUNED's weights: what the adapter takes the place of.
         warnings: What the user should know.
         table: Other ranks and fewer layers; empty where it was not asked for.
+        survival: Share of all factors' updates that is kept if they are merged into BASE's stored type; NaN where there are none.
+        merged: The LoRA that TUNED looks to be a merge of; None if it does not.
+        kind: LoRA or DoRA, and why.
+        calibration: What the given inputs changed; None without any.
+        timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was asked for;
+            ``reading``: from then until all differences were factorised; ``first_read_to_synced``: from then until the output was
+            complete and on the disk.
     """
 
     output: Path | None
@@ -100,6 +121,11 @@ class ExtractResult:
     tuned_nbytes: int
     warnings: tuple[str, ...] = ()
     table: tuple[Choice, ...] = ()
+    survival: float = math.nan
+    merged: MergedLoRA | None = None
+    kind: KindFacts | None = None
+    calibration: CalibrationTotals | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def energy(self) -> float:
@@ -151,12 +177,16 @@ class ExtractResult:
             "format": self.format,
             "base": self.base_id,
             "dtype": self.dtype,
+            "kind": None if self.kind is None else self.kind.as_json(),
+            "calibration": None if self.calibration is None else self.calibration.as_json(),
             "classes": dict(self.classes),
             "residual": _short(self.residual),
             "energy": _short(self.energy),
             "lost": _short(self.lost),
             "moved": _short(self.moved),
             "storage_noise": _short(self.noise),
+            "survival": None if math.isnan(self.survival) else _short(self.survival),
+            "looks_like": None if self.merged is None else {"kind": "merged LoRA", **plain(self.merged)},
             "parameters": self.parameters,
             "adapter_nbytes": self.adapter_nbytes,
             "tuned_nbytes": self.tuned_nbytes,

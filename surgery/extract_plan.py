@@ -7,15 +7,18 @@ module; biases as absolute values (``bias="all"``); rows of an embedding; a resi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from surgery.deltas import Measure
 from surgery.extract_sites import Spot, Unit, tree_name
+from surgery.tally import Measure
 from surgery_formats.checkpoint import Component
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.tensors import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["MOST_ROWS", "Forms", "Kept", "Options", "Via", "kept_size", "nesting", "settle"]
 
@@ -53,6 +56,7 @@ class Kept:
         via: How PEFT takes it.
         name: TUNED's name for the ledger (a tied head has its embedding's).
         rows: Numbers of the rows that are stored; empty for all.
+        shift: What is added to TUNED's values: of a bias that makes up for what its module's factors leave out.
     """
 
     path: str
@@ -60,6 +64,7 @@ class Kept:
     via: Via
     name: str
     rows: tuple[int, ...] = ()
+    shift: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass

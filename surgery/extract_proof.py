@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof of an extraction: what was written is read back, put on BASE, and compared with TUNED, tensor by tensor."""
+"""The proof of an extraction: what was written is read back and is what was measured, or is put on BASE and compared with TUNED."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from surgery.deltas import BLOCK_ELEMENTS
-from surgery.extract_factor import in_threads
+from surgery.arithmetic import Seen
+from surgery.deltas import BLOCK_ELEMENTS, Strip
+from surgery.extract_factor import Factored, Piece, digest
+from surgery.lanes import in_threads
 from surgery.pairs import Pair
-from surgery_formats.adapters.registry import format_named
+from surgery.tally import Measure
+from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding import bind
 from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.dtypes import DType
@@ -24,10 +27,13 @@ from surgery_formats.lenses import Index, Plain, View, take
 from surgery_formats.text import listing
 from surgery_formats.updates import Apply, LoRA
 
-__all__ = ["Error", "agrees", "compare"]
+__all__ = ["Error", "agrees", "prove"]
 
 _ROUNDING = {DType.F32: 2.0**-17, DType.BF16: 2.0**-7, DType.F16: 2.0**-10, DType.F64: 2.0**-17}
 """What storing both factors may add to ``||D - BA|| / ||D||``: measured 2.3e-3 (BF16) and 3e-4 (F16), with room."""
+_PROBED = 8  # rows per probe, of three per tensor
+_PROBE = 1e-5
+"""What float32 may make of a product of the same factors in another order, relative to their norms."""
 _AGREEMENT = 0.01  # measured and reported residual, relative
 
 
@@ -49,38 +55,126 @@ class Error:
         return math.sqrt(self.left / self.energy) if self.energy > 0 else (math.inf if self.left else 0.0)
 
 
-def compare(
-    folder: Path, base: Checkpoint, pairs: Iterable[Pair], dropped: Mapping[str, str], workers: int = 1
+def prove(
+    folder: Path,
+    base: Checkpoint,
+    pairs: Iterable[Pair],
+    factored: Mapping[str, Factored],
+    measures: Mapping[str, Measure],
+    dropped: Mapping[str, str],
+    workers: int = 1,
 ) -> dict[str, Error]:
-    """Measure every tensor that the adapter changes, some rows at a time.
+    """Read the written adapter back and say what it leaves of every change.
+
+    Factors that were measured when they were made must be found again, bit by bit, and act where they were measured. Everything else is
+    put on BASE and compared with TUNED, some rows at a time.
 
     Args:
-        folder: With the written PEFT adapter.
+        folder: With the written adapter.
         base: BASE.
         pairs: Everything that changed, by TUNED's names; a tied head that is stored apart included.
+        factored: What was written as factors.
+        measures: Of every pair.
         dropped: Names that no form holds.
         workers: Threads.
 
     Raises:
         ProofError: something is read back that nobody meant, or not read back.
     """
-    adapter = format_named("peft").read(folder)
+    adapter = read_adapter(folder)
     if left := adapter.unconsumed():
         raise ProofError(
             f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=folder.name
         )
     edits = {edit.name: edit for edit in bind([(adapter, 1.0)], base).edits.values()}
     found: dict[str, Error] = {}
-    jobs = []
+    jobs: list[Callable[[Callable[[], bool]], None]] = []
+    known = {name: parts for one in factored.values() for name, parts in _parts(one).items()}
     for pair in pairs:
         edit = edits.get(pair.name) or edits.get(pair.base.name)
         if pair.name in dropped:
             continue
         if edit is None:
             raise ProofError("changed, but nothing that was written changes it", file=folder.name, tensor=pair.name)
-        jobs.append(partial(_into, found, pair, edit))
+        parts = known.get(pair.name)
+        if parts is None or not all(isinstance(operation.update, LoRA) for operation in edit.operations):
+            jobs.append(partial(_into, found, pair, edit))
+            continue
+        found[pair.name] = Error(measures[pair.name].energy, math.fsum(part.left for part in parts))
+        jobs.append(partial(_recognise, parts, edit, pair))
     in_threads(jobs, workers)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One strip of a measured difference: the rows of a tensor that a piece's factors change.
+
+    Attributes:
+        piece: The factors.
+        strip: The rows.
+        at: Its first row in the stored difference.
+        transposed: Whether the stored difference is the transpose of the factors' product.
+        left: What they leave of it, energy.
+    """
+
+    piece: Piece
+    strip: Strip
+    at: int
+    transposed: bool
+    left: float
+
+
+def _parts(found: Factored) -> dict[str, list[_Part]]:
+    """By tensor; nothing where the factors that were written are not those that were measured."""
+    parts: dict[str, list[_Part]] = {}
+    for delta, piece in zip(found.unit.deltas, found.pieces, strict=True):
+        if piece.left_energy is None:
+            return {}
+        at = 0
+        for strip, left in zip(delta.strips, piece.left_energy, strict=True):
+            parts.setdefault(strip.tuned.tensor.name, []).append(_Part(piece, strip, at, delta.transposed, left))
+            at += strip.last - strip.first
+    return parts
+
+
+def _recognise(parts: list[_Part], edit: Edit, pair: Pair, stop: Callable[[], bool]) -> None:
+    """That what was read back is, bit by bit, what was measured, and that it reaches the rows where it was measured."""
+    loras = [operation.update for operation in edit.operations if isinstance(operation.update, LoRA)]
+    if edit.replaced is not None or len(loras) != len(parts):
+        raise ProofError(
+            f"read back as {len(loras)} updates, written as {len(parts)} pairs of factors", tensor=pair.name
+        )
+    for lora, part in zip(loras, parts, strict=True):
+        if stop():
+            return
+        for factor, place in (
+            (lora.B.load(torch.float32).T, part.piece.left),
+            (lora.A.load(torch.float32), part.piece.right),
+        ):
+            kept, rest = factor[: place.shape[0]].contiguous(), factor[place.shape[0] :]
+            if tuple(kept.shape) != place.shape or digest(kept) != place.digest or bool(rest.any()):
+                raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
+    source = Plain.of(edit.source, stacked=edit.stacked)
+    chain = [
+        (o.view, o.update.prepare(Seen(source, (), o.view, torch.float32, "cpu", source.shape[0])))
+        for o in edit.operations
+    ]
+    for part in parts:
+        left, right = (place.scratch.get(place) for place in (part.piece.left, part.piece.right))
+        one, other = (right, left) if part.transposed else (left, right)
+        height = part.strip.last - part.strip.first
+        for start in sorted({0, height // 2, max(height - _PROBED, 0)}):
+            stop_at = min(start + _PROBED, height)
+            rows = one[:, part.at + start : part.at + stop_at].T
+            wanted = rows @ other / part.piece.fold**2
+            block = torch.zeros_like(wanted)
+            _apply(chain, block, part.strip.first + start, part.strip.first + stop_at)
+            if float((block - wanted).norm()) > _PROBE * float(rows.norm()) * float(other.norm()) / part.piece.fold**2:
+                raise ProofError(
+                    f"read back, rows {part.strip.first + start} to {part.strip.first + stop_at} get another change than was measured",
+                    tensor=pair.name,
+                )
 
 
 def _into(found: dict[str, Error], pair: Pair, edit: Edit, stop: Callable[[], bool]) -> None:
@@ -88,9 +182,16 @@ def _into(found: dict[str, Error], pair: Pair, edit: Edit, stop: Callable[[], bo
         found[pair.name] = _error(pair, edit)
 
 
-def agrees(measured: float, reported: float, dtype: DType) -> bool:
-    """Whether a residual read back from disk is the reported one, given that factors were rounded to `dtype`."""
-    slack = _ROUNDING[dtype]
+def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -> bool:
+    """Whether a residual read back from disk is the reported one.
+
+    Args:
+        measured: Read back.
+        reported: Found before writing.
+        dtype: What factors were rounded to.
+        whole: ``||TUNED|| / ||TUNED - BASE||`` of a DoRA, whose float32 magnitudes and norms multiply whole rows.
+    """
+    slack = _ROUNDING[dtype] + whole * 2.0**-22
     low, high = (1 - _AGREEMENT) * reported, (1 + _AGREEMENT) * reported
     return max(low - slack, 0.0) <= measured <= math.hypot(high, slack) + 2.0**-20
 
@@ -105,10 +206,12 @@ def _error(pair: Pair, edit: Edit) -> Error:
     added = edit.replaced is None and all(isinstance(operation.update, LoRA) for operation in edit.operations)
     fine = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     exact = torch.float64 if fine else torch.float32
-    nothing = [_Nothing(operation.update.shape, exact) for operation in edit.operations]
-    chain = [(o.view, o.update.prepare(weight)) for o, weight in zip(edit.operations, nothing, strict=True)]
-    energy = left = 0.0
     step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
+    chain: list[tuple[View, Apply]] = []
+    for operation in edit.operations:  # a DoRA looks at BASE's rows, a LoRA at nothing
+        seen = Seen(source, tuple(chain), operation.view, exact, "cpu", step)
+        chain.append((operation.view, operation.update.prepare(seen)))
+    energy = left = 0.0
     for start in range(0, tuned.shape[0], step):
         stop = min(start + step, tuned.shape[0])
         wanted = tuned.get(start, stop, exact)
@@ -126,19 +229,6 @@ def _error(pair: Pair, edit: Edit) -> Error:
 def _flat(pair: Pair, source: Plain, *, old: bool) -> tuple[int, int]:
     tensor = pair.base if old else pair.tuned
     return tensor.numel // max(source.shape[1], 1), source.shape[1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Nothing:
-    """What an update asks of a weight before it is applied; none written here looks at values."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: str = "cpu"
-
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
-        """Never asked."""
-        raise TypeError("an extracted update does not look at the weight")
 
 
 def _apply(chain: list[tuple[View, Apply]], block: torch.Tensor, start: int, stop: int) -> None:

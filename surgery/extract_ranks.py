@@ -14,12 +14,14 @@ from surgery.extract_sites import Unit
 from surgery.extract_table import TABLE_RANKS
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import show
 
-__all__ = ["Budget", "Wanted", "parse_budget", "ranks_of", "wanted"]
+__all__ = ["Budget", "Wanted", "magnitude_count", "parse_budget", "ranks_of", "wanted"]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
+_CODED = 6  # such shares of a compact adapter: codes and scales of two factors, a line of compact.json, and groups that are not full
 _BUDGET = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE | re.ASCII)
 
 
@@ -77,7 +79,7 @@ def wanted(
     if budget is not None or rank == "auto":
         limit = None if budget is None else parse_budget(budget)
         numbers = None if limit is None else limit.limit // (2 if limit.unit == "bytes" else 1)
-        return Wanted(Criterion(most=MOST, numbers=numbers, edge=rank == "auto"), None, limit, rank == "auto")
+        return Wanted(Criterion(most=MOST, numbers=numbers), None, limit, rank == "auto")
     number = DEFAULT if rank is None else rank
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise FitError(f"the rank is {show(number, 40)}; it is at least 1")
@@ -109,7 +111,9 @@ def ranks_of(
     units: tuple[Unit, ...],
     factored: Mapping[str, Factored],
     formed: Callable[[Mapping[str, int]], Forms],
-    dtype: DType,
+    dtype: DType | Coding,
+    *,
+    magnitudes: bool = False,
 ) -> dict[str, int]:
     """The rank of every unit, by path.
 
@@ -119,6 +123,7 @@ def ranks_of(
         factored: Those that changed, by path.
         formed: Says which of them become factors, and what is stored beside them.
         dtype: Of the factors.
+        magnitudes: Whether a budget has to pay for a DoRA's, too.
 
     Raises:
         FitError: the budget is too small for what is stored beside the factors and one direction each.
@@ -132,21 +137,27 @@ def ranks_of(
         return ranks
     forms = formed(dict.fromkeys(ranks, 1))
     factors = [factored[unit.path] for unit in forms.units]
-    each = dtype.bits // 8 if goal.budget.unit == "bytes" else 1
+    costs = [dtype.nbytes(one.unit.cost) if goal.budget.unit == "bytes" else one.unit.cost for one in factors]
     fixed = sum(kept_size(kept)[goal.budget.unit == "bytes"] for kept in forms.kept)
     if goal.budget.unit == "bytes":
-        fixed += _HEADER * (2 * len(factors) + len(forms.kept) + 1)
-    return ranks | _allotted(goal.budget, factors, ranks, each, fixed)
+        fixed += _HEADER * ((2 if isinstance(dtype, DType) else _CODED) * len(factors) + len(forms.kept) + 1)
+    if magnitudes:
+        fixed += sum(magnitude_count(found.unit) for found in factors) * (4 if goal.budget.unit == "bytes" else 1)
+    return ranks | _allotted(goal.budget, factors, ranks, costs, fixed)
+
+
+def magnitude_count(unit: Unit) -> int:
+    """Numbers that a DoRA has beside the factors: one for each row, of an embedding for each column."""
+    return unit.deltas[0].shape[1 if unit.form == "embedding" else 0]
 
 
 def _allotted(
-    budget: Budget, factors: list[Factored], ranks: Mapping[str, int], each: int, fixed: int
+    budget: Budget, factors: list[Factored], ranks: Mapping[str, int], costs: list[int], fixed: int
 ) -> dict[str, int]:
     import torch
 
     from surgery_formats.linalg.ranks import allocate
 
-    costs = [found.unit.cost * each for found in factors]
     if fixed + sum(costs) > budget.limit:
         raise FitError(
             f"the budget is {budget.limit:,} {budget.unit}; what is stored whole takes {fixed:,}, and one direction of each of "

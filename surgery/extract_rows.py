@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.deltas import Measure
 from surgery.extract_factor import Factored
+from surgery.extract_kind import CalibrationFacts
 from surgery.extract_ledger import ExtractClass, ExtractRow
 from surgery.extract_plan import Forms, Kept, Via, kept_size
-from surgery.extract_sites import Unit
+from surgery.extract_signal import Signal, remark
 from surgery.pairs import Pair
+from surgery.tally import Measure
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
@@ -58,9 +60,26 @@ def rows_of(
     factored: Mapping[str, Factored],
     forms: Forms,
     ranks: Mapping[str, int],
-    dtype: DType,
+    dtype: DType | Coding,
+    signals: Mapping[str, Signal],
+    magnitudes: Mapping[str, int],
+    calibrated: Mapping[str, CalibrationFacts],
+    *,
+    asked: bool,
 ) -> tuple[ExtractRow, ...]:
     """By what was found while reading: residuals are those of the spectra.
+
+    Args:
+        pairs: Every tensor of TUNED.
+        measures: By its names.
+        factored: What is written, by unit path.
+        forms: What becomes of each.
+        ranks: By unit path.
+        dtype: Of the factors.
+        signals: By unit path.
+        magnitudes: How many numbers a DoRA has beside its factors, by unit path.
+        calibrated: By path of the units whose inputs were given.
+        asked: Whether the user named the rank.
 
     Raises:
         FitError: a tensor changed and is in no class.
@@ -83,13 +102,19 @@ def rows_of(
         elif pair.name in kept:
             stored = kept.pop(pair.name)
             kind: ExtractClass = _CLASS[stored[0].via] if measures[pair.name].changed else "unchanged"
+            if stored[0].shift is not None:
+                kind = "corrected"
+                row = replace(row, why="makes up for the mean of what its module's factors leave out")
             row = replace(row, kind=kind, **_cost(stored))  # type: ignore[arg-type]
             if kind == "unchanged":
                 row = replace(row, why="PEFT stores its module whole")
         elif not measures[pair.name].changed:
             row = replace(row, kind="unchanged")
         elif pair.name in units:
-            row = _low_rank(row, units[pair.name], factored, ranks, dtype, forms)
+            unit = units[pair.name]
+            row = _low_rank(row, factored[unit.path], ranks[unit.path], dtype, magnitudes.get(unit.path, 0))
+            row = _with_signal(row, signals[unit.path], asked=asked)
+            row = replace(row, calibration=calibrated.get(unit.path))
         else:
             adrift.append(pair.name)
         rows.append(row)
@@ -123,10 +148,27 @@ def _cost(stored: list[Kept]) -> dict[str, object]:
     }
 
 
-def _low_rank(
-    row: ExtractRow, unit: Unit, factored: Mapping[str, Factored], ranks: Mapping[str, int], dtype: DType, forms: Forms
-) -> ExtractRow:
-    found, rank = factored[unit.path], ranks[unit.path]
+def _corrected(row: ExtractRow, error: Error, kept: Kept) -> ExtractRow:
+    """A bias that is TUNED's plus what was meant.
+
+    Raises:
+        ProofError: it is another.
+    """
+    from surgery.extract_write import shifted
+
+    meant = float((shifted(kept).double() - kept.tensor.read().double()).square().sum())
+    if not math.isclose(error.left, meant, rel_tol=1e-6, abs_tol=1e-30):
+        raise ProofError("read back, it is not the corrected bias that was meant", tensor=row.name)
+    return replace(row, residual=error.residual if error.energy > 0 else 0.0)
+
+
+def _with_signal(row: ExtractRow, signal: Signal, *, asked: bool) -> ExtractRow:
+    notes = (row.why, remark(row.rank, signal, asked=asked))
+    return replace(row, signal=signal, why="; ".join(note for note in notes if note))
+
+
+def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType | Coding, magnitudes: int) -> ExtractRow:
+    unit = found.unit
     position = unit.names.index(row.name)
     mine = unit.cost * rank
     part = mine // len(unit.names) + (
@@ -138,12 +180,12 @@ def _low_rank(
     return replace(
         row,
         kind="low-rank",
-        form="LoRA",
+        form="DoRA" if magnitudes else "LoRA",
         rank=rank,
         residual=math.sqrt(left),
         bound=max(piece.bound for piece in found.pieces),
-        parameters=part,
-        nbytes=part * dtype.bits // 8,
+        parameters=part + magnitudes,
+        nbytes=dtype.nbytes(part) + magnitudes * 4,
         why="; ".join(notes),
     )
 
@@ -155,8 +197,9 @@ def with_measured(
     factored: Mapping[str, Factored],
     ranks: Mapping[str, int],
     dtype: DType,
+    sizes: Mapping[str, float],
 ) -> tuple[ExtractRow, ...]:
-    """The same rows with the residuals that were read back.
+    """The same rows with the residuals that were read back; `sizes` is ``||TUNED||_F`` of what became DoRA, by unit path.
 
     Raises:
         ProofError: one is not what was reported: the spectrum's for factors, none at all for copies.
@@ -168,7 +211,8 @@ def with_measured(
         left = math.fsum(errors[name].left for name in unit.names if name in errors)
         reported = math.sqrt(factored[unit.path].residual(ranks[unit.path]) / factored[unit.path].energy)
         measured = math.sqrt(left / energy) if energy else 0.0
-        if not agrees(measured, reported, dtype):
+        whole = sizes.get(unit.path, 0.0) / math.sqrt(energy) if energy else 0.0
+        if not agrees(measured, reported, dtype, whole):
             raise ProofError(
                 f"read back, {measured:.4%} of the change is missing; {reported:.4%} was expected", tensor=unit.names[0]
             )
@@ -177,6 +221,9 @@ def with_measured(
         error = errors.get(row.name)
         if error is None:
             found.append(row)
+            continue
+        if row.kind == "corrected":
+            found.append(_corrected(row, error, next(kept for kept in forms.kept if kept.name == row.name)))
             continue
         if row.kind in ("dense", "rows", "new rows") and error.left:
             raise ProofError(

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.deltas import Measure
 from surgery.extract_factor import Factored
 from surgery.extract_plan import Forms
+from surgery.tally import Measure
 from surgery_formats.dtypes import DType
 from surgery_formats.families.family import role_of
+from surgery_formats.linalg.coding import Coding
 
 __all__ = ["TABLE_RANKS", "Choice", "choices"]
 
@@ -55,7 +56,7 @@ def choices(
     factored: Mapping[str, Factored],
     measures: Mapping[str, Measure],
     stored: tuple[int, int],
-    dtype: DType,
+    dtype: DType | Coding,
     ranks: Iterable[int] = TABLE_RANKS,
 ) -> tuple[Choice, ...]:
     """Every rank for every group of layers.
@@ -82,6 +83,6 @@ def choices(
                 left += found.residual(rank)
                 numbers += unit.cost * min(rank, found.rank)
             residual = math.sqrt(left / total) if total else 0.0
-            nbytes = numbers * dtype.bits // 8 + stored[1]
+            nbytes = dtype.nbytes(numbers) + stored[1]
             made.append(Choice(rank, layers, residual, numbers + stored[0], nbytes))
     return tuple(made)

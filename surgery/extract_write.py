@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from surgery.extract_factor import Factored
+from surgery.extract_factor import Factored, Place
 from surgery.extract_plan import Forms, Kept, nesting
 from surgery.extract_sites import Unit
 from surgery_formats.adapters.format import NewTensor
@@ -26,7 +26,7 @@ from surgery_formats.tensors import as_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TENSOR_FILE", "Scaling", "configuration", "fill", "size_of", "tensors_of"]
+__all__ = ["TENSOR_FILE", "Scaling", "configuration", "fill", "shifted", "size_of", "tensors_of"]
 
 TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -55,11 +55,25 @@ class Scaling:
         """What PEFT multiplies ``B A`` with."""
         return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
 
+    def fold(self, rank: int) -> float:
+        """What either factor is multiplied by, so that `scale` changes nothing."""
+        return 1 / math.sqrt(self.scale(rank))
+
+    @property
+    def constant(self) -> bool:
+        """Whether the scale is the same at every rank."""
+        return self.alpha is None and not self.rslora
+
 
 def tensors_of(
-    forms: Forms, factored: Mapping[str, Factored], ranks: Mapping[str, int], scaling: Scaling, dtype: DType
+    forms: Forms,
+    factored: Mapping[str, Factored],
+    ranks: Mapping[str, int],
+    scaling: Scaling,
+    dtype: DType,
+    magnitudes: Mapping[str, Place],
 ) -> tuple[NewTensor, ...]:
-    """Every tensor of the file, in the order it is to have."""
+    """Every tensor of the file, in the order it is to have; `magnitudes` of a DoRA, ``(1, rows)``, by unit path."""
     experts = [unit.path for unit in forms.units if unit.form == "experts"]
     found: list[NewTensor] = []
     for unit in forms.units:
@@ -67,10 +81,12 @@ def tensors_of(
         found += _factors(
             factored[unit.path],
             rank,
-            scaling.scale(rank),
+            scaling,
             dtype,
             nesting(unit.path, experts) if unit.path in experts else 0,
         )
+        if unit.path in magnitudes:
+            found.append(_magnitude(unit, magnitudes[unit.path]))
     targets = forms.targets
     found += [_copy(kept, targets) for kept in forms.kept]
     by_name = {tensor.name: tensor for tensor in found}
@@ -78,17 +94,17 @@ def tensors_of(
     return tuple(by_name[name] for name, _, _ in order)
 
 
-def _factors(found: Factored, rank: int, scale: float, dtype: DType, depth: int) -> Iterator[NewTensor]:
+def _factors(found: Factored, rank: int, scaling: Scaling, dtype: DType, depth: int) -> Iterator[NewTensor]:
     """PEFT's two tensors of one unit."""
     unit = found.unit
     module = unit.path.rpartition(".")[0]
-    fold = 1 / math.sqrt(scale)
+    fold = scaling.fold(rank)
 
     def left(index: int = 0) -> torch.Tensor:
-        return found.factors(index, rank)[0] * fold
+        return found.factors(index, rank, fold)[0]
 
     def right(index: int = 0) -> torch.Tensor:
-        return found.factors(index, rank)[1] * fold
+        return found.factors(index, rank, fold)[1]
 
     out, inputs = unit.deltas[0].shape
     if unit.form == "embedding":  # PEFT: delta = (B A)^T
@@ -111,6 +127,14 @@ def _factors(found: Factored, rank: int, scale: float, dtype: DType, depth: int)
         yield NewTensor(f"{_PREFIX}{module}.lora_B.weight", dtype, (out, rank, *ones), left)
 
 
+def _magnitude(unit: Unit, place: Place) -> NewTensor:
+    """In float32 whatever the factors are: an error in it is one of the whole row, not of the change alone."""
+    count = place.shape[1]
+    shape = (1, count, *((1,) * (len(unit.shape) - 2))) if unit.form == "conv" else (count,)
+    name = f"{_PREFIX}{unit.path.rpartition('.')[0]}.lora_magnitude_vector"
+    return NewTensor(name, DType.F32, shape, lambda: place.scratch.get(place))
+
+
 def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
@@ -130,7 +154,13 @@ def _copy(kept: Kept, targets: set[str]) -> NewTensor:
         key = f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
         return NewTensor(key, tensor.dtype, (len(kept.rows), *tensor.shape[1:]), lambda: _some_rows(kept))
     inner = ".base_layer" if kept.via == "bias" and module in targets else ""
-    return NewTensor(f"{_PREFIX}{module}{inner}.{leaf}", tensor.dtype, tensor.shape, tensor.read)
+    return NewTensor(f"{_PREFIX}{module}{inner}.{leaf}", tensor.dtype, tensor.shape, lambda: shifted(kept))
+
+
+def shifted(kept: Kept) -> torch.Tensor:
+    """TUNED's values, plus the shift where there is one, rounded once to the stored type."""
+    values = kept.tensor.read()
+    return values if kept.shift is None else (values.double() + kept.shift().double()).to(values.dtype)
 
 
 def _some_rows(kept: Kept) -> torch.Tensor:
@@ -140,7 +170,14 @@ def _some_rows(kept: Kept) -> torch.Tensor:
 
 
 def configuration(
-    forms: Forms, ranks: Mapping[str, int], scaling: Scaling, rank: int | None, base: Component, base_name: str
+    forms: Forms,
+    ranks: Mapping[str, int],
+    scaling: Scaling,
+    rank: int | None,
+    base: Component,
+    base_name: str,
+    *,
+    dora: bool = False,
 ) -> bytes:
     """adapter_config.json, with anchored full paths as the keys of patterns.
 
@@ -151,6 +188,7 @@ def configuration(
         rank: ``r``; None for the one most units have.
         base: Its class decides the task.
         base_name: Recorded.
+        dora: Whether every module has magnitudes.
     """
     used = {_setting(unit): ranks[unit.path] for unit in forms.units}
     values = list(used.values())
@@ -182,7 +220,7 @@ def configuration(
         # PEFT refuses an adapter without a target, but for this name (peft.utils.constants.DUMMY_TARGET_MODULES)
         "target_modules": modules if modules or experts else "dummy-target-modules",
         "task_type": "CAUSAL_LM" if causal else None,
-        "use_dora": False,
+        "use_dora": dora,
         "use_rslora": scaling.rslora,
     }
     if rows:

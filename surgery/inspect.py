@@ -14,10 +14,12 @@ from surgery.graph import Node, Totals, leaves, module_graph, role_totals, store
 from surgery.plain import plain
 from surgery.touched import Target, Touched, distribution, group_targets, touched, trained_parameters
 from surgery_formats.adapter import Adapter
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.adapters.registry import formats
 from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
 from surgery_formats.errors import NotFoundError
 from surgery_formats.files.raw import File
+from surgery_formats.prompts import Prefix
 from surgery_formats.text import listing
 from surgery_formats.updates import Replacement, TokenRows
 
@@ -126,6 +128,25 @@ class CheckpointReport:
         return {"type": "checkpoint", **plain(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """Sizes of a soft prompt.
+
+    Attributes:
+        kind: ``PROMPT_TUNING``, ``PREFIX_TUNING`` ...
+        virtual_tokens: In front of the input.
+        dim: Numbers per token: of an embedding; of all key heads of one layer.
+        submodules: 2 for an encoder and its decoder.
+        prefix: Layers, heads and their size where it holds keys and values.
+    """
+
+    kind: str
+    virtual_tokens: int
+    dim: int
+    submodules: int
+    prefix: Prefix | None
+
+
 @dataclass(frozen=True)
 class AdapterReport:
     """What an adapter holds, and what it does to a base.
@@ -144,7 +165,7 @@ class AdapterReport:
         modules: Every parameter touched, with rank, alpha and scale of its own.
         in_full: Parameters stored whole (among `modules`): trained in full, or carried along.
         token_rows: ``{parameter: token ids}`` of embedding rows trained.
-        prompt: ``(virtual tokens, dim)`` of a soft prompt, or None.
+        prompt: Sizes of a soft prompt, or None.
         parameters: Numbers trained.
         carried: Numbers stored whole, but not trained (an embedding saved because the vocabulary was resized).
         nbytes: Of its weight files, as the file system counts them.
@@ -170,7 +191,7 @@ class AdapterReport:
     modules: tuple[Touched, ...]
     in_full: tuple[Touched, ...]
     token_rows: Mapping[str, tuple[int, ...]]
-    prompt: tuple[int, int] | None
+    prompt: PromptFacts | None
     parameters: int
     carried: int
     nbytes: int
@@ -293,8 +314,8 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
     modules = touched(adapter)
     dtypes: dict[str, Totals] = {}
     for tensor in adapter.tensors:
-        before = dtypes.get(tensor.dtype.label, Totals())
-        dtypes[tensor.dtype.label] = Totals(
+        before = dtypes.get(tensor.stored_type, Totals())
+        dtypes[tensor.stored_type] = Totals(
             before.tensors + 1, before.parameters + tensor.numel, before.nbytes + tensor.nbytes
         )
     files = _files(adapter)
@@ -304,7 +325,8 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         for update in chain
         if isinstance(update, TokenRows)
     }
-    prompt = adapter.prompt.matrix if adapter.prompt else None
+    one = adapter.prompt
+    prompt = PromptFacts(one.kind, one.virtual_tokens, one.dim, one.submodules, one.prefix) if one else None
     return AdapterReport(
         path=adapter.path,
         format=adapter.format,
@@ -329,7 +351,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         base_id=adapter.base_id,
         metadata=adapter.metadata,
         ignored={entry.tensor.name: entry.reason for entry in adapter.ignored},
-        traps=(*adapter.traps, *_traps(adapter, modules)),
+        traps=(*adapter.traps, *by_values(adapter), *_traps(adapter, modules)),
     )
 
 

@@ -17,7 +17,7 @@ from surgery_formats.files.safetensors import layout
 from surgery_formats.files.sharded import Shard
 from surgery_formats.tensors import StoredTensor
 
-__all__ = ["Laid", "lay_out"]
+__all__ = ["Laid", "lay_out", "planned_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,9 @@ def lay_out(
         groups = [(name, None, packing_order(planned, joint)) for name, _, planned in groups]
     alignment = PAGE if packed else 1
     files = tuple(
-        _file(folder, name, shard, planned, alignment) for name, shard, planned in groups if planned or len(groups) == 1
+        planned_file(f"{folder}{name}", planned, shard, alignment)
+        for name, shard, planned in groups
+        if planned or len(groups) == 1
     )
     index_name, index = _index(component, files, folder)
     return Laid(files, index_name, index, tuple(accounts))
@@ -126,10 +128,17 @@ def _model_dtype(component: Component) -> DType:
     return next((tensor.dtype for tensor in component.tensors.values() if tensor.dtype.is_float), DType.F32)
 
 
-def _file(
-    folder: str, name: str, shard: Shard | None, planned: Sequence[PlannedTensor], alignment: int = 1
+def planned_file(
+    name: str, planned: Sequence[PlannedTensor], shard: Shard | None = None, alignment: int = 1
 ) -> PlannedFile:
-    """Offsets; the base's header byte for byte if it still describes the content."""
+    """A weight file of these tensors, each at its offset.
+
+    Args:
+        name: Relative to the output folder.
+        planned: In order.
+        shard: The base's file, whose header is kept byte for byte if it still describes the content.
+        alignment: The data begins at a multiple of it.
+    """
     header = shard.header if shard else None
     if header is not None and [(t.name, t.dtype, t.shape) for t in planned] == [
         (t.name, t.dtype, t.shape) for t in header.tensors
@@ -140,7 +149,7 @@ def _file(
         metadata = {"format": "pt"} | (header.metadata if header else {})
         raw, ranges = layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in planned], metadata, alignment)
     placed = tuple(_placed(tensor, *ranges[tensor.name]) for tensor in planned)
-    return PlannedFile(f"{folder}{name}", raw, max([len(raw), *(t.offset + t.nbytes for t in placed)]), placed)
+    return PlannedFile(name, raw, max([len(raw), *(t.offset + t.nbytes for t in placed)]), placed)
 
 
 def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.plan import Compute, Copy, Plan, PlannedTensor
+from surgery_formats.linalg.kept import Kept
 
 __all__ = ["Ledger", "Measured", "Row"]
 
@@ -40,14 +41,19 @@ class Measured:
     noise: float = 0.0
 
     @property
+    def kept(self) -> Kept:
+        """The three sums together."""
+        return Kept(self.update, self.stored, self.noise)
+
+    @property
     def survival(self) -> float:
-        """Share of the update that the stored values keep, ``<D, T> / <T, T>``: 1 is all of it, 0 is rounded away."""
-        return self.stored / self.update if self.update > 0 else math.nan
+        """Share of the update that the stored values keep: 1 is all of it, 0 is rounded away."""
+        return self.kept.survival
 
     @property
     def rounding(self) -> float:
-        """Rounding noise relative to the update, ``||D - T|| / ||T||``."""
-        return math.sqrt(self.noise / self.update) if self.update > 0 else math.nan
+        """Rounding noise relative to the update."""
+        return self.kept.rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +136,19 @@ class Ledger:
         return len(used)
 
     @property
+    def kept(self) -> Kept:
+        """Of all updates together."""
+        return Kept.total(found.kept for found in self.measured.values())
+
+    @property
     def survival(self) -> float:
         """Share of all updates that storage keeps, weighted by their energy; NaN if nothing was measured."""
-        update = sum(found.update for found in self.measured.values())
-        return sum(found.stored for found in self.measured.values()) / update if update > 0 else math.nan
+        return self.kept.survival
 
     @property
     def rounding(self) -> float:
         """Rounding noise of all updates together relative to their norm."""
-        update = sum(found.update for found in self.measured.values())
-        return math.sqrt(sum(found.noise for found in self.measured.values()) / update) if update > 0 else math.nan
+        return self.kept.rounding
 
     def unmoved(self) -> tuple[str, ...]:
         """Updated tensors of which no stored value changed."""

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from surgery.touched import site_role
 from surgery_formats.adapter import Adapter, Site
+from surgery_formats.binding import fit_of
 from surgery_formats.checkpoint import Checkpoint, Component
 from surgery_formats.errors import FitError
 from surgery_formats.families.family import role_of
-from surgery_formats.names import Place
+from surgery_formats.names import Place, extent
 from surgery_formats.text import closest, listing, show
-from surgery_formats.updates import Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import Replacement, Stacked, TokenRows, Unsized, Update
 
 __all__ = ["Meeting", "meet"]
 
@@ -58,7 +59,7 @@ def meet(adapter: Adapter, base: Checkpoint) -> Meeting:
             heads += chain[0].stored.numel
             continue
         if component is None or not places or not _fits(chain, places):
-            odd.append(site)
+            odd += [] if site in adapter.optional else [site]
             continue
         roles[site] = role_of(places[0].parameter.name)
         for update in chain:
@@ -85,9 +86,14 @@ def _component(site: Site, base: Checkpoint) -> Component | None:
 
 def _fits(chain: tuple[Update, ...], places: tuple[Place, ...]) -> bool:
     """By shape alone. A replacement may have more rows (a larger vocabulary), and what follows it then has too."""
-    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
-    width = places[0].parameter.shape[1]
-    for update in chain:
+    height, width = extent(places)
+    for given in chain:
+        update = given
+        if isinstance(given, Unsized):
+            try:
+                update = given.fitted(fit_of(places, (height, width)))
+            except FitError:
+                return False
         rows, cols = update.shape
         if isinstance(update, Replacement):
             old = places[0].parameter.storage.tensor.shape
@@ -110,10 +116,10 @@ def _hint(site: Site, base: Checkpoint) -> str:
 def _prompt(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
     """Virtual tokens must be as long as the base's embeddings; prefixes (keys and values) are of another length."""
     component = base.components.get("")
-    if adapter.prompt is None or adapter.kind == "PREFIX_TUNING" or not component or not component.embedding:
+    if adapter.prompt is None or adapter.prompt.prefix or not component or not component.embedding:
         return ()
     found = []
-    width, dim = component.tensors[component.embedding].shape[-1], adapter.prompt.shape[-1]
+    width, dim = component.tensors[component.embedding].shape[-1], adapter.prompt.dim
     if dim != width:
         found.append(f"its virtual tokens have {dim} numbers, the base's embeddings {width}")
     if adapter.kind == "P_TUNING":

@@ -31,7 +31,7 @@ from surgery_formats.identity import content_id, fingerprint
 from surgery_formats.text import listing, show
 from surgery_formats.ties import same_values
 
-__all__ = ["MergeResult", "merge", "plan_merge"]
+__all__ = ["MergeResult", "check_base_id", "judge", "merge", "plan_merge"]
 
 LOW_SURVIVAL = 0.9
 """Below this share of the update surviving its storage type, a merge warns."""
@@ -114,7 +114,7 @@ def merge(
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        warnings.extend(_judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
+        warnings.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
         return {"README.md": card.merge_card(found, ledger)}
 
     ledger = execute(plan, output, run, finish)
@@ -161,7 +161,7 @@ def plan_merge(
         FitError: the base would lose a tensor, or the adapter was made for another base.
     """
     checkpoint = binding.checkpoint
-    _check_base_id(binding)
+    check_base_id(checkpoint, [adapter for adapter, _ in binding.adapters])
     laid: dict[str, Laid] = {}
     for name, component in checkpoint.components.items():
         edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
@@ -192,15 +192,20 @@ def plan_merge(
     return plan
 
 
-def _check_base_id(binding: Binding) -> None:
-    recorded = [adapter for adapter, _ in binding.adapters if adapter.base_id]
-    actual = content_id(binding.checkpoint) if recorded else ""
+def check_base_id(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Compare the base with the one an adapter says it was made for, where it says so; reads the base then.
+
+    Raises:
+        FitError: it is another.
+    """
+    recorded = [adapter for adapter in adapters if adapter.base_id]
+    actual = content_id(checkpoint) if recorded else ""
     for adapter in recorded:
         if adapter.base_id != actual:
             raise FitError(
                 f"was made for a base with content id {adapter.base_id[:16]}..., this base has {actual[:16]}...",
                 file=adapter.path,
-                hint="merge it into the base it was made for",
+                hint="use it with the base it was made for",
             )
 
 
@@ -266,7 +271,7 @@ def _differs(tensor: PlannedTensor, checkpoint: Checkpoint) -> bool:
     return tensor.kind == "replaced" and (base is None or not same_values(base, trained))
 
 
-def _judge(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float]) -> list[str]:
+def judge(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float]) -> list[str]:
     """Refuse an output equal to the base; warn of updates lost to rounding.
 
     Raises:

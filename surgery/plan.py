@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from surgery_formats.adapter import Ignored
-from surgery_formats.binding import Binding
 from surgery_formats.dtypes import DType
-from surgery_formats.edits import Operation
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import listing
+
+if TYPE_CHECKING:
+    from surgery_formats.adapter import Ignored
+    from surgery_formats.binding import Binding
+    from surgery_formats.edits import Operation
 
 __all__ = [
     "Account",
@@ -32,7 +34,7 @@ __all__ = [
     "check_conservation",
 ]
 
-Class = Literal["copied", "cast", "updated", "replaced", "added", "alias", "derivable", "superseded"]
+Class = Literal["copied", "cast", "updated", "replaced", "added", "alias", "derivable", "superseded", "referenced"]
 """Where a tensor ended (law 1). Output tensors are copied, cast, updated, replaced or added; the others say why an input has no output."""
 
 

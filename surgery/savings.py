@@ -207,7 +207,7 @@ def _adapter_cost(
     meeting = None if model is None else meet(adapter, model)
     entries = touched(adapter, meeting.role if meeting else None)
     trained = trained_parameters(adapter, entries)
-    split = Split(rest=adapter.prompt.numel if adapter.prompt else 0)
+    split = Split(rest=adapter.prompt.parameters if adapter.prompt else 0)
     for entry in entries:
         if entry.trained:
             split = split.plus(entry.role, entry.parameters)
@@ -215,7 +215,7 @@ def _adapter_cost(
     total = None
     if base and meeting:
         added = sum(entry.parameters for entry in entries if entry.held in ("added", "copy"))
-        total = base.parameters + added + meeting.grown + (adapter.prompt.numel if adapter.prompt else 0)
+        total = base.parameters + added + meeting.grown + (adapter.prompt.parameters if adapter.prompt else 0)
     return AdapterCost(
         path=adapter.path,
         name=_name(adapter.path),

@@ -19,7 +19,7 @@ from surgery_formats.linalg.factored import concatenated, factored_norm, rerank,
 from surgery_formats.linalg.svd import truncated_svd
 from surgery_formats.updates import LoRA
 
-__all__ = ["Compared", "LowRankSum", "MergedDelta", "Recipe", "Solved", "Wanted", "rank_for", "stacked"]
+__all__ = ["Compared", "LowRankSum", "MergedDelta", "Recipe", "Solved", "Term", "Wanted", "rank_for", "stacked"]
 
 
 class Solved(NamedTuple):
@@ -168,6 +168,26 @@ class LowRankSum:
         return Compared(factored_norm(mine, theirs), error, size)
 
 
+class Term(Protocol):
+    """Something with a dense delta; its rank says how many directions were trained.
+
+    Attributes:
+        shape: ``(out, in)``.
+        rank: Of its factors.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See above."""
+
+    @property
+    def rank(self) -> int:
+        """See above."""
+
+    def delta(self, dtype: torch.dtype) -> torch.Tensor:
+        """A fresh tensor of `shape`."""
+
+
 @dataclass(frozen=True)
 class MergedDelta:
     """What TIES, DARE or pruning make of several deltas (`surgery.task_vectors`): dense, and of full rank.
@@ -180,7 +200,7 @@ class MergedDelta:
         name: Of the weight.
     """
 
-    terms: tuple[LoRA, ...]
+    terms: tuple[Term, ...]
     weights: tuple[float, ...]
     owners: tuple[int, ...]
     recipe: Recipe

@@ -12,9 +12,18 @@ from typing import Literal, TypeVar
 from surgery_formats.adapter import Adapter, Site
 from surgery_formats.families.family import role_of
 from surgery_formats.tensors import StoredTensor
-from surgery_formats.updates import DoRA, LoRA, Replacement, Stacked, Update
+from surgery_formats.updates import DoRA, LoRA, Replacement, Stacked, Update, VeRA
 
-__all__ = ["Target", "Touched", "distribution", "group_targets", "site_role", "touched", "trained_parameters"]
+__all__ = [
+    "Target",
+    "Touched",
+    "distribution",
+    "group_targets",
+    "pattern_of",
+    "site_role",
+    "touched",
+    "trained_parameters",
+]
 
 Held = Literal["added", "copy", "in place", "carried"]
 _Number = TypeVar("_Number", int, float)
@@ -31,7 +40,7 @@ class Touched:
         pattern: The name with its numbers replaced by ``*``, without a final ``.weight``.
         role: ``attention``, ``mlp``, ``expert`` ...
         kind: ``LoRA``, ``DoRA``, ``offset``, ``replacement``, ``token rows`` ...
-        shape: ``(out, in)`` of the weight it fits.
+        shape: ``(out, in)`` of the weight it fits; 0 is a size its file does not tell.
         rank: Inner size, where the kind has one.
         alpha: As written in the file, where it is.
         scale: Factor on what is added, where the kind has one.
@@ -87,7 +96,7 @@ class Target:
 def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tuple[Touched, ...]:
     """Every parameter the adapter has an update for, in the adapter's order.
 
-    A stored tensor that serves several parameters is counted for the first.
+    A stored tensor that serves several parameters is counted for the first. Biases that the base need not have are left out.
 
     Args:
         adapter: Unbound.
@@ -96,7 +105,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
     seen: set[StoredTensor] = set()
     found = []
     for site, chain in adapter.updates.items():
-        for update in chain:
+        for update in () if site in adapter.optional else chain:
             own = set(update.tensors) - set(_noted(update)) - seen
             seen |= own
             first = update.experts[0] if isinstance(update, Stacked) else update
@@ -104,7 +113,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
             found.append(
                 Touched(
                     name=str(site),
-                    pattern=_NUMBER.sub("*", str(site).removesuffix(".weight")),
+                    pattern=pattern_of(str(site)),
                     role="expert" if isinstance(update, Stacked) else (role or site_role)(site),
                     kind=update.kind,
                     shape=update.shape,
@@ -113,10 +122,15 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
                     scale=getattr(inner, "scale", None),
                     experts=len(update.experts) if isinstance(update, Stacked) else 0,
                     parameters=sum(tensor.numel for tensor in own),
-                    held=_held(site, adapter) if isinstance(update, Replacement) else "added",
+                    held=_held(site, update, adapter) if isinstance(update, Replacement) else "added",
                 )
             )
     return tuple(found)
+
+
+def pattern_of(name: str) -> str:
+    """What a name shares with those like it: its numbers as ``*``, without a final ``.weight``."""
+    return _NUMBER.sub("*", name.removesuffix(".weight"))
 
 
 def group_targets(entries: Iterable[Touched]) -> tuple[Target, ...]:
@@ -141,7 +155,7 @@ def group_targets(entries: Iterable[Touched]) -> tuple[Target, ...]:
 
 def trained_parameters(adapter: Adapter, entries: Iterable[Touched]) -> int:
     """Numbers trained: those of `entries` that were, and of a soft prompt."""
-    prompt = adapter.prompt.numel if adapter.prompt else 0
+    prompt = adapter.prompt.parameters if adapter.prompt else 0
     return prompt + sum(entry.parameters for entry in entries if entry.trained)
 
 
@@ -157,7 +171,7 @@ def site_role(site: Site) -> str:
     return role_of(re.sub(r"^(input|output)_blocks_", "", site.path).replace("_", "."))  # not the "output" of BERT
 
 
-def _held(site: Site, adapter: Adapter) -> Held:
+def _held(site: Site, update: Replacement, adapter: Adapter) -> Held:
     """What a whole parameter is: PEFT also saves embeddings it did not train, when their vocabulary was resized."""
     module, _, leaf = site.path.rpartition(".")
     parents = [module[: match.start()] for match in re.finditer(r"\.", module)] + [module]
@@ -167,15 +181,19 @@ def _held(site: Site, adapter: Adapter) -> Held:
         parent.endswith(names) for parent in parents
     ):  # PEFT matches ends of paths: `norm` takes input_layernorm too
         return "copy"
-    if adapter.format != "peft" or leaf == "bias":
+    if ".ln_tuning_layers." in update.stored.name:
+        return "copy"
+    if "peft_type" not in adapter.config or leaf == "bias":
         return "in place"
     return "copy" if adapter.new_modules & set(module.split(".")) else "carried"
 
 
 def _noted(update: Update) -> tuple[StoredTensor, ...]:
-    """Tensors that hold a scale, not trained values."""
+    """Tensors that hold a scale or random projections, not trained values."""
     if isinstance(update, Stacked):
         return tuple(tensor for expert in update.experts for tensor in _noted(expert))
     if isinstance(update, DoRA):
         return update.direction.noted
+    if isinstance(update, VeRA):
+        return update.shared
     return update.noted if isinstance(update, LoRA) else ()

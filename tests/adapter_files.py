@@ -32,7 +32,8 @@ def write_peft(folder: Path, tensors: Mapping[str, np.ndarray], **config: object
     """A PEFT folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8, **config}))
+    lora = {} if "peft_type" in config else {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps({**lora, **config}))
     return folder
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Algebra on adapter files: sums are exact, cuts are optimal, PEFT reads the result, and what depends on the base is refused."""
+"""Algebra on adapter files: sums are exact, cuts are optimal, PEFT reads the result, outputs and inputs are safe."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from surgery import combine, convert, diff, resize
+from surgery import combine, convert, diff
 from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError
+from surgery_formats.errors import FitError, OutputExistsError, ProofError
 from tests.adapter_files import (
     assert_close,
     config_of,
@@ -33,39 +33,10 @@ from tests.adapter_files import (
     write_mlx,
     write_peft,
 )
+from tests.combinations import OneLayer, best, lora, simple, total
 
 _SETTINGS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 _MODULES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
-
-Arrays = dict[str, np.ndarray]
-
-
-def lora(folder: Path, seed: int, rank: int, shapes: dict[str, tuple[int, int]], **config: object) -> Path:
-    """A PEFT LoRA on `shapes` of layer 0."""
-    tensors = {}
-    for number, (module, (out, inputs)) in enumerate(sorted(shapes.items())):
-        stem = f"base_model.model.model.layers.0.{module}"
-        tensors[f"{stem}.lora_A.weight"] = draw(seed + 2 * number, rank, inputs)
-        tensors[f"{stem}.lora_B.weight"] = draw(seed + 2 * number + 1, out, rank)
-    return write_peft(folder, tensors, **{"r": rank, "lora_alpha": 2 * rank, **config})
-
-
-def simple(folder: Path, seed: int = 1, rank: int = 3, **config: object) -> Path:
-    return lora(folder, seed, rank, {"self_attn.q_proj": (24, 32)}, **config)
-
-
-def total(deltas: list[tuple[Arrays, float]]) -> tuple[Arrays, dict[str, float]]:
-    """The weighted sum by module, and the norms of the terms added up."""
-    names = {name for one, _ in deltas for name in one}
-    wanted = {n: sum((w * one[n] for one, w in deltas if n in one), np.zeros(())) for n in names}
-    sizes = {n: sum(abs(w) * float(np.linalg.norm(one[n])) for one, w in deltas if n in one) for n in names}
-    return wanted, sizes
-
-
-def best(wanted: np.ndarray, rank: int) -> float:
-    """Error of the best approximation of a rank."""
-    return float(np.linalg.norm(np.linalg.svd(wanted, compute_uv=False)[rank:]))
 
 
 # --- the sum ----------------------------------------------------------------------------------------------------------------
@@ -129,17 +100,9 @@ def test_peft_linear_is_off_and_its_cat_agrees(tmp_path: Path) -> None:
     """What the field's own tool makes of .7 A - .3 B, beside the sum of the two deltas."""
     import peft
 
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj = torch.nn.Linear(48, 40, bias=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.q_proj(x)
-
     torch.manual_seed(0)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
-    model = peft.get_peft_model(Model(), config, adapter_name="a")
+    model = peft.get_peft_model(OneLayer(), config, adapter_name="a")
     model.add_adapter("b", config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -312,251 +275,6 @@ def test_stored_types(tmp_path: Path, dtype: str) -> None:
     stored = {tensor.dtype.label for tensor in read_adapter(tmp_path / "out").tensors}
     assert stored == {{"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[dtype]}
     assert 0 < result.error < {"fp32": 1e-6, "bf16": 2**-7, "fp16": 2**-10}[dtype]  # type: ignore[operator]
-
-
-# --- what depends on the base -----------------------------------------------------------------------------------------------
-
-
-def _dora(folder: Path) -> Path:
-    tensors = {
-        f"{Q}.lora_A.weight": draw(1, 2, 32),
-        f"{Q}.lora_B.weight": draw(2, 24, 2),
-        f"{Q}.lora_magnitude_vector": np.abs(draw(3, 24)),
-    }
-    return write_peft(folder, tensors, r=2, use_dora=True, target_modules=["q_proj"])
-
-
-def test_dora_survives_alone_and_is_refused_otherwise(tmp_path: Path) -> None:
-    dora = _dora(tmp_path / "d")
-    stem = Q.replace("q_proj", "v_proj")
-    tensors = load_file(dora / "adapter_model.safetensors")
-    second = write_peft(
-        tmp_path / "e",
-        {k.replace(Q, stem): v for k, v in tensors.items()},
-        r=2,
-        use_dora=True,
-        target_modules=["v_proj"],
-    )
-    result = combine([(dora, 1.0), (second, 1.0)], output=tmp_path / "out")
-    assert {one.outcome for one in result.modules} == {"kept"}
-    merged = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert all(np.array_equal(merged[name], value) for name, value in tensors.items())
-    assert config_of(tmp_path / "out")["use_dora"] is True
-    for pairs in ([(dora, 0.5)], [(dora, 1.0), (simple(tmp_path / "a"), 1.0)]):
-        with pytest.raises(FitError, match="depends on the base"):
-            combine(pairs, output=tmp_path / "x")
-    with pytest.raises(FitError, match="rank cannot change"):
-        resize(dora, output=tmp_path / "x", rank=1)
-    assert not (tmp_path / "x").exists()
-
-
-def test_whole_parameters_are_kept_at_weight_one_and_refused_otherwise(tmp_path: Path) -> None:
-    tensors = {
-        f"{Q}.lora_A.weight": draw(1, 2, 32),
-        f"{Q}.lora_B.weight": draw(2, 24, 2),
-        "base_model.model.model.norm.weight": draw(3, 32),
-    }
-    saved = write_peft(tmp_path / "s", tensors, r=2, modules_to_save=["norm"])
-    other = simple(tmp_path / "a")
-    combine([(other, 0.5), (saved, 1.0)], output=tmp_path / "out")
-    got = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert np.array_equal(got["base_model.model.model.norm.weight"], tensors["base_model.model.model.norm.weight"])
-    assert config_of(tmp_path / "out")["modules_to_save"] == ["norm"]
-    with pytest.raises(FitError, match=r"0\.5 times depends on the base"):
-        combine([(other, 1.0), (saved, 0.5)], output=tmp_path / "x")
-    twice = write_peft(tmp_path / "t", tensors, r=2, modules_to_save=["norm"])
-    with pytest.raises(FitError, match="by one of them as replacement") as caught:
-        combine([(saved, 1.0), (twice, 1.0)], output=tmp_path / "x")
-    assert caught.value.exit_code == 4
-
-
-def test_soft_prompts_shapes_and_empty_results_are_refused(tmp_path: Path) -> None:
-    one = simple(tmp_path / "a")
-    wide = lora(tmp_path / "w", 3, 2, {"self_attn.q_proj": (24, 40)})
-    with pytest.raises(FitError, match="made for different weights"):
-        combine([(one, 1.0), (wide, 1.0)], output=tmp_path / "x")
-    with pytest.raises(NothingChangedError, match="cancel"):
-        combine([(one, 1.0), (simple(tmp_path / "b"), -1.0)], output=tmp_path / "x")
-    with pytest.raises(NothingChangedError, match="what it was"):
-        combine([(one, 1.0)], output=tmp_path / "x")
-    with pytest.raises(NothingChangedError, match="every weight is 0"):
-        combine([(one, 0.0)], output=tmp_path / "x")
-    with pytest.raises(FitError, match="a weight of nan"):
-        combine([(one, math.nan)], output=tmp_path / "x")
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "w"]
-
-
-# --- TIES, DARE, pruning ----------------------------------------------------------------------------------------------------
-
-
-def ties(deltas: list[np.ndarray], weights: list[float], density: float) -> np.ndarray:
-    """arXiv:2306.01708, algorithm 1, element by element; lambda is the weights, on the task vectors."""
-    n = deltas[0].size
-    trimmed = []
-    for delta, weight in zip(deltas, weights, strict=True):
-        keep = np.argsort(-np.abs(delta).ravel(), kind="stable")[: math.ceil(density * n)]
-        flat = np.zeros(n)
-        flat[keep] = delta.ravel()[keep]
-        trimmed.append(weight * flat)
-    merged = np.zeros(n)
-    for p in range(n):
-        gamma = np.sign(sum(vector[p] for vector in trimmed))
-        agreeing = [vector[p] for vector in trimmed if vector[p] != 0 and np.sign(vector[p]) == gamma]
-        merged[p] = np.mean(agreeing) if agreeing else 0.0
-    return merged.reshape(deltas[0].shape)
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> list[tuple[Path, float]]:
-    return [
-        (simple(tmp_path / "a", 1, 3), 0.7),
-        (simple(tmp_path / "b", 5, 4), -0.4),
-        (simple(tmp_path / "c", 9, 2), 1.1),
-    ]
-
-
-def _found(pairs: list[tuple[Path, float]], out: Path, **options: object) -> np.ndarray:
-    combine(pairs, output=out, rank=24, **options)  # type: ignore[arg-type]  # full rank: nothing is lost
-    return peft_deltas(out)["model.layers.0.self_attn.q_proj"]
-
-
-def _deltas(pairs: list[tuple[Path, float]]) -> tuple[list[np.ndarray], list[float]]:
-    return [peft_deltas(path)["model.layers.0.self_attn.q_proj"] for path, _ in pairs], [weight for _, weight in pairs]
-
-
-@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-def test_ties_is_its_paper(pair: list[tuple[Path, float]], tmp_path: Path, density: float) -> None:
-    wanted = ties(*_deltas(pair), density)
-    got = _found(pair, tmp_path / "out", method="ties", density=density)
-    assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
-
-
-def test_magnitude_prune_is_the_sum_of_what_is_left(pair: list[tuple[Path, float]], tmp_path: Path) -> None:
-    deltas, weights = _deltas(pair)
-    wanted = sum(
-        w * np.where(np.abs(d) >= np.quantile(np.abs(d), 0.75, method="higher"), d, 0)
-        for d, w in zip(deltas, weights, strict=True)
-    )
-    got = _found(pair, tmp_path / "out", method="magnitude-prune", density=0.25)
-    assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
-
-
-@pytest.mark.parametrize("method", ["dare-linear", "dare-ties"])
-def test_dare_drops_and_rescales(pair: list[tuple[Path, float]], tmp_path: Path, method: str) -> None:
-    """arXiv:2311.03099: every value is what one of the 2^3 ways to drop gives, and each is dropped as often as it should be."""
-    deltas, weights = _deltas(pair)
-    density = 0.6
-    got = _found(pair, tmp_path / "out", method=method, density=density)
-    masks = [[bool(bits >> i & 1) for i in range(3)] for bits in range(8)]
-    ways = []
-    for mask in masks:
-        parts = [w * d / density * keep for d, w, keep in zip(deltas, weights, mask, strict=True)]
-        ways.append(sum(parts) if method == "dare-linear" else ties(parts, [1.0] * 3, 1.0))
-    apart = np.abs(np.stack(ways) - got)
-    assert apart.min(axis=0).max() <= 1e-5 * np.abs(got).max()
-    if method == "dare-linear":
-        nearest = apart.argmin(axis=0)
-        for number in range(3):
-            kept = np.mean([masks[way][number] for way in nearest.ravel()])
-            assert abs(kept - density) < 4 * math.sqrt(density * (1 - density) / got.size)
-    again = _found(pair, tmp_path / "again", method=method, density=density)
-    other = _found(pair, tmp_path / "other", method=method, density=density, seed=1)
-    assert np.array_equal(got, again)
-    assert not np.allclose(got, other)
-
-
-def test_dare_keeps_the_mean(tmp_path: Path) -> None:
-    """Rescaling makes the expectation of what is left the delta itself."""
-    from surgery.task_vectors import merge_deltas
-
-    delta = torch.full((400, 400), 3.0, dtype=torch.float64)
-    found = merge_deltas([delta.clone], [1.0], method="dare-linear", density=0.1, seed=0, name="x", owners=[0])
-    assert float(found.mean()) == pytest.approx(3.0, rel=0.03)
-    assert set(found.unique().tolist()) == {0.0, 30.0}
-
-
-def test_a_dense_method_is_cut_optimally(pair: list[tuple[Path, float]], tmp_path: Path) -> None:
-    wanted = ties(*_deltas(pair), 0.3)
-    result = combine(pair, output=tmp_path / "out", rank=5, method="ties", density=0.3)
-    apart = np.linalg.norm(peft_deltas(tmp_path / "out")["model.layers.0.self_attn.q_proj"] - wanted)
-    assert apart <= 1.0001 * best(wanted, 5) + 1e-6 * np.linalg.norm(wanted)
-    assert result.error == pytest.approx(apart / np.linalg.norm(wanted), rel=1e-4)
-    by_energy = combine(pair, output=tmp_path / "e", energy=0.9, method="ties", density=0.3)
-    squares = np.linalg.svd(wanted, compute_uv=False) ** 2
-    assert by_energy.modules[0].rank == int((np.cumsum(squares) < 0.9 * squares.sum()).sum()) + 1
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"method": "ties", "rank": 4}, "needs a density"),
-        ({"method": "ties", "density": 0.5}, "full rank"),
-        ({"method": "exact", "density": 0.5}, "no density"),
-        ({"method": "tise"}, "no method"),
-        ({"rank": 0}, "rank of 0"),
-        ({"energy": 1.5}, "energy"),
-    ],
-)
-def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, object], said: str) -> None:
-    with pytest.raises(FitError, match=said):
-        combine([(tmp_path / "never read", 1.0)], output=tmp_path / "x", **options)  # type: ignore[arg-type]
-
-
-# --- resize -----------------------------------------------------------------------------------------------------------------
-
-
-def _decaying(folder: Path, rank: int = 8) -> Path:
-    """Directions whose strengths fall, so that thresholds have something to decide."""
-    tensors = {
-        f"{Q}.lora_A.weight": draw(1, rank, 32),
-        f"{Q}.lora_B.weight": draw(2, 24, rank) * 0.5 ** np.arange(rank, dtype=np.float32),
-    }
-    return write_peft(folder, tensors, r=rank, lora_alpha=4)
-
-
-@pytest.mark.parametrize("limit", [{"rank": 3}, {"energy": 0.99}, {"max_error": 0.1}, {"rank": 2, "energy": 0.99}])
-def test_resize_is_optimal(tmp_path: Path, limit: dict[str, float]) -> None:
-    source = _decaying(tmp_path / "a")
-    wanted = peft_deltas(source)["model.layers.0.self_attn.q_proj"]
-    result = resize(source, output=tmp_path / "b", **limit)  # type: ignore[arg-type]
-    rank = result.modules[0].rank
-    norm = float(np.linalg.norm(wanted))
-    apart = np.linalg.norm(peft_deltas(tmp_path / "b")["model.layers.0.self_attn.q_proj"] - wanted)
-    assert apart <= 1.0001 * best(wanted, rank) + 1e-6 * norm
-    allowed = limit.get("max_error", math.sqrt(1 - limit.get("energy", 0.0)))
-    needed = next(r for r in range(1, 9) if best(wanted, r) <= allowed * norm)
-    assert rank == (
-        min(int(limit["rank"]), needed) if "energy" in limit and "rank" in limit else limit.get("rank", needed)
-    )
-    dry = resize(
-        source, rank=limit.get("rank"), energy=limit.get("energy"), max_error=limit.get("max_error"), dry_run=True
-    )  # type: ignore[arg-type]
-    assert dry.error == pytest.approx(result.error, rel=1e-4)
-
-
-def test_resize_never_pads(tmp_path: Path) -> None:
-    source = _decaying(tmp_path / "a")
-    with pytest.raises(NothingChangedError, match="the highest is 8") as caught:
-        resize(source, output=tmp_path / "b", rank=16)
-    assert "zeros" in str(caught.value)
-
-
-def test_resize_keeps_what_is_small_enough(tmp_path: Path) -> None:
-    stem = Q.replace("q_proj", "v_proj")
-    tensors = {
-        f"{Q}.lora_A.weight": draw(1, 6, 32), f"{Q}.lora_B.weight": draw(2, 24, 6),
-        f"{stem}.lora_A.weight": draw(3, 2, 32), f"{stem}.lora_B.weight": draw(4, 24, 2),
-    }  # fmt: skip
-    source = write_peft(tmp_path / "a", tensors, r=6, rank_pattern={"v_proj": 2})
-    result = resize(source, output=tmp_path / "b", rank=4)
-    assert [(one.outcome, one.rank) for one in result.modules] == [("approximated", 4), ("kept", 2)]
-    assert np.array_equal(
-        load_file(tmp_path / "b/adapter_model.safetensors")[f"{stem}.lora_B.weight"], tensors[f"{stem}.lora_B.weight"]
-    )
-    assert_close(
-        {n: v for n, v in peft_deltas(tmp_path / "b").items() if "v_proj" in n},
-        {n: v for n, v in peft_deltas(source).items() if "v_proj" in n},
-    )
 
 
 # --- laws -------------------------------------------------------------------------------------------------------------------

@@ -236,8 +236,14 @@ def test_a_tied_head_that_one_of_them_stores(tmp_path: Path) -> None:
     assert not models(base, tied).equal
 
 
+@pytest.mark.parametrize("small", [False, True], ids=["gram", "krylov"])
 @pytest.mark.parametrize("shape", [(64, 40), (40, 64), (3000, 20)])
-def test_the_spectrum_of_a_difference(base: Path, tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_the_spectrum_of_a_difference(
+    base: Path, tmp_path: Path, shape: tuple[int, int], small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the size: by the Gram matrix, in slabs of a wide one, or by block Krylov where that would be too large."""
+    monkeypatch.setattr("surgery.diff_spectrum._SLAB", 500)
+    monkeypatch.setattr("surgery.diff_spectrum._SHORT_SIDE", 8 if small else 8192)
     torch.manual_seed(3)
     old = torch.randn(shape)
     low = torch.randn(shape[0], 3) @ torch.diag(torch.tensor([4.0, 1.0, 0.2])) @ torch.randn(3, shape[1])
@@ -254,16 +260,36 @@ def test_the_spectrum_of_a_difference(base: Path, tmp_path: Path, shape: tuple[i
         assert found.profile.ranks[f"{share}"] == int((squares.cumsum(0) < share * squares.sum()).sum()) + 1
 
 
+def test_a_difference_of_many_directions_is_said_to_be_one(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix too large for its Gram matrix, whose change is noise: its leading directions are found, the rest is counted as many."""
+    torch.manual_seed(3)
+    old = torch.randn(900, 700)
+    spikes = torch.linalg.qr(torch.randn(900, 5)).Q @ torch.linalg.qr(torch.randn(700, 5)).Q.T * 300
+    monkeypatch.setattr("surgery.diff_spectrum._SHORT_SIDE", 100)
+    monkeypatch.setattr("surgery.diff_spectrum.LOOKED_AT", 20)
+    one = changed(base, tmp_path / "a", extra__weight=old)
+    other = changed(base, tmp_path / "b", extra__weight=old + spikes + 0.2 * torch.randn(900, 700))
+    found = next(t for t in models(one, other, spectrum=True).tensors if t.status != "equal").values
+    assert found
+    assert found.profile
+    assert found.profile.ranks == {"0.5": 3, "0.9": 5, "0.99": None}
+    assert found.profile.stable_rank == pytest.approx(5, rel=0.1)
+    assert json.loads(run("diff", one, other, "--spectrum", "--json").stdout)["result"]["tensors"]
+
+
 def test_large_tensors_are_read_in_blocks(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of the blocks, the figures are the same."""
     import surgery.diff_checkpoints as room
+    import surgery.diff_spectrum as reading
 
     torch.manual_seed(1)
     old = torch.randn(333, 7)
     one = changed(base, tmp_path / "a", extra=old)
     other = changed(base, tmp_path / "b", extra=old + 0.1 * torch.randn(333, 7))
     whole = models(one, other)
-    monkeypatch.setattr(room, "_BLOCK", 64)
+    monkeypatch.setattr(reading, "_BLOCK", 64)
     monkeypatch.setattr(room, "_BYTES", 100)
     pieces = models(one, other)
     assert pieces.difference == pytest.approx(whole.difference, rel=1e-12)

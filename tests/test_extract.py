@@ -264,8 +264,7 @@ def test_a_large_matrix_is_read_in_blocks(
     llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = surgery.extract_lora(*llama, output=tmp_path / "held", rank=4)
-    monkeypatch.setattr("surgery.extract_factor.ROWS_FROM", 0)
-    monkeypatch.setattr("surgery.extract_factor.Delta.whole", None)
+    monkeypatch.setattr("surgery.extract_scan.HELD", {"cpu": 0})
     streamed = surgery.extract_lora(*llama, output=tmp_path / "streamed", rank=4)
     for one, other in zip(held.rows, streamed.rows, strict=True):
         assert one.residual == pytest.approx(other.residual, rel=1e-5)
@@ -347,6 +346,61 @@ def test_auto_takes_what_stands_out_of_rounding(tmp_path: Path) -> None:
     few = surgery.extract_lora(base, tuned, output=tmp_path / "few", rank="auto", budget="1500")
     assert few.parameters <= 1500
     assert max(row.rank for row in few.rows) <= 5
+
+
+def merged_lora(base: Path, folder: Path, rank: int, size: float) -> Path:
+    """As `surgery merge` leaves it: `size` times the spacing of the stored values, rounded once."""
+
+    def change(name: str, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if "proj" not in name:
+            return value
+        unit = torch.exp2((torch.frexp(value.double()).exponent - 8).double()).median()
+        left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator).double())[0] for n in value.shape)
+        delta = left @ right.T
+        return (value.double() + delta * size * unit / delta.square().mean().sqrt()).to(value.dtype)
+
+    return tune(base, folder, change)
+
+
+def test_a_merged_lora_is_recognised_and_ranks_beyond_it_are_called_noise(tmp_path: Path) -> None:
+    base = models.build_base("llama", tmp_path / "base", dtype="bfloat16")
+    tuned = merged_lora(base, tmp_path / "tuned", 2, 4.0)
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", rank=6)
+    assert result.merged is not None
+    assert (result.merged.rank, result.merged.layers, result.merged.of) == (2, 14, 14)
+    rows = [row for row in result.rows if row.kind == "low-rank"]
+    assert len(rows) == 14
+    for row in rows:
+        assert row.signal is not None
+        assert (row.signal.count, row.signal.complete) == (2, True)
+        assert "rank 6 asked: 4 directions are rounding noise; suggest <= 2" in row.why
+        assert row.signal.survival == pytest.approx(1, abs=0.05)
+    manifest = json.loads((tmp_path / "out" / "surgery_manifest.json").read_text())
+    assert manifest["looks_like"] == {"kind": "merged LoRA", "rank": 2, "layers": 14, "of": 14}
+    assert manifest["tensors"][rows[0].name]["signal"] == 2
+    done = spawn("extract-lora", base, tuned, "-o", tmp_path / "told", "--rank", "6")
+    assert "looks like a merged rank-2 LoRA: 2 values above the edge in 14/14 layers" in done.stdout
+    assert "model.layers.*.mlp.up_proj" in done.stdout
+    assert "layers.1.mlp.up_proj" not in done.stdout
+    assert "layers.1.mlp.up_proj" in spawn("-v", "extract-lora", base, tuned, "-o", tmp_path / "all").stdout
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2_bare", "mixtral"])
+def test_the_predicted_survival_is_the_one_a_merge_measures(arch: str, tmp_path: Path) -> None:
+    base = models.build_base(arch, tmp_path / "base", dtype="bfloat16")
+
+    def change(name: str, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if value.ndim < 2 or "wte" in name or "embed" in name or "wpe" in name:
+            return value
+        unit = torch.exp2((torch.frexp(value.float()).exponent - 8).float()).median()
+        return (value.float() + unit * torch.randn(value.shape, generator=generator)).to(value.dtype)
+
+    tuned = tune(base, tmp_path / "tuned", change)
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", rank=3)
+    assert result.merged is None
+    measured = surgery.merge(base, tmp_path / "out", output=tmp_path / "merged").ledger
+    assert 0.1 < measured.survival < 0.95
+    assert result.survival == pytest.approx(measured.survival, abs=0.02)
 
 
 def test_the_table_says_what_other_choices_would_have_been(llama: tuple[Path, Path], tmp_path: Path) -> None:
@@ -454,8 +508,8 @@ def test_a_wrong_factor_is_caught(llama: tuple[Path, Path], tmp_path: Path, monk
 
     right = Factored.factors
 
-    def wrong(self: Factored, index: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        left, other = right(self, index, rank)
+    def wrong(self: Factored, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        left, other = right(self, index, rank, fold)
         return (left * 1.02 if "layers.1.mlp.down_proj" in self.unit.path else left), other
 
     monkeypatch.setattr(Factored, "factors", wrong)

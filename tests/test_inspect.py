@@ -261,7 +261,9 @@ def test_a_soft_prompt_is_tokens_by_dim(tmp_path: Path) -> None:
     config = peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
     peft.get_peft_model(models.load("llama", base, "float32"), config).save_pretrained(tmp_path / "prompt")
     found = adapter(tmp_path / "prompt")
-    assert found.prompt == (5, models.HIDDEN)
+    assert found.prompt is not None
+    assert (found.prompt.kind, found.prompt.virtual_tokens, found.prompt.dim) == ("PROMPT_TUNING", 5, models.HIDDEN)
+    assert found.prompt.prefix is None
     assert found.parameters == 5 * models.HIDDEN
     assert (found.kind, found.modules) == ("PROMPT_TUNING", ())
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "complete_files",
     "device",
     "device_option",
+    "devices",
+    "devices_option",
     "dtype_option",
     "global_options",
     "output_option",
@@ -128,6 +131,33 @@ def device_option(function: F) -> F:
         metavar="cpu|cuda[:N]|auto",
         help="Where the arithmetic runs.",
     )(function)
+
+
+def devices_option(function: F) -> F:
+    """``--device`` of a command that shares its work out over several GPUs."""
+    return click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        type=devices,
+        metavar="cpu|cuda[:N[,N...]]|cuda:all|auto",
+        help="Where the arithmetic runs; several GPUs share it.",
+    )(function)
+
+
+def devices(text: str) -> str:
+    """One device, or several GPUs.
+
+    Raises:
+        click.BadParameter: not devices, or not on this machine.
+    """
+    from surgery.lanes import devices_of
+
+    try:
+        devices_of(text)
+    except FitError as error:
+        raise click.BadParameter(error.message) from error
+    return text
 
 
 def device(text: str) -> str:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.prompts import SoftPrompt
 from surgery_formats.tensors import StoredTensor
 from surgery_formats.updates import Update
 
@@ -53,13 +54,14 @@ class Adapter:
         tensors: Every stored tensor of the adapter.
         ignored: Tensors that rightly do nothing.
         new_modules: Module names that the base may lack: heads added for a task (``score``, ``classifier``).
-        prompt: Virtual tokens ``(tokens, dim)`` of a soft prompt; such an adapter has no updates.
+        prompt: Virtual tokens; the updates of such an adapter are the heads that were trained beside them.
         base_name: The base it says it was trained on, or empty.
         base_id: Content id of that base, where recorded.
         config: The format's own configuration, for writers and reports; only plain JSON values.
         metadata: Free strings that must survive a conversion (``ss_*``, ``modelspec.*``).
         side_files: Tokenizer files and the like beside the adapter.
         traps: Facts worth a warning (an alpha that is missing, a version known to write wrong scales).
+        optional: Sites that a base need not have: biases that follow their weight.
         keeps_ties: Whether what was trained for the embedding is meant for a head that shares its tensor too (mlx-lm), and not for the
             embedding alone (PEFT).
     """
@@ -71,13 +73,14 @@ class Adapter:
     tensors: tuple[StoredTensor, ...]
     ignored: tuple[Ignored, ...] = ()
     new_modules: frozenset[str] = frozenset()
-    prompt: StoredTensor | None = None
+    prompt: SoftPrompt | None = None
     base_name: str = ""
     base_id: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     side_files: tuple[Path, ...] = ()
     traps: tuple[str, ...] = ()
+    optional: frozenset[Site] = frozenset()
     keeps_ties: bool = False
 
     @property
@@ -86,9 +89,20 @@ class Adapter:
         dead = {id(entry.tensor) for entry in self.ignored}
         return sum(tensor.numel for tensor in self.tensors if id(tensor) not in dead)
 
+    def only(self, sites: Iterable[Site]) -> Adapter:
+        """The updates at `sites` alone, without the stored tensors that no other update uses."""
+        kept = set(sites)
+        out = {t.name for site, chain in self.updates.items() if site not in kept for u in chain for t in u.tensors}
+        out -= {t.name for site in kept for update in self.updates[site] for t in update.tensors}
+        return replace(
+            self,
+            updates={site: chain for site, chain in self.updates.items() if site in kept},
+            tensors=tuple(tensor for tensor in self.tensors if tensor.name not in out),
+        )
+
     def unconsumed(self) -> tuple[StoredTensor, ...]:
         """Stored tensors that no update uses and no reason excuses: must be empty (law 1)."""
         used = {tensor.name for chain in self.updates.values() for update in chain for tensor in update.tensors}
         used |= {entry.tensor.name for entry in self.ignored}
-        used |= {self.prompt.name} if self.prompt else set()
+        used |= {self.prompt.table.name} if self.prompt else set()
         return tuple(tensor for tensor in self.tensors if tensor.name not in used)

@@ -6,21 +6,24 @@ Updates are grouped by the stored tensor they change, so that ties and overlaps 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgery_formats.adapter import Adapter, Ignored, Site
+from surgery_formats.adapters.peft_traps import by_values
 from surgery_formats.checkpoint import Checkpoint, Component
+from surgery_formats.dtypes import DType
 from surgery_formats.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.lenses import Parameter, View, rows, whole
-from surgery_formats.names import Place
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.names import Place, extent
+from surgery_formats.tensors import StoredTensor, Zeros
 from surgery_formats.text import closest, listing, show
 from surgery_formats.ties import settle_tie
-from surgery_formats.updates import Linear, LoRA, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import Fit, Linear, Offset, Replacement, Stacked, TokenRows, Unsized, Update
 
-__all__ = ["Binding", "bind"]
+__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,13 @@ class Binding:
     warnings: tuple[str, ...] = ()
 
 
-def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> Binding:
+def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, new_biases: bool = False) -> Binding:
     """Resolve every update of every adapter against the base.
 
     Args:
         adapters: Each with its weight, applied in this order.
         checkpoint: The base.
+        new_biases: Layers without a bias get one where an adapter adds to it: a graph can hold it, a checkpoint of the family cannot.
 
     Raises:
         FitError: a parameter the base lacks, a shape that does not fit, a tensor nobody consumes, an adapter that changes no
@@ -61,12 +65,19 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
     for number, (adapter, weight) in enumerate(adapters):
         _check_mergeable(adapter)
         missing: list[Site] = []
+        widest: dict[str, tuple[int, int]] = {}
         for site, chain in adapter.updates.items():
             component = _component_of(site, adapter, checkpoint)
             places = component.names.resolve(site.path, flat=site.flat) or _new_head(site, chain, adapter, component)
-            if not places:
+            if not places and new_biases and site not in adapter.optional:
+                places = _new_bias(site, chain, component)
+            if not places and site not in adapter.optional:
                 missing.append(site)
             for given in chain if places else ():
+                if isinstance(given, Unsized):
+                    if given.kind not in widest:
+                        widest[given.kind] = _widest(given.kind, adapter, checkpoint)
+                    given = given.fitted(fit_of(places, widest[given.kind]))
                 update = _oriented(given, component, adapter)
                 if isinstance(update, Replacement):
                     places = (_replaced(update, places, weight),)
@@ -84,8 +95,12 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> B
         edits, parted = settle_tie(edits, component, keeping)
         if parted:
             untied.add(component.name)
-    warnings = [f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in adapter.traps]
-    warnings += _warn_of_parting(untied, checkpoint) + _warn_of_other_base(adapters, checkpoint)
+    warnings = [
+        f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in (*adapter.traps, *by_values(adapter))
+    ]
+    warnings += _warn_of_parting(untied, checkpoint) + warn_of_other_base(
+        [adapter for adapter, _ in adapters], checkpoint
+    )
     ignored = tuple(entry for adapter, _ in adapters for entry in adapter.ignored)
     settled = tuple(sorted(before - {t for e in edits.values() for t in _trained(e)}, key=lambda tensor: tensor.name))
     return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, settled, tuple(warnings))
@@ -108,7 +123,7 @@ def _check_mergeable(adapter: Adapter) -> None:
         raise FitError(
             f"{adapter.kind} trains virtual tokens: no weight can hold them",
             file=adapter.path,
-            hint="keep it as a prefix of the input",
+            hint="keep it beside the model: `surgery export-onnx` puts it in front of the input",
         )
     if not adapter.updates:
         raise FitError("the adapter holds no tensors", file=adapter.path)
@@ -135,6 +150,40 @@ def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component
     return (Place(replace(Parameter.of(chain[0].stored, component.name), name=site.path)),)
 
 
+def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tuple[Place, ...]:
+    """A bias of zeros for a layer that has none; its weight must be one stored tensor."""
+    module, _, leaf = site.path.rpartition(".")
+    if leaf != "bias" or not all(isinstance(update, Offset) for update in chain):
+        return ()
+    weights = component.names.resolve(f"{module}.weight", flat=site.flat)
+    if len(weights) != 1 or not (name := weights[0].parameter.name).endswith(".weight"):
+        return ()
+    parameter = weights[0].parameter
+    if parameter.storage.tensor.numel != parameter.shape[0] * parameter.shape[1]:
+        return ()
+    file = chain[0].tensors[0].file
+    zeros = Zeros(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1], file, 0, 0, (0,))
+    return (Place(Parameter.of(zeros, component.name)),)
+
+
+def fit_of(places: tuple[Place, ...], widest: tuple[int, int]) -> Fit:
+    """What an update may need to know of the weight at `places`."""
+    storage = places[0].parameter.storage
+    sizes = storage.tensor.shape
+    kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
+    return Fit(extent(places), kernel, widest)
+
+
+def _widest(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
+    """``(out, in)``, each the greatest of all weights for which `adapter` has updates of `kind`."""
+    shapes = [(0, 0)]
+    for site, chain in adapter.updates.items():
+        if any(update.kind == kind for update in chain):
+            names = _component_of(site, adapter, checkpoint).names
+            shapes += [extent(found)] if (found := names.resolve(site.path, flat=site.flat)) else []
+    return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
+
+
 def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     """Factors of stacked experts as this family's axis order has them.
 
@@ -145,7 +194,7 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     if isinstance(update, Stacked):
         square = update.experts[0].shape[0] == update.experts[0].shape[1]
     doubtful = (isinstance(update, Stacked) and update.if_transposed) or (
-        isinstance(update, LoRA) and adapter.config.get("fan_in_fan_out") is True
+        not isinstance(update, Replacement | TokenRows) and adapter.config.get("fan_in_fan_out") is True
     )
     if doubtful and square and not component.family.known:
         raise FitError(
@@ -214,8 +263,7 @@ def _check_fit(update: Update, places: tuple[Place, ...]) -> None:
             tensor=tensor.name,
             hint="merge into the base it was quantised from",
         )
-    height = max(place.parameter.view.row_origin + place.parameter.shape[0] for place in places)
-    width = parameter.shape[1]
+    height, width = extent(places)
     if isinstance(update, TokenRows) and update.shape[1] == width:
         if (last := max(update.indices, default=-1)) < height:
             return
@@ -253,7 +301,10 @@ def _edit(
         update = found[0][0].update
         assert isinstance(update, Replacement)
         return Edit(*key, update.stored, operations[1:], stacked, replaced=operations[0], added=stored is None)
-    assert stored is not None
+    if stored is None:
+        return Edit(
+            *key, place.parameter.storage.tensor, operations, stacked, added=True, why="the base adds no bias here"
+        )
     return Edit(*key, stored, operations, stacked)
 
 
@@ -312,12 +363,12 @@ def _warn_of_parting(untied: set[str], checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _warn_of_other_base(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint) -> list[str]:
+def warn_of_other_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> list[str]:
     """Another recorded name is worth a word, no more: folders are renamed all the time."""
     config = next(iter(checkpoint.components.values())).config
     names = {checkpoint.path.resolve().name, str(config.get("_name_or_path", "")).rpartition("/")[2]}
     return [
         f"{adapter.path.name}: was trained on '{adapter.base_name}', the base given is '{checkpoint.path.resolve().name}'"
-        for adapter, _ in adapters
+        for adapter in adapters
         if adapter.base_name and adapter.base_name.rstrip("/").rpartition("/")[2] not in names
     ]

@@ -49,6 +49,10 @@ class DType(enum.Enum):
         """Whether weights of this type take part in arithmetic as they are (plain floating point)."""
         return self in (DType.F64, DType.F32, DType.F16, DType.BF16)
 
+    def nbytes(self, numel: int) -> int:
+        """Bytes of `numel` elements."""
+        return numel * self.bits // 8
+
     @property
     def torch(self) -> _torch.dtype:
         """The torch type; AttributeError never leaves: types torch lacks are refused by name.

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 
 import xxhash
 
@@ -12,7 +13,7 @@ from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.files.raw import File
 from surgery_formats.tensors import StoredTensor
 
-__all__ = ["content_id", "fingerprint", "tensor_digest"]
+__all__ = ["Digests", "content_id", "fingerprint", "tensor_digest"]
 
 _HEAD = 1 << 20
 _SAMPLES = 64
@@ -39,13 +40,51 @@ def _ranges(size: int) -> Iterable[tuple[int, int]]:
     return [(0, _HEAD), *((_HEAD + i * gap, _SAMPLE) for i in range(_SAMPLES)), (size - _SAMPLE, _SAMPLE)]
 
 
-def content_id(checkpoint: Checkpoint) -> str:
+class Digests:
+    """`tensor_digest` of tensors whose bytes come by for another reason: they need not be read again.
+
+    Any thread may use it; the bytes of one tensor come in order.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[int, int, int, int], tuple[xxhash.xxh3_128, list[int]]] = {}
+        self._lock = threading.Lock()
+
+    def claim(self, tensor: StoredTensor) -> Callable[[int, memoryview], None] | None:
+        """What to call with ``(offset in the tensor, bytes)``; None where somebody else does, or the bytes would not be those stored."""
+        if tensor.strides is not None:
+            return None
+        state, reached = xxhash.xxh3_128(), [0]
+        with self._lock:
+            if tensor.place in self._states:
+                return None
+            self._states[tensor.place] = state, reached
+
+        def seen(offset: int, data: memoryview) -> None:
+            if offset == reached[0]:  # what comes out of order leaves the digest incomplete
+                state.update(data)
+                reached[0] += len(data)
+
+        return seen
+
+    def of(self, tensor: StoredTensor) -> str:
+        """The digest, read now where it is not complete."""
+        state, reached = self._states.get(tensor.place, (None, [0]))
+        return state.hexdigest() if state is not None and reached[0] == tensor.nbytes else tensor_digest(tensor)
+
+
+def content_id(checkpoint: Checkpoint, digest: Callable[[StoredTensor], str] | None = None) -> str:
     """sha256 over the sorted ``(component, name, dtype, shape, xxh3-128 of the bytes)`` of all tensors.
 
     Independent of sharding, order, metadata and place. Reads every byte once.
+
+    Args:
+        checkpoint: The model.
+        digest: Where digests are known already (`Digests.of`).
     """
+    digest = digest or tensor_digest
     lines = [
-        f"{component.name}\0{tensor.name}\0{tensor.dtype.label}\0{list(tensor.shape)}\0{tensor_digest(tensor)}"
+        f"{component.name}\0{tensor.name}\0{tensor.dtype.label}\0{list(tensor.shape)}\0{digest(tensor)}"
         for component in checkpoint.components.values()
         for tensor in component.tensors.values()
     ]

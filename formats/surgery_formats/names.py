@@ -7,7 +7,7 @@ underscores. Names are resolved against the names the base really has; nothing i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from surgery_formats.text import listing
 if TYPE_CHECKING:
     from surgery_formats.tensors import StoredTensor
 
-__all__ = ["Names", "Place"]
+__all__ = ["Names", "Place", "extent"]
 
 _MAX_SPELLINGS = 256  # of one path; families have fewer than ten renames
 
@@ -36,6 +36,12 @@ class Place:
 
     parameter: Parameter
     alias: str = ""
+
+
+def extent(places: Sequence[Place]) -> tuple[int, int]:
+    """``(rows, columns)`` of the whole weight that `places` are the pieces of, one under the other."""
+    pieces = [place.parameter for place in places]
+    return max(piece.view.row_origin + piece.shape[0] for piece in pieces), pieces[0].shape[1]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from surgery_formats.files.raw import File
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StoredTensor", "as_bytes"]
+__all__ = ["StoredTensor", "Zeros", "as_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class StoredTensor:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def stored_type(self) -> str:
+        """Name of what lies on disk, for people."""
+        return self.dtype.label
 
     @property
     def place(self) -> tuple[int, int, int, int]:
@@ -91,6 +96,18 @@ class StoredTensor:
         import torch
 
         return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros(StoredTensor):
+    """A tensor that is stored nowhere and holds zeros: what a layer without a bias adds. One element, repeated (strides of 0)."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Zeros of the shape asked for."""
+        import torch
+
+        found = torch.zeros(self.shape, dtype=self.dtype.torch)
+        return found[start:stop] if self.shape else found
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:

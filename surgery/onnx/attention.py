@@ -56,11 +56,11 @@ def project(ctx: Context, record: Attention, x: str, at: str) -> tuple[str, ...]
         return (packed,) if packed else tuple(linear(ctx, one, x) for one in record.inputs)
     value = linear(ctx, record.inputs[0], x)
     if record.layout == "by_head":  # head by head q, k, v -> all q, all k, all v
-        shape = (-1, record.heads, 3, record.head_dim)
-        turned = ctx.graph.node("Transpose", [ctx.reshaped(value, shape, at)], at, perm=[0, 2, 1, 3])
-        value = ctx.reshaped(turned, (-1, 3 * record.heads * record.head_dim), at)
-        if not ctx.flat:
-            value = ctx.batched(value, at)
+        rows = (-1,) if ctx.flat else (0, 0)  # the last size stays known: operators behind would infer a wrong one
+        last = len(rows)
+        apart = ctx.reshaped(value, (*rows, record.heads, 3, record.head_dim), at)
+        turned = ctx.graph.node("Transpose", [apart], at, perm=[*range(last), last + 1, last, last + 2])
+        value = ctx.reshaped(turned, (*rows, 3 * record.heads * record.head_dim), at)
     return (value,)
 
 

@@ -16,6 +16,7 @@ from surgery.onnx.encoder import encoder
 from surgery.onnx.graph import Graph
 from surgery.onnx.rotary import longest
 from surgery.onnx.target import Target, standard
+from surgery.onnx.virtual import Virtual, front_model
 from surgery.onnx.weights import Weights
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
@@ -44,7 +45,8 @@ class Options:
         max_length: Positions to reach to; None for as many as the model was made for.
         prefill: Whether to build the second graph that takes several rows on top of a past, where the first one refuses them.
         overrides: Tensors to use instead of the checkpoint's, by stored name: what a merge changed.
-        slotted: Weights, as the recipe names them, that get a slot for a LoRA.
+        slotted: Weights that get a slot for a LoRA, see `Context`.
+        virtual: Soft prompts.
         contract: Further fields of the contract.
     """
 
@@ -54,6 +56,7 @@ class Options:
     prefill: bool = True
     overrides: Mapping[str, StoredTensor] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
+    virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -82,7 +85,9 @@ def build(component: Component, options: Options, model: Model | None = None) ->
     Raises:
         FitError: an unknown architecture; a tensor that is missing, left over, misshapen or of a type that is not computed with.
     """
-    model = model or model_of(component.config, frozenset(component.tensors))
+    model = model or model_of(component.config, frozenset(component.tensors) | frozenset(options.overrides))
+    if options.virtual.front:
+        model = front_model(model)
     if any(layer.attention.head_dim % _HEAD_UNIT for layer in model.layers):
         options = replace(options, target=standard(options.target))
     length = _length(model, options)
@@ -110,12 +115,24 @@ def _found(ctx: Context) -> dict[str, Any]:
 def _context(component: Component, model: Model, options: Options, length: int) -> Context:
     graph = Graph()
     weights = Weights(graph, component, options.io, options.overrides)
-    ctx = Context(graph, weights, options.target, options.io, slotted=options.slotted)
+    ctx = Context(
+        graph,
+        weights,
+        options.target,
+        options.io,
+        slotted=options.slotted,
+        head=component.head,
+        virtual=options.virtual,
+    )
     if model.kind == "decoder":
         decoder(ctx, model, length)
     else:
         encoder(ctx, model)
     weights.check(model.unused)
+    if lacking := options.slotted - {slot.weight for slot in ctx.slots}:
+        raise FitError(
+            "a graph has no slot for this weight", tensor=min(lacking), hint="merge the adapter instead: --merge"
+        )
     return ctx
 
 
@@ -147,7 +164,7 @@ def _contract(component: Component, model: Model, options: Options, length: int)
         kv_heads=first.kv_heads if first else 0,
         head_dim=first.head_dim if first else 0,
         vocabulary=model.vocabulary,
-        max_length=length,
+        max_length=length - options.virtual.front,
         rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )
     return replace(found, **options.contract)
@@ -162,9 +179,12 @@ def _switch(rope: Rope | None, length: int) -> int:
 
 
 def _wants_right(model: Model, target: Target) -> bool:
-    """GroupQueryAttention counts tokens from the left; so do an encoder's positions by place."""
+    """GroupQueryAttention counts tokens from the left; so do an encoder's positions by place, and a head that reads the first token."""
     if model.kind == "decoder":
         return target.attention == "gqa"
+    head = model.head
+    if (isinstance(head, ClassifierHead) and head.tokens == "first") or (isinstance(head, HiddenHead) and head.pooler):
+        return True
     return bool(model.embedding.positions) and model.embedding.position_rule == "absolute"
 
 

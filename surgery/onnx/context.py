@@ -13,6 +13,7 @@ from functools import cached_property
 from surgery.onnx.contract import Slot
 from surgery.onnx.graph import Graph
 from surgery.onnx.target import Target
+from surgery.onnx.virtual import Virtual
 from surgery.onnx.weights import Weights
 from surgery_formats.dtypes import DType
 
@@ -42,7 +43,9 @@ class Context:
         target: Operators to use.
         io: Type of hidden states, logits and cache.
         ids: Input of token ids ``(B, S)``.
-        slotted: Weights (as the recipe names them) that get a slot for a LoRA.
+        slotted: Weights that get a slot for a LoRA: as the recipe names them, but a tied head by `head`.
+        head: Name of the head where it is tied: its weight is the embedding, its slot is not.
+        virtual: Soft prompts.
         slots: Those made so far.
     """
 
@@ -52,6 +55,8 @@ class Context:
     io: DType
     ids: str = "input_ids"
     slotted: frozenset[str] = frozenset()
+    head: str = ""
+    virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
 
     @property

@@ -14,7 +14,13 @@ from typing import Any, Literal
 
 from surgery_formats.errors import MalformedError
 
-__all__ = ["Contract", "Slot", "WeightFile", "from_metadata"]
+__all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "from_metadata"]
+
+TEXT = "TEXT"
+"""Kind of a prompt that is a text: what follows goes on with it, and has no token of a beginning."""
+
+PAD_SWITCH = "pad_attention_mask"
+"""Optional input of graphs with a default past; fed as an empty vector it says that the mask counts virtual tokens already."""
 
 _KEY = "surgery.contract"
 _SCHEMA = 1
@@ -41,7 +47,7 @@ class Slot:
 
     Attributes:
         weight: Stored name of the weight it adds to.
-        A: Input ``(in, rank)``.
+        A: Input ``(in, rank)``; of an embedding ``(V, rank)``.
         B: Input ``(rank, out)``, the scale folded in.
     """
 
@@ -72,13 +78,15 @@ class Contract:
             anew, or its cached keys keep the old ones. 0 for none.
         prefill_batch: Whether several rows may be prefilled at once on top of a past; else rows go one by one, or through `prefill`.
         prefill: File of a graph over the same weights that takes several rows with a past, or empty.
-        virtual_tokens: Default past of a soft prompt: tokens that every call stands on; 0 for none.
+        virtual_tokens: Default past of a soft prompt: tokens that every call stands on; of an encoder: put in front within the graph; 0 for
+            none.
         prompt_kind: ``PREFIX_TUNING``, ``PROMPT_TUNING``, ``P_TUNING``, ``TEXT``, or empty.
         vocabulary_rows: First id and number of soft prompt rows behind the vocabulary, or None.
         slots: Where LoRA adapters go in.
         weights: Files the initializers lie in.
         base: Content id of the base.
-        adapters: What was merged, swapped or prefixed: ``{"name", "mode", "weight", "id"}``.
+        adapters: What was merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, by mode, ``weight``, ``file``,
+            ``virtual_tokens``, ``rows`` (first id and number).
     """
 
     kind: Literal["decoder", "encoder"]

@@ -11,6 +11,7 @@ from surgery.onnx.heads import language_head
 from surgery.onnx.layers import Body, layer_steps
 from surgery.onnx.linear import linear
 from surgery.onnx.norm import norm, residual_norm
+from surgery.onnx.virtual import completed_mask
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.families.recipe import Attention, LanguageHead, Layer, Model
@@ -35,10 +36,16 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     if not isinstance(model.head, LanguageHead):
         raise FitError("a decoder with a head for another task than language modelling", file="config.json")
     graph = ctx.graph
-    graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
-    graph.input("attention_mask", DType.I64, ("batch", "total_sequence"))
+    if ctx.virtual.embedded:
+        width = model.embedding.projection.inputs if model.embedding.projection else model.hidden
+        ctx.ids = graph.input("inputs_embeds", ctx.io, ("batch", "sequence", width))
+    else:
+        graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
+    mask = graph.input("attention_mask", DType.I64, ("batch", "total_sequence"))
     caches = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
-    frame = Frame(ctx, "attention_mask", max_length)
+    if ctx.virtual.past:
+        mask = completed_mask(graph, ctx.ids, mask, caches[0].past_key)
+    frame = Frame(ctx, mask, max_length)
     stream = Stream(_embedded(ctx, model, frame, max_length))
     for layer, cache in zip(model.layers, caches, strict=True):
         stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, frame, cache))
@@ -47,7 +54,8 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
     else:
         x = ctx.settled(stream, "")
-    language_head(ctx, model.head, x)
+    tied = model.head.projection.weight == model.embedding.tokens
+    language_head(ctx, model.head, x, ctx.head if tied else "")
     for layer, cache in zip(model.layers, caches, strict=True):
         shape = ("batch", layer.attention.kv_heads, "present_sequence", layer.attention.head_dim)
         graph.output(cache.present_key, ctx.io, shape)
@@ -57,6 +65,9 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
 def _cache(ctx: Context, number: int, layer: Layer) -> Cache:
     shape = ("batch", layer.attention.kv_heads, "past_sequence", layer.attention.head_dim)
     past = [ctx.graph.input(f"past_key_values.{number}.{part}", ctx.io, shape) for part in ("key", "value")]
+    for name in past:
+        if name in ctx.virtual.past:
+            ctx.graph.initializer(name, ctx.virtual.past[name].astype(ctx.graph.numpy_type(ctx.io)))
     return Cache(past[0], past[1], f"present.{number}.key", f"present.{number}.value")
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from surgery.onnx.context import Context, Stream, module_of
+from surgery.onnx.linear import lora_slot
+from surgery.onnx.virtual import rows_behind, types_in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.families.recipe import Embedding, Model
 
@@ -11,16 +13,37 @@ __all__ = ["encoder_rows", "token_rows"]
 
 
 def token_rows(ctx: Context, model: Model) -> str:
-    """Rows of the token table, scaled; hidden states' rank."""
+    """Rows of the token table, scaled; hidden states' rank.
+
+    Virtual rows are scaled where the model scales whatever comes (Granite), not where its table does it (Gemma).
+    """
     record = model.embedding
     at = module_of(record.tokens)
     width = record.projection.inputs if record.projection else model.hidden
     table = ctx.weights.value(record.tokens, (model.vocabulary, width))
+    if ctx.virtual.embedded:
+        x = ctx.reshaped(ctx.ids, (-1, width), at) if ctx.flat else ctx.ids
+        return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
     ids = ctx.reshaped(ctx.ids, (-1,), at) if ctx.flat else ctx.ids
-    x = ctx.graph.node("Gather", [table, ids], at, axis=0)
-    if record.scale != 1.0:
-        x = ctx.graph.node("Mul", [x, ctx.graph.number(_scale(ctx, record, (model.vocabulary, width)), ctx.io)], at)
-    return x
+    rows = ctx.virtual.rows
+    known = ids
+    if rows is not None:
+        known = ctx.graph.node("Min", [ids, ctx.graph.number(model.vocabulary - 1, DType.I64)], at)
+    x = ctx.graph.node("Gather", [table, known], at, axis=0)
+    if record.tokens in ctx.slotted:
+        x = lora_slot(ctx, record.tokens, known, x, model.vocabulary, width, rows=True)
+    if record.scale_rounded:
+        x = _scaled(ctx, model, x, width, at)
+    if rows is not None:
+        x = rows_behind(ctx.graph, x, ids, model.vocabulary, rows, ctx.io, at)
+    return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
+
+
+def _scaled(ctx: Context, model: Model, x: str, width: int, at: str) -> str:
+    if model.embedding.scale == 1.0:
+        return x
+    scale = _scale(ctx, model.embedding, (model.vocabulary, width))
+    return ctx.graph.node("Mul", [x, ctx.graph.number(scale, ctx.io)], at)
 
 
 def _scale(ctx: Context, record: Embedding, shape: tuple[int, int]) -> float:
@@ -75,7 +98,10 @@ def _type_rows(ctx: Context, model: Model) -> str:
     number = ctx.weights.rows(record.types)
     table = ctx.weights.value(record.types, (number, model.hidden))
     if number > 1:
-        return _rows(ctx, table, ctx.graph.input("token_type_ids", DType.I64, ("batch", "sequence")), at)
+        types = ctx.graph.input("token_type_ids", DType.I64, ("batch", "sequence"))
+        if ctx.virtual.front:
+            types = types_in_front(ctx.graph, types, ctx.virtual.front)
+        return _rows(ctx, table, types, at)
     zeros = ctx.graph.node("Mul", [ctx.ids, ctx.graph.number(0, DType.I64)], at)
     return _rows(ctx, table, zeros, at)
 

@@ -10,6 +10,7 @@ from surgery.onnx.heads import classifier_head, hidden_head
 from surgery.onnx.layers import Body, layer_steps
 from surgery.onnx.linear import linear
 from surgery.onnx.norm import norm, residual_norm
+from surgery.onnx.virtual import in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.families.recipe import Attention, ClassifierHead, HiddenHead, Model
@@ -33,6 +34,8 @@ def encoder(ctx: Context, model: Model) -> None:
     graph = ctx.graph
     graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
     mask = graph.input("attention_mask", DType.I64, ("batch", "sequence"))
+    if ctx.virtual.front:
+        ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
     stream = encoder_rows(ctx, model)
     if (first := model.embedding.norm) is not None:
         stream = Stream(residual_norm(ctx, first, stream, model.hidden, module_of(first.weight), keep=False)[0])

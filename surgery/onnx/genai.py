@@ -24,13 +24,22 @@ _TYPES = frozenset(
         "llama",
         "mistral",
         "nemotron",
+        "olmo",
+        "phi",
+        "phi3",
+        "phi3small",
+        "phimoe",
+        "qwen2",
+        "qwen3",
+        "smollm3",
     )
-    + ("olmo", "phi", "phi3", "phi3small", "phimoe", "qwen2", "qwen3", "smollm3")
 )
 """Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``. Its ``gpt2`` takes others."""
 
 
-def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int) -> bytes:
+def genai_config(
+    config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int, graph: str
+) -> bytes:
     """The file for a decoder's graph.
 
     Args:
@@ -38,11 +47,12 @@ def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], contr
         generation: generation_config.json, or empty; its token ids go first.
         contract: Of the graph.
         heads: Of queries.
+        graph: Its file.
     """
     kind = config.get("model_type")
     decoder = {
         "session_options": _session(contract),
-        "filename": "model.onnx",
+        "filename": graph,
         "head_size": contract.head_dim,
         "hidden_size": config.get("hidden_size", config.get("n_embd")),
         "num_attention_heads": heads,

@@ -11,13 +11,15 @@ from surgery_formats.families.recipe import ClassifierHead, HiddenHead, Language
 
 __all__ = ["classifier_head", "hidden_head", "language_head"]
 
+_ALL = 2**62  # an end of Slice that is behind any length
 
-def language_head(ctx: Context, record: LanguageHead, x: str) -> None:
-    """The output ``logits (B, S, V)``."""
+
+def language_head(ctx: Context, record: LanguageHead, x: str, slot: str = "") -> None:
+    """The output ``logits (B, S, V)``; `slot` is what a slot is called after, if not after the weight."""
     at = module_of(record.projection.weight)
     if record.before is not None:
         x = linear(ctx, record.before, x)
-    y = linear(ctx, record.projection, x, alpha=1.0 / record.divisor)
+    y = linear(ctx, record.projection, x, alpha=1.0 / record.divisor, slot=slot)
     if record.softcap is not None:
         cap = ctx.graph.number(record.softcap, ctx.io)
         y = ctx.graph.node("Tanh", [ctx.graph.node("Div", [y, cap], at)], at)
@@ -46,7 +48,10 @@ def hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
     _every_token(ctx, x, "", "last_hidden_state", width)
     if record.pooler is not None:
         at = module_of(record.pooler.weight)
-        first = ctx.graph.node("Gather", ["last_hidden_state", ctx.graph.number(0, DType.I64)], at, axis=1)
+        if ctx.virtual.front:  # the first token is a virtual one
+            first = _first_token(ctx, x, at)
+        else:
+            first = ctx.graph.node("Gather", ["last_hidden_state", ctx.graph.number(0, DType.I64)], at, axis=1)
         pooled = activate(ctx, "tanh", linear(ctx, record.pooler, first), at)
         ctx.graph.output(ctx.graph.rename(pooled, "pooler_output"), ctx.io, ("batch", record.pooler.outputs))
 
@@ -57,5 +62,10 @@ def _first_token(ctx: Context, x: str, at: str) -> str:
 
 
 def _every_token(ctx: Context, x: str, at: str, name: str, width: int) -> None:
-    y = ctx.batched(x, at, out=name) if ctx.flat else ctx.graph.rename(x, name)
+    if ctx.virtual.front:  # nobody asked for what virtual tokens come to
+        x = ctx.batched(x, at) if ctx.flat else x
+        ends = [ctx.graph.ints(one) for one in (ctx.virtual.front, _ALL, 1)]
+        y = ctx.graph.node("Slice", [x, *ends], at, out=name)
+    else:
+        y = ctx.batched(x, at, out=name) if ctx.flat else ctx.graph.rename(x, name)
     ctx.graph.output(y, ctx.io, ("batch", "sequence", width))

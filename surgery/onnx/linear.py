@@ -11,10 +11,10 @@ from surgery.onnx.contract import Slot
 from surgery.onnx.graph import MICROSOFT
 from surgery_formats.families.recipe import Projection
 
-__all__ = ["joined", "linear"]
+__all__ = ["joined", "linear", "lora_slot"]
 
 
-def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0) -> str:
+def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, slot: str = "") -> str:
     """``alpha (x W^T + b)``.
 
     Args:
@@ -22,6 +22,7 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0) 
         projection: W and b.
         x: Hidden states.
         alpha: A factor the multiplication takes along at no cost.
+        slot: What its slot is called after, if not after the weight.
     """
     stored = (
         (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
@@ -30,9 +31,8 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0) 
     bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
     at = module_of(projection.weight)
     y = _multiply(ctx, x, weight, bias, at, transposed=projection.transposed, alpha=alpha)
-    if projection.weight in ctx.slotted:
-        y = _slot(ctx, projection, x, y, at, alpha)
-    return y
+    slot = slot or projection.weight
+    return lora_slot(ctx, slot, x, y, projection.inputs, projection.outputs, alpha) if slot in ctx.slotted else y
 
 
 def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | None:
@@ -72,20 +72,34 @@ def _multiply(
     return ctx.graph.node("Add", [y, bias], at)
 
 
-def _slot(ctx: Context, projection: Projection, x: str, y: str, at: str, alpha: float) -> str:
-    """``y + alpha x A B`` with A and B as inputs of rank 0 unless given."""
+def lora_slot(
+    ctx: Context, weight: str, x: str, y: str, inputs: int, outputs: int, alpha: float = 1.0, *, rows: bool = False
+) -> str:
+    """``y + alpha x A B`` with A and B as inputs of rank 0 unless given.
+
+    Args:
+        ctx: Where it goes.
+        weight: The slot is called after it.
+        x: What the weight is multiplied with; with `rows` ids, which choose rows of A.
+        y: What came out without the slot.
+        inputs: Rows of A.
+        outputs: Columns of B.
+        alpha: Factor of `y`.
+        rows: Whether the weight is a table of rows.
+    """
     import numpy as np
 
+    at = module_of(weight)
     a, b, rank = f"{at}.lora_A.weight", f"{at}.lora_B.weight", f"rank of {at}"
     dtype = ctx.graph.numpy_type(ctx.io)
     for name, empty, shape in (
-        (a, (projection.inputs, 0), (projection.inputs, rank)),
-        (b, (0, projection.outputs), (rank, projection.outputs)),
+        (a, (inputs, 0), (inputs, rank)),
+        (b, (0, outputs), (rank, outputs)),
     ):
         ctx.graph.input(name, ctx.io, shape)
         ctx.graph.initializer(name, np.zeros(empty, dtype))
-    ctx.slots.append(Slot(projection.weight, a, b))
-    low = ctx.graph.node("MatMul", [x, a], at)
+    ctx.slots.append(Slot(weight, a, b))
+    low = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
     if alpha != 1.0:
         low = ctx.graph.node("Mul", [low, ctx.graph.number(alpha, ctx.io)], at)
     return ctx.graph.node("Add", [y, ctx.graph.node("MatMul", [low, b], at)], at)

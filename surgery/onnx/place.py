@@ -13,23 +13,30 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.execute import Run, still_good, write_side_file, write_weights
+from surgery.ledger import Ledger
+from surgery.onnx.prompts import Place
+from surgery.plan import Plan, SideFile
 from surgery_formats.errors import FitError, OutputExistsError
 from surgery_formats.files.folder import OutputFolder, output_folder
 from surgery_formats.files.kernel_copy import rename_new, sync_folder
 from surgery_formats.files.output_file import output_faults
-from surgery_formats.files.raw import File, open_file
+from surgery_formats.files.raw import File
 from surgery_formats.text import nbytes as human
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["MODES", "Mode", "Parcel", "choose_mode", "embed", "place"]
+__all__ = ["LEDGER", "MODES", "Mode", "Parcel", "Placed", "choose_mode", "embed", "place"]
+
+LEDGER = "surgery_export.json"
+"""In a folder that was only added to: what its manifest would say of computed weights."""
 
 Mode = Literal["reference", "link", "copy", "embed"]
 MODES = ("auto", "reference", "link", "copy", "embed")
@@ -42,16 +49,39 @@ class Parcel:
     """What an export writes.
 
     Attributes:
-        files: Graphs and small files by name; the last one makes the folder complete.
-        weights: Weight files the graphs point at.
-        side_files: ``(name, path)`` of what is carried along: tokenizer, configuration.
+        names: Of the graphs and small files that `make` makes.
+        make: Called once all weights are there, with their place; gives those files, the one that makes the folder complete last.
+        weights: Weight files of the base that the graphs point at.
+        plan: Weights that are computed, or None.
+        judge: Called with what was measured of them; may refuse the result.
+        side_files: What is carried along: tokenizer, configuration.
         facts: For the manifest.
+        id: Digest of inputs and options.
     """
 
-    files: Mapping[str, bytes]
+    names: Sequence[str]
+    make: Callable[[Place], Mapping[str, bytes]]
     weights: Sequence[File]
-    side_files: Sequence[tuple[str, Path]]
+    plan: Plan | None
+    judge: Callable[[Ledger], None]
+    side_files: Sequence[SideFile]
     facts: Mapping[str, Any]
+    id: str
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What was written.
+
+    Attributes:
+        files: Graphs and small files with their sizes.
+        ledger: Of computed weights, or None.
+        nbytes: Everything, shared blocks of weights included.
+    """
+
+    files: Mapping[str, int]
+    ledger: Ledger | None
+    nbytes: int
 
 
 def choose_mode(asked: str, output: Path, home: Path, weights: Sequence[File]) -> Mode:
@@ -91,31 +121,46 @@ def choose_mode(asked: str, output: Path, home: Path, weights: Sequence[File]) -
     return "reference"
 
 
-def place(parcel: Parcel, output: Path, mode: Mode, home: Path, *, overwrite: bool = False) -> int:
+def place(parcel: Parcel, output: Path, mode: Mode, home: Path, run: Run) -> Placed:
     """Write all of it, or nothing.
-
-    Returns:
-        Bytes written, shared blocks of weights included.
 
     Raises:
         OutputExistsError: something of it is already there.
+        NothingChangedError: see `Parcel.judge`.
         ResourceError, ProofError, FitError: see `surgery_formats.files.folder`.
     """
     if _same_folder(output, home):
-        return _add(parcel, output)
-    with output_folder(output, _job(parcel, mode), overwrite=overwrite, inputs=[home]) as folder:
+        return _add(parcel, output, run)
+    with output_folder(output, _job(parcel, mode), overwrite=run.overwrite, inputs=[home], verify=still_good) as folder:
         written = _bring_weights(folder, parcel, mode)
-        for name, path in parcel.side_files:
-            data = bytes((found := open_file(path)).read(0, found.size))
+        ledger = _compute(parcel, folder, run)
+        for side in parcel.side_files:
+            write_side_file(side, folder)
+            written += len(side.data) if side.source is None else side.source.stat().st_size
+        files = parcel.make(Place(home if mode == "embed" else folder.staged))
+        for name, data in files.items():
             folder.write_small(name, data)
-            written += len(data)
-        for name, data in parcel.files.items():
-            folder.write_small(name, data)
-            written += len(data)
-        for file in parcel.weights:
-            file.check_unchanged()
-        folder.commit({"export": dict(parcel.facts)})
-    return written
+        _check_inputs(parcel)
+        folder.commit({"export": dict(parcel.facts), **({"ledger": ledger.as_json()} if ledger else {})})
+    return _placed(files, ledger, written)
+
+
+def _placed(files: Mapping[str, bytes], ledger: Ledger | None, written: int) -> Placed:
+    sizes = {name: len(data) for name, data in files.items()}
+    return Placed(sizes, ledger, written + sum(sizes.values()) + (ledger.plan.nbytes if ledger else 0))
+
+
+def _compute(parcel: Parcel, folder: OutputFolder, run: Run) -> Ledger | None:
+    if parcel.plan is None:
+        return None
+    ledger = Ledger(parcel.plan, write_weights(parcel.plan, folder, run))
+    parcel.judge(ledger)
+    return ledger
+
+
+def _check_inputs(parcel: Parcel) -> None:
+    for file in {*parcel.weights, *(parcel.plan.inputs if parcel.plan else ())}:
+        file.check_unchanged()
 
 
 def _bring_weights(folder: OutputFolder, parcel: Parcel, mode: Mode) -> int:
@@ -133,8 +178,8 @@ def _bring_weights(folder: OutputFolder, parcel: Parcel, mode: Mode) -> int:
 
 def _job(parcel: Parcel, mode: Mode) -> str:
     seen = [[file.path.name, *file.identity] for file in parcel.weights]
-    graphs = {name: hashlib.sha256(data).hexdigest() for name, data in parcel.files.items()}
-    return hashlib.sha256(json.dumps([mode, seen, graphs], sort_keys=True).encode()).hexdigest()
+    seen += [[file.path.name, *file.identity] for file in (parcel.plan.inputs if parcel.plan else ())]
+    return hashlib.sha256(json.dumps([mode, seen, parcel.id], sort_keys=True).encode()).hexdigest()
 
 
 def _same_folder(one: Path, other: Path) -> bool:
@@ -144,31 +189,64 @@ def _same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-def _add(parcel: Parcel, folder: Path) -> int:
-    """Add files to a folder that has others, each complete or not at all, none replaced; those added go again if a later one fails."""
-    for name in parcel.files:
+def _add(parcel: Parcel, folder: Path, run: Run) -> Placed:
+    """Add files to a folder that has others, each complete or not at all, none replaced; those added go again if a later one fails.
+
+    Computed weights are staged in a folder within, so that they lie on its file system and the graph can already read them there.
+    """
+    planned = [file.name for file in parcel.plan.files] if parcel.plan else []
+    for name in (*planned, *([LEDGER] if planned else []), *parcel.names):
         if os.path.lexists(folder / name):
             raise _taken(folder / name)
     added: list[Path] = []
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name, data in parcel.files.items():
-            _add_one(folder / name, data)
-            added.append(folder / name)
-        for file in parcel.weights:
-            file.check_unchanged()
+        with contextlib.ExitStack() as stack:
+            ledger, here = None, Place(folder)
+            if parcel.plan is not None:
+                stage = stack.enter_context(
+                    output_folder(folder / "surgery-export", _job(parcel, "reference"), verify=still_good)
+                )
+                ledger = _compute(parcel, stage, run)
+                here = Place(folder, stage.staged.name, frozenset(planned))
+            files = parcel.make(here)
+            _check_inputs(parcel)
+            for name in planned:
+                with output_faults(folder / name):
+                    _rename(os.fspath(stage.staged / name), folder / name)
+                added.append(folder / name)
+        if ledger is not None:
+            text = json.dumps({"export": dict(parcel.facts), "ledger": ledger.as_json()}, indent=1, sort_keys=True)
+            files = {LEDGER: text.encode() + b"\n", **files}
+        for name, data in files.items():
+            _add_one(folder / name, data, added)
         sync_folder(fd)
     except BaseException:
-        for path in added:
-            path.unlink(missing_ok=True)
+        for path in reversed(added):
+            _remove(path)
         raise
     finally:
         os.close(fd)
-    return sum(map(len, parcel.files.values()))
+    return _placed(files, ledger, 0)
 
 
-def _add_one(path: Path, data: bytes) -> None:
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a folder that others have put something into stays
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _rename(staged: str, path: Path) -> None:
+    try:
+        rename_new(staged, path)
+    except FileExistsError as error:
+        raise _taken(path) from error
+
+
+def _add_one(path: Path, data: bytes, added: list[Path]) -> None:
     with output_faults(path, len(data)):
+        if not path.parent.is_dir():
+            path.parent.mkdir()
+            added.append(path.parent)
         fd, staged = tempfile.mkstemp(prefix=f".{path.name}.surgery-", dir=path.parent)
         try:
             with os.fdopen(fd, "wb") as out:
@@ -176,9 +254,8 @@ def _add_one(path: Path, data: bytes) -> None:
                 out.flush()
                 os.fsync(out.fileno())
                 os.fchmod(out.fileno(), 0o666 & ~_umask())
-            rename_new(staged, path)
-        except FileExistsError as error:
-            raise _taken(path) from error
+            _rename(staged, path)
+            added.append(path)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(staged)

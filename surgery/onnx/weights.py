@@ -153,7 +153,7 @@ class Weights:
         tied = {source: alias for alias, source in component.aliases.items()}
         return [
             name
-            for name in component.tensors
+            for name in {**component.tensors, **self._overrides}
             if name not in self.used
             and name not in excused
             and component.aliases.get(name) not in self.used

@@ -12,7 +12,9 @@ import torch
 from safetensors.numpy import load_file
 
 from surgery import convert
-from surgery_formats.errors import FitError
+from surgery_formats.adapters.format import NewTensor
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.tensors import StoredTensor
 from tests.adapter_files import GOLDEN, assert_close, config_of, draw, kohya_deltas, peft_deltas, unet, write_peft
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -184,7 +186,27 @@ def test_a_soft_prompt_stays_one(tmp_path: Path) -> None:
     source = write_peft(
         tmp_path / "a", {"prompt_embeddings": draw(1, 4, 8)}, peft_type="PROMPT_TUNING", num_virtual_tokens=4
     )
-    convert(source, "peft", tmp_path / "b")
+    result = convert(source, "peft", tmp_path / "b")
     assert json.loads((tmp_path / "b/adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
+    one, other = (load_file(tmp_path / side / "adapter_model.safetensors") for side in "ab")
+    assert one.keys() == other.keys()
+    assert np.array_equal(one["prompt_embeddings"], other["prompt_embeddings"])
+    assert result.errors == {"prompt_embeddings": 0.0}
+    half = convert(source, "peft", tmp_path / "half", dtype="fp16")
+    assert 0 < half.max_error < 2**-10
     with pytest.raises(FitError, match="virtual tokens"):
         convert(source, "mlx", tmp_path / "c")
+
+
+def test_virtual_tokens_that_change_on_the_way_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_peft(
+        tmp_path / "a", {"prompt_embeddings": draw(1, 4, 8)}, peft_type="PROMPT_TUNING", num_virtual_tokens=4
+    )
+    honest = StoredTensor.read
+    monkeypatch.setattr(
+        "surgery_formats.adapters.peft_write.copied",
+        lambda name, tensor: NewTensor(name, tensor.dtype, tensor.shape, lambda: honest(tensor) * 1.01),
+    )
+    with pytest.raises(ProofError, match="prompt_embeddings"):
+        convert(source, "peft", tmp_path / "b")
+    assert not (tmp_path / "b").exists()

@@ -114,7 +114,7 @@ def test_formats(run: Run):
     result = run("formats")
     found = json.loads(run("formats", "--json").stdout)["result"]
     names = [one["name"] for one in found["formats"]]
-    assert {"peft", "kohya", "mlx"} <= set(names)
+    assert {"peft", "kohya", "mlx", "compact"} <= set(names)
     assert all(name in result.stdout for name in names)
     assert "llama" in result.stdout
     assert "W' = W + s B A" in result.stdout
@@ -139,6 +139,17 @@ def test_convert_there_and_back(run: Run, lora, tmp_path):
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (lora, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_convert_says_what_codes_cost(run: Run, lora, tmp_path):
+    result = run("convert", lora, "--to", "compact", "--factors", "int4", "-o", tmp_path / "c", "-v")
+    assert result.exit_code == 0, result.stderr
+    assert f"{2 * LAYERS} approximated" in result.stdout
+    assert "int4 codes in groups of 32, error " in result.stdout
+    document = json.loads(run("convert", lora, "--to", "compact", "-o", tmp_path / "d", "--json").stdout)["result"]
+    assert 0 < document["max_approximation"] == max(entry["error"] for entry in document["entries"]) < 0.02
+    assert run("convert", lora, "--to", "mlx", "--factors", "int8", "-o", tmp_path / "e").exit_code == 4
+    assert run("inspect", tmp_path / "c").exit_code == 0
 
 
 def test_convert_dry_run(run: Run, lora, tmp_path):

@@ -205,6 +205,22 @@ def test_sizes_whose_squares_leave_float32(factor: float) -> None:
     assert found.residual / found.total == pytest.approx(float(s[8:].norm() / s.norm()), rel=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64), (700, 500), (500, 700)])
+def test_rows_and_columns_that_hold_nothing_get_nothing(shape: tuple[int, int]) -> None:
+    """Exactly: weights that were not trained keep their bits when the factors are merged."""
+    d, rows, cols = torch.randn(shape), torch.arange(3, shape[0], 5), torch.arange(1, shape[1], 7)
+    d[rows], d[:, cols] = 0, 0
+    found = truncated_svd(d, rank=12)
+    assert not bool(found.U[rows].any())
+    assert not bool(found.V[cols].any())
+    few = torch.zeros(shape)
+    few[:5] = d[4:9]  # less rows than directions are asked for
+    found = truncated_svd(few, rank=12)
+    assert not bool(((found.U * found.S) @ found.V.T)[5:].abs().max() > 1e-6)
+    torch.testing.assert_close(found.U.T @ found.U, torch.eye(12), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.V.T @ found.V, torch.eye(12), rtol=0, atol=1e-5)
+
+
 def test_zeros() -> None:
     found = truncated_svd(torch.zeros(7, 5), rank=3)
     assert (found.rank, found.residual, found.total, found.bound, found.relative) == (3, 0.0, 0.0, 1.0, 0.0)

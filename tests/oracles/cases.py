@@ -228,4 +228,5 @@ def build(case: Case, folder: Path) -> Built:
 
 
 from tests.oracles import catalog as _catalog  # noqa: E402, F401  (registers cases)
+from tests.oracles import catalog_kinds as _kinds  # noqa: E402, F401
 from tests.oracles import catalog_parts as _parts  # noqa: E402, F401

@@ -380,3 +380,4 @@ def _experts(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
 
 
 from tests.oracles import faults_files as _files  # noqa: E402, F401  (registers more)
+from tests.oracles import faults_kinds as _kinds  # noqa: E402, F401

@@ -13,7 +13,9 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.lora.layer import Conv1d, LoraLayer
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from tests.oracles import disk, models
@@ -38,13 +40,20 @@ def quiet() -> Iterator[None]:
         yield
 
 
+_SCALES = {"hada_": 0.4, "lokr_": 0.3, "oft_": 0.08, "vera_lambda": 0.5, "prompt_encoder": 0.3}
+
+
 def randomise(model: Any, generator: torch.Generator) -> None:
     """Make every trainable tensor random: no zero lora_B, no magnitude that equals the norm of its row, no unchanged head."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        if "magnitude" in name:
+        if scale := next((s for part, s in _SCALES.items() if part in name), None):
+            parameter.data.copy_(scale * noise)
+        elif "ia3_l" in name:
+            parameter.data.copy_(1 + 0.3 * noise)
+        elif "magnitude" in name:
             parameter.data.mul_(1 + 0.2 * noise)
         elif "lora_" in name:
             parameter.data.copy_(0.2 * noise)
@@ -55,7 +64,7 @@ def randomise(model: Any, generator: torch.Generator) -> None:
 def _forwardable(wrapped: Any) -> Any:
     """Whisper's forward asks its convolutions for their stride, which PEFT's wrapper has not got."""
     for module in wrapped.modules():
-        if isinstance(module, Conv1d):
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), torch.nn.Conv1d):
             module.stride = module.get_base_layer().stride
     return wrapped.eval()
 
@@ -91,7 +100,7 @@ def attach(arch: str, base: Path, adapters: Sequence[tuple[Path, float]], dtype:
         if len(names) > 1:
             wrapped.base_model.set_adapter(names)
         for module in wrapped.modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer | LycorisLayer):
                 for name, (_, weight) in zip(names, adapters, strict=True):
                     if name in module.scaling:
                         module.scaling[name] *= weight

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.oracles.cases import Config, Rewrite, Tensors
 
-__all__ = ["adapter_name", "config", "drop", "minimal", "peft_018", "rename", "vit_v4"]
+__all__ = ["adapter_name", "config", "drop", "keep", "minimal", "peft_018", "rename", "vit_v4"]
 
 
 def config(**fields: Any) -> Rewrite:
@@ -19,6 +19,11 @@ def config(**fields: Any) -> Rewrite:
 def minimal(old: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     """The four fields that third-party trainers write."""
     return {k: old[k] for k in ("peft_type", "r", "lora_alpha", "target_modules")}, tensors
+
+
+def keep(*names: str) -> Rewrite:
+    """Only these fields of the config."""
+    return lambda old, tensors: ({name: old[name] for name in names}, tensors)
 
 
 def drop(*modules: str) -> Rewrite:

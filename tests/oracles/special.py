@@ -16,7 +16,7 @@ import torch
 from tests.oracles import disk, models, peft_oracle
 from tests.oracles.cases import Answer, Trained
 
-__all__ = ["converted", "linear_formula", "per_expert", "untied"]
+__all__ = ["converted", "in_order", "linear_formula", "partway", "per_expert", "untied"]
 
 EMBEDDINGS = {
     "qwen2": ("model.embed_tokens.weight", "lm_head.weight"),
@@ -73,6 +73,21 @@ def linear_formula(trained: Trained) -> Answer:
             scale = alpha / (math.sqrt(len(a)) if config["use_rslora"] else len(a))
             merged[f"{module}.weight"] = merged[f"{module}.weight"] + weight * scale * (b @ a)
     return Answer(merged, None, {})
+
+
+def in_order(trained: Trained) -> Answer:
+    """PEFT's merge, one adapter after the other, where the attached adapters act in another order."""
+    return Answer(peft_oracle.merge(trained.arch, trained.base, trained.adapters).tensors, None, {})
+
+
+def partway(trained: Trained) -> Answer:
+    """``W + w (W' - W)`` with PEFT's own merge W': what a weight means for one adapter of a kind that PEFT cannot weigh."""
+    [(path, weight)] = trained.adapters
+    whole = peft_oracle.merge(trained.arch, trained.base, [(path, 1.0)]).tensors
+    base = {k: v.double() if v.is_floating_point() else v for k, v in disk.read_tensors(trained.base).items()}
+    return Answer(
+        {k: base[k] + weight * (v - base[k]) if v.is_floating_point() else v for k, v in whole.items()}, None, {}
+    )
 
 
 def per_expert(

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``combine`` and ``resize`` show, and the type of their shares."""
+"""What ``combine`` and ``resize`` have in common: how they run, what they show, and the type of their shares."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery_cli.options import Settings
-from surgery_cli.output import note, pairs, table
+from surgery_cli.output import emit_json, note, pairs, table, warn
+from surgery_cli.progress import bar
 from surgery_formats.text import nbytes, show
 
 if TYPE_CHECKING:
     from surgery.combine import CombineResult
 
-__all__ = ["as_json", "share", "text"]
+__all__ = ["run", "share"]
 
 _LISTED = 20  # modules, those with the greatest errors; all of them with -v
 
@@ -38,13 +40,35 @@ def share(text: str) -> float:
     return number
 
 
-def as_json(result: CombineResult, seconds: float) -> dict[str, Any]:
+def run(call: Callable[..., CombineResult], doing: str, output: Path, settings: Settings, *, dry_run: bool) -> None:
+    """Do it, and show what came out.
+
+    Args:
+        call: The library's function with everything but ``dry_run`` and ``progress``.
+        doing: What the progress bar says.
+        output: As it was asked for.
+        settings: Of the command.
+        dry_run: Whether nothing is to be written.
+    """
+    began = time.monotonic()
+    with bar(settings, doing) as progress:
+        result = call(dry_run=dry_run, progress=progress)
+    seconds = time.monotonic() - began
+    if settings.json:
+        emit_json(result.verb, _as_json(result, seconds))
+    elif dry_run or not settings.quiet:
+        _text(result, output, seconds, settings)
+    for one in result.warnings:
+        warn(one)
+
+
+def _as_json(result: CombineResult, seconds: float) -> dict[str, Any]:
     """The document's result."""
     where = None if result.output is None else str(result.output)
     return {"output": where, "seconds": round(seconds, 3), **result.as_json()}
 
 
-def text(result: CombineResult, output: Path, seconds: float, settings: Settings) -> None:
+def _text(result: CombineResult, output: Path, seconds: float, settings: Settings) -> None:
     """The summary, then the modules that lost most."""
     outcomes = Counter(one.outcome for one in result.modules)
     sources = [

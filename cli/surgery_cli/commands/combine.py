@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from surgery_cli.commands._combine_text import as_json, share, text
+from surgery_cli.commands._combine_text import run, share
 from surgery_cli.options import (
     Settings,
     complete_files,
@@ -21,8 +21,6 @@ from surgery_cli.options import (
 from surgery_cli.options import (
     command as sub_command,
 )
-from surgery_cli.output import emit_json, warn
-from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
@@ -47,6 +45,12 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
     "--density", type=share, metavar="SHARE", help="Share of the values TIES, DARE and pruning keep, e.g. .2."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of DARE's random drops.")
+@click.option(
+    "--only", multiple=True, metavar="PATTERN", help="Keep modules of this name alone: q_proj, 'layers.[01].*'."
+)
+@click.option(
+    "--without", multiple=True, metavar="PATTERN", help="Leave modules of this name out. Both may be repeated."
+)
 @click.option("--to", metavar="FORMAT", help="Format to write; by default the first adapter's.")
 @click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model, if names come from it.")
 @dtype_option
@@ -69,24 +73,17 @@ def command(
     Examples:
       surgery combine style=0.7 facts=-0.3 -o both/
       surgery combine style/ facts/ -o both/ --rank 16
+      surgery combine lora/ -o attention/ --only 'self_attn.*'
       surgery combine a/ b/ c/ -o merged/ --method ties --density .2 --rank 32
     """
     from surgery.combine import combine
     from surgery_formats.refs import resolve
 
     _check(options)
-    began = time.monotonic()
     given = [(resolve(reference), weight) for reference, weight in adapters]
     model = None if base is None else resolve(base)
-    with bar(settings, "combining") as progress:
-        result = combine(given, output=output, base=model, dry_run=dry_run, progress=progress, **options)
-    seconds = time.monotonic() - began
-    if settings.json:
-        emit_json("combine", as_json(result, seconds))
-    elif dry_run or not settings.quiet:
-        text(result, output, seconds, settings)
-    for one in result.warnings:
-        warn(one)
+    call = partial(combine, given, output=output, base=model, **options)
+    run(call, "combining", output, settings, dry_run=dry_run)
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -54,8 +54,18 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     help="The model it was trained on, if FORMAT needs its names.",
 )
 @click.option("--component", metavar="NAME", help="The part of a pipeline, e.g. unet.")
+@click.option(
+    "--projections",
+    type=click.Choice(["split", "fused"]),
+    help="Make qkv_proj and gate_up_proj of their parts, or parts of them.",
+)
 @click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
 @dtype_option
+@click.option(
+    "--factors",
+    type=click.Choice(["int8", "int4"]),
+    help="Codes of compact's factors; default int8.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would become of every part; write nothing.")
 @overwrite_option()
 def command(
@@ -68,7 +78,9 @@ def command(
     \b
     Examples:
       surgery convert my-lora/ --to mlx -o my-lora-mlx/
+      surgery convert phi3-lora/ --to peft -o llama-names/ --projections split --base phi3/
       surgery convert style.safetensors --to peft --base sdxl/ -o style-peft/
+      surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
     """
     from surgery.convert import convert
     from surgery_formats.refs import resolve
@@ -96,15 +108,21 @@ def _text(result: ConvertResult, source: Path, output: Path, seconds: float, set
         ("parts", ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())),
     ]
     if result.output is not None:
-        error = f"largest error {result.max_error:.1e} of a change"
-        rows.append(("proof", f"{len(result.errors)} weights change as before; {error}"))
+        same = f"{len(result.errors)} weights change as before; largest error {result.max_error:.1e} of a change"
+        near = f"{outcomes['approximated']} change nearly as before; largest error {result.max_approximation:.2%} of a change"
+        told = [same] * bool(result.errors) + [near] * bool(outcomes["approximated"])
+        rows.append(("proof", "; ".join(told or [same])))
         rows.append(("wrote", f"{nbytes(_size(result.output))} in {seconds:.2f} s"))
     pairs(rows)
     dropped = [entry for entry in result.entries if entry.outcome == "dropped"]
     shown = list(result.entries) if settings.verbose else dropped[:_LISTED]
     if shown:
         click.echo()
-        table(("part", "outcome", "detail"), ((entry.site, entry.outcome, entry.detail) for entry in shown))
+        details = (e.detail if e.error is None else f"{e.detail}, error {e.error:.2%}" for e in shown)
+        table(
+            ("part", "outcome", "detail"),
+            ((entry.site, entry.outcome, detail) for entry, detail in zip(shown, details, strict=True)),
+        )
     if len(dropped) > len(shown):
         note(f"... and {len(dropped) - len(shown)} more dropped; -v shows all")
     if result.output is None:

@@ -133,7 +133,10 @@ def _rank(side: Side | None) -> str:
 
 
 def _ninety(profile: Profile | None) -> str:
-    return "" if profile is None else str(profile.ranks["0.9"])
+    if profile is None:
+        return ""
+    needed = profile.ranks["0.9"]
+    return "many" if needed is None else str(needed)
 
 
 def _both(texts: list[str]) -> str:

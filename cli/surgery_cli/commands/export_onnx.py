@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, output_option, overwrite_option
+from surgery_cli.options import Settings, complete_files, output_option, overwrite_option, weighted
 from surgery_cli.options import command as sub_command
 from surgery_cli.output import emit_json, pairs, warn
-from surgery_formats.text import count, nbytes
+from surgery_cli.progress import bar
+from surgery_formats.text import count, nbytes, show
 
 if TYPE_CHECKING:
     from surgery.onnx.export import ExportResult
@@ -29,6 +30,7 @@ _WEIGHTS = {
 
 @sub_command("export-onnx")
 @click.argument("base", shell_complete=complete_files)
+@click.argument("adapters", nargs=-1, type=weighted, metavar="[ADAPTER[=WEIGHT]]...", shell_complete=complete_files)
 @output_option("Folder to make, or BASE's own folder, to which files are only added.")
 @click.option(
     "--target",
@@ -51,23 +53,70 @@ _WEIGHTS = {
     show_default=True,
     help="auto: reference if OUT is BASE's folder, else copy (blocks are shared where the file system can).",
 )
+@click.option(
+    "--mode",
+    type=click.Choice(["merged", "swappable", "prefix"]),
+    help="Where every ADAPTER goes; by default a soft prompt goes in front, all else is merged.",
+)
+@click.option("--merge", multiple=True, type=weighted, metavar="A[=W]", help="Merge an adapter; repeatable.")
+@click.option("--swap", multiple=True, metavar="B", help="An adapter for slots: the graph is the base without it.")
+@click.option("--prefix", multiple=True, metavar="C", help="A soft prompt in front; the first one is the default.")
+@click.option("--bake-prompt", multiple=True, metavar="TEXT", help="A text in front, read once, now.")
+@click.option(
+    "--prompt-form",
+    "form",
+    type=click.Choice(["auto", "kv", "rows"]),
+    default="auto",
+    show_default=True,
+    help="kv: keys and values, the default past; rows: token ids behind the vocabulary, for onnxruntime-genai.",
+)
+@click.option(
+    "--merge-to",
+    type=click.Choice(["delta", "full"]),
+    default="delta",
+    show_default=True,
+    help="delta: changed tensors beside BASE's file; full: all weights anew, laid out for graphs.",
+)
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
 @overwrite_option()
-def command(settings: Settings, base: str, output: Path, **options: Any) -> None:
+def command(
+    settings: Settings,
+    base: str,
+    adapters: tuple[tuple[str, float], ...],
+    output: Path,
+    merge: tuple[tuple[str, float], ...],
+    swap: tuple[str, ...],
+    prefix: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Export a model as ONNX graphs that use its weight files as they are.
 
     OUT gets model.onnx, tokenizer and configuration, and genai_config.json, so that onnxruntime-genai runs the folder as it is.
+    Adapters are merged into changed weights beside BASE's, put into slots (adapters/*.onnx_adapter), or stand in front of the
+    text as keys and values (prompts/*.onnx_adapter).
 
     \b
     Examples:
       surgery export-onnx llama/ -o llama/            adds a graph of a few hundred kB
       surgery export-onnx llama/ -o out/ --target cuda
+      surgery export-onnx llama/ style=0.7 my-prompt/ -o out/
+      surgery export-onnx llama/ --swap sql/ --swap chat/ -o out/
     """
     from surgery.onnx.export import export_onnx
     from surgery_formats.refs import resolve
 
     began = time.monotonic()
-    result = export_onnx(resolve(base), output=output, **options)
+    with bar(settings, "merging") as progress:
+        result = export_onnx(
+            resolve(base),
+            [(resolve(reference), weight) for reference, weight in adapters],
+            output=output,
+            merge=[(resolve(reference), weight) for reference, weight in merge],
+            swap=[resolve(reference) for reference in swap],
+            prefix=[resolve(reference) for reference in prefix],
+            progress=progress,
+            **options,
+        )
     seconds = time.monotonic() - began
     if settings.json:
         emit_json("export-onnx", result.as_json() | {"seconds": round(seconds, 3)})
@@ -79,8 +128,10 @@ def command(settings: Settings, base: str, output: Path, **options: Any) -> None
 
 def _tell(result: ExportResult, seconds: float) -> None:
     contract = result.contract
+    graphs = [name for name in result.files if "/" not in name]
     rows = [
-        ("graph", f"{result.nodes} nodes for {contract.target} in {contract.dtype}: {', '.join(result.files)}"),
+        ("graph", f"{result.nodes} nodes for {contract.target} in {contract.dtype}: {', '.join(graphs)}"),
+        *_adapter_rows(result),
         ("weights", f"{', '.join(one.name for one in contract.weights)}: {_WEIGHTS[result.weights]}"),
         ("written", f"{nbytes(result.nbytes)} in {seconds:.2f} s"),
     ]
@@ -92,8 +143,32 @@ def _tell(result: ExportResult, seconds: float) -> None:
                 f"{count(contract.max_length)} tokens; rows of a batch are padded on the {_side(contract.padding)}",
             ),
         )
-        rows.append(("next", f'surgery run {result.output} -p "..."'))
+        rows.append(("next", f'surgery run {result.output} -p "..."{_given(result)}'))
     pairs(rows)
+
+
+def _adapter_rows(result: ExportResult) -> list[tuple[str, str]]:
+    contract, rows = result.contract, []
+    for one in contract.adapters:
+        name, kind = show(one["name"], 60), one["kind"]
+        if one["mode"] == "merged":
+            rows.append(("merged", f"{name} ({kind})" + (f", weight {one['weight']:g}" if one["weight"] != 1 else "")))
+        elif one["mode"] == "swapped":
+            rows.append(("swap", f"{name} ({kind}): {one['file']}"))
+        else:
+            where = f": {one['file']}" if "file" in one else ""
+            if "rows" in one:
+                where = f": ids {one['rows'][0]} to {one['rows'][0] + one['rows'][1] - 1}"
+            rows.append(("in front", f"{name} ({kind}), {one['virtual_tokens']} tokens{where}"))
+    if result.ledger is not None:
+        changed = len(result.ledger.plan.computed())
+        rows.append(("changed", f"{count(changed)} tensors, {nbytes(result.ledger.plan.nbytes)} written for them"))
+    return rows
+
+
+def _given(result: ExportResult) -> str:
+    swapped = next((one for one in result.contract.adapters if one["mode"] == "swapped"), None)
+    return f" --adapter {result.output}/{swapped['file']}" if swapped else ""
 
 
 def _side(padding: str) -> str:

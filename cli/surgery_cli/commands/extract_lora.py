@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, device_option, output_option, overwrite_option
+from surgery_cli.options import Settings, complete_files, devices_option, output_option, overwrite_option
 from surgery_cli.options import command as sub_command
 from surgery_cli.output import emit_json, note, pairs, table, warn
 from surgery_cli.progress import bar
@@ -17,11 +18,11 @@ from surgery_formats.errors import FitError
 from surgery_formats.text import count, nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.extract_ledger import ExtractResult, ExtractRow
+    from surgery.extract_kind import CalibrationTotals
+    from surgery.extract_layers import Layers
+    from surgery.extract_ledger import ExtractResult
 
 __all__ = ["command"]
-
-_LISTED = 8  # tensors shown with the largest part of the change left out; all of them with -v
 
 
 def _rank(text: str) -> int | str:
@@ -73,6 +74,19 @@ def _dense(text: str) -> tuple[str, ...]:
 @click.option(
     "--budget", type=_budget, metavar="SIZE", help="Instead: 20MB, or 2M parameters, shared out where it helps most."
 )
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "lora", "dora"]),
+    default="auto",
+    show_default=True,
+    help="auto: DoRA where it leaves clearly less than a LoRA of as many parameters.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Inputs of modules (safetensors), for factors that are best on them.",
+)
 @click.option("--alpha", type=click.FloatRange(min=0, min_open=True), help="lora_alpha; default: the rank.")
 @click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
 @click.option(
@@ -99,8 +113,9 @@ def _dense(text: str) -> tuple[str, ...]:
     help="Stored type of the factors; auto: as TUNED.",
 )
 @click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="See 'surgery formats'.")
+@click.option("--factors", type=click.Choice(["int8", "int4"]), help="Store factors as codes: format compact.")
 @click.option("--allow-loss", is_flag=True, help="Leave out what no form can hold.")
-@device_option
+@devices_option
 @click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
 @click.option("--dry-run", is_flag=True, help="Compare and factorise; write nothing.")
@@ -116,10 +131,13 @@ def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bo
       surgery extract-lora llama/ my-llama/ -o my-lora/
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64
       surgery extract-lora llama/ my-llama/ -o my-lora/ --budget 20MB
+      surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64 --factors int4
     """
     from surgery.extract import extract_lora
     from surgery_formats.refs import resolve
 
+    if options["kind"] == "dora" and options["calibration"] is not None:
+        raise click.UsageError("--calibration weights the factors of a LoRA; --kind dora makes none")
     ways = [name for name in ("rank", "energy", "max_error", "budget") if options[name] is not None]
     if len(ways) > 1 and not (set(ways) == {"rank", "budget"} and options["rank"] == "auto"):
         raise click.UsageError(f"only one of {' and '.join('--' + way.replace('_', '-') for way in ways)} can be given")
@@ -131,7 +149,10 @@ def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bo
     seconds = time.monotonic() - began
     if settings.json:
         where = None if result.output is None else str(result.output)
-        emit_json("extract-lora", {"output": where, "seconds": round(seconds, 3), **result.as_json()})
+        timings = {name: round(value, 3) for name, value in result.timings.items()}
+        emit_json(
+            "extract-lora", {"output": where, "seconds": round(seconds, 3), "timings": timings, **result.as_json()}
+        )
     elif dry_run or not settings.quiet:
         _text(result, output, seconds, settings)
     for text in result.warnings:
@@ -156,17 +177,27 @@ def _text(result: ExtractResult, output: Path, seconds: float, settings: Setting
         ),
         ("size", f"{nbytes(result.adapter_nbytes)}, {smaller}"),
     ]
+    if result.kind is not None:
+        rows.append(("kind", f"{'DoRA' if result.kind.kind == 'dora' else 'LoRA'}: {result.kind.why}"))
+    if result.calibration is not None:
+        rows.append(("calibration", _calibration(result.calibration)))
+    if result.merged is not None:
+        rows.append(("origin", result.merged.text))
+    if not math.isnan(result.survival):
+        rows.append(("merging", f"keeps {result.survival:.1%} of the factors' update in BASE's stored type"))
     if result.output is not None:
         rows.append(("proof", "read back, put on BASE and compared with TUNED"))
         rows.append(("wrote", f"{show(output, 500)} in {seconds:.2f} s"))
     pairs(rows)
     told = [row for row in result.rows if row.energy or row.form]
-    shown = told if settings.verbose else _worst(told)
-    if shown:
+    if told:
+        from surgery.extract_layers import layers_of
+
         click.echo()
-        table(_HEADINGS, map(_cells, shown), right=range(2, 7))
-    if len(told) > len(shown):
-        note(f"... and {len(told) - len(shown)} more; -v shows all")
+        layers = layers_of(told, apart=bool(settings.verbose))
+        table(_HEADINGS, map(_cells, layers), right=range(1, 10))
+        if len(layers) < len(told):
+            note("like-named layers are taken together; -v shows each")
     if result.table:
         click.echo()
         cells = (
@@ -177,15 +208,20 @@ def _text(result: ExtractResult, output: Path, seconds: float, settings: Setting
         note("dry run: nothing was written")
 
 
-_HEADINGS = ("tensor", "class", "rank", "share", "missing", "moved", "rms/ulp", "remark")
+def _calibration(found: CalibrationTotals) -> str:
+    bias = f"; {found.biases} biases make up for mean errors" if found.biases else ""
+    return (
+        f"weighted factors in {found.weighted} of {found.modules} modules: on these inputs {found.error:.2%} of what the change does "
+        f"is missing, {found.plain:.2%} with plain factors{bias}"
+    )
 
 
-def _worst(rows: list[ExtractRow]) -> list[ExtractRow]:
-    """Those that leave most of the change out, and the dropped."""
-    ordered = sorted(rows, key=lambda row: (row.kind != "dropped", -row.share * row.residual**2, row.name))
-    return ordered[:_LISTED]
+_HEADINGS = (
+    "layers", "times", "rank", "share", "missing", "moved", "rms/ulp", "noise", "signal", "survives", "class", "remark",
+)  # fmt: skip
 
 
-def _cells(row: ExtractRow) -> tuple[str, ...]:
-    figures = (f"{row.share:.2%}", f"{row.residual:.2%}", f"{row.moved:.1%}", f"{row.rms_ulp:.2g}")
-    return (row.name, row.kind, str(row.rank or ""), *figures, row.why)
+def _cells(one: Layers) -> tuple[str, ...]:
+    survival = "" if math.isnan(one.survival) else f"{one.survival:.1%}"
+    figures = (f"{one.share:.2%}", f"{one.residual:.2%}", f"{one.moved:.1%}", f"{one.rms_ulp:.2g}", f"{one.noise:.1%}")
+    return (one.pattern, str(len(one.rows)), one.ranks, *figures, one.signal, survival, one.kind, one.why)

@@ -15,7 +15,7 @@ from surgery_formats.text import count, listing, nbytes, show
 
 if TYPE_CHECKING:
     from surgery.graph import Node, Totals
-    from surgery.inspect import AdapterReport, CheckpointReport, ComponentReport, WeightFile
+    from surgery.inspect import AdapterReport, CheckpointReport, ComponentReport, PromptFacts, WeightFile
 
 __all__ = ["command"]
 
@@ -137,7 +137,7 @@ def _adapter(found: AdapterReport, every: bool) -> None:
             how = ", alpha / sqrt(rank)" if label == "scale" and found.rslora else ""
             rows.append((label, _spread(values) + how))
     if found.prompt is not None:
-        rows.append(("prompt", f"{found.prompt[0]} virtual tokens of {found.prompt[1]}"))
+        rows.append(("prompt", _prompt(found.prompt)))
     if found.token_rows:
         rows.append(("token rows", ", ".join(f"{show(name)}: {len(ids)}" for name, ids in found.token_rows.items())))
     if found.base_name:
@@ -163,6 +163,16 @@ def _adapter(found: AdapterReport, every: bool) -> None:
         note(f"without effect on a base: {listing(found.ignored, _LISTED)}")
     for text in found.traps:
         warn(text)
+
+
+def _prompt(found: PromptFacts) -> str:
+    """``16 virtual tokens of 128 numbers``, or of keys and values."""
+    twice = f" for each of {found.submodules} submodules" if found.submodules > 1 else ""
+    if found.prefix is None:
+        return f"{found.virtual_tokens} virtual tokens of {found.dim} numbers{twice}"
+    one = found.prefix
+    layers, heads = f"{one.layers} layers", f"{one.kv_heads} heads of {one.head_dim}"
+    return f"{found.virtual_tokens} virtual tokens, as keys and values of {layers}, {heads}{twice}"
 
 
 def _touched(found: AdapterReport, every: bool) -> None:

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from surgery_cli.commands._combine_text import as_json, share, text
+from surgery_cli.commands._combine_text import run, share
 from surgery_cli.options import Settings, complete_files, dtype_option, output_option, overwrite_option
 from surgery_cli.options import command as sub_command
-from surgery_cli.output import emit_json, warn
-from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
@@ -45,15 +43,7 @@ def command(settings: Settings, adapter: str, output: Path, base: str | None, dr
 
     if all(options[name] is None for name in ("rank", "energy", "max_error")):
         raise click.UsageError("give --rank, --energy or --max-error")
-    began = time.monotonic()
     source = resolve(adapter)
     model = None if base is None else resolve(base)
-    with bar(settings, "resizing") as progress:
-        result = resize(source, output=output, base=model, dry_run=dry_run, progress=progress, **options)
-    seconds = time.monotonic() - began
-    if settings.json:
-        emit_json("resize", as_json(result, seconds))
-    elif dry_run or not settings.quiet:
-        text(result, output, seconds, settings)
-    for one in result.warnings:
-        warn(one)
+    call = partial(resize, source, output=output, base=model, **options)
+    run(call, "resizing", output, settings, dry_run=dry_run)

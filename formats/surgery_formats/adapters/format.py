@@ -6,19 +6,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from surgery_formats.adapter import Adapter, Site
 from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.dtypes import DType
+from surgery_formats.linalg.coding import Coding
 from surgery_formats.updates import Update
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "Format", "NewTensor", "Outcome", "Rendering"]
+__all__ = ["Coded", "Entry", "Format", "NewTensor", "Outcome", "Rendering"]
 
-Outcome = Literal["exact", "folded", "dropped"]
+Outcome = Literal["exact", "folded", "approximated", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,16 @@ class Entry:
 
     Attributes:
         site: As the source named it.
-        outcome: ``exact`` (same factors), ``folded`` (a scale or a part multiplied into a factor, same delta), ``dropped``.
+        outcome: ``exact`` (same factors), ``folded`` (a scale or a part multiplied into a factor, same delta), ``approximated`` (another
+            delta, as near as the format's type allows), ``dropped``.
         detail: Where it went, or why it was dropped.
+        error: Of what is approximated: ``||delta - written|| / ||delta||`` (Frobenius), measured on what was written; None until then.
     """
 
     site: str
     outcome: Outcome
     detail: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class Rendering:
         small_files: Whole contents of the other files (configuration).
         entries: What became of every update.
         held: The source's updates that the files hold: everything but what was dropped.
+        stated: For sites with something approximated, the errors that their updates in `held` are to have, in order (0: none). Such a
+            format keeps sites and kinds as they are. Asked before the tensors were loaded, it is the work of loading them.
     """
 
     tensor_file: str
@@ -72,6 +78,7 @@ class Rendering:
     small_files: Mapping[str, bytes] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
     held: Mapping[Site, tuple[Update, ...]] = field(default_factory=dict)
+    stated: Mapping[Site, Callable[[], tuple[float, ...]]] = field(default_factory=dict)
 
 
 class Format(Protocol):
@@ -109,4 +116,23 @@ class Format(Protocol):
 
         Raises:
             FitError: a base is needed and not given, or is the wrong one.
+        """
+
+
+@runtime_checkable
+class Coded(Format, Protocol):
+    """A format that stores factors as codes, in one of several types.
+
+    Attributes:
+        coding: The type it stores now.
+    """
+
+    @property
+    def coding(self) -> Coding: ...
+
+    def with_factors(self, factors: str) -> Format:
+        """The same format with factors of the type `factors` (``int8``, ``int4``).
+
+        Raises:
+            FitError: no such type.
         """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapter import Adapter, Ignored, Site
+from surgery_formats.adapters.kohya_traps import kohya_traps
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.sharded import open_shards
@@ -86,7 +87,7 @@ def read_kohya(path: Path) -> Adapter:
         ignored=tuple(ignored),
         base_name=metadata.get("ss_sd_model_name", ""),
         metadata=metadata,
-        traps=tuple(_traps(modules)),
+        traps=tuple(kohya_traps([update for chain in updates.values() for update in chain], metadata)),
     )
 
 
@@ -205,11 +206,3 @@ def _scalar(tensor: StoredTensor) -> float:
 def _kind(updates: Mapping[Site, tuple[Update, ...]]) -> str:
     kinds = sorted({update.kind for chain in updates.values() for update in chain})
     return " + ".join(kinds)
-
-
-def _traps(modules: Mapping[tuple[str, str], Mapping[str, StoredTensor]]) -> Iterable[str]:
-    lacking = sum("lora_down.weight" in parts and "alpha" not in parts for parts in modules.values())
-    if lacking:
-        yield f"{lacking} modules without alpha: their scale is 1"
-    if any("dora_scale" in parts for parts in modules.values()):
-        yield "DoRA: diffusers drops its magnitudes when it loads such a file"

@@ -18,7 +18,7 @@ __all__ = ["PEFT"]
 @dataclass(frozen=True, slots=True)
 class _Peft:
     name: str = "peft"
-    title: str = "Hugging Face PEFT folder: LoRA, rsLoRA, DoRA, trainable tokens, soft prompts (read)"
+    title: str = "Hugging Face PEFT folder: LoRA, DoRA, (IA)^3, LoHa, LoKr, OFT, VeRA, trained tokens, soft prompts"
     needs_base: bool = False
     single_file: bool = False
 

@@ -11,73 +11,12 @@ from typing import Any, Literal
 
 import regex
 
+from surgery_formats.adapters.peft_switches import NOT_READ, SWITCHES
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.text import show
 
 __all__ = ["PeftConfig", "parse_config"]
 
-PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "MULTITASK_PROMPT_TUNING")
-WEIGHT_KINDS = ("LORA", "TRAINABLE_TOKENS")
-
-# Keys without any effect on what the stored tensors mean.
-_HARMLESS = frozenset(
-    [
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "target_modules",
-        "exclude_modules",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "layers_to_transform",
-        "layers_pattern",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "qalora_group_size",
-        "runtime_config",
-        "token_indices",
-        "init_weights",
-        "enable_lora",
-        "merge_weights",
-        "ensure_weight_tying",
-        "inference",
-    ]
-)
-_UNDERSTOOD = frozenset(
-    [
-        "r",
-        "lora_alpha",
-        "bias",
-        "use_rslora",
-        "modules_to_save",
-        "init_lora_weights",
-        "rank_pattern",
-        "alpha_pattern",
-        "trainable_token_indices",
-        "use_dora",
-        "lora_bias",
-        "target_parameters",
-    ]
-)
-# Switches that change the arithmetic in a way no merged weight can have, or that the stored tensors alone cannot reproduce.
-_REFUSED = {
-    "layer_replication": "its layers are copies of the base's layers: no single weight can hold them",
-    "alora_invocation_tokens": "it acts only after its invocation tokens: no merged weight does that",
-    "arrow_config": "it routes between adapters at run time",
-    "use_qalora": "its A acts on pooled inputs",
-    "use_bdlora": "block-diagonal LoRA is not read yet",
-    "kasa_config": "KaSA is not read yet",
-    "velora_config": "VeLoRA is not read yet",
-    "monteclora_config": "MonteCLoRA is not read yet",
-    "megatron_config": "its tensors are one part of a parallel layer",
-    "corda_config": "raw CorDA changes the base in a way its files do not record; convert it with PEFT first",
-    "lora_ga_config": "raw LoRA-GA changes the base in a way its files do not record; convert it with PEFT first",
-}
 _RAW_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _REGEX_SECONDS = 0.5
 
@@ -89,12 +28,12 @@ class PeftConfig:
     Attributes:
         kind: ``peft_type``.
         rank: ``r``; tensors decide, it is only needed where a tensor stacks experts.
-        alpha: ``lora_alpha``.
+        alpha: ``lora_alpha``, or ``alpha``.
         rank_pattern: Regular expressions on module paths; the first that matches wins.
         alpha_pattern: The same for alpha.
         rslora: Scale by ``alpha / sqrt(rank)``.
         dora: Whether magnitudes are expected.
-        bias: ``none``, ``all`` or ``lora_only``.
+        bias: ``none``, ``all``, or ``<kind>_only``.
         modules_to_save: Names of modules trained in full.
         target_parameters: Parameters (not modules) with a LoRA.
         token_indices: Trained token rows: one list, or one per module name.
@@ -133,19 +72,45 @@ class PeftConfig:
 
     def _first(self, field: Literal["rank_pattern", "alpha_pattern"], module: str) -> str | None:
         """The first key that matches as PEFT matches (``get_pattern_key``), with a limit on time."""
-        for pattern in getattr(self, field):
-            try:
-                if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_REGEX_SECONDS):
-                    return str(pattern)
-            except TimeoutError as error:
-                raise MalformedError(
-                    f"{field}: '{show(pattern)}' takes too long to match", file=self.file, hint="simplify it"
-                ) from error
-            except regex.error as error:
-                raise MalformedError(
-                    f"{field}: '{show(pattern)}' is not a regular expression ({error})", file=self.file
-                ) from error
-        return None
+        return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)
+
+    def _matches(self, field: str, pattern: str, module: str, *, whole: bool) -> bool:
+        wanted = rf"(?:{pattern})\Z" if whole else rf"(.*\.)?({pattern})$"
+        try:
+            return regex.match(wanted, module, timeout=_REGEX_SECONDS) is not None
+        except TimeoutError as error:
+            raise MalformedError(
+                f"{field}: '{show(pattern)}' takes too long to match", file=self.file, hint="simplify it"
+            ) from error
+        except regex.error as error:
+            raise MalformedError(
+                f"{field}: '{show(pattern)}' is not a regular expression ({error})", file=self.file
+            ) from error
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """Another field that is true or false."""
+        return _Reader(self.raw, self.file).flag(key, default)
+
+    def integer(self, key: str, default: int, low: int = 0) -> int:
+        """Another field that is a whole number of at least `low`."""
+        return _Reader(self.raw, self.file).integer(key, default, low)
+
+    def number(self, key: str, default: float) -> float:
+        """Another field that is a finite number."""
+        return _Reader(self.raw, self.file).number(key, default)
+
+    def before(self, major: int, minor: int) -> bool:
+        """Whether it was written by a PEFT before ``major.minor``, or before PEFT recorded its version (0.18)."""
+        return _before(self.raw.get("peft_version"), (major, minor))
+
+    def selects(self, key: str, module: str) -> bool | None:
+        """Whether the field `key` names `module`: a whole-path pattern, or a list of endings. None if there is no such field."""
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return self._matches(key, value, module, whole=True)
+        return module.endswith(_Reader(self.raw, self.file).names(key))
 
 
 def parse_config(raw: Mapping[str, Any], file: Path) -> PeftConfig:
@@ -160,35 +125,44 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> PeftConfig:
     if not isinstance(kind, str):
         raise MalformedError("no 'peft_type'", file=file, hint="is this an adapter's folder?")
     kind = kind.rpartition(".")[2]
-    if kind not in WEIGHT_KINDS + PROMPT_KINDS:
+    if kind in NOT_READ:
+        raise FitError(f"adapters of type '{kind}' are not read: {NOT_READ[kind]}", file=file)
+    if kind not in SWITCHES:
         raise MalformedError(
             f"adapters of type '{show(kind)}' are not read", file=file, hint="`surgery formats` lists what is"
         )
-    if kind in WEIGHT_KINDS:
-        _refuse_unknown(raw, file)
+    _refuse_unknown(raw, kind, file)
     return PeftConfig(
         kind=kind,
-        rank=read.integer("r", 8, low=1),
-        alpha=read.number("lora_alpha", 8.0),
+        rank=read.integer("r", 8, low=0 if kind == "OFT" else 1),  # OFT: 0 where the size of a block is given instead
+        alpha=read.number("alpha" if kind in ("LOHA", "LOKR") else "lora_alpha", 8.0),
         rank_pattern=read.pattern("rank_pattern", lambda key, value: read.check_integer(key, value, 1)),
         alpha_pattern=read.pattern("alpha_pattern", read.check_number),
         rslora=read.flag("use_rslora"),
         dora=read.flag("use_dora"),
-        bias=read.choice("bias", ("none", "all", "lora_only")),
+        bias=read.choice("bias", ("none", "all", "lora_only", "oft_only", "vera_only")),
         modules_to_save=read.names("modules_to_save"),
         target_parameters=read.names("target_parameters"),
         token_indices=_token_indices(read, kind),
-        experts_old_order=_before_0_19(raw.get("peft_version")),
+        experts_old_order=_before(raw.get("peft_version"), (0, 19)),
         raw=raw,
         file=file,
     )
 
 
-def _refuse_unknown(raw: Mapping[str, Any], file: Path) -> None:
+def _refuse_unknown(raw: Mapping[str, Any], kind: str, file: Path) -> None:
+    known = SWITCHES[kind]
     for key, value in raw.items():
-        if key in _REFUSED and value:
-            raise FitError(f"'{key}' is set: {_REFUSED[key]}", file=file)
-        if key not in _HARMLESS | _UNDERSTOOD | set(_REFUSED) and value not in (None, False, 0, "", {}, []):
+        if key in known.refused and value:
+            raise FitError(f"'{key}' is set: {known.refused[key]}", file=file)
+        if key not in known.harmless | known.understood | set(known.refused) and value not in (
+            None,
+            False,
+            0,
+            "",
+            {},
+            [],
+        ):
             raise FitError(
                 f"the switch '{show(key)}' is on and not known; it may change what the tensors mean",
                 file=file,
@@ -203,12 +177,12 @@ def _refuse_unknown(raw: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _before_0_19(version: object) -> bool:
+def _before(version: object, since: tuple[int, int]) -> bool:
     """PEFT records its version since 0.18; expert factors changed their axis order in 0.19 (huggingface/peft#3165)."""
     if not isinstance(version, str):
         return True
     numbers = [part for part in version.split(".")[:2] if part.isdecimal()]
-    return len(numbers) == 2 and tuple(map(int, numbers)) < (0, 19)
+    return len(numbers) == 2 and tuple(map(int, numbers)) < since
 
 
 def _token_indices(read: _Reader, kind: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
@@ -245,11 +219,11 @@ class _Reader:
         value = self.raw.get(key)
         return default if value is None else self.check_number(key, value)
 
-    def flag(self, key: str) -> bool:
+    def flag(self, key: str, default: bool = False) -> bool:
         value = self.raw.get(key)
         if value is not None and not isinstance(value, bool):
             raise self.fail(key, value, "true or false")
-        return bool(value)
+        return default if value is None else value
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
         value = self.raw.get(key, allowed[0])

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from surgery_formats.adapter import Site
 from surgery_formats.adapters.peft_config import PeftConfig
@@ -12,18 +13,29 @@ from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
 
-__all__ = ["parameter_lora", "targeted_parameters"]
+__all__ = ["EXPERTS_ORDER_SINCE", "innermost_first", "parameter_lora", "targeted_parameters"]
 
-_PARAMETER_ORDER = (
-    "weight",
-    "gate_up_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w3",
-    "w2",
-)  # as transformers registers them
+EXPERTS_ORDER_SINCE = "0.19.0"
+"""The version of PEFT that gave expert factors today's order of axes (huggingface/peft#3165)."""
+# As transformers registers the parameters of a module that holds several.
+_PARAMETER_ORDER = ("weight", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
+
+
+def innermost_first(names: Sequence[str], file: Path) -> list[str]:
+    """Parameters of one module in the order in which PEFT wraps their LoRAs around each other: the first registered is the innermost.
+
+    Args:
+        names: Without their module.
+        file: For messages.
+
+    Raises:
+        FitError: there are several, and the order of one of them is not known.
+    """
+    if len(names) < 2:
+        return list(names)
+    if not set(names) <= set(_PARAMETER_ORDER):
+        raise FitError(f"which of {listing(sorted(names))} is the inner one is not known", file=file)
+    return sorted(names, key=_PARAMETER_ORDER.index)
 
 
 def targeted_parameters(
@@ -106,7 +118,4 @@ def _which_parameter(
         raise MalformedError(
             f"{present} stacked LoRAs for the parameters {listing(names)} of '{clean}'", file=a.file.path, tensor=a.name
         )
-    if len(names) > 1 and not set(names) <= set(_PARAMETER_ORDER):
-        raise FitError(f"which of {listing(names)} is the inner one is not known", file=a.file.path, tensor=a.name)
-    ordered = sorted(names, key=_PARAMETER_ORDER.index) if len(names) > 1 else names
-    return ordered[present - 1 - depth]
+    return innermost_first(names, a.file.path)[present - 1 - depth]

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from surgery_formats.adapter import Adapter, Ignored, Site
-from surgery_formats.adapters.peft_config import PROMPT_KINDS, PeftConfig, parse_config
+from surgery_formats.adapter import Adapter, Site
+from surgery_formats.adapters.peft_config import PeftConfig, parse_config
+from surgery_formats.adapters.peft_keys import HEADS, LORA_FACTORS, PREFIX, sort_tensors, unwrapped
+from surgery_formats.adapters.peft_kinds import KINDS, Module
 from surgery_formats.adapters.peft_parameters import parameter_lora, targeted_parameters
+from surgery_formats.adapters.peft_prompt import read_prompt
+from surgery_formats.adapters.peft_switches import PROMPT_KINDS
+from surgery_formats.adapters.peft_traps import peft_traps
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
@@ -18,12 +24,6 @@ from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Tok
 
 __all__ = ["read_peft"]
 
-_PREFIX = "base_model.model."
-_SAVED = "modules_to_save"
-_FACTORS = (
-    "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
-)  # fmt: skip
-_TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 _EMBEDDINGS = frozenset(
     [
         "embed_tokens",
@@ -39,7 +39,6 @@ _EMBEDDINGS = frozenset(
         "output_projection",
     ]
 )  # modules whose whole weight PEFT stores when the vocabulary was resized
-_HEADS = frozenset(("score", "classifier", "qa_outputs"))  # added by PEFT itself for classification tasks
 
 
 def read_peft(path: Path) -> Adapter:
@@ -51,35 +50,45 @@ def read_peft(path: Path) -> Adapter:
         FitError: a kind or a switch that no merged weight can express.
     """
     config = parse_config(read_object(path / "adapter_config.json"), path / "adapter_config.json")
-    found = open_folder_tensors(path, ("adapter_model",))
-    tensors = tuple(found.tensors.values())
-    common = {
-        "path": path,
-        "format": "peft",
-        "kind": config.kind,
-        "tensors": tensors,
-        "base_name": _text(config.raw.get("base_model_name_or_path")),
-        "base_id": _metadata(found.shards).get("surgery.base", ""),
-        "config": config.raw,
-        "metadata": _metadata(found.shards),
-        "side_files": tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
-    }
+    opened = open_folder_tensors(path, ("adapter_model",))
+    tensors = tuple(opened.tensors.values())
+    whole = Adapter(
+        path=path,
+        format="peft",
+        kind=config.kind,
+        updates={},
+        tensors=tensors,
+        new_modules=frozenset(config.modules_to_save) | HEADS,
+        base_name=_text(config.raw.get("base_model_name_or_path")),
+        base_id=_metadata(opened.shards).get("surgery.base", ""),
+        config=config.raw,
+        metadata=_metadata(opened.shards),
+        side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
+    )
     if config.kind in PROMPT_KINDS:
-        return _soft_prompt(tensors, config, common)
-    modules, plain, ignored = _sort(tensors)
+        return _soft_prompt(whole, config)
+    kind = KINDS.get(config.kind)
+    found = sort_tensors(tensors, kind.factors, kind.shared) if kind else sort_tensors(tensors, LORA_FACTORS)
     updates: dict[Site, tuple[Update, ...]] = {}
-    for name, tensor in plain.items():
+    optional: set[Site] = set()
+    for name, tensor in found.plain.items():
         _check_plain(name, tensor, config)
         updates[Site(name)] = (Replacement(Factor.of(tensor)),)
-    for module, parts in modules.items():
-        for site, chain in _module(module, parts, config, modules).items():
+    for module, parts in found.modules.items():
+        if kind:
+            made = kind.read(Module(unwrapped(module), parts, found.shared, config))
+            optional |= made.optional
+            chains: Mapping[Site, tuple[Update, ...]] = {site: (update,) for site, update in made.updates.items()}
+        else:
+            chains = _module(module, parts, config, found.modules)
+        for site, chain in chains.items():
             updates[site] = updates.get(site, ()) + chain
-    return Adapter(
-        **common,  # type: ignore[arg-type]
+    return replace(
+        whole,
         updates=dict(sorted(updates.items())),
-        ignored=tuple(ignored),
-        new_modules=frozenset(config.modules_to_save) | _HEADS,
-        traps=tuple(_traps(config, tensors)),
+        ignored=tuple(found.ignored),
+        optional=frozenset(optional),
+        traps=tuple(peft_traps(config.kind, config.raw, tensors)),
     )
 
 
@@ -95,72 +104,16 @@ def _metadata(shards: Iterable[object]) -> dict[str, str]:
     return merged
 
 
-def _soft_prompt(tensors: Sequence[StoredTensor], config: PeftConfig, common: dict[str, object]) -> Adapter:
-    prompts = [tensor for tensor in tensors if tensor.name.rpartition(".")[2] == "prompt_embeddings"]
-    if len(prompts) != 1:
-        raise MalformedError("no 'prompt_embeddings' in a soft prompt", file=common["path"])  # type: ignore[arg-type]
+def _soft_prompt(adapter: Adapter, config: PeftConfig) -> Adapter:
+    """Virtual tokens, and what was trained in full beside them."""
+    prompt = read_prompt(adapter.tensors, config)
+    beside = (tensor for tensor in adapter.tensors if tensor is not prompt.table)
+    rest = sort_tensors(beside, frozenset(), prefix="base_model.")
     updates: dict[Site, tuple[Update, ...]] = {}
-    for tensor in tensors:
-        if tensor is not prompts[0]:
-            updates[Site(tensor.name.removeprefix("base_model."))] = (Replacement(Factor.of(tensor)),)
-    heads = frozenset(config.modules_to_save) | _HEADS
-    return Adapter(**common, updates=updates, prompt=prompts[0], new_modules=heads)  # type: ignore[arg-type]
-
-
-def _sort(
-    tensors: Iterable[StoredTensor],
-) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor], list[Ignored]]:
-    """Group factors by module; everything else is a parameter stored whole."""
-    modules: dict[str, dict[str, StoredTensor]] = {}
-    plain: dict[str, StoredTensor] = {}
-    ignored: list[Ignored] = []
-    for tensor in tensors:
-        name = tensor.name.removeprefix(_PREFIX)
-        module, leaf = _split(name)
-        if leaf:
-            if leaf in modules.setdefault(module, {}):
-                raise MalformedError(f"'{leaf}' twice for module '{module}'", file=tensor.file.path, tensor=tensor.name)
-            modules[module][leaf] = tensor
-            continue
-        if ".original_module." in name:
-            ignored.append(Ignored(tensor, "the base's own copy of a module trained in full"))
-            continue
-        clean = _whole_parameter(name)
-        saved = f".{_SAVED}." in name
-        other = plain.get(clean)
-        if other is not None and saved == (f".{_SAVED}." in other.name):
-            raise MalformedError(f"'{clean}' twice", file=tensor.file.path, tensor=tensor.name)
-        if (
-            other is not None
-        ):  # PEFT trains the copy under modules_to_save, and stores the module it was copied from too
-            ignored.append(Ignored(other if saved else tensor, "the copy in modules_to_save takes its place"))
-        if other is None or saved:
-            plain[clean] = tensor
-    return modules, plain, ignored
-
-
-def _whole_parameter(name: str) -> str:
-    """The parameter's own name, without PEFT's wrappers and without the adapter's name."""
-    segments = [segment for segment in name.split(".") if segment not in ("base_layer", "token_adapter")]
-    if _SAVED in segments:
-        at = segments.index(_SAVED)
-        segments = segments[:at] + segments[at + (2 if len(segments) - at > 2 else 1) :]
-    return ".".join(segments)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """``(module, factor)``; the factor is empty for a plain parameter. An adapter's name inside the key is dropped."""
-    segments = name.split(".")
-    for position in range(len(segments) - 1, max(len(segments) - 4, -1), -1):
-        segment = segments[position]
-        if segment in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
-            tail = segments[position + 1 :]
-            leaf = tail[-1] if tail and tail[-1] in ("weight", "bias") and segment in ("lora_A", "lora_B") else ""
-            return ".".join(segments[:position]), f"{segment}.{leaf}" if leaf else segment
-        if segment == "trainable_tokens_delta":
-            module = segments[:position]
-            return ".".join(module[:-1] if module[-1:] == ["token_adapter"] else module), "tokens"
-    return "", ""
+    for name, tensor in rest.plain.items():
+        _check_plain(name, tensor, config)
+        updates[Site(name)] = (Replacement(Factor.of(tensor)),)
+    return replace(adapter, updates=dict(sorted(updates.items())), ignored=tuple(rest.ignored), prompt=prompt)
 
 
 def _module(
@@ -168,7 +121,7 @@ def _module(
 ) -> dict[Site, tuple[Update, ...]]:
     """All updates of one module; PEFT nests wrappers as ``base_layer``."""
     found: dict[Site, tuple[Update, ...]] = {}
-    clean = ".".join(segment for segment in module.split(".") if segment != "base_layer")
+    clean = unwrapped(module)
     if "tokens" in parts:
         found[Site(f"{clean}.weight")] = (_token_rows(clean, parts["tokens"], config),)
         if len(parts) == 1:
@@ -276,22 +229,15 @@ def _check_plain(name: str, tensor: StoredTensor, config: PeftConfig) -> None:
     saved = any(ancestor.endswith(kept) for ancestor in ancestors for kept in config.modules_to_save)
     embedding = leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
     bias = leaf == "bias" and (config.bias != "none")
-    head = bool(_HEADS & set(module.split("."))) and config.raw.get("task_type") in (
+    head = bool(HEADS & set(module.split("."))) and config.raw.get("task_type") in (
         "SEQ_CLS",
         "TOKEN_CLS",
         "QUESTION_ANS",
     )
     if not (saved or embedding or bias or head):
         raise MalformedError(
-            "neither a LoRA factor nor a module the configuration lists",
+            "neither a factor of this kind nor a module the configuration lists",
             file=tensor.file.path,
             tensor=tensor.name,
-            hint="is this a full model?" if not tensor.name.startswith(_PREFIX) else None,
+            hint="is this a full model?" if not tensor.name.startswith(PREFIX) else None,
         )
-
-
-def _traps(config: PeftConfig, tensors: Sequence[StoredTensor]) -> Iterable[str]:
-    if tensors and not any(tensor.name.startswith("base_model.") for tensor in tensors):
-        yield "its keys lack PEFT's prefix 'base_model.model.'"
-    if "lora_alpha" not in config.raw and config.kind == "LORA":
-        yield "no lora_alpha in its configuration: PEFT's default, 8, is used"

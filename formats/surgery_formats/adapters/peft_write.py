@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapter import Adapter, Site
@@ -17,6 +17,8 @@ from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.mlx_read import EMBEDDINGS
 from surgery_formats.adapters.peft_config import PeftConfig, parse_config
+from surgery_formats.adapters.peft_kinds import KINDS
+from surgery_formats.adapters.peft_parameters import EXPERTS_ORDER_SINCE, innermost_first
 from surgery_formats.adapters.writing import (
     Ledger,
     commonest,
@@ -38,19 +40,11 @@ if TYPE_CHECKING:
 __all__ = ["render_peft"]
 
 _PREFIX = "base_model.model."
-_PARAMETER_ORDER = (
-    "weight",
-    "gate_up_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w3",
-    "w2",
-)  # as transformers registers them
-_EXPERTS_ORDER_SINCE = (
-    "0.19.0"  # the version that gave expert factors the axis order written here (huggingface/peft#3165)
+_WRAPPED = ".base_layer.out_proj"
+_NO_TARGET = (
+    "dummy-target-modules"  # PEFT refuses an adapter without a target, but for this name (peft.utils.constants)
 )
+_SURVIVING = ("auto_mapping", "inference_mode", "lora_dropout", "revision", "task_type")  # say nothing about tensors
 
 
 @dataclass
@@ -61,6 +55,8 @@ class _State:
     tensors: dict[str, NewTensor] = field(default_factory=dict)
     settings: dict[str, tuple[int, float]] = field(default_factory=dict)  # module -> rank, alpha
     saved: set[str] = field(default_factory=set)
+    rows: dict[str, list[int]] = field(default_factory=dict)  # module -> token ids
+    bias: bool = False  # biases stored whole
     parameters: list[tuple[Site, Stacked]] = field(default_factory=list)
     biased: bool = False
 
@@ -77,6 +73,8 @@ def render_peft(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     Raises:
         FitError: flattened names and no base, or several parts of a pipeline, of which a PEFT folder can hold one.
     """
+    if adapter.format == "peft" and adapter.kind in KINDS:
+        return _as_stored(adapter)
     _check_sites(adapter, base)
     own = parse_config(adapter.config, adapter.path) if adapter.format == "peft" else None
     state = _State()
@@ -92,17 +90,33 @@ def render_peft(adapter: Adapter, base: Checkpoint | None) -> Rendering:
                 _other(site, update, adapter, base, own, state)
     _parameters(state)
     if adapter.prompt is not None and own is not None:
-        state.add(copied(adapter.prompt.name, adapter.prompt))
+        state.add(copied(adapter.prompt.table.name, adapter.prompt.table))
+        state.ledger.keep_prompt(adapter.prompt.table)
     else:
         state.ledger.drop_prompt(adapter)
     config = _config(adapter, own, state, dora=dora)
     metadata = surviving_metadata(adapter) | {"format": "pt"}
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
     tensors = tuple(state.tensors[name] for name in sorted(state.tensors))
-    small = {"adapter_config.json": text.encode()}
-    return Rendering(
-        "adapter_model.safetensors", tensors, metadata, small, tuple(state.ledger.entries), state.ledger.held
-    )
+    small = {"adapter_config.json": _text(config)}
+    held = state.ledger.held_in_order(adapter)
+    return Rendering("adapter_model.safetensors", tensors, metadata, small, tuple(state.ledger.entries), held)
+
+
+def _as_stored(adapter: Adapter) -> Rendering:
+    """A kind of PEFT's own beside LoRA: the same tensors under the same configuration."""
+    ledger = Ledger()
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            ledger.keep(site, update, "exact", update.tensors[0].name)
+    idle = {entry.tensor.name for entry in adapter.ignored}
+    tensors = tuple(copied(tensor.name, tensor) for tensor in adapter.tensors if tensor.name not in idle)
+    metadata = surviving_metadata(adapter) | {"format": "pt"}
+    small = {"adapter_config.json": _text(dict(adapter.config))}
+    return Rendering("adapter_model.safetensors", tensors, metadata, small, tuple(ledger.entries), ledger.held)
+
+
+def _text(config: dict[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
 def _check_sites(adapter: Adapter, base: Checkpoint | None) -> None:
@@ -149,7 +163,10 @@ def _lora(
         magnitude = (1, shape[0], *ones) if ones else (update.magnitude.shape[0],)
         state.add(made(f"{_PREFIX}{module}.lora_magnitude_vector", update.magnitude, magnitude))
     clean = ".".join(segment for segment in module.split(".") if segment != "base_layer")
-    state.settings[clean] = (lora.rank, lora.scale * lora.rank)
+    alpha = lora.scale * lora.rank
+    if module.endswith(_WRAPPED) and own is None:  # configured with its attention, and applied twice (`peft_read`)
+        clean, alpha = module.removesuffix(_WRAPPED), alpha / 2
+    state.settings[clean] = (lora.rank, alpha)
     folded = len(lora.A.tensors) + len(lora.B.tensors) > 2
     state.ledger.keep(site, update, "folded" if folded else "exact", f"{_PREFIX}{module}")
 
@@ -180,8 +197,8 @@ def _module(site: Site, lora: LoRA, base: Checkpoint | None, own: PeftConfig | N
     if base is not None and (found := whole_place(places_of(site, base, lora.tensors))):
         shape = found[1] if len(found[1]) > 2 else (out, inputs)
         path = found[0].removesuffix(".weight") if site.flat else path
-    if own is not None:  # keeps the nesting of wrapped modules
-        path = re.split(r"\.lora_(?:embedding_)?[AB]\b", stored.name.removeprefix(_PREFIX))[0]
+    if own is not None or f"{_WRAPPED}." in stored.name:  # keeps the nesting of wrapped modules
+        path = re.split(r"(?:\.weight)?\.lora_(?:embedding_)?[AB]\b", stored.name.removeprefix(_PREFIX))[0]
     return path, shape
 
 
@@ -218,26 +235,33 @@ def _other(
     elif isinstance(update, Offset):
         _bias(site, update, adapter, state)
     elif isinstance(update, Replacement):
-        name = update.stored.name
-        if own is None and not state.settings:
-            state.ledger.drop(site, update, "this format trains whole modules only beside a LoRA")
-            return
-        kept = own is not None and name.startswith("base_model.") and ".modules_to_save." not in name
-        state.add(
-            NewTensor(
-                name if kept else _PREFIX + site.path, update.stored.dtype, update.stored.shape, update.stored.read
-            )
-        )
-        if own is None:
-            state.saved.add(site.path.rpartition(".")[0])
-        state.ledger.keep(site, update, "exact", "modules_to_save")
-    elif isinstance(update, TokenRows) and own is not None:
+        _whole(site, update, adapter, own, state)
+    elif isinstance(update, TokenRows):
         module = site.path.removesuffix(".weight")
-        wrapper = "" if own.kind == "TRAINABLE_TOKENS" else ".token_adapter"
+        wrapper = "" if own is not None and own.kind == "TRAINABLE_TOKENS" else ".token_adapter"
         state.add(made(f"{_PREFIX}{module}{wrapper}.trainable_tokens_delta", update.value, update.value.shape))
+        state.rows[module] = list(update.indices)
         state.ledger.keep(site, update, "exact", "trainable tokens")
     else:
         state.ledger.drop(site, update, f"this format has no {update.kind}")
+
+
+def _whole(site: Site, update: Replacement, adapter: Adapter, own: PeftConfig | None, state: _State) -> None:
+    """A parameter trained in full: its module is saved, or (a bias beside the base's weight) all biases are."""
+    name, (module, _, leaf) = update.stored.name, site.path.rpartition(".")
+    beside = adapter.updates.get(replace(site, path=f"{module}.weight"), ())
+    key, detail = _PREFIX + site.path, "modules_to_save"
+    if own is not None:
+        key = name if name.startswith("base_model.") and ".modules_to_save." not in name else key
+    elif leaf == "bias" and not any(isinstance(one, Replacement) for one in beside):
+        key, detail = f"{_PREFIX}{module}{'.base_layer' if module in state.settings else ''}.bias", "bias"
+        state.bias = True
+    elif leaf == "weight" and module in state.settings:  # a vocabulary that was resized, beside its LoRA
+        key, detail = f"{_PREFIX}{module}.base_layer.weight", "base_layer"
+    else:
+        state.saved.add(module)
+    state.add(NewTensor(key, update.stored.dtype, update.stored.shape, update.stored.read))
+    state.ledger.keep(site, update, "exact", detail)
 
 
 def _bias(site: Site, update: Offset, adapter: Adapter, state: _State) -> None:
@@ -281,14 +305,8 @@ def _parameters(state: _State) -> None:
     for site, update in state.parameters:
         by_module.setdefault(site.path.rpartition(".")[0], []).append((site, update))
     for module, found in by_module.items():
-        names = {_leaf(site) for site, _ in found}
-        if len(found) > 1 and not names <= set(_PARAMETER_ORDER):
-            raise FitError(
-                f"which of {listing(sorted(names))} is the inner one is not known",
-                file=found[0][1].tensors[0].file.path,
-            )
-        if len(found) > 1:
-            found.sort(key=lambda pair: _PARAMETER_ORDER.index(_leaf(pair[0])))
+        order = innermost_first([_leaf(site) for site, _ in found], found[0][1].tensors[0].file.path)
+        found.sort(key=lambda pair: order.index(_leaf(pair[0])))
         for depth, (site, update) in enumerate(reversed(found)):
             key = f"{_PREFIX}{module}{'.base_layer' * depth}"
             for tensor in _stack_factors(key, update):
@@ -332,7 +350,7 @@ def _config(adapter: Adapter, own: PeftConfig | None, state: _State, *, dora: bo
     if own is not None and _still_holds(own, state):
         kept = dict(adapter.config)
         if stacked and own.experts_old_order:
-            kept["peft_version"] = _EXPERTS_ORDER_SINCE
+            kept["peft_version"] = EXPERTS_ORDER_SINCE
         return kept
     rank = commonest(rank for rank, _ in state.settings.values()) or 8
     alpha = commonest(alpha for _, alpha in state.settings.values()) or float(rank)
@@ -341,7 +359,7 @@ def _config(adapter: Adapter, own: PeftConfig | None, state: _State, *, dora: bo
     config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": adapter.base_name or None,
-        "bias": "none",
+        "bias": "all" if state.bias else "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -349,21 +367,31 @@ def _config(adapter: Adapter, own: PeftConfig | None, state: _State, *, dora: bo
         "peft_type": "LORA",
         "revision": None,
         "task_type": None,
-        **(dict(adapter.config) if own is not None else {}),
+        **_survivors(adapter, own),
         "alpha_pattern": dict(sorted(alphas.items())),
         "lora_alpha": _number(alpha),
         "lora_bias": state.biased,
         "r": rank,
         "rank_pattern": dict(sorted(ranks.items())),
-        "target_modules": sorted(module for module in state.settings if module not in stacked),
+        "target_modules": sorted(module for module in state.settings if module not in stacked)
+        or ([] if state.settings else _NO_TARGET),
         "use_dora": dora,
         "use_rslora": False,
     }
     if own is None:
         config["modules_to_save"] = sorted(state.saved) or None
+        if state.rows:
+            config["trainable_token_indices"] = state.rows
     if stacked:
-        config |= {"peft_version": _EXPERTS_ORDER_SINCE, "target_parameters": sorted(stacked)}
+        config |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(stacked)}
     return config
+
+
+def _survivors(adapter: Adapter, own: PeftConfig | None) -> dict[str, Any]:
+    """What a PEFT configuration still says: all of it, or (another format carried it) what no tensor is concerned with."""
+    if own is not None:
+        return dict(adapter.config)
+    return {key: adapter.config[key] for key in _SURVIVING if "peft_type" in adapter.config and key in adapter.config}
 
 
 def _still_holds(own: PeftConfig, state: _State) -> bool:

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from surgery_formats.adapter import Adapter
+from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
@@ -18,7 +19,7 @@ from surgery_formats.text import closest, listing
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "format_named", "formats", "read_adapter"]
 
-BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA)
+BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA, COMPACT)
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 
 

@@ -58,10 +58,19 @@ class Ledger:
         """`update` is not in the files, and why."""
         self.entries.append(Entry(str(site), "dropped", f"{update.kind}: {why}"))
 
+    def held_in_order(self, adapter: Adapter) -> dict[Site, tuple[Update, ...]]:
+        """What is held, each chain as `adapter` has it, whatever the order it was written in: a replacement comes before what is added."""
+        kept = {site: {id(update) for update in chain} for site, chain in self.held.items()}
+        return {site: tuple(u for u in adapter.updates[site] if id(u) in kept[site]) for site in self.held}
+
+    def keep_prompt(self, prompt: StoredTensor) -> None:
+        """Virtual tokens are in the files."""
+        self.entries.append(Entry(prompt.name, "exact", "virtual tokens"))
+
     def drop_prompt(self, adapter: Adapter) -> None:
         """Virtual tokens, for a format that has none."""
         if adapter.prompt is not None:
-            self.entries.append(Entry(adapter.prompt.name, "dropped", "this format has no virtual tokens"))
+            self.entries.append(Entry(adapter.prompt.table.name, "dropped", "this format has no virtual tokens"))
 
 
 def factor_dtype(factors: Iterable[Factor], *, folded: bool) -> DType:

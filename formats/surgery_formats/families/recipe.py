@@ -195,7 +195,8 @@ class Embedding:
         padding_token: For ``nonpad``.
         types: Token types ``(types, D)``, or empty.
         scale: Rows are multiplied by it.
-        scale_rounded: Whether `scale` is rounded to the stored type first (Gemma: ``sqrt(D)``; Granite's is not).
+        scale_rounded: Whether `scale` is part of the table, rounded to the stored type (Gemma: ``sqrt(D)``), so that rows from elsewhere
+            are not scaled; Granite's is applied to whatever comes.
         norm: After the sum (BERT), or None.
         projection: After the rows (OPT-350m), or None.
     """

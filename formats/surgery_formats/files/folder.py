@@ -112,6 +112,11 @@ class OutputFolder:
     ) -> None:
         self._leave()
 
+    @property
+    def staged(self) -> Path:
+        """Where finished files lie until the commit, under their final names."""
+        return self._stage.path
+
     def create(self, name: str, nbytes: int) -> OutputFile:
         """A new file of `nbytes` bytes, its space reserved.
 

@@ -18,11 +18,13 @@ come is extrapolated from what the last blocks brought, with a margin (`Progress
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-__all__ = ["Progress", "excess_energy", "outside_norm", "ratio_bound"]
+__all__ = ["Progress", "allowed_excess", "excess_energy", "outside_norm", "ratio_bound"]
 
 _MARGIN = 2.0
 """What extrapolated energy is multiplied by."""
@@ -70,12 +72,12 @@ def outside_norm(small: torch.Tensor, beyond: torch.Tensor) -> float:
         beyond: ``W^T W``, ``(b, b)``, float64, `W` being what the next product adds outside the basis.
     """
     b = len(beyond)
-    last = float(torch.linalg.matrix_norm(small[-b:, -b:], 2))
-    before = float(torch.linalg.matrix_norm(small[-b:, :-b], 2)) if len(small) > b else 0.0
-    return last + before + math.sqrt(float(torch.linalg.matrix_norm(beyond, 2)))
+    last = float(torch.linalg.eigvalsh(small[-b:, -b:])[-1])
+    before = float(torch.linalg.svdvals(small[-b:, :-b])[0]) if len(small) > b else 0.0
+    return last + before + math.sqrt(max(float(torch.linalg.eigvalsh(beyond)[-1]), 0.0))
 
 
-def excess_energy(ritz: torch.Tensor, coupling: torch.Tensor, kept: int, outside: float) -> float:
+def excess_energy(ritz: torch.Tensor, coupling: torch.Tensor, kept: int, outside: float, enough: float) -> float:
     """Most by which ``sum_{i <= kept} sigma_i^2`` can exceed ``sum_{i <= kept} theta_i^2``.
 
     Args:
@@ -83,23 +85,60 @@ def excess_energy(ritz: torch.Tensor, coupling: torch.Tensor, kept: int, outside
         coupling: ``C^T C`` of the whole basis, ``(d, d)``, float64.
         kept: Ritz vectors that are kept.
         outside: Norm of ``M M^T`` outside the basis, see `outside_norm`.
+        enough: A bound this good is not improved, and where none can be as good none is looked for: the answer is infinite.
     """
     if kept == 0:
         return 0.0
-    head, tail = coupling[:kept, :kept], coupling[kept : kept + _FULL, kept : kept + _FULL]
     first = max(float(ritz[kept]), outside)
-    beyond = min(
-        (
-            max(_largest(ritz[kept : kept + _FULL], tail, t), first + t)
-            for t in _steps(float(tail.diagonal().sum()), first)
-        ),
-        default=first,
-    )
-    best = math.inf
+    if float((first - ritz[:kept]).clamp_min(0).sum()) > enough:
+        return math.inf
+    head, rest = _Form.of(ritz[:kept], coupling[:kept, :kept]), slice(kept, kept + _FULL)
+    tail = _Form.of(ritz[rest], coupling[rest, rest])
+    # Without eigenvalues: above t = theta_r - beyond the kept ones stay the largest, and their sum grows by the trace.
+    gap = float(ritz[kept - 1]) - first - math.sqrt(tail.trace)
+    if gap > 0 and (found := head.trace / gap) <= enough:
+        return found
+    beyond = _least(lambda t: max(tail.values(t)[0], first + t), _steps(tail.trace, first), first)
     base = float(ritz[:kept].sum())
-    for t in _steps(float(head.diagonal().sum()), float(ritz[0])):
-        best = min(best, float(_upper(ritz[:kept], head, t).clamp_min(beyond + t).sum()) - base)
-    return 0.0 if best is math.inf else max(best, 0.0)
+
+    def excess(t: float) -> float:
+        return math.fsum(max(value, beyond + t) for value in head.values(t)) - base
+
+    return max(_least(excess, _steps(head.trace, float(ritz[0])), 0.0), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """``diag(T) + C / t`` for any `t`."""
+
+    ritz: torch.Tensor
+    diagonal: torch.Tensor
+    coupling: torch.Tensor
+    trace: float
+
+    @classmethod
+    def of(cls, ritz: torch.Tensor, coupling: torch.Tensor) -> _Form:
+        return cls(ritz, torch.diag(ritz), coupling, max(float(coupling.diagonal().sum()), 0.0))
+
+    def values(self, t: float) -> list[float]:
+        """Its eigenvalues, or numbers whose every partial sum from above is no smaller; descending."""
+        if len(self.ritz) > _FULL:
+            found: list[float] = (self.ritz + self.coupling.abs().sum(1) / t).tolist()
+            return sorted(found, reverse=True)
+        made = torch.add(self.diagonal, self.coupling, alpha=1 / t)
+        found = torch.linalg.eigvalsh(made).tolist()
+        return found[::-1]
+
+
+def _least(bound: Callable[[float], float], steps: list[float], otherwise: float) -> float:
+    """The least of `bound` over `steps`, looked for where it is small: every fourth, then beside the least of these."""
+    if not steps:
+        return otherwise
+    found = {at: bound(steps[at]) for at in range(0, len(steps), 4)}
+    for stride in (2, 1):
+        best = min(found, key=lambda at: found[at])
+        found |= {at: bound(steps[at]) for at in (best - stride, best + stride) if 0 <= at < len(steps)}
+    return min(found.values())
 
 
 def ratio_bound(rest: float, excess: float) -> float:
@@ -109,21 +148,14 @@ def ratio_bound(rest: float, excess: float) -> float:
     return math.sqrt(rest / (rest - excess)) if excess < rest else math.inf
 
 
+def allowed_excess(rest: float, ratio: float) -> float:
+    """The excess at which `ratio_bound` is `ratio`."""
+    return rest * (1 - 1 / ratio**2)
+
+
 def _steps(size: float, largest: float) -> list[float]:
     """From where the coupling adds as much as it is, downwards; none where there is no coupling."""
     if size <= 0:
         return []
     top = min(math.sqrt(size), largest) if largest > 0 else math.sqrt(size)
     return [top * 2.0**-step for step in range(_POINTS)]
-
-
-def _upper(ritz: torch.Tensor, coupling: torch.Tensor, t: float) -> torch.Tensor:
-    """Eigenvalues of ``diag(ritz) + coupling / t``, or numbers whose every partial sum from above is no smaller."""
-    if len(ritz) <= _FULL:
-        values: torch.Tensor = torch.linalg.eigvalsh(torch.diag(ritz) + coupling / t)
-        return values
-    return ritz + coupling.abs().sum(1) / t
-
-
-def _largest(ritz: torch.Tensor, coupling: torch.Tensor, t: float) -> float:
-    return float(_upper(ritz, coupling, t).max())

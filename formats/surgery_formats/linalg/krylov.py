@@ -9,13 +9,15 @@ the basis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from surgery_formats.linalg.certificate import Progress, excess_energy, outside_norm, ratio_bound
+from surgery_formats.linalg.certificate import Progress, allowed_excess, excess_energy, outside_norm, ratio_bound
 from surgery_formats.linalg.matrix import Operator
+from surgery_formats.linalg.panel import noise, orthonormal, within, without
 
 __all__ = ["Found", "block_size", "krylov"]
 
@@ -32,8 +34,8 @@ class Found:
     """What a basis gives, for ``M`` of the `Operator`.
 
     Attributes:
-        left: ``(short, r)``, orthonormal to rounding.
-        right: ``M^T left``, ``(long, r)``.
+        left: ``(r, short)``, rows orthonormal to rounding.
+        right: ``left M``, ``(r, long)``.
         excess: See `surgery_formats.linalg.certificate`.
         steps: Blocks in the basis.
     """
@@ -71,21 +73,21 @@ def krylov(
     basis = torch.empty(min(most, 8 * block) + block, op.short, dtype=op.dtype, device=op.device)  # rows are vectors
     image = torch.empty(len(basis), op.long, dtype=op.dtype, device=op.device)
     small = torch.zeros(len(basis), len(basis), dtype=torch.float64)
-    start = torch.randn(op.long, block, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    fresh = op.times(start.to(op.device, op.dtype))
+    filler = noise((block, op.short), seed + 1, op.dtype, op.device)
+    fresh = op.times(noise((block, op.long), seed, op.dtype, op.device))
+    support = (fresh != 0).any(0)  # rows of M that hold anything: the others are no part of any direction
     have, steps, next_check, progress = 0, 0, 0, Progress()
     while have + block <= most:
         if have + block > len(basis):
             basis, image = _grown(basis, len(basis)), _grown(image, len(image))
             small = torch.nn.functional.pad(small, (0, len(small), 0, len(small)))
-        fresh = _orthonormal(fresh, basis[:have])
-        basis[have : have + block] = fresh.T
-        image[have : have + block] = op.adjoint(fresh).T
-        new = image[have : have + block].double() @ image[: have + block].double().T
-        small[have : have + block, : have + block] = new.cpu()
-        small[: have + block, have : have + block] = new.T.cpu()
-        have, steps = have + block, steps + 1
-        fresh = _without(op.times(image[have - block : have].T), basis[:have])
+        old, at, have, steps = have, slice(have, have + block), have + block, steps + 1
+        basis[at] = _next(fresh, basis[:old], filler.roll(steps, 1))
+        image[at] = op.adjoint(basis[at])
+        fresh = without(op.times(image[at]), basis[:have])
+        new, wide = image[at].double() @ image[:have].double().T, fresh.double()
+        new, beyond = torch.split(torch.cat([new, wide @ wide.T], 1).cpu(), [have, block], 1)  # the one wait of a step
+        small[at, :have], small[:have, at] = new, new.T
         if have < next_check:
             continue
         next_check = int(have * 1.12)  # large bases: their eigenvectors cost more than a step
@@ -98,28 +100,32 @@ def krylov(
             continue
         if keep >= have:
             continue
-        last, beyond = vectors[have - block :], (fresh.double().T @ fresh.double()).cpu()
-        edge = outside_norm(small[max(0, have - 2 * block) : have, max(0, have - 2 * block) : have], beyond)
         held = float(ritz[:keep].sum())
-        excess = min(excess_energy(ritz, last.T @ (beyond @ last), keep, edge), progress.expected(keep, have, held))
-        excess, rest = excess + rounding, op.norm2 - held
+        rest = op.norm2 - held
+        enough = allowed_excess(rest, target) - rounding
+        excess = progress.expected(keep, have, held)
+        if excess > enough:  # cheap bounds first
+            last, near = vectors[old:], slice(max(0, old - block), have)
+            edge = outside_norm(small[near, near], beyond)
+            excess = min(excess, excess_energy(ritz, last.T @ (beyond @ last), keep, edge, enough))
+        excess += rounding
         found = None
         if rest < _LOOK * op.norm2:
-            found = _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], excess, steps)
+            found = _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], support, excess, steps)
             rest = residual(op, found) ** 2
             if rest <= _EXACT**2 * op.norm2:
                 return found
             if ratio_bound(rest, rounding) > target and op.dtype == torch.float32:
                 return krylov(op.in_float64(), wanted, block, most, target, seed)
         if ratio_bound(rest, excess) <= target:
-            return found or _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], excess, steps)
+            return found or _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], support, excess, steps)
     return None
 
 
 def residual(op: Operator, found: Found) -> float:
-    """``||M - left right^T||_F``, element by element."""
-    sides = (found.right, found.left) if op.turned else (found.left, found.right)
-    return op.distance(*sides, op.dtype)
+    """``||M - left^T right||_F``, element by element."""
+    left, right = (found.right, found.left) if op.turned else (found.left, found.right)
+    return math.sqrt(float(op.left_over(left.T, right, op.dtype).sum()))
 
 
 def _hopeless(ritz: torch.Tensor, norm2: float, wanted: Callable[[torch.Tensor, float], int | None], most: int) -> bool:
@@ -130,21 +136,16 @@ def _hopeless(ritz: torch.Tensor, norm2: float, wanted: Callable[[torch.Tensor, 
     return wanted(imagined, norm2) is None
 
 
-def _ritz_vectors(basis: torch.Tensor, image: torch.Tensor, vectors: torch.Tensor, excess: float, steps: int) -> Found:
-    chosen = vectors.to(basis.device, basis.dtype)
-    return Found(basis.T @ chosen, image.T @ chosen, excess, steps)
+def _ritz_vectors(
+    basis: torch.Tensor, image: torch.Tensor, vectors: torch.Tensor, support: torch.Tensor, excess: float, steps: int
+) -> Found:
+    chosen = vectors.T.to(basis.device, basis.dtype)
+    return Found(within(chosen @ basis, support), chosen @ image, excess, steps)
 
 
-def _without(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    for _ in range(2):
-        block = block - basis.T @ (basis @ block)
-    return block
-
-
-def _orthonormal(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    block = _without(torch.linalg.qr(block)[0], basis)
-    made: torch.Tensor = torch.linalg.qr(block)[0]
-    return made
+def _next(block: torch.Tensor, basis: torch.Tensor, filler: torch.Tensor) -> torch.Tensor:
+    made = orthonormal(block, filler)
+    return orthonormal(without(made.to(basis.dtype), basis), filler) if len(basis) else made
 
 
 def _grown(rows: torch.Tensor, more: int) -> torch.Tensor:

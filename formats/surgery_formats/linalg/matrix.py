@@ -64,7 +64,11 @@ class Operator:
     """
 
     def __init__(
-        self, matrix: torch.Tensor | MatrixSource, device: torch.device | None, dtype: torch.dtype | None
+        self,
+        matrix: torch.Tensor | MatrixSource,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        total: float | None = None,
     ) -> None:
         m, n = matrix.shape
         self.shape = (int(m), int(n))
@@ -80,7 +84,7 @@ class Operator:
             self.device = device or torch.device("cpu")
             self.dtype = dtype or torch.float32
         self.scale = 1.0
-        norm2 = self._norm2()
+        norm2 = total**2 if total is not None and _SAFE[0] < total < _SAFE[1] else self._norm2()
         if norm2 > 0:
             self.scale = 2.0 ** math.floor(math.log2(norm2) / 2)
             if not 1e-30 < self.scale < 1e30:
@@ -104,13 +108,13 @@ class Operator:
             )
             yield start, stop, found.to(self.device, dtype)
 
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """``M x``, ``(short, b)``, for `x` ``(long, b)``."""
-        return self._adjoint(x) if self.turned else self._forward(x)
+    def times(self, rows: torch.Tensor) -> torch.Tensor:
+        """``(M x)^T``, ``(b, short)``, for vectors ``x^T`` as `rows`, ``(b, long)``."""
+        return self._adjoint(rows) if self.turned else self._forward(rows)
 
-    def adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        """``M^T y``, ``(long, b)``, for `y` ``(short, b)``."""
-        return self._forward(y) if self.turned else self._adjoint(y)
+    def adjoint(self, rows: torch.Tensor) -> torch.Tensor:
+        """``(M^T y)^T``, ``(b, long)``, for vectors ``y^T`` as `rows`, ``(b, short)``."""
+        return self._forward(rows) if self.turned else self._adjoint(rows)
 
     def gram(self) -> torch.Tensor:
         """``M M^T``, ``(short, short)``, float64, in one pass where rows are the long side."""
@@ -126,43 +130,59 @@ class Operator:
                 made[begin:end, start:stop] = part.T
         return made
 
-    def distance(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> float:
-        """``||D / scale - left right^T||_F`` formed element by element; `left` ``(m, r)``, `right` ``(n, r)``."""
+    def left_over(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Squared norm of every row of ``D / scale - left right``, ``(m,)``, float64, each element formed.
+
+        Args:
+            left: ``(m, r)``.
+            right: ``(r, n)``.
+            dtype: Of the difference.
+        """
         left, right = left.to(dtype), right.to(dtype)
-        step = max(1, _BLOCK // max(1, self.shape[1]))
-        total = 0.0
+        step = max(1, _BLOCK // max(1, self.shape[1])) if self.device.type == "cpu" else self.shape[0]
+        found = []
         for start, _, rows in self.blocks(dtype):
             for at in range(0, len(rows), step):
                 part = rows[at : at + step]
                 rest = torch.addmm(
-                    part, left[start + at : start + at + len(part)], right.T, beta=1 / self.scale, alpha=-1
+                    part, left[start + at : start + at + len(part)], right, beta=1 / self.scale, alpha=-1
                 )
-                total += float(_row_norms(rest).double().square().sum())
-        return math.sqrt(total)
+                found.append(_row_norms(rest).double().square())
+        return torch.cat(found)
 
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        made = x.new_empty(self.shape[0], x.shape[1])
-        x = x / self.scale
-        for start, stop, rows in self.blocks():
-            torch.mm(rows, x, out=made[start:stop])
-        return made
+    def change_of_energy(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """What `left_over` gives, less ``||row of D / scale||^2``, from one product; ``(m,)``, float64, the same arguments."""
+        left, right = left.to(self.dtype), right.to(self.dtype)
+        met = self._forward(right).T.double()
+        wide, other = left.double(), right.double()
+        return (wide * (wide @ (other @ other.T) - 2 * met)).sum(1)
 
-    def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        made = y.new_zeros(self.shape[1], y.shape[1])
-        y = y / self.scale
-        for start, stop, rows in self.blocks():
-            made.addmm_(rows.T, y[start:stop])
+    def _forward(self, rows: torch.Tensor) -> torch.Tensor:
+        made = rows.new_empty(self.shape[0], rows.shape[0])
+        columns = (rows / self.scale).T
+        for start, stop, block in self.blocks():
+            torch.mm(block, columns, out=made[start:stop])
+        return made.T
+
+    def _adjoint(self, rows: torch.Tensor) -> torch.Tensor:
+        scaled, made = rows / self.scale, None
+        for start, stop, block in self.blocks():
+            part = scaled[:, start:stop]
+            made = torch.mm(part, block) if made is None else made.addmm_(part, block)
+        assert made is not None
         return made
 
     def _norm2(self) -> float:
         total = 0.0
         for _, _, rows in self.blocks():
             norms = _row_norms(rows)
-            if not _SAFE[0] < float(norms.max()) < _SAFE[1]:  # also where it is NaN
+            largest, energy = torch.stack([norms.max().double(), norms.double().square().sum()]).tolist()
+            if not _SAFE[0] < largest < _SAFE[1]:  # also where it is NaN
                 norms = _row_norms(rows, torch.float64)
-                if not bool(torch.isfinite(norms).all()):
+                energy = float(norms.square().sum())
+                if not math.isfinite(energy) and not bool(torch.isfinite(norms).all()):
                     raise FitError("the matrix holds NaN or infinity", hint="such a difference has no factors")
-            total += float(norms.double().square().sum())
+            total += energy
         if not math.isfinite(total) or 0 < total < 1e-250:
             raise FitError(f"the matrix's norm, {math.sqrt(total):g}, is out of range")
         return total

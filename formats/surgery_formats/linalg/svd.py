@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -18,9 +18,10 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.certificate import ratio_bound
 from surgery_formats.linalg.krylov import Found, block_size, krylov
 from surgery_formats.linalg.matrix import MatrixSource, Operator, one_thread
+from surgery_formats.linalg.panel import noise, orthonormal, within
 from surgery_formats.linalg.ranks import checked_rank, rank_holding
 
-__all__ = ["Truncated", "truncated_svd"]
+__all__ = ["Truncated", "left_over", "truncated_svd"]
 
 _SMALL = 10
 """Blocks of a basis that would fill so small a short side: all its eigenvectors are as cheap."""
@@ -82,6 +83,7 @@ def truncated_svd(
     accuracy: float = 1.001,
     seed: int = 0,
     device: torch.device | str | None = None,
+    total: float | None = None,
 ) -> Truncated:
     """The leading singular vectors of a matrix.
 
@@ -94,6 +96,7 @@ def truncated_svd(
         accuracy: The greatest `Truncated.bound` wanted. Ranks that reach into noise cost several times less at 1.01.
         seed: Of the start block; same inputs and seed, same bits, whatever the number of threads.
         device: Where to compute; where the matrix lies by default. The result stays there.
+        total: ``||D||_F`` where somebody has summed it, in float64 and found finite: one pass less.
 
     Returns:
         Factors in float32 (float64 for a float64 tensor).
@@ -111,12 +114,40 @@ def truncated_svd(
     fine = (energy is not None and 1 - energy < _FINE**2) or (max_error is not None and max_error < _FINE)
     place = None if device is None else torch.device(device)
     with torch.no_grad(), one_thread():
-        op = Operator(matrix, place, None)
+        op = Operator(matrix, place, None, total)
         result = torch.float64 if isinstance(matrix, torch.Tensor) and matrix.dtype == torch.float64 else torch.float32
         if op.norm2 == 0:
             return _zero(op, rank if energy is None and max_error is None else 0, result)
         found = _solve(op.in_float64() if fine else op, wanted, block_size(rank), 1 + _SHARE * (accuracy - 1), seed)
-        return _finished(op, found, result)
+        return _finished(op, found, result, seed)
+
+
+def left_over(
+    matrix: torch.Tensor | MatrixSource,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    total: float | None = None,
+    how: Literal["plain", "fine", "sums"] = "plain",
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """``||row of D - row of left right||^2`` for every row, ``(m,)``, float64.
+
+    Args:
+        matrix: ``(m, n)``, as in `truncated_svd`.
+        left: ``(m, r)``.
+        right: ``(r, n)``.
+        total: As in `truncated_svd`.
+        how: ``plain`` forms each element in float32, ``fine`` in float64 (where less than a thousandth is left, float32 cannot tell how
+            much), ``sums`` none: it gives ``||row of D - row of left right||^2 - ||row of D||^2`` from one product.
+        device: Where to compute.
+    """
+    with torch.no_grad(), one_thread():
+        op = Operator(matrix, None if device is None else torch.device(device), None, total)
+        if how == "sums":
+            return op.change_of_energy(left / op.scale, right) * op.scale**2
+        dtype = torch.float64 if how == "fine" else op.dtype
+        return op.left_over(left.to(dtype) / op.scale, right, dtype) * op.scale**2
 
 
 def _criterion(
@@ -152,32 +183,35 @@ def _solve(
 
 
 def _all_eigenvectors(op: Operator, wanted: Callable[[torch.Tensor, float], int | None]) -> Found:
-    squares, vectors = torch.linalg.eigh(op.gram())
+    gram = op.gram()
+    squares, vectors = torch.linalg.eigh(gram)
     squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-    keep = wanted(squares.cpu(), float(squares.sum()))
-    left = vectors[:, : op.short if keep is None else keep].contiguous()
+    known = squares.cpu()
+    keep = wanted(known, float(known.sum()))
+    left = within(vectors[:, : op.short if keep is None else keep].T.contiguous(), gram.diagonal() != 0)
     exact = op if op.dtype == torch.float64 else op.in_float64()
     return Found(left, exact.adjoint(left), 0.0, 0)
 
 
-def _finished(op: Operator, found: Found, dtype: torch.dtype) -> Truncated:
+def _finished(op: Operator, found: Found, dtype: torch.dtype, seed: int) -> Truncated:
     """Make both sides orthonormal through a small SVD in float64, choose signs, and measure what was left out."""
-    right, core = torch.linalg.qr(found.right.double())
-    turn, values, back = torch.linalg.svd(core.T)
-    left = found.left.double() @ turn
-    right = right @ back.T
+    basis = orthonormal(found.right, noise((len(found.right), op.long), seed, op.dtype, op.device))
+    turn, values, back = torch.linalg.svd((found.right.double() @ basis.T).cpu())
+    left = turn.T.to(op.device) @ found.left.double()
+    right = within(back.to(op.device) @ basis, (found.right != 0).any(0))
     if op.turned:
         left, right = right, left
-    flip = torch.where(left.gather(0, left.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+    flip = torch.where(left.gather(1, left.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     left, right, values = (left * flip).to(dtype), (right * flip).to(dtype), values.to(dtype)
     rest = op.norm2 - float(values.double().square().sum())
+    on_device = values.to(op.device)
     if rest < _MEASURED**2 * op.norm2:
         fine = torch.float64 if rest < _FINE**2 * op.norm2 else op.dtype
-        rest = op.distance(left.to(fine) * values.to(fine), right, fine) ** 2
+        rest = float(op.left_over(left.T.to(fine) * on_device.to(fine), right, fine).sum())
     rounding = torch.finfo(dtype).eps ** 2 * op.norm2
     bound = 1.0 if rest <= _NOTHING**2 * op.norm2 else ratio_bound(rest, found.excess + rounding) * (1 + _SLACK)
     total = math.sqrt(op.norm2) * op.scale
-    return Truncated(left, values * op.scale, right, math.sqrt(rest) * op.scale, total, bound, found.steps)
+    return Truncated(left.T, on_device * op.scale, right.T, math.sqrt(rest) * op.scale, total, bound, found.steps)
 
 
 def _zero(op: Operator, rank: int | None, dtype: torch.dtype) -> Truncated:

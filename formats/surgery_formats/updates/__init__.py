@@ -4,26 +4,40 @@
 Adding a kind is adding a file with a frozen dataclass that satisfies `base.Update`.
 """
 
-from surgery_formats.updates.base import Apply, Factor, Linear, Update, Weight
+from surgery_formats.updates.base import Apply, Factor, Fit, Linear, Mixing, Unsized, Update, Weight
 from surgery_formats.updates.blend import blend
 from surgery_formats.updates.dora import DoRA
+from surgery_formats.updates.ia3 import IA3
+from surgery_formats.updates.loha import LoHa
+from surgery_formats.updates.lokr import LoKr
 from surgery_formats.updates.lora import LoRA
 from surgery_formats.updates.offset import Offset
+from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.replacement import Replacement
 from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.token_rows import TokenRows
+from surgery_formats.updates.vera import Seed, VeRA
 
 __all__ = [
+    "IA3",
+    "OFT",
     "Apply",
     "DoRA",
     "Factor",
+    "Fit",
     "Linear",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "Mixing",
     "Offset",
     "Replacement",
+    "Seed",
     "Stacked",
     "TokenRows",
+    "Unsized",
     "Update",
+    "VeRA",
     "Weight",
     "blend",
 ]

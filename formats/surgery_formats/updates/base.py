@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     View = Callable[..., torch.Tensor]
 
-__all__ = ["Apply", "Factor", "Linear", "Update", "Weight"]
+__all__ = ["Apply", "Factor", "Fit", "Linear", "Mixing", "Unsized", "Update", "Weight"]
 
 Apply = Callable[["torch.Tensor", Index, Index], "torch.Tensor"]
 """``apply(block, rows, cols) -> block'``: `block` holds the logical elements ``[rows, cols]`` and may be written into."""
@@ -105,7 +105,7 @@ class Update(Protocol):
 
     Attributes:
         kind: Name in the field: ``LoRA``, ``DoRA`` ...
-        shape: Logical ``(out, in)`` of the weight it fits; ``(n, 1)`` for a bias.
+        shape: Logical ``(out, in)`` of the weight it fits; ``(n, 1)`` for a bias. 0 is a size that its file does not tell (`Unsized`).
         tensors: Every stored tensor it consumes.
         needs_weight: Whether `prepare` looks at the weight, so that the weight is read twice.
     """
@@ -132,3 +132,42 @@ class Linear(Update, Protocol):
 
     def scaled(self, weight: float) -> Linear:
         """The update that moves a weight `weight` times as far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What binding knows of the weight an update meets, and an adapter's file may not.
+
+    Attributes:
+        shape: Logical ``(out, in)``.
+        kernel: Columns per input channel: the size of a convolution's kernel, else 1.
+        widest: ``(out, in)``, each the greatest of all weights for which the adapter has an update of this kind.
+    """
+
+    shape: tuple[int, int]
+    kernel: int = 1
+    widest: tuple[int, int] = (0, 0)
+
+
+@runtime_checkable
+class Unsized(Update, Protocol):
+    """An update whose file does not tell all sizes of its weight: a vector along one axis, one block for a whole diagonal."""
+
+    def fitted(self, fit: Fit) -> Update:
+        """The update with its sizes. Where they contradict the file's, `shape` says so and binding refuses.
+
+        Raises:
+            FitError: it cannot act on such a weight.
+        """
+
+
+@runtime_checkable
+class Mixing(Update, Protocol):
+    """An update that mixes columns in groups: `apply` is given whole groups, even where a weight is stored transposed.
+
+    Attributes:
+        group: Columns per group; groups begin at multiples of it.
+    """
+
+    @property
+    def group(self) -> int: ...

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.contract import PAD_SWITCH
 from surgery.onnx.run.adapters import Past, past_names
 from surgery.onnx.run.binding import execute, not_recorded, recorded
 from surgery.onnx.run.growing import GrowingDecoder
@@ -215,6 +216,8 @@ class SharedDecoder:
             binding.bind_input("position_ids", *where, np.int64, shape, places.address)
         for name, (buffer, size) in self._slots.items():
             binding.bind_input(name, *where, opened.inputs[name].element, size, buffer.address)
+        if PAD_SWITCH in opened.inputs:  # our masks count virtual tokens; a buffer's length would say that they do not
+            binding.bind_input(PAD_SWITCH, *where, np.int64, (0,), ids.address)
         cache = (batch, contract.kv_heads, self._max, contract.head_dim)
         for name, buffer in self._cache.items():
             address = buffer.address + which.start * self._row

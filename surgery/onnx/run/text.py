@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.onnx.adapter_file import read_adapter_file
+from surgery.onnx.contract import TEXT
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
 from surgery.onnx.run.encoder import Encoded, encode, labels
@@ -153,7 +154,11 @@ def run(
     tokenizer = (
         open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
     )
-    rows = [tokenizer.encode(one) if isinstance(one, str) and tokenizer else [int(i) for i in one] for one in inputs]
+    begins = opened.contract.prompt_kind != TEXT or not prompt or prompt_adapter is not None  # else a text goes on
+    rows = [
+        tokenizer.encode(one, begins=begins) if isinstance(one, str) and tokenizer else [int(i) for i in one]
+        for one in inputs
+    ]
     _check(rows, opened)
     if opened.contract.kind == "encoder":
         if adapters or prompt_adapter is not None:

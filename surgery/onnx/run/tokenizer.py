@@ -31,9 +31,9 @@ class Tokenizer:
     def __init__(self, inner: Any) -> None:
         self._inner = inner
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with the tokens for beginning and end that the model's own template adds."""
-        found: list[int] = self._inner.encode(text).ids
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """Ids of `text`, with the tokens for beginning and end that the model's own template adds; without, if it begins nothing."""
+        found: list[int] = self._inner.encode(text, add_special_tokens=begins).ids
         return found
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""(IA)^3: ``W' = diag(l) W``, or ``W diag(l)`` where l acts on the inputs (Liu et al. 2022, arXiv:2205.05638)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery_formats.lenses.view import Index, positions
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Factor, Fit, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["IA3"]
+
+
+@dataclass(frozen=True, slots=True)
+class IA3:
+    """A vector that stretches the outputs of a layer (their bias too, as an update of its own), or its inputs.
+
+    Attributes:
+        vector: ``l``: one value per logical row, ``(out,)``, or per input channel, ``(in,)``.
+        per_row: Whether `vector` belongs to rows (PEFT's default) or to columns (PEFT's ``feedforward_modules``).
+        other: Size of the other axis; 0 until `fitted`.
+        kernel: Columns that share one input channel's value.
+    """
+
+    kind: ClassVar[str] = "IA3"
+    needs_weight: ClassVar[bool] = False
+
+    vector: Factor
+    per_row: bool
+    other: int = 0
+    kernel: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(out, in)``."""
+        size = self.vector.shape[0]
+        return (size, self.other) if self.per_row else (self.other, size * self.kernel)
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The vector's."""
+        return self.vector.tensors
+
+    def fitted(self, fit: Fit) -> IA3:
+        """The axis that the vector does not tell, and the size of a convolution's kernel."""
+        return replace(self, other=fit.shape[1 if self.per_row else 0], kernel=1 if self.per_row else fit.kernel)
+
+    def parts(self) -> tuple[tuple[int, IA3], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Load the vector once."""
+        gain = self.vector.load(weight.dtype, weight.device).repeat_interleave(self.kernel)
+
+        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+            return block.mul_(positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :])
+
+        return apply

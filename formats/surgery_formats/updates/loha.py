@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoHa: ``W' = W + s (A1 B1) * (A2 B2)``, the product of the pairs by element (Hyeon-Woo et al. 2021, arXiv:2108.06098)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery_formats.lenses.view import Index, positions
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Factor, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoHa"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoHa:
+    """Two low-rank matrices, multiplied by element: rank up to ``r * r`` from ``2 r`` rows and columns.
+
+    Attributes:
+        A1: ``(out, rank)``.
+        B1: ``(rank, in)``; of a convolution flattened, a core in CP form multiplied in by the reader.
+        A2: As A1.
+        B2: As B1.
+        scale: ``alpha / rank``.
+        alpha: As written in the file.
+    """
+
+    kind: ClassVar[str] = "LoHa"
+    needs_weight: ClassVar[bool] = False
+
+    A1: Factor
+    B1: Factor
+    A2: Factor
+    B2: Factor
+    scale: float
+    alpha: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """Inner size of each of the two products."""
+        return self.A1.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(out, in)``."""
+        return self.A1.shape[0], self.B1.shape[1]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Those of all four factors."""
+        found = (*self.A1.tensors, *self.B1.tensors, *self.A2.tensors, *self.B2.tensors)
+        return tuple(dict.fromkeys(found))
+
+    def scaled(self, weight: float) -> LoHa:
+        """The same addition, `weight` times as far."""
+        return replace(self, scale=self.scale * weight)
+
+    def parts(self) -> tuple[tuple[int, LoHa], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Load the factors once; each block costs two rank-r products and one by element."""
+        A1 = self.A1.load(weight.dtype, weight.device).mul_(self.scale)
+        B1, A2, B2 = (factor.load(weight.dtype, weight.device) for factor in (self.B1, self.A2, self.B2))
+
+        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+            first = positions(A1, 0, rows) @ positions(B1, 1, cols)
+            return block.addcmul_(first, positions(A2, 0, rows) @ positions(B2, 1, cols))
+
+        return apply

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoKr: ``W' = W + s kron(C, D)``, a Kronecker product (Yeh et al. 2023, LyCORIS, arXiv:2309.14859)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery_formats.lenses.view import Index
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Factor, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoKr"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoKr:
+    """A Kronecker product of two small matrices, of which an element is one product of two numbers.
+
+    Attributes:
+        C: ``lokr_w1``, ``(a, b)``.
+        D: ``lokr_w2``, ``(c, d * kernel)``; both may be products of low-rank factors.
+        scale: ``alpha / rank``.
+        alpha: As written in the file.
+        rank: As configured; the shapes of full matrices do not tell it.
+        kernel: 1, unless `crossed`.
+        crossed: The order in which PEFT lays out the delta of a Conv1d whose ``lokr_w2`` is stored whole, ``(c, d, kernel)``: it takes
+            ``kron`` of a matrix and a 3-D tensor, so that the element of `D` is the slow index of rows and columns, not that of `C`.
+    """
+
+    kind: ClassVar[str] = "LoKr"
+    needs_weight: ClassVar[bool] = False
+
+    C: Factor
+    D: Factor
+    scale: float
+    alpha: float | None = None
+    rank: int | None = None
+    kernel: int = 1
+    crossed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(out, in)``."""
+        return self.C.shape[0] * self.D.shape[0], self.C.shape[1] * self.D.shape[1]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Those of both factors."""
+        return (*self.C.tensors, *self.D.tensors)
+
+    def scaled(self, weight: float) -> LoKr:
+        """The same addition, `weight` times as far."""
+        return replace(self, scale=self.scale * weight)
+
+    def parts(self) -> tuple[tuple[int, LoKr], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Load both once; each element of a block picks one number of each."""
+        import torch
+
+        C = self.C.load(weight.dtype, weight.device).mul_(self.scale)
+        D = self.D.load(weight.dtype, weight.device)
+        (a, b), (c, dk), kernel = self.C.shape, self.D.shape, self.kernel
+
+        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+            p = torch.tensor(list(rows), device=block.device)
+            # p = A c + C, and columns B d + D with the kernel inside; crossed p = C a + A, columns (D b + B) kernel + K
+            one, other = (C[p % a], D[p // a]) if self.crossed else (C[p // c], D[p % c])
+            if cols == range(b * dk):  # whole rows: outer products
+                sizes = (len(p), dk // kernel, b, kernel) if self.crossed else (len(p), 1, b, dk)
+                one = one.reshape(len(p), 1, b, 1)
+                other = other.reshape(len(p), sizes[1], 1, sizes[3])
+                return torch.addcmul(block.reshape(sizes), one, other).reshape(block.shape)
+            q = torch.tensor(list(cols), device=block.device)
+            if self.crossed:
+                one, other = one[:, q // kernel % b], other[:, q // (kernel * b) * kernel + q % kernel]
+            else:
+                one, other = one[:, q // dk], other[:, q % dk]
+            return block.addcmul_(one, other)
+
+        return apply

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OFT: ``W' = W R^T``, R orthogonal and block-diagonal (Qiu et al. 2023, arXiv:2306.07280; on inputs: arXiv:2506.19847)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery_formats.errors import FitError
+from surgery_formats.lenses.view import Index
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Factor, Fit, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OFT"]
+
+
+@dataclass(frozen=True, slots=True)
+class OFT:
+    """A rotation of the inputs of a layer, in blocks of `block` neighbours. Every group of columns is mixed, rows stay apart.
+
+    The facts are PEFT's (``tuners/oft/layer.py``, 0.18 and later): each block is made of a skew-symmetric Q by the Cayley transform
+    ``(I - Q)(I + Q)^-1``, or by a series ``I + 2Q + 2Q^2 + ... + Q^k`` whose last term has weight one. The series tends to the
+    *transpose* of the transform, so the two are not interchangeable.
+
+    Attributes:
+        angles: ``oft_R.weight``: the strictly upper triangles of Q, ``(blocks, block (block - 1) / 2)``; one row if blocks share it.
+        block: Side of a block.
+        terms: Of the series; 0 for the exact transform.
+        radius: COFT: a Q of a greater norm is shortened to it; None without the constraint.
+        shared: Whether one block is repeated along the diagonal.
+        embedding: The rotation acts on what an embedding gives, ``W' = W R``.
+        outputs: Rows of the weight; 0 until `fitted`.
+        inputs: Its columns; 0 until `fitted` where the file does not tell.
+    """
+
+    kind: ClassVar[str] = "OFT"
+    needs_weight: ClassVar[bool] = False
+
+    angles: Factor
+    block: int
+    terms: int
+    radius: float | None = None
+    shared: bool = False
+    embedding: bool = False
+    outputs: int = 0
+    inputs: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(out, in)``."""
+        return self.outputs, self.inputs
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The angles'."""
+        return self.angles.tensors
+
+    @property
+    def group(self) -> int:
+        """Columns that are mixed with each other."""
+        return self.block
+
+    def fitted(self, fit: Fit) -> OFT:
+        """The rows of the weight, and its columns where one block is repeated.
+
+        Raises:
+            FitError: a convolution with a kernel, or a width that is not a multiple of the block.
+        """
+        stored = self.angles.tensors[0]
+        if fit.kernel > 1:
+            raise FitError(
+                "OFT on a convolution with a kernel: attached, PEFT rotates overlapping patches, which no weight can do",
+                file=stored.file.path,
+                tensor=stored.name,
+            )
+        inputs = fit.shape[1] if self.shared else self.inputs
+        if inputs % self.block:
+            raise FitError(
+                f"blocks of {self.block}, but the weight has {inputs} columns",
+                file=stored.file.path,
+                tensor=stored.name,
+                hint="is this the base it was trained on?",
+            )
+        return replace(self, outputs=fit.shape[0], inputs=inputs)
+
+    def parts(self) -> tuple[tuple[int, OFT], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Make the blocks of R in float64 once; each block of the weight costs `block` multiplications per element."""
+        import torch
+
+        found = self.rotations(weight.device).to(weight.dtype)  # (blocks, n, n)
+        turned = found if self.embedding else found.transpose(1, 2)
+
+        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+            if not isinstance(cols, range):
+                order = sorted(range(len(cols)), key=cols.__getitem__)
+                at = torch.tensor(order, device=block.device)
+                block[:, at] = apply(block[:, at], rows, range(cols[order[0]], cols[order[-1]] + 1))
+                return block
+            if cols.step != 1 or cols.start % self.block or len(cols) % self.block:
+                raise ValueError(f"columns {cols} are not whole groups of {self.block}")
+            first, last = cols.start // self.block, cols.stop // self.block
+            mixed = turned if self.shared else turned[first:last]
+            parts = block.reshape(len(block), last - first, self.block).transpose(0, 1)
+            return torch.matmul(parts, mixed).transpose(0, 1).reshape(len(block), len(cols))
+
+        return apply
+
+    def rotations(self, device: str = "cpu") -> torch.Tensor:
+        """``(blocks, n, n)`` in float64; one block if it is shared."""
+        import torch
+
+        angles = self.angles.load(torch.float64, device)
+        n = self.block
+        upper = torch.triu_indices(n, n, 1, device=device)
+        Q = torch.zeros(len(angles), n, n, dtype=torch.float64, device=device)
+        Q[:, upper[0], upper[1]] = angles
+        Q = Q - Q.transpose(1, 2)
+        if self.radius is not None:
+            limit = self.radius / math.sqrt(len(Q))
+            norms = torch.linalg.matrix_norm(Q, keepdim=True)
+            Q = torch.where(norms <= limit, Q, limit * (Q / norms))
+        one = torch.eye(n, dtype=torch.float64, device=device).expand_as(Q)
+        return _series(Q, one, self.terms) if self.terms else torch.linalg.solve(one + Q, one - Q, left=False)
+
+
+def _series(Q: torch.Tensor, one: torch.Tensor, terms: int) -> torch.Tensor:
+    """PEFT's Cayley-Neumann series; with three terms it is that of four (its loop adds the last power always)."""
+    R = one.clone()
+    if terms > 1:
+        R += 2 * Q
+    if terms > 2:
+        power = Q @ Q
+        R += 2 * power
+        for _ in range(3, terms - 1):
+            power = power @ Q
+            R += 2 * power
+        R += power @ Q
+    return R

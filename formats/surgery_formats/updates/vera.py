@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VeRA: ``W' = W + diag(b) B diag(d) A`` with random A and B that all weights share (Kopiczko et al. 2023, arXiv:2310.11454)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+from surgery_formats.lenses.view import Index, positions
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.updates.base import Apply, Factor, Fit, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Seed", "VeRA"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """Projections that are not in the file: PEFT draws them again (``save_projection=False``).
+
+    Attributes:
+        key: ``projection_prng_key``.
+        widest: ``(out, in)``, each the greatest of all weights the adapter was trained for; (0, 0) until the base is known.
+    """
+
+    key: int
+    widest: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class VeRA:
+    """Two trained vectors around shared random projections, of which a weight uses its first rows and columns.
+
+    Attributes:
+        b: ``vera_lambda_b``, ``(out,)``.
+        d: ``vera_lambda_d``, ``(rank,)``.
+        projections: ``vera_A`` ``(rank, widest in)`` and ``vera_B`` ``(widest out, rank)``, or how to draw them.
+        scale: Factor on the addition.
+        inputs: Columns of the weight; 0 until `fitted`.
+    """
+
+    kind: ClassVar[str] = "VeRA"
+    needs_weight: ClassVar[bool] = False
+
+    b: Factor
+    d: Factor
+    projections: tuple[Factor, Factor] | Seed
+    scale: float = 1.0
+    inputs: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the product."""
+        return self.d.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(out, in)``."""
+        return self.b.shape[0], self.inputs
+
+    @property
+    def shared(self) -> tuple[StoredTensor, ...]:
+        """The stored projections, which were not trained."""
+        if isinstance(self.projections, Seed):
+            return ()
+        return tuple(tensor for factor in self.projections for tensor in factor.tensors)
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The vectors', then the projections'."""
+        return (*self.b.tensors, *self.d.tensors, *self.shared)
+
+    def scaled(self, weight: float) -> VeRA:
+        """The same directions, `weight` times as far."""
+        return replace(self, scale=self.scale * weight)
+
+    def fitted(self, fit: Fit) -> VeRA:
+        """The width of the weight; where projections are drawn, their sizes."""
+        drawn = self.projections
+        made = Seed(drawn.key, fit.widest) if isinstance(drawn, Seed) else drawn
+        width = fit.widest[1] if isinstance(drawn, Seed) else drawn[0].shape[1]
+        return replace(self, projections=made, inputs=min(fit.shape[1], width))
+
+    def parts(self) -> tuple[tuple[int, VeRA], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Cut and scale the projections once; each block costs one rank-r product."""
+        out, inputs = self.shape
+        if isinstance(self.projections, Seed):
+            whole_a, whole_b = _drawn(self.projections.key, self.rank, self.projections.widest)
+            A, B = (one.to(weight.device, weight.dtype) for one in (whole_a[:, :inputs], whole_b[:out]))
+        else:
+            A, B = (one.load(weight.dtype, weight.device) for one in self.projections)
+        A = A[:, :inputs] * self.d.load(weight.dtype, weight.device)[:, None]
+        B = B[:out] * self.b.load(weight.dtype, weight.device).mul_(self.scale)[:, None]
+
+        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+            return block.addmm_(positions(B, 0, rows), positions(A, 1, cols))
+
+        return apply
+
+
+@lru_cache(maxsize=2)
+def _drawn(key: int, rank: int, widest: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A, then B, from one CPU generator: uniform in ``+-sqrt(6 / columns)`` (PEFT ``tuners/vera/model.py``, ``_kaiming_init``)."""
+    import torch
+
+    generator = torch.Generator(device="cpu").manual_seed(key)
+
+    def uniform(rows: int, cols: int) -> torch.Tensor:
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(cols))
+        return torch.empty((rows, cols), dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+    return uniform(rank, widest[1]), uniform(widest[0], rank)

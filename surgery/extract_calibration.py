@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Factors that are best for the inputs a model really gets: a calibration file, its use, and whether it was of any.
+
+The file is a safetensors file with, for each module (by its path in the model, or by the name of its weight without ``.weight``), either
+
+- ``<module>.activations``, ``(n, in)``: raw inputs, one per row, or
+- ``<module>.gram``, ``(in, in)``: their second moment ``E x x^T``, and, if it is known, ``<module>.mean``, ``(in,)``: ``E x``.
+
+`in` is the module's number of inputs; of a convolution, channels times kernel, unfolded. Modules that are not in the file are extracted
+plainly. Half-whitened factors (`surgery_formats.linalg.whitening`) are compared with plain ones by the error of the outputs on these
+inputs, and the better ones are kept; of raw inputs one in four is not used for weighting but for this comparison. A module's bias,
+where it has one and the mean is known, makes up for the mean error if that helps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from surgery.extract_factor import Factored, Place, Scratch
+from surgery.extract_kind import CalibrationFacts
+from surgery.extract_plan import Forms, Kept
+from surgery.extract_sites import Spot, Unit
+from surgery.lanes import in_threads
+from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.files.raw import File
+from surgery_formats.files.sharded import open_shards
+from surgery_formats.identity import fingerprint
+from surgery_formats.tensors import StoredTensor
+from surgery_formats.text import closest, show
+
+if TYPE_CHECKING:
+    from surgery_formats.linalg.whitening import Moment
+
+__all__ = ["Calibrated", "Calibration", "calibrate", "check_modules", "open_calibration"]
+
+_JUDGING = 4
+_FEW = 8  # raw inputs below this number are too few to keep some back
+_PARTS = ("activations", "gram", "mean")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A file of inputs; only its header was read.
+
+    Attributes:
+        path: The file.
+        files: It, opened.
+        modules: Module as the file names it -> part -> tensor.
+        id: Of its content.
+    """
+
+    path: Path
+    files: tuple[File, ...]
+    modules: Mapping[str, Mapping[str, StoredTensor]]
+    id: str
+
+    def of(self, unit: Unit) -> Mapping[str, StoredTensor] | None:
+        """What the file says of a unit."""
+        names = (unit.path.rpartition(".")[0], unit.names[0].rpartition(".")[0])
+        return next((self.modules[name] for name in names if name in self.modules), None)
+
+    def unused(self, units: Iterable[Unit]) -> tuple[str, ...]:
+        """Modules of the file that none of `units` is."""
+        used = {id(parts) for unit in units if (parts := self.of(unit)) is not None}
+        return tuple(module for module, parts in self.modules.items() if id(parts) not in used)
+
+    def check_unchanged(self) -> None:
+        """Raise ProofError if the file changed since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What the inputs changed.
+
+    Attributes:
+        facts: By unit path.
+        factored: Factors that take the place of the plain ones, by unit path.
+        shifts: Path of a bias -> what is added to it, ``(1, out)``.
+    """
+
+    facts: Mapping[str, CalibrationFacts]
+    factored: Mapping[str, Factored]
+    shifts: Mapping[str, Place]
+
+    def into(self, forms: Forms, spots: Iterable[Spot]) -> None:
+        """Put the shifted biases among what is stored."""
+        by_path = {spot.path: spot for spot in spots}
+        for path, place in self.shifts.items():
+            spot = by_path[path]
+            forms.kept = [kept for kept in forms.kept if kept.path != path]
+            forms.kept.append(Kept(path, spot.pair.tuned, "bias", spot.pair.name, shift=partial(_row, place)))
+            forms.dropped.pop(spot.pair.name, None)
+
+
+def _row(place: Place) -> torch.Tensor:
+    return place.scratch.get(place)[0]
+
+
+def open_calibration(path: str | os.PathLike[str]) -> Calibration:
+    """Open the file.
+
+    Raises:
+        InputError: it is missing or malformed, or holds something else.
+    """
+    where = Path(path)
+    found = open_shards(where)
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in found.tensors.items():
+        module, _, part = name.rpartition(".")
+        if part not in _PARTS or not module:
+            raise MalformedError(
+                "is no part of a calibration", file=where, tensor=name, hint=f"<module>.{' or <module>.'.join(_PARTS)}"
+            )
+        if not tensor.dtype.is_float:
+            raise MalformedError(f"is {tensor.dtype.label}, no floating-point type", file=where, tensor=name)
+        modules.setdefault(module, {})[part] = tensor
+    for module, parts in modules.items():
+        if ("activations" in parts) == ("gram" in parts) or ("activations" in parts and "mean" in parts):
+            raise MalformedError(
+                f"'{show(module)}' has {' and '.join(parts)}; it has activations, or a gram and perhaps a mean",
+                file=where,
+            )
+    if not modules:
+        raise MalformedError("holds no inputs", file=where)
+    files = tuple(shard.file for shard in found.shards)
+    return Calibration(where, files, modules, "".join(fingerprint(file) for file in files))
+
+
+def check_modules(
+    calibration: Calibration, spots: Iterable[Spot], units: Iterable[Unit], shared: Iterable[str]
+) -> None:
+    """Every module of the file is one of the model's, and of its size.
+
+    Args:
+        calibration: The file.
+        spots: Every compared tensor.
+        units: What could become factors.
+        shared: Parameters that the files do not store, for they are another's: a tied head.
+
+    Raises:
+        FitError: one is not.
+    """
+    known = {name for spot in spots for name in (spot.module, spot.pair.name.rpartition(".")[0])}
+    known |= {name.rpartition(".")[0] for name in shared}
+    for module, parts in calibration.modules.items():
+        if module not in known:
+            raise FitError(
+                "inputs of a module that the model lacks",
+                file=calibration.path,
+                tensor=f"{module}.{next(iter(parts))}",
+                hint=closest(module, known),
+            )
+    for unit in units:
+        for part, tensor in (calibration.of(unit) or {}).items():
+            size = unit.deltas[0].shape[1]
+            wanted = {
+                "activations": (tensor.shape[0] if tensor.shape else 0, size),
+                "gram": (size, size),
+                "mean": (size,),
+            }
+            if unit.form not in ("linear", "conv"):
+                raise FitError(
+                    f"inputs of {unit.form}, which cannot be weighted", file=calibration.path, tensor=tensor.name
+                )
+            if tensor.shape != wanted[part]:
+                raise FitError(
+                    f"{list(tensor.shape)} for a module of {size} inputs", file=calibration.path, tensor=tensor.name
+                )
+
+
+def calibrate(
+    calibration: Calibration,
+    forms: Forms,
+    spots: Iterable[Spot],
+    factored: Mapping[str, Factored],
+    ranks: Mapping[str, int],
+    scratch: Scratch,
+    device: str,
+    workers: int,
+    *,
+    biases: bool,
+) -> Calibrated:
+    """Weight every unit whose inputs are known.
+
+    Args:
+        calibration: The inputs.
+        forms: Whose units become factors.
+        spots: Every compared tensor.
+        factored: Plainly, by unit path.
+        ranks: By unit path.
+        scratch: Where new factors go.
+        device: Where SVDs are made.
+        workers: Threads.
+        biases: Whether biases may be changed.
+
+    Raises:
+        FitError: inputs that are none: NaN, a matrix that is no second moment.
+    """
+    known = {spot.path: spot for spot in spots if spot.form == "bias" and spot.pair.grown == 0}
+    stored = {kept.path for kept in forms.kept if kept.via != "bias"}
+    free = {path for path in known if path not in stored} if biases else set()
+    made: dict[str, _Made] = {}
+
+    def work(unit: Unit, parts: Mapping[str, StoredTensor], stop: Callable[[], bool]) -> None:
+        if not stop():
+            bias = f"{unit.path.rpartition('.')[0]}.bias"
+            made[unit.path] = _weighted(
+                unit, parts, factored[unit.path], ranks[unit.path], scratch, device, bias if bias in free else ""
+            )
+
+    wanted = [(unit, parts) for unit in forms.units if (parts := calibration.of(unit)) is not None]
+    in_threads([partial(work, unit, parts) for unit, parts in wanted], workers)
+    ordered = {unit.path: made[unit.path] for unit, _ in wanted}
+    return Calibrated(
+        {path: one.facts for path, one in ordered.items()},
+        {path: one.factored for path, one in ordered.items() if one.factored is not None},
+        {one.bias: one.shift for one in ordered.values() if one.shift is not None},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    facts: CalibrationFacts
+    factored: Factored | None
+    bias: str
+    shift: Place | None
+
+
+def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
+    """What the factors are weighted with, and what they are judged by: of raw inputs, every fourth is kept from the weighting.
+
+    Factors that are weighted with few inputs are good on these whatever they do to others.
+    """
+    from surgery_formats.linalg.whitening import moment_of_gram, moment_of_inputs
+
+    if "gram" in parts:
+        found = moment_of_gram(parts["gram"].read(), parts["mean"].read() if "mean" in parts else None)
+        return found, found
+    rows = parts["activations"].read()
+    if len(rows) < _FEW:
+        found = moment_of_inputs(rows)
+        return found, found
+    judging = torch.arange(len(rows)) % _JUDGING == _JUDGING - 1
+    return moment_of_inputs(rows[~judging]), moment_of_inputs(rows[judging])
+
+
+def _weighted(
+    unit: Unit,
+    parts: Mapping[str, StoredTensor],
+    plain: Factored,
+    rank: int,
+    scratch: Scratch,
+    device: str,
+    bias: str,
+) -> _Made:
+    from surgery_formats.linalg.whitening import output_energy, weighted_factors
+
+    try:
+        moment, judge = _moments(parts)
+    except FitError as error:
+        tensor = next(iter(parts.values()))
+        raise FitError(error.message, file=tensor.file.path, tensor=tensor.name) from error
+    away = moment.mean if bias else None
+    delta = unit.deltas[0].whole()
+    total = output_energy(delta, judge)
+    left, right = plain.factors(0, rank)
+    rest = delta - (left @ right).to(delta.dtype)
+    B, A = (factor.cpu() for factor in weighted_factors(delta.to(device), moment, rank))
+    other = delta - B @ A
+    if away is not None and output_energy(rest, judge, away) >= output_energy(rest, judge):
+        away = None  # the mean of other inputs is another
+    errors = {"plain": output_energy(rest, judge, away), "weighted": output_energy(other, judge, away)}
+    better = errors["weighted"] < errors["plain"]
+    weighted, least = (math.sqrt(errors[one] / total) if total > 0 else 0.0 for one in ("weighted", "plain"))
+    facts = CalibrationFacts(
+        "weighted" if better else "plain", weighted, least, total, bias if away is not None else ""
+    )
+    kept = other if better else rest
+    shift = None if away is None else scratch.put((kept.double() @ away)[None])
+    if not better:
+        return _Made(facts, None, bias, shift)
+    (piece,) = plain.pieces
+    missing, best = float(other.double().square().sum()), piece.residual(rank)
+    values = tuple((B.norm(dim=0) * A.norm(dim=1)).tolist())
+    bound = piece.bound * math.sqrt(missing / best) if best > 0 else 1.0
+    places = scratch.put(B.T), scratch.put(A)
+    new = replace(piece, left=places[0], right=places[1], values=values, rest=missing, bound=max(bound, 1.0), fold=1.0)
+    new = replace(new, left_energy=None)
+    return _Made(facts, Factored(unit, (new,)), bias, shift)

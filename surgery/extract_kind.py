@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which factors were chosen, LoRA or DoRA, weighted or plain, and what either leaves. Figures only; torch is not needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["KINDS", "CalibrationFacts", "CalibrationTotals", "Kind", "KindFacts"]
+
+Kind = Literal["auto", "lora", "dora"]
+KINDS: tuple[Kind, ...] = ("auto", "lora", "dora")
+
+
+@dataclass(frozen=True, slots=True)
+class KindFacts:
+    """What the factors are, and what the other kind would have left.
+
+    Attributes:
+        kind: ``lora`` or ``dora``.
+        why: In words.
+        lora: ``||W' - (W + BA)|| / ||W' - W||`` over the modules that could be either.
+        equal: At least this is left by a LoRA with as many numbers as the DoRA has; NaN where no DoRA was made.
+        dora: What the DoRA leaves of them; NaN where none was made.
+        rows: Share of what the LoRA leaves that rescaling rows would take away (the test beforehand); NaN where it was not made.
+        rounding: What PEFT's rounding of norms adds to the DoRA's error, relative to the change, in a model of the stored type.
+    """
+
+    kind: Literal["lora", "dora"]
+    why: str
+    lora: float = math.nan
+    equal: float = math.nan
+    dora: float = math.nan
+    rows: float = math.nan
+    rounding: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json`` and the manifest."""
+        figures = {
+            "lora": self.lora,
+            "lora_of_equal_size_at_least": self.equal,
+            "dora": self.dora,
+            "row_scale_share": self.rows,
+            "dora_rounding_in_peft": self.rounding,
+        }
+        shown = {name: None if math.isnan(value) else float(f"{value:.6g}") for name, value in figures.items()}
+        return {"chosen": self.kind, "why": self.why, **shown}
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationFacts:
+    """Of one module whose inputs were given.
+
+    Attributes:
+        kept: ``weighted`` or ``plain``: the factors that are written.
+        weighted: Error of the outputs on these inputs, relative to what the whole change does to them, with weighted factors.
+        plain: The same with plain ones.
+        energy: Mean squared norm of what the whole change does to the outputs.
+        bias: Path of the bias that makes up for the mean error; empty where there is none.
+    """
+
+    kept: Literal["weighted", "plain"]
+    weighted: float
+    plain: float
+    energy: float
+    bias: str = ""
+
+    @property
+    def error(self) -> float:
+        """Of what was kept."""
+        return min(self.weighted, self.plain)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json`` and the manifest."""
+        return {
+            "kept": self.kept,
+            "weighted": _short(self.weighted),
+            "plain": _short(self.plain),
+            "bias": self.bias or None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationTotals:
+    """Of all modules whose inputs were given.
+
+    Attributes:
+        modules: How many.
+        weighted: How many have weighted factors.
+        biases: How many biases make up for a mean error.
+        error: Of the outputs on these inputs, all modules together, with what was kept.
+        plain: The same with plain factors.
+    """
+
+    modules: int
+    weighted: int
+    biases: int
+    error: float
+    plain: float
+
+    @classmethod
+    def of(cls, facts: Iterable[CalibrationFacts]) -> CalibrationTotals:
+        """Added up."""
+        every = list(facts)
+        total = math.fsum(one.energy for one in every)
+
+        def together(errors: Iterable[float]) -> float:
+            left = math.fsum(one.energy * error**2 for one, error in zip(every, errors, strict=True))
+            return math.sqrt(left / total) if total > 0 else 0.0
+
+        return cls(
+            len(every),
+            sum(one.kept == "weighted" for one in every),
+            sum(bool(one.bias) for one in every),
+            together(one.error for one in every),
+            together(one.plain for one in every),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json`` and the manifest."""
+        counts = {"modules": self.modules, "weighted": self.weighted, "biases": self.biases}
+        return {**counts, "output_error": _short(self.error), "output_error_plain": _short(self.plain)}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

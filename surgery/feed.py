@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads pairs of tensors to where they are subtracted, through buffers that are used again and again.
+
+On a CPU the thread that subtracts reads. For a GPU, threads of their own read into page-locked buffers, and the copies to the device run
+while the next bytes are read. Reading never runs ahead by more than the buffers hold (law 3).
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from surgery_formats.lenses import Plain
+from surgery_formats.tensors import as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Direct", "Feed", "Rows", "Seen", "Staged"]
+
+HOST_BLOCK = 1 << 17
+"""Elements that are subtracted at a time on a CPU, 512 kB of float32: with what is worked out from them they stay in its cache. Sums
+depend on it: fixed."""
+DEVICE_BLOCK = 1 << 26
+"""The same on a GPU, whose memory is the cache, and which wants long loops."""
+_CHUNK = 8 << 20  # bytes per buffer
+
+
+Seen = Callable[[int, memoryview], None]
+
+
+class Rows(NamedTuple):
+    """Rows of a pair, as stored.
+
+    Attributes:
+        first: Number of the first one.
+        base: ``(n, cols)``.
+        tuned: ``(n, cols)``.
+    """
+
+    first: int
+    base: torch.Tensor
+    tuned: torch.Tensor
+
+
+class Feed(Protocol):
+    """A way to the device."""
+
+    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int, seen: Seen | None = None) -> Iterator[Rows]:
+        """Rows ``[start, stop)`` in order; what is handed out lasts until the next is asked for.
+
+        Args:
+            base: One side.
+            tuned: The other.
+            start: First row.
+            stop: Row after the last.
+            seen: Called with the bytes of `base` in order, and their offset in its tensor.
+        """
+        ...
+
+
+class Direct:
+    """Into memory of the CPU, by the thread that asks."""
+
+    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int, seen: Seen | None = None) -> Iterator[Rows]:
+        """See `Feed`."""
+        import torch
+
+        height = min(stop - start, max(1, HOST_BLOCK // max(tuned.shape[1], 1)))
+        one, other = (torch.empty((height, side.shape[1]), dtype=side.tensor.dtype.torch) for side in (base, tuned))
+        for at in range(start, stop, max(height, 1)):
+            count = min(height, stop - at)
+            base.read_into(one[:count], at)
+            tuned.read_into(other[:count], at)
+            if seen is not None:
+                seen(at * base.shape[1] * one.element_size(), as_bytes(one[:count]))
+            yield Rows(at, one[:count], other[:count])
+
+
+class _Buffer:
+    """Page-locked bytes, and the copy that last read them."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.bytes = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def copied(self) -> None:
+        """The current stream's copies out of it have been asked for."""
+        if self.event is not None:
+            self.event.record()
+
+    def wait(self) -> None:
+        """Until they are done."""
+        if self.event is not None:
+            self.event.synchronize()
+
+
+class Staged:
+    """Through page-locked buffers to a device. One object serves any number of threads.
+
+    Args:
+        device: Where the rows are wanted.
+        readers: Threads that read.
+        buffers: How far they may run ahead, in buffers of 8 MB.
+    """
+
+    def __init__(self, device: torch.device, readers: int, buffers: int) -> None:
+        self._device = device
+        self._free: queue.Queue[_Buffer] = queue.Queue()
+        for _ in range(buffers):
+            self._free.put(_Buffer(device))
+        self._pool = ThreadPoolExecutor(readers, "surgery-read")
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int, seen: Seen | None = None) -> Iterator[Rows]:
+        """See `Feed`."""
+        import torch
+
+        height = max(1, DEVICE_BLOCK // max(tuned.shape[1], 1))
+        for at in range(start, stop, height):
+            count = min(height, stop - at)
+            one, other = (
+                torch.empty((count, side.shape[1]), dtype=side.tensor.dtype.torch, device=self._device)
+                for side in (base, tuned)
+            )
+            self._fill([(base, one), (tuned, other)], at, seen)
+            yield Rows(at, one, other)
+
+    def _fill(self, sides: list[tuple[Plain, torch.Tensor]], start: int, seen: Seen | None) -> None:
+        """Both sides by turns, so that none waits for the whole of the other."""
+        wanted = deque(_chunks(sides, start))
+        running: deque[tuple[Future[None], _Buffer, _Chunk]] = deque()
+        try:
+            while wanted or running:
+                # Whoever has nothing under way may wait for a buffer; whoever has, frees one first. So nobody waits in a circle.
+                while wanted and (buffer := self._take(wait=not running)) is not None:
+                    chunk = wanted.popleft()
+                    running.append((self._pool.submit(_read, buffer, chunk), buffer, chunk))
+                future, buffer, chunk = running[0]
+                future.result()
+                running.popleft()
+                read = buffer.bytes[: chunk.place.numel()]
+                chunk.place.copy_(read, non_blocking=True)
+                buffer.copied()
+                if seen is not None and chunk.side is sides[0][0]:
+                    seen(chunk.offset, as_bytes(read))
+                self._free.put(buffer)
+        finally:
+            for future, buffer, _ in running:  # after a failure
+                future.cancel()
+                if not future.cancelled():
+                    future.exception()
+                self._free.put(buffer)
+
+    def _take(self, *, wait: bool) -> _Buffer | None:
+        try:
+            return self._free.get(block=wait)
+        except queue.Empty:
+            return None
+
+
+class _Chunk(NamedTuple):
+    """Bytes of one side, their offset in its tensor, and where they go."""
+
+    side: Plain
+    offset: int
+    place: torch.Tensor
+
+
+def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[_Chunk]:
+    import torch
+
+    flat = [
+        (side, start * side.shape[1] * block.element_size(), block.reshape(-1).view(torch.uint8))
+        for side, block in sides
+    ]
+    for at in range(0, max(len(place) for _, _, place in flat), _CHUNK):
+        for side, offset, place in flat:
+            if at < len(place):
+                yield _Chunk(side, offset + at, place[at : at + _CHUNK])
+
+
+def _read(buffer: _Buffer, chunk: _Chunk) -> None:
+    buffer.wait()
+    tensor, into = chunk.side.tensor, buffer.bytes[: chunk.place.numel()]
+    if tensor.strides is None and tensor.shape:
+        tensor.file.read_into(as_bytes(into), tensor.offset + chunk.offset)
+    else:  # a pickle's transposed tensor: rare, and read whole
+        import torch
+
+        flat = tensor.read().reshape(-1)
+        into.copy_(flat.view(torch.uint8)[chunk.offset : chunk.offset + len(into)])

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads and devices: every job runs whole in one lane, a thread with a device, a stream of it, and a way for bytes to get there.
+
+Which lane runs a job changes nothing (law 6): the lanes of one run are on devices of one type, and each does its own arithmetic in one
+thread or one stream.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from surgery.feed import Direct, Feed, Staged
+from surgery_formats.errors import FitError, ResourceError
+from surgery_formats.text import show
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Job", "Lane", "Lanes", "Room", "devices_of", "in_threads"]
+
+_BUFFERS = 24  # of 8 MB, per device
+_SHARE = 0.7  # of a device's free memory
+_DEVICE = re.compile(r"cuda(?::(all|\d{1,3}(?:,\d{1,3}){0,63}))?", re.ASCII)
+
+Stop = Callable[[], bool]
+
+
+def devices_of(text: str) -> tuple[str, ...]:
+    """``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1`` or ``cuda:all`` as a list of devices; ``auto`` is all that are there.
+
+    Raises:
+        FitError: not a device, or not on this machine.
+    """
+    parts = text.split(",")
+    if text == "cpu" or all(part == "cpu" for part in parts):
+        return tuple(parts)
+    found = _DEVICE.fullmatch(text)
+    if found is None and text != "auto":
+        raise FitError(f"'{show(text, 40)}' is no device", hint="there are cpu, cuda, cuda:1, cuda:0,1, cuda:all, auto")
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found is None:
+        return tuple(f"cuda:{number}" for number in range(there)) or ("cpu",)
+    listed = found[1] or "0"
+    numbers = range(there) if listed == "all" else [int(number) for number in listed.split(",")]
+    if not numbers or max(numbers) >= there or len(set(numbers)) < len(numbers):
+        raise FitError(f"'{show(text, 40)}' is not on this machine, which has {there} CUDA devices")
+    return tuple(f"cuda:{number}" for number in numbers)
+
+
+class Room:
+    """Memory of one device: a job waits until what it needs is free. What is larger than all of it comes alone."""
+
+    def __init__(self, nbytes: int | None) -> None:
+        self._limit, self._used = nbytes, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        """Hold so many bytes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._limit is None or not self._used or self._used + nbytes <= self._limit)
+            self._used += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= nbytes
+                self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Where a job runs.
+
+    Attributes:
+        device: Its arithmetic.
+        feed: How the bytes get there.
+        room: Memory shared with the other lanes of the device.
+    """
+
+    device: torch.device
+    feed: Feed
+    room: Room
+    _kept: list[torch.Tensor] = field(default_factory=list)
+
+    def space(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a matrix until the job ends.
+
+        On a CPU it is the same for every job: giving it back and taking it again costs as much as reading the files.
+        """
+        import torch
+
+        if self.device.type != "cpu":
+            return torch.empty((rows, cols), dtype=dtype, device=self.device)
+        needed = rows * cols
+        if not self._kept or self._kept[0].dtype != dtype or self._kept[0].numel() < needed:
+            self._kept[:] = []
+            self._kept[:] = [torch.empty(needed, dtype=dtype)]
+        return self._kept[0][:needed].view(rows, cols)
+
+
+Job = Callable[[Lane, Stop], None]
+
+
+class Lanes:
+    """All lanes of a run. Made before the first byte is read, for devices take time to start; closed at the end.
+
+    Args:
+        devices: Names, as from `devices_of`.
+        workers: Lanes: together on CPUs, per device on GPUs.
+    """
+
+    def __init__(self, devices: Sequence[str], workers: int) -> None:
+        import torch
+
+        self._staged: list[Staged] = []
+        by_device = [self._on(torch.device(name), workers, len(devices)) for name in devices]
+        self._lanes = [lane for lanes in zip(*by_device, strict=True) for lane in lanes]  # by turns: few jobs reach all
+        self._local = threading.local()
+        self._waiting = list(reversed(self._lanes))
+        self._pool = ThreadPoolExecutor(len(self._lanes), "surgery-lane", initializer=self._enter)
+
+    def _on(self, device: torch.device, workers: int, devices: int) -> list[Lane]:
+        import torch
+
+        if device.type == "cpu":
+            return [Lane(device, Direct(), Room(None)) for _ in range(-(-workers // devices))]
+        with torch.cuda.device(device):
+            room = Room(int(torch.cuda.mem_get_info()[0] * _SHARE))
+            self._staged.append(Staged(device, workers, _BUFFERS))
+            return [Lane(device, self._staged[-1], room) for _ in range(workers)]
+
+    def _enter(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._local.lane = self._waiting.pop()
+        self._local.stream = _stream(self._local.lane.device)
+
+    def close(self) -> None:
+        """Stop all threads."""
+        self._pool.shutdown(cancel_futures=True)
+        for staged in self._staged:
+            staged.close()
+
+    def warm(self, job: Job) -> None:
+        """Run `job` in every lane on a GPU at once, whose libraries start when first used; nothing on CPUs."""
+        gpus = [lane for lane in self._lanes if lane.device.type != "cpu"]
+        if not gpus:
+            return
+        import torch
+
+        torch.linalg.inv(
+            torch.ones(1, 1, device=gpus[0].device)
+        )  # loads a library that two threads must not load at once
+        together = threading.Barrier(len(self._lanes))
+
+        def once(lane: Lane, stop: Stop) -> None:
+            try:
+                job(lane, stop)
+            finally:
+                together.wait(60)  # or one thread would take two
+
+        self.run([once] * len(self._lanes))
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Every job in one lane; the first failure stops the others.
+
+        Raises:
+            ResourceError: a device has too little memory.
+        """
+        import torch
+
+        def on(job: Job) -> Callable[[Stop], None]:
+            def work(stop: Stop) -> None:
+                lane = self._local.lane
+                try:
+                    with self._local.stream:
+                        job(lane, stop)
+                except torch.OutOfMemoryError as error:
+                    raise ResourceError(
+                        f"{lane.device} has too little memory: {str(error).splitlines()[0][:200]}",
+                        hint="fewer --workers, or --device cpu",
+                    ) from error
+
+            return work
+
+        _all_in(self._pool, [on(job) for job in jobs])
+
+
+def _stream(device: torch.device) -> AbstractContextManager[object]:
+    """This thread's own stream."""
+    import torch
+
+    if device.type == "cpu":
+        return nullcontext()
+    torch.cuda.set_device(device)
+    made: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return made
+
+
+def in_threads(jobs: Sequence[Callable[[Stop], None]], workers: int) -> None:
+    """Run every job, each in one thread of torch's (law 6); the first failure stops the others.
+
+    Args:
+        jobs: Each gets a function that says whether to stop.
+        workers: Threads.
+    """
+    import torch
+
+    with ThreadPoolExecutor(workers, "surgery-factor", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        _all_in(pool, jobs)
+
+
+def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], None]]) -> None:
+    import torch
+
+    stop = threading.Event()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of OpenMP's, which threads that start now take over
+    futures = [pool.submit(job, stop.is_set) for job in jobs]
+    try:
+        done, rest = wait(futures, return_when=FIRST_EXCEPTION)
+        if rest:
+            stop.set()
+        for future in rest:
+            future.cancel()
+        wait(futures)
+        for future in futures:
+            if future in done:
+                future.result()
+    except BaseException:
+        stop.set()
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        raise
+    finally:
+        torch.set_num_threads(before)

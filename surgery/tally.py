@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is found out about a pair of tensors while their difference is made, on the device where it is made.
+
+What rounding is in it is worked out as in `surgery_formats.linalg.noise`, of the rows that differ: the others have none in them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery_formats.errors import FitError
+from surgery_formats.lenses import Plain
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgery_formats.linalg.noise import NoiseTally
+
+__all__ = ["Measure", "Tally", "check_finite"]
+
+_SAMPLE = 8  # of a large tensor one row of eight is looked at for the median spacing
+_LARGE = 1 << 19  # elements
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What was found out about one pair, over the rows both sides have.
+
+    Attributes:
+        changed: Whether any value differs.
+        energy: ``||D||_F^2``.
+        rows: Numbers of the rows that differ; empty where more than the limit do, or where they were not asked for.
+        numel: Values compared.
+        moved: How many of them differ.
+        ulp: Median of TUNED's spacing.
+        noise: Expected energy of storage rounding, ``sum ulp^2 / 12``.
+    """
+
+    changed: bool
+    energy: float = 0.0
+    rows: tuple[int, ...] = ()
+    numel: int = 0
+    moved: int = 0
+    ulp: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def rms_ulp(self) -> float:
+        """Root mean square of the change in units of TUNED's median spacing."""
+        return math.sqrt(self.energy / self.numel) / self.ulp if self.numel and self.ulp else 0.0
+
+    @property
+    def moved_share(self) -> float:
+        """Share of values that differ."""
+        return self.moved / self.numel if self.numel else 0.0
+
+
+class Tally:
+    """Sums over the blocks of one pair. Nothing waits for a device other than the CPU before `result`.
+
+    Args:
+        base: BASE's tensor as a matrix.
+        tuned: TUNED's.
+        rows: Stored rows that both have.
+        row_limit: Most rows to name; 0 if nobody asks.
+    """
+
+    def __init__(self, base: Plain, tuned: Plain, rows: int, row_limit: int = 0) -> None:
+        self._sides, self._rows, self._limit = (base, tuned), rows, row_limit
+        self._dtype = tuned.tensor.dtype
+        self._step = _SAMPLE if rows * tuned.shape[1] > _LARGE else 1
+        self._numel = self._told = 0
+        self._sums: list[torch.Tensor] = []
+        self._exponents: torch.Tensor | None = None
+        self._hit: list[torch.Tensor] = []
+
+    def subtract(
+        self, first: int, old: torch.Tensor, new: torch.Tensor, made: torch.Tensor, noise: NoiseTally | None
+    ) -> None:
+        """Make rows of the difference and count them.
+
+        Args:
+            first: Number of the first row in the tensor.
+            old: BASE's rows as stored, ``(n, cols)``.
+            new: TUNED's.
+            made: ``(n, cols)``, float32 or float64: filled with the difference.
+            noise: Of the matrix they are part of.
+        """
+        import torch
+
+        from surgery_formats.linalg.noise import MANTISSA
+
+        self._numel += new.numel()
+        if old.dtype == new.dtype and old.device.type == "cpu" and torch.equal(_bits(old), _bits(new)):
+            made.copy_(new).sub_(made)  # zeros, or NaN where there is one
+            self._equal(new, made)
+            return
+        made.copy_(new)
+        powers = _exponent_bits(made)
+        units = powers.view(made.dtype)
+        sampled = slice(-first % self._step, None, self._step)
+        exponents = powers[sampled] >> _FRACTION[made.element_size()]
+        made.sub_(old.to(made.dtype))
+        norms = torch.linalg.vector_norm(made, dim=1)
+        moved = norms > 0
+        bits, smallest = MANTISSA[self._dtype]
+        lowest = max(smallest, -126 + bits) if made.dtype == torch.float32 else smallest
+        bias = 127 if made.dtype == torch.float32 else 1023
+        exponents = exponents.clamp_(min=lowest + bias).mul_(moved[sampled, None])
+        counted = torch.bincount(exponents.flatten(), minlength=2 * bias + 2)
+        self._exponents = counted if self._exponents is None else self._exponents + counted
+        units.clamp_(min=2.0**lowest).square_()
+        rows = units.sum(1).double().mul_(moved).mul_(4.0**-bits)
+        if noise is not None:
+            noise.add_sums(rows / 12, (moved.to(units.dtype) @ units).double().mul_(4.0**-bits / 12))
+        energy = norms.double().square_().sum()
+        differing = made.sign().abs_().sum(1).double().sum()  # twice as fast as count_nonzero
+        self._sums.append(torch.stack([energy, differing, rows.sum()]))
+        if self._limit:
+            self._hit.append(moved)
+
+    def _equal(self, new: torch.Tensor, zeros: torch.Tensor) -> None:
+        import torch
+
+        if new.numel() and not math.isfinite(float(zeros.sum())):
+            self._refuse()
+        if self._limit:
+            self._hit.append(torch.zeros(len(new), dtype=torch.bool))
+
+    def news(self) -> tuple[float, bool]:
+        """``||D||_F^2`` of the blocks since this was last asked, and whether anything in them differs; waits for the device.
+
+        Raises:
+            FitError: NaN or Inf on one side.
+        """
+        import torch
+
+        fresh, self._told = self._sums[self._told :], len(self._sums)
+        if not fresh:
+            return 0.0, False
+        energy, moved, _ = torch.stack(fresh).sum(0).tolist()
+        if not math.isfinite(energy):
+            self._refuse()
+        return energy, moved > 0
+
+    def result(self) -> Measure:
+        """Everything, after the last block.
+
+        Raises:
+            FitError: NaN or Inf on one side.
+        """
+        import torch
+
+        if not self._sums:
+            return Measure(False, numel=self._numel)
+        energy, moved, noise = torch.stack(self._sums).sum(0).tolist()
+        if not math.isfinite(energy):
+            self._refuse()
+        named: tuple[int, ...] = ()
+        if self._limit:
+            numbers = torch.nonzero(torch.cat(self._hit).cpu()).flatten()
+            named = tuple(numbers.tolist()) if len(numbers) <= self._limit else ()
+        return Measure(moved > 0, energy, named, self._numel, int(moved), self._ulp(), noise / 12)
+
+    def _ulp(self) -> float:
+        from surgery_formats.linalg.noise import MANTISSA
+
+        assert self._exponents is not None
+        counts = self._exponents.cpu()
+        counts[0] = 0  # rows that do not differ
+        middle = int((counts.cumsum(0) * 2 < counts.sum()).sum())
+        bias = 127 if len(counts) == 256 else 1023
+        return math.ldexp(1.0, middle - bias - MANTISSA[self._dtype][0]) if int(counts.sum()) else 0.0
+
+    def _refuse(self) -> None:
+        """Say which side it is."""
+        for side in self._sides:
+            check_finite(side, 0, side.shape[0])
+        tensor = self._sides[1].tensor
+        raise FitError("the difference overflows float32", file=tensor.file.path, tensor=tensor.name)
+
+
+def check_finite(side: Plain, start: int, stop: int) -> None:
+    """Look at rows ``[start, stop)`` of a tensor.
+
+    Raises:
+        FitError: NaN or Inf among them.
+    """
+    import torch
+
+    step = max(1, _LARGE // max(side.shape[1], 1))
+    for at in range(start, stop, step):
+        if not bool(torch.isfinite(side.stored(at, min(at + step, stop)).float()).all()):
+            raise FitError("holds NaN or Inf", file=side.tensor.file.path, tensor=side.tensor.name)
+
+
+_FRACTION = {4: 23, 8: 52}
+_EXPONENT = {4: 0x7F800000, 8: 0x7FF0000000000000}
+
+
+def _exponent_bits(values: torch.Tensor) -> torch.Tensor:
+    """The exponent's bits alone; seen as numbers, ``2^floor(log2 |x|)``."""
+    return _bits(values) & _EXPONENT[values.element_size()]
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])

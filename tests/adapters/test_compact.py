@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compact folders: every kind of update goes in and out, what is written is what is stated, and hostile files are refused by name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import surgery
+from surgery import convert
+from surgery_formats.adapters.format import NewTensor
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.errors import FitError, ProofError, SurgeryError
+from surgery_formats.updates import LoRA
+from tests.adapter_files import (
+    GOLDEN,
+    Arrays,
+    assert_close,
+    config_of,
+    draw,
+    kohya_deltas,
+    llama,
+    merged,
+    mlx_deltas,
+    peft_deltas,
+    unet,
+    write_peft,
+)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+SITE = "model.layers.0.self_attn.q_proj.weight"
+every_type = pytest.mark.parametrize("factors", ["int8", "int4"])
+
+
+def _lora(folder: Path, rank: int = 3, **config: object) -> Path:
+    tensors = {f"{Q}.lora_A.weight": draw(1, rank, 6), f"{Q}.lora_B.weight": draw(2, 6, rank)}
+    return write_peft(folder, tensors, r=rank, lora_alpha=7, **config)
+
+
+def _decoded(file: Path, key: str, group: int, bits: int, length: int, rank: int) -> np.ndarray:
+    """A factor ``(length, rank)`` by the words of docs/formats.md alone."""
+    import torch
+    from safetensors.torch import load_file as load
+
+    stored = load(file)
+    codes, scales = stored[f"{key}.codes"], stored[f"{key}.scales"]
+    assert scales.dtype is torch.bfloat16
+    if bits == 4:
+        values = [v - 16 if v > 7 else v for byte in codes[0].tolist() for v in (byte & 15, byte >> 4)]
+    else:
+        values = codes[0].reshape(-1).tolist()
+    steps = np.repeat(scales[0].double().numpy(), group)[: length * rank]
+    return (np.array(values[: length * rank]) * steps).reshape(length, rank)
+
+
+@every_type
+def test_the_file_is_what_the_documentation_says(tmp_path: Path, factors: str) -> None:
+    source = _lora(tmp_path / "a")
+    result = convert(source, "compact", tmp_path / "c", factors=factors)
+    said = json.loads((tmp_path / "c/compact.json").read_text())
+    assert (said["format"], said["version"], said["factors"]) == ("surgery-compact", 1, factors)
+    (parameter,) = said["parameters"]
+    assert parameter["path"] == SITE
+    (record,) = parameter["updates"]
+    assert (record["kind"], record["rank"], record["shape"], record["alpha"]) == ("LoRA", 3, [6, 6], 7)
+    bits = int(factors[3:])
+    a, b = (
+        _decoded(tmp_path / "c/adapter.safetensors", f"{SITE}.{leaf}", said["group"], bits, 6, 3)
+        for leaf in ("lora_A", "lora_B")
+    )
+    delta, want = record["scale"] * b @ a.T, peft_deltas(source)[SITE.removesuffix(".weight")]
+    error = float(np.linalg.norm(delta - want) / np.linalg.norm(want))
+    assert result.max_approximation == pytest.approx(error, rel=1e-6)
+    (entry,) = result.entries
+    assert entry.outcome == "approximated"
+    assert entry.error == result.max_approximation < (0.02 if factors == "int8" else 0.2)
+
+
+@every_type
+def test_to_peft_and_mlx_exactly(tmp_path: Path, factors: str) -> None:
+    base = llama(tmp_path / "base")
+    convert(_lora(tmp_path / "a"), "compact", tmp_path / "c", factors=factors)
+    one = convert(tmp_path / "c", "peft", tmp_path / "p")
+    other = convert(tmp_path / "c", "mlx", tmp_path / "m", base=base)
+    assert one.max_error == other.max_error == 0.0
+    assert_close(mlx_deltas(tmp_path / "m"), peft_deltas(tmp_path / "p"))
+    bits = merged(base, tmp_path / "c", tmp_path / "1")
+    assert all(
+        np.array_equal(value, bits[name]) for name, value in merged(base, tmp_path / "p", tmp_path / "2").items()
+    )
+
+
+def test_to_kohya_and_from_it_with_flat_names_and_parts(tmp_path: Path) -> None:
+    base = unet(tmp_path / "base")
+    stem = "base_model.model.conv_in"
+    tensors = {f"{stem}.lora_A.weight": draw(1, 2, 3, 3, 3), f"{stem}.lora_B.weight": draw(2, 4, 2, 1, 1)}
+    convert(write_peft(tmp_path / "a", tensors, r=2), "compact", tmp_path / "c")
+    convert(tmp_path / "c", "kohya", tmp_path / "k.safetensors", base=base)
+    convert(tmp_path / "k.safetensors", "compact", tmp_path / "flat")
+    assert all(site.flat for site in read_adapter(tmp_path / "flat").updates)
+    convert(tmp_path / "flat", "peft", tmp_path / "p", base=base)
+    kept = load_file(tmp_path / "p/adapter_model.safetensors")
+    assert kept[f"{stem}.lora_A.weight"].shape == (2, 3, 3, 3)
+    flat = kohya_deltas(tmp_path / "k.safetensors")["lora_unet_conv_in"]
+    assert_close({"conv_in": peft_deltas(tmp_path / "p")["conv_in"]}, {"conv_in": flat})
+
+
+@pytest.mark.parametrize("case", ["sd1/mixed", "sd1/dora-in", "sd1/mid", "sdxl/mixed"])
+def test_real_kohya_files(tmp_path: Path, case: str) -> None:
+    """Differences of weights and biases, magnitudes of columns, several parts of a pipeline: nothing is dropped."""
+    source = GOLDEN / "kohya" / case / "adapter.safetensors"
+    result = convert(source, "compact", tmp_path / "c")
+    assert {entry.outcome for entry in result.entries} <= {"exact", "approximated"}
+    one, other = read_adapter(source), read_adapter(tmp_path / "c")
+    assert one.updates.keys() == other.updates.keys()
+    base = source.parents[1] / "base"
+    before, after = (merged(base, path, tmp_path / f"merged-{path.name[:1]}") for path in (source, tmp_path / "c"))
+    assert all(np.abs(before[n].astype(float) - after[n]).max() < 0.05 for n in before)
+
+
+@pytest.mark.parametrize("case", ["mixtral/lora", "qwen3_moe/lora-switch", "llama/dora-embed", "llama/full"])
+def test_real_mlx_folders(tmp_path: Path, case: str) -> None:
+    source = GOLDEN / "mlx" / case
+    convert(source, "compact", tmp_path / "c")
+    back = convert(tmp_path / "c", "mlx", tmp_path / "m", base=source.parent / "base")
+    assert {entry.outcome for entry in back.entries} <= {"exact", "folded"}
+    one, other = (load_file(path / "adapters.safetensors") for path in (source, tmp_path / "m"))
+    assert one.keys() == other.keys()
+    assert {n: v.shape for n, v in one.items()} == {n: v.shape for n, v in other.items()}
+
+
+def test_the_output_projection_inside_an_attention_module_keeps_its_nesting(tmp_path: Path) -> None:
+    stem = "base_model.model.attention"
+    tensors = {
+        f"{stem}.lora_A.weight": draw(1, 2, 10),
+        f"{stem}.lora_B.weight": draw(2, 30, 2),
+        f"{stem}.base_layer.out_proj.lora_A.weight": draw(3, 2, 10),
+        f"{stem}.base_layer.out_proj.lora_B.weight": draw(4, 10, 2),
+    }
+    convert(write_peft(tmp_path / "a", tensors, r=2, lora_alpha=6), "compact", tmp_path / "c")
+    convert(tmp_path / "c", "peft", tmp_path / "p")
+    assert load_file(tmp_path / "p/adapter_model.safetensors").keys() == tensors.keys()
+    scales = [
+        [u.scale for u in chain if isinstance(u, LoRA)] for chain in read_adapter(tmp_path / "p").updates.values()
+    ]
+    assert sorted(scales) == [[3.0], [6.0]]
+
+
+def test_codes_are_copied_where_they_are_the_ones_asked_for(tmp_path: Path) -> None:
+    convert(_lora(tmp_path / "a"), "compact", tmp_path / "b", factors="int4")
+    result = convert(tmp_path / "b", "compact", tmp_path / "c", factors="int4")
+    assert [entry.outcome for entry in result.entries] == ["exact"]
+    for name in ("adapter.safetensors", "compact.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+    assert [e.outcome for e in convert(tmp_path / "b", "compact", tmp_path / "d", factors="int8").entries] == [
+        "approximated"
+    ]
+
+
+def test_what_belongs_to_the_training_survives(tmp_path: Path) -> None:
+    source = _lora(tmp_path / "a", task_type="CAUSAL_LM", lora_dropout=0.1, base_model_name_or_path="org/model")
+    (source / "tokenizer.json").write_text("{}")
+    convert(source, "compact", tmp_path / "c")
+    convert(tmp_path / "c", "peft", tmp_path / "p")
+    config = config_of(tmp_path / "p")
+    assert [config[key] for key in ("task_type", "lora_dropout", "base_model_name_or_path", "lora_alpha", "r")] == [
+        "CAUSAL_LM",
+        0.1,
+        "org/model",
+        7,
+        3,
+    ]
+    assert (tmp_path / "p/tokenizer.json").read_text() == "{}"
+
+
+def test_peft_loads_biases_norms_and_token_rows_that_went_through(tmp_path: Path) -> None:
+    """What only PEFT's own folders could hold before is written for any source, and PEFT computes the same with it."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from tests.adapters.test_peft import _model
+
+    options = {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["norm"],
+        "trainable_token_indices": {"embed_tokens": [1, 5]},
+    }
+    torch.manual_seed(1)
+    tuned = get_peft_model(_model(), LoraConfig(r=4, init_lora_weights=False, **options))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" not in name and parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", "compact", tmp_path / "c")
+    convert(tmp_path / "c", "peft", tmp_path / "p")
+    ids = torch.tensor([[1, 2, 5, 9]])
+    want = tuned(input_ids=ids).logits
+    got = PeftModel.from_pretrained(_model(), str(tmp_path / "p"))(input_ids=ids).logits
+    assert float((got - want).abs().max()) < 0.05 * float(want.abs().max())
+
+
+def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = sys.modules["surgery.convert"]  # the package's attribute of that name is the function
+    honest = room.format_named("compact")
+
+    class Liar:
+        single_file, name, coding = honest.single_file, honest.name, honest.coding
+        read = honest.read
+
+        def render(self, adapter: object, base: object) -> object:
+            rendering = honest.render(adapter, base)  # type: ignore[arg-type]
+            off = [replace(t, load=_negated(t)) if t.name.endswith("lora_B.codes") else t for t in rendering.tensors]
+            return replace(rendering, tensors=tuple(off))
+
+    def _negated(tensor: NewTensor) -> Callable[[], Any]:
+        return lambda: -tensor.load()
+
+    monkeypatch.setattr(room, "format_named", lambda name: Liar())
+    with pytest.raises(ProofError, match="away from the source") as caught:
+        convert(_lora(tmp_path / "a"), "compact", tmp_path / "c")
+    assert caught.value.exit_code == 5
+    assert not (tmp_path / "c").exists()
+
+
+def test_options_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    source = _lora(tmp_path / "a")
+    with pytest.raises(FitError, match="not as int8 codes"):
+        convert(source, "mlx", tmp_path / "b", factors="int8")
+    with pytest.raises(FitError, match="no type of factors 'int3'"):
+        convert(source, "compact", tmp_path / "b", factors="int3")
+    with pytest.raises(FitError, match="--factors chooses"):
+        convert(source, "compact", tmp_path / "b", dtype="fp16")
+    with pytest.raises(FitError, match="keeps names as they are"):
+        convert(source, "compact", tmp_path / "b", projections="split")
+    with pytest.raises(FitError, match="a dtype says nothing"):
+        surgery.combine([(source, 2.0)], to="compact", output=tmp_path / "b", dtype="fp16")
+
+
+def test_combined_and_resized_adapters_state_the_error_of_their_codes(tmp_path: Path) -> None:
+    lora = EXAMPLES / "lora"
+    convert(lora, "compact", tmp_path / "c", factors="int4")
+    both = surgery.combine([(tmp_path / "c", 0.5), (lora, 1.0)], output=tmp_path / "both")
+    assert {one.outcome for one in both.modules} == {"approximated"}
+    assert both.error is not None
+    assert 1e-4 < both.error < 0.01
+    exact = surgery.combine([(tmp_path / "c", 0.5), (lora, 1.0)], output=tmp_path / "p", to="peft")
+    assert exact.error is not None
+    assert exact.error < 1e-6
+    found = surgery.diff(tmp_path / "both", tmp_path / "p").as_json()
+    assert found["same_structure"]
+    small = surgery.resize(tmp_path / "c", rank=4, output=tmp_path / "small")
+    assert {one.rank for one in small.modules} == {4}
+
+
+def test_inspect_and_report_say_what_is_stored(tmp_path: Path) -> None:
+    convert(EXAMPLES / "lora", "compact", tmp_path / "c", factors="int4")
+    whole, small = (surgery.inspect(path) for path in (EXAMPLES / "lora", tmp_path / "c"))
+    assert small.parameters == whole.parameters  # type: ignore[union-attr]
+    assert list(small.dtypes) == ["I4"]  # type: ignore[union-attr]
+    assert small.scales == whole.scales  # type: ignore[union-attr]
+    assert small.dtypes["I4"].nbytes * 7 < whole.nbytes * 1.01  # type: ignore[union-attr]
+    (cost,) = surgery.report([tmp_path / "c"], base=EXAMPLES / "base").adapters
+    assert cost.nbytes == (tmp_path / "c/adapter.safetensors").stat().st_size
+
+
+# --- hostile files
+
+
+def _folder(tmp_path: Path, factors: str = "int4") -> Path:
+    stem = "base_model.model.model.layers.0.mlp.down_proj"
+    tensors = {f"{stem}.lora_A.weight": draw(1, 3, 8), f"{stem}.lora_B.weight": draw(2, 6, 3)}
+    tensors |= {f"{Q}.lora_A.weight": draw(3, 1, 5), f"{Q}.lora_B.weight": draw(4, 5, 1)}  # an odd number of codes
+    source = write_peft(tmp_path / "a", tensors, r=3, rank_pattern={"q_proj": 1})
+    convert(source, "compact", tmp_path / "c", factors=factors)
+    return tmp_path / "c"
+
+
+def _edit_json(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    raw = json.loads((folder / "compact.json").read_text())
+    change(raw)
+    (folder / "compact.json").write_text(json.dumps(raw))
+
+
+def _edit_tensors(folder: Path, change: Callable[[Arrays], object]) -> None:
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    tensors = load(folder / "adapter.safetensors")
+    change(tensors)  # type: ignore[arg-type]
+    save({name: value.contiguous() for name, value in tensors.items()}, folder / "adapter.safetensors")
+
+
+CODES, SCALES = f"{SITE}.lora_A.codes", f"{SITE}.lora_A.scales"
+_JSON: dict[str, tuple[Callable[[dict[str, Any]], object], int, str]] = {
+    "version": (lambda c: c.update(version=2), 4, "version 2"),
+    "version-text": (lambda c: c.update(version="1"), 3, "int was expected"),
+    "format": (lambda c: c.update(format="surgery-compact-2"), 3, "not surgery-compact"),
+    "factors": (lambda c: c.update(factors="int2"), 4, "int2"),
+    "group": (lambda c: c.update(group=0), 3, "not a size"),
+    "group-other": (lambda c: c.update(group=3), 3, "instead of BF16"),
+    "twice": (lambda c: c["parameters"].append(c["parameters"][0]), 3, "twice"),
+    "unknown-kind": (lambda c: c["parameters"][0]["updates"][0].update(kind="LoHa"), 4, "LoHa"),
+    "left-over": (lambda c: c["parameters"].pop(), 3, "have no use"),
+    "no-update": (lambda c: c["parameters"][0].update(updates=[]), 3, "without an update"),
+    "rank": (lambda c: c["parameters"][0]["updates"][0].update(rank=True), 3, "'rank'"),
+    "rank-huge": (lambda c: c["parameters"][0]["updates"][0].update(rank=2**30), 3, "instead of U8"),
+    "experts-huge": (
+        lambda c: c["parameters"][0]["updates"][0].update(experts=2**30, either_way=False), 3, "instead of U8",
+    ),
+    "shape": (lambda c: c["parameters"][0]["updates"][0].update(shape=[6]), 3, "of shape"),
+    "scale": (lambda c: c["parameters"][0]["updates"][0].update(scale="2"), 3, "not a number"),
+    "scale-nan": (lambda c: c["parameters"][0]["updates"][0].update(scale=float("nan")), 3, "NaN"),
+    "path": (lambda c: c["parameters"][0].update(path=3), 3, "str was expected"),
+    "modules": (lambda c: c.update(new_modules=[1]), 3, "new_modules"),
+    "parameters": (lambda c: c.update(parameters={}), 3, "list was expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", _JSON)
+def test_a_description_that_lies(tmp_path: Path, fault: str) -> None:
+    change, code, words = _JSON[fault]
+    folder = _folder(tmp_path)
+    _edit_json(folder, change)
+    with pytest.raises(SurgeryError, match=words) as caught:
+        read_adapter(folder)
+    assert caught.value.exit_code == code
+    assert caught.value.file is not None
+
+
+def _set(key: str, at: tuple[int, ...], value: float) -> Callable[[Arrays], object]:
+    return lambda t: t[key].__setitem__(at, value)
+
+
+_TENSORS: dict[str, tuple[str, Callable[[Arrays], object], int, str]] = {
+    "codes-shape": ("int4", lambda t: t.update({CODES: t[CODES][:, :2]}), 3, "instead of U8"),
+    "codes-type": ("int8", lambda t: t.update({CODES: t[CODES].float()}), 3, "instead of I8"),
+    "scales-shape": ("int4", lambda t: t.update({SCALES: t[SCALES].repeat(1, 2)}), 3, "instead of BF16"),
+    "scales-type": ("int4", lambda t: t.update({SCALES: t[SCALES].float()}), 3, "instead of BF16"),
+    "missing": ("int4", lambda t: t.pop(SCALES), 3, "no tensor"),
+    "stranger": ("int4", lambda t: t.update(x=t[SCALES].clone()), 3, "have no use"),
+    "nan-scale": ("int8", _set(SCALES, (0, 0), float("nan")), 4, "NaN or Inf"),
+    "inf-scale": ("int4", _set(SCALES, (0, 0), float("inf")), 4, "NaN or Inf"),
+    "padding": ("int4", _set(CODES, (0, 2), 0x17), 3, "behind its last code"),
+    "code": ("int4", _set(CODES, (0, 0), 0x18), 3, "a code below -7"),
+    "code8": ("int8", _set(CODES, (0, 0, 0), -128), 3, "a code below -127"),
+}
+
+
+@pytest.mark.parametrize("fault", _TENSORS)
+def test_tensors_that_do_not_fit(tmp_path: Path, fault: str) -> None:
+    factors, change, code, words = _TENSORS[fault]
+    folder = _folder(tmp_path, factors)
+    _edit_tensors(folder, change)
+    with pytest.raises(SurgeryError, match=words) as caught:
+        convert(folder, "peft", tmp_path / "out")
+    assert caught.value.exit_code == code
+    assert caught.value.tensor or "no tensor" in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_was_cut(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    whole = (folder / "adapter.safetensors").read_bytes()
+    (folder / "adapter.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(SurgeryError) as caught:
+        read_adapter(folder)
+    assert caught.value.exit_code == 3
+    (folder / "adapter.safetensors").unlink()
+    with pytest.raises(SurgeryError, match=r"no adapter\.safetensors"):
+        read_adapter(folder)
+
+
+def test_other_folders_are_not_taken_for_one(tmp_path: Path) -> None:
+    (tmp_path / "compact.json").write_text('{"format": "another"}')
+    save_file({"x": np.zeros(1)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(SurgeryError, match="not an adapter of a known format"):
+        read_adapter(tmp_path)
+
+
+# --- extraction
+
+
+def test_extraction_reports_the_error_of_the_codes_it_wrote(tmp_path: Path) -> None:
+    base, tuned = EXAMPLES / "base", EXAMPLES / "tuned"
+    plain = surgery.extract_lora(base, tuned, output=tmp_path / "16", rank=16)
+    eight = surgery.extract_lora(base, tuned, output=tmp_path / "32", rank=32, factors="int8")
+    four = surgery.extract_lora(base, tuned, output=tmp_path / "64", rank=64, factors="int4")
+    assert (four.format, four.dtype) == ("compact", "int4")
+    assert max(eight.adapter_nbytes, four.adapter_nbytes) < 1.2 * plain.adapter_nbytes
+    assert four.residual < 0.7 * eight.residual < 0.7 * plain.residual
+    best = surgery.extract_lora(base, tuned, rank=64, factors="int4", dry_run=True)
+    assert best.residual < four.residual < 1.03 * best.residual  # the codes' error is in it
+
+    surgery.merge(base, tmp_path / "64", output=tmp_path / "m")
+    old, new, made = (load_float(path / "model.safetensors") for path in (base, tuned, tmp_path / "m"))
+    left = sum(float(np.square(new[n] - made[n]).sum()) for n in new)
+    whole = sum(float(np.square(new[n] - old[n]).sum()) for n in new)
+    assert (left / whole) ** 0.5 == pytest.approx(four.residual, rel=0.02)  # the merge rounds to bfloat16 once more
+    assert f'"residual": {four.as_json()["residual"]}' in (tmp_path / "64/surgery_manifest.json").read_text()
+
+
+def load_float(file: Path) -> Arrays:
+    from safetensors.torch import load_file as load
+
+    return {name: value.double().numpy() for name, value in load(file).items()}
+
+
+def test_a_budget_of_bytes_holds_for_codes(tmp_path: Path) -> None:
+    base, tuned = EXAMPLES / "base", EXAMPLES / "tuned"
+    surgery.extract_lora(base, tuned, output=tmp_path / "c", budget="300kB", factors="int4")
+    size = sum((tmp_path / "c" / name).stat().st_size for name in ("adapter.safetensors", "compact.json"))
+    assert 0.8 * 300_000 < size <= 300_000
+    with pytest.raises(FitError, match="--factors chooses"):
+        surgery.extract_lora(base, tuned, output=tmp_path / "d", factors="int4", dtype="bf16")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``surgery export-onnx`` from the command line to the files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.kit import environment, spawn
+
+BASE, LORA, PROMPT = "examples/base", "examples/lora", "examples/prompt"
+
+
+def test_a_graph_beside_the_weights_as_a_clone_that_was_not_installed(tmp_path):
+    shutil.copytree(BASE, tmp_path / "base")
+    done = spawn("export-onnx", tmp_path / "base", "-o", tmp_path / "base")
+    assert done.returncode == 0, done.stderr
+    assert "used where they lie" in done.stdout
+    assert (tmp_path / "base/model.onnx").stat().st_size < 100_000
+    again = spawn("export-onnx", tmp_path / "base", "-o", tmp_path / "base")
+    assert (again.returncode, again.stderr.count("already there")) == (2, 1)
+
+
+def test_neither_torch_nor_transformers_is_imported_for_a_plain_export(tmp_path):
+    code = (
+        "import sys; from surgery.onnx.export import export_onnx; "
+        f"export_onnx({BASE!r}, output={str(tmp_path / 'out')!r}); "
+        "print([name for name in ('torch', 'transformers', 'onnx_ir', 'onnxruntime') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "modes"),
+    [
+        ((LORA,), ["merged"]),
+        ((f"{LORA}=0.5",), ["merged"]),
+        ((PROMPT,), ["prefix"]),
+        ((LORA, "--mode", "swappable"), ["swapped"]),
+        (("--merge", f"{LORA}=0.5", "--prefix", PROMPT), ["merged", "prefix"]),
+        (("--swap", LORA, PROMPT), ["swapped", "prefix"]),
+    ],
+)
+def test_where_adapters_go(run, tmp_path, words, modes):
+    done = run("--json", "export-onnx", BASE, *words, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)["result"]
+    assert [one["mode"] for one in result["adapters"]] == modes
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"model.onnx", "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((f"{LORA}=0.5", "--mode", "swappable"), 4, "a weight of 0.5 for what is not merged"),
+        ((PROMPT, "--mode", "merged"), 4, "virtual tokens"),
+        ((LORA, "--mode", "prefix"), 4, "trains no virtual tokens"),
+        (("--target", "cpu", "--dtype", "bf16"), 4, "cannot run bf16"),
+        (("--weights", "reference"), 4, "its own folder only"),
+        (("--swap", "examples/dora"), 4, "DoRA for"),
+    ],
+)
+def test_what_cannot_be(run, tmp_path, words, code, says):
+    done = run("export-onnx", BASE, *words, "-o", tmp_path / "out")
+    assert done.exit_code == code
+    assert says in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in the slots of one graph: none active is the base, each active is what PEFT computes, what a slot cannot hold is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from surgery.onnx.adapter_file import read_adapter_file
+from surgery.onnx.export import export_onnx
+from surgery.onnx.run.text import run
+from surgery_formats.errors import FitError
+from tests.onnx import trained
+from tests.onnx.sessions import Plain
+from tests.oracles import recipes
+
+IDS = np.array([[5, 17, 3, 88, 42, 9, 61]])
+TOLERANCE = 1e-4
+THREE = {
+    "all": trained._lora(),
+    "qv": trained._lora(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}),
+    "rs": trained._lora(use_rslora=True, r=6),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return recipes.build("llama", tmp_path_factory.mktemp("llama") / "base", hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        name: trained.train("llama", base, config, folder / name, seed)
+        for seed, (name, config) in enumerate(THREE.items())
+    }
+
+
+def swapped(plain, *files):
+    """Logits with adapters active, the way onnxruntime itself does it: nothing of ours."""
+    options = onnxruntime.RunOptions()
+    loaded = []
+    for file in files:
+        loaded.append(onnxruntime.LoraAdapter())
+        loaded[-1].Load(str(file))
+        options.add_active_adapter(loaded[-1])
+    feed = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), **plain.past}
+    return plain.session.run(["logits"], feed, options)[0]
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu", "portable"])
+def test_three_adapters_take_turns_in_one_session(base, adapters, target, tmp_path):
+    out = tmp_path / "out"
+    result = export_onnx(base, swap=list(adapters.values()), output=out, target=target, dtype="fp32")
+    plain = Plain(out / "model.onnx")
+    expected = trained.logits(recipes.load("llama", base), IDS)
+    for name, path in adapters.items():
+        alone = trained.logits(trained.attached("llama", base, (path, 1.0)), IDS)
+        assert np.abs(alone - expected).max() > 0.05
+        assert np.abs(swapped(plain, out / "adapters" / f"{name}.onnx_adapter") - alone).max() <= TOLERANCE
+        assert np.abs(swapped(plain) - expected).max() <= 1e-5  # and the base again
+    assert [(one["name"], one["mode"]) for one in result.contract.adapters] == [(name, "swapped") for name in THREE]
+    assert len(result.contract.slots) == 7 * 3  # the union of the targets
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_the_runner_adds_up_several(base, adapters, target, tmp_path):
+    export_onnx(base, swap=list(adapters.values()), output=tmp_path / "out", target=target)
+    files = [tmp_path / "out" / "adapters" / f"{name}.onnx_adapter" for name in THREE]
+    for chosen in ([], [0], [1, 2], [0, 1, 2]):
+        model = recipes.load("llama", base)
+        if chosen:
+            model = trained.attached("llama", base, *((adapters[list(THREE)[i]], 1.0) for i in chosen))
+        found = run(tmp_path / "out", [IDS[0].tolist()], max_new=8, adapters=[files[i] for i in chosen])
+        assert list(found.texts[0].tokens) == trained.generated(model, IDS, 8)
+
+
+CASES = {
+    "gpt2": ["c_attn", "c_proj"],  # stored transposed, q k v in one
+    "gpt_neox": ["query_key_value", "dense"],  # q k v head by head
+    "phi3": ["qkv_proj", "gate_up_proj"],
+    "gemma2": ["q_proj", "embed_tokens"],  # a scaled table
+    "opt": ["fc1", "q_proj"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_transposed_and_embedding_targets(name, tmp_path):
+    base = recipes.build(name, tmp_path / "base")
+    adapter = trained.train(name, base, trained._lora(target_modules=CASES[name]), tmp_path / "adapter")
+    export_onnx(base, [adapter], mode="swappable", output=tmp_path / "out")
+    plain = Plain(tmp_path / "out" / "model.onnx")
+    expected = trained.logits(trained.attached(name, base, (adapter, 1.0)), IDS)
+    assert np.abs(swapped(plain, tmp_path / "out" / "adapters" / "adapter.onnx_adapter") - expected).max() <= TOLERANCE
+    assert np.abs(swapped(plain) - trained.logits(recipes.load(name, base), IDS)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]])
+def test_head_and_embedding_have_slots_of_their_own_where_they_are_tied(modules, tmp_path):
+    base = recipes.build("qwen2", tmp_path / "base", tie_word_embeddings=True)
+    adapter = trained.train("qwen2", base, trained._lora(target_modules=modules), tmp_path / "adapter")
+    export_onnx(base, swap=[adapter], output=tmp_path / "out")
+    plain = Plain(tmp_path / "out" / "model.onnx")
+    expected = trained.logits(trained.attached("qwen2", base, (adapter, 1.0)), IDS)
+    assert np.abs(swapped(plain, tmp_path / "out" / "adapters" / "adapter.onnx_adapter") - expected).max() <= TOLERANCE
+
+
+def test_one_adapter_merged_another_swapped(base, adapters, tmp_path):
+    export_onnx(base, merge=[adapters["all"]], swap=[adapters["qv"]], output=tmp_path / "out")
+    plain = Plain(tmp_path / "out" / "model.onnx")
+    both = trained.logits(trained.attached("llama", base, (adapters["all"], 1.0), (adapters["qv"], 1.0)), IDS)
+    one = trained.logits(trained.attached("llama", base, (adapters["all"], 1.0)), IDS)
+    assert np.abs(swapped(plain, tmp_path / "out" / "adapters" / "qv.onnx_adapter") - both).max() <= TOLERANCE
+    assert np.abs(swapped(plain) - one).max() <= TOLERANCE
+
+
+def test_the_scale_is_in_B_and_half_precision_is_the_graphs(base, adapters, tmp_path):
+    export_onnx(base, swap=[adapters["rs"]], output=tmp_path / "out", target="portable", dtype="fp16")
+    arrays = read_adapter_file(tmp_path / "out" / "adapters" / "rs.onnx_adapter")
+    assert {array.dtype.name for array in arrays.values()} == {"float16"}
+    from safetensors.numpy import load_file
+
+    stored = load_file(adapters["rs"] / "adapter_model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    scaled = stored[f"base_model.model.{name}.lora_B.weight"].T * np.float32(6 / 6**0.5)
+    assert np.array_equal(arrays[f"{name}.lora_B.weight"], scaled.astype(np.float16))
+    A = stored[f"base_model.model.{name}.lora_A.weight"].T
+    assert np.array_equal(arrays[f"{name}.lora_A.weight"], A.astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dora", "lora_bias", "modules_to_save head", "trainable tokens", "oft", "loha", "ia3", "vera", "layer norms"],
+)
+def test_what_a_slot_cannot_hold_is_refused_by_name(base, name, tmp_path):
+    adapter = trained.train("llama", base, trained.MERGED[name], tmp_path / "adapter")
+    with pytest.raises(FitError) as caught:
+        export_onnx(base, swap=[adapter], output=tmp_path / "out")
+    assert "merge" in caught.value.hint
+    assert caught.value.tensor
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_soft_prompt_goes_into_no_slot(base, tmp_path):
+    adapter = trained.train("llama", base, trained.PROMPTS["prompt"], tmp_path / "adapter")
+    with pytest.raises(FitError, match="goes into no slot") as caught:
+        export_onnx(base, swap=[adapter], output=tmp_path / "out")
+    assert "--prefix" in caught.value.hint
