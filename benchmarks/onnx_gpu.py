@@ -3,44 +3,47 @@
 
     python benchmarks/onnx_gpu.py --work /tmp/gpu --out gpu.json
 
-Needs onnxruntime-gpu and torch with CUDA, transformers for the reference; onnxruntime-genai is measured if it is there. Each part says how
-long it took, a part that fails is reported and does not stop the others, and parts are left out once the time budget is spent.
+Needs onnxruntime-gpu and torch with CUDA, transformers for the reference; onnxruntime-genai is measured if it is there, or if --genai
+names the folder it was unpacked to. Each part says how long it took, a part that fails is reported and does not stop the others, and parts
+are left out once the time budget is spent.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch  # isort: skip  # before onnxruntime, which then uses the CUDA libraries that torch brings
 import numpy as np
 import onnxruntime
-from onnx_gpu_model import EIGHT_B, export, unpacked, write_model, write_slots
+from onnx_gpu_model import EIGHT_B, export, write_model, write_slots
+from onnx_gpu_profile import elsewhere, kernels
+from onnx_gpu_right import right
+from onnx_gpu_run import CACHE, PROMPT, VIRTUAL, Run, tables
 from shapes import LARGE, Shape, write_adapter
 
 from surgery.merge import merge
 from surgery.onnx.adapter_file import write_adapter_file
-from surgery.onnx.bench import Bound, bind, floor_seconds, measure, step_nbytes
 from surgery.onnx.run.decoder import text_past
-from surgery.onnx.target import TARGETS, Target
+from surgery.onnx.target import Target
 
-PROMPT, CACHE, VIRTUAL, STEPS, GREEDY = 512, 1024, 20, 100, 32
+STEPS = 300
 SMALL = Shape(256, 2, 4, 2, 512, 2048)  # for a rehearsal: --small
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "base"  # its tokenizer; which one it is does not matter
 
 GEMM_TUNING = {"ep.cuda.enable_gemm_auto_tune": "1"}
+NO_XQA = {"ORT_ENABLE_XQA": "0"}
 
 
 @dataclass(frozen=True)
@@ -50,94 +53,23 @@ class Variant:
     name: str
     target: Callable[[Target], Target] = lambda target: target
     session: Mapping[str, str] = field(default_factory=dict)
-    provider: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 VARIANTS = (
     Variant("as exported"),
-    Variant("Gemm instead of FusedMatMul", lambda t: replace(t, linear="gemm")),
-    Variant("Sigmoid and Mul instead of QuickGelu", lambda t: replace(t, activation="standard")),
+    Variant("the same once more"),  # how far apart two sessions of one graph are
     Variant("norms apart from sums", lambda t: replace(t, norm="standard")),
-    Variant("nothing packed", unpacked),
+    Variant("nothing packed", lambda t: replace(t, packed="none")),
+    Variant("gate and up apart", lambda t: replace(t, packed="attention")),
     Variant("GEMM tuning", session=GEMM_TUNING),
     Variant("GEMM tuning, Gemm", lambda t: replace(t, linear="gemm"), session=GEMM_TUNING),
     Variant("GEMM tuning by replay", session=GEMM_TUNING, environment={"ORT_CUDA_GEMM_GRAPH_REPLAY_TUNING": "1"}),
-    Variant("XQA attention", environment={"ORT_ENABLE_XQA": "1"}),
-    Variant("no XQA attention", environment={"ORT_ENABLE_XQA": "0"}),
-    Variant("GEMM tuning, XQA", session=GEMM_TUNING, environment={"ORT_ENABLE_XQA": "1"}),
-    Variant("cuDNN attention", environment={"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "1"}),
-    Variant("memory-efficient attention", provider={"sdpa_kernel": "2"}),
-    Variant("small-N GEMV", environment={"ORT_ENABLE_SMALL_N_GEMV": "1"}),
-    Variant("tunable operators", provider={"tunable_op_enable": "1", "tunable_op_tuning_enable": "1"}),
-    Variant("MLP as one expert", lambda t: replace(t, mlp="expert")),
+    Variant("no XQA attention", environment=NO_XQA),
+    Variant("no XQA attention, no flash decoding", environment=NO_XQA | {"ORT_DISABLE_FLASH_DECODE": "1"}),
+    Variant("no XQA attention, GEMM tuning", session=GEMM_TUNING, environment=NO_XQA),
     Variant("no CUDA graph"),
 )  # fmt: skip
-
-
-class Run:
-    """The state of one benchmark: folders, time, findings."""
-
-    def __init__(self, work: Path, budget: float, shape: Shape, steps: int, device: str) -> None:
-        self.work, self.budget, self.shape, self.steps, self.device = work, budget, shape, steps, device
-        self.began = time.perf_counter()
-        self.rows: list[dict[str, Any]] = []
-        self.checks: list[dict[str, Any]] = []
-        self.failed: list[str] = []
-        self.skipped: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self.tokens = np.random.default_rng(1).integers(3, shape.vocabulary, PROMPT).tolist()
-        self.ahead = np.random.default_rng(2).integers(3, shape.vocabulary, VIRTUAL).tolist()
-
-    def part(self, name: str, work: Callable[[], None]) -> None:
-        """Do a part of it, if there is time left."""
-        if (spent := time.perf_counter() - self.began) > self.budget:
-            self.skipped.append(f"{name}: left out, {spent:.0f} s are spent")
-            return
-        began = time.perf_counter()
-        try:
-            work()
-        except Exception as error:  # the other parts are worth having
-            traceback.print_exc()
-            self.failed.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
-        self.seconds[name] = time.perf_counter() - began
-        print(f"# {name}: {self.seconds[name]:.1f} s", flush=True)
-        gc.collect()  # sessions of this part
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def bind(self, path: Path, **options: Any) -> Bound:
-        return bind(path, **{"batch": 1, "max_length": CACHE, "device": self.device, **options})
-
-    def measured(
-        self, dtype: str, sides: Mapping[str, Bound], rows: list[list[int]], steps: int | None = None
-    ) -> list[dict[str, Any]]:
-        """Measure in turns, floors before and after, and keep a line of each."""
-        floors = {name: [self.floor(side)] for name, side in sides.items()}
-        times = measure(list(sides.values()), rows, steps or self.steps)
-        found = []
-        for (name, side), (prefill, token) in zip(sides.items(), times, strict=True):
-            floor = statistics.mean([*floors[name], self.floor(side)])
-            line = {
-                "dtype": dtype, "graph": name, "batch": len(rows), "decode_ms": (token or 0) * 1e3,
-                "floor_ms": floor * 1e3, "ratio": (token or 0) / floor, "first_token_ms": prefill * 1e3,
-                "load_s": side.load_seconds, "memory_gb": side.memory_nbytes / 1e9, "weights_gb": step_nbytes(side.opened.path) / 1e9,
-            }  # fmt: skip
-            found.append(line)
-            print(
-                f"  {dtype} {name}: {line['decode_ms']:.3f} ms/token, {line['ratio']:.3f} x floor {line['floor_ms']:.3f} ms",
-                flush=True,
-            )
-        self.rows += found
-        return found
-
-    def floor(self, side: Bound) -> float:
-        return floor_seconds(side) if self.device == "cuda" else float("nan")
-
-    def check(self, what: str, value: float, limit: float) -> None:
-        good = value <= limit
-        self.checks.append({"what": what, "value": value, "limit": limit, "good": bool(good)})
-        print(f"  {'ok  ' if good else 'MISS'} {what}: {value:.4f} (limit {limit})", flush=True)
 
 
 @contextlib.contextmanager
@@ -155,73 +87,44 @@ def setting(environment: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def target_of(run: Run) -> Target:
-    return TARGETS["cuda" if run.device == "cuda" else "cpu"]
-
-
 def core(run: Run, dtype: str) -> None:
-    """The base, merged, with a soft prompt, with slots, without CUDA graph: in turns."""
+    """The base, merged, with a soft prompt, with slots: in turns. A bf16 file is computed in fp16 as well."""
     folder = run.work / dtype
     write_model(run.shape, folder, dtype)
     began = time.perf_counter()
-    base_path, _ = export(folder, "model.onnx", target_of(run), dtype)
+    base_path, _ = export(folder, "model.onnx", run.target, dtype)
     print(f"  exported in {time.perf_counter() - began:.3f} s", flush=True)
     adapter = run.work / "lora"
     if not adapter.exists():
         write_adapter(run.shape, adapter)
     merge(folder, adapter, output=run.work / f"{dtype}-merged", device=run.device)
-    merged_path, _ = export(run.work / f"{dtype}-merged", "model.onnx", target_of(run), dtype)
-    slots_path, contract = export(folder, "slots.onnx", target_of(run), dtype, True, run.shape)
+    merged_path, _ = export(run.work / f"{dtype}-merged", "model.onnx", run.target, dtype)
+    slots_path, contract = export(folder, "slots.onnx", run.target, dtype, True, run.shape)
     write_slots(folder / "lora.onnx_adapter", contract, adapter, dtype)
     base = run.bind(base_path)
     write_adapter_file(folder / "prefix.onnx_adapter", text_past(base.opened, run.ahead).arrays)
+    prefix = f"prefix of {VIRTUAL}"
     sides = {
         "base": base,
         "merged": run.bind(merged_path),
-        f"prefix of {VIRTUAL}": run.bind(
-            base_path, prompt_adapter=folder / "prefix.onnx_adapter", max_length=CACHE - VIRTUAL
-        ),
+        prefix: run.bind(base_path, prompt_adapter=folder / "prefix.onnx_adapter", max_length=CACHE - VIRTUAL),
+        "base once more": run.bind(base_path),
         "slots, LoRA r16 in": run.bind(slots_path, adapters=[folder / "lora.onnx_adapter"]),
     }
-    lines = run.measured(dtype, sides, [run.tokens])
-    first, merged, prefix, _ = lines
-    run.check(f"{dtype} base: decode / floor", first["ratio"], 2.25)
-    run.check(f"{dtype} merged: decode / base", merged["decode_ms"] / first["decode_ms"], 1.01)
-    run.check(f"{dtype} prefix: decode / base", prefix["decode_ms"] / first["decode_ms"], 1.01)
-    run.check(f"{dtype} prefix: first token / base", prefix["first_token_ms"] / first["first_token_ms"], 1.03)
+    if dtype == "bf16":
+        half_path, _ = export(folder, "half.onnx", run.target, "fp16")
+        sides["computed in fp16"] = run.bind(half_path)
+    lines, _ = run.measured(dtype, sides, [run.tokens], prefills=20)
+    run.check(f"{dtype} base: decode / floor", lines[0]["ratio"], 2.25)
+    run.ratio(dtype, "merged", "decode", 1.01)
+    run.ratio(dtype, prefix, "decode", 1.01)
+    run.ratio(dtype, prefix, "first token", 1.03)
     right(run, dtype, "base", folder, sides["base"], [])
     right(run, dtype, "merged", run.work / f"{dtype}-merged", sides["merged"], [])
-    right(run, dtype, "prefix", folder, sides[f"prefix of {VIRTUAL}"], run.ahead)
-
-
-def right(run: Run, dtype: str, name: str, folder: Path, side: Bound, ahead: Sequence[int]) -> None:
-    """Logits and greedy tokens against torch in float32 on the same weights, along the reference's own tokens."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(run.device).eval()
-    ids, cache, wanted = torch.tensor([[*ahead, *run.tokens]], device=run.device), None, []
-    with torch.inference_mode():
-        for _ in range(GREEDY):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            wanted.append(out.logits[0, -1].float().cpu().numpy())
-            ids = out.logits[:, -1:].argmax(-1)
-    assert side.decoder is not None
-    logits, worst, spread, differing = side.decoder.prefill([run.tokens]), 0.0, 0.0, 0
-    for step, reference in enumerate(wanted):
-        found = logits[0].astype(np.float32)
-        error = np.abs(found - reference).max()
-        worst = max(worst, float(error / np.abs(reference).max()))
-        spread = max(spread, float(np.linalg.norm(found - reference) / np.linalg.norm(reference)))
-        best, second = np.sort(reference)[-2:][::-1]
-        if found.argmax() != reference.argmax() and best - second > 2 * error:
-            differing += 1
-        if step + 1 < len(wanted):
-            logits = side.decoder.step([int(reference.argmax())])
-    run.check(f"{dtype} {name}: largest logit error / largest logit, {GREEDY} steps", worst, 1e-2)
-    run.check(f"{dtype} {name}: greedy tokens that differ and are no near ties", differing, 0)
-    run.checks[-2]["l2"] = spread
-    del model
+    right(run, dtype, prefix, folder, sides[prefix], run.ahead)
+    if dtype == "bf16":
+        run.check("bf16 file computed in fp16: decode / floor", lines[-1]["ratio"], 2.25)
+        right(run, "fp16", "of the bf16 file", folder, sides["computed in fp16"], [])
 
 
 def variants(run: Run, dtype: str) -> None:
@@ -229,15 +132,14 @@ def variants(run: Run, dtype: str) -> None:
     folder, sides = run.work / dtype, {}
     graphs: dict[Target, Path] = {}
     for variant in VARIANTS:
-        target = variant.target(target_of(run))
+        target = variant.target(run.target)
         try:
             if target not in graphs:
                 graphs[target], _ = export(folder, f"variant{len(graphs)}.onnx", target, dtype)
             with setting(variant.environment):
                 side = run.bind(
-                    graphs[target], session_config=variant.session, provider_options=variant.provider,
-                    cuda_graph=variant.name != "no CUDA graph",
-                )  # fmt: skip
+                    graphs[target], session_config=variant.session, cuda_graph=variant.name != "no CUDA graph"
+                )
                 assert side.decoder is not None
                 side.decoder.prefill([run.tokens])
                 for _ in range(3):
@@ -253,18 +155,28 @@ def variants(run: Run, dtype: str) -> None:
         reference = logits if reference is None else reference
         error = float(np.abs(logits - reference).max() / np.abs(reference).max())
         run.check(f"{dtype} variant '{name}': logits as the first's", error, 2e-2)
-    run.measured(f"{dtype} variant", sides, [run.tokens])
+    run.measured(f"{dtype} variant", sides, [run.tokens], 200)
+
+
+def profiled(run: Run, dtype: str) -> None:
+    """Kernels of a step as exported and without XQA attention; what is not on the device."""
+    path = run.work / dtype / "model.onnx"
+    for name, environment in (("as exported", {}), ("no XQA attention", NO_XQA)):
+        with setting(environment):
+            lines = kernels(run.bind(path), run.tokens, run.work)
+        run.profile += [line | {"what": f"{name}: {line['what']}"} for line in lines]
+    run.profile += elsewhere(path, run.tokens, run.work, batch=1, max_length=CACHE, device=run.device)
 
 
 def batches(run: Run, dtype: str) -> None:
     rows = np.random.default_rng(3).integers(3, run.shape.vocabulary, (8, PROMPT)).tolist()
-    run.measured(dtype, {"base": run.bind(run.work / dtype / "model.onnx", batch=8)}, rows)
+    run.measured(dtype, {"base": run.bind(run.work / dtype / "model.onnx", batch=8)}, rows, 100)
 
 
 def eight_b(run: Run, dtype: str) -> None:
     shape = EIGHT_B if run.shape == LARGE else run.shape
     write_model(shape, run.work / "8b", dtype)
-    path, _ = export(run.work / "8b", "model.onnx", target_of(run), dtype)
+    path, _ = export(run.work / "8b", "model.onnx", run.target, dtype)
     run.measured(f"{dtype} 8B", {"base": run.bind(path)}, [run.tokens], 40)
 
 
@@ -279,12 +191,8 @@ def compiled(run: Run, dtype: str) -> None:
     ids = torch.tensor([run.tokens], device=run.device)
     seconds = []
     with torch.inference_mode():
-        model(
-            input_ids=ids,
-            past_key_values=cache,
-            use_cache=True,
-            position_ids=torch.arange(PROMPT, device=run.device)[None],
-        )
+        places = torch.arange(PROMPT, device=run.device)[None]
+        model(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=places)
         token = ids[:, -1:].clone()
         for number in range(60):
             place = torch.tensor([[PROMPT + number]], device=run.device)
@@ -295,77 +203,76 @@ def compiled(run: Run, dtype: str) -> None:
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
     taken = statistics.median(seconds[20:]) * 1e3
-    run.rows.append(
-        {
-            "dtype": dtype,
-            "graph": "torch.compile, static cache",
-            "batch": 1,
-            "decode_ms": taken,
-            "load_s": sum(seconds[:20]),
-        }
-    )
+    line = {"dtype": dtype, "graph": "torch.compile, static cache", "batch": 1, "decode_ms": taken}
+    run.rows.append(line | {"load_s": sum(seconds[:20])})
     print(f"  {dtype} torch.compile: {taken:.3f} ms/token", flush=True)
 
 
-def genai(run: Run, dtype: str) -> None:
-    """The graph of onnxruntime-genai's builder, by our runner."""
-    if importlib.util.find_spec("onnxruntime_genai") is None:
-        run.skipped.append("genai: onnxruntime-genai is not installed")
-        return
-    out = run.work / f"{dtype}-genai"
-    words = ["-m", "onnxruntime_genai.models.builder", "-m", run.work / dtype, "-o", out, "-p", dtype, "-e", "cuda"]
+def genai(run: Run, dtype: str, unpacked_to: Path | None) -> None:
+    """The graph of onnxruntime-genai's builder, by our runner in turns with ours, and by their own."""
+    if unpacked_to is None:
+        if (spec := importlib.util.find_spec("onnxruntime_genai")) is None or spec.origin is None:
+            run.skipped.append("genai: onnxruntime-genai is not installed, --genai names no folder")
+            return
+        unpacked_to = Path(spec.origin).parents[1]
+    source, out = run.work / f"{dtype}-tokenizer", run.work / f"{dtype}-genai"
+    source.mkdir()
+    for file in (*(run.work / dtype).glob("model.safetensors"), run.work / dtype / "config.json"):
+        (source / file.name).symlink_to(file.resolve())
+    for file in EXAMPLE.glob("tokenizer*"):
+        shutil.copy(file, source)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [*filter(None, [os.environ.get("PYTHONPATH")]), str(unpacked_to.resolve())]
+    )
+    where = ("-p", dtype, "-e", "cuda") if run.device == "cuda" else ("-p", "fp32", "-e", "cpu")
+    builder = unpacked_to / "onnxruntime_genai" / "models" / "builder.py"  # as a file: it needs none of the libraries
+
+    def spawn(*words: object) -> str:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=150, check=False, env=environment
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(done.stderr[-300:])
+        return done.stdout
+
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-300:])
+    spawn(builder, "-i", source, "-o", out, *where, "-c", run.work / "cache")
     print(f"  built in {time.perf_counter() - began:.1f} s", flush=True)
     sides = {"base": run.bind(run.work / dtype / "model.onnx"), "genai builder's graph": run.bind(out)}
-    run.measured(dtype, sides, [run.tokens])
-
-
-def table(run: Run) -> str:
-    lines = [
-        "| type | graph | batch | decode ms/token | x floor | floor ms | first token ms | load s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-
-    def number(line: Mapping[str, Any], key: str, form: str) -> str:
-        return format(line[key], form) if key in line else "-"
-
-    for line in run.rows:
-        cells = [
-            line["dtype"], line["graph"], str(line["batch"]), number(line, "decode_ms", ".3f"), number(line, "ratio", ".2f"),
-            number(line, "floor_ms", ".3f"), number(line, "first_token_ms", ".2f"), number(line, "load_s", ".2f"),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| check | value | limit | |", "|---|---|---|---|"]
-    lines += [
-        f"| {c['what']} | {c['value']:.4f} | {c['limit']} | {'ok' if c['good'] else '**missed**'} |" for c in run.checks
-    ]
-    return "\n".join([*lines, "", *(f"- {text}" for text in [*run.failed, *run.skipped])])
+    run.measured(f"{dtype} genai", sides, [run.tokens])
+    del sides
+    said = spawn(Path(__file__).with_name("onnx_gpu_genai.py"), out, PROMPT, CACHE, 100)
+    line = {"dtype": f"{dtype} genai", "graph": "genai builder's graph, their runtime", "batch": 1}
+    run.rows.append(line | json.loads(said.splitlines()[-1]))
+    print(f"  genai's own runtime: {run.rows[-1]['decode_ms']:.3f} ms/token", flush=True)
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts: dict[str, Callable[[Run], None]] = {
         "fp16": lambda run: core(run, "fp16"),
-        "variants": lambda run: variants(run, "fp16"),
         "bf16": lambda run: core(run, "bf16"),
+        "variants": lambda run: variants(run, "fp16"),
         "batch8": lambda run: batches(run, "fp16"),
-        "genai": lambda run: genai(run, "fp16"),
         "8b": lambda run: eight_b(run, "fp16"),
+        "genai": lambda run: genai(run, "fp16", options.genai),
         "compile": lambda run: compiled(run, "fp16"),
+        "profile": lambda run: profiled(run, "fp16"),  # last: what watches kernels may slow down what comes after it
     }
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="new folder, for 30 GB")
+    parser.add_argument("--work", type=Path, required=True, help="new folder, for 35 GB")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "onnx_gpu.json")
     parser.add_argument(
         "--parts", default=",".join(parts), help="default: %(default)s; all but fp16 and bf16 need fp16's files"
     )
+    parser.add_argument("--genai", type=Path, help="folder with onnxruntime_genai and onnx_ir, where not installed")
     parser.add_argument("--budget", type=float, default=330, help="seconds after which no part is begun")
     parser.add_argument("--small", action="store_true", help="a tiny model: to see whether the script runs")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     options.work.mkdir(parents=True)
+    onnxruntime.set_default_logger_severity(3)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     run = Run(
         options.work, options.budget, SMALL if options.small else LARGE, 10 if options.small else STEPS, options.device
     )
@@ -373,10 +280,11 @@ def main() -> int:
     print(f"# {name}, onnxruntime {onnxruntime.__version__}, torch {torch.__version__}", flush=True)
     for part in options.parts.split(","):
         run.part(part, lambda part=part: parts[part](run))
-    shown = table(run)
+    shown = tables(run)
     found = {
         "device": name, "onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "prompt": PROMPT, "cache": CACHE,
-        "rows": run.rows, "checks": run.checks, "failed": run.failed, "skipped": run.skipped, "seconds": run.seconds, "table": shown,
+        "rows": run.rows, "ratios": run.ratios, "precision": run.precision, "profile": run.profile, "checks": run.checks,
+        "failed": run.failed, "skipped": run.skipped, "seconds": run.seconds, "table": shown,
     }  # fmt: skip
     options.out.write_text(json.dumps(found, indent=2))
     print(shown)

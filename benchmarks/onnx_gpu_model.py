@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +65,6 @@ def export(
     path = folder / name
     path.write_bytes(built.graphs["model.onnx"].SerializeToString())
     return path, built.contract
-
-
-def unpacked(target: Target) -> Target:
-    """As `target`, every weight on its own."""
-    return replace(target, packed=False)
 
 
 def write_slots(path: Path, contract: Contract, adapter: Path, dtype: str) -> None:

@@ -19,15 +19,12 @@ import numpy as np
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.opening import Opened, open_graph
-from surgery.onnx.run.shared import SharedDecoder
 from surgery.onnx.run.text import prepare_decoder
+from surgery.onnx.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
 from surgery.plain import plain
 from surgery_formats.errors import FitError
 
-__all__ = ["BenchResult", "BenchSide", "Bound", "bench", "bind", "floor_seconds", "measure", "step_nbytes"]
-
-_ROUNDS = 5
-_WARM = 3  # steps of each round that are not counted: the first one records the CUDA graph
+__all__ = ["BenchResult", "BenchSide", "Bound", "bench", "bind", "floor_seconds", "measure_all", "step_nbytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +62,8 @@ class BenchResult:
         batch: Rows.
         bandwidth: Bytes per second of a copy on the device, reading and writing counted; None on the cpu.
         floors: Seconds to read the weights of a step once, per side; empty on the cpu.
+        prefill_ratio: Of two graphs, first to second.
+        token_ratio: Of two graphs, first to second; None for encoders.
     """
 
     sides: tuple[BenchSide, ...]
@@ -74,6 +73,8 @@ class BenchResult:
     batch: int
     bandwidth: float | None
     floors: tuple[float, ...]
+    prefill_ratio: Ratio | None = None
+    token_ratio: Ratio | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -120,7 +121,7 @@ def bench(
         model: The graph, or its folder.
         against: Another one.
         prompt_length: Tokens of each row, the same random ones for both.
-        new_tokens: Steps that are measured, in five rounds.
+        new_tokens: Steps that are measured, in turns of a few.
         batch: Rows.
         cache: Size of a shared cache; by default just what is needed.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -133,7 +134,7 @@ def bench(
         ProofError: weights that a graph was not made for.
     """
     models = [model] if against is None else [model, against]
-    length = cache or prompt_length + -(-new_tokens // _ROUNDS) + _WARM
+    length = cache or cache_length(prompt_length, new_tokens)
     sides = [
         bind(one, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)
         for one in models
@@ -146,16 +147,17 @@ def bench(
     if sides[0].opened.memory.device == "cuda":
         floors = [floor_seconds(side) for side in sides]
         bandwidth = step_nbytes(sides[0].opened.path) / floors[0]
-    times = measure(sides, rows, new_tokens)
+    times = measure_all(sides, rows, new_tokens)
+    ratios = compare(times[0], times[1]) if len(times) > 1 else (None, None)
     return BenchResult(
         tuple(
             BenchSide(
-                os.fspath(side.model), side.load_seconds, prefill, token, side.memory_nbytes,
+                os.fspath(side.model), side.load_seconds, timing.prefill, timing.token, side.memory_nbytes,
                 step_nbytes(side.opened.path), side.virtual_tokens,
             )
-            for side, (prefill, token) in zip(sides, times, strict=True)
+            for side, timing in zip(sides, times, strict=True)
         ),
-        sides[0].opened.memory.device, prompt_length, new_tokens, batch, bandwidth, tuple(floors),
+        sides[0].opened.memory.device, prompt_length, new_tokens, batch, bandwidth, tuple(floors), *ratios,
     )  # fmt: skip
 
 
@@ -171,11 +173,15 @@ def bind(
     prompt_adapter: str | os.PathLike[str] | None = None,
     provider_options: Mapping[str, str] | None = None,
     session_config: Mapping[str, str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
 ) -> Bound:
     """Open `model` and make its buffers; `max_length` is without virtual tokens. See `open_graph` and `prepare_decoder`."""
     used = _used(device)
     began = time.perf_counter()
-    opened = open_graph(model, device=device, cuda_graph=cuda_graph, threads=threads, provider_options=provider_options)
+    opened = open_graph(
+        model, device=device, cuda_graph=cuda_graph, threads=threads, provider_options=provider_options,
+        session_config=session_config, profile=profile,
+    )  # fmt: skip
     loaded = time.perf_counter() - began
     decoder, past = None, None
     if opened.contract.kind == "decoder":
@@ -186,33 +192,18 @@ def bind(
     return Bound(os.fspath(model), opened, decoder, loaded, max(0, _used(device) - used), tokens)
 
 
-def measure(sides: Sequence[Bound], rows: list[list[int]], new_tokens: int) -> list[tuple[float, float | None]]:
-    """Median seconds of a prefill and of a step, per side, measured in turns."""
-    prefills: list[list[float]] = [[] for _ in sides]
-    steps: list[list[float]] = [[] for _ in sides]
-    each = -(-new_tokens // _ROUNDS)
-    for round_number in range(-1, _ROUNDS):  # the first round warms up
-        for number, side in enumerate(sides):
-            began = time.perf_counter()
-            if side.decoder is None:
-                encode(side.opened, rows)
-            else:
-                side.decoder.prefill(rows)
-            taken = [time.perf_counter() - began]
-            if side.decoder is not None and new_tokens:
-                advance = _advance(side.decoder)
-                tokens = [row[0] for row in rows]
-                for _ in range(_WARM + each if round_number >= 0 else _WARM):
-                    began = time.perf_counter()
-                    advance(tokens)
-                    taken.append(time.perf_counter() - began)
-            if round_number >= 0:
-                prefills[number].append(taken[0])
-                steps[number] += taken[1 + _WARM :]
-    return [
-        (float(np.median(prefill)), float(np.median(step)) if step else None)
-        for prefill, step in zip(prefills, steps, strict=True)
-    ]
+def measure_all(
+    sides: Sequence[Bound], rows: list[list[int]], new_tokens: int, repeats: int = PREFILLS
+) -> list[Timing]:
+    """Time of every side, all of them alive, in turns."""
+
+    def begin(side: Bound) -> Callable[[], Any]:
+        if side.decoder is None:
+            return lambda: encode(side.opened, rows)
+        decoder = side.decoder
+        return lambda: decoder.prefill(rows)
+
+    return measure([begin(side) for side in sides], [side.decoder for side in sides], new_tokens, len(rows), repeats)
 
 
 def floor_seconds(side: Bound) -> float:
@@ -256,11 +247,6 @@ def _vocabulary(opened: Opened) -> int:
     from surgery.onnx.run.encoder import vocabulary
 
     return opened.contract.vocabulary or vocabulary(opened)
-
-
-def _advance(decoder: Decoder) -> Callable[[Any], Any]:
-    """A step without fetching its logits, where they can be left on the device."""
-    return decoder.advance if isinstance(decoder, SharedDecoder) else decoder.step
 
 
 def _used(device: str) -> int:

@@ -70,12 +70,6 @@ class Context:
         shape = self.graph.node("Shape", [self.ids], "", start=0, end=2)
         return self.graph.node("Concat", [shape, self.graph.ints(-1)], "", axis=0)
 
-    @cached_property
-    def every_token_to_one_expert(self) -> str:
-        """Ones ``(B*S, 1)``."""
-        rows = self.graph.node("Reshape", [self.ids, self.graph.ints(-1, 1)], "")
-        return self.graph.cast(self.graph.node("Equal", [rows, rows], ""), self.io, "")
-
     def batched(self, value: str, at: str, *, out: str = "*") -> str:
         """Rows, or anything with ``B*S`` rows, as ``(B, S, ...)``."""
         return self.graph.node("Reshape", [value, self._batch_shape], at, out=out)

@@ -40,7 +40,7 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
 
     Their biases are vectors, and are joined by a Concat that runtimes fold.
     """
-    if not ctx.target.packed or any(one.transposed or one.weight in ctx.slotted for one in projections):
+    if ctx.target.packed == "none" or any(one.transposed or one.weight in ctx.slotted for one in projections):
         return None
     weight = ctx.weights.adjacent(
         [one.weight for one in projections], [(one.outputs, one.inputs) for one in projections]

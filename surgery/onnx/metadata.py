@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``metadata_props`` of an ONNX file, read without the graph and without the onnx package.
+"""``metadata_props`` of an ONNX file, and shapes of its initializers, read without the onnx package.
 
 An ONNX file is one protobuf message (onnx.proto3, ``ModelProto``): fields of varints and of length-prefixed bytes. Field 14 is
-``metadata_props``, each ``{1: key, 2: value}``. The graph (field 7) is stepped over by its length, so this costs a page of I/O.
+``metadata_props``, each ``{1: key, 2: value}``. The graph (field 7) is stepped over by its length, so this costs a page of I/O. In the
+graph, field 5 is an initializer (``TensorProto``) with its sizes in field 1, one by one or packed, and its name in field 8.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections.abc import Iterator
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import File, open_file
 
-__all__ = ["read_metadata"]
+__all__ = ["initializer_shapes", "read_metadata"]
 
-_METADATA, _KEY, _VALUE = 14, 1, 2
+_GRAPH, _METADATA, _KEY, _VALUE = 7, 14, 1, 2
+_INITIALIZER, _DIMENSIONS, _NAME = 5, 1, 8
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _LIMIT = 64 << 20  # bytes of one entry
 _FIELDS = 100_000  # of the model's own; real files have a few dozen
 _LONGEST_VARINT = 10
+_AXES = 64
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -32,12 +35,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     file = open_file(path)
     found: dict[str, str] = {}
     try:
-        for number, begin, end in _fields(file, 0, file.size):
+        for number, begin, end in _lengthy(file, 0, file.size):
             if number != _METADATA:
                 continue
             if end - begin > _LIMIT:
                 raise MalformedError(f"an entry of metadata has {end - begin} bytes", file=path)
-            entry = {inner: bytes(file.read(at, until - at)).decode() for inner, at, until in _fields(file, begin, end)}
+            entry = {
+                inner: bytes(file.read(at, until - at)).decode() for inner, at, until in _lengthy(file, begin, end)
+            }
             key = entry.get(_KEY, "")
             if key in found:
                 raise MalformedError("two entries of metadata have one name", file=path)
@@ -47,8 +52,52 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return found
 
 
-def _fields(file: File, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+def initializer_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Sizes of every initializer of the ONNX file `path`, by name.
+
+    Raises:
+        NotFoundError: no such file.
+        MalformedError: not a protobuf message, a name that is not UTF-8.
+    """
+    file = open_file(path)
+    found: dict[str, tuple[int, ...]] = {}
+    for number, begin, end in _lengthy(file, 0, file.size):
+        if number == _GRAPH:
+            for inner, at, until in _lengthy(file, begin, end):
+                if inner == _INITIALIZER:
+                    name, shape = _described(file, at, until)
+                    found[name] = shape
+    return found
+
+
+def _described(file: File, begin: int, end: int) -> tuple[str, tuple[int, ...]]:
+    name, sizes = "", list[int]()
+    for number, wire, at, until in _fields(file, begin, end):
+        if number == _NAME and wire == _BYTES:
+            if until - at > _LIMIT:
+                raise MalformedError(f"a name has {until - at} bytes", file=file.path)
+            try:
+                name = bytes(file.read(at, until - at)).decode()
+            except UnicodeDecodeError as error:
+                raise MalformedError("a name that is not UTF-8", file=file.path) from error
+        elif number == _DIMENSIONS and wire in (_VARINT, _BYTES):
+            while at < until:
+                size, at = _varint(file, at, until)
+                sizes.append(size)
+                if len(sizes) > _AXES:
+                    raise MalformedError("an initializer with too many axes", file=file.path)
+    return name, tuple(sizes)
+
+
+def _lengthy(file: File, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Number, begin and end of every length-prefixed field between `begin` and `end`."""
+    for number, wire, at, until in _fields(file, begin, end):
+        if wire == _BYTES:
+            yield number, at, until
+
+
+def _fields(file: File, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Number, wire type, and begin and end of the value of every field between `begin` and `end`."""
     at, count = begin, 0
     while at < end:
         count += 1
@@ -57,17 +106,18 @@ def _fields(file: File, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         tag, at = _varint(file, at, end)
         number, wire = tag >> 3, tag & 7
         if wire == _VARINT:
-            _, at = _varint(file, at, end)
+            _, until = _varint(file, at, end)
         elif wire in (_FIXED64, _FIXED32):
-            at += 8 if wire == _FIXED64 else 4
+            until = at + (8 if wire == _FIXED64 else 4)
         elif wire == _BYTES:
             size, at = _varint(file, at, end)
             if size > end - at:
                 raise MalformedError("not an ONNX file (a field ends behind the file)", file=file.path)
-            yield number, at, at + size
-            at += size
+            until = at + size
         else:
             raise MalformedError("not an ONNX file", file=file.path)
+        yield number, wire, at, until
+        at = until
     if at != end:
         raise MalformedError("not an ONNX file (it ends within a field)", file=file.path)
 

@@ -25,9 +25,8 @@ class Target:
             opset 23.
         norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of opset 23.
         activation: ``fused``: SiLU is one com.microsoft.QuickGelu; ``standard``: Sigmoid and Mul.
-        packed: Whether weights that lie one after the other in the file become one.
-        mlp: ``steps``: an operator for each step; ``expert``: a gated SiLU MLP whose weights are packed is com.microsoft.MoE with one
-            expert (CUDA only; for comparison, no target uses it).
+        packed: Whether weights that lie one after the other in the file become one: ``all``; ``attention``: those of an MLP stay apart,
+            which takes a multiplication more and a Split less; ``none``.
         qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: operators of their own.
     """
 
@@ -36,9 +35,8 @@ class Target:
     attention: Literal["gqa", "standard"]
     norm: Literal["fused", "standard"]
     activation: Literal["fused", "standard"]
-    packed: bool = True
+    packed: Literal["all", "attention", "none"] = "all"
     qk_norm: Literal["fused", "standard"] = "standard"
-    mlp: Literal["steps", "expert"] = "steps"
 
 
 TARGETS = {
@@ -89,4 +87,4 @@ def standard(target: Target) -> Target:
 
 def twin(target: Target) -> Target:
     """The same operators as far as the CPU provider has them, to prove a graph for CUDA in fp32 where there is no GPU."""
-    return replace(target, qk_norm="standard", mlp="steps")
+    return replace(target, qk_norm="standard")

@@ -110,11 +110,8 @@ class Weights:
         """The tensor as a value of the graph's type."""
         return self.adjacent([name], [shape]) or ""
 
-    def adjacent(self, names: Sequence[str], shapes: Sequence[Sequence[int]], *, stacked: bool = False) -> str | None:
-        """Tensors that lie one after the other as one value, joined along the first axis; None where they do not.
-
-        With `stacked` the value has an axis of one in front: a stack of one expert.
-        """
+    def adjacent(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> str | None:
+        """Tensors that lie one after the other as one value, joined along the first axis; None where they do not."""
         found = [self.find(name, shape) for name, shape in zip(names, shapes, strict=True)]
         first = found[0]
         at = first.offset
@@ -124,13 +121,10 @@ class Weights:
             if tuple(shape[1:]) != tuple(shapes[0][1:]):
                 return None
             at += tensor.nbytes
-        if len(found) == 1 and not stacked:
+        if len(found) == 1:
             return self._ranged(first.name, first, shapes[0], first.nbytes)
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        name = _joint_name([tensor.name for tensor in found])
-        if stacked:
-            name, shape = f"{name}.stacked", (1, *shape)
-        return self._ranged(name, first, shape, at - first.offset)
+        return self._ranged(_joint_name([tensor.name for tensor in found]), first, shape, at - first.offset)
 
     def exact(self, name: str, shape: Sequence[int]) -> str:
         """The tensor as a value of float32, whatever the graph's type."""

@@ -12,12 +12,12 @@ import pytest
 import xxhash
 
 from surgery.onnx.contract import Contract, WeightFile, from_metadata
-from surgery.onnx.metadata import read_metadata
+from surgery.onnx.metadata import initializer_shapes, read_metadata
 from surgery.onnx.run.opening import find_graph, open_graph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.safetensors import layout
-from tests.onnx.graphs import CONTRACT, decoder
+from tests.onnx.graphs import CONTRACT, decoder, prefix
 
 
 def outside(folder, contract=CONTRACT):
@@ -59,6 +59,20 @@ def test_the_contract_is_read_without_the_graph(tmp_path):
         assert name
     with pytest.raises(MalformedError):
         read_metadata(tmp_path / "cut.onnx")
+
+
+def test_shapes_of_initializers_are_read_without_onnx(tmp_path):
+    path = decoder(tmp_path, prefix=prefix(1, 4), slots=True)
+    wanted = {one.name: tuple(one.dims) for one in onnx.load(path).graph.initializer}
+    assert initializer_shapes(path) == wanted
+    assert wanted["past_key_values.0.key"] == (1, 2, 4, 16)
+    entry = b"\x0a\x02\x03\xac\x0a\x01\x05\x42\x01w"  # packed sizes, as proto3 has them: 3, then a number cut short
+    for raw in (entry, b"\x08\x01" * 65, b"\x42\x01\xff"):
+        graph = b"\x2a" + bytes([len(raw)]) + raw if len(raw) < 128 else b"\x2a\x82\x01" + raw
+        size = bytes([len(graph)]) if len(graph) < 128 else bytes([len(graph) & 127 | 128, 1])
+        (tmp_path / "bad.onnx").write_bytes(b"\x3a" + size + graph)
+        with pytest.raises(MalformedError):
+            initializer_shapes(tmp_path / "bad.onnx")
 
 
 def test_metadata_of_a_large_graph_costs_nothing(tmp_path):
@@ -164,3 +178,19 @@ def test_graphs_of_other_exporters_are_understood_by_their_inputs(tmp_path, atte
         prefill_batch=attention == "plain",
     )
     assert opened.contract == wanted
+
+
+def test_a_head_whose_size_the_graph_leaves_free_is_as_large_as_the_file_beside_it_says(tmp_path):
+    path = decoder(tmp_path)
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past", "present")):
+            value.type.tensor_type.shape.dim[3].dim_param = "size"
+    path.write_bytes(model.SerializeToString())
+    config = tmp_path / "genai_config.json"
+    config.write_text('{"model": {"context_length": 64}}')
+    with pytest.raises(FitError, match="how large a head is"):
+        open_graph(path, device="cpu")
+    config.write_text('{"model": {"context_length": 64, "decoder": {"head_size": 16}}}')
+    assert open_graph(path, device="cpu").contract.head_dim == 16

@@ -155,6 +155,9 @@ def test_the_bench_measures_two_graphs_in_turns(folder):
     read = (folder / "model.safetensors").stat().st_size - table
     assert read * 0.9 < one["step_nbytes"] == other["step_nbytes"] < read * 1.1
     assert (result["floors"], result["bandwidth"]) == ([], None)
+    for ratio, pairs in ((result["prefill_ratio"], 5), (result["token_ratio"], 2)):
+        assert ratio["pairs"] == pairs
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
 
 
 def test_generation_asks_the_decoder_for_nothing_after_the_last_token():

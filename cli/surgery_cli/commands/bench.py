@@ -92,6 +92,6 @@ def command(
     if result.bandwidth is not None:
         times = ", ".join(f"{floor * 1e3:.3f} ms" for floor in result.floors)
         note(f"floor: {times} per step to read the weights once, at {nbytes(result.bandwidth)}/s copied on this device")
-    if len(result.sides) > 1 and result.sides[0].token_seconds and result.sides[1].token_seconds:
-        ratio = result.sides[0].token_seconds / result.sides[1].token_seconds
-        note(f"{ratio:.3f} times the other's time per token")
+    if (ratio := result.token_ratio) is not None:
+        spread = f"half of {ratio.pairs} pairs within {ratio.low:.3f} to {ratio.high:.3f}"
+        note(f"{ratio.median:.3f} times the other's time per token ({spread})")

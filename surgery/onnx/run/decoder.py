@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.metadata import initializer_shapes
 from surgery.onnx.run.adapters import Past, past_names
 from surgery.onnx.run.binding import as_array, execute, not_recorded
 from surgery.onnx.run.growing import GrowingDecoder, RowByRow
-from surgery.onnx.run.opening import Opened
+from surgery.onnx.run.opening import Opened, open_prefill
 from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.shared import SharedDecoder
 from surgery_formats.errors import FitError
@@ -79,7 +80,9 @@ def make_decoder(
     if missing:
         raise FitError(f"the graph has no input {missing[0]}", file=opened.path)
     if contract.cache == "shared":
-        return SharedDecoder(opened, batch, length, slots or {}, past)
+        other = open_prefill(opened) if batch > 1 and past is not None else None
+        together = GrowingDecoder(other, batch, length, slots or {}, past) if other is not None else None
+        return SharedDecoder(opened, batch, length, slots or {}, past, together)
     apart = contract.padding == "right" or (contract.padding == "left" and "position_ids" not in opened.inputs)
     if batch > 1 and past is not None and apart:
         # GroupQueryAttention takes one row on top of a past; where places are positions, padding would part a prompt from its text.
@@ -90,16 +93,22 @@ def make_decoder(
 def default_past(opened: Opened) -> Past | None:
     """The soft prompt that is the graph's own: the default of its past. None if it has none.
 
-    It is what one run over one token gives back in front of that token, so that it need not be sought in the file.
+    It is what one run over one token gives back in front of that token, so that its bytes need not be sought in the file.
 
     Raises:
-        FitError: the graph speaks of virtual tokens that it does not have.
+        FitError: the graph speaks of virtual tokens that it does not have, or of another number of them.
     """
     count = opened.contract.virtual_tokens
     if not count:
         return None
     if lacking := [name for name in past_names(opened.contract.layers) if name not in opened.optional]:
         raise FitError(f"the graph speaks of {count} virtual tokens, but {lacking[0]} has no default", file=opened.path)
+    shapes = initializer_shapes(opened.path)
+    wanted = (1, opened.contract.kv_heads, count, opened.contract.head_dim)
+    for name in past_names(opened.contract.layers):
+        if (shape := shapes.get(name)) != wanted:  # onnxruntime would read beside it, or read less, without a word
+            text = f"shape {list(shape or ())}, the graph's contract makes it {list(wanted)}"
+            raise FitError(text, file=opened.path, tensor=name, hint="export it again")
     found = _present(opened, [0], count)
     return Past(count, {name: np.ascontiguousarray(array[:, :, :count]) for name, array in found.items()})
 

@@ -41,8 +41,13 @@ def guessed_contract(
         )  # fmt: skip
     key, logits = inputs[keys[0]], outputs.get("logits")
     length = genai.get("context_length") or config.get("max_position_embeddings")
-    if logits is None or len(key.shape) != 4 or not isinstance(key.shape[1], int) or not isinstance(key.shape[3], int):
+    if logits is None or len(key.shape) != 4 or not isinstance(key.shape[1], int):
         raise FitError("a cache that is not [batch, heads, past, size], or no output 'logits'", file=path)
+    size = key.shape[3]  # onnxruntime-genai's builder leaves it free
+    if not isinstance(size, int):
+        size = genai.get("decoder", {}).get("head_size")
+    if not isinstance(size, int) or size < 1:
+        raise FitError("neither the graph nor genai_config.json beside it says how large a head is", file=path)
     if not isinstance(length, int) or length < 1:
         raise FitError("neither genai_config.json nor config.json beside it says how long a sequence may be", file=path)
     grouped = _has_grouped_attention(path)
@@ -58,7 +63,7 @@ def guessed_contract(
         cache="shared" if grouped else "growing",
         layers=len(keys),
         kv_heads=key.shape[1],
-        head_dim=key.shape[3],
+        head_dim=size,
         vocabulary=width,
         max_length=length,
         prefill_batch=not grouped,

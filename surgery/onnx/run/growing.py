@@ -85,6 +85,14 @@ class GrowingDecoder:
         found: Array = self._run(np.asarray(tokens, np.int64).reshape(self._batch, 1))[:, 0]
         return found
 
+    def hand_over(self) -> dict[str, Array]:
+        """The cache behind all rows so far, by name of the past; it is another's from now on."""
+        found = {}
+        for name, value in self._cache.items():
+            found[name] = as_array(value, self._opened.outputs[name.replace("past_key_values", "present")])
+        self._cache = {}
+        return found
+
     def _run(self, ids: npt.NDArray[np.int64]) -> Array:
         opened = self._opened
         where = (opened.memory.device, opened.memory.index)

@@ -28,7 +28,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Opened", "check_weights", "find_graph", "open_graph"]
+__all__ = ["Opened", "check_weights", "find_graph", "open_graph", "open_prefill"]
 
 GRAPH = "model.onnx"
 _HEADER_LIMIT = 100_000_000
@@ -49,6 +49,8 @@ class Opened:
         optional: Inputs that have a default.
         outputs: By name.
         cuda_graph: Whether runs may be captured and replayed.
+        weights: Folder of the weight files.
+        threads: Of one operation on the cpu; None for one per core.
     """
 
     session: onnxruntime.InferenceSession
@@ -60,6 +62,8 @@ class Opened:
     optional: frozenset[str]
     outputs: Mapping[str, Port]
     cuda_graph: bool
+    weights: Path
+    threads: int | None
 
     @property
     def folder(self) -> Path:
@@ -114,6 +118,7 @@ def open_graph(
     cuda_graph: bool = True,
     provider_options: Mapping[str, str] | None = None,
     session_config: Mapping[str, str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
 ) -> Opened:
     """Open a graph for running.
 
@@ -125,6 +130,7 @@ def open_graph(
         cuda_graph: On CUDA, record a decoding step once and replay it.
         provider_options: More for the CUDA provider, as onnxruntime names them.
         session_config: More configuration entries of the session, as onnxruntime names them.
+        profile: Where onnxruntime writes the time of each node to (the beginning of a file's name); see its ``end_profiling``.
 
     Raises:
         NotFoundError: no such file, or a weight file is missing.
@@ -139,14 +145,43 @@ def open_graph(
         check_weights(contract, folder)
     memory = _memory(device, contract)
     recorded = cuda_graph and memory.device == "cuda" and (contract is None or contract.cache == "shared")
-    session = _session(path, folder, contract, memory, threads, recorded, provider_options or {}, session_config or {})
+    session = _session(
+        path, folder, contract, memory, threads, recorded, provider_options or {}, session_config or {}, profile
+    )
     inputs, outputs = ports(session.get_inputs()), ports(session.get_outputs())
     defaults = ports(session.get_overridable_initializers())
     known = contract or guessed_contract(path, {**inputs, **defaults}, outputs, memory.device)
     return Opened(
         session, known, contract is None, path, memory, {**inputs, **defaults}, frozenset(defaults), outputs,
-        recorded,
+        recorded, folder, threads,
     )  # fmt: skip
+
+
+def open_prefill(opened: Opened) -> Opened | None:
+    """The graph over the same weights that takes several rows on top of a past (`Contract.prefill`); None where there is none.
+
+    On the cpu both sessions map the same weight files. A second session on CUDA would hold every weight again, as onnxruntime copies
+    initializers to the device for each session of its own, so there it is None too.
+
+    Raises:
+        MalformedError: a name that leads out of the folder, or a graph over other weights.
+        ProofError, FitError: see `open_graph`.
+    """
+    contract = opened.contract
+    if not contract.prefill or opened.memory.device != "cpu":
+        return None
+    if not is_safe_name(contract.prefill):
+        raise MalformedError(f"the graph names '{show(contract.prefill)}' for prefills", file=opened.path)
+    path = opened.folder / contract.prefill
+    if not path.exists():  # whoever takes the main graph alone has all there is, row by row
+        return None
+    found = open_graph(path, device="cpu", weights=opened.weights, threads=opened.threads)
+    for field in ("dtype", "layers", "kv_heads", "head_dim", "vocabulary", "weights", "slots"):
+        if getattr(found.contract, field) != getattr(contract, field):
+            raise MalformedError(
+                f"not of the same model as {GRAPH}: another {field}", file=path, hint="export it again"
+            )
+    return found
 
 
 def _memory(device: str, contract: Contract | None) -> Memory:
@@ -175,6 +210,7 @@ def _session(
     cuda_graph: bool,
     more: Mapping[str, str],
     config: Mapping[str, str],
+    profile: str | os.PathLike[str] | None,
 ) -> Any:
     import onnxruntime
 
@@ -189,6 +225,8 @@ def _session(
     if contract is not None and contract.target == "cpu":
         # Prepacking copies every weight into memory of the process and gains nothing for Gemm(transB): they stay mapped.
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
     for key, value in config.items():
         options.add_session_config_entry(key, value)
     providers: list[Any] = ["CPUExecutionProvider"]

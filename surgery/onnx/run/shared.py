@@ -19,6 +19,7 @@ import numpy.typing as npt
 from surgery.onnx.contract import PAD_SWITCH
 from surgery.onnx.run.adapters import Past, past_names
 from surgery.onnx.run.binding import execute, not_recorded, recorded
+from surgery.onnx.run.growing import GrowingDecoder
 from surgery.onnx.run.memory import Buffer, Scratch
 from surgery.onnx.run.opening import Opened
 from surgery.onnx.run.rows import Rows, pad
@@ -37,8 +38,16 @@ class SharedDecoder:
     """See the module."""
 
     def __init__(
-        self, opened: Opened, batch: int, max_length: int, slots: Mapping[str, Array], past: Past | None
+        self,
+        opened: Opened,
+        batch: int,
+        max_length: int,
+        slots: Mapping[str, Array],
+        past: Past | None,
+        together: GrowingDecoder | None = None,
     ) -> None:
+        """With `together`, rows on top of `past` are prefilled by it at once, on the host, instead of one by one."""
+        self._together = together
         self._opened, self._batch, self._max = opened, batch, max_length
         memory, contract = opened.memory, opened.contract
         self._names = past_names(contract.layers)
@@ -89,7 +98,10 @@ class SharedDecoder:
         if tokens + max(map(len, rows)) > self._max:
             raise FitError(f"{tokens + max(map(len, rows))} tokens do not fit into a cache of {self._max}")
         self.lengths[:] = tokens
-        if tokens or (max(map(len, rows)) > _CHUNK and not self.switch):
+        if self._together is not None and max(map(len, rows)) <= _CHUNK:
+            logits = self._together.prefill(rows)
+            self._take(self._together)
+        elif tokens or (max(map(len, rows)) > _CHUNK and not self.switch):
             # GroupQueryAttention takes several new tokens on top of a past for one row at a time only.
             found = [self._feed(slice(r, r + 1), [row]) for r, row in enumerate(rows)]
             logits = np.concatenate(found)
@@ -162,6 +174,15 @@ class SharedDecoder:
         self.lengths[which] += ends
         found = [memory.read(logits.address + (r * width + int(end) - 1) * size, size) for r, end in enumerate(ends)]
         return np.stack([raw.view(self._logits.dtype) for raw in found])
+
+    def _take(self, other: GrowingDecoder) -> None:
+        """The whole cache of `other`, whose rows are padded on the right as ours are."""
+        for name, array in other.hand_over().items():
+            cache = self._cache[name].owner.view(self._kind.dtype)  # of the host
+            cache[: self._batch * self._row // self._kind.dtype.itemsize].reshape(
+                self._batch, array.shape[1], self._max, array.shape[3]
+            )[:, :, : array.shape[2]] = array
+        self.lengths[:] = other.lengths
 
     def _write_past(self, past: Past) -> None:
         """The soft prompt in front of every row."""
