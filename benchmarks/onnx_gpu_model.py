@@ -81,3 +81,19 @@ def write_slots(path: Path, contract: Contract, adapter: Path, dtype: str) -> No
         arrays[slot.B] = (scale * found[f"{stem}.lora_B.weight"].T).astype(kind)
     path.unlink(missing_ok=True)
     write_adapter_file(path, arrays)
+
+
+def write_prefix(shape: Shape, folder: Path, tokens: int, seed: int = 1) -> None:
+    """A prefix-tuned adapter as PEFT writes it: keys and values of `tokens` virtual tokens in every layer."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    width = shape.kv_heads * (shape.hidden // shape.heads)
+    values = np.random.default_rng(seed).normal(0, 1, (tokens, 2 * shape.layers * width)).astype(np.float32)
+    save_file({"prompt_embeddings": values}, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": tokens, "token_dim": width,
+        "num_attention_heads": shape.kv_heads, "num_layers": shape.layers, "num_transformer_submodules": 1,
+        "prefix_projection": False, "encoder_hidden_size": width, "inference_mode": True,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -40,7 +40,7 @@ class Target:
 
 
 TARGETS = {
-    "cuda": Target("cuda", "fused", "gqa", "fused", "fused", qk_norm="fused"),
+    "cuda": Target("cuda", "fused", "gqa", "fused", "fused", packed="attention", qk_norm="fused"),
     "cpu": Target("cpu", "gemm", "gqa", "fused", "fused"),
     "portable": Target("portable", "gemm", "standard", "standard", "standard"),
 }
