@@ -405,7 +405,7 @@ def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allo
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     units = [found.factored[unit.path] for unit in forms.units]
     gains = {path: one.load_gains for path, one in decision.magnitudes.items()}
-    noise = noise_report(units, factored, ranks, found.measures, making.workers, gains)
+    noise = noise_report(units, factored, ranks, found.measures, making.workers, gains, decision.kept)
     warnings = differing_settings(old, new)
     given = making.calibration
     if given is not None and (unused := given.unused(forms.units)):
