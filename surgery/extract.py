@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -144,7 +145,7 @@ def extract_lora(
             names = [*shared, *(tree_name(name, pair.old) for name in shared)]
             check_modules(given, layout.spots, layout.units, names)
         lanes = Lanes(devices, threads)
-        lanes.warm(warm)
+        lanes.warm(partial(warm, layout))
         found = scan(layout, goal.criterion, _planned(goal, scaling, stored), scratch, lanes, progress)
         watch.lap("starting", found.began)
         watch.lap("reading")
@@ -364,9 +365,7 @@ class _Job:
         return prove(folder, self.both.base, changed, known, measures, self.forms.dropped, self.workers)
 
 
-def _settled(
-    both: _Both, layout: Layout, found: Found, making: _Making, watch: Watch, *, allow_loss: bool
-) -> _Job:
+def _settled(both: _Both, layout: Layout, found: Found, making: _Making, watch: Watch, *, allow_loss: bool) -> _Job:
     old, new = both.old, both.new
     goal, dtype, scaling = making.goal, making.dtype, making.scaling
 
@@ -475,6 +474,7 @@ def _write(job: _Job, out: Path, watch: Watch, *, overwrite: bool, progress: Cal
             for name, path in job.both.tuned.side_files:
                 if "token" in name or name in ("vocab.json", "merges.txt"):
                     folder.write_small(name, path.read_bytes())
+        watch.lap("syncing")
         file = folder.create(TENSOR_FILE, job.nbytes)
         stage = file.path.parent
         filled = fill(file, job.tensors, job.metadata)

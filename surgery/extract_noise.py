@@ -92,7 +92,9 @@ def noise_report(
         survival = kept[found.unit.path].survival
         signals[found.unit.path] = Signal(top.edge, top.signal, min(top.shape), complete, survival)
         all_spectra += mine
-    return NoiseReport(signals, Kept.total(kept[found.unit.path] for found in every).survival, looks_merged(all_spectra))
+    return NoiseReport(
+        signals, Kept.total(kept[found.unit.path] for found in every).survival, looks_merged(all_spectra)
+    )
 
 
 def survivals(

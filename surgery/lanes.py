@@ -158,7 +158,9 @@ class Lanes:
             return
         import torch
 
-        torch.linalg.inv(torch.ones(1, 1, device=gpus[0].device))  # loads a library that two threads must not load at once
+        torch.linalg.inv(
+            torch.ones(1, 1, device=gpus[0].device)
+        )  # loads a library that two threads must not load at once
         together = threading.Barrier(len(self._lanes))
 
         def once(lane: Lane, stop: Stop) -> None:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import feed, lanes
+from surgery.extract_scan import layout_of, warm
 from surgery.feed import Direct, Rows, Staged
-from surgery.lanes import Lanes, Room, devices_of
+from surgery.lanes import Lane, Lanes, Room, devices_of
 from surgery.tally import Tally
 from surgery_formats.checkpoint import open_checkpoint
 from surgery_formats.errors import FitError, MalformedError, ProofError
@@ -312,6 +313,25 @@ def test_timings_are_told_and_not_written(pair: tuple[Path, Path], tmp_path: Pat
     assert {"reading", "kind", "noise", "writing", "syncing", "proving", "committing"} <= set(parts)
     assert sum(parts.values()) == pytest.approx(whole, abs=0.05)  # nothing that takes long has no name
     assert "timings" not in json.loads((tmp_path / "out" / "surgery_manifest.json").read_text())
+
+
+def test_a_lane_is_warmed_without_reading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (open_checkpoint(folder).main for folder in pair)
+    layout, done = layout_of(old, new, full=False), []
+    subtract = Tally.subtract
+
+    def refuse(self: File, buffer: memoryview, offset: int) -> None:
+        raise AssertionError("read")
+
+    def told(self: Tally, *args: object) -> None:
+        done.append(args)
+        subtract(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(File, "read_into", refuse)
+    monkeypatch.setattr(Tally, "subtract", told)
+    warm(layout, Lane(torch.device("cpu"), Direct(), Room(None)), lambda: False)
+    assert len(done) == 1
+    assert layout.units, "a pair with matrices"
 
 
 @pytest.mark.gpu
