@@ -5,8 +5,8 @@
     python benchmarks/extract.py --device cuda [--mergekit ...] [--sizes 1b,8b] [--folder DIR] [--cold-sizes 1b,8b]
 
 Whole processes, in turn, on files that are in memory; as many threads for either. Then (`--cold-rounds`) ours again on files that were
-dropped from the page cache, beside a plain read of both files that were dropped likewise. On a CPU the pair is one layer of Llama 7B, on a GPU the
-1.24 B and 8 B shapes of Llama 3. Correctness is asserted inside: the error of what was written is computed here from the files, in
+dropped from the page cache, beside a plain read of both files that were dropped likewise. On a CPU the pair is one layer of Llama 7B, on a
+GPU the 1.24 B and 8 B shapes of Llama 3. Correctness is asserted inside: the error of what was written is computed here from the files, in
 float64, and one matrix is compared with the least error that its rank allows. `first read to synced` is measured in the process: from
 the moment the first byte of a tensor is asked for until the adapter is complete and on the disk.
 """
