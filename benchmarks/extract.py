@@ -277,13 +277,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", help="of layer, 1b, 8b; by default layer on a CPU, 1b,8b on a GPU")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--workers", type=int, help="of surgery; by default as many as threads, 8 on a GPU")
+    parser.add_argument("--workers", type=int, help="of surgery; by default as many as threads, 3 on a GPU")
     parser.add_argument("--folder", type=Path, help="where to work, made if missing; 8b needs 33 GB")
     options = parser.parse_args()
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
     if options.device != "cpu":
-        options.workers = options.workers or 8
+        options.workers = options.workers or 3
     for size in (options.sizes or ("layer" if options.device == "cpu" else "1b,8b")).split(","):
         work = Path(tempfile.mkdtemp(prefix="surgery-bench-", dir=options.folder))
         try:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from surgery import __version__
 from surgery.convert import coded_as
-from surgery.execute import default_workers
 from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
 from surgery.extract_dora import Decision, decide, kept_lora
 from surgery.extract_factor import Factored, Plan, Scratch
@@ -36,7 +35,7 @@ from surgery.extract_scan import Found, Layout, layout_of, scan, warm
 from surgery.extract_sites import Unit, tree_name
 from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
-from surgery.lanes import Lanes, devices_of
+from surgery.lanes import Lanes, default_lanes, devices_of
 from surgery.pairs import differing_settings
 from surgery.progress import Callback, Progress
 from surgery.watch import Watch
@@ -106,7 +105,7 @@ def extract_lora(
         allow_loss: Leave out what no form can hold.
         device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``, ``auto``. Matrices are
             shared out over all of them.
-        workers: Threads (per GPU); None is one per core, at most eight. Never changes the result.
+        workers: Threads; None is one per core, at most eight, and three for each GPU. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
         dry_run: Compare and factorise, write nothing.
@@ -136,7 +135,7 @@ def extract_lora(
     lanes: Lanes | None = None
     watch = Watch()
     try:
-        threads = workers or default_workers()
+        threads = workers or default_lanes(devices)
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
         making = _Making(goal, options, scaling, stored, coding, chosen, given, scratch, devices[0], threads)
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
