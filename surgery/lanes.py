@@ -60,8 +60,8 @@ def devices_of(text: str) -> tuple[str, ...]:
 def default_lanes(devices: Sequence[str]) -> int:
     """Lanes that keep `devices` busy: one per core, at most eight; on GPUs three each.
 
-    A matrix is some hundred small calls, which threads make in turn, for they share one interpreter. Measured on an H100, 1.24 B parameters,
-    seconds from the first read to synced: 1 lane 2.27, 2 lanes 1.46, 3 lanes 1.28, 4 lanes 1.58, 8 lanes 2.76, 16 lanes 2.46.
+    A matrix is some hundred small calls, which threads make in turn, for they share one interpreter. Measured on an H100, 1.24 B
+    parameters, seconds from the first read to synced: 1 lane 2.27, 2 lanes 1.46, 3 lanes 1.28, 4 lanes 1.58, 8 lanes 2.76, 16 lanes 2.46.
     """
     return _PER_GPU if any(device != "cpu" for device in devices) else default_workers()
 
