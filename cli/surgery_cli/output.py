@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["SCHEMA_VERSION", "clean", "emit_json", "note", "pairs", "table", "warn"]
+__all__ = ["SCHEMA_VERSION", "clean", "emit_json", "goal", "note", "pairs", "table", "warn"]
 
 SCHEMA_VERSION = 1
 """Of every JSON document written here; it changes when a field is renamed or removed, not when one is added."""
@@ -70,6 +71,11 @@ def pairs(rows: Iterable[tuple[str, str]]) -> None:
     width = max((len(label) for label, _ in every), default=0)
     for label, text in every:
         click.echo(f"{click.style(label.ljust(width), bold=True)}  {clean(text)}")
+
+
+def goal(output: Path | None, target: str) -> str:
+    """Where an adapter goes and in which format; a dry run may have no place."""
+    return show(target) if output is None else f"{show(output, 500)} ({show(target)})"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> None:

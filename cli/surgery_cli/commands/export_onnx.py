@@ -31,7 +31,7 @@ _WEIGHTS = {
 @sub_command("export-onnx")
 @click.argument("base", shell_complete=complete_files)
 @click.argument("adapters", nargs=-1, type=weighted, metavar="[ADAPTER[=WEIGHT]]...", shell_complete=complete_files)
-@output_option("Folder to make, or BASE's own folder, to which files are only added.")
+@output_option("Folder to make, or BASE's own folder, to which files are only added.", rehearsed=False)
 @click.option(
     "--target",
     type=click.Choice(["cuda", "cpu", "portable"]),

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, devices_option, output_option, overwrite_option
+from surgery_cli.options import (
+    Settings,
+    complete_files,
+    devices_option,
+    dry_run_option,
+    output_option,
+    overwrite_option,
+)
 from surgery_cli.options import command as sub_command
 from surgery_cli.output import emit_json, note, pairs, table, warn
 from surgery_cli.progress import bar
@@ -118,9 +125,9 @@ def _dense(text: str) -> tuple[str, ...]:
 @devices_option
 @click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
-@click.option("--dry-run", is_flag=True, help="Compare and factorise; write nothing.")
+@dry_run_option("Compare and factorise; write nothing.")
 @overwrite_option()
-def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bool, **options: Any) -> None:
+def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_run: bool, **options: Any) -> None:
     """Extract a LoRA from a full fine-tune.
 
     TUNED minus BASE, each matrix by its best factors of the rank asked for, everything else as TUNED has it. What was written is
@@ -159,7 +166,7 @@ def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bo
         warn(text)
 
 
-def _text(result: ExtractResult, output: Path, seconds: float, settings: Settings) -> None:
+def _text(result: ExtractResult, output: Path | None, seconds: float, settings: Settings) -> None:
     ranks = sorted({row.rank for row in result.rows if row.rank})
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no factors"
     smaller = f"{result.saved:.3g} times smaller than the full copy's {nbytes(result.tuned_nbytes)}"
