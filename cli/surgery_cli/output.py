@@ -79,7 +79,7 @@ def goal(output: Path | None, target: str) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> None:
-    """A table to stdout.
+    """A table to stdout, without the columns that say nothing in any row.
 
     Args:
         headings: One per column.
@@ -89,13 +89,15 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, right: I
     from rich.table import Table
     from rich.text import Text
 
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    told = [index for index in range(len(headings)) if not cells or any(row[index] for row in cells)]
     made = Table(box=None, pad_edge=False, header_style="bold")
     numbers = set(right)
-    for index, heading in enumerate(headings):
+    for index in told:
         number = index in numbers  # on a narrow terminal names are folded, numbers never
-        made.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
-    for row in rows:
-        made.add_row(*(Text(_cell(cell)) for cell in row))
+        made.add_column(headings[index], justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for row in cells:
+        made.add_row(*(Text(row[index]) for index in told))
     terminal = _console()
     with terminal.capture() as drawn:  # printed by click, for rich answers a closed pipe with an exit code of its own
         terminal.print(made)

@@ -22,7 +22,7 @@ from surgery_cli.options import command as sub_command
 from surgery_cli.output import emit_json, note, pairs, table, warn
 from surgery_cli.progress import bar
 from surgery_formats.errors import FitError
-from surgery_formats.text import count, nbytes, show
+from surgery_formats.text import count, listing, nbytes, show
 
 if TYPE_CHECKING:
     from surgery.extract_kind import CalibrationTotals
@@ -58,7 +58,7 @@ def _budget(text: str) -> str:
     try:
         parse_budget(text)
     except FitError as error:
-        raise click.BadParameter(error.message) from error
+        raise click.BadParameter(f"{error.message}: {error.hint}") from error
     return text
 
 
@@ -169,7 +169,7 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
 def _text(result: ExtractResult, output: Path | None, seconds: float, settings: Settings) -> None:
     ranks = sorted({row.rank for row in result.rows if row.rank})
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no factors"
-    smaller = f"{result.saved:.3g} times smaller than the full copy's {nbytes(result.tuned_nbytes)}"
+    times = f"{result.saved:.3g} times smaller" if result.saved >= 1 else f"{1 / result.saved:.3g} times larger"
     rows = [
         ("tensors", ", ".join(f"{number} {kind}" for kind, number in result.classes.items())),
         (
@@ -182,7 +182,7 @@ def _text(result: ExtractResult, output: Path | None, seconds: float, settings: 
             f"all but {result.residual:.2%} of the change"
             + (f"; {result.lost:.2%} of its energy was left out" if result.lost else ""),
         ),
-        ("size", f"{nbytes(result.adapter_nbytes)}, {smaller}"),
+        ("size", f"{nbytes(result.adapter_nbytes)}, {times} than the full copy's {nbytes(result.tuned_nbytes)}"),
     ]
     if result.kind is not None:
         rows.append(("kind", f"{'DoRA' if result.kind.kind == 'dora' else 'LoRA'}: {result.kind.why}"))
@@ -203,6 +203,13 @@ def _text(result: ExtractResult, output: Path | None, seconds: float, settings: 
         click.echo()
         layers = layers_of(told, apart=bool(settings.verbose))
         table(_HEADINGS, map(_cells, layers), right=range(1, 10))
+        remarks: dict[str, list[str]] = {}
+        for one in layers:
+            if one.why:
+                remarks.setdefault(one.why, []).append(one.pattern)
+        if remarks:
+            click.echo()
+            table(("layers", "remark"), ((listing(where, 2), why) for why, where in remarks.items()))
         if len(layers) < len(told):
             note("like-named layers are taken together; -v shows each")
     if result.table:
@@ -224,11 +231,11 @@ def _calibration(found: CalibrationTotals) -> str:
 
 
 _HEADINGS = (
-    "layers", "times", "rank", "share", "missing", "moved", "rms/ulp", "noise", "signal", "survives", "class", "remark",
+    "layers", "times", "rank", "share", "missing", "moved", "rms/ulp", "noise", "signal", "survives", "class",
 )  # fmt: skip
 
 
 def _cells(one: Layers) -> tuple[str, ...]:
     survival = "" if math.isnan(one.survival) else f"{one.survival:.1%}"
     figures = (f"{one.share:.2%}", f"{one.residual:.2%}", f"{one.moved:.1%}", f"{one.rms_ulp:.2g}", f"{one.noise:.1%}")
-    return (one.pattern, str(len(one.rows)), one.ranks, *figures, one.signal, survival, one.kind, one.why)
+    return (one.pattern, str(len(one.rows)), one.ranks, *figures, one.signal, survival, one.kind)

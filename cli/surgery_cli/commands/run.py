@@ -169,6 +169,8 @@ def _summary(result: RunResult, settings: Settings) -> None:
         if (rest := result.seconds - result.first_seconds) > 0 and result.new_tokens > len(result.texts):
             text += f", {(result.new_tokens - len(result.texts)) / rest:.1f} tokens/s"
     note(text)
+    if any(one.reason == "full" for one in result.texts):
+        note("the graph's longest sequence is reached")
     if settings.verbose:
         for one in result.texts:
             note(f"{len(one.prompt)} tokens in, {len(one.tokens)} out, ended by {one.reason or 'itself'}")
