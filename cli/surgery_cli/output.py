@@ -78,19 +78,32 @@ def goal(output: Path | None, target: str) -> str:
     return show(target) if output is None else f"{show(output, 500)} ({show(target)})"
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> None:
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    right: Iterable[int] = (),
+    spare: Iterable[int] = (),
+) -> None:
     """A table to stdout, without the columns that say nothing in any row.
 
     Args:
         headings: One per column.
         rows: Cells; untrusted text is fine.
         right: Columns with numbers, set flush right.
+        spare: Columns that a terminal too narrow for all of them does without, the first of them first.
     """
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
     cells = [[_cell(cell) for cell in row] for row in rows]
     told = [index for index in range(len(headings)) if not cells or any(row[index] for row in cells)]
+    terminal = _console()
+    widths = [max(map(cell_len, (headings[index], *(row[index] for row in cells)))) for index in range(len(headings))]
+    for index in spare:
+        if index in told and sum(widths[one] + 2 for one in told) - 2 > terminal.width:
+            told.remove(index)
     made = Table(box=None, pad_edge=False, header_style="bold")
     numbers = set(right)
     for index in told:
@@ -98,7 +111,6 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, right: I
         made.add_column(headings[index], justify="right" if number else "left", overflow="fold", no_wrap=number)
     for row in cells:
         made.add_row(*(Text(row[index]) for index in told))
-    terminal = _console()
     with terminal.capture() as drawn:  # printed by click, for rich answers a closed pipe with an exit code of its own
         terminal.print(made)
     click.echo("\n".join(line.rstrip() for line in drawn.get().splitlines()))

@@ -216,3 +216,16 @@ def test_an_adapter_is_not_asked_for_the_base_it_does_not_hold(run: Run, tmp_pat
     against = run("verify", tmp_path / "half", "--against", "examples/base")
     assert against.exit_code == 0
     assert "nothing to compare" in against.stderr
+
+
+@pytest.mark.parametrize(
+    ("width", "kept", "left_out"), [(80, "signal", "moved"), (100, "survives", "noise"), (140, "moved", None)]
+)
+def test_a_narrow_terminal_keeps_names_whole(monkeypatch, run: Run, width, kept, left_out):
+    monkeypatch.setattr("surgery_cli.output._PIPED_WIDTH", width)
+    shown = run("extract-lora", "examples/base", "examples/tuned", "--rank", "4", "--dry-run").stdout.splitlines()
+    heading = next(line for line in shown if line.startswith("layers"))
+    assert kept in heading
+    assert left_out is None or left_out not in heading
+    assert any(line.startswith("model.layers.*.post_attention_layernorm ") for line in shown)
+    assert max(map(len, shown)) <= width

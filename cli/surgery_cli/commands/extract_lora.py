@@ -202,7 +202,7 @@ def _text(result: ExtractResult, output: Path | None, seconds: float, settings: 
 
         click.echo()
         layers = layers_of(told, apart=bool(settings.verbose))
-        table(_HEADINGS, map(_cells, layers), right=range(1, 10))
+        table(_HEADINGS, map(_cells, layers), right=range(1, 10), spare=_SPARE)
         remarks: dict[str, list[str]] = {}
         for one in layers:
             if one.why:
@@ -233,6 +233,8 @@ def _calibration(found: CalibrationTotals) -> str:
 _HEADINGS = (
     "layers", "times", "rank", "share", "missing", "moved", "rms/ulp", "noise", "signal", "survives", "class",
 )  # fmt: skip
+
+_SPARE = tuple(map(_HEADINGS.index, ("moved", "rms/ulp", "noise", "class", "times", "survives")))
 
 
 def _cells(one: Layers) -> tuple[str, ...]:
