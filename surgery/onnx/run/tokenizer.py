@@ -57,7 +57,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         import tokenizers
     except ImportError as error:
         raise FitError(
-            "text needs the package tokenizers", hint="pip install 'model-surgery[run]', or give --ids"
+            "text needs the package tokenizers", hint="pip install tokenizers, or give --ids"
         ) from error
     opened = open_file(file)
     if opened.size > TOKENIZER_LIMIT:
