@@ -134,12 +134,15 @@ def catalogue() -> Catalogue:
 
 
 def _families() -> list[FamilyEntry]:
-    rooms = [room for room in vars(families).values() if isinstance(room, ModuleType) and hasattr(room, "FAMILY")]
-    return [
-        FamilyEntry(room.__name__.rpartition(".")[2], _first_line(room), room.FAMILY.names)
-        for room in rooms
-        if room.FAMILY in families.FAMILIES
-    ]
+    """One entry per module of `surgery_formats.families`: some, as Gemma's, hold several families."""
+    found = []
+    for room in vars(families).values():
+        if isinstance(room, ModuleType):
+            own = [one for one in vars(room).values() if any(one is known for known in families.FAMILIES)]
+            names = tuple(dict.fromkeys(name for one in own for name in one.names))
+            if names:
+                found.append(FamilyEntry(room.__name__.rpartition(".")[2], _first_line(room), names))
+    return found
 
 
 def _updates() -> list[UpdateKind]:
