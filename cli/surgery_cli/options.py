@@ -88,7 +88,10 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """A sub-command: it takes the global options and gets `Settings` as its first argument."""
 
     def wrap(function: Callable[..., None]) -> click.Command:
-        made = click.command(name)(click.pass_obj(function))
+        settings = {
+            "help_option_names": ["-h", "--help"]
+        }  # of its own: click keeps the first it makes, whatever the context
+        made = click.command(name, context_settings=settings)(click.pass_obj(function))
         made.params += global_options()
         return made
 
