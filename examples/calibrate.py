@@ -67,8 +67,13 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(options.device).eval()
-    ids = tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: options.tokens]
-    save_file(record(model, ids, keep=options.activations), options.output)
+    text = options.text.read_text(encoding="utf-8")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: options.tokens]
+    found = record(model, ids, keep=options.activations)
+    save_file(found, options.output)
+    print(
+        f"{options.output}: inputs of {len({name.rpartition('.')[0] for name in found})} layers over {len(ids)} tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -231,10 +231,13 @@ def rewrite(
     parts = [make_part(key, shares, given, recipe, memory, base) for key, shares in group(given, base).items()]
     if verb == "resize" and all(part.outcome == "kept" for part in parts):
         highest = max((part.rank for part in parts), default=0)
+        by_rank = not recipe.by_spectrum
         raise NothingChangedError(
-            f"no module has a higher rank than asked for (the highest is {highest})",
+            f"no module has a higher rank than asked for (the highest is {highest})"
+            if by_rank
+            else f"no module can lose a direction within these bounds (the highest rank is {highest})",
             file=given[0].adapter.path,
-            hint="a higher rank would only add zeros",
+            hint="a higher rank would only add zeros" if by_rank else "allow a larger error, or ask for a rank",
         )
     result = as_adapter(given, parts, target.name)
     if dtype is not None and isinstance(target, Coded):

@@ -154,7 +154,7 @@ def convert(
             + "; ".join(f"'{show(entry.site)}' ({entry.detail})" for entry in dropped[:3])
             + (f"; and {len(dropped) - 3} more" if len(dropped) > 3 else ""),
             file=source.path,
-            hint="--allow-loss leaves them out",
+            hint="--allow-loss leaves them out" if len(dropped) < len(rendering.entries) else None,
         )
     if not rendering.tensors:
         raise FitError(f"{to} can hold nothing of this adapter", file=source.path)

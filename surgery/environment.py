@@ -201,7 +201,9 @@ def _deep() -> dict[str, str]:
 
 def _look_at_torch(torch: Any) -> str:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {devices} devices, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    counts = f"{devices} device{'s' if devices != 1 else ''}, {threads} thread{'s' if threads != 1 else ''}"
+    return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {counts}"
 
 
 def _look_at_onnxruntime(onnxruntime: Any) -> str:

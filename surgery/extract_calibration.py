@@ -29,7 +29,7 @@ from surgery.extract_kind import CalibrationFacts
 from surgery.extract_plan import Forms, Kept
 from surgery.extract_sites import Spot, Unit
 from surgery.lanes import in_threads
-from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.raw import File
 from surgery_formats.files.sharded import open_shards
 from surgery_formats.identity import fingerprint
@@ -113,6 +113,8 @@ def open_calibration(path: str | os.PathLike[str]) -> Calibration:
         InputError: it is missing or malformed, or holds something else.
     """
     where = Path(path)
+    if not where.exists():
+        raise NotFoundError("no such file or folder", file=where)
     found = open_shards(where)
     modules: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in found.tensors.items():

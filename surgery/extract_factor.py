@@ -17,6 +17,7 @@ import xxhash
 
 from surgery.extract_sites import Unit
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import ResourceError
 from surgery_formats.tensors import as_bytes
 
 if TYPE_CHECKING:
@@ -84,7 +85,12 @@ class Scratch:
     """Float32 matrices in a nameless file beside the output: the kernel removes it whatever happens. Any thread may use it."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # lives as long as this object
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # lives as long as this object
+        except OSError as error:
+            raise ResourceError(
+                f"no temporary file can be made here ({error.strerror or error})", file=folder
+            ) from error
         self._end = 0
         self._lock = threading.Lock()
 

@@ -182,7 +182,7 @@ def _vocabulary(
         full = spot.pair.tuned.matrix
         if spot.form == "embedding" and rows and unit and len(rows) * full[1] <= ranks[unit.path] * unit.cost:
             forms.kept.append(Kept(spot.path, spot.pair.tuned, "token rows", name, rows))
-            forms.why[name] = f"only {len(rows)} of {full[0]} rows changed"
+            forms.why[name] = f"{len(rows)} of {full[0]} rows changed"
             settled.add(name)
         elif options.embeddings == "full":
             forms.saved.add(spot.module)

@@ -67,7 +67,8 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
             f"BASE lacks {len(lacking)} of TUNED's {len(tuned.tensors)} tensors: {listing(lacking)}",
             file=tuned.folder,
             tensor=lacking[0],
-            hint=closest(lacking[0], base.tensors) or "is this the base it was tuned from?",
+            hint=(closest(lacking[0], base.tensors) if len(lacking) == 1 else "")
+            or "is this the base it was tuned from?",
         )
     missing = [
         name
@@ -82,7 +83,8 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
             f"TUNED lacks {len(missing)} of BASE's {len(base.tensors)} tensors: {listing(missing)}",
             file=tuned.folder,
             tensor=missing[0],
-            hint=closest(missing[0], tuned.tensors) or "is this the base it was tuned from?",
+            hint=(closest(missing[0], tuned.tensors) if len(missing) == 1 else "")
+            or "is this the base it was tuned from?",
         )
     wrong = [pair for pair in found if pair.base.shape != pair.tuned.shape and not _may_grow(pair, tuned)]
     if wrong:

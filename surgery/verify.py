@@ -123,12 +123,16 @@ def verify(
     checks: list[Check] = []
     notes: list[str] = []
     manifest = _folder(where, checks) if has_manifest else {}
-    if not has_graph:
+    if not has_graph and "ledger" not in manifest:  # an adapter: nothing in it is the base's
+        if base is not None:
+            notes.append("an adapter has no tensors of the base: --against has nothing to compare")
+    elif not has_graph:
         if base is not None:
             number = compare_copied(open_checkpoint(where), base, manifest)
             checks.append(Check("copied tensors", f"{count(number)}, each the base's"))
         else:
             notes.append("copied tensors were not compared with the base: --against BASE does")
+    if not has_graph:
         return Verification(where, "folder", tuple(checks), tuple(notes))
     _graphs(where, base, list(adapters), tolerance, checks, notes)
     return Verification(where, "graph", tuple(checks), tuple(notes))

@@ -88,7 +88,10 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """A sub-command: it takes the global options and gets `Settings` as its first argument."""
 
     def wrap(function: Callable[..., None]) -> click.Command:
-        made = click.command(name)(click.pass_obj(function))
+        settings = {
+            "help_option_names": ["-h", "--help"]
+        }  # of its own: click keeps the first it makes, whatever the context
+        made = click.command(name, context_settings=settings)(click.pass_obj(function))
         made.params += global_options()
         return made
 
@@ -100,9 +103,29 @@ def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) 
     return [CompletionItem(incomplete, type="file")]
 
 
-def output_option(help: str) -> Callable[[F], F]:
-    """``-o/--output``."""
-    return click.option("-o", "--output", metavar="OUT", required=True, type=click.Path(path_type=Path), help=help)
+def output_option(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
+    """``-o/--output``: required, but for a dry run where the command has `rehearsed` ones."""
+    needed = f"{help}  [required, but for --dry-run]" if rehearsed else help
+    return click.option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        required=not rehearsed,
+        callback=_needed if rehearsed else None,
+        type=click.Path(path_type=Path),
+        help=needed,
+    )
+
+
+def dry_run_option(help: str) -> Callable[[F], F]:
+    """``--dry-run``; eager, for ``--output`` to look at."""
+    return click.option("--dry-run", is_flag=True, is_eager=True, help=help)
+
+
+def _needed(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is None and not ctx.params.get("dry_run") and not ctx.resilient_parsing:
+        raise click.MissingParameter(ctx=ctx, param=param)
+    return value
 
 
 def overwrite_option(what: str = "OUT") -> Callable[[F], F]:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["SCHEMA_VERSION", "clean", "emit_json", "note", "pairs", "table", "warn"]
+__all__ = ["SCHEMA_VERSION", "clean", "emit_json", "goal", "note", "pairs", "table", "warn"]
 
 SCHEMA_VERSION = 1
 """Of every JSON document written here; it changes when a field is renamed or removed, not when one is added."""
@@ -72,25 +73,44 @@ def pairs(rows: Iterable[tuple[str, str]]) -> None:
         click.echo(f"{click.style(label.ljust(width), bold=True)}  {clean(text)}")
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> None:
-    """A table to stdout.
+def goal(output: Path | None, target: str) -> str:
+    """Where an adapter goes and in which format; a dry run may have no place."""
+    return show(target) if output is None else f"{show(output, 500)} ({show(target)})"
+
+
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    right: Iterable[int] = (),
+    spare: Iterable[int] = (),
+) -> None:
+    """A table to stdout, without the columns that say nothing in any row.
 
     Args:
         headings: One per column.
         rows: Cells; untrusted text is fine.
         right: Columns with numbers, set flush right.
+        spare: Columns that a terminal too narrow for all of them does without, the first of them first.
     """
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    told = [index for index in range(len(headings)) if not cells or any(row[index] for row in cells)]
+    terminal = _console()
+    widths = [max(map(cell_len, (headings[index], *(row[index] for row in cells)))) for index in range(len(headings))]
+    for index in spare:
+        if index in told and sum(widths[one] + 2 for one in told) - 2 > terminal.width:
+            told.remove(index)
     made = Table(box=None, pad_edge=False, header_style="bold")
     numbers = set(right)
-    for index, heading in enumerate(headings):
+    for index in told:
         number = index in numbers  # on a narrow terminal names are folded, numbers never
-        made.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
-    for row in rows:
-        made.add_row(*(Text(_cell(cell)) for cell in row))
-    terminal = _console()
+        made.add_column(headings[index], justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for row in cells:
+        made.add_row(*(Text(row[index]) for index in told))
     with terminal.capture() as drawn:  # printed by click, for rich answers a closed pipe with an exit code of its own
         terminal.print(made)
     click.echo("\n".join(line.rstrip() for line in drawn.get().splitlines()))

@@ -225,7 +225,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if (where / "adapter_config.json").exists() and all(
         shard.path.name.startswith("adapter_model") for shard in component.shards
     ):
-        raise FitError("an adapter where a base model was expected", file=where)
+        raise FitError(
+            "an adapter where a full model was expected",
+            file=where,
+            hint="`surgery merge` makes a full model of an adapter and its base",
+        )
     carried, left = _side_files(where)
     for entry in sorted(os.scandir(where), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):

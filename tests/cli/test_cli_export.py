@@ -70,3 +70,20 @@ def test_what_cannot_be(run, tmp_path, words, code, says):
     assert done.exit_code == code
     assert says in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_comes_next_can_be_pasted(run, tmp_path):
+    named = tmp_path / "größe und mehr"
+    done = run("export-onnx", BASE, "-o", named)
+    assert f"surgery run '{named}' -p \"...\"" in done.stdout
+    shutil.copytree(BASE, tmp_path / "silent", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "--ids 1,2,3" in run("export-onnx", tmp_path / "silent", "-o", tmp_path / "out").stdout
+    full = run("run", named, "-p", "def", "--max-new", "600")
+    assert "longest sequence is reached" in full.stderr
+
+
+def test_weights_without_a_config_are_refused_by_its_name(run, tmp_path):
+    shutil.copytree(BASE, tmp_path / "bare", ignore=shutil.ignore_patterns("config.json"))
+    done = run("export-onnx", tmp_path / "bare", "-o", tmp_path / "out")
+    assert done.exit_code == 4
+    assert "config.json: missing" in done.stderr

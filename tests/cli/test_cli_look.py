@@ -170,5 +170,62 @@ def test_convert_refuses_what_a_format_cannot_hold(run: Run, base, lora, tmp_pat
     words = ("convert", lora, "--to", "kohya", "--base", base, "-o", tmp_path / "x.safetensors")
     result = run(*words)
     assert result.exit_code == 4
-    assert "--allow-loss" in result.stderr
+    assert "this format names diffusion models only" in result.stderr
+    assert "--allow-loss" not in result.stderr, "which would leave nothing"
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_column_that_says_nothing_is_not_shown(run: Run, base, lora):
+    alone = run("report", lora).stdout
+    assert "of a copy" not in alone
+    assert "of a copy" in run("report", lora, "--base", base).stdout
+
+
+def test_extraction_says_when_an_adapter_is_larger_than_the_copy(run: Run):
+    words = ("extract-lora", "examples/base", "examples/tuned", "--dry-run", "--rank")
+    large = run(*words, "1000").stdout
+    assert "times larger than the full copy's" in large
+    heading = next(line for line in large.splitlines() if line.startswith("layers") and "times" in line)
+    assert heading.endswith("class"), "remarks stand below"
+    assert "rank cut from 1000 to 64: the change has no more" in large
+    assert "times smaller than the full copy's" in run(*words, "4").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("resize", "examples/lora", "--max-error", ".01"), ("lose a direction", "allow a larger error")),
+        (("resize", "examples/lora", "--rank", "16"), ("higher rank than asked", "only add zeros")),
+        (("extract-lora", "examples/base", "examples/lora"), ("an adapter where a full model", "surgery merge")),
+        (("convert", "examples/base", "--to", "mlx"), ("a full model where an adapter", "BASE comes before ADAPTER")),
+        (("extract-lora", "examples/base", "examples/tuned", "--budget", "10X"), ("no budget: write 20MB",)),
+        (("extract-lora", "examples/base", "examples/tuned", "--calibration", "nix"), ("nix: no such file",)),
+    ],
+)
+def test_refusals_say_what_to_do(run: Run, words, says):
+    done = run(*words, "--dry-run")
+    assert done.exit_code in (2, 3, 4)
+    for text in says:
+        assert text in done.stderr
+
+
+def test_an_adapter_is_not_asked_for_the_base_it_does_not_hold(run: Run, tmp_path):
+    assert run("combine", "examples/lora=0.5", "-o", tmp_path / "half").exit_code == 0
+    plain = run("verify", tmp_path / "half")
+    assert (plain.exit_code, plain.stderr) == (0, "")
+    against = run("verify", tmp_path / "half", "--against", "examples/base")
+    assert against.exit_code == 0
+    assert "nothing to compare" in against.stderr
+
+
+@pytest.mark.parametrize(
+    ("width", "kept", "left_out"), [(80, "signal", "moved"), (100, "survives", "noise"), (140, "moved", None)]
+)
+def test_a_narrow_terminal_keeps_names_whole(monkeypatch, run: Run, width, kept, left_out):
+    monkeypatch.setattr("surgery_cli.output._PIPED_WIDTH", width)
+    shown = run("extract-lora", "examples/base", "examples/tuned", "--rank", "4", "--dry-run").stdout.splitlines()
+    heading = next(line for line in shown if line.startswith("layers"))
+    assert kept in heading
+    assert left_out is None or left_out not in heading
+    assert any(line.startswith("model.layers.*.post_attention_layernorm ") for line in shown)
+    assert max(map(len, shown)) <= width

@@ -197,3 +197,29 @@ def test_a_dry_run_says_what_would_be_in_the_way(run: Run, base, lora, tmp_path)
     nowhere = run("merge", base, lora, "-o", tmp_path / "no/out", "--dry-run", "--json")
     assert "no folder" in json.loads(nowhere.stdout)["result"]["warnings"][0]
     assert run("merge", base, lora, "-o", tmp_path / "no/out").exit_code == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("merge", "examples/base", "examples/lora"),
+        ("convert", "examples/lora", "--to", "mlx"),
+        ("combine", "examples/lora", "examples/lora"),
+        ("resize", "examples/lora", "--rank", "4"),
+        ("extract-lora", "examples/base", "examples/tuned", "--rank", "1"),
+    ],
+)
+def test_only_what_is_written_needs_a_place(run: Run, words):
+    rehearsed = run(*words, "--dry-run")
+    assert rehearsed.exit_code == 0, rehearsed.stderr
+    assert "None" not in rehearsed.stdout
+    assert "dry run: nothing was written" in rehearsed.stderr
+    done = run(*words)
+    assert done.exit_code == 2
+    assert "missing option '-o' / '--output'" in done.stderr
+
+
+def test_a_dry_run_says_that_the_output_is_an_input(run: Run, base, lora):
+    words = ("merge", base, lora, "-o", base, "--overwrite")
+    assert "is one of the inputs" in run(*words, "--dry-run").stderr
+    assert run(*words).exit_code == 4

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery_cli.options import Settings
-from surgery_cli.output import emit_json, note, pairs, table, warn
+from surgery_cli.output import emit_json, goal, note, pairs, table, warn
 from surgery_cli.progress import bar
 from surgery_formats.text import nbytes, show
 
@@ -40,13 +40,15 @@ def share(text: str) -> float:
     return number
 
 
-def run(call: Callable[..., CombineResult], doing: str, output: Path, settings: Settings, *, dry_run: bool) -> None:
+def run(
+    call: Callable[..., CombineResult], doing: str, output: Path | None, settings: Settings, *, dry_run: bool
+) -> None:
     """Do it, and show what came out.
 
     Args:
         call: The library's function with everything but ``dry_run`` and ``progress``.
         doing: What the progress bar says.
-        output: As it was asked for.
+        output: As it was asked for; None for a dry run.
         settings: Of the command.
         dry_run: Whether nothing is to be written.
     """
@@ -68,13 +70,13 @@ def _as_json(result: CombineResult, seconds: float) -> dict[str, Any]:
     return {"output": where, "seconds": round(seconds, 3), **result.as_json()}
 
 
-def _text(result: CombineResult, output: Path, seconds: float, settings: Settings) -> None:
+def _text(result: CombineResult, output: Path | None, seconds: float, settings: Settings) -> None:
     """The summary, then the modules that lost most."""
     outcomes = Counter(one.outcome for one in result.modules)
     sources = [
         f"{show(one.name)} ({one.format})" + (f" x {one.weight:g}" if one.weight != 1 else "") for one in result.sources
     ]
-    rows = [(result.verb, " + ".join(sources)), ("to", f"{show(output, 500)} ({show(result.target)})")]
+    rows = [(result.verb, " + ".join(sources)), ("to", goal(output, result.target))]
     if result.method != "exact":
         rows.append(("method", result.method))
     rows.append(("modules", ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())))

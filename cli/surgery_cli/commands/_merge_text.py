@@ -49,12 +49,14 @@ def result_text(result: MergeResult, seconds: float, settings: Settings) -> None
     note(f"next: {_next_step(plan, result.output)}")
 
 
-def plan_text(result: MergeResult, output: Path, workers: int | None, settings: Settings) -> None:
+def plan_text(result: MergeResult, output: Path | None, workers: int | None, settings: Settings) -> None:
     """What a merge would do."""
     ledger, plan = result.ledger, result.ledger.plan
-    free = _free(output)
-    rows = [*_inputs(plan), *_classes(ledger), ("would write", f"{show(output, 500)}: {_files(plan)}")]
-    rows.append(("free disk", "unknown" if free is None else nbytes(free)))
+    where = "" if output is None else f"{show(output, 500)}: "
+    rows = [*_inputs(plan), *_classes(ledger), ("would write", f"{where}{_files(plan)}")]
+    if output is not None:
+        free = _free(output)
+        rows.append(("free disk", "unknown" if free is None else nbytes(free)))
     rows.append(("peak memory", f"about {nbytes(_peak(plan, workers))}"))
     pairs(rows)
     click.echo()
@@ -76,8 +78,10 @@ def plan_text(result: MergeResult, output: Path, workers: int | None, settings: 
     note("dry run: nothing was written")
 
 
-def obstacles(plan: Plan, output: Path, *, overwrite: bool) -> list[str]:
+def obstacles(plan: Plan, output: Path | None, *, overwrite: bool) -> list[str]:
     """What would stop the merge that a dry run stands for, as far as can be seen before."""
+    if output is None:
+        return []
     found = []
     free = _free(output)
     if free is None:
@@ -86,6 +90,8 @@ def obstacles(plan: Plan, output: Path, *, overwrite: bool) -> list[str]:
         found.append(f"{nbytes(plan.nbytes)} will not fit into {nbytes(free)} of free disk")
     if os.path.lexists(output) and not overwrite:
         found.append(f"{show(output, 500)} is already there; the merge needs another name, or --overwrite")
+    if any(os.path.realpath(output) == os.path.realpath(root) for root in plan.roots):
+        found.append(f"{show(output, 500)} is one of the inputs; the merge needs a folder outside them")
     return found
 
 

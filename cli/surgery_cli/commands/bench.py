@@ -9,7 +9,7 @@ from surgery_cli.commands.run import runtime_device_option
 from surgery_cli.options import Settings, complete_files
 from surgery_cli.options import command as sub_command
 from surgery_cli.output import emit_json, note, table
-from surgery_formats.text import nbytes
+from surgery_formats.text import nbytes, show
 
 __all__ = ["command"]
 
@@ -94,4 +94,5 @@ def command(
         note(f"floor: {times} per step to read the weights once, at {nbytes(result.bandwidth)}/s copied on this device")
     if (ratio := result.token_ratio) is not None:
         spread = f"half of {ratio.pairs} pairs within {ratio.low:.3f} to {ratio.high:.3f}"
-        note(f"{ratio.median:.3f} times the other's time per token ({spread})")
+        mine, other = (show(side.model, 200) for side in result.sides)
+        note(f"{mine} takes {ratio.median:.3f} times the time of {other} per token ({spread})")

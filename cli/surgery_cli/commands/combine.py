@@ -13,6 +13,7 @@ from surgery_cli.commands._combine_text import run, share
 from surgery_cli.options import (
     Settings,
     complete_files,
+    dry_run_option,
     dtype_option,
     output_option,
     overwrite_option,
@@ -54,12 +55,12 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 @click.option("--to", metavar="FORMAT", help="Format to write; by default the first adapter's.")
 @click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model, if names come from it.")
 @dtype_option
-@click.option("--dry-run", is_flag=True, help="Show ranks and errors; write nothing.")
+@dry_run_option("Show ranks and errors; write nothing.")
 @overwrite_option()
 def command(
     settings: Settings,
     adapters: tuple[tuple[str, float], ...],
-    output: Path,
+    output: Path | None,
     base: str | None,
     dry_run: bool,
     **options: Any,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from surgery_cli.options import Settings
@@ -41,5 +43,5 @@ def command(settings: Settings, shell: str) -> None:
         emit_json("completion", {"shell": shell, "script": script})
         return
     click.echo(script)
-    if not settings.quiet:
+    if not settings.quiet and sys.stdout.isatty():  # into a file it is being installed
         note(f"install it: {_INSTALL[shell]}")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, dtype_option, output_option, overwrite_option
+from surgery_cli.options import Settings, complete_files, dry_run_option, dtype_option, output_option, overwrite_option
 from surgery_cli.options import command as sub_command
-from surgery_cli.output import emit_json, note, pairs, table, warn
+from surgery_cli.output import emit_json, goal, note, pairs, table, warn
 from surgery_cli.progress import bar
 from surgery_formats.text import nbytes, show
 
@@ -66,10 +66,10 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     type=click.Choice(["int8", "int4"]),
     help="Codes of compact's factors; default int8.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would become of every part; write nothing.")
+@dry_run_option("Show what would become of every part; write nothing.")
 @overwrite_option()
 def command(
-    settings: Settings, adapter: str, to: str, output: Path, base: str | None, dry_run: bool, **options: Any
+    settings: Settings, adapter: str, to: str, output: Path | None, base: str | None, dry_run: bool, **options: Any
 ) -> None:
     """Convert an adapter to another format.
 
@@ -100,11 +100,11 @@ def command(
         warn(text)
 
 
-def _text(result: ConvertResult, source: Path, output: Path, seconds: float, settings: Settings) -> None:
+def _text(result: ConvertResult, source: Path, output: Path | None, seconds: float, settings: Settings) -> None:
     outcomes = Counter(entry.outcome for entry in result.entries)
     rows = [
         ("convert", f"{show(source, 500)} ({show(result.source)})"),
-        ("to", f"{show(output, 500)} ({show(result.target)})"),
+        ("to", goal(output, result.target)),
         ("parts", ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())),
     ]
     if result.output is not None:

@@ -158,6 +158,7 @@ def _checkpoints(found: CheckpointDiff, settings: Settings) -> None:
             ("tensor", "status", "A", "B", "relative", "greatest", "moved", "90 % in", "note"),
             (_tensor(one) for one in shown),
             right=(4, 5, 6, 7),
+            spare=(5, 6),
         )
     _more(len([one for one in found.tensors if one.status != "equal"]), len(shown))
 

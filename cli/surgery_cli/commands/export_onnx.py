@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ _WEIGHTS = {
 @sub_command("export-onnx")
 @click.argument("base", shell_complete=complete_files)
 @click.argument("adapters", nargs=-1, type=weighted, metavar="[ADAPTER[=WEIGHT]]...", shell_complete=complete_files)
-@output_option("Folder to make, or BASE's own folder, to which files are only added.")
+@output_option("Folder to make, or BASE's own folder, to which files are only added.", rehearsed=False)
 @click.option(
     "--target",
     type=click.Choice(["cuda", "cpu", "portable"]),
@@ -143,7 +144,8 @@ def _tell(result: ExportResult, seconds: float) -> None:
                 f"{count(contract.max_length)} tokens; rows of a batch are padded on the {_side(contract.padding)}",
             ),
         )
-        rows.append(("next", f'surgery run {result.output} -p "..."{_given(result)}'))
+        text = '-p "..."' if (result.output / "tokenizer.json").exists() else "--ids 1,2,3"
+        rows.append(("next", f"surgery run {_quoted(result.output)} {text}{_given(result)}"))
     pairs(rows)
 
 
@@ -168,7 +170,12 @@ def _adapter_rows(result: ExportResult) -> list[tuple[str, str]]:
 
 def _given(result: ExportResult) -> str:
     swapped = next((one for one in result.contract.adapters if one["mode"] == "swapped"), None)
-    return f" --adapter {result.output}/{swapped['file']}" if swapped else ""
+    return f" --adapter {_quoted(result.output / swapped['file'])}" if swapped else ""
+
+
+def _quoted(path: Path) -> str:
+    """As a shell takes it."""
+    return shlex.quote(show(path, 500))
 
 
 def _side(padding: str) -> str:

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, devices_option, output_option, overwrite_option
+from surgery_cli.options import (
+    Settings,
+    complete_files,
+    devices_option,
+    dry_run_option,
+    output_option,
+    overwrite_option,
+)
 from surgery_cli.options import command as sub_command
 from surgery_cli.output import emit_json, note, pairs, table, warn
 from surgery_cli.progress import bar
 from surgery_formats.errors import FitError
-from surgery_formats.text import count, nbytes, show
+from surgery_formats.text import count, listing, nbytes, show
 
 if TYPE_CHECKING:
     from surgery.extract_kind import CalibrationTotals
@@ -51,7 +58,7 @@ def _budget(text: str) -> str:
     try:
         parse_budget(text)
     except FitError as error:
-        raise click.BadParameter(error.message) from error
+        raise click.BadParameter(f"{error.message}: {error.hint}") from error
     return text
 
 
@@ -122,9 +129,9 @@ def _dense(text: str) -> tuple[str, ...]:
     help="Computing threads; by default one per core, at most 8; 3 for each GPU.",
 )
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
-@click.option("--dry-run", is_flag=True, help="Compare and factorise; write nothing.")
+@dry_run_option("Compare and factorise; write nothing.")
 @overwrite_option()
-def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bool, **options: Any) -> None:
+def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_run: bool, **options: Any) -> None:
     """Extract a LoRA from a full fine-tune.
 
     TUNED minus BASE, each matrix by its best factors of the rank asked for, everything else as TUNED has it. What was written is
@@ -163,10 +170,10 @@ def command(settings: Settings, base: str, tuned: str, output: Path, dry_run: bo
         warn(text)
 
 
-def _text(result: ExtractResult, output: Path, seconds: float, settings: Settings) -> None:
+def _text(result: ExtractResult, output: Path | None, seconds: float, settings: Settings) -> None:
     ranks = sorted({row.rank for row in result.rows if row.rank})
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no factors"
-    smaller = f"{result.saved:.3g} times smaller than the full copy's {nbytes(result.tuned_nbytes)}"
+    times = f"{result.saved:.3g} times smaller" if result.saved >= 1 else f"{1 / result.saved:.3g} times larger"
     rows = [
         ("tensors", ", ".join(f"{number} {kind}" for kind, number in result.classes.items())),
         (
@@ -179,7 +186,7 @@ def _text(result: ExtractResult, output: Path, seconds: float, settings: Setting
             f"all but {result.residual:.2%} of the change"
             + (f"; {result.lost:.2%} of its energy was left out" if result.lost else ""),
         ),
-        ("size", f"{nbytes(result.adapter_nbytes)}, {smaller}"),
+        ("size", f"{nbytes(result.adapter_nbytes)}, {times} than the full copy's {nbytes(result.tuned_nbytes)}"),
     ]
     if result.kind is not None:
         rows.append(("kind", f"{'DoRA' if result.kind.kind == 'dora' else 'LoRA'}: {result.kind.why}"))
@@ -199,7 +206,14 @@ def _text(result: ExtractResult, output: Path, seconds: float, settings: Setting
 
         click.echo()
         layers = layers_of(told, apart=bool(settings.verbose))
-        table(_HEADINGS, map(_cells, layers), right=range(1, 10))
+        table(_HEADINGS, map(_cells, layers), right=range(1, 10), spare=_SPARE)
+        remarks: dict[str, list[str]] = {}
+        for one in layers:
+            if one.why:
+                remarks.setdefault(one.why, []).append(one.pattern)
+        if remarks:
+            click.echo()
+            table(("layers", "remark"), ((listing(where, 2), why) for why, where in remarks.items()))
         if len(layers) < len(told):
             note("like-named layers are taken together; -v shows each")
     if result.table:
@@ -221,11 +235,13 @@ def _calibration(found: CalibrationTotals) -> str:
 
 
 _HEADINGS = (
-    "layers", "times", "rank", "share", "missing", "moved", "rms/ulp", "noise", "signal", "survives", "class", "remark",
+    "layers", "times", "rank", "share", "missing", "moved", "rms/ulp", "noise", "signal", "survives", "class",
 )  # fmt: skip
+
+_SPARE = tuple(map(_HEADINGS.index, ("moved", "rms/ulp", "noise", "class", "times", "survives")))
 
 
 def _cells(one: Layers) -> tuple[str, ...]:
     survival = "" if math.isnan(one.survival) else f"{one.survival:.1%}"
     figures = (f"{one.share:.2%}", f"{one.residual:.2%}", f"{one.moved:.1%}", f"{one.rms_ulp:.2g}", f"{one.noise:.1%}")
-    return (one.pattern, str(len(one.rows)), one.ranks, *figures, one.signal, survival, one.kind, one.why)
+    return (one.pattern, str(len(one.rows)), one.ranks, *figures, one.signal, survival, one.kind)

@@ -158,7 +158,8 @@ def _adapter(found: AdapterReport, every: bool) -> None:
         click.echo()
         _touched(found, every)
     if not every and found.metadata:
-        note(f"{len(found.metadata)} metadata strings; --all shows them")
+        number = len(found.metadata)
+        note(f"{number} metadata string{'s' if number != 1 else ''}; --all shows {'them' if number != 1 else 'it'}")
     if found.ignored:
         note(f"without effect on a base: {listing(found.ignored, _LISTED)}")
     for text in found.traps:

@@ -14,6 +14,7 @@ from surgery_cli.options import (
     Settings,
     complete_files,
     device_option,
+    dry_run_option,
     dtype_option,
     output_option,
     overwrite_option,
@@ -57,13 +58,13 @@ __all__ = ["command"]
     show_default=True,
     help="full: compare what was copied byte by byte too.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
+@dry_run_option("Show what would be done; write nothing.")
 @overwrite_option()
 def command(
     settings: Settings,
     base: str,
     adapters: tuple[tuple[str, float], ...],
-    output: Path,
+    output: Path | None,
     dry_run: bool,
     **options: Any,
 ) -> None:

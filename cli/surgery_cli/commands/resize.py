@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from surgery_cli.commands._combine_text import run, share
-from surgery_cli.options import Settings, complete_files, dtype_option, output_option, overwrite_option
+from surgery_cli.options import Settings, complete_files, dry_run_option, dtype_option, output_option, overwrite_option
 from surgery_cli.options import command as sub_command
 
 __all__ = ["command"]
@@ -25,9 +25,11 @@ __all__ = ["command"]
 @click.option("--to", metavar="FORMAT", help="Format to write; by default ADAPTER's.")
 @click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model, if names come from it.")
 @dtype_option
-@click.option("--dry-run", is_flag=True, help="Show ranks and errors; write nothing.")
+@dry_run_option("Show ranks and errors; write nothing.")
 @overwrite_option()
-def command(settings: Settings, adapter: str, output: Path, base: str | None, dry_run: bool, **options: Any) -> None:
+def command(
+    settings: Settings, adapter: str, output: Path | None, base: str | None, dry_run: bool, **options: Any
+) -> None:
     """Lower the rank of an adapter.
 
     Each module gets the best factors of its new rank; its error is shown. Ranks are never raised: that would add zeros.

@@ -99,7 +99,7 @@ def command(
 ) -> None:
     """Run an exported model: generate text, or classify it.
 
-    MODEL is a folder with model.onnx, or the file. Text needs the package tokenizers (pip install 'model-surgery[run]') and
+    MODEL is a folder with model.onnx, or the file. Text needs the package tokenizers (pip install tokenizers) and
     the tokenizer.json beside the graph; --ids needs neither. The graph says itself which padding and cache it takes.
 
     \b
@@ -169,6 +169,8 @@ def _summary(result: RunResult, settings: Settings) -> None:
         if (rest := result.seconds - result.first_seconds) > 0 and result.new_tokens > len(result.texts):
             text += f", {(result.new_tokens - len(result.texts)) / rest:.1f} tokens/s"
     note(text)
+    if any(one.reason == "full" for one in result.texts):
+        note("the graph's longest sequence is reached")
     if settings.verbose:
         for one in result.texts:
             note(f"{len(one.prompt)} tokens in, {len(one.tokens)} out, ended by {one.reason or 'itself'}")

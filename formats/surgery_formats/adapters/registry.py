@@ -68,5 +68,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         if candidate.detect(where):
             return candidate.read(where)
     if (where / "config.json").is_file():
-        raise MalformedError("a full model where an adapter was expected", file=where, hint="the order is BASE ADAPTER")
+        raise MalformedError(
+            "a full model where an adapter was expected",
+            file=where,
+            hint="where a command takes both, BASE comes before ADAPTER",
+        )
     raise MalformedError("not an adapter of a known format", file=where, hint=f"known: {listing(formats(), 20)}")

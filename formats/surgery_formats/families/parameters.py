@@ -35,6 +35,12 @@ def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
     """
     family = family_of(config)
     if family.recipe is None:
+        if config.get("model_type") is None:
+            raise FitError(
+                "missing, or without a model_type: nothing says what the model computes",
+                file="config.json",
+                hint="put the model's config.json beside its weights",
+            )
         known = sorted({name for one in FAMILIES if one.recipe for name in one.names})
         raise FitError(
             f"no recipe for model_type '{show(config.get('model_type'), 40)}'",

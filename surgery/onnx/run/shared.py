@@ -96,7 +96,9 @@ class SharedDecoder:
             raise FitError(f"{len(rows)} rows, this decoder has {self._batch}")
         tokens = self._tokens
         if tokens + max(map(len, rows)) > self._max:
-            raise FitError(f"{tokens + max(map(len, rows))} tokens do not fit into a cache of {self._max}")
+            raise FitError(
+                f"{tokens + max(map(len, rows))} tokens do not fit into a cache of {self._max}", hint="give fewer"
+            )
         self.lengths[:] = tokens
         if self._together is not None and max(map(len, rows)) <= _CHUNK:
             logits = self._together.prefill(rows)

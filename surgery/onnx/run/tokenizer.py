@@ -56,9 +56,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     try:
         import tokenizers
     except ImportError as error:
-        raise FitError(
-            "text needs the package tokenizers", hint="pip install 'model-surgery[run]', or give --ids"
-        ) from error
+        raise FitError("text needs the package tokenizers", hint="pip install tokenizers, or give --ids") from error
     opened = open_file(file)
     if opened.size > TOKENIZER_LIMIT:
         raise MalformedError(f"{opened.size} bytes (at most {TOKENIZER_LIMIT} are read)", file=file)
