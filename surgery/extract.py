@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery import __version__
-from surgery.convert import coded_as
+from surgery.convert import ConvertResult, coded_as
 from surgery.execute import default_workers
 from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
 from surgery.extract_dora import Decision, decide, kept_lora
@@ -30,7 +30,7 @@ from surgery.extract_ledger import ExtractResult
 from surgery.extract_noise import NoiseReport, noise_report
 from surgery.extract_plan import Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
-from surgery.extract_rows import check_losses, rows_of
+from surgery.extract_rows import check_losses, rows_of, without
 from surgery.extract_scan import Found, Layout, layout_of, scan, warm
 from surgery.extract_sites import Unit, tree_name
 from surgery.extract_table import Choice, choices
@@ -46,7 +46,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.folder import output_folder
 from surgery_formats.identity import content_id, fingerprint
 from surgery_formats.linalg.coding import Coding
-from surgery_formats.text import listing
+from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
     from surgery.extract_proof import Error
@@ -486,27 +486,39 @@ def _converted(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:100]}.surgery-") as name:
         result = _write(job, Path(name) / "peft", overwrite=False, progress=None)
 
-        def check(path: Path) -> Mapping[str, Any]:
+        def check(path: Path, done: ConvertResult) -> Mapping[str, Any]:
             nonlocal result
-            if job.coding is not None:
-                result = replace(job.coded(path), format=to)
-                return {"extract": result.as_json()}
-            return {}
+            found = result if job.coding is None else job.coded(path)
+            files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+            lost = {
+                entry.site: f"{to} cannot hold it ({entry.detail})"
+                for entry in done.entries
+                if entry.outcome == "dropped"
+            }
+            result = replace(
+                found,
+                format=to,
+                rows=without(found.rows, job.forms, lost),
+                adapter_nbytes=sum(file.stat().st_size for file in files),
+                warnings=(*found.warnings, *(f"'{show(site)}': {why}" for site, why in lost.items())),
+            )
+            return {"extract": result.as_json()}
 
-        done = convert(
-            Path(name) / "peft",
-            to,
-            out,
-            base=job.both.base.path,
-            factors=None if job.coding is None else job.coding.name,
-            allow_loss=allow_loss,
-            overwrite=overwrite,
-            check=check,
-            progress=progress,
-        )
-    lost = tuple(
-        f"{to} cannot hold '{entry.site}' ({entry.detail})" for entry in done.entries if entry.outcome == "dropped"
-    )
-    files = [out] if out.is_file() else list(out.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    return replace(result, output=out, format=to, adapter_nbytes=size, warnings=result.warnings + lost)
+        try:
+            convert(
+                Path(name) / "peft",
+                to,
+                out,
+                base=job.both.base.path,
+                factors=None if job.coding is None else job.coding.name,
+                allow_loss=allow_loss,
+                overwrite=overwrite,
+                check=check,
+                progress=progress,
+            )
+        except FitError as error:
+            if error.file is None or name not in str(error.file):
+                raise
+            # the folder it speaks of is gone by the time anyone reads this
+            raise FitError(error.message, file=job.both.tuned.path, tensor=error.tensor, hint=error.hint) from error
+    return replace(result, output=out)
