@@ -347,7 +347,7 @@ def _with(one: Combined, measured: dict[str, Measured]) -> Combined:
 
 def _cancelling(found: CombineResult) -> list[str]:
     """A sum far smaller than its terms: their factors' rounding is not small beside it."""
-    errors = [one.error for one in found.modules if one.outcome == "exact" and (one.error or 0.0) > _ROUNDED]
+    errors = [error for one in found.modules if one.outcome == "exact" and (error := one.error or 0.0) > _ROUNDED]
     if not errors or found.method in DENSE_METHODS:
         return []
     hint = "; --method svd loses less" if found.method == "exact" else ""
