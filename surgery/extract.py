@@ -155,7 +155,10 @@ def extract_lora(
         if target.name == "peft":
             result = _write(job, where, overwrite=overwrite, progress=progress)
         else:
-            result = _converted(job, where, target.name, allow_loss=allow_loss, overwrite=overwrite, progress=progress)
+            most = goal.budget.limit if goal.budget is not None and goal.budget.unit == "bytes" else None
+            result = _converted(
+                job, where, target.name, most, allow_loss=allow_loss, overwrite=overwrite, progress=progress
+            )
         return replace(result, timings={**timings, "first_read_to_synced": time.monotonic() - found.began})
     finally:
         if lanes is not None:
@@ -476,9 +479,16 @@ def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) 
 
 
 def _converted(
-    job: _Job, out: Path, to: str, *, allow_loss: bool, overwrite: bool, progress: Callback | None
+    job: _Job,
+    out: Path,
+    to: str,
+    most: int | None,
+    *,
+    allow_loss: bool,
+    overwrite: bool,
+    progress: Callback | None,
 ) -> ExtractResult:
-    """Through a PEFT folder beside the output, by the converter with its own proof."""
+    """Through a PEFT folder beside the output, by the converter with its own proof; says so where it takes more than `most` bytes."""
     from surgery.convert import convert
 
     if not out.parent.is_dir():
@@ -495,12 +505,16 @@ def _converted(
                 for entry in done.entries
                 if entry.outcome == "dropped"
             }
+            size = sum(file.stat().st_size for file in files)
+            notes = [f"'{show(site)}': {why}" for site, why in lost.items()]
+            if most is not None and size > most:
+                notes.append(f"the budget is {most:,} bytes, which PEFT keeps to; {to} takes {size:,} for the same")
             result = replace(
                 found,
                 format=to,
                 rows=without(found.rows, job.forms, lost),
-                adapter_nbytes=sum(file.stat().st_size for file in files),
-                warnings=(*found.warnings, *(f"'{show(site)}': {why}" for site, why in lost.items())),
+                adapter_nbytes=size,
+                warnings=(*found.warnings, *notes),
             )
             return {"extract": result.as_json()}
 

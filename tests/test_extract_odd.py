@@ -100,3 +100,18 @@ def test_a_format_that_holds_nothing_says_why_and_names_a_file_that_is_there(tmp
     with pytest.raises(FitError, match="diffusion models only") as caught:
         surgery.extract_lora(base, tuned, output=tmp_path / "out.safetensors", to="kohya", allow_loss=True)
     assert caught.value.file == str(tuned)
+
+
+def test_a_format_that_needs_more_than_the_budget_says_so(tmp_path: Path) -> None:
+    """A budget is shared out by what PEFT stores; mlx stores more for the same."""
+    base = checkpoint(tmp_path / "base", {})
+    change = {name: torch.randn(value.shape) for name, value in load_file(base / "model.safetensors").items()}
+    tuned = checkpoint(tmp_path / "tuned", {name: value for name, value in change.items() if value.ndim == 2})
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", budget="40KB", to="mlx", kind="lora")
+    assert result.adapter_nbytes == (tmp_path / "out/adapters.safetensors").stat().st_size
+    told = [warning for warning in result.warnings if "40,000 bytes" in warning]
+    assert result.adapter_nbytes > 40_000
+    assert len(told) == 1
+    fits = surgery.extract_lora(base, tuned, output=tmp_path / "peft", budget="40KB", kind="lora")
+    assert fits.adapter_nbytes <= 40_000
+    assert not fits.warnings

@@ -45,6 +45,16 @@ def _share(text: str) -> float:
     return value
 
 
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"'{show(text, 40)}' is not a number above 0")
+    return value
+
+
 def _budget(text: str) -> str:
     from surgery.extract_ranks import parse_budget
 
@@ -87,7 +97,7 @@ def _dense(text: str) -> tuple[str, ...]:
     metavar="FILE",
     help="Inputs of modules (safetensors), for factors that are best on them.",
 )
-@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), help="lora_alpha; default: the rank.")
+@click.option("--alpha", type=_positive, metavar="NUMBER", help="lora_alpha; default: the rank.")
 @click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
 @click.option(
     "--dense",
