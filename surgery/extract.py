@@ -65,6 +65,7 @@ def extract_lora(
     energy: float | None = None,
     max_error: float | None = None,
     budget: str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     kind: Kind = "auto",
@@ -92,6 +93,7 @@ def extract_lora(
         energy: Instead: share of every matrix' squared change to hold.
         max_error: Instead: most that may be missing of a matrix' change, relative to its norm.
         budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
+        rank_pattern: Other ranks than `rank` for some modules, by patterns of a shell; the first that matches holds.
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
         kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
@@ -116,7 +118,7 @@ def extract_lora(
         NothingChangedError: TUNED is BASE.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
-    goal = wanted(rank, energy, max_error, budget, table=table)
+    goal = wanted(rank, energy, max_error, budget, table=table, patterns=rank_pattern)
     options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
     if kind == "dora" and calibration is not None:
@@ -138,13 +140,14 @@ def extract_lora(
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
         making = _Making(goal, options, scaling, stored, coding, chosen, given, scratch, devices[0], threads)
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
+        goal.check_patterns(layout.units)
         if given is not None:
             shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
             names = [*shared, *(tree_name(name, pair.old) for name in shared)]
             check_modules(given, layout.spots, layout.units, names)
         lanes = Lanes(devices, threads)
         lanes.warm(warm)
-        found = scan(layout, goal.criterion, _planned(goal, scaling, stored), scratch, lanes, progress)
+        found = scan(layout, goal.criterion_of, _planned(goal, scaling, stored), scratch, lanes, progress)
         timings = {"starting": found.began - started, "reading": time.monotonic() - found.began}
         job = _settled(pair, layout, found, making, allow_loss=allow_loss)
         job = replace(job, table=job.choices() if table else ())
@@ -231,8 +234,8 @@ def _planned(goal: Wanted, scaling: Scaling, dtype: DType) -> Callable[[Unit], P
     """How factors will be written, as far as it is known before all of them are: not with a budget, nor where the scale needs the rank."""
 
     def plan(unit: Unit) -> Plan | None:
-        if goal.rank is not None:
-            rank = min(goal.rank, unit.largest_rank)
+        if (asked := goal.rank_of(unit)) is not None:
+            rank = min(asked, unit.largest_rank)
             return Plan(rank, scaling.fold(rank), dtype)
         alone = goal.budget is None and not goal.auto and scaling.constant
         return Plan(None, 1.0, dtype) if alone else None
@@ -383,9 +386,9 @@ def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allo
         )  # fmt: skip
         calibrated.into(forms, layout.spots)
     for unit in forms.units:
-        if goal.rank is not None and ranks[unit.path] < goal.rank:
+        if (rank := goal.rank_of(unit)) is not None and ranks[unit.path] < rank:
             forms.why |= dict.fromkeys(
-                unit.names, f"rank cut from {goal.rank} to {ranks[unit.path]}: the change has no more"
+                unit.names, f"rank cut from {rank} to {ranks[unit.path]}: the change has no more"
             )
     check_losses(forms, found.measures, both.tuned.path, allow_loss=allow_loss)
     if not forms.units and not forms.kept:
