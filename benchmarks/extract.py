@@ -2,10 +2,11 @@
 """Extracting a rank-16 LoRA from a full fine-tune, beside mergekit-extract-lora, on a CPU or a GPU.
 
     python benchmarks/extract.py [--mergekit VENV/bin/mergekit-extract-lora] [--rounds 3] [--threads N] [--folder DIR]
-    python benchmarks/extract.py --device cuda [--mergekit ...] [--sizes 1b,8b] [--folder DIR]
+    python benchmarks/extract.py --device cuda [--mergekit ...] [--sizes 1b,8b] [--folder DIR] [--cold-sizes 1b,8b]
 
-Whole processes, in turn, on files that are in memory; as many threads for either. On a CPU the pair is one layer of Llama 7B, on a GPU the
-1.24 B and 8 B shapes of Llama 3. Correctness is asserted inside: the error of what was written is computed here from the files, in
+Whole processes, in turn, on files that are in memory; as many threads for either. Then (`--cold-rounds`) ours again on files that were
+dropped from the page cache, beside a plain read of both files that were dropped likewise. On a CPU the pair is one layer of Llama 7B, on a
+GPU the 1.24 B and 8 B shapes of Llama 3. Correctness is asserted inside: the error of what was written is computed here from the files, in
 float64, and one matrix is compared with the least error that its rank allows. `first read to synced` is measured in the process: from
 the moment the first byte of a tensor is asked for until the adapter is complete and on the disk.
 """
@@ -13,8 +14,10 @@ the moment the first byte of a tensor is asked for until the adapter is complete
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
+import mmap
 import os
 import shutil
 import sys
@@ -22,6 +25,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from measure import Sample, median, run, versions
@@ -31,6 +35,7 @@ from shapes import EIGHT, LARGE, LAYER, LINEAR, Shape
 
 RANK = 16
 SHAPES = {"layer": (LAYER, 1), "1b": (LARGE, 1), "8b": (EIGHT, 8)}
+_LOWEST_BIT = bytes(value & 1 for value in range(256))
 TITLES = {"layer": "one layer of Llama 7B", "1b": "Llama 3.2 1B", "8b": "Llama 3 8B"}
 
 
@@ -101,6 +106,41 @@ def read_all(folders: list[Path], threads: int) -> float:
     return seconds
 
 
+def drop(folders: list[Path]) -> float:
+    """Take every weight file out of the page cache; the share of its pages that is left, which should be 0."""
+    left = pages = 0
+    for file in sorted(file for folder in folders for file in folder.glob("*.safetensors")):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # what is dirty stays
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            size = os.fstat(descriptor).st_size
+            one, all_of_them = resident(descriptor, size)
+            left, pages = left + one, pages + all_of_them
+        finally:
+            os.close(descriptor)
+    return left / pages
+
+
+def resident(descriptor: int, size: int) -> tuple[int, int]:
+    """``(pages in memory, pages)`` of a file."""
+    page = mmap.PAGESIZE
+    count = -(-size // page)
+    state = (ctypes.c_ubyte * count)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    at = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    assert at != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+    try:
+        assert libc.mincore(at, size, state) == 0, os.strerror(ctypes.get_errno())
+    finally:
+        libc.munmap(at, size)
+    return sum(bytes(state).translate(_LOWEST_BIT)), count
+
+
 def bench(size: str, work: Path, options: argparse.Namespace) -> None:
     shape, shards = SHAPES[size]
     gpu = options.device != "cpu"
@@ -149,6 +189,42 @@ def bench(size: str, work: Path, options: argparse.Namespace) -> None:
                     check(told, base, tuned, out, names, made_on)
             shutil.rmtree(out)
     report(samples, errors, inside, reads)
+    cold: list[Cold] = []
+    for _ in range(options.cold_rounds if size in options.cold_sizes.split(",") else 0):
+        left = [drop([base, tuned])]
+        plain = read_all([base, tuned], options.threads)
+        left.append(drop([base, tuned]))
+        wall = run(commands["surgery"], log, {"HF_HUB_OFFLINE": "1", **threads}).wall
+        timings = json.loads(log.read_text())["result"]["timings"]
+        cold.append(Cold(plain, wall, timings, max(left)))
+        shutil.rmtree(ours)
+    if cold:
+        report_cold(cold)
+
+
+class Cold(NamedTuple):
+    """One round on files that were dropped: seconds of a plain read, of our process, and of its parts; share of pages that stayed."""
+
+    read: float
+    wall: float
+    timings: dict[str, float]
+    left: float
+
+
+def report_cold(rounds: list[Cold]) -> None:
+    read, synced = (
+        median(values)
+        for values in ([one.read for one in rounds], [one.timings["first_read_to_synced"] for one in rounds])
+    )
+    reads = [one.read for one in rounds]
+    parts = ", ".join(f"{key} {median([one.timings[key] for one in rounds]):.2f}" for key in rounds[0].timings)
+    print(
+        f"Cold ({len(rounds)} rounds, at most {max(one.left for one in rounds):.1%} of the pages were still in memory):"
+    )
+    print(
+        f"process {median([one.wall for one in rounds]):.2f} s; {parts}.\n"
+        f"Reading both files alone, cold: {read:.2f} s ({min(reads):.2f}-{max(reads):.2f}); extraction takes {synced / read:.2f}x that.\n"
+    )
 
 
 def check(told: dict, base: Path, tuned: Path, out: Path, names: list[str], device: str) -> None:  # type: ignore[type-arg]
@@ -196,14 +272,18 @@ def main() -> None:
     parser.add_argument("--mergekit", type=Path, help="mergekit-extract-lora of a virtual environment of its own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mergekit-rounds", type=int, default=1)
+    parser.add_argument("--cold-rounds", type=int, default=1, help="on files dropped from the page cache; 0 for none")
+    parser.add_argument("--cold-sizes", default="layer,1b", help="of which; 8b first waits for 32 GB to reach the disk")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", help="of layer, 1b, 8b; by default layer on a CPU, 1b,8b on a GPU")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--workers", type=int, help="of surgery; by default as many as threads, 8 on a GPU")
-    parser.add_argument("--folder", type=Path, help="where to work; 8b needs 33 GB")
+    parser.add_argument("--workers", type=int, help="of surgery; by default as many as threads, 3 on a GPU")
+    parser.add_argument("--folder", type=Path, help="where to work, made if missing; 8b needs 33 GB")
     options = parser.parse_args()
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     if options.device != "cpu":
-        options.workers = options.workers or 8
+        options.workers = options.workers or 3
     for size in (options.sizes or ("layer" if options.device == "cpu" else "1b,8b")).split(","):
         work = Path(tempfile.mkdtemp(prefix="surgery-bench-", dir=options.folder))
         try:

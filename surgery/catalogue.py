@@ -63,11 +63,13 @@ class FamilyEntry:
         name: Of its file.
         title: One line.
         model_types: ``model_type`` (or ``_class_name``) values it covers.
+        graphs: Whether it has a recipe, so that its models can be exported to ONNX and verified.
     """
 
     name: str
     title: str
     model_types: tuple[str, ...]
+    graphs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +130,19 @@ def catalogue() -> Catalogue:
             for one in formats().values()
         ),
         containers=CONTAINERS,
-        families=tuple(sorted(_families(), key=lambda entry: entry.name)),
+        families=tuple(sorted(_families(), key=lambda entry: (entry.name, not entry.graphs, entry.model_types))),
         updates=tuple(_updates()),
     )
 
 
 def _families() -> list[FamilyEntry]:
-    rooms = [room for room in vars(families).values() if isinstance(room, ModuleType) and hasattr(room, "FAMILY")]
+    """One per record; a file may hold several (with a recipe, and of names alone)."""
+    rooms = [room for room in vars(families).values() if isinstance(room, ModuleType)]
     return [
-        FamilyEntry(room.__name__.rpartition(".")[2], _first_line(room), room.FAMILY.names)
+        FamilyEntry(room.__name__.rpartition(".")[2], _first_line(room), record.names, record.recipe is not None)
         for room in rooms
-        if room.FAMILY in families.FAMILIES
+        for record in vars(room).values()
+        if isinstance(record, families.Family) and any(record is known for known in families.FAMILIES)
     ]
 
 

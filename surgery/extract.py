@@ -16,12 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery import __version__
-from surgery.convert import ConvertResult, coded_as
-from surgery.execute import default_workers
+from surgery.convert import ConvertResult, coded_as, convert
 from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
 from surgery.extract_dora import Decision, decide, kept_lora
 from surgery.extract_factor import Factored, Plan, Scratch
@@ -35,9 +35,10 @@ from surgery.extract_scan import Found, Layout, layout_of, scan, warm
 from surgery.extract_sites import Unit, tree_name
 from surgery.extract_table import Choice, choices
 from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
-from surgery.lanes import Lanes, devices_of
+from surgery.lanes import Lanes, default_lanes, devices_of
 from surgery.pairs import differing_settings
 from surgery.progress import Callback, Progress
+from surgery.watch import Watch
 from surgery_formats.adapters.format import Coded, Format, NewTensor
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
@@ -106,7 +107,7 @@ def extract_lora(
         allow_loss: Leave out what no form can hold.
         device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``, ``auto``. Matrices are
             shared out over all of them.
-        workers: Threads (per GPU); None is one per core, at most eight. Never changes the result.
+        workers: Threads; None is one per core, at most eight, and three for each GPU. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
         dry_run: Compare and factorise, write nothing.
@@ -134,9 +135,9 @@ def extract_lora(
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = Scratch(parent if parent is not None and parent.is_dir() else None)
     lanes: Lanes | None = None
-    started = time.monotonic()
+    watch = Watch()
     try:
-        threads = workers or default_workers()
+        threads = workers or default_lanes(devices)
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
         making = _Making(goal, options, scaling, stored, coding, chosen, given, scratch, devices[0], threads)
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
@@ -146,23 +147,24 @@ def extract_lora(
             names = [*shared, *(tree_name(name, pair.old) for name in shared)]
             check_modules(given, layout.spots, layout.units, names)
         lanes = Lanes(devices, threads)
-        lanes.warm(warm)
+        lanes.warm(partial(warm, layout))
         found = scan(layout, goal.criterion_of, _planned(goal, scaling, stored), scratch, lanes, progress)
-        timings = {"starting": found.began - started, "reading": time.monotonic() - found.began}
-        job = _settled(pair, layout, found, making, allow_loss=allow_loss)
+        watch.lap("starting", found.began)
+        watch.lap("reading")
+        job = _settled(pair, layout, found, making, watch, allow_loss=allow_loss)
         job = replace(job, table=job.choices() if table else ())
         if dry_run:
-            return replace(job.result(), format=target.name, timings=timings)
+            return replace(job.result(), format=target.name, timings=watch.parts)
         assert output is not None
         where = Path(output)
         if target.name == "peft":
-            result = _write(job, where, overwrite=overwrite, progress=progress)
+            result = _write(job, where, watch, overwrite=overwrite, progress=progress)
         else:
             most = goal.budget.limit if goal.budget is not None and goal.budget.unit == "bytes" else None
             result = _converted(
-                job, where, target.name, most, allow_loss=allow_loss, overwrite=overwrite, progress=progress
+                job, where, target.name, watch, most, allow_loss=allow_loss, overwrite=overwrite, progress=progress
             )
-        return replace(result, timings={**timings, "first_read_to_synced": time.monotonic() - found.began})
+        return replace(result, timings={**watch.parts, "first_read_to_synced": time.monotonic() - found.began})
     finally:
         if lanes is not None:
             lanes.close()
@@ -366,7 +368,7 @@ class _Job:
         return prove(folder, self.both.base, changed, known, measures, self.forms.dropped, self.workers)
 
 
-def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allow_loss: bool) -> _Job:
+def _settled(both: _Both, layout: Layout, found: Found, making: _Making, watch: Watch, *, allow_loss: bool) -> _Job:
     old, new = both.old, both.new
     goal, dtype, scaling = making.goal, making.dtype, making.scaling
 
@@ -374,7 +376,9 @@ def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allo
         return settle(layout.spots, layout.units, found.measures, old, new, making.options, ranks)
 
     ranks: Mapping[str, int] = ranks_of(goal, layout.units, found.factored, formed, making.coding or dtype)
+    watch.lap("settling")
     decision, dora_ranks = _kind(both, layout, found, making, formed, ranks)
+    watch.lap("kind")
     if decision.facts.kind == "dora":
         ranks = dora_ranks
     forms = formed(ranks)
@@ -385,6 +389,7 @@ def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allo
             biases="bias" in making.options.dense,
         )  # fmt: skip
         calibrated.into(forms, layout.spots)
+        watch.lap("calibrating")
     for unit in forms.units:
         if (rank := goal.rank_of(unit)) is not None and ranks[unit.path] < rank:
             forms.why |= dict.fromkeys(
@@ -393,7 +398,9 @@ def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allo
     check_losses(forms, found.measures, both.tuned.path, allow_loss=allow_loss)
     if not forms.units and not forms.kept:
         raise FitError("nothing of what changed can be held", file=both.tuned.path)
+    watch.lap("settling")
     metadata = {"format": "pt", "surgery.base": content_id(both.base, found.digests.of)}
+    watch.lap("identifying")
     factored = {**found.factored, **decision.factored, **calibrated.factored}
     places = {path: one.values for path, one in decision.magnitudes.items()}
     tensors = tensors_of(forms, factored, ranks, scaling, dtype, places)
@@ -411,7 +418,9 @@ def _settled(both: _Both, layout: Layout, found: Found, making: _Making, *, allo
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     units = [found.factored[unit.path] for unit in forms.units]
     gains = {path: one.load_gains for path, one in decision.magnitudes.items()}
-    noise = noise_report(units, factored, ranks, found.measures, making.workers, gains)
+    watch.lap("settling")
+    noise = noise_report(units, factored, ranks, found.measures, making.workers, gains, decision.kept)
+    watch.lap("noise")
     warnings = differing_settings(old, new)
     given = making.calibration
     if given is not None and (unused := given.unused(forms.units)):
@@ -459,7 +468,7 @@ def _kind(
     return decision, dora_ranks
 
 
-def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
+def _write(job: _Job, out: Path, watch: Watch, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
     given = () if job.calibration is None else (job.calibration.path,)
     inputs = (job.both.base.path, job.both.tuned.path, *given)
     with output_folder(out, job.id, overwrite=overwrite, inputs=inputs) as folder:
@@ -468,16 +477,22 @@ def _write(job: _Job, out: Path, *, overwrite: bool, progress: Callback | None) 
             for name, path in job.both.tuned.side_files:
                 if "token" in name or name in ("vocab.json", "merges.txt"):
                     folder.write_small(name, path.read_bytes())
+        watch.lap("syncing")
         file = folder.create(TENSOR_FILE, job.nbytes)
         stage = file.path.parent
-        file.finish({"xxh3": fill(file, job.tensors, job.metadata)})
+        filled = fill(file, job.tensors, job.metadata)
+        watch.lap("writing")
+        file.finish({"xxh3": filled})
+        watch.lap("syncing")
         if progress is not None:
             progress(Progress(job.nbytes, job.nbytes, "proving"))
         result = job.proved(stage)
+        watch.lap("proving")
         job.both.check_unchanged()
         if job.calibration is not None:
             job.calibration.check_unchanged()
         folder.commit({**result.as_json(), "version": __version__})
+    watch.lap("committing")
     return replace(result, output=out)
 
 
@@ -485,6 +500,7 @@ def _converted(
     job: _Job,
     out: Path,
     to: str,
+    watch: Watch,
     most: int | None,
     *,
     allow_loss: bool,
@@ -492,12 +508,10 @@ def _converted(
     progress: Callback | None,
 ) -> ExtractResult:
     """Through a PEFT folder beside the output, by the converter with its own proof; says so where it takes more than `most` bytes."""
-    from surgery.convert import convert
-
     if not out.parent.is_dir():
         raise FitError("no such folder to write into", file=out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:100]}.surgery-") as name:
-        result = _write(job, Path(name) / "peft", overwrite=False, progress=None)
+        result = _write(job, Path(name) / "peft", watch, overwrite=False, progress=None)
 
         def check(path: Path, done: ConvertResult) -> Mapping[str, Any]:
             nonlocal result
@@ -538,4 +552,5 @@ def _converted(
                 raise
             # the folder it speaks of is gone by the time anyone reads this
             raise FitError(error.message, file=job.both.tuned.path, tensor=error.tensor, hint=error.hint) from error
+    watch.lap("converting")
     return replace(result, output=out)

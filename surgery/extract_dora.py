@@ -9,7 +9,7 @@ a change stays a LoRA. What is stored as a copy, a bias or rows of tokens is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,15 @@ import torch
 from surgery.deltas import Delta, Strip
 from surgery.extract_factor import Factored, Piece, Place, Scratch
 from surgery.extract_kind import Kind, KindFacts
-from surgery.extract_noise import sample_runs
+from surgery.extract_noise import at_rows, read_rows, sample_runs
 from surgery.extract_scan import HELD
 from surgery.extract_sites import Unit
 from surgery.lanes import in_threads
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.dora import Alternated, Fitted, HeldPair, PairSource, alternate, best_columns, row_share
+from surgery_formats.linalg.kept import Kept
+from surgery_formats.linalg.noise import survival
 
 __all__ = ["Decision", "Magnitude", "decide", "kept_lora"]
 
@@ -73,16 +75,18 @@ class Decision:
         facts: What either leaves.
         factored: By unit path, what takes the place of the LoRA's factors.
         magnitudes: By unit path.
+        kept: What a merge of the LoRA would keep, by path of the units where that was worked out on the way.
     """
 
     facts: KindFacts
     factored: Mapping[str, Factored] = field(default_factory=dict)
     magnitudes: Mapping[str, Magnitude] = field(default_factory=dict)
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
 
-def kept_lora(why: str, **figures: float) -> Decision:
+def kept_lora(why: str, kept: Mapping[str, Kept] | None = None, **figures: float) -> Decision:
     """A LoRA, for a reason."""
-    return Decision(KindFacts("lora", why, **figures))
+    return Decision(KindFacts("lora", why, **figures), kept=kept or {})
 
 
 def decide(
@@ -120,19 +124,19 @@ def decide(
             raise FitError(f"no DoRA can be made: {reason}", file=tuned, hint="--kind lora")
         return kept_lora(reason)
     lora = _relative(able, factored, (factored[unit.path].residual(lora_ranks[unit.path]) for unit in able))
-    share = math.nan
+    share, kept = math.nan, dict[str, Kept]()
     if kind == "auto":
-        share = _row_share(able, factored, lora_ranks, workers)
+        share, kept = _row_share(able, factored, lora_ranks, workers)
         if share < _WORTH_A_LOOK:
             why = f"rescaling rows would take away {max(share, 0):.1%} of what a LoRA leaves"
-            return kept_lora(why, lora=lora, rows=share)
+            return kept_lora(why, kept, lora=lora, rows=share)
     try:
         made = _alternated(able, ranks, device, workers, scratch, factored)
         rest = {u.path: _beside(u, factored[u.path], ranks[u.path], scratch) for u in units if u.form == "embedding"}
     except FitError as error:
         if kind == "dora":
             raise
-        return kept_lora(error.message, lora=lora, rows=share)
+        return kept_lora(error.message, kept, lora=lora, rows=share)
     dora = _relative(able, factored, (one.factored.residual(ranks[path]) for path, one in made.items()))
     equal = lora
     if ranks == lora_ranks:
@@ -146,7 +150,7 @@ def decide(
         why += f"; PEFT rounds norms, which in the model's stored type adds {rounding:.2%} to the DoRA's"
     figures = {"lora": lora, "equal": equal, "dora": dora, "rows": share, "rounding": rounding}
     if kind == "auto" and not wins:
-        return kept_lora(why, **figures)
+        return kept_lora(why, kept, **figures)
     every = made | rest
     return Decision(
         KindFacts("dora", why if wins else f"as asked; {why}", **figures),
@@ -170,32 +174,41 @@ def _relative(units: Iterable[Unit], factored: Mapping[str, Factored], left: Ite
 
 def _row_share(
     units: Sequence[Unit], factored: Mapping[str, Factored], ranks: Mapping[str, int], workers: int
-) -> float:
-    """Share of what the LoRA leaves that lies along the rows that it makes, from some rows of each matrix."""
+) -> tuple[float, dict[str, Kept]]:
+    """Share of what the LoRA leaves that lies along the rows that it makes, from some rows of each matrix.
+
+    Where these are stored rows, what a merge of the LoRA would keep of them is told too: the noise report looks at the same.
+    """
     shares: dict[str, float] = {}
+    kept: dict[str, Kept] = {}
 
     def work(unit: Unit, stop: Callable[[], bool]) -> None:
         if stop():
             return
         left, right = factored[unit.path].factors(0, ranks[unit.path])
-        along = energy = 0.0
-        for start, stop_row, base, tuned in _sampled(unit.deltas[0]):
-            change = (left[start:stop_row] @ right).to(base.dtype)
-            found = row_share((tuned - base) - change, base + change)
-            along, energy = along + found[0], energy + found[1]
+        runs, base, tuned = _sampled(unit.deltas[0])
+        change = at_rows(left, runs) @ right
+        along, energy = row_share((tuned - base) - change.to(base.dtype), base + change)
         shares[unit.path] = along / energy if energy > 0 else 0.0
+        if not unit.deltas[0].transposed:
+            kept[unit.path] = survival(base, change, unit.deltas[0].strips[0].base.tensor.dtype)
 
     in_threads([partial(work, unit) for unit in units], workers)
     left = {unit.path: factored[unit.path].residual(ranks[unit.path]) for unit in units}
     total = math.fsum(left.values())
-    return math.fsum(left[path] * shares[path] for path in left) / total if total > 0 else 0.0
+    return (math.fsum(left[path] * shares[path] for path in left) / total if total > 0 else 0.0), kept
 
 
-def _sampled(delta: Delta) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-    """Some logical rows ``(start, stop, W, W')``."""
+def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+    """Some logical rows: their numbers, W and W' there."""
     pair = _pair(delta)
-    for start, stop in sample_runs(*pair.shape):
-        yield start, stop, *pair.rows(start, stop)
+    runs = list(sample_runs(*pair.shape))
+    if isinstance(pair, HeldPair):
+        return runs, at_rows(pair.base, runs), at_rows(pair.tuned, runs)
+    (strip,) = delta.strips
+    base, tuned = (read_rows(side, strip.first, runs) for side in (strip.base, strip.tuned))
+    exact = torch.promote_types(base.dtype, tuned.dtype)
+    return runs, base.to(exact), tuned.to(exact)
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,10 @@ class ExtractResult:
         kind: LoRA or DoRA, and why.
         calibration: What the given inputs changed; None without any.
         timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was asked for;
-            ``reading``: from then until all differences were factorised; ``first_read_to_synced``: from then until the output was
-            complete and on the disk.
+            ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA), ``calibrating``, ``identifying``
+            (the content id), ``noise`` (what a merge would keep), ``settling`` (all other decisions), ``writing``, ``syncing``
+            (configuration and factors to the disk), ``proving``, ``committing``, ``converting``; ``first_read_to_synced``: all but
+            ``starting``.
     """
 
     output: Path | None

@@ -9,7 +9,7 @@ factors make there: no table, and no pass over the files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +23,9 @@ from surgery_formats.linalg.kept import Kept
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NoiseReport", "noise_report", "sample_runs", "spectra", "survivals"]
+    from surgery_formats.lenses import Plain
+
+__all__ = ["NoiseReport", "at_rows", "noise_report", "read_rows", "sample_runs", "spectra", "survivals"]
 
 _LOOKED_AT = 1 << 18
 """Elements of a unit that survival is computed from, in `_RUNS` runs of rows: its standard error is then below 1 %."""
@@ -66,6 +68,7 @@ def noise_report(
     measures: Mapping[str, Measure],
     workers: int,
     gains: Mapping[str, Callable[[], torch.Tensor]],
+    known: Mapping[str, Kept],
 ) -> NoiseReport:
     """Conclude.
 
@@ -76,9 +79,11 @@ def noise_report(
         measures: By TUNED's names.
         workers: Threads.
         gains: Of a DoRA, by unit path: what each row (of an embedding, each column) of ``W + BA`` is multiplied with.
+        known: What a merge would keep, by path of the units of which that has been worked out already.
     """
     every = tuple(units)
-    kept = survivals([chosen[found.unit.path] for found in every], ranks, workers, gains)
+    unknown = [chosen[found.unit.path] for found in every if found.unit.path not in known]
+    kept = {**known, **survivals(unknown, ranks, workers, gains)}
     signals, all_spectra = {}, []
     for found in every:
         mine = spectra(found, math.fsum(measures[name].noise for name in found.unit.names))
@@ -87,7 +92,9 @@ def noise_report(
         survival = kept[found.unit.path].survival
         signals[found.unit.path] = Signal(top.edge, top.signal, min(top.shape), complete, survival)
         all_spectra += mine
-    return NoiseReport(signals, Kept.total(kept.values()).survival, looks_merged(all_spectra))
+    return NoiseReport(
+        signals, Kept.total(kept[found.unit.path] for found in every).survival, looks_merged(all_spectra)
+    )
 
 
 def survivals(
@@ -126,14 +133,41 @@ def _survival(found: Factored, rank: int, gains: Callable[[], torch.Tensor] | No
         at = 0
         for strip in delta.strips:
             height = strip.last - strip.first
-            for start, stop in sample_runs(height, delta.stored_shape[1], len(found.unit.deltas) * len(delta.strips)):
-                change = one[at + start : at + stop] @ other
-                base = strip.base.get(strip.first + start, strip.first + stop)
-                if gain is not None:  # g (W + BA) - W
-                    scale = gain if by_column else gain[at + start : at + stop, None]
-                    change = scale * change + (scale - 1) * base
-                yield survival(base, change, strip.base.tensor.dtype)
+            share = len(found.unit.deltas) * len(delta.strips)
+            runs = list(sample_runs(height, delta.stored_shape[1], share))
+            rows = [(at + start, at + stop) for start, stop in runs]
+            change = at_rows(one, rows) @ other
+            base = read_rows(strip.base, strip.first, runs)
+            if gain is not None:  # g (W + BA) - W
+                scale = gain if by_column else at_rows(gain, rows)[:, None]
+                change = scale * change + (scale - 1) * base
+            yield survival(base, change, strip.base.tensor.dtype)
             at += height
+
+
+def read_rows(plain: Plain, first: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Rows of a stored matrix one under the other, float32, or float64 where it is stored so.
+
+    Args:
+        plain: The matrix.
+        first: Row that the runs count from.
+        runs: ``(start, stop)`` of each.
+    """
+    import torch
+
+    count = sum(stop - start for start, stop in runs)
+    block, at = torch.empty((count, plain.shape[1]), dtype=plain.tensor.dtype.torch), 0
+    for start, stop in runs:
+        plain.read_into(block[at : at + stop - start], first + start)
+        at += stop - start
+    return block if block.dtype == torch.float64 else block.float()
+
+
+def at_rows(values: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The same rows of what is in memory. Many small products in many threads would mostly wait for the interpreter; one large does not."""
+    import torch
+
+    return values if len(runs) == 1 and runs[0] == (0, len(values)) else torch.cat([values[a:b] for a, b in runs])
 
 
 def sample_runs(rows: int, cols: int, share: int = 1) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ A matrix too large to be held is read again at every product instead.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,8 @@ __all__ = ["Found", "Layout", "layout_of", "scan", "warm"]
 
 HELD = {"cpu": 1 << 27, "cuda": 1 << 30}
 """Elements up to which a difference is held, by type of device: 512 MB of float32 on a CPU, 4 GB on a GPU."""
+_WARM = {"cpu": (512, 384), "cuda": (2048, 2048)}
+"""Shape of the matrix that a lane begins with; on a GPU one that large matrices' products are chosen for."""
 _SMALL = 1 << 16  # elements of a vector that is not worth a lane of its own
 _BATCH = 64  # of them in one job
 
@@ -133,13 +136,30 @@ def scan(
     return work.found
 
 
-def warm(lane: Lane, stop: Stop) -> None:
-    """Use what a GPU will be asked for once, on a matrix that costs nothing."""
+def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
+    """Use what a GPU will be asked for once: its code is loaded when it is first used, while all other lanes wait.
+
+    Everything that `scan` does to a matrix is done to one that is made up; nothing is read.
+    """
     import torch
 
-    from surgery_formats.linalg.svd import truncated_svd
+    from surgery_formats.linalg.noise import NoiseTally
+    from surgery_formats.linalg.svd import left_over, truncated_svd
 
-    truncated_svd(torch.ones(512, 384, device=lane.device).tril(), rank=16)
+    strips = [strip for unit in layout.units[:1] for strip in unit.deltas[0].strips[:1]]
+    for strip in strips:
+        shape = _WARM[lane.device.type]
+        old = torch.zeros(shape, dtype=strip.base.tensor.dtype.torch, device=lane.device)
+        new = torch.ones(shape, dtype=strip.tuned.tensor.dtype.torch, device=lane.device).tril()
+        made = lane.space(*shape, layout.units[0].deltas[0].dtype)
+        tally, noise = Tally(strip.base, strip.tuned, shape[0]), NoiseTally()
+        tally.subtract(0, old, new, made, noise)
+        energy, _ = tally.news()
+        energy = max(energy, tally.result().energy, noise.edge)  # asked for, for what they do on the device
+        found = truncated_svd(made, rank=16, total=math.sqrt(energy))
+        right = (found.V * found.S).T
+        left_over(made, found.U, right, total=math.sqrt(energy), how="sums")
+        left_over(made, found.U, right, total=math.sqrt(energy), how="plain").sum().item()
 
 
 @dataclass(frozen=True)

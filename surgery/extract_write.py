@@ -253,13 +253,16 @@ def size_of(tensors: tuple[NewTensor, ...], metadata: Mapping[str, str]) -> int:
 
 def fill(file: OutputFile, tensors: tuple[NewTensor, ...], metadata: Mapping[str, str]) -> str:
     """Write the file; its xxh3-128."""
+    from surgery_formats.linalg.matrix import one_thread
+
     header, ranges = layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], metadata)
     state = xxhash.xxh3_128(header)
     file.pwrite(header, 0)
-    for tensor in tensors:
-        data = _bytes_of(tensor)
-        state.update(data)
-        file.pwrite(data, ranges[tensor.name][0])
+    with one_thread():  # a team of threads for every one of hundreds of small tensors costs more than it does
+        for tensor in tensors:
+            data = _bytes_of(tensor)
+            state.update(data)
+            file.pwrite(data, ranges[tensor.name][0])
     return state.hexdigest()
 
 

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from surgery.execute import default_workers
 from surgery.feed import Direct, Feed, Staged
 from surgery_formats.errors import FitError, ResourceError
 from surgery_formats.text import show
@@ -22,9 +23,10 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Job", "Lane", "Lanes", "Room", "devices_of", "in_threads"]
+__all__ = ["Job", "Lane", "Lanes", "Room", "default_lanes", "devices_of", "in_threads"]
 
 _BUFFERS = 24  # of 8 MB, per device
+_PER_GPU = 3
 _SHARE = 0.7  # of a device's free memory
 _DEVICE = re.compile(r"cuda(?::(all|\d{1,3}(?:,\d{1,3}){0,63}))?", re.ASCII)
 
@@ -53,6 +55,15 @@ def devices_of(text: str) -> tuple[str, ...]:
     if not numbers or max(numbers) >= there or len(set(numbers)) < len(numbers):
         raise FitError(f"'{show(text, 40)}' is not on this machine, which has {there} CUDA devices")
     return tuple(f"cuda:{number}" for number in numbers)
+
+
+def default_lanes(devices: Sequence[str]) -> int:
+    """Lanes that keep `devices` busy: one per core, at most eight; on GPUs three each.
+
+    A matrix is some hundred small calls, which threads make in turn, for they share one interpreter. Measured on an H100, 1.24 B parameters,
+    seconds from the first read to synced: 1 lane 2.27, 2 lanes 1.46, 3 lanes 1.28, 4 lanes 1.58, 8 lanes 2.76, 16 lanes 2.46.
+    """
+    return _PER_GPU if any(device != "cpu" for device in devices) else default_workers()
 
 
 class Room:

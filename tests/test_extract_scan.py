@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import feed, lanes
+from surgery.extract_scan import layout_of, warm
 from surgery.feed import Direct, Rows, Staged
-from surgery.lanes import Lanes, Room, devices_of
+from surgery.lanes import Lane, Lanes, Room, devices_of
 from surgery.tally import Tally
 from surgery_formats.checkpoint import open_checkpoint
 from surgery_formats.errors import FitError, MalformedError, ProofError
@@ -306,8 +307,31 @@ def test_what_is_not_what_was_measured_is_no_output(
 
 def test_timings_are_told_and_not_written(pair: tuple[Path, Path], tmp_path: Path) -> None:
     result = surgery.extract_lora(*pair, output=tmp_path / "out", rank=4)
-    assert 0 < result.timings["reading"] <= result.timings["first_read_to_synced"]
+    parts = dict(result.timings)
+    whole, starting = parts.pop("first_read_to_synced"), parts.pop("starting")
+    assert starting >= 0
+    assert {"reading", "kind", "noise", "writing", "syncing", "proving", "committing"} <= set(parts)
+    assert sum(parts.values()) == pytest.approx(whole, abs=0.05)  # nothing that takes long has no name
     assert "timings" not in json.loads((tmp_path / "out" / "surgery_manifest.json").read_text())
+
+
+def test_a_lane_is_warmed_without_reading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (open_checkpoint(folder).main for folder in pair)
+    layout, done = layout_of(old, new, full=False), []
+    subtract = Tally.subtract
+
+    def refuse(self: File, buffer: memoryview, offset: int) -> None:
+        raise AssertionError("read")
+
+    def told(self: Tally, *args: object) -> None:
+        done.append(args)
+        subtract(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(File, "read_into", refuse)
+    monkeypatch.setattr(Tally, "subtract", told)
+    warm(layout, Lane(torch.device("cpu"), Direct(), Room(None)), lambda: False)
+    assert len(done) == 1
+    assert layout.units, "a pair with matrices"
 
 
 @pytest.mark.gpu

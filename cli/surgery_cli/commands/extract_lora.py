@@ -141,7 +141,11 @@ def _dense(text: str) -> tuple[str, ...]:
 @click.option("--factors", type=click.Choice(["int8", "int4"]), help="Store factors as codes: format compact.")
 @click.option("--allow-loss", is_flag=True, help="Leave out what no form can hold.")
 @devices_option
-@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Computing threads; by default one per core, at most 8; 3 for each GPU.",
+)
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
 @click.option("--dry-run", is_flag=True, help="Compare and factorise; write nothing.")
 @overwrite_option()

@@ -42,7 +42,10 @@ def command(settings: Settings) -> None:
         ((one.name, one.files, _yes(one.reads), _yes(one.writes)) for one in found.containers),
     )
     click.echo()
-    table(("family", "model types"), ((one.name, ", ".join(one.model_types)) for one in found.families))
+    table(
+        ("family", "to ONNX", "model types"),
+        ((one.name, _yes(one.graphs), ", ".join(one.model_types)) for one in found.families),
+    )
     click.echo()
     table(("update", "equation"), ((one.name, one.equation or one.title) for one in found.updates))
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from surgery_formats.adapter import Site
@@ -13,7 +14,7 @@ from surgery_formats.tensors import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
 
-__all__ = ["EXPERTS_ORDER_SINCE", "innermost_first", "parameter_lora", "targeted_parameters"]
+__all__ = ["EXPERTS_ORDER_SINCE", "innermost_first", "parameter_lora", "targeted_parameters", "wrappers_of"]
 
 EXPERTS_ORDER_SINCE = "0.19.0"
 """The version of PEFT that gave expert factors today's order of axes (huggingface/peft#3165)."""
@@ -39,16 +40,17 @@ def innermost_first(names: Sequence[str], file: Path) -> list[str]:
 
 
 def targeted_parameters(
-    module: str, clean: str, config: PeftConfig, modules: Mapping[str, object], a: StoredTensor
+    module: str, clean: str, config: PeftConfig, wrappers: Mapping[str, int], a: StoredTensor
 ) -> list[str]:
     """Parameters of the module `clean` that have a LoRA of their own; empty if the LoRA is the module's.
 
     A target may name its module (``experts.down_proj``) or not (``down_proj``), and then fits any module by name.
+    `wrappers` is `wrappers_of` all modules.
     """
     here = f".{clean}."
     named = [name for name in config.target_parameters if "." in name and here.endswith(f".{name.rpartition('.')[0]}.")]
     bare = [name for name in config.target_parameters if "." not in name]
-    if len(named) == _wrappers(clean, modules):
+    if len(named) == wrappers[clean]:
         return named
     listed = config.raw.get("target_modules")
     is_module = isinstance(listed, list) and any(f".{clean}".endswith(f".{name}") for name in listed)
@@ -56,9 +58,9 @@ def targeted_parameters(
     return [*named, *bare] if named or (stacks and not is_module) else []
 
 
-def _wrappers(clean: str, modules: Mapping[str, object]) -> int:
-    """How many LoRAs the module has, one wrapped in another."""
-    return sum(".".join(s for s in other.split(".") if s != "base_layer") == clean for other in modules)
+def wrappers_of(modules: Iterable[str]) -> Mapping[str, int]:
+    """How many LoRAs each module has, one wrapped in another as ``base_layer``."""
+    return Counter(".".join(part for part in module.split(".") if part != "base_layer") for module in modules)
 
 
 def parameter_lora(
@@ -66,12 +68,12 @@ def parameter_lora(
     clean: str,
     parts: Mapping[str, StoredTensor],
     config: PeftConfig,
-    modules: Mapping[str, object],
+    wrappers: Mapping[str, int],
     parameters: list[str],
 ) -> tuple[Site, Update]:
     """A LoRA on a parameter, not a module: one pair of factors per expert, stacked (PEFT's ``ParamWrapper``)."""
     a, b = parts["lora_A.weight"], parts["lora_B.weight"]
-    name = _which_parameter(module, clean, modules, parameters, a)
+    name = _which_parameter(module, clean, wrappers[clean], parameters, a)
     key = f"{clean}.{name}"
     rank = config.rank_of(key)
     count = a.shape[0] // rank
@@ -107,13 +109,10 @@ def parameter_lora(
     return Site(key), Stacked(tuple(forward(e) for e in range(count)), turned)
 
 
-def _which_parameter(
-    module: str, clean: str, modules: Mapping[str, object], parameters: list[str], a: StoredTensor
-) -> str:
+def _which_parameter(module: str, clean: str, present: int, parameters: list[str], a: StoredTensor) -> str:
     """Several targeted parameters of one module nest: the first registered is the innermost ``base_layer``."""
     names = [name.rpartition(".")[2] for name in parameters]
     depth = (len(module) - len(clean)) // len(".base_layer")
-    present = _wrappers(clean, modules)
     if present != len(names) or depth >= present:
         raise MalformedError(
             f"{present} stacked LoRAs for the parameters {listing(names)} of '{clean}'", file=a.file.path, tensor=a.name

@@ -11,7 +11,7 @@ from surgery_formats.adapter import Adapter, Site
 from surgery_formats.adapters.peft_config import PeftConfig, parse_config
 from surgery_formats.adapters.peft_keys import HEADS, LORA_FACTORS, PREFIX, sort_tensors, unwrapped
 from surgery_formats.adapters.peft_kinds import KINDS, Module
-from surgery_formats.adapters.peft_parameters import parameter_lora, targeted_parameters
+from surgery_formats.adapters.peft_parameters import parameter_lora, targeted_parameters, wrappers_of
 from surgery_formats.adapters.peft_prompt import read_prompt
 from surgery_formats.adapters.peft_switches import PROMPT_KINDS
 from surgery_formats.adapters.peft_traps import peft_traps
@@ -74,13 +74,14 @@ def read_peft(path: Path) -> Adapter:
     for name, tensor in found.plain.items():
         _check_plain(name, tensor, config)
         updates[Site(name)] = (Replacement(Factor.of(tensor)),)
+    wrappers = wrappers_of(found.modules)
     for module, parts in found.modules.items():
         if kind:
             made = kind.read(Module(unwrapped(module), parts, found.shared, config))
             optional |= made.optional
             chains: Mapping[Site, tuple[Update, ...]] = {site: (update,) for site, update in made.updates.items()}
         else:
-            chains = _module(module, parts, config, found.modules)
+            chains = _module(module, parts, config, wrappers)
         for site, chain in chains.items():
             updates[site] = updates.get(site, ()) + chain
     return replace(
@@ -117,7 +118,7 @@ def _soft_prompt(adapter: Adapter, config: PeftConfig) -> Adapter:
 
 
 def _module(
-    module: str, parts: Mapping[str, StoredTensor], config: PeftConfig, modules: Mapping[str, object]
+    module: str, parts: Mapping[str, StoredTensor], config: PeftConfig, wrappers: Mapping[str, int]
 ) -> dict[Site, tuple[Update, ...]]:
     """All updates of one module; PEFT nests wrappers as ``base_layer``."""
     found: dict[Site, tuple[Update, ...]] = {}
@@ -140,9 +141,9 @@ def _module(
     if a not in parts:
         tensor = next(iter(parts.values()))
         raise MalformedError("belongs to a LoRA that has no factors", file=tensor.file.path, tensor=tensor.name)
-    parameters = targeted_parameters(module, clean, config, modules, parts[a])
+    parameters = targeted_parameters(module, clean, config, wrappers, parts[a])
     if parameters:
-        site, update = parameter_lora(module, clean, parts, config, modules, parameters)
+        site, update = parameter_lora(module, clean, parts, config, wrappers, parameters)
         return {**found, site: (update,)}
     embedding = a == "lora_embedding_A"
     in_attention = module.endswith(
