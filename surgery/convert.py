@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConvertResult", "coded_as", "convert"]
 
-Check = Callable[[Path], Mapping[str, Any]]
+Check = Callable[[Path, "ConvertResult"], Mapping[str, Any]]
 
 TOLERANCE = 1e-6
 """Greatest error of a weight's delta relative to its greatest value: what float32 factors allow."""
@@ -117,7 +117,8 @@ def convert(
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
-        check: Called with what was written and proved, before it appears; what it returns goes into the manifest of a folder.
+        check: Called with where it was written and with the result, once it is proved and before it appears; what it returns goes into the
+            manifest of a folder.
         progress: Called with every step.
 
     Raises:
@@ -157,7 +158,8 @@ def convert(
             hint="--allow-loss leaves them out" if len(dropped) < len(rendering.entries) else None,
         )
     if not rendering.tensors:
-        raise FitError(f"{to} can hold nothing of this adapter", file=source.path)
+        why = f": '{show(dropped[0].site)}' ({dropped[0].detail})" if dropped else ""
+        raise FitError(f"{to} can hold nothing of this adapter{why}", file=source.path)
     rendering = stored_as(rendering, kind)
     traps = (*given.traps, *by_values(given))
     result = ConvertResult(None, given.format, wanted.name, (*rendering.entries, *left), {}, traps)
@@ -174,7 +176,7 @@ def convert(
             errors |= _proved_back(path, given, wanted, made, tolerance)
         entries = (replace(e, error=near[e.site]) if e.outcome == "approximated" else e for e in result.entries)
         result = replace(result, entries=tuple(entries), errors=errors)
-        return {**result.as_json(), **(check(path) if check is not None else {})}
+        return {**result.as_json(), **(check(path, result) if check is not None else {})}
 
     facts = {"verb": "convert", "target": wanted.name, "projections": projections}
     written = write_adapter(

@@ -126,6 +126,8 @@ def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.
             if not bool(torch.isfinite(side.get(start, stop, dtype)).all()):
                 raise FitError("holds NaN or Inf", file=side.tensor.file.path, tensor=side.tensor.name)
         raise FitError(
-            "the difference overflows float32", file=strip.tuned.tensor.file.path, tensor=strip.tuned.tensor.name
+            "values or differences too large: their squares overflow float32",
+            file=strip.tuned.tensor.file.path,
+            tensor=strip.tuned.tensor.name,
         )
     return found

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery import __version__
-from surgery.convert import coded_as
+from surgery.convert import ConvertResult, coded_as, convert
 from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
 from surgery.extract_dora import Decision, decide, kept_lora
 from surgery.extract_factor import Factored, Plan, Scratch
@@ -30,7 +30,7 @@ from surgery.extract_ledger import ExtractResult
 from surgery.extract_noise import NoiseReport, noise_report
 from surgery.extract_plan import Forms, Options, kept_size, settle
 from surgery.extract_ranks import Wanted, ranks_of, wanted
-from surgery.extract_rows import check_losses, rows_of
+from surgery.extract_rows import check_losses, rows_of, without
 from surgery.extract_scan import Found, Layout, layout_of, scan, warm
 from surgery.extract_sites import Unit, tree_name
 from surgery.extract_table import Choice, choices
@@ -47,7 +47,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.folder import output_folder
 from surgery_formats.identity import content_id, fingerprint
 from surgery_formats.linalg.coding import Coding
-from surgery_formats.text import listing
+from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
     from surgery.extract_proof import Error
@@ -66,6 +66,7 @@ def extract_lora(
     energy: float | None = None,
     max_error: float | None = None,
     budget: str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     kind: Kind = "auto",
@@ -93,6 +94,7 @@ def extract_lora(
         energy: Instead: share of every matrix' squared change to hold.
         max_error: Instead: most that may be missing of a matrix' change, relative to its norm.
         budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
+        rank_pattern: Other ranks than `rank` for some modules, by patterns of a shell; the first that matches holds.
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
         kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
@@ -117,7 +119,7 @@ def extract_lora(
         NothingChangedError: TUNED is BASE.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
-    goal = wanted(rank, energy, max_error, budget, table=table)
+    goal = wanted(rank, energy, max_error, budget, table=table, patterns=rank_pattern)
     options = Options(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
     if kind == "dora" and calibration is not None:
@@ -139,13 +141,14 @@ def extract_lora(
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
         making = _Making(goal, options, scaling, stored, coding, chosen, given, scratch, devices[0], threads)
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
+        goal.check_patterns(layout.units)
         if given is not None:
             shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
             names = [*shared, *(tree_name(name, pair.old) for name in shared)]
             check_modules(given, layout.spots, layout.units, names)
         lanes = Lanes(devices, threads)
         lanes.warm(partial(warm, layout))
-        found = scan(layout, goal.criterion, _planned(goal, scaling, stored), scratch, lanes, progress)
+        found = scan(layout, goal.criterion_of, _planned(goal, scaling, stored), scratch, lanes, progress)
         watch.lap("starting", found.began)
         watch.lap("reading")
         job = _settled(pair, layout, found, making, watch, allow_loss=allow_loss)
@@ -157,8 +160,9 @@ def extract_lora(
         if target.name == "peft":
             result = _write(job, where, watch, overwrite=overwrite, progress=progress)
         else:
+            most = goal.budget.limit if goal.budget is not None and goal.budget.unit == "bytes" else None
             result = _converted(
-                job, where, target.name, watch, allow_loss=allow_loss, overwrite=overwrite, progress=progress
+                job, where, target.name, watch, most, allow_loss=allow_loss, overwrite=overwrite, progress=progress
             )
         return replace(result, timings={**watch.parts, "first_read_to_synced": time.monotonic() - found.began})
     finally:
@@ -232,8 +236,8 @@ def _planned(goal: Wanted, scaling: Scaling, dtype: DType) -> Callable[[Unit], P
     """How factors will be written, as far as it is known before all of them are: not with a budget, nor where the scale needs the rank."""
 
     def plan(unit: Unit) -> Plan | None:
-        if goal.rank is not None:
-            rank = min(goal.rank, unit.largest_rank)
+        if (asked := goal.rank_of(unit)) is not None:
+            rank = min(asked, unit.largest_rank)
             return Plan(rank, scaling.fold(rank), dtype)
         alone = goal.budget is None and not goal.auto and scaling.constant
         return Plan(None, 1.0, dtype) if alone else None
@@ -387,9 +391,9 @@ def _settled(both: _Both, layout: Layout, found: Found, making: _Making, watch: 
         calibrated.into(forms, layout.spots)
         watch.lap("calibrating")
     for unit in forms.units:
-        if goal.rank is not None and ranks[unit.path] < goal.rank:
+        if (rank := goal.rank_of(unit)) is not None and ranks[unit.path] < rank:
             forms.why |= dict.fromkeys(
-                unit.names, f"rank cut from {goal.rank} to {ranks[unit.path]}: the change has no more"
+                unit.names, f"rank cut from {rank} to {ranks[unit.path]}: the change has no more"
             )
     check_losses(forms, found.measures, both.tuned.path, allow_loss=allow_loss)
     if not forms.units and not forms.kept:
@@ -493,38 +497,60 @@ def _write(job: _Job, out: Path, watch: Watch, *, overwrite: bool, progress: Cal
 
 
 def _converted(
-    job: _Job, out: Path, to: str, watch: Watch, *, allow_loss: bool, overwrite: bool, progress: Callback | None
+    job: _Job,
+    out: Path,
+    to: str,
+    watch: Watch,
+    most: int | None,
+    *,
+    allow_loss: bool,
+    overwrite: bool,
+    progress: Callback | None,
 ) -> ExtractResult:
-    """Through a PEFT folder beside the output, by the converter with its own proof."""
-    from surgery.convert import convert
-
+    """Through a PEFT folder beside the output, by the converter with its own proof; says so where it takes more than `most` bytes."""
     if not out.parent.is_dir():
         raise FitError("no such folder to write into", file=out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:100]}.surgery-") as name:
         result = _write(job, Path(name) / "peft", watch, overwrite=False, progress=None)
 
-        def check(path: Path) -> Mapping[str, Any]:
+        def check(path: Path, done: ConvertResult) -> Mapping[str, Any]:
             nonlocal result
-            if job.coding is not None:
-                result = replace(job.coded(path), format=to)
-                return {"extract": result.as_json()}
-            return {}
+            found = result if job.coding is None else job.coded(path)
+            files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+            lost = {
+                entry.site: f"{to} cannot hold it ({entry.detail})"
+                for entry in done.entries
+                if entry.outcome == "dropped"
+            }
+            size = sum(file.stat().st_size for file in files)
+            notes = [f"'{show(site)}': {why}" for site, why in lost.items()]
+            if most is not None and size > most:
+                notes.append(f"the budget is {most:,} bytes, which PEFT keeps to; {to} takes {size:,} for the same")
+            result = replace(
+                found,
+                format=to,
+                rows=without(found.rows, job.forms, lost),
+                adapter_nbytes=size,
+                warnings=(*found.warnings, *notes),
+            )
+            return {"extract": result.as_json()}
 
-        done = convert(
-            Path(name) / "peft",
-            to,
-            out,
-            base=job.both.base.path,
-            factors=None if job.coding is None else job.coding.name,
-            allow_loss=allow_loss,
-            overwrite=overwrite,
-            check=check,
-            progress=progress,
-        )
+        try:
+            convert(
+                Path(name) / "peft",
+                to,
+                out,
+                base=job.both.base.path,
+                factors=None if job.coding is None else job.coding.name,
+                allow_loss=allow_loss,
+                overwrite=overwrite,
+                check=check,
+                progress=progress,
+            )
+        except FitError as error:
+            if error.file is None or name not in str(error.file):
+                raise
+            # the folder it speaks of is gone by the time anyone reads this
+            raise FitError(error.message, file=job.both.tuned.path, tensor=error.tensor, hint=error.hint) from error
     watch.lap("converting")
-    lost = tuple(
-        f"{to} cannot hold '{entry.site}' ({entry.detail})" for entry in done.entries if entry.outcome == "dropped"
-    )
-    files = [out] if out.is_file() else list(out.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    return replace(result, output=out, format=to, adapter_nbytes=size, warnings=result.warnings + lost)
+    return replace(result, output=out)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibrated", "Calibration", "calibrate", "check_modules", "open_calibration"]
 
 _JUDGING = 4
+_READ = 1 << 21  # raw inputs held at a time, in numbers
 _FEW = 8  # raw inputs below this number are too few to keep some back
 _PARTS = ("activations", "gram", "mean")
 
@@ -248,12 +249,27 @@ def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
     if "gram" in parts:
         found = moment_of_gram(parts["gram"].read(), parts["mean"].read() if "mean" in parts else None)
         return found, found
-    rows = parts["activations"].read()
-    if len(rows) < _FEW:
-        found = moment_of_inputs(rows)
+    stored = parts["activations"]
+    count = stored.shape[0]
+    if count < _FEW:
+        found = moment_of_inputs(_inputs(stored), count)
         return found, found
-    judging = torch.arange(len(rows)) % _JUDGING == _JUDGING - 1
-    return moment_of_inputs(rows[~judging]), moment_of_inputs(rows[judging])
+    judging = count // _JUDGING
+    return (
+        moment_of_inputs(_inputs(stored, judging=False), count - judging),
+        moment_of_inputs(_inputs(stored, judging=True), judging),
+    )
+
+
+def _inputs(stored: StoredTensor, *, judging: bool | None = None) -> Iterator[torch.Tensor]:
+    """Some rows at a time: all, or of every `_JUDGING` the last, or the others."""
+    step = max(1, _READ // max(stored.shape[1], 1) // _JUDGING) * _JUDGING
+    for start in range(0, stored.shape[0], step):
+        rows = stored.read(start, min(start + step, stored.shape[0]))
+        last = torch.arange(start, start + len(rows)) % _JUDGING == _JUDGING - 1
+        chosen = rows if judging is None else rows[last == judging]
+        if len(chosen):
+            yield chosen
 
 
 def _weighted(

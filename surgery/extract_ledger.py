@@ -98,7 +98,6 @@ class ExtractResult:
         base_id: Content id of BASE, as recorded in the adapter.
         rows: Every tensor of TUNED, in its order.
         dtype: Stored type of the factors.
-        alpha: ``lora_alpha``.
         adapter_nbytes: Of the adapter's tensor file.
         tuned_nbytes: Of TUNED's weights: what the adapter takes the place of.
         warnings: What the user should know.

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from surgery.extract_factor import MOST, Criterion, Factored
 from surgery.extract_plan import Forms, kept_size
 from surgery.extract_sites import Unit
 from surgery.extract_table import TABLE_RANKS
+from surgery.selection import matches
+from surgery_formats.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
-from surgery_formats.text import show
+from surgery_formats.text import closest, show
 
 __all__ = ["Budget", "Wanted", "magnitude_count", "parse_budget", "ranks_of", "wanted"]
 
@@ -42,16 +44,56 @@ class Wanted:
         rank: The one number, if it is one.
         budget: For all together.
         auto: Only directions above the noise of storage.
+        patterns: Other ranks for some modules, where it is one number: the first pattern that matches holds (`surgery.selection.matches`).
+        table: Whether as many directions are computed as the table of ranks shows.
     """
 
     criterion: Criterion
     rank: int | None = None
     budget: Budget | None = None
     auto: bool = False
+    patterns: tuple[tuple[str, int], ...] = ()
+    table: bool = False
+
+    def rank_of(self, unit: Unit) -> int | None:
+        """What was asked for `unit`, if it was a number."""
+        if self.rank is None:
+            return None
+        site = Site(unit.path)
+        return next((rank for pattern, rank in self.patterns if matches(pattern, site)), self.rank)
+
+    def criterion_of(self, unit: Unit) -> Criterion:
+        """For `unit` by itself."""
+        own = self.rank_of(unit)
+        if own is None or own == self.rank or self.criterion.rank is None:
+            return self.criterion
+        return replace(self.criterion, rank=max(own, *TABLE_RANKS) if self.table else own)
+
+    def check_patterns(self, units: Iterable[Unit]) -> None:
+        """A pattern that matches nothing is a slip of the pen.
+
+        Raises:
+            FitError: there is one.
+        """
+        sites = [Site(unit.path) for unit in units]
+        for pattern, _ in self.patterns:
+            if not any(matches(pattern, site) for site in sites):
+                names = sorted({part for site in sites for part in site.path.split(".") if not part.isdigit()})
+                raise FitError(
+                    f"no module that can get factors matches '{show(pattern)}'",
+                    hint=closest(pattern, names)
+                    or "patterns are those of a shell, matched from any dot of a path to its end",
+                )
 
 
 def wanted(
-    rank: int | str | None, energy: float | None, max_error: float | None, budget: str | None, *, table: bool = False
+    rank: int | str | None,
+    energy: float | None,
+    max_error: float | None,
+    budget: str | None,
+    *,
+    table: bool = False,
+    patterns: Mapping[str, int] | None = None,
 ) -> Wanted:
     """Check the options against each other; with `table` at least as many directions are computed as the table shows.
 
@@ -61,6 +103,10 @@ def wanted(
     given = [
         name for name, value in (("energy", energy), ("max_error", max_error), ("budget", budget)) if value is not None
     ]
+    if patterns and (given or rank == "auto"):
+        raise FitError(
+            f"ranks for some modules go with a rank for the others, not with {given[0] if given else 'rank auto'}"
+        )
     if len(given) > 1 or (given and rank is not None and (rank != "auto" or given != ["budget"])):
         raise FitError(
             f"rank is found in one way only; given: {', '.join([*(['rank'] if rank is not None else []), *given])}"
@@ -80,10 +126,15 @@ def wanted(
         limit = None if budget is None else parse_budget(budget)
         numbers = None if limit is None else limit.limit // (2 if limit.unit == "bytes" else 1)
         return Wanted(Criterion(most=MOST, numbers=numbers), None, limit, rank == "auto")
-    number = DEFAULT if rank is None else rank
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise FitError(f"the rank is {show(number, 40)}; it is at least 1")
-    return Wanted(Criterion(rank=max(number, *TABLE_RANKS) if table else number), number)
+    number = _checked(DEFAULT if rank is None else rank)
+    others = tuple((pattern, _checked(other)) for pattern, other in (patterns or {}).items())
+    return Wanted(Criterion(rank=max(number, *TABLE_RANKS) if table else number), number, patterns=others, table=table)
+
+
+def _checked(rank: object) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise FitError(f"the rank is {show(rank, 40)}; it is at least 1")
+    return rank
 
 
 def parse_budget(text: str) -> Budget:
@@ -129,8 +180,8 @@ def ranks_of(
         FitError: the budget is too small for what is stored beside the factors and one direction each.
     """
     ranks = {unit.path: max(1, factored[unit.path].rank) if unit.path in factored else 1 for unit in units}
-    if goal.rank is not None:
-        ranks = {path: min(found, goal.rank) for path, found in ranks.items()}
+    asked = {unit.path: goal.rank_of(unit) for unit in units}
+    ranks = {path: min(found, asked[path] or found) for path, found in ranks.items()}
     if goal.auto:
         ranks |= {path: max(1, *(piece.signal for piece in found.pieces)) for path, found in factored.items()}
     if goal.budget is None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.extract_factor import Factored
 from surgery.extract_kind import CalibrationFacts
@@ -24,7 +24,7 @@ from surgery_formats.text import listing, show
 if TYPE_CHECKING:
     from surgery.extract_proof import Error
 
-__all__ = ["check_losses", "rows_of", "with_measured"]
+__all__ = ["check_losses", "rows_of", "with_measured", "without"]
 
 _CLASS: Mapping[Via, ExtractClass] = {
     "modules_to_save": "dense",
@@ -187,6 +187,25 @@ def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType | Coding
         parameters=part + magnitudes,
         nbytes=dtype.nbytes(part) + magnitudes * 4,
         why="; ".join(notes),
+    )
+
+
+def without(rows: Iterable[ExtractRow], forms: Forms, lost: Mapping[str, str]) -> tuple[ExtractRow, ...]:
+    """The same rows where another format does not hold all that the PEFT folder does.
+
+    Args:
+        rows: Of the PEFT folder.
+        forms: Of the same.
+        lost: Path of a parameter -> why the format does not hold it.
+    """
+    why = {kept.name: lost[kept.path] for kept in forms.kept if kept.path in lost}
+    why |= {name: lost[unit.path] for unit in forms.units if unit.path in lost for name in unit.names}
+    nothing: dict[str, Any] = {"form": "", "rank": 0, "parameters": 0, "nbytes": 0, "signal": None, "calibration": None}
+    return tuple(
+        replace(row, kind="dropped", residual=1.0 if row.energy else 0.0, why=why[row.name], **nothing)
+        if row.name in why and row.kind not in ("unchanged", "alias")
+        else row
+        for row in rows
     )
 
 

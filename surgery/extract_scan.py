@@ -88,7 +88,7 @@ class Found:
 
 def scan(
     layout: Layout,
-    criterion: Criterion,
+    criterion_of: Callable[[Unit], Criterion],
     plan_of: Callable[[Unit], Plan | None],
     scratch: Scratch,
     lanes: Lanes,
@@ -98,7 +98,7 @@ def scan(
 
     Args:
         layout: What there is.
-        criterion: How ranks are found.
+        criterion_of: How the rank of a unit is found.
         plan_of: How a unit's factors will be written, where that is known.
         scratch: Where factors are kept.
         lanes: Where the work is done.
@@ -111,7 +111,7 @@ def scan(
     meter = _Meter(sum(spot.pair.tuned.nbytes for spot in layout.spots), progress)
     work = _Work(
         {spot.pair.name: spot for spot in layout.spots},
-        criterion,
+        criterion_of,
         plan_of,
         scratch,
         meter,
@@ -165,7 +165,7 @@ def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
 @dataclass(frozen=True)
 class _Work:
     spots: Mapping[str, Spot]
-    criterion: Criterion
+    criterion_of: Callable[[Unit], Criterion]
     plan_of: Callable[[Unit], Plan | None]
     scratch: Scratch
     meter: _Meter
@@ -228,10 +228,11 @@ class _Work:
         )
         if not moved and len(unit.deltas) == 1:
             return None
+        criterion = self.criterion_of(unit)
         return factorise(
             delta.stored if whole is None else whole,
-            self.criterion,
-            self.criterion.limit(unit.cost),
+            criterion,
+            criterion.limit(unit.cost),
             [strip.last - strip.first for strip in delta.strips],
             self.scratch,
             lane.device,

@@ -154,6 +154,8 @@ def units_of(spots: Iterable[Spot], base: Component) -> tuple[Unit, ...]:
     apart: dict[str, dict[tuple[int, int], Spot]] = {}
     fused_by_path: dict[str, Fused] = {}
     for spot in spots:
+        if not spot.pair.tuned.numel:
+            continue  # without values, thus without a change
         place = _expert_part(spot, base)
         if place is not None:
             path, number, position, fused = place

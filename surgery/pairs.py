@@ -96,7 +96,21 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
             tensor=pair.name,
             hint="is this the base it was tuned from?",
         )
+    for pair in found:
+        _check_types(pair)
     return tuple(found)
+
+
+def _check_types(pair: Pair) -> None:
+    """Codes of a quantised model and plain numbers have no difference, and an adapter can put neither in the other's place."""
+    one, other = pair.base.dtype, pair.tuned.dtype
+    if one is not other and not (one.is_float and other.is_float):
+        raise FitError(
+            f"{other.label} in TUNED, {one.label} in BASE, which cannot be subtracted",
+            file=pair.tuned.file.path,
+            tensor=pair.name,
+            hint="take both in a plain floating-point type: F32, F16 or BF16",
+        )
 
 
 def _elsewhere(name: str, base: Component, tensor: StoredTensor) -> StoredTensor | None:

@@ -104,7 +104,8 @@ class Tally:
         exponents = powers[sampled] >> _FRACTION[made.element_size()]
         made.sub_(old.to(made.dtype))
         norms = torch.linalg.vector_norm(made, dim=1)
-        moved = norms > 0
+        differing = made.sign().abs_().sum(1)  # twice as fast as count_nonzero
+        moved = differing > 0  # not the norm, which is 0 below 1e-23
         bits, smallest = MANTISSA[self._dtype]
         lowest = max(smallest, -126 + bits) if made.dtype == torch.float32 else smallest
         bias = 127 if made.dtype == torch.float32 else 1023
@@ -116,8 +117,7 @@ class Tally:
         if noise is not None:
             noise.add_sums(rows / 12, (moved.to(units.dtype) @ units).double().mul_(4.0**-bits / 12))
         energy = norms.double().square_().sum()
-        differing = made.sign().abs_().sum(1).double().sum()  # twice as fast as count_nonzero
-        self._sums.append(torch.stack([energy, differing, rows.sum()]))
+        self._sums.append(torch.stack([energy, differing.double().sum(), rows.sum()]))
         if self._limit:
             self._hit.append(moved)
 
@@ -156,7 +156,7 @@ class Tally:
         if not self._sums:
             return Measure(False, numel=self._numel)
         energy, moved, noise = torch.stack(self._sums).sum(0).tolist()
-        if not math.isfinite(energy):
+        if not (math.isfinite(energy) and math.isfinite(noise)):  # squares of values beyond 1e19
             self._refuse()
         named: tuple[int, ...] = ()
         if self._limit:
@@ -179,7 +179,9 @@ class Tally:
         for side in self._sides:
             check_finite(side, 0, side.shape[0])
         tensor = self._sides[1].tensor
-        raise FitError("the difference overflows float32", file=tensor.file.path, tensor=tensor.name)
+        raise FitError(
+            "values or differences too large: their squares overflow float32", file=tensor.file.path, tensor=tensor.name
+        )
 
 
 def check_finite(side: Plain, start: int, stop: int) -> None:

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from surgery import combine, convert, diff
 from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.errors import FitError, OutputExistsError, ProofError
+from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError
 from tests.adapter_files import (
     assert_close,
     config_of,
@@ -341,3 +341,19 @@ def test_subtracting_again_gives_the_first_back(tmp_path: Path) -> None:
 
 def read_ranks(folder: Path) -> list[object]:
     return [update for chain in read_adapter(folder).updates.values() for update in chain]
+
+
+def test_adapters_that_nearly_cancel_are_told_and_svd_keeps_what_is_left(tmp_path: Path) -> None:
+    one = simple(tmp_path / "a", 1)
+    pair = [(one, 1.0), (one, -1.0000001)]
+    result = combine(pair, output=tmp_path / "exact")
+    assert (result.error or 0) > 0.02
+    assert any("nearly cancel" in warning and "--method svd" in warning for warning in result.warnings)
+    assert (combine(pair, output=tmp_path / "svd", method="svd").error or 0) < 1e-6
+    assert not combine([(one, 1.0), (one, -0.5)], output=tmp_path / "half").warnings
+
+
+def test_a_density_that_drops_everything_is_not_blamed_on_the_weights(tmp_path: Path) -> None:
+    one, other = simple(tmp_path / "a", 1), simple(tmp_path / "b", 2)
+    with pytest.raises(NothingChangedError, match="density"):
+        combine([(one, 0.5), (other, 0.5)], output=tmp_path / "x", method="dare-linear", density=1e-9, rank=4)

@@ -570,7 +570,14 @@ def test_budgets(text: str, limit: int, unit: str) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("--rank", "0"), ("--rank", "-3"), ("--rank", "4", "--energy", ".5"), ("--budget", "x"), ("--dense", "all")],
+    [
+        ("--rank", "0"),
+        ("--rank", "-3"),
+        ("--rank", "4", "--energy", ".5"),
+        ("--budget", "x"),
+        ("--dense", "all"),
+        ("--alpha", "nan"),
+    ],
     ids=str,
 )
 def test_the_command_refuses_what_means_nothing(

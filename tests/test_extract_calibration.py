@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
+from surgery_formats.tensors import StoredTensor
 from tests.kit import spawn
 from tests.oracles import disk, models
 from tests.test_extract import assert_round_trip, everything, only, tune
@@ -232,3 +233,29 @@ def test_the_command(qwen: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path:
     assert lost.returncode == 3
     both = spawn("extract-lora", base, tuned, "-o", tmp_path / "no", "--calibration", given, "--kind", "dora")
     assert both.returncode == 2
+
+
+def test_raw_inputs_are_read_in_parts(
+    qwen: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are; the same every fourth row judges."""
+    base, tuned, found = qwen
+    file = saved(found, tmp_path / "x.safetensors")
+    whole = surgery.extract_lora(base, tuned, rank=2, calibration=file, dry_run=True)
+    largest, read = 0, StoredTensor.read
+
+    def seen(self: StoredTensor, *rows: int) -> torch.Tensor:
+        nonlocal largest
+        made = read(self, *rows)
+        if self.name.endswith(".activations"):
+            largest = max(largest, made.numel())
+        return made
+
+    monkeypatch.setattr("surgery.extract_calibration._READ", 512)
+    monkeypatch.setattr(StoredTensor, "read", seen)
+    parts = surgery.extract_lora(base, tuned, rank=2, calibration=file, dry_run=True)
+    assert 0 < largest <= 512
+    facts = [[row.calibration for row in one.rows if row.calibration is not None] for one in (whole, parts)]
+    assert len(facts[0]) == len(facts[1]) > 8
+    for one, other in zip(*facts, strict=True):
+        assert (one.weighted, one.plain) == pytest.approx((other.weighted, other.plain), rel=1e-6)

@@ -221,6 +221,20 @@ def test_rows_and_columns_that_hold_nothing_get_nothing(shape: tuple[int, int]) 
     torch.testing.assert_close(found.V.T @ found.V, torch.eye(12), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("shape", "rank"), [((1, 50), 1), ((40, 64), 3), ((700, 600), 2)], ids=str)
+def test_a_norm_beside_a_power_of_two(shape: tuple[int, int], rank: int) -> None:
+    """Rounding decides on which side it lies, in float32 and float64 apart: the scale must be one for both."""
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        left, right = (torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in shape)
+        d = left @ right.T
+        d = (d / d.norm()).float()
+        for options in ({"rank": rank}, {"energy": 0.9999999}, {"rank": rank, "total": float(d.double().norm())}):
+            found = truncated_svd(d, **options)  # type: ignore[arg-type]
+            assert true_error(d, found) < 1e-6
+            assert found.relative < 1e-6
+
+
 def test_zeros() -> None:
     found = truncated_svd(torch.zeros(7, 5), rank=3)
     assert (found.rank, found.residual, found.total, found.bound, found.relative) == (3, 0.0, 0.0, 1.0, 0.0)

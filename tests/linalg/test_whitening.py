@@ -17,6 +17,11 @@ from surgery_formats.linalg.whitening import (
 )
 
 
+def moment_of(values: torch.Tensor) -> Moment:
+    """Of all rows at once."""
+    return moment_of_inputs([values], len(values))
+
+
 def inputs(n: int, size: int, seed: int = 0) -> torch.Tensor:
     """With a mean, and directions of very different strength, as activations have."""
     generator = torch.Generator().manual_seed(seed)
@@ -36,7 +41,7 @@ def formed(moment: Moment) -> torch.Tensor:
 @pytest.mark.parametrize("n", [10, 32, 500])
 def test_inputs_and_their_gram_are_the_same_moment(n: int) -> None:
     x = inputs(n, 32)
-    one = moment_of_inputs(x)
+    one = moment_of(x)
     gram = x.double().T @ x.double() / n
     torch.testing.assert_close(formed(one), gram, atol=1e-9, rtol=1e-7)
     other = moment_of_gram(gram, x.double().mean(dim=0))
@@ -53,7 +58,7 @@ def test_inputs_and_their_gram_are_the_same_moment(n: int) -> None:
 
 
 def test_powers_are_those_of_the_damped_matrix() -> None:
-    moment = moment_of_inputs(inputs(10, 32))
+    moment = moment_of(inputs(10, 32))
     damped = formed(moment) + 0.01 * moment.energies.sum() / 32 * torch.eye(32, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(damped)
     wanted = delta().double() @ (vectors * values.pow(0.25)) @ vectors.T
@@ -64,7 +69,7 @@ def test_powers_are_those_of_the_damped_matrix() -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_whitened_factors_are_best_for_these_inputs_half_whitened_ones_between(rank: int) -> None:
-    moment = moment_of_inputs(inputs(400, 32))
+    moment = moment_of(inputs(400, 32))
     d = delta()
     errors = []
     for power in (0.0, 0.25, 0.5):
@@ -77,7 +82,7 @@ def test_whitened_factors_are_best_for_these_inputs_half_whitened_ones_between(r
 
 
 def test_at_full_rank_nothing_is_left() -> None:
-    B, A = weighted_factors(delta(), moment_of_inputs(inputs(10, 32)), 32)
+    B, A = weighted_factors(delta(), moment_of(inputs(10, 32)), 32)
     assert float((delta() - B @ A).norm() / delta().norm()) < 1e-4
 
 
@@ -105,4 +110,15 @@ def test_a_mean_that_no_inputs_have_is_refused() -> None:
 @pytest.mark.parametrize("values", [torch.zeros(3, 4), torch.zeros(0, 4), torch.full((3, 4), float("inf"))])
 def test_inputs_that_say_nothing_are_refused(values: torch.Tensor) -> None:
     with pytest.raises(FitError):
-        moment_of_inputs(values)
+        moment_of(values)
+
+
+@pytest.mark.parametrize("count", [10, 32, 500])
+def test_inputs_may_come_in_parts(count: int) -> None:
+    x = inputs(count, 32)
+    one, other = moment_of(x), moment_of_inputs(iter(x.split(7)), count)
+    for power in (0.25, 0.5):
+        assert torch.allclose(*(m.times_power(torch.eye(32, dtype=torch.float64), power) for m in (one, other)))
+    assert one.mean is not None
+    assert other.mean is not None
+    assert torch.allclose(one.mean, other.mean)

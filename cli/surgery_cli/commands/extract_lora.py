@@ -41,6 +41,14 @@ def _rank(text: str) -> int | str:
     return int(text)
 
 
+def _rank_pattern(text: str) -> tuple[str, int]:
+    pattern, equals, number = text.rpartition("=")
+    rank = _rank(number)
+    if not equals or not pattern or not isinstance(rank, int):
+        raise click.BadParameter(f"'{show(text, 40)}' is not PATTERN=N")
+    return pattern, rank
+
+
 def _share(text: str) -> float:
     """A number between 0 and 1; ``95%`` too."""
     try:
@@ -49,6 +57,16 @@ def _share(text: str) -> float:
         value = 0.0
     if not 0 < value < 1:
         raise click.BadParameter(f"'{show(text, 40)}' does not lie between 0 and 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"'{show(text, 40)}' is not a number above 0")
     return value
 
 
@@ -74,6 +92,13 @@ def _dense(text: str) -> tuple[str, ...]:
 @click.argument("tuned", shell_complete=complete_files)
 @output_option("Folder to make, or file where FORMAT is a single file.")
 @click.option("--rank", type=_rank, metavar="N|auto", help="Directions per matrix; 16 if nothing else is said.")
+@click.option(
+    "--rank-pattern",
+    type=_rank_pattern,
+    multiple=True,
+    metavar="PATTERN=N",
+    help="Another rank for some modules: 'mlp.*=32'; the first that matches holds.",
+)
 @click.option("--energy", type=_share, metavar="SHARE", help="Instead: share of each matrix' squared change to hold.")
 @click.option(
     "--max-error", type=_share, metavar="SHARE", help="Instead: most that may be missing of each matrix' change."
@@ -94,7 +119,7 @@ def _dense(text: str) -> tuple[str, ...]:
     metavar="FILE",
     help="Inputs of modules (safetensors), for factors that are best on them.",
 )
-@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), help="lora_alpha; default: the rank.")
+@click.option("--alpha", type=_positive, metavar="NUMBER", help="lora_alpha; default: the rank.")
 @click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
 @click.option(
     "--dense",
@@ -135,12 +160,13 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
     """Extract a LoRA from a full fine-tune.
 
     TUNED minus BASE, each matrix by its best factors of the rank asked for, everything else as TUNED has it. What was written is
-    read back, put on BASE and compared with TUNED; a change that nothing holds is an error that names it.
+    read back and must hold what was measured against TUNED; a change that nothing holds is an error that names it.
 
     \b
     Examples:
       surgery extract-lora llama/ my-llama/ -o my-lora/
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64
+      surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 16 --rank-pattern 'self_attn.*=32'
       surgery extract-lora llama/ my-llama/ -o my-lora/ --budget 20MB
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64 --factors int4
     """
@@ -152,10 +178,19 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
     ways = [name for name in ("rank", "energy", "max_error", "budget") if options[name] is not None]
     if len(ways) > 1 and not (set(ways) == {"rank", "budget"} and options["rank"] == "auto"):
         raise click.UsageError(f"only one of {' and '.join('--' + way.replace('_', '-') for way in ways)} can be given")
+    patterns = dict(options.pop("rank_pattern"))
+    if patterns and (ways not in ([], ["rank"]) or options["rank"] == "auto"):
+        raise click.UsageError("--rank-pattern goes with a number as --rank")
     began = time.monotonic()
     with bar(settings, "extracting") as progress:
         result = extract_lora(
-            resolve(base), resolve(tuned), output=output, dry_run=dry_run, progress=progress, **options
+            resolve(base),
+            resolve(tuned),
+            output=output,
+            rank_pattern=patterns,
+            dry_run=dry_run,
+            progress=progress,
+            **options,
         )
     seconds = time.monotonic() - began
     if settings.json:
@@ -197,7 +232,7 @@ def _text(result: ExtractResult, output: Path | None, seconds: float, settings: 
     if not math.isnan(result.survival):
         rows.append(("merging", f"keeps {result.survival:.1%} of the factors' update in BASE's stored type"))
     if result.output is not None:
-        rows.append(("proof", "read back, put on BASE and compared with TUNED"))
+        rows.append(("proof", "read back: it holds what was measured against TUNED"))
         rows.append(("wrote", f"{show(output, 500)} in {seconds:.2f} s"))
     pairs(rows)
     told = [row for row in result.rows if row.energy or row.form]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from typing import Protocol
@@ -52,7 +53,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Operator:
-    """``M``, the matrix `D` turned so that its rows are the short side and scaled so that ``1 <= ||M||_F < 2``.
+    """``M``, the matrix `D` turned so that its rows are the short side and scaled so that ``1 <= ||M||_F < 2``, to rounding.
 
     Attributes:
         shape: ``(m, n)`` of `D`.
@@ -92,8 +93,15 @@ class Operator:
         self.norm2 = norm2 / self.scale / self.scale
 
     def in_float64(self) -> Operator:
-        """The same matrix with products in float64."""
-        return Operator(self._matrix, self.device, torch.float64)
+        """The same matrix, scaled alike, with products in float64.
+
+        A scale of its own would be another one where the norm lies so near a power of two that rounding decides on which side, and
+        what either operator finds is used with the other.
+        """
+        made = copy.copy(self)
+        made.dtype = torch.float64
+        made.norm2 = made._norm2() / self.scale / self.scale
+        return made
 
     def blocks(self, dtype: torch.dtype | None = None, first: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
         """``(start, stop, rows start:stop of D)`` from row `first` on, unscaled; all at once where nothing has to be read or converted."""

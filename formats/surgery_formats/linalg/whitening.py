@@ -10,6 +10,7 @@ left is ``tr(R (C - mean mean^T) R^T)``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,6 @@ DAMPING = 1e-2
 """Of the mean of C's diagonal, added to it: directions that were not seen still count."""
 _NOTHING = 1e-12
 """Eigenvalues below this share of the largest are rounding."""
-_BLOCK = 1024  # rows of activations at a time
 _UNSYMMETRIC = 1e-3
 """Of the largest element: what a Gram matrix may lack of symmetry, and of being positive."""
 
@@ -55,28 +55,37 @@ class Moment:
         return made
 
 
-def moment_of_inputs(inputs: torch.Tensor) -> Moment:
-    """Of raw activations.
+def moment_of_inputs(blocks: Iterable[torch.Tensor], count: int) -> Moment:
+    """Of raw activations that come in parts; no more is held than a block, and a matrix of the module's width.
 
     Args:
-        inputs: ``(n, in)``, one input of the module per row.
+        blocks: ``(n_i, in)``, one input of the module per row.
+        count: Rows in all of them.
 
     Raises:
         FitError: NaN or infinity, no rows, or nothing but zeros.
     """
-    _check_finite(inputs)
-    count, size = inputs.shape
-    if not count or not bool(inputs.any()):
-        raise FitError("holds no input other than zero")
-    mean = inputs.mean(dim=0, dtype=torch.float64)
-    if count >= size:
-        gram = torch.zeros(size, size, dtype=torch.float64)
+    few: list[torch.Tensor] = []
+    total = gram = None
+    anything = False
+    for block in blocks:
+        _check_finite(block)
+        anything = anything or bool(block.any())
+        exact = block.double()
+        size = exact.shape[1]
+        total = exact.sum(0) if total is None else total + exact.sum(0)
+        if count < size:
+            few.append(exact)
+            continue
+        gram = torch.zeros(size, size, dtype=torch.float64) if gram is None else gram
         with one_thread():
-            for start in range(0, count, _BLOCK):
-                block = inputs[start : start + _BLOCK].double()
-                gram.addmm_(block.T, block)
+            gram.addmm_(exact.T, exact)
+    if total is None or not anything:
+        raise FitError("holds no input other than zero")
+    mean = total / count
+    if gram is not None:
         return _moment(gram / count, mean)
-    scaled = inputs.double() / math.sqrt(count)
+    scaled = torch.cat(few) / math.sqrt(count)
     with one_thread():  # the small Gram matrix has the same eigenvalues
         energies, vectors = torch.linalg.eigh(scaled @ scaled.T)
     keep = energies > _NOTHING * energies.max()
