@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.merge import merge
 from surgery.onnx.export import export_onnx
-from surgery_formats.errors import FitError, OutputExistsError
+from surgery_formats.errors import FitError, MalformedError, OutputExistsError
 from tests import header_only
 from tests.onnx.sessions import Plain, open_session
 from tests.oracles import recipes
@@ -184,6 +184,25 @@ def test_derived_tensors_of_old_files_have_no_use_and_are_excused(base):
 def configured(base, **fields):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"temperature": "x"}, {"top_k": [1]}, {"top_p": {}}, {"eos_token_id": {"a": 1}}, {"eos_token_id": ["2"]}],
+    ids=str,
+)
+def test_nonsense_in_generation_config_is_named_and_nothing_is_written(base, tmp_path, said):
+    (base / "generation_config.json").write_text(json.dumps(said))
+    with pytest.raises(MalformedError, match=next(iter(said))):
+        export_onnx(base, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_padding_token_is_minus_one_in_old_configurations(base, tmp_path):
+    (base / "generation_config.json").write_text('{"pad_token_id": -1, "eos_token_id": [7, 9]}')
+    export_onnx(base, output=tmp_path / "out")
+    model = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    assert (model["pad_token_id"], model["eos_token_id"]) == (7, [7, 9])
 
 
 def test_an_unknown_architecture_is_named(base):
