@@ -30,8 +30,6 @@ _LIMIT = (1 << 31) - 1  # of a protocol buffer
 _HEADER = 100 << 20
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
-_NUMBERS = ("layers", "kv_heads", "head_dim", "vocabulary", "max_length", "rope_switch", "virtual_tokens")
-
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
@@ -83,31 +81,13 @@ def read_graph(path: Path) -> GraphFile:
         model = onnx.ModelProto.FromString(bytes(opened.read(0, opened.size)))
     except DecodeError as error:
         raise MalformedError("not an ONNX graph", file=path) from error
-    contract = from_metadata({one.key: one.value for one in model.metadata_props})
+    contract = from_metadata({one.key: one.value for one in model.metadata_props}, path)
     if contract is None:
         raise FitError("the graph has no contract: it is not of `surgery export-onnx`", file=path)
-    _check_types(contract, path)
     foreign = sorted({node.domain for node in model.graph.node} - set(_DOMAINS))
     if foreign or model.functions:
         raise FitError(f"operators of '{show(foreign[0] if foreign else 'local functions')}'", file=path)
     return GraphFile(path, model, contract)
-
-
-def _check_types(contract: Contract, path: Path) -> None:
-    """A contract is text of a file like any other.
-
-    Raises:
-        MalformedError: a number that is none, or a mapping that is none.
-    """
-    numbers = [getattr(contract, name) for name in _NUMBERS] + [one.size for one in contract.weights]
-    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 48 for n in numbers):
-        raise MalformedError("the graph's contract has a number that is none", file=path)
-    texts = [contract.kind, contract.dtype, contract.padding, contract.prefill]
-    texts += [text for one in contract.weights for text in (one.name, one.header)]
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(x, Mapping) for x in contract.adapters):
-        raise MalformedError("the graph's contract has a part of a wrong type", file=path)
-    if contract.padding not in ("left", "right", "any") or contract.kind not in ("decoder", "encoder"):
-        raise MalformedError("the graph's contract names a padding or kind that is none", file=path)
 
 
 def default_past(graph: GraphFile) -> Cache | None:
