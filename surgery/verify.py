@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.onnx.place import LEDGER
 from surgery.verify_bytes import compare_copied, compare_files, recorded_tensors
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
-from surgery_formats.errors import FitError, NotFoundError, ProofError
-from surgery_formats.files.manifest import MANIFEST, verify_folder
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.manifest import MANIFEST, verify_files, verify_folder
 from surgery_formats.text import count
 
 if TYPE_CHECKING:
@@ -122,7 +124,8 @@ def verify(
         raise FitError(f"neither {_GRAPH} nor {MANIFEST} is there", file=where, hint="verify what surgery has written")
     checks: list[Check] = []
     notes: list[str] = []
-    manifest = _folder(where, checks) if has_manifest else {}
+    recorded = _added(where, checks)
+    manifest = _folder(where, recorded, checks) if has_manifest else {}
     if not has_graph:
         if base is not None:
             number = compare_copied(open_checkpoint(where), base, manifest)
@@ -134,14 +137,29 @@ def verify(
     return Verification(where, "graph", tuple(checks), tuple(notes))
 
 
-def _folder(where: Path, checks: list[Check]) -> Mapping[str, Any]:
+def _folder(where: Path, recorded: Mapping[str, Any], checks: list[Check]) -> Mapping[str, Any]:
     """The manifest: files, sizes, hashes; graphs may have been added to a folder of weights since."""
     added = [name for name in os.listdir(where) if name.endswith((".onnx", ".onnx_adapter")) or name in _PER_GRAPH]
-    manifest = verify_folder(where, added=added)
+    manifest = verify_folder(where, added=[*added, *recorded])
     checks.append(Check("files", f"{count(len(manifest['files']))} as the manifest has them"))
     if number := recorded_tensors(where, manifest):
         checks.append(Check("computed tensors", f"{count(number)}, each as it was written"))
     return manifest
+
+
+def _added(where: Path, checks: list[Check]) -> Mapping[str, Any]:
+    """Files that an export with adapters added to a folder of weights, by name; none where it kept no account."""
+    source = where / LEDGER
+    if not source.exists():
+        return {}
+    entries = read_object(source, INDEX_LIMIT).get("files", {})
+    if not isinstance(entries, Mapping):
+        raise MalformedError("its account of files is none", file=source)
+    verify_files(where, entries, source)
+    checks.append(Check("added files", f"{count(len(entries))} as {LEDGER} has them"))
+    if number := recorded_tensors(where, {"files": entries}):
+        checks.append(Check("merged tensors", f"{count(number)}, each as it was written"))
+    return {LEDGER: {}, **entries}
 
 
 def _graphs(
