@@ -229,8 +229,9 @@ def _account(parcel: Parcel, ledger: Ledger | None, files: Mapping[str, bytes]) 
     entries: dict[str, Any] = {
         name: {"size": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)} for name, data in files.items()
     }
-    for file in parcel.plan.files if parcel.plan and ledger else ():
-        hashes = {one.name: ledger.measured[one.label].xxh3 for one in file.tensors if one.label in ledger.measured}
+    measured = ledger.measured if ledger else {}
+    for file in ledger.plan.files if ledger else ():
+        hashes = {one.name: measured[one.label].xxh3 for one in file.tensors if one.label in measured}
         entries[file.name] = {"size": file.nbytes, "tensors": {name: {"xxh3": one} for name, one in hashes.items()}}
     found = {"export": dict(parcel.facts), "files": entries, **({"ledger": ledger.as_json()} if ledger else {})}
     return json.dumps(found, indent=1, sort_keys=True).encode() + b"\n"

@@ -260,6 +260,15 @@ def test_positions_end_where_the_model_ends(tmp_path):
         export_onnx(dynamic, output=dynamic, max_length=11)
 
 
+def test_positions_without_end_are_refused_but_for_as_many_as_are_asked_for(tmp_path):
+    """Tables of cosines are made when a graph is loaded: 2 ** 31 rows of them would take all memory there is."""
+    base = recipes.build("llama", tmp_path / "base", hidden_size=64, max_position_embeddings=(1 << 31) - 1)
+    with pytest.raises(FitError, match="max-length"):
+        export_onnx(base, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export_onnx(base, output=tmp_path / "out", max_length=100).contract.max_length == 100
+
+
 def test_pickled_weights_are_not_referenced(base):
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     os.unlink(base / "model.safetensors")

@@ -150,6 +150,8 @@ def verify_folder(path: str | os.PathLike[str], *, added: Collection[str] = ()) 
     if found.get("format") != FORMAT or not isinstance(entries, dict):
         raise MalformedError(f"not a {FORMAT} manifest", file=source)
     present = _files_below(folder) - {MANIFEST}
+    if missing := sorted(entries.keys() - present):
+        raise ProofError(f"missing: {listing(missing)}", file=folder)
     if extra := sorted(present - entries.keys() - set(added)):
         raise ProofError(f"not in the manifest: {listing(extra)}", file=folder)
     verify_files(folder, entries, source)
