@@ -224,15 +224,24 @@ def _reference(graph: GraphFile, base: Checkpoint | None, adapters: list[Weighte
 
 
 def _measures(graph: GraphFile, reference: Reference) -> list[Measure]:
-    from surgery.verify_onnx import compare_decoder, compare_encoder
-    from surgery.verify_session import Session, default_past
+    from surgery.verify_onnx import compare_decoder, compare_encoder, compare_slots
+    from surgery.verify_session import Session, check_sizes, default_past
+    from surgery.verify_slots import filled
 
     if graph.contract.kind != reference.model.kind:
         raise ProofError(f"the graph is a {graph.contract.kind}, the model a {reference.model.kind}", file=graph.path)
-    session = Session(graph)
+    check_sizes(graph, reference.model)
+    slots = filled(graph, reference)
+    session, past = Session(graph), None
     if graph.contract.kind == "encoder":
-        return list(compare_encoder(session, reference))
-    return list(compare_decoder(session, reference, default_past(graph)))
+        found = list(compare_encoder(session, reference))
+    else:
+        past = default_past(graph)
+        found = list(compare_decoder(session, reference, past))
+    if slots is not None:
+        session.given, changed = slots
+        found.append(compare_slots(session, changed, past))
+    return found
 
 
 def _judged(measure: Measure, graph: GraphFile, tolerance: float | None) -> Check:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from surgery.verify_session import Arrays, Session
 if TYPE_CHECKING:
     from surgery.onnx.contract import Contract
 
-__all__ = ["Measure", "compare_decoder", "compare_encoder"]
+__all__ = ["Measure", "compare_decoder", "compare_encoder", "compare_slots"]
 
 _PROMPT, _STEPS = 13, 8
 _SEED = 20
@@ -84,6 +84,17 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
     crosses = ids.shape[1] // 2 <= contract.rope_switch < ids.shape[1]  # keys of the first part would keep other angles
     if contract.prefill_batch and ids.shape[1] > 1 and not crosses:
         yield _in_two_parts(session, reference, ids)
+
+
+def compare_slots(session: Session, reference: Reference, default: Cache | None = None) -> Measure:
+    """A row through a session whose slots are filled against the reference with the same added."""
+    ids, _ = _prompts(reference, session.contract, 1, 0)
+    if session.contract.kind == "encoder":
+        name, measure = "encoder", next(compare_encoder(session, reference))
+    else:
+        real = np.ones((1, ids.shape[1]), bool)
+        name, measure = "prefill of one row", next(_generated(session, reference, ids, real, 0, default, ""))
+    return replace(measure, name=f"{name}, slots filled")
 
 
 def _steps(contract: Contract) -> int:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import onnx
 
     from surgery.reference import Cache
+    from surgery_formats.families.recipe import Model
 
-__all__ = ["GraphFile", "Session", "check_weight_files", "default_past", "read_graph"]
+__all__ = ["GraphFile", "Session", "check_sizes", "check_weight_files", "default_past", "read_graph"]
 
 _LIMIT = (1 << 31) - 1  # of a protocol buffer
 _HEADER = 100 << 20
@@ -122,6 +123,40 @@ def default_past(graph: GraphFile) -> Cache | None:
     return Cache(tuple(found), torch.ones(1, contract.virtual_tokens, dtype=torch.bool))
 
 
+def check_sizes(graph: GraphFile, model: Model) -> None:
+    """Compare the numbers of a contract with the model's: a runner makes its buffers by them.
+
+    Raises:
+        ProofError: one differs.
+    """
+    contract = graph.contract
+    wanted: dict[str, Any] = {"vocabulary": model.vocabulary}
+    if model.kind == "decoder":
+        attention = [layer.attention for layer in model.layers]
+        ropes = [one.rope.parameters for one in attention if one.rope is not None]
+        switches = [int(one["original_max_position_embeddings"]) for one in ropes if one["rope_type"] == "longrope"]
+        wanted |= {
+            "layers": len(attention),
+            "rope_switch": max((n for n in switches if n < contract.max_length), default=0),
+        }
+        wanted |= {"kv_heads": attention[0].kv_heads, "head_dim": attention[0].head_dim} if attention else {}
+    types = {"fp32": 1, "fp16": 10, "bf16": 16}
+    outputs = {one.name: one.type.tensor_type.elem_type for one in graph.model.graph.output}
+    if any(kind != types[contract.dtype] for kind in outputs.values()):
+        raise ProofError(
+            f"the contract says {contract.dtype}, the graph's outputs are of another type", file=graph.path
+        )
+    for name, size in wanted.items():
+        if getattr(contract, name) != size:
+            raise ProofError(
+                f"the contract says {name} {getattr(contract, name)}, the model has {size}", file=graph.path
+            )
+    if model.embedding.positions and contract.max_length > model.max_positions:
+        raise ProofError(
+            f"the contract says {contract.max_length} tokens, the model has {model.max_positions}", file=graph.path
+        )
+
+
 def check_weight_files(graph: GraphFile) -> None:
     """Compare the weight files with what the contract says of them, and every byte range of the graph with their sizes.
 
@@ -176,6 +211,8 @@ class Session:
     def __init__(self, graph: GraphFile) -> None:
         import onnxruntime
 
+        self.given: Mapping[str, Any] = {}
+        """Fed to every run besides: what fills slots."""
         self.contract = graph.contract
         self._path = graph.path
         model = graph.model if graph.contract.dtype == "fp32" else float32_twin(graph.model, graph.contract.head_dim)
@@ -204,7 +241,7 @@ class Session:
             ProofError: onnxruntime fails.
         """
         try:
-            return dict(zip(self._outputs, self._session.run(None, dict(feed)), strict=True))
+            return dict(zip(self._outputs, self._session.run(None, {**self.given, **feed}), strict=True))
         except Exception as error:
             raise self._refused(error) from error
 
