@@ -225,22 +225,23 @@ def _reference(graph: GraphFile, base: Checkpoint | None, adapters: list[Weighte
 
 def _measures(graph: GraphFile, reference: Reference) -> list[Measure]:
     from surgery.verify_onnx import compare_decoder, compare_encoder, compare_slots
-    from surgery.verify_session import Session, check_sizes, default_past
+    from surgery.verify_session import Session, check_sizes, default_past, prompt_in_front
     from surgery.verify_slots import filled
 
     if graph.contract.kind != reference.model.kind:
         raise ProofError(f"the graph is a {graph.contract.kind}, the model a {reference.model.kind}", file=graph.path)
     check_sizes(graph, reference.model)
     slots = filled(graph, reference)
-    session, past = Session(graph), None
+    session, past, front = Session(graph), None, None
     if graph.contract.kind == "encoder":
-        found = list(compare_encoder(session, reference))
+        front = prompt_in_front(graph)
+        found = list(compare_encoder(session, reference, front))
     else:
         past = default_past(graph)
         found = list(compare_decoder(session, reference, past))
     if slots is not None:
         session.given, changed = slots
-        found.append(compare_slots(session, changed, past))
+        found.append(compare_slots(session, changed, past, front))
     return found
 
 

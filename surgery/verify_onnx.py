@@ -86,11 +86,13 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
         yield _in_two_parts(session, reference, ids)
 
 
-def compare_slots(session: Session, reference: Reference, default: Cache | None = None) -> Measure:
-    """A row through a session whose slots are filled against the reference with the same added."""
+def compare_slots(
+    session: Session, reference: Reference, default: Cache | None = None, front: torch.Tensor | None = None
+) -> Measure:
+    """A row through a session whose slots are filled against the reference with the same added; see the others."""
     ids, _ = _prompts(reference, session.contract, 1, 0)
     if session.contract.kind == "encoder":
-        name, measure = "encoder", next(compare_encoder(session, reference))
+        name, measure = "encoder", next(compare_encoder(session, reference, front))
     else:
         real = np.ones((1, ids.shape[1]), bool)
         name, measure = "prefill of one row", next(_generated(session, reference, ids, real, 0, default, ""))
@@ -166,8 +168,14 @@ def _present(found: Arrays) -> Arrays:
     }
 
 
-def compare_encoder(session: Session, reference: Reference) -> Iterator[Measure]:
-    """A batch without padding, and one padded on every side that the contract allows; token types where the model has them."""
+def compare_encoder(session: Session, reference: Reference, front: torch.Tensor | None = None) -> Iterator[Measure]:
+    """A batch without padding, and one padded on every side that the contract allows; token types where the model has them.
+
+    Args:
+        session: The graph.
+        reference: The model.
+        front: Embeddings ``(n, D)`` of a soft prompt, which the graph puts before every row and leaves out of what it gives.
+    """
     ids, lengths = _prompts(reference, session.contract, 3, 0)
     embedding = reference.model.embedding
     pad = embedding.padding_token if embedding.position_rule == "nonpad" else 0
@@ -185,11 +193,13 @@ def compare_encoder(session: Session, reference: Reference) -> Iterator[Measure]
             torch.from_numpy(fed),
             real=torch.from_numpy(real),
             types=None if types is None else torch.from_numpy(types),
+            virtual=front,
         )
         where = f", padded on the {side}" if side else ""
         logits = found["logits"] if "logits" in found else found["last_hidden_state"]
         theirs = wanted.logits.numpy()
         if logits.ndim == 3:
+            theirs = theirs if front is None else theirs[:, len(front) :]
             logits, theirs = logits[real], theirs[real]
         yield _measured(f"{len(ids)} rows{where}", logits, theirs)
         if wanted.pooled is not None and "pooler_output" in found:

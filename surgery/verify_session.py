@@ -21,11 +21,12 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    import torch
 
     from surgery.reference import Cache
     from surgery_formats.families.recipe import Model
 
-__all__ = ["GraphFile", "Session", "check_sizes", "check_weight_files", "default_past", "read_graph"]
+__all__ = ["GraphFile", "Session", "check_sizes", "check_weight_files", "default_past", "prompt_in_front", "read_graph"]
 
 _LIMIT = (1 << 31) - 1  # of a protocol buffer
 _HEADER = 100 << 20
@@ -121,6 +122,26 @@ def default_past(graph: GraphFile) -> Cache | None:
             pair.append(torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32")))
         found.append((pair[0], pair[1]))
     return Cache(tuple(found), torch.ones(1, contract.virtual_tokens, dtype=torch.bool))
+
+
+def prompt_in_front(graph: GraphFile) -> torch.Tensor | None:
+    """Embeddings ``(n, D)`` that an encoder's graph puts before every row; None where it puts none.
+
+    Raises:
+        ProofError: the contract promises virtual tokens, and the graph does not have them.
+    """
+    import onnx
+    import torch
+
+    if not graph.contract.virtual_tokens:
+        return None
+    held = next((one for one in graph.model.graph.initializer if one.name == "soft_prompt"), None)
+    if held is None or held.external_data or list(held.dims[:1]) != [graph.contract.virtual_tokens]:
+        raise ProofError(
+            f"the contract promises {graph.contract.virtual_tokens} virtual tokens, and the graph lacks them",
+            file=graph.path,
+        )
+    return torch.from_numpy(onnx.numpy_helper.to_array(held).astype("float32"))
 
 
 def check_sizes(graph: GraphFile, model: Model) -> None:
