@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.onnx.adapters import Wanted, sort_adapters
 from surgery.onnx.place import LEDGER
 from surgery.verify_bytes import compare_copied, compare_files, recorded_tensors
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from surgery.reference import Reference
     from surgery.verify_onnx import Measure
     from surgery.verify_session import GraphFile
+    from surgery_formats.adapter import Adapter
 
 __all__ = ["TOLERANCE", "Check", "Verification", "verify"]
 
@@ -103,7 +105,8 @@ def verify(
     Args:
         path: A folder with ``model.onnx`` or a manifest.
         against: The base: weights that were copied are compared with it, and a graph that holds its weights inside is computed from it.
-        adapters: ``(path, weight)`` of what was merged into `against`; a graph must compute what the merge would.
+        adapters: ``(path, weight)`` of what was merged into `against`: a graph must compute what the merge would. A soft prompt among them
+            must be the one the graph brings along.
         tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
 
     Raises:
@@ -133,7 +136,10 @@ def verify(
         else:
             notes.append("copied tensors were not compared with the base: --against BASE does")
         return Verification(where, "folder", tuple(checks), tuple(notes))
-    _graphs(where, base, list(adapters), tolerance, checks, notes)
+    wanted = sort_adapters(adapters)
+    if len(wanted.prefix) > 1:
+        raise FitError("a graph has one soft prompt of its own, which is the first", file=wanted.prefix[1].adapter.path)
+    _graphs(where, base, wanted, tolerance, checks, notes)
     return Verification(where, "graph", tuple(checks), tuple(notes))
 
 
@@ -165,7 +171,7 @@ def _added(where: Path, checks: list[Check]) -> Mapping[str, Any]:
 def _graphs(
     where: Path,
     base: Checkpoint | None,
-    adapters: list[Weighted],
+    wanted: Wanted,
     tolerance: float | None,
     checks: list[Check],
     notes: list[str],
@@ -181,31 +187,31 @@ def _graphs(
     names = [one.name for one in main.weight_files]
     if names:
         checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))
-    if base is not None and not adapters:  # a merge may have put them under the names of the base's files
+    if base is not None and not wanted.merged:  # a merge may have put them under the names of the base's files
         same = compare_files(where, names, base)
         if same:
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
     elif names and base is None:
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = _reference(main, base, adapters)
+    reference = _reference(main, base, wanted)
+    prompt = next((one.adapter for one in wanted.prefix), None)
     for graph in graphs:
-        checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference)]
+        checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]
 
 
-def _reference(graph: GraphFile, base: Checkpoint | None, adapters: list[Weighted]) -> Reference:
+def _reference(graph: GraphFile, base: Checkpoint | None, wanted: Wanted) -> Reference:
     """The model that the graph should be: base and adapters where named, else what lies beside it."""
     from surgery.merge import plan_merge
     from surgery.reference import open_reference
     from surgery.reference.model import Reference
     from surgery.reference.weights import tensor_weights
-    from surgery_formats.adapters.registry import read_adapter
     from surgery_formats.binding import bind
     from surgery_formats.families.parameters import model_of
     from surgery_formats.files.safetensors import open_safetensors
 
     contract, folder = graph.contract, graph.path.parent
-    if base is not None and adapters:
-        plan = plan_merge(bind([(read_adapter(path), weight) for path, weight in adapters], base))
+    if base is not None and wanted.merged:
+        plan = plan_merge(bind(wanted.merged, base))
         return open_reference(base.main, plan)
     if not graph.weight_files:
         if base is None:
@@ -223,8 +229,9 @@ def _reference(graph: GraphFile, base: Checkpoint | None, adapters: list[Weighte
     return Reference(model_of(component.config, tensors.keys()), tensor_weights(tensors, component.names))
 
 
-def _measures(graph: GraphFile, reference: Reference) -> list[Measure]:
+def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[Measure]:
     from surgery.verify_onnx import compare_decoder, compare_encoder, compare_slots
+    from surgery.verify_prompts import compare_prompt
     from surgery.verify_session import Session, check_sizes, default_past, prompt_in_front
     from surgery.verify_slots import filled
 
@@ -239,6 +246,8 @@ def _measures(graph: GraphFile, reference: Reference) -> list[Measure]:
     else:
         past = default_past(graph)
         found = list(compare_decoder(session, reference, past))
+    if prompt is not None:
+        found.append(compare_prompt(graph.path, prompt, reference, past, front))
     if slots is not None:
         session.given, changed = slots
         found.append(compare_slots(session, changed, past, front))
@@ -251,12 +260,16 @@ def _judged(measure: Measure, graph: GraphFile, tolerance: float | None) -> Chec
     Raises:
         ProofError: the graph computes something else.
     """
-    share = tolerance or (SHORT_TOLERANCE if graph.rounded else TOLERANCE)
+    short = graph.rounded or (
+        measure.name == "soft prompt" and graph.contract.dtype != "fp32"
+    )  # stored in the cache's type
+    share = tolerance or (SHORT_TOLERANCE if short else TOLERANCE)
     limit = share * max(1.0, measure.size)
     if not measure.within(share):
         tokens = f", {measure.wrong_tokens} greedy tokens differ" if measure.wrong_tokens else ""
+        what = "key or value" if measure.name == "soft prompt" else "logit"
         raise ProofError(
-            f"{measure.name}: a logit differs by {measure.difference:.3g} from what the model computes (at most {limit:.3g}){tokens}",
+            f"{measure.name}: a {what} differs by {measure.difference:.3g} from what the model computes (at most {limit:.3g}){tokens}",
             file=graph.path,
             hint="graph and weights do not belong together, or one of them is damaged: export again",
         )

@@ -19,6 +19,7 @@ from surgery.verify import TOLERANCE
 from surgery_cli.group import surgery as command
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from tests.kit import spawn
+from tests.onnx import trained
 from tests.oracles import recipes
 
 WIDE = {"hidden_size": 64}  # heads of 16, which the fused operators take
@@ -252,6 +253,26 @@ def test_an_account_of_files_that_is_none(files: object, added_to: Path, tmp_pat
     (tmp_path / "out" / "surgery_export.json").write_text(json.dumps({"files": files}))
     with pytest.raises(MalformedError):
         surgery.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
+@pytest.mark.parametrize(("name", "target", "dtype"), [("llama", "cpu", "fp32"), ("gemma2", "cuda", "bf16")])
+def test_a_soft_prompt_is_what_its_adapter_makes_of_the_model(
+    kind: str, name: str, target: str, dtype: str, tmp_path: Path
+) -> None:
+    base = recipes.build(name, tmp_path / "base")
+    prompt = trained.train(name, base, trained.PROMPTS[kind], tmp_path / "prompt")
+    lora = trained.train(name, base, trained._lora(), tmp_path / "lora")
+    export_onnx(base, merge=[lora], prefix=[prompt], output=tmp_path / "out", target=target, dtype=dtype)
+    named = [(lora, 1.0), (prompt, 1.0)]
+    checks = surgery.verify(tmp_path / "out", against=base, adapters=named).checks
+    assert any(check.name == "soft prompt" for check in checks)
+    other = trained.train(name, base, trained.PROMPTS[kind], tmp_path / "other", seed=5)
+    with pytest.raises(ProofError, match="soft prompt"):
+        surgery.verify(tmp_path / "out", against=base, adapters=[(lora, 1.0), (other, 1.0)])
+    export_onnx(base, output=tmp_path / "plain")
+    with pytest.raises(FitError, match="no soft prompt"):
+        surgery.verify(tmp_path / "plain", against=base, adapters=[(prompt, 1.0)])
 
 
 def test_folders_of_weights(tmp_path: Path) -> None:
