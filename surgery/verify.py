@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.onnx.adapters import Wanted, sort_adapters
+from surgery.onnx.place import LEDGER
 from surgery.verify_bytes import compare_copied, compare_files, recorded_tensors
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
-from surgery_formats.errors import FitError, NotFoundError, ProofError
-from surgery_formats.files.manifest import MANIFEST, verify_folder
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.manifest import MANIFEST, verify_files, verify_folder
 from surgery_formats.text import count
 
 if TYPE_CHECKING:
     from surgery.reference import Reference
     from surgery.verify_onnx import Measure
     from surgery.verify_session import GraphFile
+    from surgery_formats.adapter import Adapter
 
 __all__ = ["TOLERANCE", "Check", "Verification", "verify"]
 
@@ -101,7 +105,8 @@ def verify(
     Args:
         path: A folder with ``model.onnx`` or a manifest.
         against: The base: weights that were copied are compared with it, and a graph that holds its weights inside is computed from it.
-        adapters: ``(path, weight)`` of what was merged into `against`; a graph must compute what the merge would.
+        adapters: ``(path, weight)`` of what was merged into `against`: a graph must compute what the merge would. A soft prompt among them
+            must be the one the graph brings along.
         tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
 
     Raises:
@@ -122,7 +127,8 @@ def verify(
         raise FitError(f"neither {_GRAPH} nor {MANIFEST} is there", file=where, hint="verify what surgery has written")
     checks: list[Check] = []
     notes: list[str] = []
-    manifest = _folder(where, checks) if has_manifest else {}
+    recorded = _added(where, checks)
+    manifest = _folder(where, recorded, checks) if has_manifest else {}
     if not has_graph and "ledger" not in manifest:  # an adapter: nothing in it is the base's
         if base is not None:
             notes.append("an adapter has no tensors of the base: --against has nothing to compare")
@@ -134,24 +140,42 @@ def verify(
             notes.append("copied tensors were not compared with the base: --against BASE does")
     if not has_graph:
         return Verification(where, "folder", tuple(checks), tuple(notes))
-    _graphs(where, base, list(adapters), tolerance, checks, notes)
+    wanted = sort_adapters(adapters)
+    if len(wanted.prefix) > 1:
+        raise FitError("a graph has one soft prompt of its own, which is the first", file=wanted.prefix[1].adapter.path)
+    _graphs(where, base, wanted, tolerance, checks, notes)
     return Verification(where, "graph", tuple(checks), tuple(notes))
 
 
-def _folder(where: Path, checks: list[Check]) -> Mapping[str, Any]:
+def _folder(where: Path, recorded: Mapping[str, Any], checks: list[Check]) -> Mapping[str, Any]:
     """The manifest: files, sizes, hashes; graphs may have been added to a folder of weights since."""
     added = [name for name in os.listdir(where) if name.endswith((".onnx", ".onnx_adapter")) or name in _PER_GRAPH]
-    manifest = verify_folder(where, added=added)
+    manifest = verify_folder(where, added=[*added, *recorded])
     checks.append(Check("files", f"{count(len(manifest['files']))} as the manifest has them"))
     if number := recorded_tensors(where, manifest):
         checks.append(Check("computed tensors", f"{count(number)}, each as it was written"))
     return manifest
 
 
+def _added(where: Path, checks: list[Check]) -> Mapping[str, Any]:
+    """Files that an export with adapters added to a folder of weights, by name; none where it kept no account."""
+    source = where / LEDGER
+    if not source.exists():
+        return {}
+    entries = read_object(source, INDEX_LIMIT).get("files", {})
+    if not isinstance(entries, Mapping):
+        raise MalformedError("its account of files is none", file=source)
+    verify_files(where, entries, source)
+    checks.append(Check("added files", f"{count(len(entries))} as {LEDGER} has them"))
+    if number := recorded_tensors(where, {"files": entries}):
+        checks.append(Check("merged tensors", f"{count(number)}, each as it was written"))
+    return {LEDGER: {}, **entries}
+
+
 def _graphs(
     where: Path,
     base: Checkpoint | None,
-    adapters: list[Weighted],
+    wanted: Wanted,
     tolerance: float | None,
     checks: list[Check],
     notes: list[str],
@@ -167,31 +191,31 @@ def _graphs(
     names = [one.name for one in main.weight_files]
     if names:
         checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))
-    if base is not None and not adapters:  # a merge may have put them under the names of the base's files
+    if base is not None and not wanted.merged:  # a merge may have put them under the names of the base's files
         same = compare_files(where, names, base)
         if same:
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
     elif names and base is None:
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = _reference(main, base, adapters)
+    reference = _reference(main, base, wanted)
+    prompt = next((one.adapter for one in wanted.prefix), None)
     for graph in graphs:
-        checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference)]
+        checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]
 
 
-def _reference(graph: GraphFile, base: Checkpoint | None, adapters: list[Weighted]) -> Reference:
+def _reference(graph: GraphFile, base: Checkpoint | None, wanted: Wanted) -> Reference:
     """The model that the graph should be: base and adapters where named, else what lies beside it."""
     from surgery.merge import plan_merge
     from surgery.reference import open_reference
     from surgery.reference.model import Reference
     from surgery.reference.weights import tensor_weights
-    from surgery_formats.adapters.registry import read_adapter
     from surgery_formats.binding import bind
     from surgery_formats.families.parameters import model_of
     from surgery_formats.files.safetensors import open_safetensors
 
     contract, folder = graph.contract, graph.path.parent
-    if base is not None and adapters:
-        plan = plan_merge(bind([(read_adapter(path), weight) for path, weight in adapters], base))
+    if base is not None and wanted.merged:
+        plan = plan_merge(bind(wanted.merged, base))
         return open_reference(base.main, plan)
     if not graph.weight_files:
         if base is None:
@@ -209,16 +233,29 @@ def _reference(graph: GraphFile, base: Checkpoint | None, adapters: list[Weighte
     return Reference(model_of(component.config, tensors.keys()), tensor_weights(tensors, component.names))
 
 
-def _measures(graph: GraphFile, reference: Reference) -> list[Measure]:
-    from surgery.verify_onnx import compare_decoder, compare_encoder
-    from surgery.verify_session import Session, default_past
+def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[Measure]:
+    from surgery.verify_onnx import compare_decoder, compare_encoder, compare_slots
+    from surgery.verify_prompts import compare_prompt
+    from surgery.verify_session import Session, check_sizes, default_past, prompt_in_front
+    from surgery.verify_slots import filled
 
     if graph.contract.kind != reference.model.kind:
         raise ProofError(f"the graph is a {graph.contract.kind}, the model a {reference.model.kind}", file=graph.path)
-    session = Session(graph)
+    check_sizes(graph, reference.model)
+    slots = filled(graph, reference)
+    session, past, front = Session(graph), None, None
     if graph.contract.kind == "encoder":
-        return list(compare_encoder(session, reference))
-    return list(compare_decoder(session, reference, default_past(graph)))
+        front = prompt_in_front(graph)
+        found = list(compare_encoder(session, reference, front))
+    else:
+        past = default_past(graph)
+        found = list(compare_decoder(session, reference, past))
+    if prompt is not None:
+        found.append(compare_prompt(graph.path, prompt, reference, past, front))
+    if slots is not None:
+        session.given, changed = slots
+        found.append(compare_slots(session, changed, past, front))
+    return found
 
 
 def _judged(measure: Measure, graph: GraphFile, tolerance: float | None) -> Check:
@@ -227,12 +264,16 @@ def _judged(measure: Measure, graph: GraphFile, tolerance: float | None) -> Chec
     Raises:
         ProofError: the graph computes something else.
     """
-    share = tolerance or (SHORT_TOLERANCE if graph.rounded else TOLERANCE)
+    short = graph.rounded or (
+        measure.name == "soft prompt" and graph.contract.dtype != "fp32"
+    )  # stored in the cache's type
+    share = tolerance or (SHORT_TOLERANCE if short else TOLERANCE)
     limit = share * max(1.0, measure.size)
     if not measure.within(share):
         tokens = f", {measure.wrong_tokens} greedy tokens differ" if measure.wrong_tokens else ""
+        what = "key or value" if measure.name == "soft prompt" else "logit"
         raise ProofError(
-            f"{measure.name}: a logit differs by {measure.difference:.3g} from what the model computes (at most {limit:.3g}){tokens}",
+            f"{measure.name}: a {what} differs by {measure.difference:.3g} from what the model computes (at most {limit:.3g}){tokens}",
             file=graph.path,
             hint="graph and weights do not belong together, or one of them is damaged: export again",
         )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from surgery.verify_session import Arrays, Session
 if TYPE_CHECKING:
     from surgery.onnx.contract import Contract
 
-__all__ = ["Measure", "compare_decoder", "compare_encoder"]
+__all__ = ["Measure", "compare_decoder", "compare_encoder", "compare_slots"]
 
 _PROMPT, _STEPS = 13, 8
 _SEED = 20
@@ -84,6 +84,19 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
     crosses = ids.shape[1] // 2 <= contract.rope_switch < ids.shape[1]  # keys of the first part would keep other angles
     if contract.prefill_batch and ids.shape[1] > 1 and not crosses:
         yield _in_two_parts(session, reference, ids)
+
+
+def compare_slots(
+    session: Session, reference: Reference, default: Cache | None = None, front: torch.Tensor | None = None
+) -> Measure:
+    """A row through a session whose slots are filled against the reference with the same added; see the others."""
+    ids, _ = _prompts(reference, session.contract, 1, 0)
+    if session.contract.kind == "encoder":
+        name, measure = "encoder", next(compare_encoder(session, reference, front))
+    else:
+        real = np.ones((1, ids.shape[1]), bool)
+        name, measure = "prefill of one row", next(_generated(session, reference, ids, real, 0, default, ""))
+    return replace(measure, name=f"{name}, slots filled")
 
 
 def _steps(contract: Contract) -> int:
@@ -155,8 +168,14 @@ def _present(found: Arrays) -> Arrays:
     }
 
 
-def compare_encoder(session: Session, reference: Reference) -> Iterator[Measure]:
-    """A batch without padding, and one padded on every side that the contract allows; token types where the model has them."""
+def compare_encoder(session: Session, reference: Reference, front: torch.Tensor | None = None) -> Iterator[Measure]:
+    """A batch without padding, and one padded on every side that the contract allows; token types where the model has them.
+
+    Args:
+        session: The graph.
+        reference: The model.
+        front: Embeddings ``(n, D)`` of a soft prompt, which the graph puts before every row and leaves out of what it gives.
+    """
     ids, lengths = _prompts(reference, session.contract, 3, 0)
     embedding = reference.model.embedding
     pad = embedding.padding_token if embedding.position_rule == "nonpad" else 0
@@ -174,11 +193,13 @@ def compare_encoder(session: Session, reference: Reference) -> Iterator[Measure]
             torch.from_numpy(fed),
             real=torch.from_numpy(real),
             types=None if types is None else torch.from_numpy(types),
+            virtual=front,
         )
         where = f", padded on the {side}" if side else ""
         logits = found["logits"] if "logits" in found else found["last_hidden_state"]
         theirs = wanted.logits.numpy()
         if logits.ndim == 3:
+            theirs = theirs if front is None else theirs[:, len(front) :]
             logits, theirs = logits[real], theirs[real]
         yield _measured(f"{len(ids)} rows{where}", logits, theirs)
         if wanted.pooled is not None and "pooler_output" in found:

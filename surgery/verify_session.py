@@ -21,16 +21,16 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    import torch
 
     from surgery.reference import Cache
+    from surgery_formats.families.recipe import Model
 
-__all__ = ["GraphFile", "Session", "check_weight_files", "default_past", "read_graph"]
+__all__ = ["GraphFile", "Session", "check_sizes", "check_weight_files", "default_past", "prompt_in_front", "read_graph"]
 
 _LIMIT = (1 << 31) - 1  # of a protocol buffer
 _HEADER = 100 << 20
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
-
-_NUMBERS = ("layers", "kv_heads", "head_dim", "vocabulary", "max_length", "rope_switch", "virtual_tokens")
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
@@ -83,31 +83,13 @@ def read_graph(path: Path) -> GraphFile:
         model = onnx.ModelProto.FromString(bytes(opened.read(0, opened.size)))
     except DecodeError as error:
         raise MalformedError("not an ONNX graph", file=path) from error
-    contract = from_metadata({one.key: one.value for one in model.metadata_props})
+    contract = from_metadata({one.key: one.value for one in model.metadata_props}, path)
     if contract is None:
         raise FitError("the graph has no contract: it is not of `surgery export-onnx`", file=path)
-    _check_types(contract, path)
     foreign = sorted({node.domain for node in model.graph.node} - set(_DOMAINS))
     if foreign or model.functions:
         raise FitError(f"operators of '{show(foreign[0] if foreign else 'local functions')}'", file=path)
     return GraphFile(path, model, contract)
-
-
-def _check_types(contract: Contract, path: Path) -> None:
-    """A contract is text of a file like any other.
-
-    Raises:
-        MalformedError: a number that is none, or a mapping that is none.
-    """
-    numbers = [getattr(contract, name) for name in _NUMBERS] + [one.size for one in contract.weights]
-    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 48 for n in numbers):
-        raise MalformedError("the graph's contract has a number that is none", file=path)
-    texts = [contract.kind, contract.dtype, contract.padding, contract.prefill]
-    texts += [text for one in contract.weights for text in (one.name, one.header)]
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(x, Mapping) for x in contract.adapters):
-        raise MalformedError("the graph's contract has a part of a wrong type", file=path)
-    if contract.padding not in ("left", "right", "any") or contract.kind not in ("decoder", "encoder"):
-        raise MalformedError("the graph's contract names a padding or kind that is none", file=path)
 
 
 def default_past(graph: GraphFile) -> Cache | None:
@@ -140,6 +122,60 @@ def default_past(graph: GraphFile) -> Cache | None:
             pair.append(torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32")))
         found.append((pair[0], pair[1]))
     return Cache(tuple(found), torch.ones(1, contract.virtual_tokens, dtype=torch.bool))
+
+
+def prompt_in_front(graph: GraphFile) -> torch.Tensor | None:
+    """Embeddings ``(n, D)`` that an encoder's graph puts before every row; None where it puts none.
+
+    Raises:
+        ProofError: the contract promises virtual tokens, and the graph does not have them.
+    """
+    import onnx
+    import torch
+
+    if not graph.contract.virtual_tokens:
+        return None
+    held = next((one for one in graph.model.graph.initializer if one.name == "soft_prompt"), None)
+    if held is None or held.external_data or list(held.dims[:1]) != [graph.contract.virtual_tokens]:
+        raise ProofError(
+            f"the contract promises {graph.contract.virtual_tokens} virtual tokens, and the graph lacks them",
+            file=graph.path,
+        )
+    return torch.from_numpy(onnx.numpy_helper.to_array(held).astype("float32"))
+
+
+def check_sizes(graph: GraphFile, model: Model) -> None:
+    """Compare the numbers of a contract with the model's: a runner makes its buffers by them.
+
+    Raises:
+        ProofError: one differs.
+    """
+    contract = graph.contract
+    wanted: dict[str, Any] = {"vocabulary": model.vocabulary}
+    if model.kind == "decoder":
+        attention = [layer.attention for layer in model.layers]
+        ropes = [one.rope.parameters for one in attention if one.rope is not None]
+        switches = [int(one["original_max_position_embeddings"]) for one in ropes if one["rope_type"] == "longrope"]
+        wanted |= {
+            "layers": len(attention),
+            "rope_switch": max((n for n in switches if n < contract.max_length), default=0),
+        }
+        wanted |= {"kv_heads": attention[0].kv_heads, "head_dim": attention[0].head_dim} if attention else {}
+    types = {"fp32": 1, "fp16": 10, "bf16": 16}
+    outputs = {one.name: one.type.tensor_type.elem_type for one in graph.model.graph.output}
+    if any(kind != types[contract.dtype] for kind in outputs.values()):
+        raise ProofError(
+            f"the contract says {contract.dtype}, the graph's outputs are of another type", file=graph.path
+        )
+    for name, size in wanted.items():
+        if getattr(contract, name) != size:
+            raise ProofError(
+                f"the contract says {name} {getattr(contract, name)}, the model has {size}", file=graph.path
+            )
+    if model.embedding.positions and contract.max_length > model.max_positions:
+        raise ProofError(
+            f"the contract says {contract.max_length} tokens, the model has {model.max_positions}", file=graph.path
+        )
 
 
 def check_weight_files(graph: GraphFile) -> None:
@@ -196,6 +232,8 @@ class Session:
     def __init__(self, graph: GraphFile) -> None:
         import onnxruntime
 
+        self.given: Mapping[str, Any] = {}
+        """Fed to every run besides: what fills slots."""
         self.contract = graph.contract
         self._path = graph.path
         model = graph.model if graph.contract.dtype == "fp32" else float32_twin(graph.model, graph.contract.head_dim)
@@ -224,7 +262,7 @@ class Session:
             ProofError: onnxruntime fails.
         """
         try:
-            return dict(zip(self._outputs, self._session.run(None, dict(feed)), strict=True))
+            return dict(zip(self._outputs, self._session.run(None, {**self.given, **feed}), strict=True))
         except Exception as error:
             raise self._refused(error) from error
 

@@ -19,6 +19,7 @@ from surgery.verify import TOLERANCE
 from surgery_cli.group import surgery as command
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from tests.kit import spawn
+from tests.onnx import trained
 from tests.oracles import recipes
 
 WIDE = {"hidden_size": 64}  # heads of 16, which the fused operators take
@@ -214,6 +215,64 @@ def test_a_graph_over_a_merge_is_the_merge_of_base_and_adapter(tmp_path: Path) -
         surgery.verify(merged, against="examples/base", adapters=[("examples/lora", 0.6)])
     with pytest.raises(ProofError, match="base's"):
         surgery.verify(merged, against="examples/base")
+
+
+@pytest.fixture(scope="module")
+def added_to(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a merge to which an export with an adapter for each place was added."""
+    folder = tmp_path_factory.mktemp("added") / "merged"
+    surgery.merge("examples/base", ("examples/lora", 0.5), output=folder)
+    export_onnx(folder, output=folder, merge=["examples/dora"], swap=["examples/lora"], prefix=["examples/prompt"])
+    return folder
+
+
+def test_an_export_that_was_added_to_a_folder_of_weights(added_to: Path) -> None:
+    names = [check.name for check in surgery.verify(added_to).checks]
+    assert {"files", "computed tensors", "added files", "merged tensors"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["delta.safetensors", "adapters/lora.onnx_adapter", "prompts/prompt.onnx_adapter", "model.onnx", "rows.onnx"],
+)
+def test_a_flipped_byte_in_what_was_added(name: str, added_to: Path, tmp_path: Path) -> None:
+    shutil.copytree(added_to, tmp_path / "out")
+    path = tmp_path / "out" / name
+    _flip(path, path.stat().st_size - 4097)
+    with pytest.raises(ProofError, match="changed since it was written") as caught:
+        surgery.verify(tmp_path / "out")
+    assert caught.value.file == str(path)
+    path.unlink()
+    with pytest.raises(ProofError, match="missing"):
+        surgery.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("files", [[], {"../base": {"size": 1}}, {"model.onnx": {"size": "x"}}, {"model.onnx": 5}])
+def test_an_account_of_files_that_is_none(files: object, added_to: Path, tmp_path: Path) -> None:
+    shutil.copytree(added_to, tmp_path / "out")
+    (tmp_path / "out" / "surgery_export.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(MalformedError):
+        surgery.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
+@pytest.mark.parametrize(("name", "target", "dtype"), [("llama", "cpu", "fp32"), ("gemma2", "cuda", "bf16")])
+def test_a_soft_prompt_is_what_its_adapter_makes_of_the_model(
+    kind: str, name: str, target: str, dtype: str, tmp_path: Path
+) -> None:
+    base = recipes.build(name, tmp_path / "base")
+    prompt = trained.train(name, base, trained.PROMPTS[kind], tmp_path / "prompt")
+    lora = trained.train(name, base, trained._lora(), tmp_path / "lora")
+    export_onnx(base, merge=[lora], prefix=[prompt], output=tmp_path / "out", target=target, dtype=dtype)
+    named = [(lora, 1.0), (prompt, 1.0)]
+    checks = surgery.verify(tmp_path / "out", against=base, adapters=named).checks
+    assert any(check.name == "soft prompt" for check in checks)
+    other = trained.train(name, base, trained.PROMPTS[kind], tmp_path / "other", seed=5)
+    with pytest.raises(ProofError, match="soft prompt"):
+        surgery.verify(tmp_path / "out", against=base, adapters=[(lora, 1.0), (other, 1.0)])
+    export_onnx(base, output=tmp_path / "plain")
+    with pytest.raises(FitError, match="no soft prompt"):
+        surgery.verify(tmp_path / "plain", against=base, adapters=[(prompt, 1.0)])
 
 
 def test_folders_of_weights(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ this and nothing else, and `verify` checks it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from surgery_formats.errors import MalformedError
+from surgery_formats.files.bounded_json import parse_object
+from surgery_formats.text import show
 
 __all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "from_metadata"]
 
@@ -24,6 +27,11 @@ PAD_SWITCH = "pad_attention_mask"
 
 _KEY = "surgery.contract"
 _SCHEMA = 1
+_LARGEST = 1 << 48  # of a number, sizes of files among them
+_LAYERS = 4096
+_PAIR = 2
+_DTYPES = ("fp32", "fp16", "bf16")
+_TEXTS = ("task", "target", "prefill", "prompt_kind", "base")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,26 +124,70 @@ class Contract:
         return {_KEY: json.dumps({"schema": _SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))}
 
 
-def from_metadata(props: Mapping[str, str]) -> Contract | None:
+def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "model.onnx") -> Contract | None:
     """The contract of a graph's ``metadata_props``; None if it has none (another exporter's graph).
 
+    It is text of a stranger's file: whoever gets it from here need not look at types and ranges again.
+
+    Args:
+        props: Of the graph.
+        file: For messages.
+
     Raises:
-        MalformedError: it has one that cannot be read.
+        MalformedError: it has one that cannot be read, or with a part that is none.
     """
     if (text := props.get(_KEY)) is None:
         return None
+    found = parse_object(text.encode("utf-8", "surrogatepass"), file=file)
     try:
-        found = json.loads(text)
         if found.pop("schema") != _SCHEMA:
-            raise MalformedError("the graph's contract is of another version", hint="export it again")
+            raise MalformedError("the graph's contract is of another version", file=file, hint="export it again")
         known = {field.name for field in fields(Contract)}
-        if not set(found) <= known:
-            raise MalformedError(f"the graph's contract has unknown parts: {sorted(set(found) - known)}")
+        if unknown := sorted(set(found) - known):
+            raise MalformedError(f"the graph's contract has an unknown part '{show(unknown[0], 60)}'", file=file)
         found["slots"] = tuple(Slot(**slot) for slot in found.get("slots", ()))
         found["weights"] = tuple(WeightFile(**one) for one in found.get("weights", ()))
         found["adapters"] = tuple(found.get("adapters", ()))
         rows = found.get("vocabulary_rows")
-        found["vocabulary_rows"] = None if rows is None else (int(rows[0]), int(rows[1]))
-        return Contract(**found)
+        found["vocabulary_rows"] = None if rows is None else tuple(rows)
+        made = Contract(**found)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise MalformedError("the graph's contract cannot be read", hint="export it again") from error
+        raise MalformedError("the graph's contract cannot be read", file=file, hint="export it again") from error
+    if (fault := _fault(made)) is not None:
+        raise MalformedError(f"the graph's contract has no valid '{fault}'", file=file, hint="export it again")
+    return made
+
+
+def _fault(made: Contract) -> str | None:
+    """The first part whose type or range is not what the class says; None if there is none."""
+    hints = get_type_hints(Contract)
+    numbers = {name: getattr(made, name) for name, kind in hints.items() if kind is int}
+    numbers |= {f"weights[{n}].size": one.size for n, one in enumerate(made.weights)}
+    for name, value in numbers.items():
+        if type(value) is not int or not 0 <= value < (_LAYERS + 1 if name == "layers" else _LARGEST):
+            return name
+    for name in ("kind", "padding", "cache"):
+        if getattr(made, name) not in get_args(hints[name]):
+            return name
+    if made.dtype not in _DTYPES:
+        return "dtype"
+    if type(made.prefill_batch) is not bool:
+        return "prefill_batch"
+    if made.kind == "decoder" and (made.cache == "none" or not all((made.kv_heads, made.head_dim, made.vocabulary))):
+        return "cache"
+    texts: dict[str, tuple[Any, ...]] = {name: (getattr(made, name),) for name in _TEXTS}
+    texts["slots"] = tuple(text for slot in made.slots for text in (slot.weight, slot.A, slot.B))
+    texts["weights"] = tuple(text for one in made.weights for text in (one.name, one.header))
+    for name, values in texts.items():
+        if not all(isinstance(text, str) for text in values):
+            return name
+    if not all(isinstance(one, Mapping) for one in made.adapters):
+        return "adapters"
+    rows = made.vocabulary_rows
+    if rows is not None:
+        first, count = (*rows, None, None)[:2]
+        if len(rows) != _PAIR or type(first) is not int or type(count) is not int:
+            return "vocabulary_rows"
+        if not (0 <= first < _LARGEST and 0 < count <= made.max_length):
+            return "vocabulary_rows"
+    return None

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.onnx.contract import Contract
+from surgery_formats.errors import MalformedError
+from surgery_formats.text import show
 
 __all__ = ["genai_config"]
 
@@ -89,10 +91,10 @@ def genai_config(
         "num_beams": 1,
         "num_return_sequences": 1,
         "past_present_share_buffer": contract.cache == "shared",
-        "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
-        "temperature": float(generation.get("temperature") or 1.0),
-        "top_k": int(generation.get("top_k") or 50),
-        "top_p": float(generation.get("top_p") or 1.0),
+        "repetition_penalty": _number(generation, "repetition_penalty", 1.0),
+        "temperature": _number(generation, "temperature", 1.0),
+        "top_k": int(_number(generation, "top_k", 50)),
+        "top_p": _number(generation, "top_p", 1.0),
     }
     kept = {"model": {key: value for key, value in model.items() if value is not None}, "search": search}
     return json.dumps(kept, indent=2).encode() + b"\n"
@@ -104,6 +106,29 @@ def _session(contract: Contract) -> dict[str, Any]:
     return {"log_id": "onnxruntime-genai", "session.disable_prepacking": "1", "provider_options": cuda}
 
 
-def _token(config: Mapping[str, Any], generation: Mapping[str, Any], key: str) -> Any:
+def _number(generation: Mapping[str, Any], key: str, default: float) -> float:
+    """A setting of sampling.
+
+    Raises:
+        MalformedError: it is no number.
+    """
     found = generation.get(key)
-    return config.get(key) if found is None else found
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise MalformedError(f"{key} is {show(found, 40)}; it must be a number", file="generation_config.json")
+    return float(found) or default
+
+
+def _token(config: Mapping[str, Any], generation: Mapping[str, Any], key: str) -> Any:
+    """A token id, or several; None where there is none, which old configurations write as -1.
+
+    Raises:
+        MalformedError: it is something else.
+    """
+    found = generation.get(key)
+    found = config.get(key) if found is None else found
+    ids = found if isinstance(found, list) else [found]
+    if found is not None and not all(type(one) is int for one in ids):
+        raise MalformedError(f"{key} is {show(found, 40)}; it must be a token id", file="config.json")
+    return None if found == -1 else found

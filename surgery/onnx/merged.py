@@ -153,7 +153,15 @@ def _delta(binding: Binding, whole: Plan, component: Component) -> Plan:
     known = {account.tensor.name for account in accounts}
     accounts += [account for account in whole.accounts if account.tensor.name not in known]
     digest = hashlib.sha256(f"{whole.id} delta".encode()).hexdigest()
-    plan = replace(whole, verb="export-onnx", files=(file,), side_files=(), accounts=tuple(accounts), id=digest)
+    plan = replace(
+        whole,
+        verb="export-onnx",
+        files=(file,),
+        side_files=(),
+        accounts=tuple(accounts),
+        warnings=binding.warnings,  # a graph carries no other file along, wherever it is written
+        id=digest,
+    )
     check_conservation(binding, plan)
     return plan
 

@@ -9,14 +9,16 @@ or inside the graph.
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import xxhash
 
 from surgery.execute import Run, still_good, write_side_file, write_weights
 from surgery.ledger import Ledger
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["LEDGER", "MODES", "Mode", "Parcel", "Placed", "choose_mode", "embed", "place"]
 
 LEDGER = "surgery_export.json"
-"""In a folder that was only added to: what its manifest would say of computed weights."""
+"""In a folder that was only added to: what a manifest would say of computed weights, adapters and the graphs that hold them."""
 
 Mode = Literal["reference", "link", "copy", "embed"]
 MODES = ("auto", "reference", "link", "copy", "embed")
@@ -130,7 +132,7 @@ def place(parcel: Parcel, output: Path, mode: Mode, home: Path, run: Run) -> Pla
         ResourceError, ProofError, FitError: see `surgery_formats.files.folder`.
     """
     if _same_folder(output, home):
-        return _add(parcel, output, run)
+        return _add(parcel, output, mode, run)
     with output_folder(output, _job(parcel, mode), overwrite=run.overwrite, inputs=[home], verify=still_good) as folder:
         written = _bring_weights(folder, parcel, mode)
         ledger = _compute(parcel, folder, run)
@@ -189,37 +191,29 @@ def _same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-def _add(parcel: Parcel, folder: Path, run: Run) -> Placed:
+def _add(parcel: Parcel, folder: Path, mode: Mode, run: Run) -> Placed:
     """Add files to a folder that has others, each complete or not at all, none replaced; those added go again if a later one fails.
 
-    Computed weights are staged in a folder within, so that they lie on its file system and the graph can already read them there.
+    All of them are staged in a folder within, so that they lie on its file system and the graph can already read computed weights there.
+    The one that makes the rest complete comes last: without it, files that a killed run left are taken for what they are.
     """
+    if os.path.lexists(folder / parcel.names[-1]):
+        raise _taken(folder / parcel.names[-1])
     planned = [file.name for file in parcel.plan.files] if parcel.plan else []
-    for name in (*planned, *([LEDGER] if planned else []), *parcel.names):
-        if os.path.lexists(folder / name):
-            raise _taken(folder / name)
     added: list[Path] = []
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with contextlib.ExitStack() as stack:
-            ledger, here = None, Place(folder)
-            if parcel.plan is not None:
-                stage = stack.enter_context(
-                    output_folder(folder / "surgery-export", _job(parcel, "reference"), verify=still_good)
-                )
-                ledger = _compute(parcel, stage, run)
-                here = Place(folder, stage.staged.name, frozenset(planned))
+        with output_folder(folder / "surgery-export", _job(parcel, mode), verify=still_good) as stage:
+            ledger = _compute(parcel, stage, run)
+            here = Place(folder, stage.staged.name, frozenset(planned)) if planned else Place(folder)
             files = parcel.make(here)
             _check_inputs(parcel)
-            for name in planned:
-                with output_faults(folder / name):
-                    _rename(os.fspath(stage.staged / name), folder / name)
-                added.append(folder / name)
-        if ledger is not None:
-            text = json.dumps({"export": dict(parcel.facts), "ledger": ledger.as_json()}, indent=1, sort_keys=True)
-            files = {LEDGER: text.encode() + b"\n", **files}
-        for name, data in files.items():
-            _add_one(folder / name, data, added)
+            if ledger is not None or parcel.facts["adapters"]:
+                files = {LEDGER: _account(parcel, ledger, files), **files}
+            for name, data in files.items():
+                stage.write_small(name, data)
+            for name in (*planned, *files):
+                _move(stage.staged / name, folder / name, added)
         sync_folder(fd)
     except BaseException:
         for path in reversed(added):
@@ -230,41 +224,36 @@ def _add(parcel: Parcel, folder: Path, run: Run) -> Placed:
     return _placed(files, ledger, 0)
 
 
+def _account(parcel: Parcel, ledger: Ledger | None, files: Mapping[str, bytes]) -> bytes:
+    """What a manifest would say of the files that are added: sizes, hashes, and what became of each tensor."""
+    entries: dict[str, Any] = {
+        name: {"size": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)} for name, data in files.items()
+    }
+    measured = ledger.measured if ledger else {}
+    for file in ledger.plan.files if ledger else ():
+        hashes = {one.name: measured[one.label].xxh3 for one in file.tensors if one.label in measured}
+        entries[file.name] = {"size": file.nbytes, "tensors": {name: {"xxh3": one} for name, one in hashes.items()}}
+    found = {"export": dict(parcel.facts), "files": entries, **({"ledger": ledger.as_json()} if ledger else {})}
+    return json.dumps(found, indent=1, sort_keys=True).encode() + b"\n"
+
+
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):  # a folder that others have put something into stays
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-def _rename(staged: str, path: Path) -> None:
-    try:
-        rename_new(staged, path)
-    except FileExistsError as error:
-        raise _taken(path) from error
-
-
-def _add_one(path: Path, data: bytes, added: list[Path]) -> None:
-    with output_faults(path, len(data)):
+def _move(staged: Path, path: Path, added: list[Path]) -> None:
+    """Give a staged file its name, unless a killed run did so before."""
+    with output_faults(path):
         if not path.parent.is_dir():
             path.parent.mkdir()
             added.append(path.parent)
-        fd, staged = tempfile.mkstemp(prefix=f".{path.name}.surgery-", dir=path.parent)
         try:
-            with os.fdopen(fd, "wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-                os.fchmod(out.fileno(), 0o666 & ~_umask())
-            _rename(staged, path)
+            rename_new(os.fspath(staged), path)
             added.append(path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(staged)
-
-
-def _umask() -> int:
-    found = os.umask(0o022)
-    os.umask(found)
-    return found
+        except FileExistsError as error:
+            if not path.is_file() or path.is_symlink() or not filecmp.cmp(staged, path, shallow=False):
+                raise _taken(path) from error
 
 
 def _taken(path: Path) -> OutputExistsError:

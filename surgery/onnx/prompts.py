@@ -159,6 +159,9 @@ def computed_past(
                 options,
                 target=twin(TARGETS["cpu"]),
                 io=DType.F32,
+                max_length=max(
+                    one.tokens for one in prompts
+                ),  # rotary tables are made in memory: no longer than needed
                 prefill=False,
                 slotted=frozenset(),
                 virtual=Virtual(embedded=embedded),

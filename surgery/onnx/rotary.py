@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Frequencies", "Table", "frequencies", "longest", "table"]
 
+_ROWS = 1 << 24
+"""Positions: more than any model was made for; a config.json may say anything."""
+
 
 @dataclass(frozen=True)
 class Frequencies:
@@ -66,8 +69,14 @@ def longest(rope: Rope, wanted: int | None, limit: int) -> int:
         limit: Positions the model was made for.
 
     Raises:
-        FitError: `wanted` is more than can be done by a table.
+        FitError: more than can be done by a table.
     """
+    if (wanted or limit) > _ROWS:
+        raise FitError(
+            f"rotary tables of {wanted or limit} positions do not fit into memory",
+            file="config.json",
+            hint=f"--max-length {_ROWS} or less; a table takes 4 bytes per position and value of a head",
+        )
     if wanted is not None and wanted > rope.max_positions and rope.parameters["rope_type"] == "dynamic":
         raise FitError(
             f"dynamic rotary positions change with every token beyond {rope.max_positions}, which a graph cannot do",

@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnx
 import pytest
 from safetensors.torch import load_file
 
+import surgery
 from surgery.merge import merge
 from surgery.onnx.export import export_onnx
 from surgery.onnx.merged import DELTA
 from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError
+from tests.kit import environment
 from tests.onnx import trained
 from tests.onnx.sessions import Plain, feed_encoder, open_session
 from tests.oracles import recipes
@@ -117,6 +121,35 @@ def test_what_fails_late_leaves_nothing_in_the_folder_of_the_base(base, adapters
     with pytest.raises(FitError, match="late"):
         export_onnx(folder, [adapters["lora q v"]], output=folder)
     assert {path.name for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("moves", [0, 2, 4])
+def test_what_a_killed_export_left_in_the_folder_of_the_base_is_completed(base, adapters, tmp_path, moves):
+    """The graph is the last file to get its name: until then the same command goes on, and any other is refused."""
+    folder = recipes.build("llama", tmp_path / "base", hidden_size=64)
+    before = {path.name for path in folder.iterdir()}
+    script = f"""
+import os
+from surgery.onnx import place
+from surgery.onnx.export import export_onnx
+real, left = place.rename_new, [{moves}]
+def killed(*names):
+    if not left[0]:
+        os._exit(9)
+    left[0] -= 1
+    real(*names)
+place.rename_new = killed
+export_onnx({str(folder)!r}, [{str(adapters["lora q v"])!r}], output={str(folder)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script], env=environment(), check=False).returncode == 9
+    assert not (folder / "model.onnx").exists()
+    if moves > 1:  # the account of another export cannot be this one's
+        with pytest.raises(OutputExistsError):
+            export_onnx(folder, [adapters["lora all-linear"]], output=folder)
+    export_onnx(folder, [adapters["lora q v"]], output=folder)
+    left = {path.name for path in folder.iterdir()} - before
+    assert left == {DELTA, "surgery_export.json", "model.onnx", "prefill.onnx", "genai_config.json"}
+    surgery.verify(folder)
 
 
 def test_changed_matrices_that_are_read_together_lie_together(base, adapters, tmp_path):

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
+import surgery
 from surgery.onnx.adapter_file import read_adapter_file
 from surgery.onnx.export import export_onnx
 from surgery.onnx.run.text import run
@@ -292,6 +293,7 @@ def test_a_prompt_tuned_classifier(name, kind, target, tmp_path):
     if ENCODERS[name] == "SEQ_CLS":
         assert np.abs(found - expected).max() <= TOLERANCE
     assert contract.padding == "right"
+    assert len(surgery.verify(tmp_path / "out").checks) >= 3
 
 
 REFUSED = {

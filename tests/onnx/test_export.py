@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.merge import merge
 from surgery.onnx.export import export_onnx
-from surgery_formats.errors import FitError, OutputExistsError
+from surgery_formats.errors import FitError, MalformedError, OutputExistsError
 from tests import header_only
 from tests.onnx.sessions import Plain, open_session
 from tests.oracles import recipes
@@ -186,6 +186,25 @@ def configured(base, **fields):
     (base / "config.json").write_text(json.dumps(config | fields))
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"temperature": "x"}, {"top_k": [1]}, {"top_p": {}}, {"eos_token_id": {"a": 1}}, {"eos_token_id": ["2"]}],
+    ids=str,
+)
+def test_nonsense_in_generation_config_is_named_and_nothing_is_written(base, tmp_path, said):
+    (base / "generation_config.json").write_text(json.dumps(said))
+    with pytest.raises(MalformedError, match=next(iter(said))):
+        export_onnx(base, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_padding_token_is_minus_one_in_old_configurations(base, tmp_path):
+    (base / "generation_config.json").write_text('{"pad_token_id": -1, "eos_token_id": [7, 9]}')
+    export_onnx(base, output=tmp_path / "out")
+    model = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    assert (model["pad_token_id"], model["eos_token_id"]) == (7, [7, 9])
+
+
 def test_an_unknown_architecture_is_named(base):
     configured(base, model_type="mamba9")
     with pytest.raises(FitError, match="mamba9"):
@@ -239,6 +258,15 @@ def test_positions_end_where_the_model_ends(tmp_path):
     dynamic = recipes.build("llama_dynamic", tmp_path / "dynamic")
     with pytest.raises(FitError, match="dynamic rotary positions"):
         export_onnx(dynamic, output=dynamic, max_length=11)
+
+
+def test_positions_without_end_are_refused_but_for_as_many_as_are_asked_for(tmp_path):
+    """Tables of cosines are made when a graph is loaded: 2 ** 31 rows of them would take all memory there is."""
+    base = recipes.build("llama", tmp_path / "base", hidden_size=64, max_position_embeddings=(1 << 31) - 1)
+    with pytest.raises(FitError, match="max-length"):
+        export_onnx(base, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export_onnx(base, output=tmp_path / "out", max_length=100).contract.max_length == 100
 
 
 def test_pickled_weights_are_not_referenced(base):

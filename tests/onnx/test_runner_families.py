@@ -11,6 +11,7 @@ import torch
 import surgery
 from surgery.onnx.export import export_onnx
 from surgery.onnx.run.opening import open_graph
+from surgery_formats.errors import FitError
 from tests.oracles import recipes
 
 ROWS = [[5, 17, 3, 88, 42, 9], [29, 8, 77, 50], [7]]
@@ -70,3 +71,31 @@ def test_encoders_give_the_scores_of_transformers(tmp_path, name, target):
         scores = found.texts[number].scores
         assert np.abs(np.array([list(one.values()) for one in scores]) - shares).max() < 1e-5
         assert list(scores[0]) == (list(labels.values()) or [str(n) for n in range(shares.shape[-1])])
+
+
+@pytest.mark.parametrize(
+    ("fields", "scores"),
+    [
+        ({"num_labels": 1}, torch.sigmoid),  # a reranker: a softmax of one is 1 whatever the text
+        ({"num_labels": 1, "problem_type": "regression"}, lambda logits: logits),
+        ({"problem_type": "multi_label_classification"}, torch.sigmoid),
+        ({"problem_type": "single_label_classification"}, lambda logits: logits.softmax(-1)),
+    ],
+)
+def test_scores_are_those_of_the_problem(tmp_path, fields, scores):
+    base = recipes.build("bert_sequence", tmp_path / "base", **fields)
+    export_onnx(base, output=base)
+    ids = [5, 17, 3, 88]
+    with torch.no_grad():
+        expected = scores(recipes.load("bert_sequence", base)(torch.tensor([ids])).logits)[0].tolist()
+    assert list(surgery.run(base, [ids], device="cpu").texts[0].scores[0].values()) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert_sequence", "llama"])
+@pytest.mark.parametrize("row", [[5, -3], [5, recipes.VOCAB], []])
+def test_ids_that_are_none_are_refused(tmp_path, name, row):
+    """A negative index counts from the end of a table, in silence."""
+    base = recipes.build(name, tmp_path / "base")
+    export_onnx(base, output=base)
+    with pytest.raises(FitError, match="token"):
+        surgery.run(base, [[5, 6], row], device="cpu")

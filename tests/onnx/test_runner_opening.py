@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import replace
@@ -137,6 +138,50 @@ def test_a_contract_cannot_lead_out_of_the_folder(tmp_path):
     file = WeightFile("../secret", 1, "0")
     with pytest.raises(MalformedError, match="secret"):
         open_graph(decoder(tmp_path, contract=replace(CONTRACT, weights=(file,))), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": 10**9}, {"layers": 3}, {"kv_heads": -1}, {"kv_heads": "2"}, {"kv_heads": 10**12}, {"head_dim": 1.5},
+        {"vocabulary": 10**9}, {"vocabulary": True}, {"max_length": 1 << 60}, {"padding": "up"}, {"cache": "none"},
+        {"kind": "model"}, {"dtype": "int8"}, {"prefill": 5}, {"prefill_batch": 1}, {"adapters": [5]}, {"slots": [[]]},
+        {"vocabulary_rows": [-5, 10**9]}, {"vocabulary_rows": [40, 1 << 40]}, {"vocabulary_rows": [1]}, {"schema": 2},
+        {"weights": [{"name": "model.safetensors", "size": "x", "header": "0"}]}, {"more": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_contract_is_text_of_a_stranger(tmp_path, change):
+    """Buffers are made by it: what it says must be numbers, and the graph's."""
+    path = decoder(tmp_path)
+    model = onnx.load(path)
+    said = json.loads(model.metadata_props[0].value) | change
+    model.metadata_props[0].value = json.dumps(said)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(MalformedError):
+        open_graph(path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"schema": 1, "kind": ' + "[" * 100_000 + "]" * 100_000 + "}", "5", ""]
+)
+def test_a_contract_that_is_no_json_of_ours(text):
+    with pytest.raises(MalformedError):
+        from_metadata({"surgery.contract": text})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"model": [5]}', '{"model": {"decoder": 7, "context_length": "x"}}', '{"model": {"decoder": {"head_size": []}}}'],
+)
+def test_files_beside_foreign_graphs_are_strangers_too(tmp_path, text):
+    path = decoder(tmp_path)
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "genai_config.json").write_text(text)
+    with pytest.raises(FitError, match="how long a sequence"):
+        open_graph(path, device="cpu")
 
 
 def test_what_cannot_run_here_is_said(tmp_path):

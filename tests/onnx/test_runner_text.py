@@ -149,7 +149,7 @@ def test_the_bench_measures_two_graphs_in_turns(folder):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)["result"]
     one, other = result["sides"]
-    assert 0 < one["token_seconds"] < one["prefill_seconds"] * 3
+    assert all(0 < side[name] < 60 for side in (one, other) for name in ("token_seconds", "prefill_seconds"))
     config = json.loads((BASE / "config.json").read_text())
     table = config["vocab_size"] * config["hidden_size"] * 2
     read = (folder / "model.safetensors").stat().st_size - table

@@ -27,6 +27,7 @@ __all__ = [
     "is_safe_name",
     "manifest_bytes",
     "safe_name",
+    "verify_files",
     "verify_folder",
 ]
 
@@ -153,11 +154,31 @@ def verify_folder(path: str | os.PathLike[str], *, added: Collection[str] = ()) 
         raise ProofError(f"missing: {listing(missing)}", file=folder)
     if extra := sorted(present - entries.keys() - set(added)):
         raise ProofError(f"not in the manifest: {listing(extra)}", file=folder)
+    verify_files(folder, entries, source)
+    return found
+
+
+def verify_files(folder: Path, entries: Mapping[str, Any], source: Path) -> None:
+    """Check that the files of `entries` are in `folder`, with their sizes and recorded hashes.
+
+    Args:
+        folder: Of the files.
+        entries: By name, as `FileRecord.as_json`.
+        source: The file that holds them, for messages.
+
+    Raises:
+        MalformedError: an entry that is none.
+        ProofError: a file is missing, or not what it was when written.
+    """
     for name, entry in sorted(entries.items()):
         if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
             raise MalformedError(f"the entry of '{show(name)}' has no size", file=source)
+        if not is_safe_name(name):
+            raise MalformedError(f"'{show(name)}' cannot be the name of an output file", file=source)
+    if missing := sorted(name for name in entries if not os.path.lexists(folder / name)):
+        raise ProofError(f"missing: {listing(missing)}", file=folder)
+    for name, entry in sorted(entries.items()):
         _verify_file(folder / name, entry)
-    return found
 
 
 def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:

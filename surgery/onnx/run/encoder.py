@@ -26,19 +26,30 @@ class Encoded:
     Attributes:
         arrays: By name, as the graph gives them; what stands behind a row's length is padding.
         lengths: Of the rows.
+        problem: ``problem_type`` of config.json, or empty.
     """
 
     arrays: Mapping[str, npt.NDArray[Any]]
     lengths: tuple[int, ...]
+    problem: str = ""
 
     def scores(self, row: int, names: Sequence[str]) -> tuple[dict[str, float], ...]:
-        """Probabilities by label, of the text or of each of its tokens; empty for an encoder without labels."""
+        """Scores by label, of the text or of each of its tokens; empty for an encoder without labels.
+
+        They are what transformers' pipeline gives: the value itself of a regression, a probability of its own for each of several labels
+        or for a single one (a softmax of one is always 1), else probabilities that sum up to 1.
+        """
         if "logits" not in self.arrays:
             return ()
         logits = self.arrays["logits"][row].astype(np.float64)
         each = logits[None] if logits.ndim == 1 else logits[: self.lengths[row]]
-        weights = np.exp(each - each.max(-1, keepdims=True))
-        shares = weights / weights.sum(-1, keepdims=True)
+        if self.problem == "regression":
+            shares = each
+        elif logits.ndim == 1 and (self.problem == "multi_label_classification" or each.shape[-1] == 1):
+            shares = 0.5 * (1 + np.tanh(each / 2))
+        else:
+            weights = np.exp(each - each.max(-1, keepdims=True))
+            shares = weights / weights.sum(-1, keepdims=True)
         known = names if len(names) == shares.shape[-1] else [str(n) for n in range(shares.shape[-1])]
         return tuple(dict(zip(known, map(float, one), strict=True)) for one in shares)
 
@@ -91,7 +102,15 @@ def encode(opened: Opened, rows: Rows) -> Encoded:
     execute(opened.session, binding, not_recorded())
     values = dict(zip(opened.outputs, binding.get_outputs(), strict=True))
     arrays = {name: as_array(value, opened.outputs[name]) for name, value in values.items()}
-    return Encoded(arrays, tuple(len(row) for row in rows))
+    return Encoded(arrays, tuple(len(row) for row in rows), _problem(opened))
+
+
+def _problem(opened: Opened) -> str:
+    try:
+        found = read_object(opened.folder / "config.json").get("problem_type")
+    except NotFoundError:
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 def _filler(opened: Opened) -> int:

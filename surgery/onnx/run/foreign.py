@@ -31,13 +31,13 @@ def guessed_contract(
     if "input_ids" not in inputs:
         raise FitError("no input 'input_ids': not a language model, or one with other names", file=path)
     config = _beside(path, "config.json")
-    genai = _beside(path, "genai_config.json").get("model", {})
+    genai = _object(_beside(path, "genai_config.json"), "model")
     keys = [name for name in inputs if name.startswith("past_key_values.") and name.endswith(".key")]
     if not keys:
         first = next(iter(outputs.values()))
         return Contract(
             "encoder", "feature-extraction", device, _NAMES.get(first.dtype.name, ""), "any", "none", 0, 0, 0, 0,
-            int(config.get("max_position_embeddings") or 0),
+            length if isinstance(length := config.get("max_position_embeddings"), int) and length > 0 else 0,
         )  # fmt: skip
     key, logits = inputs[keys[0]], outputs.get("logits")
     length = genai.get("context_length") or config.get("max_position_embeddings")
@@ -45,7 +45,7 @@ def guessed_contract(
         raise FitError("a cache that is not [batch, heads, past, size], or no output 'logits'", file=path)
     size = key.shape[3]  # onnxruntime-genai's builder leaves it free
     if not isinstance(size, int):
-        size = genai.get("decoder", {}).get("head_size")
+        size = _object(genai, "decoder").get("head_size")
     if not isinstance(size, int) or size < 1:
         raise FitError("neither the graph nor genai_config.json beside it says how large a head is", file=path)
     if not isinstance(length, int) or length < 1:
@@ -75,6 +75,12 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
         return read_object(path.parent / name)
     except NotFoundError:
         return {}
+
+
+def _object(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under `key`; an empty one where there is none."""
+    inner = found.get(key)
+    return inner if isinstance(inner, Mapping) else {}
 
 
 def _has_grouped_attention(path: Path) -> bool:

@@ -17,6 +17,7 @@ import xxhash
 
 from surgery.onnx.contract import Contract, from_metadata
 from surgery.onnx.metadata import read_metadata
+from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract
 from surgery.onnx.run.memory import HostMemory, Memory
 from surgery.onnx.run.ports import Port, ports
@@ -32,7 +33,8 @@ __all__ = ["Opened", "check_weights", "find_graph", "open_graph", "open_prefill"
 
 GRAPH = "model.onnx"
 _HEADER_LIMIT = 100_000_000
-_QUIET = 3  # errors only: warnings of nodes kept on the cpu on purpose are no news
+_AGAIN = "export it again"
+_QUIET = 4  # what goes wrong is an exception, and told once
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +141,7 @@ def open_graph(
         FitError: the device is not here, or cannot run the graph.
     """
     path = find_graph(model)
-    contract = from_metadata(read_metadata(path))
+    contract = from_metadata(read_metadata(path), path)
     folder = path.parent if weights is None else Path(weights)
     if contract is not None:
         check_weights(contract, folder)
@@ -150,6 +152,8 @@ def open_graph(
     )
     inputs, outputs = ports(session.get_inputs()), ports(session.get_outputs())
     defaults = ports(session.get_overridable_initializers())
+    if contract is not None:
+        _check_ports(contract, {**inputs, **defaults}, outputs, path)
     known = contract or guessed_contract(path, {**inputs, **defaults}, outputs, memory.device)
     return Opened(
         session, known, contract is None, path, memory, {**inputs, **defaults}, frozenset(defaults), outputs,
@@ -182,6 +186,30 @@ def open_prefill(opened: Opened) -> Opened | None:
                 f"not of the same model as {GRAPH}: another {field}", file=path, hint="export it again"
             )
     return found
+
+
+def _check_ports(contract: Contract, inputs: Mapping[str, Port], outputs: Mapping[str, Port], path: Path) -> None:
+    """Compare what the contract says of a decoder with the graph's own inputs and outputs: buffers are made by the contract.
+
+    Raises:
+        MalformedError: they differ.
+    """
+    if contract.kind != "decoder":
+        return
+    said: list[tuple[str, Port | None, int, int]] = [("vocabulary", outputs.get("logits"), -1, contract.vocabulary)]
+    for name in past_names(contract.layers):
+        said += [
+            ("kv_heads", inputs.get(name), 1, contract.kv_heads),
+            ("head_dim", inputs.get(name), 3, contract.head_dim),
+        ]
+    past = [name for name in inputs if name.startswith("past_key_values.")]
+    if any(port is None for _, port, _, _ in said) or len(past) != 2 * contract.layers:
+        raise MalformedError("the graph's inputs or outputs are not those of its contract", file=path, hint=_AGAIN)
+    for field, port, axis, size in said:
+        found = port.shape[axis] if port is not None and len(port.shape) > max(axis, 0) else None
+        if isinstance(found, int) and found != size:
+            text = f"the contract says {field} {size}, the graph has {found}"
+            raise MalformedError(text, file=path, tensor=port.name if port else None, hint=_AGAIN)
 
 
 def _memory(device: str, contract: Contract | None) -> Memory:

@@ -36,7 +36,7 @@ class RunText:
         tokens: New ids.
         text: Of the new ids; None without a tokenizer.
         reason: Why it ended: ``stop``, ``length`` or ``full``; empty for an encoder.
-        scores: Of an encoder that classifies: label to probability, of the text or of each token.
+        scores: Of an encoder that classifies: label to probability (of a regression: value), of the text or of each token.
     """
 
     prompt: tuple[int, ...]
@@ -246,9 +246,13 @@ def _can() -> bool:
 
 
 def _check(rows: list[list[int]], opened: Opened) -> None:
-    """Ids beyond the table read memory that is not the table's, or fail without saying which."""
-    first, virtual = opened.contract.vocabulary_rows or (opened.contract.vocabulary, 0)
-    limit = max(opened.contract.vocabulary, first + virtual)
+    """Ids beyond the table read memory that is not the table's, or fail without saying which; negative ones count from its end."""
+    contract = opened.contract
+    first, virtual = contract.vocabulary_rows or (contract.vocabulary, 0)
+    limit = max(contract.vocabulary, first + virtual) or None  # of a foreign encoder nobody knows it
     for row in rows:
-        if opened.contract.kind == "decoder" and any(not 0 <= token < limit for token in row):
-            raise FitError(f"a token id that is not below {limit}, the size of the vocabulary", file=Path(opened.path))
+        if not row:
+            raise FitError("a row without a token", hint="give at least one: most models have one for the beginning")
+        if min(row) < 0 or (limit is not None and max(row) >= limit):
+            size = f" that is not below {limit}, the size of the vocabulary" if limit is not None else " below 0"
+            raise FitError(f"a token id{size}", file=Path(opened.path))
