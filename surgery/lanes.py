@@ -211,7 +211,7 @@ class Lanes:
 
     @contextmanager
     def _switching(self) -> Iterator[None]:
-        """Where lanes feed a GPU, a thread that has made its call hands on the interpreter at once, not only after 5 ms: a fifth less time."""
+        """Where lanes feed a GPU, a thread that has made its call hands the interpreter on at once, not after 5 ms: a fifth less time."""
         before = sys.getswitchinterval()
         if any(lane.device.type != "cpu" for lane in self._lanes):
             sys.setswitchinterval(_SWITCH)
