@@ -161,6 +161,7 @@ def bench(size: str, work: Path, options: argparse.Namespace) -> None:
         "surgery": [
             sys.executable, "-m", "surgery_cli", "-q", "--json", "extract-lora", str(base), str(tuned), "-o", str(ours),
             "--rank", str(RANK), "--device", options.device, "--workers", str(options.workers or options.threads),
+            "--kind", options.kind,
         ]
     }  # fmt: skip
     if options.mergekit:
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--cold-rounds", type=int, default=1, help="on files dropped from the page cache; 0 for none")
     parser.add_argument("--cold-sizes", default="layer,1b", help="of which; 8b first waits for 32 GB to reach the disk")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kind", default="auto", help="of surgery: lora does not look whether a DoRA would be better")
     parser.add_argument("--sizes", help="of layer, 1b, 8b; by default layer on a CPU, 1b,8b on a GPU")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, help="of surgery; by default as many as threads, 3 on a GPU")
