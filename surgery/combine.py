@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from surgery.adapter_output import float_type, job_id, stored_as, write_adapter
-from surgery.combine_files import as_adapter, side_files
-from surgery.combine_group import Given, group
-from surgery.combine_parts import Part, Solutions
-from surgery.combine_proof import TOLERANCE, Measured, prove
-from surgery.combine_weight import make_part
+from surgery.combination.files import as_adapter, side_files
+from surgery.combination.group import Given, group
+from surgery.combination.parts import Part, Solutions
+from surgery.combination.proof import TOLERANCE, Measured, prove
+from surgery.combination.sums import Recipe
+from surgery.combination.task_vectors import DENSE_METHODS
+from surgery.combination.weight import make_part
 from surgery.convert_approximate import measured as approximated
 from surgery.plain import plain
 from surgery.progress import Callback
 from surgery.selection import Selection, check_patterns
-from surgery.sums import Recipe
-from surgery.task_vectors import DENSE_METHODS
 from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.peft_kinds import KINDS
 from surgery_formats.adapters.peft_traps import by_values

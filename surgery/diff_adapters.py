@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.combine_group import key_of
+from surgery.combination.group import key_of
 from surgery.factors import settings, tensor_error
 from surgery.plain import plain
 from surgery_formats.adapter import Adapter, Site
@@ -255,7 +255,7 @@ def _measured(chain: Chain) -> Side:
     """With the norm of the delta and its profile, where it has one."""
     import torch
 
-    from surgery.sums import stacked
+    from surgery.combination.sums import stacked
     from surgery_formats.linalg.factored import singular_values
 
     side = _side(chain)
@@ -300,7 +300,7 @@ def _compare(mine: Chain, theirs: Chain, limit: float) -> tuple[_Sums, list[str]
     """Squares over everything that is added to the weight, and notes on what is not added but set."""
     import torch
 
-    from surgery.sums import stacked
+    from surgery.combination.sums import stacked
     from surgery_formats.linalg.factored import factored_inner, factored_norm
 
     sums = _Sums()

@@ -22,23 +22,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from surgery import __version__
 from surgery.convert import ConvertResult, coded_as, convert
-from surgery.extract_calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
-from surgery.extract_dora import Decision, decide, kept_lora
-from surgery.extract_factor import Factored, Plan, Scratch
-from surgery.extract_kind import KINDS, CalibrationTotals, Kind
-from surgery.extract_ledger import ExtractResult
-from surgery.extract_noise import NoiseReport, noise_report
-from surgery.extract_plan import Forms, Options, kept_size, settle
-from surgery.extract_ranks import Wanted, ranks_of, wanted
-from surgery.extract_rows import check_losses, rows_of, without
-from surgery.extract_scan import Found, Layout, layout_of, scan, warm
-from surgery.extract_sites import Unit, tree_name
-from surgery.extract_table import Choice, choices
-from surgery.extract_write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
-from surgery.lanes import Lanes, default_lanes, devices_of
-from surgery.pairs import differing_settings
+from surgery.extraction.calibration import Calibrated, Calibration, calibrate, check_modules, open_calibration
+from surgery.extraction.dora import Decision, decide, kept_lora
+from surgery.extraction.factor import Factored, Plan, Scratch
+from surgery.extraction.kind import KINDS, CalibrationTotals, Kind
+from surgery.extraction.lanes import Lanes, default_lanes, devices_of
+from surgery.extraction.ledger import ExtractResult
+from surgery.extraction.noise import NoiseReport, noise_report
+from surgery.extraction.pairs import differing_settings
+from surgery.extraction.plan import Forms, Options, kept_size, settle
+from surgery.extraction.ranks import Wanted, ranks_of, wanted
+from surgery.extraction.rows import check_losses, rows_of, without
+from surgery.extraction.scan import Found, Layout, layout_of, scan, warm
+from surgery.extraction.sites import Unit, tree_name
+from surgery.extraction.table import Choice, choices
+from surgery.extraction.watch import Watch
+from surgery.extraction.write import TENSOR_FILE, Scaling, configuration, fill, size_of, tensors_of
 from surgery.progress import Callback, Progress
-from surgery.watch import Watch
 from surgery_formats.adapters.format import Coded, Format, NewTensor
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.checkpoint import Checkpoint, Component, open_checkpoint
@@ -50,7 +50,7 @@ from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
-    from surgery.extract_proof import Error
+    from surgery.extraction.proof import Error
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -98,7 +98,7 @@ def extract_lora(
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
         kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
-        calibration: Inputs of modules (`surgery.extract_calibration`), for factors that are best on them; a LoRA's only.
+        calibration: Inputs of modules (`surgery.extraction.calibration`), for factors that are best on them; a LoRA's only.
         dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
         embeddings: ``lora`` or ``full``.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
@@ -341,7 +341,7 @@ class _Job:
         Raises:
             ProofError: it does something else.
         """
-        from surgery.extract_rows import with_measured
+        from surgery.extraction.rows import with_measured
 
         known = {unit.path: self.factored[unit.path] for unit in self.forms.units}
         errors, result = self._errors(folder, known), self.result()
@@ -356,7 +356,7 @@ class _Job:
         return replace(result, rows=tuple(rows))
 
     def _errors(self, folder: Path, known: Mapping[str, Factored]) -> dict[str, Error]:
-        from surgery.extract_proof import prove
+        from surgery.extraction.proof import prove
 
         measures = self.found.measures
         shifted = {kept.name for kept in self.forms.kept if kept.shift is not None}

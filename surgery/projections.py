@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 
-from surgery.combine_files import as_adapter
-from surgery.combine_group import Given
-from surgery.combine_parts import PEFT, Part
+from surgery.combination.files import as_adapter
+from surgery.combination.group import Given
+from surgery.combination.parts import PEFT, Part
 from surgery.computed import computed
 from surgery_formats.adapter import Adapter, Site
 from surgery_formats.adapters.writing import component_of, factor_dtype

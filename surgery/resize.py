@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 import os
 
+from surgery.combination.group import Given
+from surgery.combination.sums import Recipe
 from surgery.combine import CombineResult, Options, rewrite
-from surgery.combine_group import Given
 from surgery.progress import Callback
-from surgery.sums import Recipe
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.adapters import Wanted, sort_adapters
 from surgery.onnx.place import LEDGER
-from surgery.verify_bytes import compare_copied, compare_files, recorded_tensors
+from surgery.verification.bytes import compare_copied, compare_files, recorded_tensors
 from surgery_formats.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
@@ -20,8 +20,8 @@ from surgery_formats.text import count
 
 if TYPE_CHECKING:
     from surgery.reference import Reference
-    from surgery.verify_onnx import Measure
-    from surgery.verify_session import GraphFile
+    from surgery.verification.onnx import Measure
+    from surgery.verification.session import GraphFile
     from surgery_formats.adapter import Adapter
 
 __all__ = ["TOLERANCE", "Check", "Verification", "verify"]
@@ -180,7 +180,7 @@ def _graphs(
     checks: list[Check],
     notes: list[str],
 ) -> None:
-    from surgery.verify_session import check_weight_files, read_graph
+    from surgery.verification.session import check_weight_files, read_graph
 
     main = read_graph(where / _GRAPH)
     graphs = [main]
@@ -234,10 +234,10 @@ def _reference(graph: GraphFile, base: Checkpoint | None, wanted: Wanted) -> Ref
 
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[Measure]:
-    from surgery.verify_onnx import compare_decoder, compare_encoder, compare_slots
-    from surgery.verify_prompts import compare_prompt
-    from surgery.verify_session import Session, check_sizes, default_past, prompt_in_front
-    from surgery.verify_slots import filled
+    from surgery.verification.onnx import compare_decoder, compare_encoder, compare_slots
+    from surgery.verification.prompts import compare_prompt
+    from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
+    from surgery.verification.slots import filled
 
     if graph.contract.kind != reference.model.kind:
         raise ProofError(f"the graph is a {graph.contract.kind}, the model a {reference.model.kind}", file=graph.path)

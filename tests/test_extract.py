@@ -17,8 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import surgery
-from surgery.extract_proof import agrees
-from surgery.extract_ranks import parse_budget
+from surgery.extraction.proof import agrees
+from surgery.extraction.ranks import parse_budget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError
 from tests.kit import ROOT, spawn
@@ -264,7 +264,7 @@ def test_a_large_matrix_is_read_in_blocks(
     llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = surgery.extract_lora(*llama, output=tmp_path / "held", rank=4)
-    monkeypatch.setattr("surgery.extract_scan.HELD", {"cpu": 0})
+    monkeypatch.setattr("surgery.extraction.scan.HELD", {"cpu": 0})
     streamed = surgery.extract_lora(*llama, output=tmp_path / "streamed", rank=4)
     for one, other in zip(held.rows, streamed.rows, strict=True):
         assert one.residual == pytest.approx(other.residual, rel=1e-5)
@@ -504,7 +504,7 @@ def test_a_loss_is_an_error_unless_it_is_allowed(llama: tuple[Path, Path], tmp_p
 
 
 def test_a_wrong_factor_is_caught(llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgery.extract_factor import Factored
+    from surgery.extraction.factor import Factored
 
     right = Factored.factors
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery import feed, lanes
-from surgery.extract_scan import layout_of, warm
-from surgery.feed import Direct, Rows, Staged
-from surgery.lanes import Lane, Lanes, Room, devices_of
-from surgery.tally import Tally
+from surgery.extraction import feed, lanes
+from surgery.extraction.feed import Direct, Rows, Staged
+from surgery.extraction.lanes import Lane, Lanes, Room, devices_of
+from surgery.extraction.scan import layout_of, warm
+from surgery.extraction.tally import Tally
 from surgery_formats.checkpoint import open_checkpoint
 from surgery_formats.errors import FitError, MalformedError, ProofError
 from surgery_formats.files.raw import File
@@ -65,7 +65,7 @@ def test_each_matrix_is_read_once(
     monkeypatch.setattr("surgery_formats.identity._SAMPLE", 1)
     before = content_id(open_checkpoint(pair[0]))
     monkeypatch.setattr(File, "read_into", counting)
-    monkeypatch.setattr("surgery.extract_noise._LOOKED_AT", 1)  # survival looks at samples of BASE: here at one row
+    monkeypatch.setattr("surgery.extraction.noise._LOOKED_AT", 1)  # survival looks at samples of BASE: here at one row
     result = surgery.extract_lora(*pair, output=tmp_path / "out", kind="lora", **ask)  # type: ignore[arg-type]
     monkeypatch.undo()
     assert result.base_id == before

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.extract_signal import MergedLoRA, Signal, Spectrum, looks_merged, remark
+from surgery.extraction.signal import MergedLoRA, Signal, Spectrum, looks_merged, remark
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import NoiseTally, noise_energy, signal_count, spacing, survival, variance
 

@@ -25,9 +25,9 @@ from surgery_formats.errors import FitError
 from surgery_formats.text import count, listing, nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.extract_kind import CalibrationTotals
-    from surgery.extract_layers import Layers
-    from surgery.extract_ledger import ExtractResult
+    from surgery.extraction.kind import CalibrationTotals
+    from surgery.extraction.layers import Layers
+    from surgery.extraction.ledger import ExtractResult
 
 __all__ = ["command"]
 
@@ -71,7 +71,7 @@ def _positive(text: str) -> float:
 
 
 def _budget(text: str) -> str:
-    from surgery.extract_ranks import parse_budget
+    from surgery.extraction.ranks import parse_budget
 
     try:
         parse_budget(text)
@@ -237,7 +237,7 @@ def _text(result: ExtractResult, output: Path | None, seconds: float, settings: 
     pairs(rows)
     told = [row for row in result.rows if row.energy or row.form]
     if told:
-        from surgery.extract_layers import layers_of
+        from surgery.extraction.layers import layers_of
 
         click.echo()
         layers = layers_of(told, apart=bool(settings.verbose))

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.extract_factor import Factored, Place, Scratch
-from surgery.extract_kind import CalibrationFacts
-from surgery.extract_plan import Forms, Kept
-from surgery.extract_sites import Spot, Unit
-from surgery.lanes import in_threads
+from surgery.extraction.factor import Factored, Place, Scratch
+from surgery.extraction.kind import CalibrationFacts
+from surgery.extraction.lanes import in_threads
+from surgery.extraction.plan import Forms, Kept
+from surgery.extraction.sites import Spot, Unit
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.raw import File
 from surgery_formats.files.sharded import open_shards

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from surgery.deltas import Delta, Strip
-from surgery.pairs import Pair
+from surgery.extraction.deltas import Delta, Strip
+from surgery.extraction.pairs import Pair
 from surgery_formats.checkpoint import Component
 from surgery_formats.errors import FitError
 from surgery_formats.families import Fused

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from surgery.extract_ledger import ExtractRow
+from surgery.extraction.ledger import ExtractRow
 from surgery.touched import pattern_of
 
 __all__ = ["Layers", "layers_of"]

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from surgery.extract_factor import MOST, Criterion, Factored
-from surgery.extract_plan import Forms, kept_size
-from surgery.extract_sites import Unit
-from surgery.extract_table import TABLE_RANKS
+from surgery.extraction.factor import MOST, Criterion, Factored
+from surgery.extraction.plan import Forms, kept_size
+from surgery.extraction.sites import Unit
+from surgery.extraction.table import TABLE_RANKS
 from surgery.selection import matches
 from surgery_formats.adapter import Site
 from surgery_formats.dtypes import DType

@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
-from surgery.combine_group import Share
+from surgery.combination.group import Share
+from surgery.combination.sums import LowRankSum, MergedDelta, Recipe, Solved, Wanted, rank_for
+from surgery.combination.task_vectors import DENSE_METHODS, merge_deltas
 from surgery.computed import computed
-from surgery.sums import LowRankSum, MergedDelta, Recipe, Solved, Wanted, rank_for
-from surgery.task_vectors import DENSE_METHODS, merge_deltas
 from surgery_formats.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from surgery.reference import Cache, Reference, forward
-from surgery.verify_session import Arrays, Session
+from surgery.verification.session import Arrays, Session
 
 if TYPE_CHECKING:
     from surgery.onnx.contract import Contract

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from surgery.reference import Cache, Reference, prompt_cache
-from surgery.verify_onnx import Measure
+from surgery.verification.onnx import Measure
 from surgery_formats.errors import FitError, ProofError
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from surgery.combine_group import key_of
-from surgery.combine_parts import Part, Solutions
+from surgery.combination.group import key_of
+from surgery.combination.parts import Part, Solutions
+from surgery.combination.sums import Wanted, stacked
 from surgery.convert_proof import compare, restricted
-from surgery.sums import Wanted, stacked
 from surgery_formats.adapter import Adapter, Site
 from surgery_formats.adapters.format import Format
 from surgery_formats.checkpoint import Checkpoint

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from surgery.deltas import Delta
-from surgery.extract_factor import Criterion, Factored, Piece, Plan, Scratch, factorise
-from surgery.extract_plan import MOST_ROWS
-from surgery.extract_sites import Spot, Unit, spots_of, units_of
-from surgery.feed import DEVICE_BLOCK, Direct, Feed, Rows, Seen
-from surgery.lanes import Job, Lane, Lanes, Stop
-from surgery.pairs import Pair, pair_up
+from surgery.extraction.deltas import Delta
+from surgery.extraction.factor import Criterion, Factored, Piece, Plan, Scratch, factorise
+from surgery.extraction.feed import DEVICE_BLOCK, Direct, Feed, Rows, Seen
+from surgery.extraction.lanes import Job, Lane, Lanes, Stop
+from surgery.extraction.pairs import Pair, pair_up
+from surgery.extraction.plan import MOST_ROWS
+from surgery.extraction.sites import Spot, Unit, spots_of, units_of
+from surgery.extraction.tally import Measure, Tally, check_finite
 from surgery.progress import Callback, Progress
-from surgery.tally import Measure, Tally, check_finite
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
 from surgery_formats.identity import Digests

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from surgery.task_vectors import merge_deltas
+from surgery.combination.task_vectors import merge_deltas
 from surgery_formats.linalg.factored import concatenated, factored_norm, rerank, singular_values
 from surgery_formats.linalg.svd import truncated_svd
 from surgery_formats.updates import LoRA
@@ -61,7 +61,7 @@ class Recipe:
     """How deltas are combined, and what rank the result may have.
 
     Attributes:
-        method: ``exact``, ``svd``, or one of `surgery.task_vectors.DENSE_METHODS`.
+        method: ``exact``, ``svd``, or one of `surgery.combination.task_vectors.DENSE_METHODS`.
         rank: Greatest rank of a module.
         energy: Least share of each module's energy ``||.||_F^2`` that is kept.
         max_error: Greatest error of a module, relative, Frobenius.
@@ -190,7 +190,7 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class MergedDelta:
-    """What TIES, DARE or pruning make of several deltas (`surgery.task_vectors`): dense, and of full rank.
+    """What TIES, DARE or pruning make of several deltas (`surgery.combination.task_vectors`): dense, and of full rank.
 
     Attributes:
         terms: The deltas, without their weights.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.combine_group import Given
-from surgery.combine_parts import Part
+from surgery.combination.group import Given
+from surgery.combination.parts import Part
 from surgery_formats.adapter import Adapter
 from surgery_formats.adapters.peft_parameters import EXPERTS_ORDER_SINCE
 from surgery_formats.errors import FitError

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import xxhash
 
-from surgery.extract_sites import Unit
+from surgery.extraction.sites import Unit
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ResourceError
 from surgery_formats.tensors import as_bytes

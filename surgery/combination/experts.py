@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from surgery.combine_group import Given, Share
-from surgery.combine_parts import PEFT, Part, Solutions, common_rank, outcome_of, stored_type, wanted_of
+from surgery.combination.group import Given, Share
+from surgery.combination.parts import PEFT, Part, Solutions, common_rank, outcome_of, stored_type, wanted_of
+from surgery.combination.sums import Recipe, Solved, Wanted
 from surgery.computed import computed
-from surgery.sums import Recipe, Solved, Wanted
 from surgery_formats.adapter import Site
 from surgery_formats.errors import FitError
 from surgery_formats.updates import Factor, LoRA, Stacked

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from surgery.deltas import Delta, Strip
-from surgery.extract_factor import Factored, Piece, Place, Scratch
-from surgery.extract_kind import Kind, KindFacts
-from surgery.extract_noise import at_rows, read_rows, sample_runs
-from surgery.extract_scan import HELD
-from surgery.extract_sites import Unit
-from surgery.lanes import in_threads
+from surgery.extraction.deltas import Delta, Strip
+from surgery.extraction.factor import Factored, Piece, Place, Scratch
+from surgery.extraction.kind import Kind, KindFacts
+from surgery.extraction.lanes import in_threads
+from surgery.extraction.noise import at_rows, read_rows, sample_runs
+from surgery.extraction.scan import HELD
+from surgery.extraction.sites import Unit
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.dora import Alternated, Fitted, HeldPair, PairSource, alternate, best_columns, row_share

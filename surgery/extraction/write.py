@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from surgery.extract_factor import Factored, Place
-from surgery.extract_plan import Forms, Kept, nesting
-from surgery.extract_sites import Unit
+from surgery.extraction.factor import Factored, Place
+from surgery.extraction.plan import Forms, Kept, nesting
+from surgery.extraction.sites import Unit
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType

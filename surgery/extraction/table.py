@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.extract_factor import Factored
-from surgery.extract_plan import Forms
-from surgery.tally import Measure
+from surgery.extraction.factor import Factored
+from surgery.extraction.plan import Forms
+from surgery.extraction.tally import Measure
 from surgery_formats.dtypes import DType
 from surgery_formats.families.family import role_of
 from surgery_formats.linalg.coding import Coding

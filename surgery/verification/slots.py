@@ -20,7 +20,7 @@ from surgery_formats.text import show
 
 if TYPE_CHECKING:
     from surgery.reference.weights import Weights
-    from surgery.verify_session import Arrays, GraphFile
+    from surgery.verification.session import Arrays, GraphFile
 
 __all__ = ["filled"]
 

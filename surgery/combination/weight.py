@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from surgery.combine_dora import with_dora
-from surgery.combine_experts import stacked
-from surgery.combine_group import Given, Share
-from surgery.combine_parts import Part, Solutions, low_rank, offset
-from surgery.sums import Recipe
-from surgery.task_vectors import DENSE_METHODS
+from surgery.combination.dora import with_dora
+from surgery.combination.experts import stacked
+from surgery.combination.group import Given, Share
+from surgery.combination.parts import Part, Solutions, low_rank, offset
+from surgery.combination.sums import Recipe
+from surgery.combination.task_vectors import DENSE_METHODS
 from surgery_formats.adapter import Site
 from surgery_formats.checkpoint import Checkpoint
 from surgery_formats.errors import FitError

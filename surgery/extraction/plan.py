@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from surgery.extract_sites import Spot, Unit, tree_name
-from surgery.tally import Measure
+from surgery.extraction.sites import Spot, Unit, tree_name
+from surgery.extraction.tally import Measure
 from surgery_formats.checkpoint import Component
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.tensors import StoredTensor

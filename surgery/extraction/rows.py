@@ -9,20 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.extract_factor import Factored
-from surgery.extract_kind import CalibrationFacts
-from surgery.extract_ledger import ExtractClass, ExtractRow
-from surgery.extract_plan import Forms, Kept, Via, kept_size
-from surgery.extract_signal import Signal, remark
-from surgery.pairs import Pair
-from surgery.tally import Measure
+from surgery.extraction.factor import Factored
+from surgery.extraction.kind import CalibrationFacts
+from surgery.extraction.ledger import ExtractClass, ExtractRow
+from surgery.extraction.pairs import Pair
+from surgery.extraction.plan import Forms, Kept, Via, kept_size
+from surgery.extraction.signal import Signal, remark
+from surgery.extraction.tally import Measure
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
-    from surgery.extract_proof import Error
+    from surgery.extraction.proof import Error
 
 __all__ = ["check_losses", "rows_of", "with_measured", "without"]
 
@@ -154,7 +154,7 @@ def _corrected(row: ExtractRow, error: Error, kept: Kept) -> ExtractRow:
     Raises:
         ProofError: it is another.
     """
-    from surgery.extract_write import shifted
+    from surgery.extraction.write import shifted
 
     meant = float((shifted(kept).double() - kept.tensor.read().double()).square().sum())
     if not math.isclose(error.left, meant, rel_tol=1e-6, abs_tol=1e-30):
@@ -223,7 +223,7 @@ def with_measured(
     Raises:
         ProofError: one is not what was reported: the spectrum's for factors, none at all for copies.
     """
-    from surgery.extract_proof import agrees
+    from surgery.extraction.proof import agrees
 
     for unit in forms.units:
         energy = math.fsum(errors[name].energy for name in unit.names if name in errors)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from surgery.onnx.contract import Contract, WeightFile, from_metadata
-from surgery.verify_twin import SHORT_TYPES, float32_twin
+from surgery.verification.twin import SHORT_TYPES, float32_twin
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.manifest import is_safe_name
 from surgery_formats.files.raw import open_file

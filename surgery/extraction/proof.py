@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from surgery.arithmetic import Seen
-from surgery.deltas import BLOCK_ELEMENTS, Strip
-from surgery.extract_factor import Factored, Piece, digest
-from surgery.lanes import in_threads
-from surgery.pairs import Pair
-from surgery.tally import Measure
+from surgery.extraction.deltas import BLOCK_ELEMENTS, Strip
+from surgery.extraction.factor import Factored, Piece, digest
+from surgery.extraction.lanes import in_threads
+from surgery.extraction.pairs import Pair
+from surgery.extraction.tally import Measure
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding import bind
 from surgery_formats.checkpoint import Checkpoint

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from surgery.combine_group import Share
-from surgery.combine_parts import Part, Solutions, common_rank, factors_of
-from surgery.sums import MergedDelta, Recipe
-from surgery.task_vectors import DENSE_METHODS
+from surgery.combination.group import Share
+from surgery.combination.parts import Part, Solutions, common_rank, factors_of
+from surgery.combination.sums import MergedDelta, Recipe
+from surgery.combination.task_vectors import DENSE_METHODS
 from surgery_formats.adapter import Site
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.checkpoint import Checkpoint

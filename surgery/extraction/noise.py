@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounding in an extraction: the edge below which directions are noise, and how much of the factors a merge would keep.
 
-The edge needs every stored value of TUNED once (`surgery.tally`). Survival
+The edge needs every stored value of TUNED once (`surgery.extraction.tally`). Survival
 is computed from some rows of BASE as they are and of the change that the chosen
 factors make there: no table, and no pass over the files.
 """
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from surgery.extract_factor import Factored
-from surgery.extract_signal import MergedLoRA, Signal, Spectrum, looks_merged
-from surgery.lanes import in_threads
-from surgery.tally import Measure
+from surgery.extraction.factor import Factored
+from surgery.extraction.lanes import in_threads
+from surgery.extraction.signal import MergedLoRA, Signal, Spectrum, looks_merged
+from surgery.extraction.tally import Measure
 from surgery_formats.linalg.kept import Kept
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from surgery.execute import default_workers
-from surgery.feed import Direct, Feed, Staged
+from surgery.extraction.feed import Direct, Feed, Staged
 from surgery_formats.errors import FitError, ResourceError
 from surgery_formats.text import show
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery.extract_kind import CalibrationFacts, CalibrationTotals, KindFacts
-from surgery.extract_signal import MergedLoRA, Signal
-from surgery.extract_table import Choice
+from surgery.extraction.kind import CalibrationFacts, CalibrationTotals, KindFacts
+from surgery.extraction.signal import MergedLoRA, Signal
+from surgery.extraction.table import Choice
 from surgery.plain import plain
 
 __all__ = ["ExtractClass", "ExtractResult", "ExtractRow"]
