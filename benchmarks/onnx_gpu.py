@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an exported graph costs on a CUDA device, beside the floor, the base's own graph and other runtimes, and whether it is right.
 
-    python benchmarks/onnx_gpu.py --work /tmp/gpu --out gpu.json
+    python benchmarks/onnx_gpu.py --work gpu --out gpu.json
 
 Needs onnxruntime-gpu and torch with CUDA, transformers for the reference; onnxruntime-genai is measured if it is there, or if --genai
 names the folder it was unpacked to. Each part says how long it took, a part that fails is reported and does not stop the others, and parts

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from surgery_formats.tensors import StoredTensor
+from tests.extractions import assert_round_trip, everything, only, tune
 from tests.kit import spawn
 from tests.oracles import disk, models
-from tests.test_extract import assert_round_trip, everything, only, tune
 
 
 def recorded(arch: str, folder: Path) -> dict[str, torch.Tensor]:

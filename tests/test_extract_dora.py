@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import surgery
 from surgery.extraction.scan import HELD
 from surgery_formats.errors import FitError
+from tests.extractions import WHOLE, Change, assert_round_trip, everything, low_rank, only, tune
 from tests.kit import spawn
 from tests.oracles import disk, models
-from tests.test_extract import WHOLE, Change, assert_round_trip, everything, low_rank, only, tune
 
 TABLES = ("embed", "wte", "wpe", "shared", "lm_head", "relative_attention_bias")
 

@@ -11,9 +11,9 @@ import pytest
 
 import surgery
 from surgery_formats.errors import FitError
+from tests.extractions import everything, tune
 from tests.kit import spawn
 from tests.oracles import models
-from tests.test_extract import everything, tune
 
 
 @pytest.fixture

@@ -291,15 +291,15 @@ def corrupted(folder: Path, what: str) -> None:
 def test_what_is_not_what_was_measured_is_no_output(
     what: str, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery.extract import _Job
+    from surgery.extraction.job import Job
 
-    proved = _Job.proved
+    proved = Job.proved
 
-    def after(self: _Job, folder: Path) -> object:
+    def after(self: Job, folder: Path) -> object:
         corrupted(folder, what)
         return proved(self, folder)
 
-    monkeypatch.setattr(_Job, "proved", after)
+    monkeypatch.setattr(Job, "proved", after)
     with pytest.raises(ProofError):
         surgery.extract_lora(*pair, output=tmp_path / "out", rank=4)
     assert not (tmp_path / "out").exists()

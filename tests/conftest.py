@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that several files of tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[Path, Path]:
+    """A tiny base and its full fine-tune."""
+    from tests.extractions import everything, tune  # they import PEFT, which most tests do without
+    from tests.oracles import models
+
+    base = models.build_base("llama", tmp_path / "base")
+    return base, tune(base, tmp_path / "tuned", everything)
