@@ -77,6 +77,10 @@ def operate(out: Path) -> None:
         surgery("extract-lora", base, _shown(HERE / "tuned"), *words, *(("--table",) if loud else ("--quiet",)))
     back = ("-o", _shown(out / "lora-back"), "--base", base, "--overwrite")
     surgery("convert", _shown(out / "lora-mlx"), "--to", "peft", *back)
+    graph = _shown(out / "onnx")
+    surgery("export-onnx", base, lora, "--prefix", _shown(HERE / "prompt"), "-o", graph, "--overwrite")
+    surgery("run", graph, "-p", "The function returns", "--max-new", "32")
+    surgery("verify", graph, "--against", base, "--adapter", lora, "--adapter", _shown(HERE / "prompt"))
 
 
 def judge(out: Path) -> dict[str, Judged]:

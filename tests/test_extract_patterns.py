@@ -11,15 +11,7 @@ import pytest
 
 import surgery
 from surgery_formats.errors import FitError
-from tests.extractions import everything, tune
 from tests.kit import spawn
-from tests.oracles import models
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> tuple[Path, Path]:
-    base = models.build_base("llama", tmp_path / "base")
-    return base, tune(base, tmp_path / "tuned", everything)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
