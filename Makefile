@@ -6,7 +6,7 @@ WORKERS ?= auto
 
 .PHONY: help demo test lint types imports check format clean
 help:
-	@echo "make demo    merge the shipped example and show what came out"
+	@echo "make demo    merge, convert, extract, export the shipped example and show what came out"
 	@echo "make test    run the tests"
 	@echo "make check   lint, types, imports, tests"
 
