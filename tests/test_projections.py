@@ -146,7 +146,8 @@ def test_rows_in_a_wrong_order_are_caught(tmp_path: Path, monkeypatch: pytest.Mo
     gate = {f"base_model.model.model.layers.0.mlp.gate_up_proj.lora_{x}.weight": draw(i, *shape)
             for i, (x, shape) in enumerate((("A", (2, 8)), ("B", (12, 2))))}  # fmt: skip
     source = write_peft(tmp_path / "g", gate, r=2)
-    room = surgery.projections
+    from surgery import projections as room
+
     honest = room._cut
 
     def swapped(update: Any, site: Any, start: int, stop: int, adapter: Any) -> Any:

@@ -158,6 +158,19 @@ def test_a_flipped_byte_in_the_weight_file(place: int, out: Path, exported: tupl
         surgery.verify(out, against=exported[0])
 
 
+@pytest.mark.parametrize("place", [-1, -2000])
+def test_a_flipped_byte_in_a_copy_whose_hash_was_noted(place: int, exported: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = exported
+    out = tmp_path / "compared"
+    export_onnx(base, output=out, verify="full")
+    assert not surgery.verify(out).notes
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[place] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    with pytest.raises(ProofError, match=r"model\.safetensors"):
+        surgery.verify(out)
+
+
 def test_weights_that_are_not_those_of_the_graph(out: Path) -> None:
     weights = out / "model.safetensors"
     whole = weights.read_bytes()

@@ -104,6 +104,7 @@ def export_onnx(
     dtype: str = "auto",
     weights: str = "auto",
     max_length: int | None = None,
+    verify: str = "fast",
     overwrite: bool = False,
     progress: Callback | None = None,
 ) -> ExportResult:
@@ -125,6 +126,7 @@ def export_onnx(
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the file system can;
             ``reference``, ``link``, ``copy``, ``embed``.
         max_length: Longest sequence; None for as long as the model was made for.
+        verify: ``fast``, or ``full`` to compare copied weights byte by byte, and to note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step of a merge.
 
@@ -137,6 +139,8 @@ def export_onnx(
     """
     checkpoint = open_checkpoint(base)
     wanted = sort_adapters(adapters, mode, merge, swap, prefix)
+    if verify not in ("fast", "full"):
+        raise FitError(f"verify is 'fast' or 'full', not '{verify}'")
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
@@ -175,7 +179,7 @@ def export_onnx(
         facts=_facts(draft, chosen),
         id=_id(draft, assembly),
     )
-    run = Run(overwrite=overwrite, progress=progress)
+    run = Run(verify_copies=verify == "full", overwrite=overwrite, progress=progress)
     placed = place(parcel, where, chosen, checkpoint.main.folder, run)
     done = built[-1]
     return ExportResult(

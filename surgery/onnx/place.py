@@ -24,10 +24,10 @@ from surgery.execute import Run, still_good, write_side_file, write_weights
 from surgery.ledger import Ledger
 from surgery.onnx.prompts import Place
 from surgery.plan import Plan, SideFile
-from surgery_formats.errors import FitError, OutputExistsError
+from surgery_formats.errors import FitError, OutputExistsError, ProofError
 from surgery_formats.files.folder import OutputFolder, output_folder
 from surgery_formats.files.kernel_copy import rename_new, sync_folder
-from surgery_formats.files.output_file import output_faults
+from surgery_formats.files.output_file import OutputFile, output_faults
 from surgery_formats.files.raw import File
 from surgery_formats.text import nbytes as human
 from surgery_formats.text import show
@@ -43,6 +43,7 @@ LEDGER = "surgery_export.json"
 Mode = Literal["reference", "link", "copy", "embed"]
 MODES = ("auto", "reference", "link", "copy", "embed")
 
+_COMPARED = 16 << 20  # bytes of a copy looked at at a time
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes of one message; readers refuse 2 GiB
 
 
@@ -134,7 +135,7 @@ def place(parcel: Parcel, output: Path, mode: Mode, home: Path, run: Run) -> Pla
     if _same_folder(output, home):
         return _add(parcel, output, mode, run)
     with output_folder(output, _job(parcel, mode), overwrite=run.overwrite, inputs=[home], verify=still_good) as folder:
-        written = _bring_weights(folder, parcel, mode)
+        written = _bring_weights(folder, parcel, mode, run.verify_copies)
         ledger = _compute(parcel, folder, run)
         for side in parcel.side_files:
             write_side_file(side, folder)
@@ -165,7 +166,7 @@ def _check_inputs(parcel: Parcel) -> None:
         file.check_unchanged()
 
 
-def _bring_weights(folder: OutputFolder, parcel: Parcel, mode: Mode) -> int:
+def _bring_weights(folder: OutputFolder, parcel: Parcel, mode: Mode, verify: bool) -> int:
     if mode not in ("copy", "link"):
         return 0
     for file in parcel.weights:
@@ -174,8 +175,24 @@ def _bring_weights(folder: OutputFolder, parcel: Parcel, mode: Mode) -> int:
         elif file.path.name not in folder.finished:
             out = folder.create(file.path.name, file.size)
             out.copy_from(file, 0, 0, file.size)
-            out.finish({})
+            out.finish({"xxh3": _compared(out, file)} if verify else {})
     return sum(file.size for file in parcel.weights) if mode == "copy" else 0
+
+
+def _compared(out: OutputFile, source: File) -> str:
+    """xxh3-128 of a copy, hexadecimal, for whoever verifies it later.
+
+    Raises:
+        ProofError: it is not its source.
+    """
+    state = xxhash.xxh3_128()
+    for start in range(0, source.size, _COMPARED):
+        count = min(_COMPARED, source.size - start)
+        found = out.readback(start, count)
+        if found != source.read(start, count):
+            raise ProofError(f"bytes {start} to {start + count} differ from their source", file=source.path.name)
+        state.update(found)
+    return state.hexdigest()
 
 
 def _job(parcel: Parcel, mode: Mode) -> str:

@@ -79,6 +79,13 @@ _WEIGHTS = {
     help="delta: changed tensors beside BASE's file; full: all weights anew, laid out for graphs.",
 )
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
+@click.option(
+    "--verify",
+    type=click.Choice(["fast", "full"]),
+    default="fast",
+    show_default=True,
+    help="full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.",
+)
 @overwrite_option()
 def command(
     settings: Settings,
