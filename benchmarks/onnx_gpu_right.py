@@ -17,8 +17,8 @@ __all__ = ["right"]
 
 GREEDY = 32
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
-LIMIT = 1e-2  # of fp16
-BESIDE_TORCH = 1.25  # bf16: its eight bits lose what they lose, in whatever runtime; ours may not lose more than torch
+LIMIT = 1e-2
+BESIDE_TORCH = 1.25  # bf16 misses the limit in whatever runtime; ours may not lose more than torch
 NEAR = 2  # errors that two logits may be apart and still be a tie
 
 Logits = list[np.ndarray[Any, Any]]
@@ -42,10 +42,9 @@ def right(run: Run, dtype: str, name: str, folder: Path, side: Bound, ahead: Seq
         if one.argmax() != reference.argmax() and best - second > NEAR * np.abs(one - reference).max():
             differing += 1
     title = f"{dtype} {name}: largest logit error / largest logit, {GREEDY} steps"
-    if dtype == "bf16":
+    run.check(title, worst, LIMIT)
+    if dtype == "bf16":  # misses the limit, as torch does: how far from torch's own is the second question
         run.check(f"{title}, to torch's own in bf16", worst / torch_worst, BESIDE_TORCH)
-    else:
-        run.check(title, worst, LIMIT)
     run.check(f"{dtype} {name}: greedy tokens that differ and are no near ties", differing, 0)
 
 
