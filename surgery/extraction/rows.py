@@ -94,7 +94,7 @@ def rows_of(
         if pair.match != "pair":
             stored = kept.pop(pair.name, [])
             row = ExtractRow(pair.name, pair.match, shape=pair.tuned.shape, why=pair.why)
-            rows.append(replace(row, **_cost(stored)) if stored else row)  # type: ignore[arg-type]
+            rows.append(_stored(row, stored) if stored else row)
             continue
         row = _measured(pair, measures[pair.name], total, forms.why.get(pair.name, ""))
         if pair.name in forms.dropped:
@@ -105,7 +105,7 @@ def rows_of(
             if stored[0].shift is not None:
                 kind = "corrected"
                 row = replace(row, why="makes up for the mean of what its module's factors leave out")
-            row = replace(row, kind=kind, **_cost(stored))  # type: ignore[arg-type]
+            row = _stored(replace(row, kind=kind), stored)
             if kind == "unchanged":
                 row = replace(row, why="PEFT stores its module whole")
         elif not measures[pair.name].changed:
@@ -121,7 +121,7 @@ def rows_of(
     if adrift:
         raise FitError(f"{len(adrift)} changed tensors are in no class: {listing(adrift)}", tensor=adrift[0])
     # what is stored for a name that TUNED does not store itself: a tied head
-    rows += [ExtractRow(name, "alias", why="tied", **_cost(stored)) for name, stored in kept.items()]  # type: ignore[arg-type]
+    rows += [_stored(ExtractRow(name, "alias", why="tied"), stored) for name, stored in kept.items()]
     return tuple(rows)
 
 
@@ -139,13 +139,11 @@ def _measured(pair: Pair, found: Measure, total: float, why: str) -> ExtractRow:
     )
 
 
-def _cost(stored: list[Kept]) -> dict[str, object]:
+def _stored(row: ExtractRow, stored: list[Kept]) -> ExtractRow:
+    """With the form and the cost of what is stored as TUNED has it."""
     sizes = [kept_size(one) for one in stored]
-    return {
-        "form": stored[0].via,
-        "parameters": sum(size[0] for size in sizes),
-        "nbytes": sum(size[1] for size in sizes),
-    }
+    numbers, nbytes = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
+    return replace(row, form=stored[0].via, parameters=numbers, nbytes=nbytes)
 
 
 def _corrected(row: ExtractRow, error: Error, kept: Kept) -> ExtractRow:
