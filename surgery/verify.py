@@ -187,14 +187,14 @@ def _graphs(
     checks: list[Check],
     notes: list[str],
 ) -> None:
-    from surgery.verification.session import check_weight_files, read_graph
+    from surgery.verification.session import check_weights, read_graph
 
     main = read_graph(where / _GRAPH)
     graphs = [main]
     if main.contract.prefill:
         graphs.append(read_graph(where / Path(main.contract.prefill).name))
     for graph in graphs:
-        check_weight_files(graph)
+        check_weights(graph)
     names = [one.name for one in main.weight_files]
     if names:
         checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))

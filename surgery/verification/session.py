@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from surgery.onnx.contract import Contract, WeightFile, from_metadata
+from surgery.onnx.weight_files import check_weight_files
 from surgery.verification.twin import SHORT_TYPES, float32_twin
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
-from surgery_formats.files.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
 
@@ -26,10 +24,9 @@ if TYPE_CHECKING:
     from surgery.reference import Cache
     from surgery_formats.families.recipe import Model
 
-__all__ = ["GraphFile", "Session", "check_sizes", "check_weight_files", "default_past", "prompt_in_front", "read_graph"]
+__all__ = ["GraphFile", "Session", "check_sizes", "check_weights", "default_past", "prompt_in_front", "read_graph"]
 
 _LIMIT = (1 << 31) - 1  # of a protocol buffer
-_HEADER = 100 << 20
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
@@ -178,32 +175,17 @@ def check_sizes(graph: GraphFile, model: Model) -> None:
         )
 
 
-def check_weight_files(graph: GraphFile) -> None:
+def check_weights(graph: GraphFile) -> None:
     """Compare the weight files with what the contract says of them, and every byte range of the graph with their sizes.
 
     Raises:
         ProofError: a file is missing, has another size or another header, or the graph reads beyond it.
         MalformedError: a range that is none.
     """
-    sizes: dict[str, int] = {}
-    for one in graph.weight_files:
-        if not is_safe_name(one.name) or "/" in one.name:
-            raise MalformedError(f"'{show(one.name)}' is no name of a weight file", file=graph.path)
-        path = graph.path.parent / one.name
-        try:
-            opened = open_file(path)
-        except NotFoundError as error:
-            raise ProofError("the graph's weight file is missing", file=path) from error
-        if opened.size != one.size:
-            raise ProofError(f"{opened.size} bytes, {one.size} when the graph was made", file=path)
-        length = int.from_bytes(opened.read(0, 8), "little") + 8
-        if length > min(opened.size, _HEADER) or xxhash.xxh3_128_hexdigest(bytes(opened.read(0, length))) != one.header:
-            raise ProofError(
-                "its header is another than when the graph was made: names, types or places of its tensors changed",
-                file=path,
-                hint="export again",
-            )
-        sizes[one.name] = opened.size
+    try:
+        sizes = check_weight_files(graph.weight_files, graph.path.parent)
+    except NotFoundError as error:
+        raise ProofError("the graph's weight file is missing", file=error.file) from error
     for tensor in graph.model.graph.initializer:
         if not tensor.external_data:
             continue

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from surgery.onnx.contract import Contract, from_metadata
 from surgery.onnx.metadata import read_metadata
 from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract
 from surgery.onnx.run.memory import HostMemory, Memory
 from surgery.onnx.run.ports import Port, ports
-from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery.onnx.weight_files import check_weight_files
+from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
@@ -29,10 +28,9 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Opened", "check_weights", "find_graph", "open_graph", "open_prefill"]
+__all__ = ["Opened", "find_graph", "open_graph", "open_prefill"]
 
 GRAPH = "model.onnx"
-_HEADER_LIMIT = 100_000_000
 _AGAIN = "export it again"
 _QUIET = 4  # what goes wrong is an exception, and told once
 
@@ -89,28 +87,6 @@ def find_graph(model: str | os.PathLike[str]) -> Path:
     return path
 
 
-def check_weights(contract: Contract, folder: Path) -> None:
-    """Compare size and header of every weight file with the contract.
-
-    Raises:
-        NotFoundError: a file is missing.
-        MalformedError: a name that leads out of the folder.
-        ProofError: another file than the graph was made for.
-    """
-    for weight in contract.weights:
-        if not is_safe_name(weight.name):
-            raise MalformedError(f"the graph names the weight file '{show(weight.name)}'", file=folder)
-        file = open_file(folder / weight.name)
-        hint = "the graph was made for another file; export it again"
-        if file.size != weight.size:
-            raise ProofError(f"{file.size} bytes, not {weight.size}", file=file.path, hint=hint)
-        length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
-        if length > min(_HEADER_LIMIT, file.size - 8):
-            raise ProofError("not a safetensors file", file=file.path, hint=hint)
-        if xxhash.xxh3_128(file.read(0, 8 + length)).hexdigest() != weight.header:
-            raise ProofError("its header is not the one the graph was made for", file=file.path, hint=hint)
-
-
 def open_graph(
     model: str | os.PathLike[str],
     *,
@@ -144,7 +120,7 @@ def open_graph(
     contract = from_metadata(read_metadata(path), path)
     folder = path.parent if weights is None else Path(weights)
     if contract is not None:
-        check_weights(contract, folder)
+        check_weight_files(contract.weights, folder)
     memory = _memory(device, contract)
     recorded = cuda_graph and memory.device == "cuda" and (contract is None or contract.cache == "shared")
     session = _session(
