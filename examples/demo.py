@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -51,12 +52,12 @@ class Judged:
 def surgery(*words: str, show: bool = True) -> str:
     """Run the command; its output goes to the screen (``show``) or comes back."""
     if show:
-        print(f"\n$ surgery {' '.join(words)}", flush=True)
+        print(f"\n$ surgery {shlex.join(words)}", flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "surgery_cli", *words], stdout=None if show else subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        raise DemoError(f"'surgery {' '.join(words)}' ended with exit code {done.returncode}")
+        raise DemoError(f"'surgery {shlex.join(words)}' ended with exit code {done.returncode}")
     return done.stdout or ""
 
 
