@@ -25,7 +25,7 @@ SHAPES = {"150M": Shape(1024, 8, 16, 4, 2816, 64128), "1.24B": LARGE}
 HUGE = "70B"
 CALL = """
 import sys, time, onnx, numpy
-from surgery.onnx.export import export_onnx
+from surgery.verbs.export_onnx import export_onnx
 began = time.perf_counter()
 result = export_onnx(sys.argv[1], output=sys.argv[1], target=sys.argv[2], weights="reference")
 print("written", result.nbytes)
@@ -76,7 +76,7 @@ def main() -> None:
             base = work / name
             if name == HUGE:
                 sys.path.insert(0, str(ROOT))
-                from tests.header_only import llama
+                from tests.support.header_only import llama
 
                 llama(base, "70b", tied=False)
             else:
@@ -147,7 +147,7 @@ CHECK = """
 import sys
 import numpy as np, onnxruntime as ort, torch
 from surgery.reference import forward, open_reference
-from surgery_formats.checkpoint import open_checkpoint
+from surgery_formats.models.checkpoint import open_checkpoint
 base = sys.argv[1]
 ids = np.array([[5, 17, 3, 88, 42, 9]])
 options = ort.SessionOptions()

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from surgery.onnx.export import export_onnx
-from tests.onnx import trained
+from surgery.verbs.export_onnx import export_onnx
 from tests.oracles import recipes
+from tests.support import trained
 
 IDS = [5, 17, 3, 88, 42, 9, 61]
 STEPS = 10

@@ -33,11 +33,11 @@ from onnx_gpu_right import right
 from onnx_gpu_run import CACHE, PROMPT, VIRTUAL, Run, tables
 from shapes import LARGE, Shape, write_adapter
 
-from surgery.merge import merge
-from surgery.onnx.adapter_file import write_adapter_file
-from surgery.onnx.export import export_onnx
+from surgery.onnx.graph.target import OperatorSet
+from surgery.onnx.run.adapter_file import write_adapter_file
 from surgery.onnx.run.decoder import text_past
-from surgery.onnx.target import Target
+from surgery.verbs.export_onnx import export_onnx
+from surgery.verbs.merge import merge
 
 STEPS = 300
 SMALL = Shape(256, 2, 4, 2, 512, 2048)  # for a rehearsal: --small
@@ -52,7 +52,7 @@ class Variant:
     """A way to run the base that may be faster: other operators, or other settings of onnxruntime."""
 
     name: str
-    target: Callable[[Target], Target] = lambda target: target
+    target: Callable[[OperatorSet], OperatorSet] = lambda target: target
     session: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -138,7 +138,7 @@ def core(run: Run, dtype: str) -> None:
 def variants(run: Run, dtype: str) -> None:
     """Every variant in one process, in turns."""
     folder, sides = run.work / dtype, {}
-    graphs: dict[Target, Path] = {}
+    graphs: dict[OperatorSet, Path] = {}
     for variant in VARIANTS:
         target = variant.target(run.target)
         try:

@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 from shapes import LINEAR, Shape
 
-from surgery.onnx.adapter_file import write_adapter_file
-from surgery.onnx.build import Options, build
-from surgery.onnx.contract import Contract
-from surgery.onnx.target import Target
-from surgery_formats.checkpoint import open_checkpoint
+from surgery.onnx.graph.build import GraphOptions, build
+from surgery.onnx.graph.contract import Contract
+from surgery.onnx.graph.target import OperatorSet
+from surgery.onnx.run.adapter_file import write_adapter_file
+from surgery_formats.containers.safetensors import layout
 from surgery_formats.dtypes import DType
-from surgery_formats.files.safetensors import layout
+from surgery_formats.models.checkpoint import open_checkpoint
 
 EIGHT_B = Shape(4096, 32, 32, 8, 14336, 128256)
 ALIGNMENT = 4096
@@ -54,13 +54,13 @@ def write_model(shape: Shape, folder: Path, dtype: str, seed: int = 0) -> None:
 
 
 def export(
-    folder: Path, name: str, target: Target, dtype: str, slots: bool = False, shape: Shape | None = None
+    folder: Path, name: str, target: OperatorSet, dtype: str, slots: bool = False, shape: Shape | None = None
 ) -> tuple[Path, Contract]:
     """A graph beside the weights."""
     slotted = frozenset(
         f"model.layers.{layer}.{module}.weight" for layer in range(shape.layers if shape else 0) for module in LINEAR
     )
-    options = Options(target, NUMPY[dtype][0], prefill=False, slotted=slotted if slots else frozenset())
+    options = GraphOptions(target, NUMPY[dtype][0], prefill=False, slotted=slotted if slots else frozenset())
     built = build(open_checkpoint(folder).main, options)
     path = folder / name
     path.write_bytes(built.graphs["model.onnx"].SerializeToString())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from surgery.onnx.bench import Bound, bind
+from surgery.verbs.bench import Bound, bind
 
 STEPS = 20
 

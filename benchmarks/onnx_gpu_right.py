@@ -11,7 +11,7 @@ import torch  # isort: skip
 import numpy as np
 from onnx_gpu_run import Run
 
-from surgery.onnx.bench import Bound
+from surgery.verbs.bench import Bound
 
 __all__ = ["right"]
 

@@ -15,9 +15,9 @@ import torch  # isort: skip  # before onnxruntime, which then uses the CUDA libr
 import numpy as np
 from shapes import Shape
 
-from surgery.onnx.bench import Bound, bind, floor_seconds, measure_all, step_nbytes
-from surgery.onnx.target import TARGETS, Target
-from surgery.onnx.timing import Timing, compare
+from surgery.onnx.graph.target import TARGETS, OperatorSet
+from surgery.onnx.run.timing import Timing, compare
+from surgery.verbs.bench import Bound, bind, floor_seconds, measure_all, step_nbytes
 
 __all__ = ["CACHE", "PROMPT", "VIRTUAL", "Run", "tables"]
 
@@ -42,7 +42,7 @@ class Run:
         self.ahead: list[int] = np.random.default_rng(2).integers(3, shape.vocabulary, VIRTUAL).tolist()
 
     @property
-    def target(self) -> Target:
+    def target(self) -> OperatorSet:
         return TARGETS["cuda" if self.device == "cuda" else "cpu"]
 
     def part(self, name: str, work: Callable[[], None]) -> None:

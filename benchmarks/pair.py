@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from shapes import Shape, describe, shards_of
 
+from surgery_formats.containers.safetensors import layout
 from surgery_formats.dtypes import DType
-from surgery_formats.files.safetensors import layout
-from surgery_formats.tensors import as_bytes
+from surgery_formats.tensors.tensor import as_bytes
 
 _RANK = 16
 _LOW, _NOISE = 2e-3, 4e-4

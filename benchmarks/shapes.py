@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from surgery_formats.containers.safetensors import layout
 from surgery_formats.dtypes import DType
-from surgery_formats.files.safetensors import layout
 
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEAR += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -21,8 +21,8 @@ from measure import versions
 
 from surgery_formats.linalg.svd import truncated_svd
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "linalg"))
-from spectra import made  # matrices of known spectra are the tests'
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from tests.support.spectra import made  # matrices of known spectra are the tests'
 
 KINDS = {
     "fast": "exponential, 1e-6 at the end",

@@ -7,60 +7,58 @@ Each verb of the command ``surgery`` is a function here of the same name; import
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from surgery._version import __version__
 
 if TYPE_CHECKING:
-    from surgery.catalogue import Catalogue, catalogue
-    from surgery.combine import CombineResult, combine
-    from surgery.convert import ConvertResult, convert
-    from surgery.diff import diff
-    from surgery.diff_adapters import AdapterDiff
-    from surgery.diff_checkpoints import CheckpointDiff
-    from surgery.environment import EnvironmentReport, environment
-    from surgery.extract import ExtractResult, extract_lora
-    from surgery.inspect import AdapterReport, CheckpointReport, inspect
-    from surgery.merge import MergeResult, merge
-    from surgery.onnx.bench import BenchResult, bench
-    from surgery.onnx.export import ExportResult, export_onnx
-    from surgery.onnx.run.text import RunResult, run
-    from surgery.resize import resize
-    from surgery.savings import SavingsReport, report
-    from surgery.verify import Verification, verify
+    from surgery.comparison.adapters import AdapterDiff
+    from surgery.comparison.checkpoints import CheckpointDiff
+    from surgery.verbs.bench import BenchResult, bench
+    from surgery.verbs.combine import CombineResult, combine
+    from surgery.verbs.convert import ConvertResult, convert
+    from surgery.verbs.diff import diff
+    from surgery.verbs.env import EnvironmentReport, env
+    from surgery.verbs.export_onnx import ExportResult, export_onnx
+    from surgery.verbs.extract_lora import ExtractResult, extract_lora
+    from surgery.verbs.formats import Catalogue, formats
+    from surgery.verbs.inspect import AdapterReport, CheckpointReport, inspect
+    from surgery.verbs.merge import MergeResult, merge
+    from surgery.verbs.report import SavingsReport, report
+    from surgery.verbs.resize import resize
+    from surgery.verbs.run import RunResult, run
+    from surgery.verbs.verify import Verification, verify
 
 _HOMES = {
-    "AdapterReport": "surgery.inspect",
-    "Catalogue": "surgery.catalogue",
-    "CheckpointReport": "surgery.inspect",
-    "EnvironmentReport": "surgery.environment",
-    "SavingsReport": "surgery.savings",
-    "catalogue": "surgery.catalogue",
-    "environment": "surgery.environment",
-    "inspect": "surgery.inspect",
-    "report": "surgery.savings",
-    "MergeResult": "surgery.merge",
-    "merge": "surgery.merge",
-    "ConvertResult": "surgery.convert",
-    "convert": "surgery.convert",
-    "AdapterDiff": "surgery.diff_adapters",
-    "CheckpointDiff": "surgery.diff_checkpoints",
-    "CombineResult": "surgery.combine",
-    "combine": "surgery.combine",
-    "diff": "surgery.diff",
-    "resize": "surgery.resize",
-    "ExtractResult": "surgery.extract",
-    "extract_lora": "surgery.extract",
-    "BenchResult": "surgery.onnx.bench",
-    "ExportResult": "surgery.onnx.export",
-    "RunResult": "surgery.onnx.run.text",
-    "bench": "surgery.onnx.bench",
-    "export_onnx": "surgery.onnx.export",
-    "run": "surgery.onnx.run.text",
-    "Verification": "surgery.verify",
-    "verify": "surgery.verify",
+    "AdapterReport": "surgery.verbs.inspect",
+    "Catalogue": "surgery.verbs.formats",
+    "CheckpointReport": "surgery.verbs.inspect",
+    "EnvironmentReport": "surgery.verbs.env",
+    "SavingsReport": "surgery.verbs.report",
+    "formats": "surgery.verbs.formats",
+    "env": "surgery.verbs.env",
+    "inspect": "surgery.verbs.inspect",
+    "report": "surgery.verbs.report",
+    "MergeResult": "surgery.verbs.merge",
+    "merge": "surgery.verbs.merge",
+    "ConvertResult": "surgery.verbs.convert",
+    "convert": "surgery.verbs.convert",
+    "AdapterDiff": "surgery.comparison.adapters",
+    "CheckpointDiff": "surgery.comparison.checkpoints",
+    "CombineResult": "surgery.verbs.combine",
+    "combine": "surgery.verbs.combine",
+    "diff": "surgery.verbs.diff",
+    "resize": "surgery.verbs.resize",
+    "ExtractResult": "surgery.verbs.extract_lora",
+    "extract_lora": "surgery.verbs.extract_lora",
+    "BenchResult": "surgery.verbs.bench",
+    "ExportResult": "surgery.verbs.export_onnx",
+    "RunResult": "surgery.verbs.run",
+    "bench": "surgery.verbs.bench",
+    "export_onnx": "surgery.verbs.export_onnx",
+    "run": "surgery.verbs.run",
+    "Verification": "surgery.verbs.verify",
+    "verify": "surgery.verbs.verify",
 }
 
 __all__ = [
@@ -81,13 +79,13 @@ __all__ = [
     "Verification",
     "__version__",
     "bench",
-    "catalogue",
     "combine",
     "convert",
     "diff",
-    "environment",
+    "env",
     "export_onnx",
     "extract_lora",
+    "formats",
     "inspect",
     "merge",
     "report",
@@ -95,21 +93,6 @@ __all__ = [
     "run",
     "verify",
 ]
-
-
-class _Verbs(ModuleType):
-    """Keeps a verb from being hidden by the module of the same name.
-
-    Importing ``surgery.merge`` makes the import system set that module as the attribute ``merge`` of this package; the
-    attribute has to stay the function. ``from surgery.merge import ...`` finds the module all the same.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _HOMES or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Verbs
 
 
 def __getattr__(name: str) -> Any:

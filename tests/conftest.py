@@ -11,8 +11,8 @@ import pytest
 @pytest.fixture
 def llama(tmp_path: Path) -> tuple[Path, Path]:
     """A tiny base and its full fine-tune."""
-    from tests.extractions import everything, tune  # they import PEFT, which most tests do without
     from tests.oracles import models
+    from tests.support.extractions import everything, tune  # they import PEFT, which most tests do without
 
     base = models.build_base("llama", tmp_path / "base")
     return base, tune(base, tmp_path / "tuned", everything)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError
-from tests.kit import make_base, make_lora
+from tests.support.kit import make_base, make_lora
 
 
 def model(folder: Path, tensors: dict[str, torch.Tensor], *, pickled: bool = False, **config: Any) -> Path:
@@ -169,7 +169,7 @@ def test_small_blocks_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     """Real matrices are many blocks; test models are one."""
     base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
     surgery.merge(base, lora, output=tmp_path / "one")
-    monkeypatch.setattr("surgery.arithmetic.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("surgery.engine.arithmetic.BLOCK_ELEMENTS", 100)
     surgery.merge(base, lora, output=tmp_path / "many")
     one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
     assert all(torch.equal(one[name], many[name]) for name in one)

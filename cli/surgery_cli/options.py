@@ -63,7 +63,7 @@ def _store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
 
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
-        from surgery import __version__
+        from surgery._version import __version__
 
         click.echo(f"surgery {__version__}")
         ctx.exit()

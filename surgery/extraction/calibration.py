@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.extraction.factor import Factored, Place, Scratch
+from surgery.extraction.factor import Factored, ScratchFile, ScratchSlot
 from surgery.extraction.kind import CalibrationFacts
 from surgery.extraction.lanes import in_threads
-from surgery.extraction.plan import Forms, Kept
-from surgery.extraction.sites import Spot, Unit
+from surgery.extraction.plan import DenseTensor, StoragePlan
+from surgery.extraction.sites import LowRankTarget, TunedParameter
+from surgery_formats.containers.sharded import open_shards
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.raw import File
-from surgery_formats.files.sharded import open_shards
-from surgery_formats.identity import fingerprint
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.models.identity import fingerprint
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import closest, show
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ class Calibration:
     modules: Mapping[str, Mapping[str, StoredTensor]]
     id: str
 
-    def of(self, unit: Unit) -> Mapping[str, StoredTensor] | None:
+    def of(self, unit: LowRankTarget) -> Mapping[str, StoredTensor] | None:
         """What the file says of a unit."""
         names = (unit.path.rpartition(".")[0], unit.names[0].rpartition(".")[0])
         return next((self.modules[name] for name in names if name in self.modules), None)
 
-    def unused(self, units: Iterable[Unit]) -> tuple[str, ...]:
+    def unused(self, units: Iterable[LowRankTarget]) -> tuple[str, ...]:
         """Modules of the file that none of `units` is."""
         used = {id(parts) for unit in units if (parts := self.of(unit)) is not None}
         return tuple(module for module, parts in self.modules.items() if id(parts) not in used)
@@ -91,19 +91,19 @@ class Calibrated:
 
     facts: Mapping[str, CalibrationFacts]
     factored: Mapping[str, Factored]
-    shifts: Mapping[str, Place]
+    shifts: Mapping[str, ScratchSlot]
 
-    def into(self, forms: Forms, spots: Iterable[Spot]) -> None:
+    def into(self, forms: StoragePlan, spots: Iterable[TunedParameter]) -> None:
         """Put the shifted biases among what is stored."""
         by_path = {spot.path: spot for spot in spots}
         for path, place in self.shifts.items():
             spot = by_path[path]
             forms.kept = [kept for kept in forms.kept if kept.path != path]
-            forms.kept.append(Kept(path, spot.pair.tuned, "bias", spot.pair.name, shift=partial(_row, place)))
+            forms.kept.append(DenseTensor(path, spot.pair.tuned, "bias", spot.pair.name, shift=partial(_row, place)))
             forms.dropped.pop(spot.pair.name, None)
 
 
-def _row(place: Place) -> torch.Tensor:
+def _row(place: ScratchSlot) -> torch.Tensor:
     return place.scratch.get(place)[0]
 
 
@@ -140,7 +140,7 @@ def open_calibration(path: str | os.PathLike[str]) -> Calibration:
 
 
 def check_modules(
-    calibration: Calibration, spots: Iterable[Spot], units: Iterable[Unit], shared: Iterable[str]
+    calibration: Calibration, spots: Iterable[TunedParameter], units: Iterable[LowRankTarget], shared: Iterable[str]
 ) -> None:
     """Every module of the file is one of the model's, and of its size.
 
@@ -183,11 +183,11 @@ def check_modules(
 
 def calibrate(
     calibration: Calibration,
-    forms: Forms,
-    spots: Iterable[Spot],
+    forms: StoragePlan,
+    spots: Iterable[TunedParameter],
     factored: Mapping[str, Factored],
     ranks: Mapping[str, int],
-    scratch: Scratch,
+    scratch: ScratchFile,
     device: str,
     workers: int,
     *,
@@ -212,9 +212,9 @@ def calibrate(
     known = {spot.path: spot for spot in spots if spot.form == "bias" and spot.pair.grown == 0}
     stored = {kept.path for kept in forms.kept if kept.via != "bias"}
     free = {path for path in known if path not in stored} if biases else set()
-    made: dict[str, _Made] = {}
+    made: dict[str, _CalibratedFactors] = {}
 
-    def work(unit: Unit, parts: Mapping[str, StoredTensor], stop: Callable[[], bool]) -> None:
+    def work(unit: LowRankTarget, parts: Mapping[str, StoredTensor], stop: Callable[[], bool]) -> None:
         if not stop():
             bias = f"{unit.path.rpartition('.')[0]}.bias"
             made[unit.path] = _weighted(
@@ -232,11 +232,11 @@ def calibrate(
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _CalibratedFactors:
     facts: CalibrationFacts
     factored: Factored | None
     bias: str
-    shift: Place | None
+    shift: ScratchSlot | None
 
 
 def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
@@ -273,14 +273,14 @@ def _inputs(stored: StoredTensor, *, judging: bool | None = None) -> Iterator[to
 
 
 def _weighted(
-    unit: Unit,
+    unit: LowRankTarget,
     parts: Mapping[str, StoredTensor],
     plain: Factored,
     rank: int,
-    scratch: Scratch,
+    scratch: ScratchFile,
     device: str,
     bias: str,
-) -> _Made:
+) -> _CalibratedFactors:
     from surgery_formats.linalg.whitening import output_energy, weighted_factors
 
     try:
@@ -306,7 +306,7 @@ def _weighted(
     kept = other if better else rest
     shift = None if away is None else scratch.put((kept.double() @ away)[None])
     if not better:
-        return _Made(facts, None, bias, shift)
+        return _CalibratedFactors(facts, None, bias, shift)
     (piece,) = plain.pieces
     missing, best = float(other.double().square().sum()), piece.residual(rank)
     values = tuple((B.norm(dim=0) * A.norm(dim=1)).tolist())
@@ -314,4 +314,4 @@ def _weighted(
     places = scratch.put(B.T), scratch.put(A)
     new = replace(piece, left=places[0], right=places[1], values=values, rest=missing, bound=max(bound, 1.0), fold=1.0)
     new = replace(new, left_energy=None)
-    return _Made(facts, Factored(unit, (new,)), bias, shift)
+    return _CalibratedFactors(facts, Factored(unit, (new,)), bias, shift)

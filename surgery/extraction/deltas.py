@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.lenses import Plain
+from surgery_formats.storage.plain import Plain
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BLOCK_ELEMENTS", "Delta", "Stored", "Strip"]
+__all__ = ["BLOCK_ELEMENTS", "Delta", "StoredDelta", "Strip"]
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements per block, 2 MB of float32. Fixed, so that sums depend on nothing else."""
@@ -90,9 +90,9 @@ class Delta:
         return made.T.contiguous() if self.transposed else made
 
     @property
-    def stored(self) -> Stored:
+    def stored(self) -> StoredDelta:
         """As the files have it."""
-        return Stored(self)
+        return StoredDelta(self)
 
     @property
     def numel(self) -> int:
@@ -101,7 +101,7 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredDelta:
     """A difference in the orientation of its files, read again at every use (`surgery_formats.linalg.matrix.MatrixSource`)."""
 
     delta: Delta

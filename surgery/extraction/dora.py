@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 
 from surgery.extraction.deltas import Delta, Strip
-from surgery.extraction.factor import Factored, Piece, Place, Scratch
+from surgery.extraction.factor import Factored, Piece, ScratchFile, ScratchSlot
 from surgery.extraction.kind import Kind, KindFacts
 from surgery.extraction.lanes import in_threads
 from surgery.extraction.noise import at_rows, read_rows, sample_runs
 from surgery.extraction.scan import HELD
-from surgery.extraction.sites import Unit
+from surgery.extraction.sites import LowRankTarget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.dora import Alternated, Fitted, HeldPair, PairSource, alternate, best_columns, row_share
-from surgery_formats.linalg.kept import Kept
 from surgery_formats.linalg.noise import survival
+from surgery_formats.linalg.survival import Survival
 
 __all__ = ["Decision", "Magnitude", "decide", "kept_lora"]
 
@@ -51,8 +51,8 @@ class Magnitude:
         rounding: Energy that PEFT's rounding of norms adds where the model is loaded in its stored type.
     """
 
-    values: Place
-    gains: Place
+    values: ScratchSlot
+    gains: ScratchSlot
     per_row: bool
     size: float
     rounding: float
@@ -81,21 +81,21 @@ class Decision:
     facts: KindFacts
     factored: Mapping[str, Factored] = field(default_factory=dict)
     magnitudes: Mapping[str, Magnitude] = field(default_factory=dict)
-    kept: Mapping[str, Kept] = field(default_factory=dict)
+    kept: Mapping[str, Survival] = field(default_factory=dict)
 
 
-def kept_lora(why: str, kept: Mapping[str, Kept] | None = None, **figures: float) -> Decision:
+def kept_lora(why: str, kept: Mapping[str, Survival] | None = None, **figures: float) -> Decision:
     """A LoRA, for a reason."""
     return Decision(KindFacts("lora", why, **figures), kept=kept or {})
 
 
 def decide(
     kind: Kind,
-    units: Sequence[Unit],
+    units: Sequence[LowRankTarget],
     factored: Mapping[str, Factored],
     ranks: Mapping[str, int],
     lora_ranks: Mapping[str, int],
-    scratch: Scratch,
+    scratch: ScratchFile,
     device: str,
     workers: int,
     tuned: Path,
@@ -124,7 +124,7 @@ def decide(
             raise FitError(f"no DoRA can be made: {reason}", file=tuned, hint="--kind lora")
         return kept_lora(reason)
     lora = _relative(able, factored, (factored[unit.path].residual(lora_ranks[unit.path]) for unit in able))
-    share, kept = math.nan, dict[str, Kept]()
+    share, kept = math.nan, dict[str, Survival]()
     if kind == "auto":
         share, kept = _row_share(able, factored, lora_ranks, workers)
         if share < _WORTH_A_LOOK:
@@ -159,7 +159,7 @@ def decide(
     )
 
 
-def _obstacle(units: Sequence[Unit], able: Sequence[Unit]) -> str:
+def _obstacle(units: Sequence[LowRankTarget], able: Sequence[LowRankTarget]) -> str:
     if not able:
         return "no linear layer or convolution becomes factors"
     if experts := [unit.path for unit in units if unit.form == "experts"]:
@@ -167,22 +167,22 @@ def _obstacle(units: Sequence[Unit], able: Sequence[Unit]) -> str:
     return ""
 
 
-def _relative(units: Iterable[Unit], factored: Mapping[str, Factored], left: Iterable[float]) -> float:
+def _relative(units: Iterable[LowRankTarget], factored: Mapping[str, Factored], left: Iterable[float]) -> float:
     energy = math.fsum(factored[unit.path].energy for unit in units)
     return math.sqrt(max(math.fsum(left), 0.0) / energy) if energy else 0.0
 
 
 def _row_share(
-    units: Sequence[Unit], factored: Mapping[str, Factored], ranks: Mapping[str, int], workers: int
-) -> tuple[float, dict[str, Kept]]:
+    units: Sequence[LowRankTarget], factored: Mapping[str, Factored], ranks: Mapping[str, int], workers: int
+) -> tuple[float, dict[str, Survival]]:
     """Share of what the LoRA leaves that lies along the rows that it makes, from some rows of each matrix.
 
     Where these are stored rows, what a merge of the LoRA would keep of them is told too: the noise report looks at the same.
     """
     shares: dict[str, float] = {}
-    kept: dict[str, Kept] = {}
+    kept: dict[str, Survival] = {}
 
-    def work(unit: Unit, stop: Callable[[], bool]) -> None:
+    def work(unit: LowRankTarget, stop: Callable[[], bool]) -> None:
         if stop():
             return
         left, right = factored[unit.path].factors(0, ranks[unit.path])
@@ -212,7 +212,7 @@ def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.T
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredRows:
     """A pair read when asked; satisfies `surgery_formats.linalg.dora.PairSource`."""
 
     strip: Strip
@@ -233,37 +233,37 @@ class _Stored:
 def _pair(delta: Delta) -> PairSource:
     """As it lies in the files, or turned and held where the files hold its transpose."""
     (strip,) = delta.strips  # only experts have several
-    stored = _Stored(strip)
+    stored = _StoredRows(strip)
     return _held(stored, turned=True) if delta.transposed else stored
 
 
-def _held(pair: _Stored, *, turned: bool) -> HeldPair:
+def _held(pair: _StoredRows, *, turned: bool) -> HeldPair:
     base, tuned = pair.rows(0, pair.shape[0])
     return HeldPair(base.T.contiguous(), tuned.T.contiguous()) if turned else HeldPair(base, tuned)
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _DoraCandidate:
     factored: Factored
     magnitude: Magnitude
 
 
 def _alternated(
-    units: Sequence[Unit],
+    units: Sequence[LowRankTarget],
     ranks: Mapping[str, int],
     device: str,
     workers: int,
-    scratch: Scratch,
+    scratch: ScratchFile,
     factored: Mapping[str, Factored],
-) -> dict[str, _Made]:
-    found: dict[str, _Made] = {}
+) -> dict[str, _DoraCandidate]:
+    found: dict[str, _DoraCandidate] = {}
 
-    def work(unit: Unit, stop: Callable[[], bool]) -> None:
+    def work(unit: LowRankTarget, stop: Callable[[], bool]) -> None:
         if stop():
             return
         delta = unit.deltas[0]
         pair = _pair(delta)
-        if isinstance(pair, _Stored) and math.prod(pair.shape) <= HELD["cpu"]:
+        if isinstance(pair, _StoredRows) and math.prod(pair.shape) <= HELD["cpu"]:
             pair = _held(pair, turned=False)
         try:
             made = alternate(pair, ranks[unit.path], device=device)
@@ -279,22 +279,22 @@ def _file(delta: Delta) -> Path:
     return delta.strips[0].tuned.tensor.file.path
 
 
-def _stored(unit: Unit, made: Alternated, lora: Factored, scratch: Scratch) -> _Made:
+def _stored(unit: LowRankTarget, made: Alternated, lora: Factored, scratch: ScratchFile) -> _DoraCandidate:
     left = scratch.put(made.B.T)
     right = scratch.put(made.A)
     # the square roots of the singular values are in the factors' lengths; they are known to be all that is kept
     values = tuple((made.B.norm(dim=0) * made.A.norm(dim=1)).tolist())
     piece = Piece(left, right, values, lora.energy, made.residual**2, 1.0, lora.pieces[0].edge)
-    return _Made(Factored(unit, (piece,)), _magnitude(unit, made, made.size, scratch))
+    return _DoraCandidate(Factored(unit, (piece,)), _magnitude(unit, made, made.size, scratch))
 
 
-def _magnitude(unit: Unit, found: Alternated | Fitted, size: float, scratch: Scratch) -> Magnitude:
+def _magnitude(unit: LowRankTarget, found: Alternated | Fitted, size: float, scratch: ScratchFile) -> Magnitude:
     step = _NORM_ROUNDING.get(unit.deltas[0].strips[0].base.tensor.dtype, 0.0)
     places = scratch.put(found.magnitude[None]), scratch.put(found.gain[None])
     return Magnitude(*places, unit.form != "embedding", size, (step * size) ** 2)
 
 
-def _equal(lora: Factored, rank: int, made: _Made) -> float:
+def _equal(lora: Factored, rank: int, made: _DoraCandidate) -> float:
     """Least energy that a LoRA could leave with the DoRA's numbers: part of the next direction, at most as large as the last known."""
     (piece,) = lora.pieces
     following = piece.values[rank : rank + 1] or piece.values[-1:]
@@ -302,11 +302,11 @@ def _equal(lora: Factored, rank: int, made: _Made) -> float:
     return max(piece.residual(rank) - more * math.fsum(value * value for value in following), 0.0)
 
 
-def _beside(unit: Unit, lora: Factored, rank: int, scratch: Scratch) -> _Made:
+def _beside(unit: LowRankTarget, lora: Factored, rank: int, scratch: ScratchFile) -> _DoraCandidate:
     """An embedding's factors as they are, and the best lengths of its columns."""
     left, right = lora.factors(0, rank)
     (piece,) = lora.pieces
-    fitted = best_columns(_Stored(unit.deltas[0].strips[0]), left, right)
+    fitted = best_columns(_StoredRows(unit.deltas[0].strips[0]), left, right)
     places = scratch.put(left.T), scratch.put(right)
     kept = Piece(*places, piece.values[:rank], lora.energy, fitted.residual**2, piece.bound, piece.edge)
-    return _Made(Factored(unit, (kept,)), _magnitude(unit, fitted, 0.0, scratch))
+    return _DoraCandidate(Factored(unit, (kept,)), _magnitude(unit, fitted, 0.0, scratch))

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Literal
 
 import xxhash
 
-from surgery.extraction.sites import Unit
+from surgery.extraction.sites import LowRankTarget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ResourceError
-from surgery_formats.tensors import as_bytes
+from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from surgery_formats.linalg.matrix import MatrixSource
 
-__all__ = ["Criterion", "Factored", "Piece", "Plan", "Scratch", "digest", "factorise"]
+__all__ = ["Criterion", "Factored", "Piece", "ScratchFile", "StoredFactorSpec", "digest", "factorise"]
 
 _FINE = 1e-3
 """Relative residual below which float32 cannot measure it."""
@@ -61,7 +61,7 @@ class Criterion:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StoredFactorSpec:
     """How the factors of a matrix will be written, where it is known when they are made.
 
     Attributes:
@@ -81,7 +81,7 @@ class Plan:
         return (factor[: self.rank] * self.fold).to(self.dtype.torch).to(torch.float32)
 
 
-class Scratch:
+class ScratchFile:
     """Float32 matrices in a nameless file beside the output: the kernel removes it whatever happens. Any thread may use it."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -94,7 +94,7 @@ class Scratch:
         self._end = 0
         self._lock = threading.Lock()
 
-    def put(self, values: torch.Tensor) -> Place:
+    def put(self, values: torch.Tensor) -> ScratchSlot:
         """Store a matrix."""
         import torch
 
@@ -105,9 +105,9 @@ class Scratch:
         done = 0
         while done < len(raw):
             done += os.pwrite(self._file.fileno(), raw[done:], at + done)
-        return Place(self, at, (kept.shape[0], kept.shape[1]), digest(kept))
+        return ScratchSlot(self, at, (kept.shape[0], kept.shape[1]), digest(kept))
 
-    def get(self, place: Place) -> torch.Tensor:
+    def get(self, place: ScratchSlot) -> torch.Tensor:
         """Read it back."""
         import torch
 
@@ -123,7 +123,7 @@ class Scratch:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ScratchSlot:
     """Where a matrix lies in the scratch file.
 
     Attributes:
@@ -133,7 +133,7 @@ class Place:
         digest: Of its values when they were put there.
     """
 
-    scratch: Scratch
+    scratch: ScratchFile
     offset: int
     shape: tuple[int, int]
     digest: str
@@ -161,8 +161,8 @@ class Piece:
             are not yet those that will be written.
     """
 
-    left: Place
-    right: Place
+    left: ScratchSlot
+    right: ScratchSlot
     values: tuple[float, ...]
     total: float
     rest: float
@@ -187,7 +187,7 @@ class Piece:
 class Factored:
     """A unit and its factorised matrices."""
 
-    unit: Unit
+    unit: LowRankTarget
     pieces: tuple[Piece, ...]
 
     @property
@@ -228,13 +228,13 @@ def factorise(
     criterion: Criterion,
     rank: int | None,
     strips: Sequence[int],
-    scratch: Scratch,
+    scratch: ScratchFile,
     device: torch.device,
     *,
     energies: Sequence[float],
     moved: bool,
     edge: float,
-    plan: Plan | None,
+    plan: StoredFactorSpec | None,
     transposed: bool,
 ) -> Piece:
     """Factors of one matrix, and what is left of it beside what will be written of them.

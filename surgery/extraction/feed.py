@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from surgery_formats.lenses import Plain
-from surgery_formats.tensors import as_bytes
+from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ class Direct:
             yield Rows(at, one[:count], other[:count])
 
 
-class _Buffer:
+class _PinnedBuffer:
     """Page-locked bytes, and the copy that last read them."""
 
     def __init__(self, device: torch.device) -> None:
@@ -111,9 +111,9 @@ class Staged:
 
     def __init__(self, device: torch.device, readers: int, buffers: int) -> None:
         self._device = device
-        self._free: queue.Queue[_Buffer] = queue.Queue()
+        self._free: queue.Queue[_PinnedBuffer] = queue.Queue()
         for _ in range(buffers):
-            self._free.put(_Buffer(device))
+            self._free.put(_PinnedBuffer(device))
         self._pool = ThreadPoolExecutor(readers, "surgery-read")
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class Staged:
     def _fill(self, sides: list[tuple[Plain, torch.Tensor]], start: int, seen: Seen | None) -> None:
         """Both sides by turns, so that none waits for the whole of the other."""
         wanted = deque(_chunks(sides, start))
-        running: deque[tuple[Future[None], _Buffer, _Chunk]] = deque()
+        running: deque[tuple[Future[None], _PinnedBuffer, _ReadRange]] = deque()
         try:
             while wanted or running:
                 # Whoever has nothing under way may wait for a buffer; whoever has, frees one first. So nobody waits in a circle.
@@ -160,14 +160,14 @@ class Staged:
                     future.exception()
                 self._free.put(buffer)
 
-    def _take(self, *, wait: bool) -> _Buffer | None:
+    def _take(self, *, wait: bool) -> _PinnedBuffer | None:
         try:
             return self._free.get(block=wait)
         except queue.Empty:
             return None
 
 
-class _Chunk(NamedTuple):
+class _ReadRange(NamedTuple):
     """Bytes of one side, their offset in its tensor, and where they go."""
 
     side: Plain
@@ -175,7 +175,7 @@ class _Chunk(NamedTuple):
     place: torch.Tensor
 
 
-def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[_Chunk]:
+def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[_ReadRange]:
     import torch
 
     flat = [
@@ -185,10 +185,10 @@ def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[_Ch
     for at in range(0, max(len(place) for _, _, place in flat), _CHUNK):
         for side, offset, place in flat:
             if at < len(place):
-                yield _Chunk(side, offset + at, place[at : at + _CHUNK])
+                yield _ReadRange(side, offset + at, place[at : at + _CHUNK])
 
 
-def _read(buffer: _Buffer, chunk: _Chunk) -> None:
+def _read(buffer: _PinnedBuffer, chunk: _ReadRange) -> None:
     buffer.wait()
     tensor, into = chunk.side.tensor, buffer.bytes[: chunk.place.numel()]
     if tensor.strides is None and tensor.shape:

@@ -10,38 +10,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery import __version__
+from surgery._version import __version__
 from surgery.extraction.calibration import Calibrated, Calibration, calibrate
 from surgery.extraction.dora import Decision, decide, kept_lora
-from surgery.extraction.factor import Factored, Plan, Scratch
+from surgery.extraction.factor import Factored, ScratchFile, StoredFactorSpec
 from surgery.extraction.kind import CalibrationTotals, Kind
 from surgery.extraction.ledger import ExtractResult
 from surgery.extraction.noise import NoiseReport, noise_report
 from surgery.extraction.pairs import differing_settings
-from surgery.extraction.plan import Forms, Options, kept_size, settle
-from surgery.extraction.ranks import Wanted, ranks_of
+from surgery.extraction.plan import StorageOptions, StoragePlan, kept_size, plan_storage
+from surgery.extraction.ranks import RankGoal, ranks_of
 from surgery.extraction.rows import check_losses, rows_of
-from surgery.extraction.scan import Found, Layout
-from surgery.extraction.sites import Unit
+from surgery.extraction.scan import Layout, ScanResult
+from surgery.extraction.sites import LowRankTarget
 from surgery.extraction.table import Choice, choices
 from surgery.extraction.watch import Watch
 from surgery.extraction.write import Scaling, configuration, size_of, tensors_of
 from surgery_formats.adapters.format import NewTensor
-from surgery_formats.checkpoint import Checkpoint, Component
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.identity import content_id, fingerprint
 from surgery_formats.linalg.coding import Coding
+from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.identity import content_id, fingerprint
 from surgery_formats.text import listing
 
 if TYPE_CHECKING:
     from surgery.extraction.proof import Error
 
-__all__ = ["Both", "Job", "Making", "planned", "settle_job"]
+__all__ = ["CheckpointPair", "ExtractionPlan", "ExtractionRequest", "planned", "settle_job"]
 
 
 @dataclass(frozen=True, slots=True)
-class Both:
+class CheckpointPair:
     """BASE and TUNED, opened."""
 
     base: Checkpoint
@@ -77,21 +77,21 @@ class Both:
         self.tuned.check_unchanged()
 
 
-def planned(goal: Wanted, scaling: Scaling, dtype: DType) -> Callable[[Unit], Plan | None]:
+def planned(goal: RankGoal, scaling: Scaling, dtype: DType) -> Callable[[LowRankTarget], StoredFactorSpec | None]:
     """How factors will be written, as far as it is known before all of them are: not with a budget, nor where the scale needs the rank."""
 
-    def plan(unit: Unit) -> Plan | None:
+    def plan(unit: LowRankTarget) -> StoredFactorSpec | None:
         if (asked := goal.rank_of(unit)) is not None:
             rank = min(asked, unit.largest_rank)
-            return Plan(rank, scaling.fold(rank), dtype)
+            return StoredFactorSpec(rank, scaling.fold(rank), dtype)
         alone = goal.budget is None and not goal.auto and scaling.constant
-        return Plan(None, 1.0, dtype) if alone else None
+        return StoredFactorSpec(None, 1.0, dtype) if alone else None
 
     return plan
 
 
 @dataclass(frozen=True, slots=True)
-class Making:
+class ExtractionRequest:
     """What the user wants, and where it is worked out.
 
     Attributes:
@@ -99,26 +99,26 @@ class Making:
         coding: Of the factors in the end, if they are codes.
     """
 
-    goal: Wanted
-    options: Options
+    goal: RankGoal
+    options: StorageOptions
     scaling: Scaling
     dtype: DType
     coding: Coding | None
     kind: Kind
     calibration: Calibration | None
-    scratch: Scratch
+    scratch: ScratchFile
     device: str
     workers: int
 
 
 @dataclass(frozen=True)
-class Job:
+class ExtractionPlan:
     """All that is decided; nothing is written yet."""
 
-    both: Both
+    both: CheckpointPair
     layout: Layout
-    found: Found
-    forms: Forms
+    found: ScanResult
+    forms: StoragePlan
     ranks: Mapping[str, int]
     dtype: DType
     coding: Coding | None
@@ -214,7 +214,15 @@ class Job:
         return prove(folder, self.both.base, changed, known, measures, self.forms.dropped, self.workers)
 
 
-def settle_job(both: Both, layout: Layout, found: Found, making: Making, watch: Watch, *, allow_loss: bool) -> Job:
+def settle_job(
+    both: CheckpointPair,
+    layout: Layout,
+    found: ScanResult,
+    making: ExtractionRequest,
+    watch: Watch,
+    *,
+    allow_loss: bool,
+) -> ExtractionPlan:
     """Decide everything.
 
     Args:
@@ -232,8 +240,8 @@ def settle_job(both: Both, layout: Layout, found: Found, making: Making, watch: 
     old, new = both.old, both.new
     goal, dtype, scaling = making.goal, making.dtype, making.scaling
 
-    def formed(ranks: Mapping[str, int]) -> Forms:
-        return settle(layout.spots, layout.units, found.measures, old, new, making.options, ranks)
+    def formed(ranks: Mapping[str, int]) -> StoragePlan:
+        return plan_storage(layout.spots, layout.units, found.measures, old, new, making.options, ranks)
 
     ranks: Mapping[str, int] = ranks_of(goal, layout.units, found.factored, formed, making.coding or dtype)
     watch.lap("settling")
@@ -286,18 +294,18 @@ def settle_job(both: Both, layout: Layout, found: Found, making: Making, watch: 
     if given is not None and (unused := given.unused(forms.units)):
         warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
     asked = goal.rank is not None
-    return Job(
+    return ExtractionPlan(
         both, layout, found, forms, ranks, dtype, making.coding, tensors, config, metadata, plan_id, noise, decision, calibrated, given,
         asked, making.workers, warnings,
     )  # fmt: skip
 
 
 def _kind(
-    both: Both,
+    both: CheckpointPair,
     layout: Layout,
-    found: Found,
-    making: Making,
-    formed: Callable[[Mapping[str, int]], Forms],
+    found: ScanResult,
+    making: ExtractionRequest,
+    formed: Callable[[Mapping[str, int]], StoragePlan],
     ranks: Mapping[str, int],
 ) -> tuple[Decision, Mapping[str, int]]:
     """LoRA or DoRA, and the ranks of a DoRA.

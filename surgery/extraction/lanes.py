@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from surgery.execute import default_workers
+from surgery.engine.execute import default_workers
 from surgery.extraction.feed import Direct, Feed, Staged
 from surgery_formats.errors import FitError, ResourceError
 from surgery_formats.text import show

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from surgery.extraction.ledger import ExtractRow
-from surgery.touched import pattern_of
+from surgery.reports.targets import pattern_of
 
 __all__ = ["Layers", "layers_of"]
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from surgery.extraction.kind import CalibrationFacts, CalibrationTotals, KindFacts
 from surgery.extraction.signal import MergedLoRA, Signal
 from surgery.extraction.table import Choice
-from surgery.plain import plain
+from surgery.reports.to_json import plain
 
 __all__ = ["ExtractClass", "ExtractResult", "ExtractRow"]
 

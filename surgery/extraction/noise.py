@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from surgery.extraction.factor import Factored
 from surgery.extraction.lanes import in_threads
 from surgery.extraction.signal import MergedLoRA, Signal, Spectrum, looks_merged
-from surgery.extraction.tally import Measure
-from surgery_formats.linalg.kept import Kept
+from surgery.extraction.tally import PairMeasure
+from surgery_formats.linalg.survival import Survival
 
 if TYPE_CHECKING:
     import torch
 
-    from surgery_formats.lenses import Plain
+    from surgery_formats.storage.plain import Plain
 
 __all__ = ["NoiseReport", "at_rows", "noise_report", "read_rows", "sample_runs", "spectra", "survivals"]
 
@@ -65,10 +65,10 @@ def noise_report(
     units: Iterable[Factored],
     chosen: Mapping[str, Factored],
     ranks: Mapping[str, int],
-    measures: Mapping[str, Measure],
+    measures: Mapping[str, PairMeasure],
     workers: int,
     gains: Mapping[str, Callable[[], torch.Tensor]],
-    known: Mapping[str, Kept],
+    known: Mapping[str, Survival],
 ) -> NoiseReport:
     """Conclude.
 
@@ -93,7 +93,7 @@ def noise_report(
         signals[found.unit.path] = Signal(top.edge, top.signal, min(top.shape), complete, survival)
         all_spectra += mine
     return NoiseReport(
-        signals, Kept.total(kept[found.unit.path] for found in every).survival, looks_merged(all_spectra)
+        signals, Survival.total(kept[found.unit.path] for found in every).survival, looks_merged(all_spectra)
     )
 
 
@@ -102,7 +102,7 @@ def survivals(
     ranks: Mapping[str, int],
     workers: int,
     gains: Mapping[str, Callable[[], torch.Tensor]],
-) -> dict[str, Kept]:
+) -> dict[str, Survival]:
     """What a merge of the factors into BASE's stored type would keep, by unit path.
 
     Args:
@@ -111,17 +111,17 @@ def survivals(
         workers: Threads.
         gains: As for `noise_report`.
     """
-    made: dict[str, Kept] = {}
+    made: dict[str, Survival] = {}
 
     def work(found: Factored, stop: Callable[[], bool]) -> None:
         if not stop():
-            made[found.unit.path] = Kept.total(_survival(found, ranks[found.unit.path], gains.get(found.unit.path)))
+            made[found.unit.path] = Survival.total(_survival(found, ranks[found.unit.path], gains.get(found.unit.path)))
 
     in_threads([partial(work, found) for found in factored], workers)
     return made
 
 
-def _survival(found: Factored, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Kept]:
+def _survival(found: Factored, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Survival]:
     from surgery_formats.linalg.noise import survival
 
     gain = None if gains is None else gains()

@@ -9,22 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from surgery import __version__
-from surgery.convert import ConvertResult, convert
-from surgery.extraction.job import Job
+from surgery._version import __version__
+from surgery.extraction.job import ExtractionPlan
 from surgery.extraction.ledger import ExtractResult
 from surgery.extraction.rows import without
 from surgery.extraction.watch import Watch
 from surgery.extraction.write import TENSOR_FILE, fill
 from surgery.progress import Callback, Progress
+from surgery.verbs.convert import ConvertResult, convert
 from surgery_formats.errors import FitError
-from surgery_formats.files.folder import output_folder
+from surgery_formats.files.output.folder import output_folder
 from surgery_formats.text import show
 
 __all__ = ["write", "write_converted"]
 
 
-def write(job: Job, out: Path, watch: Watch, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
+def write(job: ExtractionPlan, out: Path, watch: Watch, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
     """A PEFT folder.
 
     Args:
@@ -65,7 +65,7 @@ def write(job: Job, out: Path, watch: Watch, *, overwrite: bool, progress: Callb
 
 
 def write_converted(
-    job: Job,
+    job: ExtractionPlan,
     out: Path,
     to: str,
     watch: Watch,

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from surgery_formats.checkpoint import Component
 from surgery_formats.errors import FitError
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import closest, listing, show
 
 __all__ = ["Pair", "differing_settings", "pair_up"]

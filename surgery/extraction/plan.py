@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from surgery.extraction.sites import Spot, Unit, tree_name
-from surgery.extraction.tally import Measure
-from surgery_formats.checkpoint import Component
+from surgery.extraction.sites import LowRankTarget, TunedParameter, tree_name
+from surgery.extraction.tally import PairMeasure
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.tensors.tensor import StoredTensor
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MOST_ROWS", "Forms", "Kept", "Options", "Via", "kept_size", "nesting", "settle"]
+__all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "kept_size", "nesting", "plan_storage"]
 
 RESIZABLE = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
 """Modules whose whole weight PEFT (and every reader here) takes under its plain name: a vocabulary that was resized."""
@@ -34,7 +34,7 @@ Via = Literal["modules_to_save", "bias", "resized", "token rows"]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class StorageOptions:
     """What the user wants kept, and how.
 
     Attributes:
@@ -47,7 +47,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class DenseTensor:
     """A tensor (or some of its rows) stored as TUNED has it.
 
     Attributes:
@@ -68,7 +68,7 @@ class Kept:
 
 
 @dataclass
-class Forms:
+class StoragePlan:
     """The form of everything that changed.
 
     Attributes:
@@ -79,8 +79,8 @@ class Forms:
         why: TUNED's name -> remark for the ledger.
     """
 
-    units: list[Unit] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
+    units: list[LowRankTarget] = field(default_factory=list)
+    kept: list[DenseTensor] = field(default_factory=list)
     saved: set[str] = field(default_factory=set)
     dropped: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
@@ -91,15 +91,15 @@ class Forms:
         return {unit.path.rpartition(".")[0] for unit in self.units}
 
 
-def settle(
-    spots: tuple[Spot, ...],
-    units: tuple[Unit, ...],
-    measures: Mapping[str, Measure],
+def plan_storage(
+    spots: tuple[TunedParameter, ...],
+    units: tuple[LowRankTarget, ...],
+    measures: Mapping[str, PairMeasure],
     base: Component,
     tuned: Component,
-    options: Options,
+    options: StorageOptions,
     ranks: Mapping[str, int],
-) -> Forms:
+) -> StoragePlan:
     """Choose.
 
     Args:
@@ -121,7 +121,7 @@ def settle(
             file=tuned.folder,
             hint="the order is BASE TUNED",
         )
-    forms = Forms()
+    forms = StoragePlan()
     done = _vocabulary(forms, spots, units, measures, base, tuned, options, ranks)
     rest = [spot for spot in spots if spot.pair.name not in done]
     _copies(forms, rest, measures, options)
@@ -133,10 +133,10 @@ def settle(
     for spot in rest:
         name = spot.pair.name
         if name in covered:
-            forms.kept.append(Kept(spot.path, spot.pair.tuned, "modules_to_save", name))
+            forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "modules_to_save", name))
         elif measures[name].changed and spot.path.endswith(".bias") and spot.form in ("bias", "norm"):
             if spot.form in options.dense:
-                forms.kept.append(Kept(spot.path, spot.pair.tuned, "bias", name))
+                forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "bias", name))
             else:
                 forms.dropped[name] = f"{spot.form} changes were not asked for (--dense)"
     return forms
@@ -148,13 +148,13 @@ def _inside(path: str, modules: Iterable[str]) -> bool:
 
 
 def _vocabulary(
-    forms: Forms,
-    spots: tuple[Spot, ...],
-    units: tuple[Unit, ...],
-    measures: Mapping[str, Measure],
+    forms: StoragePlan,
+    spots: tuple[TunedParameter, ...],
+    units: tuple[LowRankTarget, ...],
+    measures: Mapping[str, PairMeasure],
     base: Component,
     tuned: Component,
-    options: Options,
+    options: StorageOptions,
     ranks: Mapping[str, int],
 ) -> set[str]:
     """Embedding and head; returns the names that are settled."""
@@ -181,7 +181,7 @@ def _vocabulary(
         rows = measures[name].rows
         full = spot.pair.tuned.matrix
         if spot.form == "embedding" and rows and unit and len(rows) * full[1] <= ranks[unit.path] * unit.cost:
-            forms.kept.append(Kept(spot.path, spot.pair.tuned, "token rows", name, rows))
+            forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "token rows", name, rows))
             forms.why[name] = f"{len(rows)} of {full[0]} rows changed"
             settled.add(name)
         elif options.embeddings == "full":
@@ -195,7 +195,7 @@ def _masked(base: Component) -> bool:
     return any("MaskedLM" in str(name) or "PreTraining" in str(name) for name in base.config.get("architectures") or ())
 
 
-def _resized(forms: Forms, mine: list[Spot]) -> set[str]:
+def _resized(forms: StoragePlan, mine: list[TunedParameter]) -> set[str]:
     for spot in mine:
         last = spot.module.rpartition(".")[2]
         if last not in RESIZABLE:
@@ -204,7 +204,7 @@ def _resized(forms: Forms, mine: list[Spot]) -> set[str]:
                 file=spot.pair.tuned.file.path,
                 tensor=spot.pair.name,
             )
-        forms.kept.append(Kept(spot.path, spot.pair.tuned, "resized", spot.pair.name))
+        forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "resized", spot.pair.name))
         forms.why[spot.pair.name] = (
             f"{spot.pair.grown} new rows, stored whole: resize the base's embedding to {spot.pair.tuned.shape[0]} before PEFT loads it"
         )
@@ -212,9 +212,9 @@ def _resized(forms: Forms, mine: list[Spot]) -> set[str]:
 
 
 def _tied(
-    forms: Forms,
-    spots: tuple[Spot, ...],
-    measures: Mapping[str, Measure],
+    forms: StoragePlan,
+    spots: tuple[TunedParameter, ...],
+    measures: Mapping[str, PairMeasure],
     base: Component,
     tuned: Component,
     *,
@@ -246,21 +246,21 @@ def _tied(
     path = tree_name(base.head, base)
     for where, tensor, name in ((embedding.path, embedding.pair.tuned, tuned.embedding), (path, head, tuned.head)):
         forms.saved.add(where.rpartition(".")[0])
-        forms.kept.append(Kept(where, tensor, "modules_to_save", name))
+        forms.kept.append(DenseTensor(where, tensor, "modules_to_save", name))
     forms.why[tuned.embedding] = "tied to the head: copies of both are the form in which PEFT attached and merged agree"
     return settled
 
 
-def _shared_rows(forms: Forms, spot: Spot, measure: Measure) -> None:
+def _shared_rows(forms: StoragePlan, spot: TunedParameter, measure: PairMeasure) -> None:
     """Rows reach every module that shares the tensor, in PEFT attached as merged, and the tie lasts."""
     name = spot.pair.name
-    forms.kept.append(Kept(spot.path, spot.pair.tuned, "token rows", name, measure.rows))
+    forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "token rows", name, measure.rows))
     forms.why[name] = (
         f"tied: {len(measure.rows)} of {spot.pair.tuned.shape[0]} rows as TUNED has them, the form in which PEFT attached and merged agree"
     )
 
 
-def _may_be_tied(spot: Spot, spots: Iterable[Spot], base: Component) -> bool:
+def _may_be_tied(spot: TunedParameter, spots: Iterable[TunedParameter], base: Component) -> bool:
     """Whether a head that is not stored may share this table: an unknown family's language model."""
     names = [str(name) for name in base.config.get("architectures") or ()]
     model = any(
@@ -275,7 +275,9 @@ def _may_be_tied(spot: Spot, spots: Iterable[Spot], base: Component) -> bool:
     return vocabulary and not stored and base.config.get("tie_word_embeddings") is not False
 
 
-def _copies(forms: Forms, rest: list[Spot], measures: Mapping[str, Measure], options: Options) -> None:
+def _copies(
+    forms: StoragePlan, rest: list[TunedParameter], measures: Mapping[str, PairMeasure], options: StorageOptions
+) -> None:
     """Modules that must be stored whole, for one of their parameters has no other form."""
     modules = {module for spot in rest for module in _ancestors(spot.path)}
     for spot in rest:
@@ -313,9 +315,9 @@ def _can_be_copied(module: str, modules: set[str]) -> bool:
     return not any(segment.isdigit() for path in below for segment in path.split("."))
 
 
-def _refuse_nests(forms: Forms) -> None:
+def _refuse_nests(forms: StoragePlan) -> None:
     """Several 3-D parameters of one module nest; which is the inner one is known for the common names only."""
-    by_module: dict[str, list[Unit]] = {}
+    by_module: dict[str, list[LowRankTarget]] = {}
     for unit in forms.units:
         if unit.form == "experts":
             by_module.setdefault(unit.path.rpartition(".")[0], []).append(unit)
@@ -329,7 +331,7 @@ def _refuse_nests(forms: Forms) -> None:
                 )
 
 
-def kept_size(kept: Kept) -> tuple[int, int]:
+def kept_size(kept: DenseTensor) -> tuple[int, int]:
     """``(numbers, bytes)`` that are stored."""
     numbers = len(kept.rows) * kept.tensor.matrix[1] if kept.rows else kept.tensor.numel
     return numbers, numbers * kept.tensor.dtype.bits // 8

@@ -11,19 +11,20 @@ from pathlib import Path
 
 import torch
 
-from surgery.arithmetic import Seen
+from surgery.engine.arithmetic import WeightView
 from surgery.extraction.deltas import BLOCK_ELEMENTS, Strip
 from surgery.extraction.factor import Factored, Piece, digest
 from surgery.extraction.lanes import in_threads
 from surgery.extraction.pairs import Pair
-from surgery.extraction.tally import Measure
+from surgery.extraction.tally import PairMeasure
 from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.binding import bind
-from surgery_formats.checkpoint import Checkpoint
+from surgery_formats.binding.bind import bind
+from surgery_formats.binding.edits import Edit
 from surgery_formats.dtypes import DType
-from surgery_formats.edits import Edit
 from surgery_formats.errors import ProofError
-from surgery_formats.lenses import Index, Plain, View, take
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.views import Index, View, take
 from surgery_formats.text import listing
 from surgery_formats.updates import Apply, LoRA
 
@@ -60,7 +61,7 @@ def prove(
     base: Checkpoint,
     pairs: Iterable[Pair],
     factored: Mapping[str, Factored],
-    measures: Mapping[str, Measure],
+    measures: Mapping[str, PairMeasure],
     dropped: Mapping[str, str],
     workers: int = 1,
 ) -> dict[str, Error]:
@@ -107,7 +108,7 @@ def prove(
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _ProvedPart:
     """One strip of a measured difference: the rows of a tensor that a piece's factors change.
 
     Attributes:
@@ -125,20 +126,20 @@ class _Part:
     left: float
 
 
-def _parts(found: Factored) -> dict[str, list[_Part]]:
+def _parts(found: Factored) -> dict[str, list[_ProvedPart]]:
     """By tensor; nothing where the factors that were written are not those that were measured."""
-    parts: dict[str, list[_Part]] = {}
+    parts: dict[str, list[_ProvedPart]] = {}
     for delta, piece in zip(found.unit.deltas, found.pieces, strict=True):
         if piece.left_energy is None:
             return {}
         at = 0
         for strip, left in zip(delta.strips, piece.left_energy, strict=True):
-            parts.setdefault(strip.tuned.tensor.name, []).append(_Part(piece, strip, at, delta.transposed, left))
+            parts.setdefault(strip.tuned.tensor.name, []).append(_ProvedPart(piece, strip, at, delta.transposed, left))
             at += strip.last - strip.first
     return parts
 
 
-def _recognise(parts: list[_Part], edit: Edit, pair: Pair, stop: Callable[[], bool]) -> None:
+def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[[], bool]) -> None:
     """That what was read back is, bit by bit, what was measured, and that it reaches the rows where it was measured."""
     loras = [operation.update for operation in edit.operations if isinstance(operation.update, LoRA)]
     if edit.replaced is not None or len(loras) != len(parts):
@@ -157,7 +158,7 @@ def _recognise(parts: list[_Part], edit: Edit, pair: Pair, stop: Callable[[], bo
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
     source = Plain.of(edit.source, stacked=edit.stacked)
     chain = [
-        (o.view, o.update.prepare(Seen(source, (), o.view, torch.float32, "cpu", source.shape[0])))
+        (o.view, o.update.prepare(WeightView(source, (), o.view, torch.float32, "cpu", source.shape[0])))
         for o in edit.operations
     ]
     for part in parts:
@@ -209,7 +210,7 @@ def _error(pair: Pair, edit: Edit) -> Error:
     step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
     chain: list[tuple[View, Apply]] = []
     for operation in edit.operations:  # a DoRA looks at BASE's rows, a LoRA at nothing
-        seen = Seen(source, tuple(chain), operation.view, exact, "cpu", step)
+        seen = WeightView(source, tuple(chain), operation.view, exact, "cpu", step)
         chain.append((operation.view, operation.update.prepare(seen)))
     energy = left = 0.0
     for start in range(0, tuned.shape[0], step):

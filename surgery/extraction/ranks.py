@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from surgery.algebra.selection import matches
 from surgery.extraction.factor import MOST, Criterion, Factored
-from surgery.extraction.plan import Forms, kept_size
-from surgery.extraction.sites import Unit
+from surgery.extraction.plan import StoragePlan, kept_size
+from surgery.extraction.sites import LowRankTarget
 from surgery.extraction.table import TABLE_RANKS
-from surgery.selection import matches
-from surgery_formats.adapter import Site
+from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import closest, show
 
-__all__ = ["Budget", "Wanted", "magnitude_count", "parse_budget", "ranks_of", "wanted"]
+__all__ = ["Budget", "RankGoal", "magnitude_count", "parse_budget", "ranks_of", "wanted"]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
@@ -36,7 +36,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RankGoal:
     """What the user asked for.
 
     Attributes:
@@ -44,7 +44,7 @@ class Wanted:
         rank: The one number, if it is one.
         budget: For all together.
         auto: Only directions above the noise of storage.
-        patterns: Other ranks for some modules, where it is one number: the first pattern that matches holds (`surgery.selection.matches`).
+        patterns: Ranks of some modules that differ from `rank`; the first pattern that matches wins (`surgery.algebra.selection`).
         table: Whether as many directions are computed as the table of ranks shows.
     """
 
@@ -55,21 +55,21 @@ class Wanted:
     patterns: tuple[tuple[str, int], ...] = ()
     table: bool = False
 
-    def rank_of(self, unit: Unit) -> int | None:
+    def rank_of(self, unit: LowRankTarget) -> int | None:
         """What was asked for `unit`, if it was a number."""
         if self.rank is None:
             return None
         site = Site(unit.path)
         return next((rank for pattern, rank in self.patterns if matches(pattern, site)), self.rank)
 
-    def criterion_of(self, unit: Unit) -> Criterion:
+    def criterion_of(self, unit: LowRankTarget) -> Criterion:
         """For `unit` by itself."""
         own = self.rank_of(unit)
         if own is None or own == self.rank or self.criterion.rank is None:
             return self.criterion
         return replace(self.criterion, rank=max(own, *TABLE_RANKS) if self.table else own)
 
-    def check_patterns(self, units: Iterable[Unit]) -> None:
+    def check_patterns(self, units: Iterable[LowRankTarget]) -> None:
         """A pattern that matches nothing is a slip of the pen.
 
         Raises:
@@ -94,7 +94,7 @@ def wanted(
     *,
     table: bool = False,
     patterns: Mapping[str, int] | None = None,
-) -> Wanted:
+) -> RankGoal:
     """Check the options against each other; with `table` at least as many directions are computed as the table shows.
 
     Raises:
@@ -119,16 +119,18 @@ def wanted(
             "the table of ranks needs spectra as long as it is", hint="ask for it with a rank, or with rank auto"
         )
     if energy is not None:
-        return Wanted(Criterion(energy=energy))
+        return RankGoal(Criterion(energy=energy))
     if max_error is not None:
-        return Wanted(Criterion(max_error=max_error))
+        return RankGoal(Criterion(max_error=max_error))
     if budget is not None or rank == "auto":
         limit = None if budget is None else parse_budget(budget)
         numbers = None if limit is None else limit.limit // (2 if limit.unit == "bytes" else 1)
-        return Wanted(Criterion(most=MOST, numbers=numbers), None, limit, rank == "auto")
+        return RankGoal(Criterion(most=MOST, numbers=numbers), None, limit, rank == "auto")
     number = _checked(DEFAULT if rank is None else rank)
     others = tuple((pattern, _checked(other)) for pattern, other in (patterns or {}).items())
-    return Wanted(Criterion(rank=max(number, *TABLE_RANKS) if table else number), number, patterns=others, table=table)
+    return RankGoal(
+        Criterion(rank=max(number, *TABLE_RANKS) if table else number), number, patterns=others, table=table
+    )
 
 
 def _checked(rank: object) -> int:
@@ -158,10 +160,10 @@ def parse_budget(text: str) -> Budget:
 
 
 def ranks_of(
-    goal: Wanted,
-    units: tuple[Unit, ...],
+    goal: RankGoal,
+    units: tuple[LowRankTarget, ...],
     factored: Mapping[str, Factored],
-    formed: Callable[[Mapping[str, int]], Forms],
+    formed: Callable[[Mapping[str, int]], StoragePlan],
     dtype: DType | Coding,
     *,
     magnitudes: bool = False,
@@ -197,7 +199,7 @@ def ranks_of(
     return ranks | _allotted(goal.budget, factors, ranks, costs, fixed)
 
 
-def magnitude_count(unit: Unit) -> int:
+def magnitude_count(unit: LowRankTarget) -> int:
     """Numbers that a DoRA has beside the factors: one for each row, of an embedding for each column."""
     return unit.deltas[0].shape[1 if unit.form == "embedding" else 0]
 

@@ -13,9 +13,9 @@ from surgery.extraction.factor import Factored
 from surgery.extraction.kind import CalibrationFacts
 from surgery.extraction.ledger import ExtractClass, ExtractRow
 from surgery.extraction.pairs import Pair
-from surgery.extraction.plan import Forms, Kept, Via, kept_size
+from surgery.extraction.plan import DenseTensor, StoragePlan, Via, kept_size
 from surgery.extraction.signal import Signal, remark
-from surgery.extraction.tally import Measure
+from surgery.extraction.tally import PairMeasure
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.linalg.coding import Coding
@@ -34,7 +34,7 @@ _CLASS: Mapping[Via, ExtractClass] = {
 }
 
 
-def check_losses(forms: Forms, measures: Mapping[str, Measure], tuned: Path, *, allow_loss: bool) -> None:
+def check_losses(forms: StoragePlan, measures: Mapping[str, PairMeasure], tuned: Path, *, allow_loss: bool) -> None:
     """Law 1: a change that nothing holds is an error, unless the user allowed it.
 
     Raises:
@@ -56,9 +56,9 @@ def check_losses(forms: Forms, measures: Mapping[str, Measure], tuned: Path, *, 
 
 def rows_of(
     pairs: Iterable[Pair],
-    measures: Mapping[str, Measure],
+    measures: Mapping[str, PairMeasure],
     factored: Mapping[str, Factored],
-    forms: Forms,
+    forms: StoragePlan,
     ranks: Mapping[str, int],
     dtype: DType | Coding,
     signals: Mapping[str, Signal],
@@ -85,7 +85,7 @@ def rows_of(
         FitError: a tensor changed and is in no class.
     """
     units = {name: unit for unit in forms.units for name in unit.names}
-    kept: dict[str, list[Kept]] = {}
+    kept: dict[str, list[DenseTensor]] = {}
     for one in forms.kept:
         kept.setdefault(one.name, []).append(one)
     total = math.fsum(measure.energy for measure in measures.values())
@@ -125,7 +125,7 @@ def rows_of(
     return tuple(rows)
 
 
-def _measured(pair: Pair, found: Measure, total: float, why: str) -> ExtractRow:
+def _measured(pair: Pair, found: PairMeasure, total: float, why: str) -> ExtractRow:
     return ExtractRow(
         pair.name,
         "dropped",
@@ -139,14 +139,14 @@ def _measured(pair: Pair, found: Measure, total: float, why: str) -> ExtractRow:
     )
 
 
-def _stored(row: ExtractRow, stored: list[Kept]) -> ExtractRow:
+def _stored(row: ExtractRow, stored: list[DenseTensor]) -> ExtractRow:
     """With the form and the cost of what is stored as TUNED has it."""
     sizes = [kept_size(one) for one in stored]
     numbers, nbytes = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
     return replace(row, form=stored[0].via, parameters=numbers, nbytes=nbytes)
 
 
-def _corrected(row: ExtractRow, error: Error, kept: Kept) -> ExtractRow:
+def _corrected(row: ExtractRow, error: Error, kept: DenseTensor) -> ExtractRow:
     """A bias that is TUNED's plus what was meant.
 
     Raises:
@@ -188,7 +188,7 @@ def _low_rank(row: ExtractRow, found: Factored, rank: int, dtype: DType | Coding
     )
 
 
-def without(rows: Iterable[ExtractRow], forms: Forms, lost: Mapping[str, str]) -> tuple[ExtractRow, ...]:
+def without(rows: Iterable[ExtractRow], forms: StoragePlan, lost: Mapping[str, str]) -> tuple[ExtractRow, ...]:
     """The same rows where another format does not hold all that the PEFT folder does.
 
     Args:
@@ -210,7 +210,7 @@ def without(rows: Iterable[ExtractRow], forms: Forms, lost: Mapping[str, str]) -
 def with_measured(
     rows: Iterable[ExtractRow],
     errors: Mapping[str, Error],
-    forms: Forms,
+    forms: StoragePlan,
     factored: Mapping[str, Factored],
     ranks: Mapping[str, int],
     dtype: DType,

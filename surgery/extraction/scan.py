@@ -14,20 +14,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from surgery.extraction.deltas import Delta
-from surgery.extraction.factor import Criterion, Factored, Piece, Plan, Scratch, factorise
+from surgery.extraction.factor import Criterion, Factored, Piece, ScratchFile, StoredFactorSpec, factorise
 from surgery.extraction.feed import DEVICE_BLOCK, Direct, Feed, Rows, Seen
 from surgery.extraction.lanes import Job, Lane, Lanes, Stop
 from surgery.extraction.pairs import Pair, pair_up
 from surgery.extraction.plan import MOST_ROWS
-from surgery.extraction.sites import Spot, Unit, spots_of, units_of
-from surgery.extraction.tally import Measure, Tally, check_finite
+from surgery.extraction.sites import LowRankTarget, TunedParameter, spots_of, units_of
+from surgery.extraction.tally import PairMeasure, Tally, check_finite
 from surgery.progress import Callback, Progress
-from surgery_formats.checkpoint import Component
 from surgery_formats.dtypes import DType
-from surgery_formats.identity import Digests
-from surgery_formats.lenses import Plain
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.identity import Digests
+from surgery_formats.storage.plain import Plain
 
-__all__ = ["Found", "Layout", "layout_of", "scan", "warm"]
+__all__ = ["Layout", "ScanResult", "layout_of", "scan", "warm"]
 
 HELD = {"cpu": 1 << 27, "cuda": 1 << 30}
 """Elements up to which a difference is held, by type of device: 512 MB of float32 on a CPU, 4 GB on a GPU."""
@@ -49,8 +49,8 @@ class Layout:
     """
 
     pairs: tuple[Pair, ...]
-    spots: tuple[Spot, ...]
-    units: tuple[Unit, ...]
+    spots: tuple[TunedParameter, ...]
+    units: tuple[LowRankTarget, ...]
     whole: frozenset[str]
 
 
@@ -70,7 +70,7 @@ def layout_of(old: Component, new: Component, *, full: bool) -> Layout:
 
 
 @dataclass(frozen=True)
-class Found:
+class ScanResult:
     """What the pass found.
 
     Attributes:
@@ -80,7 +80,7 @@ class Found:
         digests: Of BASE's tensors, for its content id.
     """
 
-    measures: dict[str, Measure] = field(default_factory=dict)
+    measures: dict[str, PairMeasure] = field(default_factory=dict)
     factored: dict[str, Factored] = field(default_factory=dict)
     began: float = 0.0
     digests: Digests = field(default_factory=Digests)
@@ -88,12 +88,12 @@ class Found:
 
 def scan(
     layout: Layout,
-    criterion_of: Callable[[Unit], Criterion],
-    plan_of: Callable[[Unit], Plan | None],
-    scratch: Scratch,
+    criterion_of: Callable[[LowRankTarget], Criterion],
+    plan_of: Callable[[LowRankTarget], StoredFactorSpec | None],
+    scratch: ScratchFile,
     lanes: Lanes,
     progress: Callback | None,
-) -> Found:
+) -> ScanResult:
     """Compare and factorise everything.
 
     Args:
@@ -108,14 +108,14 @@ def scan(
         FitError: NaN or Inf.
         ResourceError: a device has too little memory.
     """
-    meter = _Meter(sum(spot.pair.tuned.nbytes for spot in layout.spots), progress)
+    meter = _ReadMeter(sum(spot.pair.tuned.nbytes for spot in layout.spots), progress)
     work = _Work(
         {spot.pair.name: spot for spot in layout.spots},
         criterion_of,
         plan_of,
         scratch,
         meter,
-        Found({}, {}, time.monotonic()),
+        ScanResult({}, {}, time.monotonic()),
     )
     jobs: list[tuple[int, Job]] = []
     lone: list[str] = []
@@ -164,12 +164,12 @@ def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    spots: Mapping[str, Spot]
-    criterion_of: Callable[[Unit], Criterion]
-    plan_of: Callable[[Unit], Plan | None]
-    scratch: Scratch
-    meter: _Meter
-    found: Found
+    spots: Mapping[str, TunedParameter]
+    criterion_of: Callable[[LowRankTarget], Criterion]
+    plan_of: Callable[[LowRankTarget], StoredFactorSpec | None]
+    scratch: ScratchFile
+    meter: _ReadMeter
+    found: ScanResult
 
     def alone(self, names: Iterable[str], lane: Lane, stop: Stop) -> None:
         """Compare tensors that are not factorised."""
@@ -181,7 +181,7 @@ class _Work:
                 self.found.measures[name] = _compare(pair, self._limit(name), lane, self.found.digests)
             self.meter.add(pair.tuned.nbytes)
 
-    def unit(self, unit: Unit, lane: Lane, stop: Stop) -> None:
+    def unit(self, unit: LowRankTarget, lane: Lane, stop: Stop) -> None:
         """Compare and factorise what belongs together."""
         tallies = {name: _tally(self.spots[name].pair, self._limit(name), unit) for name in unit.names}
         seen = {tally: self.found.digests.claim(self.spots[name].pair.base) for name, tally in tallies.items()}
@@ -202,7 +202,12 @@ class _Work:
         return MOST_ROWS if self.spots[name].form == "embedding" else 0
 
     def _piece(
-        self, unit: Unit, delta: Delta, tallies: Mapping[str, Tally], seen: Mapping[Tally, Seen | None], lane: Lane
+        self,
+        unit: LowRankTarget,
+        delta: Delta,
+        tallies: Mapping[str, Tally],
+        seen: Mapping[Tally, Seen | None],
+        lane: Lane,
     ) -> Piece | None:
         """None where a unit of one matrix did not change."""
         from surgery_formats.linalg.noise import NoiseTally
@@ -249,13 +254,13 @@ def _need(numel: int) -> int:
     return 8 * numel + 16 * min(numel, DEVICE_BLOCK)
 
 
-def _tally(pair: Pair, row_limit: int, unit: Unit | None) -> Tally:
+def _tally(pair: Pair, row_limit: int, unit: LowRankTarget | None) -> Tally:
     stacked = unit is not None and unit.form == "experts"
     base, tuned = Plain.of(pair.base, stacked=stacked), Plain.of(pair.tuned, stacked=stacked)
     return Tally(base, tuned, min(base.shape[0], tuned.shape[0]), row_limit)
 
 
-def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> Measure:
+def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMeasure:
     """A pair by itself: of equal shapes, or grown (then the common rows are compared)."""
     import torch
 
@@ -263,7 +268,7 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> Measur
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
     seen = digests.claim(pair.base)
     if not (pair.tuned.dtype.is_float and pair.base.dtype.is_float):
-        return Measure(any(list(map(_differs, Direct().pairs(base, tuned, 0, rows, seen)))), numel=rows * cols)
+        return PairMeasure(any(list(map(_differs, Direct().pairs(base, tuned, 0, rows, seen)))), numel=rows * cols)
     feed: Feed = lane.feed if pair.tuned.numel > _SMALL else Direct()
     wide = DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     tally = _tally(pair, row_limit, None)
@@ -283,7 +288,7 @@ def _differs(rows: Rows) -> bool:
     return rows.base.dtype != rows.tuned.dtype or not torch.equal(rows.base, rows.tuned)
 
 
-class _Meter:
+class _ReadMeter:
     """Adds up bytes from all threads."""
 
     def __init__(self, total: int, callback: Callback | None) -> None:

@@ -13,12 +13,12 @@ from typing import Literal
 
 from surgery.extraction.deltas import Delta, Strip
 from surgery.extraction.pairs import Pair
-from surgery_formats.checkpoint import Component
 from surgery_formats.errors import FitError
-from surgery_formats.families import Fused
-from surgery_formats.lenses import Plain
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.families import Fused
+from surgery_formats.storage.plain import Plain
 
-__all__ = ["Form", "Spot", "Unit", "spots_of", "tree_name", "units_of"]
+__all__ = ["Form", "LowRankTarget", "TunedParameter", "spots_of", "tree_name", "units_of"]
 
 Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole", "owner"]
 """``whole``: a weight that only a copy of its module can hold; ``owner``: a parameter that belongs to a module of several."""
@@ -37,7 +37,7 @@ _ROUTERS = ("gate", "router")  # beside ``experts``: parameters of a router modu
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class TunedParameter:
     """A pair and where PEFT finds it.
 
     Attributes:
@@ -57,7 +57,7 @@ class Spot:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class LowRankTarget:
     """What is factorised together.
 
     Attributes:
@@ -85,13 +85,15 @@ class Unit:
         return min(self.deltas[0].shape)
 
 
-def spots_of(pairs: Iterable[Pair], base: Component) -> tuple[Spot, ...]:
+def spots_of(pairs: Iterable[Pair], base: Component) -> tuple[TunedParameter, ...]:
     """Every compared pair with its place in the tree and its form."""
     prefix = _prefix(base)
     every = [pair for pair in pairs if pair.match == "pair"]
     known = {pair.name: pair for pair in every}
     routed = {name.partition(".experts.")[0] for name in known if ".experts." in name}
-    return tuple(Spot(pair, tree_name(pair.name, base, prefix), _form(pair, base, known, routed)) for pair in every)
+    return tuple(
+        TunedParameter(pair, tree_name(pair.name, base, prefix), _form(pair, base, known, routed)) for pair in every
+    )
 
 
 def _parent(path: str) -> str:
@@ -148,10 +150,10 @@ def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[st
     return "conv" if len(shape) <= 5 and shape[1] > 1 and not bare else "whole"
 
 
-def units_of(spots: Iterable[Spot], base: Component) -> tuple[Unit, ...]:
+def units_of(spots: Iterable[TunedParameter], base: Component) -> tuple[LowRankTarget, ...]:
     """What can be low-rank: matrices one by one, experts together."""
-    units: list[Unit] = []
-    apart: dict[str, dict[tuple[int, int], Spot]] = {}
+    units: list[LowRankTarget] = []
+    apart: dict[str, dict[tuple[int, int], TunedParameter]] = {}
     fused_by_path: dict[str, Fused] = {}
     for spot in spots:
         if not spot.pair.tuned.numel:
@@ -170,12 +172,12 @@ def units_of(spots: Iterable[Spot], base: Component) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def _single(spot: Spot, base: Component) -> Unit:
+def _single(spot: TunedParameter, base: Component) -> LowRankTarget:
     pair = spot.pair
     turned = len(pair.tuned.shape) == 2 and base.family.stores_transposed(pair.name)
     delta = Delta((_strip(pair),), turned, (pair.name,))
     shape = delta.shape if len(pair.tuned.shape) == 2 else pair.tuned.shape
-    return Unit(spot.path, spot.form, (delta,), shape, (pair.name,))
+    return LowRankTarget(spot.path, spot.form, (delta,), shape, (pair.name,))
 
 
 def _strip(pair: Pair) -> Strip:
@@ -183,16 +185,16 @@ def _strip(pair: Pair) -> Strip:
     return Strip(one, other, 0, min(one.shape[0], other.shape[0]))
 
 
-def _stack(spot: Spot) -> Unit:
+def _stack(spot: TunedParameter) -> LowRankTarget:
     """A 3-D tensor ``(E, out, in)``: one delta per expert."""
     pair = spot.pair
     one, other = Plain.of(pair.base, stacked=True), Plain.of(pair.tuned, stacked=True)
     count, height, _ = pair.tuned.shape
     deltas = tuple(Delta((Strip(one, other, e * height, (e + 1) * height),), names=(pair.name,)) for e in range(count))
-    return Unit(spot.path, "experts", deltas, pair.tuned.shape[1:], (pair.name,))
+    return LowRankTarget(spot.path, "experts", deltas, pair.tuned.shape[1:], (pair.name,))
 
 
-def _expert_part(spot: Spot, base: Component) -> tuple[str, int, int, Fused] | None:
+def _expert_part(spot: TunedParameter, base: Component) -> tuple[str, int, int, Fused] | None:
     """``(path of the 3-D parameter, expert, position of the part, record)`` of one expert's own tensor."""
     if spot.form != "linear" or ".experts." not in spot.path:
         return None
@@ -204,7 +206,7 @@ def _expert_part(spot: Spot, base: Component) -> tuple[str, int, int, Fused] | N
     return None
 
 
-def _gathered(path: str, parts: Mapping[tuple[int, int], Spot], width: int) -> Unit:
+def _gathered(path: str, parts: Mapping[tuple[int, int], TunedParameter], width: int) -> LowRankTarget:
     """Experts that the files hold one by one, as the tree stacks them."""
     count = max(number for number, _ in parts) + 1
     if len(parts) != count * width:
@@ -217,4 +219,4 @@ def _gathered(path: str, parts: Mapping[tuple[int, int], Spot], width: int) -> U
         mine = [parts[number, position].pair for position in range(width)]
         deltas.append(Delta(tuple(_strip(pair) for pair in mine), names=tuple(pair.name for pair in mine)))
     names = tuple(name for delta in deltas for name in delta.names)
-    return Unit(path, "experts", tuple(deltas), deltas[0].shape, names)
+    return LowRankTarget(path, "experts", tuple(deltas), deltas[0].shape, names)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.extraction.factor import Factored
-from surgery.extraction.plan import Forms
-from surgery.extraction.tally import Measure
+from surgery.extraction.plan import StoragePlan
+from surgery.extraction.tally import PairMeasure
 from surgery_formats.dtypes import DType
-from surgery_formats.families.family import role_of
 from surgery_formats.linalg.coding import Coding
+from surgery_formats.models.families.family import role_of
 
 __all__ = ["TABLE_RANKS", "Choice", "choices"]
 
@@ -52,9 +52,9 @@ class Choice:
 
 
 def choices(
-    forms: Forms,
+    forms: StoragePlan,
     factored: Mapping[str, Factored],
-    measures: Mapping[str, Measure],
+    measures: Mapping[str, PairMeasure],
     stored: tuple[int, int],
     dtype: DType | Coding,
     ranks: Iterable[int] = TABLE_RANKS,

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery_formats.errors import FitError
-from surgery_formats.lenses import Plain
+from surgery_formats.storage.plain import Plain
 
 if TYPE_CHECKING:
     import torch
 
     from surgery_formats.linalg.noise import NoiseTally
 
-__all__ = ["Measure", "Tally", "check_finite"]
+__all__ = ["PairMeasure", "Tally", "check_finite"]
 
 _SAMPLE = 8  # of a large tensor one row of eight is looked at for the median spacing
 _LARGE = 1 << 19  # elements
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class PairMeasure:
     """What was found out about one pair, over the rows both sides have.
 
     Attributes:
@@ -145,7 +145,7 @@ class Tally:
             self._refuse()
         return energy, moved > 0
 
-    def result(self) -> Measure:
+    def result(self) -> PairMeasure:
         """Everything, after the last block.
 
         Raises:
@@ -154,7 +154,7 @@ class Tally:
         import torch
 
         if not self._sums:
-            return Measure(False, numel=self._numel)
+            return PairMeasure(False, numel=self._numel)
         energy, moved, noise = torch.stack(self._sums).sum(0).tolist()
         if not (math.isfinite(energy) and math.isfinite(noise)):  # squares of values beyond 1e19
             self._refuse()
@@ -162,7 +162,7 @@ class Tally:
         if self._limit:
             numbers = torch.nonzero(torch.cat(self._hit).cpu()).flatten()
             named = tuple(numbers.tolist()) if len(numbers) <= self._limit else ()
-        return Measure(moved > 0, energy, named, self._numel, int(moved), self._ulp(), noise / 12)
+        return PairMeasure(moved > 0, energy, named, self._numel, int(moved), self._ulp(), noise / 12)
 
     def _ulp(self) -> float:
         from surgery_formats.linalg.noise import MANTISSA

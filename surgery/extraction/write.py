@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from surgery.extraction.factor import Factored, Place
-from surgery.extraction.plan import Forms, Kept, nesting
-from surgery.extraction.sites import Unit
+from surgery.extraction.factor import Factored, ScratchSlot
+from surgery.extraction.plan import DenseTensor, StoragePlan, nesting
+from surgery.extraction.sites import LowRankTarget
 from surgery_formats.adapters.format import NewTensor
-from surgery_formats.checkpoint import Component
+from surgery_formats.containers.safetensors import layout, reference_order
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.files.output_file import OutputFile
-from surgery_formats.files.safetensors import layout, reference_order
-from surgery_formats.tensors import as_bytes
+from surgery_formats.files.output.output_file import OutputFile
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -66,12 +66,12 @@ class Scaling:
 
 
 def tensors_of(
-    forms: Forms,
+    forms: StoragePlan,
     factored: Mapping[str, Factored],
     ranks: Mapping[str, int],
     scaling: Scaling,
     dtype: DType,
-    magnitudes: Mapping[str, Place],
+    magnitudes: Mapping[str, ScratchSlot],
 ) -> tuple[NewTensor, ...]:
     """Every tensor of the file, in the order it is to have; `magnitudes` of a DoRA, ``(1, rows)``, by unit path."""
     experts = [unit.path for unit in forms.units if unit.form == "experts"]
@@ -127,7 +127,7 @@ def _factors(found: Factored, rank: int, scaling: Scaling, dtype: DType, depth: 
         yield NewTensor(f"{_PREFIX}{module}.lora_B.weight", dtype, (out, rank, *ones), left)
 
 
-def _magnitude(unit: Unit, place: Place) -> NewTensor:
+def _magnitude(unit: LowRankTarget, place: ScratchSlot) -> NewTensor:
     """In float32 whatever the factors are: an error in it is one of the whole row, not of the change alone."""
     count = place.shape[1]
     shape = (1, count, *((1,) * (len(unit.shape) - 2))) if unit.form == "conv" else (count,)
@@ -147,7 +147,7 @@ def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(parts, dim=-1)
 
 
-def _copy(kept: Kept, targets: set[str]) -> NewTensor:
+def _copy(kept: DenseTensor, targets: set[str]) -> NewTensor:
     tensor = kept.tensor
     module, _, leaf = kept.path.rpartition(".")
     if kept.via == "token rows":
@@ -157,20 +157,20 @@ def _copy(kept: Kept, targets: set[str]) -> NewTensor:
     return NewTensor(f"{_PREFIX}{module}{inner}.{leaf}", tensor.dtype, tensor.shape, lambda: shifted(kept))
 
 
-def shifted(kept: Kept) -> torch.Tensor:
+def shifted(kept: DenseTensor) -> torch.Tensor:
     """TUNED's values, plus the shift where there is one, rounded once to the stored type."""
     values = kept.tensor.read()
     return values if kept.shift is None else (values.double() + kept.shift().double()).to(values.dtype)
 
 
-def _some_rows(kept: Kept) -> torch.Tensor:
+def _some_rows(kept: DenseTensor) -> torch.Tensor:
     import torch
 
     return torch.cat([kept.tensor.read(row, row + 1) for row in kept.rows])
 
 
 def configuration(
-    forms: Forms,
+    forms: StoragePlan,
     ranks: Mapping[str, int],
     scaling: Scaling,
     rank: int | None,
@@ -232,7 +232,7 @@ def configuration(
     ).encode()
 
 
-def _setting(unit: Unit) -> str:
+def _setting(unit: LowRankTarget) -> str:
     """What PEFT looks a rank up by: the parameter of experts, the module of anything else."""
     return unit.path if unit.form == "experts" else unit.path.rpartition(".")[0]
 

@@ -7,14 +7,14 @@ layouts would have to be made twice, in two ways, to go unseen. Weights are read
 
 from surgery.reference.generate import Greedy, greedy
 from surgery.reference.model import Cache, Output, Reference, forward, open_reference, prefix_cache, prompt_cache
-from surgery.reference.weights import Weights, planned_weights, stored_weights
+from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 
 __all__ = [
     "Cache",
     "Greedy",
     "Output",
     "Reference",
-    "Weights",
+    "ReferenceWeights",
     "forward",
     "greedy",
     "open_reference",

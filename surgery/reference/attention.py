@@ -9,7 +9,7 @@ import torch
 
 from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.rotary import angles, rotate
-from surgery_formats.families.recipe import Attention
+from surgery_formats.models.families.recipe import Attention
 
 __all__ = ["Mask", "attend"]
 

@@ -7,7 +7,7 @@ import torch
 
 from surgery.reference.attention import Mask, attend
 from surgery.reference.primitives import Load, activate, normalise, project
-from surgery_formats.families.recipe import MLP, Branch, Layer
+from surgery_formats.models.families.recipe import MLP, Branch, Layer
 
 __all__ = ["run_layer"]
 

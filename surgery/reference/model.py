@@ -12,14 +12,14 @@ import torch
 from surgery.reference.attention import Mask
 from surgery.reference.layers import run_layer
 from surgery.reference.primitives import activate, normalise, project
-from surgery.reference.weights import Weights, planned_weights, stored_weights
+from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
-from surgery_formats.families.parameters import model_of
-from surgery_formats.families.recipe import ClassifierHead, Embedding, HiddenHead, LanguageHead, Model
+from surgery_formats.models.families.parameters import model_of
+from surgery_formats.models.families.recipe import ClassifierHead, Embedding, HiddenHead, LanguageHead, Model
 
 if TYPE_CHECKING:
-    from surgery.plan import Plan
-    from surgery_formats.checkpoint import Component
+    from surgery.engine.plan import Plan
+    from surgery_formats.models.checkpoint import Component
 
 __all__ = ["Cache", "Output", "Reference", "forward", "open_reference", "prefix_cache", "prompt_cache"]
 
@@ -37,7 +37,7 @@ class Reference:
     """
 
     model: Model
-    weights: Weights
+    weights: ReferenceWeights
     dtype: torch.dtype = torch.float32
 
     def load(self, name: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from surgery_formats.families.recipe import Activation, Norm, Projection
+from surgery_formats.models.families.recipe import Activation, Norm, Projection
 
 __all__ = ["Load", "activate", "normalise", "project"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from surgery_formats.families.recipe import Rope
+from surgery_formats.models.families.recipe import Rope
 
 __all__ = ["angles", "frequencies", "rotate"]
 

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from surgery.arithmetic import compute
-from surgery.plan import Copy, Plan, PlannedTensor
+from surgery.engine.arithmetic import compute
+from surgery.engine.plan import Copy, Plan, PlannedTensor
 from surgery_formats.errors import FitError
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor
 
 if TYPE_CHECKING:
-    from surgery_formats.checkpoint import Component
-    from surgery_formats.names import Names
+    from surgery_formats.models.checkpoint import Component
+    from surgery_formats.models.names import Names
 
-__all__ = ["Weights", "planned_weights", "stored_weights", "tensor_weights"]
+__all__ = ["ReferenceWeights", "planned_weights", "stored_weights", "tensor_weights"]
 
 
-class Weights(Protocol):
+class ReferenceWeights(Protocol):
     """Named tensors, read when asked for."""
 
     @property
@@ -37,7 +37,7 @@ class Weights(Protocol):
         ...
 
 
-class _Stored:
+class _FromCheckpoint:
     """Tensors of a checkpoint; those of another era are found by the family's renames."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor], names: Names | None = None) -> None:
@@ -74,7 +74,7 @@ class _Planned:
         if (found := self._tensors.get(name)) is None:
             raise FitError("the model needs a tensor that the plan does not have", tensor=name)
         if isinstance(found.step, Copy):
-            return _Stored({name: found.step.source}).load(name, start, stop)
+            return _FromCheckpoint({name: found.step.source}).load(name, start, stop)
         if self._last is None or self._last[0] != name:
             self._last = (name, _computed(found))
         return self._last[1][start:stop].clone()
@@ -90,16 +90,16 @@ def _computed(tensor: PlannedTensor) -> torch.Tensor:
     return torch.frombuffer(raw, dtype=tensor.dtype.torch).reshape(tensor.shape)
 
 
-def stored_weights(component: Component) -> Weights:
+def stored_weights(component: Component) -> ReferenceWeights:
     """The weights of a checkpoint's network as they are."""
-    return _Stored(component.tensors, component.names)
+    return _FromCheckpoint(component.tensors, component.names)
 
 
-def tensor_weights(tensors: Mapping[str, StoredTensor], names: Names) -> Weights:
+def tensor_weights(tensors: Mapping[str, StoredTensor], names: Names) -> ReferenceWeights:
     """Weights of any origin, under the names that `names` resolves."""
-    return _Stored(tensors, names)
+    return _FromCheckpoint(tensors, names)
 
 
-def planned_weights(plan: Plan, component: str = "") -> Weights:
+def planned_weights(plan: Plan, component: str = "") -> ReferenceWeights:
     """The weights that `plan` would write for one network, rounded as it would round them."""
     return _Planned({tensor.name: tensor for tensor in plan.tensors if tensor.component == component})

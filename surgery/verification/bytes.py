@@ -9,11 +9,11 @@ from typing import Any
 
 import xxhash
 
-from surgery_formats.checkpoint import Checkpoint
+from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError
 from surgery_formats.files.raw import File, open_file
-from surgery_formats.files.safetensors import open_safetensors
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
 __all__ = ["compare_copied", "compare_files", "recorded_tensors"]

@@ -14,9 +14,9 @@ from surgery.reference import Cache, Reference, forward
 from surgery.verification.session import Arrays, Session
 
 if TYPE_CHECKING:
-    from surgery.onnx.contract import Contract
+    from surgery.onnx.graph.contract import Contract
 
-__all__ = ["Measure", "compare_decoder", "compare_encoder", "compare_slots"]
+__all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_slots"]
 
 _PROMPT, _STEPS = 13, 8
 _SEED = 20
@@ -24,7 +24,7 @@ Ids = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Measure:
+class LogitDifference:
     """One comparison.
 
     Attributes:
@@ -64,7 +64,7 @@ def _sides(contract: Contract) -> tuple[str, ...]:
     return ("left", "right") if contract.padding == "any" else (contract.padding,)
 
 
-def compare_decoder(session: Session, reference: Reference, default: Cache | None = None) -> Iterator[Measure]:
+def compare_decoder(session: Session, reference: Reference, default: Cache | None = None) -> Iterator[LogitDifference]:
     """Prefill and decode steps with greedy tokens, of one row; a batch padded on every side that the contract allows.
 
     Args:
@@ -88,7 +88,7 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
 
 def compare_slots(
     session: Session, reference: Reference, default: Cache | None = None, front: torch.Tensor | None = None
-) -> Measure:
+) -> LogitDifference:
     """A row through a session whose slots are filled against the reference with the same added; see the others."""
     ids, _ = _prompts(reference, session.contract, 1, 0)
     if session.contract.kind == "encoder":
@@ -109,7 +109,7 @@ def _steps(contract: Contract) -> int:
 
 def _generated(
     session: Session, reference: Reference, ids: Ids, real: Ids, steps: int, default: Cache | None, side: str
-) -> Iterator[Measure]:
+) -> Iterator[LogitDifference]:
     """Run the graph on its own greedy tokens, then the reference on all of them at once."""
     batch, width = ids.shape
     ids = np.where(real, ids, 0)
@@ -147,7 +147,7 @@ def _wrong_tokens(chosen: Ids, wanted: Ids, undecided: float) -> int:
     return int((wanted.max(-1) - picked > undecided).sum())
 
 
-def _in_two_parts(session: Session, reference: Reference, ids: Ids) -> Measure:
+def _in_two_parts(session: Session, reference: Reference, ids: Ids) -> LogitDifference:
     """A prefill of several rows on top of a past."""
     half = ids.shape[1] // 2
     found = _step(session, ids[:, :half], np.ones((len(ids), half), np.int64), session.past(len(ids)))
@@ -168,7 +168,9 @@ def _present(found: Arrays) -> Arrays:
     }
 
 
-def compare_encoder(session: Session, reference: Reference, front: torch.Tensor | None = None) -> Iterator[Measure]:
+def compare_encoder(
+    session: Session, reference: Reference, front: torch.Tensor | None = None
+) -> Iterator[LogitDifference]:
     """A batch without padding, and one padded on every side that the contract allows; token types where the model has them.
 
     Args:
@@ -206,8 +208,8 @@ def compare_encoder(session: Session, reference: Reference, front: torch.Tensor 
             yield _measured(f"pooled output{where}", found["pooler_output"], wanted.pooled.numpy())
 
 
-def _measured(name: str, ours: Ids, theirs: Ids, wrong: int = 0) -> Measure:
+def _measured(name: str, ours: Ids, theirs: Ids, wrong: int = 0) -> LogitDifference:
     if ours.shape != theirs.shape:
-        return Measure(f"{name}: shape {ours.shape} instead of {theirs.shape}", float("inf"), 0.0, wrong)
+        return LogitDifference(f"{name}: shape {ours.shape} instead of {theirs.shape}", float("inf"), 0.0, wrong)
     difference = np.abs(ours.astype(np.float64) - theirs)
-    return Measure(name, float(difference.max(initial=0)), float(np.abs(theirs).max(initial=0)), wrong)
+    return LogitDifference(name, float(difference.max(initial=0)), float(np.abs(theirs).max(initial=0)), wrong)

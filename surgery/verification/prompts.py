@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from surgery.reference import Cache, Reference, prompt_cache
-from surgery.verification.onnx import Measure
+from surgery.verification.onnx import LogitDifference
 from surgery_formats.errors import FitError, ProofError
 
 if TYPE_CHECKING:
-    from surgery_formats.adapter import Adapter
+    from surgery_formats.canonical.adapter import Adapter
 
 __all__ = ["compare_prompt"]
 
 
 def compare_prompt(
     graph: Path, adapter: Adapter, reference: Reference, past: Cache | None, front: torch.Tensor | None
-) -> Measure:
+) -> LogitDifference:
     """The graph's default past, or its embeddings in front of an encoder, against those of `adapter`.
 
     Args:
@@ -52,4 +52,4 @@ def compare_prompt(
         raise ProofError(f"the graph's soft prompt is of another size than that of {adapter.path.name}", file=graph)
     pairs_of = list(zip(ours, theirs, strict=True))
     difference = max(float((one.double() - other.double()).abs().max()) for one, other in pairs_of)
-    return Measure("soft prompt", difference, max(float(other.abs().max()) for _, other in pairs_of))
+    return LogitDifference("soft prompt", difference, max(float(other.abs().max()) for _, other in pairs_of))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.contract import Contract, WeightFile, from_metadata
-from surgery.onnx.weight_files import check_weight_files
+from surgery.onnx.graph.contract import Contract, WeightFile, from_metadata
+from surgery.onnx.graph.weight_files import check_weight_files
 from surgery.verification.twin import SHORT_TYPES, float32_twin
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.raw import open_file
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from surgery.reference import Cache
-    from surgery_formats.families.recipe import Model
+    from surgery_formats.models.families.recipe import Model
 
 __all__ = ["GraphFile", "Session", "check_sizes", "check_weights", "default_past", "prompt_in_front", "read_graph"]
 

@@ -15,11 +15,11 @@ import torch
 
 from surgery.reference import Reference
 from surgery_formats.errors import ProofError
-from surgery_formats.families.recipe import LanguageHead, Model, Projection
+from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
-    from surgery.reference.weights import Weights
+    from surgery.reference.weights import ReferenceWeights
     from surgery.verification.session import Arrays, GraphFile
 
 __all__ = ["filled"]
@@ -71,7 +71,7 @@ def filled(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] |
     return arrays, replace(reference, model=model, weights=_Added(weights, added))
 
 
-def _own_head(model: Model, slots: Collection[str], weights: Weights) -> tuple[Model, Weights]:
+def _own_head(model: Model, slots: Collection[str], weights: ReferenceWeights) -> tuple[Model, ReferenceWeights]:
     """A tied head under a name of its own, its slot's if it has one: what is added to the table is not added to it."""
     head, known = model.head, _matrices(model)
     if not isinstance(head, LanguageHead) or head.projection.weight != model.embedding.tokens:
@@ -81,7 +81,7 @@ def _own_head(model: Model, slots: Collection[str], weights: Weights) -> tuple[M
     return replace(model, head=own), _Renamed(weights, {name: head.projection.weight})
 
 
-def _is_rounded(model: Model, weights: Weights) -> bool:
+def _is_rounded(model: Model, weights: ReferenceWeights) -> bool:
     """Whether the table's scale is rounded to the type of its values, which those of a sum are not."""
     table = model.embedding
     return table.scale_rounded and weights.load(table.tokens, 0, 1).dtype is not torch.float32
@@ -108,7 +108,7 @@ def _projections(part: Any) -> Iterator[Projection]:
 
 @dataclass(frozen=True)
 class _Renamed:
-    inner: Weights
+    inner: ReferenceWeights
     others: Mapping[str, str]
 
     @property
@@ -121,7 +121,7 @@ class _Renamed:
 
 @dataclass(frozen=True)
 class _Added:
-    inner: Weights
+    inner: ReferenceWeights
     added: Mapping[str, torch.Tensor]
 
     @property

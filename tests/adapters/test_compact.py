@@ -20,7 +20,7 @@ from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError, ProofError, SurgeryError
 from surgery_formats.updates import LoRA
-from tests.adapter_files import (
+from tests.support.adapter_files import (
     GOLDEN,
     Arrays,
     assert_close,
@@ -210,7 +210,7 @@ def test_peft_loads_biases_norms_and_token_rows_that_went_through(tmp_path: Path
 
 
 def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = sys.modules["surgery.convert"]  # the package's attribute of that name is the function
+    room = sys.modules["surgery.verbs.convert"]
     honest = room.format_named("compact")
 
     class Liar:

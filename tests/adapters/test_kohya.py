@@ -15,13 +15,22 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from surgery import convert
-from surgery_formats.adapter import Site
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.checkpoint import open_checkpoint
+from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.updates import DoRA, LoRA, Offset
-from tests.adapter_files import GOLDEN, assert_close, assert_expected, draw, kohya_deltas, merged, unet, write_peft
+from tests.support.adapter_files import (
+    GOLDEN,
+    assert_close,
+    assert_expected,
+    draw,
+    kohya_deltas,
+    merged,
+    unet,
+    write_peft,
+)
 
 EXPECTED = json.loads((GOLDEN / "kohya/expected.json").read_text())["files"]
 FILES = sorted(EXPECTED)
@@ -106,7 +115,7 @@ def test_alpha(tmp_path: Path, alpha: torch.Tensor | None, scale: float) -> None
     assert isinstance(update, LoRA)
     assert update.scale == scale
     assert adapter.unconsumed() == ()
-    assert bool(adapter.traps) == (alpha is None)
+    assert bool(adapter.stated_issues) == (alpha is None)
 
 
 def test_reading_does_not_import_torch(tmp_path: Path) -> None:
@@ -221,7 +230,7 @@ def test_a_module_the_base_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_one_flat_name_of_two_modules_is_refused(tmp_path: Path) -> None:
-    from tests.adapter_files import write_base
+    from tests.support.adapter_files import write_base
 
     base = write_base(tmp_path / "base", {"a.b_c.weight": (2, 2), "a_b.c.weight": (2, 2)}, {})
     with pytest.raises(FitError, match="fits"):

@@ -15,7 +15,7 @@ from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.updates import DoRA, LoRA
-from tests.adapter_files import (
+from tests.support.adapter_files import (
     GOLDEN,
     assert_close,
     assert_expected,
@@ -89,8 +89,8 @@ def test_scale_by_generation_of_the_configuration(
     (update,) = next(iter(adapter.updates.values()))
     assert isinstance(update, LoRA)
     assert update.scale == scale
-    assert trap in " ".join(adapter.traps)
-    assert bool(trap) == bool(adapter.traps)
+    assert trap in " ".join(adapter.stated_issues)
+    assert bool(trap) == bool(adapter.stated_issues)
 
 
 def test_ranks_are_padded_and_scales_folded(tmp_path: Path) -> None:

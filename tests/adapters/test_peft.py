@@ -14,8 +14,17 @@ from safetensors.numpy import load_file
 from surgery import convert
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.tensors import StoredTensor
-from tests.adapter_files import GOLDEN, assert_close, config_of, draw, kohya_deltas, peft_deltas, unet, write_peft
+from surgery_formats.tensors.tensor import StoredTensor
+from tests.support.adapter_files import (
+    GOLDEN,
+    assert_close,
+    config_of,
+    draw,
+    kohya_deltas,
+    peft_deltas,
+    unet,
+    write_peft,
+)
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -204,7 +213,7 @@ def test_virtual_tokens_that_change_on_the_way_are_caught(tmp_path: Path, monkey
     )
     honest = StoredTensor.read
     monkeypatch.setattr(
-        "surgery_formats.adapters.peft_write.copied",
+        "surgery_formats.adapters.peft.write.copied",
         lambda name, tensor: NewTensor(name, tensor.dtype, tensor.shape, lambda: honest(tensor) * 1.01),
     )
     with pytest.raises(ProofError, match="prompt_embeddings"):

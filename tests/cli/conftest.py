@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from surgery_cli.group import surgery
-from tests.kit import Run, make_base, make_lora
+from tests.support.kit import Run, make_base, make_lora
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from surgery_cli.errors import fault_of, guarded
 from surgery_cli.options import Settings
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, OutputExistsError, ProofError, ResourceError
-from tests.kit import Run, environment, make_base, make_lora, spawn
+from tests.support.kit import Run, environment, make_base, make_lora, spawn
 
 HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\nerror: forged\u202e"
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.kit import environment, spawn
+from tests.support.kit import environment, spawn
 
 BASE, LORA, PROMPT = "examples/base", "examples/lora", "examples/prompt"
 
@@ -27,7 +27,7 @@ def test_a_graph_beside_the_weights_as_a_clone_that_was_not_installed(tmp_path):
 
 def test_neither_torch_nor_transformers_is_imported_for_a_plain_export(tmp_path):
     code = (
-        "import sys; from surgery.onnx.export import export_onnx; "
+        "import sys; from surgery.verbs.export_onnx import export_onnx; "
         f"export_onnx({BASE!r}, output={str(tmp_path / 'out')!r}); "
         "print([name for name in ('torch', 'transformers', 'onnx_ir', 'onnxruntime') if name in sys.modules])"
     )

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from surgery_cli.group import COMMANDS, surgery
-from tests.kit import Run, environment, spawn
+from tests.support.kit import Run, environment, spawn
 
 LIMIT = 0.3  # seconds; what a person takes for at once
 
@@ -34,7 +34,7 @@ finally:
 def test_help_imports_no_command_and_nothing_heavy():
     found = imported("--help")
     assert "surgery_cli.group" in found
-    assert not found & {"torch", "onnx", "onnxruntime", "rich", "numpy", "surgery.merge"}
+    assert not found & {"torch", "onnx", "onnxruntime", "rich", "numpy", "surgery.verbs.merge"}
     assert not [name for name in found if name.startswith("surgery_cli.commands")]
 
 
@@ -81,7 +81,7 @@ def test_global_options_on_either_side(run: Run, base, words):
 
 
 def test_version_on_either_side(run: Run):
-    from surgery import __version__
+    from surgery._version import __version__
 
     assert run("--version").stdout == run("merge", "--version").stdout == f"surgery {__version__}\n"
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.kit import environment
+from tests.support.kit import environment
 
 # A merge that takes a minute: every step waits, and the first one says that it has begun.
 SLOW = """

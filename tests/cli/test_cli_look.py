@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.kit import HIDDEN, LAYERS, RANK, Run, make_base, spawn
+from tests.support.kit import HIDDEN, LAYERS, RANK, Run, make_base, spawn
 
 HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\rforged\u202e[red]markup[/red]"
 

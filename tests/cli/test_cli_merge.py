@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.kit import LAYERS, Run, environment, make_lora, spawn
+from tests.support.kit import LAYERS, Run, environment, make_lora, spawn
 
 CHANGED = 2 * LAYERS  # q and v of every layer
 

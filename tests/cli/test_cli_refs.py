@@ -13,7 +13,7 @@ import pytest
 
 from surgery_formats.errors import InputError, NotFoundError
 from surgery_formats.refs import HubName, parse_hub_name, resolve
-from tests.kit import Run, make_lora
+from tests.support.kit import Run, make_lora
 
 
 class FakeHub(ModuleType):

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.files.crash import Event, lint, matrix
+from tests.support.crash import Event, lint, matrix
 
-_HERE = Path(__file__).parent
-_ROOT = _HERE.parents[1]
+_ROOT = Path(__file__).parents[2]
+_SUPPORT = _ROOT / "tests" / "support"
 _ENV = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(_ROOT), str(_ROOT / "formats")]),
@@ -40,7 +40,7 @@ needs_strace = pytest.mark.skipif(
 
 def _inside(scenario: str, folder: Path) -> dict[str, Any]:
     ran = subprocess.run(
-        [sys.executable, str(_HERE / "crash_inside.py"), scenario, str(folder)],
+        [sys.executable, str(_SUPPORT / "crash_inside.py"), scenario, str(folder)],
         capture_output=True,
         text=True,
         env=_ENV,
@@ -74,7 +74,7 @@ def test_every_system_call_killed_and_failed(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     out = work / "out"
-    report = matrix([sys.executable, str(_HERE / "crash_job.py"), str(source), str(out)], out, _ENV, limit=_LIMIT)
+    report = matrix([sys.executable, str(_SUPPORT / "crash_job.py"), str(source), str(out)], out, _ENV, limit=_LIMIT)
     assert report.failures == []
     assert report.lint == []
     assert report.points == report.absent + report.complete

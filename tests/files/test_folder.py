@@ -22,11 +22,11 @@ from surgery_formats.errors import (
     OutputExistsError,
     ProofError,
 )
-from surgery_formats.files import kernel_copy
-from surgery_formats.files.folder import output_folder, verify_folder
-from surgery_formats.files.manifest import MANIFEST, safe_name
+from surgery_formats.files.output import kernel_copy
+from surgery_formats.files.output.folder import output_folder, verify_folder
+from surgery_formats.files.output.manifest import MANIFEST, safe_name
 from surgery_formats.files.raw import open_file
-from tests.files.folder_jobs import PLAN, write_output
+from tests.support.folder_jobs import PLAN, write_output
 
 
 def test_a_committed_folder_holds_its_files_and_its_manifest(tmp_path: Path) -> None:

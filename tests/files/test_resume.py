@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from surgery_formats.files.folder import FileRecord, output_folder, verify_folder
-from surgery_formats.files.manifest import MANIFEST
-from tests.files.folder_jobs import OTHER, PLAN, leave_stage
+from surgery_formats.files.output.folder import FileRecord, output_folder, verify_folder
+from surgery_formats.files.output.manifest import MANIFEST
+from tests.support.folder_jobs import OTHER, PLAN, leave_stage
 
 
 class TestResume:

@@ -20,10 +20,10 @@ from surgery_formats.errors import (
     ResourceError,
     SurgeryError,
 )
-from surgery_formats.files import kernel_copy
-from surgery_formats.files.folder import check_disk, output_folder, verify_folder
-from surgery_formats.files.manifest import MANIFEST
-from tests.files.folder_jobs import OTHER, PLAN, env, write_output
+from surgery_formats.files.output import kernel_copy
+from surgery_formats.files.output.folder import check_disk, output_folder, verify_folder
+from surgery_formats.files.output.manifest import MANIFEST
+from tests.support.folder_jobs import OTHER, PLAN, env, write_output
 
 
 class TestExistingOutput:
@@ -56,7 +56,7 @@ class TestExistingOutput:
         self, can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if not can_exchange:
-            monkeypatch.setattr("surgery_formats.files.stage.exchange", lambda one, other: False)
+            monkeypatch.setattr("surgery_formats.files.output.stage.exchange", lambda one, other: False)
         out = write_output(tmp_path / "out")
         (out / "stale.json").write_text("{}")
         write_output(out, b"new", OTHER, overwrite=True)
@@ -134,7 +134,7 @@ def test_a_missing_parent_is_named(tmp_path: Path) -> None:
 _RACE = """
 import sys, time
 from surgery_formats.errors import SurgeryError
-from surgery_formats.files.folder import output_folder
+from surgery_formats.files.output.folder import output_folder
 try:
     with output_folder(sys.argv[1], "ab" * 32) as folder:
         folder.write_small("a", b"1")
@@ -255,7 +255,7 @@ def test_a_sync_that_fails_at_the_end_takes_the_output_back(tmp_path: Path, monk
             raise OSError(5, "Input/output error")
         real(fd)
 
-    monkeypatch.setattr("surgery_formats.files.stage.sync_folder", failing)
+    monkeypatch.setattr("surgery_formats.files.output.stage.sync_folder", failing)
     for target, options in ((tmp_path / "fresh", {}), (out, {"overwrite": True})):
         with pytest.raises(ResourceError, match="Input/output error"):
             write_output(target, b"new", OTHER, **options)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from spectra import KINDS, check, made, true_error
 
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.svd import truncated_svd
+from tests.support.spectra import KINDS, check, made, true_error
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from surgery.onnx.adapter_file import read_adapter_file, write_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
-from tests.onnx.graphs import HEAD_DIM, KV_HEADS, LAYERS, decoder, factors, plain_logits, prefix
+from tests.support.graphs import HEAD_DIM, KV_HEADS, LAYERS, decoder, factors, plain_logits, prefix
 
 
 def arrays():

@@ -13,14 +13,14 @@ import pytest
 from safetensors.torch import load_file
 
 import surgery
-from surgery.merge import merge
-from surgery.onnx.export import export_onnx
-from surgery.onnx.merged import DELTA
+from surgery.onnx.export.merged import DELTA
+from surgery.verbs.export_onnx import export_onnx
+from surgery.verbs.merge import merge
 from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError
-from tests.kit import environment
-from tests.onnx import trained
-from tests.onnx.sessions import Plain, feed_encoder, open_session
 from tests.oracles import recipes
+from tests.support import trained
+from tests.support.kit import environment
+from tests.support.sessions import Plain, feed_encoder, open_session
 
 IDS = np.array([[5, 17, 3, 88, 42, 9, 61]])
 TOLERANCE = 1e-4
@@ -117,7 +117,7 @@ def test_what_fails_late_leaves_nothing_in_the_folder_of_the_base(base, adapters
     def broken(*_):
         raise FitError("late")
 
-    monkeypatch.setattr("surgery.onnx.assemble.Assembly.files", broken)
+    monkeypatch.setattr("surgery.onnx.export.assemble.Assembly.files", broken)
     with pytest.raises(FitError, match="late"):
         export_onnx(folder, [adapters["lora q v"]], output=folder)
     assert {path.name for path in folder.iterdir()} == before
@@ -130,8 +130,8 @@ def test_what_a_killed_export_left_in_the_folder_of_the_base_is_completed(base, 
     before = {path.name for path in folder.iterdir()}
     script = f"""
 import os
-from surgery.onnx import place
-from surgery.onnx.export import export_onnx
+from surgery.onnx.export import place
+from surgery.verbs.export_onnx import export_onnx
 real, left = place.rename_new, [{moves}]
 def killed(*names):
     if not left[0]:

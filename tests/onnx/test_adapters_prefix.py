@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import surgery
-from surgery.onnx.adapter_file import read_adapter_file
-from surgery.onnx.export import export_onnx
-from surgery.onnx.run.text import run
+from surgery.onnx.run.adapter_file import read_adapter_file
+from surgery.verbs.export_onnx import export_onnx
+from surgery.verbs.run import run
 from surgery_formats.errors import FitError
-from tests.kit import ROOT
-from tests.onnx import trained
-from tests.onnx.sessions import Plain, open_session
 from tests.oracles import recipes
+from tests.support import trained
+from tests.support.kit import ROOT
+from tests.support.sessions import Plain, open_session
 
 IDS = np.array([[5, 17, 3, 88, 42, 9, 61]])
 SHORT = np.array([[29, 8, 77, 50]])

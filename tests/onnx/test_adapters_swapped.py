@@ -7,13 +7,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from surgery.onnx.adapter_file import read_adapter_file
-from surgery.onnx.export import export_onnx
-from surgery.onnx.run.text import run
+from surgery.onnx.run.adapter_file import read_adapter_file
+from surgery.verbs.export_onnx import export_onnx
+from surgery.verbs.run import run
 from surgery_formats.errors import FitError
-from tests.onnx import trained
-from tests.onnx.sessions import Plain
 from tests.oracles import recipes
+from tests.support import trained
+from tests.support.sessions import Plain
 
 IDS = np.array([[5, 17, 3, 88, 42, 9, 61]])
 TOLERANCE = 1e-4

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.merge import merge
-from surgery.onnx.export import export_onnx
+from surgery.verbs.export_onnx import export_onnx
+from surgery.verbs.merge import merge
 from surgery_formats.errors import FitError, MalformedError, OutputExistsError
-from tests import header_only
-from tests.onnx.sessions import Plain, open_session
 from tests.oracles import recipes
+from tests.support import header_only
+from tests.support.sessions import Plain, open_session
 
 IDS = np.array([[5, 17, 3, 88]])
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.onnx.build import Options, build
-from surgery.onnx.target import TARGETS, twin
-from surgery_formats.checkpoint import open_checkpoint
+from surgery.onnx.graph.build import GraphOptions, build
+from surgery.onnx.graph.target import TARGETS, twin
 from surgery_formats.dtypes import DType
-from tests.onnx.sessions import Plain
+from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import recipes
+from tests.support.sessions import Plain
 
 TOLERANCE = 1e-4
 PROMPT = np.array([[5, 17, 3, 88, 42, 9, 61]])
@@ -47,7 +47,7 @@ class Exported:
     def graph(self, target):
         """The built graphs for `target` in float32, written beside the weights."""
         component = open_checkpoint(self.folder).main
-        built = build(component, Options(twin(TARGETS[target]), DType.F32))
+        built = build(component, GraphOptions(twin(TARGETS[target]), DType.F32))
         for name, model in built.graphs.items():
             (self.folder / f"{target}-{name}").write_bytes(model.SerializeToString())
         return self.folder / f"{target}-model.onnx", built

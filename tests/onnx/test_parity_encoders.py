@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.onnx.build import Options, build
-from surgery.onnx.target import TARGETS
-from surgery_formats.checkpoint import open_checkpoint
+from surgery.onnx.graph.build import GraphOptions, build
+from surgery.onnx.graph.target import TARGETS
 from surgery_formats.dtypes import DType
-from tests.onnx.sessions import feed_encoder, open_session
+from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import recipes
+from tests.support.sessions import feed_encoder, open_session
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", recipes.ENCODERS)
 def test_outputs_are_those_of_transformers(tmp_path, name, target):
     folder = recipes.build(name, tmp_path)
-    built = build(open_checkpoint(folder).main, Options(TARGETS[target], DType.F32))
+    built = build(open_checkpoint(folder).main, GraphOptions(TARGETS[target], DType.F32))
     (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
     session, contract = open_session(folder / "model.onnx")
     model = recipes.load(name, folder)

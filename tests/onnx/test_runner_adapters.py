@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.onnx.adapter_file import write_adapter_file
+from surgery.onnx.run.adapter_file import write_adapter_file
 from surgery_formats.errors import FitError
-from tests.kit import spawn
-from tests.onnx.graphs import CONTRACT, decoder, factors, plain_logits, prefix
+from tests.support.graphs import CONTRACT, decoder, factors, plain_logits, prefix
+from tests.support.kit import spawn
 
 ROWS = [[3, 17, 9, 4, 30], [8, 2]]
 NEW = 6

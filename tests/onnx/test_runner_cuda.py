@@ -7,16 +7,16 @@ import shutil
 import numpy as np
 import pytest
 
-from surgery.onnx.bench import bind, floor_seconds, measure_all
-from surgery.onnx.build import Options, build
+from surgery.onnx.graph.build import GraphOptions, build
+from surgery.onnx.graph.target import TARGETS, choose
 from surgery.onnx.run.decoder import make_decoder, text_past
 from surgery.onnx.run.generate import generate
 from surgery.onnx.run.opening import open_graph
 from surgery.onnx.run.sampling import Sampling
-from surgery.onnx.target import TARGETS, choose
-from surgery_formats.checkpoint import open_checkpoint
+from surgery.verbs.bench import bind, floor_seconds, measure_all
 from surgery_formats.dtypes import DType
-from tests.kit import ROOT
+from surgery_formats.models.checkpoint import open_checkpoint
+from tests.support.kit import ROOT
 
 pytestmark = pytest.mark.gpu
 ROWS = [[5, 17, 3, 88, 42, 9, 61], [29, 8, 77, 50], [7]]
@@ -29,9 +29,9 @@ def graph(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("cuda") / request.param
     shutil.copytree(ROOT / "examples" / "base", out)
     io = TYPES[request.param]
-    built = build(open_checkpoint(out).main, Options(choose("cuda", io), io, prefill=False))
+    built = build(open_checkpoint(out).main, GraphOptions(choose("cuda", io), io, prefill=False))
     (out / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
-    twin = build(open_checkpoint(out).main, Options(TARGETS["portable"], DType.F32))
+    twin = build(open_checkpoint(out).main, GraphOptions(TARGETS["portable"], DType.F32))
     (out / "twin.onnx").write_bytes(twin.graphs["model.onnx"].SerializeToString())
     return out
 

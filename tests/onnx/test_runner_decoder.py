@@ -14,7 +14,7 @@ from surgery.onnx.run.growing import GrowingDecoder, RowByRow
 from surgery.onnx.run.opening import open_graph
 from surgery.onnx.run.shared import SharedDecoder
 from surgery_formats.errors import FitError
-from tests.onnx.graphs import LONGEST, decoder, factors, plain_logits, prefix
+from tests.support.graphs import LONGEST, decoder, factors, plain_logits, prefix
 
 EXACT = 2e-5
 ROWS = [[3, 17, 9, 4, 30], [8, 2], [1, 39, 12, 12, 5, 6, 7]]
@@ -96,7 +96,7 @@ def test_a_text_read_once_stands_before_every_row(tmp_path, attention):
 def test_a_graph_with_grouped_attention_and_a_growing_cache(tmp_path):
     from dataclasses import replace
 
-    from tests.onnx.graphs import CONTRACT
+    from tests.support.graphs import CONTRACT
 
     path = decoder(tmp_path, contract=replace(CONTRACT, cache="growing"))
     opened = open_graph(path, device="cpu")

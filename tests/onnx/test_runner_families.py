@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import surgery
-from surgery.onnx.export import export_onnx
 from surgery.onnx.run.opening import open_graph
+from surgery.verbs.export_onnx import export_onnx
 from surgery_formats.errors import FitError
 from tests.oracles import recipes
 

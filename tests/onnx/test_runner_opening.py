@@ -12,13 +12,13 @@ import onnx
 import pytest
 import xxhash
 
-from surgery.onnx.contract import Contract, WeightFile, from_metadata
-from surgery.onnx.metadata import initializer_shapes, read_metadata
+from surgery.onnx.graph.contract import Contract, WeightFile, from_metadata
+from surgery.onnx.graph.metadata import initializer_shapes, read_metadata
 from surgery.onnx.run.opening import find_graph, open_graph
+from surgery_formats.containers.safetensors import layout
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
-from surgery_formats.files.safetensors import layout
-from tests.onnx.graphs import CONTRACT, decoder, prefix
+from tests.support.graphs import CONTRACT, decoder, prefix
 
 
 def outside(folder, contract=CONTRACT):

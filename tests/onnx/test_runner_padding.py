@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from surgery.onnx.run.opening import open_graph
 from surgery.onnx.run.rows import pad, unpad
 from surgery_formats.errors import FitError
-from tests.onnx.graphs import HEAD_DIM, KV_HEADS, LAYERS, decoder, plain_logits
+from tests.support.graphs import HEAD_DIM, KV_HEADS, LAYERS, decoder, plain_logits
 
 
 @given(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from surgery.onnx.run.sampling import Sampling, choose, greedy, probabilities
-from surgery.onnx.run.tokenizer import Stream
+from surgery.onnx.run.tokenizer import TextStream
 from surgery_formats.errors import FitError
 
 
@@ -68,7 +68,7 @@ def test_streamed_text_is_the_whole_text_and_never_half_a_character(text, width)
     def decode(ids):
         return b"".join(tokens[one] for one in ids).decode(errors="replace")
 
-    stream = Stream(decode)
+    stream = TextStream(decode)
     pieces = [stream.push(number) for number in range(len(tokens))]
     assert "".join(pieces) + stream.close() == raw.decode()
     assert (
@@ -88,14 +88,14 @@ def test_streaming_survives_decoders_that_show_a_whole_run_of_bytes_as_broken(te
         except UnicodeDecodeError:
             return "\N{REPLACEMENT CHARACTER}" * len(run)
 
-    stream = Stream(decode)
+    stream = TextStream(decode)
     pieces = [stream.push(number) for number in range(len(raw))]
     if not broken:
         assert "".join(pieces) + stream.close() == text
 
 
 def test_streaming_does_not_wait_for_a_character_that_never_comes():
-    stream = Stream(lambda ids: "\N{REPLACEMENT CHARACTER}" * len(ids))
+    stream = TextStream(lambda ids: "\N{REPLACEMENT CHARACTER}" * len(ids))
     pieces = [stream.push(number) for number in range(200)]
     assert all(any(pieces[at : at + 5]) for at in range(195))
     assert len("".join(pieces) + stream.close()) == 200

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.onnx.adapter_file import write_adapter_file
-from surgery.onnx.build import Options, build
+from surgery.onnx.graph.build import GraphOptions, build
+from surgery.onnx.graph.target import TARGETS, twin
+from surgery.onnx.run.adapter_file import write_adapter_file
 from surgery.onnx.run.generate import generate
 from surgery.onnx.run.sampling import Sampling
-from surgery.onnx.target import TARGETS, twin
-from surgery_formats.checkpoint import open_checkpoint
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError
-from tests.kit import ROOT, spawn
+from surgery_formats.models.checkpoint import open_checkpoint
+from tests.support.kit import ROOT, spawn
 
 BASE = ROOT / "examples" / "base"
 TEXTS = ["The function returns", "import os", "A class"]
@@ -30,7 +30,7 @@ def folder(request, tmp_path_factory) -> Path:
     """The example exported for each target, in fp32 so that it runs on the cpu, with its tokenizer beside it."""
     out = tmp_path_factory.mktemp(request.param) / "out"
     shutil.copytree(BASE, out)
-    built = build(open_checkpoint(out).main, Options(twin(TARGETS[request.param]), DType.F32))
+    built = build(open_checkpoint(out).main, GraphOptions(twin(TARGETS[request.param]), DType.F32))
     for name, model in built.graphs.items():
         (out / name).write_bytes(model.SerializeToString())
     return out
@@ -135,7 +135,7 @@ def test_a_run_imports_neither_torch_nor_onnx_nor_transformers(folder):
     import subprocess
     import sys
 
-    from tests.kit import environment
+    from tests.support.kit import environment
 
     script = f"import surgery, sys; surgery.run({str(folder)!r}, ['a'], device='cpu', max_new=2); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.onnx.build import Options, build
+from surgery.onnx.graph.build import GraphOptions, build
+from surgery.onnx.graph.target import TARGETS
 from surgery.onnx.run.decoder import make_decoder, text_past
 from surgery.onnx.run.opening import open_graph, open_prefill
-from surgery.onnx.target import TARGETS
-from surgery_formats.checkpoint import open_checkpoint
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
-from tests.kit import ROOT
+from surgery_formats.models.checkpoint import open_checkpoint
+from tests.support.kit import ROOT
 
 BASE = ROOT / "examples" / "base"
 ROWS = [[5, 17, 3, 88, 42, 9, 61], [29, 8], [7, 7, 7, 30]]
@@ -69,7 +69,7 @@ def test_a_prefill_graph_of_another_model_is_refused(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     component = open_checkpoint(BASE).main
     slotted = frozenset({"model.layers.0.self_attn.q_proj.weight"})
-    other = build(component, Options(TARGETS["portable"], DType.F32, slotted=slotted)).graphs["model.onnx"]
+    other = build(component, GraphOptions(TARGETS["portable"], DType.F32, slotted=slotted)).graphs["model.onnx"]
     (tmp_path / "prefill.onnx").write_bytes(other.SerializeToString())
     opened = open_graph(tmp_path, device="cpu", threads=1)
     with pytest.raises(MalformedError, match="another slots"):

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from surgery.onnx import timing
-from surgery.onnx.timing import BLOCK, Timing, cache_length, compare, measure
+from surgery.onnx.run import timing
+from surgery.onnx.run.timing import BLOCK, Timing, cache_length, compare, measure
 
 
 class Clock:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from surgery.reference import Reference, forward, greedy, open_reference
-from surgery_formats.checkpoint import open_checkpoint
-from surgery_formats.families.parameters import parameters
+from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.models.families.parameters import parameters
 from tests.oracles import recipes
 
 Pair = Callable[[str], tuple[Any, Reference]]

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.merge import plan_merge
+from surgery.engine.model_output import plan_merge
 from surgery.reference import forward, greedy, open_reference, prefix_cache, prompt_cache
 from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.binding import bind
-from surgery_formats.checkpoint import open_checkpoint
+from surgery_formats.binding.bind import bind
 from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import recipes
 
 LIMIT = 1e-4

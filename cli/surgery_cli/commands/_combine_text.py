@@ -18,7 +18,7 @@ from surgery_cli.progress import bar
 from surgery_formats.text import nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.combine import CombineResult
+    from surgery.verbs.combine import CombineResult
 
 __all__ = ["run", "share"]
 

@@ -17,9 +17,9 @@ from surgery_cli.output import note, pairs, table
 from surgery_formats.text import count, nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.ledger import Ledger, Row
-    from surgery.merge import MergeResult
-    from surgery.plan import Plan
+    from surgery.engine.ledger import Ledger, Row
+    from surgery.engine.plan import Plan
+    from surgery.verbs.merge import MergeResult
 
 __all__ = ["obstacles", "plan_text", "result_text"]
 
@@ -122,7 +122,7 @@ def _files(plan: Plan) -> str:
 
 
 def _computed(file: Any) -> int:
-    from surgery.plan import Compute
+    from surgery.engine.plan import Compute
 
     return sum(isinstance(tensor.step, Compute) for tensor in file.tensors)
 
@@ -159,8 +159,8 @@ def _free(output: Path) -> int | None:
 
 def _peak(plan: Plan, workers: int | None) -> int:
     """Bytes: what this process, with torch loaded, took so far, and the largest tensors that are computed at one time."""
-    from surgery.arithmetic import block_bytes
-    from surgery.execute import default_workers
+    from surgery.engine.arithmetic import block_bytes
+    from surgery.engine.execute import default_workers
 
     blocks = sorted((block_bytes(tensor) for tensor in plan.computed()), reverse=True)
     return _resident() + sum(blocks[: workers or default_workers()])

@@ -52,7 +52,7 @@ def command(
       surgery bench merged/ --against base/ --new-tokens 200
       surgery bench out/ --device cuda --batch 8
     """
-    from surgery.onnx.bench import bench
+    from surgery.verbs.bench import bench
 
     result = bench(
         model,

@@ -77,7 +77,7 @@ def command(
       surgery combine lora/ -o attention/ --only 'self_attn.*'
       surgery combine a/ b/ c/ -o merged/ --method ties --density .2 --rank 32
     """
-    from surgery.combine import combine
+    from surgery.verbs.combine import combine
     from surgery_formats.refs import resolve
 
     _check(options)

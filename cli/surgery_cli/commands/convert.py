@@ -17,7 +17,7 @@ from surgery_cli.progress import bar
 from surgery_formats.text import nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.convert import ConvertResult
+    from surgery.verbs.convert import ConvertResult
 
 __all__ = ["command"]
 
@@ -82,7 +82,7 @@ def command(
       surgery convert style.safetensors --to peft --base sdxl/ -o style-peft/
       surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
     """
-    from surgery.convert import convert
+    from surgery.verbs.convert import convert
     from surgery_formats.refs import resolve
 
     began = time.monotonic()

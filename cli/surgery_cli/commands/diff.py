@@ -17,8 +17,8 @@ from surgery_cli.progress import bar
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
-    from surgery.diff_adapters import AdapterDiff, ModuleDiff, Profile, Side
-    from surgery.diff_checkpoints import CheckpointDiff, Header, TensorDiff
+    from surgery.comparison.adapters import AdapterDiff, ModuleDiff, Profile, Side
+    from surgery.comparison.checkpoints import CheckpointDiff, TensorDiff, TensorHeader
 
 __all__ = ["FINDINGS", "command"]
 
@@ -69,8 +69,8 @@ def command(
       surgery diff my-lora/ my-lora.safetensors
       surgery diff base/ merged/ --fail-on structure --header
     """
-    from surgery.diff import diff
-    from surgery.diff_adapters import AdapterDiff
+    from surgery.comparison.adapters import AdapterDiff
+    from surgery.verbs.diff import diff
     from surgery_formats.refs import resolve
 
     paths = resolve(a), resolve(b)
@@ -172,7 +172,7 @@ def _tensor(one: TensorDiff) -> tuple[str, ...]:
     return one.name, one.status, _header(one.a), _header(one.b), *numbers, one.note or odd
 
 
-def _header(header: Header | None) -> str:
+def _header(header: TensorHeader | None) -> str:
     return "" if header is None else f"{header.dtype} {'x'.join(map(str, header.shape)) or 'scalar'}"
 
 

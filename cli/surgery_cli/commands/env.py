@@ -20,9 +20,9 @@ def command(settings: Settings, deep: bool) -> None:
 
     Nothing is sent anywhere; no path and no name of this machine is shown.
     """
-    from surgery.environment import environment
+    from surgery.verbs.env import env
 
-    found = environment(deep=deep)
+    found = env(deep=deep)
     if settings.json:
         emit_json("env", found.as_json())
     else:

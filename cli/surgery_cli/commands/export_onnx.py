@@ -17,7 +17,7 @@ from surgery_cli.progress import bar
 from surgery_formats.text import count, nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.onnx.export import ExportResult
+    from surgery.verbs.export_onnx import ExportResult
 
 __all__ = ["command"]
 
@@ -110,7 +110,7 @@ def command(
       surgery export-onnx llama/ style=0.7 my-prompt/ -o out/
       surgery export-onnx llama/ --swap sql/ --swap chat/ -o out/
     """
-    from surgery.onnx.export import export_onnx
+    from surgery.verbs.export_onnx import export_onnx
     from surgery_formats.refs import resolve
 
     began = time.monotonic()

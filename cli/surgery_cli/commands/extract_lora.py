@@ -170,7 +170,7 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
       surgery extract-lora llama/ my-llama/ -o my-lora/ --budget 20MB
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64 --factors int4
     """
-    from surgery.extract import extract_lora
+    from surgery.verbs.extract_lora import extract_lora
     from surgery_formats.refs import resolve
 
     if options["kind"] == "dora" and options["calibration"] is not None:

@@ -18,9 +18,9 @@ def command(settings: Settings) -> None:
 
     And the containers of models, the model families whose names are known, and the kinds of update that can be merged.
     """
-    from surgery.catalogue import catalogue
+    from surgery.verbs.formats import formats
 
-    found = catalogue()
+    found = formats()
     if settings.json:
         emit_json("formats", found.as_json())
         return

@@ -14,8 +14,8 @@ from surgery_cli.output import emit_json, note, pairs, table, warn
 from surgery_formats.text import count, listing, nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.graph import Node, Totals
-    from surgery.inspect import AdapterReport, CheckpointReport, ComponentReport, PromptFacts, WeightFile
+    from surgery.verbs.inspect import AdapterReport, CheckpointReport, ComponentReport, PromptFacts, WeightFileReport
+    from surgery_formats.models.module_tree import Node, Totals
 
 __all__ = ["command"]
 
@@ -39,7 +39,7 @@ def command(settings: Settings, reference: str, depth: int, every: bool) -> None
       surgery inspect my-lora/ --all
       surgery inspect llama/ --json | jq .result.parameters
     """
-    from surgery.inspect import AdapterReport, inspect
+    from surgery.verbs.inspect import AdapterReport, inspect
     from surgery_formats.refs import resolve
 
     found = inspect(resolve(reference))
@@ -213,7 +213,7 @@ def _touched(found: AdapterReport, every: bool) -> None:
 
 
 def _files(files: Any) -> str:
-    every: list[WeightFile] = list(files)
+    every: list[WeightFileReport] = list(files)
     kinds = "/".join(sorted({file.container for file in every}))
     total = nbytes(sum(file.nbytes for file in every))
     return f"{total} in {len(every)} {kinds} file{'s' if len(every) != 1 else ''}"

@@ -28,7 +28,7 @@ from surgery_cli.output import emit_json, warn
 from surgery_cli.progress import bar
 
 if TYPE_CHECKING:
-    from surgery.merge import MergeResult
+    from surgery.verbs.merge import MergeResult
 
 __all__ = ["command"]
 
@@ -79,7 +79,7 @@ def command(
       surgery merge llama/ style=0.7 facts=0.5 -o merged/ --dtype bf16
       surgery merge llama/ my-lora/ -o merged/ --dry-run
     """
-    from surgery.merge import merge
+    from surgery.verbs.merge import merge
     from surgery_formats.refs import resolve
 
     began = time.monotonic()

@@ -16,7 +16,7 @@ from surgery_cli.output import emit_json, note, pairs, table, warn
 from surgery_formats.text import count, nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.savings import SavingsReport, Split, TaskCost
+    from surgery.verbs.report import SavingsReport, Split, TaskCost
 
 __all__ = ["command"]
 
@@ -52,7 +52,7 @@ def command(
       surgery report my-lora/ --base llama/
       surgery report llama/ lora-a/ lora-b/ --md savings.md
     """
-    from surgery.savings import report
+    from surgery.verbs.report import report
     from surgery_formats.refs import resolve
 
     paths = [resolve(reference) for reference in references]
@@ -72,7 +72,7 @@ def command(
 
 
 def _write(text: str, path: Path, inputs: list[Path], overwrite: bool) -> None:
-    from surgery_formats.files.single import write_single
+    from surgery_formats.files.output.single import write_single
 
     data = text.encode()
     job = hashlib.sha256(data).hexdigest()

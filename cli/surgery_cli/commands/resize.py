@@ -40,7 +40,7 @@ def command(
       surgery resize my-lora/ -o small/ --energy .99
       surgery resize my-lora/ -o small/ --max-error .05 --dry-run
     """
-    from surgery.resize import resize
+    from surgery.verbs.resize import resize
     from surgery_formats.refs import resolve
 
     if all(options[name] is None for name in ("rank", "energy", "max_error")):

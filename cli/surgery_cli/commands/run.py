@@ -16,7 +16,7 @@ from surgery_cli.output import emit_json, note
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
-    from surgery.onnx.run.text import RunResult
+    from surgery.verbs.run import RunResult
 
 __all__ = ["command", "runtime_device_option", "spoken"]
 
@@ -109,7 +109,7 @@ def command(
       surgery run out/ -p "SELECT" --adapter sql.onnx_adapter
     """
     from surgery.onnx.run.sampling import Sampling
-    from surgery.onnx.run.text import run
+    from surgery.verbs.run import run
 
     inputs: list[str | tuple[int, ...]] = [*texts, *ids]
     if not inputs:

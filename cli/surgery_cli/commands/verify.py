@@ -63,7 +63,7 @@ def command(
       surgery verify out/ --against llama/
       surgery verify out/ --against llama/ --adapter my-lora=0.7
     """
-    from surgery.verify import verify
+    from surgery.verbs.verify import verify
     from surgery_formats.refs import resolve
 
     found = verify(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from surgery_formats.adapter import Site
 from surgery_formats.adapters.writing import component_of, row_slice
-from surgery_formats.checkpoint import Checkpoint
-from surgery_formats.families import Fused, mixtral, qwen_moe
+from surgery_formats.canonical.adapter import Site
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.families import Fused, mixtral, qwen_moe
 from surgery_formats.updates import LoRA, Stacked
 
 __all__ = ["SWITCH", "fused_of", "one_expert", "taken_apart"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from surgery_formats.adapter import Adapter, Site
-from surgery_formats.checkpoint import Checkpoint
+from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.coding import Coding
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import Update
 
 if TYPE_CHECKING:

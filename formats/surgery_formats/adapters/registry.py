@@ -8,12 +8,12 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from surgery_formats.adapter import Adapter
 from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import MalformedError, NotFoundError, SurgeryError
 from surgery_formats.text import closest, listing
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from surgery_formats.adapter import Adapter, Site
 from surgery_formats.adapters.format import Entry, NewTensor, Outcome
-from surgery_formats.checkpoint import Checkpoint, Component
+from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.names import Place
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.names import WeightSlice
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, LoRA, Update
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Change = Callable[[torch.Tensor], torch.Tensor]
 
 __all__ = [
-    "Ledger",
+    "ConversionLedger",
     "commonest",
     "component_of",
     "copied",
@@ -43,7 +43,7 @@ _OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", 
 
 
 @dataclass
-class Ledger:
+class ConversionLedger:
     """What becomes of every update of the source, noted while a writer goes through them."""
 
     entries: list[Entry] = field(default_factory=list)
@@ -145,7 +145,7 @@ def component_of(site: Site, base: Checkpoint) -> Component:
     return base.components[site.component]
 
 
-def places_of(site: Site, base: Checkpoint, tensors: tuple[StoredTensor, ...]) -> tuple[Place, ...]:
+def places_of(site: Site, base: Checkpoint, tensors: tuple[StoredTensor, ...]) -> tuple[WeightSlice, ...]:
     """Where the base holds the weight of `site`.
 
     Raises:
@@ -163,7 +163,7 @@ def places_of(site: Site, base: Checkpoint, tensors: tuple[StoredTensor, ...]) -
     return found
 
 
-def whole_place(found: tuple[Place, ...]) -> tuple[str, tuple[int, ...]] | None:
+def whole_place(found: tuple[WeightSlice, ...]) -> tuple[str, tuple[int, ...]] | None:
     """``(stored name, shape as stored)`` of a weight that the base holds in one tensor of its own; None otherwise."""
     place = found[0]
     tensor = place.parameter.storage.tensor

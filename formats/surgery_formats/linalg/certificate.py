@@ -12,7 +12,7 @@ In the basis that Krylov would go on to build, what lies outside is block tridia
 and stay as they are in a dense bulk, of which ``|T| + 2 |R|`` is the edge.
 
 Inside a dense bulk, such as rounding noise, no bound from norms alone can be close to one at a high rank. There the energy that is still to
-come is extrapolated from what the last blocks brought, with a margin (`Progress`).
+come is extrapolated from what the last blocks brought, with a margin (`Convergence`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from itertools import pairwise
 
 import torch
 
-__all__ = ["Progress", "allowed_excess", "excess_energy", "outside_norm", "ratio_bound"]
+__all__ = ["Convergence", "allowed_excess", "excess_energy", "outside_norm", "ratio_bound"]
 
 _MARGIN = 2.0
 """What extrapolated energy is multiplied by."""
@@ -34,7 +34,7 @@ _FULL = 96
 """Largest ``C^T C`` whose eigenvalues are taken; above, rows are summed instead (Gershgorin), which is a little weaker and free."""
 
 
-class Progress:
+class Convergence:
     """Energy that the kept Ritz values hold, after each block, and how much more is to come."""
 
     def __init__(self) -> None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery_formats.linalg.certificate import Progress, allowed_excess, excess_energy, outside_norm, ratio_bound
+from surgery_formats.linalg.certificate import Convergence, allowed_excess, excess_energy, outside_norm, ratio_bound
 from surgery_formats.linalg.matrix import Operator
 from surgery_formats.linalg.panel import noise, orthonormal, within, without
 
-__all__ = ["Found", "block_size", "krylov"]
+__all__ = ["CertifiedBasis", "block_size", "krylov"]
 
 _EXACT = 5e-7
 """Residual, relative to the norm, at which a matrix is of the rank asked for, exactly."""
@@ -30,7 +30,7 @@ _LOOK = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CertifiedBasis:
     """What a basis gives, for ``M`` of the `Operator`.
 
     Attributes:
@@ -55,7 +55,7 @@ def block_size(rank: int | None) -> int:
 
 def krylov(
     op: Operator, wanted: Callable[[torch.Tensor, float], int | None], block: int, most: int, target: float, seed: int
-) -> Found | None:
+) -> CertifiedBasis | None:
     """Extend a basis until it is certified.
 
     Args:
@@ -76,7 +76,7 @@ def krylov(
     filler = noise((block, op.short), seed + 1, op.dtype, op.device)
     fresh = op.times(noise((block, op.long), seed, op.dtype, op.device))
     support = (fresh != 0).any(0)  # rows of M that hold anything: the others are no part of any direction
-    have, steps, next_check, progress = 0, 0, 0, Progress()
+    have, steps, next_check, progress = 0, 0, 0, Convergence()
     while have + block <= most:
         if have + block > len(basis):
             basis, image = _grown(basis, len(basis)), _grown(image, len(image))
@@ -122,7 +122,7 @@ def krylov(
     return None
 
 
-def residual(op: Operator, found: Found) -> float:
+def residual(op: Operator, found: CertifiedBasis) -> float:
     """``||M - left^T right||_F``, element by element."""
     left, right = (found.right, found.left) if op.turned else (found.left, found.right)
     return math.sqrt(float(op.left_over(left.T, right, op.dtype).sum()))
@@ -138,9 +138,9 @@ def _hopeless(ritz: torch.Tensor, norm2: float, wanted: Callable[[torch.Tensor, 
 
 def _ritz_vectors(
     basis: torch.Tensor, image: torch.Tensor, vectors: torch.Tensor, support: torch.Tensor, excess: float, steps: int
-) -> Found:
+) -> CertifiedBasis:
     chosen = vectors.T.to(basis.device, basis.dtype)
-    return Found(within(chosen @ basis, support), chosen @ image, excess, steps)
+    return CertifiedBasis(within(chosen @ basis, support), chosen @ image, excess, steps)
 
 
 def _next(block: torch.Tensor, basis: torch.Tensor, filler: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from surgery_formats.dtypes import DType
-from surgery_formats.linalg.kept import Kept
+from surgery_formats.linalg.survival import Survival
 
 __all__ = ["MANTISSA", "NoiseTally", "Side", "kept", "noise_energy", "signal_count", "spacing", "survival", "variance"]
 
@@ -107,15 +107,15 @@ def signal_count(values: Sequence[float], edge: float) -> int:
     return sum(value > least for value in values)
 
 
-def kept(wanted: torch.Tensor, stored: torch.Tensor) -> Kept:
+def kept(wanted: torch.Tensor, stored: torch.Tensor) -> Survival:
     """Of an update and of what was stored of it, both flat or of equal shape and type; `stored` is used up."""
     one, other = wanted.flatten(), stored.flatten()
     update, both = float(torch.dot(one, one)), float(torch.dot(other, one))
     miss = other.sub_(one)
-    return Kept(update, both, float(torch.dot(miss, miss)))
+    return Survival(update, both, float(torch.dot(miss, miss)))
 
 
-def survival(base: torch.Tensor, delta: torch.Tensor, dtype: DType) -> Kept:
+def survival(base: torch.Tensor, delta: torch.Tensor, dtype: DType) -> Survival:
     """What is kept when `delta` is added to `base` and the sum rounded once to `dtype`, in the values at hand.
 
     Args:

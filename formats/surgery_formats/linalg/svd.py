@@ -16,7 +16,7 @@ import torch
 
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.certificate import ratio_bound
-from surgery_formats.linalg.krylov import Found, block_size, krylov
+from surgery_formats.linalg.krylov import CertifiedBasis, block_size, krylov
 from surgery_formats.linalg.matrix import MatrixSource, Operator, one_thread
 from surgery_formats.linalg.panel import noise, orthonormal, within
 from surgery_formats.linalg.ranks import checked_rank, rank_holding
@@ -175,14 +175,14 @@ def _criterion(
 
 def _solve(
     op: Operator, wanted: Callable[[torch.Tensor, float], int | None], block: int, target: float, seed: int
-) -> Found:
+) -> CertifiedBasis:
     if op.short <= _SMALL * block:
         return _all_eigenvectors(op, wanted)
     found = krylov(op, wanted, block, op.short // 2, target, seed)
     return _all_eigenvectors(op, wanted) if found is None else found
 
 
-def _all_eigenvectors(op: Operator, wanted: Callable[[torch.Tensor, float], int | None]) -> Found:
+def _all_eigenvectors(op: Operator, wanted: Callable[[torch.Tensor, float], int | None]) -> CertifiedBasis:
     gram = op.gram()
     squares, vectors = torch.linalg.eigh(gram)
     squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
@@ -190,10 +190,10 @@ def _all_eigenvectors(op: Operator, wanted: Callable[[torch.Tensor, float], int 
     keep = wanted(known, float(known.sum()))
     left = within(vectors[:, : op.short if keep is None else keep].T.contiguous(), gram.diagonal() != 0)
     exact = op if op.dtype == torch.float64 else op.in_float64()
-    return Found(left, exact.adjoint(left), 0.0, 0)
+    return CertifiedBasis(left, exact.adjoint(left), 0.0, 0)
 
 
-def _finished(op: Operator, found: Found, dtype: torch.dtype, seed: int) -> Truncated:
+def _finished(op: Operator, found: CertifiedBasis, dtype: torch.dtype, seed: int) -> Truncated:
     """Make both sides orthonormal through a small SVD in float64, choose signs, and measure what was left out."""
     basis = orthonormal(found.right, noise((len(found.right), op.long), seed, op.dtype, op.device))
     turn, values, back = torch.linalg.svd((found.right.double() @ basis.T).cpu())

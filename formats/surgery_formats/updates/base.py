@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.lenses.view import Index
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.views import Index
 
 if TYPE_CHECKING:
     import torch

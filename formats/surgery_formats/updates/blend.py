@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery_formats.lenses.view import Index
+from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply
 
 if TYPE_CHECKING:

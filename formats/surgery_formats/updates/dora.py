@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.lenses.view import Index, positions
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Factor, Weight
 from surgery_formats.updates.lora import LoRA
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.lenses.view import Index, positions
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Factor, Fit, Weight
 
 if TYPE_CHECKING:

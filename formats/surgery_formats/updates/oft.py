@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery_formats.errors import FitError
-from surgery_formats.lenses.view import Index
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Factor, Fit, Weight
 
 if TYPE_CHECKING:

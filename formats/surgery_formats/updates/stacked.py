@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from surgery_formats.tensors import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates.base import Apply, Update, Weight
 from surgery_formats.updates.lora import LoRA
 

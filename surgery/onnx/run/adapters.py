@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.contract import Contract
+from surgery.onnx.graph.contract import Contract
 from surgery.onnx.run.ports import Port
 from surgery_formats.errors import FitError
 from surgery_formats.text import closest, show

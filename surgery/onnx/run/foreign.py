@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery.onnx.contract import Contract
+from surgery.onnx.graph.contract import Contract
 from surgery.onnx.run.ports import Port
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object

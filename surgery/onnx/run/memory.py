@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Buffer", "HostMemory", "Memory", "Scratch", "raw"]
+__all__ = ["Buffer", "DeviceScratch", "HostMemory", "Memory", "raw"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -85,7 +85,7 @@ class HostMemory:
         return np.frombuffer(ctypes.string_at(address, nbytes), np.uint8)
 
 
-class Scratch:
+class DeviceScratch:
     """Named buffers that are kept and only grow: what a prefill needs, whatever its length was before."""
 
     def __init__(self, memory: Memory) -> None:

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.contract import Contract, from_metadata
-from surgery.onnx.metadata import read_metadata
+from surgery.onnx.graph.contract import Contract, from_metadata
+from surgery.onnx.graph.metadata import read_metadata
+from surgery.onnx.graph.weight_files import check_weight_files
 from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract
 from surgery.onnx.run.memory import HostMemory, Memory
 from surgery.onnx.run.ports import Port, ports
-from surgery.onnx.weight_files import check_weight_files
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
-from surgery_formats.files.manifest import is_safe_name
+from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
 

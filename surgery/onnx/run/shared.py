@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.contract import PAD_SWITCH
+from surgery.onnx.graph.contract import PAD_SWITCH
 from surgery.onnx.run.adapters import Past, past_names
 from surgery.onnx.run.binding import execute, not_recorded, recorded
 from surgery.onnx.run.growing import GrowingDecoder
-from surgery.onnx.run.memory import Buffer, Scratch
+from surgery.onnx.run.memory import Buffer, DeviceScratch
 from surgery.onnx.run.opening import Opened
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError
@@ -62,7 +62,7 @@ class SharedDecoder:
         self._tokens = past.tokens if past else 0
         if past is not None:
             self._write_past(past)  # once: every later key goes behind it
-        self._scratch = Scratch(memory)
+        self._scratch = DeviceScratch(memory)
         self._bindings: dict[tuple[int, ...], Any] = {}  # of prefills
         self._logits = opened.outputs["logits"]
         self.lengths = np.zeros(batch, np.int64)

@@ -15,7 +15,7 @@ from surgery_formats.files.bounded_json import CONFIG_LIMIT, TOKENIZER_LIMIT, re
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
 
-__all__ = ["Stream", "Tokenizer", "open_tokenizer", "stop_tokens"]
+__all__ = ["TextStream", "Tokenizer", "open_tokenizer", "stop_tokens"]
 
 NAME = "tokenizer.json"
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -82,7 +82,7 @@ def stop_tokens(folder: Path) -> frozenset[int]:
     return frozenset()
 
 
-class Stream:
+class TextStream:
     """Text of tokens as they come.
 
     A token may be part of a character, and what a token looks like may depend on the one before it (spaces). So new tokens are decoded

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compact: a folder of our own whose factors are codes of 8 or 4 bits (docs/compact.md). It holds LoRA and what goes with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, read_compact
+from surgery_formats.adapters.compact.write import render_compact
+from surgery_formats.adapters.format import Rendering
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import FitError
+from surgery_formats.linalg.coding import CODINGS, Coding
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import listing, show
+
+__all__ = ["COMPACT"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Compact:
+    name: str = "compact"
+    title: str = "compact folder: factors as int8 or int4 codes, everything else as it was"
+    needs_base: bool = False
+    single_file: bool = False
+    coding: Coding = CODINGS["int8"]
+
+    def detect(self, path: Path) -> bool:
+        """A folder whose compact.json says it is one."""
+        config = path / CONFIG_FILE
+        if not config.is_file():
+            return False
+        with open(config, "rb") as file:
+            return MARK.encode() in file.read(1 << 12)
+
+    def read(self, path: Path) -> Adapter:
+        """See `read_compact`."""
+        return read_compact(path)
+
+    def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
+        """See `render_compact`; a base is not needed."""
+        return render_compact(adapter, self.coding)
+
+    def with_factors(self, factors: str) -> _Compact:
+        """The same format with other codes."""
+        if factors not in CODINGS:
+            raise FitError(f"no type of factors '{show(factors, 40)}'", hint=f"there are {listing(CODINGS)}")
+        return replace(self, coding=CODINGS[factors])
+
+
+COMPACT = _Compact()

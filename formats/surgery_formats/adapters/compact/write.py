@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the canonical form to a compact folder: factors as codes, the rest as it is stored (format: docs/compact.md)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, leaves, stem_of
+from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.writing import ConversionLedger, copied, made, surviving_metadata
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.linalg.coding import Coding
+from surgery_formats.tensors.coded import CodedTensor, code_shape, code_type, pack
+from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+
+if TYPE_CHECKING:
+    import torch
+
+    Coded = dict[str, torch.Tensor]
+
+__all__ = ["render_compact"]
+
+_REMEMBERED = 256 << 20  # bytes of solved codes; the two factors of a module are solved together and written apart
+
+
+class _SolvedCodes:
+    """Codes that were worked out, as far as memory goes, and the errors of all of them."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Coded] = {}
+        self.errors: dict[str, float] = {}
+
+    def of(self, key: str, solve: Callable[[], tuple[Coded, float]]) -> Coded:
+        """The codes of the update `key`."""
+        if key not in self._found:
+            made, self.errors[key] = solve()
+            self._found[key] = made
+            while len(self._found) > 1 and self._size() > _REMEMBERED:
+                self._found.pop(next(iter(self._found)))
+        return self._found[key]
+
+    def _size(self) -> int:
+        return sum(tensor.nbytes for coded in self._found.values() for tensor in coded.values())
+
+
+@dataclass
+class _CompactWriter:
+    """What has been written so far."""
+
+    coding: Coding
+    ledger: ConversionLedger = field(default_factory=ConversionLedger)
+    tensors: dict[str, NewTensor] = field(default_factory=dict)
+    records: dict[Site, list[dict[str, Any]]] = field(default_factory=dict)
+    stated: dict[Site, list[Callable[[], float]]] = field(default_factory=dict)
+    solutions: _SolvedCodes = field(default_factory=_SolvedCodes)
+
+    def add(self, *tensors: NewTensor) -> None:
+        """Tensors of the file."""
+        for tensor in tensors:
+            if tensor.name in self.tensors:
+                raise FitError("two updates have the same key in this format", tensor=tensor.name)
+            self.tensors[tensor.name] = tensor
+
+
+def render_compact(adapter: Adapter, coding: Coding) -> Rendering:
+    """adapter.safetensors and compact.json."""
+    state = _CompactWriter(coding)
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            _update(site, update, state)
+    state.ledger.drop_prompt(adapter)
+    config = _config(adapter, state)
+    text = json.dumps(config, separators=(",", ":"), ensure_ascii=True, allow_nan=False) + "\n"
+    stated = {site: _together(errors) for site, errors in state.stated.items() if set(errors) != {_none}}
+    metadata = surviving_metadata(adapter) | {"format": "pt"}
+    metadata |= {"surgery.base": adapter.base_id} if adapter.base_id else {}
+    return Rendering(
+        TENSOR_FILE,
+        tuple(state.tensors[name] for name in sorted(state.tensors)),
+        metadata,
+        {CONFIG_FILE: text.encode()},
+        tuple(state.ledger.entries),
+        state.ledger.held,
+        stated,
+    )
+
+
+def _none() -> float:
+    """The error of what is held as it was."""
+    return 0.0
+
+
+def _together(errors: list[Callable[[], float]]) -> Callable[[], tuple[float, ...]]:
+    return lambda: tuple(error() for error in errors)
+
+
+def _update(site: Site, update: Update, state: _CompactWriter) -> None:
+    lora = _first_lora(update)
+    wrapped = lora is not None and any(".base_layer.out_proj." in tensor.name for tensor in update.tensors)
+    stem = stem_of(site, len(state.records.get(site, ())), wrapped=wrapped)
+    error = _none
+    if lora is not None:
+        error = _low_rank(stem, update, lora, wrapped, site, state)
+    elif isinstance(update, Offset):
+        state.add(made(f"{stem}.offset", update.value, update.value.shape))
+        _record(site, {"kind": "offset", "scale": update.scale}, state)
+    elif isinstance(update, Replacement):
+        state.add(copied(f"{stem}.value", update.stored))
+        _record(site, {"kind": "replacement"}, state)
+    elif isinstance(update, TokenRows):
+        state.add(made(f"{stem}.rows", update.value, update.value.shape))
+        rows = {"kind": "token rows", "indices": list(update.indices), "vocabulary": update.vocabulary}
+        _record(site, rows, state)
+    else:
+        state.ledger.drop(site, update, f"this format has no {update.kind}")
+        return
+    state.stated.setdefault(site, []).append(error)
+    if error is _none:
+        state.ledger.keep(site, update, "exact")
+    else:
+        how = f"{state.coding.name} codes in groups of {state.coding.group}"
+        state.ledger.keep(site, update, "approximated", how)
+
+
+def _record(site: Site, record: dict[str, Any], state: _CompactWriter) -> None:
+    state.records.setdefault(site, []).append(record)
+
+
+def _first_lora(update: Update) -> LoRA | None:
+    found = update.experts[0] if isinstance(update, Stacked) else update
+    found = found.direction if isinstance(found, DoRA) else found
+    return found if isinstance(found, LoRA) else None
+
+
+def _low_rank(
+    stem: str, update: Update, first: LoRA, wrapped: bool, site: Site, state: _CompactWriter
+) -> Callable[[], float]:
+    """The codes of a LoRA, of a DoRA's direction, or of all experts of a stack; what says their error."""
+    loras = [*update.experts] if isinstance(update, Stacked) else [first]
+    embedding = any(".lora_embedding_" in tensor.name for tensor in first.tensors)
+    out, inputs = first.shape
+    kept = _kept(loras, state.coding)
+    rank = kept[0].sizes[2] if kept else min(max(lora.rank for lora in loras), out, inputs)
+    if isinstance(update, DoRA):
+        state.add(made(f"{stem}.lora_magnitude_vector", update.magnitude, update.magnitude.shape))
+    names = dict(zip("AB", (f"{stem}.{leaf}" for leaf in leaves(embedding)), strict=True))
+
+    def coded() -> Coded:
+        if kept:
+            pairs = (zip(("codes", "scales"), factor.coded(), strict=True) for factor in kept)
+            return {f"{side}.{what}": t for side, pair in zip("AB", pairs, strict=True) for what, t in pair}
+        return state.solutions.of(stem, lambda: _solved(loras, rank, first.scale, state.coding))
+
+    for side, length in (("A", inputs), ("B", out)):
+        shapes = (
+            ("codes", code_type(state.coding), code_shape(state.coding, len(loras), length, rank)),
+            ("scales", DType.BF16, (len(loras), state.coding.scales(length * rank))),
+        )
+        for what, dtype, shape in shapes:
+            load = _load(coded, f"{side}.{what}")
+            state.add(NewTensor(f"{names[side]}.{what}", dtype, shape, load))
+    record: dict[str, Any] = {"kind": "DoRA" if isinstance(update, DoRA) else "LoRA", "scale": first.scale}
+    record |= {"rank": rank, "shape": [out, *_kernel(first)]}
+    record |= {"alpha": first.alpha} if first.alpha is not None else {}
+    record |= {"per_row": update.per_row} if isinstance(update, DoRA) else {}
+    record |= {"experts": len(loras), "either_way": bool(update.if_transposed)} if isinstance(update, Stacked) else {}
+    record |= {"embedding": True} if embedding else {}
+    record |= {"wrapped": True} if wrapped else {}
+    _record(site, record, state)
+    return _none if kept else (lambda: (coded(), state.solutions.errors[stem])[1])
+
+
+def _load(coded: Callable[[], Coded], name: str) -> Callable[[], torch.Tensor]:
+    return lambda: coded()[name]
+
+
+def _kept(loras: list[LoRA], coding: Coding) -> tuple[CodedTensor, CodedTensor] | None:
+    """The two factors, where they are such codes already, and all of them."""
+    found = {factor.tensors for lora in loras for factor in (lora.A, lora.B)}
+    first = loras[0].A.tensors[0], loras[0].B.tensors[0]
+    if found != {first[:1], first[1:]} or len({lora.scale for lora in loras}) > 1:
+        return None
+    a, b = first
+    if not (isinstance(a, CodedTensor) and isinstance(b, CodedTensor)) or a.coding != coding or b.coding != coding:
+        return None
+    same = a.sizes == (len(loras), loras[0].shape[1], loras[0].rank) and b.sizes[1] == loras[0].shape[0]
+    return (a, b) if same and (a.side, b.side) == ("A", "B") else None
+
+
+def _kernel(lora: LoRA) -> tuple[int, ...]:
+    """``(in,)``, or ``(in, k, k)`` as a convolution's factor is stored."""
+    stored = lora.A.tensors[0].shape[1:]
+    whole = lora.A.view is None and math.prod(stored) == lora.shape[1]
+    return stored if whole else (lora.shape[1],)
+
+
+def _solved(loras: list[LoRA], rank: int, scale: float, coding: Coding) -> tuple[Coded, float]:
+    """Codes and scales by side, and the error of all experts together."""
+    import torch
+
+    from surgery_formats.linalg.factored import factored_norm
+    from surgery_formats.linalg.quantise import quantise_product
+
+    found, lost, whole = [], [], []
+    for lora in loras:
+        B, A = lora.B.load(torch.float64), lora.A.load(torch.float64)
+        if lora.scale != scale:
+            B = B * (lora.scale / scale)
+        if (missing := rank - lora.rank) > 0:  # experts of several ranks
+            B, A = torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
+        product = quantise_product(B, A, coding)
+        found.append(product)
+        whole.append(factored_norm(B, A) * abs(scale))
+        lost.append(product.error * whole[-1])
+    made: Coded = {}
+    for side in "AB":
+        codes = [getattr(product, side) for product in found]
+        made[f"{side}.codes"] = pack(torch.stack([one.values for one in codes]), coding)
+        made[f"{side}.scales"] = torch.stack([one.scales for one in codes])
+    total = math.hypot(*whole)
+    return made, math.hypot(*lost) / total if total else 0.0
+
+
+def _config(adapter: Adapter, state: _CompactWriter) -> dict[str, Any]:
+    sites = [
+        {"path": site.path}
+        | ({"component": site.component} if site.component else {})
+        | ({"flat": True} if site.flat else {})
+        | {"updates": records}
+        for site, records in state.records.items()
+    ]
+    return {
+        "format": MARK,
+        "version": VERSION,
+        "factors": state.coding.name,
+        "group": state.coding.group,
+        "kind": adapter.kind,
+        "base": adapter.base_name,
+        "keeps_ties": adapter.keeps_ties,
+        "new_modules": sorted(adapter.new_modules),
+        "config": dict(adapter.config),
+        "parameters": sites,
+    }

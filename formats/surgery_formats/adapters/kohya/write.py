@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the canonical form to a LoRA file of kohya's sd-scripts.
+
+Module names and shapes come from the base. UNets of SDXL get the names of the original code, all else diffusers' names: what trainers write
+and every loader reads. The hashes ``sshs_*`` are left out: tools compute them for files that have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.writing import (
+    ConversionLedger,
+    commonest,
+    component_of,
+    made,
+    places_of,
+    surviving_metadata,
+    whole_place,
+)
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.updates import DoRA, LoRA, Offset, Update
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["render_kohya"]
+
+_TEXT = "text_model."  # every published text encoder has this level, transformers 5 leaves it out
+
+
+def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
+    """One file. LoRA and DoRA of linear layers and convolutions, differences of weights and biases; anything else is dropped.
+
+    Raises:
+        FitError: no base, or a weight it does not have.
+    """
+    if base is None:
+        raise FitError("module names of this format come from the base", file=adapter.path, hint="give it with --base")
+    ledger = ConversionLedger()
+    names = {component.name: _Namer(component, base) for component in base.components.values()}
+    fitting: dict[str, _Fitting] = {}
+    for site, chain in adapter.updates.items():
+        component = component_of(site, base)
+        namer = names[component.name]
+        for update in chain:
+            where = whole_place(places_of(site, base, update.tensors)) if _plain(update) else None
+            why = _fault(update, where, component, namer)
+            if why or where is None:
+                ledger.drop(site, update, why or "the base holds it in several tensors")
+            elif (mark := f"{namer.key(where[0])}.{_leaf(where[0], update)}") in fitting:
+                ledger.drop(site, update, "a second one of this kind on one module")
+            else:
+                fitting[mark] = _Fitting(site, update, component.name, namer.key(where[0]), *where)
+    alphas = {} if adapter.format == "kohya" else _common_alphas(fitting.values())
+    tensors: dict[str, NewTensor] = {}
+    for one in fitting.values():
+        new, folded = _tensors(one, alphas.get(one.component))
+        tensors |= {tensor.name: tensor for tensor in new}
+        ledger.keep(one.site, one.update, "folded" if folded else "exact", folded or one.key)
+    ledger.drop_prompt(adapter)
+    metadata = surviving_metadata(adapter)
+    loras = [lora for one in fitting.values() if (lora := _lora_of(one.update))]
+    if loras:
+        alpha = commonest(alphas.values()) or commonest(lora.scale * lora.rank for lora in loras)
+        lycoris = any(name.endswith((".dora_scale", ".diff", ".diff_b")) for name in tensors)
+        metadata |= {"ss_network_dim": f"{commonest(lora.rank for lora in loras)}", "ss_network_alpha": f"{alpha:.9g}"}
+        metadata.setdefault("ss_network_module", "lycoris.kohya" if lycoris else "networks.lora")
+    ordered = tuple(tensors[name] for name in sorted(tensors))
+    return Rendering(f"{adapter.path.stem}.safetensors", ordered, metadata, {}, tuple(ledger.entries), ledger.held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """An update that the file will hold: where in the base, under which key."""
+
+    site: Site
+    update: Update
+    component: str
+    key: str
+    name: str
+    shape: tuple[int, ...]
+
+
+def _common_alphas(fitting: Iterable[_Fitting]) -> dict[str, float]:
+    """One alpha for each part. The format allows one per module, but diffusers (0.42) loses those that differ from the commonest."""
+    found: dict[str, list[float]] = {}
+    for one in fitting:
+        if lora := _lora_of(one.update):
+            found.setdefault(one.component, []).append(lora.scale * lora.rank)
+    return {component: alpha for component, alphas in found.items() if (alpha := commonest(a for a in alphas if a))}
+
+
+def _lora_of(update: Update) -> LoRA | None:
+    found = update.direction if isinstance(update, DoRA) else update
+    return found if isinstance(found, LoRA) else None
+
+
+def _leaf(name: str, update: Update) -> str:
+    if isinstance(update, Offset):
+        return "diff_b" if name.endswith(".bias") else "diff"
+    return "lora_down.weight"
+
+
+class _Namer:
+    """Keys of one component."""
+
+    def __init__(self, component: Component, base: Checkpoint) -> None:
+        self._component = component
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in component.tensors)
+        self._original: dict[str, str] = {}
+        if component.family.other_flat and "add_embedding.linear_1" in modules:  # SDXL
+            self._original = {module: flat for flat, module in component.family.other_flat(modules)}
+        self.prefix = _prefix(component, base)
+
+    def key(self, name: str) -> str:
+        """``lora_unet_...`` for a stored parameter's name."""
+        module = name.rpartition(".")[0]
+        if self.prefix.startswith("lora_te") and module.startswith("encoder."):
+            module = _TEXT + module
+        return f"{self.prefix}_{self._original.get(module, module.replace('.', '_'))}"
+
+
+def _prefix(component: Component, base: Checkpoint) -> str:
+    two = "text_encoder_2" in base.components
+    named = {"unet": "lora_unet", "text_encoder": "lora_te1" if two else "lora_te", "text_encoder_2": "lora_te2"}
+    if component.name in named:
+        return named[component.name]
+    if not component.name and "UNet2DConditionModel" in component.family.names:
+        return "lora_unet"
+    if not component.name and "clip_text_model" in component.family.names:
+        return "lora_te2" if "text_projection.weight" in component.tensors else "lora_te"
+    return ""
+
+
+def _plain(update: Update) -> bool:
+    return isinstance(update, LoRA | DoRA | Offset)
+
+
+def _fault(
+    update: Update,
+    where: tuple[str, tuple[int, ...]] | None,
+    component: Component,
+    namer: _Namer,
+) -> str:
+    """Why the format cannot hold an update; empty if it can."""
+    if not namer.prefix:
+        return (
+            f"this format has no name for '{component.name}'"
+            if component.name
+            else "this format names diffusion models only"
+        )
+    if not _plain(update):
+        return f"this format has no {update.kind}"
+    if where is None:
+        return ""
+    name, shape = where
+    leaf = name.rpartition(".")[2]
+    if leaf == "weight" and ("embed" in name.rpartition(".")[0].rpartition(".")[2] and ".embeddings." in f".{name}"):
+        return "this format has no embeddings"
+    if leaf not in ("weight", "bias") or (leaf == "bias" and not isinstance(update, Offset)):
+        return "this format names modules, not parameters"
+    if isinstance(update, LoRA | DoRA) and (len(shape) < 2 or update.shape != (shape[0], math.prod(shape[1:]))):
+        return f"it was made for {list(update.shape)}, the base has {list(shape)}"
+    if isinstance(update, DoRA) and update.magnitude.shape[0] != shape[0 if update.per_row else 1]:
+        return "its magnitudes belong to kernel columns"
+    return ""
+
+
+def _tensors(one: _Fitting, alpha: float | None) -> tuple[list[NewTensor], str]:
+    """The tensors of one update, and what was multiplied into which.
+
+    Args:
+        one: The update.
+        alpha: What its part's alphas shall be; None to keep each as it is.
+    """
+    update, key, shape = one.update, one.key, one.shape
+    if isinstance(update, Offset):
+        leaf = _leaf(one.name, update)
+        folded = f"its scale {update.scale:g} is in '{leaf}'" if update.scale != 1.0 else ""
+        return [made(f"{key}.{leaf}", update.value, shape, times=update.scale)], folded
+    lora = _lora_of(update)
+    assert lora is not None
+    rank, ones = lora.rank, (1,) * (len(shape) - 2)
+    own = lora.scale * rank
+    written = own if alpha is None else alpha
+    times = 1.0 if abs(own - written) <= 1e-12 * abs(written) else own / written
+    new = [
+        made(f"{key}.lora_down.weight", lora.A, (rank, *shape[1:])),
+        made(f"{key}.lora_up.weight", lora.B, (shape[0], rank, *ones), times=times),
+        _alpha(f"{key}.alpha", written),
+    ]
+    if isinstance(update, DoRA):
+        size = (shape[0], 1, *ones) if update.per_row else (1, shape[1], *ones)
+        new.append(made(f"{key}.dora_scale", update.magnitude, size))
+    notes = ["its core is in 'lora_down'"] if len(lora.A.tensors) > 1 else []
+    if times != 1.0:
+        notes.append(f"{times:g} of its scale is in 'lora_up'")
+    elif lora.alpha is not None and abs(lora.alpha - own) > 1e-12 * abs(lora.alpha):
+        notes.append(f"its scale is in alpha ({own:g})")
+    return new, ", ".join(notes)
+
+
+def _alpha(name: str, value: float) -> NewTensor:
+    def load() -> torch.Tensor:
+        import torch
+
+        return torch.tensor(value, dtype=torch.float64)
+
+    return NewTensor(name, DType.F32, (), load)

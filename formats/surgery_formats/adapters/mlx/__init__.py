@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLX-LM: a folder with adapters.safetensors and adapter_config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery_formats.adapters.format import Rendering
+from surgery_formats.adapters.mlx.read import TENSOR_FILE, read_mlx
+from surgery_formats.adapters.mlx.write import render_mlx
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.models.checkpoint import Checkpoint
+
+__all__ = ["MLX"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Mlx:
+    name: str = "mlx"
+    title: str = "MLX-LM folder: LoRA, DoRA, stacked experts, full layers"
+    needs_base: bool = False
+    single_file: bool = False
+
+    def detect(self, path: Path) -> bool:
+        """A folder whose adapter_config.json speaks mlx-lm's language, or with mlx-lm's file names."""
+        config = path / "adapter_config.json"
+        if not config.is_file():
+            return (path / TENSOR_FILE).is_file() or (path / "adapters.npz").is_file()
+        with open(config, "rb") as file:
+            head = file.read(1 << 20)
+        return b'"peft_type"' not in head and (
+            b'"fine_tune_type"' in head or b'"lora_parameters"' in head or (path / TENSOR_FILE).is_file()
+        )
+
+    def read(self, path: Path) -> Adapter:
+        """See `read_mlx`."""
+        return read_mlx(path)
+
+    def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
+        """See `render_mlx`."""
+        return render_mlx(adapter, base)
+
+
+MLX = _Mlx()

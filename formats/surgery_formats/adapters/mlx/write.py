@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the canonical form to an MLX-LM adapter folder.
+
+mlx-lm builds every LoRA layer with the one rank and scale of the configuration and refuses tensors of another shape, so smaller ranks are
+padded with zeros and other scales multiplied into ``lora_b``: the deltas stay what they were.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from surgery_formats.adapters.experts import SWITCH, fused_of, one_expert, taken_apart
+from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.mlx.read import EMBEDDINGS, TENSOR_FILE
+from surgery_formats.adapters.writing import (
+    ConversionLedger,
+    commonest,
+    component_of,
+    factor_dtype,
+    made,
+    places_of,
+    surviving_metadata,
+    whole_place,
+)
+from surgery_formats.binding.bind import bind
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, Update
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["render_mlx"]
+
+_CONTAINERS = ("layers", "h", "blocks", "block")  # what holds the numbered blocks
+
+
+@dataclass
+class _Stack:
+    """One SwitchLinear while its experts are collected."""
+
+    experts: dict[int, LoRA] = field(default_factory=dict)
+    count: int = 0
+
+
+def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
+    """adapters.safetensors and adapter_config.json. Convolutions, biases and single token rows are dropped.
+
+    Raises:
+        FitError: only a base can tell how the adapter's experts are held, and none was given; a pipeline.
+    """
+    if base is not None and base.is_pipeline:
+        raise FitError("mlx-lm has language models only, the base is a pipeline", file=adapter.path)
+    ledger = ConversionLedger()
+    updates = [(site, update) for site, chain in adapter.updates.items() for update in chain]
+    if updates and all(isinstance(update, Replacement) for _, update in updates):
+        return _full(adapter, ledger)
+    dora = any(isinstance(update, DoRA) for _, update in updates)
+    plain: dict[str, tuple[Site, LoRA | DoRA]] = {}
+    stacks: dict[str, _Stack] = {}
+    noted: list[tuple[Site, Update, LoRA]] = []
+    tie = _tie(adapter, base)
+    for site, update in updates:
+        why = _fault(site, update, base, dora=dora) or _parted(site, update, base, tie)
+        if why:
+            ledger.drop(site, update, why)
+        elif base is not None and tie.follows and _stored_name(site, update, base) == base.main.head:
+            ledger.keep(site, update, "folded", "tied to the embedding, which has the same update")
+        elif isinstance(update, Stacked):
+            for path, lora in _apart(site, update, base):
+                _stack(stacks, path, lora, fused_of(site, base))
+                noted.append((site, update, lora))
+        elif isinstance(update, LoRA) and (found := one_expert(site.path, fused_of(site, base))):
+            stack = stacks.setdefault(found[0], _Stack())
+            stack.experts[found[1]] = update
+            stack.count = max(stack.count, found[1] + 1, _experts_of(site, base))
+            noted.append((site, update, update))
+        else:
+            module = _module_name(site, update, base)
+            if module in plain:
+                ledger.drop(site, update, "a second one on one module")
+                continue
+            assert isinstance(update, LoRA | DoRA)
+            plain[module] = (site, update)
+            noted.append((site, update, _direction(update)))
+    scale = commonest(lora.scale for _, _, lora in noted if lora.scale) or 0.0
+    rank = max((lora.rank for _, _, lora in noted), default=1)
+    for site, update in dict.fromkeys((site, update) for site, update, _ in noted):
+        mine = [lora for _, other, lora in noted if other is update]
+        folded = [f"scale {lora.scale:g} / {scale:g}" for lora in mine[:1] if lora.scale != scale]
+        folded += [f"rank {lora.rank} padded to {rank}" for lora in mine[:1] if lora.rank != rank]
+        folded += ["stacked" for _ in range(bool(isinstance(update, Stacked) and SWITCH not in site.path))]
+        ledger.keep(site, update, "folded" if folded else "exact", ", ".join(folded))
+    tensors: list[NewTensor] = []
+    for module, (_, one) in sorted(plain.items()):
+        tensors += _linear(module, one, scale, rank, embedding=_is_embedding(module, one, base))
+    for path, stack in sorted(stacks.items()):
+        tensors += _switch(path.removesuffix(".weight"), stack, scale, rank)
+    ledger.drop_prompt(adapter)
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
+    keys, layers = _keys([*plain, *(path.removesuffix(".weight") for path in stacks)])
+    config = _config(adapter, "dora" if dora else "lora") | {
+        "num_layers": layers,
+        "lora_parameters": {**parameters, "keys": keys},
+    }
+    return _rendering(adapter, tensors, config, ledger)
+
+
+def _full(adapter: Adapter, ledger: ConversionLedger) -> Rendering:
+    """Whole parameters: what mlx-lm calls ``full``."""
+    tensors = []
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            assert isinstance(update, Replacement)
+            stored = update.stored
+            tensors.append(NewTensor(site.path, stored.dtype, stored.shape, stored.read))
+            ledger.keep(site, update, "exact")
+    return _rendering(adapter, tensors, _config(adapter, "full") | {"num_layers": -1, "lora_parameters": {}}, ledger)
+
+
+def _config(adapter: Adapter, kind: str) -> dict[str, Any]:
+    own = dict(adapter.config) if adapter.format == "mlx" else {}
+    return {**own, "fine_tune_type": kind, **({"model": adapter.base_name} if adapter.base_name else {})}
+
+
+def _rendering(
+    adapter: Adapter, tensors: Iterable[NewTensor], config: Mapping[str, Any], ledger: ConversionLedger
+) -> Rendering:
+    text = json.dumps(config, indent=4, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
+    metadata = surviving_metadata(adapter) | {"format": "mlx"}
+    small = {"adapter_config.json": text.encode()}
+    return Rendering(TENSOR_FILE, tuple(tensors), metadata, small, tuple(ledger.entries), ledger.held)
+
+
+def _fault(site: Site, update: Update, base: Checkpoint | None, *, dora: bool) -> str:
+    """Why the format cannot hold an update; empty if it can."""
+    if site.flat or site.component:
+        return "mlx-lm has language models only"
+    if isinstance(update, Stacked):
+        if SWITCH in site.path:
+            return "DoRA and stacked experts do not go together" if dora else ""
+        if update.if_transposed and base is None:
+            raise FitError(
+                f"only the base can tell how the experts of '{site}' are held",
+                file=update.tensors[0].file.path,
+                tensor=update.tensors[0].name,
+                hint="give it with --base",
+            )
+        if not _apart(site, update, base):
+            return "the names of its experts are not known"
+        return "DoRA and stacked experts do not go together" if dora else ""
+    if not isinstance(update, LoRA | DoRA):
+        return f"this format has no {update.kind}"
+    if dora and not isinstance(update, DoRA):
+        return "one file holds either LoRA or DoRA"
+    if not site.path.endswith(".weight"):
+        return "this format names modules, not parameters"
+    if isinstance(update, DoRA) and not update.per_row:
+        return "its magnitudes belong to columns, this format's to rows"
+    if _is_convolution(site, update, base):
+        return "this format has no convolutions"
+    return ""
+
+
+def _apart(site: Site, update: Stacked, base: Checkpoint | None) -> list[tuple[str, LoRA]]:
+    if SWITCH in site.path:
+        return [(site.path, expert) for expert in update.experts if isinstance(expert, LoRA)]
+    return list(taken_apart(site.path, update, fused_of(site, base)))
+
+
+def _stack(stacks: dict[str, _Stack], path: str, lora: LoRA, fused: Iterable[Any]) -> None:
+    where, number = (path, None) if SWITCH in path else one_expert(path, fused) or (path, None)
+    stack = stacks.setdefault(where, _Stack())
+    stack.experts[len(stack.experts) if number is None else number] = lora
+    stack.count = max(stack.count, len(stack.experts), (number or 0) + 1)
+
+
+def _experts_of(site: Site, base: Checkpoint | None) -> int:
+    """How many experts the base has where `site` is one of them; 0 if no base was given."""
+    if base is None or not (found := one_expert(site.path, fused_of(site, base))):
+        return 0
+    return len(component_of(site, base).names.resolve(found[0]))
+
+
+def _direction(update: LoRA | DoRA) -> LoRA:
+    return update.direction if isinstance(update, DoRA) else update
+
+
+@dataclass(frozen=True, slots=True)
+class _TiedHead:
+    """What becomes of a head that shares the embedding's tensor: in mlx-lm it follows every update of the embedding.
+
+    Attributes:
+        follows: The base ties them, and the adapter does the same to both.
+        parts: The base ties them, and the adapter does not.
+    """
+
+    follows: bool = False
+    parts: bool = False
+
+
+def _tie(adapter: Adapter, base: Checkpoint | None) -> _TiedHead:
+    if base is None or not (base.main.tied and base.main.head) or not adapter.updates:
+        return _TiedHead()
+    parts = base.main.name in bind([(adapter, 1.0)], base).untied
+    return _TiedHead(not parts, parts)
+
+
+def _parted(site: Site, update: Update, base: Checkpoint | None, tie: _TiedHead) -> str:
+    if base is None or not tie.parts or _stored_name(site, update, base) not in (base.main.head, base.main.embedding):
+        return ""
+    return "head and embedding are one tensor in mlx-lm, and the adapter does not do the same to both"
+
+
+def _stored_name(site: Site, update: Update, base: Checkpoint) -> str:
+    found = whole_place(places_of(site, base, update.tensors))
+    return found[0] if found else ""
+
+
+def _module_name(site: Site, update: Update, base: Checkpoint | None) -> str:
+    """mlx-lm keeps the names of the checkpoint; without a base, the adapter's own."""
+    found = _stored_name(site, update, base) if base is not None else ""
+    return (found or site.path).removesuffix(".weight")
+
+
+def _is_convolution(site: Site, update: LoRA | DoRA, base: Checkpoint | None) -> bool:
+    if base is not None:
+        return (
+            len(places_of(site, base, update.tensors)[0].parameter.storage.tensor.shape) > 2
+            and ".experts." not in site.path
+        )
+    return len(_direction(update).A.tensors[0].shape) > 2
+
+
+def _is_embedding(module: str, update: LoRA | DoRA, base: Checkpoint | None) -> bool:
+    if base is not None and base.main.embedding == f"{module}.weight":
+        return True
+    return module.rpartition(".")[2] in EMBEDDINGS
+
+
+def _linear(module: str, update: LoRA | DoRA, scale: float, rank: int, *, embedding: bool) -> list[NewTensor]:
+    lora = _direction(update)
+    out, inputs = lora.shape
+    times = lora.scale / scale if lora.scale != scale else 1.0
+    if embedding:  # dW = s a b, without a transpose
+        new = [
+            made(f"{module}.lora_a", lora.B, (out, rank), lambda t: _pad(t, 1, rank)),
+            made(f"{module}.lora_b", lora.A, (rank, inputs), lambda t: _pad(t, 0, rank), times=times),
+        ]
+    else:
+        new = [
+            made(f"{module}.lora_a", lora.A, (inputs, rank), lambda t: _pad(t, 0, rank).T),
+            made(f"{module}.lora_b", lora.B, (rank, out), lambda t: _pad(t, 1, rank).T, times=times),
+        ]
+    if isinstance(update, DoRA):
+        new.append(made(f"{module}.m", update.magnitude, (out,)))
+    return new
+
+
+def _switch(module: str, stack: _Stack, scale: float, rank: int) -> list[NewTensor]:
+    """Stacks of all experts; one that was not trained is zero."""
+    loras = stack.experts
+    out, inputs = next(iter(loras.values())).shape
+    folded = any(lora.scale != scale for lora in loras.values())
+
+    def load_a() -> torch.Tensor:
+        return _experts([(e, loras[e].A, 0, 1.0) for e in sorted(loras)], stack.count, rank, (rank, inputs))
+
+    def load_b() -> torch.Tensor:
+        times = {e: lora.scale / scale if lora.scale != scale else 1.0 for e, lora in loras.items()}
+        return _experts([(e, loras[e].B, 1, times[e]) for e in sorted(loras)], stack.count, rank, (out, rank))
+
+    types = [factor_dtype([getattr(lora, side) for lora in loras.values()], folded=False) for side in "A"]
+    types.append(factor_dtype([lora.B for lora in loras.values()], folded=folded))
+    return [
+        NewTensor(f"{module}.lora_a", types[0], (stack.count, rank, inputs), load_a),
+        NewTensor(f"{module}.lora_b", types[1], (stack.count, out, rank), load_b),
+    ]
+
+
+def _experts(
+    parts: list[tuple[int, Factor, int, float]], count: int, rank: int, shape: tuple[int, int]
+) -> torch.Tensor:
+    import torch
+
+    whole = torch.zeros((count, *shape), dtype=torch.float64)
+    for number, factor, axis, times in parts:
+        whole[number] = _pad(factor.load(torch.float64) * times, axis, rank)
+    return whole
+
+
+def _pad(values: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
+    """Zeros up to `rank` along `axis`: they add nothing to the product."""
+    import torch
+
+    missing = rank - values.shape[axis]
+    if not missing:
+        return values
+    shape = list(values.shape)
+    shape[axis] = missing
+    return torch.cat([values, torch.zeros(shape, dtype=values.dtype)], dim=axis)
+
+
+def _keys(modules: list[str]) -> tuple[list[str], int]:
+    """``keys`` and ``num_layers`` under which mlx-lm finds exactly these modules.
+
+    Names relative to a block mean every block, which is what is meant when all have the same modules; otherwise full paths are used.
+    """
+    inside: dict[tuple[str, int], set[str]] = {}
+    outside: list[str] = []
+    for module in modules:
+        segments = module.split(".")
+        at = next((i for i, segment in enumerate(segments) if segment.isdigit() and segments[i - 1] in _CONTAINERS), 0)
+        if at:
+            inside.setdefault((".".join(segments[:at]), int(segments[at])), set()).add(".".join(segments[at + 1 :]))
+        else:
+            outside.append(module)
+    numbers = sorted(number for _, number in inside)
+    same = len({frozenset(names) for names in inside.values()}) == 1 and len({stem for stem, _ in inside}) == 1
+    if same and numbers == list(range(len(numbers))):
+        return sorted([*next(iter(inside.values())), *outside]), -1
+    return sorted(modules), -1

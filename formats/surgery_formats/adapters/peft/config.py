@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's adapter_config.json, checked (facts: PEFT 0.21 ``LoraConfig``; formats/adapter kinds documented in docs/formats.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import regex
+
+from surgery_formats.adapters.peft.switches import NOT_READ, SWITCHES
+from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.text import show
+
+__all__ = ["PeftConfig", "parse_config"]
+
+_RAW_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_REGEX_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The fields that decide what stored tensors mean.
+
+    Attributes:
+        kind: ``peft_type``.
+        rank: ``r``; tensors decide, it is only needed where a tensor stacks experts.
+        alpha: ``lora_alpha``, or ``alpha``.
+        rank_pattern: Regular expressions on module paths; the first that matches wins.
+        alpha_pattern: The same for alpha.
+        rslora: Scale by ``alpha / sqrt(rank)``.
+        dora: Whether magnitudes are expected.
+        bias: ``none``, ``all``, or ``<kind>_only``.
+        modules_to_save: Names of modules trained in full.
+        target_parameters: Parameters (not modules) with a LoRA.
+        token_indices: Trained token rows: one list, or one per module name.
+        experts_old_order: Written by a PEFT before 0.19, which gave expert factors the other axis order.
+        raw: The whole file.
+    """
+
+    kind: str
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+    dora: bool
+    bias: str
+    modules_to_save: tuple[str, ...]
+    target_parameters: tuple[str, ...]
+    token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]]
+    experts_old_order: bool
+    raw: Mapping[str, Any]
+    file: Path
+
+    def rank_of(self, module: str) -> int:
+        """Configured rank of a module."""
+        key = self._first("rank_pattern", module)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, module: str) -> float:
+        """Configured alpha of a module."""
+        key = self._first("alpha_pattern", module)
+        return self.alpha if key is None else self.alpha_pattern[key]
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """``alpha / rank``, or ``alpha / sqrt(rank)``."""
+        return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
+
+    def _first(self, field: Literal["rank_pattern", "alpha_pattern"], module: str) -> str | None:
+        """The first key that matches as PEFT matches (``get_pattern_key``), with a limit on time."""
+        return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)
+
+    def _matches(self, field: str, pattern: str, module: str, *, whole: bool) -> bool:
+        wanted = rf"(?:{pattern})\Z" if whole else rf"(.*\.)?({pattern})$"
+        try:
+            return regex.match(wanted, module, timeout=_REGEX_SECONDS) is not None
+        except TimeoutError as error:
+            raise MalformedError(
+                f"{field}: '{show(pattern)}' takes too long to match", file=self.file, hint="simplify it"
+            ) from error
+        except regex.error as error:
+            raise MalformedError(
+                f"{field}: '{show(pattern)}' is not a regular expression ({error})", file=self.file
+            ) from error
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """Another field that is true or false."""
+        return _Reader(self.raw, self.file).flag(key, default)
+
+    def integer(self, key: str, default: int, low: int = 0) -> int:
+        """Another field that is a whole number of at least `low`."""
+        return _Reader(self.raw, self.file).integer(key, default, low)
+
+    def number(self, key: str, default: float) -> float:
+        """Another field that is a finite number."""
+        return _Reader(self.raw, self.file).number(key, default)
+
+    def before(self, major: int, minor: int) -> bool:
+        """Whether it was written by a PEFT before ``major.minor``, or before PEFT recorded its version (0.18)."""
+        return _before(self.raw.get("peft_version"), (major, minor))
+
+    def selects(self, key: str, module: str) -> bool | None:
+        """Whether the field `key` names `module`: a whole-path pattern, or a list of endings. None if there is no such field."""
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return self._matches(key, value, module, whole=True)
+        return module.endswith(_Reader(self.raw, self.file).names(key))
+
+
+def parse_config(raw: Mapping[str, Any], file: Path) -> PeftConfig:
+    """Check the fields that matter, refuse switches that are on and not understood.
+
+    Raises:
+        MalformedError: a field of a wrong type, or out of range.
+        FitError: a kind, or a switch, that cannot be merged.
+    """
+    read = _Reader(raw, file)
+    kind = raw.get("peft_type")
+    if not isinstance(kind, str):
+        raise MalformedError("no 'peft_type'", file=file, hint="is this an adapter's folder?")
+    kind = kind.rpartition(".")[2]
+    if kind in NOT_READ:
+        raise FitError(f"adapters of type '{kind}' are not read: {NOT_READ[kind]}", file=file)
+    if kind not in SWITCHES:
+        raise MalformedError(
+            f"adapters of type '{show(kind)}' are not read", file=file, hint="`surgery formats` lists what is"
+        )
+    _refuse_unknown(raw, kind, file)
+    return PeftConfig(
+        kind=kind,
+        rank=read.integer("r", 8, low=0 if kind == "OFT" else 1),  # OFT: 0 where the size of a block is given instead
+        alpha=read.number("alpha" if kind in ("LOHA", "LOKR") else "lora_alpha", 8.0),
+        rank_pattern=read.pattern("rank_pattern", lambda key, value: read.check_integer(key, value, 1)),
+        alpha_pattern=read.pattern("alpha_pattern", read.check_number),
+        rslora=read.flag("use_rslora"),
+        dora=read.flag("use_dora"),
+        bias=read.choice("bias", ("none", "all", "lora_only", "oft_only", "vera_only")),
+        modules_to_save=read.names("modules_to_save"),
+        target_parameters=read.names("target_parameters"),
+        token_indices=_token_indices(read, kind),
+        experts_old_order=_before(raw.get("peft_version"), (0, 19)),
+        raw=raw,
+        file=file,
+    )
+
+
+def _refuse_unknown(raw: Mapping[str, Any], kind: str, file: Path) -> None:
+    known = SWITCHES[kind]
+    for key, value in raw.items():
+        if key in known.refused and value:
+            raise FitError(f"'{key}' is set: {known.refused[key]}", file=file)
+        if key not in known.harmless | known.understood | set(known.refused) and value not in (
+            None,
+            False,
+            0,
+            "",
+            {},
+            [],
+        ):
+            raise FitError(
+                f"the switch '{show(key)}' is on and not known; it may change what the tensors mean",
+                file=file,
+                hint="remove it from adapter_config.json if it does not",
+            )
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_RAW_INITS):
+        raise FitError(
+            f"init_lora_weights is '{show(init)}': the adapter was trained on a changed base, W + sBA would be wrong",
+            file=file,
+            hint="save it with PEFT's path_initial_model_for_weight_conversion",
+        )
+
+
+def _before(version: object, since: tuple[int, int]) -> bool:
+    """PEFT records its version since 0.18; expert factors changed their axis order in 0.19 (huggingface/peft#3165)."""
+    if not isinstance(version, str):
+        return True
+    numbers = [part for part in version.split(".")[:2] if part.isdecimal()]
+    return len(numbers) == 2 and tuple(map(int, numbers)) < since
+
+
+def _token_indices(read: _Reader, kind: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
+    key = "token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
+    value = read.raw.get(key)
+    if isinstance(value, Mapping):
+        return {name: read.indices(key, rows) for name, rows in value.items()}
+    return read.indices(key, value or [])
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    raw: Mapping[str, Any]
+    file: Path
+
+    def fail(self, key: str, value: object, wanted: str) -> MalformedError:
+        return MalformedError(f"'{show(key)}' is {show(repr(value), 40)}, not {wanted}", file=self.file)
+
+    def check_integer(self, key: str, value: object, low: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 31:
+            raise self.fail(key, value, f"a whole number of at least {low}")
+        return value
+
+    def check_number(self, key: str, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.fail(key, value, "a finite number")
+        return float(value)
+
+    def integer(self, key: str, default: int, low: int) -> int:
+        value = self.raw.get(key)
+        return default if value is None else self.check_integer(key, value, low)
+
+    def number(self, key: str, default: float) -> float:
+        value = self.raw.get(key)
+        return default if value is None else self.check_number(key, value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.fail(key, value, "true or false")
+        return default if value is None else value
+
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        value = self.raw.get(key, allowed[0])
+        if value not in allowed:
+            raise self.fail(key, value, f"one of {', '.join(allowed)}")
+        return str(value)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self.raw.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.fail(key, value, "a list of names")
+        return tuple(sorted(value))
+
+    def pattern(self, key: str, check: Any) -> Mapping[str, Any]:
+        value = self.raw.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise self.fail(key, value, "an object")
+        return {name: check(f"{key}.{name}", entry) for name, entry in value.items()}
+
+    def indices(self, key: str, value: object) -> tuple[int, ...]:
+        if not isinstance(value, list):
+            raise self.fail(key, value, "a list of token ids")
+        found = tuple(self.check_integer(key, entry, 0) for entry in value)
+        if len(set(found)) != len(found):
+            raise self.fail(key, value, "a list of distinct token ids")
+        return found

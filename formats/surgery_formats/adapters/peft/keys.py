@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys of a PEFT file: which are factors of which module, which are parameters stored whole, which do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+
+from surgery_formats.canonical.adapter import Ignored
+from surgery_formats.errors import MalformedError
+from surgery_formats.tensors.tensor import StoredTensor
+
+__all__ = ["HEADS", "LORA_FACTORS", "PREFIX", "Sorted", "sort_tensors", "unwrapped"]
+
+PREFIX = "base_model.model."
+HEADS = frozenset(("score", "classifier", "qa_outputs"))  # added by PEFT itself for classification tasks
+LORA_FACTORS = frozenset(
+    [
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_B.bias",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "trainable_tokens_delta",
+    ]
+)
+_SAVED = "modules_to_save"
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """A file's tensors, each in one place.
+
+    Attributes:
+        modules: Factors by their module's path, then by name.
+        plain: Parameters stored whole, by their own path.
+        shared: Tensors of the whole adapter, by name.
+        ignored: Those that rightly do nothing.
+    """
+
+    modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    plain: dict[str, StoredTensor] = field(default_factory=dict)
+    shared: dict[str, StoredTensor] = field(default_factory=dict)
+    ignored: list[Ignored] = field(default_factory=list)
+
+
+def sort_tensors(
+    tensors: Iterable[StoredTensor], factors: Set[str], shared: Set[str] = frozenset(), prefix: str = PREFIX
+) -> Sorted:
+    """Group factors by module; everything else is a parameter stored whole.
+
+    Args:
+        tensors: Of the file.
+        factors: Names of factors after the module's path, as ``lora_A.weight``.
+        shared: Names, after ``base_model.``, of tensors that belong to no module.
+        prefix: What the paths of parameters begin with.
+
+    Raises:
+        MalformedError: one thing is there twice.
+    """
+    found = Sorted()
+    for tensor in tensors:
+        general = tensor.name.removeprefix("base_model.").partition(".")[0]
+        if general in shared:
+            _once(found.shared, general, tensor, f"'{general}' twice")
+            continue
+        name = tensor.name.removeprefix(prefix)
+        module, factor = _split(name, factors)
+        if factor:
+            _once(found.modules.setdefault(module, {}), factor, tensor, f"'{factor}' twice for module '{module}'")
+        elif ".original_module." in name:
+            found.ignored.append(Ignored(tensor, "the base's own copy of a module trained in full"))
+        else:
+            _whole(name, tensor, found)
+    return found
+
+
+def _once(where: dict[str, StoredTensor], key: str, tensor: StoredTensor, twice: str) -> None:
+    if key in where:
+        raise MalformedError(twice, file=tensor.file.path, tensor=tensor.name)
+    where[key] = tensor
+
+
+def _whole(name: str, tensor: StoredTensor, found: Sorted) -> None:
+    """PEFT trains the copy under modules_to_save, and stores the module it was copied from too."""
+    clean = _whole_parameter(name)
+    saved = f".{_SAVED}." in name
+    other = found.plain.get(clean)
+    if other is not None and saved == (f".{_SAVED}." in other.name):
+        raise MalformedError(f"'{clean}' twice", file=tensor.file.path, tensor=tensor.name)
+    if other is not None:
+        found.ignored.append(Ignored(other if saved else tensor, "the copy in modules_to_save takes its place"))
+    if other is None or saved:
+        found.plain[clean] = tensor
+
+
+def unwrapped(module: str) -> str:
+    """The module's own path, without PEFT's nested wrappers."""
+    return ".".join(segment for segment in module.split(".") if segment != "base_layer")
+
+
+def _whole_parameter(name: str) -> str:
+    """The parameter's own name, without PEFT's wrappers and without the adapter's name."""
+    segments = [segment for segment in name.split(".") if segment not in ("base_layer", "token_adapter")]
+    if _SAVED in segments:
+        at = segments.index(_SAVED)
+        segments = segments[:at] + segments[at + (2 if len(segments) - at > 2 else 1) :]
+    return ".".join(segments)
+
+
+def _split(name: str, factors: Set[str]) -> tuple[str, str]:
+    """``(module, factor)``; the factor is empty for a plain parameter. An adapter's name inside the key is dropped."""
+    segments = name.split(".")
+    roots = {factor.partition(".")[0] for factor in factors}
+    for position in range(len(segments) - 1, max(len(segments) - 4, -1), -1):
+        root = segments[position]
+        if root not in roots:
+            continue
+        module, tail = segments[:position], segments[position + 1 :]
+        if root == "trainable_tokens_delta":
+            return ".".join(module[:-1] if module[-1:] == ["token_adapter"] else module), "tokens"
+        whole = f"{root}.{tail[-1]}" if tail else root
+        return ".".join(module), whole if whole in factors else root
+    return "", ""

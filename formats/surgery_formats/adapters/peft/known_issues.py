@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a PEFT folder tells about a scale that is likely not the one that was meant.
+
+``add_weighted_adapter`` gives its result ``lora_alpha = r`` and no patterns. Two of its versions made that wrong:
+
+    before 0.21        the combinations by SVD multiply each source's ``alpha / r`` in twice
+    until 0.21, rsLoRA ``use_rslora`` is copied from the first source, so that the result is scaled by ``sqrt(r)`` (huggingface/peft#3449)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from surgery_formats.dtypes import DType
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import show
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["issues_by_value", "stated_issues"]
+
+_FIXED = (0, 21)
+_RSLORA = (0, 21)  # the newest that does so
+_LARGEST = 1 << 24  # elements of the one factor that is looked at
+_ORTHONORMAL = 0.02  # greatest error of A A^T: bfloat16 rounds each of its sums by less
+
+
+def stated_issues(kind: str, config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Iterable[str]:
+    """Facts worth a warning, from headers."""
+    if tensors and not any(tensor.name.startswith("base_model.") for tensor in tensors):
+        yield "its keys lack PEFT's prefix 'base_model.model.'"
+    if "alpha" not in config and kind in ("LOHA", "LOKR"):
+        yield "no alpha in its configuration: PEFT's default, 8, is used"
+    if kind == "VERA" and not any("vera_A" in tensor.name for tensor in tensors):
+        yield "its random projections are not in the file: they are drawn again from projection_prng_key, as PEFT does"
+    if kind == "OFT" and config.get("use_cayley_neumann") is True:
+        yield "OFT by a Cayley-Neumann series: its blocks are only nearly orthogonal, as in training"
+    if kind != "LORA":
+        return
+    if "lora_alpha" not in config:
+        yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
+    if config.get("use_rslora") is True and _like_combined(config) and _version(config) <= _RSLORA:
+        times = math.sqrt(config["r"])
+        yield (
+            f"rsLoRA with lora_alpha = r: where PEFT's add_weighted_adapter made it, it acts {times:.3g} times too strongly "
+            f"(if so, combine it alone with weight {1 / times:.3g}); where it was trained like this, all is well"
+        )
+
+
+def issues_by_value(kind: str, config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> tuple[str, ...]:
+    """Facts that only a look at values brings out: of one factor, with numpy, and only of files that could be concerned."""
+    if kind != "LORA" or not _like_combined(config) or _version(config) >= _FIXED:
+        return ()
+    factors = [t for t in tensors if t.name.endswith(".lora_A.weight") and 1 < t.shape[0] <= t.matrix[1]]
+    smallest = min(factors, key=lambda tensor: (tensor.numel, tensor.name), default=None)
+    if smallest is None or smallest.numel > _LARGEST or (values := _values(smallest)) is None:
+        return ()
+    if not _orthonormal(values):
+        return ()
+    return (
+        f"'{show(smallest.name)}' has orthonormal rows and lora_alpha = r, as PEFT's combinations by SVD leave them: before PEFT 0.21 "
+        "these multiplied the alpha / r of every source in twice. Right only if alpha was r in all of them; else combine the originals",
+    )
+
+
+def _like_combined(config: Mapping[str, Any]) -> bool:
+    rank = config.get("r")
+    plain = not config.get("rank_pattern") and not config.get("alpha_pattern")
+    return isinstance(rank, int) and rank > 1 and config.get("lora_alpha") == rank and plain
+
+
+def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of PEFT, which writes it since 0.18."""
+    found = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version") or "0.0"))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _values(tensor: StoredTensor) -> np.ndarray[Any, Any] | None:
+    """Rows as float32, without torch; None for other types than a LoRA has."""
+    import numpy as np
+
+    kinds = {DType.F32: "<f4", DType.F16: "<f2", DType.BF16: "<u2", DType.F64: "<f8"}
+    if tensor.dtype not in kinds or tensor.strides is not None:
+        return None
+    raw = np.frombuffer(tensor.file.read(tensor.offset, tensor.nbytes), kinds[tensor.dtype])
+    if tensor.dtype is DType.BF16:
+        return (raw.astype(np.uint32) << 16).view(np.float32).reshape(tensor.matrix)
+    return raw.astype(np.float32).reshape(tensor.matrix)
+
+
+def _orthonormal(rows: np.ndarray[Any, Any]) -> bool:
+    import numpy as np
+
+    with np.errstate(
+        all="ignore"
+    ):  # NaN and Inf are no orthonormal rows, and whoever reads all values refuses them by name
+        return bool(abs(rows @ rows.T - np.eye(len(rows), dtype=np.float32)).max() <= _ORTHONORMAL)

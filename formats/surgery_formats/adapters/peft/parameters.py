@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's LoRA on parameters instead of modules (``target_parameters``): the experts of a mixture, stacked in one pair of factors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from surgery_formats.adapters.peft.config import PeftConfig
+from surgery_formats.canonical.adapter import Site
+from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import listing
+from surgery_formats.updates import Factor, LoRA, Stacked, Update
+
+__all__ = ["EXPERTS_ORDER_SINCE", "innermost_first", "parameter_lora", "targeted_parameters", "wrappers_of"]
+
+EXPERTS_ORDER_SINCE = "0.19.0"
+"""The version of PEFT that gave expert factors today's order of axes (huggingface/peft#3165)."""
+# As transformers registers the parameters of a module that holds several.
+_PARAMETER_ORDER = ("weight", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
+
+
+def innermost_first(names: Sequence[str], file: Path) -> list[str]:
+    """Parameters of one module in the order in which PEFT wraps their LoRAs around each other: the first registered is the innermost.
+
+    Args:
+        names: Without their module.
+        file: For messages.
+
+    Raises:
+        FitError: there are several, and the order of one of them is not known.
+    """
+    if len(names) < 2:
+        return list(names)
+    if not set(names) <= set(_PARAMETER_ORDER):
+        raise FitError(f"which of {listing(sorted(names))} is the inner one is not known", file=file)
+    return sorted(names, key=_PARAMETER_ORDER.index)
+
+
+def targeted_parameters(
+    module: str, clean: str, config: PeftConfig, wrappers: Mapping[str, int], a: StoredTensor
+) -> list[str]:
+    """Parameters of the module `clean` that have a LoRA of their own; empty if the LoRA is the module's.
+
+    A target may name its module (``experts.down_proj``) or not (``down_proj``), and then fits any module by name.
+    `wrappers` is `wrappers_of` all modules.
+    """
+    here = f".{clean}."
+    named = [name for name in config.target_parameters if "." in name and here.endswith(f".{name.rpartition('.')[0]}.")]
+    bare = [name for name in config.target_parameters if "." not in name]
+    if len(named) == wrappers[clean]:
+        return named
+    listed = config.raw.get("target_modules")
+    is_module = isinstance(listed, list) and any(f".{clean}".endswith(f".{name}") for name in listed)
+    stacks = module != clean or a.shape[0] != config.rank_of(clean)
+    return [*named, *bare] if named or (stacks and not is_module) else []
+
+
+def wrappers_of(modules: Iterable[str]) -> Mapping[str, int]:
+    """How many LoRAs each module has, one wrapped in another as ``base_layer``."""
+    return Counter(".".join(part for part in module.split(".") if part != "base_layer") for module in modules)
+
+
+def parameter_lora(
+    module: str,
+    clean: str,
+    parts: Mapping[str, StoredTensor],
+    config: PeftConfig,
+    wrappers: Mapping[str, int],
+    parameters: list[str],
+) -> tuple[Site, Update]:
+    """A LoRA on a parameter, not a module: one pair of factors per expert, stacked (PEFT's ``ParamWrapper``)."""
+    a, b = parts["lora_A.weight"], parts["lora_B.weight"]
+    name = _which_parameter(module, clean, wrappers[clean], parameters, a)
+    key = f"{clean}.{name}"
+    rank = config.rank_of(key)
+    count = a.shape[0] // rank
+    if len(a.shape) != 2 or len(b.shape) != 2 or count * rank != a.shape[0] or b.shape[1] != a.shape[0]:
+        raise FitError(
+            f"A {list(a.shape)} and B {list(b.shape)} do not stack experts of rank {rank}",
+            file=a.file.path,
+            tensor=a.name,
+        )
+    scale, alpha = config.scale_of(key, rank), config.alpha_of(key)
+    if name == "weight" or (count == 1 and not config.experts_old_order):
+        return Site(key), LoRA(Factor.of(a), Factor.of(b), scale, alpha)
+
+    def forward(e: int) -> LoRA:  # PEFT >= 0.19: delta[e] = B[:, :, e] @ A[e], (rows, cols)
+        return LoRA(
+            Factor((a,), (rank, a.shape[1]), lambda t: t.reshape(count, rank, -1)[e]),
+            Factor((b,), (b.shape[0], rank), lambda t: t.reshape(-1, rank, count)[:, :, e]),
+            scale,
+            alpha,
+        )
+
+    def backward(e: int) -> LoRA:  # before, and where experts are held (E, in, out): the transpose
+        return LoRA(
+            Factor((b,), (rank, b.shape[0]), lambda t: t.reshape(-1, rank, count)[:, :, e].T),
+            Factor((a,), (a.shape[1], rank), lambda t: t.reshape(count, rank, -1)[e].T),
+            scale,
+            alpha,
+        )
+
+    turned = tuple(backward(e) for e in range(count))
+    if config.experts_old_order:
+        return Site(key), Stacked(turned)
+    return Site(key), Stacked(tuple(forward(e) for e in range(count)), turned)
+
+
+def _which_parameter(module: str, clean: str, present: int, parameters: list[str], a: StoredTensor) -> str:
+    """Several targeted parameters of one module nest: the first registered is the innermost ``base_layer``."""
+    names = [name.rpartition(".")[2] for name in parameters]
+    depth = (len(module) - len(clean)) // len(".base_layer")
+    if present != len(names) or depth >= present:
+        raise MalformedError(
+            f"{present} stacked LoRAs for the parameters {listing(names)} of '{clean}'", file=a.file.path, tensor=a.name
+        )
+    return innermost_first(names, a.file.path)[present - 1 - depth]

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's prompt learning: one tensor ``prompt_embeddings``, and the head of a classifier beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from surgery_formats.adapters.peft.config import PeftConfig
+from surgery_formats.canonical.prompts import Prefix, SoftPrompt
+from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.tensors.tensor import StoredTensor
+
+__all__ = ["read_prompt"]
+
+_KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
+
+
+def read_prompt(tensors: Sequence[StoredTensor], config: PeftConfig) -> SoftPrompt:
+    """The virtual tokens of an adapter.
+
+    ``num_attention_heads`` and ``token_dim`` of a prefix are those of keys and values (PEFT overwrites them for grouped-query attention).
+
+    Raises:
+        MalformedError: no such tensor, or a field that is missing or odd.
+        FitError: table and configuration contradict each other.
+    """
+    tables = [tensor for tensor in tensors if tensor.name.rpartition(".")[2] == "prompt_embeddings"]
+    if len(tables) != 1:
+        raise MalformedError(f"{len(tables)} tensors 'prompt_embeddings' in a soft prompt", file=config.file.parent)
+    table = tables[0]
+    if len(table.shape) < 2 or not table.numel:
+        raise MalformedError(f"virtual tokens of shape {list(table.shape)}", file=table.file.path, tensor=table.name)
+    submodules = _field(config, "num_transformer_submodules", 1)
+    if submodules > 2:
+        raise FitError(f"'num_transformer_submodules' is {submodules}", file=config.file)
+    tokens = _field(config, "num_virtual_tokens", table.shape[-2])
+    if config.kind not in _KEYS_AND_VALUES:
+        dim = _field(config, "token_dim", table.shape[-1])
+        return SoftPrompt(config.kind, table, tokens, dim, submodules).check()
+    layers, heads, dim = (_field(config, key) for key in ("num_layers", "num_attention_heads", "token_dim"))
+    if dim % heads:
+        raise FitError(f"'token_dim' {dim} is no multiple of 'num_attention_heads' {heads}", file=config.file)
+    return SoftPrompt(config.kind, table, tokens, dim, submodules, Prefix(layers, heads, dim // heads)).check()
+
+
+def _field(config: PeftConfig, key: str, default: int = 0) -> int:
+    if config.raw.get(key) is None and not default:
+        raise MalformedError(f"no '{key}': the layout of the keys and values cannot be told", file=config.file)
+    return config.integer(key, default, low=1)

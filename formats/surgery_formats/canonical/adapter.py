@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one canonical form of an adapter. Every format is a reader into it and a writer out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from surgery_formats.canonical.prompts import SoftPrompt
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.updates import Update
+
+__all__ = ["Adapter", "Ignored", "Site"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Site:
+    """A parameter as an adapter's file names it.
+
+    Attributes:
+        path: ``model.layers.0.self_attn.q_proj.weight``, ``...experts.gate_up_proj``; or flattened with underscores, as kohya writes it:
+            ``down_blocks_0_attentions_0_proj_in.weight``.
+        component: Part of a pipeline (``unet``, ``text_encoder``), or empty.
+        flat: Whether the dots of the module path were written as underscores, so that only the base can tell it apart.
+    """
+
+    path: str
+    component: str = ""
+    flat: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.component}:{self.path}" if self.component else self.path
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A stored tensor that does nothing to the base, and why."""
+
+    tensor: StoredTensor
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What was trained, before any base is known.
+
+    Attributes:
+        path: File or folder it was read from.
+        format: Name of the format (``peft``, ``kohya``, ``mlx``).
+        kind: What the file says it is (``LORA``, ``PROMPT_TUNING``).
+        updates: What happens to each parameter, in order.
+        tensors: Every stored tensor of the adapter.
+        ignored: Tensors that rightly do nothing.
+        new_modules: Module names that the base may lack: heads added for a task (``score``, ``classifier``).
+        prompt: Virtual tokens; the updates of such an adapter are the heads that were trained beside them.
+        base_name: The base it says it was trained on, or empty.
+        base_id: Content id of that base, where recorded.
+        config: The format's own configuration, for writers and reports; only plain JSON values.
+        metadata: Free strings that must survive a conversion (``ss_*``, ``modelspec.*``).
+        side_files: Tokenizer files and the like beside the adapter.
+        stated_issues: What its headers and configuration warn of (an alpha that is missing, a version known to write wrong scales).
+        examine: What only a look at its values can warn of; see `known_issues`.
+        optional: Sites that a base need not have: biases that follow their weight.
+        keeps_ties: Whether what was trained for the embedding is meant for a head that shares its tensor too (mlx-lm), and not for the
+            embedding alone (PEFT).
+    """
+
+    path: Path
+    format: str
+    kind: str
+    updates: Mapping[Site, tuple[Update, ...]]
+    tensors: tuple[StoredTensor, ...]
+    ignored: tuple[Ignored, ...] = ()
+    new_modules: frozenset[str] = frozenset()
+    prompt: SoftPrompt | None = None
+    base_name: str = ""
+    base_id: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    side_files: tuple[Path, ...] = ()
+    stated_issues: tuple[str, ...] = ()
+    examine: Callable[[], tuple[str, ...]] = tuple
+    optional: frozenset[Site] = frozenset()
+    keeps_ties: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers: the elements of every tensor that does something."""
+        dead = {id(entry.tensor) for entry in self.ignored}
+        return sum(tensor.numel for tensor in self.tensors if id(tensor) not in dead)
+
+    def known_issues(self) -> tuple[str, ...]:
+        """What makes this adapter easy to use wrongly; reads at most one factor."""
+        return (*self.stated_issues, *self.examine())
+
+    def only(self, sites: Iterable[Site]) -> Adapter:
+        """The updates at `sites` alone, without the stored tensors that no other update uses."""
+        kept = set(sites)
+        out = {t.name for site, chain in self.updates.items() if site not in kept for u in chain for t in u.tensors}
+        out -= {t.name for site in kept for update in self.updates[site] for t in update.tensors}
+        return replace(
+            self,
+            updates={site: chain for site, chain in self.updates.items() if site in kept},
+            tensors=tuple(tensor for tensor in self.tensors if tensor.name not in out),
+        )
+
+    def unconsumed(self) -> tuple[StoredTensor, ...]:
+        """Stored tensors that no update uses and no reason excuses: must be empty (law 1)."""
+        used = {tensor.name for chain in self.updates.values() for update in chain for tensor in update.tensors}
+        used |= {entry.tensor.name for entry in self.ignored}
+        used |= {self.prompt.table.name} if self.prompt else set()
+        return tuple(tensor for tensor in self.tensors if tensor.name not in used)

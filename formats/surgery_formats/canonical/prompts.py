@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft prompts: virtual tokens in front of the input, or keys and values in front of every layer's (PEFT 0.21, ``PeftModel.get_prompt``).
+
+Prompt tuning: Lester et al. 2021, arXiv:2104.08691. P-tuning: Liu et al. 2021, arXiv:2103.10385. Prefix tuning: Li and Liang 2021,
+arXiv:2101.00190. What was trained through an encoder or a projection is stored after it, so neither is needed here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery_formats.errors import FitError
+from surgery_formats.tensors.tensor import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Prefix", "SoftPrompt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """How a table of keys and values is laid out: ``(tokens, 2 * layers, kv_heads, head_dim)``, K of layer i at 2 i, V at 2 i + 1.
+
+    Attributes:
+        layers: Of the model.
+        kv_heads: Heads of keys and values: with grouped-query attention fewer than those of queries.
+        head_dim: Numbers per head.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class SoftPrompt:
+    """What was trained instead of weights.
+
+    Attributes:
+        kind: ``PROMPT_TUNING``, ``P_TUNING``, ``PREFIX_TUNING``, ``CPT``, ``CARTRIDGE``.
+        table: As stored: ``(submodules * tokens, dim)`` embeddings, or ``(tokens, 2 * layers * kv_heads * head_dim)`` keys and values.
+        virtual_tokens: In front of the input of one submodule.
+        dim: Numbers per token: of an embedding; of all key heads of one layer.
+        submodules: 2 for an encoder and its decoder, else 1.
+        prefix: Layout of keys and values; None for embeddings.
+    """
+
+    kind: str
+    table: StoredTensor
+    virtual_tokens: int
+    dim: int
+    submodules: int = 1
+    prefix: Prefix | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers trained (CPT: stored, its base's embeddings included)."""
+        return self.table.numel
+
+    def embeddings(self, submodule: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """``(virtual_tokens, dim)``: rows to put before the embedded input. They are not scaled by a model that scales its embeddings.
+
+        Args:
+            submodule: 0 for the model, or its encoder; 1 for the decoder, which PEFT stores and never uses when token ids are given.
+            dtype: Of the result; float32 by default, float64 where stored so.
+
+        Raises:
+            FitError: keys and values instead of embeddings, or a value that is not a number.
+        """
+        if self.prefix is not None:
+            raise self._error("holds keys and values, no embeddings")
+        values = self._values(dtype)
+        return values[submodule * self.virtual_tokens : (submodule + 1) * self.virtual_tokens]
+
+    def key_values(self, layer: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of `layer`, each ``(kv_heads, virtual_tokens, head_dim)``, as they stand in the cache: no rotary embedding is applied.
+
+        With two submodules PEFT doubles the list and takes entries ``4 i`` and ``4 i + 1`` for the decoder's layer i.
+
+        Args:
+            layer: From 0.
+            dtype: As `embeddings`.
+
+        Raises:
+            FitError: embeddings instead of keys and values, or a value that is not a number.
+        """
+        if self.prefix is None:
+            raise self._error("holds embeddings, no keys and values")
+        entry = 2 * self.submodules * layer % (2 * self.prefix.layers)
+        sizes = (self.virtual_tokens, 2 * self.prefix.layers, self.prefix.kv_heads, self.prefix.head_dim)
+        values = self._values(dtype).reshape(sizes).permute(1, 2, 0, 3)
+        return values[entry], values[entry + 1]
+
+    def check(self) -> SoftPrompt:
+        """Itself.
+
+        Raises:
+            FitError: the stored table has another size than these numbers say.
+        """
+        rows = self.virtual_tokens if self.prefix else self.submodules * self.virtual_tokens
+        width = 2 * self.prefix.layers * self.prefix.kv_heads * self.prefix.head_dim if self.prefix else self.dim
+        shape = self.table.shape
+        if len(shape) < 2 or (math.prod(shape[:-1]), shape[-1]) != (rows, width):
+            raise self._error(f"is {list(shape)}, but the configuration says {[rows, width]}")
+        return self
+
+    def _values(self, dtype: torch.dtype | None) -> torch.Tensor:
+        """The table as a matrix, read when it is needed."""
+        import torch
+
+        stored = self.table.read()
+        if not stored.is_floating_point():
+            raise self._error(f"trained values of type {self.table.dtype.label}")
+        values = stored.to(dtype or (torch.float64 if stored.dtype == torch.float64 else torch.float32))
+        if not bool(torch.isfinite(values).all()):
+            raise self._error("holds NaN or Inf")
+        return values.reshape(-1, values.shape[-1])
+
+    def _error(self, why: str) -> FitError:
+        return FitError(why, file=self.table.file.path, tensor=self.table.name)

@@ -1,8 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Whisper: the decoder's embedding is the head, which is called ``proj_out``."""
-
-from surgery_formats.families.family import Family
-
-__all__ = ["FAMILY"]
-
-FAMILY = Family(names=("whisper",), embedding="model.decoder.embed_tokens", head="proj_out", tied=True)

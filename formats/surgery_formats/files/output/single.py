@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One output file that appears complete or not at all: written beside its place, made durable, renamed without replacing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from surgery_formats.errors import FitError, NotFoundError, OutputExistsError
+from surgery_formats.files.output.kernel_copy import rename_new, reserve, sync_folder, write_all
+from surgery_formats.files.output.output_file import output_faults
+
+__all__ = ["SingleFile", "write_single"]
+
+Prove = Callable[[Path], None]
+
+
+class SingleFile:
+    """The file while it is written; only by position, like `OutputFile`."""
+
+    def __init__(self, fd: int, path: Path, shown: Path, nbytes: int) -> None:
+        self._fd = fd
+        self._shown = shown
+        self.path = path
+        self.nbytes = nbytes
+
+    def pwrite(self, data: memoryview | bytes | bytearray, offset: int) -> None:
+        """All of `data` at `offset`.
+
+        Raises:
+            ResourceError: the disk did not take it.
+        """
+        with output_faults(self._shown, self.nbytes):
+            write_all(self._fd, memoryview(data).cast("B"), offset)
+
+
+def write_single(
+    out: str | os.PathLike[str],
+    job: str,
+    nbytes: int,
+    fill: Callable[[SingleFile], None],
+    *,
+    overwrite: bool = False,
+    inputs: tuple[Path, ...] = (),
+    prove: Prove | None = None,
+) -> Path:
+    """Write the file `out`.
+
+    What is written this way is small, so nothing is resumed: a killed run leaves at most a hidden ``.<name>.surgery-*`` beside the
+    output, which the same job takes over.
+
+    Args:
+        out: Must not exist unless `overwrite`; its parent must.
+        job: Hex digest of inputs and options: the same job takes over what it left when it was killed.
+        nbytes: Its exact size.
+        fill: Writes every byte.
+        overwrite: Replace an existing file, atomically.
+        inputs: What is read; the output may not be one of them.
+        prove: Called with the finished, still hidden file; what it raises leaves no output.
+
+    Raises:
+        NotFoundError: no such parent.
+        OutputExistsError: something is there.
+        FitError: the output is an input.
+        ResourceError: the disk did not take it.
+    """
+    shown = Path(out)
+    parent = Path(os.path.realpath(shown.parent))
+    final = parent / shown.name
+    if not parent.is_dir():
+        raise NotFoundError("no such folder to write into", file=shown.parent)
+    _refuse(final, shown, inputs, overwrite=overwrite)
+    # The suffix stays last, so that readers that go by it can prove the hidden file.
+    hidden = parent / f".{shown.stem[:150]}.surgery-{job[:16]}{shown.suffix}"
+    with output_faults(shown, nbytes):
+        fd = _open_hidden(hidden, shown)
+        try:
+            reserve(fd, nbytes)
+            fill(SingleFile(fd, hidden, shown, nbytes))
+            os.fsync(fd)
+            if prove is not None:
+                prove(hidden)
+            _publish(hidden, final, shown, overwrite=overwrite)
+        except BaseException:
+            hidden.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sync_folder(folder)
+        finally:
+            os.close(folder)
+    return shown
+
+
+def _refuse(final: Path, shown: Path, inputs: tuple[Path, ...], *, overwrite: bool) -> None:
+    for given in inputs:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(given, final):
+                raise FitError("the output is an input", file=shown, hint="inputs are never changed")
+    if os.path.lexists(final) and (not overwrite or final.is_dir()):
+        raise _exists(shown)
+
+
+def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(hidden, final)
+        return
+    try:
+        rename_new(hidden, final)
+    except FileExistsError as error:
+        raise _exists(shown) from error
+
+
+def _open_hidden(hidden: Path, shown: Path) -> int:
+    """The hidden file, empty and locked: what a killed run left is taken over, what another process is writing is not.
+
+    Raises:
+        OutputExistsError: another process is writing it.
+    """
+    fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours, there = os.fstat(fd), os.lstat(hidden)
+        if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):  # its writer finished between the two calls
+            raise BlockingIOError
+        os.ftruncate(fd, 0)
+    except (BlockingIOError, FileNotFoundError) as error:
+        os.close(fd)
+        raise OutputExistsError("another process is writing it", file=shown, hint="wait for it to finish") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _exists(shown: Path) -> OutputExistsError:
+    return OutputExistsError("is already there", file=shown, hint="give another name, or --overwrite")

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hidden folder beside an output: one writer, put in the output's place in one step, or gone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ResourceError
+from surgery_formats.files.output.kernel_copy import exchange, sync_folder
+from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.output.output_file import output_faults
+from surgery_formats.text import show
+
+__all__ = ["Stage"]
+
+_PLAN = re.compile(r"[0-9a-f]{16,}\Z")
+_NAME_LIMIT = 200  # bytes of the output's name inside the stage's name; file systems stop at 255
+# to lock a stage that other processes keep finishing; each failed one means another process made progress
+_ATTEMPTS = 100
+# What rename says when a folder's new name is in use. An empty folder is replaced: POSIX rename does no more
+# than that, so it can destroy nothing, and no other call is needed to be safe.
+_IN_USE = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
+_Identity = tuple[int, int]
+
+
+class Stage:
+    """Where the files of one job lie until they are complete.
+
+    Attributes:
+        shown: The output, as the user wrote it.
+        path: The staging folder.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        plan_id: str,
+        *,
+        overwrite: bool = False,
+        inputs: Iterable[str | os.PathLike[str]] = (),
+    ) -> None:
+        if not _PLAN.match(plan_id):
+            raise ValueError("plan_id is not a hex digest")
+        self.shown = Path(out)
+        absolute = Path(os.path.realpath(self.shown)) if self.shown.name in ("", "..") else self.shown
+        self._parent = Path(os.path.realpath(absolute.parent))
+        self._final = self._parent / absolute.name
+        name = os.fsdecode(os.fsencode(absolute.name)[:_NAME_LIMIT])
+        self.path = self._parent / f".{name}.surgery-{plan_id[:16]}"
+        self._aside = self._parent / f"{self.path.name}.old"
+        self._overwrite = overwrite
+        self._inputs = [Path(given) for given in inputs]
+        self._parent_fd = self._fd = -1
+
+    def acquire(self) -> None:
+        """Make the stage, or take over one that a killed run left.
+
+        Raises:
+            NotFoundError: the parent is not there.
+            FitError: the output touches an input.
+            OutputExistsError: it exists, or another process is writing it.
+            ResourceError: the parent cannot be written.
+        """
+        if not self._parent.is_dir():
+            raise NotFoundError(
+                "no such folder to write into",
+                file=self.shown.parent,
+                hint=f"mkdir -p {show(self.shown.parent, 200)}",
+            )
+        self._refuse_unsafe()
+        self._refuse_existing()
+        try:
+            with output_faults(self.shown):
+                # Opened now, so that after the rename nothing that can fail for want of descriptors is left
+                # to do.
+                self._parent_fd = os.open(self._parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._lock()
+                self._put_back()
+                self._refuse_existing()  # the process we waited for may just have written it
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Remove the stage, unless it is the output by now, and let go of the lock; harmless twice."""
+        try:
+            if self._fd >= 0 and _names(self.path, self._fd):
+                # what is left is hidden, and the next identical run removes it
+                shutil.rmtree(self.path, ignore_errors=True)
+        finally:
+            self._fd = _close(self._fd)
+            self._parent_fd = _close(self._parent_fd)
+
+    def sync(self) -> None:
+        """Make the stage's own entries durable."""
+        sync_folder(self._fd)
+
+    def publish(self) -> Path:
+        """Give the stage the output's name.
+
+        Raises:
+            OutputExistsError: something is there that may not be replaced.
+            OSError: the rename or the sync failed.
+        """
+        self.sync()
+        old: Path | None = None
+        try:
+            os.rename(self.path, self._final)
+        except OSError as error:
+            if error.errno not in _IN_USE:
+                raise
+            if not self._overwrite or not _is_folder(self._final):
+                raise self._exists() from error
+            self._refuse_unsafe()
+            old = self._swap()
+        try:
+            sync_folder(self._parent_fd)
+        except BaseException:
+            self._undo(old)
+            raise
+        if old is not None:
+            self._remove_old(old)
+        return self._final
+
+    def _undo(self, old: Path | None) -> None:
+        """Take the output's name away again: a run that fails leaves what was there before."""
+        if old != self.path:
+            os.rename(self._final, self.path)
+            if old is not None:
+                os.rename(old, self._final)
+        elif not exchange(self.path, self._final):
+            raise ResourceError(
+                "the output it replaced could not be put back",
+                file=self.shown,
+                hint=f"it is {show(old, 300)}",
+            )
+
+    def _swap(self) -> Path:
+        """Put the stage in the place of the existing output; where that one went."""
+        if exchange(self.path, self._final):
+            return self.path
+        # Two steps where the system has no exchange (some network file systems): a kill between them leaves
+        # no output, and the next identical run puts the old one back before it starts.
+        os.rename(self._final, self._aside)
+        try:
+            os.rename(self.path, self._final)
+        except OSError:
+            os.rename(self._aside, self._final)
+            raise
+        return self._aside
+
+    def _remove_old(self, old: Path) -> None:
+        try:
+            shutil.rmtree(old)
+            sync_folder(self._parent_fd)  # or a power cut could bring it back
+        except OSError as error:
+            raise ResourceError(
+                f"the new output is complete, but the old one could not be removed ({error.strerror})",
+                file=self.shown,
+                hint=f"remove {show(old, 300)} yourself",
+            ) from error
+
+    def _put_back(self) -> None:
+        """Finish a two-step replacement that was killed half-way."""
+        if _is_folder(self._aside):
+            if os.path.lexists(self._final):
+                shutil.rmtree(self._aside)
+            else:
+                os.rename(self._aside, self._final)
+
+    def _lock(self) -> None:
+        """Hold the only lock on the folder that is at `path` now, not on one renamed or removed meanwhile."""
+        for _ in range(_ATTEMPTS):
+            made = self._make()
+            try:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except FileNotFoundError:
+                continue
+            except BlockingIOError as error:
+                self._fd = _close(self._fd)
+                raise OutputExistsError(
+                    "another process is writing it", file=self.shown, hint="wait until it has finished"
+                ) from error
+            except BaseException:
+                self._fd = _close(self._fd)
+                if made:
+                    # the first fault is the one to report; an empty folder is all that is left
+                    with contextlib.suppress(OSError):
+                        os.rmdir(self.path)
+                raise
+            if _names(self.path, self._fd):
+                if not made and os.fstat(self._fd).st_uid != os.geteuid():
+                    self._fd = _close(self._fd)
+                    raise ResourceError("belongs to another user", file=self.path, hint="remove it, or write elsewhere")
+                return
+            self._fd = _close(self._fd)
+        raise ResourceError("other processes keep writing it", file=self.shown)
+
+    def _make(self) -> bool:
+        try:
+            os.mkdir(self.path)
+        except FileExistsError:
+            return False
+        return True
+
+    def _exists(self) -> OutputExistsError:
+        if self._overwrite:
+            return OutputExistsError(
+                "exists and is not a folder", file=self.shown, hint="remove it, or write elsewhere"
+            )
+        return OutputExistsError(
+            "already exists", file=self.shown, hint="use --overwrite to replace it, or write elsewhere"
+        )
+
+    def _refuse_existing(self) -> None:
+        if not os.path.lexists(self._final):
+            return
+        if not _is_folder(self._final) or (not self._overwrite and _has_entries(self._final)):
+            raise self._exists()
+        if _has_entries(self._final) and not (self._final / MANIFEST).is_file():
+            raise OutputExistsError(
+                "the folder was not written by this tool, so it is not replaced",
+                file=self.shown,
+                hint="remove it yourself, or write to another folder",
+            )
+
+    def _refuse_unsafe(self) -> None:
+        """Compare by identity, not by name: links, mounts and blind case give one folder many names."""
+        final = Path(os.path.realpath(self._final))
+        for given in self._inputs:
+            source = Path(os.path.realpath(given))
+            mine, theirs = _identity(final), _identity(source)
+            hint = "write to a folder outside the inputs"
+            if source == final or (mine is not None and mine == theirs):
+                raise FitError("the output is one of the inputs", file=self.shown, hint=hint)
+            if mine is not None and mine in map(_identity, source.parents):
+                raise FitError(f"the output holds the input {show(given, 200)}", file=self.shown, hint=hint)
+            if theirs is not None and theirs in map(_identity, final.parents):
+                raise FitError(f"the output lies in the input {show(given, 200)}", file=self.shown, hint=hint)
+        mine = _identity(final)
+        if self._overwrite and mine is not None:
+            for place in (os.curdir, os.path.expanduser("~")):
+                here = Path(os.path.realpath(place))
+                if mine in map(_identity, (here, *here.parents)):
+                    raise FitError(
+                        "this folder holds the working folder or a home folder",
+                        file=self.shown,
+                        hint="write to another folder",
+                    )
+
+
+def _identity(path: Path) -> _Identity | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _names(path: Path, fd: int) -> bool:
+    """Whether `path` is (still) the folder that `fd` has open."""
+    try:
+        found, held = os.lstat(path), os.fstat(fd)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _has_entries(path: Path) -> bool:
+    with output_faults(path), os.scandir(path) as entries:
+        return next(entries, None) is not None
+
+
+def _close(fd: int) -> int:
+    if fd >= 0:
+        os.close(fd)
+    return -1

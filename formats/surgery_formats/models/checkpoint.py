@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model on disk: its tensors by name, its configuration, its ties and everything else that belongs to it. It is only read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from surgery_formats.containers.sharded import Shard, open_folder_tensors, open_shards
+from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.output.manifest import is_safe_name
+from surgery_formats.files.raw import stays_inside
+from surgery_formats.models.families import Family, family_of
+from surgery_formats.models.names import Names
+from surgery_formats.models.ties import ties_by_place
+from surgery_formats.tensors.tensor import StoredTensor
+
+__all__ = ["Checkpoint", "Component", "open_checkpoint"]
+
+PIPELINE_INDEX = "model_index.json"  # of a diffusers pipeline
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".msgpack",
+    ".h5",
+    ".ot",
+    ".npz",
+)
+_NEVER_CARRIED = ("surgery_manifest.json", "adapter_config.json", "README.md", ".gitattributes")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a checkpoint.
+
+    Attributes:
+        name: Sub-folder (``unet``), or empty for a plain model.
+        folder: Where it lies.
+        shards: Weight files in order, each with its tensors in file order.
+        index: The raw ``*.index.json``, if there is one.
+        index_name: Its file name.
+        config: config.json, or empty.
+    """
+
+    name: str
+    folder: Path
+    shards: tuple[Shard, ...]
+    index: Mapping[str, Any] | None
+    index_name: str
+    config: Mapping[str, Any]
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every stored tensor, in file order."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @cached_property
+    def family(self) -> Family:
+        """What its names mean."""
+        return family_of(self.config)
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding, by config.json or by the family's default."""
+        for config in (self.config, self.config.get("text_config")):
+            if isinstance(config, Mapping) and isinstance(flag := config.get("tie_word_embeddings"), bool):
+                return flag
+        return self.family.tied or (bool(self.family.head) and f"{self.family.head}.weight" not in self.tensors)
+
+    @cached_property
+    def embedding(self) -> str:
+        """Stored name of the token embedding, or empty."""
+        return self._stored(f"{self.family.embedding}.weight") if self.family.embedding else ""
+
+    @cached_property
+    def head(self) -> str:
+        """Name of the head's weight, stored or tied; empty for a model without one."""
+        name = f"{self.family.head}.weight"
+        if not self.family.head or not self.embedding:
+            return ""
+        return name if name in self.tensors or (self.tied and self._has_head) else ""
+
+    @property
+    def _has_head(self) -> bool:
+        architectures = self.config.get("architectures")
+        names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+        return any(
+            mark in name
+            for name in names
+            for mark in ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining")
+        )
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Names that share another's bytes: ``lm_head.weight`` -> ``model.embed_tokens.weight``."""
+        found = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(self.tensors))
+        if self.tied and self.head and self.head not in self.tensors:
+            found[self.head] = self.embedding
+        found |= {
+            alias: source for alias, source in self.family.ties if source in self.tensors and alias not in self.tensors
+        }
+        return found
+
+    def _preferred(self, alias: str, source: str) -> tuple[str, str]:
+        """Of two names of the same bytes the embedding's is the source, whichever was stored first."""
+        return (source, alias) if alias == self.embedding else (alias, source)
+
+    @cached_property
+    def names(self) -> Names:
+        """Resolves an adapter's names."""
+        stored = {name: tensor for name, tensor in self.tensors.items() if name not in self.aliases}
+        return Names(stored, self.aliases, self.family, self.name)
+
+    def _stored(self, name: str) -> str:
+        if name in self.tensors:
+            return name
+        bare = name.partition(".")[2]  # a bare model's checkpoint lacks the first segment
+        return bare if bare in self.tensors else ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(shard.file.size for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model, or a pipeline of models.
+
+    Attributes:
+        path: What was opened.
+        components: By name; a plain model has one, called "".
+        side_files: ``(relative name, path)`` of everything that is not weights: tokenizer, templates, schedulers, code.
+        left_behind: Files that are not carried: other formats' weights, links that lead out of the folder.
+    """
+
+    path: Path
+    components: Mapping[str, Component]
+    side_files: tuple[tuple[str, Path], ...]
+    left_behind: tuple[str, ...] = ()
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether it has named components."""
+        return "" not in self.components
+
+    @property
+    def main(self) -> Component:
+        """The plain model.
+
+        Raises:
+            FitError: it is a pipeline.
+        """
+        if self.is_pipeline:
+            raise FitError("a pipeline of several models where one model was expected", file=self.path)
+        return self.components[""]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(component.nbytes for component in self.components.values())
+
+    def check_unchanged(self) -> None:
+        """Raise ProofError if a weight file changed since it was opened."""
+        for component in self.components.values():
+            for shard in component.shards:
+                shard.file.check_unchanged()
+
+
+def _component(name: str, folder: Path) -> Component:
+    found = open_folder_tensors(folder)
+    config = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    if config and not stays_inside(folder / "config.json"):
+        raise MalformedError("is a link out of its folder", file=folder / "config.json")
+    index_name = found.index_path.name if found.index_path else ""
+    return Component(name, folder, found.shards, found.index, index_name, config)
+
+
+def _side_files(folder: Path, prefix: str = "", *, configs: bool = False) -> tuple[list[tuple[str, Path]], list[str]]:
+    """What to carry from a folder, and what stays: other weights, deeper folders, and links that lead out of it."""
+    carried: list[tuple[str, Path]] = []
+    left: list[str] = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if prefix and entry.is_dir() and not entry.name.startswith("."):
+            left.append(f"{prefix}{entry.name}/")
+        if not entry.is_file() or entry.name in _NEVER_CARRIED or entry.name.startswith("."):
+            continue
+        if (entry.name == "config.json" and not configs) or entry.name.endswith(".index.json"):
+            continue
+        name = f"{prefix}{entry.name}"
+        if entry.name.endswith(_WEIGHTS) or not stays_inside(Path(entry.path)) or not is_safe_name(name):
+            left.append(name)
+        else:
+            carried.append((name, Path(entry.path)))
+    return carried, left
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a model: a weight file, a Hugging Face folder, or a diffusers pipeline folder. Only headers are read.
+
+    Raises:
+        NotFoundError: nothing there, or no weights in the folder.
+        MalformedError: a header, index or config is not what its format says.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise NotFoundError("no such file or folder", file=where)
+    if not where.is_dir():
+        component = Component("", where.parent, open_shards(where).shards, None, "", {})
+        return Checkpoint(where, {"": component}, ())
+    if (where / PIPELINE_INDEX).exists():
+        return _open_pipeline(where)
+    component = _component("", where)
+    if (where / "adapter_config.json").exists() and all(
+        shard.path.name.startswith("adapter_model") for shard in component.shards
+    ):
+        raise FitError(
+            "an adapter where a full model was expected",
+            file=where,
+            hint="`surgery merge` makes a full model of an adapter and its base",
+        )
+    carried, left = _side_files(where)
+    for entry in sorted(os.scandir(where), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            inner, beside = _side_files(Path(entry.path), f"{entry.name}/", configs=True)
+            carried, left = carried + inner, left + beside
+    used = {shard.path.name for shard in component.shards}
+    return Checkpoint(where, {"": component}, tuple(carried), tuple(name for name in left if name not in used))
+
+
+def _open_pipeline(where: Path) -> Checkpoint:
+    declared = read_object(where / PIPELINE_INDEX)
+    components: dict[str, Component] = {}
+    carried, left = _side_files(where)
+    for name in sorted(declared):
+        folder = where / name
+        if name.startswith("_") or "/" in name or "\\" in name or name in (".", "..") or not folder.is_dir():
+            continue
+        inner, beside = _side_files(folder, f"{name}/")
+        carried += inner
+        if any(entry.endswith((".safetensors", ".bin")) for entry in beside):
+            components[name] = _component(name, folder)
+            used = {f"{name}/{shard.path.name}" for shard in components[name].shards}
+            left += [entry for entry in beside if entry not in used]
+        elif (folder / "config.json").exists():
+            carried.append((f"{name}/config.json", folder / "config.json"))
+    if not components:
+        raise MalformedError("a pipeline without weights", file=where / PIPELINE_INDEX)
+    return Checkpoint(where, components, tuple(sorted(carried)), tuple(left))

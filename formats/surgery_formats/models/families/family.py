@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record every family file fills in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+
+from surgery_formats.models.families.recipe import Recipe
+
+__all__ = ["Family", "Fused", "Rename", "role_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """Two spellings of the same run of path segments; either may be on disk, either in an adapter.
+
+    transformers renames modules between its eras while ``save_pretrained`` keeps the old names on disk, so adapters of both eras exist.
+    """
+
+    one: str
+    other: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A parameter that some checkpoints hold in parts, one under the other.
+
+    Attributes:
+        whole: Parameter path below its module: ``experts.gate_up_proj`` (3-D, one matrix per expert).
+        parts: Parameter paths of one expert's parts in row order; ``{e}`` stands for the expert's number.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Names of one model family.
+
+    Attributes:
+        names: ``model_type`` (or diffusers ``_class_name``) values.
+        embedding: Path of the token embedding.
+        head: Path of the language-model head.
+        tied: Whether the head is the embedding when config.json does not say.
+        ties: Further ``(alias, source)`` module paths that always share one tensor.
+        inseparable: Why head and embedding cannot part although they are tied; empty if they can.
+        conv1d: Last path segments of modules that store their weight ``(in, out)``.
+        experts_transposed: Whether 3-D expert tensors are ``(E, in, out)`` rather than ``(E, out, in)``.
+        renames: Spellings, see `Rename`.
+        fused: Parameters in parts, see `Fused`.
+        derivable: Last path segments of tensors that are computed, not trained (``inv_freq``).
+        other_flat: From the module paths a base has, ``(another flattened name, module path)`` pairs, for networks that tools outside know
+            under other names.
+        recipe: What models of this family compute, see `surgery_formats.models.families.recipe`; None where only names are known.
+    """
+
+    names: tuple[str, ...]
+    embedding: str = ""
+    head: str = ""
+    tied: bool = False
+    ties: tuple[tuple[str, str], ...] = ()
+    inseparable: str = ""
+    conv1d: tuple[str, ...] = ()
+    experts_transposed: bool = False
+    renames: tuple[Rename, ...] = ()
+    fused: tuple[Fused, ...] = field(default=())
+    derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
+    other_flat: Callable[[Collection[str]], Iterator[tuple[str, str]]] | None = None
+    recipe: Recipe | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether this is a family's record, not the empty one."""
+        return self.names != ("unknown",)
+
+    def stores_transposed(self, parameter: str) -> bool:
+        """Whether `parameter` (``...c_attn.weight``) is ``(in, out)`` on disk."""
+        module, _, leaf = parameter.rpartition(".")
+        return leaf == "weight" and module.rpartition(".")[2] in self.conv1d
+
+
+_ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("norm", ("norm", "ln", "layernorm", "layer_norm", "ln_1", "ln_2", "ln_f", "input_layernorm", "group_norm")),
+    ("expert", ("experts",)),
+    (
+        "embedding",
+        ("embed", "embed_tokens", "wte", "wpe", "embeddings", "embed_positions", "shared", "embed_in", "embd"),
+    ),
+    ("head", ("lm_head", "embed_out", "score", "classifier", "cls", "pooler", "qa_outputs")),
+    (
+        "attention",
+        ("attn", "attention", "self_attn", "SelfAttention", "EncDecAttention", "attn1", "attn2", "crossattention"),
+    ),
+    (
+        "mlp",
+        ("mlp", "ff", "DenseReluDense", "feed_forward", "intermediate", "output", "fc1", "fc2", "block_sparse_moe"),
+    ),
+)  # in order of precedence: a norm inside an attention block is a norm, an expert's projection is an expert's
+
+
+def role_of(parameter: str) -> str:
+    """What a parameter does, by the field's common names: attention, mlp, expert, embedding, head, norm or other."""
+    segments = parameter.split(".")[:-1] or [parameter]
+    for role, names in _ROLES:
+        if role == "norm":
+            if "norm" in segments[-1].lower() or segments[-1] in names:
+                return role
+        elif any(segment in names for segment in segments):
+            return role
+    return "other"

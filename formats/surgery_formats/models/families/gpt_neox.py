@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPT-NeoX and Pythia: transformers 5 calls the head ``lm_head``, every checkpoint ``embed_out``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from surgery_formats.models.families.decoder import (
+    causal_only,
+    decoder,
+    layer_norm,
+    plain_mlp,
+    pre_norm,
+    projection,
+    read_sizes,
+    root_of,
+)
+from surgery_formats.models.families.family import Family, Rename
+from surgery_formats.models.families.recipe import Attention, Embedding, Layer, Model, Rope
+from surgery_formats.models.families.rope import read_rope
+from surgery_formats.models.families.settings import ModelSettings
+
+__all__ = ["FAMILY"]
+
+
+def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
+    """Both branches side by side, a quarter of each head rotated, q, k and v head by head (arXiv:2204.06745)."""
+    settings = ModelSettings(config)
+    causal_only(settings)
+    settings.only("is_decoder", False, True)
+    sizes = read_sizes(settings, vocabulary=50432, max_positions=2048, hidden=6144, inner=24576, layers=44, heads=64)
+    if sizes.kv_heads != sizes.heads or sizes.head_dim * sizes.heads != sizes.hidden:
+        raise settings.fault("num_key_value_heads and head_dim cannot be chosen in this family")
+    rope = _rope(settings, sizes.head_dim, sizes.max_positions)
+    epsilon = settings.positive("layer_norm_eps", default=1e-5)
+    bias = settings.flag("attention_bias", default=True)
+    parallel = settings.flag("use_parallel_residual", default=True)
+    activation = settings.activation("hidden_act", default="gelu")
+    root = root_of(names, "gpt_neox.", "embed_in.weight")
+
+    def layer(index: int) -> Layer:
+        at = f"{root}layers.{index}"
+        return Layer(
+            Attention(
+                inputs=(projection(f"{at}.attention.query_key_value", sizes.hidden, 3 * sizes.hidden, bias),),
+                layout="by_head",
+                output=projection(f"{at}.attention.dense", sizes.hidden, sizes.hidden, bias),
+                heads=sizes.heads,
+                kv_heads=sizes.heads,
+                head_dim=sizes.head_dim,
+                scale=sizes.head_dim**-0.5,
+                rope=rope,
+            ),
+            pre_norm(layer_norm(f"{at}.input_layernorm", epsilon)),
+            plain_mlp(f"{at}.mlp.dense_h_to_4h", f"{at}.mlp.dense_4h_to_h", sizes.hidden, sizes.inner, activation),
+            pre_norm(layer_norm(f"{at}.post_attention_layernorm", epsilon)),
+            parallel=parallel,
+        )
+
+    return decoder(
+        settings,
+        names,
+        sizes,
+        map(layer, range(sizes.layers)),
+        layer_norm(f"{root}final_layer_norm", epsilon),
+        Embedding(f"{root}embed_in.weight"),
+        head="lm_head" if "lm_head.weight" in names else "embed_out",
+    )
+
+
+def _rope(settings: ModelSettings, head_dim: int, max_positions: int) -> Rope:
+    """The family has keys of its own, ``rotary_emb_base`` and ``rotary_pct``."""
+    theta = settings.positive("rotary_emb_base", default=10000.0)
+    fraction = settings.positive("rotary_pct", default=0.25)
+    for key, value in (("rope_theta", theta), ("partial_rotary_factor", fraction)):
+        if settings.raw(key) is not None and settings.number(key, default=value) != value:
+            raise settings.fault(f"{key} says other than rotary_emb_base or rotary_pct, which count in this family")
+    return read_rope(settings, head_dim, max_positions, theta=theta, partial=fraction)
+
+
+FAMILY = Family(
+    names=("gpt_neox",),
+    embedding="gpt_neox.embed_in",
+    head="embed_out",
+    renames=(Rename("lm_head", "embed_out"),),
+    derivable=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+    recipe=recipe,
+)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary parameters of config.json, of both eras, brought to one form.
+
+transformers 4 writes ``rope_theta`` beside ``rope_scaling`` (``type`` or ``rope_type`` in it), transformers 5 one ``rope_parameters``; some
+models have one per type of layer. What comes out has every default filled in, so that nobody after this has to know them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery_formats.models.families.recipe import Rope
+from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.text import show
+
+__all__ = ["read_rope", "rope_of"]
+
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
+}
+_MAY: Mapping[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "mscale", "mscale_all_dim"),
+    "longrope": ("attention_factor",),
+}
+_LISTS = ("short_factor", "long_factor")
+_KNOWN = frozenset(
+    {"rope_type", "type", "rope_theta", "partial_rotary_factor", "beta_fast", "beta_slow", "truncate", "finetuned"}
+    | {key for keys in (*_NEEDS.values(), *_MAY.values()) for key in keys}
+)
+
+
+def read_rope(
+    settings: ModelSettings,
+    head_dim: int,
+    max_positions: int,
+    *,
+    theta: float = 10000.0,
+    partial: float | None = None,
+    original: int | None = None,
+    longrope_names: tuple[str, ...] = (),
+) -> Rope:
+    """The rotary positions of a model that has the same in every layer.
+
+    Args:
+        settings: Of the model.
+        head_dim: Values per head.
+        max_positions: ``max_position_embeddings``.
+        theta: The family's ``rope_theta`` where none is given.
+        partial: The family's ``partial_rotary_factor`` where none is given; None if the family rotates whole heads.
+        original: The family's ``original_max_position_embeddings``, where it has one beside the rotary parameters.
+        longrope_names: Further names the family has had for ``longrope``.
+
+    Raises:
+        FitError: parameters of an unknown type, missing, or of a wrong type.
+    """
+    found = settings.mapping("rope_scaling") or settings.mapping("rope_parameters") or {}
+    settings.mapping("rope_parameters")
+    found.setdefault("rope_theta", settings.positive("rope_theta", default=theta))
+    fraction = settings.raw("partial_rotary_factor")
+    if fraction is not None:
+        found.setdefault("partial_rotary_factor", settings.positive("partial_rotary_factor", default=1.0))
+    if partial is not None:
+        found.setdefault("partial_rotary_factor", partial)
+    elif found.get("partial_rotary_factor", 1.0) not in (1, 1.0, None):
+        raise settings.fault("partial_rotary_factor is set, but this family rotates whole heads")
+    outside = settings.raw("original_max_position_embeddings")
+    if outside is not None or original is not None:
+        found["original_max_position_embeddings"] = settings.count(
+            "original_max_position_embeddings", default=original or 1
+        )
+    if _kind(found) in longrope_names:
+        found["rope_type"] = "longrope"
+    return rope_of(settings, found, head_dim, max_positions)
+
+
+def _kind(found: Mapping[str, Any]) -> Any:
+    return found.get("rope_type") or found.get("type") or "default"
+
+
+def rope_of(settings: ModelSettings, found: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
+    """One set of rotary parameters with every default filled in.
+
+    Raises:
+        FitError: as `read_rope`.
+    """
+    kind = _kind(found)
+    if not isinstance(kind, str) or kind not in _NEEDS:
+        raise settings.fault(f"rope_type is '{show(kind, 40)}', known are {', '.join(_NEEDS)}")
+    if any(isinstance(value, Mapping) for value in found.values()):
+        raise settings.fault("rope_parameters differ by layer type, which this family does not have")
+    if unknown := sorted(key for key, value in found.items() if key not in _KNOWN and value is not None):
+        raise settings.fault(f"the rotary parameters have '{show(unknown[0], 40)}', which is not known")
+    inner = ModelSettings({**found, "model_type": settings.raw("model_type")})
+    dims = int(head_dim * inner.positive("partial_rotary_factor", default=1.0))
+    if dims % 2 or not 0 < dims <= head_dim:
+        raise settings.fault(f"{dims} of {head_dim} values per head would be rotated; it must be an even number")
+    values: dict[str, Any] = {"rope_type": kind, "rope_theta": inner.positive("rope_theta", default=10000.0)}
+    if values["rope_theta"] <= 1:
+        raise settings.fault("rope_theta must be above 1")
+    if kind == "dynamic" and dims <= 2:
+        raise settings.fault("rope_type 'dynamic' needs more than 2 rotated values per head")
+    needs = _NEEDS[kind]
+    if "original_max_position_embeddings" in needs:
+        values["original_max_position_embeddings"] = inner.count(
+            "original_max_position_embeddings", default=max_positions
+        )
+        if values["original_max_position_embeddings"] < 2:
+            raise settings.fault("original_max_position_embeddings must be above 1")
+    if "factor" in needs:
+        given = inner.raw("factor")
+        if given is None and kind not in ("yarn", "longrope"):
+            raise settings.fault(f"factor is missing in the rotary parameters of type '{kind}'")
+        ratio = max_positions / values.get("original_max_position_embeddings", max_positions)
+        values["factor"] = inner.positive("factor", default=ratio)
+    for key in ("low_freq_factor", "high_freq_factor"):
+        if key in needs:
+            if inner.raw(key) is None:
+                raise settings.fault(f"{key} is missing in the rotary parameters of type '{kind}'")
+            values[key] = inner.positive(key, default=1.0)
+    if kind == "llama3" and values["high_freq_factor"] == values["low_freq_factor"]:
+        raise settings.fault("high_freq_factor must differ from low_freq_factor")
+    for key in _LISTS:
+        if key in needs:
+            values[key] = _factors(settings, inner.raw(key), key, dims // 2)
+    if kind == "yarn":
+        values["beta_fast"] = inner.positive("beta_fast", default=32.0)
+        values["beta_slow"] = inner.positive("beta_slow", default=1.0)
+        values["truncate"] = inner.flag("truncate", default=True)
+    for key in _MAY.get(kind, ()):
+        if inner.raw(key) is not None:
+            values[key] = inner.number(key, default=1.0)
+    return Rope(dims, values, max_positions)
+
+
+def _factors(settings: ModelSettings, found: Any, key: str, length: int) -> tuple[float, ...]:
+    numbers = isinstance(found, list) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e30 for x in found
+    )
+    if not numbers or len(found) != length:
+        raise settings.fault(f"{key} must be a list of {length} numbers above 0")
+    return tuple(float(x) for x in found)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes two inputs the same: a quick fingerprint of a file, and the content id of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+
+import xxhash
+
+from surgery_formats.files.raw import File
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.tensors.tensor import StoredTensor
+
+__all__ = ["Digests", "content_id", "fingerprint", "tensor_digest"]
+
+_HEAD = 1 << 20
+_SAMPLES = 64
+_SAMPLE = 16 << 10
+_WHOLE = 8 << 20  # files up to this size are hashed whole
+_STEP = 8 << 20
+
+
+def fingerprint(file: File) -> str:
+    """xxh3-128 of a small file, or of the size, the head and 64 samples spread over a large one.
+
+    It names the job, so that an interrupted run can go on; it is no proof (files are watched for change while they are used).
+    """
+    state = xxhash.xxh3_128(str(file.size).encode())
+    for offset, nbytes in _ranges(file.size):
+        state.update(file.read(offset, nbytes))
+    return state.hexdigest()
+
+
+def _ranges(size: int) -> Iterable[tuple[int, int]]:
+    if size <= _WHOLE:
+        return [(0, size)]
+    gap = (size - _HEAD - _SAMPLE) // _SAMPLES
+    return [(0, _HEAD), *((_HEAD + i * gap, _SAMPLE) for i in range(_SAMPLES)), (size - _SAMPLE, _SAMPLE)]
+
+
+class Digests:
+    """`tensor_digest` of tensors whose bytes come by for another reason: they need not be read again.
+
+    Any thread may use it; the bytes of one tensor come in order.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[int, int, int, int], tuple[xxhash.xxh3_128, list[int]]] = {}
+        self._lock = threading.Lock()
+
+    def claim(self, tensor: StoredTensor) -> Callable[[int, memoryview], None] | None:
+        """What to call with ``(offset in the tensor, bytes)``; None where somebody else does, or the bytes would not be those stored."""
+        if tensor.strides is not None:
+            return None
+        state, reached = xxhash.xxh3_128(), [0]
+        with self._lock:
+            if tensor.place in self._states:
+                return None
+            self._states[tensor.place] = state, reached
+
+        def seen(offset: int, data: memoryview) -> None:
+            if offset == reached[0]:  # what comes out of order leaves the digest incomplete
+                state.update(data)
+                reached[0] += len(data)
+
+        return seen
+
+    def of(self, tensor: StoredTensor) -> str:
+        """The digest, read now where it is not complete."""
+        state, reached = self._states.get(tensor.place, (None, [0]))
+        return state.hexdigest() if state is not None and reached[0] == tensor.nbytes else tensor_digest(tensor)
+
+
+def content_id(checkpoint: Checkpoint, digest: Callable[[StoredTensor], str] | None = None) -> str:
+    """sha256 over the sorted ``(component, name, dtype, shape, xxh3-128 of the bytes)`` of all tensors.
+
+    Independent of sharding, order, metadata and place. Reads every byte once.
+
+    Args:
+        checkpoint: The model.
+        digest: Where digests are known already (`Digests.of`).
+    """
+    digest = digest or tensor_digest
+    lines = [
+        f"{component.name}\0{tensor.name}\0{tensor.dtype.label}\0{list(tensor.shape)}\0{digest(tensor)}"
+        for component in checkpoint.components.values()
+        for tensor in component.tensors.values()
+    ]
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogatepass")).hexdigest()
+
+
+def tensor_digest(tensor: StoredTensor) -> str:
+    """xxh3-128 of a stored tensor's bytes, read in steps."""
+    state = xxhash.xxh3_128()
+    for at in range(0, tensor.nbytes, _STEP):
+        state.update(tensor.file.read(tensor.offset + at, min(_STEP, tensor.nbytes - at)))
+    return state.hexdigest()

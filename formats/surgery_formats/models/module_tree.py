@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's tensors as a tree of modules, equal layers shown once.
+
+Only names, shapes and types are looked at. Siblings that are numbered and alike in everything below them become one
+node (``model.layers.0-15``, 16 times); layers that differ (dense ones before those with experts) stay apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.families.family import role_of
+
+__all__ = ["Node", "Totals", "leaves", "module_graph", "role_totals", "stored_ties"]
+
+_DEPTH = 32  # segments of a name that become levels; what is left of a deeper (hostile) name stays one label
+# What batch normalisation keeps beside its parameters; no optimiser trains it.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_ORDER = ("embedding", "attention", "module", "block", "other", "mlp", "expert", "norm", "head", "buffer")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A module or a tensor; with `repeated` above one, that many equal ones.
+
+    Numbers are totals over all repetitions, so a node's are the sums of its children's.
+
+    Attributes:
+        name: Path with dots, numbers of equal siblings as ranges: ``model.layers.0-15.self_attn.q_proj.weight``. It
+            begins with the parent's. Untrusted text.
+        role: ``attention``, ``mlp``, ``expert``, ``embedding``, ``head``, ``norm``, ``other``; of modules also
+            ``block`` (numbered), ``module`` (of several roles) and ``model`` (the root); of tensors also ``buffer``
+            (computed or counted, not trained).
+        parameters: Numbers stored, ties counted once, buffers not at all.
+        nbytes: Bytes stored.
+        dtypes: Stored types, sorted; usually one.
+        shape: Of each tensor; None for modules.
+        repeated: How many tensors or modules of the checkpoint this node stands for.
+        tied: The name whose bytes this tensor shares; it then counts no parameters.
+        children: Modules and tensors below, in the order of the forward pass as far as roles tell.
+    """
+
+    name: str
+    role: str
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
+    repeated: int = 1
+    tied: str = ""
+    children: tuple[Node, ...] = ()
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, Node]]:
+        """``(depth, node)`` of this node and all below, parents first."""
+        yield depth, self
+        for child in self.children:
+            yield from child.walk(depth + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """A sum over tensors.
+
+    Attributes:
+        tensors: How many.
+        parameters: Their numbers.
+        nbytes: Their bytes.
+    """
+
+    tensors: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+
+    def plus(self, node: Node) -> Totals:
+        """With one leaf more."""
+        return Totals(self.tensors + node.repeated, self.parameters + node.parameters, self.nbytes + node.nbytes)
+
+
+def stored_ties(component: Component) -> dict[str, str]:
+    """``{alias: source}`` of names that are one parameter: by place, by family, and heads stored again though tied."""
+    ties = dict(component.aliases)
+    if component.tied and component.head in component.tensors and component.embedding:
+        ties.setdefault(component.head, component.embedding)
+    return ties
+
+
+def module_graph(component: Component) -> Node:
+    """The tree of one component's modules.
+
+    Tied names that are not stored appear as tensors of no bytes, with `Node.tied` set.
+    """
+    ties = stored_ties(component)
+    buffers = tuple(f".{leaf}" for leaf in (*component.family.derivable, *_STATISTICS))
+    root = _ModuleBranch()
+    for name, tensor in component.tensors.items():
+        computed = f".{name}".endswith(buffers)
+        tied = ties.get(name, "")
+        shared = bool(tied) and tensor.place == component.tensors[tied].place
+        numbers = 0 if tied or computed else tensor.numel
+        kept = 0 if shared else tensor.nbytes
+        root.at(name).leaf = _Leaf(tensor.shape, tensor.dtype.label, numbers, kept, tied, computed)
+    for alias, source in ties.items():
+        if alias not in component.tensors and source in component.tensors:
+            stored = component.tensors[source]
+            root.at(alias).leaf = _Leaf(stored.shape, stored.dtype.label, 0, 0, source)
+    root.sign({})
+    children = tuple(_children(root, None, 1))
+    return _sum("", "model", children, 1)
+
+
+def leaves(node: Node) -> Iterator[Node]:
+    """The tensors at and below `node`."""
+    return (found for _, found in node.walk() if found.shape is not None)
+
+
+def role_totals(nodes: Iterable[Node]) -> Mapping[str, Totals]:
+    """Totals per role over tensors; roles in the order of the forward pass."""
+    found: dict[str, Totals] = {}
+    for node in nodes:
+        found[node.role] = found.get(node.role, Totals()).plus(node)
+    return {role: found[role] for role in _ORDER if role in found}
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    nbytes: int
+    tied: str
+    computed: bool = False
+
+
+@dataclass(slots=True)
+class _ModuleBranch:
+    leaf: _Leaf | None = None
+    below: dict[str, _ModuleBranch] = field(default_factory=dict)
+    signature: int = 0
+
+    def at(self, name: str) -> _ModuleBranch:
+        found = self
+        for segment in name.split(".", _DEPTH - 1):
+            found = found.below.setdefault(segment, _ModuleBranch())
+        return found
+
+    def sign(self, known: dict[object, int]) -> int:
+        """Number branches so that equal ones have equal numbers; names are part of it, this branch's own is not."""
+        leaf = self.leaf and (self.leaf.shape, self.leaf.dtype, self.leaf.nbytes, bool(self.leaf.tied))
+        content = (leaf, tuple(sorted((segment, branch.sign(known)) for segment, branch in self.below.items())))
+        self.signature = known.setdefault(content, len(known))
+        return self.signature
+
+
+def _children(branch: _ModuleBranch, path: str | None, times: int) -> list[Node]:
+    """Nodes below `branch`; numbered ones that are alike become one."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for segment, below in branch.below.items():
+        groups.setdefault(("", below.signature) if _numbered(segment) else (segment, -1), []).append(segment)
+    found = [
+        _node(branch.below[members[0]], _join(path, _ranges(members)), times * len(members))
+        for members in groups.values()
+    ]
+    if branch.leaf is not None and path is not None:  # a tensor whose name is also a module's
+        found.append(_tensor(branch.leaf, path, times))
+    return sorted(found, key=lambda node: (_ORDER.index(node.role), _natural(node.name)))
+
+
+def _node(branch: _ModuleBranch, path: str, times: int) -> Node:
+    if branch.leaf is not None and not branch.below:
+        return _tensor(branch.leaf, path, times)
+    children = _children(branch, path, times)
+    last = path.rpartition(".")[2]
+    if len(children) == 1 and not last[:1].isdigit():  # a module of one part is shown as that part
+        return children[0]
+    role = role_of(f"{path}.weight")
+    if role == "other":
+        role = "block" if last[:1].isdigit() else "module"
+    return _sum(path, role, tuple(children), times)
+
+
+def _tensor(leaf: _Leaf, path: str, times: int) -> Node:
+    role = "buffer" if leaf.computed else role_of(path)
+    size = leaf.parameters * times, leaf.nbytes * times
+    return Node(path, role, *size, (leaf.dtype,), leaf.shape, times, leaf.tied)
+
+
+def _sum(path: str, role: str, children: tuple[Node, ...], times: int) -> Node:
+    return Node(
+        path,
+        role,
+        sum(child.parameters for child in children),
+        sum(child.nbytes for child in children),
+        tuple(sorted({dtype for child in children for dtype in child.dtypes})),
+        repeated=times,
+        children=children,
+    )
+
+
+def _numbered(segment: str) -> bool:
+    """Plain decimal numbers only: ``01`` and ``1`` must not meet in one range."""
+    return segment.isascii() and segment.isdecimal() and len(segment) < 9 and str(int(segment)) == segment
+
+
+def _ranges(members: list[str]) -> str:
+    """``0-2,5`` of ``["0", "1", "2", "5"]``; a name that is no number as it is."""
+    if len(members) == 1:
+        return members[0]
+    runs: list[list[int]] = []
+    for number in sorted(map(int, members)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def _join(path: str | None, segment: str) -> str:
+    return segment if path is None else f"{path}.{segment}"
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Numbers inside a name sort as numbers."""
+    parts = re.split(r"(\d{1,18})", name)
+    return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]

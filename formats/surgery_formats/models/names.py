@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a parameter's name in an adapter to the bytes of a checkpoint.
+
+The same module has several names: transformers' eras, bare models and models with a head, experts one by one or fused, kohya's
+underscores. Names are resolved against the names the base really has; nothing is guessed from the adapter's name alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from surgery_formats.errors import FitError
+from surgery_formats.models.families.family import Family
+from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.views import expert, rows, transpose, window
+from surgery_formats.text import listing
+
+if TYPE_CHECKING:
+    from surgery_formats.tensors.tensor import StoredTensor
+
+__all__ = ["Names", "WeightSlice", "extent"]
+
+_MAX_SPELLINGS = 256  # of one path; families have fewer than ten renames
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlice:
+    """One piece of the weight a site names.
+
+    Attributes:
+        parameter: The piece, its view's origin telling where in the whole weight it lies.
+        alias: The tied name that the site used, if it is not the stored one.
+    """
+
+    parameter: Parameter
+    alias: str = ""
+
+
+def extent(places: Sequence[WeightSlice]) -> tuple[int, int]:
+    """``(rows, columns)`` of the whole weight that `places` are the pieces of, one under the other."""
+    pieces = [place.parameter for place in places]
+    return max(piece.view.row_origin + piece.shape[0] for piece in pieces), pieces[0].shape[1]
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of one component of a checkpoint.
+
+    Attributes:
+        tensors: Stored tensors by name.
+        aliases: Names that are not stored (or are copies), with the name whose bytes they are.
+        family: Spellings and orientation.
+        component: Name of the component.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    aliases: Mapping[str, str]
+    family: Family
+    component: str = ""
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.tensors) | frozenset(self.aliases)
+
+    @cached_property
+    def _prefixes(self) -> tuple[str, ...]:
+        """Leading runs of one or two segments (``transformer``, ``model.language_model``) that a bare adapter may lack."""
+        found: dict[str, None] = {}
+        for name in self._known:
+            segments = name.split(".")
+            for depth in (1, 2):
+                if len(segments) > depth + 1 and not segments[depth - 1].isdigit():
+                    found.setdefault(".".join(segments[:depth]))
+        return tuple(sorted(found, key=lambda prefix: (prefix.count("."), prefix)))
+
+    @cached_property
+    def _flat(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in sorted(self._known):
+            module, _, leaf = name.rpartition(".")
+            found.setdefault(f"{module.replace('.', '_')}.{leaf}", []).append(name)
+        if self.family.other_flat:
+            modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(self._known))
+            for flat, module in self.family.other_flat(modules):
+                for leaf in ("weight", "bias"):
+                    if f"{module}.{leaf}" in self._known:
+                        found.setdefault(f"{flat}.{leaf}", []).append(f"{module}.{leaf}")
+        return found
+
+    def resolve(self, path: str, *, flat: bool = False) -> tuple[WeightSlice, ...]:
+        """Every piece of the weight called `path`; empty if the base has no such weight.
+
+        Raises:
+            FitError: the name fits several weights of the base.
+        """
+        for spelling in self._flat_spellings(path) if flat else self._spellings(path):
+            if found := self._places(spelling):
+                return found
+        return ()
+
+    def _flat_spellings(self, path: str) -> Iterator[str]:
+        tried = [path, *(f"{prefix}_{path}" for prefix in self._prefixes if "." not in prefix)]
+        tried += [path.removeprefix(f"{prefix}_") for prefix in ("text_model",) if path.startswith(f"{prefix}_")]
+        for candidate in tried:
+            names = self._flat.get(candidate, [])
+            if len(names) > 1:
+                raise FitError(f"'{candidate}' fits {listing(names)}", tensor=path)
+            yield from names
+
+    def _spellings(self, path: str) -> Iterator[str]:
+        """`path` itself, then with renames, then with a prefix less or more."""
+        renamed = list(_renamings(path, self.family))
+        yield from renamed
+        shorter = [name.partition(".")[2] for name in renamed if name.count(".") > 1]
+        yield from shorter
+        longer = [f"{prefix}.{name}" for prefix in self._prefixes for name in renamed]
+        hits = [name for name in longer if self._places(name)]
+        if len(hits) > 1 and len({self.aliases.get(hit, hit) for hit in hits}) > 1:
+            raise FitError(f"'{path}' fits {listing(hits)}", tensor=path, hint="the base has several models in it")
+        yield from hits[:1]
+
+    def _places(self, name: str) -> tuple[WeightSlice, ...]:
+        if name in self._known:
+            source = self.aliases.get(name, name)
+            return (WeightSlice(self._parameter(source), name if source != name else ""),)
+        module, _, leaf = name.rpartition(".")
+        if (
+            leaf in ("weight", "bias") and (fused := f"{module}.in_proj_{leaf}") in self.tensors
+        ):  # torch's MultiheadAttention
+            return (WeightSlice(self._parameter(fused)),)
+        return self._split_here(name) or self._fused_here(name)
+
+    def _parameter(self, name: str) -> Parameter:
+        tensor = self.tensors[name]
+        stacked = len(tensor.shape) == 3 and not name.endswith(
+            ".weight"
+        )  # a convolution is a .weight; expert stacks have no leaf
+        parameter = Parameter.of(tensor, self.component, stacked=stacked)
+        if len(tensor.shape) == 2 and self.family.stores_transposed(name):
+            return Parameter(name, parameter.storage, transpose(parameter.view), self.component)
+        return parameter
+
+    def _split_here(self, name: str) -> tuple[WeightSlice, ...]:
+        """`name` stacks experts in the adapter (``experts.gate_up_proj``), the base holds their parts in another way."""
+        for fused in self.family.fused:
+            if not name.endswith(f".{fused.whole}"):
+                continue
+            base = name.removesuffix(fused.whole)
+            pieces: list[WeightSlice] = []
+            row = number = 0
+            while parts := [found for part in fused.parts if (found := self._piece(f"{base}{part.format(e=number)}"))]:
+                if len(parts) != len(fused.parts):
+                    raise FitError(
+                        f"the base has only {len(parts)} of {len(fused.parts)} parts of expert {number} of '{name}'"
+                    )
+                for parameter in parts:
+                    view = window(parameter.view, row_origin=row)
+                    pieces.append(WeightSlice(Parameter(parameter.name, parameter.storage, view, self.component)))
+                    row += parameter.shape[0]
+                number += 1
+            if pieces:
+                return tuple(pieces)
+        return ()
+
+    def _piece(self, name: str) -> Parameter | None:
+        """One expert's part: a tensor of its own, or a slice of a 3-D one."""
+        if name in self.tensors:
+            return Parameter.of(self.tensors[name], self.component)
+        found = self._fused_here(name)
+        return found[0].parameter if found else None
+
+    def _fused_here(self, name: str) -> tuple[WeightSlice, ...]:
+        """`name` is one expert's part (``experts.3.w1.weight``), the base holds all experts in one 3-D tensor."""
+        for fused in self.family.fused:
+            for position, part in enumerate(fused.parts):
+                number = _expert_number(name, part)
+                if number is None:
+                    continue
+                stored = f"{name.removesuffix(part.format(e=number))}{fused.whole}"
+                tensor = self.tensors.get(stored)
+                if tensor is None or len(tensor.shape) != 3 or number >= tensor.shape[0]:
+                    continue
+                storage = Plain.of(tensor, stacked=True)
+                height = tensor.shape[1] // len(fused.parts)
+                view = expert(number, tensor.shape[0], (tensor.shape[1], tensor.shape[2]))
+                view = rows(view, position * height, (position + 1) * height)
+                return (WeightSlice(Parameter(stored, storage, view, self.component)),)
+        return ()
+
+
+def _expert_number(name: str, part: str) -> int | None:
+    head, _, tail = part.partition("{e}")
+    before, found, after = name.rpartition(f".{head}")
+    digits, _, rest = after.partition(".")
+    return int(digits) if found and digits.isdecimal() and len(digits) < 6 and f".{rest}" == tail and before else None
+
+
+def _renamings(path: str, family: Family) -> Iterator[str]:
+    """`path` and everything the family's renames make of it, nearest first."""
+    queue, seen = [path], {path}
+    while queue and len(seen) < _MAX_SPELLINGS:
+        name = queue.pop(0)
+        yield name
+        for rename in family.renames:
+            for old, new in ((rename.one, rename.other), (rename.other, rename.one)):
+                changed = f".{name}.".replace(f".{old}.", f".{new}.")[1:-1]
+                if changed not in seen and f".{old}." in f".{name}.":
+                    seen.add(changed)
+                    queue.append(changed)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two names, one storage: tied embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from surgery_formats.tensors.tensor import StoredTensor
+
+__all__ = ["Tie", "alias_of", "ties_by_place"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """The parameter `alias` is the parameter `source`.
+
+    Attributes:
+        alias: Name that need not be stored (``lm_head.weight``).
+        source: Name whose bytes are the truth (``model.embed_tokens.weight``).
+    """
+
+    alias: str
+    source: str
+
+
+def alias_of(name: str, ties: Iterable[Tie]) -> str:
+    """The name whose bytes hold parameter `name`: itself, unless it is tied."""
+    return next((tie.source for tie in ties if tie.alias == name), name)
+
+
+def ties_by_place(tensors: Mapping[str, StoredTensor]) -> tuple[Tie, ...]:
+    """Ties visible in a file: two names of the very same bytes (pickles keep shared storages)."""
+    first: dict[object, str] = {}
+    found = []
+    for name, tensor in tensors.items():
+        if tensor.nbytes == 0:
+            continue
+        key = (tensor.place, tensor.shape, tensor.strides)
+        source = first.setdefault(key, name)
+        if source != name:
+            found.append(Tie(name, source))
+    return tuple(found)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors stored as codes and scales that read as the float32 values they stand for, so that every update serves them like any other.
+
+On disk a factor has two tensors: ``NAME.codes``, for int8 ``(count, length, rank)`` of type I8, for int4 ``(count, bytes)`` of type U8
+with the first of two codes in the low half and zero bits where there is no second; and ``NAME.scales``, BF16 ``(count, groups)``.
+`count` is that of stacked experts, 1 otherwise. Each expert's ``length * rank`` numbers lie row by row and are grouped from their first on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.linalg.coding import Coding
+from surgery_formats.tensors.tensor import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CodedTensor", "code_shape", "code_type", "pack", "quantised"]
+
+Side = Literal["A", "B"]
+
+
+def code_type(coding: Coding) -> DType:
+    """Of the tensor that holds codes."""
+    return DType.I8 if coding.bits == 8 else DType.U8
+
+
+def code_shape(coding: Coding, count: int, length: int, rank: int) -> tuple[int, ...]:
+    """Of the tensor that holds codes."""
+    return (count, length, rank) if coding.bits == 8 else (count, -(-length * rank // 2))
+
+
+def pack(codes: torch.Tensor, coding: Coding) -> torch.Tensor:
+    """int8 codes ``(count, length, rank)`` as they are stored."""
+    import torch
+
+    if coding.bits == 8:
+        return codes
+    flat = torch.nn.functional.pad(codes.reshape(len(codes), -1), (0, codes[0].numel() % 2)).to(torch.int16) & 15
+    return (flat[:, 0::2] | (flat[:, 1::2] << 4)).to(torch.uint8)
+
+
+def _unpack(stored: torch.Tensor) -> torch.Tensor:
+    """``(count, bytes)`` to int8 ``(count, 2 * bytes)``."""
+    import torch
+
+    halves = torch.stack([stored & 15, stored >> 4], dim=-1).reshape(len(stored), -1).to(torch.int8)
+    return (halves ^ 8) - 8
+
+
+@dataclass(frozen=True, slots=True)
+class CodedTensor(StoredTensor):
+    """A factor, or the factors of stacked experts, as PEFT has them.
+
+    Attributes:
+        codes: See above.
+        scales: See above.
+        coding: How codes are read.
+        side: A: ``(count * rank, in)``. B: ``(out, rank * count)``, the expert being the fastest. Both up to a reshape.
+        sizes: ``(count, length, rank)``.
+    """
+
+    codes: StoredTensor | None = None
+    scales: StoredTensor | None = None
+    coding: Coding | None = None
+    side: Side = "A"
+    sizes: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def stored_type(self) -> str:
+        """``I4`` or ``I8``: what it is on disk, whatever it reads as."""
+        assert self.coding is not None
+        return f"I{self.coding.bits}"
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements ``[start:stop]`` of the first axis, float32.
+
+        Raises:
+            MalformedError: a code outside the symmetric range, or bits behind the last code.
+            FitError: a scale is NaN or infinite.
+        """
+        import torch
+
+        from surgery_formats.linalg.quantise import Codes, dequantise
+
+        codes, scales, coding = self.codes, self.scales, self.coding
+        assert codes is not None
+        assert scales is not None
+        assert coding is not None
+        _, length, rank = self.sizes
+        values, steps = codes.read(), scales.read()
+        if coding.bits == 4:
+            values = _unpack(values)
+            if bool(values[:, length * rank :].any()):
+                raise MalformedError("bits behind its last code", file=codes.file.path, tensor=codes.name)
+            values = values[:, : length * rank]
+        if bool((values < -coding.largest).any()):
+            raise MalformedError(f"a code below {-coding.largest}", file=codes.file.path, tensor=codes.name)
+        if not bool(torch.isfinite(steps).all()):
+            raise FitError("holds NaN or Inf", file=scales.file.path, tensor=scales.name, hint="convert it again")
+        rows = [dequantise(Codes(v.reshape(length, rank), s), coding) for v, s in zip(values, steps, strict=True)]
+        stack = torch.stack(rows)
+        turned = stack.transpose(1, 2) if self.side == "A" else stack.permute(1, 2, 0)
+        return turned.reshape(self.shape)[start:stop].contiguous()
+
+    def coded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales as stored."""
+        assert self.codes is not None
+        assert self.scales is not None
+        return self.codes.read(), self.scales.read()
+
+
+def quantised(
+    name: str,
+    codes: StoredTensor,
+    scales: StoredTensor,
+    coding: Coding,
+    side: Side,
+    sizes: tuple[int, int, int],
+    shape: tuple[int, ...],
+) -> CodedTensor:
+    """The factor that two stored tensors hold.
+
+    Args:
+        name: Of the factor.
+        codes: Its codes.
+        scales: Its scales.
+        coding: How.
+        side: Which factor.
+        sizes: ``(count, length, rank)``.
+        shape: It is to have, see `CodedTensor.side`.
+
+    Raises:
+        MalformedError: a type or shape is another.
+    """
+    count, length, rank = sizes
+    expected = (
+        (codes, code_type(coding), code_shape(coding, *sizes)),
+        (scales, DType.BF16, (count, coding.scales(length * rank))),
+    )
+    for tensor, dtype, wanted in expected:
+        if tensor.dtype is not dtype or tensor.shape != wanted:
+            raise MalformedError(
+                f"is {tensor.dtype.label} {list(tensor.shape)} instead of {dtype.label} {list(wanted)}",
+                file=tensor.file.path,
+                tensor=tensor.name,
+            )
+    nbytes = codes.nbytes + scales.nbytes
+    return CodedTensor(
+        name, DType.F32, shape, codes.file, codes.offset, nbytes, None, codes, scales, coding, side, sizes
+    )

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof of a combination: the file is read back, and each weight's delta compared with the sum of the sources' deltas, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from surgery.algebra.group import key_of
+from surgery.algebra.parts import CombinedUpdate, Solutions
+from surgery.algebra.sums import DeltaTarget, stacked
+from surgery.engine.proof import compare, restricted
+from surgery_formats.adapters.format import Format
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import ProofError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import listing
+from surgery_formats.updates import LoRA, Offset, Replacement, Stacked, Update
+
+__all__ = ["SumError", "prove"]
+
+TOLERANCE = 1e-6
+"""Error of a sum that is stored in full, relative to the norms of its terms: what float32 factors allow."""
+OPTIMAL = 1.0001
+"""Error of a sum that was cut, relative to the best of its rank."""
+# Rounding both factors: relative errors of half a unit in the last place, twice, and they add up like noise, not like this bound.
+_ROUNDING = {DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
+_ELEMENTS = 8  # of one element, relative to the greatest: products of few terms do not average out
+
+
+@dataclass(frozen=True, slots=True)
+class SumError:
+    """One weight, read back.
+
+    Attributes:
+        norm: Frobenius norm of what was wanted.
+        error: Relative Frobenius error; None where there was nothing to compare with.
+        optimum: The error that was intended, relative.
+    """
+
+    norm: float
+    error: float
+    optimum: float
+
+
+def prove(
+    path: Path,
+    target: Format,
+    meant: Adapter,
+    parts: Sequence[CombinedUpdate],
+    memory: Solutions,
+    base: Checkpoint | None,
+    dtype: DType | None,
+    near: Mapping[Site, float] | None = None,
+) -> dict[str, SumError]:
+    """Read `path` back and compare.
+
+    Args:
+        path: What was written.
+        target: Its format.
+        meant: What the writer was given.
+        parts: Of the combination.
+        memory: What the writer's factors leave out.
+        base: If one was given.
+        dtype: Of the stored factors; None for what they were computed in.
+        near: Relative errors of what the format only approximates, proved to be those of its writer.
+
+    Returns:
+        By site, for everything that is added to a weight.
+
+    Raises:
+        ProofError: something is missing, left over, or further from the sum than intended.
+    """
+    near = near or {}
+    written = target.read(path)
+    if left := written.unconsumed():
+        raise ProofError(
+            f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=path
+        )
+    tolerance = TOLERANCE if dtype is None else _ROUNDING.get(dtype, TOLERANCE)
+    bound = tolerance if dtype is None else _ELEMENTS * tolerance
+    found = _matched(meant, written)
+    if found is None:  # fused or split on the way: both are bound to the base, weight by weight
+        _check(compare(meant, written, base), bound, path)
+        return {str(part.site): m for part in parts if (m := _intended(part, memory))}
+    kept = {part.site: part.updates for part in parts if not (part.wanted or part.vector)}
+    if same := {site: chain for site, chain in kept.items() if site not in near}:
+        there = replace(written, updates={s: found[s] for s in same})
+        _check(compare(restricted(meant, same), there, None), bound, path)
+    measured = {}
+    for part in parts:
+        if part.site not in kept:
+            slack = near.get(part.site, 0.0)
+            measured[str(part.site)] = _measure(part, found[part.site], memory.loss(part), tolerance, slack, path)
+    return measured
+
+
+def _matched(meant: Adapter, written: Adapter) -> dict[Site, tuple[Update, ...]] | None:
+    """The written updates by the sites they were meant for; None if names or kinds changed on the way."""
+    flat = any(site.flat for one in (meant, written) for site in one.updates)
+    parts = {site.component for site in meant.updates}
+    bare = all(not site.component for site in written.updates) and len(parts) == 1
+    by_key = {
+        key_of(replace(site, component=min(parts)) if bare else site, flat=flat): chain
+        for site, chain in written.updates.items()
+    }
+    keys = {site: key_of(site, flat=flat) for site in meant.updates}
+    if set(keys.values()) != by_key.keys() or len(by_key) != len(written.updates):
+        return None
+    found = {site: by_key[key] for site, key in keys.items()}
+    alike = all([u.kind for u in chain] == [u.kind for u in found[site]] for site, chain in meant.updates.items())
+    return found if alike else None
+
+
+def _check(errors: Mapping[str, float], tolerance: float, path: Path) -> None:
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        name = max(wrong, key=lambda one: wrong[one])
+        raise ProofError(
+            f"{len(wrong)} of {len(errors)} weights differ, '{name}' by {wrong[name]:.1e} of its greatest change",
+            file=path.name,
+        )
+
+
+def _measure(
+    part: CombinedUpdate, chain: Sequence[Update], lost: float, tolerance: float, slack: float, path: Path
+) -> SumError:
+    """Norm and error of one weight, all its experts together; `slack` is what codes add to the error, relative to what they stand for."""
+    norms, errors, sizes = [], [], []
+    for wanted, loras in zip(part.wanted, _loras(part, chain), strict=True):
+        compared = wanted.compare(*stacked(loras))
+        norms.append(compared.norm)
+        errors.append(compared.error)
+        sizes.append(compared.size)
+    if part.vector is not None:
+        value = part.vector()
+        stored = sum(u.value.load(torch.float64) * u.scale for u in chain if isinstance(u, Offset))
+        norms.append(float(value.norm()))
+        errors.append(float((value - stored).norm()))
+        sizes.append(norms[-1])
+    for mine, theirs in zip(_whole(part.updates), _whole(chain), strict=True):
+        if not float((mine - theirs).norm()) <= tolerance * float(mine.norm()):
+            raise ProofError("is not the whole weight it was", file=path.name, tensor=part.site.path)
+    norm, error, size = (math.hypot(*every) for every in (norms, errors, sizes))
+    if not error <= OPTIMAL * lost + tolerance * size + slack * (norm + lost):
+        raise ProofError(
+            f"is {error:.1e} away from the sum, {lost:.1e} was intended (its norm is {norm:.1e})",
+            file=path.name,
+            tensor=part.site.path,
+            hint="--dtype fp32 keeps more digits",
+        )
+    if norm <= 1e-12 * size:  # the terms cancel: relative to nothing every error is infinite
+        return SumError(0.0, 0.0, 0.0)
+    return SumError(norm, error / norm, lost / norm)
+
+
+def _whole(chain: Sequence[Update]) -> list[torch.Tensor]:
+    return [update.value.load(torch.float64) for update in chain if isinstance(update, Replacement)]
+
+
+def _loras(part: CombinedUpdate, chain: Sequence[Update]) -> list[list[LoRA]]:
+    """What was written for each of ``part.wanted``."""
+    if len(part.wanted) == 1 and not any(isinstance(update, Stacked) for update in part.updates):
+        return [[update for update in chain if isinstance(update, LoRA)]]
+    stacks = [update for update in chain if isinstance(update, Stacked)]
+    experts = range(len(part.wanted))
+    return [[one for stack in stacks if isinstance(one := stack.experts[e], LoRA)] for e in experts]
+
+
+def _intended(part: CombinedUpdate, memory: Solutions) -> SumError | None:
+    """What the factors leave out, where the written file can only be compared with them."""
+    if not part.wanted:
+        return None
+    norm = math.hypot(*(_norm(wanted) for wanted in part.wanted))
+    error = memory.loss(part) / norm if norm else 0.0
+    return SumError(norm, error, error)
+
+
+def _norm(wanted: DeltaTarget) -> float:
+    out, inputs = wanted.shape
+    nothing = torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inputs), dtype=torch.float64)
+    return wanted.compare(*nothing).norm

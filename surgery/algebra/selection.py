@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of an adapter by the names of its modules: to split one into several, or to leave blocks out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.errors import FitError
+from surgery_formats.text import closest, show
+
+__all__ = ["Selection", "check_patterns"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which modules to keep. Patterns are those of a shell (``*``, ``?``, ``[ab]``), and match from any dot on to the end.
+
+    ``q_proj``, ``self_attn.*`` and ``layers.[01].*`` all match ``model.layers.0.self_attn.q_proj``.
+
+    Attributes:
+        only: A module must match one of these; empty keeps all.
+        without: And none of these.
+    """
+
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    def keeps(self, site: Site) -> bool:
+        """Whether the parameter `site` is wanted."""
+        wanted = not self.only or any(matches(pattern, site) for pattern in self.only)
+        return wanted and not any(matches(pattern, site) for pattern in self.without)
+
+    def of(self, adapter: Adapter) -> tuple[Adapter, tuple[Site, ...]]:
+        """What is kept of `adapter`, and the sites that are not."""
+        left = tuple(site for site in adapter.updates if not self.keeps(site))
+        return (adapter.only(site for site in adapter.updates if self.keeps(site)) if left else adapter), left
+
+
+def matches(pattern: str, site: Site) -> bool:
+    """By the module's path, or the parameter's; the component of a pipeline may stand in front (``unet:*``)."""
+    component, colon, pattern = pattern.rpartition(":")
+    if colon and component != site.component:
+        return False
+    paths: tuple[str, ...] = (site.path.rpartition(".")[0], site.path)
+    before = "."
+    if site.flat:  # where a name begins is not known: at any underscore
+        paths, before, pattern = tuple(p.replace(".", "_") for p in paths), "_", pattern.replace(".", "_")
+    return any(fnmatchcase(path, pattern) or fnmatchcase(path, f"*{before}{pattern}") for path in paths)
+
+
+def check_patterns(selection: Selection, adapters: Sequence[Adapter]) -> None:
+    """A pattern that matches nothing is a slip of the pen.
+
+    Raises:
+        FitError: there is one.
+    """
+    sites = [site for adapter in adapters for site in adapter.updates]
+    for pattern in (*selection.only, *selection.without):
+        if not any(matches(pattern, site) for site in sites):
+            names = sorted({segment for site in sites for segment in site.path.split(".") if not segment.isdigit()})
+            raise FitError(
+                f"no module matches '{show(pattern)}'",
+                file=adapters[0].path,
+                hint=closest(pattern, names) or "the modules are those that 'surgery inspect -v' lists",
+            )

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The delta that a combination of adapters asks of one weight, and the best factors of a given rank for it.
+
+Two kinds: a sum of low-rank terms, which is never formed (all that is asked of it goes through QR of its stacked factors and the small core
+between them, in float64, and is exact), and a delta merged by TIES, DARE or pruning, which has full rank and is formed when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+
+from surgery.algebra.task_vectors import merge_deltas
+from surgery_formats.linalg.factored import concatenated, factored_norm, rerank, singular_values
+from surgery_formats.linalg.svd import truncated_svd
+from surgery_formats.updates import LoRA
+
+__all__ = ["Compared", "DeltaTarget", "LowRankSum", "MergedDelta", "Recipe", "Solved", "Term", "rank_for", "stacked"]
+
+
+class Solved(NamedTuple):
+    """Factors for a delta.
+
+    Attributes:
+        B: ``(out, rank)``, float64, scale multiplied in.
+        A: ``(rank, in)``, float64.
+        lost: Frobenius norm of what the factors leave out; 0 where nothing was left out.
+    """
+
+    B: torch.Tensor
+    A: torch.Tensor
+    lost: float = 0.0
+
+
+class Compared(NamedTuple):
+    """A delta and factors that stand for it.
+
+    Attributes:
+        norm: ``||wanted||_F``.
+        error: ``||wanted - B A||_F``.
+        size: What rounding is measured against: the terms' norms added up, since terms may cancel in the sum.
+    """
+
+    norm: float
+    error: float
+    size: float
+
+
+_ACCURACY = 1.0001
+"""Greatest error of a dense delta's factors over the best of their rank."""
+_LOSSLESS = 1e-8
+"""Residual, relative to the sum, that is no loss: float32 factors differ from what was meant by more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How deltas are combined, and what rank the result may have.
+
+    Attributes:
+        method: ``exact``, ``svd``, or one of `surgery.algebra.task_vectors.DENSE_METHODS`.
+        rank: Greatest rank of a module.
+        energy: Least share of each module's energy ``||.||_F^2`` that is kept.
+        max_error: Greatest error of a module, relative, Frobenius.
+        density: Share of values kept, for the dense methods.
+        seed: Of random drops.
+    """
+
+    method: str = "exact"
+    rank: int | None = None
+    energy: float | None = None
+    max_error: float | None = None
+    density: float = 1.0
+    seed: int = 0
+
+    @property
+    def by_spectrum(self) -> bool:
+        """Whether ranks depend on singular values."""
+        return self.energy is not None or self.max_error is not None or (self.method == "svd" and self.rank is None)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a module may lose directions."""
+        return self.rank is not None or self.energy is not None or self.max_error is not None
+
+
+class DeltaTarget(Protocol):
+    """A delta to be approximated by factors.
+
+    Attributes:
+        shape: ``(out, in)``.
+        ranks: Of the terms it is made of.
+        full_rank: The rank at which nothing is lost.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See above."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """See above."""
+
+    @property
+    def full_rank(self) -> int:
+        """See above."""
+
+    def least(self, recipe: Recipe) -> int:
+        """The least rank, at least 1, that keeps what `recipe` asks for."""
+
+    def solve(self, rank: int) -> Solved:
+        """The best factors of that rank."""
+
+    def compare(self, B: torch.Tensor, A: torch.Tensor) -> Compared:
+        """How far ``B A`` is from this delta."""
+
+
+@dataclass(frozen=True)
+class LowRankSum:
+    """``sum_i s_i B_i A_i``.
+
+    Attributes:
+        terms: What is added up.
+        orthogonal: Whether factors are those of an SVD even where nothing has to be dropped.
+    """
+
+    terms: tuple[LoRA, ...]
+    orthogonal: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.terms[0].shape
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """One per term."""
+        return tuple(term.rank for term in self.terms)
+
+    @property
+    def full_rank(self) -> int:
+        """All ranks together, but no more than the matrix has."""
+        return min(sum(self.ranks), *self.shape)
+
+    def spectrum(self) -> torch.Tensor:
+        """All ``full_rank`` singular values, float64, descending."""
+        return singular_values(*stacked(self.terms))[: self.full_rank]
+
+    def least(self, recipe: Recipe) -> int:
+        """From all singular values."""
+        return rank_for(recipe, self.spectrum(), self.full_rank)
+
+    def solve(self, rank: int) -> Solved:
+        """The stacked factors themselves where the rank allows, else the optimum by Eckart and Young."""
+        B, A = stacked(self.terms)
+        if rank == A.shape[0] and not self.orthogonal:
+            return Solved(B, A)
+        return Solved(*rerank(B, A, rank))
+
+    def compare(self, B: torch.Tensor, A: torch.Tensor) -> Compared:
+        """Neither matrix is formed."""
+        mine, theirs = stacked(self.terms)
+        error = factored_norm(torch.cat([mine, -B], 1), torch.cat([theirs, A], 0))
+        size = sum(factored_norm(*stacked((term,))) for term in self.terms)
+        return Compared(factored_norm(mine, theirs), error, size)
+
+
+class Term(Protocol):
+    """Something with a dense delta; its rank says how many directions were trained.
+
+    Attributes:
+        shape: ``(out, in)``.
+        rank: Of its factors.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See above."""
+
+    @property
+    def rank(self) -> int:
+        """See above."""
+
+    def delta(self, dtype: torch.dtype) -> torch.Tensor:
+        """A fresh tensor of `shape`."""
+
+
+@dataclass(frozen=True)
+class MergedDelta:
+    """What TIES, DARE or pruning make of several deltas (`surgery.algebra.task_vectors`): dense, and of full rank.
+
+    Attributes:
+        terms: The deltas, without their weights.
+        weights: One per term.
+        owners: Number of each term's adapter.
+        recipe: Method, density and seed.
+        name: Of the weight.
+    """
+
+    terms: tuple[Term, ...]
+    weights: tuple[float, ...]
+    owners: tuple[int, ...]
+    recipe: Recipe
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.terms[0].shape
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """One per term."""
+        return tuple(term.rank for term in self.terms)
+
+    @property
+    def full_rank(self) -> int:
+        """The matrix's."""
+        return min(self.shape)
+
+    def formed(self) -> torch.Tensor:
+        """The dense delta, float64."""
+        return merge_deltas(
+            [partial(term.delta, torch.float64) for term in self.terms],
+            self.weights,
+            method=self.recipe.method,
+            density=self.recipe.density,
+            seed=self.recipe.seed,
+            name=self.name,
+            owners=self.owners,
+        )
+
+    def least(self, recipe: Recipe) -> int:
+        """By a truncated SVD that stops at what is asked for."""
+        if (recipe.energy or 0.0) >= 1.0:
+            return self.full_rank
+        found = truncated_svd(
+            self.formed(),
+            rank=recipe.rank,
+            energy=recipe.energy,
+            max_error=recipe.max_error,
+            accuracy=_ACCURACY,
+            seed=recipe.seed,
+        )
+        return max(1, found.rank)
+
+    def solve(self, rank: int) -> Solved:
+        """By truncated SVD, its singular values shared evenly; zeros where the delta has fewer directions than were asked for."""
+        found = truncated_svd(self.formed(), rank=rank, accuracy=_ACCURACY, seed=self.recipe.seed)
+        B, A = found.factors()
+        missing = rank - found.rank
+        if missing:
+            B, A = torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
+        return Solved(B, A, found.residual)
+
+    def compare(self, B: torch.Tensor, A: torch.Tensor) -> Compared:
+        """The delta is formed once more; nothing cancels after that."""
+        delta = self.formed()
+        norm = float(delta.norm())
+        return Compared(norm, float(delta.addmm_(B, A, alpha=-1.0).norm()), norm)
+
+
+def stacked(terms: Sequence[LoRA]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[s_1 B_1, s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, float64: the sum of `terms` as one product, exactly."""
+    factors = [(term.B.load(torch.float64), term.A.load(torch.float64)) for term in terms]
+    return concatenated(factors, [term.scale for term in terms])
+
+
+def rank_for(recipe: Recipe, spectrum: torch.Tensor, full_rank: int) -> int:
+    """The least rank, at least 1, that keeps what `recipe` asks for.
+
+    Args:
+        recipe: Rank, energy and greatest error; all that are given hold, the rank being the upper limit.
+        spectrum: Singular values, descending.
+        full_rank: Where nothing is lost.
+    """
+    allowed = []
+    if recipe.energy is not None:
+        allowed.append(1.0 - recipe.energy)
+    if recipe.max_error is not None:
+        allowed.append(recipe.max_error**2)
+    if not allowed and recipe.method == "svd" and recipe.rank is None:
+        allowed.append(_LOSSLESS**2)
+    rank = full_rank
+    if allowed:
+        tails = spectrum.square().flip(0).cumsum(0).flip(0)  # tails[r]: what rank r loses; small ones are summed first
+        rank = int((tails > min(allowed) * tails[0]).sum()) if len(tails) else 1
+    return max(1, min(rank, full_rank, recipe.rank or full_rank))

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The difference of two checkpoints, tensor by tensor, in memory bounded by a block of rows whatever their size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from surgery.comparison.adapters import Profile
+from surgery.progress import Callback, Progress
+from surgery.reports.to_json import plain
+from surgery_formats.dtypes import DType
+from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.tensors.tensor import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CheckpointDiff", "TensorDiff", "TensorHeader", "Values", "diff_checkpoints"]
+
+Status = Literal["equal", "values", "dtype", "shape", "only in A", "only in B"]
+
+_BYTES = 8 << 20  # compared at a time where only equality is asked
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """A tensor without its values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """How far the values of two tensors of one shape are apart; sums in float64.
+
+    Attributes:
+        max_abs: Greatest difference of two finite values.
+        relative: ``||B - A||_F / ||A||_F``.
+        moved: Share of the values that differ.
+        not_finite: Values that are NaN or infinite in one of the two; they are in `moved` where they differ, and in nothing else.
+        difference: ``||B - A||_F``.
+        norm: ``||A||_F``.
+        profile: Of the singular values of ``B - A``, where it was asked for.
+    """
+
+    max_abs: float
+    relative: float
+    moved: float
+    not_finite: int
+    difference: float
+    norm: float
+    profile: Profile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDiff:
+    """One tensor.
+
+    Attributes:
+        name: With its component in a pipeline.
+        status: ``equal`` (or, by header, alike); ``values``; ``dtype`` (values were compared all the same); ``shape``; or who lacks it.
+        a: A's header.
+        b: B's header.
+        values: Of tensors that are not equal, where they were compared.
+        note: What cannot be put in a number.
+    """
+
+    name: str
+    status: Status
+    a: TensorHeader | None
+    b: TensorHeader | None
+    values: Values | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CheckpointDiff:
+    """Two checkpoints.
+
+    Attributes:
+        tensors: All of both, in order of names.
+        difference: ``||B - A||_F / ||A||_F`` over all tensors whose values differ; None where no values were compared.
+        moved: Share of all compared values that differ.
+        header: Whether values were left unread.
+    """
+
+    tensors: tuple[TensorDiff, ...]
+    difference: float | None
+    moved: float | None
+    header: bool
+
+    @property
+    def equal(self) -> bool:
+        """Whether every tensor is."""
+        return all(one.status == "equal" for one in self.tensors)
+
+    @property
+    def same_structure(self) -> bool:
+        """Whether the same tensors are there, of the same types and shapes."""
+        return all(one.status in ("equal", "values") for one in self.tensors)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **plain(self)}
+
+
+@dataclass(slots=True)
+class _DiffTotals:
+    """Over tensors."""
+
+    difference: float = 0.0
+    norm: float = 0.0
+    moved: float = 0.0
+    numel: int = 0
+
+
+def diff_checkpoints(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    header: bool,
+    spectrum: bool,
+    tolerance: float | None,
+    progress: Callback | None = None,
+) -> CheckpointDiff:
+    """Compare two open checkpoints. See `surgery.verbs.diff.diff`."""
+    pairs = _pairs(a, b)
+    whole = sum(one.nbytes for one, other in pairs.values() if one and other)
+    done, totals, found = 0, _DiffTotals(), []
+    for name, (mine, theirs) in pairs.items():
+        if mine is None or theirs is None:
+            found.append(TensorDiff(name, "only in B" if mine is None else "only in A", _header(mine), _header(theirs)))
+            continue
+        found.append(_pair(name, mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, totals=totals))
+        done += mine.nbytes
+        if progress is not None and not header:
+            progress(Progress(done, whole, "comparing"))
+    for checkpoint in (a, b):
+        checkpoint.check_unchanged()
+    known = totals.numel > 0
+    size = math.sqrt(totals.norm)
+    difference = (
+        (math.sqrt(totals.difference) / size if size else (math.inf if totals.difference else 0.0)) if known else None
+    )
+    return CheckpointDiff(tuple(found), difference, totals.moved / totals.numel if known else None, header)
+
+
+def _pairs(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[StoredTensor | None, StoredTensor | None]]:
+    pairs: dict[str, tuple[StoredTensor | None, StoredTensor | None]] = {}
+    for part in sorted(a.components.keys() | b.components.keys()):
+        mine, theirs = a.components.get(part), b.components.get(part)
+        names = (mine.tensors.keys() if mine else set()) | (theirs.tensors.keys() if theirs else set())
+        for name in sorted(names):
+            pairs[f"{part}/{name}" if part else name] = _tensor(mine, name), _tensor(theirs, name)
+    return pairs
+
+
+def _tensor(component: Component | None, name: str) -> StoredTensor | None:
+    """The tensor, or the one it is tied to: a head that one model stores and the other does not is no difference."""
+    if component is None:
+        return None
+    return component.tensors.get(name) or component.tensors.get(component.aliases.get(name, ""))
+
+
+def _header(tensor: StoredTensor | None) -> TensorHeader | None:
+    return None if tensor is None else TensorHeader(tensor.dtype.label, tensor.shape)
+
+
+def _pair(
+    name: str,
+    mine: StoredTensor,
+    theirs: StoredTensor,
+    *,
+    header: bool,
+    spectrum: bool,
+    tolerance: float | None,
+    totals: _DiffTotals,
+) -> TensorDiff:
+    one = TensorDiff(name, "equal", _header(mine), _header(theirs))
+    if mine.shape != theirs.shape:
+        return replace(one, status="shape")
+    status: Status = "equal" if mine.dtype is theirs.dtype else "dtype"
+    if header:
+        return replace(one, status=status)
+    if not (_numeric(mine) and _numeric(theirs)):
+        if status == "equal" and not _same_bytes(mine, theirs):
+            status = "values"
+        return replace(one, status=status, note="compared as bytes: there is no arithmetic for this type")
+    if status == "equal" and _same_bytes(mine, theirs):
+        if mine.dtype.is_float:
+            totals.numel += mine.numel
+        return one
+    values = _measure(mine, theirs)
+    if mine.dtype.is_float:
+        totals.numel += mine.numel
+        totals.norm += values.norm**2
+        totals.difference += values.difference**2
+        totals.moved += values.moved * mine.numel
+    if status == "equal" and not _within(values, tolerance):
+        status = "values"
+    if spectrum and values.difference and min(mine.matrix) > 1:
+        from surgery.comparison.spectrum import profile_of_difference
+
+        profile, note = profile_of_difference(mine, theirs)
+        return replace(one, status=status, values=replace(values, profile=profile), note=note)
+    return replace(one, status=status, values=values)
+
+
+def _within(values: Values, tolerance: float | None) -> bool:
+    """No value moved (+0 and -0 are one value), or by no more than was allowed."""
+    if values.moved == 0.0:
+        return True
+    return tolerance is not None and not values.not_finite and values.relative <= tolerance
+
+
+def _numeric(tensor: StoredTensor) -> bool:
+    return tensor.dtype.torch_name is not None and tensor.dtype is not DType.C64
+
+
+def _same_bytes(mine: StoredTensor, theirs: StoredTensor) -> bool:
+    if mine.strides is not None or theirs.strides is not None or mine.nbytes != theirs.nbytes:
+        return False
+    if mine.place == theirs.place:
+        return True
+    for at in range(0, mine.nbytes, _BYTES):
+        size = min(_BYTES, mine.nbytes - at)
+        if mine.file.read(mine.offset + at, size) != theirs.file.read(theirs.offset + at, size):
+            return False
+    return True
+
+
+def _measure(mine: StoredTensor, theirs: StoredTensor) -> Values:
+    """One pass over both, in float32 where that holds every value of the types, sums in float64."""
+    import torch
+
+    from surgery.comparison.spectrum import blocks
+
+    half = (DType.BF16, DType.F16, DType.F8_E4M3, DType.F8_E5M2)
+    dtype = torch.float32 if mine.dtype in half and theirs.dtype in half else torch.float64
+    greatest = difference = norm = 0.0
+    moved = strange = 0
+    for left, right in zip(blocks(mine, dtype), blocks(theirs, dtype), strict=True):
+        differs = left != right
+        size = _norm(left)
+        if not (math.isfinite(size) and math.isfinite(_norm(right))):
+            finite = torch.isfinite(left) & torch.isfinite(right)
+            differs &= ~(torch.isnan(left) & torch.isnan(right))
+            strange += int((~finite).sum())
+            left, right = torch.where(finite, left, 0.0), torch.where(finite, right, 0.0)
+            size = _norm(left)
+        moved += int(differs.sum())
+        apart = right - left
+        if apart.numel():
+            greatest = max(greatest, float(apart.abs().max()))
+        difference, norm = math.hypot(difference, _norm(apart)), math.hypot(norm, size)
+    relative = difference / norm if norm else (0.0 if difference == 0 else math.inf)
+    return Values(greatest, relative, moved / mine.numel if mine.numel else 0.0, strange, difference, norm)
+
+
+def _norm(values: torch.Tensor) -> float:
+    import torch
+
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the difference of two stored matrices spreads over directions, in memory that does not grow with their long side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from surgery.comparison.adapters import SHARES, Profile
+from surgery_formats.errors import FitError
+from surgery_formats.linalg.svd import truncated_svd
+from surgery_formats.tensors.tensor import StoredTensor
+
+__all__ = ["LOOKED_AT", "blocks", "profile_of_difference"]
+
+_BLOCK = 1 << 21  # elements: 16 MB of float64 per side
+_SLAB = 1 << 25  # elements of a wide matrix that are held at a time: 256 MB of float64
+_SHORT_SIDE = 8192  # greatest short side whose Gram matrix (512 MB) is formed; beyond, block Krylov
+LOOKED_AT = 256
+"""Directions found where the Gram matrix would be too large."""
+_ACCURACY = 1.01  # of the error of those; a count of directions needs no more
+
+
+def blocks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Rows as `dtype`, flattened after the first axis, each block at most `_BLOCK` elements where rows allow."""
+    if not tensor.shape:
+        yield tensor.read().to(dtype).reshape(1, 1)
+        return
+    rows, width = tensor.matrix
+    step = max(1, _BLOCK // max(width, 1))
+    whole = tensor.read().to(dtype) if tensor.strides is not None else None
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        block = whole[start:stop] if whole is not None else tensor.read(start, stop).to(dtype)
+        yield block.reshape(stop - start, width)
+
+
+def profile_of_difference(mine: StoredTensor, theirs: StoredTensor) -> tuple[Profile | None, str]:
+    """Ranks of ``theirs - mine``, and a note where something cannot be told."""
+    short = min(mine.matrix)
+    if short > _SHORT_SIDE:
+        return _by_krylov(_Difference(mine, theirs))
+    gram = _gram(mine, theirs)
+    if not bool(torch.isfinite(gram).all()):
+        return None, "no spectrum: NaN or Inf"
+    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0.0)
+    return _profile(energies, float(energies.sum()), short), ""
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """``theirs - mine``, read when it is asked for."""
+
+    mine: StoredTensor
+    theirs: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.mine.matrix
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        left, right = (t.read(start, stop).to(torch.float64) for t in (self.mine, self.theirs))
+        return (right - left).reshape(stop - start, -1)
+
+
+def _gram(mine: StoredTensor, theirs: StoredTensor) -> torch.Tensor:
+    """Of the difference's short side, float64, summed over blocks of the long one."""
+    rows, cols = mine.matrix
+    short = min(rows, cols)
+    gram = torch.zeros((short, short), dtype=torch.float64)
+    if rows >= cols:
+        for left, right in zip(blocks(mine, torch.float64), blocks(theirs, torch.float64), strict=True):
+            apart = right - left
+            gram.addmm_(apart.T, apart)
+        return gram
+    width = max(1, _SLAB // rows)  # all rows of some columns: the file is read once for each slab
+    for first in range(0, cols, width):
+        part = slice(first, min(first + width, cols))
+        sides = zip(blocks(mine, torch.float64), blocks(theirs, torch.float64), strict=True)
+        slab = torch.cat([right[:, part] - left[:, part] for left, right in sides])
+        gram.addmm_(slab, slab.T)
+    return gram
+
+
+def _by_krylov(difference: _Difference) -> tuple[Profile | None, str]:
+    try:
+        found = truncated_svd(difference, rank=LOOKED_AT, energy=max(SHARES), accuracy=_ACCURACY)
+    except FitError:
+        return None, "no spectrum: NaN or Inf"
+    return _profile(found.S.double().square(), found.total**2, LOOKED_AT), ""
+
+
+def _profile(energies: torch.Tensor, whole: float, most: int) -> Profile:
+    """Counts of directions; None for a share that more than `most` of them hold."""
+    held = energies.cumsum(0)
+
+    def needed(share: float) -> int | None:
+        count = int((held < share * whole * (1 - 1e-12)).sum()) + 1
+        return count if count <= min(most, len(energies)) else None
+
+    return Profile(whole / float(energies[0]), {f"{share:g}": needed(share) for share in SHARES})

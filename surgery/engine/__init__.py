@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine: plans, the executor that runs them, the ledger, and the proofs."""

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes an adapter that a format has rendered: all or nothing, rounded once, read back before it appears."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from surgery._version import __version__
+from surgery.progress import Callback, Progress
+from surgery_formats.adapters.format import Format, NewTensor, Rendering
+from surgery_formats.containers.safetensors import layout, reference_order
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.single import write_single
+from surgery_formats.models.identity import fingerprint
+from surgery_formats.tensors.tensor import StoredTensor, as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Prove", "float_type", "job_id", "stored_as", "write_adapter"]
+
+Put = Callable[[bytes | memoryview, int], None]
+Prove = Callable[[Path], Mapping[str, Any]]
+"""Reads back what lies at a path, raises if it is not what was meant, and returns the manifest's facts."""
+
+
+def float_type(dtype: str) -> DType | None:
+    """The type that ``--dtype`` names; None for ``keep``.
+
+    Raises:
+        FitError: no such type, or none that a factor can be stored in.
+    """
+    if dtype == "keep":
+        return None
+    try:
+        found = DType.parse(dtype)
+    except ValueError as error:
+        raise FitError(str(error), hint="fp32, fp16, bf16 or keep") from error
+    if not found.is_float:
+        raise FitError(f"factors cannot be stored as {found.label}", hint="fp32, fp16, bf16 or keep")
+    return found
+
+
+def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
+    """`rendering` with its matrices stored as `dtype`. Scalars (kohya's alpha) keep theirs: rounding one would change every delta."""
+    if dtype is None:
+        return rendering
+    cast = (replace(t, dtype=dtype) if t.shape and t.dtype.is_float else t for t in rendering.tensors)
+    return replace(rendering, tensors=tuple(cast))
+
+
+def job_id(facts: Mapping[str, Any], tensors: Iterable[StoredTensor], rendering: Rendering) -> str:
+    """Names a job by its inputs' contents, its options and what it will write."""
+    small = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(rendering.small_files.items())}
+    made = [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in rendering.tensors]
+    files = sorted({fingerprint(file) for file in {tensor.file for tensor in tensors}})
+    whole = [__version__, dict(facts), small, dict(rendering.metadata), made, files]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def write_adapter(
+    rendering: Rendering,
+    target: Format,
+    output: Path,
+    job: str,
+    prove: Prove,
+    *,
+    inputs: tuple[Path, ...] = (),
+    side_files: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+    progress: Callback | None = None,
+) -> Path:
+    """Write `rendering` as a file or folder.
+
+    Args:
+        rendering: What to write.
+        target: Its format.
+        output: Must not exist unless `overwrite`; its parent must.
+        job: See `job_id`.
+        prove: Called before the output appears.
+        inputs: What is read; the output may not be one of them.
+        side_files: Copied into a folder, by name.
+        overwrite: Replace what is there, atomically.
+        progress: Called with every tensor.
+
+    Raises:
+        FitError: a value does not fit its type, or a file's name does not end in ``.safetensors``.
+        ProofError: as `prove`.
+        OutputExistsError, ResourceError: see `surgery_formats.files`.
+    """
+    header, ranges = layout(
+        reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors), rendering.metadata
+    )
+    total = max((offset + size for offset, size in ranges.values()), default=len(header))
+    by_name = {tensor.name: tensor for tensor in rendering.tensors}
+
+    def fill(put: Put) -> str:
+        state = xxhash.xxh3_128(header)
+        put(header, 0)
+        for name, (offset, _) in ranges.items():
+            data = as_bytes(_rounded(by_name[name]))
+            put(data, offset)
+            state.update(data)
+            if progress is not None:
+                progress(Progress(offset + len(data), total, "writing"))
+        return state.hexdigest()
+
+    if target.single_file:
+        if output.suffix != ".safetensors":
+            raise FitError("the name must end in .safetensors", file=output)
+        return write_single(
+            output,
+            job,
+            total,
+            lambda file: (fill(file.pwrite), None)[1],
+            overwrite=overwrite,
+            inputs=inputs,
+            prove=lambda path: (prove(path), None)[1],
+        )
+    with output_folder(output, job, overwrite=overwrite, inputs=inputs) as folder:
+        for name, data in rendering.small_files.items():
+            folder.write_small(name, data)
+        for name, path in (side_files or {}).items():
+            if name not in rendering.small_files:
+                folder.write_small(name, path.read_bytes())
+        file = folder.create(rendering.tensor_file, total)
+        stage = file.path.parent
+        file.finish({"xxh3": fill(file.pwrite)})
+        folder.commit({**prove(stage), "version": __version__})
+    return output
+
+
+def _rounded(tensor: NewTensor) -> torch.Tensor:
+    """The tensor's values, rounded once.
+
+    Raises:
+        FitError: a value is too large for the stored type.
+    """
+    import torch
+
+    values = tensor.load()
+    if tuple(values.shape) != tensor.shape:
+        raise ProofError(f"made with shape {list(values.shape)} instead of {list(tensor.shape)}", tensor=tensor.name)
+    stored = values.to(tensor.dtype.torch).contiguous().reshape(-1)
+    if tensor.dtype.is_float and not bool(torch.isfinite(stored).all()):
+        raise FitError(f"NaN, Inf, or a value too large for {tensor.dtype.label}", tensor=tensor.name)
+    return stored

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a plan: the kernel copies what did not change, threads compute the rest, and every computed block is read back.
+
+One thread computes one tensor from its first block to its last, so the result does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from surgery.engine.ledger import Ledger, Measurement
+from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile
+from surgery.progress import Callback, Progress
+from surgery_formats.errors import ProofError, ResourceError
+from surgery_formats.files.output.folder import FileRecord, OutputFile, OutputFolder, output_folder
+from surgery_formats.files.raw import File, open_file
+from surgery_formats.text import nbytes as human
+
+__all__ = ["Run", "default_workers", "execute", "still_good", "write_side_file", "write_weights"]
+
+_COPY_CHUNK = 64 << 20
+_MAX_DEFAULT_WORKERS = 8  # beyond, memory bandwidth is the limit
+_IO_THREADS = 2
+_SMALL = 16 << 20  # a tokenizer is read whole; anything larger is copied by the kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How to run a plan; none of it changes the result.
+
+    Attributes:
+        workers: Threads that compute; None is one per core, at most eight.
+        memory_limit: Bytes the computed tensors may take together; None is no limit.
+        device: Where arithmetic runs.
+        verify_copies: Compare copied ranges byte by byte as well, instead of trusting the identity of their source.
+        overwrite: Replace an existing output.
+        progress: Called with every step.
+    """
+
+    workers: int | None = None
+    memory_limit: int | None = None
+    device: str = "cpu"
+    verify_copies: bool = False
+    overwrite: bool = False
+    progress: Callback | None = None
+
+
+def default_workers() -> int:
+    """Cores this process may use, at most eight."""
+    return max(
+        1,
+        min(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            _MAX_DEFAULT_WORKERS,
+        ),
+    )
+
+
+def execute(
+    plan: Plan, output: str | os.PathLike[str], run: Run, finish: Callable[[Ledger], Mapping[str, bytes]]
+) -> Ledger:
+    """Write the output of `plan`, all or nothing.
+
+    Args:
+        plan: What to do.
+        output: Folder that must not exist yet (see `Run.overwrite`).
+        run: How.
+        finish: Called with the measured ledger before the commit; returns further small files. It may raise to undo everything.
+
+    Returns:
+        The plan with what was measured.
+
+    Raises:
+        OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
+    """
+    with output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=still_good) as folder:
+        measured = write_weights(plan, folder, run)
+        ledger = Ledger(plan, measured)
+        for side in plan.side_files:
+            write_side_file(side, folder)
+        for name, data in finish(ledger).items():
+            folder.write_small(name, data)
+        for file in plan.inputs:
+            file.check_unchanged()
+        folder.commit({"plan": plan.id, "inputs": dict(plan.facts), "ledger": ledger.as_json()})
+    return ledger
+
+
+def _job(plan: Plan) -> str:
+    """Names the unfinished work of a plan on these very files: a copied range is worth no more than the identity of its source."""
+    seen = sorted({(str(file.path.name), *file.identity) for file in plan.inputs})
+    return hashlib.sha256(json.dumps([plan.id, seen]).encode()).hexdigest()
+
+
+def write_side_file(side: SideFile, folder: OutputFolder) -> None:
+    """Small ones at once; large ones by the kernel, like weights."""
+    if side.source is None:
+        folder.write_small(side.name, side.data)
+        return
+    file = open_file(side.source)
+    if file.size <= _SMALL:
+        folder.write_small(side.name, bytes(file.read(0, file.size)))
+    else:
+        out = folder.create(side.name, file.size)
+        out.copy_from(file, 0, 0, file.size)
+        file.check_unchanged()
+        out.finish({})
+
+
+def write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measurement]:
+    """The weight files of `plan` in `folder`, but for those an interrupted run finished; what was measured of each computed tensor.
+
+    Raises:
+        ResourceError, FitError, ProofError: as `execute`.
+    """
+    # Copies start at once in threads of their own, while torch is still being imported for the rest.
+    measured: dict[str, Measurement] = {}
+    jobs: list[_FileJob] = []
+    for file in plan.files:
+        if (record := folder.finished.get(file.name)) is not None:
+            measured |= _remembered(record)
+        else:
+            jobs.append(_FileJob(file))
+    meter = _ByteMeter(sum(job.file.nbytes for job in jobs), run.progress)
+    stop = threading.Event()
+    with ThreadPoolExecutor(_IO_THREADS, "surgery-copy") as copiers:
+        futures: list[Future[None]] = []
+        try:
+            for job in jobs:
+                futures += job.start(folder, copiers, run, stop, meter)
+            if any(job.computed for job in jobs):
+                with _compute_pool(_affordable(plan, run), stop) as pool:
+                    computing = [pool.submit(job.compute, tensor, run, stop, meter) for job, tensor in _in_turn(jobs)]
+                    _wait([*futures, *computing], stop)
+            _wait(futures, stop)
+            _wait([job.synced for job in jobs], stop)
+        except BaseException:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            raise
+    for job in jobs:
+        measured |= job.measured
+    return measured
+
+
+def _in_turn(jobs: Sequence[_FileJob]) -> Iterator[tuple[_FileJob, PlannedTensor]]:
+    """A tensor of each file in turn: two threads that write to one file wait for each other inside the kernel."""
+    for row in zip_longest(*(job.computed for job in jobs)):
+        yield from ((job, tensor) for job, tensor in zip(jobs, row, strict=True) if tensor is not None)
+
+
+def _wait(futures: list[Future[None]], stop: threading.Event) -> None:
+    """Wait for all; at the first failure tell the others to stop, and raise it."""
+    done, rest = wait(futures, return_when=FIRST_EXCEPTION)
+    failed = next((future for future in futures if future in done and future.exception() is not None), None)
+    if failed is not None or rest:
+        stop.set()
+        for future in rest:
+            future.cancel()
+    for future in futures:
+        if future in done:
+            future.result()
+
+
+@contextlib.contextmanager
+def _compute_pool(workers: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each use one core inside torch (law 6)."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(workers, "surgery-compute", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    except BaseException:
+        stop.set()  # before waiting for the threads below, so that they end with the block they are at
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _affordable(plan: Plan, run: Run) -> int:
+    """Workers that fit the memory limit.
+
+    Raises:
+        ResourceError: not even one does.
+    """
+    from surgery.engine.arithmetic import block_bytes
+
+    wanted = run.workers or default_workers()
+    if run.memory_limit is None:
+        return wanted
+    largest = max((block_bytes(tensor), tensor.label) for tensor in plan.computed())
+    if largest[0] > run.memory_limit:
+        raise ResourceError(
+            f"computing this tensor takes up to {human(largest[0])}, the limit is {human(run.memory_limit)}",
+            tensor=largest[1],
+            hint=f"raise the limit to {human(largest[0])}",
+        )
+    return max(1, min(wanted, run.memory_limit // largest[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class _CopyRange:
+    """Bytes of one input that go to one output unchanged."""
+
+    source: File
+    source_offset: int
+    offset: int
+    nbytes: int
+
+
+def _chunks(file: PlannedFile) -> list[_CopyRange]:
+    """Neighbours that are neighbours on both sides, as one; then cut so that several threads and Ctrl-C have a chance."""
+    runs: list[_CopyRange] = []
+    for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
+        if not isinstance(tensor.step, Copy) or tensor.nbytes == 0:
+            continue
+        source = tensor.step.source
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and last.source is source.file
+            and last.source_offset + last.nbytes == source.offset
+            and last.offset + last.nbytes == tensor.offset
+        ):
+            runs[-1] = _CopyRange(last.source, last.source_offset, last.offset, last.nbytes + tensor.nbytes)
+        else:
+            runs.append(_CopyRange(source.file, source.offset, tensor.offset, tensor.nbytes))
+    return [
+        _CopyRange(run.source, run.source_offset + at, run.offset + at, min(_COPY_CHUNK, run.nbytes - at))
+        for run in runs
+        for at in range(0, run.nbytes, _COPY_CHUNK)
+    ]
+
+
+class _FileJob:
+    """One output file while it is being made; the part that ends last sends it to disk."""
+
+    def __init__(self, file: PlannedFile) -> None:
+        self.file = file
+        self.computed = [tensor for tensor in file.tensors if isinstance(tensor.step, Compute)]
+        self.measured: dict[str, Measurement] = {}
+        self.synced: Future[None] = Future()
+        self._lock = threading.Lock()
+        self._parts = 0
+        self._out: OutputFile | None = None
+        self._copiers: ThreadPoolExecutor | None = None
+
+    @property
+    def out(self) -> OutputFile:
+        """The open output file."""
+        assert self._out is not None
+        return self._out
+
+    def start(
+        self, folder: OutputFolder, copiers: ThreadPoolExecutor, run: Run, stop: threading.Event, meter: _ByteMeter
+    ) -> list[Future[None]]:
+        """Create the file, write its header and submit its copies."""
+        chunks = _chunks(self.file)
+        self._parts = 1 + len(chunks) + len(self.computed)
+        self._copiers = copiers
+        self._out = folder.create(self.file.name, self.file.nbytes)
+        self._out.pwrite(self.file.header, 0)
+        if self._out.readback(0, len(self.file.header)) != self.file.header:
+            raise ProofError("the header on disk is not the one written", file=self.file.name)
+        meter.add(len(self.file.header))
+        self._part_done()
+        return [copiers.submit(self.copy, chunk, run.verify_copies, stop, meter) for chunk in chunks]
+
+    def copy(self, chunk: _CopyRange, verify: bool, stop: threading.Event, meter: _ByteMeter) -> None:
+        """One run of unchanged bytes, by the kernel."""
+        if stop.is_set():
+            return
+        self.out.copy_from(chunk.source, chunk.source_offset, chunk.offset, chunk.nbytes)
+        if verify and self.out.readback(chunk.offset, chunk.nbytes) != chunk.source.read(
+            chunk.source_offset, chunk.nbytes
+        ):
+            raise ProofError(
+                f"bytes {chunk.offset} to {chunk.offset + chunk.nbytes} differ from their source", file=self.file.name
+            )
+        meter.add(chunk.nbytes)
+        self._part_done()
+
+    def compute(self, tensor: PlannedTensor, run: Run, stop: threading.Event, meter: _ByteMeter) -> None:
+        """One tensor; each block is read back from the staged file and compared."""
+        from surgery.engine.arithmetic import compute
+
+        check = bytearray()
+
+        def write(offset: int, raw: memoryview) -> None:
+            nonlocal check
+            at = tensor.offset + offset
+            self.out.pwrite(raw, at)
+            if len(check) != len(raw):
+                check = bytearray(len(raw))
+            self.out.readback_into(memoryview(check), at)
+            if check != raw:
+                raise ProofError("a block on disk is not the one written", file=self.file.name, tensor=tensor.label)
+            meter.add(len(raw))
+
+        found = compute(tensor, write, stop.is_set, run.device)
+        if stop.is_set():
+            return
+        with self._lock:
+            self.measured[tensor.label] = found
+        self._part_done()
+
+    def _part_done(self) -> None:
+        with self._lock:
+            self._parts -= 1
+            last = self._parts == 0
+        if last and self._copiers is not None:
+            self._copiers.submit(self._sync)
+
+    def _sync(self) -> None:
+        try:
+            self.out.finish({"tensors": {label: _as_record(found) for label, found in sorted(self.measured.items())}})
+        except BaseException as error:
+            self.synced.set_exception(error)
+        else:
+            self.synced.set_result(None)
+
+
+class _ByteMeter:
+    """Adds up bytes from all threads."""
+
+    def __init__(self, total: int, callback: Callback | None) -> None:
+        self._total = total
+        self._done = 0
+        self._callback = callback
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """`nbytes` more are in the staged files."""
+        with self._lock:
+            self._done += nbytes
+            if self._callback is not None:
+                self._callback(Progress(self._done, self._total, "writing" if self._done < self._total else "syncing"))
+
+
+def _as_record(found: Measurement) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in Measurement.__slots__}
+
+
+def _remembered(record: FileRecord) -> dict[str, Measurement]:
+    return {label: Measurement(**fields) for label, fields in record.record["tensors"].items()}
+
+
+def still_good(path: Path, record: FileRecord) -> bool:
+    """Whether a file that an interrupted run finished still holds the computed tensors it finished with."""
+    from surgery_formats.containers.safetensors import open_safetensors
+    from surgery_formats.models.identity import tensor_digest
+
+    if "tensors" not in record.record:
+        return False  # a side file: copied again
+    try:
+        stored = {tensor.name: tensor for tensor in open_safetensors(path).tensors}
+        for label, fields in record.record["tensors"].items():
+            tensor = stored[label.rpartition(":")[2]]
+            if tensor_digest(tensor) != fields["xxh3"]:
+                return False
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan plus what was measured: what the user sees and a machine can read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor
+from surgery_formats.linalg.survival import Survival
+
+__all__ = ["Ledger", "Measurement", "Row"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What the executor found out about one computed tensor.
+
+    The sums run over a fixed sample of its rows (all of a small tensor). With T the exact update and D the stored one
+    (rounded result minus what was stored before):
+
+    Attributes:
+        xxh3: xxh3-128 of its bytes, as written and read back.
+        changed: Whether any stored value differs from the source's.
+        sampled: Number of values in the sample.
+        moved: How many of them differ from the source's.
+        update: ``sum(T * T)``.
+        stored: ``sum(D * T)``.
+        noise: ``sum((D - T) ** 2)``.
+    """
+
+    xxh3: str
+    changed: bool
+    sampled: int = 0
+    moved: int = 0
+    update: float = 0.0
+    stored: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def kept(self) -> Survival:
+        """The three sums together."""
+        return Survival(self.update, self.stored, self.noise)
+
+    @property
+    def survival(self) -> float:
+        """Share of the update that the stored values keep: 1 is all of it, 0 is rounded away."""
+        return self.kept.survival
+
+    @property
+    def rounding(self) -> float:
+        """Rounding noise relative to the update."""
+        return self.kept.rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One output tensor."""
+
+    tensor: PlannedTensor
+    measured: Measurement | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest and ``--json``; no paths."""
+        tensor = self.tensor
+        row: dict[str, Any] = {
+            "class": tensor.kind,
+            "dtype": tensor.dtype.label,
+            "shape": list(tensor.shape),
+            "nbytes": tensor.nbytes,
+        }
+        if tensor.why:
+            row["why"] = tensor.why
+        if isinstance(tensor.step, Copy):
+            source = tensor.step.source
+            row["source"] = {"file": source.file.path.name, "tensor": source.name, "offset": source.offset}
+        else:
+            row["updates"] = [_update(tensor.step, i) for i in range(len(tensor.step.operations))]
+        if self.measured is not None:
+            row |= {"xxh3": self.measured.xxh3, "changed": self.measured.changed}
+            if self.measured.update > 0:
+                row |= {
+                    "survival": round(self.measured.survival, 6),
+                    "rounding": round(self.measured.rounding, 6),
+                    "moved": round(self.measured.moved / max(self.measured.sampled, 1), 6),
+                }
+        return row
+
+
+def _update(step: Compute, index: int) -> dict[str, Any]:
+    operation = step.operations[index]
+    found: dict[str, Any] = {"kind": operation.update.kind, "site": str(operation.site), "adapter": operation.adapter}
+    for name in ("rank", "scale"):
+        if (value := getattr(operation.update, name, None)) is not None:
+            found[name] = value
+    return found
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Every output tensor, and every input without one."""
+
+    plan: Plan
+    measured: Mapping[str, Measurement] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """In file order."""
+        return tuple(Row(tensor, self.measured.get(tensor.label)) for tensor in self.plan.tensors)
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Number of tensors per class, inputs without output included."""
+        counts = Counter(tensor.kind for tensor in self.plan.tensors)
+        counts.update(account.kind for account in self.plan.accounts)
+        return dict(sorted(counts.items()))
+
+    @property
+    def adapter_tensors(self) -> int:
+        """Adapter tensors consumed."""
+        used = {
+            (tensor.file.identity, tensor.name)
+            for planned in self.plan.computed()
+            if isinstance(planned.step, Compute)
+            for operation in planned.step.operations
+            for tensor in operation.update.tensors
+        }
+        used |= {
+            (t.step.source.file.identity, t.step.source.name)
+            for t in self.plan.tensors
+            if t.kind in ("replaced", "added")
+        }
+        return len(used)
+
+    @property
+    def kept(self) -> Survival:
+        """Of all updates together."""
+        return Survival.total(found.kept for found in self.measured.values())
+
+    @property
+    def survival(self) -> float:
+        """Share of all updates that storage keeps, weighted by their energy; NaN if nothing was measured."""
+        return self.kept.survival
+
+    @property
+    def rounding(self) -> float:
+        """Rounding noise of all updates together relative to their norm."""
+        return self.kept.rounding
+
+    def unmoved(self) -> tuple[str, ...]:
+        """Updated tensors of which no stored value changed."""
+        return tuple(
+            tensor.label
+            for tensor in self.plan.tensors
+            if tensor.kind == "updated" and (found := self.measured.get(tensor.label)) is not None and not found.changed
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The machine's copy; the same bytes for the same inputs and options."""
+        survival = self.survival
+        return {
+            "verb": self.plan.verb,
+            "classes": self.classes,
+            "survival": None if math.isnan(survival) else round(survival, 6),
+            "rounding": None if math.isnan(survival) else round(self.rounding, 6),
+            "tensors": {row.tensor.label: row.as_json() for row in self.rows},
+            "without_output": {
+                account.tensor.name: {"class": account.kind, "why": account.why} for account in self.plan.accounts
+            },
+            "ignored": {entry.tensor.name: entry.reason for entry in self.plan.ignored},
+            "warnings": list(self.plan.warnings),
+        }

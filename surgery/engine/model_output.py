@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as an output: the plan of its weight files and side files, and the judgement of what was computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from surgery._version import __version__
+from surgery.engine.layout import WeightLayout, lay_out
+from surgery.engine.ledger import Ledger
+from surgery.engine.output_config import corrected_config
+from surgery.engine.plan import Plan, PlannedTensor, SideFile, check_conservation
+from surgery_formats.binding.bind import Binding
+from surgery_formats.binding.edits import Edit
+from surgery_formats.binding.tied_edits import same_values
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, NothingChangedError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.identity import content_id, fingerprint
+from surgery_formats.text import listing
+
+__all__ = ["LOW_SURVIVAL", "check_base_id", "judge", "plan_merge"]
+
+LOW_SURVIVAL = 0.9
+"""Below this share of the update surviving its storage type, a merge warns."""
+
+
+def plan_merge(
+    binding: Binding, *, dtype: DType | None = None, shard_size: int | None = None, packed: bool = False
+) -> Plan:
+    """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
+
+    Raises:
+        FitError: the base would lose a tensor, or the adapter was made for another base.
+    """
+    checkpoint = binding.checkpoint
+    check_base_id(checkpoint, [adapter for adapter, _ in binding.adapters])
+    laid: dict[str, WeightLayout] = {}
+    for name, component in checkpoint.components.items():
+        edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
+        laid[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed)
+    side_files = [SideFile(one.index_name, data=one.index) for one in laid.values() if one.index_name]
+    side_files += _carried(binding)
+    files = tuple(file for one in laid.values() for file in one.files)
+    side_files += corrected_config(binding, {tensor.label: tensor for file in files for tensor in file.tensors}, dtype)
+    inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
+    inputs += list(
+        {tensor.file.identity: tensor.file for adapter, _ in binding.adapters for tensor in adapter.tensors}.values()
+    )
+    facts = _facts(binding)
+    options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
+    plan = Plan(
+        verb="merge",
+        files=files,
+        side_files=tuple(side_files),
+        accounts=tuple(account for one in laid.values() for account in one.accounts),
+        ignored=binding.ignored,
+        inputs=tuple(inputs),
+        roots=(checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)),
+        id=hashlib.sha256(json.dumps([__version__, "merge", facts, options], sort_keys=True).encode()).hexdigest(),
+        facts=facts,
+        warnings=binding.warnings + _left_behind(checkpoint),
+    )
+    check_conservation(binding, plan)
+    return plan
+
+
+def check_base_id(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Compare the base with the one an adapter says it was made for, where it says so; reads the base then.
+
+    Raises:
+        FitError: it is another.
+    """
+    recorded = [adapter for adapter in adapters if adapter.base_id]
+    actual = content_id(checkpoint) if recorded else ""
+    for adapter in recorded:
+        if adapter.base_id != actual:
+            raise FitError(
+                f"was made for a base with content id {adapter.base_id[:16]}..., this base has {actual[:16]}...",
+                file=adapter.path,
+                hint="use it with the base it was made for",
+            )
+
+
+def _carried(binding: Binding) -> list[SideFile]:
+    """The base's side files; the adapter's tokenizer where the vocabulary grew."""
+    found = {name: SideFile(name, source=path) for name, path in binding.checkpoint.side_files}
+    grown = [
+        edit for edit in binding.edits.values() if edit.replaced and not edit.added and _grew(edit, binding.checkpoint)
+    ]
+    for edit in grown:
+        assert edit.replaced is not None
+        for path in binding.adapters[edit.replaced.adapter][0].side_files:
+            found[path.name] = SideFile(path.name, source=path)
+    return [found[name] for name in sorted(found)]
+
+
+def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:
+    base = checkpoint.components[edit.component].tensors.get(edit.name)
+    return base is not None and edit.source.shape != base.shape
+
+
+def _facts(binding: Binding) -> dict[str, Any]:
+    """What names the inputs by content, not by place."""
+    return {
+        "base": {
+            (f"{component.name}/" if component.name else "") + shard.path.name: fingerprint(shard.file)
+            for component in binding.checkpoint.components.values()
+            for shard in component.shards
+        },
+        "side_files": {name: _small_digest(path) for name, path in binding.checkpoint.side_files},
+        "configs": {name: component.config for name, component in binding.checkpoint.components.items()},
+        "adapters": [
+            {
+                "format": adapter.format,
+                "kind": adapter.kind,
+                "weight": weight,
+                "config": adapter.config,
+                "files": sorted({fingerprint(tensor.file) for tensor in adapter.tensors}),
+            }
+            for adapter, weight in binding.adapters
+        ],
+    }
+
+
+def _small_digest(path: Path) -> str:
+    from surgery_formats.files.raw import open_file
+
+    return fingerprint(open_file(path))
+
+
+def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if not checkpoint.left_behind:
+        return ()
+    return (f"not carried (other weights, deeper folders, links out of the folder): {listing(checkpoint.left_behind)}",)
+
+
+def _differs(tensor: PlannedTensor, checkpoint: Checkpoint) -> bool:
+    """Whether an added tensor is trained, or a replaced one holds other values than the base's."""
+    trained = tensor.step.source
+    if tensor.kind == "added":
+        return all(trained.file is not shard.file for c in checkpoint.components.values() for shard in c.shards)
+    base = checkpoint.components[tensor.component].tensors.get(tensor.name)
+    return tensor.kind == "replaced" and (base is None or not same_values(base, trained))
+
+
+def judge(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float]) -> list[str]:
+    """Refuse an output equal to the base; warn of updates lost to rounding.
+
+    Raises:
+        NothingChangedError: no stored value differs from the base's.
+    """
+    moved = any(found.changed for found in ledger.measured.values())
+    if not moved and not any(_differs(tensor, checkpoint) for tensor in ledger.plan.tensors):
+        if all(weight == 0 for weight in weights):
+            raise NothingChangedError("every adapter has the weight 0", hint="weights are written ADAPTER=0.7")
+        raise NothingChangedError(
+            "no weight of the base would change",
+            hint="the adapter is all zeros, or its update is smaller than the stored type can hold",
+        )
+    warnings = []
+    if ledger.survival < LOW_SURVIVAL:
+        warnings.append(
+            f"only {ledger.survival:.0%} of the update survives in the stored type; --dtype fp32 keeps it all, "
+            "or serve the adapter unmerged"
+        )
+    if unmoved := ledger.unmoved():
+        warnings.append(f"{len(unmoved)} updated tensors did not change: {listing(unmoved)}")
+    return warnings

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json of an output: the base's own bytes, unless the weights now say something else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.engine.plan import PlannedTensor, SideFile
+from surgery_formats.binding.bind import Binding
+from surgery_formats.dtypes import DType
+from surgery_formats.models.checkpoint import Component
+
+__all__ = ["corrected_config"]
+
+_TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+
+
+def corrected_config(binding: Binding, outputs: Mapping[str, PlannedTensor], dtype: DType | None) -> list[SideFile]:
+    """config.json of every component that has one: vocabulary size, tie, stored type and task heads made true."""
+    found = []
+    for component in binding.checkpoint.components.values():
+        if not component.config:
+            continue
+        config = copy.deepcopy(dict(component.config))
+        _vocabulary(config, component, outputs)
+        if component.name in binding.untied:
+            _holder(config, "tie_word_embeddings")["tie_word_embeddings"] = False
+        if dtype is not None and (key := next((k for k in ("dtype", "torch_dtype") if k in config), None)):
+            config[key] = dtype.torch_name
+        _task_head(config, component, binding, outputs)
+        name = f"{component.name}/config.json" if component.name else "config.json"
+        if config == component.config:
+            found.append(SideFile(name, source=component.folder / "config.json"))
+        else:
+            found.append(SideFile(name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
+    return found
+
+
+def _holder(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object that holds a text model's `key`: the config itself, or its ``text_config``."""
+    inner = config.get("text_config")
+    return inner if key not in config and isinstance(inner, dict) else config
+
+
+def _vocabulary(config: dict[str, Any], component: Component, outputs: Mapping[str, PlannedTensor]) -> None:
+    label = f"{component.name}:{component.embedding}" if component.name else component.embedding
+    embedding = outputs.get(label)
+    if embedding is None or embedding.shape == component.tensors[component.embedding].shape:
+        return
+    _holder(config, "vocab_size")["vocab_size"] = embedding.shape[0]
+
+
+def _task_head(
+    config: dict[str, Any], component: Component, binding: Binding, outputs: Mapping[str, PlannedTensor]
+) -> None:
+    """An adapter that brings a classifier makes the model one."""
+    heads = [
+        tensor
+        for tensor in outputs.values()
+        if tensor.kind == "added"
+        and tensor.component == component.name
+        and tensor.name.split(".")[-2:-1] in (["score"], ["classifier"], ["qa_outputs"])
+        and tensor.name.endswith(".weight")
+    ]
+    task = next(
+        (str(adapter.config.get("task_type")) for adapter, _ in binding.adapters if adapter.config.get("task_type")), ""
+    )
+    architectures = config.get("architectures")
+    if not heads or task not in _TASKS or not isinstance(architectures, list):
+        return
+    config["architectures"] = [_renamed(str(name), _TASKS[task]) for name in architectures]
+    labels = heads[0].shape[0]
+    labelled = config.get("id2label")
+    if task != "QUESTION_ANS" and not (isinstance(labelled, dict) and len(labelled) == labels):
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+
+
+def _renamed(architecture: str, suffix: str) -> str:
+    stem = next((architecture.removesuffix(head) for head in _HEADS if architecture.endswith(head)), architecture)
+    return stem.removesuffix("Model") + suffix

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of tensors in which a graph can use several matrices as one without a copy.
+
+Matrices of the same input (queries, keys and values; gate and up) are one matrix if their rows lie one after the other. safetensors
+files are sorted by name, which tears them apart. Vectors go to the end, so that matrices, whose sizes are mostly multiples of a page,
+begin where pages begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from surgery.engine.plan import PlannedTensor
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.families.parameters import model_of
+from surgery_formats.models.families.recipe import Projection
+
+__all__ = ["PAGE", "packing_groups", "packing_order"]
+
+PAGE = 4096
+"""Bytes; where the data of a packed file begins is a multiple of it."""
+
+
+def packing_groups(component: Component) -> dict[str, tuple[str, ...]]:
+    """From a stored name to the names that belong beside it, in order, itself included.
+
+    Raises:
+        FitError: the architecture has no recipe.
+    """
+    model = model_of(component.config, frozenset(component.tensors))
+    found: dict[str, tuple[str, ...]] = {}
+    for layer in model.layers:
+        for inputs in (layer.attention.inputs, layer.mlp.inputs):
+            for names in _joint(inputs):
+                stored = tuple(_stored(component, name) for name in names)
+                found |= dict.fromkeys(stored, stored)
+    return found
+
+
+def _joint(inputs: Sequence[Projection]) -> list[list[str]]:
+    """Weights of several projections, and their biases."""
+    if len(inputs) < 2 or any(one.transposed for one in inputs):
+        return []
+    weights, biases = [one.weight for one in inputs], [one.bias for one in inputs]
+    return [weights, biases] if all(biases) else [weights]
+
+
+def _stored(component: Component, name: str) -> str:
+    if name in component.tensors:
+        return name
+    places = component.names.resolve(name)
+    return places[0].parameter.name if len(places) == 1 else name
+
+
+def packing_order(planned: Sequence[PlannedTensor], groups: Mapping[str, tuple[str, ...]]) -> list[PlannedTensor]:
+    """The tensors of one file: matrices, then the rest; groups that are in the file as a whole side by side where their first one was."""
+    by_name = {tensor.name: tensor for tensor in planned}
+    taken: dict[str, PlannedTensor] = {}
+    for tensor in sorted(planned, key=lambda tensor: len(tensor.shape) < 2):
+        group = groups.get(tensor.name, ())
+        for name in group if group and all(name in by_name for name in group) else (tensor.name,):
+            taken.setdefault(name, by_name[name])
+    return list(taken.values())

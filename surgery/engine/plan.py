@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operation will do, as data: every output tensor with its source, its step and its class.
+
+``--dry-run`` prints a plan, the executor runs it, the ledger is the plan plus what was measured, so the three cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.files.raw import File
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import listing
+
+if TYPE_CHECKING:
+    from surgery_formats.binding.bind import Binding
+    from surgery_formats.binding.edits import Operation
+    from surgery_formats.canonical.adapter import Ignored
+
+__all__ = [
+    "Account",
+    "Class",
+    "Compute",
+    "Copy",
+    "Plan",
+    "PlannedFile",
+    "PlannedTensor",
+    "SideFile",
+    "check_conservation",
+]
+
+Class = Literal["copied", "cast", "updated", "replaced", "added", "alias", "derivable", "superseded", "referenced"]
+"""Where a tensor ended (law 1). Output tensors are copied, cast, updated, replaced or added; the others say why an input has no output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The source's bytes as they are."""
+
+    source: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """The source's values through a chain of updates, rounded once.
+
+    Attributes:
+        source: Base (or replacing) tensor.
+        operations: In order; empty for a change of type alone.
+        stacked: Whether the source is a 3-D stack of experts.
+    """
+
+    source: StoredTensor
+    operations: tuple[Operation, ...]
+    stacked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    Attributes:
+        name: Key in its file.
+        component: Part of a pipeline, or empty.
+        dtype: As it will be stored.
+        shape: As it will be stored.
+        step: How its bytes come about.
+        kind: Its class.
+        offset: First byte in its file.
+        nbytes: Length.
+        why: For the ledger, where it is not plain.
+    """
+
+    name: str
+    component: str
+    dtype: DType
+    shape: tuple[int, ...]
+    step: Copy | Compute
+    kind: Class
+    offset: int
+    nbytes: int
+    why: str = ""
+
+    @property
+    def label(self) -> str:
+        """``component:name``, as shown and as the manifest calls it."""
+        return f"{self.component}:{self.name}" if self.component else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """One weight file of the output."""
+
+    name: str
+    header: bytes
+    nbytes: int
+    tensors: tuple[PlannedTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that is not weights: copied from `source`, or made of `data`."""
+
+    name: str
+    source: Path | None = None
+    data: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """An input tensor that has no output of its own, and why."""
+
+    tensor: StoredTensor
+    kind: Class
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of one operation.
+
+    Attributes:
+        verb: ``merge``, ...
+        files: Weight files.
+        side_files: Everything else in the output folder.
+        accounts: Inputs without an output of their own.
+        ignored: Adapter tensors that rightly do nothing.
+        inputs: Open files that must not change before the commit.
+        roots: Files and folders the user named; the output may not lie in them.
+        id: Digest of inputs and options: equal plans have equal outputs.
+        facts: What the manifest says about the inputs.
+        warnings: What the user should know.
+    """
+
+    verb: str
+    files: tuple[PlannedFile, ...]
+    side_files: tuple[SideFile, ...]
+    accounts: tuple[Account, ...]
+    ignored: tuple[Ignored, ...]
+    inputs: tuple[File, ...]
+    roots: tuple[Path, ...]
+    id: str
+    facts: Mapping[str, object] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """Every output tensor, in file order."""
+        return tuple(tensor for file in self.files for tensor in file.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.nbytes for file in self.files)
+
+    def computed(self) -> tuple[PlannedTensor, ...]:
+        """Tensors that are not copied as they are."""
+        return tuple(tensor for tensor in self.tensors if isinstance(tensor.step, Compute))
+
+
+def check_conservation(binding: Binding, plan: Plan) -> None:
+    """Law 1, on the plan: nothing of the base and nothing of an adapter ends nowhere, or twice.
+
+    Raises:
+        FitError: a tensor of the base that is neither an output of its name nor accounted for; two outputs of one name; a tensor of an
+            adapter that no step uses.
+    """
+    labels = [(tensor.component, tensor.name) for tensor in plan.tensors]
+    if len(set(labels)) != len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise FitError("would be written twice", tensor=twice[1])
+    outputs = set(labels)
+    excused = {(account.tensor.file.identity, account.tensor.name) for account in plan.accounts}
+    lost = [
+        tensor
+        for name, component in binding.checkpoint.components.items()
+        for tensor in component.tensors.values()
+        if (name, tensor.name) not in outputs and (tensor.file.identity, tensor.name) not in excused
+    ]
+    used = {(step.source.file.identity, step.source.name) for step in (tensor.step for tensor in plan.tensors)}
+    used |= {
+        (trained.file.identity, trained.name)
+        for tensor in plan.tensors
+        if isinstance(tensor.step, Compute)
+        for operation in tensor.step.operations
+        for trained in operation.update.tensors
+    }
+    used |= {(trained.file.identity, trained.name) for trained in binding.settled}
+    used |= {(entry.tensor.file.identity, entry.tensor.name) for entry in binding.ignored}
+    lost += [
+        trained
+        for adapter, _ in binding.adapters
+        for trained in adapter.tensors
+        if (trained.file.identity, trained.name) not in used
+    ]
+    if lost:
+        raise FitError(
+            f"{len(lost)} tensors would end nowhere: {listing(tensor.name for tensor in lost)}",
+            file=lost[0].file.path,
+            tensor=lost[0].name,
+        )

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof of a conversion: what was written is read back and must do to every weight what the source did.
+
+Low-rank parts are compared as the dense deltas they stand for, in float64, a few rows at a time; magnitudes, replaced values and
+token rows as they are. With a base both adapters are bound to it, so that one name for a fused weight and two for its parts meet
+at the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from surgery.engine.proof_factors import settings, tensor_error
+from surgery_formats.adapters.experts import fused_of, taken_apart
+from surgery_formats.binding.bind import bind
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.prompts import SoftPrompt
+from surgery_formats.errors import ProofError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.views import Index, View, take, whole
+from surgery_formats.text import listing
+from surgery_formats.updates import Apply, DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+
+__all__ = ["compare", "compare_prompt", "restricted"]
+
+_BLOCK_ELEMENTS = 1 << 20  # 8 MB of float64 per side
+
+
+@dataclass(frozen=True)
+class _ProofTarget:
+    """All that an adapter does to one weight.
+
+    Attributes:
+        shape: Of the matrix the views look into.
+        pieces: Updates and where in it they act.
+        value: What replaces the weight first.
+    """
+
+    shape: tuple[int, int]
+    pieces: tuple[tuple[Update, View], ...]
+    value: StoredTensor | None = None
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """A weight of zeros: an update's delta is what it makes of it."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+        """Never asked: only linear updates are applied to it."""
+        raise TypeError("only updates that do not look at the weight have a delta")
+
+
+def compare(source: Adapter, written: Adapter, base: Checkpoint | None) -> dict[str, float]:
+    """The greatest error of every weight, relative to the greatest value the source adds to it.
+
+    Args:
+        source: As read; without what was dropped.
+        written: As read back.
+        base: Both fit it, or None.
+
+    Raises:
+        ProofError: they touch different weights, or in different ways.
+    """
+    one, other = _targets(source, base), _targets(written, base)
+    if one.keys() != other.keys():
+        lost, new = sorted(one.keys() - other.keys()), sorted(other.keys() - one.keys())
+        raise ProofError(
+            f"{len(lost)} weights are missing ({listing(lost)}), {len(new)} are new ({listing(new)})", file=written.path
+        )
+    return {name: _error(name, one[name], other[name], written) for name in sorted(one)}
+
+
+def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
+    """The greatest error of the virtual tokens, relative to their greatest value.
+
+    Raises:
+        ProofError: they are not there, or of another kind or shape.
+    """
+    found = written.prompt
+    if found is None or found.table.shape != prompt.table.shape or replace(found, table=prompt.table) != prompt:
+        raise ProofError(f"the virtual tokens {list(prompt.table.shape)} are not in it", file=written.path)
+    mine, theirs = (Factor.of(one.table).load(torch.float64) for one in (prompt, found))
+    return {prompt.table.name: _relative(float((mine - theirs).abs().max()), float(mine.abs().max()))}
+
+
+def _targets(adapter: Adapter, base: Checkpoint | None) -> dict[str, _ProofTarget]:
+    if base is None:
+        return dict(_unbound(adapter.updates))
+    found = {}
+    for (component, name), edit in bind([(adapter, 1.0)], base).edits.items():
+        pieces = tuple((operation.update, operation.view) for operation in edit.operations)
+        shape = Plain.of(edit.source, stacked=edit.stacked).shape
+        value = edit.source if edit.replaced is not None else None
+        found[f"{component}/{name}" if component else name] = _ProofTarget(shape, pieces, value)
+    return found
+
+
+def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, _ProofTarget]]:
+    """By the adapter's own names; experts one by one, whatever they are stacked in."""
+    for site, chain in updates.items():
+        if len(chain) == 1 and isinstance(chain[0], Stacked):
+            apart: list[tuple[str, Update]] = [*taken_apart(site.path, chain[0], fused_of(site, None))]
+            for path, lora in apart or [(f"{site}[{row}]", part) for row, part in chain[0].parts()]:
+                yield path, _ProofTarget(lora.shape, ((lora, whole(lora.shape)),))
+            continue
+        value = next((update.stored for update in chain if isinstance(update, Replacement)), None)
+        rest = tuple((update, whole(update.shape)) for update in chain if not isinstance(update, Replacement))
+        shape = value.matrix if value else (max(u.shape[0] for u, _ in rest), rest[0][0].shape[1])
+        yield str(site), _ProofTarget(shape, rest, value)
+
+
+def _error(name: str, one: _ProofTarget, other: _ProofTarget, written: Adapter) -> float:
+    magnitudes = [_magnitudes(target) for target in (one, other)]
+    if one.shape != other.shape or [key for key, _ in magnitudes[0]] != [key for key, _ in magnitudes[1]]:
+        raise ProofError("is changed in another way than by the source", file=written.path, tensor=name)
+    error = 0.0
+    for (_, mine), (_, theirs) in zip(*magnitudes, strict=True):
+        error = max(error, _relative(float((mine - theirs).abs().max()), float(mine.abs().max())))
+    if (one.value is None) != (other.value is None):
+        raise ProofError("is replaced by one and not by the other", file=written.path, tensor=name)
+    if (kept := _kept(one, other)) is not None:
+        return max(error, kept)
+    if (same := _same_factors(one, other)) is not None:
+        return max(error, same)
+    worst = largest = 0.0
+    mine, theirs = _applied(one), _applied(other)
+    step = max(1, _BLOCK_ELEMENTS // max(one.shape[1], 1))
+    for start in range(0, one.shape[0], step):
+        stop = min(start + step, one.shape[0])
+        a, b = _block(one, mine, start, stop), _block(other, theirs, start, stop)
+        worst = max(worst, float((a - b).abs().max()))
+        largest = max(largest, float(a.abs().max()))
+    return max(error, _relative(worst, largest))
+
+
+def _relative(difference: float, size: float) -> float:
+    if math.isnan(difference):
+        return math.inf
+    return difference / size if size else (0.0 if difference == 0 else math.inf)
+
+
+def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Tensor]]:
+    return [
+        ((view, update.per_row), update.magnitude.load(torch.float64))
+        for update, view in target.pieces
+        if isinstance(update, DoRA)
+    ]
+
+
+def _linear(update: Update) -> Update:
+    return update.direction if isinstance(update, DoRA) else update
+
+
+def _same_factors(one: _ProofTarget, other: _ProofTarget) -> float | None:
+    """The error where both are one LoRA with equal factors: the scales'. None where factors differ, so that deltas must be formed."""
+    if (
+        len(one.pieces) != 1
+        or len(other.pieces) != 1
+        or one.value
+        or other.value
+        or one.pieces[0][1] != other.pieces[0][1]
+    ):
+        return None
+    mine, theirs = _linear(one.pieces[0][0]), _linear(other.pieces[0][0])
+    if (
+        not (isinstance(mine, LoRA) and isinstance(theirs, LoRA))
+        or mine.rank != theirs.rank
+        or mine.shape != theirs.shape
+    ):
+        return None
+    for a, b in ((mine.A, theirs.A), (mine.B, theirs.B)):
+        if not torch.equal(a.load(torch.float64), b.load(torch.float64)):
+            return None
+    return _relative(abs(mine.scale - theirs.scale), abs(mine.scale))
+
+
+def _kept(one: _ProofTarget, other: _ProofTarget) -> float | None:
+    """The error of the factors where some update's effect depends on the base, or its sizes do; None where none is such."""
+    updates = [update for target in (one, other) for update, _ in target.pieces]
+    if all(isinstance(update, LoRA | DoRA | Offset | TokenRows) for update in updates):
+        return None
+    if len(one.pieces) != len(other.pieces):
+        return math.inf
+    worst = 0.0
+    for (mine, view), (theirs, seen) in zip(one.pieces, other.pieces, strict=True):
+        if type(mine) is not type(theirs) or view != seen or settings(mine) != settings(theirs):
+            return math.inf
+        worst = max(worst, tensor_error(mine, theirs))
+    return worst
+
+
+def _applied(target: _ProofTarget) -> list[tuple[View, Apply]]:
+    nothing = _Nothing(target.shape)
+    return [(view, _linear(update).prepare(nothing)) for update, view in target.pieces]
+
+
+def _block(target: _ProofTarget, chain: Sequence[tuple[View, Apply]], start: int, stop: int) -> torch.Tensor:
+    """Rows ``[start, stop)`` of what becomes of a weight of zeros, or of the replaced values."""
+    block = torch.zeros((stop - start, target.shape[1]), dtype=torch.float64)
+    if target.value is not None:
+        block = Plain(target.value, target.shape).get(start, stop, torch.float64)
+    for view, apply in chain:
+        at = view.locate(start, stop)
+        if not at:
+            continue
+        part = take(block, at.block_rows, at.block_cols)
+        part = part.T if at.transposed else part
+        new = apply(part.clone(), at.rows, at.cols)
+        rows, cols = _indices(at.block_rows), _indices(at.block_cols)
+        block[rows[:, None], cols] = new.T if at.transposed else new
+    return block
+
+
+def _indices(index: Index) -> torch.Tensor:
+    return torch.tensor(list(index), dtype=torch.int64)
+
+
+def restricted(adapter: Adapter, held: Mapping[Site, tuple[Update, ...]]) -> Adapter:
+    """The source without what was dropped, so that it can be compared with what was written."""
+    used = {tensor.name for chain in held.values() for update in chain for tensor in update.tensors}
+    return replace(adapter, updates=dict(held), tensors=_named(adapter.tensors, used), ignored=(), prompt=None)
+
+
+def _named(tensors: Iterable[StoredTensor], names: set[str]) -> tuple[StoredTensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor.name in names)

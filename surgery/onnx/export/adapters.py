@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapter goes where in an export: merged into weights, into slots, or in front of the text."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from surgery.onnx.export.prompts import unique
+from surgery_formats.errors import FitError
+from surgery_formats.models.identity import fingerprint
+from surgery_formats.text import show
+
+if TYPE_CHECKING:
+    from surgery_formats.canonical.adapter import Adapter
+
+__all__ = ["MODES", "AdapterRoles", "Named", "Reference", "Weighted", "entry", "sort_adapters"]
+
+Reference = str | os.PathLike[str]
+Weighted = Reference | tuple[Reference, float]
+MODES = ("merged", "swappable", "prefix")
+_GENERIC = frozenset(
+    {"adapter_model", "adapters", "pytorch_lora_weights", "model"}
+)  # names that every adapter's file has
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An adapter and what it is called in the export.
+
+    Attributes:
+        name: Of its file, unlike all others.
+        adapter: The adapter.
+        weight: It is merged with.
+    """
+
+    name: str
+    adapter: Adapter
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRoles:
+    """All adapters of an export, by where they go; the order is the caller's.
+
+    Attributes:
+        merge: Into weights.
+        swap: Into slots.
+        prefix: In front of the text.
+    """
+
+    merge: tuple[Named, ...] = ()
+    swap: tuple[Named, ...] = ()
+    prefix: tuple[Named, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """All of them."""
+        return tuple(one.adapter for one in (*self.merge, *self.swap, *self.prefix))
+
+    @property
+    def merged(self) -> list[tuple[Adapter, float]]:
+        """What changes weights: merged adapters, and the heads that were trained beside soft prompts."""
+        heads = [
+            replace(one, prompt=None, tensors=tuple(tensor for tensor in one.tensors if tensor is not one.prompt.table))
+            for one in (named.adapter for named in self.prefix)
+            if one.prompt is not None and one.updates
+        ]
+        return [*((one.adapter, one.weight) for one in self.merge), *((one, 1.0) for one in heads)]
+
+
+def sort_adapters(
+    adapters: Sequence[Weighted] = (),
+    mode: Literal["merged", "swappable", "prefix"] | str | None = None,
+    merge: Sequence[Weighted] = (),
+    swap: Sequence[Reference] = (),
+    prefix: Sequence[Reference] = (),
+) -> AdapterRoles:
+    """Read all adapters.
+
+    Args:
+        adapters: Those that `mode` places: by kind, if it is None (a soft prompt goes in front, all else is merged).
+        mode: ``merged``, ``swappable``, ``prefix``, or None.
+        merge: To merge, with weights.
+        swap: For slots.
+        prefix: In front.
+
+    Raises:
+        InputError: one cannot be read.
+        FitError: no such mode, or a weight where none is of use.
+    """
+    if mode is not None and mode not in MODES:
+        raise FitError(f"no mode '{show(mode)}'", hint=f"one of {', '.join(MODES)}")
+    placed: dict[str, list[Named]] = {"merged": [], "swappable": [], "prefix": []}
+    given = [(one, mode) for one in adapters]
+    given += [(one, "merged") for one in merge]
+    given += [(one, "swappable") for one in swap] + [(one, "prefix") for one in prefix]
+    if not given:
+        return AdapterRoles()
+    from surgery_formats.adapters.registry import read_adapter
+
+    names: set[str] = set()
+    for reference, place in given:
+        path, weight = reference if isinstance(reference, tuple) else (reference, 1.0)
+        adapter = read_adapter(path)
+        place = place or ("prefix" if adapter.prompt is not None else "merged")
+        if not math.isfinite(weight):
+            raise FitError(f"the weight {weight} is not a number", file=path)
+        if place != "merged" and weight != 1.0:
+            raise FitError(f"a weight of {weight:g} for what is not merged", file=path, hint="merge it: --merge")
+        name = unique(names, _name(Path(path)))
+        names.add(name)
+        placed[place].append(Named(name, adapter, float(weight)))
+    return AdapterRoles(tuple(placed["merged"]), tuple(placed["swappable"]), tuple(placed["prefix"]))
+
+
+def _name(path: Path) -> str:
+    """``adapters/sql/adapter_model.safetensors`` -> ``sql``; only letters, digits and ``._-``."""
+    whole = path.resolve()
+    name = whole.name if whole.is_dir() else whole.stem
+    if not whole.is_dir() and name in _GENERIC:
+        name = whole.parent.name
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name).lstrip(".") or "adapter"
+
+
+def entry(one: Named, mode: str, **more: Any) -> dict[str, Any]:
+    """What the contract and the manifest say of an adapter; no paths."""
+    files = sorted({fingerprint(tensor.file) for tensor in one.adapter.tensors})
+    digest = files[0] if len(files) == 1 else hashlib.sha256("".join(files).encode()).hexdigest()
+    return {"name": one.name, "mode": mode, "kind": one.adapter.kind, "id": digest, **more}

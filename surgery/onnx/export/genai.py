@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``genai_config.json``: what onnxruntime-genai (0.18) wants to know to run a folder as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.onnx.graph.contract import Contract
+from surgery_formats.errors import MalformedError
+from surgery_formats.text import show
+
+__all__ = ["genai_config"]
+
+_TYPES = frozenset(
+    (
+        "chatglm",
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gptoss",
+        "granite",
+        "internlm2",
+        "llama",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "phi",
+        "phi3",
+        "phi3small",
+        "phimoe",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    )
+)
+"""Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``. Its ``gpt2`` takes others."""
+
+
+def genai_config(
+    config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int, graph: str
+) -> bytes:
+    """The file for a decoder's graph.
+
+    Args:
+        config: config.json.
+        generation: generation_config.json, or empty; its token ids go first.
+        contract: Of the graph.
+        heads: Of queries.
+        graph: Its file.
+    """
+    kind = config.get("model_type")
+    decoder = {
+        "session_options": _session(contract),
+        "filename": graph,
+        "head_size": contract.head_dim,
+        "hidden_size": config.get("hidden_size", config.get("n_embd")),
+        "num_attention_heads": heads,
+        "num_hidden_layers": contract.layers,
+        "num_key_value_heads": contract.kv_heads,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    eos = _token(config, generation, "eos_token_id")
+    pad = _token(config, generation, "pad_token_id")
+    first = eos[0] if isinstance(eos, list) else eos
+    model = {
+        "bos_token_id": _token(config, generation, "bos_token_id"),
+        "context_length": contract.max_length,
+        "decoder": decoder,
+        "eos_token_id": eos,
+        "pad_token_id": next((one for one in (pad, first) if one is not None), 0),
+        "type": kind if kind in _TYPES else "decoder",
+        "vocab_size": contract.vocabulary,
+    }
+    search = {
+        "do_sample": bool(generation.get("do_sample", False)),
+        "max_length": contract.max_length,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": contract.cache == "shared",
+        "repetition_penalty": _number(generation, "repetition_penalty", 1.0),
+        "temperature": _number(generation, "temperature", 1.0),
+        "top_k": int(_number(generation, "top_k", 50)),
+        "top_p": _number(generation, "top_p", 1.0),
+    }
+    kept = {"model": {key: value for key, value in model.items() if value is not None}, "search": search}
+    return json.dumps(kept, indent=2).encode() + b"\n"
+
+
+def _session(contract: Contract) -> dict[str, Any]:
+    """Weights are used where they lie: onnxruntime would otherwise copy them to pack them anew."""
+    cuda = [{"cuda": {"enable_cuda_graph": "0"}}] if contract.target == "cuda" else []
+    return {"log_id": "onnxruntime-genai", "session.disable_prepacking": "1", "provider_options": cuda}
+
+
+def _number(generation: Mapping[str, Any], key: str, default: float) -> float:
+    """A setting of sampling.
+
+    Raises:
+        MalformedError: it is no number.
+    """
+    found = generation.get(key)
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise MalformedError(f"{key} is {show(found, 40)}; it must be a number", file="generation_config.json")
+    return float(found) or default
+
+
+def _token(config: Mapping[str, Any], generation: Mapping[str, Any], key: str) -> Any:
+    """A token id, or several; None where there is none, which old configurations write as -1.
+
+    Raises:
+        MalformedError: it is something else.
+    """
+    found = generation.get(key)
+    found = config.get(key) if found is None else found
+    ids = found if isinstance(found, list) else [found]
+    if found is not None and not all(type(one) is int for one in ids):
+        raise MalformedError(f"{key} is {show(found, 40)}; it must be a token id", file="config.json")
+    return None if found == -1 else found

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters as what goes into a graph's slots: exact, or refused by name.
+
+A slot adds ``x A B`` to what a weight makes of ``x``. It can hold a low-rank addition to a linear map or to the token table, and nothing
+else: no magnitude, no rotation, no bias, no new values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from surgery.onnx.graph.contract import Slot
+from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.edits import Edit, Operation
+from surgery_formats.binding.tied_edits import same_values
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.families.parameters import parameters
+from surgery_formats.models.families.recipe import Model
+from surgery_formats.updates import LoRA
+
+__all__ = ["Swappable", "slot_arrays", "swappable"]
+
+Array = npt.NDArray[Any]
+_HINT = "merge it instead: --merge"
+
+
+@dataclass(frozen=True)
+class Swappable:
+    """One adapter bound to slots.
+
+    Attributes:
+        adapter: The adapter.
+        operations: By slot, as `Context` calls them, the low-rank additions to it.
+        tables: Slots whose weight is a table of rows.
+    """
+
+    adapter: Adapter
+    operations: Mapping[str, tuple[Operation, ...]]
+    tables: frozenset[str]
+
+
+def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappable:
+    """Find the slots of an adapter. A copy of the base's own values, which PEFT saves beside a LoRA on an embedding, does nothing.
+
+    Raises:
+        FitError: it does something that no slot can hold, or does not fit the base.
+    """
+    if adapter.prompt is not None:
+        raise FitError(
+            f"{adapter.kind} is a soft prompt, which goes into no slot",
+            file=adapter.path,
+            hint="--prefix makes it swappable as keys and values",
+        )
+    binding = bind([(adapter, 1.0)], checkpoint, new_biases=True)
+    component = checkpoint.main
+    named = _by_stored_name(component, model)
+    found: dict[str, tuple[Operation, ...]] = {}
+    tables = set()
+    for edit in binding.edits.values():
+        if edit.added and not edit.operations and edit.replaced is None:
+            continue  # a head that was tied and keeps the embedding's values: slots leave it alone anyway
+        _check(edit, adapter, component)
+        if not edit.operations:
+            continue
+        weight = component.head if component.tied and edit.name == component.head else named.get(edit.name, edit.name)
+        found[weight] = edit.operations
+        if weight == model.embedding.tokens:
+            tables.add(weight)
+            if _head_follows(binding, component, edit):
+                found[component.head] = edit.operations
+    if not found:
+        raise FitError("the adapter changes nothing", file=adapter.path)
+    return Swappable(adapter, found, frozenset(tables))
+
+
+def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
+    """From stored names to the recipe's."""
+    found = {}
+    for name in parameters(model):
+        places = () if name in component.tensors else component.names.resolve(name)
+        found[places[0].parameter.name if len(places) == 1 else name] = name
+    return found
+
+
+def _head_follows(binding: Binding, component: Component, embedding: Edit) -> bool:
+    """Whether what was trained for the embedding is meant for a head that shares its tensor too."""
+    follows = component.tied and component.head and component.name not in binding.untied
+    return bool(follows) and embedding.name == component.embedding
+
+
+def _check(edit: Edit, adapter: Adapter, component: Component) -> None:
+    base = component.tensors.get(component.aliases.get(edit.name, edit.name))
+    if edit.replaced is not None and (base is None or not same_values(base, edit.source)):
+        raise _refused("new values in place of the base's", edit, edit.replaced, adapter)
+    if edit.stacked:
+        raise _refused("an update of stacked experts", edit, edit.operations[0], adapter)
+    for operation in edit.operations:
+        if not isinstance(operation.update, LoRA) or operation.share != 1.0:
+            raise _refused(operation.update.kind, edit, operation, adapter)
+    if len(edit.source.shape) != 2:
+        raise _refused(f"LoRA of a tensor of shape {list(edit.source.shape)}", edit, edit.operations[0], adapter)
+
+
+def _refused(what: str, edit: Edit, operation: Operation, adapter: Adapter) -> FitError:
+    return FitError(
+        f"{what} for '{edit.name}': a slot holds a low-rank addition only, not this",
+        file=adapter.path,
+        tensor=operation.update.tensors[0].name,
+        hint=_HINT,
+    )
+
+
+def slot_arrays(
+    one: Swappable, slots: Iterable[Slot], sizes: Mapping[str, tuple[int, int]], dtype: Any
+) -> dict[str, Array]:
+    """The arrays that fill an adapter's slots; the scale is folded into B.
+
+    Args:
+        one: The adapter.
+        slots: Of the graph.
+        sizes: By slot, rows of A and columns of B.
+        dtype: Of the graph's numbers.
+
+    Raises:
+        FitError: a factor is not finite.
+    """
+    found: dict[str, Array] = {}
+    for slot in slots:
+        parts = [
+            _factors(operation, sizes[slot.weight], table=slot.weight in one.tables)
+            for operation in one.operations.get(slot.weight, ())
+        ]
+        if parts:
+            found[slot.A] = np.concatenate([A for A, _ in parts], 1).astype(dtype)
+            found[slot.B] = np.concatenate([B for _, B in parts], 0).astype(dtype)
+    return found
+
+
+def _factors(operation: Operation, size: tuple[int, int], *, table: bool) -> tuple[Array, Array]:
+    """``(inputs, rank)`` and ``(rank, outputs)``, float32, of one addition, zero where its view is not."""
+    import torch
+
+    update, view = operation.update, operation.view
+    assert isinstance(update, LoRA)
+    rows, cols = view.shape
+    left = update.B.load(torch.float32)[view.row_origin : view.row_origin + rows].numpy()
+    right = update.A.load(torch.float32)[:, view.col_origin : view.col_origin + cols].numpy()
+    A, B = np.zeros((size[0], update.rank), np.float32), np.zeros((update.rank, size[1]), np.float32)
+    if table:
+        A[list(view.rows)], B[:, list(view.cols)] = left, right
+    else:
+        A[list(view.cols)], B[:, list(view.rows)] = right.T, left.T
+    return A, B * np.float32(update.scale)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a decoder layer, by GroupQueryAttention or by the standard operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.frame import Frame
+from surgery.onnx.graph.graph import MICROSOFT
+from surgery.onnx.graph.linear import joined, linear
+from surgery.onnx.graph.norm import gain, norm
+from surgery_formats.models.families.recipe import Attention, Norm
+
+__all__ = ["CacheValues", "cached_attention", "project", "split"]
+
+_ROTATED = 16  # GroupQueryAttention rotates a multiple of this many values itself
+
+
+@dataclass(frozen=True, slots=True)
+class CacheValues:
+    """Names of one layer's inputs and outputs, each ``(B, kv_heads, tokens, head_dim)``."""
+
+    past_key: str
+    past_value: str
+    present_key: str
+    present_value: str
+
+
+def cached_attention(
+    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, *, alpha: float = 1.0
+) -> str:
+    """Attention of new tokens to past and new ones.
+
+    Args:
+        ctx: Where it goes.
+        record: The layer's attention.
+        x: Hidden states.
+        frame: What all layers share.
+        cache: The layer's past and present.
+        alpha: A factor of the result.
+    """
+    at = module_of(module_of(record.output.weight))
+    if ctx.target.attention == "gqa":
+        y = _grouped(ctx, record, x, frame, cache, at)
+    else:
+        y = _standard(ctx, record, x, frame, cache, at)
+    if ctx.flat:
+        y = ctx.reshaped(y, (-1, record.output.inputs), at)
+    return linear(ctx, record.output, y, alpha=alpha)
+
+
+def project(ctx: Context, record: Attention, x: str, at: str) -> tuple[str, ...]:
+    """Queries, keys and values: one value with all three side by side, or three; hidden states' rank."""
+    if record.layout == "separate":
+        packed = joined(ctx, record.inputs, x)
+        return (packed,) if packed else tuple(linear(ctx, one, x) for one in record.inputs)
+    value = linear(ctx, record.inputs[0], x)
+    if record.layout == "by_head":  # head by head q, k, v -> all q, all k, all v
+        rows = (-1,) if ctx.flat else (0, 0)  # the last size stays known: operators behind would infer a wrong one
+        last = len(rows)
+        apart = ctx.reshaped(value, (*rows, record.heads, 3, record.head_dim), at)
+        turned = ctx.graph.node("Transpose", [apart], at, perm=[*range(last), last + 1, last, last + 2])
+        value = ctx.reshaped(turned, (*rows, 3 * record.heads * record.head_dim), at)
+    return (value,)
+
+
+def split(ctx: Context, record: Attention, parts: tuple[str, ...], at: str) -> tuple[str, str, str]:
+    """Three values out of what `project` made."""
+    if len(parts) == 3:
+        return parts[0], parts[1], parts[2]
+    keys = record.kv_heads * record.head_dim
+    sizes = ctx.graph.ints(record.heads * record.head_dim, keys, keys)
+    q, k, v = ctx.graph.several("Split", [parts[0], sizes], at, ("*", "*", "*"), axis=-1)
+    return q, k, v
+
+
+def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
+    parts = project(ctx, record, x, at)
+    rows = frame.table(record.rope) if record.rope else None
+    inside = rows is not None and record.rope is not None and record.rope.dims % _ROTATED == 0 and not rows.original
+    norms = ["", ""]
+    epsilon = {}
+    if record.q_norm or record.k_norm:
+        if _norms_inside(ctx, record) and (inside or record.rope is None):
+            norms = [_gain_inside(ctx, one, record.head_dim) for one in (record.q_norm, record.k_norm)]
+            assert record.q_norm is not None
+            epsilon = {"qk_norm_epsilon": record.q_norm.epsilon}
+        else:
+            parts = _normed(ctx, record, split(ctx, record, parts, at), at)
+    if rows is not None and not inside:
+        parts = _rotated(ctx, record, split(ctx, record, parts, at), frame, at)
+    elif ctx.flat:
+        parts = tuple(ctx.batched(one, at) for one in parts)
+    tables = [rows.cos, rows.sin] if inside and rows is not None else ["", ""]
+    options: dict[str, Any] = {"scale": float(record.scale), **epsilon}
+    if inside:
+        options["do_rotary"] = 1
+    if record.window is not None:
+        options["local_window_size"] = record.window
+    if record.softcap is not None:
+        options["softcap"] = float(record.softcap)
+    query, key, value = parts if len(parts) == 3 else (parts[0], "", "")
+    past = [cache.past_key, cache.past_value]
+    inputs = [query, key, value, *past, *frame.lengths, *tables, "", "", "", "", "", *norms]
+    return ctx.graph.several(
+        "GroupQueryAttention",
+        inputs,
+        at,
+        ("*", cache.present_key, cache.present_value),
+        domain=MICROSOFT,
+        num_heads=record.heads,
+        kv_num_heads=record.kv_heads,
+        **options,
+    )[0]
+
+
+def _norms_inside(ctx: Context, record: Attention) -> bool:
+    """Whether the operator has these norms: RMS of every head, one gain for all, one epsilon."""
+    q, k = record.q_norm, record.k_norm
+    if ctx.target.qk_norm != "fused" or q is None or k is None or record.norm_over != "head":
+        return False
+    return q.kind == k.kind == "rms" and q.epsilon == k.epsilon and bool(q.weight and k.weight)
+
+
+def _gain_inside(ctx: Context, record: Norm | None, width: int) -> str:
+    assert record is not None
+    return gain(ctx, record, width)
+
+
+def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
+    parts = split(ctx, record, project(ctx, record, x, at), at)
+    if record.q_norm or record.k_norm:
+        parts = _normed(ctx, record, parts, at)
+    if record.rope is not None:
+        q, k, v = _rotated(ctx, record, parts, frame, at)
+    else:
+        q, k, v = (ctx.batched(one, at) if ctx.flat else one for one in parts)
+    options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
+    return ctx.graph.several(
+        "Attention",
+        [q, k, v, frame.allowed(record.window), cache.past_key, cache.past_value],
+        at,
+        ("*", cache.present_key, cache.present_value),
+        q_num_heads=record.heads,
+        kv_num_heads=record.kv_heads,
+        scale=float(record.scale),
+        **options,
+    )[0]
+
+
+def _rotated(
+    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: Frame, at: str
+) -> tuple[str, str, str]:
+    """Queries and keys rotated, all three ``(B, S, ...)``."""
+    assert record.rope is not None
+    rows = frame.table(record.rope)
+    q, k, v = (ctx.batched(one, at) if ctx.flat else one for one in parts)
+    positions = frame.shifted_positions(rows)
+    partial: dict[str, Any] = {} if record.rope.dims == record.head_dim else {"rotary_embedding_dim": record.rope.dims}
+    inputs = [rows.cos, rows.sin, positions]
+    q = ctx.graph.node("RotaryEmbedding", [q, *inputs], at, num_heads=record.heads, **partial)
+    k = ctx.graph.node("RotaryEmbedding", [k, *inputs], at, num_heads=record.kv_heads, **partial)
+    return q, k, v
+
+
+def _normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
+    q, k, v = parts
+    if record.q_norm is not None:
+        q = _head_norm(ctx, record, record.q_norm, q, record.heads, at)
+    if record.k_norm is not None:
+        k = _head_norm(ctx, record, record.k_norm, k, record.kv_heads, at)
+    return q, k, v
+
+
+def _head_norm(ctx: Context, record: Attention, one: Norm, x: str, heads: int, at: str) -> str:
+    """A norm of queries or keys: over all heads at once, or over each."""
+    width = heads * record.head_dim
+    if record.norm_over == "width":
+        return norm(ctx, one, x, width, at)
+    if record.norm_over == "head":
+        y = norm(ctx, one, ctx.reshaped(x, (-1, record.head_dim), at), record.head_dim, at)
+    else:
+        y = norm(ctx, replace(one, weight=""), ctx.reshaped(x, (-1, heads, record.head_dim), at), record.head_dim, at)
+        gains = [ctx.weights.value(one.weight.replace("{h}", str(h)), (record.head_dim,)) for h in range(heads)]
+        rows = [ctx.graph.node("Unsqueeze", [gain, ctx.graph.ints(0)], at) for gain in gains]
+        y = ctx.graph.node("Mul", [y, ctx.graph.node("Concat", rows, at, axis=0)], at)
+    flat = ctx.reshaped(y, (-1, width), at)
+    return flat if ctx.flat else ctx.batched(flat, at)

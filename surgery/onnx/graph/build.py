@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe's record and tensor headers to finished graphs with their contract. Nothing is read of the weights, nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from surgery.onnx.graph.context import Context
+from surgery.onnx.graph.contract import Contract, WeightFile
+from surgery.onnx.graph.decoder import decoder
+from surgery.onnx.graph.encoder import encoder
+from surgery.onnx.graph.graph import Graph
+from surgery.onnx.graph.rotary import longest
+from surgery.onnx.graph.target import OperatorSet, standard
+from surgery.onnx.graph.virtual import Virtual, front_model
+from surgery.onnx.graph.weights import GraphWeights
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.files.raw import File
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.families.parameters import model_of
+from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model, Rope
+from surgery_formats.tensors.tensor import StoredTensor
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Built", "GraphOptions", "build", "weight_file"]
+
+_HEAD_UNIT = 8  # GroupQueryAttention takes heads of a multiple of this many values
+_LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How to build.
+
+    Attributes:
+        target: Operators.
+        io: Type of arithmetic, logits and cache.
+        max_length: Positions to reach to; None for as many as the model was made for.
+        prefill: Whether to build the second graph that takes several rows on top of a past, where the first one refuses them.
+        overrides: Tensors to use instead of the checkpoint's, by stored name: what a merge changed.
+        slotted: Weights that get a slot for a LoRA, see `Context`.
+        virtual: Soft prompts.
+        contract: Further fields of the contract.
+    """
+
+    target: OperatorSet
+    io: DType
+    max_length: int | None = None
+    prefill: bool = True
+    overrides: Mapping[str, StoredTensor] = field(default_factory=dict)
+    slotted: frozenset[str] = frozenset()
+    virtual: Virtual = field(default_factory=Virtual)
+    contract: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """Graphs by file name, the main one last.
+
+    Attributes:
+        graphs: ``model.onnx``, and ``prefill.onnx`` before it where there is one.
+        contract: Of the main graph.
+        model: What was built.
+        nodes: Of the main graph.
+        files: Weight files its initializers lie in.
+    """
+
+    graphs: Mapping[str, onnx.ModelProto]
+    contract: Contract
+    model: Model
+    nodes: int
+    files: tuple[File, ...]
+
+
+def build(component: Component, options: GraphOptions, model: Model | None = None) -> Built:
+    """Build the graphs of a checkpoint.
+
+    Raises:
+        FitError: an unknown architecture; a tensor that is missing, left over, misshapen or of a type that is not computed with.
+    """
+    model = model or model_of(component.config, frozenset(component.tensors) | frozenset(options.overrides))
+    if options.virtual.front:
+        model = front_model(model)
+    if any(layer.attention.head_dim % _HEAD_UNIT for layer in model.layers):
+        options = replace(options, target=standard(options.target))
+    length = _length(model, options)
+    graphs: dict[str, onnx.ModelProto] = {}
+    contract = _contract(component, model, options, length)
+    if model.kind == "decoder" and options.target.attention == "gqa":
+        contract = replace(contract, prefill_batch=False)
+        if options.prefill:
+            contract = replace(contract, prefill="prefill.onnx")
+            other = replace(options, target=standard(options.target))
+            ctx = _context(component, model, other, length)
+            theirs = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
+            graphs["prefill.onnx"] = ctx.graph.model(replace(theirs, **_found(ctx)).as_metadata())
+    ctx = _context(component, model, options, length)
+    contract = replace(contract, **_found(ctx))
+    graphs["model.onnx"] = ctx.graph.model(contract.as_metadata())
+    return Built(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files))
+
+
+def _found(ctx: Context) -> dict[str, Any]:
+    """Parts of the contract that only building tells."""
+    return {"slots": tuple(ctx.slots), "weights": tuple(weight_file(file) for file in ctx.weights.files)}
+
+
+def _context(component: Component, model: Model, options: GraphOptions, length: int) -> Context:
+    graph = Graph()
+    weights = GraphWeights(graph, component, options.io, options.overrides)
+    ctx = Context(
+        graph,
+        weights,
+        options.target,
+        options.io,
+        slotted=options.slotted,
+        head=component.head,
+        virtual=options.virtual,
+    )
+    if model.kind == "decoder":
+        decoder(ctx, model, length)
+    else:
+        encoder(ctx, model)
+    weights.check(model.unused)
+    if lacking := options.slotted - {slot.weight for slot in ctx.slots}:
+        raise FitError(
+            "a graph has no slot for this weight", tensor=min(lacking), hint="merge the adapter instead: --merge"
+        )
+    return ctx
+
+
+def _length(model: Model, options: GraphOptions) -> int:
+    limit = model.max_positions
+    if options.max_length is not None and options.max_length < 1:
+        raise FitError(f"a graph for {options.max_length} tokens", hint="--max-length is at least 1")
+    if model.embedding.positions and options.max_length is not None and options.max_length > limit:
+        raise FitError(
+            f"the model has {limit} positions, {options.max_length} were asked for",
+            tensor=model.embedding.positions,
+            hint=f"--max-length {limit} or less",
+        )
+    ropes = [layer.attention.rope for layer in model.layers if layer.attention.rope is not None]
+    return min((longest(rope, options.max_length, limit) for rope in ropes), default=options.max_length or limit)
+
+
+def _contract(component: Component, model: Model, options: GraphOptions, length: int) -> Contract:
+    first = model.layers[0].attention if model.layers else None
+    grouped = options.target.attention == "gqa"
+    found = Contract(
+        kind=model.kind,
+        task=_task(model),
+        target=options.target.name,
+        dtype=_LABELS[options.io],
+        padding="right" if _wants_right(model, options.target) else "any",
+        cache="none" if model.kind == "encoder" else ("shared" if grouped else "growing"),
+        layers=len(model.layers) if model.kind == "decoder" else 0,
+        kv_heads=first.kv_heads if first else 0,
+        head_dim=first.head_dim if first else 0,
+        vocabulary=model.vocabulary,
+        max_length=length - options.virtual.front,
+        rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
+    )
+    return replace(found, **options.contract)
+
+
+def _switch(rope: Rope | None, length: int) -> int:
+    """Tokens up to which LongRoPE has other angles than beyond; 0 where a graph never sees the others."""
+    if rope is None or rope.parameters["rope_type"] != "longrope":
+        return 0
+    original = int(rope.parameters["original_max_position_embeddings"])
+    return original if length > original else 0
+
+
+def _wants_right(model: Model, target: OperatorSet) -> bool:
+    """GroupQueryAttention counts tokens from the left; so do an encoder's positions by place, and a head that reads the first token."""
+    if model.kind == "decoder":
+        return target.attention == "gqa"
+    head = model.head
+    if (isinstance(head, ClassifierHead) and head.tokens == "first") or (isinstance(head, HiddenHead) and head.pooler):
+        return True
+    return bool(model.embedding.positions) and model.embedding.position_rule == "absolute"
+
+
+def _task(model: Model) -> str:
+    match model.head:
+        case LanguageHead():
+            return "text-generation"
+        case ClassifierHead():
+            return "text-classification" if model.head.tokens == "first" else "token-classification"
+        case HiddenHead():
+            return "feature-extraction"
+
+
+def weight_file(file: File) -> WeightFile:
+    """What identifies a weight file to whoever loads the graph."""
+    length = int.from_bytes(file.read(0, 8), "little") + 8
+    return WeightFile(file.path.name, file.size, xxhash.xxh3_128_hexdigest(bytes(file.read(0, length))))

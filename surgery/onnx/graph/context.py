@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every component of a graph under construction needs, and the few values that all layers share.
+
+Hidden states are rows ``(B*S, D)`` where linear maps are Gemm, else ``(B, S, D)``: either way nothing is reshaped around a linear map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from surgery.onnx.graph.contract import Slot
+from surgery.onnx.graph.graph import Graph
+from surgery.onnx.graph.target import OperatorSet
+from surgery.onnx.graph.virtual import Virtual
+from surgery.onnx.graph.weights import GraphWeights
+from surgery_formats.dtypes import DType
+
+__all__ = ["Context", "ResidualStream", "module_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualStream:
+    """The residual stream: ``value + pending``, summed by whoever reads it, which may be a norm that does it in passing.
+
+    Attributes:
+        value: Hidden states.
+        pending: A branch not yet added, or empty.
+    """
+
+    value: str
+    pending: str = ""
+
+
+@dataclass
+class Context:
+    """A graph, its weights, and how it is built.
+
+    Attributes:
+        graph: Under construction.
+        weights: Of the checkpoint.
+        target: Operators to use.
+        io: Type of hidden states, logits and cache.
+        ids: Input of token ids ``(B, S)``.
+        slotted: Weights that get a slot for a LoRA: as the recipe names them, but a tied head by `head`.
+        head: Name of the head where it is tied: its weight is the embedding, its slot is not.
+        virtual: Soft prompts.
+        slots: Those made so far.
+    """
+
+    graph: Graph
+    weights: GraphWeights
+    target: OperatorSet
+    io: DType
+    ids: str = "input_ids"
+    slotted: frozenset[str] = frozenset()
+    head: str = ""
+    virtual: Virtual = field(default_factory=Virtual)
+    slots: list[Slot] = field(default_factory=list)
+
+    @property
+    def flat(self) -> bool:
+        """Whether hidden states are rows."""
+        return self.target.linear == "gemm"
+
+    @cached_property
+    def _batch_shape(self) -> str:
+        """``[B, S, -1]``."""
+        shape = self.graph.node("Shape", [self.ids], "", start=0, end=2)
+        return self.graph.node("Concat", [shape, self.graph.ints(-1)], "", axis=0)
+
+    def batched(self, value: str, at: str, *, out: str = "*") -> str:
+        """Rows, or anything with ``B*S`` rows, as ``(B, S, ...)``."""
+        return self.graph.node("Reshape", [value, self._batch_shape], at, out=out)
+
+    def reshaped(self, value: str, shape: Sequence[int], at: str) -> str:
+        """`value` in another shape; at most one -1."""
+        return self.graph.node("Reshape", [value, self.graph.ints(*shape)], at)
+
+    def settled(self, stream: ResidualStream, at: str) -> str:
+        """The stream's sum."""
+        return self.graph.node("Add", [stream.value, stream.pending], at) if stream.pending else stream.value
+
+
+def module_of(weight: str) -> str:
+    """``model.norm.weight`` -> ``model.norm``."""
+    return weight.rpartition(".")[0] or weight

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graph of a decoder: embedding, layers around a cache, head."""
+
+from __future__ import annotations
+
+from surgery.onnx.graph.attention import CacheValues, cached_attention
+from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.embedding import token_rows
+from surgery.onnx.graph.frame import Frame
+from surgery.onnx.graph.heads import language_head
+from surgery.onnx.graph.layers import Body, layer_steps
+from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.norm import norm, residual_norm
+from surgery.onnx.graph.virtual import completed_mask
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.models.families.recipe import Attention, LanguageHead, Layer, Model
+
+__all__ = ["decoder"]
+
+
+def decoder(ctx: Context, model: Model, max_length: int) -> None:
+    """Build all of it.
+
+    Inputs ``input_ids (B, S)``, ``attention_mask (B, T)`` and past keys and values ``(B, kv_heads, T - S, head_dim)``; outputs ``logits
+    (B, S, V)`` and present ones ``(B, kv_heads, T, head_dim)``.
+
+    Args:
+        ctx: An empty graph.
+        model: What to build.
+        max_length: Positions to reach to.
+
+    Raises:
+        FitError: a tensor is missing or misshapen.
+    """
+    if not isinstance(model.head, LanguageHead):
+        raise FitError("a decoder with a head for another task than language modelling", file="config.json")
+    graph = ctx.graph
+    if ctx.virtual.embedded:
+        width = model.embedding.projection.inputs if model.embedding.projection else model.hidden
+        ctx.ids = graph.input("inputs_embeds", ctx.io, ("batch", "sequence", width))
+    else:
+        graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
+    mask = graph.input("attention_mask", DType.I64, ("batch", "total_sequence"))
+    caches = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
+    if ctx.virtual.past:
+        mask = completed_mask(graph, ctx.ids, mask, caches[0].past_key)
+    frame = Frame(ctx, mask, max_length)
+    stream = ResidualStream(_embedded(ctx, model, frame, max_length))
+    for layer, cache in zip(model.layers, caches, strict=True):
+        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, frame, cache))
+    if model.final_norm is not None:
+        at = module_of(model.final_norm.weight) or "norm"
+        x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
+    else:
+        x = ctx.settled(stream, "")
+    tied = model.head.projection.weight == model.embedding.tokens
+    language_head(ctx, model.head, x, ctx.head if tied else "")
+    for layer, cache in zip(model.layers, caches, strict=True):
+        shape = ("batch", layer.attention.kv_heads, "present_sequence", layer.attention.head_dim)
+        graph.output(cache.present_key, ctx.io, shape)
+        graph.output(cache.present_value, ctx.io, shape)
+
+
+def _cache(ctx: Context, number: int, layer: Layer) -> CacheValues:
+    shape = ("batch", layer.attention.kv_heads, "past_sequence", layer.attention.head_dim)
+    past = [ctx.graph.input(f"past_key_values.{number}.{part}", ctx.io, shape) for part in ("key", "value")]
+    for name in past:
+        if name in ctx.virtual.past:
+            ctx.graph.initializer(name, ctx.virtual.past[name].astype(ctx.graph.numpy_type(ctx.io)))
+    return CacheValues(past[0], past[1], f"present.{number}.key", f"present.{number}.value")
+
+
+def _embedded(ctx: Context, model: Model, frame: Frame, max_length: int) -> str:
+    record = model.embedding
+    x = token_rows(ctx, model)
+    if record.projection is not None:
+        x = linear(ctx, record.projection, x)
+    if record.positions:
+        at = module_of(record.positions)
+        table = ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.hidden))
+        places = frame.positions
+        if record.position_offset:
+            places = ctx.graph.node("Add", [places, ctx.graph.ints(record.position_offset)], at)
+        if ctx.flat:
+            places = ctx.reshaped(places, (-1,), at)
+        x = ctx.graph.node("Add", [x, ctx.graph.node("Gather", [table, places], at, axis=0)], at)
+    if record.norm is not None:
+        x = norm(ctx, record.norm, x, model.hidden, module_of(record.norm.weight))
+    return x
+
+
+def _attention(ctx: Context, record: Attention, frame: Frame, cache: CacheValues) -> Body:
+    def attend(x: str, alpha: float) -> str:
+        return cached_attention(ctx, record, x, frame, cache, alpha=alpha)
+
+    return attend

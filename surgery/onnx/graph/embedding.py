@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token ids to the first hidden states."""
+
+from __future__ import annotations
+
+from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.linear import lora_slot
+from surgery.onnx.graph.virtual import rows_behind, types_in_front
+from surgery_formats.dtypes import DType
+from surgery_formats.models.families.recipe import Embedding, Model
+
+__all__ = ["encoder_rows", "token_rows"]
+
+
+def token_rows(ctx: Context, model: Model) -> str:
+    """Rows of the token table, scaled; hidden states' rank.
+
+    Virtual rows are scaled where the model scales whatever comes (Granite), not where its table does it (Gemma).
+    """
+    record = model.embedding
+    at = module_of(record.tokens)
+    width = record.projection.inputs if record.projection else model.hidden
+    table = ctx.weights.value(record.tokens, (model.vocabulary, width))
+    if ctx.virtual.embedded:
+        x = ctx.reshaped(ctx.ids, (-1, width), at) if ctx.flat else ctx.ids
+        return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
+    ids = ctx.reshaped(ctx.ids, (-1,), at) if ctx.flat else ctx.ids
+    rows = ctx.virtual.rows
+    known = ids
+    if rows is not None:
+        known = ctx.graph.node("Min", [ids, ctx.graph.number(model.vocabulary - 1, DType.I64)], at)
+    x = ctx.graph.node("Gather", [table, known], at, axis=0)
+    if record.tokens in ctx.slotted:
+        x = lora_slot(ctx, record.tokens, known, x, model.vocabulary, width, rows=True)
+    if record.scale_rounded:
+        x = _scaled(ctx, model, x, width, at)
+    if rows is not None:
+        x = rows_behind(ctx.graph, x, ids, model.vocabulary, rows, ctx.io, at)
+    return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
+
+
+def _scaled(ctx: Context, model: Model, x: str, width: int, at: str) -> str:
+    if model.embedding.scale == 1.0:
+        return x
+    scale = _scale(ctx, model.embedding, (model.vocabulary, width))
+    return ctx.graph.node("Mul", [x, ctx.graph.number(scale, ctx.io)], at)
+
+
+def _scale(ctx: Context, record: Embedding, shape: tuple[int, int]) -> float:
+    stored = ctx.weights.find(record.tokens, shape).dtype
+    if not record.scale_rounded or stored not in (DType.F16, DType.BF16):
+        return record.scale
+    import numpy as np
+
+    return float(np.array(record.scale, ctx.graph.numpy_type(stored)))
+
+
+def encoder_rows(ctx: Context, model: Model) -> ResidualStream:
+    """Token rows, learned positions and token types of an encoder; the last sum is left to the norm after it."""
+    record = model.embedding
+    x = token_rows(ctx, model)
+    rows = []
+    if record.positions:
+        rows.append(_position_rows(ctx, model))
+    if record.types:
+        rows.append(_type_rows(ctx, model))
+    for row in rows[:-1]:
+        x = ctx.graph.node("Add", [x, row], module_of(record.tokens))
+    return ResidualStream(x, rows[-1] if rows else "")
+
+
+def _position_rows(ctx: Context, model: Model) -> str:
+    """Rows of the position table: by place, or counted over tokens that are not padding (which stays at its own position)."""
+    record, graph = model.embedding, ctx.graph
+    at = module_of(record.positions)
+    table = ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.hidden))
+    if record.position_rule == "nonpad":
+        padding = graph.node("Equal", [ctx.ids, graph.number(record.padding_token, DType.I64)], at)
+        tokens = graph.cast(graph.node("Not", [padding], at), DType.I64, at)
+        counted = graph.node("CumSum", [tokens, graph.number(1, DType.I64)], at)
+        places = graph.node("Mul", [counted, tokens], at)
+        shift = record.position_offset - 1
+    else:
+        shape = graph.node("Shape", [ctx.ids], at)
+        length = graph.node("Squeeze", [graph.node("Shape", [ctx.ids], at, start=1, end=2)], at)
+        row = graph.node("Range", [graph.number(0, DType.I64), length, graph.number(1, DType.I64)], at)
+        places = graph.node("Expand", [row, shape], at)
+        shift = record.position_offset
+    if shift:
+        places = graph.node("Add", [places, graph.ints(shift)], at)
+    return _rows(ctx, table, places, at)
+
+
+def _type_rows(ctx: Context, model: Model) -> str:
+    """Rows of the token types; where there is only one type, that one, and no input for it."""
+    record = model.embedding
+    at = module_of(record.types)
+    number = ctx.weights.rows(record.types)
+    table = ctx.weights.value(record.types, (number, model.hidden))
+    if number > 1:
+        types = ctx.graph.input("token_type_ids", DType.I64, ("batch", "sequence"))
+        if ctx.virtual.front:
+            types = types_in_front(ctx.graph, types, ctx.virtual.front)
+        return _rows(ctx, table, types, at)
+    zeros = ctx.graph.node("Mul", [ctx.ids, ctx.graph.number(0, DType.I64)], at)
+    return _rows(ctx, table, zeros, at)
+
+
+def _rows(ctx: Context, table: str, places: str, at: str) -> str:
+    if ctx.flat:
+        places = ctx.reshaped(places, (-1,), at)
+    return ctx.graph.node("Gather", [table, places], at, axis=0)

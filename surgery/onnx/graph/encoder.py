@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graph of an encoder: every token sees every other token that is not padding."""
+
+from __future__ import annotations
+
+from surgery.onnx.graph.attention import project, split
+from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.embedding import encoder_rows
+from surgery.onnx.graph.heads import classifier_head, hidden_head
+from surgery.onnx.graph.layers import Body, layer_steps
+from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.norm import norm, residual_norm
+from surgery.onnx.graph.virtual import in_front
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.models.families.recipe import Attention, ClassifierHead, HiddenHead, Model
+
+__all__ = ["encoder"]
+
+
+def encoder(ctx: Context, model: Model) -> None:
+    """Build all of it.
+
+    Inputs ``input_ids``, ``attention_mask`` and, where the model has several token types, ``token_type_ids``, each ``(B, S)``; outputs are
+    those of the head.
+
+    Args:
+        ctx: An empty graph.
+        model: What to build.
+
+    Raises:
+        FitError: a tensor is missing or misshapen.
+    """
+    graph = ctx.graph
+    graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
+    mask = graph.input("attention_mask", DType.I64, ("batch", "sequence"))
+    if ctx.virtual.front:
+        ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
+    stream = encoder_rows(ctx, model)
+    if (first := model.embedding.norm) is not None:
+        stream = ResidualStream(residual_norm(ctx, first, stream, model.hidden, module_of(first.weight), keep=False)[0])
+    allowed = _allowed(ctx, mask)
+    for layer in model.layers:
+        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, allowed))
+    x = ctx.settled(stream, "")
+    if model.final_norm is not None:
+        x = norm(ctx, model.final_norm, x, model.hidden, module_of(model.final_norm.weight))
+    match model.head:
+        case ClassifierHead():
+            classifier_head(ctx, model.head, x)
+        case HiddenHead():
+            hidden_head(ctx, model.head, x, model.hidden)
+        case _:
+            raise FitError("an encoder with a language-modelling head", file="config.json")
+
+
+def _allowed(ctx: Context, mask: str) -> str:
+    """Which keys a query sees ``(B, 1, S, S)``, bool: all tokens. What padding sees nobody reads, but it must see something."""
+    token = ctx.graph.cast(mask, DType.BOOL, "")
+    keys = ctx.graph.node("Unsqueeze", [token, ctx.graph.ints(1, 2)], "")
+    padding = ctx.graph.node("Unsqueeze", [ctx.graph.node("Not", [token], ""), ctx.graph.ints(1, 3)], "")
+    return ctx.graph.node("Or", [keys, padding], "")
+
+
+def _attention(ctx: Context, record: Attention, allowed: str) -> Body:
+    at = module_of(module_of(record.output.weight))
+
+    def attend(x: str, alpha: float) -> str:
+        parts = split(ctx, record, project(ctx, record, x, at), at)
+        q, k, v = (ctx.batched(one, at) if ctx.flat else one for one in parts)
+        y = ctx.graph.node(
+            "Attention",
+            [q, k, v, allowed],
+            at,
+            q_num_heads=record.heads,
+            kv_num_heads=record.kv_heads,
+            scale=float(record.scale),
+        )
+        return linear(
+            ctx, record.output, ctx.reshaped(y, (-1, record.output.inputs), at) if ctx.flat else y, alpha=alpha
+        )
+
+    return attend

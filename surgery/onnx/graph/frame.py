@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all layers of a decoder read besides hidden states: lengths, positions, masks and rotary tables, each made when first asked for.
+
+``B`` batch, ``S`` new tokens, ``T`` past and new tokens.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from surgery.onnx.graph.context import Context
+from surgery.onnx.graph.rotary import Table, table
+from surgery_formats.dtypes import DType
+from surgery_formats.models.families.recipe import Rope
+
+__all__ = ["Frame"]
+
+_ALL = 2**62  # an end of Slice that is behind any length
+
+
+class Frame:
+    """The shared values of one decoder graph.
+
+    Where attention is GroupQueryAttention the mask only tells how many tokens each row has, and rows are padded on the right. Where it is
+    the standard operator, positions count the ones of the mask, so that padding may be anywhere.
+
+    Attributes:
+        mask: Input of ones and zeros ``(B, T)``, int64.
+        max_length: Positions of the rotary tables.
+    """
+
+    def __init__(self, ctx: Context, mask: str, max_length: int) -> None:
+        self._ctx = ctx
+        self._graph = ctx.graph
+        self.mask = mask
+        self.max_length = max_length
+        self._tables: list[tuple[Rope, Table]] = []
+        self._masks: dict[int | None, str] = {}
+
+    def table(self, rope: Rope) -> Table:
+        """Cosines and sines; layers of the same parameters share them."""
+        for known, made in self._tables:
+            if known == rope:
+                return made
+        made = table(self._graph, rope, self.max_length, self._ctx.io)
+        self._tables.append((rope, made))
+        return made
+
+    @cached_property
+    def _new_tokens(self) -> str:
+        """``[S]``."""
+        return self._graph.node("Shape", [self._ctx.ids], "", start=1, end=2)
+
+    @cached_property
+    def _tokens(self) -> str:
+        """Tokens of every row, past ones included: ``(B, 1)``, int64."""
+        return self._graph.node("ReduceSum", [self.mask, self._graph.ints(1)], "", keepdims=1)
+
+    @cached_property
+    def lengths(self) -> tuple[str, str]:
+        """``seqlens_k (B,)`` and ``total_sequence_length ()`` of GroupQueryAttention, int32."""
+        tokens = self._graph.node("ReduceSum", [self.mask, self._graph.ints(1)], "", keepdims=0)
+        last = self._graph.node("Sub", [tokens, self._graph.ints(1)], "")
+        total = self._graph.node("Shape", [self.mask], "", start=1, end=2)
+        scalar = self._graph.node("Squeeze", [total], "")
+        return self._graph.cast(last, DType.I32, ""), self._graph.cast(scalar, DType.I32, "")
+
+    @cached_property
+    def positions(self) -> str:
+        """Position of every new token ``(B, S)``, int64."""
+        graph = self._graph
+        if self._ctx.target.attention == "gqa":
+            # Rows are padded on the right: the first new token stands behind the past, which is what the mask has beyond S.
+            past = graph.node("Max", [graph.node("Sub", [self._tokens, self._new_tokens], ""), graph.ints(0)], "")
+            return graph.node("Add", [past, self._places(self._new_tokens)], "")
+        return graph.node("Max", [self._new_positions, graph.ints(0)], "")
+
+    def shifted_positions(self, rows: Table) -> str:
+        """Rows of a rotary table: positions, in the second half of the table for long sequences."""
+        if not rows.original:
+            return self.positions
+        graph = self._graph
+        longest = graph.node("ReduceMax", [self._tokens], "", keepdims=0)
+        is_long = graph.node("Greater", [longest, graph.number(rows.original, DType.I64)], "")
+        shift = graph.node("Mul", [graph.cast(is_long, DType.I64, ""), graph.number(rows.rows, DType.I64)], "")
+        return graph.node("Add", [self.positions, shift], "")
+
+    def _places(self, length: str) -> str:
+        """``0 ... length - 1`` for a length ``[n]``."""
+        zero, one = (self._graph.number(n, DType.I64) for n in (0, 1))
+        return self._graph.node("Range", [zero, self._graph.node("Squeeze", [length], ""), one], "")
+
+    @cached_property
+    def _key_positions(self) -> str:
+        """Position of every key ``(B, T)``: how many tokens of the mask stand before it."""
+        counted = self._graph.node("CumSum", [self.mask, self._graph.number(1, DType.I64)], "")
+        return self._graph.node("Sub", [counted, self._graph.ints(1)], "")
+
+    @cached_property
+    def _new_positions(self) -> str:
+        """The last S of them; -1 for padding before the first token."""
+        graph = self._graph
+        start = graph.node("Neg", [self._new_tokens], "")
+        return graph.node("Slice", [self._key_positions, start, graph.ints(_ALL), graph.ints(1)], "")
+
+    def allowed(self, window: int | None) -> str:
+        """Which keys a query sees ``(B, 1, S, T)``, bool: tokens up to itself, the last `window` of them.
+
+        A query always sees its own key, so that padding before a sequence has something to attend to and never becomes NaN.
+        """
+        if window not in self._masks:
+            self._masks[window] = self._allowed(window)
+        return self._masks[window]
+
+    def _allowed(self, window: int | None) -> str:
+        graph = self._graph
+        key, query = self._columns
+        seen: list[str] = [self._causal]
+        if window is not None:
+            first = graph.node("Sub", [query, graph.number(window, DType.I64)], "")
+            seen.append(graph.node("Greater", [key, first], ""))
+        value = seen[0]
+        for other in seen[1:]:
+            value = graph.node("And", [value, other], "")
+        return graph.node("Unsqueeze", [graph.node("Or", [value, self._self_seen], ""), graph.ints(1)], "")
+
+    @cached_property
+    def _columns(self) -> tuple[str, str]:
+        """Positions of keys ``(B, 1, T)`` and queries ``(B, S, 1)``."""
+        return (
+            self._graph.node("Unsqueeze", [self._key_positions, self._graph.ints(1)], ""),
+            self._graph.node("Unsqueeze", [self._new_positions, self._graph.ints(2)], ""),
+        )
+
+    @cached_property
+    def _causal(self) -> str:
+        """Whether a key is a token, and not after the query ``(B, S, T)``."""
+        graph = self._graph
+        key, query = self._columns
+        is_token = graph.cast(graph.node("Unsqueeze", [self.mask, graph.ints(1)], ""), DType.BOOL, "")
+        return graph.node("And", [graph.node("LessOrEqual", [key, query], ""), is_token], "")
+
+    @cached_property
+    def _self_seen(self) -> str:
+        """Whether key and query are the same place ``(S, T)``."""
+        graph = self._graph
+        total = graph.node("Shape", [self.mask], "", start=1, end=2)
+        keys = self._places(total)
+        start = graph.node("Neg", [self._new_tokens], "")
+        queries = graph.node("Slice", [keys, start, graph.ints(_ALL), graph.ints(0)], "")
+        return graph.node("Equal", [keys, graph.node("Unsqueeze", [queries, graph.ints(1)], "")], "")

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes after the last layer: a head and the graph's outputs."""
+
+from __future__ import annotations
+
+from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.mlp import activate
+from surgery_formats.dtypes import DType
+from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead
+
+__all__ = ["classifier_head", "hidden_head", "language_head"]
+
+_ALL = 2**62  # an end of Slice that is behind any length
+
+
+def language_head(ctx: Context, record: LanguageHead, x: str, slot: str = "") -> None:
+    """The output ``logits (B, S, V)``; `slot` is what a slot is called after, if not after the weight."""
+    at = module_of(record.projection.weight)
+    if record.before is not None:
+        x = linear(ctx, record.before, x)
+    y = linear(ctx, record.projection, x, alpha=1.0 / record.divisor, slot=slot)
+    if record.softcap is not None:
+        cap = ctx.graph.number(record.softcap, ctx.io)
+        y = ctx.graph.node("Tanh", [ctx.graph.node("Div", [y, cap], at)], at)
+        y = ctx.graph.node("Mul", [y, cap], at)
+    _every_token(ctx, y, at, "logits", record.projection.outputs)
+
+
+def classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
+    """The output ``logits``: ``(B, labels)`` of the first token, or ``(B, S, labels)``."""
+    if record.tokens == "first":
+        x = _first_token(ctx, x, "classifier")
+    for projection, activation in record.steps:
+        at = module_of(projection.weight)
+        x = linear(ctx, projection, x)
+        if activation is not None:
+            x = activate(ctx, activation, x, at)
+    last = record.steps[-1][0]
+    if record.tokens == "every":
+        _every_token(ctx, x, module_of(last.weight), "logits", last.outputs)
+    else:
+        ctx.graph.output(ctx.graph.rename(x, "logits"), ctx.io, ("batch", last.outputs))
+
+
+def hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
+    """The outputs ``last_hidden_state (B, S, D)`` and, with a pooler, ``pooler_output (B, D)``."""
+    _every_token(ctx, x, "", "last_hidden_state", width)
+    if record.pooler is not None:
+        at = module_of(record.pooler.weight)
+        if ctx.virtual.front:  # the first token is a virtual one
+            first = _first_token(ctx, x, at)
+        else:
+            first = ctx.graph.node("Gather", ["last_hidden_state", ctx.graph.number(0, DType.I64)], at, axis=1)
+        pooled = activate(ctx, "tanh", linear(ctx, record.pooler, first), at)
+        ctx.graph.output(ctx.graph.rename(pooled, "pooler_output"), ctx.io, ("batch", record.pooler.outputs))
+
+
+def _first_token(ctx: Context, x: str, at: str) -> str:
+    x = ctx.batched(x, at) if ctx.flat else x
+    return ctx.graph.node("Gather", [x, ctx.graph.number(0, DType.I64)], at, axis=1)
+
+
+def _every_token(ctx: Context, x: str, at: str, name: str, width: int) -> None:
+    if ctx.virtual.front:  # nobody asked for what virtual tokens come to
+        x = ctx.batched(x, at) if ctx.flat else x
+        ends = [ctx.graph.ints(one) for one in (ctx.virtual.front, _ALL, 1)]
+        y = ctx.graph.node("Slice", [x, *ends], at, out=name)
+    else:
+        y = ctx.batched(x, at, out=name) if ctx.flat else ctx.graph.rename(x, name)
+    ctx.graph.output(y, ctx.io, ("batch", "sequence", width))

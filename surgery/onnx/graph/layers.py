@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The residual steps of a layer, whatever its bodies are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.mlp import mlp
+from surgery.onnx.graph.norm import norm, residual_norm
+from surgery_formats.models.families.recipe import Branch, Layer, Model
+
+__all__ = ["Body", "layer_steps"]
+
+Body = Callable[[str, float], str]
+"""From hidden states and a factor to what the body makes of them, times the factor."""
+
+
+def layer_steps(ctx: Context, model: Model, layer: Layer, stream: ResidualStream, attend: Body) -> ResidualStream:
+    """Attention and MLP of one layer; the last sum is left to whoever reads the stream."""
+
+    def think(x: str, alpha: float) -> str:
+        return mlp(ctx, layer.mlp, x, alpha=alpha)
+
+    at = module_of(module_of(module_of(layer.attention.output.weight)))
+    if layer.parallel:
+        return _parallel(ctx, model, layer, stream, attend, think, at)
+    stream = _branch(ctx, model, layer.attention_branch, stream, attend, at)
+    return _branch(ctx, model, layer.mlp_branch, stream, think, at)
+
+
+def _branch(ctx: Context, model: Model, branch: Branch, stream: ResidualStream, body: Body, at: str) -> ResidualStream:
+    """``x + multiplier * after(body(before(x)))``, then `on_sum`; the sum is left to whoever reads it."""
+    x, stream = _before(ctx, model, branch, stream, at)
+    stream = ResidualStream(stream.value, _after(ctx, model, branch, body, x, at))
+    if branch.on_sum is None:
+        return stream
+    at = module_of(branch.on_sum.weight) or at
+    return ResidualStream(residual_norm(ctx, branch.on_sum, stream, model.hidden, at, keep=False)[0])
+
+
+def _before(ctx: Context, model: Model, branch: Branch, stream: ResidualStream, at: str) -> tuple[str, ResidualStream]:
+    if branch.before is None:
+        total = ctx.settled(stream, at)
+        return total, ResidualStream(total)
+    return residual_norm(ctx, branch.before, stream, model.hidden, module_of(branch.before.weight) or at)
+
+
+def _after(ctx: Context, model: Model, branch: Branch, body: Body, x: str, at: str) -> str:
+    if branch.after is None:
+        return body(x, branch.multiplier)
+    y = norm(ctx, branch.after, body(x, 1.0), model.hidden, module_of(branch.after.weight) or at)
+    if branch.multiplier != 1.0:
+        y = ctx.graph.node("Mul", [y, ctx.graph.number(branch.multiplier, ctx.io)], at)
+    return y
+
+
+def _parallel(
+    ctx: Context, model: Model, layer: Layer, stream: ResidualStream, attend: Body, think: Body, at: str
+) -> ResidualStream:
+    """Both bodies read the layer's input; an MLP without a norm reads what the attention reads."""
+    x, stream = _before(ctx, model, layer.attention_branch, stream, at)
+    y = x
+    if layer.mlp_branch.before is not None:
+        y, _ = _before(ctx, model, layer.mlp_branch, stream, at)
+    attended = _after(ctx, model, layer.attention_branch, attend, x, at)
+    thought = _after(ctx, model, layer.mlp_branch, think, y, at)
+    return ResidualStream(stream.value, ctx.graph.node("Add", [attended, thought], at))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear maps over weights as checkpoints store them: transposed by the multiplication, never by a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.contract import Slot
+from surgery.onnx.graph.graph import MICROSOFT
+from surgery_formats.models.families.recipe import Projection
+
+__all__ = ["joined", "linear", "lora_slot"]
+
+
+def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, slot: str = "") -> str:
+    """``alpha (x W^T + b)``.
+
+    Args:
+        ctx: Where it goes.
+        projection: W and b.
+        x: Hidden states.
+        alpha: A factor the multiplication takes along at no cost.
+        slot: What its slot is called after, if not after the weight.
+    """
+    stored = (
+        (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
+    )
+    weight = ctx.weights.value(projection.weight, stored)
+    bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
+    at = module_of(projection.weight)
+    y = _multiply(ctx, x, weight, bias, at, transposed=projection.transposed, alpha=alpha)
+    slot = slot or projection.weight
+    return lora_slot(ctx, slot, x, y, projection.inputs, projection.outputs, alpha) if slot in ctx.slotted else y
+
+
+def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | None:
+    """Several maps of the same input as one, outputs side by side; None where their weights do not lie side by side.
+
+    Their biases are vectors, and are joined by a Concat that runtimes fold.
+    """
+    if ctx.target.packed == "none" or any(one.transposed or one.weight in ctx.slotted for one in projections):
+        return None
+    weight = ctx.weights.adjacent(
+        [one.weight for one in projections], [(one.outputs, one.inputs) for one in projections]
+    )
+    if weight is None or len({bool(one.bias) for one in projections}) > 1:
+        return None
+    at = module_of(weight)
+    bias = ""
+    if projections[0].bias:
+        names, shapes = [one.bias for one in projections], [(one.outputs,) for one in projections]
+        bias = ctx.weights.adjacent(names, shapes) or ctx.graph.node(
+            "Concat", [ctx.weights.value(*one) for one in zip(names, shapes, strict=True)], at, axis=0
+        )
+    return _multiply(ctx, x, weight, bias, at)
+
+
+def _multiply(
+    ctx: Context, x: str, weight: str, bias: str, at: str, *, transposed: bool = False, alpha: float = 1.0
+) -> str:
+    factor: dict[str, Any] = {} if alpha == 1.0 else {"alpha": float(alpha)}
+    if ctx.flat:
+        beta: dict[str, Any] = {} if alpha == 1.0 or not bias else {"beta": float(alpha)}
+        return ctx.graph.node("Gemm", [x, weight, bias], at, transB=0 if transposed else 1, **factor, **beta)
+    y = ctx.graph.node("FusedMatMul", [x, weight], at, domain=MICROSOFT, transB=0 if transposed else 1, **factor)
+    if not bias:
+        return y
+    if alpha != 1.0:
+        bias = ctx.graph.node("Mul", [bias, ctx.graph.number(alpha, ctx.io)], at)
+    return ctx.graph.node("Add", [y, bias], at)
+
+
+def lora_slot(
+    ctx: Context, weight: str, x: str, y: str, inputs: int, outputs: int, alpha: float = 1.0, *, rows: bool = False
+) -> str:
+    """``y + alpha x A B`` with A and B as inputs of rank 0 unless given.
+
+    Args:
+        ctx: Where it goes.
+        weight: The slot is called after it.
+        x: What the weight is multiplied with; with `rows` ids, which choose rows of A.
+        y: What came out without the slot.
+        inputs: Rows of A.
+        outputs: Columns of B.
+        alpha: Factor of `y`.
+        rows: Whether the weight is a table of rows.
+    """
+    import numpy as np
+
+    at = module_of(weight)
+    a, b, rank = f"{at}.lora_A.weight", f"{at}.lora_B.weight", f"rank of {at}"
+    dtype = ctx.graph.numpy_type(ctx.io)
+    for name, empty, shape in (
+        (a, (inputs, 0), (inputs, rank)),
+        (b, (0, outputs), (rank, outputs)),
+    ):
+        ctx.graph.input(name, ctx.io, shape)
+        ctx.graph.initializer(name, np.zeros(empty, dtype))
+    ctx.slots.append(Slot(weight, a, b))
+    low = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
+    if alpha != 1.0:
+        low = ctx.graph.node("Mul", [low, ctx.graph.number(alpha, ctx.io)], at)
+    return ctx.graph.node("Add", [y, ctx.graph.node("MatMul", [low, b], at)], at)

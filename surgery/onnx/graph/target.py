@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which operators a graph is made of: a choice per kind of step, so that a benchmark can compare any two of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.text import show
+
+__all__ = ["TARGETS", "OperatorSet", "choose", "io_type", "standard", "twin"]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSet:
+    """Operators by kind of step.
+
+    Attributes:
+        name: As in ``--target``.
+        linear: ``gemm``: Gemm over rows ``(B*S, D)``, which every runtime has; ``fused``: com.microsoft.FusedMatMul over ``(B, S, D)``,
+            without a Reshape around it. Both read weights as checkpoints store them.
+        attention: ``gqa``: com.microsoft.GroupQueryAttention, its cache in one buffer, padding on the right; ``standard``: Attention of
+            opset 23.
+        norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of opset 23.
+        activation: ``fused``: SiLU is one com.microsoft.QuickGelu; ``standard``: Sigmoid and Mul.
+        packed: Whether weights that lie one after the other in the file become one: ``all``; ``attention``: those of an MLP stay apart,
+            which takes a multiplication more and a Split less; ``none``.
+        qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: operators of their own.
+    """
+
+    name: str
+    linear: Literal["gemm", "fused"]
+    attention: Literal["gqa", "standard"]
+    norm: Literal["fused", "standard"]
+    activation: Literal["fused", "standard"]
+    packed: Literal["all", "attention", "none"] = "all"
+    qk_norm: Literal["fused", "standard"] = "standard"
+
+
+TARGETS = {
+    "cuda": OperatorSet("cuda", "fused", "gqa", "fused", "fused", packed="attention", qk_norm="fused"),
+    "cpu": OperatorSet("cpu", "gemm", "gqa", "fused", "fused"),
+    "portable": OperatorSet("portable", "gemm", "standard", "standard", "standard"),
+}
+
+_TYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
+_RUNS = {"cuda": ("fp32", "fp16", "bf16"), "cpu": ("fp32",), "portable": ("fp32", "fp16", "bf16")}
+_WHY = {"cpu": "the CPU provider computes in fp32 (it converts fp16 back and forth, and has no bf16)"}
+
+
+def io_type(target: str, dtype: str, stored: DType) -> DType:
+    """The type of logits, cache and arithmetic.
+
+    Args:
+        target: Name.
+        dtype: ``auto``, ``fp32``, ``fp16`` or ``bf16``. ``auto`` is the stored type where the target runs it everywhere it may go, else
+            fp32.
+        stored: Of the checkpoint's embedding.
+
+    Raises:
+        FitError: the target cannot run it.
+    """
+    if target not in TARGETS:
+        raise FitError(f"no target '{show(target)}'", hint=f"one of {', '.join(TARGETS)}")
+    if dtype == "auto":
+        keeps = {"cuda": (DType.F16, DType.BF16), "portable": (DType.F16,)}.get(target, ())
+        return stored if stored in keeps else DType.F32
+    if dtype not in _TYPES:
+        raise FitError(f"no type '{show(dtype)}'", hint=f"auto, {', '.join(_TYPES)}")
+    if dtype not in _RUNS[target]:
+        raise FitError(f"the target {target} cannot run {dtype}: {_WHY[target]}", hint=f"--dtype {_RUNS[target][0]}")
+    return _TYPES[dtype]
+
+
+def choose(target: str, io: DType) -> OperatorSet:
+    """The operators for a target and a type: GroupQueryAttention on CUDA has kernels for 16 bits only."""
+    found = TARGETS[target]
+    return standard(found) if target == "cuda" and io is DType.F32 else found
+
+
+def standard(target: OperatorSet) -> OperatorSet:
+    """The same with Attention of opset 23: for prefill of several rows on top of a past, which GroupQueryAttention refuses."""
+    return replace(target, attention="standard")
+
+
+def twin(target: OperatorSet) -> OperatorSet:
+    """The same operators as far as the CPU provider has them, to prove a graph for CUDA in fp32 where there is no GPU."""
+    return replace(target, qk_norm="standard")

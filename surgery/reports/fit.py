@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter held against a base by names and shapes, for reports: no values are read and little is refused.
+
+What a merge would do is decided by `surgery_formats.binding.bind`; this only tells roles and sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from surgery.reports.targets import site_role
+from surgery_formats.binding.bind import fit_of
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.families.family import role_of
+from surgery_formats.models.names import WeightSlice, extent
+from surgery_formats.text import closest, listing, show
+from surgery_formats.updates import Replacement, Stacked, TokenRows, Unsized, Update
+
+__all__ = ["FitReport", "fit_report"]
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """How an adapter fits a base.
+
+    Attributes:
+        roles: Role of each parameter by the base's own name for it.
+        grown: Numbers by which the base itself grows while the adapter is attached: rows of a resized vocabulary, and
+            the originals of heads that it lacks (PEFT keeps the original of every module it trains in full).
+        warnings: What does not fit.
+    """
+
+    roles: Mapping[Site, str]
+    grown: int
+    warnings: tuple[str, ...]
+
+    def role(self, site: Site) -> str:
+        """By the base's name; by the adapter's where the base has no such parameter."""
+        return self.roles.get(site) or site_role(site)
+
+
+def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
+    """Resolve every parameter of `adapter` in `base`.
+
+    Raises:
+        FitError: none of them is there in the right shape.
+    """
+    roles: dict[Site, str] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    odd: list[Site] = []
+    heads = 0
+    for site, chain in adapter.updates.items():
+        component = _component(site, base)
+        places = component.names.resolve(site.path, flat=site.flat) if component else ()
+        if not places and isinstance(chain[0], Replacement) and adapter.new_modules & set(site.path.split(".")):
+            heads += chain[0].stored.numel
+            continue
+        if component is None or not places or not _fits(chain, places):
+            odd += [] if site in adapter.optional else [site]
+            continue
+        roles[site] = role_of(places[0].parameter.name)
+        for update in chain:
+            if isinstance(update, Replacement):
+                old = places[0].parameter.storage.tensor
+                sizes[component.name, old.name] = update.stored.numel - old.numel
+    if odd and not roles:
+        raise FitError(
+            f"the base has none of its {len(odd)} parameters in the right shape, such as '{show(odd[0])}'",
+            file=adapter.path,
+            hint=_hint(odd[0], base),
+        )
+    warnings = (
+        [f"{len(odd)} of {len(adapter.updates)} parameters do not fit the base: {listing(map(str, odd))}"]
+        if odd
+        else []
+    )
+    return FitReport(roles, heads + sum(sizes.values()), (*warnings, *_prompt(adapter, base)))
+
+
+def _component(site: Site, base: Checkpoint) -> Component | None:
+    return base.components.get(site.component) or base.components.get("")
+
+
+def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
+    """By shape alone. A replacement may have more rows (a larger vocabulary), and what follows it then has too."""
+    height, width = extent(places)
+    for given in chain:
+        update = given
+        if isinstance(given, Unsized):
+            try:
+                update = given.fitted(fit_of(places, (height, width)))
+            except FitError:
+                return False
+        rows, cols = update.shape
+        if isinstance(update, Replacement):
+            old = places[0].parameter.storage.tensor.shape
+            if update.stored.shape[1:] != old[1:] or len(places) > 1:
+                return False
+            height = rows if update.stored.shape != old else height
+        elif isinstance(update, Stacked):  # experts may be held either way round
+            if rows * cols != height * width:
+                return False
+        elif cols != width or (rows > height if isinstance(update, TokenRows) else rows != height):
+            return False
+    return True
+
+
+def _hint(site: Site, base: Checkpoint) -> str:
+    component = _component(site, base) or next(iter(base.components.values()))
+    return closest(site.path, component.tensors) or "is this the base it was trained on?"
+
+
+def _prompt(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
+    """Virtual tokens must be as long as the base's embeddings; prefixes (keys and values) are of another length."""
+    component = base.components.get("")
+    if adapter.prompt is None or adapter.prompt.prefix or not component or not component.embedding:
+        return ()
+    found = []
+    width, dim = component.tensors[component.embedding].shape[-1], adapter.prompt.dim
+    if dim != width:
+        found.append(f"its virtual tokens have {dim} numbers, the base's embeddings {width}")
+    if adapter.kind == "P_TUNING":
+        found.append("the encoder that made its virtual tokens is not in the file, so it is not counted as trained")
+    return tuple(found)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of an output: what it was made of and what was measured. No paths, no times: the same bytes every time."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from surgery._version import __version__
+from surgery.engine.ledger import Ledger
+from surgery_formats.binding.bind import Binding
+from surgery_formats.models.module_tree import module_graph
+from surgery_formats.text import count, nbytes, show
+
+__all__ = ["merge_card"]
+
+
+def merge_card(binding: Binding, ledger: Ledger) -> bytes:
+    """README.md of a merged model."""
+    base = binding.checkpoint
+    names = [_code(adapter.path.resolve().name) for adapter, _ in binding.adapters]
+    rows = [
+        f"| {_code(adapter.path.resolve().name)} | {adapter.format} {adapter.kind} | {weight:g} | {count(adapter.parameters)} |"
+        for adapter, weight in binding.adapters
+    ]
+    parameters = sum(module_graph(component).parameters for component in base.components.values())
+    classes = ", ".join(f"{number} {kind}" for kind, number in ledger.classes.items())
+    lines = [
+        "---",
+        *_base_model(binding),
+        "base_model_relation: merge",
+        f"library_name: {'diffusers' if base.is_pipeline else 'transformers'}",
+        "tags:",
+        "- merge",
+        "---",
+        "",
+        f"# {_code(base.path.resolve().name)} with {', '.join(names)} merged in",
+        "",
+        "| adapter | kind | weight | trained parameters |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        f"- Base: {_code(base.path.resolve().name)}, {count(parameters)} parameters, {nbytes(base.nbytes)}.",
+        f"- Tensors: {classes}.",
+    ]
+    if not math.isnan(ledger.survival):
+        lines.append(
+            f"- {ledger.survival:.2%} of the update survives in the stored type (rounding noise {ledger.rounding:.2%} of its norm)."
+        )
+    lines += [f"- Warning: {show(warning, 500)}" for warning in ledger.plan.warnings]
+    lines += ["", f"Made by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
+    return "\n".join(lines).encode()
+
+
+def _base_model(binding: Binding) -> list[str]:
+    """The hub's name of the base, where an adapter recorded one."""
+    names = {adapter.base_name for adapter, _ in binding.adapters}
+    return [
+        f"base_model: {name}"
+        for name in sorted(names)
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name)
+    ][:1]
+
+
+def _code(text: str) -> str:
+    """Untrusted text as inline code: no links, no tables, no markup."""
+    return "`" + show(text).replace("`", "'").replace("|", "\\|") + "`"

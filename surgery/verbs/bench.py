@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``surgery bench``: load, prefill, milliseconds per token and memory of a graph, or of two in turns.
+
+Two graphs are measured in turns in one process, so that what disturbs the machine disturbs both. On CUDA the floor is measured beside
+them: no step of one row can be faster than reading its weights once, at the speed at which the device copies.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.onnx.run.decoder import Decoder
+from surgery.onnx.run.encoder import encode
+from surgery.onnx.run.opening import Opened, open_graph
+from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
+from surgery.reports.to_json import plain
+from surgery.verbs.run import prepare_decoder
+from surgery_formats.errors import FitError
+
+__all__ = ["BenchResult", "BenchSide", "Bound", "bench", "bind", "floor_seconds", "measure_all", "step_nbytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSide:
+    """One graph.
+
+    Attributes:
+        model: As given.
+        load_seconds: Until the session stands.
+        prefill_seconds: Median; up to the first token's logits. Of an encoder: the whole run.
+        token_seconds: Median of a decoding step of the whole batch; None for an encoder.
+        memory_nbytes: Taken by session and buffers: of the device on CUDA, else private memory of the process (mapped weights are not).
+        step_nbytes: Weights that a step reads.
+        virtual_tokens: Of the soft prompt that every row begins with.
+    """
+
+    model: str
+    load_seconds: float
+    prefill_seconds: float
+    token_seconds: float | None
+    memory_nbytes: int
+    step_nbytes: int
+    virtual_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """Both graphs, and what they were measured at.
+
+    Attributes:
+        sides: The graph, and the one it was measured against.
+        device: ``cpu`` or ``cuda``.
+        prompt_length: Tokens of a row.
+        new_tokens: Steps that were measured.
+        batch: Rows.
+        bandwidth: Bytes per second of a copy on the device, reading and writing counted; None on the cpu.
+        floors: Seconds to read the weights of a step once, per side; empty on the cpu.
+        prefill_ratio: Of two graphs, first to second.
+        token_ratio: Of two graphs, first to second; None for encoders.
+    """
+
+    sides: tuple[BenchSide, ...]
+    device: str
+    prompt_length: int
+    new_tokens: int
+    batch: int
+    bandwidth: float | None
+    floors: tuple[float, ...]
+    prefill_ratio: Ratio | None = None
+    token_ratio: Ratio | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        found: dict[str, Any] = plain(self)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A graph ready to be measured.
+
+    Attributes:
+        model: As given.
+        opened: Its session.
+        decoder: None for an encoder.
+        load_seconds: Until the session stood.
+        memory_nbytes: It took.
+        virtual_tokens: In front of every row.
+    """
+
+    model: str
+    opened: Opened
+    decoder: Decoder | None
+    load_seconds: float
+    memory_nbytes: int
+    virtual_tokens: int
+
+
+def bench(
+    model: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    prompt_length: int = 512,
+    new_tokens: int = 100,
+    batch: int = 1,
+    cache: int | None = None,
+    device: str = "auto",
+    cuda_graph: bool = True,
+    threads: int | None = None,
+) -> BenchResult:
+    """Measure a graph, or two in turns.
+
+    Args:
+        model: The graph, or its folder.
+        against: Another one.
+        prompt_length: Tokens of each row, the same random ones for both.
+        new_tokens: Steps that are measured, in turns of a few.
+        batch: Rows.
+        cache: Size of a shared cache; by default just what is needed.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        cuda_graph: On CUDA, whether steps are recorded and replayed.
+        threads: Of one operation on the cpu.
+
+    Raises:
+        InputError: something cannot be read.
+        FitError: longer than a graph takes, or a device that is not here.
+        ProofError: weights that a graph was not made for.
+    """
+    models = [model] if against is None else [model, against]
+    length = cache or cache_length(prompt_length, new_tokens)
+    sides = [
+        bind(one, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)
+        for one in models
+    ]
+    if len({side.opened.memory.device for side in sides}) > 1:
+        raise FitError("one graph runs on the cpu, the other on CUDA", hint="name the device: --device cpu")
+    width = min(_vocabulary(side.opened) for side in sides)
+    rows = np.random.default_rng(0).integers(0, width, (batch, prompt_length)).tolist()
+    bandwidth, floors = None, list[float]()
+    if sides[0].opened.memory.device == "cuda":
+        floors = [floor_seconds(side) for side in sides]
+        bandwidth = step_nbytes(sides[0].opened.path) / floors[0]
+    times = measure_all(sides, rows, new_tokens)
+    ratios = compare(times[0], times[1]) if len(times) > 1 else (None, None)
+    return BenchResult(
+        tuple(
+            BenchSide(
+                os.fspath(side.model), side.load_seconds, timing.prefill, timing.token, side.memory_nbytes,
+                step_nbytes(side.opened.path), side.virtual_tokens,
+            )
+            for side, timing in zip(sides, times, strict=True)
+        ),
+        sides[0].opened.memory.device, prompt_length, new_tokens, batch, bandwidth, tuple(floors), *ratios,
+    )  # fmt: skip
+
+
+def bind(
+    model: str | os.PathLike[str],
+    *,
+    batch: int,
+    max_length: int,
+    device: str = "auto",
+    cuda_graph: bool = True,
+    threads: int | None = None,
+    adapters: Sequence[str | os.PathLike[str]] = (),
+    prompt_adapter: str | os.PathLike[str] | None = None,
+    provider_options: Mapping[str, str] | None = None,
+    session_config: Mapping[str, str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
+) -> Bound:
+    """Open `model` and make its buffers; `max_length` is without virtual tokens. See `open_graph` and `prepare_decoder`."""
+    used = _used(device)
+    began = time.perf_counter()
+    opened = open_graph(
+        model, device=device, cuda_graph=cuda_graph, threads=threads, provider_options=provider_options,
+        session_config=session_config, profile=profile,
+    )  # fmt: skip
+    loaded = time.perf_counter() - began
+    decoder, past = None, None
+    if opened.contract.kind == "decoder":
+        decoder, past = prepare_decoder(
+            opened, batch=batch, max_length=max_length, adapters=adapters, prompt_adapter=prompt_adapter
+        )
+    tokens = past.tokens if past else 0
+    return Bound(os.fspath(model), opened, decoder, loaded, max(0, _used(device) - used), tokens)
+
+
+def measure_all(
+    sides: Sequence[Bound], rows: list[list[int]], new_tokens: int, repeats: int = PREFILLS
+) -> list[Timing]:
+    """Time of every side, all of them alive, in turns."""
+
+    def begin(side: Bound) -> Callable[[], Any]:
+        if side.decoder is None:
+            return lambda: encode(side.opened, rows)
+        decoder = side.decoder
+        return lambda: decoder.prefill(rows)
+
+    return measure([begin(side) for side in sides], [side.decoder for side in sides], new_tokens, len(rows), repeats)
+
+
+def floor_seconds(side: Bound) -> float:
+    """Seconds to read the weights of one step once, at the copy bandwidth of this device, measured now.
+
+    Raises:
+        FitError: not on CUDA.
+    """
+    from surgery.onnx.run.cudart import CudaMemory, copy_bandwidth
+
+    memory, nbytes = side.opened.memory, step_nbytes(side.opened.path)
+    if not isinstance(memory, CudaMemory):
+        raise FitError("the floor is measured on CUDA only")
+    return nbytes / copy_bandwidth(memory, min(nbytes, memory.free() // 3))
+
+
+def step_nbytes(path: Path) -> int:
+    """Bytes of the weights that a step reads: all but tables of which it looks up a row. A weight used twice is read once."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    names = {tensor.name for tensor in graph.initializer}
+    cast = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast" and node.input[0] in names}
+    whole = {
+        cast.get(name, name)
+        for node in graph.node
+        for index, name in enumerate(node.input)
+        if not (node.op_type == "Gather" and index == 0) and node.output[0] not in cast
+    }
+    found: dict[tuple[str, int], int] = {}
+    for tensor in graph.initializer:
+        if tensor.name in whole:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            inside = len(tensor.raw_data) or tensor.ByteSize()
+            key = (place["location"], int(place.get("offset", 0))) if place else (tensor.name, -1)
+            found[key] = max(found.get(key, 0), int(place["length"]) if place else inside)
+    return sum(found.values())
+
+
+def _vocabulary(opened: Opened) -> int:
+    from surgery.onnx.run.encoder import vocabulary
+
+    return opened.contract.vocabulary or vocabulary(opened)
+
+
+def _used(device: str) -> int:
+    """Bytes taken: on CUDA of the device, else private memory of this process; 0 where the system does not say."""
+    if device != "cpu":
+        from surgery.onnx.run.cudart import device_count, used
+
+        if device_count():
+            return used(int(device.partition(":")[2] or 0))
+    try:
+        with open("/proc/self/status") as status:
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")), 0)
+    except OSError:
+        return 0

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environment: what a bug report needs to say about the machine, and what is wrong with the installation.
+
+Versions are read from the packages' metadata; nothing is imported unless a deep look is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from surgery._version import __version__
+from surgery.reports.to_json import plain
+
+__all__ = ["EnvironmentReport", "Finding", "Gpu", "Package", "env"]
+
+REQUIRED = ("torch", "numpy", "safetensors", "onnx", "click", "regex", "rich", "xxhash", "ml_dtypes")
+OPTIONAL = ("huggingface_hub", "tokenizers", "transformers", "peft", "diffusers", "onnx-ir", "gguf")
+# Distributions that all install the module `onnxruntime`, best first: two of them overwrite each other's files.
+RUNTIMES = (
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+    "onnxruntime-rocm",
+    "onnxruntime-silicon",
+)
+_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
+_SMI_SECONDS = 10.0
+_MIB = 1 << 20
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A distribution by the name it is installed by; no version means it is not installed."""
+
+    name: str
+    version: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A CUDA device, as the driver tells.
+
+    Attributes:
+        name: Of the product.
+        driver: Version of the driver.
+        nbytes: Of its memory.
+    """
+
+    name: str
+    driver: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something wrong with the installation.
+
+    Attributes:
+        what: What is wrong.
+        cure: Commands, or what to do.
+    """
+
+    what: str
+    cure: str
+
+
+@dataclass(frozen=True)
+class EnvironmentReport:
+    """The machine and the installation.
+
+    Attributes:
+        version: Of surgery.
+        python: Version of Python, with its implementation where that is not CPython.
+        platform: Operating system and machine.
+        packages: What is required, then every onnxruntime found (or its absence), then what is optional.
+        gpus: CUDA devices that the driver shows; none without a driver.
+        cores: Cores this process may use.
+        memory_nbytes: Memory this process may use: of the machine, or of its container; None where it cannot be told.
+        findings: What is wrong.
+        deep: From importing torch and onnxruntime, where that was asked for: devices they can use, or how they fail.
+    """
+
+    version: str
+    python: str
+    platform: str
+    packages: tuple[Package, ...]
+    gpus: tuple[Gpu, ...]
+    cores: int
+    memory_nbytes: int | None
+    findings: tuple[Finding, ...]
+    deep: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"type": "environment", **plain(self)}
+
+
+def env(*, deep: bool = False) -> EnvironmentReport:
+    """Look at the machine and the installation.
+
+    Args:
+        deep: Import torch and onnxruntime too, to see what they can use (slow).
+    """
+    required = tuple(Package(name, _version(name)) for name in REQUIRED)
+    runtimes = tuple(found for name in RUNTIMES if (found := Package(name, _version(name))).version)
+    optional = tuple(Package(name, _version(name)) for name in OPTIONAL)
+    gpus = _gpus()
+    implementation = platform.python_implementation()
+    return EnvironmentReport(
+        version=__version__,
+        python=platform.python_version() + ("" if implementation == "CPython" else f" ({implementation})"),
+        platform=f"{platform.platform()} ({platform.machine()})",
+        packages=(*required, *(runtimes or (Package("onnxruntime", None),)), *optional),
+        gpus=gpus,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_nbytes=_memory(),
+        findings=tuple(_findings(required, runtimes, gpus)),
+        deep=_deep() if deep else {},
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """From nvidia-smi; a machine without it, or with a driver that does not answer, has none to offer."""
+    try:
+        answer = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    found = []
+    for line in answer.splitlines():
+        cells = [cell.strip() for cell in line.rsplit(",", 2)]
+        if len(cells) == 3 and cells[0]:
+            found.append(Gpu(cells[0], cells[1], int(cells[2]) * _MIB if cells[2].isdecimal() else 0))
+    return tuple(found)
+
+
+def _memory() -> int | None:
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return None
+    for name in _CGROUP_LIMITS:
+        try:
+            text = Path(name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            limits.append(int(text))
+    return min(limits)
+
+
+def _findings(required: tuple[Package, ...], runtimes: tuple[Package, ...], gpus: tuple[Gpu, ...]) -> list[Finding]:
+    found = []
+    if missing := [package.name for package in required if package.version is None]:
+        found.append(Finding(f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}"))
+    if not runtimes:
+        found.append(Finding("no onnxruntime is installed", "pip install onnxruntime-gpu (or onnxruntime)"))
+    if len(runtimes) > 1:
+        names = [package.name for package in runtimes]
+        found.append(
+            Finding(
+                f"{' and '.join(names)} are both installed: they write the same files, what `import onnxruntime` gives "
+                "depends on which came last",
+                f"pip uninstall -y {' '.join(names)} && pip install {names[0]}",
+            )
+        )
+    torch = next(package.version for package in required if package.name == "torch")
+    if gpus and torch and "+cpu" in torch:
+        found.append(
+            Finding(f"a GPU is here, but torch {torch} is built without CUDA", "install torch from a CUDA index")
+        )
+    return found
+
+
+def _deep() -> dict[str, str]:
+    found = {}
+    for name, look in (("torch", _look_at_torch), ("onnxruntime", _look_at_onnxruntime)):
+        try:
+            found[name] = look(importlib.import_module(name))
+        except Exception as error:  # the point of looking: a broken installation raises anything
+            found[name] = f"cannot be used: {type(error).__name__}: {error}"
+    return found
+
+
+def _look_at_torch(torch: Any) -> str:
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    threads = torch.get_num_threads()
+    counts = f"{devices} device{'s' if devices != 1 else ''}, {threads} thread{'s' if threads != 1 else ''}"
+    return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {counts}"
+
+
+def _look_at_onnxruntime(onnxruntime: Any) -> str:
+    return f"{onnxruntime.__version__}, {', '.join(onnxruntime.get_available_providers())}"

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export a checkpoint as ONNX graphs that use its weight files as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery._version import __version__
+from surgery.engine.execute import Run
+from surgery.engine.ledger import Ledger
+from surgery.engine.plan import SideFile
+from surgery.onnx.export.adapters import AdapterRoles, Reference, Weighted, sort_adapters
+from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
+from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, place
+from surgery.onnx.export.prompts import Prompt, WeightLocation, of_adapter, unique
+from surgery.onnx.graph.build import Built, GraphOptions
+from surgery.onnx.graph.contract import TEXT, Contract
+from surgery.onnx.graph.target import choose, io_type
+from surgery.progress import Callback
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.raw import File
+from surgery_formats.models.checkpoint import Checkpoint, Component, open_checkpoint
+from surgery_formats.models.families.parameters import model_of
+from surgery_formats.models.families.recipe import Model
+
+if TYPE_CHECKING:
+    from surgery.onnx.export.merged import Merged
+    from surgery.onnx.export.slots import Swappable
+    from surgery_formats.binding.bind import Binding
+
+__all__ = ["ExportResult", "export_onnx"]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export did.
+
+    Attributes:
+        output: The folder.
+        contract: Of ``model.onnx``.
+        files: Written graphs and small files with their sizes.
+        weights: How weights got there.
+        nbytes: Bytes written.
+        nodes: Of ``model.onnx``.
+        warnings: What the user should know.
+        ledger: Of merged weights, or None.
+    """
+
+    output: Path
+    contract: Contract
+    files: Mapping[str, int]
+    weights: Mode
+    nbytes: int
+    nodes: int
+    warnings: tuple[str, ...]
+    ledger: Ledger | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        contract = self.contract
+        return {
+            "output": str(self.output),
+            "task": contract.task,
+            "target": contract.target,
+            "dtype": contract.dtype,
+            "padding": contract.padding,
+            "cache": contract.cache,
+            "max_length": contract.max_length,
+            "files": dict(self.files),
+            "weights": self.weights,
+            "weight_files": [one.name for one in contract.weights],
+            "adapters": [dict(one) for one in contract.adapters],
+            "virtual_tokens": contract.virtual_tokens,
+            "vocabulary_rows": contract.vocabulary_rows,
+            "slots": [slot.weight for slot in contract.slots],
+            "nbytes": self.nbytes,
+            "nodes": self.nodes,
+            "warnings": list(self.warnings),
+            "ledger": self.ledger.as_json() if self.ledger else None,
+        }
+
+
+def export_onnx(
+    base: Reference,
+    adapters: Sequence[Weighted] = (),
+    *,
+    output: str | os.PathLike[str],
+    mode: str | None = None,
+    merge: Sequence[Weighted] = (),
+    swap: Sequence[Reference] = (),
+    prefix: Sequence[Reference] = (),
+    bake_prompt: Sequence[str] = (),
+    form: str = "auto",
+    merge_to: str = "delta",
+    target: str = "cpu",
+    dtype: str = "auto",
+    weights: str = "auto",
+    max_length: int | None = None,
+    verify: str = "fast",
+    overwrite: bool = False,
+    progress: Callback | None = None,
+) -> ExportResult:
+    """Write ``model.onnx`` and what belongs to it into a folder.
+
+    Args:
+        base: Hugging Face folder.
+        adapters: Paths or ``(path, weight)``; `mode` says where they go.
+        output: Folder to make, or the base's own, to which files are only added.
+        mode: ``merged``, ``swappable`` or ``prefix``; None: a soft prompt goes in front, all else is merged.
+        merge: Adapters to merge, each a path or ``(path, weight)``.
+        swap: Adapters for slots: the graph is the base until one is given to a run.
+        prefix: Soft prompts; the first one is the default.
+        bake_prompt: Texts that stand in front, read once, now.
+        form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``: behind the vocabulary.
+        merge_to: ``delta``: changed tensors in a file beside the base's; ``full``: all weights anew, laid out for graphs.
+        target: ``cuda``, ``cpu`` or ``portable``.
+        dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
+        weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the file system can;
+            ``reference``, ``link``, ``copy``, ``embed``.
+        max_length: Longest sequence; None for as long as the model was made for.
+        verify: ``fast``, or ``full`` to compare copied weights byte by byte, and to note their hash for ``surgery verify``.
+        overwrite: Replace an existing output, atomically.
+        progress: Called with every step of a merge.
+
+    Raises:
+        InputError: base or adapter cannot be read.
+        FitError: an architecture without a recipe; a tensor missing, left over or misshapen; a type the target cannot run; an adapter that
+            does not fit, or that a slot or a prompt cannot hold.
+        NothingChangedError: the merge would change nothing.
+        OutputExistsError, ResourceError, ProofError: nothing is written.
+    """
+    checkpoint = open_checkpoint(base)
+    wanted = sort_adapters(adapters, mode, merge, swap, prefix)
+    if verify not in ("fast", "full"):
+        raise FitError(f"verify is 'fast' or 'full', not '{verify}'")
+    if merge_to not in ("delta", "full"):
+        raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
+    binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
+    assembly = _assembly(checkpoint, wanted, merged, target, dtype, max_length, tuple(bake_prompt), form)
+    where = Path(output)
+    draft = assembly.draft()
+    planned = {one.file for one in merged.overrides.values() if one.file.fd < 0} if merged else set()
+    sources = tuple(file for file in draft.files if file not in planned)
+    chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
+    warnings = _warnings(chosen, wanted, checkpoint, binding) + _graph_warnings(assembly, draft)
+    built: list[Built] = []
+
+    def make(here: WeightLocation) -> Mapping[str, bytes]:
+        files, made, graphs = assembly.files(here)
+        for name, graph in graphs.items():
+            if chosen == "embed":
+                embed(graph, made.files)
+            files[name] = graph.SerializeToString(deterministic=True)
+        built.append(made)
+        return files
+
+    def check(ledger: Ledger) -> None:
+        from surgery.engine.model_output import judge
+
+        assert binding is not None
+        warnings.extend(judge(ledger, checkpoint, [weight for _, weight in binding.adapters]))
+
+    names = assembly.names(draft)
+    parcel = ExportJob(
+        names=names,
+        make=make,
+        weights=() if chosen == "embed" else sources,
+        plan=merged.plan if merged else None,
+        judge=check,
+        side_files=_side_files(checkpoint, merged, {*names, *(file.path.name for file in draft.files)}),
+        facts=_facts(draft, chosen),
+        id=_id(draft, assembly),
+    )
+    run = Run(verify_copies=verify == "full", overwrite=overwrite, progress=progress)
+    placed = place(parcel, where, chosen, checkpoint.main.folder, run)
+    done = built[-1]
+    return ExportResult(
+        where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
+    )
+
+
+def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tuple[Binding | None, Merged | None]:
+    """What is merged; imported only where there are adapters, which cost a plain export as much as all the rest."""
+    if not wanted.adapters:
+        return None, None
+    from surgery.engine.model_output import check_base_id
+    from surgery.onnx.export.merged import merged_weights
+    from surgery_formats.binding.bind import bind
+
+    check_base_id(checkpoint, wanted.adapters)
+    if not (pairs := wanted.merged):
+        return None, None
+    binding = bind(pairs, checkpoint, new_biases=True)
+    return binding, merged_weights(binding, "full" if full else "delta")
+
+
+def _assembly(
+    checkpoint: Checkpoint,
+    wanted: AdapterRoles,
+    merged: Merged | None,
+    target: str,
+    dtype: str,
+    max_length: int | None,
+    texts: tuple[str, ...],
+    form: str,
+) -> Assembly:
+    component = merged.component if merged else checkpoint.main
+    overrides = merged.overrides if merged else {}
+    io = io_type(target, dtype, _stored_type(checkpoint.main))
+    model = merged.model if merged else model_of(component.config, frozenset(component.tensors))
+    prompts = [of_adapter(one.name, one.adapter, model) for one in wanted.prefix]
+    for text in texts:
+        if model.kind != "decoder":
+            raise FitError("a text has nothing to be read into: this model has no cache")
+        name = unique([one.name for one in prompts], "text")
+        ids = _ids(checkpoint.main.folder, text)
+        prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
+    return Assembly(
+        component,
+        model,
+        GraphOptions(choose(target, io), io, max_length, overrides=overrides),
+        wanted,
+        _slots(checkpoint, wanted, model),
+        tuple(prompts),
+        prompt_form(form, tuple(prompts), model),
+    )
+
+
+def _slots(checkpoint: Checkpoint, wanted: AdapterRoles, model: Model) -> tuple[Swappable, ...]:
+    if not wanted.swap:
+        return ()
+    from surgery.onnx.export.slots import swappable
+
+    return tuple(swappable(one.adapter, checkpoint, model) for one in wanted.swap)
+
+
+def _ids(folder: Path, text: str) -> tuple[int, ...]:
+    from surgery.onnx.run.tokenizer import open_tokenizer
+
+    ids = tuple(open_tokenizer(folder).encode(text))
+    if not ids:
+        raise FitError("the text to bake in is empty")
+    return ids
+
+
+def _stored_type(component: Component) -> DType:
+    """Of the embedding, else of the first matrix."""
+    if component.embedding:
+        return component.tensors[component.embedding].dtype
+    return next((one.dtype for one in component.tensors.values() if one.dtype.is_float), DType.F32)
+
+
+def _mode(
+    asked: str, output: Path, base: Component, sources: Sequence[File], merged: Merged | None, *, full: bool
+) -> Mode:
+    """How weights get there.
+
+    Raises:
+        FitError: what was asked for cannot be.
+    """
+    if merged is None:
+        return choose_mode(asked, output, base.folder, sources)
+    if full:
+        if asked not in ("auto", "copy"):
+            raise FitError("a full merge writes its weights itself", hint="--weights auto, or --merge-to delta")
+        if choose_mode("auto", output, base.folder, ()) == "reference":
+            raise FitError("a full merge needs a folder of its own", file=output, hint="--merge-to delta")
+        return "copy"
+    if asked == "embed":
+        raise FitError(
+            "merged weights lie in a file of their own", hint="surgery merge first, then --weights embed of the result"
+        )
+    chosen = choose_mode(asked, output, base.folder, sources)
+    if chosen == "reference":
+        _check_same_sides(merged, base)
+    return chosen
+
+
+def _check_same_sides(merged: Merged, base: Component) -> None:
+    """In the base's own folder its configuration and tokenizer stay; whether head and embedding are tied only the graph needs to know."""
+    differing = {key: value for key, value in merged.component.config.items() if key != "tie_word_embeddings"}
+    same = differing == {key: value for key, value in base.config.items() if key != "tie_word_embeddings"}
+    tokenizers = [side.name for side in merged.side_files if side.source and side.source.parent != base.folder]
+    if not same or tokenizers:
+        raise FitError(
+            "the merged model has another configuration or tokenizer than the base, whose folder this is",
+            file=base.folder,
+            hint="write to another folder: blocks are shared where the file system can",
+        )
+
+
+def _side_files(checkpoint: Checkpoint, merged: Merged | None, taken: set[str]) -> list[SideFile]:
+    """Tokenizer, configuration and the like, but for names that the export itself takes."""
+    if merged is not None:
+        found = list(merged.side_files)
+    else:
+        config = checkpoint.main.folder / "config.json"
+        found = [SideFile(name, source=path) for name, path in checkpoint.side_files]
+        found += [SideFile("config.json", source=config)] if config.exists() else []
+    return [side for side in found if side.name not in taken]
+
+
+def _facts(draft: Built, mode: Mode) -> dict[str, Any]:
+    contract = draft.contract
+    return {
+        "target": contract.target,
+        "dtype": contract.dtype,
+        "weights": mode,
+        "adapters": [dict(one) for one in contract.adapters],
+        "virtual_tokens": contract.virtual_tokens,
+        "slots": [slot.weight for slot in contract.slots],
+    }
+
+
+def _id(draft: Built, assembly: Assembly) -> str:
+    """Digest of everything that decides the files: the draft's graphs name weights and adapters by content."""
+    state = hashlib.sha256(json.dumps([__version__, assembly.form]).encode())
+    for name, graph in draft.graphs.items():
+        state.update(name.encode() + graph.SerializeToString(deterministic=True))
+    return state.hexdigest()
+
+
+def _graph_warnings(assembly: Assembly, draft: Built) -> list[str]:
+    """What is slow, and what onnxruntime-genai does otherwise than the graph's own contract says."""
+    contract, found = draft.contract, []
+    if contract.kind != "decoder":
+        return []
+    if contract.target == "cuda" and contract.dtype == "fp32":
+        found.append(
+            "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much faster"
+        )
+    graph = assembly.for_genai(draft)
+    if not graph:
+        found.append(
+            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and values of a prompt"
+        )
+        return found
+    if graph == ROWS or assembly.form == "rows":
+        first = assembly.model.vocabulary
+        found.append(
+            f"onnxruntime-genai gets {graph}: there the soft prompt is the token ids {first} to {first + assembly.prompts[0].tokens - 1}, "
+            "to be put in front of a text"
+        )
+    generation = assembly.component.folder / "generation_config.json"
+    ends = [assembly.component.config, read_object(generation) if generation.exists() else {}]
+    if all(one.get("eos_token_id") is None for one in ends):
+        found.append("the model names no eos_token_id; onnxruntime-genai takes token 0 for the end of a text")
+    return found
+
+
+def _warnings(mode: Mode, wanted: AdapterRoles, checkpoint: Checkpoint, binding: Binding | None) -> list[str]:
+    found = list(binding.warnings) if binding else []
+    if others := [one.adapter for one in (*wanted.swap, *wanted.prefix)]:
+        from surgery_formats.binding.bind import warn_of_other_base
+
+        texts = [f"{adapter.path.name}: {trap}" for adapter in others for trap in adapter.known_issues()]
+        found += [text for text in (*texts, *warn_of_other_base(others, checkpoint)) if text not in found]
+    if mode == "link":
+        found.append(
+            "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes into one file "
+            "changes both"
+        )
+    return found

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extract: the least adapter that makes of a base what a full fine-tune made of it, with an account of every tensor.
+
+Both checkpoints are streamed once. Every difference is factorised optimally while it is there, and what is left of it beside the factors
+as they will be written is measured. What is no matrix is stored as the fine-tune has it. The written folder is read back and must hold
+what was measured, where it was measured, before it gets its name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from surgery.extraction.calibration import check_modules, open_calibration
+from surgery.extraction.factor import ScratchFile
+from surgery.extraction.job import CheckpointPair, ExtractionRequest, planned, settle_job
+from surgery.extraction.kind import KINDS, Kind
+from surgery.extraction.lanes import Lanes, default_lanes, devices_of
+from surgery.extraction.ledger import ExtractResult
+from surgery.extraction.output import write, write_converted
+from surgery.extraction.plan import StorageOptions
+from surgery.extraction.ranks import wanted
+from surgery.extraction.scan import layout_of, scan, warm
+from surgery.extraction.sites import tree_name
+from surgery.extraction.watch import Watch
+from surgery.extraction.write import Scaling
+from surgery.progress import Callback
+from surgery.verbs.convert import coded_as
+from surgery_formats.adapters.format import Coded, Format
+from surgery_formats.adapters.registry import format_named
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.linalg.coding import Coding
+from surgery_formats.models.checkpoint import Component, open_checkpoint
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["ExtractResult", "extract_lora"]
+
+Pathlike = str | os.PathLike[str]
+
+
+def extract_lora(
+    base: Pathlike,
+    tuned: Pathlike,
+    *,
+    output: Pathlike | None = None,
+    rank: int | Literal["auto"] | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha: float | None = None,
+    rslora: bool = False,
+    kind: Kind = "auto",
+    calibration: Pathlike | None = None,
+    dense: Sequence[str] = ("norm", "bias"),
+    embeddings: str = "lora",
+    dtype: str = "auto",
+    to: str = "peft",
+    factors: str | None = None,
+    allow_loss: bool = False,
+    device: str = "cpu",
+    workers: int | None = None,
+    overwrite: bool = False,
+    table: bool = False,
+    dry_run: bool = False,
+    progress: Callback | None = None,
+) -> ExtractResult:
+    """Turn the difference of two checkpoints into an adapter and prove it.
+
+    Args:
+        base: What was tuned: weight file or folder.
+        tuned: The full fine-tune.
+        output: Folder to make (file, for a format of single files). Its parent must exist.
+        rank: Directions per matrix, 16 if nothing else is said; ``auto`` takes those above the rounding noise of storage.
+        energy: Instead: share of every matrix' squared change to hold.
+        max_error: Instead: most that may be missing of a matrix' change, relative to its norm.
+        budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
+        rank_pattern: Other ranks than `rank` for some modules, by patterns of a shell; the first that matches holds.
+        alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
+        rslora: Scale by ``alpha / sqrt(rank)``.
+        kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
+        calibration: Inputs of modules (`surgery.extraction.calibration`), for factors that are best on them; a LoRA's only.
+        dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
+        embeddings: ``lora`` or ``full``.
+        dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
+        to: Format of the adapter.
+        factors: ``int8`` or ``int4``: the format is ``compact``, unless `to` names another that stores codes.
+        allow_loss: Leave out what no form can hold.
+        device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``, ``auto``. Matrices are
+            shared out over all of them.
+        workers: Threads; None is one per core, at most eight, and three for each GPU. Never changes the result.
+        overwrite: Replace an existing output, atomically.
+        table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
+        dry_run: Compare and factorise, write nothing.
+        progress: Called with every step.
+
+    Raises:
+        InputError: an input cannot be read.
+        FitError: another architecture, other shapes, NaN, a change that nothing holds, options that contradict each other.
+        NothingChangedError: TUNED is BASE.
+        OutputExistsError, ResourceError, ProofError: nothing is left behind.
+    """
+    goal = wanted(rank, energy, max_error, budget, table=table, patterns=rank_pattern)
+    options = StorageOptions(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
+    scaling = _scaling(alpha, rslora)
+    if kind == "dora" and calibration is not None:
+        raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
+    chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
+    target = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
+    coding = _coding(target, dtype)
+    devices = devices_of(device)
+    if output is None and not dry_run:
+        raise FitError("no output was named")
+    pair = CheckpointPair(open_checkpoint(base), open_checkpoint(tuned))
+    given = None if calibration is None else open_calibration(calibration)
+    parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
+    scratch = ScratchFile(parent if parent is not None and parent.is_dir() else None)
+    lanes: Lanes | None = None
+    watch = Watch()
+    try:
+        threads = workers or default_lanes(devices)
+        stored = DType.F32 if coding else _dtype(dtype, pair.new)
+        making = ExtractionRequest(goal, options, scaling, stored, coding, chosen, given, scratch, devices[0], threads)
+        layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
+        goal.check_patterns(layout.units)
+        if given is not None:
+            shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
+            names = [*shared, *(tree_name(name, pair.old) for name in shared)]
+            check_modules(given, layout.spots, layout.units, names)
+        lanes = Lanes(devices, threads)
+        lanes.warm(partial(warm, layout))
+        found = scan(layout, goal.criterion_of, planned(goal, scaling, stored), scratch, lanes, progress)
+        watch.lap("starting", found.began)
+        watch.lap("reading")
+        job = settle_job(pair, layout, found, making, watch, allow_loss=allow_loss)
+        job = replace(job, table=job.choices() if table else ())
+        if dry_run:
+            return replace(job.result(), format=target.name, timings=watch.parts)
+        assert output is not None
+        where = Path(output)
+        if target.name == "peft":
+            result = write(job, where, watch, overwrite=overwrite, progress=progress)
+        else:
+            most = goal.budget.limit if goal.budget is not None and goal.budget.unit == "bytes" else None
+            result = write_converted(
+                job, where, target.name, watch, most, allow_loss=allow_loss, overwrite=overwrite, progress=progress
+            )
+        return replace(result, timings={**watch.parts, "first_read_to_synced": time.monotonic() - found.began})
+    finally:
+        if lanes is not None:
+            lanes.close()
+        scratch.close()
+
+
+def _one_of(value: str, known: tuple[str, ...], what: str) -> str:
+    if value not in known:
+        raise FitError(f"'{value}' is no choice of {what}", hint=f"there are {', '.join(known)}")
+    return value
+
+
+def _dense(chosen: Sequence[str]) -> tuple[str, ...]:
+    parts = [part for part in ([chosen] if isinstance(chosen, str) else chosen) if part != "none"]
+    return tuple(_one_of(part, ("norm", "bias"), "dense") for part in parts)
+
+
+def _scaling(alpha: float | None, rslora: bool) -> Scaling:
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise FitError(f"alpha is {alpha}, not a positive number")
+    return Scaling(None if alpha is None else float(alpha), rslora)
+
+
+def _coding(target: Format, dtype: str) -> Coding | None:
+    """The codes that factors are stored as, if they are."""
+    if not isinstance(target, Coded):
+        return None
+    if dtype != "auto":
+        raise FitError(f"{target.name} stores factors as codes, not as {dtype}", hint="--factors chooses the codes")
+    return target.coding
+
+
+def _dtype(text: str, tuned: Component) -> DType:
+    if text != "auto":
+        return DType.parse(_one_of(text, ("fp32", "fp16", "bf16"), "dtype"))
+    largest = max((t for t in tuned.tensors.values() if t.dtype.is_float), key=lambda t: t.numel, default=None)
+    return DType.F32 if largest is None or largest.dtype.bits > 16 else largest.dtype

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Catalogue: every adapter format, container, model family and kind of update this installation knows.
+
+Everything is read off the registries and the rooms' own docstrings, so that a new file appears here by itself.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from surgery.reports.to_json import plain
+from surgery_formats import updates
+from surgery_formats.adapters.registry import BUILT_IN
+from surgery_formats.adapters.registry import formats as adapter_formats
+from surgery_formats.models import families
+
+__all__ = ["AdapterFormat", "Catalogue", "Container", "FamilyEntry", "UpdateKind", "formats"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFormat:
+    """An adapter format.
+
+    Attributes:
+        name: As in ``surgery convert --to NAME``.
+        title: One line.
+        needs_base: Whether writing it needs the base's names.
+        single_file: Whether an adapter is one file rather than a folder.
+        built_in: False for a plugin's.
+    """
+
+    name: str
+    title: str
+    needs_base: bool
+    single_file: bool
+    built_in: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A way to store a model.
+
+    Attributes:
+        name: In short.
+        files: What they are called.
+        reads: Whether models are read from it.
+        writes: Whether models are written to it.
+    """
+
+    name: str
+    files: str
+    reads: bool
+    writes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyEntry:
+    """A model family whose names are known.
+
+    Attributes:
+        name: Of its file.
+        title: One line.
+        model_types: ``model_type`` (or ``_class_name``) values it covers.
+        graphs: Whether it has a recipe, so that its models can be exported to ONNX and verified.
+    """
+
+    name: str
+    title: str
+    model_types: tuple[str, ...]
+    graphs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateKind:
+    """A kind of update.
+
+    Attributes:
+        name: As ledgers call it.
+        equation: ``W' = W + s B A``.
+        title: The whole line, with its source.
+        needs_weight: Whether it looks at the base's weight first.
+    """
+
+    name: str
+    equation: str
+    title: str
+    needs_weight: bool
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What is known.
+
+    Attributes:
+        formats: Adapter formats, all of which are read and written.
+        containers: Of models.
+        families: Whose names are known; other models are read by their names alone.
+        updates: Kinds of update that can be merged.
+    """
+
+    formats: tuple[AdapterFormat, ...]
+    containers: tuple[Container, ...]
+    families: tuple[FamilyEntry, ...]
+    updates: tuple[UpdateKind, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"type": "catalogue", **plain(self)}
+
+
+CONTAINERS = (
+    Container("safetensors", "model.safetensors", reads=True, writes=True),
+    Container("sharded safetensors", "model-00001-of-00002.safetensors, model.safetensors.index.json", True, True),
+    Container("torch pickle", "pytorch_model.bin, .pt, .pth, .ckpt; sharded too; no code in it is run", True, False),
+    Container("diffusers pipeline", "model_index.json and a folder per network", reads=True, writes=True),
+)
+
+
+def formats() -> Catalogue:
+    """What this installation knows, plugins included.
+
+    Raises:
+        SurgeryError: a plugin cannot be imported.
+    """
+    return Catalogue(
+        formats=tuple(
+            AdapterFormat(one.name, one.title, one.needs_base, one.single_file, one in BUILT_IN)
+            for one in adapter_formats().values()
+        ),
+        containers=CONTAINERS,
+        families=tuple(sorted(_families(), key=lambda entry: (entry.name, not entry.graphs, entry.model_types))),
+        updates=tuple(_updates()),
+    )
+
+
+def _families() -> list[FamilyEntry]:
+    """One per record; a file may hold several (with a recipe, and of names alone)."""
+    rooms = [room for room in vars(families).values() if isinstance(room, ModuleType)]
+    return [
+        FamilyEntry(room.__name__.rpartition(".")[2], _first_line(room), record.names, record.recipe is not None)
+        for room in rooms
+        for record in vars(room).values()
+        if isinstance(record, families.Family) and any(record is known for known in families.FAMILIES)
+    ]
+
+
+def _updates() -> list[UpdateKind]:
+    """Kinds with a name of their own; a share or a stack of another kind has that kind's."""
+    found = []
+    for name in updates.__all__:
+        kind: Any = getattr(updates, name)
+        if not isinstance(getattr(kind, "kind", None), str):
+            continue
+        title = _first_line(sys.modules[kind.__module__])
+        equation = re.search(r"``(.+?)``", title)
+        found.append(UpdateKind(kind.kind, equation[1] if equation else "", title, kind.needs_weight))
+    return found
+
+
+def _first_line(room: ModuleType) -> str:
+    return (room.__doc__ or "").strip().partition("\n")[0]

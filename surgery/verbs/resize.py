@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resize: an adapter with lower ranks, each module's factors the best of their rank (Eckart and Young, by QR of the factors)."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from surgery.algebra.group import WeightedAdapter
+from surgery.algebra.sums import Recipe
+from surgery.progress import Callback
+from surgery.verbs.combine import CombineResult, WriteOptions, rewrite
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.errors import FitError
+
+__all__ = ["resize"]
+
+
+def resize(
+    adapter: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    dtype: str = "keep",
+    to: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callback | None = None,
+) -> CombineResult:
+    """Write an adapter with lower ranks. Modules that are within what is asked for are taken over as they are.
+
+    Args:
+        adapter: File or folder.
+        output: File or folder to make. Its parent must exist.
+        rank: Greatest rank of a module.
+        energy: Least share of each module's energy ``||.||_F^2`` to keep, in (0, 1].
+        max_error: Greatest error of a module, relative, Frobenius. Of rank, energy and error all that are given hold, `rank` first.
+        dtype: ``keep`` (float32 for what was computed), ``fp32``, ``fp16``, ``bf16``.
+        to: Format to write; by default the adapter's.
+        base: The model it was trained on, where a format's names come from it.
+        overwrite: Replace an existing output, atomically.
+        dry_run: Say what ranks and errors would be, write nothing.
+        progress: Called with every step.
+
+    Raises:
+        InputError: the adapter cannot be read.
+        FitError: an option is wrong, or a module is one whose rank cannot change without the base (DoRA).
+        NothingChangedError: no module would get a lower rank. A higher one would add zeros and nothing else.
+        ProofError: what was written is further from the adapter than the best of its rank.
+        OutputExistsError, ResourceError: see `surgery_formats.files`.
+    """
+    if rank is None and energy is None and max_error is None:
+        raise FitError("nothing says how small", hint="give a rank, an energy or a max_error")
+    if rank is not None and rank < 1:
+        raise FitError(f"a rank of {rank}", hint="give 1 or more")
+    for name, value in (("energy", energy), ("max_error", max_error)):
+        if value is not None and not (math.isfinite(value) and 0 < value <= 1):
+            raise FitError(f"{name} is {value:g}", hint="give a number between 0 and 1")
+    recipe = Recipe("exact", rank, energy, max_error)
+    options = WriteOptions(output, dtype, to, base, overwrite, dry_run, progress)
+    return rewrite([WeightedAdapter(read_adapter(adapter), 1.0)], recipe, options, "resize")

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``surgery run``: from a graph and text to text, or from an encoder and text to scores."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.onnx.graph.contract import TEXT
+from surgery.onnx.run.adapter_file import read_adapter_file
+from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
+from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
+from surgery.onnx.run.encoder import Encoded, encode, labels
+from surgery.onnx.run.generate import generate
+from surgery.onnx.run.opening import Opened, open_graph
+from surgery.onnx.run.sampling import Sampling
+from surgery.onnx.run.tokenizer import TextStream, Tokenizer, open_tokenizer, stop_tokens
+from surgery.reports.to_json import plain
+from surgery_formats.errors import FitError
+
+__all__ = ["RunResult", "RunText", "prepare_decoder", "run"]
+
+Reference = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class RunText:
+    """What came out for one input.
+
+    Attributes:
+        prompt: Ids that went in, virtual ones not among them.
+        tokens: New ids.
+        text: Of the new ids; None without a tokenizer.
+        reason: Why it ended: ``stop``, ``length`` or ``full``; empty for an encoder.
+        scores: Of an encoder that classifies: label to probability (of a regression: value), of the text or of each token.
+    """
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...] = ()
+    text: str | None = None
+    reason: str = ""
+    scores: tuple[dict[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """All that came out.
+
+    Attributes:
+        texts: One per input.
+        device: It ran on.
+        virtual_tokens: Of the soft prompt in use.
+        load_seconds: Until the session stood.
+        first_seconds: Prefill and first token.
+        seconds: Of the whole generation.
+        new_tokens: Of all rows.
+        arrays: Raw outputs of an encoder, by name.
+    """
+
+    texts: tuple[RunText, ...]
+    device: str
+    virtual_tokens: int
+    load_seconds: float
+    first_seconds: float
+    seconds: float
+    new_tokens: int
+    arrays: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        found: dict[str, Any] = plain(replace(self, arrays={}))
+        return found | {"arrays": {name: list(array.shape) for name, array in self.arrays.items()}}
+
+
+def prepare_decoder(
+    opened: Opened,
+    *,
+    batch: int,
+    max_length: int,
+    adapters: Sequence[Reference] = (),
+    prompt_adapter: Reference | None = None,
+    prompt: bool = True,
+) -> tuple[Decoder, Past | None]:
+    """A decoder with adapters in its slots and a soft prompt in front of its rows.
+
+    Args:
+        opened: The graph.
+        batch: Rows.
+        max_length: Most tokens per row besides virtual ones; cut to what the graph takes.
+        adapters: ``.onnx_adapter`` files of LoRA factors.
+        prompt_adapter: ``.onnx_adapter`` file of a soft prompt, instead of the graph's own.
+        prompt: Whether the graph's own soft prompt is used.
+
+    Raises:
+        FitError: an adapter that does not fit the graph.
+    """
+    contract = opened.contract
+    files = [(os.fspath(file), read_adapter_file(file)) for file in adapters]
+    slots = fill_slots(files, contract, opened.inputs)
+    past = None
+    if prompt_adapter is not None:
+        past = prompt_past(read_adapter_file(prompt_adapter), contract, file=os.fspath(prompt_adapter))
+    elif prompt:
+        past = default_past(opened)
+    whole = max_length + (past.tokens if past else 0)
+    made = make_decoder(opened, batch=batch, max_length=min(whole, contract.max_length), slots=slots, past=past)
+    return made, past
+
+
+def run(
+    model: Reference,
+    inputs: Sequence[str | Sequence[int]],
+    *,
+    device: str = "auto",
+    max_new: int = 128,
+    sampling: Sampling | None = None,
+    adapters: Sequence[Reference] = (),
+    prompt_adapter: Reference | None = None,
+    prompt: bool = True,
+    weights: Reference | None = None,
+    threads: int | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> RunResult:
+    """Run a graph on text.
+
+    Args:
+        model: The graph, or its folder.
+        inputs: Texts, or rows of token ids.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        max_new: Most new tokens for each.
+        sampling: Greedy if None.
+        adapters: ``.onnx_adapter`` files for the graph's slots; several add up.
+        prompt_adapter: ``.onnx_adapter`` file of a soft prompt.
+        prompt: Whether the graph's own soft prompt is used.
+        weights: Folder of the weight files, where it is not the graph's own.
+        threads: Of one operation on the cpu.
+        on_text: Called with the input's number and new text as it comes.
+
+    Raises:
+        InputError: something cannot be read.
+        FitError: something does not fit the graph or this machine.
+        ProofError: the weights are not those the graph was made for.
+    """
+    if not inputs:
+        raise FitError("no text to run on")
+    began = time.perf_counter()
+    opened = open_graph(model, device=device, weights=weights, threads=threads)
+    load = time.perf_counter() - began
+    texts = any(isinstance(one, str) for one in inputs)
+    tokenizer = (
+        open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
+    )
+    begins = opened.contract.prompt_kind != TEXT or not prompt or prompt_adapter is not None  # else a text goes on
+    rows = [
+        tokenizer.encode(one, begins=begins) if isinstance(one, str) and tokenizer else [int(i) for i in one]
+        for one in inputs
+    ]
+    _check(rows, opened)
+    if opened.contract.kind == "encoder":
+        if adapters or prompt_adapter is not None:
+            raise FitError("this encoder takes no adapters", file=opened.path)
+        began = time.perf_counter()
+        encoded = encode(opened, rows)
+        return _encoder_result(opened, rows, encoded, load, time.perf_counter() - began)
+    return _generated(
+        opened, rows, tokenizer, load, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt, on_text
+    )
+
+
+def _generated(
+    opened: Opened,
+    rows: list[list[int]],
+    tokenizer: Tokenizer | None,
+    load: float,
+    max_new: int,
+    sampling: Sampling,
+    adapters: Sequence[Reference],
+    prompt_adapter: Reference | None,
+    prompt: bool,
+    on_text: Callable[[int, str], None] | None,
+) -> RunResult:
+    first, virtual = opened.contract.vocabulary_rows or (0, 0)
+    ahead = list(range(first, first + virtual)) if prompt and prompt_adapter is None else []
+    longest = max(map(len, rows)) + len(ahead)
+    decoder, past = prepare_decoder(
+        opened,
+        batch=len(rows),
+        max_length=longest + max_new,
+        adapters=adapters,
+        prompt_adapter=prompt_adapter,
+        prompt=prompt,
+    )
+    streams = [TextStream(tokenizer.decode) for _ in rows] if tokenizer else []
+    times: list[float] = []
+
+    def on_token(row: int, token: int) -> None:
+        times.append(time.perf_counter())
+        if streams and on_text is not None and (text := streams[row].push(token)):
+            on_text(row, text)
+
+    began = time.perf_counter()
+    found = generate(
+        decoder,
+        [ahead + row for row in rows],
+        max_new=max_new,
+        sampling=sampling,
+        stop=stop_tokens(opened.folder),
+        on_token=on_token,
+    )
+    ended = time.perf_counter()
+    if on_text is not None:
+        for row, stream in enumerate(streams):
+            if text := stream.close():
+                on_text(row, text)
+    return RunResult(
+        tuple(
+            RunText(tuple(row), one.tokens, tokenizer.decode(one.tokens) if tokenizer else None, one.reason)
+            for row, one in zip(rows, found, strict=True)
+        ),
+        opened.memory.device,
+        len(ahead) + (past.tokens if past else 0),
+        load,
+        (times[0] if times else ended) - began,
+        ended - began,
+        sum(len(one.tokens) for one in found),
+    )
+
+
+def _encoder_result(opened: Opened, rows: list[list[int]], encoded: Encoded, load: float, seconds: float) -> RunResult:
+    names = labels(opened)
+    texts = tuple(RunText(tuple(row), scores=encoded.scores(number, names)) for number, row in enumerate(rows))
+    return RunResult(
+        texts, opened.memory.device, opened.contract.virtual_tokens, load, seconds, seconds, 0, dict(encoded.arrays)
+    )
+
+
+def _can() -> bool:
+    """Whether the package tokenizers is here, where text is welcome but not needed."""
+    import importlib.util
+
+    return importlib.util.find_spec("tokenizers") is not None
+
+
+def _check(rows: list[list[int]], opened: Opened) -> None:
+    """Ids beyond the table read memory that is not the table's, or fail without saying which; negative ones count from its end."""
+    contract = opened.contract
+    first, virtual = contract.vocabulary_rows or (contract.vocabulary, 0)
+    limit = max(contract.vocabulary, first + virtual) or None  # of a foreign encoder nobody knows it
+    for row in rows:
+        if not row:
+            raise FitError("a row without a token", hint="give at least one: most models have one for the beginning")
+        if min(row) < 0 or (limit is not None and max(row) >= limit):
+            size = f" that is not below {limit}, the size of the vocabulary" if limit is not None else " below 0"
+            raise FitError(f"a token id{size}", file=Path(opened.path))

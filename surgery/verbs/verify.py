@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verify an output: are its bytes those that were written, and does a graph compute what its model is?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
+from surgery.onnx.export.place import LEDGER
+from surgery.verification.bytes import compare_copied, compare_files, recorded_tensors
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
+from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.text import count
+
+if TYPE_CHECKING:
+    from surgery.reference import Reference
+    from surgery.verification.onnx import LogitDifference
+    from surgery.verification.session import GraphFile
+    from surgery_formats.canonical.adapter import Adapter
+
+__all__ = ["TOLERANCE", "Check", "Verification", "verify"]
+
+TOLERANCE = 1e-4
+"""Greatest difference of a logit, as a share of the greatest logit (of 1 where that is less), for graphs of float32."""
+SHORT_TOLERANCE = 1e-2
+"""The same for graphs of 16 bits that hold constants (multipliers), which were rounded when the graph was made."""
+_GRAPH = "model.onnx"
+_PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
+
+Weighted = tuple[str | os.PathLike[str], float]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that was found to be so.
+
+    Attributes:
+        name: What was looked at.
+        detail: What was found.
+        difference: Greatest difference of a logit, where there is one.
+        limit: What it had to stay below.
+    """
+
+    name: str
+    detail: str
+    difference: float | None = None
+    limit: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        numbers = {"difference": self.difference, "limit": self.limit} if self.limit is not None else {}
+        return {"name": self.name, "detail": self.detail, **numbers}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified; what fails is an error.
+
+    Attributes:
+        path: The folder.
+        kind: ``graph`` or ``folder``.
+        checks: In order.
+        notes: What could not be looked at, and how it can.
+    """
+
+    path: Path
+    kind: str
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def difference(self) -> float | None:
+        """Greatest difference of a logit of all checks."""
+        return max((check.difference for check in self.checks if check.difference is not None), default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "difference": self.difference,
+            "checks": [check.as_json() for check in self.checks],
+            "notes": list(self.notes),
+        }
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    adapters: Sequence[Weighted] = (),
+    tolerance: float | None = None,
+) -> Verification:
+    """Verify a folder that this toolkit made.
+
+    A graph is run by onnxruntime on the CPU, in float32, and compared with a reference computed from config.json and weights by
+    arithmetic of its own. A folder of weights is compared with what its manifest recorded.
+
+    Args:
+        path: A folder with ``model.onnx`` or a manifest.
+        against: The base: weights that were copied are compared with it, and a graph that holds its weights inside is computed from it.
+        adapters: ``(path, weight)`` of what was merged into `against`: a graph must compute what the merge would. A soft prompt among them
+            must be the one the graph brings along.
+        tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
+
+    Raises:
+        InputError: the folder or something in it cannot be read.
+        FitError: neither a graph nor an output of this toolkit, or `against` is another model.
+        ProofError: something is not as it was meant.
+    """
+    where = Path(path)
+    if where.name.endswith(".onnx") and where.is_file():
+        where = where.parent
+    if not where.is_dir():
+        raise NotFoundError("no such folder", file=where)
+    if adapters and against is None:
+        raise FitError("adapters were named without a base", hint="name the base they were merged into: --against BASE")
+    base = None if against is None else open_checkpoint(against)
+    has_manifest, has_graph = (where / MANIFEST).exists(), (where / _GRAPH).exists()
+    if not has_manifest and not has_graph:
+        raise FitError(f"neither {_GRAPH} nor {MANIFEST} is there", file=where, hint="verify what surgery has written")
+    checks: list[Check] = []
+    notes: list[str] = []
+    recorded = _added(where, checks)
+    manifest = _folder(where, recorded, checks) if has_manifest else {}
+    if not has_graph and "ledger" not in manifest:  # an adapter: nothing in it is the base's
+        if base is not None:
+            notes.append("an adapter has no tensors of the base: --against has nothing to compare")
+    elif not has_graph:
+        if base is not None:
+            number = compare_copied(open_checkpoint(where), base, manifest)
+            checks.append(Check("copied tensors", f"{count(number)}, each the base's"))
+        else:
+            notes.append("copied tensors were not compared with the base: --against BASE does")
+    if not has_graph:
+        return Verification(where, "folder", tuple(checks), tuple(notes))
+    wanted = sort_adapters(adapters)
+    if len(wanted.prefix) > 1:
+        raise FitError("a graph has one soft prompt of its own, which is the first", file=wanted.prefix[1].adapter.path)
+    hashed = _hashed({**manifest.get("files", {}), **recorded})
+    _graphs(where, base, wanted, hashed, tolerance, checks, notes)
+    return Verification(where, "graph", tuple(checks), tuple(notes))
+
+
+def _folder(where: Path, recorded: Mapping[str, Any], checks: list[Check]) -> Mapping[str, Any]:
+    """The manifest: files, sizes, hashes; graphs may have been added to a folder of weights since."""
+    added = [name for name in os.listdir(where) if name.endswith((".onnx", ".onnx_adapter")) or name in _PER_GRAPH]
+    manifest = verify_folder(where, added=[*added, *recorded])
+    checks.append(Check("files", f"{count(len(manifest['files']))} as the manifest has them"))
+    if number := recorded_tensors(where, manifest):
+        checks.append(Check("computed tensors", f"{count(number)}, each as it was written"))
+    return manifest
+
+
+def _added(where: Path, checks: list[Check]) -> Mapping[str, Any]:
+    """Files that an export with adapters added to a folder of weights, by name; none where it kept no account."""
+    source = where / LEDGER
+    if not source.exists():
+        return {}
+    entries = read_object(source, INDEX_LIMIT).get("files", {})
+    if not isinstance(entries, Mapping):
+        raise MalformedError("its account of files is none", file=source)
+    verify_files(where, entries, source)
+    checks.append(Check("added files", f"{count(len(entries))} as {LEDGER} has them"))
+    if number := recorded_tensors(where, {"files": entries}):
+        checks.append(Check("merged tensors", f"{count(number)}, each as it was written"))
+    return {LEDGER: {}, **entries}
+
+
+def _hashed(entries: Mapping[str, Any]) -> set[str]:
+    """Files whose bytes, or whose tensors', were compared with what an account says of them."""
+    return {name for name, entry in entries.items() if isinstance(entry, Mapping) and {"xxh3", "tensors"} & set(entry)}
+
+
+def _graphs(
+    where: Path,
+    base: Checkpoint | None,
+    wanted: AdapterRoles,
+    hashed: Collection[str],
+    tolerance: float | None,
+    checks: list[Check],
+    notes: list[str],
+) -> None:
+    from surgery.verification.session import check_weights, read_graph
+
+    main = read_graph(where / _GRAPH)
+    graphs = [main]
+    if main.contract.prefill:
+        graphs.append(read_graph(where / Path(main.contract.prefill).name))
+    for graph in graphs:
+        check_weights(graph)
+    names = [one.name for one in main.weight_files]
+    if names:
+        checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))
+    if base is not None and not wanted.merged:  # a merge may have put them under the names of the base's files
+        same = compare_files(where, names, base)
+        if same:
+            checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
+    elif base is None and not set(names) <= set(hashed):
+        notes.append("the weights' bytes were not compared with the base: --against BASE does")
+    reference = _reference(main, base, wanted)
+    prompt = next((one.adapter for one in wanted.prefix), None)
+    for graph in graphs:
+        checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]
+
+
+def _reference(graph: GraphFile, base: Checkpoint | None, wanted: AdapterRoles) -> Reference:
+    """The model that the graph should be: base and adapters where named, else what lies beside it."""
+    from surgery.engine.model_output import plan_merge
+    from surgery.reference import open_reference
+    from surgery.reference.model import Reference
+    from surgery.reference.weights import tensor_weights
+    from surgery_formats.binding.bind import bind
+    from surgery_formats.containers.safetensors import open_safetensors
+    from surgery_formats.models.families.parameters import model_of
+
+    contract, folder = graph.contract, graph.path.parent
+    if base is not None and wanted.merged:
+        plan = plan_merge(bind(wanted.merged, base))
+        return open_reference(base.main, plan)
+    if not graph.weight_files:
+        if base is None:
+            raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: --against BASE")
+        return open_reference(base.main)
+    merged = any(str(one.get("mode")).startswith("merge") for one in contract.adapters)
+    if base is not None and not merged:
+        return open_reference(base.main)
+    component = open_checkpoint(folder).main
+    tensors = dict(component.tensors)
+    known = {shard.path.name for shard in component.shards}
+    for one in graph.weight_files:
+        if one.name not in known:  # what a merge changed lies in a file of its own
+            tensors |= {tensor.name: tensor for tensor in open_safetensors(folder / one.name).tensors}
+    return Reference(model_of(component.config, tensors.keys()), tensor_weights(tensors, component.names))
+
+
+def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:
+    from surgery.verification.onnx import compare_decoder, compare_encoder, compare_slots
+    from surgery.verification.prompts import compare_prompt
+    from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
+    from surgery.verification.slots import filled
+
+    if graph.contract.kind != reference.model.kind:
+        raise ProofError(f"the graph is a {graph.contract.kind}, the model a {reference.model.kind}", file=graph.path)
+    check_sizes(graph, reference.model)
+    slots = filled(graph, reference)
+    session, past, front = Session(graph), None, None
+    if graph.contract.kind == "encoder":
+        front = prompt_in_front(graph)
+        found = list(compare_encoder(session, reference, front))
+    else:
+        past = default_past(graph)
+        found = list(compare_decoder(session, reference, past))
+    if prompt is not None:
+        found.append(compare_prompt(graph.path, prompt, reference, past, front))
+    if slots is not None:
+        session.given, changed = slots
+        found.append(compare_slots(session, changed, past, front))
+    return found
+
+
+def _judged(measure: LogitDifference, graph: GraphFile, tolerance: float | None) -> Check:
+    """The check, or the error.
+
+    Raises:
+        ProofError: the graph computes something else.
+    """
+    short = graph.rounded or (
+        measure.name == "soft prompt" and graph.contract.dtype != "fp32"
+    )  # stored in the cache's type
+    share = tolerance or (SHORT_TOLERANCE if short else TOLERANCE)
+    limit = share * max(1.0, measure.size)
+    if not measure.within(share):
+        tokens = f", {measure.wrong_tokens} greedy tokens differ" if measure.wrong_tokens else ""
+        what = "key or value" if measure.name == "soft prompt" else "logit"
+        raise ProofError(
+            f"{measure.name}: a {what} differs by {measure.difference:.3g} from what the model computes (at most {limit:.3g}){tokens}",
+            file=graph.path,
+            hint="graph and weights do not belong together, or one of them is damaged: export again",
+        )
+    name = measure.name if graph.path.name == _GRAPH else f"{graph.path.name}: {measure.name}"
+    return Check(name, f"max |d| {measure.difference:.2g} of {measure.size:.3g}", measure.difference, limit)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files whose scale is known to be wrong are told apart from those whose scale is right, and the warning says by how much."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from surgery import combine, convert, inspect
+from surgery_formats.adapters.registry import read_adapter
+from tests.support.adapter_files import draw, peft_deltas, write_peft
+from tests.support.combinations import OneLayer
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+M = "lora_unet_down_blocks_0_attentions_0_proj_in"
+
+
+def combined_by_peft(folder: Path, *, rslora: bool = False, kind: str = "svd", alpha: int = 16) -> Path:
+    """What PEFT's own ``add_weighted_adapter`` makes of two adapters."""
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, lora_alpha=alpha, use_rslora=rslora, target_modules=["q_proj"])
+    model = peft.get_peft_model(OneLayer(), config, adapter_name="a")
+    model.add_adapter("b", config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", combination_type=kind, svd_rank=16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def said_by(path: Path) -> str:
+    found = inspect(path)
+    return "\n".join(found.traps)  # type: ignore[union-attr]
+
+
+def set_version(folder: Path, version: str | None) -> Path:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config.pop("peft_version", None)
+    (folder / "adapter_config.json").write_text(json.dumps(config | ({"peft_version": version} if version else {})))
+    return folder
+
+
+@pytest.mark.parametrize(("version", "told"), [("0.20.0", True), ("0.18.1", True), (None, True), ("0.21.0", False)])
+def test_combinations_by_svd_of_old_versions_of_peft(tmp_path: Path, version: str | None, told: bool) -> None:
+    folder = set_version(combined_by_peft(tmp_path) / "sum", version)
+    assert ("orthonormal" in said_by(folder)) is told
+    assert any("orthonormal" in one for one in combine([(folder, 0.5)], dry_run=True).warnings) is told
+    assert any("orthonormal" in one for one in convert(folder, "mlx", dry_run=True).warnings) is told
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_factors_that_were_trained_are_not_taken_for_an_svd(tmp_path: Path, dtype: type) -> None:
+    a = draw(1, 4, 48)
+    a /= np.linalg.norm(a, axis=1, keepdims=True)  # rows of length one, but at an angle
+    trained = write_peft(
+        tmp_path / "t", {f"{Q}.lora_A.weight": a.astype(dtype), f"{Q}.lora_B.weight": draw(2, 40, 4)}, r=4, lora_alpha=4
+    )
+    assert read_adapter(trained).examine() == ()
+    straight = np.linalg.qr(a.T)[0].T.astype(dtype)
+    made = {f"{Q}.lora_A.weight": np.ascontiguousarray(straight), f"{Q}.lora_B.weight": draw(2, 40, 4)}
+    assert read_adapter(write_peft(tmp_path / "s", made, r=4, lora_alpha=4)).examine()
+    assert read_adapter(write_peft(tmp_path / "u", made, r=4, lora_alpha=8)).examine() == ()
+
+
+def test_rslora_that_peft_combined_is_too_strong_and_the_warning_says_by_how_much(tmp_path: Path) -> None:
+    folder = combined_by_peft(tmp_path, rslora=True, kind="cat") / "sum"
+    wanted = sum(peft_deltas(tmp_path / side)["q_proj"] for side in "ab")
+    got = peft_deltas(folder)["q_proj"]
+    times = float((got * wanted).sum() / (wanted * wanted).sum())
+    assert times == pytest.approx(4.0, rel=1e-5)  # of rank 16: PEFT's fault, shown here
+    assert "4 times too strongly" in said_by(folder)
+    assert "weight 0.25" in said_by(folder)
+    combine([(folder, 0.25)], output=tmp_path / "right")
+    assert np.abs(peft_deltas(tmp_path / "right")["q_proj"] - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert "too strongly" not in said_by(tmp_path / "a")
+
+
+def kohya(path: Path, rank: int, alpha: float | None, **metadata: str) -> Path:
+    tensors = {f"{M}.lora_down.weight": draw(1, rank, 6), f"{M}.lora_up.weight": draw(2, 8, rank)}
+    if alpha is not None:
+        tensors[f"{M}.alpha"] = np.array(alpha, np.float32)
+    save_file(tensors, path, metadata or None)
+    return path
+
+
+def test_a_file_of_merge_lora_concat(tmp_path: Path) -> None:
+    joined = kohya(tmp_path / "c.safetensors", 8, 2.0, ss_network_dim="4", ss_network_alpha="2.0")
+    assert "--concat" in said_by(joined)
+    assert "0.5 of its strength" in said_by(joined)
+
+
+def test_a_file_of_a_merge_script(tmp_path: Path) -> None:
+    facts = {"ss_network_dim": "4", "ss_network_alpha": "2.0", "modelspec.merged_from": "a, b"}
+    assert "merge_lora.py squares the ratios" in said_by(kohya(tmp_path / "m.safetensors", 4, 2.0, **facts))
+
+
+def test_a_lost_alpha_is_named_from_the_metadata(tmp_path: Path) -> None:
+    lost = kohya(tmp_path / "l.safetensors", 4, None, ss_network_dim="4", ss_network_alpha="1")
+    assert "alpha 1 for dim 4" in said_by(lost)
+    assert "=0.25" in said_by(lost)
+    assert said_by(kohya(tmp_path / "n.safetensors", 4, None)) == "1 modules without alpha: their scale is 1"
+
+
+@pytest.mark.parametrize("dim", ["4", "Dynamic", "None", "nan", "-4", "8", ""])
+def test_files_that_are_as_they_should_be(tmp_path: Path, dim: str) -> None:
+    assert said_by(kohya(tmp_path / "k.safetensors", 4, 2.0, ss_network_dim=dim, ss_network_alpha="2")) == ""

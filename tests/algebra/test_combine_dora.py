@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""With the base at hand a DoRA can be scaled, added to others and given a rank: what comes out is the best LoRA for what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from surgery import combine, merge, resize
+from surgery_formats.errors import FitError
+from tests.oracles import disk, models, peft_oracle
+from tests.support.combinations import best
+
+CONFIG = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
+FULL = models.HIDDEN
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A base, a DoRA and a LoRA."""
+    folder = tmp_path_factory.mktemp("dora")
+    base = models.build_base("llama", folder / "base")
+    peft_oracle.train("llama", base, "LoraConfig", {**CONFIG, "use_dora": True}, folder / "dora", seed=1)
+    peft_oracle.train("llama", base, "LoraConfig", CONFIG, folder / "lora", seed=2)
+    return base, folder / "dora", folder / "lora"
+
+
+def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """What PEFT's merge adds, float64."""
+    before = disk.read_tensors(base)
+    merged = peft_oracle.merge("llama", base, [(adapter, 1.0)]).tensors
+    return {n: value.double() - before[n].double() for n, value in merged.items() if "_proj" in n}
+
+
+def test_a_dora_and_a_lora_add_up_as_peft_merges_each(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, dora, lora = made
+    combine([(dora, 0.7), (lora, -0.3)], output=tmp_path / "out", base=base, rank=FULL)
+    one, other, got = (deltas(base, path) for path in (dora, lora, tmp_path / "out"))
+    for name, value in one.items():
+        wanted = 0.7 * value - 0.3 * other[name]
+        assert float((got[name] - wanted).norm()) <= 2e-6 * float(wanted.norm()) + 1e-9, name
+    assert max(float(value.norm()) for value in got.values()) > 1
+
+
+def test_a_dora_is_cut_to_the_best_lora_of_a_rank(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, dora, _ = made
+    result = resize(dora, output=tmp_path / "out", base=base, rank=4)
+    one, got = deltas(base, dora), deltas(base, tmp_path / "out")
+    assert {module.rank for module in result.modules} == {4}
+    for name, value in one.items():
+        left = float((got[name] - value).norm())
+        assert left <= 1.0001 * best(value.numpy(), 4) + 2e-6 * float(value.norm()) + 1e-9, name
+
+
+def test_half_a_dora_merges_as_half_of_what_it_does(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, dora, _ = made
+    combine([(dora, 0.5)], output=tmp_path / "half", base=base, rank=FULL)
+    merge(base, tmp_path / "half", output=tmp_path / "merged")
+    before, after = disk.read_tensors(base), disk.read_tensors(tmp_path / "merged")
+    for name, value in deltas(base, dora).items():
+        torch.testing.assert_close(after[name].double(), before[name].double() + 0.5 * value, atol=2e-6, rtol=0)
+
+
+def test_without_base_or_rank_it_is_refused_and_the_way_is_named(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, dora, lora = made
+    for options in ({}, {"base": base}, {"rank": 8}):
+        with pytest.raises(FitError, match=r"depends on the base|rank cannot change") as caught:
+            combine([(dora, 0.7), (lora, -0.3)], output=tmp_path / "out", **options)  # type: ignore[arg-type]
+        assert "--base, --rank" in str(caught.value)

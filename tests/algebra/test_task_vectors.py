@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TIES, DARE and pruning of adapters are what their papers say, and are cut optimally."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from surgery import combine
+from surgery_formats.errors import FitError
+from tests.support.adapter_files import (
+    peft_deltas,
+)
+from tests.support.combinations import best, simple
+
+
+def ties(deltas: list[np.ndarray], weights: list[float], density: float) -> np.ndarray:
+    """arXiv:2306.01708, algorithm 1, element by element; lambda is the weights, on the task vectors."""
+    n = deltas[0].size
+    trimmed = []
+    for delta, weight in zip(deltas, weights, strict=True):
+        keep = np.argsort(-np.abs(delta).ravel(), kind="stable")[: math.ceil(density * n)]
+        flat = np.zeros(n)
+        flat[keep] = delta.ravel()[keep]
+        trimmed.append(weight * flat)
+    merged = np.zeros(n)
+    for p in range(n):
+        gamma = np.sign(sum(vector[p] for vector in trimmed))
+        agreeing = [vector[p] for vector in trimmed if vector[p] != 0 and np.sign(vector[p]) == gamma]
+        merged[p] = np.mean(agreeing) if agreeing else 0.0
+    return merged.reshape(deltas[0].shape)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[tuple[Path, float]]:
+    return [
+        (simple(tmp_path / "a", 1, 3), 0.7),
+        (simple(tmp_path / "b", 5, 4), -0.4),
+        (simple(tmp_path / "c", 9, 2), 1.1),
+    ]
+
+
+def _found(pairs: list[tuple[Path, float]], out: Path, **options: object) -> np.ndarray:
+    combine(pairs, output=out, rank=24, **options)  # type: ignore[arg-type]  # full rank: nothing is lost
+    return peft_deltas(out)["model.layers.0.self_attn.q_proj"]
+
+
+def _deltas(pairs: list[tuple[Path, float]]) -> tuple[list[np.ndarray], list[float]]:
+    return [peft_deltas(path)["model.layers.0.self_attn.q_proj"] for path, _ in pairs], [weight for _, weight in pairs]
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_ties_is_its_paper(pair: list[tuple[Path, float]], tmp_path: Path, density: float) -> None:
+    wanted = ties(*_deltas(pair), density)
+    got = _found(pair, tmp_path / "out", method="ties", density=density)
+    assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+def test_magnitude_prune_is_the_sum_of_what_is_left(pair: list[tuple[Path, float]], tmp_path: Path) -> None:
+    deltas, weights = _deltas(pair)
+    wanted = sum(
+        w * np.where(np.abs(d) >= np.quantile(np.abs(d), 0.75, method="higher"), d, 0)
+        for d, w in zip(deltas, weights, strict=True)
+    )
+    got = _found(pair, tmp_path / "out", method="magnitude-prune", density=0.25)
+    assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("method", ["dare-linear", "dare-ties"])
+def test_dare_drops_and_rescales(pair: list[tuple[Path, float]], tmp_path: Path, method: str) -> None:
+    """arXiv:2311.03099: every value is what one of the 2^3 ways to drop gives, and each is dropped as often as it should be."""
+    deltas, weights = _deltas(pair)
+    density = 0.6
+    got = _found(pair, tmp_path / "out", method=method, density=density)
+    masks = [[bool(bits >> i & 1) for i in range(3)] for bits in range(8)]
+    ways = []
+    for mask in masks:
+        parts = [w * d / density * keep for d, w, keep in zip(deltas, weights, mask, strict=True)]
+        ways.append(sum(parts) if method == "dare-linear" else ties(parts, [1.0] * 3, 1.0))
+    apart = np.abs(np.stack(ways) - got)
+    assert apart.min(axis=0).max() <= 1e-5 * np.abs(got).max()
+    if method == "dare-linear":
+        nearest = apart.argmin(axis=0)
+        for number in range(3):
+            kept = np.mean([masks[way][number] for way in nearest.ravel()])
+            assert abs(kept - density) < 4 * math.sqrt(density * (1 - density) / got.size)
+    again = _found(pair, tmp_path / "again", method=method, density=density)
+    other = _found(pair, tmp_path / "other", method=method, density=density, seed=1)
+    assert np.array_equal(got, again)
+    assert not np.allclose(got, other)
+
+
+def test_dare_keeps_the_mean(tmp_path: Path) -> None:
+    """Rescaling makes the expectation of what is left the delta itself."""
+    from surgery.algebra.task_vectors import merge_deltas
+
+    delta = torch.full((400, 400), 3.0, dtype=torch.float64)
+    found = merge_deltas([delta.clone], [1.0], method="dare-linear", density=0.1, seed=0, name="x", owners=[0])
+    assert float(found.mean()) == pytest.approx(3.0, rel=0.03)
+    assert set(found.unique().tolist()) == {0.0, 30.0}
+
+
+def test_a_dense_method_is_cut_optimally(pair: list[tuple[Path, float]], tmp_path: Path) -> None:
+    wanted = ties(*_deltas(pair), 0.3)
+    result = combine(pair, output=tmp_path / "out", rank=5, method="ties", density=0.3)
+    apart = np.linalg.norm(peft_deltas(tmp_path / "out")["model.layers.0.self_attn.q_proj"] - wanted)
+    assert apart <= 1.0001 * best(wanted, 5) + 1e-6 * np.linalg.norm(wanted)
+    assert result.error == pytest.approx(apart / np.linalg.norm(wanted), rel=1e-4)
+    by_energy = combine(pair, output=tmp_path / "e", energy=0.9, method="ties", density=0.3)
+    squares = np.linalg.svd(wanted, compute_uv=False) ** 2
+    assert by_energy.modules[0].rank == int((np.cumsum(squares) < 0.9 * squares.sum()).sum()) + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "ties", "rank": 4}, "needs a density"),
+        ({"method": "ties", "density": 0.5}, "full rank"),
+        ({"method": "exact", "density": 0.5}, "no density"),
+        ({"method": "tise"}, "no method"),
+        ({"rank": 0}, "rank of 0"),
+        ({"energy": 1.5}, "energy"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, object], said: str) -> None:
+    with pytest.raises(FitError, match=said):
+        combine([(tmp_path / "never read", 1.0)], output=tmp_path / "x", **options)  # type: ignore[arg-type]

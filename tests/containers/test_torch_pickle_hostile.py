@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Torch checkpoints that try to run, crash or exhaust something."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from surgery_formats.containers.torch.pickle_file import open_torch, state_dict
+from surgery_formats.errors import MalformedError
+from surgery_formats.tensors.tensor import StoredTensor
+
+Write = Callable[..., Path]
+BOTH = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Write:
+    """A zip checkpoint with the given pickle and storages."""
+
+    def archive(pickled: bytes, *, compression: int = zipfile.ZIP_STORED, **storages: bytes) -> Path:
+        path = tmp_path / "x.bin"
+        with zipfile.ZipFile(path, "w", compression) as zipped:
+            zipped.writestr("archive/data.pkl", pickled)
+            zipped.writestr("archive/byteorder", "little")
+            for key, data in storages.items():
+                zipped.writestr(f"archive/data/{key.removeprefix('s')}", data)
+        return path
+
+    return archive
+
+
+# ------------------------------------------------------------------------------------------ hostile pickles
+
+
+class Runs:
+    """Pickles to a call of os.system."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+@BOTH
+@pytest.mark.parametrize("protocol", [1, 2, 4])
+def test_a_payload_does_not_run(new: bool, protocol: int, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    tree = {"a": torch.ones(1), "b": Runs(f"touch {marker}")}
+    torch.save(tree, tmp_path / "x.bin", pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+    with pytest.raises(MalformedError, match=r"posix\.system|nt\.system"):
+        open_torch(tmp_path / "x.bin")
+    assert not marker.exists()
+    torch.load(tmp_path / "x.bin", weights_only=False)
+    assert marker.exists(), "the payload is no payload"
+
+
+def test_a_bare_pickle_with_a_payload(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(pickle.dumps(Runs("exit 1")))
+    with pytest.raises(MalformedError, match="system"):
+        open_torch(tmp_path / "x.bin")
+
+
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def tensor(
+    offset: int = 0,
+    size: bytes = b"K\x02\x85",
+    stride: bytes = b"K\x01\x85",
+    *,
+    numel: int = 2,
+    kind: bytes = b"ctorch\nFloatStorage\n",
+    pid: bytes | None = None,
+    tail: bytes = b"\x89)",
+) -> bytes:
+    """The opcodes of a float tensor of two elements in storage 0, with faults."""
+    pid = pid or b"(X\x07\0\0\0storage" + kind + b"X\x01\0\0\x000X\x03\0\0\0cpu" + long(numel) + b"tQ"
+    return TENSOR + b"(" + pid + long(offset) + size + stride + tail + b"tR"
+
+
+def long(value: int) -> bytes:
+    raw = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(raw)]) + raw
+
+
+def test_the_hand_made_tensor_is_good(archive: Write) -> None:
+    found = open_torch(archive(b"\x80\x02" + tensor() + b".", s0=struct.pack("<2f", 1, 2)))
+    assert isinstance(found, StoredTensor)
+    assert found.read().tolist() == [1, 2]
+
+
+BIG = (1 << 62) + 1
+PROGRAMS: dict[str, tuple[bytes, str]] = {
+    # calls
+    "GLOBAL eval": (b"cbuiltins\neval\n.", "builtins.eval"),
+    "GLOBAL of Python 2": (b"c__builtin__\neval\n.", "__builtin__.eval"),
+    "GLOBAL with dots": (b"ctorch\nnn.Module.apply\n.", "torch.nn.Module.apply"),
+    "GLOBAL torch.load": (b"ctorch\nload\n.", "torch.load"),
+    "GLOBAL runstring": (b"cnumpy.testing._private.utils\nrunstring\n.", "runstring"),
+    "GLOBAL of a private helper": (b"ctorch._utils\n_rebuild_qtensor\n.", "_rebuild_qtensor"),
+    "STACK_GLOBAL": (b"\x8c\x02os\x8c\x06system\x93.", "os.system"),
+    "STACK_GLOBAL of a split name": (b"\x8c\x05torch\x8c\x0d_utils.system\x93.", "torch._utils.system"),
+    "STACK_GLOBAL without text": (b"K\x01K\x02\x93.", "no text"),
+    "INST": (b"(S'echo'\nios\nsystem\n.", "os system"),
+    "OBJ": (b"(ccollections\nOrderedDict\no.", "OBJ"),
+    "NEWOBJ": (b"ccollections\nOrderedDict\n)\x81.", "NEWOBJ"),
+    "NEWOBJ_EX": (b"ccollections\nOrderedDict\n)}\x92.", "NEWOBJ_EX"),
+    "EXT1": (b"\x82\x01.", "EXT1"),
+    "EXT2": (b"\x83\x01\0.", "EXT2"),
+    "EXT4": (b"\x84\x01\0\0\0.", "EXT4"),
+    "REDUCE of a string": (b"\x8c\x02os)R.", "str"),
+    "REDUCE of a storage class": (b"ctorch\nFloatStorage\n)R.", "torch.FloatStorage"),
+    "REDUCE of a dtype": (b"ctorch\nfloat32\n)R.", "DType"),
+    "REDUCE without a tuple": (b"ccollections\nOrderedDict\n]R.", "no tuple"),
+    "BUILD on a list": (b"]}b.", "dict that is not there"),
+    "BUILD on a tensor": (tensor() + b"}b.", "dict that is not there"),
+    "BUILD with a list": (b"}]b.", "no dict"),
+    "BUILD on a global": (b"ccollections\nOrderedDict\n}b.", "dict that is not there"),
+    "PERSID": (b"Pstorage\n.", "PERSID"),
+    "BYTES": (b"C\x01x.", "SHORT_BINBYTES"),
+    "FROZENSET": (b"(\x91.", "FROZENSET"),
+    "NEXT_BUFFER": (b"\x97.", "NEXT_BUFFER"),
+    # stack and memo
+    "empty": (b"", "not a pickle|no end"),
+    "no STOP": (b"N", "not a pickle|no end"),
+    "only STOP": (b".", "more from the stack"),
+    "leftovers on the stack": (b"NN.", "left on the stack"),
+    "underflow of TUPLE2": (b"N\x86.", "more from the stack"),
+    "underflow of REDUCE": (b")R.", "more from the stack"),
+    "TUPLE without MARK": (b"Nt.", "mark is missing"),
+    "a MARK taken as a value": (b"(0N.", "more from the stack"),
+    "a MARK in a tuple": (b"(\x85.", "more from the stack"),
+    "a MARK memoized": (b"(q\0.", "not there"),
+    "a MARK duplicated": (b"(2.", "not there"),
+    "a MARK as result": (b"(.", "more from the stack"),
+    "GET of nothing": (b"h\x07.", "not stored"),
+    "APPEND to a dict": (b"}Na.", "list that is not there"),
+    "SETITEM on a list": (b"]NNs.", "dict that is not there"),
+    "SETITEMS odd": (b"}(Nu.", "without a value"),
+    "unhashable key": (b"}]Ns.", "list as key"),
+    "tuple key": (b"})Ns.", "tuple as key"),
+    "unknown opcode": (b"\xff.", "not a pickle"),
+    "truncated argument": (b"X\xff\xff\xff\x7fabc", "not a pickle"),
+    "8 exabytes of text": (b"\x8d" + b"\xff" * 7 + b"\x7f.", "not a pickle"),
+    "giant integer": (b"\x8b\x20\0\0\0" + b"\x7f" * 32 + b".", "128 bits"),
+    "payload first, then broken": (b"cposix\nsystem\n(S'true'\ntRI", "posix.system"),
+    "more behind STOP": (b"N.cos\nsystem\n.", "behind the end"),
+    # storages and tensors
+    "storage as text": (tensor(pid=b"\x8c\x01xQ") + b".", "no storage"),
+    "storage with a view": (
+        tensor(pid=b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02)tQ") + b".",
+        "no storage",
+    ),
+    "storage of an unknown class": (tensor(kind=b"ctorch\nSize\n") + b".", "unknown type"),
+    "storage of a quantized class": (tensor(kind=b"ctorch\nQInt8Storage\n") + b".", "torch.QInt8Storage"),
+    "storage that is missing": (
+        tensor().replace(b"X\x01\0\0\x000", b"X\x01\0\0\x009") + b".",
+        "'9' is missing",
+    ),
+    "storage outside by name": (
+        tensor().replace(b"X\x01\0\0\x000", b"X\x05\0\0\x00../v1") + b".",
+        "is missing",
+    ),
+    "storage smaller than said": (tensor(numel=3) + b".", "has 8 bytes, its description says 12"),
+    "storage larger than said": (tensor(numel=1) + b".", "has 8 bytes, its description says 4"),
+    "storage of negative size": (tensor(numel=-2) + b".", "without a key or a size"),
+    "storage of a huge size": (tensor(numel=BIG) + b".", "its description says"),
+    "storage in two types": (
+        b"(" + tensor() + tensor(kind=b"ctorch\nIntStorage\n") + b"t.",
+        "described in two ways",
+    ),
+    "tensor beyond its storage": (tensor(offset=1) + b".", "beyond its storage"),
+    "tensor at a negative offset": (tensor(offset=-1) + b".", "no sizes"),
+    "tensor of negative stride": (tensor(stride=long(-1) + b"\x85") + b".", "no sizes"),
+    "tensor of negative size": (tensor(size=long(-2) + b"\x85") + b".", "no sizes"),
+    "tensor of a bool size": (tensor(size=b"\x88\x85") + b".", "no sizes"),
+    "tensor of a list size": (tensor(size=b"]K\x02a") + b".", "no sizes"),
+    "tensor with fewer strides": (tensor(stride=b")") + b".", "no sizes"),
+    "tensor of 65 axes": (
+        tensor(size=b"(" + b"K\x01" * 65 + b"t", stride=b"(" + b"K\x01" * 65 + b"t") + b".",
+        "no sizes",
+    ),
+    "tensor with a far stride": (tensor(stride=long(BIG) + b"\x85") + b".", "beyond its storage"),
+    "tensor whose size overflows": (
+        tensor(size=long(BIG) + long(BIG) + b"\x86", stride=b"K\0K\0\x86") + b".",
+        "overflows",
+    ),
+    "tensor expanded to a petabyte": (
+        tensor(size=long(1 << 48) + b"\x85", stride=b"K\0\x85") + b".",
+        "elements in a storage",
+    ),
+    "tensor of no storage": (TENSOR + b"(NK\0))\x89)tR.", "without a storage"),
+    "tensor of three arguments": (TENSOR + b"NNN\x87R.", "without a storage"),
+    "tensor to be conjugated": (tensor(tail=b"\x89)}\x8c\x04conj\x88s") + b".", "conjugation"),
+    "v3 of a typed storage": (
+        tensor(tail=b"\x89)ctorch\nint32\n").replace(b"tensor_v2", b"tensor_v3") + b".",
+        "without an element type",
+    ),
+    "v2 of an untyped storage": (
+        tensor(kind=b"ctorch.storage\nUntypedStorage\n", numel=8) + b".",
+        "without an element type",
+    ),
+    "parameter without a tensor": (b"ctorch._utils\n_rebuild_parameter\nN\x88)\x87R.", "without a tensor"),
+    "torch.Size of text": (b"ctorch\nSize\n\x8c\x01x\x85\x85R.", "something else than sizes"),
+}
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_hostile_pickle(case: str, archive: Write) -> None:
+    program, what = PROGRAMS[case]
+    path = archive(b"\x80\x02" + program, s0=bytes(8))
+    with pytest.raises(MalformedError, match=what) as caught:
+        open_torch(path)
+    assert caught.value.file == str(path)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"]q\0" + b"(h\0h\0e" * 50_000 + b".",  # a list that holds itself 100,000 times
+        b"N\x85q\0" + b"".join(b"h\0h\0\x86q\0" for _ in range(50_000)) + b"0" * 50_000 + b".",  # 2 ** 50,000 leaves
+        b"]" * 200_000 + b"a" * 199_999 + b".",  # 200,000 deep
+        b"N" + b"2" * 300_000 + b"0" * 300_000 + b".",
+    ],
+    ids=["cycle", "exponential", "deep", "dup"],
+)
+def test_memo_bombs_cost_no_more_than_their_size(program: bytes, archive: Write) -> None:
+    begin = time.process_time()
+    opened = open_torch(archive(b"\x80\x02" + program))
+    with pytest.raises(MalformedError):
+        state_dict(opened)
+    del opened
+    assert time.process_time() - begin < 10
+
+
+def test_quadratic_ordered_dicts_are_cut_off(archive: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery_formats.containers.torch.pickle_ops._STEP_LIMIT", 100_000)
+    pairs = b"](" + b"K\x01K\x01\x86" * 5_000 + b"eq\0"
+    again = b"ccollections\nOrderedDict\nh\0\x85R0" * 1_000
+    with pytest.raises(MalformedError, match="steps"):
+        open_torch(archive(b"\x80\x02" + pairs + again + b"."))
+
+
+def test_too_many_opcodes(archive: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery_formats.containers.torch.pickle_ops._STEP_LIMIT", 99)
+    with pytest.raises(MalformedError, match="steps"):
+        open_torch(archive(b"N0" * 50 + b"N."))
+
+
+def test_ordered_dict_of_python_2(archive: Write) -> None:
+    pairs = b"](](K\x01K\x02e](K\x03K\x04ee"  # [[1, 2], [3, 4]]
+    assert open_torch(archive(b"ccollections\nOrderedDict\n" + pairs + b"\x85R.")) == {1: 2, 3: 4}
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data(), st.booleans())
+def test_mutated_checkpoints_open_or_are_refused(tmp_path: Path, data: st.DataObject, new: bool) -> None:
+    buffer = io.BytesIO()
+    tree = {"a": torch.ones(2, 3).t(), "b": torch.nn.Parameter(torch.ones(2))}
+    torch.save(tree, buffer, _use_new_zipfile_serialization=new)
+    raw = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.integers(0, 3)) == 0:
+        del raw[data.draw(st.integers(0, len(raw) - 1)) :]
+    (tmp_path / "m.pt").write_bytes(raw)
+    try:
+        found = state_dict(open_torch(tmp_path / "m.pt"))
+    except MalformedError:
+        return
+    for stored in found.values():
+        assert stored.offset + stored.nbytes <= len(raw)
+        stored.read()
+
+
+# ------------------------------------------------------------------------------------------- hostile archives
+
+
+def refused(path: Path, what: str) -> None:
+    with pytest.raises(MalformedError, match=what) as caught:
+        open_torch(path)
+    assert caught.value.file == str(path)
+
+
+def test_a_zip_bomb(archive: Write) -> None:
+    path = archive(b"\x80\x02" + tensor(numel=1 << 24) + b".", s0=bytes(1 << 26), compression=zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 1 << 20
+    refused(path, "compressed")
+
+
+def test_a_size_that_lies(archive: Write) -> None:
+    path = archive(b"N.", s0=bytes(8))
+    raw = path.read_bytes()
+    at = raw.rindex(b"archive/data/0") - 46 + 20
+    path.write_bytes(raw[:at] + struct.pack("<2L", 1 << 30, 1 << 30) + raw[at + 8 :])
+    refused(path, "beyond the archive|overlaps")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_duplicate_members(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
+        zipped.writestr("archive/data.pkl", b"N.")
+        zipped.writestr("archive/data.pkl", b"cos\nsystem\n.")
+    refused(tmp_path / "x.pt", "twice")
+
+
+def test_two_pickles(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
+        zipped.writestr("a/data.pkl", b"N.")
+        zipped.writestr("b/data.pkl", b"N.")
+    refused(tmp_path / "x.pt", "2 members")
+
+
+def test_no_pickle(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
+        zipped.writestr("a/constants.pkl", b"N.")
+    refused(tmp_path / "x.pt", "0 members")
+
+
+def test_big_endian(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
+        zipped.writestr("a/data.pkl", b"N.")
+        zipped.writestr("a/byteorder", b"big")
+    refused(tmp_path / "x.pt", "little-endian")
+
+
+def test_overlapping_members(archive: Write) -> None:
+    path = archive(b"N.", s0=bytes(8), s1=bytes(8))
+    raw = bytearray(path.read_bytes())
+    first, second = (raw.rindex(b"archive/data/%d" % i) - 46 + 42 for i in (0, 1))
+    raw[second : second + 4] = raw[first : first + 4]
+    path.write_bytes(raw)
+    refused(path, "another name")
+
+
+def test_a_local_header_with_another_name(archive: Write) -> None:
+    path = archive(b"N.")
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"archive/data.pkl", b"archive/else.pkl", 1))
+    refused(path, "another name")
+
+
+def test_encrypted(archive: Write) -> None:
+    path = archive(b"N.")
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(raw)
+    refused(path, "encrypted")
+
+
+@pytest.mark.parametrize("where", ["before", "after", "comment", "cut", "hidden"])
+def test_bytes_around_the_archive(where: str, archive: Write) -> None:
+    path = archive(b"N.", s0=bytes(8))
+    raw = path.read_bytes()
+    end = raw.index(b"PK\x01\x02")
+    path.write_bytes(
+        {
+            "before": b"PK\x03\x04" + raw,
+            "after": raw + b"x",
+            "comment": raw[:-2] + b"\x01\0x",
+            "cut": raw[:-1],
+            "hidden": raw[:end] + b"x" + raw[end:],
+        }[where]
+    )
+    refused(path, "zip archive|zip directory")
+
+
+@pytest.mark.parametrize(
+    ("raw", "what"),
+    [
+        (b"", "not a torch checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\x02\0\0\0\0\0\0\0{}", "name it .safetensors"),
+        (b"7z\xbc\xaf\x27\x1c....", "7z"),
+        (b"\x80\x02K\x01.", "not a torch checkpoint"),
+        (b"PK\x03\x04", "too short"),
+    ],
+)
+def test_other_files(raw: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(raw)
+    refused(tmp_path / "x.bin", what)
+
+
+# --------------------------------------------------------------------------------------------------- legacy
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda raw: raw + b"x", "behind the last storage"),
+        (lambda raw: raw[:-1], "not the size|ends"),
+        (lambda raw: raw[:-16] + struct.pack("<q", 3) + raw[-8:], "not the size"),
+        (lambda raw: raw[:-12], "not the size|ends"),
+        (lambda raw: raw.replace(b"little_endianq", b"little_indianq"), "little-endian"),
+        (lambda raw: raw.replace(b"\x8a\x0al\xfc\x9cF", b"\x8a\x0al\xfc\x9cG"), "not a torch checkpoint"),
+    ],
+    ids=["longer", "shorter", "count", "cut", "endian", "magic"],
+)
+def test_damaged_legacy_files(change: Callable[[bytes], bytes], what: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    raw = path.read_bytes()
+    changed = change(raw)
+    assert changed != raw
+    path.write_bytes(changed)
+    refused(path, what)
+
+
+def test_zip64(tmp_path: Path) -> None:
+    """Sizes and positions in the extra field, as in archives beyond 4 GB."""
+    path = tmp_path / "x.pt"
+    pickled = b"\x80\x02" + tensor() + b"."
+    with zipfile.ZipFile(path, "w") as zipped:
+        with zipped.open("archive/data.pkl", "w", force_zip64=True) as member:
+            member.write(pickled)
+        with zipped.open("archive/data/0", "w", force_zip64=True) as member:
+            member.write(struct.pack("<2f", 3, 4))
+    raw = bytearray(path.read_bytes())
+    start, end = raw.index(b"PK\x01\x02"), raw.index(b"PK\x05\x06")
+    directory, at = bytearray(), start
+    while at < end:
+        name_len, extra_len = struct.unpack_from("<2H", raw, at + 28)
+        packed, size = struct.unpack_from("<2L", raw, at + 20)
+        (local,) = struct.unpack_from("<L", raw, at + 42)
+        fixed = bytearray(raw[at : at + 46])
+        struct.pack_into("<2L", fixed, 20, 0xFFFFFFFF, 0xFFFFFFFF)
+        struct.pack_into("<H", fixed, 30, 28)
+        struct.pack_into("<L", fixed, 42, 0xFFFFFFFF)
+        directory += fixed + raw[at + 46 : at + 46 + name_len] + struct.pack("<2H3Q", 1, 24, size, packed, local)
+        at += 46 + name_len + extra_len
+    end64 = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 2, 2, len(directory), start)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, start + len(directory), 1)
+    tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    path.write_bytes(raw[:start] + directory + end64 + locator + tail)
+    assert zipfile.ZipFile(path).read("archive/data.pkl") == pickled
+    opened = open_torch(path)
+    assert isinstance(opened, StoredTensor)
+    assert opened.read().tolist() == [3, 4]

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe reads config.json as transformers does, of either era, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery_formats.errors import FitError
+from surgery_formats.models.families import FAMILIES
+from surgery_formats.models.families.parameters import model_of, parameters
+from surgery_formats.models.families.recipe import LanguageHead, Model
+from tests.oracles.recipes import DECODERS, ENCODERS
+
+KNOWN = sorted({name for family in FAMILIES if family.recipe for name in family.names})
+CASES = {**DECODERS, **ENCODERS}
+HEAD = {"lm_head.weight", "embed_out.weight"}
+
+
+def _config(name: str) -> dict[str, Any]:
+    """config.json as save_pretrained writes it."""
+    case = CASES[name]
+    made = getattr(transformers, case.config)(**case.fields)
+    made.architectures = [case.cls]
+    return json.loads(made.to_json_string(use_diff=True))
+
+
+def _tables(name: str, **changes: Any) -> Model:
+    return model_of({**_config(name), **changes}, HEAD)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_a_missing_key_means_what_it_means_to_transformers(kind: str) -> None:
+    full = json.loads(transformers.CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+    assert model_of({"model_type": kind}, HEAD) == model_of({**full, "architectures": None}, HEAD)
+
+
+@pytest.mark.parametrize("name", [n for n in DECODERS if "rope_parameters" in _config(n) and "gemma3" not in n])
+def test_both_eras_of_rotary_parameters_say_the_same(name: str) -> None:
+    config = _config(name)
+    new = model_of(config, HEAD)
+    rope = dict(config.pop("rope_parameters"))
+    neox = name.startswith("gpt_neox")
+    config["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+    if (fraction := rope.pop("partial_rotary_factor", None)) is not None:
+        config["rotary_pct" if neox else "partial_rotary_factor"] = fraction
+    kind = rope.pop("rope_type")
+    original = rope.pop("original_max_position_embeddings", None)
+    if original is not None:
+        config["original_max_position_embeddings" if name.startswith("phi3") else "_"] = original
+        rope |= {} if name.startswith("phi3") else {"original_max_position_embeddings": original}
+    for word in ("type", "rope_type"):
+        old = {**config, "rope_scaling": None if kind == "default" else {word: kind, **rope}}
+        assert model_of(old, HEAD) == new
+
+
+def test_gemma_3_of_the_old_era() -> None:
+    config = _config("gemma3_scaled")
+    new = model_of(config, HEAD)
+    del config["rope_parameters"]
+    old = config | {
+        "rope_theta": 3000.0,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    }
+    assert model_of(old, HEAD) == new
+    ropes = [layer.attention.rope for layer in new.layers]
+    assert [rope and rope.parameters["rope_type"] for rope in ropes] == ["linear", "default", "linear"]
+
+
+def test_the_first_phi_3_calls_longrope_su() -> None:
+    config = _config("phi3_longrope_long")
+    scaling = {"type": "su", "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.5, 2.0, 3.0, 4.0]}
+    del config["rope_parameters"]
+    rope = model_of({**config, "rope_theta": 10000.0, "rope_scaling": scaling}, HEAD).layers[0].attention.rope
+    assert rope == _tables("phi3_longrope_long").layers[0].attention.rope
+
+
+def test_the_head_is_tied_by_config_by_family_and_by_absence() -> None:
+    def weight(config: dict[str, Any], names: set[str]) -> str:
+        head = model_of(config, names).head
+        assert isinstance(head, LanguageHead)
+        return head.projection.weight
+
+    llama = {"model_type": "llama"}
+    assert weight(llama, HEAD) == "lm_head.weight"
+    assert weight(llama, set()) == "model.embed_tokens.weight"
+    assert weight({**llama, "tie_word_embeddings": False}, set()) == "lm_head.weight"
+    assert weight({"model_type": "gpt2"}, set()) == "transformer.wte.weight"
+    tied = model_of({**llama, "tie_word_embeddings": True}, HEAD)
+    assert list(tied.unused) == ["lm_head.weight"]
+
+
+def test_files_of_bare_models_and_of_tensorflow_keep_their_names() -> None:
+    gpt2 = parameters(model_of({"model_type": "gpt2"}, {"wte.weight"}))
+    assert "h.0.attn.c_attn.weight" in gpt2
+    names = {"embeddings.word_embeddings.weight", "embeddings.LayerNorm.gamma", "pooler.dense.weight"}
+    bert = parameters(model_of({"model_type": "bert", "architectures": ["BertModel"]}, names))
+    assert {"embeddings.LayerNorm.beta", "pooler.dense.bias", "encoder.layer.0.output.LayerNorm.weight"} <= set(bert)
+
+
+SWITCHES = [
+    ("gemma", "use_bidirectional_attention", True),
+    ("gpt2", "add_cross_attention", True),
+    ("bert_sequence", "is_decoder", True),
+    ("bert_sequence", "position_embedding_type", "relative_key"),
+    ("llama", "is_causal", False),
+    ("llama", "quantization_config", {"quant_method": "gptq"}),
+    ("olmo", "clip_qkv", 8.0),
+    ("gemma3", "attn_logit_softcapping", 50.0),
+    ("mistral", "layer_types", ["full_attention"] * 3),
+    ("qwen2", "layer_types", ["chunked_attention"] * 3),
+    ("llama", "partial_rotary_factor", 0.5),
+    ("llama", "some_new_logit_softcapping", 30.0),
+    ("llama", "use_qk_norm", True),
+    ("llama", "num_experts", 8),
+    ("gpt_neox", "rope_theta", 5.0),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), SWITCHES, ids=[f"{n}-{k}" for n, k, _ in SWITCHES])
+def test_a_switch_that_changes_the_arithmetic_is_refused_by_name(name: str, key: str, value: Any) -> None:
+    with pytest.raises(FitError, match=key):
+        _tables(name, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("llama", "num_attention_heads", 0, "whole number"),
+        ("llama", "num_attention_heads", True, "whole number"),
+        ("llama", "num_attention_heads", "4", "whole number"),
+        ("llama", "num_key_value_heads", 3, "multiple"),
+        ("llama", "num_hidden_layers", 1 << 30, "whole number"),
+        ("bert_sequence", "num_attention_heads", 5, "multiple"),
+        ("llama", "hidden_act", "quick_gelu", "quick_gelu"),
+        ("llama", "rms_norm_eps", "1e-5", "number"),
+        ("llama", "rms_norm_eps", 0, "above 0"),
+        ("llama", "attention_bias", 1, "true or false"),
+        ("llama", "rope_parameters", {"rope_type": "mrope"}, "mrope"),
+        ("llama", "rope_parameters", {"rope_type": "linear"}, "factor"),
+        ("llama", "rope_parameters", {"rope_type": "default", "mrope_section": [1, 2]}, "mrope_section"),
+        ("llama", "rope_parameters", {"full_attention": {"rope_type": "default"}}, "layer type|full_attention"),
+        ("llama", "rope_parameters", [1], "object"),
+        ("phi3_longrope_long", "rope_parameters", {"rope_type": "longrope", "short_factor": [1.0]}, "short_factor"),
+        ("gemma3", "rope_parameters", {"rope_type": "default"}, "layer type"),
+        ("llama", "architectures", ["LlamaForSequenceClassification"], "SequenceClassification"),
+        ("bert_sequence", "architectures", ["BertForMaskedLM"], "BertForMaskedLM"),
+        ("roberta_sequence", "max_position_embeddings", 2, "position"),
+        ("smollm3", "no_rope_layers", [1, 2, 1], "no_rope_layers"),
+        ("llama", "model_type", "mamba", "mamba"),
+        ("llama", "model_type", ["llama"], "no recipe"),
+    ],
+)
+def test_what_makes_no_model_is_refused(name: str, key: str, value: Any, words: str) -> None:
+    with pytest.raises(FitError, match=words):
+        _tables(name, **{key: value})
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(CASES)), value=_JSON)
+def test_no_value_of_any_key_brings_another_error(data: st.DataObject, name: str, value: Any) -> None:
+    config = _config(name)
+    key = data.draw(st.sampled_from(sorted(config)))
+    with contextlib.suppress(FitError):
+        model_of({**config, key: value}, HEAD)
+
+
+def test_examples_have_recipes_that_take_every_tensor() -> None:
+    from surgery_formats.models.checkpoint import open_checkpoint
+
+    component = open_checkpoint(Path("examples/base")).main
+    assert set(parameters(model_of(component.config, component.tensors))) == set(component.tensors)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every lens, alone and composed: what is read back after a write is what was written, and nothing else moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from surgery_formats.containers.safetensors import open_safetensors
+from surgery_formats.models.ties import ties_by_place
+from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.views import View, expert, interleaved, permute, rows, transpose, whole, window
+
+
+def stored(folder: Path, values: torch.Tensor) -> StoredTensor:
+    save_file({"w": values}, folder / "w.safetensors")
+    return open_safetensors(folder / "w.safetensors").tensors[0]
+
+
+@st.composite
+def views(draw: st.DrawFn, shape: tuple[int, int]) -> View:
+    """Any lens, or several, on a storage of `shape`."""
+    view = whole(shape)
+    for _ in range(draw(st.integers(0, 4))):
+        kind = draw(st.sampled_from(["slice", "transpose", "permute", "window"]))
+        height = view.shape[0]
+        if kind == "slice" and height > 1:
+            start = draw(st.integers(0, height - 1))
+            view = rows(view, start, draw(st.integers(start + 1, height)), draw(st.integers(1, 3)))
+        elif kind == "transpose":
+            view = transpose(view)
+        elif kind == "permute":
+            view = permute(view, draw(st.permutations(range(height))))
+        else:
+            view = window(view, draw(st.integers(0, 5)), draw(st.integers(0, 5)))
+    return view
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+def test_put_after_get_is_the_identity(
+    data: st.DataObject, height: int, width: int, dtype: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tensor = stored(tmp_path_factory.mktemp("w"), torch.randn(height, width).to(getattr(torch, dtype)))
+    parameter = Parameter("w", Plain.of(tensor), data.draw(views((height, width))))
+    before = bytes(tensor.file.read(tensor.offset, tensor.nbytes))
+    weight = parameter.get()
+    assert weight.shape == parameter.shape
+    assert parameter.put(weight) == {tensor: before}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), height=st.integers(1, 9), width=st.integers(1, 5), step=st.integers(1, 4))
+def test_blocks_cover_a_view_exactly_once(
+    data: st.DataObject, height: int, width: int, step: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """However the storage is cut into row blocks, every logical element turns up once, with its own value."""
+    values = torch.arange(height * width, dtype=torch.float32).reshape(height, width)
+    parameter = Parameter(
+        "w", Plain.of(stored(tmp_path_factory.mktemp("w"), values)), data.draw(views((height, width)))
+    )
+    view, expected = parameter.view, parameter.get()
+    seen = torch.full(expected.shape, float("nan"))
+    for start in range(0, height, step):
+        at = view.locate(start, min(start + step, height))
+        block = values[start : start + step]
+        for i, row in enumerate(at.rows):
+            for j, col in enumerate(at.cols):
+                stored_row, stored_col = (
+                    (at.block_rows[j], at.block_cols[i]) if at.transposed else (at.block_rows[i], at.block_cols[j])
+                )
+                place = (row - view.row_origin, col - view.col_origin)
+                assert torch.isnan(seen[place])
+                seen[place] = block[stored_row, stored_col]
+    assert torch.equal(seen, expected)
+
+
+def test_an_expert_is_its_own_matrix(tmp_path: Path) -> None:
+    values = torch.randn(3, 4, 5)
+    tensor = stored(tmp_path, values)
+    for number in range(3):
+        parameter = Parameter("w", Plain.of(tensor, stacked=True), expert(number, 3, (4, 5)))
+        assert torch.equal(parameter.get(), values[number])
+    with pytest.raises(IndexError):
+        expert(3, 3, (4, 5))
+
+
+def test_interleaved_is_llama_cpp_s_row_order() -> None:
+    """ggml holds rotary rows as pairs: ``reshape(heads, 2, dim / 2, ...).swapaxes(1, 2)`` of the Hugging Face rows."""
+    heads, dim = 3, 8
+    hf = torch.arange(heads * dim)
+    ggml = hf.reshape(heads, 2, dim // 2).swapaxes(1, 2).reshape(-1)
+    assert torch.equal(ggml[list(interleaved(heads, dim))], hf)
+
+
+def test_a_permutation_must_be_one() -> None:
+    with pytest.raises(ValueError, match="permutation"):
+        permute(whole((3, 2)), [0, 0, 1])
+
+
+def test_ties_are_seen_by_place(tmp_path: Path) -> None:
+    tensor = stored(tmp_path, torch.randn(3, 2))
+    assert [(tie.alias, tie.source) for tie in ties_by_place({"a": tensor, "b": tensor})] == [("b", "a")]

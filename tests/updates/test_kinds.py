@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parity cases cannot show of PEFT's kinds beside LoRA: blocks, transposed storage, experts, reports, conversions, diffs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import surgery
+from surgery.engine import arithmetic
+from surgery.verbs.convert import convert
+from surgery.verbs.inspect import AdapterReport, inspect
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.errors import FitError
+from surgery_formats.refs import resolve
+from surgery_formats.tensors.views import Index
+from surgery_formats.updates import Fit, Linear, Unsized
+from tests.oracles import disk, measure, models, peft_oracle
+
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ia3": ("gpt2", "IA3", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
+    "loha": ("llama", "LoHa", {"target_modules": ["q_proj", "up_proj"], "r": 3}),
+    "lokr": ("llama", "LoKr", {"target_modules": ["q_proj", "up_proj"], "r": 3}),
+    "lokr-conv": ("torch_module", "LoKr", {"target_modules": ["conv1", "conv2"], "r": 12}),
+    "oft": ("llama", "OFT", {"target_modules": ["q_proj", "down_proj"], "oft_block_size": 8}),
+    "vera": ("gpt2", "Vera", {"target_modules": ["c_attn", "c_proj"], "r": 5}),
+    "ln": ("llama", "LNTuning", {"target_modules": ["input_layernorm"]}),
+}
+
+
+def made(name: str, folder: Path, seed: int = 2) -> tuple[Path, Path]:
+    arch, kind, fields = KINDS[name]
+    base = models.build_base(arch, folder / "base")
+    peft_oracle.train(arch, base, f"{kind}Config", fields, folder / f"adapter{seed}", seed=seed)
+    return base, folder / f"adapter{seed}"
+
+
+def looked_at(path: Path) -> AdapterReport:
+    found = inspect(resolve(str(path)))
+    assert isinstance(found, AdapterReport)
+    return found
+
+
+@pytest.mark.parametrize("elements", [1, 37, 300])
+@pytest.mark.parametrize("name", KINDS)
+def test_blocks_of_any_height_give_the_same(
+    name: str, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = made(name, tmp_path)
+    surgery.merge(base, adapter, output=tmp_path / "whole")
+    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", elements)
+    surgery.merge(base, adapter, output=tmp_path / "blocks")
+    whole, blocks = disk.read_tensors(tmp_path / "whole"), disk.read_tensors(tmp_path / "blocks")
+    for key, value in whole.items():
+        assert measure.relative_error(blocks[key], value) < 5e-7, key
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What `prepare` may ask for; these kinds do not look at the weight."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+    def blocks(self) -> Iterator[tuple[Tensor, Index, Index]]:
+        raise AssertionError("only kinds that need the weight look at it")
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("oft", "ln")])
+def test_any_rows_and_columns_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
+    """Permuted and transposed storage hands an equation any positions, in any order."""
+    generator = torch.Generator().manual_seed(8)
+    adapter = read_adapter(made(name, tmp_path)[1])
+    for chain in adapter.updates.values():
+        for given in chain:
+            height, width = (size or 11 for size in given.shape)
+            update = given.fitted(Fit((height, width))) if isinstance(given, Unsized) else given
+            apply = update.prepare(Weight((height, width)))
+            weight = torch.randn(height, width, dtype=torch.float64, generator=generator)
+            whole = apply(weight.clone(), range(height), range(width))
+            assert not torch.equal(whole, weight)
+            rows, cols = (
+                tuple(torch.randperm(size, generator=generator)[: size // 2 + 1].tolist()) for size in (height, width)
+            )
+            part = apply(weight[list(rows)][:, list(cols)], rows, cols)
+            torch.testing.assert_close(part, whole[list(rows)][:, list(cols)], rtol=1e-12, atol=1e-12)
+
+
+def turned(weight: Tensor, angles: Tensor, block: int) -> Tensor:
+    """``W R^T`` with the exact transform, one block at a time."""
+    result = weight.clone()
+    for i, row in enumerate(angles.double()):
+        Q = torch.zeros(block, block, dtype=torch.float64)
+        at = 0
+        for a in range(block):
+            for b in range(a + 1, block):
+                Q[a, b], Q[b, a] = row[at], -row[at]
+                at += 1
+        one = torch.eye(block, dtype=torch.float64)
+        R = (one - Q) @ torch.linalg.inv(one + Q)
+        columns = slice(i * block, (i + 1) * block)
+        result[:, columns] = weight[:, columns] @ R.T
+    return result
+
+
+@pytest.mark.parametrize("elements", [1, 500, 1 << 19])
+def test_a_rotation_meets_whole_groups_where_a_weight_is_stored_transposed(
+    elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT has no OFT on GPT-2's Conv1D, whose storage rows are the columns that are mixed; blocks of 5 do not divide blocks of rows."""
+    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", elements)
+    base = models.build_base("gpt2", tmp_path / "base", n_embd=40, n_head=4)
+    angles = 0.3 * torch.randn(8, 10, generator=torch.Generator().manual_seed(1))
+    fields = {"peft_type": "OFT", "peft_version": "0.21.2", "use_cayley_neumann": False}
+    name = "transformer.h.0.attn.c_attn"
+    disk.write_adapter(tmp_path / "adapter", fields, {f"base_model.model.{name}.oft_R.weight": angles})
+    surgery.merge(base, tmp_path / "adapter", output=tmp_path / "out")
+    before, after = (disk.read_tensors(folder)[f"{name}.weight"].double() for folder in (base, tmp_path / "out"))
+    assert measure.relative_error(after.T, turned(before.T, angles, 5)) < 5e-7
+
+
+def test_experts_trained_one_by_one_meet_a_fused_base(tmp_path: Path) -> None:
+    """Adapters of transformers 4 name each expert's layers; the base of today holds them in one tensor, or apart as then."""
+    base = models.build_base("mixtral", tmp_path / "base")
+    before = disk.read_tensors(base)
+    path = "model.layers.1.block_sparse_moe.experts.2"
+    generator = torch.Generator().manual_seed(3)
+    gain = {part: 1 + 0.3 * torch.randn(1, 24, generator=generator) for part in ("w1", "w2")}
+    gain["w1"] = gain["w1"].T
+    tensors = {f"base_model.model.{path}.{part}.ia3_l": value for part, value in gain.items()}
+    fields = {"peft_type": "IA3", "feedforward_modules": ["w2"]}
+    disk.write_adapter(tmp_path / "adapter", fields, tensors)
+    surgery.merge(base, tmp_path / "adapter", output=tmp_path / "out")
+    after = disk.read_tensors(tmp_path / "out")
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed == {f"{path}.w1.weight", f"{path}.w2.weight"}
+    for part, value in gain.items():
+        torch.testing.assert_close(after[f"{path}.{part}.weight"], before[f"{path}.{part}.weight"] * value)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_only_what_is_added_can_be_scaled_in_its_factors(name: str, tmp_path: Path) -> None:
+    adapter = read_adapter(made(name, tmp_path)[1])
+    linear = {isinstance(update, Linear) for chain in adapter.updates.values() for update in chain}
+    assert linear == {name.partition("-")[0] in ("loha", "lokr", "vera")}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_conversion_within_peft_keeps_every_kind(name: str, tmp_path: Path) -> None:
+    base, adapter = made(name, tmp_path)
+    for number, known in enumerate((None, base)):
+        out = tmp_path / f"out{number}"
+        result = convert(adapter, "peft", out, base=known)
+        assert {entry.outcome for entry in result.entries} == {"exact"}
+        before, after = disk.read_tensors(adapter), disk.read_tensors(out)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert disk.adapter(out)[0] == disk.adapter(adapter)[0]
+
+
+@pytest.mark.parametrize("name", ["ia3", "loha", "lokr", "oft", "vera"])
+def test_other_formats_say_that_they_have_no_such_thing(name: str, tmp_path: Path) -> None:
+    base, adapter = made(name, tmp_path)
+    with pytest.raises(FitError, match="cannot hold"):
+        convert(adapter, "mlx", tmp_path / "out", base=base)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_has_no_sum_of_its_kind_is_not_combined(name: str, tmp_path: Path) -> None:
+    _, one = made(name, tmp_path)
+    _, other = made(name, tmp_path, seed=3)
+    with pytest.raises(FitError, match="cannot be combined"):
+        surgery.combine([(one, 0.5), (other, 0.5)], output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_adapters_of_a_kind_are_told_apart(name: str, tmp_path: Path) -> None:
+    _, one = made(name, tmp_path)
+    _, other = made(name, tmp_path, seed=3)
+    assert surgery.diff(one, one).equal
+    assert not surgery.diff(one, other).equal
+
+
+def test_reports_count_what_was_trained(tmp_path: Path) -> None:
+    base, adapter = made("vera", tmp_path)
+    tensors = disk.read_tensors(adapter)
+    found = looked_at(adapter)
+    assert found.kinds == {"VeRA": 6}
+    assert found.ranks == {5: 6}
+    assert found.parameters == sum(v.numel() for k, v in tensors.items() if "lambda" in k)
+    assert surgery.report(adapter, base=base).adapters[0].trained == found.parameters
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "fields"),
+    [
+        ("torch_module", "IA3", {"target_modules": ["conv2", "head"], "feedforward_modules": ["conv2"]}),
+        ("llama", "OFT", {"target_modules": ["q_proj", "embed_tokens"], "block_share": True, "oft_block_size": 8}),
+        ("gpt2", "Vera", {"target_modules": ["c_attn", "c_proj"], "r": 5, "save_projection": False}),
+    ],
+)
+def test_a_report_finds_that_sizes_the_file_does_not_tell_fit(
+    arch: str, kind: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    base = models.build_base(arch, tmp_path / "base")
+    peft_oracle.train(arch, base, f"{kind}Config", fields, tmp_path / "adapter", seed=1)
+    assert surgery.report(tmp_path / "adapter", base=base).adapters[0].warnings == ()
+
+
+def test_norms_that_were_tuned_are_no_baggage(tmp_path: Path) -> None:
+    found = looked_at(made("ln", tmp_path)[1])
+    assert (found.parameters, found.carried, found.traps) == (2 * models.HIDDEN, 0, ())
+
+
+def test_a_bias_that_follows_is_no_parameter_of_its_own(tmp_path: Path) -> None:
+    _, adapter = made("ia3", tmp_path)
+    found = looked_at(adapter)
+    assert found.kinds == {"IA3": 4}
+    assert found.parameters == sum(v.numel() for v in disk.read_tensors(adapter).values())
+
+
+def test_projections_that_are_drawn_again_are_a_trap(tmp_path: Path) -> None:
+    base = models.build_base("llama", tmp_path / "base")
+    fields = {"target_modules": ["q_proj"], "r": 4, "save_projection": False}
+    peft_oracle.train("llama", base, "VeraConfig", fields, tmp_path / "adapter", seed=1)
+    assert any("projection_prng_key" in trap for trap in looked_at(tmp_path / "adapter").traps)

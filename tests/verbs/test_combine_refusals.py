@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be added without the base, or not at all, is refused by name; what need not be touched is kept."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from surgery import combine, resize
+from surgery_formats.errors import FitError, NothingChangedError
+from tests.support.adapter_files import (
+    config_of,
+    draw,
+    write_peft,
+)
+from tests.support.combinations import Q, lora, simple
+
+
+def _dora(folder: Path) -> Path:
+    tensors = {
+        f"{Q}.lora_A.weight": draw(1, 2, 32),
+        f"{Q}.lora_B.weight": draw(2, 24, 2),
+        f"{Q}.lora_magnitude_vector": np.abs(draw(3, 24)),
+    }
+    return write_peft(folder, tensors, r=2, use_dora=True, target_modules=["q_proj"])
+
+
+def test_dora_survives_alone_and_is_refused_otherwise(tmp_path: Path) -> None:
+    dora = _dora(tmp_path / "d")
+    stem = Q.replace("q_proj", "v_proj")
+    tensors = load_file(dora / "adapter_model.safetensors")
+    second = write_peft(
+        tmp_path / "e",
+        {k.replace(Q, stem): v for k, v in tensors.items()},
+        r=2,
+        use_dora=True,
+        target_modules=["v_proj"],
+    )
+    result = combine([(dora, 1.0), (second, 1.0)], output=tmp_path / "out")
+    assert {one.outcome for one in result.modules} == {"kept"}
+    merged = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(np.array_equal(merged[name], value) for name, value in tensors.items())
+    assert config_of(tmp_path / "out")["use_dora"] is True
+    for pairs in ([(dora, 0.5)], [(dora, 1.0), (simple(tmp_path / "a"), 1.0)]):
+        with pytest.raises(FitError, match="depends on the base"):
+            combine(pairs, output=tmp_path / "x")
+    with pytest.raises(FitError, match="rank cannot change"):
+        resize(dora, output=tmp_path / "x", rank=1)
+    assert not (tmp_path / "x").exists()
+
+
+def test_whole_parameters_are_kept_at_weight_one_and_refused_otherwise(tmp_path: Path) -> None:
+    tensors = {
+        f"{Q}.lora_A.weight": draw(1, 2, 32),
+        f"{Q}.lora_B.weight": draw(2, 24, 2),
+        "base_model.model.model.norm.weight": draw(3, 32),
+    }
+    saved = write_peft(tmp_path / "s", tensors, r=2, modules_to_save=["norm"])
+    other = simple(tmp_path / "a")
+    combine([(other, 0.5), (saved, 1.0)], output=tmp_path / "out")
+    got = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert np.array_equal(got["base_model.model.model.norm.weight"], tensors["base_model.model.model.norm.weight"])
+    assert config_of(tmp_path / "out")["modules_to_save"] == ["norm"]
+    with pytest.raises(FitError, match=r"0\.5 times depends on the base"):
+        combine([(other, 1.0), (saved, 0.5)], output=tmp_path / "x")
+    twice = write_peft(tmp_path / "t", tensors, r=2, modules_to_save=["norm"])
+    with pytest.raises(FitError, match="by one of them as replacement") as caught:
+        combine([(saved, 1.0), (twice, 1.0)], output=tmp_path / "x")
+    assert caught.value.exit_code == 4
+
+
+def test_soft_prompts_shapes_and_empty_results_are_refused(tmp_path: Path) -> None:
+    one = simple(tmp_path / "a")
+    wide = lora(tmp_path / "w", 3, 2, {"self_attn.q_proj": (24, 40)})
+    with pytest.raises(FitError, match="made for different weights"):
+        combine([(one, 1.0), (wide, 1.0)], output=tmp_path / "x")
+    with pytest.raises(NothingChangedError, match="cancel"):
+        combine([(one, 1.0), (simple(tmp_path / "b"), -1.0)], output=tmp_path / "x")
+    with pytest.raises(NothingChangedError, match="what it was"):
+        combine([(one, 1.0)], output=tmp_path / "x")
+    with pytest.raises(NothingChangedError, match="every weight is 0"):
+        combine([(one, 0.0)], output=tmp_path / "x")
+    with pytest.raises(FitError, match="a weight of nan"):
+        combine([(one, math.nan)], output=tmp_path / "x")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "w"]

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversion: random adapters go round and come back the same, and whatever cannot is refused without a trace."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from surgery import convert
+from surgery_formats.adapters.format import NewTensor
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.errors import FitError, OutputExistsError, ProofError, ResourceError
+from tests.support.adapter_files import (
+    LLAMA,
+    UNET,
+    assert_close,
+    config_of,
+    draw,
+    kohya_deltas,
+    llama,
+    mlx_deltas,
+    peft_deltas,
+    unet,
+    write_peft,
+)
+
+_SETTINGS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def _peft(draw_: st.DrawFn, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """A random LoRA on some weights of a base: ranks, alphas and patterns as people write them."""
+    weights = sorted(name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1)
+    chosen = draw_(st.lists(st.sampled_from(weights), min_size=1, unique=True))
+    default = draw_(st.integers(1, 4))
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    tensors: dict[str, np.ndarray] = {}
+    dtype = draw_(st.sampled_from([np.float32, np.float16, np.float64]))
+    for number, name in enumerate(chosen):
+        module, shape = name.removesuffix(".weight"), shapes[name]
+        rank = default
+        if draw_(st.booleans()):
+            rank = ranks[f"^{re.escape(module)}"] = draw_(st.integers(1, 5))
+        if draw_(st.booleans()):
+            alphas[f"^{re.escape(module)}"] = draw_(st.sampled_from([1, 2, 0.5, 7, 16.0, 3.3]))
+        stem, ones = f"base_model.model.{module}", (1,) * (len(shape) - 2)
+        if module.endswith("embed_tokens"):
+            tensors[f"{stem}.lora_embedding_A"] = draw(number, rank, shape[0], dtype=dtype)
+            tensors[f"{stem}.lora_embedding_B"] = draw(number + 50, shape[1], rank, dtype=dtype)
+        else:
+            tensors[f"{stem}.lora_A.weight"] = draw(number, rank, *shape[1:], dtype=dtype)
+            tensors[f"{stem}.lora_B.weight"] = draw(number + 50, shape[0], rank, *ones, dtype=dtype)
+    config = {
+        "r": default,
+        "lora_alpha": draw_(st.sampled_from([1, 4, 8, 0.1, 32])),
+        "use_rslora": draw_(st.booleans()),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+    return tensors, config
+
+
+@_SETTINGS
+@given(_peft(LLAMA), st.booleans())
+def test_peft_to_mlx_and_back(made: tuple[dict[str, np.ndarray], dict[str, object]], with_base: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_peft(folder / "a", made[0], **made[1])
+        base = llama(folder / "base") if with_base else None
+        first = convert(source, "mlx", folder / "b", base=base)
+        second = convert(folder / "b", "peft", folder / "c", base=base)
+        want = peft_deltas(source)
+        assert_close(mlx_deltas(folder / "b"), want)
+        assert_close(peft_deltas(folder / "c"), want)
+        assert max(first.max_error, second.max_error) <= 1e-6
+
+
+@_SETTINGS
+@given(_peft(UNET))
+def test_peft_to_kohya_and_back(made: tuple[dict[str, np.ndarray], dict[str, object]]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_peft(folder / "a", made[0], **made[1])
+        base = unet(folder / "base")
+        convert(source, "kohya", folder / "b.safetensors", base=base)
+        convert(folder / "b.safetensors", "peft", folder / "c", base=base)
+        want = peft_deltas(source)
+        flat = {f"lora_unet_{module.replace('.', '_')}": value for module, value in want.items()}
+        assert_close(kohya_deltas(folder / "b.safetensors"), flat)
+        assert_close(peft_deltas(folder / "c"), want)
+
+
+@_SETTINGS
+@given(_peft(LLAMA))
+def test_peft_to_peft_changes_nothing(made: tuple[dict[str, np.ndarray], dict[str, object]]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_peft(folder / "a", made[0], **made[1])
+        convert(source, "peft", folder / "b")
+        assert config_of(folder / "b") == config_of(source)
+        one, other = (load_file(folder / side / "adapter_model.safetensors") for side in "ab")
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def _simple(folder: Path, **config: object) -> Path:
+    return write_peft(
+        folder,
+        {f"{Q}.lora_A.weight": draw(1, 2, 6), f"{Q}.lora_B.weight": draw(2, 6, 2)},
+        **{"r": 2, "lora_alpha": 3, **config},
+    )
+
+
+def test_the_same_bytes_every_time(tmp_path: Path) -> None:
+    source = _simple(tmp_path / "a")
+    for name in ("b", "c"):
+        convert(source, "mlx", tmp_path / name)
+    for file in sorted(os.listdir(tmp_path / "b")):
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes(), file
+    base = unet(tmp_path / "base")
+    unet_adapter = write_peft(
+        tmp_path / "u",
+        {
+            f"base_model.model.conv_in.lora_{s}.weight": draw(1, *z)
+            for s, z in (("A", (2, 3, 3, 3)), ("B", (4, 2, 1, 1)))
+        },
+        r=2,
+    )
+    for name in ("b", "c"):
+        convert(unet_adapter, "kohya", tmp_path / f"{name}.safetensors", base=base)
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_a_wrong_base_is_refused(tmp_path: Path, fault: str) -> None:
+    module = "model.layers.9.self_attn.q_proj" if fault == "missing" else "model.layers.0.self_attn.k_proj"
+    stem = f"base_model.model.{module}"
+    source = write_peft(
+        tmp_path / "a", {f"{stem}.lora_A.weight": draw(1, 2, 6), f"{stem}.lora_B.weight": draw(2, 6, 2)}, r=2
+    )
+    with pytest.raises(FitError, match="layers") as caught:
+        convert(source, "mlx", tmp_path / "b", base=llama(tmp_path / "base"))
+    assert caught.value.exit_code == 4
+    assert sorted(os.listdir(tmp_path)) == ["a", "base"]
+
+
+def test_a_pipeline_of_which_no_part_fits_is_refused(tmp_path: Path) -> None:
+    from tests.support.adapter_files import GOLDEN
+
+    with pytest.raises(FitError, match="it fits none"):
+        convert(_simple(tmp_path / "a"), "kohya", tmp_path / "x.safetensors", base=GOLDEN / "kohya/sd1/base")
+
+
+def test_kohya_needs_the_base(tmp_path: Path) -> None:
+    with pytest.raises(FitError, match="--base"):
+        convert(_simple(tmp_path / "a"), "kohya", tmp_path / "x.safetensors")
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    result = convert(_simple(tmp_path / "a"), "mlx", tmp_path / "b", dry_run=True)
+    assert result.output is None
+    assert [entry.outcome for entry in result.entries] == ["exact"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("target", ["mlx", "kohya"])
+def test_an_output_that_exists_stays(tmp_path: Path, target: str) -> None:
+    if target == "mlx":
+        source, base, out = _simple(tmp_path / "a"), None, tmp_path / "b"
+        out.mkdir()
+        (out / "mine").write_text("x")
+    else:
+        base, out = unet(tmp_path / "base"), tmp_path / "b.safetensors"
+        tensors = {
+            f"base_model.model.conv_in.lora_{s}.weight": draw(1, *z)
+            for s, z in (("A", (2, 3, 3, 3)), ("B", (4, 2, 1, 1)))
+        }
+        source = write_peft(tmp_path / "a", tensors, r=2)
+        out.write_text("x")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(OutputExistsError):
+        convert(source, target, out, base=base)
+    assert sorted(os.listdir(tmp_path)) == before
+    if target == "mlx":  # a folder that is not of this tool's making is never replaced
+        with pytest.raises(OutputExistsError, match="not written by this tool"):
+            convert(source, target, out, base=base, overwrite=True)
+        (out / "surgery_manifest.json").write_text("{}")
+    assert convert(source, target, out, base=base, overwrite=True).output == out
+    assert read_adapter(out).format == target
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("target", ["mlx", "kohya", "peft"])
+def test_a_writer_that_errs_is_caught_by_the_proof(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = unet(tmp_path / "base") if target == "kohya" else None
+    if base:
+        tensors = {
+            f"base_model.model.conv_in.lora_{s}.weight": draw(1, *z)
+            for s, z in (("A", (2, 3, 3, 3)), ("B", (4, 2, 1, 1)))
+        }
+        source = write_peft(tmp_path / "a", tensors, r=2)
+    else:
+        source = _simple(tmp_path / "a")
+    room = sys.modules["surgery.verbs.convert"]
+    honest = room.format_named(target)
+
+    class Liar:
+        single_file, name = honest.single_file, honest.name
+
+        def read(self, path: Path) -> object:
+            return honest.read(path)
+
+        def render(self, adapter: object, base: object) -> object:
+            rendering = honest.render(adapter, base)  # type: ignore[arg-type]
+
+            def off(tensor: NewTensor) -> NewTensor:
+                return (
+                    replace(tensor, load=lambda: tensor.load() * 1.00001)
+                    if "lora_" in tensor.name and tensor.shape
+                    else tensor
+                )
+
+            return replace(rendering, tensors=tuple(off(tensor) for tensor in rendering.tensors))
+
+    monkeypatch.setattr(room, "format_named", lambda name: Liar())
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ProofError, match="differ") as caught:
+        convert(source, target, tmp_path / "out.safetensors", base=base)
+    assert caught.value.exit_code == 5
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_half_precision_is_kept_and_folding_widens(tmp_path: Path) -> None:
+    def half(module: str, rank: int) -> dict[str, np.ndarray]:
+        stem = f"base_model.model.model.layers.0.self_attn.{module}"
+        return {
+            f"{stem}.lora_A.weight": draw(1, rank, 6, dtype=np.float16),
+            f"{stem}.lora_B.weight": draw(2, 6, rank, dtype=np.float16),
+        }
+
+    source = write_peft(
+        tmp_path / "a",
+        half("q_proj", 2) | half("o_proj", 2) | half("v_proj", 2),
+        r=2,
+        lora_alpha=2,
+        alpha_pattern={"v_proj": 3},
+    )
+    convert(source, "mlx", tmp_path / "b")
+    kinds = {name: value.dtype for name, value in load_file(tmp_path / "b/adapters.safetensors").items()}
+    assert kinds.pop("model.layers.0.self_attn.v_proj.lora_b") == np.float32
+    assert set(kinds.values()) == {np.dtype(np.float16)}
+    assert_close(mlx_deltas(tmp_path / "b"), peft_deltas(source))
+
+
+def test_a_type_can_be_chosen(tmp_path: Path) -> None:
+    source = _simple(tmp_path / "a")
+    result = convert(source, "mlx", tmp_path / "b", dtype="fp16")
+    assert {v.dtype for v in load_file(tmp_path / "b/adapters.safetensors").values()} == {np.dtype(np.float16)}
+    assert 1e-6 < result.max_error < 2e-3
+    with pytest.raises(FitError, match="factors cannot be stored"):
+        convert(source, "mlx", tmp_path / "c", dtype="i8")
+    with pytest.raises(FitError, match="unknown dtype"):
+        convert(source, "mlx", tmp_path / "c", dtype="nonsense")
+
+
+def test_a_value_too_large_for_the_type(tmp_path: Path) -> None:
+    source = write_peft(
+        tmp_path / "a",
+        {f"{Q}.lora_A.weight": np.full((2, 6), 1e5, np.float32), f"{Q}.lora_B.weight": draw(2, 6, 2)},
+        r=2,
+    )
+    with pytest.raises(FitError, match="too large for F16"):
+        convert(source, "mlx", tmp_path / "b", dtype="fp16")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_name_of_a_kohya_file_must_say_so(tmp_path: Path) -> None:
+    base = unet(tmp_path / "base")
+    tensors = {
+        f"base_model.model.conv_in.lora_{s}.weight": draw(1, *z) for s, z in (("A", (2, 3, 3, 3)), ("B", (4, 2, 1, 1)))
+    }
+    with pytest.raises(FitError, match=r"\.safetensors"):
+        convert(write_peft(tmp_path / "a", tensors, r=2), "kohya", tmp_path / "x", base=base)
+
+
+def test_a_tokenizer_beside_the_adapter_comes_along(tmp_path: Path) -> None:
+    source = _simple(tmp_path / "a")
+    (source / "tokenizer.json").write_text("{}")
+    convert(source, "mlx", tmp_path / "b")
+    assert (tmp_path / "b/tokenizer.json").read_text() == "{}"
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from surgery_formats.files.output import single
+
+    base = unet(tmp_path / "base")
+    tensors = {
+        f"base_model.model.conv_in.lora_{s}.weight": draw(1, *z) for s, z in (("A", (2, 3, 3, 3)), ("B", (4, 2, 1, 1)))
+    }
+    source = write_peft(tmp_path / "a", tensors, r=2)
+
+    def full(fd: int, data: memoryview, offset: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(single, "write_all", full)
+    with pytest.raises(ResourceError, match="no space"):
+        convert(source, "kohya", tmp_path / "x.safetensors", base=base)
+    assert sorted(os.listdir(tmp_path)) == ["a", "base"]
+
+
+def test_the_base_name_survives(tmp_path: Path) -> None:
+    source = _simple(tmp_path / "a", base_model_name_or_path="org/model")
+    convert(source, "mlx", tmp_path / "b")
+    convert(tmp_path / "b", "peft", tmp_path / "c")
+    assert config_of(tmp_path / "c")["base_model_name_or_path"] == "org/model"
+    with safe_open(tmp_path / "c/adapter_model.safetensors", "np") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+_KILLED = """
+import os, signal, sys
+from surgery_formats.files.output import single
+from surgery import convert
+place = sys.argv[1]
+if place == "written":
+    single.write_all = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+elif place == "synced":
+    single.rename_new = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+else:
+    single.sync_folder = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+convert(sys.argv[2], "kohya", sys.argv[3], base=sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("place", ["written", "synced", "renamed"])
+def test_a_killed_run_leaves_a_whole_file_or_none_and_the_next_cleans_up(tmp_path: Path, place: str) -> None:
+    base, out = unet(tmp_path / "base"), tmp_path / "x.safetensors"
+    tensors = {
+        f"base_model.model.conv_in.lora_{s}.weight": draw(1, *z) for s, z in (("A", (2, 3, 3, 3)), ("B", (4, 2, 1, 1)))
+    }
+    source = write_peft(tmp_path / "a", tensors, r=2)
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "formats")])}
+    done = subprocess.run([sys.executable, "-c", _KILLED, place, source, out, base], env=env, check=False)
+    assert done.returncode == -9
+    assert out.exists() == (place == "renamed")
+    if not out.exists():
+        convert(source, "kohya", out, base=base)
+    assert len(read_adapter(out).updates) == 1
+    assert sorted(os.listdir(tmp_path)) == ["a", "base", "x.safetensors"]
