@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from surgery.engine.conversion import coded_as
 from surgery.extraction.calibration import check_modules, open_calibration
 from surgery.extraction.factor import ScratchFile
 from surgery.extraction.job import CheckpointPair, ExtractionRequest, planned, settle_job
@@ -31,7 +32,6 @@ from surgery.extraction.sites import tree_name
 from surgery.extraction.watch import Watch
 from surgery.extraction.write import Scaling
 from surgery.progress import Callback
-from surgery.verbs.convert import coded_as
 from surgery_formats.adapters.format import Coded, Format
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.dtypes import DType
