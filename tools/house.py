@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Count how the house is built: ``python tools/house.py [TREE]``.
 
-For every room: its modules, lines, levels (the longest chain of imports inside it) and imports. For the whole product: imports that go upwards,
-circles, class names that stand for several classes, and lines of code. The files are only parsed, so it runs on any checkout.
+For every room: its modules, lines, levels (the longest chain of imports inside it) and imports. For the whole product:
+imports that go upwards, circles, class names that stand for several classes, and lines of code. Files are only parsed,
+so it runs on any checkout.
 
-An import goes upwards if its target is the face (``__init__``) of a package that its module lies in, if it closes a circle, or if it points to a
-room that ``[tool.importlinter]`` of the checkout puts above.
+An import goes upwards if its target is the face (``__init__``) of a package that its module lies in, if it closes a
+circle, or if it points to a room that ``[tool.importlinter]`` of the checkout puts above.
 """
 
 from __future__ import annotations
