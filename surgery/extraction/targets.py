@@ -14,7 +14,7 @@ from typing import Literal
 from surgery.extraction.pairing import Delta, Pair, Strip
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.models.families import Fused
+from surgery_formats.models.families.family import Fused
 from surgery_formats.storage.plain import Plain
 
 __all__ = ["Form", "LowRankTarget", "TunedParameter", "spots_of", "tree_name", "units_of"]
