@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from surgery_formats.adapters.compact import COMPACT
@@ -14,7 +12,8 @@ from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import MalformedError, NotFoundError, SurgeryError
+from surgery_formats.errors import MalformedError, NotFoundError
+from surgery_formats.plugins import with_plugins
 from surgery_formats.text import closest, listing
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "format_named", "formats", "read_adapter"]
@@ -23,22 +22,13 @@ BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA, COMPACT)
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 
 
-@cache
 def formats() -> dict[str, Format]:
     """Every format by name: the built-in ones, then plugins'.
 
     Raises:
         SurgeryError: a plugin cannot be imported, or takes a name that is taken.
     """
-    found: dict[str, Format] = {one.name: one for one in BUILT_IN}
-    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
-        try:
-            plugin = entry.load()
-        except Exception as error:
-            raise SurgeryError(f"the format plugin '{entry.name}' cannot be imported: {error}") from error
-        if found.setdefault(plugin.name, plugin) is not plugin:
-            raise SurgeryError(f"the format plugin '{entry.name}' takes the name '{plugin.name}', which is taken")
-    return found
+    return with_plugins(ENTRY_POINTS, BUILT_IN, "format")
 
 
 def format_named(name: str) -> Format:

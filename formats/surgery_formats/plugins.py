@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objects that other packages register under an entry point group, beside the built-in ones of a registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Protocol, TypeVar
+
+from surgery_formats.errors import SurgeryError
+
+__all__ = ["Named", "forget_plugins", "with_plugins"]
+
+
+class Named(Protocol):
+    """What a registry holds."""
+
+    @property
+    def name(self) -> str:
+        """Its key in the registry."""
+
+
+T = TypeVar("T", bound=Named)
+
+
+def with_plugins(group: str, built_in: Iterable[T], noun: str) -> dict[str, T]:
+    """The objects of a registry by name: the built-in ones in their order, then those of plugins.
+
+    Args:
+        group: Entry point group; each of its entry points is an object like those of `built_in`.
+        built_in: What the registry always holds.
+        noun: What a plugin adds, for messages (``format``).
+
+    Raises:
+        SurgeryError: a plugin cannot be imported, or its name is taken.
+    """
+    known = {item.name: item for item in built_in}
+    for entry, plugin in _loaded(group, noun):
+        if known.setdefault(plugin.name, plugin) is not plugin:
+            raise SurgeryError(f"the {noun} plugin '{entry}' takes the name '{plugin.name}', which is taken")
+    return known
+
+
+@cache
+def _loaded(group: str, noun: str) -> tuple[tuple[str, Any], ...]:
+    loaded = []
+    for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+        try:
+            loaded.append((entry.name, entry.load()))
+        except Exception as error:
+            raise SurgeryError(f"the {noun} plugin '{entry.name}' cannot be imported: {error}") from error
+    return tuple(loaded)
+
+
+def forget_plugins() -> None:
+    """Look for plugins again: packages were installed or removed while this process ran."""
+    _loaded.cache_clear()

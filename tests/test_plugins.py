@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plugins: objects that installed packages add to a registry."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.registry import BUILT_IN, ENTRY_POINTS, formats
+from surgery_formats.errors import SurgeryError
+from surgery_formats.testing.plugins import installed
+
+
+def test_a_plugin_is_registered_after_the_built_in_ones_while_it_is_installed() -> None:
+    plugin = replace(MLX, name="toy")
+    with installed(ENTRY_POINTS, "toy", plugin):
+        assert list(formats().values()) == [*BUILT_IN, plugin]
+    assert list(formats().values()) == [*BUILT_IN]
+
+
+def test_two_plugins_can_be_installed_at_once() -> None:
+    first, second = replace(MLX, name="first"), replace(MLX, name="second")
+    with installed(ENTRY_POINTS, "b", first), installed(ENTRY_POINTS, "a", second):
+        assert list(formats())[len(BUILT_IN) :] == ["second", "first"]  # in order of their entry points
+
+
+def test_a_plugin_is_imported_from_where_its_entry_point_says() -> None:
+    with installed(ENTRY_POINTS, "again", "surgery_formats.adapters.mlx:MLX"):
+        assert formats()["mlx"] is MLX
+
+
+def test_a_plugin_must_not_take_a_built_in_name() -> None:
+    with installed(ENTRY_POINTS, "thief", replace(MLX, title="another")), pytest.raises(SurgeryError, match="taken"):
+        formats()
+
+
+def test_a_plugin_that_cannot_be_imported_is_named() -> None:
+    with installed(ENTRY_POINTS, "broken", "surgery_formats:nothing"), pytest.raises(SurgeryError, match="'broken'"):
+        formats()
