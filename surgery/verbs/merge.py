@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import surgery.reports.model_card as card
 from surgery.engine.execute import Run, execute
 from surgery.engine.ledger import Ledger
+from surgery.engine.model_card import merge_card
 from surgery.engine.model_output import judge, plan_merge
 from surgery.progress import Callback
 from surgery_formats.adapters.registry import read_adapter
@@ -104,7 +104,7 @@ def merge(
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         warnings.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
-        return {"README.md": card.merge_card(found, ledger)}
+        return {"README.md": merge_card(found, ledger)}
 
     ledger = execute(plan, output, run, finish)
     return MergeResult(Path(output), ledger, tuple(warnings))
