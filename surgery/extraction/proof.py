@@ -20,12 +20,12 @@ from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
 from surgery_formats.binding.edits import Edit
+from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.views import Index, View, take
-from surgery_formats.text import listing
 from surgery_formats.updates import Apply, LoRA
 
 __all__ = ["Error", "agrees", "prove"]
@@ -83,10 +83,7 @@ def prove(
         ProofError: something is read back that nobody meant, or not read back.
     """
     adapter = read_adapter(folder)
-    if left := adapter.unconsumed():
-        raise ProofError(
-            f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=folder.name
-        )
+    check_consumed(adapter, ProofError)
     edits = {edit.name: edit for edit in bind([(adapter, 1.0)], base).edits.values()}
     found: dict[str, Error] = {}
     jobs: list[Callable[[Callable[[], bool]], None]] = []

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from surgery.engine.conversion import coded_as
 from surgery.extraction.calibration import check_modules, open_calibration
 from surgery.extraction.extraction_plan import (
     CheckpointPair,
@@ -36,7 +37,6 @@ from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import tree_name
 from surgery.extraction.write import Scaling
 from surgery.progress import Callback
-from surgery.verbs.convert import coded_as
 from surgery_formats.adapters.format import Coded, Format
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.dtypes import DType
