@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from surgery.algebra.group import key_of
 from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff, Profile, Side
-from surgery.engine.proof_factors import settings, tensor_error
+from surgery.engine.factor_proof import settings, tensor_error
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 

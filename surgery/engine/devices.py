@@ -22,16 +22,16 @@ def devices_of(text: str) -> tuple[str, ...]:
     parts = text.split(",")
     if text == "cpu" or all(part == "cpu" for part in parts):
         return tuple(parts)
-    found = _DEVICE.fullmatch(text)
-    if found is None and text != "auto":
+    match = _DEVICE.fullmatch(text)
+    if match is None and text != "auto":
         raise FitError(f"'{show(text, 40)}' is no device", hint="there are cpu, cuda, cuda:1, cuda:0,1, cuda:all, auto")
     import torch
 
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found is None:
-        return tuple(f"cuda:{number}" for number in range(there)) or ("cpu",)
-    listed = found[1] or "0"
-    numbers = range(there) if listed == "all" else [int(number) for number in listed.split(",")]
-    if not numbers or max(numbers) >= there or len(set(numbers)) < len(numbers):
-        raise FitError(f"'{show(text, 40)}' is not on this machine, which has {there} CUDA devices")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if match is None:
+        return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
+    listed = match[1] or "0"
+    numbers = range(count) if listed == "all" else [int(number) for number in listed.split(",")]
+    if not numbers or max(numbers) >= count or len(set(numbers)) < len(numbers):
+        raise FitError(f"'{show(text, 40)}' is not on this machine, which has {count} CUDA devices")
     return tuple(f"cuda:{number}" for number in numbers)

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from surgery.engine.execute import default_workers
-from surgery.extraction.stream.feed import Direct, Feed, Staged
+from surgery.extraction.stream.feed import DirectFeed, Feed, StagedFeed
 from surgery_formats.errors import ResourceError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Job", "Lane", "Lanes", "Room", "default_lanes", "in_threads"]
+__all__ = ["DeviceMemory", "Job", "Lane", "Lanes", "default_lanes", "in_threads"]
 
 _BUFFERS = 24  # of 8 MB, per device
 _PER_GPU = 3
@@ -40,7 +40,7 @@ def default_lanes(devices: Sequence[str]) -> int:
     return _PER_GPU if any(device != "cpu" for device in devices) else default_workers()
 
 
-class Room:
+class DeviceMemory:
     """Memory of one device: a job waits until what it needs is free. What is larger than all of it comes alone."""
 
     def __init__(self, nbytes: int | None) -> None:
@@ -48,7 +48,7 @@ class Room:
         self._changed = threading.Condition()
 
     @contextmanager
-    def taken(self, nbytes: int) -> Iterator[None]:
+    def reserve(self, nbytes: int) -> Iterator[None]:
         """Hold so many bytes."""
         with self._changed:
             self._changed.wait_for(lambda: self._limit is None or not self._used or self._used + nbytes <= self._limit)
@@ -68,12 +68,12 @@ class Lane:
     Attributes:
         device: Its arithmetic.
         feed: How the bytes get there.
-        room: Memory shared with the other lanes of the device.
+        memory: Memory shared with the other lanes of the device.
     """
 
     device: torch.device
     feed: Feed
-    room: Room
+    memory: DeviceMemory
     _kept: list[torch.Tensor] = field(default_factory=list)
 
     def space(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -106,7 +106,7 @@ class Lanes:
     def __init__(self, devices: Sequence[str], workers: int) -> None:
         import torch
 
-        self._staged: list[Staged] = []
+        self._staged: list[StagedFeed] = []
         by_device = [self._on(torch.device(name), workers, len(devices)) for name in devices]
         self._lanes = [lane for lanes in zip(*by_device, strict=True) for lane in lanes]  # by turns: few jobs reach all
         self._local = threading.local()
@@ -117,11 +117,11 @@ class Lanes:
         import torch
 
         if device.type == "cpu":
-            return [Lane(device, Direct(), Room(None)) for _ in range(-(-workers // devices))]
+            return [Lane(device, DirectFeed(), DeviceMemory(None)) for _ in range(-(-workers // devices))]
         with torch.cuda.device(device):
-            room = Room(int(torch.cuda.mem_get_info()[0] * _SHARE))
-            self._staged.append(Staged(device, workers, _BUFFERS))
-            return [Lane(device, self._staged[-1], room) for _ in range(workers)]
+            memory = DeviceMemory(int(torch.cuda.mem_get_info()[0] * _SHARE))
+            self._staged.append(StagedFeed(device, workers, _BUFFERS))
+            return [Lane(device, self._staged[-1], memory) for _ in range(workers)]
 
     def _enter(self) -> None:
         import torch
@@ -200,8 +200,8 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cpu":
         return nullcontext()
     torch.cuda.set_device(device)
-    made: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-    return made
+    stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return stream
 
 
 def in_threads(jobs: Sequence[Callable[[Stop], None]], workers: int) -> None:
