@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from surgery.engine.arithmetic import WeightView
-from surgery.extraction.factorise import Factored, Piece
+from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
 from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
@@ -60,7 +60,7 @@ def prove(
     folder: Path,
     base: Checkpoint,
     pairs: Iterable[Pair],
-    factored: Mapping[str, Factored],
+    factored: Mapping[str, TargetFactors],
     measures: Mapping[str, PairMeasure],
     dropped: Mapping[str, str],
     workers: int = 1,
@@ -116,17 +116,17 @@ class _ProvedPart:
         left: What they leave of it, energy.
     """
 
-    piece: Piece
+    piece: FactorisedMatrix
     strip: Strip
     at: int
     transposed: bool
     left: float
 
 
-def _parts(found: Factored) -> dict[str, list[_ProvedPart]]:
+def _parts(found: TargetFactors) -> dict[str, list[_ProvedPart]]:
     """By tensor; nothing where the factors that were written are not those that were measured."""
     parts: dict[str, list[_ProvedPart]] = {}
-    for delta, piece in zip(found.unit.deltas, found.pieces, strict=True):
+    for delta, piece in zip(found.target.deltas, found.matrices, strict=True):
         if piece.left_energy is None:
             return {}
         at = 0
@@ -159,7 +159,7 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
         for o in edit.operations
     ]
     for part in parts:
-        left, right = (place.scratch.get(place) for place in (part.piece.left, part.piece.right))
+        left, right = (place.read() for place in (part.piece.left, part.piece.right))
         one, other = (right, left) if part.transposed else (left, right)
         height = part.strip.last - part.strip.first
         for start in sorted({0, height // 2, max(height - _PROBED, 0)}):
