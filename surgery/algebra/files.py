@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from surgery.algebra.combined_update import CombinedUpdate
 from surgery.algebra.group import WeightedAdapter
-from surgery.algebra.parts import CombinedUpdate
 from surgery_formats.adapters.peft.parameters import EXPERTS_ORDER_SINCE
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError

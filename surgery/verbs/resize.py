@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 import os
 
-from surgery.algebra.combination import Combination, combine_adapters, plan_combination, write_combination
+from surgery.algebra.combination import Combination, combine_adapters, plan_combination
 from surgery.algebra.combine_result import CombineResult
 from surgery.algebra.group import WeightedAdapter
+from surgery.algebra.output import write_combination
 from surgery.algebra.sums import Recipe
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.checks import float_type, required_output
@@ -68,7 +69,7 @@ def resize(
     source = read_adapter(adapter)
     checkpoint = None if base is None else open_checkpoint(base)
     combination = combine_adapters([WeightedAdapter(source, 1.0)], recipe, checkpoint)
-    if all(part.outcome == "kept" for part in combination.parts):
+    if all(update.outcome == "kept" for update in combination.updates):
         raise _nothing_to_lose(combination, recipe)
     plan = plan_combination(combination, target or format_named(source.format), stored, "resize")
     if dry_run:
@@ -78,7 +79,7 @@ def resize(
 
 
 def _nothing_to_lose(combination: Combination, recipe: Recipe) -> NothingChangedError:
-    highest = max((part.rank for part in combination.parts), default=0)
+    highest = max((update.rank for update in combination.updates), default=0)
     file = combination.terms[0].adapter.path
     if recipe.by_spectrum:
         return NothingChangedError(
