@@ -26,7 +26,7 @@ from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.dora import Alternated, Fitted, HeldPair, PairSource, alternate, best_columns, row_share
+from surgery_formats.linalg.dora import DoRAFit, HeldPair, Magnitudes, PairSource, alternate, best_columns, row_share
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 
@@ -280,7 +280,7 @@ def _file(delta: Delta) -> Path:
     return delta.strips[0].tuned.tensor.file.path
 
 
-def _stored(unit: LowRankTarget, made: Alternated, lora: Factored, scratch: ScratchFile) -> _DoraCandidate:
+def _stored(unit: LowRankTarget, made: DoRAFit, lora: Factored, scratch: ScratchFile) -> _DoraCandidate:
     left = scratch.put(made.B.T)
     right = scratch.put(made.A)
     # the square roots of the singular values are in the factors' lengths; they are known to be all that is kept
@@ -289,7 +289,7 @@ def _stored(unit: LowRankTarget, made: Alternated, lora: Factored, scratch: Scra
     return _DoraCandidate(Factored(unit, (piece,)), _magnitude(unit, made, made.size, scratch))
 
 
-def _magnitude(unit: LowRankTarget, found: Alternated | Fitted, size: float, scratch: ScratchFile) -> Magnitude:
+def _magnitude(unit: LowRankTarget, found: DoRAFit | Magnitudes, size: float, scratch: ScratchFile) -> Magnitude:
     step = _NORM_ROUNDING.get(unit.deltas[0].strips[0].base.tensor.dtype, 0.0)
     places = scratch.put(found.magnitude[None]), scratch.put(found.gain[None])
     return Magnitude(*places, unit.form != "embedding", size, (step * size) ** 2)
