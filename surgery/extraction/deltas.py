@@ -124,10 +124,10 @@ def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.
     if found.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(found))).all()):
         for side in (strip.base, strip.tuned):
             if not bool(torch.isfinite(side.get(start, stop, dtype)).all()):
-                raise FitError("holds NaN or Inf", file=side.tensor.file.path, tensor=side.tensor.name)
+                raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
         raise FitError(
             "values or differences too large: their squares overflow float32",
-            file=strip.tuned.tensor.file.path,
+            file=strip.tuned.tensor.path,
             tensor=strip.tuned.tensor.name,
         )
     return found

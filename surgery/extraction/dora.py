@@ -275,8 +275,8 @@ def _alternated(
     return {unit.path: found[unit.path] for unit in units}
 
 
-def _file(delta: Delta) -> Path:
-    return delta.strips[0].tuned.tensor.file.path
+def _file(delta: Delta) -> Path | None:
+    return delta.strips[0].tuned.tensor.path
 
 
 def _stored(unit: LowRankTarget, made: Alternated, lora: Factored, scratch: ScratchFile) -> _DoraCandidate:

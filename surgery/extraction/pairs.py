@@ -119,7 +119,7 @@ def _elsewhere(name: str, base: Component, tensor: StoredTensor) -> StoredTensor
     if len(places) != 1:
         return None
     stored = places[0].parameter.storage.tensor
-    return stored if stored.shape == tensor.shape else None
+    return stored if isinstance(stored, StoredTensor) and stored.shape == tensor.shape else None
 
 
 def _may_grow(pair: Pair, tuned: Component) -> bool:

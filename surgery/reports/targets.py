@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.families.family import role_of
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import DoRA, LoRA, Replacement, Stacked, Update, VeRA
 
 __all__ = [
@@ -102,7 +102,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
         adapter: Unbound.
         role: Tells roles better than names alone can, when the base is known.
     """
-    seen: set[StoredTensor] = set()
+    seen: set[Tensor] = set()
     found = []
     for site, chain in adapter.updates.items():
         for update in () if site in adapter.optional else chain:
@@ -188,7 +188,7 @@ def _held(site: Site, update: Replacement, adapter: Adapter) -> Held:
     return "copy" if adapter.new_modules & set(module.split(".")) else "carried"
 
 
-def _noted(update: Update) -> tuple[StoredTensor, ...]:
+def _noted(update: Update) -> tuple[Tensor, ...]:
     """Tensors that hold a scale or random projections, not trained values."""
     if isinstance(update, Stacked):
         return tuple(tensor for expert in update.experts for tensor in _noted(expert))

@@ -271,12 +271,12 @@ def rewrite(
         _check_something(found)
         found = replace(found, warnings=(*found.warnings, *_cancelling(found)))
         for one in given:
-            for file in {tensor.file for tensor in one.adapter.tensors}:
+            for file in one.adapter.files:
                 file.check_unchanged()
         return found.as_json()
 
     facts = {"verb": verb, "recipe": plain(recipe), "sources": plain(sources), "target": target.name}
-    job = job_id(facts, [tensor for one in given for tensor in one.adapter.tensors], rendering)
+    job = job_id(facts, [file for one in given for file in one.adapter.files], rendering)
     inputs = (*(one.adapter.path for one in given), *(() if base is None else (base.path,)))
     made = write_adapter(
         rendering,

@@ -182,7 +182,7 @@ def convert(
         rendering,
         wanted,
         Path(output),
-        job_id(facts, source.tensors, rendering),
+        job_id(facts, source.files, rendering),
         prove,
         inputs=(source.path, *(() if checkpoint is None else (checkpoint.path,))),
         side_files={path.name: path for path in given.side_files},
@@ -294,8 +294,8 @@ def _proved(
     if held or (rest and rendering.held):
         errors |= compare(restricted(source, held), restricted(written, rest), base)
     _check_errors(errors, tolerance, path)
-    for tensor in source.tensors:
-        tensor.file.check_unchanged()
+    for file in source.files:
+        file.check_unchanged()
     return errors, {str(site): error for site, error in near.items()}
 
 

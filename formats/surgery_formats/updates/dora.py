@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Factor, Weight
 from surgery_formats.updates.lora import LoRA
@@ -46,7 +46,7 @@ class DoRA:
         return self.direction.rank
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The low-rank part's, then the magnitude's."""
         return (*self.direction.tensors, *self.magnitude.tensors)
 

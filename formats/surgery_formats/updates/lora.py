@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Factor, Weight
 
@@ -35,7 +35,7 @@ class LoRA:
     B: Factor
     scale: float
     alpha: float | None = None
-    noted: tuple[StoredTensor, ...] = ()
+    noted: tuple[Tensor, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -48,7 +48,7 @@ class LoRA:
         return self.B.shape[0], self.A.shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """A's, B's, then those the scale came from."""
         return (*self.A.tensors, *self.B.tensors, *self.noted)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, take
 from surgery_formats.updates.base import Apply, Factor, Weight
 
@@ -37,7 +37,7 @@ class Offset:
         return (self.value.shape[0], 1) if len(self.value.shape) == 1 else (self.value.shape[0], self.value.shape[1])
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The value's."""
         return self.value.tensors
 

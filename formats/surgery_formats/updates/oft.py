@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Factor, Fit, Weight
 
@@ -55,7 +55,7 @@ class OFT:
         return self.outputs, self.inputs
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The angles'."""
         return self.angles.tensors
 
@@ -74,14 +74,14 @@ class OFT:
         if fit.kernel > 1:
             raise FitError(
                 "OFT on a convolution with a kernel: attached, PEFT rotates overlapping patches, which no weight can do",
-                file=stored.file.path,
+                file=stored.path,
                 tensor=stored.name,
             )
         inputs = fit.shape[1] if self.shared else self.inputs
         if inputs % self.block:
             raise FitError(
                 f"blocks of {self.block}, but the weight has {inputs} columns",
-                file=stored.file.path,
+                file=stored.path,
                 tensor=stored.name,
                 hint="is this the base it was trained on?",
             )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, take
 from surgery_formats.updates.base import Apply, Factor, Weight
 
@@ -30,7 +30,7 @@ class Replacement:
     value: Factor
 
     @property
-    def stored(self) -> StoredTensor:
+    def stored(self) -> Tensor:
         """The tensor that takes the parameter's place."""
         return self.value.tensors[0]
 
@@ -40,7 +40,7 @@ class Replacement:
         return self.stored.matrix
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The one stored tensor."""
         return self.value.tensors
 
