@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.algebra.group import key_of
-from surgery.engine.proof_factors import settings, tensor_error
+from surgery.engine.factor_proof import settings, tensor_error
 from surgery.reports.to_json import plain
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
