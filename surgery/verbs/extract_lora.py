@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from surgery.engine.conversion import coded_as
+from surgery.engine.devices import devices_of
 from surgery.extraction.calibration import check_modules, open_calibration
 from surgery.extraction.extraction_plan import (
     CheckpointPair,
@@ -31,7 +32,7 @@ from surgery.extraction.output import write, write_converted
 from surgery.extraction.ranks import rank_goal
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.storage_plan import StorageOptions
-from surgery.extraction.stream.lanes import Lanes, default_lanes, devices_of
+from surgery.extraction.stream.lanes import Lanes, default_lanes
 from surgery.extraction.stream.scan import layout_of, scan, warm
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import tree_name

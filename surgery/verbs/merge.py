@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import surgery.reports.model_card as card
 from surgery.engine.checks import float_type, required_output
 from surgery.engine.execute import Run, execute
 from surgery.engine.ledger import Ledger
+from surgery.engine.model_card import merge_card
 from surgery.engine.model_output import judge, plan_merge
 from surgery.progress import Callback
 from surgery_formats.adapters.registry import read_adapter
@@ -103,7 +103,7 @@ def merge(
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         warnings.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
-        return {"README.md": card.merge_card(found, ledger)}
+        return {"README.md": merge_card(found, ledger)}
 
     ledger = execute(plan, folder, run, finish)
     return MergeResult(folder, ledger, tuple(warnings))
