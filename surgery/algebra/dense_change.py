@@ -22,7 +22,7 @@ from surgery_formats.canonical.adapter import Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.updates import Update
-from surgery_formats.updates.weight_in_memory import WeightInMemory
+from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["ChangeTerm", "combine_changes"]
 
@@ -52,7 +52,7 @@ class ChangeTerm:
     def delta(self, dtype: torch.dtype) -> torch.Tensor:
         """What it changes, dense."""
         values = torch.zeros(self.shape, dtype=dtype) if self.weight is None else self.weight.get(dtype).contiguous()
-        apply = self.update.prepare(WeightInMemory(values))
+        apply = self.update.prepare(HeldWeight(values))
         return apply(values.clone(), range(self.shape[0]), range(self.shape[1])) - values
 
 

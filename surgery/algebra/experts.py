@@ -10,7 +10,7 @@ import torch
 
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution, WeightedAdapter
-from surgery.algebra.low_rank import PEFT, common_rank, outcome_of, stored_type, target_of
+from surgery.algebra.low_rank import PEFT, common_rank, outcome_of, stored_type, target_of, tensors_of
 from surgery.algebra.sums import DeltaTarget, Recipe, Solved
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import FitError
@@ -71,9 +71,9 @@ def _whole_stack(
         B = torch.stack([expert.B for expert in experts], dim=-1).reshape(out, -1)
         return Solved(B, torch.cat([expert.A for expert in experts]), lost), lost
 
-    stem, file, dtype = f"{PEFT}{site.path}", loras[0].A.tensors[0].file, stored_type(loras)
-    a = computed(f"{stem}.lora_A.weight", (count * rank, inputs), file, lambda: solutions.of(name, solve).A, dtype)
-    b = computed(f"{stem}.lora_B.weight", (out, rank * count), file, lambda: solutions.of(name, solve).B, dtype)
+    stem, sources, dtype = f"{PEFT}{site.path}", tensors_of(loras), stored_type(loras)
+    a = computed(f"{stem}.lora_A.weight", (count * rank, inputs), sources, lambda: solutions.of(name, solve).A, dtype)
+    b = computed(f"{stem}.lora_B.weight", (out, rank * count), sources, lambda: solutions.of(name, solve).B, dtype)
 
     def forward(e: int) -> LoRA:
         A = Factor((a,), (rank, inputs), lambda t: t.reshape(count, rank, -1)[e])
@@ -90,7 +90,7 @@ def _expert_by_expert(
     name: str, site: Site, targets: Sequence[DeltaTarget], rank: int, loras: Sequence[LoRA], solutions: Solutions
 ) -> tuple[Stacked, tuple[str, ...]]:
     """A pair of tensors for each expert, for formats that stack them in their own way."""
-    file, dtype = loras[0].A.tensors[0].file, stored_type(loras)
+    sources, dtype = tensors_of(loras), stored_type(loras)
     keys = tuple(f"{name}[{e}]" for e in range(len(targets)))
 
     def expert(e: int) -> LoRA:
@@ -99,8 +99,10 @@ def _expert_by_expert(
             return solved, solved.lost
 
         out, inputs = targets[e].shape
-        A = computed(f"combined.{site}.{e}.down", (rank, inputs), file, lambda: solutions.of(keys[e], solve).A, dtype)
-        B = computed(f"combined.{site}.{e}.up", (out, rank), file, lambda: solutions.of(keys[e], solve).B, dtype)
+        A = computed(
+            f"combined.{site}.{e}.down", (rank, inputs), sources, lambda: solutions.of(keys[e], solve).A, dtype
+        )
+        B = computed(f"combined.{site}.{e}.up", (out, rank), sources, lambda: solutions.of(keys[e], solve).B, dtype)
         return LoRA(Factor.of(A), Factor.of(B), 1.0, float(rank))
 
     return Stacked(tuple(expert(e) for e in range(len(targets)))), keys

@@ -14,9 +14,10 @@ from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.computed import computed
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Factor, LoRA, Update
 
-__all__ = ["combine_loras", "common_rank", "outcome_of", "solved_lora", "stored_type", "target_of"]
+__all__ = ["combine_loras", "common_rank", "outcome_of", "solved_lora", "stored_type", "target_of", "tensors_of"]
 
 PEFT = "base_model.model."
 """Before every key of PEFT's."""
@@ -52,9 +53,9 @@ def solved_lora(
 
     out, inputs = target.shape
     stem, (down, up) = _names(site, sources)
-    file, dtype = sources[0].tensors[0].file, stored_type(sources)
-    A = computed(f"{stem}.{down}", (rank, *_kernel(sources)), file, lambda: solved().A, dtype)
-    B = computed(f"{stem}.{up}", (out, rank), file, lambda: solved().B, dtype)
+    tensors, dtype = tensors_of(sources), stored_type(sources)
+    A = computed(f"{stem}.{down}", (rank, *_kernel(sources)), tensors, lambda: solved().A, dtype)
+    B = computed(f"{stem}.{up}", (out, rank), tensors, lambda: solved().B, dtype)
     lora = LoRA(Factor((A,), (rank, inputs)), Factor.of(B), 1.0, float(rank))
     outcome = outcome_of(rank, target, recipe)
     return CombinedUpdate(site, (lora,), outcome, target.ranks, rank, (target,), best=best, solved_as=(name,))
@@ -115,6 +116,11 @@ def _kernel(sources: Sequence[Update]) -> tuple[int, ...]:
     factors = [factor for source in sources if (factor := source.factors().get("A"))]
     stored = [factor.tensors[0].shape[1:] for factor in factors if factor.view is None]
     return next((shape for shape in stored if len(shape) > 1), (sources[0].shape[1],))
+
+
+def tensors_of(sources: Sequence[Update]) -> list[Tensor]:
+    """What is stored of all sources."""
+    return [tensor for source in sources for tensor in source.tensors]
 
 
 def stored_type(sources: Sequence[Update]) -> DType:

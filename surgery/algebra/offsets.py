@@ -39,7 +39,8 @@ def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution]
             owners=[share.owner for share in contributions],
         )
 
-    tensor = computed(f"combined.{site}", offsets[0].value.shape, offsets[0].value.tensors[0].file, vector)
+    tensors = [tensor for offset in offsets for tensor in offset.tensors]
+    tensor = computed(f"combined.{site}", offsets[0].value.shape, tensors, vector)
     return CombinedUpdate(site, (Offset(Factor.of(tensor)),), "exact", vector=vector)
 
 
