@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from surgery_formats.adapters.writing import places_of, whole_place
+from surgery_formats.adapters.writing import component_of, places_of, whole_place
+from surgery_formats.binding.bind import fit_of, widest_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
-from surgery_formats.updates import Replacement, Update
+from surgery_formats.updates import Replacement, Unsized, Update
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
@@ -63,6 +64,8 @@ def key_of(site: Site, *, flat: bool) -> tuple[str, str]:
 def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tuple[str, str], list[Contribution]]:
     """Every update of every adapter, those of one weight together, in the order of the adapters.
 
+    With a base, updates get the sizes that only a base tells, and optional ones that it lacks are left out.
+
     Raises:
         FitError: the adapters name the same weights differently, and only a base can tell.
     """
@@ -72,7 +75,8 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     seen: list[set[tuple[str, str]]] = []
     for owner, term in enumerate(terms):
         mine: set[tuple[str, str]] = set()
-        for site, chain in term.adapter.updates.items():
+        updates = term.adapter.updates if base is None else _sized(term.adapter, base)
+        for site, chain in updates.items():
             if not site.component and len(components) > 1:
                 raise FitError(
                     f"which of {listing(sorted(components))} it belongs to is not known", file=term.adapter.path
@@ -90,6 +94,24 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     if base is None:
         _check_spellings(terms, seen)
     return groups
+
+
+def _sized(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:
+    chains = adapter.updates.values()
+    kinds = {update.kind for chain in chains for update in chain if isinstance(update, Unsized)}
+    if not kinds:
+        return adapter.updates
+    widest = {kind: widest_of(kind, adapter, base) for kind in kinds}
+    sized: dict[Site, tuple[Update, ...]] = {}
+    for site, chain in adapter.updates.items():
+        if site in adapter.optional and not component_of(site, base).names.resolve(site.path, flat=site.flat):
+            continue
+        places = places_of(site, base, chain[0].tensors)
+        sized[site] = tuple(
+            update.fitted(fit_of(places, widest[update.kind])) if isinstance(update, Unsized) else update
+            for update in chain
+        )
+    return sized
 
 
 def _check_spellings(terms: Sequence[WeightedAdapter], seen: Sequence[set[tuple[str, str]]]) -> None:

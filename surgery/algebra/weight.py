@@ -123,7 +123,8 @@ def _kept(
     why = ""
     if len(owners) > 1:
         names = listing([terms[owner].name for owner in owners])
-        depends = "has no low rank" if update.effect == "adds" else "depends on the base"
+        known = update.effect == "adds" and all(update.shape)
+        depends = "has no low rank" if known else "depends on the base"
         why = f"{changed} {names}, by one of them as {update.kind}: their sum {depends}"
     elif update.effect == "adds" and not recipe.truncates and isinstance(update, Linear) and len(contributions) == 1:
         return CombinedUpdate(site, (update if weight == 1.0 else update.scaled(weight),), "kept")
@@ -145,7 +146,7 @@ def _way_out(contributions: Sequence[Contribution], recipe: Recipe, base: Checkp
     """What makes the combination possible, up to the verb `merge`."""
     if any(share.update.effect == "sets" for share in contributions):
         return "merge"
-    adds = _all_change(contributions) and all(share.update.effect == "adds" for share in contributions)
-    missing = ["the base (--base)"] if base is None and not adds else []
+    known = all(share.update.effect == "adds" and all(share.update.shape) for share in contributions)
+    missing = ["the base (--base)"] if base is None and not known else []
     missing += [] if recipe.truncates else ["a rank (--rank)"]
     return f"give {' and '.join(missing)}, or merge" if missing else "merge"
