@@ -10,7 +10,6 @@ from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.checks import float_type, required_output
 from surgery.engine.conversion import (
     Check,
-    ConvertResult,
     bound_source,
     coded_as,
     placed,
@@ -18,6 +17,7 @@ from surgery.engine.conversion import (
     tolerance_of,
     write_conversion,
 )
+from surgery.engine.convert_result import ConvertResult
 from surgery.progress import Callback
 from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.registry import format_named, read_adapter
@@ -92,7 +92,7 @@ def convert(
     binding = bound_source(source, named)
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss)
     entries = (*plan.rendering.entries, *left)
-    result = ConvertResult(None, given.format, target.name, entries, {}, given.known_issues())
+    result = ConvertResult(None, given.format, target.name, entries, {}, given.known_issues(), given.path)
     if dry_run:
         return result
     options = WriteOptions(

@@ -6,14 +6,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.engine.checks import float_type, required_output
 from surgery.engine.execute import Run, execute
 from surgery.engine.ledger import Ledger
+from surgery.engine.merge_result import MergeResult
 from surgery.engine.model_card import merge_card
 from surgery.engine.model_output import judge, plan_merge
+from surgery.engine.preview import obstacles, preview
 from surgery.progress import Callback
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
@@ -26,21 +27,6 @@ __all__ = ["MergeResult", "merge"]
 
 
 Weighted = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """What a merge did, or (dry run) would do.
-
-    Attributes:
-        output: The folder; None for a dry run.
-        ledger: Every tensor, with what was measured.
-        warnings: What the user should know.
-    """
-
-    output: Path | None
-    ledger: Ledger
-    warnings: tuple[str, ...]
 
 
 def merge(
@@ -96,17 +82,19 @@ def merge(
     found = bind(_read(adapters), open_checkpoint(base))
     plan = plan_merge(found, dtype=float_type(dtype, "weights"), shard_size=shard_size, packed=layout == "packed")
     if dry_run:
-        return MergeResult(None, Ledger(plan), plan.warnings)
+        ahead = preview(plan, None if output is None else Path(output), workers)
+        warnings = (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite))
+        return MergeResult(None, Ledger(plan), warnings, ahead)
     folder = required_output(output)
     run = Run(workers, memory_limit, device, verify == "full", overwrite, progress)
-    warnings: list[str] = list(plan.warnings)
+    notes: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        warnings.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
+        notes.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
         return {"README.md": merge_card(found, ledger)}
 
     ledger = execute(plan, folder, run, finish)
-    return MergeResult(folder, ledger, tuple(warnings))
+    return MergeResult(folder, ledger, tuple(notes))
 
 
 def _read(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, float]]:
