@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.algebra.files import as_adapter, side_files
-from surgery.algebra.group import WeightedAdapter, group
+from surgery.algebra.group import group
 from surgery.algebra.parts import CombinedUpdate, Solutions
 from surgery.algebra.proof import TOLERANCE, SumError, prove
 from surgery.algebra.selection import Selection, check_patterns
@@ -29,6 +29,7 @@ from surgery.reports.to_json import plain
 from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.peft.other_kinds import KINDS
 from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.text import listing, show

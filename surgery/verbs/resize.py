@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 import os
 
-from surgery.algebra.group import WeightedAdapter
 from surgery.algebra.sums import Recipe
 from surgery.progress import Callback
 from surgery.verbs.combine import CombineResult, WriteOptions, rewrite
 from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError
 
 __all__ = ["resize"]
