@@ -174,7 +174,7 @@ def devices(text: str) -> str:
     Raises:
         click.BadParameter: not devices, or not on this machine.
     """
-    from surgery.extraction.lanes import devices_of
+    from surgery.extraction.stream.lanes import devices_of
 
     try:
         devices_of(text)

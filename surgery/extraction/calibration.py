@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.extraction.factor import Factored, ScratchFile, ScratchSlot
-from surgery.extraction.kind import CalibrationFacts
-from surgery.extraction.lanes import in_threads
-from surgery.extraction.plan import DenseTensor, StoragePlan
-from surgery.extraction.sites import LowRankTarget, TunedParameter
+from surgery.extraction.factorise import Factored
+from surgery.extraction.findings import CalibrationFacts
+from surgery.extraction.storage_plan import DenseTensor, StoragePlan
+from surgery.extraction.stream.lanes import in_threads
+from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
+from surgery.extraction.targets import LowRankTarget, TunedParameter
 from surgery_formats.containers.sharded import open_shards
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.raw import File

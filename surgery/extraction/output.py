@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
-from surgery.extraction.job import ExtractionPlan
-from surgery.extraction.ledger import ExtractResult
+from surgery.extraction.extraction_plan import ExtractionPlan, Watch
+from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import without
-from surgery.extraction.watch import Watch
 from surgery.extraction.write import TENSOR_FILE, fill
 from surgery.progress import Callback, Progress
 from surgery.verbs.convert import ConvertResult, convert

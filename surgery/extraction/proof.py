@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from surgery.engine.arithmetic import WeightView
-from surgery.extraction.deltas import BLOCK_ELEMENTS, Strip
-from surgery.extraction.factor import Factored, Piece, digest
-from surgery.extraction.lanes import in_threads
-from surgery.extraction.pairs import Pair
-from surgery.extraction.tally import PairMeasure
+from surgery.extraction.factorise import Factored, Piece
+from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
+from surgery.extraction.stream.lanes import in_threads
+from surgery.extraction.stream.scratch import digest
+from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
 from surgery_formats.binding.edits import Edit

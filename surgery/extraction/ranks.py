@@ -3,23 +3,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from surgery.algebra.selection import matches
-from surgery.extraction.factor import MOST, Criterion, Factored
-from surgery.extraction.plan import StoragePlan, kept_size
-from surgery.extraction.sites import LowRankTarget
-from surgery.extraction.table import TABLE_RANKS
+from surgery.extraction.factorise import MOST, Criterion, Factored
+from surgery.extraction.result import Choice
+from surgery.extraction.storage_plan import StoragePlan, kept_size
+from surgery.extraction.stream.tally import PairMeasure
+from surgery.extraction.targets import LowRankTarget
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
+from surgery_formats.models.families.family import role_of
 from surgery_formats.text import closest, show
 
-__all__ = ["Budget", "RankGoal", "magnitude_count", "parse_budget", "ranks_of", "wanted"]
+__all__ = ["TABLE_RANKS", "Budget", "RankGoal", "choices", "magnitude_count", "parse_budget", "ranks_of", "wanted"]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
@@ -221,3 +224,44 @@ def _allotted(
     most = [ranks[found.unit.path] for found in factors]
     made = allocate(spectra, costs, budget.limit - fixed, least=1, most=most)
     return {found.unit.path: max(1, rank) for found, rank in zip(factors, made.ranks, strict=True)}
+
+
+TABLE_RANKS = (4, 8, 16, 32, 64)
+_LAYERS: Mapping[str, tuple[str, ...]] = {"attention": ("attention",), "mlp": ("mlp", "expert"), "all": ()}
+
+
+def choices(
+    forms: StoragePlan,
+    factored: Mapping[str, Factored],
+    measures: Mapping[str, PairMeasure],
+    stored: tuple[int, int],
+    dtype: DType | Coding,
+    ranks: Iterable[int] = TABLE_RANKS,
+) -> tuple[Choice, ...]:
+    """Every rank for every group of layers.
+
+    Args:
+        forms: What becomes factors.
+        factored: Spectra, known up to the largest of `ranks`.
+        measures: Of every tensor.
+        stored: ``(numbers, bytes)`` that are stored whole.
+        dtype: Of the factors.
+        ranks: To tabulate.
+    """
+    total = math.fsum(found.energy for found in measures.values())
+    dropped = math.fsum(measures[name].energy for name in forms.dropped)
+    made = []
+    for rank in ranks:
+        for layers, roles in _LAYERS.items():
+            left, numbers = dropped, 0
+            for unit in forms.units:
+                found = factored[unit.path]
+                if roles and role_of(unit.path) not in roles:
+                    left += found.energy
+                    continue
+                left += found.residual(rank)
+                numbers += unit.cost * min(rank, found.rank)
+            residual = math.sqrt(left / total) if total else 0.0
+            nbytes = dtype.nbytes(numbers) + stored[1]
+            made.append(Choice(rank, layers, residual, numbers + stored[0], nbytes))
+    return tuple(made)

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.extraction.factor import Factored
-from surgery.extraction.kind import CalibrationFacts
-from surgery.extraction.ledger import ExtractClass, ExtractRow
-from surgery.extraction.pairs import Pair
-from surgery.extraction.plan import DenseTensor, StoragePlan, Via, kept_size
-from surgery.extraction.signal import Signal, remark
-from surgery.extraction.tally import PairMeasure
+from surgery.extraction.factorise import Factored
+from surgery.extraction.findings import CalibrationFacts, Signal
+from surgery.extraction.noise import remark
+from surgery.extraction.pairing import Pair
+from surgery.extraction.result import ExtractClass, ExtractRow
+from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via, kept_size
+from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.linalg.coding import Coding

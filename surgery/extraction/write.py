@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from surgery.extraction.factor import Factored, ScratchSlot
-from surgery.extraction.plan import DenseTensor, StoragePlan, nesting
-from surgery.extraction.sites import LowRankTarget
+from surgery.extraction.factorise import Factored
+from surgery.extraction.storage_plan import DenseTensor, StoragePlan, nesting
+from surgery.extraction.stream.scratch import ScratchSlot
+from surgery.extraction.targets import LowRankTarget
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.containers.safetensors import layout, reference_order
 from surgery_formats.dtypes import DType

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from surgery.extraction.calibration import check_modules, open_calibration
-from surgery.extraction.factor import ScratchFile
-from surgery.extraction.job import CheckpointPair, ExtractionRequest, planned, settle_job
-from surgery.extraction.kind import KINDS, Kind
-from surgery.extraction.lanes import Lanes, default_lanes, devices_of
-from surgery.extraction.ledger import ExtractResult
+from surgery.extraction.extraction_plan import CheckpointPair, ExtractionRequest, Watch, planned, settle_job
+from surgery.extraction.findings import KINDS, Kind
 from surgery.extraction.output import write, write_converted
-from surgery.extraction.plan import StorageOptions
 from surgery.extraction.ranks import wanted
-from surgery.extraction.scan import layout_of, scan, warm
-from surgery.extraction.sites import tree_name
-from surgery.extraction.watch import Watch
+from surgery.extraction.result import ExtractResult
+from surgery.extraction.storage_plan import StorageOptions
+from surgery.extraction.stream.lanes import Lanes, default_lanes, devices_of
+from surgery.extraction.stream.scan import layout_of, scan, warm
+from surgery.extraction.stream.scratch import ScratchFile
+from surgery.extraction.targets import tree_name
 from surgery.extraction.write import Scaling
 from surgery.progress import Callback
 from surgery.verbs.convert import coded_as

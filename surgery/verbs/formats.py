@@ -16,7 +16,8 @@ from surgery.reports.to_json import plain
 from surgery_formats import updates
 from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.adapters.registry import formats as adapter_formats
-from surgery_formats.models import families
+from surgery_formats.models.families import registry
+from surgery_formats.models.families.family import Family
 
 __all__ = ["AdapterFormat", "Catalogue", "Container", "FamilyEntry", "UpdateKind", "formats"]
 
@@ -139,12 +140,12 @@ def formats() -> Catalogue:
 
 def _families() -> list[FamilyEntry]:
     """One per record; a file may hold several (with a recipe, and of names alone)."""
-    rooms = [room for room in vars(families).values() if isinstance(room, ModuleType)]
+    rooms = [room for room in vars(registry).values() if isinstance(room, ModuleType)]
     return [
         FamilyEntry(room.__name__.rpartition(".")[2], _first_line(room), record.names, record.recipe is not None)
         for room in rooms
         for record in vars(room).values()
-        if isinstance(record, families.Family) and any(record is known for known in families.FAMILIES)
+        if isinstance(record, Family) and any(record is known for known in registry.FAMILIES)
     ]
 
 

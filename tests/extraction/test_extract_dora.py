@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.extraction.scan import HELD
+from surgery.extraction.stream.scan import HELD
 from surgery_formats.errors import FitError
 from tests.oracles import disk, models
 from tests.support.extractions import WHOLE, Change, assert_round_trip, everything, low_rank, only, tune
@@ -87,7 +87,7 @@ def test_auto_keeps_a_lora_where_the_change_is_dense_or_low_rank(tmp_path: Path)
 def test_a_dense_change_costs_no_second_factorisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = models.build_base("llama", tmp_path / "base")
     tuned = tune(base, tmp_path / "tuned", everything)
-    monkeypatch.setattr("surgery.extraction.dora.alternate", None)
+    monkeypatch.setattr("surgery.extraction.choose_kind.alternate", None)
     result = surgery.extract_lora(base, tuned, output=tmp_path / "out", rank=3)
     assert result.kind is not None
     assert result.kind.rows < 0.03
@@ -190,7 +190,7 @@ def test_a_large_matrix_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Mo
     tuned = tune(base, tmp_path / "tuned", rescaled(3))
     held = surgery.extract_lora(base, tuned, output=tmp_path / "held", rank=3)
     monkeypatch.setitem(HELD, "cpu", 0)
-    monkeypatch.setattr("surgery.extraction.dora._held", None)
+    monkeypatch.setattr("surgery.extraction.choose_kind._held", None)
     streamed = surgery.extract_lora(base, tuned, output=tmp_path / "streamed", rank=3)
     assert held.kind is not None
     assert streamed.kind is not None

@@ -101,7 +101,7 @@ def test_a_loss_is_an_error_unless_it_is_allowed(llama: tuple[Path, Path], tmp_p
 
 
 def test_a_wrong_factor_is_caught(llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgery.extraction.factor import Factored
+    from surgery.extraction.factorise import Factored
 
     right = Factored.factors
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.extraction import feed, lanes
-from surgery.extraction.feed import Direct, Rows, Staged
-from surgery.extraction.lanes import Lane, Lanes, Room, devices_of
-from surgery.extraction.scan import layout_of, warm
-from surgery.extraction.tally import Tally
+from surgery.extraction.stream import feed, lanes
+from surgery.extraction.stream.feed import Direct, Rows, Staged
+from surgery.extraction.stream.lanes import Lane, Lanes, Room, devices_of
+from surgery.extraction.stream.scan import layout_of, warm
+from surgery.extraction.stream.tally import Tally
 from surgery_formats.errors import FitError, MalformedError, ProofError
 from surgery_formats.files.raw import File
 from surgery_formats.linalg.noise import NoiseTally
@@ -291,7 +291,7 @@ def corrupted(folder: Path, what: str) -> None:
 def test_what_is_not_what_was_measured_is_no_output(
     what: str, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery.extraction.job import ExtractionPlan
+    from surgery.extraction.extraction_plan import ExtractionPlan
 
     proved = ExtractionPlan.proved
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.extraction.signal import MergedLoRA, Signal, Spectrum, looks_merged, remark
+from surgery.extraction.findings import MergedLoRA, Signal
+from surgery.extraction.noise import Spectrum, looks_merged, remark
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import NoiseTally, noise_energy, signal_count, spacing, survival, variance
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery_formats.errors import FitError
-from surgery_formats.models.families import FAMILIES
 from surgery_formats.models.families.parameters import model_of, parameters
 from surgery_formats.models.families.recipe import LanguageHead, Model
+from surgery_formats.models.families.registry import FAMILIES
 from tests.oracles.recipes import DECODERS, ENCODERS
 
 KNOWN = sorted({name for family in FAMILIES if family.recipe for name in family.names})

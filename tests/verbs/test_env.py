@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import surgery
 from surgery_formats.adapters.registry import formats
-from surgery_formats.models.families import FAMILIES, family_of
+from surgery_formats.models.families.registry import FAMILIES, family_of
 
 ROOT = Path(__file__).parents[2]
 

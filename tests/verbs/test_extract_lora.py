@@ -197,7 +197,7 @@ def test_a_large_matrix_is_read_in_blocks(
     llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = surgery.extract_lora(*llama, output=tmp_path / "held", rank=4)
-    monkeypatch.setattr("surgery.extraction.scan.HELD", {"cpu": 0})
+    monkeypatch.setattr("surgery.extraction.stream.scan.HELD", {"cpu": 0})
     streamed = surgery.extract_lora(*llama, output=tmp_path / "streamed", rank=4)
     for one, other in zip(held.rows, streamed.rows, strict=True):
         assert one.residual == pytest.approx(other.residual, rel=1e-5)

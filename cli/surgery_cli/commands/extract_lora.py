@@ -25,9 +25,8 @@ from surgery_formats.errors import FitError
 from surgery_formats.text import count, listing, nbytes, show
 
 if TYPE_CHECKING:
-    from surgery.extraction.kind import CalibrationTotals
-    from surgery.extraction.layers import Layers
-    from surgery.extraction.ledger import ExtractResult
+    from surgery.extraction.findings import CalibrationTotals
+    from surgery.extraction.result import ExtractResult, Layers
 
 __all__ = ["command"]
 
@@ -237,7 +236,7 @@ def _text(result: ExtractResult, output: Path | None, seconds: float, settings: 
     pairs(rows)
     told = [row for row in result.rows if row.energy or row.form]
     if told:
-        from surgery.extraction.layers import layers_of
+        from surgery.extraction.result import layers_of
 
         click.echo()
         layers = layers_of(told, apart=bool(settings.verbose))

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from surgery_formats.adapters.writing import component_of, row_slice
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.models.families import Fused, mixtral, qwen_moe
+from surgery_formats.models.families import mixtral, qwen_moe
+from surgery_formats.models.families.family import Fused
 from surgery_formats.updates import LoRA, Stacked
 
 __all__ = ["SWITCH", "fused_of", "one_expert", "taken_apart"]

@@ -15,7 +15,8 @@ from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import stays_inside
-from surgery_formats.models.families import Family, family_of
+from surgery_formats.models.families.family import Family
+from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.names import Names
 from surgery_formats.models.ties import ties_by_place
 from surgery_formats.tensors.tensor import StoredTensor

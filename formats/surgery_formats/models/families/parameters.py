@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from surgery_formats.errors import FitError
-from surgery_formats.models.families import FAMILIES, family_of
 from surgery_formats.models.families.recipe import (
     Attention,
     Branch,
@@ -18,6 +17,7 @@ from surgery_formats.models.families.recipe import (
     Norm,
     Projection,
 )
+from surgery_formats.models.families.registry import FAMILIES, family_of
 from surgery_formats.text import show
 
 __all__ = ["model_of", "parameters"]

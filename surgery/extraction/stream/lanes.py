@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from surgery.engine.execute import default_workers
-from surgery.extraction.feed import Direct, Feed, Staged
+from surgery.extraction.stream.feed import Direct, Feed, Staged
 from surgery_formats.errors import FitError, ResourceError
 from surgery_formats.text import show
 
@@ -31,7 +31,6 @@ _PER_GPU = 3
 _SWITCH = 2e-5  # seconds
 _SHARE = 0.7  # of a device's free memory
 _DEVICE = re.compile(r"cuda(?::(all|\d{1,3}(?:,\d{1,3}){0,63}))?", re.ASCII)
-
 Stop = Callable[[], bool]
 
 

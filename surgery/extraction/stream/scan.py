@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from surgery.extraction.deltas import Delta
-from surgery.extraction.factor import Criterion, Factored, Piece, ScratchFile, StoredFactorSpec, factorise
-from surgery.extraction.feed import DEVICE_BLOCK, Direct, Feed, Rows, Seen
-from surgery.extraction.lanes import Job, Lane, Lanes, Stop
-from surgery.extraction.pairs import Pair, pair_up
-from surgery.extraction.plan import MOST_ROWS
-from surgery.extraction.sites import LowRankTarget, TunedParameter, spots_of, units_of
-from surgery.extraction.tally import PairMeasure, Tally, check_finite
+from surgery.extraction.factorise import Criterion, Factored, Piece, StoredFactorSpec, factorise
+from surgery.extraction.pairing import Delta, Pair, pair_up
+from surgery.extraction.storage_plan import MOST_ROWS
+from surgery.extraction.stream.feed import DEVICE_BLOCK, Direct, Feed, Rows, Seen
+from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
+from surgery.extraction.stream.scratch import ScratchFile
+from surgery.extraction.stream.tally import PairMeasure, Tally, check_finite
+from surgery.extraction.targets import LowRankTarget, TunedParameter, spots_of, units_of
 from surgery.progress import Callback, Progress
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component

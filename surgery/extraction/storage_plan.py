@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from surgery.extraction.sites import LowRankTarget, TunedParameter, tree_name
-from surgery.extraction.tally import PairMeasure
+from surgery.extraction.stream.tally import PairMeasure
+from surgery.extraction.targets import LowRankTarget, TunedParameter, tree_name
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.tensors.tensor import StoredTensor
@@ -25,11 +25,9 @@ __all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "
 RESIZABLE = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
 """Modules whose whole weight PEFT (and every reader here) takes under its plain name: a vocabulary that was resized."""
 _NESTING = ("gate_up_proj", "down_proj")  # in the order transformers registers them: the first is the innermost wrapper
-
 MOST_ROWS = 1 << 16
 """Rows that can be listed in a configuration of at most 1 MB, which is what readers here accept."""
 _TOO_MANY = f"more than {MOST_ROWS} rows of a tensor that several modules share changed"
-
 Via = Literal["modules_to_save", "bias", "resized", "token rows"]
 
 

@@ -1,21 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of every tensor of TUNED, and what the whole comes to."""
+"""What an extraction did: every tensor of TUNED in one class, the factors that were chosen, and what the whole comes to.
+
+Figures only: importing it needs no torch.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery.extraction.kind import CalibrationFacts, CalibrationTotals, KindFacts
-from surgery.extraction.signal import MergedLoRA, Signal
-from surgery.extraction.table import Choice
+from surgery.extraction.findings import CalibrationFacts, CalibrationTotals, KindFacts, MergedLoRA, Signal, six_digits
+from surgery.reports.targets import pattern_of
 from surgery.reports.to_json import plain
 
-__all__ = ["ExtractClass", "ExtractResult", "ExtractRow"]
+__all__ = ["Choice", "ExtractClass", "ExtractResult", "ExtractRow", "Layers", "layers_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One rank for some of the layers; what is stored whole is stored in any case.
+
+    Attributes:
+        rank: Of every matrix that has so many directions.
+        layers: ``attention``, ``mlp`` (experts included) or ``all``.
+        residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||`` over the whole model.
+        parameters: Numbers in the adapter.
+        nbytes: Their bytes.
+    """
+
+    rank: int
+    layers: str
+    residual: float
+    parameters: int
+    nbytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json`` and the manifest."""
+        residual = six_digits(self.residual)
+        return {
+            "rank": self.rank,
+            "layers": self.layers,
+            "residual": residual,
+            "parameters": self.parameters,
+            "nbytes": self.nbytes,
+        }
+
 
 ExtractClass = Literal[
     "low-rank", "dense", "rows", "new rows", "unchanged", "alias", "derivable", "corrected", "dropped"
@@ -72,15 +105,15 @@ class ExtractRow:
             row |= {"form": self.form, "parameters": self.parameters, "nbytes": self.nbytes}
         if self.energy or self.kind in ("low-rank", "dense", "rows", "new rows", "dropped"):
             row |= {
-                "energy": _short(self.energy),
-                "energy_share": _short(self.share),
-                "residual": _short(self.residual),
-                "moved": _short(self.moved),
-                "rms_ulp": _short(self.rms_ulp),
-                "storage_noise": _short(self.noise),
+                "energy": six_digits(self.energy),
+                "energy_share": six_digits(self.share),
+                "residual": six_digits(self.residual),
+                "moved": six_digits(self.moved),
+                "rms_ulp": six_digits(self.rms_ulp),
+                "storage_noise": six_digits(self.noise),
             }
         if self.rank:
-            row |= {"rank": self.rank, "bound": _short(self.bound)}
+            row |= {"rank": self.rank, "bound": six_digits(self.bound)}
         if self.signal is not None:
             row |= self.signal.as_json()
         if self.calibration is not None:
@@ -181,12 +214,12 @@ class ExtractResult:
             "kind": None if self.kind is None else self.kind.as_json(),
             "calibration": None if self.calibration is None else self.calibration.as_json(),
             "classes": dict(self.classes),
-            "residual": _short(self.residual),
-            "energy": _short(self.energy),
-            "lost": _short(self.lost),
-            "moved": _short(self.moved),
-            "storage_noise": _short(self.noise),
-            "survival": None if math.isnan(self.survival) else _short(self.survival),
+            "residual": six_digits(self.residual),
+            "energy": six_digits(self.energy),
+            "lost": six_digits(self.lost),
+            "moved": six_digits(self.moved),
+            "storage_noise": six_digits(self.noise),
+            "survival": None if math.isnan(self.survival) else six_digits(self.survival),
             "looks_like": None if self.merged is None else {"kind": "merged LoRA", **plain(self.merged)},
             "parameters": self.parameters,
             "adapter_nbytes": self.adapter_nbytes,
@@ -196,6 +229,102 @@ class ExtractResult:
         } | ({"table": [choice.as_json() for choice in self.table]} if self.table else {})
 
 
-def _short(value: float) -> float:
-    """Six significant digits."""
-    return float(f"{value:.6g}") if math.isfinite(value) else value
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Rows that differ in their numbers only.
+
+    Attributes:
+        pattern: ``model.layers.*.mlp.up_proj``.
+        rows: They, at least one.
+    """
+
+    pattern: str
+    rows: tuple[ExtractRow, ...]
+
+    @property
+    def kind(self) -> str:
+        """Their class."""
+        return self.rows[0].kind
+
+    @property
+    def energy(self) -> float:
+        """Of all."""
+        return math.fsum(row.energy for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """Of the energy of the model."""
+        return math.fsum(row.share for row in self.rows)
+
+    @property
+    def residual(self) -> float:
+        """What is missing of their change, relative to its norm."""
+        return self._norm([row.residual for row in self.rows])
+
+    @property
+    def noise(self) -> float:
+        """Storage rounding in their change, relative to its norm."""
+        return self._norm([row.noise for row in self.rows])
+
+    @property
+    def moved(self) -> float:
+        """Share of their values that differ from BASE."""
+        sizes = [math.prod(row.shape) for row in self.rows]
+        return sum(size * row.moved for size, row in zip(sizes, self.rows, strict=True)) / max(sum(sizes), 1)
+
+    @property
+    def rms_ulp(self) -> float:
+        """Root mean square of the change in spacings of the stored type, as the mean of the layers."""
+        return math.fsum(row.rms_ulp for row in self.rows) / len(self.rows)
+
+    @property
+    def ranks(self) -> str:
+        """``16``, or ``4-16``."""
+        return _spread([row.rank for row in self.rows if row.rank])
+
+    @property
+    def signal(self) -> str:
+        """Directions that stand out of rounding noise, of how many: ``50/384``, ``33-203/384``, ``>=16/384``."""
+        found = [row.signal for row in self.rows if row.signal is not None]
+        if not found:
+            return ""
+        least = "" if all(one.complete for one in found) else ">="
+        return f"{least}{_spread([one.count for one in found])}/{_spread([one.of for one in found])}"
+
+    @property
+    def survival(self) -> float:
+        """Share of their factors' update that a merge would keep, weighted by energy; NaN where there are no factors."""
+        found = [(row.energy, row.signal.survival) for row in self.rows if row.signal is not None]
+        found = [(energy, value) for energy, value in found if not math.isnan(value)]
+        total = math.fsum(energy for energy, _ in found)
+        return math.fsum(energy * value for energy, value in found) / total if total > 0 else math.nan
+
+    @property
+    def why(self) -> str:
+        """The remark all of them have; the first one, and how many others there are."""
+        notes = list(dict.fromkeys(row.why for row in self.rows if row.why))
+        return notes[0] + (f" (and {len(notes) - 1} other remarks)" if len(notes) > 1 else "") if notes else ""
+
+    def _norm(self, parts: list[float]) -> float:
+        left = math.fsum(row.energy * part**2 for row, part in zip(self.rows, parts, strict=True))
+        return math.sqrt(left / self.energy) if self.energy > 0 else 0.0
+
+
+def layers_of(rows: Iterable[ExtractRow], *, apart: bool = False) -> tuple[Layers, ...]:
+    """Group by pattern and class, in order of first appearance.
+
+    Args:
+        rows: Of a ledger.
+        apart: Every row by itself, under its own name.
+    """
+    groups: dict[tuple[str, str], list[ExtractRow]] = {}
+    for row in rows:
+        groups.setdefault((row.name if apart else pattern_of(row.name), row.kind), []).append(row)
+    return tuple(Layers(pattern, tuple(found)) for (pattern, _), found in groups.items())
+
+
+def _spread(numbers: list[int]) -> str:
+    if not numbers:
+        return ""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"

@@ -4,28 +4,21 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import xxhash
-
-from surgery.extraction.sites import LowRankTarget
+from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
+from surgery.extraction.targets import LowRankTarget
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import ResourceError
-from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from surgery_formats.linalg.matrix import MatrixSource
 
-__all__ = ["Criterion", "Factored", "Piece", "ScratchFile", "StoredFactorSpec", "digest", "factorise"]
+__all__ = ["Criterion", "Factored", "Piece", "StoredFactorSpec", "factorise"]
 
 _FINE = 1e-3
 """Relative residual below which float32 cannot measure it."""
@@ -79,69 +72,6 @@ class StoredFactorSpec:
         import torch
 
         return (factor[: self.rank] * self.fold).to(self.dtype.torch).to(torch.float32)
-
-
-class ScratchFile:
-    """Float32 matrices in a nameless file beside the output: the kernel removes it whatever happens. Any thread may use it."""
-
-    def __init__(self, folder: Path | None) -> None:
-        try:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # lives as long as this object
-        except OSError as error:
-            raise ResourceError(
-                f"no temporary file can be made here ({error.strerror or error})", file=folder
-            ) from error
-        self._end = 0
-        self._lock = threading.Lock()
-
-    def put(self, values: torch.Tensor) -> ScratchSlot:
-        """Store a matrix."""
-        import torch
-
-        kept = values.to("cpu", torch.float32).contiguous()
-        raw = as_bytes(kept)
-        with self._lock:
-            at, self._end = self._end, self._end + len(raw)
-        done = 0
-        while done < len(raw):
-            done += os.pwrite(self._file.fileno(), raw[done:], at + done)
-        return ScratchSlot(self, at, (kept.shape[0], kept.shape[1]), digest(kept))
-
-    def get(self, place: ScratchSlot) -> torch.Tensor:
-        """Read it back."""
-        import torch
-
-        made = torch.empty(place.shape, dtype=torch.float32)
-        raw, done = as_bytes(made), 0
-        while done < len(raw):
-            done += os.preadv(self._file.fileno(), [raw[done:]], place.offset + done)
-        return made
-
-    def close(self) -> None:
-        """Give the space back."""
-        self._file.close()
-
-
-@dataclass(frozen=True, slots=True)
-class ScratchSlot:
-    """Where a matrix lies in the scratch file.
-
-    Attributes:
-        scratch: The file.
-        offset: In it.
-        shape: Of the matrix, float32.
-        digest: Of its values when they were put there.
-    """
-
-    scratch: ScratchFile
-    offset: int
-    shape: tuple[int, int]
-    digest: str
-
-
-def digest(values: torch.Tensor) -> str:
-    """Of a contiguous float32 matrix in memory."""
-    return xxhash.xxh3_128_hexdigest(as_bytes(values))
 
 
 @dataclass(frozen=True, slots=True)

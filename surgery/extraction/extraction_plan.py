@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,19 +13,18 @@ from typing import TYPE_CHECKING
 
 from surgery._version import __version__
 from surgery.extraction.calibration import Calibrated, Calibration, calibrate
-from surgery.extraction.dora import Decision, decide, kept_lora
-from surgery.extraction.factor import Factored, ScratchFile, StoredFactorSpec
-from surgery.extraction.kind import CalibrationTotals, Kind
-from surgery.extraction.ledger import ExtractResult
+from surgery.extraction.choose_kind import Decision, decide, kept_lora
+from surgery.extraction.factorise import Factored, StoredFactorSpec
+from surgery.extraction.findings import CalibrationTotals, Kind
 from surgery.extraction.noise import NoiseReport, noise_report
-from surgery.extraction.pairs import differing_settings
-from surgery.extraction.plan import StorageOptions, StoragePlan, kept_size, plan_storage
-from surgery.extraction.ranks import RankGoal, ranks_of
+from surgery.extraction.pairing import differing_settings
+from surgery.extraction.ranks import RankGoal, choices, ranks_of
+from surgery.extraction.result import Choice, ExtractResult
 from surgery.extraction.rows import check_losses, rows_of
-from surgery.extraction.scan import Layout, ScanResult
-from surgery.extraction.sites import LowRankTarget
-from surgery.extraction.table import Choice, choices
-from surgery.extraction.watch import Watch
+from surgery.extraction.storage_plan import StorageOptions, StoragePlan, kept_size, plan_storage
+from surgery.extraction.stream.scan import Layout, ScanResult
+from surgery.extraction.stream.scratch import ScratchFile
+from surgery.extraction.targets import LowRankTarget
 from surgery.extraction.write import Scaling, configuration, size_of, tensors_of
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.dtypes import DType
@@ -37,7 +37,26 @@ from surgery_formats.text import listing
 if TYPE_CHECKING:
     from surgery.extraction.proof import Error
 
-__all__ = ["CheckpointPair", "ExtractionPlan", "ExtractionRequest", "planned", "settle_job"]
+__all__ = ["CheckpointPair", "ExtractionPlan", "ExtractionRequest", "Watch", "planned", "settle_job"]
+
+
+class Watch:
+    """Counts from when it is made; parts of the same name add up."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._parts: dict[str, float] = {}
+
+    def lap(self, name: str, until: float | None = None) -> None:
+        """What has passed since the last lap was `name`; it ended now, or at `until` (`time.monotonic`)."""
+        now = time.monotonic() if until is None else until
+        self._parts[name] = self._parts.get(name, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """Seconds, in the order in which the parts began."""
+        return dict(self._parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which factors were chosen, LoRA or DoRA, weighted or plain, and what either leaves. Figures only; torch is not needed."""
+"""What was found out about factors: LoRA or DoRA, weighted or plain, and how much of the change is more than rounding.
+
+Figures only: importing it needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["KINDS", "CalibrationFacts", "CalibrationTotals", "Kind", "KindFacts"]
+__all__ = ["KINDS", "CalibrationFacts", "CalibrationTotals", "Kind", "KindFacts", "MergedLoRA", "Signal", "six_digits"]
 
 Kind = Literal["auto", "lora", "dora"]
 KINDS: tuple[Kind, ...] = ("auto", "lora", "dora")
@@ -45,7 +48,7 @@ class KindFacts:
             "row_scale_share": self.rows,
             "dora_rounding_in_peft": self.rounding,
         }
-        shown = {name: None if math.isnan(value) else float(f"{value:.6g}") for name, value in figures.items()}
+        shown = {name: None if math.isnan(value) else six_digits(value) for name, value in figures.items()}
         return {"chosen": self.kind, "why": self.why, **shown}
 
 
@@ -76,8 +79,8 @@ class CalibrationFacts:
         """For ``--json`` and the manifest."""
         return {
             "kept": self.kept,
-            "weighted": _short(self.weighted),
-            "plain": _short(self.plain),
+            "weighted": six_digits(self.weighted),
+            "plain": six_digits(self.plain),
             "bias": self.bias or None,
         }
 
@@ -121,8 +124,67 @@ class CalibrationTotals:
     def as_json(self) -> dict[str, Any]:
         """For ``--json`` and the manifest."""
         counts = {"modules": self.modules, "weighted": self.weighted, "biases": self.biases}
-        return {**counts, "output_error": _short(self.error), "output_error_plain": _short(self.plain)}
+        return {**counts, "output_error": six_digits(self.error), "output_error_plain": six_digits(self.plain)}
 
 
-def _short(value: float) -> float:
+def six_digits(value: float) -> float:
+    """Six significant digits."""
     return float(f"{value:.6g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """How much of a factorised change is more than rounding: the noise-aware effective rank.
+
+    Attributes:
+        edge: Largest singular value that rounding alone would have.
+        count: Singular values above it, among those that were computed.
+        of: Directions of the matrix.
+        complete: Whether `count` is all of them; if not, at least so many.
+        survival: Share of the factors' update that is kept if they are merged back in BASE's stored type.
+    """
+
+    edge: float
+    count: int
+    of: int
+    complete: bool
+    survival: float
+
+    @property
+    def text(self) -> str:
+        """``50/384``; ``>=16/384`` where nobody looked further."""
+        return f"{'' if self.complete else '>='}{self.count}/{self.of}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Rounded to what it means."""
+        survival = None if math.isnan(self.survival) else six_digits(self.survival)
+        return {
+            "noise_edge": six_digits(self.edge),
+            "signal": self.count,
+            "directions": self.of,
+            "signal_complete": self.complete,
+            "survival": survival,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLoRA:
+    """What TUNED looks like.
+
+    Attributes:
+        rank: Of the LoRA.
+        layers: Matrices that show it.
+        of: Matrices that changed.
+    """
+
+    rank: int
+    layers: int
+    of: int
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        return (
+            f"looks like a merged rank-{self.rank} LoRA: {self.rank} values above the edge in {self.layers}/{self.of} layers, "
+            "residual equals storage noise"
+        )

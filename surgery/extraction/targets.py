@@ -11,18 +11,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from surgery.extraction.deltas import Delta, Strip
-from surgery.extraction.pairs import Pair
+from surgery.extraction.pairing import Delta, Pair, Strip
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.models.families import Fused
+from surgery_formats.models.families.family import Fused
 from surgery_formats.storage.plain import Plain
 
 __all__ = ["Form", "LowRankTarget", "TunedParameter", "spots_of", "tree_name", "units_of"]
 
 Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole", "owner"]
 """``whole``: a weight that only a copy of its module can hold; ``owner``: a parameter that belongs to a module of several."""
-
 _TABLES = (
     "embed", "embed_in", "embed_tokens", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding", "token_embeddings",
     "word_embeddings", "wpe", "wte",

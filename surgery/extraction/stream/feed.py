@@ -27,8 +27,6 @@ depend on it: fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
 _CHUNK = 8 << 20  # bytes per buffer
-
-
 Seen = Callable[[int, memoryview], None]
 
 

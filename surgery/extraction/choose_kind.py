@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from surgery.extraction.deltas import Delta, Strip
-from surgery.extraction.factor import Factored, Piece, ScratchFile, ScratchSlot
-from surgery.extraction.kind import Kind, KindFacts
-from surgery.extraction.lanes import in_threads
+from surgery.extraction.factorise import Factored, Piece
+from surgery.extraction.findings import Kind, KindFacts
 from surgery.extraction.noise import at_rows, read_rows, sample_runs
-from surgery.extraction.scan import HELD
-from surgery.extraction.sites import LowRankTarget
+from surgery.extraction.pairing import Delta, Strip
+from surgery.extraction.stream.lanes import in_threads
+from surgery.extraction.stream.scan import HELD
+from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
+from surgery.extraction.targets import LowRankTarget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.dora import Alternated, Fitted, HeldPair, PairSource, alternate, best_columns, row_share
