@@ -2,7 +2,8 @@
 """What the arguments of verbs may be: a path, a name on the hub, or what was opened before; one adapter or several, with weights.
 
 A ``str`` is a reference as the command takes it: a local path wins, and ``org/name`` or ``hf://org/name`` is fetched from the hub where
-nothing local has that name (`surgery_formats.refs`). A ``pathlib.Path`` is always local.
+nothing local has that name (`surgery_formats.refs`). A ``pathlib.Path`` is always local. What knows adapters is imported when there are
+some: it costs a plain export as much as all the rest.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from surgery_formats.adapters.registry import formats, read_adapter
-from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.errors import FitError, NotFoundError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.refs import resolve
+
+if TYPE_CHECKING:
+    from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 
 __all__ = [
     "AdapterLike",
@@ -37,9 +39,9 @@ __all__ = [
 
 StrPath = str | os.PathLike[str]
 CheckpointLike = StrPath | Checkpoint
-AdapterLike = StrPath | Adapter
-WeightedLike = AdapterLike | WeightedAdapter | tuple[AdapterLike, float]
-AdaptersLike = WeightedLike | Iterable[WeightedLike] | Mapping[StrPath, float]
+AdapterLike: TypeAlias = "StrPath | Adapter"
+WeightedLike: TypeAlias = "AdapterLike | WeightedAdapter | tuple[AdapterLike, float]"
+AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[StrPath, float]"
 
 Item = TypeVar("Item")
 
@@ -58,6 +60,8 @@ def open(reference: StrPath) -> Checkpoint | Adapter:
         MalformedError: a header or a configuration is not what its format says.
         FitError: an adapter of a kind that is not read.
     """
+    from surgery_formats.adapters.registry import formats
+
     path = as_path(reference, "reference")
     if not path.exists():
         raise NotFoundError("no such file or folder", file=path)
@@ -102,11 +106,11 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
     """
     if isinstance(value, Checkpoint):
         return value
-    if isinstance(value, Adapter):
-        raise FitError("an adapter where a full model was expected", file=value.path)
-    if not isinstance(value, str | os.PathLike):
-        raise _wrong_type(value, argument, "a path or a Checkpoint")
-    return open_checkpoint(as_path(value, argument))
+    if isinstance(value, str | os.PathLike):
+        return open_checkpoint(as_path(value, argument))
+    if _is_adapter(value):
+        raise FitError("an adapter where a full model was expected", file=getattr(value, "path", None))
+    raise _wrong_type(value, argument, "a path or a Checkpoint")
 
 
 def as_adapter(value: AdapterLike, argument: str = "adapter") -> Adapter:
@@ -117,17 +121,18 @@ def as_adapter(value: AdapterLike, argument: str = "adapter") -> Adapter:
         FitError: a full model.
         InputError: see `read_adapter`.
     """
+    from surgery_formats.adapters.registry import read_adapter
+    from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
+
     if isinstance(value, Adapter):
         return value
+    if isinstance(value, str | os.PathLike):
+        return read_adapter(as_path(value, argument))
     if isinstance(value, Checkpoint):
         raise FitError("a full model where an adapter was expected", file=value.path)
     if isinstance(value, WeightedAdapter | tuple):
-        raise UsageError(
-            f"{argument} has a weight, and none is used here", hint="surgery.combine writes a scaled adapter"
-        )
-    if not isinstance(value, str | os.PathLike):
-        raise _wrong_type(value, argument, "a path or an Adapter")
-    return read_adapter(as_path(value, argument))
+        raise UsageError(f"{argument} has no weight here", hint="surgery.combine writes a scaled adapter")
+    raise _wrong_type(value, argument, "a path or an Adapter")
 
 
 def as_weighted(value: AdaptersLike, argument: str = "adapters") -> list[WeightedAdapter]:
@@ -167,6 +172,8 @@ def output_path(output: StrPath | None) -> Path:
 
 
 def _is_adapter(value: object) -> bool:
+    from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
+
     return isinstance(value, str | os.PathLike | Adapter | WeightedAdapter | Checkpoint)
 
 
@@ -176,6 +183,8 @@ def _is_pair(value: object) -> bool:
 
 
 def _weighted(value: Any, argument: str) -> WeightedAdapter:
+    from surgery_formats.canonical.adapter import WeightedAdapter
+
     if isinstance(value, WeightedAdapter):
         return _scaled(value, 1.0, argument)
     if _is_pair(value):
