@@ -26,28 +26,11 @@ from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Prove", "float_type", "job_id", "stored_as", "write_adapter"]
+__all__ = ["Prove", "job_id", "stored_as", "write_adapter"]
 
 Put = Callable[[bytes | memoryview, int], None]
 Prove = Callable[[Path], Mapping[str, Any]]
 """Reads back what lies at a path, raises if it is not what was meant, and returns the manifest's facts."""
-
-
-def float_type(dtype: str) -> DType | None:
-    """The type that ``--dtype`` names; None for ``keep``.
-
-    Raises:
-        FitError: no such type, or none that a factor can be stored in.
-    """
-    if dtype == "keep":
-        return None
-    try:
-        found = DType.parse(dtype)
-    except ValueError as error:
-        raise FitError(str(error), hint="fp32, fp16, bf16 or keep") from error
-    if not found.is_float:
-        raise FitError(f"factors cannot be stored as {found.label}", hint="fp32, fp16, bf16 or keep")
-    return found
 
 
 def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:

@@ -15,9 +15,11 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NotFoundError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.refs import resolve
+from surgery_formats.text import show
 
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
@@ -26,19 +28,24 @@ __all__ = [
     "AdapterLike",
     "AdaptersLike",
     "CheckpointLike",
+    "Openable",
     "StrPath",
     "WeightedLike",
     "as_adapter",
     "as_checkpoint",
     "as_list",
+    "as_opened",
+    "as_output",
     "as_path",
     "as_weighted",
+    "float_type",
     "open",
     "output_path",
 ]
 
 StrPath = str | os.PathLike[str]
 CheckpointLike = StrPath | Checkpoint
+Openable: TypeAlias = "StrPath | Checkpoint | Adapter"
 AdapterLike: TypeAlias = "StrPath | Adapter"
 WeightedLike: TypeAlias = "AdapterLike | WeightedAdapter | tuple[AdapterLike, float]"
 AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[StrPath, float]"
@@ -70,6 +77,20 @@ def open(reference: StrPath) -> Checkpoint | Adapter:
             if candidate.detect(path):
                 return candidate.read(path)
     return open_checkpoint(path)
+
+
+def as_opened(value: Openable, argument: str) -> Checkpoint | Adapter:
+    """The model or adapter that `value` is or names.
+
+    Raises:
+        UsageError: neither.
+        InputError, FitError: see `open`.
+    """
+    if isinstance(value, str | os.PathLike):
+        return open(value)
+    if isinstance(value, Checkpoint) or (_is_adapter(value) and hasattr(value, "updates")):
+        return value
+    raise _wrong_type(value, argument, "a path, a Checkpoint or an Adapter")
 
 
 def _only_a_model(folder: Path) -> bool:
@@ -158,14 +179,46 @@ def as_list(value: Item | Iterable[Item]) -> list[Item]:
     return [value] if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable) else list(value)
 
 
-def output_path(output: StrPath | None) -> Path:
+def float_type(dtype: str) -> DType | None:
+    """The stored type of that name; None for ``keep``.
+
+    Raises:
+        FitError: no such type, or one that values cannot be stored in.
+    """
+    if not isinstance(dtype, str):
+        raise _wrong_type(dtype, "dtype", "a name such as 'bf16'")
+    if dtype == "keep":
+        return None
+    try:
+        parsed = DType.parse(dtype)
+    except ValueError as error:
+        raise FitError(f"no type '{show(dtype, 40)}'", hint="keep, bf16, fp16, fp32 or fp64") from error
+    if not parsed.is_float:
+        raise FitError(
+            f"values cannot be stored as {parsed.label} without scales", hint="keep, bf16, fp16, fp32 or fp64"
+        )
+    return parsed
+
+
+def output_path(output: StrPath | None, *, dry_run: bool = False) -> Path | None:
+    """Where to write; None for a dry run.
+
+    Raises:
+        UsageError: nowhere, and it is no dry run.
+    """
+    if dry_run:
+        return None
+    if output is None:
+        raise UsageError("output is required", hint="or ask for a dry run")
+    return as_output(output)
+
+
+def as_output(output: StrPath) -> Path:
     """Where to write.
 
     Raises:
-        UsageError: nowhere.
+        UsageError: no path.
     """
-    if output is None:
-        raise UsageError("output is required", hint="or ask for a dry run")
     if not isinstance(output, str | os.PathLike):
         raise _wrong_type(output, "output", "a path")
     return Path(output)
@@ -197,7 +250,7 @@ def _scaled(adapter: WeightedAdapter, weight: object, argument: str) -> Weighted
         raise _wrong_type(weight, f"the weight of {argument}", "a number")
     scaled = adapter * float(weight)
     if not math.isfinite(scaled.weight):
-        raise FitError(f"the weight {scaled.weight} is not a number", file=adapter.adapter.path)
+        raise FitError(f"the weight {scaled.weight} is not finite", file=adapter.adapter.path)
     return scaled
 
 

@@ -106,7 +106,7 @@ def write_converted(
             convert(
                 Path(name) / "peft",
                 to,
-                out,
+                output=out,
                 base=job.both.base.path,
                 factors=None if job.coding is None else job.coding.name,
                 allow_loss=allow_loss,

@@ -8,7 +8,6 @@ factors and a small SVD give (Eckart and Young), never by averaging factors, who
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +21,26 @@ from surgery.algebra.selection import Selection, check_patterns
 from surgery.algebra.sums import Recipe
 from surgery.algebra.task_vectors import DENSE_METHODS
 from surgery.algebra.weight import make_part
-from surgery.engine.adapter_output import float_type, job_id, stored_as, write_adapter
+from surgery.engine.adapter_output import job_id, stored_as, write_adapter
+from surgery.engine.inputs import (
+    AdaptersLike,
+    CheckpointLike,
+    StrPath,
+    as_checkpoint,
+    as_list,
+    as_weighted,
+    float_type,
+    output_path,
+)
 from surgery.engine.proof_approximate import measured as approximated
 from surgery.progress import Callback
 from surgery.reports.to_json import plain
 from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.peft.other_kinds import KINDS
-from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery_formats.adapters.registry import format_named
 from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
 
 __all__ = ["METHODS", "CombineResult", "Combined", "Source", "WriteOptions", "combine", "rewrite"]
@@ -117,19 +126,19 @@ class CombineResult:
 
 
 def combine(
-    adapters: Sequence[tuple[str | os.PathLike[str], float]],
+    adapters: AdaptersLike,
     *,
-    output: str | os.PathLike[str] | None = None,
+    output: StrPath | None = None,
     rank: int | None = None,
     energy: float | None = None,
     method: str = "exact",
     density: float | None = None,
     seed: int = 0,
-    only: Sequence[str] = (),
-    without: Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    without: str | Sequence[str] = (),
     dtype: str = "keep",
     to: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
@@ -137,7 +146,7 @@ def combine(
     """Write one adapter that does what several do together: ``sum_i w_i delta_i``, or a merge of the deltas.
 
     Args:
-        adapters: Each with its weight, negative ones too. One alone is scaled.
+        adapters: One or several, each with its weight, negative ones too, given as `surgery.merge` takes them. One alone is scaled.
         output: File or folder to make. Its parent must exist.
         rank: Greatest rank of a module; without it, and without `energy`, nothing of the sum is lost.
         energy: Share of each module's energy to keep, in (0, 1].
@@ -155,6 +164,7 @@ def combine(
         progress: Called with every step.
 
     Raises:
+        UsageError: an argument of a wrong type, or no output.
         InputError: an adapter or the base cannot be read.
         FitError: the adapters do not fit each other, the sum depends on the base, a format cannot hold the result, an option is wrong.
         NothingChangedError: the result would be the one adapter given, or nothing.
@@ -162,12 +172,14 @@ def combine(
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
     _check_options(method, density, rank, energy)
-    given = [WeightedAdapter(read_adapter(path), float(weight)) for path, weight in adapters]
-    given, left = _chosen(given, Selection(tuple(only), tuple(without)))
+    options = WriteOptions(output_path(output, dry_run=dry_run), dtype, to, base, overwrite, progress)
+    given = as_weighted(adapters)
+    if not given:
+        raise FitError("no adapter was named")
+    given, left = _chosen(given, Selection(tuple(as_list(only)), tuple(as_list(without))))
     recipe = Recipe(method, rank, energy, None, 1.0 if density is None else density, seed)
     if len(given) == 1 and given[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
         raise NothingChangedError("one adapter with weight 1 is what it was", file=given[0].adapter.path)
-    options = WriteOptions(output, dtype, to, base, overwrite, dry_run, progress)
     return rewrite(given, recipe, options, "combine", left)
 
 
@@ -207,14 +219,13 @@ def _check_options(method: str, density: float | None, rank: int | None, energy:
 
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
-    """How to write; none of it changes the arithmetic."""
+    """How to write; none of it changes the arithmetic. Without an output it is a dry run."""
 
-    output: str | os.PathLike[str] | None
+    output: Path | None
     dtype: str
     to: str | None
-    base: str | os.PathLike[str] | None
+    base: CheckpointLike | None
     overwrite: bool
-    dry_run: bool
     progress: Callback | None
 
 
@@ -224,7 +235,7 @@ def rewrite(
     """Combine by `recipe` and write: what `combine` and `surgery.resize` share; `left` are sites that are not wanted."""
     dtype = float_type(options.dtype)
     target = format_named(options.to or given[0].adapter.format)
-    base = None if options.base is None else open_checkpoint(options.base)
+    base = None if options.base is None else as_checkpoint(options.base)
     warnings = _check_inputs(given, base)
     given = [one for one in given if one.weight != 0.0]
     if not given:
@@ -255,10 +266,8 @@ def rewrite(
     sources = tuple(Source(one.name, one.adapter.format, one.weight) for one in given)
     planned = (*(_planned(part) for part in parts), *(Combined(name, "left out", (), 0) for name in left))
     found = CombineResult(None, verb, sources, target.name, recipe.method, planned, tuple(warnings))
-    if options.dry_run:
-        return found
     if options.output is None:
-        raise FitError("no output was named")
+        return found
 
     def check(path: Path) -> dict[str, Any]:
         nonlocal found
@@ -282,7 +291,7 @@ def rewrite(
     made = write_adapter(
         rendering,
         target,
-        Path(options.output),
+        options.output,
         job,
         check,
         inputs=inputs,
@@ -298,8 +307,6 @@ def _check_inputs(given: Sequence[WeightedAdapter], base: Checkpoint | None) -> 
     warnings = []
     for one in given:
         adapter = one.adapter
-        if not math.isfinite(one.weight):
-            raise FitError(f"a weight of {one.weight}", file=adapter.path)
         if left := adapter.unconsumed():
             raise FitError(
                 f"{len(left)} tensors have no use: {listing(tensor.name for tensor in left)}", file=adapter.path

@@ -3,21 +3,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.engine.adapter_output import float_type, job_id, stored_as, write_adapter
+from surgery.engine.adapter_output import job_id, stored_as, write_adapter
+from surgery.engine.inputs import (
+    AdapterLike,
+    CheckpointLike,
+    StrPath,
+    as_adapter,
+    as_checkpoint,
+    float_type,
+    output_path,
+)
 from surgery.progress import Callback
 from surgery_formats.adapters.format import Coded, Entry, Format, Rendering
-from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery_formats.adapters.registry import format_named
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import content_id
 from surgery_formats.text import listing, show
 
@@ -86,11 +94,11 @@ class ConvertResult:
 
 
 def convert(
-    adapter: str | os.PathLike[str],
+    adapter: AdapterLike,
     to: str,
-    output: str | os.PathLike[str] | None = None,
     *,
-    base: str | os.PathLike[str] | None = None,
+    output: StrPath | None = None,
+    base: CheckpointLike | None = None,
     component: str | None = None,
     projections: str | None = None,
     dtype: str = "keep",
@@ -104,7 +112,7 @@ def convert(
     """Write an adapter in another format and prove it.
 
     Args:
-        adapter: File or folder of any known format.
+        adapter: File or folder of any known format, or an opened Adapter.
         to: Name of a format.
         output: File (kohya) or folder to make. Its parent must exist.
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where given.
@@ -121,6 +129,7 @@ def convert(
         progress: Called with every step.
 
     Raises:
+        UsageError: an argument of a wrong type, or no output.
         InputError: adapter or base cannot be read.
         FitError: the adapter does not fit the base, something would be dropped, or a value does not fit the type.
         ProofError: what was written does something else.
@@ -130,8 +139,9 @@ def convert(
     kind = float_type(dtype)
     if kind is not None and isinstance(wanted, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="--factors chooses the codes")
-    source = read_adapter(adapter)
-    checkpoint = None if base is None else open_checkpoint(base)
+    destination = output_path(output, dry_run=dry_run)
+    source = as_adapter(adapter)
+    checkpoint = None if base is None else as_checkpoint(base)
     source, left = _placed(source, checkpoint, component)
     given, made = source, None
     if projections is not None:
@@ -162,10 +172,8 @@ def convert(
     rendering = stored_as(rendering, kind)
     traps = given.known_issues()
     result = ConvertResult(None, given.format, wanted.name, (*rendering.entries, *left), {}, traps)
-    if dry_run:
+    if destination is None:
         return result
-    if output is None:
-        raise FitError("no output was named")
 
     def prove(path: Path) -> dict[str, Any]:
         nonlocal result
@@ -181,7 +189,7 @@ def convert(
     written = write_adapter(
         rendering,
         wanted,
-        Path(output),
+        destination,
         job_id(facts, source.tensors, rendering),
         prove,
         inputs=(source.path, *(() if checkpoint is None else (checkpoint.path,))),

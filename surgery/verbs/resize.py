@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import math
-import os
 
 from surgery.algebra.sums import Recipe
+from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, output_path
 from surgery.progress import Callback
 from surgery.verbs.combine import CombineResult, WriteOptions, rewrite
-from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError
 
@@ -17,15 +16,15 @@ __all__ = ["resize"]
 
 
 def resize(
-    adapter: str | os.PathLike[str],
+    adapter: AdapterLike,
     *,
-    output: str | os.PathLike[str] | None = None,
+    output: StrPath | None = None,
     rank: int | None = None,
     energy: float | None = None,
     max_error: float | None = None,
     dtype: str = "keep",
     to: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
@@ -33,7 +32,7 @@ def resize(
     """Write an adapter with lower ranks. Modules that are within what is asked for are taken over as they are.
 
     Args:
-        adapter: File or folder.
+        adapter: File or folder, or an opened Adapter.
         output: File or folder to make. Its parent must exist.
         rank: Greatest rank of a module.
         energy: Least share of each module's energy ``||.||_F^2`` to keep, in (0, 1].
@@ -46,6 +45,7 @@ def resize(
         progress: Called with every step.
 
     Raises:
+        UsageError: an argument of a wrong type, or no output.
         InputError: the adapter cannot be read.
         FitError: an option is wrong, or a module is one whose rank cannot change without the base (DoRA).
         NothingChangedError: no module would get a lower rank. A higher one would add zeros and nothing else.
@@ -60,5 +60,5 @@ def resize(
         if value is not None and not (math.isfinite(value) and 0 < value <= 1):
             raise FitError(f"{name} is {value:g}", hint="give a number between 0 and 1")
     recipe = Recipe("exact", rank, energy, max_error)
-    options = WriteOptions(output, dtype, to, base, overwrite, dry_run, progress)
-    return rewrite([WeightedAdapter(read_adapter(adapter), 1.0)], recipe, options, "resize")
+    options = WriteOptions(output_path(output, dry_run=dry_run), dtype, to, base, overwrite, progress)
+    return rewrite([WeightedAdapter(as_adapter(adapter), 1.0)], recipe, options, "resize")

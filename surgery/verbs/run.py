@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.engine.inputs import StrPath, as_list
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
@@ -20,11 +22,9 @@ from surgery.onnx.run.opening import Opened, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.tokenizer import TextStream, Tokenizer, open_tokenizer, stop_tokens
 from surgery.reports.to_json import plain
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 
 __all__ = ["RunResult", "RunText", "prepare_decoder", "run"]
-
-Reference = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def prepare_decoder(
     *,
     batch: int,
     max_length: int,
-    adapters: Sequence[Reference] = (),
-    prompt_adapter: Reference | None = None,
+    adapters: StrPath | Sequence[StrPath] = (),
+    prompt_adapter: StrPath | None = None,
     prompt: bool = True,
 ) -> tuple[Decoder, Past | None]:
     """A decoder with adapters in its slots and a soft prompt in front of its rows.
@@ -99,7 +99,8 @@ def prepare_decoder(
         FitError: an adapter that does not fit the graph.
     """
     contract = opened.contract
-    files = [(os.fspath(file), read_adapter_file(file)) for file in adapters]
+    paths: list[StrPath] = as_list(adapters)
+    files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
     slots = fill_slots(files, contract, opened.inputs)
     past = None
     if prompt_adapter is not None:
@@ -112,16 +113,16 @@ def prepare_decoder(
 
 
 def run(
-    model: Reference,
-    inputs: Sequence[str | Sequence[int]],
+    model: StrPath,
+    inputs: str | Sequence[int] | Sequence[str | Sequence[int]],
     *,
     device: str = "auto",
     max_new: int = 128,
     sampling: Sampling | None = None,
-    adapters: Sequence[Reference] = (),
-    prompt_adapter: Reference | None = None,
+    adapters: StrPath | Sequence[StrPath] = (),
+    prompt_adapter: StrPath | None = None,
     prompt: bool = True,
-    weights: Reference | None = None,
+    weights: StrPath | None = None,
     threads: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> RunResult:
@@ -129,7 +130,7 @@ def run(
 
     Args:
         model: The graph, or its folder.
-        inputs: Texts, or rows of token ids.
+        inputs: A text or a row of token ids, or several of them.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_new: Most new tokens for each.
         sampling: Greedy if None.
@@ -145,19 +146,18 @@ def run(
         FitError: something does not fit the graph or this machine.
         ProofError: the weights are not those the graph was made for.
     """
-    if not inputs:
-        raise FitError("no text to run on")
+    given = _inputs(inputs)
     began = time.perf_counter()
     opened = open_graph(model, device=device, weights=weights, threads=threads)
     load = time.perf_counter() - began
-    texts = any(isinstance(one, str) for one in inputs)
+    texts = any(isinstance(one, str) for one in given)
     tokenizer = (
         open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
     )
     begins = opened.contract.prompt_kind != TEXT or not prompt or prompt_adapter is not None  # else a text goes on
     rows = [
         tokenizer.encode(one, begins=begins) if isinstance(one, str) and tokenizer else [int(i) for i in one]
-        for one in inputs
+        for one in given
     ]
     _check(rows, opened)
     if opened.contract.kind == "encoder":
@@ -171,6 +171,33 @@ def run(
     )
 
 
+def _inputs(inputs: str | Sequence[int] | Sequence[str | Sequence[int]]) -> list[str | Sequence[int]]:
+    """The batch; one text or row is a batch of one.
+
+    Raises:
+        UsageError: something other than texts and rows of ids.
+        FitError: none.
+    """
+    if not isinstance(inputs, Iterable):
+        raise UsageError(f"inputs are texts or rows of token ids, not {type(inputs).__name__}")
+    batch: list[Any] = as_list(inputs)
+    if not batch:
+        raise FitError("no text to run on")
+    if _is_row(batch):
+        return [batch]
+    for number, item in enumerate(batch):
+        if not isinstance(item, str) and not _is_row(item):
+            raise UsageError(f"inputs[{number}] is neither a text nor a row of token ids")
+    return batch
+
+
+def _is_row(item: Any) -> bool:
+    try:
+        return all(operator.index(token) is not None for token in item)
+    except TypeError:
+        return False
+
+
 def _generated(
     opened: Opened,
     rows: list[list[int]],
@@ -178,8 +205,8 @@ def _generated(
     load: float,
     max_new: int,
     sampling: Sampling,
-    adapters: Sequence[Reference],
-    prompt_adapter: Reference | None,
+    adapters: StrPath | Sequence[StrPath],
+    prompt_adapter: StrPath | None,
     prompt: bool,
     on_text: Callable[[int, str], None] | None,
 ) -> RunResult:

@@ -57,7 +57,7 @@ def command(
 
     paths = [resolve(reference) for reference in references]
     model = None if base is None else resolve(base)
-    found = report(paths, model, tasks)
+    found = report(paths, base=model, tasks=tasks)
     if markdown is not None:
         _write(found.as_markdown(), markdown, paths, overwrite)
     if settings.json:
