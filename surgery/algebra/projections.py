@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from surgery.algebra.files import as_adapter
 from surgery.algebra.parts import PEFT, CombinedUpdate
+from surgery.engine.proof import check_errors, compare, restricted
+from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.writing import component_of, factor_dtype
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.dtypes import DType
@@ -27,7 +30,7 @@ from surgery_formats.tensors.computed import computed
 from surgery_formats.text import show
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Update
 
-__all__ = ["LAYOUTS", "LaidOut", "Layout", "given_names", "laid_out"]
+__all__ = ["LAYOUTS", "Layout", "LayoutChange", "change_layout", "prove_layout"]
 
 Layout = Literal["split", "fused"]
 LAYOUTS: tuple[Layout, ...] = ("split", "fused")
@@ -35,7 +38,7 @@ Heights = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class LaidOut:
+class LayoutChange:
     """An adapter under other names.
 
     Attributes:
@@ -51,7 +54,7 @@ class LaidOut:
     layout: Layout
 
 
-def laid_out(adapter: Adapter, layout: str, target: str, base: Checkpoint | None) -> LaidOut:
+def change_layout(adapter: Adapter, layout: str, target: str, base: Checkpoint | None) -> LayoutChange:
     """`adapter` with every projection split or fused.
 
     Args:
@@ -72,30 +75,44 @@ def laid_out(adapter: Adapter, layout: str, target: str, base: Checkpoint | None
     parts = [CombinedUpdate(site, chain, "kept") for site, chain in found.items()]
     made = as_adapter([WeightedAdapter(adapter, 1.0)], parts, target)
     held = base is not None and any(_rows(site, base) for site in adapter.updates.keys() - found.keys())
-    return LaidOut(made, heights, held, "split" if layout == "split" else "fused")
+    return LayoutChange(made, heights, held, "split" if layout == "split" else "fused")
 
 
-def given_names(given: Adapter, written: Adapter, made: LaidOut) -> Adapter:
+def prove_layout(
+    path: Path, *, given: Adapter, target: Format, change: LayoutChange, tolerance: float
+) -> dict[str, float]:
+    """Errors by weight of what lies at `path`, put under the names of `given` again.
+
+    Raises:
+        ProofError: it does not do what `given` does.
+    """
+    written = _in_given_names(given, target.read(path), change)
+    errors = compare(restricted(given, {site: given.updates[site] for site in written.updates}), written, None)
+    check_errors(errors, tolerance, path)
+    return errors
+
+
+def _in_given_names(given: Adapter, written: Adapter, change: LayoutChange) -> Adapter:
     """What was written, under the names of `given` again, to be compared with it.
 
     Raises:
         ProofError: a part that `given` did not have is not zero, or one that it had is missing.
     """
-    back = _fused if made.layout == "split" else _split
-    found, _ = back(written, None, made.heights)
-    for site in found.keys() - given.updates.keys():  # a part that was not trained is rows of zeros
-        for update in found[site]:
+    back = _fused if change.layout == "split" else _split
+    restored, _ = back(written, None, change.heights)
+    for site in restored.keys() - given.updates.keys():  # a part that was not trained is rows of zeros
+        for update in restored[site]:
             factor = update.B if isinstance(update, LoRA) else update.value if isinstance(update, Offset) else None
             if factor is None or bool(factor.load(torch.float64).any()):
                 raise ProofError("was not trained, and changes", file=written.path, tensor=site.path)
-    names = [f".{module}." for whole in made.heights for module in _modules(whole)]
-    updates = {site: chain for site, chain in found.items() if any(name in f".{site.path}" for name in names)}
-    updates = {site: chain for site, chain in updates.items() if site in given.updates}
-    wanted = {site for site in given.updates if any(name in f".{site.path}" for name in names)}
-    if wanted != updates.keys():
-        raise ProofError(f"{len(wanted - updates.keys())} weights are missing", file=written.path)
-    tensors = {t.name: t for chain in updates.values() for update in chain for t in update.tensors}
-    return replace(written, updates=updates, tensors=tuple(tensors.values()), ignored=())
+    modules = [f".{module}." for whole in change.heights for module in _modules(whole)]
+    moved = {site for site in {*given.updates, *restored} if any(module in f".{site.path}" for module in modules)}
+    missing = {site for site in given.updates if site in moved} - restored.keys()
+    if missing:
+        raise ProofError(f"{len(missing)} weights are missing", file=written.path)
+    return restricted(
+        written, {site: chain for site, chain in restored.items() if site in moved & given.updates.keys()}
+    )
 
 
 def _modules(whole: str) -> tuple[str, ...]:

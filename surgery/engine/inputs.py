@@ -15,11 +15,9 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NotFoundError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.refs import resolve
-from surgery_formats.text import show
 
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
@@ -38,7 +36,6 @@ __all__ = [
     "as_output",
     "as_path",
     "as_weighted",
-    "float_type",
     "open",
     "output_path",
 ]
@@ -177,27 +174,6 @@ def as_weighted(value: AdaptersLike, argument: str = "adapters") -> list[Weighte
 def as_list(value: Item | Iterable[Item]) -> list[Item]:
     """Several of what may be given as one: a text or a path is never taken apart."""
     return [value] if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable) else list(value)
-
-
-def float_type(dtype: str) -> DType | None:
-    """The stored type of that name; None for ``keep``.
-
-    Raises:
-        FitError: no such type, or one that values cannot be stored in.
-    """
-    if not isinstance(dtype, str):
-        raise _wrong_type(dtype, "dtype", "a name such as 'bf16'")
-    if dtype == "keep":
-        return None
-    try:
-        parsed = DType.parse(dtype)
-    except ValueError as error:
-        raise FitError(f"no type '{show(dtype, 40)}'", hint="keep, bf16, fp16, fp32 or fp64") from error
-    if not parsed.is_float:
-        raise FitError(
-            f"values cannot be stored as {parsed.label} without scales", hint="keep, bf16, fp16, fp32 or fp64"
-        )
-    return parsed
 
 
 def output_path(output: StrPath | None, *, dry_run: bool = False) -> Path | None:

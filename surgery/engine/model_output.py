@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
+from surgery.engine.checks import check_base_id
 from surgery.engine.layout import WeightLayout, lay_out
 from surgery.engine.ledger import Ledger
 from surgery.engine.output_config import corrected_config
@@ -17,14 +18,13 @@ from surgery.engine.plan import Plan, PlannedTensor, SideFile, check_conservatio
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.tied_edits import same_values
-from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, NothingChangedError
+from surgery_formats.errors import NothingChangedError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.models.identity import content_id, fingerprint
+from surgery_formats.models.identity import fingerprint
 from surgery_formats.text import listing
 
-__all__ = ["LOW_SURVIVAL", "check_base_id", "judge", "plan_merge"]
+__all__ = ["LOW_SURVIVAL", "judge", "plan_merge"]
 
 LOW_SURVIVAL = 0.9
 """Below this share of the update surviving its storage type, a merge warns."""
@@ -68,23 +68,6 @@ def plan_merge(
     )
     check_conservation(binding, plan)
     return plan
-
-
-def check_base_id(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
-    """Compare the base with the one an adapter says it was made for, where it says so; reads the base then.
-
-    Raises:
-        FitError: it is another.
-    """
-    recorded = [adapter for adapter in adapters if adapter.base_id]
-    actual = content_id(checkpoint) if recorded else ""
-    for adapter in recorded:
-        if adapter.base_id != actual:
-            raise FitError(
-                f"was made for a base with content id {adapter.base_id[:16]}..., this base has {actual[:16]}...",
-                file=adapter.path,
-                hint="use it with the base it was made for",
-            )
 
 
 def _carried(binding: Binding) -> list[SideFile]:

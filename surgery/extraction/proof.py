@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from surgery.engine.arithmetic import WeightView
-from surgery.extraction.factorise import Factored, Piece
+from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
 from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
@@ -20,12 +20,12 @@ from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
 from surgery_formats.binding.edits import Edit
+from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.views import Index, View, take
-from surgery_formats.text import listing
 from surgery_formats.updates import Apply, LoRA
 
 __all__ = ["Error", "agrees", "prove"]
@@ -60,7 +60,7 @@ def prove(
     folder: Path,
     base: Checkpoint,
     pairs: Iterable[Pair],
-    factored: Mapping[str, Factored],
+    factored: Mapping[str, TargetFactors],
     measures: Mapping[str, PairMeasure],
     dropped: Mapping[str, str],
     workers: int = 1,
@@ -83,10 +83,7 @@ def prove(
         ProofError: something is read back that nobody meant, or not read back.
     """
     adapter = read_adapter(folder)
-    if left := adapter.unconsumed():
-        raise ProofError(
-            f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=folder.name
-        )
+    check_consumed(adapter, ProofError)
     edits = {edit.name: edit for edit in bind([(adapter, 1.0)], base).edits.values()}
     found: dict[str, Error] = {}
     jobs: list[Callable[[Callable[[], bool]], None]] = []
@@ -119,17 +116,17 @@ class _ProvedPart:
         left: What they leave of it, energy.
     """
 
-    piece: Piece
+    piece: FactorisedMatrix
     strip: Strip
     at: int
     transposed: bool
     left: float
 
 
-def _parts(found: Factored) -> dict[str, list[_ProvedPart]]:
+def _parts(found: TargetFactors) -> dict[str, list[_ProvedPart]]:
     """By tensor; nothing where the factors that were written are not those that were measured."""
     parts: dict[str, list[_ProvedPart]] = {}
-    for delta, piece in zip(found.unit.deltas, found.pieces, strict=True):
+    for delta, piece in zip(found.target.deltas, found.matrices, strict=True):
         if piece.left_energy is None:
             return {}
         at = 0
@@ -162,7 +159,7 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
         for o in edit.operations
     ]
     for part in parts:
-        left, right = (place.scratch.get(place) for place in (part.piece.left, part.piece.right))
+        left, right = (place.read() for place in (part.piece.left, part.piece.right))
         one, other = (right, left) if part.transposed else (left, right)
         height = part.strip.last - part.strip.first
         for start in sorted({0, height // 2, max(height - _PROBED, 0)}):

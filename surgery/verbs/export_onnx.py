@@ -190,7 +190,7 @@ def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tupl
     """What is merged; imported only where there are adapters, which cost a plain export as much as all the rest."""
     if not wanted.adapters:
         return None, None
-    from surgery.engine.model_output import check_base_id
+    from surgery.engine.checks import check_base_id
     from surgery.onnx.export.merged import merged_weights
     from surgery_formats.binding.bind import bind
 

@@ -7,18 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import surgery.reports.model_card as card
+from surgery.engine.checks import float_type
 from surgery.engine.execute import Run, execute
-from surgery.engine.inputs import (
-    AdaptersLike,
-    CheckpointLike,
-    StrPath,
-    as_checkpoint,
-    as_weighted,
-    float_type,
-    output_path,
-)
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_weighted, output_path
 from surgery.engine.ledger import Ledger
+from surgery.engine.model_card import merge_card
 from surgery.engine.model_output import judge, plan_merge
 from surgery.progress import Callback
 from surgery_formats.binding.bind import bind
@@ -98,7 +91,7 @@ def merge(
     if not weighted:
         raise FitError("no adapter was named")
     found = bind([(one.adapter, one.weight) for one in weighted], as_checkpoint(base))
-    plan = plan_merge(found, dtype=float_type(dtype), shard_size=shard_size, packed=layout == "packed")
+    plan = plan_merge(found, dtype=float_type(dtype, "weights"), shard_size=shard_size, packed=layout == "packed")
     if folder is None:
         return MergeResult(None, Ledger(plan), plan.warnings)
     run = Run(workers, memory_limit, device, verify_copies, overwrite, progress)
@@ -106,7 +99,7 @@ def merge(
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         warnings.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
-        return {"README.md": card.merge_card(found, ledger)}
+        return {"README.md": merge_card(found, ledger)}
 
     ledger = execute(plan, folder, run, finish)
     return MergeResult(folder, ledger, tuple(warnings))

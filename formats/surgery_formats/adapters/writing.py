@@ -112,13 +112,8 @@ def copied(name: str, tensor: StoredTensor) -> NewTensor:
 def row_slice(lora: LoRA, start: int, stop: int) -> LoRA:
     """The LoRA of rows ``[start, stop)`` of its weight: the same A, a part of B."""
     whole = lora.B
-    part = Factor(whole.tensors, (stop - start, lora.rank), lambda *read: _viewed(whole, read)[start:stop])
+    part = Factor(whole.tensors, (stop - start, lora.rank), lambda *stored: whole.show(stored)[start:stop])
     return replace(lora, B=part)
-
-
-def _viewed(factor: Factor, read: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    found = read[0] if factor.view is None else factor.view(*read)
-    return found.reshape(factor.shape)
 
 
 def commonest(values: Iterable[_Key]) -> _Key | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from surgery_formats.binding.edits import Edit, Operation
 from surgery_formats.binding.tied_edits import settle_tie
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
+from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
@@ -111,12 +112,7 @@ def _trained(edit: Edit) -> Iterator[StoredTensor]:
 
 
 def _check_mergeable(adapter: Adapter) -> None:
-    if left := adapter.unconsumed():
-        raise FitError(
-            f"{len(left)} of {len(adapter.tensors)} tensors have no use: {listing(tensor.name for tensor in left)}",
-            file=left[0].file.path,
-            tensor=left[0].name,
-        )
+    check_consumed(adapter)
     if adapter.prompt is not None:
         raise FitError(
             f"{adapter.kind} trains virtual tokens: no weight can hold them",

@@ -7,13 +7,26 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Update
 
-__all__ = ["Adapter", "Ignored", "Site", "WeightedAdapter"]
+__all__ = ["Adapter", "Ignored", "ModuleKind", "Site", "WeightedAdapter"]
+
+ModuleKind = Literal["", "linear", "embedding", "convolution", "norm", "experts", "attention output"]
+"""What kind of module holds a parameter, as far as the adapter's file tells; empty where only the base can.
+
+``linear``
+    A linear layer, however it is stored: the ``Conv1D`` of GPT-2 too, which only the base tells apart.
+``convolution``
+    Factors have the kernel flattened into their columns; `Site.kernel` has its sizes.
+``experts``
+    A parameter of its own that stacks experts, ``(E, rows, cols)``.
+``attention output``
+    The output projection inside a ``torch.nn.MultiheadAttention``, of which the whole was wrapped.
+"""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -25,11 +38,15 @@ class Site:
             ``down_blocks_0_attentions_0_proj_in.weight``.
         component: Part of a pipeline (``unet``, ``text_encoder``), or empty.
         flat: Whether the dots of the module path were written as underscores, so that only the base can tell it apart.
+        module_kind: Of the parameter's module. A fact about the site, not a part of its identity.
+        kernel: Sizes of a convolution's kernel, ``(k, k)``; 0 is a size that the file does not tell. Empty for all else.
     """
 
     path: str
     component: str = ""
     flat: bool = False
+    module_kind: ModuleKind = field(default="", compare=False)
+    kernel: tuple[int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.component}:{self.path}" if self.component else self.path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.views import Index, positions
-from surgery_formats.updates.base import Apply, Factor, Fit, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,10 @@ class IA3:
 
     kind: ClassVar[str] = "IA3"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "maps"
+    rank: ClassVar[None] = None
+    alpha: ClassVar[None] = None
+    scale: ClassVar[None] = None
 
     vector: Factor
     per_row: bool
@@ -49,6 +53,18 @@ class IA3:
     def fitted(self, fit: Fit) -> IA3:
         """The axis that the vector does not tell, and the size of a convolution's kernel."""
         return replace(self, other=fit.shape[1 if self.per_row else 0], kernel=1 if self.per_row else fit.kernel)
+
+    @property
+    def untrained(self) -> tuple[StoredTensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``vector``."""
+        return {"vector": self.vector}
+
+    def low_rank(self) -> None:
+        """None: it multiplies the weight."""
 
     def parts(self) -> tuple[tuple[int, IA3], ...]:
         """Itself."""

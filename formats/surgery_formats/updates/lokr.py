@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.views import Index
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ class LoKr:
 
     kind: ClassVar[str] = "LoKr"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "adds"
 
     C: Factor
     D: Factor
@@ -55,6 +56,18 @@ class LoKr:
     def scaled(self, weight: float) -> LoKr:
         """The same addition, `weight` times as far."""
         return replace(self, scale=self.scale * weight)
+
+    @property
+    def untrained(self) -> tuple[StoredTensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``C`` and ``D``."""
+        return {"C": self.C, "D": self.D}
+
+    def low_rank(self) -> None:
+        """None: its rank is the product of the factors' ranks, rarely low."""
 
     def parts(self) -> tuple[tuple[int, LoKr], ...]:
         """Itself."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.views import Index, positions
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ class LoRA:
 
     kind: ClassVar[str] = "LoRA"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "adds"
 
     A: Factor
     B: Factor
@@ -55,6 +56,19 @@ class LoRA:
     def scaled(self, weight: float) -> LoRA:
         """The same directions, `weight` times as far."""
         return replace(self, scale=self.scale * weight)
+
+    @property
+    def untrained(self) -> tuple[StoredTensor, ...]:
+        """What the scale was read from."""
+        return self.noted
+
+    def factors(self) -> dict[str, Factor]:
+        """``A`` and ``B``."""
+        return {"A": self.A, "B": self.B}
+
+    def low_rank(self) -> LoRA:
+        """Itself."""
+        return self
 
     def parts(self) -> tuple[tuple[int, LoRA], ...]:
         """Itself."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.views import Index, take
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,9 @@ class Offset:
 
     kind: ClassVar[str] = "offset"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "adds"
+    rank: ClassVar[None] = None
+    alpha: ClassVar[None] = None
 
     value: Factor
     scale: float = 1.0
@@ -44,6 +47,18 @@ class Offset:
     def scaled(self, weight: float) -> Offset:
         """`weight` times as far."""
         return replace(self, scale=self.scale * weight)
+
+    @property
+    def untrained(self) -> tuple[StoredTensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``value``."""
+        return {"value": self.value}
+
+    def low_rank(self) -> None:
+        """None: it is stored in full."""
 
     def parts(self) -> tuple[tuple[int, Offset], ...]:
         """Itself."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.views import Index
-from surgery_formats.updates.base import Apply, Factor, Fit, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,10 @@ class OFT:
 
     kind: ClassVar[str] = "OFT"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "maps"
+    rank: ClassVar[None] = None
+    alpha: ClassVar[None] = None
+    scale: ClassVar[None] = None
 
     angles: Factor
     block: int
@@ -86,6 +90,18 @@ class OFT:
                 hint="is this the base it was trained on?",
             )
         return replace(self, outputs=fit.shape[0], inputs=inputs)
+
+    @property
+    def untrained(self) -> tuple[StoredTensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``angles``."""
+        return {"angles": self.angles}
+
+    def low_rank(self) -> None:
+        """None: it rotates the weight."""
 
     def parts(self) -> tuple[tuple[int, OFT], ...]:
         """Itself."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.views import Index, positions
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,10 @@ class TokenRows:
 
     kind: ClassVar[str] = "token rows"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "sets"
+    rank: ClassVar[None] = None
+    alpha: ClassVar[None] = None
+    scale: ClassVar[None] = None
 
     value: Factor
     indices: tuple[int, ...]
@@ -42,6 +46,18 @@ class TokenRows:
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The rows'."""
         return self.value.tensors
+
+    @property
+    def untrained(self) -> tuple[StoredTensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``value``."""
+        return {"value": self.value}
+
+    def low_rank(self) -> None:
+        """None: it adds nothing."""
 
     def parts(self) -> tuple[tuple[int, TokenRows], ...]:
         """Itself."""
