@@ -143,7 +143,7 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
         result = replace(result, modules=tuple(_proved(module, proof) for module in result.modules))
         _check_something(result)
         result = replace(result, warnings=(*result.warnings, *_cancelling(result)))
-        for file in {tensor.file for term in terms for tensor in term.adapter.tensors}:
+        for file in {file for term in terms for file in term.adapter.files}:
             file.check_unchanged()
         return result.as_json()
 
@@ -153,7 +153,7 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
         "sources": plain(result.sources),
         "target": plan.target.name,
     }
-    job = job_id(facts, [tensor for term in terms for tensor in term.adapter.tensors], plan.rendering)
+    job = job_id(facts, [file for term in terms for file in term.adapter.files], plan.rendering)
     inputs = (*(term.adapter.path for term in terms), *(() if base is None else (base.path,)))
     options = replace(options, inputs=inputs, side_files=side_files(terms))
     output = write_adapter(plan.rendering, plan.target, job, prove, options)

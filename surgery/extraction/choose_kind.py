@@ -278,8 +278,8 @@ def _alternated(
     return {target.path: candidates[target.path] for target in targets}
 
 
-def _file(delta: Delta) -> Path:
-    return delta.strips[0].tuned.tensor.file.path
+def _file(delta: Delta) -> Path | None:
+    return delta.strips[0].tuned.tensor.path
 
 
 def _stored(target: LowRankTarget, alternated: Alternated, lora: TargetFactors, scratch: ScratchFile) -> _DoraCandidate:

@@ -146,8 +146,7 @@ def export_onnx(
     binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
     assembly = _assembly(checkpoint, wanted, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), form)
     draft = assembly.draft()
-    planned = {one.file for one in merged.overrides.values() if one.file.fd < 0} if merged else set()
-    sources = tuple(file for file in draft.files if file not in planned)
+    sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     warnings = _warnings(chosen, wanted, checkpoint, binding) + _graph_warnings(assembly, draft)
     built: list[Built] = []
@@ -156,7 +155,7 @@ def export_onnx(
         files, made, graphs = assembly.files(here)
         for name, graph in graphs.items():
             if chosen == "embed":
-                embed(graph, made.files)
+                embed(graph, sources)
             files[name] = graph.SerializeToString(deterministic=True)
         built.append(made)
         return files

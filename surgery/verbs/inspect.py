@@ -13,7 +13,6 @@ from surgery.reports.adapter_report import AdapterReport, PromptFacts
 from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport, WeightFileReport
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
@@ -159,12 +158,12 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
 
 def _files(adapter: Adapter) -> tuple[WeightFileReport, ...]:
     counts: dict[Path, int] = {}
-    files: dict[Path, File] = {}
+    sizes = {file.path: file.size for file in adapter.files}
     for tensor in adapter.tensors:
-        counts[tensor.file.path] = counts.get(tensor.file.path, 0) + 1
-        files[tensor.file.path] = tensor.file
+        path = tensor.path or adapter.path
+        counts[path] = counts.get(path, 0) + 1
     return tuple(
-        WeightFileReport(path.name, _CONTAINERS.get(path.suffix, "torch"), files[path].size, counts[path])
+        WeightFileReport(path.name, _CONTAINERS.get(path.suffix, "torch"), sizes[path], counts[path])
         for path in sorted(counts)
     )
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery_formats.canonical.prompts import SoftPrompt
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.files.raw import File
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Update
 
 __all__ = ["Adapter", "Ignored", "ModuleKind", "Site", "WeightedAdapter"]
@@ -56,7 +57,7 @@ class Site:
 class Ignored:
     """A stored tensor that does nothing to the base, and why."""
 
-    tensor: StoredTensor
+    tensor: Tensor
     reason: str
 
 
@@ -89,7 +90,7 @@ class Adapter:
     format: str
     kind: str
     updates: Mapping[Site, tuple[Update, ...]]
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[Tensor, ...]
     ignored: tuple[Ignored, ...] = ()
     new_modules: frozenset[str] = frozenset()
     prompt: SoftPrompt | None = None
@@ -116,6 +117,12 @@ class Adapter:
         return self * -1.0
 
     @property
+    def files(self) -> tuple[File, ...]:
+        """The files its tensors lie in."""
+        stored = (source for tensor in self.tensors for source in tensor.sources)
+        return tuple({source.file.identity: source.file for source in stored}.values())
+
+    @property
     def parameters(self) -> int:
         """Trained numbers: the elements of every tensor that does something."""
         dead = {id(entry.tensor) for entry in self.ignored}
@@ -136,7 +143,7 @@ class Adapter:
             tensors=tuple(tensor for tensor in self.tensors if tensor.name not in out),
         )
 
-    def unconsumed(self) -> tuple[StoredTensor, ...]:
+    def unconsumed(self) -> tuple[Tensor, ...]:
         """Stored tensors that no update uses and no reason excuses: must be empty (law 1)."""
         used = {tensor.name for chain in self.updates.values() for update in chain for tensor in update.tensors}
         used |= {entry.tensor.name for entry in self.ignored}
