@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.files import as_adapter, side_files
-from surgery.algebra.group import WeightedAdapter, group
+from surgery.algebra.group import group
 from surgery.algebra.inputs import check_inputs
 from surgery.algebra.parts import CombinedUpdate, Solutions
 from surgery.algebra.proof import CombinationProof, prove_combination
@@ -21,7 +21,7 @@ from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write
 from surgery.engine.checks import check_nothing_dropped
 from surgery.reports.to_json import plain
 from surgery_formats.adapters.format import Coded, Format, Rendering
-from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -143,7 +143,7 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
         result = replace(result, modules=tuple(_proved(module, proof) for module in result.modules))
         _check_something(result)
         result = replace(result, warnings=(*result.warnings, *_cancelling(result)))
-        for file in {tensor.file for term in terms for tensor in term.adapter.tensors}:
+        for file in {file for term in terms for file in term.adapter.files}:
             file.check_unchanged()
         return result.as_json()
 
@@ -153,7 +153,7 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
         "sources": plain(result.sources),
         "target": plan.target.name,
     }
-    job = job_id(facts, [tensor for term in terms for tensor in term.adapter.tensors], plan.rendering)
+    job = job_id(facts, [file for term in terms for file in term.adapter.files], plan.rendering)
     inputs = (*(term.adapter.path for term in terms), *(() if base is None else (base.path,)))
     options = replace(options, inputs=inputs, side_files=side_files(terms))
     output = write_adapter(plan.rendering, plan.target, job, prove, options)

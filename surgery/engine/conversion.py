@@ -217,6 +217,6 @@ def write_conversion(
         return {**result.as_json(), **(check(path, result) if check is not None else {})}
 
     facts = {"verb": "convert", "target": target.name, "projections": projections}
-    job = job_id(facts, source.tensors, conversion.rendering)
+    job = job_id(facts, source.files, conversion.rendering)
     output = write_adapter(conversion.rendering, target, job, prove, options)
     return replace(result, output=output)

@@ -24,10 +24,12 @@ from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.errors import ProofError
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.tensors.views import Index, View, take, whole
+from surgery_formats.tensors.apply import Apply, apply_chain
+from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import Apply, DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
 
@@ -81,8 +83,8 @@ def prove_rendering(
             binding = bind([(restricted(source, held), 1.0)], binding.checkpoint)
         errors |= compare(restricted(source, held), restricted(written, rest), binding)
     check_errors(errors, tolerance, path)
-    for tensor in source.tensors:
-        tensor.file.check_unchanged()
+    for file in source.files:
+        file.check_unchanged()
     return errors, {str(site): error for site, error in approximated.items()}
 
 
@@ -115,20 +117,7 @@ class _ProofTarget:
 
     shape: tuple[int, int]
     pieces: tuple[tuple[Update, View], ...]
-    value: StoredTensor | None = None
-
-
-@dataclass(frozen=True)
-class _Nothing:
-    """A weight of zeros: an update's delta is what it makes of it."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype = torch.float64
-    device: str = "cpu"
-
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
-        """Never asked: only linear updates are applied to it."""
-        raise TypeError("only updates that do not look at the weight have a delta")
+    value: Tensor | None = None
 
 
 def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[str, float]:
@@ -275,7 +264,7 @@ def _kept(one: _ProofTarget, other: _ProofTarget) -> float | None:
 
 
 def _applied(target: _ProofTarget) -> list[tuple[View, Apply]]:
-    nothing = _Nothing(target.shape)
+    nothing = HeldWeight.zeros(target.shape, torch.float64)
     return [(view, _linear(update).prepare(nothing)) for update, view in target.pieces]
 
 
@@ -284,20 +273,8 @@ def _block(target: _ProofTarget, chain: Sequence[tuple[View, Apply]], start: int
     block = torch.zeros((stop - start, target.shape[1]), dtype=torch.float64)
     if target.value is not None:
         block = Plain(target.value, target.shape).get(start, stop, torch.float64)
-    for view, apply in chain:
-        at = view.locate(start, stop)
-        if not at:
-            continue
-        part = take(block, at.block_rows, at.block_cols)
-        part = part.T if at.transposed else part
-        new = apply(part.clone(), at.rows, at.cols)
-        rows, cols = _indices(at.block_rows), _indices(at.block_cols)
-        block[rows[:, None], cols] = new.T if at.transposed else new
+    apply_chain(chain, block, start, stop)
     return block
-
-
-def _indices(index: Index) -> torch.Tensor:
-    return torch.tensor(list(index), dtype=torch.int64)
 
 
 def restricted(adapter: Adapter, held: Mapping[Site, tuple[Update, ...]]) -> Adapter:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file really is, judged by its first bytes, so that an error can say more than "malformed"."""
+"""Recognise a file by its first bytes, so that an error can be more specific than "malformed"."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _MAGIC = (
 
 
 def hint_for(file: File) -> str | None:
-    """What `file` is, when that is not what its name says; None when nothing is recognised."""
+    """Describe `file` if its content differs from what its name suggests; None if it is not recognised."""
     head = bytes(file.read(0, min(file.size, 32)))
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.size - 8:
         return "this looks like a safetensors file: name it .safetensors"
-    return next((what for magic, what in _MAGIC if head.startswith(magic)), None)
+    return next((hint for magic, hint in _MAGIC if head.startswith(magic)), None)

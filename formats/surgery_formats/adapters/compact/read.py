@@ -16,7 +16,7 @@ from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.raw import stays_inside
 from surgery_formats.linalg.coding import CODINGS, Coding
 from surgery_formats.tensors.coded import CodedTensor, quantised
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.text import listing, show
 from surgery_formats.updates import DoRA, Factor, Held, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
@@ -172,7 +172,7 @@ class _CompactReader:
     coding: Coding
     file: Path
     new_modules: frozenset[str] = frozenset()
-    used: list[StoredTensor] = field(default_factory=list)
+    used: list[Tensor] = field(default_factory=list)
 
     def take(self, name: str) -> StoredTensor:
         """A tensor of the file, once."""
@@ -182,8 +182,9 @@ class _CompactReader:
 
     def plain(self, name: str) -> StoredTensor:
         """A tensor that is stored as it is."""
-        self.used.append(self.take(name))
-        return self.used[-1]
+        tensor = self.take(name)
+        self.used.append(tensor)
+        return tensor
 
 
 def _update(site: Site, position: int, record: _Object, state: _CompactReader) -> Update:

@@ -22,7 +22,7 @@ EXPERTS_ORDER_SINCE = "0.19.0"
 _PARAMETER_ORDER = ("weight", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
 
 
-def innermost_first(names: Sequence[str], file: Path) -> list[str]:
+def innermost_first(names: Sequence[str], file: Path | None) -> list[str]:
     """Parameters of one module in the order in which PEFT wraps their LoRAs around each other: the first registered is the innermost.
 
     Args:

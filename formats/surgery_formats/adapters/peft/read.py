@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def read_peft(path: Path) -> Adapter:
         side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
     )
     if config.kind in PROMPT_KINDS:
-        return _soft_prompt(whole, config)
+        return _soft_prompt(whole, tensors, config)
     kind = KINDS.get(config.kind)
     found = sort_tensors(tensors, kind.factors, kind.shared) if kind else sort_tensors(tensors, LORA_FACTORS)
     updates: dict[Site, tuple[Update, ...]] = {}
@@ -107,10 +107,10 @@ def _metadata(shards: Iterable[object]) -> dict[str, str]:
     return merged
 
 
-def _soft_prompt(adapter: Adapter, config: PeftConfig) -> Adapter:
+def _soft_prompt(adapter: Adapter, tensors: Sequence[StoredTensor], config: PeftConfig) -> Adapter:
     """Virtual tokens, and what was trained in full beside them."""
-    prompt = read_prompt(adapter.tensors, config)
-    beside = (tensor for tensor in adapter.tensors if tensor is not prompt.table)
+    prompt = read_prompt(tensors, config)
+    beside = (tensor for tensor in tensors if tensor is not prompt.table)
     rest = sort_tensors(beside, frozenset(), prefix="base_model.")
     updates: dict[Site, tuple[Update, ...]] = {}
     for name, tensor in rest.plain.items():
@@ -193,7 +193,7 @@ def _with_magnitude(
         if config.dora:
             raise MalformedError(
                 "use_dora is true, but this module has no magnitude vector",
-                file=lora.A.tensors[0].file.path,
+                file=lora.A.tensors[0].path,
                 tensor=lora.A.tensors[0].name,
             )
         return lora
