@@ -22,6 +22,8 @@ from surgery.reports.to_json import plain
 from surgery_formats.adapters.registry import formats
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.prompts import Prefix
+from surgery_formats.containers.sharded import MODEL_STEMS, is_index
+from surgery_formats.containers.weight_files import container_of_file, holds_weights, is_weight_file
 from surgery_formats.errors import NotFoundError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint, Component, open_checkpoint
@@ -40,9 +42,7 @@ __all__ = [
     "read_if_adapter",
 ]
 
-_FULL_MODEL = ("model", "pytorch_model", "diffusion_pytorch_model", "tf_model", "flax_model")
 _ADAPTER_FILE = ("adapter_model", "adapters.", "adapter.")
-_CONTAINERS = {".safetensors": "safetensors", ".npz": "npz", ".gguf": "gguf"}  # anything else is a torch pickle
 # What transformers' configurations call the same fact, the usual name first.
 _FACTS: Mapping[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -64,7 +64,7 @@ class WeightFileReport:
 
     Attributes:
         name: File name, with the component's folder in a pipeline.
-        container: ``safetensors``, ``torch`` or ``npz``.
+        container: ``safetensors``, ``torch`` ...
         nbytes: As the file system counts them.
         tensors: How many tensors it holds.
     """
@@ -248,8 +248,8 @@ def read_if_adapter(path: Path) -> Adapter | None:
 
 def _only_a_model(folder: Path) -> bool:
     names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
-    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".npz", ".index.json"))]
-    return any(name.startswith(_FULL_MODEL) for name in weights) and not any(_adapter_file(name) for name in weights)
+    of_a_model = [name for name in names if name.startswith(MODEL_STEMS) and (is_weight_file(name) or is_index(name))]
+    return bool(of_a_model) and not any(_adapter_file(name) for name in names if holds_weights(name) or is_index(name))
 
 
 def _adapter_file(name: str) -> bool:
@@ -279,7 +279,7 @@ def _component(component: Component) -> ComponentReport:
     known = [name for name in component.family.names if name == kind]
     prefix = f"{component.name}/" if component.name else ""
     files = (
-        WeightFileReport(prefix + shard.path.name, shard.kind, shard.file.size, len(shard.tensors))
+        WeightFileReport(prefix + shard.path.name, shard.container, shard.file.size, len(shard.tensors))
         for shard in component.shards
     )
     return ComponentReport(
@@ -368,7 +368,7 @@ def _files(adapter: Adapter) -> tuple[WeightFileReport, ...]:
         counts[tensor.file.path] = counts.get(tensor.file.path, 0) + 1
         files[tensor.file.path] = tensor.file
     return tuple(
-        WeightFileReport(path.name, _CONTAINERS.get(path.suffix, "torch"), files[path].size, counts[path])
+        WeightFileReport(path.name, container_of_file(path).name, files[path].size, counts[path])
         for path in sorted(counts)
     )
 

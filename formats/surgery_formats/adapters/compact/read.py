@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.canonical.adapter import Adapter, Site
-from surgery_formats.containers.safetensors import open_safetensors
+from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.raw import stays_inside
@@ -64,8 +64,8 @@ def read_compact(path: Path) -> Adapter:
         raise MalformedError(f"its format is not {MARK}", file=config)
     if (version := raw.get("version", int)) != VERSION:
         raise FitError(f"version {version} of the format is not known", file=config, hint="a newer surgery reads it")
-    header = open_safetensors(file)
-    state = _CompactReader({tensor.name: tensor for tensor in header.tensors}, _coding(raw), file)
+    shard = open_shard(file)
+    state = _CompactReader({tensor.name: tensor for tensor in shard.tensors}, _coding(raw), file)
     updates: dict[Site, tuple[Update, ...]] = {}
     for entry in raw.objects("parameters"):
         site = Site(entry.get("path", str), entry.get("component", str, ""), entry.get("flat", bool, False))
@@ -91,9 +91,9 @@ def read_compact(path: Path) -> Adapter:
         tensors=tuple(state.used),
         new_modules=frozenset(new_modules),
         base_name=raw.get("base", str),
-        base_id=header.metadata.get("surgery.base", ""),
+        base_id=shard.metadata.get("surgery.base", ""),
         config=raw.get("config", dict),
-        metadata=dict(header.metadata),
+        metadata=dict(shard.metadata),
         side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
         keeps_ties=raw.get("keeps_ties", bool),
     )
