@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["closest", "count", "listing", "nbytes", "show"]
+__all__ = ["clean", "closest", "count", "listing", "nbytes", "show"]
 
 
 def show(text: object, limit: int = 120) -> str:
@@ -18,6 +18,11 @@ def show(text: object, limit: int = 120) -> str:
     raw = str(text)
     cut = raw if len(raw) <= limit else f"{raw[: limit // 2]}...{raw[-(limit // 2 - 3) :]}"
     return "".join(c if c.isprintable() and c != "\\" else ascii(c)[1:-1] for c in cut)
+
+
+def clean(text: str) -> str:
+    """`text` without anything a terminal would act upon. Unlike `show` it leaves what `show` has escaped as it is."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listing(names: Iterable[str], limit: int = 4) -> str:

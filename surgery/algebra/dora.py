@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,8 +16,8 @@ from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.parameter import Parameter
-from surgery_formats.tensors.views import Index
 from surgery_formats.updates import DoRA, LoRA
+from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["DoraTerm", "with_dora"]
 
@@ -47,31 +47,8 @@ class DoraTerm:
     def delta(self, dtype: torch.dtype) -> torch.Tensor:
         """What it adds, dense."""
         values = self.weight.get(dtype).contiguous()
-        apply = self.update.prepare(_Held(values))
+        apply = self.update.prepare(HeldWeight(values))
         return apply(values.clone(), range(self.shape[0]), range(self.shape[1])) - values
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A weight in memory, for equations that look at it first."""
-
-    values: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def device(self) -> str:
-        return "cpu"
-
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
-        """All of it at once."""
-        yield self.values.clone(), range(self.shape[0]), range(self.shape[1])
 
 
 def with_dora(

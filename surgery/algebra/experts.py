@@ -72,9 +72,13 @@ def _whole_stack(
         B = torch.stack([one.B for one in found], dim=-1).reshape(out, -1)
         return Solved(B, torch.cat([one.A for one in found]), math.hypot(*(one.lost for one in found)))
 
-    stem, file, dtype = f"{PEFT}{site.path}", loras[0].A.tensors[0].file, stored_type(loras)
-    a = computed(f"{stem}.lora_A.weight", (count * rank, inputs), file, lambda: memory.of(name, solve).A, dtype)
-    b = computed(f"{stem}.lora_B.weight", (out, rank * count), file, lambda: memory.of(name, solve).B, dtype)
+    stem, sources, dtype = (
+        f"{PEFT}{site.path}",
+        [tensor for lora in loras for tensor in lora.tensors],
+        stored_type(loras),
+    )
+    a = computed(f"{stem}.lora_A.weight", (count * rank, inputs), sources, lambda: memory.of(name, solve).A, dtype)
+    b = computed(f"{stem}.lora_B.weight", (out, rank * count), sources, lambda: memory.of(name, solve).B, dtype)
 
     def forward(e: int) -> LoRA:
         A = Factor((a,), (rank, inputs), lambda t: t.reshape(count, rank, -1)[e])
@@ -91,15 +95,15 @@ def _expert_by_expert(
     name: str, site: Site, wanted: Sequence[DeltaTarget], rank: int, loras: Sequence[LoRA], memory: Solutions
 ) -> Stacked:
     """A pair of tensors for each expert, for formats that stack them in their own way."""
-    file, dtype = loras[0].A.tensors[0].file, stored_type(loras)
+    sources, dtype = [tensor for lora in loras for tensor in lora.tensors], stored_type(loras)
 
     def one(e: int) -> LoRA:
         def solved() -> Solved:
             return memory.of(f"{name}[{e}]", lambda: wanted[e].solve(rank))
 
         out, inputs = wanted[e].shape
-        A = computed(f"combined.{site}.{e}.down", (rank, inputs), file, lambda: solved().A, dtype)
-        B = computed(f"combined.{site}.{e}.up", (out, rank), file, lambda: solved().B, dtype)
+        A = computed(f"combined.{site}.{e}.down", (rank, inputs), sources, lambda: solved().A, dtype)
+        B = computed(f"combined.{site}.{e}.up", (out, rank), sources, lambda: solved().B, dtype)
         return LoRA(Factor.of(A), Factor.of(B), 1.0, float(rank))
 
     return Stacked(tuple(one(e) for e in range(len(wanted))))

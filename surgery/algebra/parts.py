@@ -122,9 +122,9 @@ def factors_of(
 
     out, inputs = wanted.shape
     stem, (down, up) = _names(site, loras)
-    file, dtype = loras[0].A.tensors[0].file, stored_type(loras)
-    A = computed(f"{stem}.{down}", (rank, *_kernel(loras)), file, lambda: solved().A, dtype)
-    B = computed(f"{stem}.{up}", (out, rank), file, lambda: solved().B, dtype)
+    sources, dtype = [tensor for lora in loras for tensor in lora.tensors], stored_type(loras)
+    A = computed(f"{stem}.{down}", (rank, *_kernel(loras)), sources, lambda: solved().A, dtype)
+    B = computed(f"{stem}.{up}", (out, rank), sources, lambda: solved().B, dtype)
     new = LoRA(Factor((A,), (rank, inputs)), Factor.of(B), 1.0, float(rank))
     return CombinedUpdate(
         site, (new,), outcome_of(rank, wanted, recipe), wanted.ranks, rank, (wanted,), best=best, name=name
@@ -212,5 +212,7 @@ def offset(name: str, site: Site, shares: Sequence[Contribution], recipe: Recipe
             owners=[share.owner for share in shares],
         )
 
-    tensor = computed(f"combined.{site}", offsets[0].value.shape, offsets[0].value.tensors[0].file, vector)
+    tensor = computed(
+        f"combined.{site}", offsets[0].value.shape, [tensor for offset in offsets for tensor in offset.tensors], vector
+    )
     return CombinedUpdate(site, (Offset(Factor.of(tensor)),), "exact", vector=vector)

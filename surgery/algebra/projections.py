@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +18,8 @@ import torch
 from surgery.algebra.files import as_adapter
 from surgery.algebra.group import WeightedAdapter
 from surgery.algebra.parts import PEFT, CombinedUpdate
+from surgery.engine.proof import check_errors, compare, restricted
+from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.writing import component_of, factor_dtype
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
@@ -28,7 +31,7 @@ from surgery_formats.tensors.computed import computed
 from surgery_formats.text import show
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Update
 
-__all__ = ["LAYOUTS", "LaidOut", "Layout", "given_names", "laid_out"]
+__all__ = ["LAYOUTS", "Layout", "LayoutChange", "change_layout", "prove_layout"]
 
 Layout = Literal["split", "fused"]
 LAYOUTS: tuple[Layout, ...] = ("split", "fused")
@@ -36,7 +39,7 @@ Heights = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class LaidOut:
+class LayoutChange:
     """An adapter under other names.
 
     Attributes:
@@ -52,7 +55,7 @@ class LaidOut:
     layout: Layout
 
 
-def laid_out(adapter: Adapter, layout: str, target: str, base: Checkpoint | None) -> LaidOut:
+def change_layout(adapter: Adapter, layout: str, target: str, base: Checkpoint | None) -> LayoutChange:
     """`adapter` with every projection split or fused.
 
     Args:
@@ -73,30 +76,44 @@ def laid_out(adapter: Adapter, layout: str, target: str, base: Checkpoint | None
     parts = [CombinedUpdate(site, chain, "kept") for site, chain in found.items()]
     made = as_adapter([WeightedAdapter(adapter, 1.0)], parts, target)
     held = base is not None and any(_rows(site, base) for site in adapter.updates.keys() - found.keys())
-    return LaidOut(made, heights, held, "split" if layout == "split" else "fused")
+    return LayoutChange(made, heights, held, "split" if layout == "split" else "fused")
 
 
-def given_names(given: Adapter, written: Adapter, made: LaidOut) -> Adapter:
+def prove_layout(
+    path: Path, *, given: Adapter, target: Format, change: LayoutChange, tolerance: float
+) -> dict[str, float]:
+    """Errors by weight of what lies at `path`, put under the names of `given` again.
+
+    Raises:
+        ProofError: it does not do what `given` does.
+    """
+    written = _in_given_names(given, target.read(path), change)
+    errors = compare(restricted(given, {site: given.updates[site] for site in written.updates}), written, None)
+    check_errors(errors, tolerance, path)
+    return errors
+
+
+def _in_given_names(given: Adapter, written: Adapter, change: LayoutChange) -> Adapter:
     """What was written, under the names of `given` again, to be compared with it.
 
     Raises:
         ProofError: a part that `given` did not have is not zero, or one that it had is missing.
     """
-    back = _fused if made.layout == "split" else _split
-    found, _ = back(written, None, made.heights)
-    for site in found.keys() - given.updates.keys():  # a part that was not trained is rows of zeros
-        for update in found[site]:
+    back = _fused if change.layout == "split" else _split
+    restored, _ = back(written, None, change.heights)
+    for site in restored.keys() - given.updates.keys():  # a part that was not trained is rows of zeros
+        for update in restored[site]:
             factor = update.B if isinstance(update, LoRA) else update.value if isinstance(update, Offset) else None
             if factor is None or bool(factor.load(torch.float64).any()):
                 raise ProofError("was not trained, and changes", file=written.path, tensor=site.path)
-    names = [f".{module}." for whole in made.heights for module in _modules(whole)]
-    updates = {site: chain for site, chain in found.items() if any(name in f".{site.path}" for name in names)}
-    updates = {site: chain for site, chain in updates.items() if site in given.updates}
-    wanted = {site for site in given.updates if any(name in f".{site.path}" for name in names)}
-    if wanted != updates.keys():
-        raise ProofError(f"{len(wanted - updates.keys())} weights are missing", file=written.path)
-    tensors = {t.name: t for chain in updates.values() for update in chain for t in update.tensors}
-    return replace(written, updates=updates, tensors=tuple(tensors.values()), ignored=())
+    modules = [f".{module}." for whole in change.heights for module in _modules(whole)]
+    moved = {site for site in {*given.updates, *restored} if any(module in f".{site.path}" for module in modules)}
+    missing = {site for site in given.updates if site in moved} - restored.keys()
+    if missing:
+        raise ProofError(f"{len(missing)} weights are missing", file=written.path)
+    return restricted(
+        written, {site: chain for site, chain in restored.items() if site in moved & given.updates.keys()}
+    )
 
 
 def _modules(whole: str) -> tuple[str, ...]:
@@ -204,10 +221,13 @@ def _cut(update: Update, site: Site, start: int, stop: int, adapter: Adapter) ->
     """The update of rows ``[start, stop)``."""
     if isinstance(update, LoRA):
         a, b = _factors(site, adapter)
-        file = update.A.tensors[0].file
-        A = computed(a, update.A.shape, file, lambda: update.A.load(torch.float64), _kept(update.A))
+        A = computed(a, update.A.shape, update.A.tensors, lambda: update.A.load(torch.float64), _kept(update.A))
         B = computed(
-            b, (stop - start, update.rank), file, lambda: update.B.load(torch.float64)[start:stop], _kept(update.B)
+            b,
+            (stop - start, update.rank),
+            update.B.tensors,
+            lambda: update.B.load(torch.float64)[start:stop],
+            _kept(update.B),
         )
         return LoRA(Factor.of(A), Factor.of(B), update.scale, update.alpha)
     if isinstance(update, DoRA) and update.per_row:
@@ -221,9 +241,7 @@ def _cut(update: Update, site: Site, start: int, stop: int, adapter: Adapter) ->
 
 def _vector(value: Factor, name: str, start: int, stop: int) -> Factor:
     shape = (stop - start, *value.shape[1:])
-    return Factor.of(
-        computed(name, shape, value.tensors[0].file, lambda: value.load(torch.float64)[start:stop], _kept(value))
-    )
+    return Factor.of(computed(name, shape, value.tensors, lambda: value.load(torch.float64)[start:stop], _kept(value)))
 
 
 def _joined(chains: Sequence[tuple[Update, ...] | None], rows: tuple[int, ...], site: Site, adapter: Adapter) -> Update:
@@ -246,7 +264,9 @@ def _joined(chains: Sequence[tuple[Update, ...] | None], rows: tuple[int, ...], 
 
         first = next(offset for offset in offsets if offset)
         shape = (sum(rows), *first.value.shape[1:])
-        return Offset(Factor.of(computed(f"laid-out.{site}", shape, first.value.tensors[0].file, values)))
+        return Offset(
+            Factor.of(computed(f"laid-out.{site}", shape, [t for o in offsets if o for t in o.tensors], values))
+        )
     doras = [part for part in parts if isinstance(part, DoRA) and part.per_row]
     if len(doras) < len(parts):
         why = "by a DoRA in some of its parts only: the lengths of the others are the base's"
@@ -257,7 +277,7 @@ def _joined(chains: Sequence[tuple[Update, ...] | None], rows: tuple[int, ...], 
     magnitude = computed(
         _magnitude(site, adapter),
         (sum(rows),),
-        magnitudes[0].tensors[0].file,
+        [tensor for m in magnitudes for tensor in m.tensors],
         lambda: torch.cat([m.load(torch.float64) for m in magnitudes]),
         _kept(*magnitudes),
     )
@@ -267,7 +287,7 @@ def _joined(chains: Sequence[tuple[Update, ...] | None], rows: tuple[int, ...], 
 def _joined_loras(loras: Sequence[LoRA | None], rows: tuple[int, ...], site: Site, adapter: Adapter) -> LoRA:
     present = [lora for lora in loras if lora is not None]
     first = present[0]
-    (a, b), file = _factors(site, adapter), first.A.tensors[0].file
+    (a, b), sources = _factors(site, adapter), [tensor for lora in present for tensor in lora.tensors]
     one_scale = all(lora.scale == first.scale for lora in present)
     times = [1.0 if lora is None or one_scale else lora.scale for lora in loras]
     scale = first.scale if one_scale else 1.0
@@ -291,8 +311,8 @@ def _joined_loras(loras: Sequence[LoRA | None], rows: tuple[int, ...], site: Sit
     def down() -> torch.Tensor:
         return torch.cat([lora.A.load(torch.float64) for lora in (present[:1] if shared else present)])
 
-    A = computed(a, (rank, first.shape[1]), file, down, a_type)
-    B = computed(b, (sum(rows), rank), file, up, b_type)
+    A = computed(a, (rank, first.shape[1]), sources, down, a_type)
+    B = computed(b, (sum(rows), rank), sources, up, b_type)
     return LoRA(Factor.of(A), Factor.of(B), scale, scale * rank)
 
 

@@ -13,16 +13,17 @@ import torch
 from surgery.algebra.group import key_of
 from surgery.algebra.parts import CombinedUpdate, Solutions
 from surgery.algebra.sums import DeltaTarget, stacked
-from surgery.engine.proof import compare, restricted
-from surgery_formats.adapters.format import Format
+from surgery.engine.factor_proof import approximation_errors
+from surgery.engine.proof import check_errors, compare, read_back, restricted
+from surgery_formats.adapters.format import Format, Rendering
+from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.text import listing
 from surgery_formats.updates import LoRA, Offset, Replacement, Stacked, Update
 
-__all__ = ["SumError", "prove"]
+__all__ = ["CombinationProof", "SumError", "prove_combination"]
 
 TOLERANCE = 1e-6
 """Error of a sum that is stored in full, relative to the norms of its terms: what float32 factors allow."""
@@ -48,56 +49,65 @@ class SumError:
     optimum: float
 
 
-def prove(
+@dataclass(frozen=True, slots=True)
+class CombinationProof:
+    """A written combination, compared with what was meant.
+
+    Attributes:
+        errors: By site, for everything that is added to a weight.
+        approximated: Sites that the format holds only approximately.
+    """
+
+    errors: Mapping[str, SumError]
+    approximated: frozenset[str]
+
+
+def prove_combination(
     path: Path,
     target: Format,
-    meant: Adapter,
+    adapter: Adapter,
+    rendering: Rendering,
     parts: Sequence[CombinedUpdate],
     memory: Solutions,
     base: Checkpoint | None,
     dtype: DType | None,
-    near: Mapping[Site, float] | None = None,
-) -> dict[str, SumError]:
+) -> CombinationProof:
     """Read `path` back and compare.
 
     Args:
         path: What was written.
         target: Its format.
-        meant: What the writer was given.
+        adapter: What the writer was given.
+        rendering: What it made of that.
         parts: Of the combination.
         memory: What the writer's factors leave out.
         base: If one was given.
         dtype: Of the stored factors; None for what they were computed in.
-        near: Relative errors of what the format only approximates, proved to be those of its writer.
-
-    Returns:
-        By site, for everything that is added to a weight.
 
     Raises:
         ProofError: something is missing, left over, or further from the sum than intended.
     """
-    near = near or {}
-    written = target.read(path)
-    if left := written.unconsumed():
-        raise ProofError(
-            f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=path
-        )
+    written = read_back(target, path)
+    near = approximation_errors(rendering, written, TOLERANCE)
+    approximated = frozenset(map(str, near))
     tolerance = TOLERANCE if dtype is None else _ROUNDING.get(dtype, TOLERANCE)
     bound = tolerance if dtype is None else _ELEMENTS * tolerance
-    found = _matched(meant, written)
-    if found is None:  # fused or split on the way: both are bound to the base, weight by weight
-        _check(compare(meant, written, base), bound, path)
-        return {str(part.site): m for part in parts if (m := _intended(part, memory))}
+    matched = _matched(adapter, written)
+    if matched is None:  # fused or split on the way: both are bound to the base, weight by weight
+        binding = None if base is None else bind([(adapter, 1.0)], base)
+        check_errors(compare(adapter, written, binding), bound, path)
+        intended = {str(part.site): error for part in parts if (error := _intended(part, memory))}
+        return CombinationProof(intended, approximated)
     kept = {part.site: part.updates for part in parts if not (part.wanted or part.vector)}
     if same := {site: chain for site, chain in kept.items() if site not in near}:
-        there = replace(written, updates={s: found[s] for s in same})
-        _check(compare(restricted(meant, same), there, None), bound, path)
-    measured = {}
+        there = replace(written, updates={site: matched[site] for site in same})
+        check_errors(compare(restricted(adapter, same), there, None), bound, path)
+    errors = {}
     for part in parts:
         if part.site not in kept:
             slack = near.get(part.site, 0.0)
-            measured[str(part.site)] = _measure(part, found[part.site], memory.loss(part), tolerance, slack, path)
-    return measured
+            errors[str(part.site)] = _measure(part, matched[part.site], memory.loss(part), tolerance, slack, path)
+    return CombinationProof(errors, approximated)
 
 
 def _matched(meant: Adapter, written: Adapter) -> dict[Site, tuple[Update, ...]] | None:
@@ -115,16 +125,6 @@ def _matched(meant: Adapter, written: Adapter) -> dict[Site, tuple[Update, ...]]
     found = {site: by_key[key] for site, key in keys.items()}
     alike = all([u.kind for u in chain] == [u.kind for u in found[site]] for site, chain in meant.updates.items())
     return found if alike else None
-
-
-def _check(errors: Mapping[str, float], tolerance: float, path: Path) -> None:
-    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
-    if wrong:
-        name = max(wrong, key=lambda one: wrong[one])
-        raise ProofError(
-            f"{len(wrong)} of {len(errors)} weights differ, '{name}' by {wrong[name]:.1e} of its greatest change",
-            file=path.name,
-        )
 
 
 def _measure(

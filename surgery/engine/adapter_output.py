@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +20,37 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.single import write_single
+from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint
-from surgery_formats.tensors.tensor import StoredTensor, as_bytes
+from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Prove", "float_type", "job_id", "stored_as", "write_adapter"]
+__all__ = ["Prove", "WriteOptions", "job_id", "stored_as", "write_adapter"]
 
 Put = Callable[[bytes | memoryview, int], None]
 Prove = Callable[[Path], Mapping[str, Any]]
 """Reads back what lies at a path, raises if it is not what was meant, and returns the manifest's facts."""
 
 
-def float_type(dtype: str) -> DType | None:
-    """The type that ``--dtype`` names; None for ``keep``.
+@dataclass(frozen=True)
+class WriteOptions:
+    """Where and how an adapter is written; none of it changes what is written.
 
-    Raises:
-        FitError: no such type, or none that a factor can be stored in.
+    Attributes:
+        output: File or folder to make. Must not exist unless `overwrite`; its parent must.
+        inputs: What is read; the output may not be one of them.
+        side_files: Copied into a folder, by name.
+        overwrite: Replace what is there, atomically.
+        progress: Called with every tensor.
     """
-    if dtype == "keep":
-        return None
-    try:
-        found = DType.parse(dtype)
-    except ValueError as error:
-        raise FitError(str(error), hint="fp32, fp16, bf16 or keep") from error
-    if not found.is_float:
-        raise FitError(f"factors cannot be stored as {found.label}", hint="fp32, fp16, bf16 or keep")
-    return found
+
+    output: Path
+    inputs: tuple[Path, ...] = ()
+    side_files: Mapping[str, Path] = field(default_factory=dict)
+    overwrite: bool = False
+    progress: Callback | None = None
 
 
 def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
@@ -58,45 +61,34 @@ def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
     return replace(rendering, tensors=tuple(cast))
 
 
-def job_id(facts: Mapping[str, Any], tensors: Iterable[StoredTensor], rendering: Rendering) -> str:
+def job_id(facts: Mapping[str, Any], files: Iterable[File], rendering: Rendering) -> str:
     """Names a job by its inputs' contents, its options and what it will write."""
     small = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(rendering.small_files.items())}
     made = [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in rendering.tensors]
-    files = sorted({fingerprint(file) for file in {tensor.file for tensor in tensors}})
-    whole = [__version__, dict(facts), small, dict(rendering.metadata), made, files]
+    inputs = sorted({fingerprint(file) for file in files})
+    whole = [__version__, dict(facts), small, dict(rendering.metadata), made, inputs]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def write_adapter(
-    rendering: Rendering,
-    target: Format,
-    output: Path,
-    job: str,
-    prove: Prove,
-    *,
-    inputs: tuple[Path, ...] = (),
-    side_files: Mapping[str, Path] | None = None,
-    overwrite: bool = False,
-    progress: Callback | None = None,
-) -> Path:
+def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, options: WriteOptions) -> Path:
     """Write `rendering` as a file or folder.
 
     Args:
         rendering: What to write.
         target: Its format.
-        output: Must not exist unless `overwrite`; its parent must.
         job: See `job_id`.
         prove: Called before the output appears.
-        inputs: What is read; the output may not be one of them.
-        side_files: Copied into a folder, by name.
-        overwrite: Replace what is there, atomically.
-        progress: Called with every tensor.
+        options: Where and how.
+
+    Returns:
+        The output.
 
     Raises:
         FitError: a value does not fit its type, or a file's name does not end in ``.safetensors``.
         ProofError: as `prove`.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
+    output, progress = options.output, options.progress
     header, ranges = layout(
         reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors), rendering.metadata
     )
@@ -122,14 +114,14 @@ def write_adapter(
             job,
             total,
             lambda file: (fill(file.pwrite), None)[1],
-            overwrite=overwrite,
-            inputs=inputs,
+            overwrite=options.overwrite,
+            inputs=options.inputs,
             prove=lambda path: (prove(path), None)[1],
         )
-    with output_folder(output, job, overwrite=overwrite, inputs=inputs) as folder:
+    with output_folder(output, job, overwrite=options.overwrite, inputs=options.inputs) as folder:
         for name, data in rendering.small_files.items():
             folder.write_small(name, data)
-        for name, path in (side_files or {}).items():
+        for name, path in options.side_files.items():
             if name not in rendering.small_files:
                 folder.write_small(name, path.read_bytes())
         file = folder.create(rendering.tensor_file, total)

@@ -15,7 +15,7 @@ from surgery_formats.containers.sharded import index_bytes, index_name, output_n
 from surgery_formats.containers.weight_files import output_container
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 
 __all__ = ["WeightLayout", "lay_out", "planned_file"]
 
@@ -95,7 +95,7 @@ def _is_tie(name: str, source: str, component: Component) -> bool:
     return component.tied and name in known and source in known
 
 
-def _tensor(component: Component, stored: StoredTensor, edit: Edit | None, dtype: DType | None) -> PlannedTensor:
+def _tensor(component: Component, stored: Tensor, edit: Edit | None, dtype: DType | None) -> PlannedTensor:
     """An output tensor without its offset."""
     source = stored if edit is None else edit.source
     keep = _kept_dtype(stored, edit, _model_dtype(component))
@@ -104,10 +104,12 @@ def _tensor(component: Component, stored: StoredTensor, edit: Edit | None, dtype
     size = source.numel * wanted.bits // 8
     operations = edit.operations if edit else ()
     trained = edit is not None and edit.replaced is not None  # never copied unseen: its values must be finite
-    if operations or trained or wanted is not source.dtype or source.strides is not None:
-        step: Copy | Compute = Compute(source, operations, edit.stacked if edit else False)
-    else:
+    contiguous = isinstance(source, StoredTensor) and source.strides is None
+    step: Copy | Compute
+    if isinstance(source, StoredTensor) and contiguous and not (operations or trained) and wanted is source.dtype:
         step = Copy(source)
+    else:
+        step = Compute(source, operations, edit.stacked if edit else False)
     kind: Class = "copied"
     if edit is not None:
         kind = "updated" if operations else "replaced"
@@ -117,7 +119,7 @@ def _tensor(component: Component, stored: StoredTensor, edit: Edit | None, dtype
     return PlannedTensor(name, component.name, wanted, source.shape, step, kind, 0, size, edit.why if edit else "")
 
 
-def _kept_dtype(stored: StoredTensor, edit: Edit | None, model: DType) -> DType:
+def _kept_dtype(stored: Tensor, edit: Edit | None, model: DType) -> DType:
     """The base's own type, also for what replaces it; what the base lacks gets the type of its embedding (or first matrix)."""
     if edit is None or not edit.source.dtype.is_float:
         return (edit.source if edit else stored).dtype

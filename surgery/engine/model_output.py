@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
+from surgery.engine.checks import check_base_id
 from surgery.engine.layout import WeightLayout, lay_out
 from surgery.engine.ledger import Ledger
 from surgery.engine.output_config import corrected_config
@@ -17,14 +18,13 @@ from surgery.engine.plan import Plan, PlannedTensor, SideFile, check_conservatio
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.tied_edits import same_values
-from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, NothingChangedError
+from surgery_formats.errors import NothingChangedError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.models.identity import content_id, fingerprint
+from surgery_formats.models.identity import fingerprint
 from surgery_formats.text import listing
 
-__all__ = ["LOW_SURVIVAL", "check_base_id", "judge", "plan_merge"]
+__all__ = ["LOW_SURVIVAL", "judge", "plan_merge"]
 
 LOW_SURVIVAL = 0.9
 """Below this share of the update surviving its storage type, a merge warns."""
@@ -49,9 +49,7 @@ def plan_merge(
     files = tuple(file for one in laid.values() for file in one.files)
     side_files += corrected_config(binding, {tensor.label: tensor for file in files for tensor in file.tensors}, dtype)
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
-    inputs += list(
-        {tensor.file.identity: tensor.file for adapter, _ in binding.adapters for tensor in adapter.tensors}.values()
-    )
+    inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     plan = Plan(
@@ -68,23 +66,6 @@ def plan_merge(
     )
     check_conservation(binding, plan)
     return plan
-
-
-def check_base_id(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
-    """Compare the base with the one an adapter says it was made for, where it says so; reads the base then.
-
-    Raises:
-        FitError: it is another.
-    """
-    recorded = [adapter for adapter in adapters if adapter.base_id]
-    actual = content_id(checkpoint) if recorded else ""
-    for adapter in recorded:
-        if adapter.base_id != actual:
-            raise FitError(
-                f"was made for a base with content id {adapter.base_id[:16]}..., this base has {actual[:16]}...",
-                file=adapter.path,
-                hint="use it with the base it was made for",
-            )
 
 
 def _carried(binding: Binding) -> list[SideFile]:
@@ -121,7 +102,7 @@ def _facts(binding: Binding) -> dict[str, Any]:
                 "kind": adapter.kind,
                 "weight": weight,
                 "config": adapter.config,
-                "files": sorted({fingerprint(tensor.file) for tensor in adapter.tensors}),
+                "files": sorted({fingerprint(file) for file in adapter.files}),
             }
             for adapter, weight in binding.adapters
         ],
@@ -144,7 +125,8 @@ def _differs(tensor: PlannedTensor, checkpoint: Checkpoint) -> bool:
     """Whether an added tensor is trained, or a replaced one holds other values than the base's."""
     trained = tensor.step.source
     if tensor.kind == "added":
-        return all(trained.file is not shard.file for c in checkpoint.components.values() for shard in c.shards)
+        files = {shard.file for component in checkpoint.components.values() for shard in component.shards}
+        return all(source.file not in files for source in trained.sources)
     base = checkpoint.components[tensor.component].tensors.get(tensor.name)
     return tensor.kind == "replaced" and (base is None or not same_values(base, trained))
 

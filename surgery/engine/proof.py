@@ -1,35 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof of a conversion: what was written is read back and must do to every weight what the source did.
+"""The proof of a written adapter: it is read back and must do to every weight what its source does.
 
 Low-rank parts are compared as the dense deltas they stand for, in float64, a few rows at a time; magnitudes, replaced values and
 token rows as they are. With a base both adapters are bound to it, so that one name for a fused weight and two for its parts meet
-at the same bytes.
+at the same bytes. What a format only approximates is compared by factors (`surgery.engine.factor_proof`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from surgery.engine.proof_factors import settings, tensor_error
+from surgery.engine.factor_proof import approximation_errors, settings, tensor_error
 from surgery_formats.adapters.experts import fused_of, taken_apart
-from surgery_formats.binding.bind import bind
+from surgery_formats.adapters.format import Format, Rendering
+from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.errors import ProofError
-from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.tensors.views import Index, View, take, whole
+from surgery_formats.tensors.apply import Apply, apply_chain
+from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import Apply, DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates.weights import HeldWeight
 
-__all__ = ["compare", "compare_prompt", "restricted"]
+__all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
 
 _BLOCK_ELEMENTS = 1 << 20  # 8 MB of float64 per side
+
+
+def read_back(target: Format, path: Path) -> Adapter:
+    """The adapter that lies at `path`, in its written format.
+
+    Raises:
+        ProofError: a tensor was written that no update uses.
+    """
+    written = target.read(path)
+    check_consumed(written, ProofError)
+    return written
+
+
+def prove_rendering(
+    path: Path, source: Adapter, target: Format, rendering: Rendering, binding: Binding | None, tolerance: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Read back what lies at `path` and compare it with what was rendered, weight by weight.
+
+    Args:
+        path: The written file or folder, before it has its final name.
+        source: What was rendered.
+        target: The format.
+        rendering: Of `source`.
+        binding: Of `source` to its base; None without a base.
+        tolerance: Greatest error of a weight's delta, relative to its greatest value.
+
+    Returns:
+        Errors by weight, and by site those of what is approximated.
+
+    Raises:
+        ProofError: it is not what was meant.
+    """
+    written = read_back(target, path)
+    errors: dict[str, float] = {}
+    kept = {entry.site for entry in rendering.entries if entry.outcome != "dropped"}
+    if source.prompt is not None and source.prompt.table.name in kept:
+        errors |= compare_prompt(source.prompt, written)
+    components = {site.component for site in rendering.held}
+    if len(components) == 1 and all(not site.component for site in written.updates):
+        moved = {replace(s, component=min(components)): chain for s, chain in written.updates.items()}
+        written = replace(written, updates=moved)
+    approximated = approximation_errors(rendering, written, tolerance)
+    held = {site: chain for site, chain in rendering.held.items() if site not in approximated}
+    rest = {site: chain for site, chain in written.updates.items() if site not in approximated}
+    if held or (rest and rendering.held):
+        if binding is not None and held != dict(source.updates):  # what was dropped or approximated is bound no more
+            binding = bind([(restricted(source, held), 1.0)], binding.checkpoint)
+        errors |= compare(restricted(source, held), restricted(written, rest), binding)
+    check_errors(errors, tolerance, path)
+    for file in source.files:
+        file.check_unchanged()
+    return errors, {str(site): error for site, error in approximated.items()}
+
+
+def check_errors(errors: Mapping[str, float], tolerance: float, path: Path) -> None:
+    """Refuse errors above `tolerance`.
+
+    Raises:
+        ProofError: there are such errors.
+    """
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        name = max(wrong, key=lambda name: wrong[name])
+        raise ProofError(
+            f"{len(wrong)} of {len(errors)} weights differ, '{name}' by {wrong[name]:.1e} of its greatest change "
+            f"(at most {tolerance:.1e} is allowed)",
+            file=path.name,
+            hint="--dtype fp32 keeps more digits",
+        )
 
 
 @dataclass(frozen=True)
@@ -44,40 +117,30 @@ class _ProofTarget:
 
     shape: tuple[int, int]
     pieces: tuple[tuple[Update, View], ...]
-    value: StoredTensor | None = None
+    value: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Nothing:
-    """A weight of zeros: an update's delta is what it makes of it."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype = torch.float64
-    device: str = "cpu"
-
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
-        """Never asked: only linear updates are applied to it."""
-        raise TypeError("only updates that do not look at the weight have a delta")
-
-
-def compare(source: Adapter, written: Adapter, base: Checkpoint | None) -> dict[str, float]:
+def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[str, float]:
     """The greatest error of every weight, relative to the greatest value the source adds to it.
 
     Args:
         source: As read; without what was dropped.
         written: As read back.
-        base: Both fit it, or None.
+        binding: Of `source` to its base; None compares the two by their own names.
 
     Raises:
         ProofError: they touch different weights, or in different ways.
     """
-    one, other = _targets(source, base), _targets(written, base)
-    if one.keys() != other.keys():
-        lost, new = sorted(one.keys() - other.keys()), sorted(other.keys() - one.keys())
+    if binding is None:
+        meant, found = dict(_unbound(source.updates)), dict(_unbound(written.updates))
+    else:
+        meant, found = _bound(binding), _bound(bind([(written, 1.0)], binding.checkpoint))
+    if meant.keys() != found.keys():
+        lost, new = sorted(meant.keys() - found.keys()), sorted(found.keys() - meant.keys())
         raise ProofError(
             f"{len(lost)} weights are missing ({listing(lost)}), {len(new)} are new ({listing(new)})", file=written.path
         )
-    return {name: _error(name, one[name], other[name], written) for name in sorted(one)}
+    return {name: _error(name, meant[name], found[name], written) for name in sorted(meant)}
 
 
 def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
@@ -86,23 +149,22 @@ def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
     Raises:
         ProofError: they are not there, or of another kind or shape.
     """
-    found = written.prompt
-    if found is None or found.table.shape != prompt.table.shape or replace(found, table=prompt.table) != prompt:
+    twin = written.prompt
+    if twin is None or twin.table.shape != prompt.table.shape or replace(twin, table=prompt.table) != prompt:
         raise ProofError(f"the virtual tokens {list(prompt.table.shape)} are not in it", file=written.path)
-    mine, theirs = (Factor.of(one.table).load(torch.float64) for one in (prompt, found))
+    mine, theirs = (Factor.of(side.table).load(torch.float64) for side in (prompt, twin))
     return {prompt.table.name: _relative(float((mine - theirs).abs().max()), float(mine.abs().max()))}
 
 
-def _targets(adapter: Adapter, base: Checkpoint | None) -> dict[str, _ProofTarget]:
-    if base is None:
-        return dict(_unbound(adapter.updates))
-    found = {}
-    for (component, name), edit in bind([(adapter, 1.0)], base).edits.items():
+def _bound(binding: Binding) -> dict[str, _ProofTarget]:
+    """By the base's names, so that fused and separate names of one weight meet."""
+    targets = {}
+    for (component, name), edit in binding.edits.items():
         pieces = tuple((operation.update, operation.view) for operation in edit.operations)
         shape = Plain.of(edit.source, stacked=edit.stacked).shape
         value = edit.source if edit.replaced is not None else None
-        found[f"{component}/{name}" if component else name] = _ProofTarget(shape, pieces, value)
-    return found
+        targets[f"{component}/{name}" if component else name] = _ProofTarget(shape, pieces, value)
+    return targets
 
 
 def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, _ProofTarget]]:
@@ -122,12 +184,14 @@ def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, 
 def _error(name: str, one: _ProofTarget, other: _ProofTarget, written: Adapter) -> float:
     magnitudes = [_magnitudes(target) for target in (one, other)]
     if one.shape != other.shape or [key for key, _ in magnitudes[0]] != [key for key, _ in magnitudes[1]]:
-        raise ProofError("is changed in another way than by the source", file=written.path, tensor=name)
+        raise ProofError("the written update is of a different kind than the source's", file=written.path, tensor=name)
     error = 0.0
     for (_, mine), (_, theirs) in zip(*magnitudes, strict=True):
         error = max(error, _relative(float((mine - theirs).abs().max()), float(mine.abs().max())))
     if (one.value is None) != (other.value is None):
-        raise ProofError("is replaced by one and not by the other", file=written.path, tensor=name)
+        raise ProofError(
+            "one of source and output replaces this weight, the other does not", file=written.path, tensor=name
+        )
     if (kept := _kept(one, other)) is not None:
         return max(error, kept)
     if (same := _same_factors(one, other)) is not None:
@@ -200,7 +264,7 @@ def _kept(one: _ProofTarget, other: _ProofTarget) -> float | None:
 
 
 def _applied(target: _ProofTarget) -> list[tuple[View, Apply]]:
-    nothing = _Nothing(target.shape)
+    nothing = HeldWeight.zeros(target.shape, torch.float64)
     return [(view, _linear(update).prepare(nothing)) for update, view in target.pieces]
 
 
@@ -209,27 +273,12 @@ def _block(target: _ProofTarget, chain: Sequence[tuple[View, Apply]], start: int
     block = torch.zeros((stop - start, target.shape[1]), dtype=torch.float64)
     if target.value is not None:
         block = Plain(target.value, target.shape).get(start, stop, torch.float64)
-    for view, apply in chain:
-        at = view.locate(start, stop)
-        if not at:
-            continue
-        part = take(block, at.block_rows, at.block_cols)
-        part = part.T if at.transposed else part
-        new = apply(part.clone(), at.rows, at.cols)
-        rows, cols = _indices(at.block_rows), _indices(at.block_cols)
-        block[rows[:, None], cols] = new.T if at.transposed else new
+    apply_chain(chain, block, start, stop)
     return block
 
 
-def _indices(index: Index) -> torch.Tensor:
-    return torch.tensor(list(index), dtype=torch.int64)
-
-
 def restricted(adapter: Adapter, held: Mapping[Site, tuple[Update, ...]]) -> Adapter:
-    """The source without what was dropped, so that it can be compared with what was written."""
+    """The adapter with the updates in `held` alone, so that it can be compared with what was written of them."""
     used = {tensor.name for chain in held.values() for update in chain for tensor in update.tensors}
-    return replace(adapter, updates=dict(held), tensors=_named(adapter.tensors, used), ignored=(), prompt=None)
-
-
-def _named(tensors: Iterable[StoredTensor], names: set[str]) -> tuple[StoredTensor, ...]:
-    return tuple(tensor for tensor in tensors if tensor.name in names)
+    tensors = tuple(tensor for tensor in adapter.tensors if tensor.name in used)
+    return replace(adapter, updates=dict(held), tensors=tensors, ignored=(), prompt=None)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.extraction.factorise import Factored
+from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.findings import CalibrationFacts
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan
 from surgery.extraction.stream.lanes import in_threads
@@ -40,7 +40,7 @@ from surgery_formats.text import closest, show
 if TYPE_CHECKING:
     from surgery_formats.linalg.whitening import Moment
 
-__all__ = ["Calibrated", "Calibration", "calibrate", "check_modules", "open_calibration"]
+__all__ = ["Calibration", "CalibrationChanges", "calibrate", "check_modules", "open_calibration"]
 
 _JUDGING = 4
 _READ = 1 << 21  # raw inputs held at a time, in numbers
@@ -64,14 +64,14 @@ class Calibration:
     modules: Mapping[str, Mapping[str, StoredTensor]]
     id: str
 
-    def of(self, unit: LowRankTarget) -> Mapping[str, StoredTensor] | None:
-        """What the file says of a unit."""
-        names = (unit.path.rpartition(".")[0], unit.names[0].rpartition(".")[0])
+    def of(self, target: LowRankTarget) -> Mapping[str, StoredTensor] | None:
+        """What the file says of a target."""
+        names = (target.path.rpartition(".")[0], target.names[0].rpartition(".")[0])
         return next((self.modules[name] for name in names if name in self.modules), None)
 
-    def unused(self, units: Iterable[LowRankTarget]) -> tuple[str, ...]:
-        """Modules of the file that none of `units` is."""
-        used = {id(parts) for unit in units if (parts := self.of(unit)) is not None}
+    def unused(self, targets: Iterable[LowRankTarget]) -> tuple[str, ...]:
+        """Modules of the file that none of `targets` is."""
+        used = {id(parts) for target in targets if (parts := self.of(target)) is not None}
         return tuple(module for module, parts in self.modules.items() if id(parts) not in used)
 
     def check_unchanged(self) -> None:
@@ -81,31 +81,33 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
+class CalibrationChanges:
     """What the inputs changed.
 
     Attributes:
-        facts: By unit path.
-        factored: Factors that take the place of the plain ones, by unit path.
+        facts: By target path.
+        factored: Factors that take the place of the plain ones, by target path.
         shifts: Path of a bias -> what is added to it, ``(1, out)``.
     """
 
     facts: Mapping[str, CalibrationFacts]
-    factored: Mapping[str, Factored]
+    factored: Mapping[str, TargetFactors]
     shifts: Mapping[str, ScratchSlot]
 
-    def into(self, forms: StoragePlan, spots: Iterable[TunedParameter]) -> None:
+    def into(self, storage: StoragePlan, parameters: Iterable[TunedParameter]) -> None:
         """Put the shifted biases among what is stored."""
-        by_path = {spot.path: spot for spot in spots}
-        for path, place in self.shifts.items():
-            spot = by_path[path]
-            forms.kept = [kept for kept in forms.kept if kept.path != path]
-            forms.kept.append(DenseTensor(path, spot.pair.tuned, "bias", spot.pair.name, shift=partial(_row, place)))
-            forms.dropped.pop(spot.pair.name, None)
+        by_path = {parameter.path: parameter for parameter in parameters}
+        for path, slot in self.shifts.items():
+            parameter = by_path[path]
+            storage.dense_tensors = [dense for dense in storage.dense_tensors if dense.path != path]
+            storage.dense_tensors.append(
+                DenseTensor(path, parameter.pair.tuned, "bias", parameter.pair.name, shift=partial(_row, slot))
+            )
+            storage.dropped.pop(parameter.pair.name, None)
 
 
-def _row(place: ScratchSlot) -> torch.Tensor:
-    return place.scratch.get(place)[0]
+def _row(slot: ScratchSlot) -> torch.Tensor:
+    return slot.read()[0]
 
 
 def open_calibration(path: str | os.PathLike[str]) -> Calibration:
@@ -117,9 +119,9 @@ def open_calibration(path: str | os.PathLike[str]) -> Calibration:
     where = Path(path)
     if not where.exists():
         raise NotFoundError("no such file or folder", file=where)
-    found = open_shards(where)
+    opened = open_shards(where)
     modules: dict[str, dict[str, StoredTensor]] = {}
-    for name, tensor in found.tensors.items():
+    for name, tensor in opened.tensors.items():
         module, _, part = name.rpartition(".")
         if part not in _PARTS or not module:
             raise MalformedError(
@@ -136,25 +138,28 @@ def open_calibration(path: str | os.PathLike[str]) -> Calibration:
             )
     if not modules:
         raise MalformedError("holds no inputs", file=where)
-    files = tuple(shard.file for shard in found.shards)
+    files = tuple(shard.file for shard in opened.shards)
     return Calibration(where, files, modules, "".join(fingerprint(file) for file in files))
 
 
 def check_modules(
-    calibration: Calibration, spots: Iterable[TunedParameter], units: Iterable[LowRankTarget], shared: Iterable[str]
+    calibration: Calibration,
+    parameters: Iterable[TunedParameter],
+    targets: Iterable[LowRankTarget],
+    shared: Iterable[str],
 ) -> None:
     """Every module of the file is one of the model's, and of its size.
 
     Args:
         calibration: The file.
-        spots: Every compared tensor.
-        units: What could become factors.
+        parameters: Every compared tensor.
+        targets: What could become factors.
         shared: Parameters that the files do not store, for they are another's: a tied head.
 
     Raises:
         FitError: one is not.
     """
-    known = {name for spot in spots for name in (spot.module, spot.pair.name.rpartition(".")[0])}
+    known = {name for parameter in parameters for name in (parameter.module, parameter.pair.name.rpartition(".")[0])}
     known |= {name.rpartition(".")[0] for name in shared}
     for module, parts in calibration.modules.items():
         if module not in known:
@@ -164,19 +169,19 @@ def check_modules(
                 tensor=f"{module}.{next(iter(parts))}",
                 hint=closest(module, known),
             )
-    for unit in units:
-        for part, tensor in (calibration.of(unit) or {}).items():
-            size = unit.deltas[0].shape[1]
-            wanted = {
+    for target in targets:
+        for part, tensor in (calibration.of(target) or {}).items():
+            size = target.deltas[0].shape[1]
+            shapes = {
                 "activations": (tensor.shape[0] if tensor.shape else 0, size),
                 "gram": (size, size),
                 "mean": (size,),
             }
-            if unit.form not in ("linear", "conv"):
+            if target.form not in ("linear", "conv"):
                 raise FitError(
-                    f"inputs of {unit.form}, which cannot be weighted", file=calibration.path, tensor=tensor.name
+                    f"inputs of {target.form}, which cannot be weighted", file=calibration.path, tensor=tensor.name
                 )
-            if tensor.shape != wanted[part]:
+            if tensor.shape != shapes[part]:
                 raise FitError(
                     f"{list(tensor.shape)} for a module of {size} inputs", file=calibration.path, tensor=tensor.name
                 )
@@ -184,24 +189,24 @@ def check_modules(
 
 def calibrate(
     calibration: Calibration,
-    forms: StoragePlan,
-    spots: Iterable[TunedParameter],
-    factored: Mapping[str, Factored],
+    storage: StoragePlan,
+    parameters: Iterable[TunedParameter],
+    factored: Mapping[str, TargetFactors],
     ranks: Mapping[str, int],
     scratch: ScratchFile,
     device: str,
     workers: int,
     *,
     biases: bool,
-) -> Calibrated:
-    """Weight every unit whose inputs are known.
+) -> CalibrationChanges:
+    """Weight every target whose inputs are known.
 
     Args:
         calibration: The inputs.
-        forms: Whose units become factors.
-        spots: Every compared tensor.
-        factored: Plainly, by unit path.
-        ranks: By unit path.
+        storage: Whose targets become factors.
+        parameters: Every compared tensor.
+        factored: Plainly, by target path.
+        ranks: By target path.
         scratch: Where new factors go.
         device: Where SVDs are made.
         workers: Threads.
@@ -210,32 +215,40 @@ def calibrate(
     Raises:
         FitError: inputs that are none: NaN, a matrix that is no second moment.
     """
-    known = {spot.path: spot for spot in spots if spot.form == "bias" and spot.pair.grown == 0}
-    stored = {kept.path for kept in forms.kept if kept.via != "bias"}
-    free = {path for path in known if path not in stored} if biases else set()
-    made: dict[str, _CalibratedFactors] = {}
+    bias_parameters = {
+        parameter.path: parameter for parameter in parameters if parameter.form == "bias" and parameter.pair.grown == 0
+    }
+    stored = {dense.path for dense in storage.dense_tensors if dense.via != "bias"}
+    free_biases = {path for path in bias_parameters if path not in stored} if biases else set()
+    results: dict[str, _CalibratedFactors] = {}
 
-    def work(unit: LowRankTarget, parts: Mapping[str, StoredTensor], stop: Callable[[], bool]) -> None:
+    def work(target: LowRankTarget, parts: Mapping[str, StoredTensor], stop: Callable[[], bool]) -> None:
         if not stop():
-            bias = f"{unit.path.rpartition('.')[0]}.bias"
-            made[unit.path] = _weighted(
-                unit, parts, factored[unit.path], ranks[unit.path], scratch, device, bias if bias in free else ""
+            bias = f"{target.path.rpartition('.')[0]}.bias"
+            results[target.path] = _weighted(
+                target,
+                parts,
+                factored[target.path],
+                ranks[target.path],
+                scratch,
+                device,
+                bias if bias in free_biases else "",
             )
 
-    wanted = [(unit, parts) for unit in forms.units if (parts := calibration.of(unit)) is not None]
-    in_threads([partial(work, unit, parts) for unit, parts in wanted], workers)
-    ordered = {unit.path: made[unit.path] for unit, _ in wanted}
-    return Calibrated(
-        {path: one.facts for path, one in ordered.items()},
-        {path: one.factored for path, one in ordered.items() if one.factored is not None},
-        {one.bias: one.shift for one in ordered.values() if one.shift is not None},
+    known_inputs = [(target, parts) for target in storage.targets if (parts := calibration.of(target)) is not None]
+    in_threads([partial(work, target, parts) for target, parts in known_inputs], workers)
+    ordered = {target.path: results[target.path] for target, _ in known_inputs}
+    return CalibrationChanges(
+        {path: result.facts for path, result in ordered.items()},
+        {path: result.factored for path, result in ordered.items() if result.factored is not None},
+        {result.bias: result.shift for result in ordered.values() if result.shift is not None},
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _CalibratedFactors:
     facts: CalibrationFacts
-    factored: Factored | None
+    factored: TargetFactors | None
     bias: str
     shift: ScratchSlot | None
 
@@ -248,13 +261,13 @@ def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
     from surgery_formats.linalg.whitening import moment_of_gram, moment_of_inputs
 
     if "gram" in parts:
-        found = moment_of_gram(parts["gram"].read(), parts["mean"].read() if "mean" in parts else None)
-        return found, found
+        moment = moment_of_gram(parts["gram"].read(), parts["mean"].read() if "mean" in parts else None)
+        return moment, moment
     stored = parts["activations"]
     count = stored.shape[0]
     if count < _FEW:
-        found = moment_of_inputs(_inputs(stored), count)
-        return found, found
+        moment = moment_of_inputs(_inputs(stored), count)
+        return moment, moment
     judging = count // _JUDGING
     return (
         moment_of_inputs(_inputs(stored, judging=False), count - judging),
@@ -274,9 +287,9 @@ def _inputs(stored: StoredTensor, *, judging: bool | None = None) -> Iterator[to
 
 
 def _weighted(
-    unit: LowRankTarget,
+    target: LowRankTarget,
     parts: Mapping[str, StoredTensor],
-    plain: Factored,
+    plain: TargetFactors,
     rank: int,
     scratch: ScratchFile,
     device: str,
@@ -285,34 +298,41 @@ def _weighted(
     from surgery_formats.linalg.whitening import output_energy, weighted_factors
 
     try:
-        moment, judge = _moments(parts)
+        moment, judging_moment = _moments(parts)
     except FitError as error:
         tensor = next(iter(parts.values()))
         raise FitError(error.message, file=tensor.file.path, tensor=tensor.name) from error
-    away = moment.mean if bias else None
-    delta = unit.deltas[0].whole()
-    total = output_energy(delta, judge)
+    mean = moment.mean if bias else None
+    delta = target.deltas[0].whole()
+    total = output_energy(delta, judging_moment)
     left, right = plain.factors(0, rank)
     rest = delta - (left @ right).to(delta.dtype)
     B, A = (factor.cpu() for factor in weighted_factors(delta.to(device), moment, rank))
-    other = delta - B @ A
-    if away is not None and output_energy(rest, judge, away) >= output_energy(rest, judge):
-        away = None  # the mean of other inputs is another
-    errors = {"plain": output_energy(rest, judge, away), "weighted": output_energy(other, judge, away)}
+    weighted_rest = delta - B @ A
+    if mean is not None and output_energy(rest, judging_moment, mean) >= output_energy(rest, judging_moment):
+        mean = None  # the mean of other inputs is another
+    errors = {
+        "plain": output_energy(rest, judging_moment, mean),
+        "weighted": output_energy(weighted_rest, judging_moment, mean),
+    }
     better = errors["weighted"] < errors["plain"]
-    weighted, least = (math.sqrt(errors[one] / total) if total > 0 else 0.0 for one in ("weighted", "plain"))
-    facts = CalibrationFacts(
-        "weighted" if better else "plain", weighted, least, total, bias if away is not None else ""
+    weighted_error, plain_error = (
+        math.sqrt(errors[kind] / total) if total > 0 else 0.0 for kind in ("weighted", "plain")
     )
-    kept = other if better else rest
-    shift = None if away is None else scratch.put((kept.double() @ away)[None])
+    facts = CalibrationFacts(
+        "weighted" if better else "plain", weighted_error, plain_error, total, bias if mean is not None else ""
+    )
+    remaining = weighted_rest if better else rest
+    shift = None if mean is None else scratch.put((remaining.double() @ mean)[None])
     if not better:
         return _CalibratedFactors(facts, None, bias, shift)
-    (piece,) = plain.pieces
-    missing, best = float(other.double().square().sum()), piece.residual(rank)
+    (matrix,) = plain.matrices
+    left_energy, least_energy = float(weighted_rest.double().square().sum()), matrix.residual(rank)
     values = tuple((B.norm(dim=0) * A.norm(dim=1)).tolist())
-    bound = piece.bound * math.sqrt(missing / best) if best > 0 else 1.0
-    places = scratch.put(B.T), scratch.put(A)
-    new = replace(piece, left=places[0], right=places[1], values=values, rest=missing, bound=max(bound, 1.0), fold=1.0)
-    new = replace(new, left_energy=None)
-    return _CalibratedFactors(facts, Factored(unit, (new,)), bias, shift)
+    bound = matrix.bound * math.sqrt(left_energy / least_energy) if least_energy > 0 else 1.0
+    slots = scratch.put(B.T), scratch.put(A)
+    weighted_matrix = replace(
+        matrix, left=slots[0], right=slots[1], values=values, rest=left_energy, bound=max(bound, 1.0), fold=1.0
+    )
+    weighted_matrix = replace(weighted_matrix, left_energy=None)
+    return _CalibratedFactors(facts, TargetFactors(target, (weighted_matrix,)), bias, shift)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.extraction.factorise import Factored, Piece
+from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
 from surgery.extraction.findings import Kind, KindFacts
 from surgery.extraction.noise import at_rows, read_rows, sample_runs
 from surgery.extraction.pairing import Delta, Strip
@@ -30,7 +30,7 @@ from surgery_formats.linalg.dora import Alternated, Fitted, HeldPair, PairSource
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 
-__all__ = ["Decision", "Magnitude", "decide", "kept_lora"]
+__all__ = ["KindDecision", "Magnitude", "choose_kind", "lora_decision"]
 
 _WORTH_A_LOOK = 0.03
 """Share of what a LoRA leaves that row scales alone explain, beyond chance. Dense changes: below 0.006; rescaled rows: above 0.09."""
@@ -65,48 +65,48 @@ class Magnitude:
 
     def load_gains(self) -> torch.Tensor:
         """``(rows,)``."""
-        return self.gains.scratch.get(self.gains)[0]
+        return self.gains.read()[0]
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class KindDecision:
     """What was chosen; nothing takes the place of the LoRA's factors unless it is a DoRA.
 
     Attributes:
         facts: What either leaves.
-        factored: By unit path, what takes the place of the LoRA's factors.
-        magnitudes: By unit path.
-        kept: What a merge of the LoRA would keep, by path of the units where that was worked out on the way.
+        factored: By target path, what takes the place of the LoRA's factors.
+        magnitudes: By target path.
+        survivals: What a merge of the LoRA would keep, by path of the targets where that was worked out on the way.
     """
 
     facts: KindFacts
-    factored: Mapping[str, Factored] = field(default_factory=dict)
+    factored: Mapping[str, TargetFactors] = field(default_factory=dict)
     magnitudes: Mapping[str, Magnitude] = field(default_factory=dict)
-    kept: Mapping[str, Survival] = field(default_factory=dict)
+    survivals: Mapping[str, Survival] = field(default_factory=dict)
 
 
-def kept_lora(why: str, kept: Mapping[str, Survival] | None = None, **figures: float) -> Decision:
+def lora_decision(why: str, survivals: Mapping[str, Survival] | None = None, **figures: float) -> KindDecision:
     """A LoRA, for a reason."""
-    return Decision(KindFacts("lora", why, **figures), kept=kept or {})
+    return KindDecision(KindFacts("lora", why, **figures), survivals=survivals or {})
 
 
-def decide(
+def choose_kind(
     kind: Kind,
-    units: Sequence[LowRankTarget],
-    factored: Mapping[str, Factored],
+    targets: Sequence[LowRankTarget],
+    factored: Mapping[str, TargetFactors],
     ranks: Mapping[str, int],
     lora_ranks: Mapping[str, int],
     scratch: ScratchFile,
     device: str,
     workers: int,
     tuned: Path,
-) -> Decision:
+) -> KindDecision:
     """Choose between the kinds.
 
     Args:
         kind: What the user wants.
-        units: What becomes factors.
-        factored: The LoRA's, by unit path.
+        targets: What becomes factors.
+        factored: The LoRA's, by target path.
         ranks: Of a DoRA, by path.
         lora_ranks: Of a LoRA; under a budget they are higher, for a DoRA spends a part of it on magnitudes.
         scratch: Where new factors go.
@@ -117,32 +117,34 @@ def decide(
     Raises:
         FitError: a DoRA was asked for, and no module can take one.
     """
-    able = [unit for unit in units if unit.form in ("linear", "conv")]
+    able = [target for target in targets if target.form in ("linear", "conv")]
     if kind == "lora":
-        return kept_lora("as asked")
-    if reason := _obstacle(units, able):
+        return lora_decision("as asked")
+    if reason := _obstacle(targets, able):
         if kind == "dora":
             raise FitError(f"no DoRA can be made: {reason}", file=tuned, hint="--kind lora")
-        return kept_lora(reason)
-    lora = _relative(able, factored, (factored[unit.path].residual(lora_ranks[unit.path]) for unit in able))
-    share, kept = math.nan, dict[str, Survival]()
+        return lora_decision(reason)
+    lora = _relative(able, factored, (factored[target.path].residual(lora_ranks[target.path]) for target in able))
+    share, survivals = math.nan, dict[str, Survival]()
     if kind == "auto":
-        share, kept = _row_share(able, factored, lora_ranks, workers)
+        share, survivals = _row_share(able, factored, lora_ranks, workers)
         if share < _WORTH_A_LOOK:
             why = f"rescaling rows would take away {max(share, 0):.1%} of what a LoRA leaves"
-            return kept_lora(why, kept, lora=lora, rows=share)
+            return lora_decision(why, survivals, lora=lora, rows=share)
     try:
-        made = _alternated(able, ranks, device, workers, scratch, factored)
-        rest = {u.path: _beside(u, factored[u.path], ranks[u.path], scratch) for u in units if u.form == "embedding"}
+        candidates = _alternated(able, ranks, device, workers, scratch, factored)
+        rest = {u.path: _beside(u, factored[u.path], ranks[u.path], scratch) for u in targets if u.form == "embedding"}
     except FitError as error:
         if kind == "dora":
             raise
-        return kept_lora(error.message, kept, lora=lora, rows=share)
-    dora = _relative(able, factored, (one.factored.residual(ranks[path]) for path, one in made.items()))
+        return lora_decision(error.message, survivals, lora=lora, rows=share)
+    dora = _relative(
+        able, factored, (candidate.factored.residual(ranks[path]) for path, candidate in candidates.items())
+    )
     equal = lora
     if ranks == lora_ranks:
-        equal = _relative(able, factored, (_equal(factored[u.path], ranks[u.path], made[u.path]) for u in able))
-    rounding = _relative(able, factored, (one.magnitude.rounding for one in made.values()))
+        equal = _relative(able, factored, (_equal(factored[u.path], ranks[u.path], candidates[u.path]) for u in able))
+    rounding = _relative(able, factored, (candidate.magnitude.rounding for candidate in candidates.values()))
     wins = math.hypot(dora, rounding) < _CLEARLY * equal
     why = (
         f"a DoRA leaves {dora:.2%} of the change of {len(able)} modules, a LoRA of as many numbers at least {equal:.2%}"
@@ -151,53 +153,53 @@ def decide(
         why += f"; PEFT rounds norms, which in the model's stored type adds {rounding:.2%} to the DoRA's"
     figures = {"lora": lora, "equal": equal, "dora": dora, "rows": share, "rounding": rounding}
     if kind == "auto" and not wins:
-        return kept_lora(why, kept, **figures)
-    every = made | rest
-    return Decision(
+        return lora_decision(why, survivals, **figures)
+    all_candidates = candidates | rest
+    return KindDecision(
         KindFacts("dora", why if wins else f"as asked; {why}", **figures),
-        {path: one.factored for path, one in every.items()},
-        {path: one.magnitude for path, one in every.items()},
+        {path: candidate.factored for path, candidate in all_candidates.items()},
+        {path: candidate.magnitude for path, candidate in all_candidates.items()},
     )
 
 
-def _obstacle(units: Sequence[LowRankTarget], able: Sequence[LowRankTarget]) -> str:
+def _obstacle(targets: Sequence[LowRankTarget], able: Sequence[LowRankTarget]) -> str:
     if not able:
         return "no linear layer or convolution becomes factors"
-    if experts := [unit.path for unit in units if unit.form == "experts"]:
+    if experts := [target.path for target in targets if target.form == "experts"]:
         return f"PEFT has no DoRA for experts ('{experts[0]}'), and an adapter is DoRA for all modules or none"
     return ""
 
 
-def _relative(units: Iterable[LowRankTarget], factored: Mapping[str, Factored], left: Iterable[float]) -> float:
-    energy = math.fsum(factored[unit.path].energy for unit in units)
+def _relative(targets: Iterable[LowRankTarget], factored: Mapping[str, TargetFactors], left: Iterable[float]) -> float:
+    energy = math.fsum(factored[target.path].energy for target in targets)
     return math.sqrt(max(math.fsum(left), 0.0) / energy) if energy else 0.0
 
 
 def _row_share(
-    units: Sequence[LowRankTarget], factored: Mapping[str, Factored], ranks: Mapping[str, int], workers: int
+    targets: Sequence[LowRankTarget], factored: Mapping[str, TargetFactors], ranks: Mapping[str, int], workers: int
 ) -> tuple[float, dict[str, Survival]]:
     """Share of what the LoRA leaves that lies along the rows that it makes, from some rows of each matrix.
 
     Where these are stored rows, what a merge of the LoRA would keep of them is told too: the noise report looks at the same.
     """
     shares: dict[str, float] = {}
-    kept: dict[str, Survival] = {}
+    survivals: dict[str, Survival] = {}
 
-    def work(unit: LowRankTarget, stop: Callable[[], bool]) -> None:
+    def work(target: LowRankTarget, stop: Callable[[], bool]) -> None:
         if stop():
             return
-        left, right = factored[unit.path].factors(0, ranks[unit.path])
-        runs, base, tuned = _sampled(unit.deltas[0])
+        left, right = factored[target.path].factors(0, ranks[target.path])
+        runs, base, tuned = _sampled(target.deltas[0])
         change = at_rows(left, runs) @ right
         along, energy = row_share((tuned - base) - change.to(base.dtype), base + change)
-        shares[unit.path] = along / energy if energy > 0 else 0.0
-        if not unit.deltas[0].transposed:
-            kept[unit.path] = survival(base, change, unit.deltas[0].strips[0].base.tensor.dtype)
+        shares[target.path] = along / energy if energy > 0 else 0.0
+        if not target.deltas[0].transposed:
+            survivals[target.path] = survival(base, change, target.deltas[0].strips[0].base.tensor.dtype)
 
-    in_threads([partial(work, unit) for unit in units], workers)
-    left = {unit.path: factored[unit.path].residual(ranks[unit.path]) for unit in units}
+    in_threads([partial(work, target) for target in targets], workers)
+    left = {target.path: factored[target.path].residual(ranks[target.path]) for target in targets}
     total = math.fsum(left.values())
-    return (math.fsum(left[path] * shares[path] for path in left) / total if total > 0 else 0.0), kept
+    return (math.fsum(left[path] * shares[path] for path in left) / total if total > 0 else 0.0), survivals
 
 
 def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
@@ -245,69 +247,71 @@ def _held(pair: _StoredRows, *, turned: bool) -> HeldPair:
 
 @dataclass(frozen=True, slots=True)
 class _DoraCandidate:
-    factored: Factored
+    factored: TargetFactors
     magnitude: Magnitude
 
 
 def _alternated(
-    units: Sequence[LowRankTarget],
+    targets: Sequence[LowRankTarget],
     ranks: Mapping[str, int],
     device: str,
     workers: int,
     scratch: ScratchFile,
-    factored: Mapping[str, Factored],
+    factored: Mapping[str, TargetFactors],
 ) -> dict[str, _DoraCandidate]:
-    found: dict[str, _DoraCandidate] = {}
+    candidates: dict[str, _DoraCandidate] = {}
 
-    def work(unit: LowRankTarget, stop: Callable[[], bool]) -> None:
+    def work(target: LowRankTarget, stop: Callable[[], bool]) -> None:
         if stop():
             return
-        delta = unit.deltas[0]
+        delta = target.deltas[0]
         pair = _pair(delta)
         if isinstance(pair, _StoredRows) and math.prod(pair.shape) <= HELD["cpu"]:
             pair = _held(pair, turned=False)
         try:
-            made = alternate(pair, ranks[unit.path], device=device)
+            alternated = alternate(pair, ranks[target.path], device=device)
         except FitError as error:
-            raise FitError(error.message, file=_file(delta), tensor=unit.names[0]) from error
-        found[unit.path] = _stored(unit, made, factored[unit.path], scratch)
+            raise FitError(error.message, file=_file(delta), tensor=target.names[0]) from error
+        candidates[target.path] = _stored(target, alternated, factored[target.path], scratch)
 
-    in_threads([partial(work, unit) for unit in units], workers)
-    return {unit.path: found[unit.path] for unit in units}
-
-
-def _file(delta: Delta) -> Path:
-    return delta.strips[0].tuned.tensor.file.path
+    in_threads([partial(work, target) for target in targets], workers)
+    return {target.path: candidates[target.path] for target in targets}
 
 
-def _stored(unit: LowRankTarget, made: Alternated, lora: Factored, scratch: ScratchFile) -> _DoraCandidate:
-    left = scratch.put(made.B.T)
-    right = scratch.put(made.A)
+def _file(delta: Delta) -> Path | None:
+    return delta.strips[0].tuned.tensor.path
+
+
+def _stored(target: LowRankTarget, alternated: Alternated, lora: TargetFactors, scratch: ScratchFile) -> _DoraCandidate:
+    left = scratch.put(alternated.B.T)
+    right = scratch.put(alternated.A)
     # the square roots of the singular values are in the factors' lengths; they are known to be all that is kept
-    values = tuple((made.B.norm(dim=0) * made.A.norm(dim=1)).tolist())
-    piece = Piece(left, right, values, lora.energy, made.residual**2, 1.0, lora.pieces[0].edge)
-    return _DoraCandidate(Factored(unit, (piece,)), _magnitude(unit, made, made.size, scratch))
+    values = tuple((alternated.B.norm(dim=0) * alternated.A.norm(dim=1)).tolist())
+    matrix = FactorisedMatrix(left, right, values, lora.energy, alternated.residual**2, 1.0, lora.matrices[0].edge)
+    return _DoraCandidate(TargetFactors(target, (matrix,)), _magnitude(target, alternated, alternated.size, scratch))
 
 
-def _magnitude(unit: LowRankTarget, found: Alternated | Fitted, size: float, scratch: ScratchFile) -> Magnitude:
-    step = _NORM_ROUNDING.get(unit.deltas[0].strips[0].base.tensor.dtype, 0.0)
-    places = scratch.put(found.magnitude[None]), scratch.put(found.gain[None])
-    return Magnitude(*places, unit.form != "embedding", size, (step * size) ** 2)
+def _magnitude(target: LowRankTarget, fit: Alternated | Fitted, size: float, scratch: ScratchFile) -> Magnitude:
+    step = _NORM_ROUNDING.get(target.deltas[0].strips[0].base.tensor.dtype, 0.0)
+    slots = scratch.put(fit.magnitude[None]), scratch.put(fit.gain[None])
+    return Magnitude(*slots, target.form != "embedding", size, (step * size) ** 2)
 
 
-def _equal(lora: Factored, rank: int, made: _DoraCandidate) -> float:
+def _equal(lora: TargetFactors, rank: int, candidate: _DoraCandidate) -> float:
     """Least energy that a LoRA could leave with the DoRA's numbers: part of the next direction, at most as large as the last known."""
-    (piece,) = lora.pieces
-    following = piece.values[rank : rank + 1] or piece.values[-1:]
-    more = made.magnitude.count / lora.unit.cost
-    return max(piece.residual(rank) - more * math.fsum(value * value for value in following), 0.0)
+    (matrix,) = lora.matrices
+    following = matrix.values[rank : rank + 1] or matrix.values[-1:]
+    extra_directions = candidate.magnitude.count / lora.target.cost
+    return max(matrix.residual(rank) - extra_directions * math.fsum(value * value for value in following), 0.0)
 
 
-def _beside(unit: LowRankTarget, lora: Factored, rank: int, scratch: ScratchFile) -> _DoraCandidate:
+def _beside(target: LowRankTarget, lora: TargetFactors, rank: int, scratch: ScratchFile) -> _DoraCandidate:
     """An embedding's factors as they are, and the best lengths of its columns."""
     left, right = lora.factors(0, rank)
-    (piece,) = lora.pieces
-    fitted = best_columns(_StoredRows(unit.deltas[0].strips[0]), left, right)
-    places = scratch.put(left.T), scratch.put(right)
-    kept = Piece(*places, piece.values[:rank], lora.energy, fitted.residual**2, piece.bound, piece.edge)
-    return _DoraCandidate(Factored(unit, (kept,)), _magnitude(unit, fitted, 0.0, scratch))
+    (matrix,) = lora.matrices
+    fitted = best_columns(_StoredRows(target.deltas[0].strips[0]), left, right)
+    slots = scratch.put(left.T), scratch.put(right)
+    fitted_matrix = FactorisedMatrix(
+        *slots, matrix.values[:rank], lora.energy, fitted.residual**2, matrix.bound, matrix.edge
+    )
+    return _DoraCandidate(TargetFactors(target, (fitted_matrix,)), _magnitude(target, fitted, 0.0, scratch))

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery._version import __version__
-from surgery.extraction.calibration import Calibrated, Calibration, calibrate
-from surgery.extraction.choose_kind import Decision, decide, kept_lora
-from surgery.extraction.factorise import Factored, StoredFactorSpec
+from surgery.extraction.calibration import Calibration, CalibrationChanges, calibrate
+from surgery.extraction.choose_kind import KindDecision, choose_kind, lora_decision
+from surgery.extraction.factorise import StoredFactorSpec, TargetFactors
 from surgery.extraction.findings import CalibrationTotals, Kind
 from surgery.extraction.noise import NoiseReport, noise_report
 from surgery.extraction.pairing import differing_settings
-from surgery.extraction.ranks import RankGoal, choices, ranks_of
-from surgery.extraction.result import Choice, ExtractResult
-from surgery.extraction.rows import check_losses, rows_of
-from surgery.extraction.storage_plan import StorageOptions, StoragePlan, kept_size, plan_storage
+from surgery.extraction.ranks import RankGoal, rank_table, ranks_of
+from surgery.extraction.result import ExtractResult, RankChoice
+from surgery.extraction.rows import check_losses, ledger_rows
+from surgery.extraction.storage_plan import StorageOptions, StoragePlan, dense_size, plan_storage
 from surgery.extraction.stream.scan import Layout, ScanResult
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import LowRankTarget
@@ -37,10 +37,17 @@ from surgery_formats.text import listing
 if TYPE_CHECKING:
     from surgery.extraction.proof import Error
 
-__all__ = ["CheckpointPair", "ExtractionPlan", "ExtractionRequest", "Watch", "planned", "settle_job"]
+__all__ = [
+    "CheckpointPair",
+    "ExtractionPlan",
+    "ExtractionRequest",
+    "Stopwatch",
+    "plan_extraction",
+    "stored_factor_specs",
+]
 
 
-class Watch:
+class Stopwatch:
     """Counts from when it is made; parts of the same name add up."""
 
     def __init__(self) -> None:
@@ -96,12 +103,14 @@ class CheckpointPair:
         self.tuned.check_unchanged()
 
 
-def planned(goal: RankGoal, scaling: Scaling, dtype: DType) -> Callable[[LowRankTarget], StoredFactorSpec | None]:
+def stored_factor_specs(
+    goal: RankGoal, scaling: Scaling, dtype: DType
+) -> Callable[[LowRankTarget], StoredFactorSpec | None]:
     """How factors will be written, as far as it is known before all of them are: not with a budget, nor where the scale needs the rank."""
 
-    def plan(unit: LowRankTarget) -> StoredFactorSpec | None:
-        if (asked := goal.rank_of(unit)) is not None:
-            rank = min(asked, unit.largest_rank)
+    def plan(target: LowRankTarget) -> StoredFactorSpec | None:
+        if (asked := goal.rank_of(target)) is not None:
+            rank = min(asked, target.largest_rank)
             return StoredFactorSpec(rank, scaling.fold(rank), dtype)
         alone = goal.budget is None and not goal.auto and scaling.constant
         return StoredFactorSpec(None, 1.0, dtype) if alone else None
@@ -134,10 +143,10 @@ class ExtractionRequest:
 class ExtractionPlan:
     """All that is decided; nothing is written yet."""
 
-    both: CheckpointPair
+    checkpoints: CheckpointPair
     layout: Layout
-    found: ScanResult
-    forms: StoragePlan
+    scan: ScanResult
+    storage: StoragePlan
     ranks: Mapping[str, int]
     dtype: DType
     coding: Coding | None
@@ -146,41 +155,41 @@ class ExtractionPlan:
     metadata: Mapping[str, str]
     id: str
     noise: NoiseReport
-    decision: Decision
-    calibrated: Calibrated
+    decision: KindDecision
+    calibrated: CalibrationChanges
     calibration: Calibration | None
     asked: bool
     workers: int
     warnings: tuple[str, ...] = ()
-    table: tuple[Choice, ...] = ()
+    table: tuple[RankChoice, ...] = ()
 
     @property
-    def factored(self) -> Mapping[str, Factored]:
+    def factored(self) -> Mapping[str, TargetFactors]:
         """What is written."""
-        return {**self.found.factored, **self.decision.factored, **self.calibrated.factored}
+        return {**self.scan.factored, **self.decision.factored, **self.calibrated.factored}
 
     @property
     def nbytes(self) -> int:
         """Of the PEFT file."""
         return size_of(self.tensors, self.metadata)
 
-    def choices(self) -> tuple[Choice, ...]:
+    def rank_table(self) -> tuple[RankChoice, ...]:
         """Other ranks, fewer layers."""
-        kept = [kept_size(one) for one in self.forms.kept]
-        stored = sum(numbers for numbers, _ in kept), sum(nbytes for _, nbytes in kept)
-        return choices(self.forms, self.found.factored, self.found.measures, stored, self.coding or self.dtype)
+        dense = [dense_size(magnitude) for magnitude in self.storage.dense_tensors]
+        stored = sum(numbers for numbers, _ in dense), sum(nbytes for _, nbytes in dense)
+        return rank_table(self.storage, self.scan.factored, self.scan.measures, stored, self.coding or self.dtype)
 
     def result(self) -> ExtractResult:
         """By the spectra."""
-        rows = rows_of(
+        rows = ledger_rows(
             self.layout.pairs,
-            self.found.measures,
+            self.scan.measures,
             self.factored,
-            self.forms,
+            self.storage,
             self.ranks,
             self.coding or self.dtype,
             self.noise.signals,
-            {path: one.count for path, one in self.decision.magnitudes.items()},
+            {path: magnitude.count for path, magnitude in self.decision.magnitudes.items()},
             self.calibrated.facts,
             asked=self.asked,
         )
@@ -191,7 +200,7 @@ class ExtractionPlan:
             rows,
             self.coding.name if self.coding else self.dtype.label,
             sum(row.nbytes for row in rows) if self.coding else self.nbytes,
-            self.both.tuned.nbytes,
+            self.checkpoints.tuned.nbytes,
             self.warnings,
             self.table,
             self.noise.survival,
@@ -206,12 +215,12 @@ class ExtractionPlan:
         Raises:
             ProofError: it does something else.
         """
-        from surgery.extraction.rows import with_measured
+        from surgery.extraction.rows import rows_with_residuals
 
-        known = {unit.path: self.factored[unit.path] for unit in self.forms.units}
+        known = {target.path: self.factored[target.path] for target in self.storage.targets}
         errors, result = self._errors(folder, known), self.result()
-        sizes = {path: one.size for path, one in self.decision.magnitudes.items()}
-        rows = with_measured(result.rows, errors, self.forms, self.factored, self.ranks, self.dtype, sizes)
+        sizes = {path: magnitude.size for path, magnitude in self.decision.magnitudes.items()}
+        rows = rows_with_residuals(result.rows, errors, self.storage, self.factored, self.ranks, self.dtype, sizes)
         return replace(result, rows=rows)
 
     def coded(self, folder: Path) -> ExtractResult:
@@ -220,136 +229,166 @@ class ExtractionPlan:
         rows = (replace(r, residual=errors[r.name].residual) if r.name in errors else r for r in result.rows)
         return replace(result, rows=tuple(rows))
 
-    def _errors(self, folder: Path, known: Mapping[str, Factored]) -> dict[str, Error]:
+    def _errors(self, folder: Path, known: Mapping[str, TargetFactors]) -> dict[str, Error]:
         from surgery.extraction.proof import prove
 
-        measures = self.found.measures
-        shifted = {kept.name for kept in self.forms.kept if kept.shift is not None}
+        measures = self.scan.measures
+        shifted = {dense.name for dense in self.storage.dense_tensors if dense.shift is not None}
         changed = [
             pair
             for pair in self.layout.pairs
             if pair.match == "pair" and (measures[pair.name].changed or pair.name in shifted)
         ]
-        return prove(folder, self.both.base, changed, known, measures, self.forms.dropped, self.workers)
+        return prove(folder, self.checkpoints.base, changed, known, measures, self.storage.dropped, self.workers)
 
 
-def settle_job(
-    both: CheckpointPair,
+def plan_extraction(
+    checkpoints: CheckpointPair,
     layout: Layout,
-    found: ScanResult,
-    making: ExtractionRequest,
-    watch: Watch,
+    scan: ScanResult,
+    request: ExtractionRequest,
+    stopwatch: Stopwatch,
     *,
     allow_loss: bool,
 ) -> ExtractionPlan:
     """Decide everything.
 
     Args:
-        both: The checkpoints.
+        checkpoints: The checkpoints.
         layout: What belongs together.
-        found: What was measured and factorised.
-        making: What the user wants.
-        watch: Laps for the timings.
+        scan: What was measured and factorised.
+        request: What the user wants.
+        stopwatch: Laps for the timings.
         allow_loss: Leave out what no form can hold.
 
     Raises:
         NothingChangedError: TUNED is BASE.
         FitError: nothing, or not everything, can be held.
     """
-    old, new = both.old, both.new
-    goal, dtype, scaling = making.goal, making.dtype, making.scaling
+    old, new = checkpoints.old, checkpoints.new
+    goal, dtype, scaling = request.goal, request.dtype, request.scaling
 
     def formed(ranks: Mapping[str, int]) -> StoragePlan:
-        return plan_storage(layout.spots, layout.units, found.measures, old, new, making.options, ranks)
+        return plan_storage(layout.parameters, layout.targets, scan.measures, old, new, request.options, ranks)
 
-    ranks: Mapping[str, int] = ranks_of(goal, layout.units, found.factored, formed, making.coding or dtype)
-    watch.lap("settling")
-    decision, dora_ranks = _kind(both, layout, found, making, formed, ranks)
-    watch.lap("kind")
+    ranks: Mapping[str, int] = ranks_of(goal, layout.targets, scan.factored, formed, request.coding or dtype)
+    stopwatch.lap("settling")
+    decision, dora_ranks = _decide_kind(checkpoints, layout, scan, request, formed, ranks)
+    stopwatch.lap("kind")
     if decision.facts.kind == "dora":
         ranks = dora_ranks
-    forms = formed(ranks)
-    calibrated = Calibrated({}, {}, {})
-    if making.calibration is not None:
+    storage = formed(ranks)
+    calibrated = CalibrationChanges({}, {}, {})
+    if request.calibration is not None:
         calibrated = calibrate(
-            making.calibration, forms, layout.spots, found.factored, ranks, making.scratch, making.device, making.workers,
-            biases="bias" in making.options.dense,
-        )  # fmt: skip
-        calibrated.into(forms, layout.spots)
-        watch.lap("calibrating")
-    for unit in forms.units:
-        if (rank := goal.rank_of(unit)) is not None and ranks[unit.path] < rank:
-            forms.why |= dict.fromkeys(
-                unit.names, f"rank cut from {rank} to {ranks[unit.path]}: the change has no more"
+            request.calibration,
+            storage,
+            layout.parameters,
+            scan.factored,
+            ranks,
+            request.scratch,
+            request.device,
+            request.workers,
+            biases="bias" in request.options.dense,
+        )
+        calibrated.into(storage, layout.parameters)
+        stopwatch.lap("calibrating")
+    for target in storage.targets:
+        if (rank := goal.rank_of(target)) is not None and ranks[target.path] < rank:
+            storage.why |= dict.fromkeys(
+                target.names, f"rank cut from {rank} to {ranks[target.path]}: the change has no more"
             )
-    check_losses(forms, found.measures, both.tuned.path, allow_loss=allow_loss)
-    if not forms.units and not forms.kept:
-        raise FitError("nothing of what changed can be held", file=both.tuned.path)
-    watch.lap("settling")
-    metadata = {"format": "pt", "surgery.base": content_id(both.base, found.digests.of)}
-    watch.lap("identifying")
-    factored = {**found.factored, **decision.factored, **calibrated.factored}
-    places = {path: one.values for path, one in decision.magnitudes.items()}
-    tensors = tensors_of(forms, factored, ranks, scaling, dtype, places)
-    name = both.base.path.resolve().name
-    config = configuration(forms, ranks, scaling, goal.rank, old, name, dora=decision.facts.kind == "dora")
+    check_losses(storage, scan.measures, checkpoints.tuned.path, allow_loss=allow_loss)
+    if not storage.targets and not storage.dense_tensors:
+        raise FitError("nothing of what changed can be held", file=checkpoints.tuned.path)
+    stopwatch.lap("settling")
+    metadata = {"format": "pt", "surgery.base": content_id(checkpoints.base, scan.digests.of)}
+    stopwatch.lap("identifying")
+    factored = {**scan.factored, **decision.factored, **calibrated.factored}
+    places = {path: magnitude.values for path, magnitude in decision.magnitudes.items()}
+    tensors = tensors_of(storage, factored, ranks, scaling, dtype, places)
+    name = checkpoints.base.path.resolve().name
+    config = configuration(storage, ranks, scaling, goal.rank, old, name, dora=decision.facts.kind == "dora")
     facts = {
         "version": __version__,
         "verb": "extract-lora",
         "config": hashlib.sha256(config).hexdigest(),
         "tensors": [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in tensors],
         "base": metadata["surgery.base"],
-        "calibration": None if making.calibration is None else making.calibration.id,
+        "calibration": None if request.calibration is None else request.calibration.id,
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
     plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    units = [found.factored[unit.path] for unit in forms.units]
-    gains = {path: one.load_gains for path, one in decision.magnitudes.items()}
-    watch.lap("settling")
-    noise = noise_report(units, factored, ranks, found.measures, making.workers, gains, decision.kept)
-    watch.lap("noise")
+    targets = [scan.factored[target.path] for target in storage.targets]
+    gains = {path: magnitude.load_gains for path, magnitude in decision.magnitudes.items()}
+    stopwatch.lap("settling")
+    noise = noise_report(targets, factored, ranks, scan.measures, request.workers, gains, decision.survivals)
+    stopwatch.lap("noise")
     warnings = differing_settings(old, new)
-    given = making.calibration
-    if given is not None and (unused := given.unused(forms.units)):
+    calibration = request.calibration
+    if calibration is not None and (unused := calibration.unused(storage.targets)):
         warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
     asked = goal.rank is not None
     return ExtractionPlan(
-        both, layout, found, forms, ranks, dtype, making.coding, tensors, config, metadata, plan_id, noise, decision, calibrated, given,
-        asked, making.workers, warnings,
-    )  # fmt: skip
+        checkpoints,
+        layout,
+        scan,
+        storage,
+        ranks,
+        dtype,
+        request.coding,
+        tensors,
+        config,
+        metadata,
+        plan_id,
+        noise,
+        decision,
+        calibrated,
+        calibration,
+        asked,
+        request.workers,
+        warnings,
+    )
 
 
-def _kind(
-    both: CheckpointPair,
+def _decide_kind(
+    checkpoints: CheckpointPair,
     layout: Layout,
-    found: ScanResult,
-    making: ExtractionRequest,
+    scan: ScanResult,
+    request: ExtractionRequest,
     formed: Callable[[Mapping[str, int]], StoragePlan],
     ranks: Mapping[str, int],
-) -> tuple[Decision, Mapping[str, int]]:
+) -> tuple[KindDecision, Mapping[str, int]]:
     """LoRA or DoRA, and the ranks of a DoRA.
 
     Raises:
         FitError: a DoRA was asked for, and none can be made.
     """
-    goal = making.goal
-    if making.calibration is not None:
-        return kept_lora("calibration weights the factors of a LoRA"), ranks
-    if making.kind == "auto" and (goal.criterion.energy is not None or goal.criterion.max_error is not None):
-        return kept_lora("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
+    goal = request.goal
+    if request.calibration is not None:
+        return lora_decision("calibration weights the factors of a LoRA"), ranks
+    if request.kind == "auto" and (goal.criterion.energy is not None or goal.criterion.max_error is not None):
+        return lora_decision("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
     dora_ranks = ranks
-    if making.kind != "lora" and goal.budget is not None:
+    if request.kind != "lora" and goal.budget is not None:
         try:
             dora_ranks = ranks_of(
-                goal, layout.units, found.factored, formed, making.coding or making.dtype, magnitudes=True
+                goal, layout.targets, scan.factored, formed, request.coding or request.dtype, magnitudes=True
             )
         except FitError as error:
-            if making.kind == "dora":
+            if request.kind == "dora":
                 raise
-            return kept_lora(error.message), ranks
-    units = formed(dora_ranks).units
-    decision = decide(
-        making.kind, units, found.factored, dora_ranks, ranks, making.scratch, making.device, making.workers,
-        both.tuned.path,
-    )  # fmt: skip
+            return lora_decision(error.message), ranks
+    targets = formed(dora_ranks).targets
+    decision = choose_kind(
+        request.kind,
+        targets,
+        scan.factored,
+        dora_ranks,
+        ranks,
+        request.scratch,
+        request.device,
+        request.workers,
+        checkpoints.tuned.path,
+    )
     return decision, dora_ranks

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from surgery_formats.linalg.matrix import MatrixSource
 
-__all__ = ["Criterion", "Factored", "Piece", "StoredFactorSpec", "factorise"]
+__all__ = ["Criterion", "FactorisedMatrix", "StoredFactorSpec", "TargetFactors", "factorise"]
 
 _FINE = 1e-3
 """Relative residual below which float32 cannot measure it."""
@@ -47,7 +47,7 @@ class Criterion:
     numbers: int | None = None
 
     def limit(self, cost: int) -> int | None:
-        """Directions of a unit of which each costs `cost` numbers; None for no limit of its own."""
+        """Directions of a target of which each costs `cost` numbers; None for no limit of its own."""
         if self.most is None or self.numbers is None:
             return self.most if self.rank is None else self.rank
         return max(1, min(self.most, self.numbers // cost))
@@ -75,7 +75,7 @@ class StoredFactorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FactorisedMatrix:
     """One factorised matrix ``D ~ left^T right / fold^2``, the square root of every singular value on either side.
 
     Attributes:
@@ -114,43 +114,43 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Factored:
-    """A unit and its factorised matrices."""
+class TargetFactors:
+    """A target and its factorised matrices."""
 
-    unit: LowRankTarget
-    pieces: tuple[Piece, ...]
+    target: LowRankTarget
+    matrices: tuple[FactorisedMatrix, ...]
 
     @property
     def rank(self) -> int:
         """Most directions that any of its matrices has."""
-        return max(len(piece.values) for piece in self.pieces)
+        return max(len(piece.values) for piece in self.matrices)
 
     @property
     def energy(self) -> float:
         """Of all its matrices."""
-        return math.fsum(piece.total for piece in self.pieces)
+        return math.fsum(piece.total for piece in self.matrices)
 
     @property
     def spectrum(self) -> list[float]:
         """Root of the energy that each further direction holds, in all matrices together."""
-        columns = zip_longest(*(piece.values for piece in self.pieces), fillvalue=0.0)
+        columns = zip_longest(*(piece.values for piece in self.matrices), fillvalue=0.0)
         return [math.hypot(*column) for column in columns]
 
     def residual(self, rank: int) -> float:
         """Energy that is left at `rank`."""
-        return math.fsum(piece.residual(rank) for piece in self.pieces)
+        return math.fsum(piece.residual(rank) for piece in self.matrices)
 
     def factors(self, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """``(left (out, rank), right (rank, in))`` of one matrix, each times `fold`; directions that it lacks are zeros."""
         import torch
 
-        piece, found = self.pieces[index], []
-        for place in (piece.left, piece.right):
-            whole = place.scratch.get(place)[:rank]
-            if fold != piece.fold:
-                whole *= fold / piece.fold
-            found.append(torch.nn.functional.pad(whole, (0, 0, 0, rank - len(whole))))
-        return found[0].T, found[1]
+        matrix, sides = self.matrices[index], []
+        for slot in (matrix.left, matrix.right):
+            whole = slot.read()[:rank]
+            if fold != matrix.fold:
+                whole *= fold / matrix.fold
+            sides.append(torch.nn.functional.pad(whole, (0, 0, 0, rank - len(whole))))
+        return sides[0].T, sides[1]
 
 
 def factorise(
@@ -166,7 +166,7 @@ def factorise(
     edge: float,
     plan: StoredFactorSpec | None,
     transposed: bool,
-) -> Piece:
+) -> FactorisedMatrix:
     """Factors of one matrix, and what is left of it beside what will be written of them.
 
     Args:
@@ -188,7 +188,7 @@ def factorise(
 
     energy = math.fsum(energies)
     total = math.sqrt(energy) if energy or not moved else None
-    found = truncated_svd(
+    svd = truncated_svd(
         matrix,
         rank=None if rank is None else min(rank, *matrix.shape),
         energy=criterion.energy,
@@ -196,29 +196,29 @@ def factorise(
         device=device,
         total=total,
     )
-    root, left_energy, fold = found.S.sqrt(), None, 1.0
-    left, right = ((side * root).T.to(torch.float32) for side in (found.U, found.V))
+    roots, left_energy, fold = svd.S.sqrt(), None, 1.0
+    left, right = ((side * roots).T.to(torch.float32) for side in (svd.U, svd.V))
     if plan is not None:
         fold = plan.fold
         left, right = (plan.stored(side) for side in (left, right))
         # What is left of almost nothing must be measured finely, what is left of much follows from one product.
         how: Literal["fine", "plain", "sums"] = "plain"
-        if found.relative < _FINE and plan.dtype is DType.F32:
+        if svd.relative < _FINE and plan.dtype is DType.F32:
             how = "fine"
-        elif found.relative > _MUCH and total:
+        elif svd.relative > _MUCH and total:
             how = "sums"
         rows = left_over(matrix, left.T / fold, right / fold, total=total, how=how, device=device)
         parts = [part.sum() for part in torch.split(rows, list(strips))]
         known = energies if how == "sums" else [0.0] * len(strips)
         left_energy = tuple(own + part for own, part in zip(known, torch.stack(parts).tolist(), strict=True))
-    one, other = (right, left) if transposed else (left, right)
-    return Piece(
-        scratch.put(one),
-        scratch.put(other),
-        tuple(found.S.tolist()),
-        float(found.total) ** 2,
-        float(found.residual) ** 2,
-        float(found.bound),
+    out_side, in_side = (right, left) if transposed else (left, right)
+    return FactorisedMatrix(
+        scratch.put(out_side),
+        scratch.put(in_side),
+        tuple(svd.S.tolist()),
+        float(svd.total) ** 2,
+        float(svd.residual) ** 2,
+        float(svd.bound),
         edge,
         fold,
         left_energy,

@@ -106,19 +106,19 @@ class CalibrationTotals:
     @classmethod
     def of(cls, facts: Iterable[CalibrationFacts]) -> CalibrationTotals:
         """Added up."""
-        every = list(facts)
-        total = math.fsum(one.energy for one in every)
+        all_facts = list(facts)
+        total = math.fsum(fact.energy for fact in all_facts)
 
         def together(errors: Iterable[float]) -> float:
-            left = math.fsum(one.energy * error**2 for one, error in zip(every, errors, strict=True))
+            left = math.fsum(fact.energy * error**2 for fact, error in zip(all_facts, errors, strict=True))
             return math.sqrt(left / total) if total > 0 else 0.0
 
         return cls(
-            len(every),
-            sum(one.kept == "weighted" for one in every),
-            sum(bool(one.bias) for one in every),
-            together(one.error for one in every),
-            together(one.plain for one in every),
+            len(all_facts),
+            sum(fact.kept == "weighted" for fact in all_facts),
+            sum(bool(fact.bias) for fact in all_facts),
+            together(fact.error for fact in all_facts),
+            together(fact.plain for fact in all_facts),
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from surgery.extraction.factorise import Factored
+from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.findings import MergedLoRA, Signal
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.tally import PairMeasure
@@ -91,12 +91,12 @@ class Spectrum:
 
 def looks_merged(spectra: Iterable[Spectrum]) -> MergedLoRA | None:
     """Whether nearly all matrices are factors of one rank plus rounding; None if not."""
-    every = list(spectra)
-    counts = Counter(one.signal for one in every if one.merged)
+    all_spectra = list(spectra)
+    counts = Counter(spectrum.signal for spectrum in all_spectra if spectrum.merged)
     if not counts:
         return None
     rank, layers = max(counts.items(), key=lambda item: (item[1], item[0]))
-    return MergedLoRA(rank, layers, len(every)) if layers >= _NEARLY_ALL * len(every) else None
+    return MergedLoRA(rank, layers, len(all_spectra)) if layers >= _NEARLY_ALL * len(all_spectra) else None
 
 
 def remark(rank: int, signal: Signal, *, asked: bool = True) -> str:
@@ -118,30 +118,30 @@ def remark(rank: int, signal: Signal, *, asked: bool = True) -> str:
 
 
 _LOOKED_AT = 1 << 18
-"""Elements of a unit that survival is computed from, in `_RUNS` runs of rows: its standard error is then below 1 %."""
+"""Elements of a target that survival is computed from, in `_RUNS` runs of rows: its standard error is then below 1 %."""
 _RUNS = 16
 
 
-def spectra(found: Factored, noise: float) -> list[Spectrum]:
-    """Every matrix of a unit.
+def spectra(factors: TargetFactors, noise: float) -> list[Spectrum]:
+    """Every matrix of a target.
 
     Args:
-        found: The unit.
+        factors: The target's.
         noise: Energy expected of rounding, in all of it.
     """
-    share = noise / len(found.pieces)
+    share = noise / len(factors.matrices)
     return [
-        Spectrum(piece.values, delta.shape, piece.total, piece.rest, piece.edge, share, piece.signal)
-        for delta, piece in zip(found.unit.deltas, found.pieces, strict=True)
+        Spectrum(matrix.values, delta.shape, matrix.total, matrix.rest, matrix.edge, share, matrix.signal)
+        for delta, matrix in zip(factors.target.deltas, factors.matrices, strict=True)
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseReport:
-    """Of the units that become factors.
+    """Of the targets that become factors.
 
     Attributes:
-        signals: By unit path; of experts, of the one that has most.
+        signals: By target path; of experts, of the one that has most.
         survival: Of all together.
         merged: The LoRA that TUNED looks to be a merge of.
     """
@@ -152,8 +152,8 @@ class NoiseReport:
 
 
 def noise_report(
-    units: Iterable[Factored],
-    chosen: Mapping[str, Factored],
+    targets: Iterable[TargetFactors],
+    chosen: Mapping[str, TargetFactors],
     ranks: Mapping[str, int],
     measures: Mapping[str, PairMeasure],
     workers: int,
@@ -163,37 +163,39 @@ def noise_report(
     """Conclude.
 
     Args:
-        units: As their differences were factorised.
-        chosen: What will be written of each, by unit path.
-        ranks: By unit path.
+        targets: As their differences were factorised.
+        chosen: What will be written of each, by target path.
+        ranks: By target path.
         measures: By TUNED's names.
         workers: Threads.
-        gains: Of a DoRA, by unit path: what each row (of an embedding, each column) of ``W + BA`` is multiplied with.
-        known: What a merge would keep, by path of the units of which that has been worked out already.
+        gains: Of a DoRA, by target path: what each row (of an embedding, each column) of ``W + BA`` is multiplied with.
+        known: What a merge would keep, by path of the targets of which that has been worked out already.
     """
-    every = tuple(units)
-    unknown = [chosen[found.unit.path] for found in every if found.unit.path not in known]
-    kept = {**known, **survivals(unknown, ranks, workers, gains)}
+    all_targets = tuple(targets)
+    unknown = [chosen[factors.target.path] for factors in all_targets if factors.target.path not in known]
+    survival_of = {**known, **survivals(unknown, ranks, workers, gains)}
     signals, all_spectra = {}, []
-    for found in every:
-        mine = spectra(found, math.fsum(measures[name].noise for name in found.unit.names))
-        top = max(mine, key=lambda one: one.signal)
-        complete = all(one.complete for one in mine)
-        survival = kept[found.unit.path].survival
-        signals[found.unit.path] = Signal(top.edge, top.signal, min(top.shape), complete, survival)
-        all_spectra += mine
+    for factors in all_targets:
+        own_spectra = spectra(factors, math.fsum(measures[name].noise for name in factors.target.names))
+        top = max(own_spectra, key=lambda spectrum: spectrum.signal)
+        complete = all(spectrum.complete for spectrum in own_spectra)
+        survival = survival_of[factors.target.path].survival
+        signals[factors.target.path] = Signal(top.edge, top.signal, min(top.shape), complete, survival)
+        all_spectra += own_spectra
     return NoiseReport(
-        signals, Survival.total(kept[found.unit.path] for found in every).survival, looks_merged(all_spectra)
+        signals,
+        Survival.total(survival_of[factors.target.path] for factors in all_targets).survival,
+        looks_merged(all_spectra),
     )
 
 
 def survivals(
-    factored: Iterable[Factored],
+    factored: Iterable[TargetFactors],
     ranks: Mapping[str, int],
     workers: int,
     gains: Mapping[str, Callable[[], torch.Tensor]],
 ) -> dict[str, Survival]:
-    """What a merge of the factors into BASE's stored type would keep, by unit path.
+    """What a merge of the factors into BASE's stored type would keep, by target path.
 
     Args:
         factored: Units.
@@ -201,32 +203,34 @@ def survivals(
         workers: Threads.
         gains: As for `noise_report`.
     """
-    made: dict[str, Survival] = {}
+    results: dict[str, Survival] = {}
 
-    def work(found: Factored, stop: Callable[[], bool]) -> None:
+    def work(factors: TargetFactors, stop: Callable[[], bool]) -> None:
         if not stop():
-            made[found.unit.path] = Survival.total(_survival(found, ranks[found.unit.path], gains.get(found.unit.path)))
+            results[factors.target.path] = Survival.total(
+                _survival(factors, ranks[factors.target.path], gains.get(factors.target.path))
+            )
 
-    in_threads([partial(work, found) for found in factored], workers)
-    return made
+    in_threads([partial(work, factors) for factors in factored], workers)
+    return results
 
 
-def _survival(found: Factored, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Survival]:
+def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Survival]:
     from surgery_formats.linalg.noise import survival
 
     gain = None if gains is None else gains()
-    by_column = found.unit.form == "embedding" or found.unit.deltas[0].transposed
+    by_column = factors.target.form == "embedding" or factors.target.deltas[0].transposed
 
-    for index, delta in enumerate(found.unit.deltas):
-        left, right = found.factors(index, rank)  # (out, rank), (rank, in)
-        one, other = (right.T, left.T) if delta.transposed else (left, right)
+    for index, delta in enumerate(factors.target.deltas):
+        left, right = factors.factors(index, rank)  # (out, rank), (rank, in)
+        rows_side, cols_side = (right.T, left.T) if delta.transposed else (left, right)
         at = 0
         for strip in delta.strips:
             height = strip.last - strip.first
-            share = len(found.unit.deltas) * len(delta.strips)
+            share = len(factors.target.deltas) * len(delta.strips)
             runs = list(sample_runs(height, delta.stored_shape[1], share))
             rows = [(at + start, at + stop) for start, stop in runs]
-            change = at_rows(one, rows) @ other
+            change = at_rows(rows_side, rows) @ cols_side
             base = read_rows(strip.base, strip.first, runs)
             if gain is not None:  # g (W + BA) - W
                 scale = gain if by_column else at_rows(gain, rows)[:, None]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
-from surgery.extraction.extraction_plan import ExtractionPlan, Watch
+from surgery.extraction.extraction_plan import ExtractionPlan, Stopwatch
 from surgery.extraction.result import ExtractResult
-from surgery.extraction.rows import without
+from surgery.extraction.rows import rows_without
 from surgery.extraction.write import TENSOR_FILE, fill
 from surgery.progress import Callback, Progress
 from surgery.verbs.convert import ConvertResult, convert
@@ -23,51 +23,53 @@ from surgery_formats.text import show
 __all__ = ["write", "write_converted"]
 
 
-def write(job: ExtractionPlan, out: Path, watch: Watch, *, overwrite: bool, progress: Callback | None) -> ExtractResult:
+def write(
+    plan: ExtractionPlan, out: Path, stopwatch: Stopwatch, *, overwrite: bool, progress: Callback | None
+) -> ExtractResult:
     """A PEFT folder.
 
     Args:
-        job: What was decided.
+        plan: What was decided.
         out: Its place.
-        watch: Laps for the timings.
+        stopwatch: Laps for the timings.
         overwrite: Replace what is there, atomically.
         progress: Called with every step.
 
     Raises:
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
-    given = () if job.calibration is None else (job.calibration.path,)
-    inputs = (job.both.base.path, job.both.tuned.path, *given)
-    with output_folder(out, job.id, overwrite=overwrite, inputs=inputs) as folder:
-        folder.write_small("adapter_config.json", job.config)
-        if any(kept.via == "resized" for kept in job.forms.kept):
-            for name, path in job.both.tuned.side_files:
+    calibration = () if plan.calibration is None else (plan.calibration.path,)
+    inputs = (plan.checkpoints.base.path, plan.checkpoints.tuned.path, *calibration)
+    with output_folder(out, plan.id, overwrite=overwrite, inputs=inputs) as folder:
+        folder.write_small("adapter_config.json", plan.config)
+        if any(dense.via == "resized" for dense in plan.storage.dense_tensors):
+            for name, path in plan.checkpoints.tuned.side_files:
                 if "token" in name or name in ("vocab.json", "merges.txt"):
                     folder.write_small(name, path.read_bytes())
-        watch.lap("syncing")
-        file = folder.create(TENSOR_FILE, job.nbytes)
+        stopwatch.lap("syncing")
+        file = folder.create(TENSOR_FILE, plan.nbytes)
         stage = file.path.parent
-        filled = fill(file, job.tensors, job.metadata)
-        watch.lap("writing")
+        filled = fill(file, plan.tensors, plan.metadata)
+        stopwatch.lap("writing")
         file.finish({"xxh3": filled})
-        watch.lap("syncing")
+        stopwatch.lap("syncing")
         if progress is not None:
-            progress(Progress(job.nbytes, job.nbytes, "proving"))
-        result = job.proved(stage)
-        watch.lap("proving")
-        job.both.check_unchanged()
-        if job.calibration is not None:
-            job.calibration.check_unchanged()
+            progress(Progress(plan.nbytes, plan.nbytes, "proving"))
+        result = plan.proved(stage)
+        stopwatch.lap("proving")
+        plan.checkpoints.check_unchanged()
+        if plan.calibration is not None:
+            plan.calibration.check_unchanged()
         folder.commit({**result.as_json(), "version": __version__})
-    watch.lap("committing")
+    stopwatch.lap("committing")
     return replace(result, output=out)
 
 
 def write_converted(
-    job: ExtractionPlan,
+    plan: ExtractionPlan,
     out: Path,
     to: str,
-    watch: Watch,
+    stopwatch: Stopwatch,
     most: int | None,
     *,
     allow_loss: bool,
@@ -78,11 +80,11 @@ def write_converted(
     if not out.parent.is_dir():
         raise FitError("no such folder to write into", file=out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:100]}.surgery-") as name:
-        result = write(job, Path(name) / "peft", watch, overwrite=False, progress=None)
+        result = write(plan, Path(name) / "peft", stopwatch, overwrite=False, progress=None)
 
         def check(path: Path, done: ConvertResult) -> Mapping[str, Any]:
             nonlocal result
-            found = result if job.coding is None else job.coded(path)
+            found = result if plan.coding is None else plan.coded(path)
             files = [path] if path.is_file() else list(path.glob("*.safetensors"))
             lost = {
                 entry.site: f"{to} cannot hold it ({entry.detail})"
@@ -96,7 +98,7 @@ def write_converted(
             result = replace(
                 found,
                 format=to,
-                rows=without(found.rows, job.forms, lost),
+                rows=rows_without(found.rows, plan.storage, lost),
                 adapter_nbytes=size,
                 warnings=(*found.warnings, *notes),
             )
@@ -107,8 +109,8 @@ def write_converted(
                 Path(name) / "peft",
                 to,
                 out,
-                base=job.both.base.path,
-                factors=None if job.coding is None else job.coding.name,
+                base=plan.checkpoints.base.path,
+                factors=None if plan.coding is None else plan.coding.name,
                 allow_loss=allow_loss,
                 overwrite=overwrite,
                 check=check,
@@ -118,6 +120,8 @@ def write_converted(
             if error.file is None or name not in str(error.file):
                 raise
             # the folder it speaks of is gone by the time anyone reads this
-            raise FitError(error.message, file=job.both.tuned.path, tensor=error.tensor, hint=error.hint) from error
-    watch.lap("converting")
+            raise FitError(
+                error.message, file=plan.checkpoints.tuned.path, tensor=error.tensor, hint=error.hint
+            ) from error
+    stopwatch.lap("converting")
     return replace(result, output=out)

@@ -57,21 +57,23 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
         FitError: another architecture, a tensor that one of them lacks, or another shape.
     """
     _check_kind(base, tuned)
-    found, lacking, met = [], [], set()
+    pairs, lacking, matched = [], [], set()
     for name, tensor in tuned.tensors.items():
         source = tuned.aliases.get(name)
         if source and source in tuned.tensors and tuned.tensors[source].place == tensor.place:
-            found.append(Pair(name, tensor, tensor, "alias", f"tied to {source}"))
+            pairs.append(Pair(name, tensor, tensor, "alias", f"tied to {source}"))
             continue
         if any(f".{name}".endswith(f".{leaf}") for leaf in tuned.family.derivable):
-            found.append(Pair(name, tensor, tensor, "derivable", "computed when the model is built"))
+            pairs.append(Pair(name, tensor, tensor, "derivable", "computed when the model is built"))
             continue
-        place = base.tensors.get(name) or base.tensors.get(base.aliases.get(name, "")) or _elsewhere(name, base, tensor)
-        if place is None:
+        source_tensor = (
+            base.tensors.get(name) or base.tensors.get(base.aliases.get(name, "")) or _elsewhere(name, base, tensor)
+        )
+        if source_tensor is None:
             lacking.append(name)
             continue
-        met.add(place.name)
-        found.append(Pair(name, place, tensor))
+        matched.add(source_tensor.name)
+        pairs.append(Pair(name, source_tensor, tensor))
     if lacking:
         raise FitError(
             f"BASE lacks {len(lacking)} of TUNED's {len(tuned.tensors)} tensors: {listing(lacking)}",
@@ -83,7 +85,7 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
     missing = [
         name
         for name in base.tensors
-        if name not in met
+        if name not in matched
         and name not in tuned.tensors
         and base.aliases.get(name, tuned.aliases.get(name)) not in tuned.tensors
         and not any(f".{name}".endswith(f".{leaf}") for leaf in base.family.derivable)
@@ -96,27 +98,27 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
             hint=(closest(missing[0], tuned.tensors) if len(missing) == 1 else "")
             or "is this the base it was tuned from?",
         )
-    wrong = [pair for pair in found if pair.base.shape != pair.tuned.shape and not _may_grow(pair, tuned)]
-    if wrong:
-        pair = wrong[0]
+    mismatched = [pair for pair in pairs if pair.base.shape != pair.tuned.shape and not _may_grow(pair, tuned)]
+    if mismatched:
+        pair = mismatched[0]
         raise FitError(
-            f"{list(pair.tuned.shape)} in TUNED, {list(pair.base.shape)} in BASE ({len(wrong)} tensors differ in shape: "
-            f"{listing(pair.name for pair in wrong)})",
+            f"{list(pair.tuned.shape)} in TUNED, {list(pair.base.shape)} in BASE ({len(mismatched)} tensors differ in shape: "
+            f"{listing(pair.name for pair in mismatched)})",
             file=pair.tuned.file.path,
             tensor=pair.name,
             hint="is this the base it was tuned from?",
         )
-    for pair in found:
+    for pair in pairs:
         _check_types(pair)
-    return tuple(found)
+    return tuple(pairs)
 
 
 def _check_types(pair: Pair) -> None:
     """Codes of a quantised model and plain numbers have no difference, and an adapter can put neither in the other's place."""
-    one, other = pair.base.dtype, pair.tuned.dtype
-    if one is not other and not (one.is_float and other.is_float):
+    base_dtype, tuned_dtype = pair.base.dtype, pair.tuned.dtype
+    if base_dtype is not tuned_dtype and not (base_dtype.is_float and tuned_dtype.is_float):
         raise FitError(
-            f"{other.label} in TUNED, {one.label} in BASE, which cannot be subtracted",
+            f"{tuned_dtype.label} in TUNED, {base_dtype.label} in BASE, which cannot be subtracted",
             file=pair.tuned.file.path,
             tensor=pair.name,
             hint="take both in a plain floating-point type: F32, F16 or BF16",
@@ -129,7 +131,7 @@ def _elsewhere(name: str, base: Component, tensor: StoredTensor) -> StoredTensor
     if len(places) != 1:
         return None
     stored = places[0].parameter.storage.tensor
-    return stored if stored.shape == tensor.shape else None
+    return stored if isinstance(stored, StoredTensor) and stored.shape == tensor.shape else None
 
 
 def _may_grow(pair: Pair, tuned: Component) -> bool:
@@ -152,10 +154,10 @@ _DECIDES = (
 def _check_kind(base: Component, tuned: Component) -> None:
     """Equal shapes are not enough: the same tensors mean something else in another architecture."""
     for key in ("model_type", "_class_name"):
-        one, other = base.config.get(key), tuned.config.get(key)
-        if one and other and one != other:
+        base_kind, tuned_kind = base.config.get(key), tuned.config.get(key)
+        if base_kind and tuned_kind and base_kind != tuned_kind:
             raise FitError(
-                f"TUNED is a '{show(other)}', BASE is a '{show(one)}'",
+                f"TUNED is a '{show(tuned_kind)}', BASE is a '{show(base_kind)}'",
                 file=tuned.folder,
                 hint="extract from the base that TUNED was tuned from",
             )
@@ -236,8 +238,8 @@ class Delta:
 
     def whole(self) -> torch.Tensor:
         """The logical matrix in one piece, read now."""
-        made = self.rows(0, self.stored_shape[0])
-        return made.T.contiguous() if self.transposed else made
+        stored = self.rows(0, self.stored_shape[0])
+        return stored.T.contiguous() if self.transposed else stored
 
     @property
     def stored(self) -> StoredDelta:
@@ -270,14 +272,14 @@ def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.
     import torch
 
     tuned = strip.tuned.get(start, stop, dtype)
-    found = tuned.sub_(strip.base.get(start, stop, dtype))
-    if found.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(found))).all()):
+    difference = tuned.sub_(strip.base.get(start, stop, dtype))
+    if difference.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(difference))).all()):
         for side in (strip.base, strip.tuned):
             if not bool(torch.isfinite(side.get(start, stop, dtype)).all()):
-                raise FitError("holds NaN or Inf", file=side.tensor.file.path, tensor=side.tensor.name)
+                raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
         raise FitError(
             "values or differences too large: their squares overflow float32",
-            file=strip.tuned.tensor.file.path,
+            file=strip.tuned.tensor.path,
             tensor=strip.tuned.tensor.name,
         )
-    return found
+    return difference

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.engine.arithmetic import WeightView
-from surgery.extraction.factorise import Factored, Piece
+from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
 from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
@@ -20,13 +19,15 @@ from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
 from surgery_formats.binding.edits import Edit
+from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.views import Index, View, take
-from surgery_formats.text import listing
-from surgery_formats.updates import Apply, LoRA
+from surgery_formats.tensors.apply import Apply, apply_chain
+from surgery_formats.tensors.views import View
+from surgery_formats.updates import LoRA
+from surgery_formats.updates.weights import WeightView
 
 __all__ = ["Error", "agrees", "prove"]
 
@@ -60,7 +61,7 @@ def prove(
     folder: Path,
     base: Checkpoint,
     pairs: Iterable[Pair],
-    factored: Mapping[str, Factored],
+    factored: Mapping[str, TargetFactors],
     measures: Mapping[str, PairMeasure],
     dropped: Mapping[str, str],
     workers: int = 1,
@@ -83,10 +84,7 @@ def prove(
         ProofError: something is read back that nobody meant, or not read back.
     """
     adapter = read_adapter(folder)
-    if left := adapter.unconsumed():
-        raise ProofError(
-            f"{len(left)} tensors were written that nobody reads: {listing(t.name for t in left)}", file=folder.name
-        )
+    check_consumed(adapter, ProofError)
     edits = {edit.name: edit for edit in bind([(adapter, 1.0)], base).edits.values()}
     found: dict[str, Error] = {}
     jobs: list[Callable[[Callable[[], bool]], None]] = []
@@ -119,17 +117,17 @@ class _ProvedPart:
         left: What they leave of it, energy.
     """
 
-    piece: Piece
+    piece: FactorisedMatrix
     strip: Strip
     at: int
     transposed: bool
     left: float
 
 
-def _parts(found: Factored) -> dict[str, list[_ProvedPart]]:
+def _parts(found: TargetFactors) -> dict[str, list[_ProvedPart]]:
     """By tensor; nothing where the factors that were written are not those that were measured."""
     parts: dict[str, list[_ProvedPart]] = {}
-    for delta, piece in zip(found.unit.deltas, found.pieces, strict=True):
+    for delta, piece in zip(found.target.deltas, found.matrices, strict=True):
         if piece.left_energy is None:
             return {}
         at = 0
@@ -162,7 +160,7 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
         for o in edit.operations
     ]
     for part in parts:
-        left, right = (place.scratch.get(place) for place in (part.piece.left, part.piece.right))
+        left, right = (place.read() for place in (part.piece.left, part.piece.right))
         one, other = (right, left) if part.transposed else (left, right)
         height = part.strip.last - part.strip.first
         for start in sorted({0, height // 2, max(height - _PROBED, 0)}):
@@ -170,7 +168,7 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
             rows = one[:, part.at + start : part.at + stop_at].T
             wanted = rows @ other / part.piece.fold**2
             block = torch.zeros_like(wanted)
-            _apply(chain, block, part.strip.first + start, part.strip.first + stop_at)
+            apply_chain(chain, block, part.strip.first + start, part.strip.first + stop_at)
             if float((block - wanted).norm()) > _PROBE * float(rows.norm()) * float(other.norm()) / part.piece.fold**2:
                 raise ProofError(
                     f"read back, rows {part.strip.first + start} to {part.strip.first + stop_at} get another change than was measured",
@@ -221,7 +219,7 @@ def _error(pair: Pair, edit: Edit) -> Error:
             old = base.get(start, min(stop, base.shape[0]), exact)
             change[: len(old)] -= old
         block = torch.zeros_like(wanted) if added else source.get(start, stop, exact)
-        _apply(chain, block, start, stop)
+        apply_chain(chain, block, start, stop)
         energy += float(change.square().sum(dtype=torch.float64))
         left += float((change if added else wanted).sub_(block).square_().sum(dtype=torch.float64))
     return Error(energy, left)
@@ -230,21 +228,3 @@ def _error(pair: Pair, edit: Edit) -> Error:
 def _flat(pair: Pair, source: Plain, *, old: bool) -> tuple[int, int]:
     tensor = pair.base if old else pair.tuned
     return tensor.numel // max(source.shape[1], 1), source.shape[1]
-
-
-def _apply(chain: list[tuple[View, Apply]], block: torch.Tensor, start: int, stop: int) -> None:
-    for view, apply in chain:
-        at = view.locate(start, stop)
-        if not at:
-            continue
-        part = take(block, at.block_rows, at.block_cols)
-        made = apply(part.T if at.transposed else part, at.rows, at.cols)
-        made = made.T if at.transposed else made
-        if not (isinstance(at.block_rows, range) and isinstance(at.block_cols, range)):
-            block[_numbers(at.block_rows)[:, None], _numbers(at.block_cols)] = made
-        elif made.data_ptr() != part.data_ptr():
-            part.copy_(made)
-
-
-def _numbers(index: Index) -> torch.Tensor:
-    return torch.tensor(list(index), dtype=torch.int64)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from surgery.algebra.selection import matches
-from surgery.extraction.factorise import MOST, Criterion, Factored
-from surgery.extraction.result import Choice
-from surgery.extraction.storage_plan import StoragePlan, kept_size
+from surgery.extraction.factorise import MOST, Criterion, TargetFactors
+from surgery.extraction.result import RankChoice
+from surgery.extraction.storage_plan import StoragePlan, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.canonical.adapter import Site
@@ -22,7 +22,16 @@ from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.families.family import role_of
 from surgery_formats.text import closest, show
 
-__all__ = ["TABLE_RANKS", "Budget", "RankGoal", "choices", "magnitude_count", "parse_budget", "ranks_of", "wanted"]
+__all__ = [
+    "TABLE_RANKS",
+    "Budget",
+    "RankGoal",
+    "magnitude_count",
+    "parse_budget",
+    "rank_goal",
+    "rank_table",
+    "ranks_of",
+]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
@@ -35,7 +44,7 @@ class Budget:
     """Most that the adapter may hold: bytes or numbers."""
 
     limit: int
-    unit: Literal["bytes", "parameters"]
+    measure: Literal["bytes", "parameters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +67,27 @@ class RankGoal:
     patterns: tuple[tuple[str, int], ...] = ()
     table: bool = False
 
-    def rank_of(self, unit: LowRankTarget) -> int | None:
-        """What was asked for `unit`, if it was a number."""
+    def rank_of(self, target: LowRankTarget) -> int | None:
+        """What was asked for `target`, if it was a number."""
         if self.rank is None:
             return None
-        site = Site(unit.path)
+        site = Site(target.path)
         return next((rank for pattern, rank in self.patterns if matches(pattern, site)), self.rank)
 
-    def criterion_of(self, unit: LowRankTarget) -> Criterion:
-        """For `unit` by itself."""
-        own = self.rank_of(unit)
+    def criterion_of(self, target: LowRankTarget) -> Criterion:
+        """For `target` by itself."""
+        own = self.rank_of(target)
         if own is None or own == self.rank or self.criterion.rank is None:
             return self.criterion
         return replace(self.criterion, rank=max(own, *TABLE_RANKS) if self.table else own)
 
-    def check_patterns(self, units: Iterable[LowRankTarget]) -> None:
+    def check_patterns(self, targets: Iterable[LowRankTarget]) -> None:
         """A pattern that matches nothing is a slip of the pen.
 
         Raises:
             FitError: there is one.
         """
-        sites = [Site(unit.path) for unit in units]
+        sites = [Site(target.path) for target in targets]
         for pattern, _ in self.patterns:
             if not any(matches(pattern, site) for site in sites):
                 names = sorted({part for site in sites for part in site.path.split(".") if not part.isdigit()})
@@ -89,7 +98,7 @@ class RankGoal:
                 )
 
 
-def wanted(
+def rank_goal(
     rank: int | str | None,
     energy: float | None,
     max_error: float | None,
@@ -103,16 +112,16 @@ def wanted(
     Raises:
         FitError: more than one way to find the rank, or a number out of range.
     """
-    given = [
+    criteria = [
         name for name, value in (("energy", energy), ("max_error", max_error), ("budget", budget)) if value is not None
     ]
-    if patterns and (given or rank == "auto"):
+    if patterns and (criteria or rank == "auto"):
         raise FitError(
-            f"ranks for some modules go with a rank for the others, not with {given[0] if given else 'rank auto'}"
+            f"ranks for some modules go with a rank for the others, not with {criteria[0] if criteria else 'rank auto'}"
         )
-    if len(given) > 1 or (given and rank is not None and (rank != "auto" or given != ["budget"])):
+    if len(criteria) > 1 or (criteria and rank is not None and (rank != "auto" or criteria != ["budget"])):
         raise FitError(
-            f"rank is found in one way only; given: {', '.join([*(['rank'] if rank is not None else []), *given])}"
+            f"rank is found in one way only; given: {', '.join([*(['rank'] if rank is not None else []), *criteria])}"
         )
     for name, value in (("energy", energy), ("max_error", max_error)):
         if value is not None and not 0 < value < 1:
@@ -127,12 +136,12 @@ def wanted(
         return RankGoal(Criterion(max_error=max_error))
     if budget is not None or rank == "auto":
         limit = None if budget is None else parse_budget(budget)
-        numbers = None if limit is None else limit.limit // (2 if limit.unit == "bytes" else 1)
+        numbers = None if limit is None else limit.limit // (2 if limit.measure == "bytes" else 1)
         return RankGoal(Criterion(most=MOST, numbers=numbers), None, limit, rank == "auto")
     number = _checked(DEFAULT if rank is None else rank)
-    others = tuple((pattern, _checked(other)) for pattern, other in (patterns or {}).items())
+    pattern_ranks = tuple((pattern, _checked(pattern_rank)) for pattern, pattern_rank in (patterns or {}).items())
     return RankGoal(
-        Criterion(rank=max(number, *TABLE_RANKS) if table else number), number, patterns=others, table=table
+        Criterion(rank=max(number, *TABLE_RANKS) if table else number), number, patterns=pattern_ranks, table=table
     )
 
 
@@ -148,34 +157,34 @@ def parse_budget(text: str) -> Budget:
     Raises:
         FitError: neither.
     """
-    found = _BUDGET.fullmatch(text.strip())
-    if found is None:
+    match = _BUDGET.fullmatch(text.strip())
+    if match is None:
         raise FitError(
             f"'{show(text, 40)}' is no budget", hint="write 20MB for bytes, or 2M for a number of parameters"
         )
-    number, prefix, binary, unit = found.groups()
+    number, prefix, binary, measure = match.groups()
     limit = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
-    if limit < 1 or (binary and not unit):
+    if limit < 1 or (binary and not measure):
         raise FitError(
             f"'{show(text, 40)}' is no budget", hint="write 20MB for bytes, or 2M for a number of parameters"
         )
-    return Budget(limit, "bytes" if unit else "parameters")
+    return Budget(limit, "bytes" if measure else "parameters")
 
 
 def ranks_of(
     goal: RankGoal,
-    units: tuple[LowRankTarget, ...],
-    factored: Mapping[str, Factored],
+    targets: tuple[LowRankTarget, ...],
+    factored: Mapping[str, TargetFactors],
     formed: Callable[[Mapping[str, int]], StoragePlan],
     dtype: DType | Coding,
     *,
     magnitudes: bool = False,
 ) -> dict[str, int]:
-    """The rank of every unit, by path.
+    """The rank of every target, by path.
 
     Args:
         goal: What was asked for.
-        units: All.
+        targets: All.
         factored: Those that changed, by path.
         formed: Says which of them become factors, and what is stored beside them.
         dtype: Of the factors.
@@ -184,31 +193,33 @@ def ranks_of(
     Raises:
         FitError: the budget is too small for what is stored beside the factors and one direction each.
     """
-    ranks = {unit.path: max(1, factored[unit.path].rank) if unit.path in factored else 1 for unit in units}
-    asked = {unit.path: goal.rank_of(unit) for unit in units}
-    ranks = {path: min(found, asked[path] or found) for path, found in ranks.items()}
+    ranks = {target.path: max(1, factored[target.path].rank) if target.path in factored else 1 for target in targets}
+    asked = {target.path: goal.rank_of(target) for target in targets}
+    ranks = {path: min(entry, asked[path] or entry) for path, entry in ranks.items()}
     if goal.auto:
-        ranks |= {path: max(1, *(piece.signal for piece in found.pieces)) for path, found in factored.items()}
+        ranks |= {path: max(1, *(matrix.signal for matrix in entry.matrices)) for path, entry in factored.items()}
     if goal.budget is None:
         return ranks
-    forms = formed(dict.fromkeys(ranks, 1))
-    factors = [factored[unit.path] for unit in forms.units]
-    costs = [dtype.nbytes(one.unit.cost) if goal.budget.unit == "bytes" else one.unit.cost for one in factors]
-    fixed = sum(kept_size(kept)[goal.budget.unit == "bytes"] for kept in forms.kept)
-    if goal.budget.unit == "bytes":
-        fixed += _HEADER * ((2 if isinstance(dtype, DType) else _CODED) * len(factors) + len(forms.kept) + 1)
+    storage = formed(dict.fromkeys(ranks, 1))
+    factors = [factored[target.path] for target in storage.targets]
+    costs = [
+        dtype.nbytes(entry.target.cost) if goal.budget.measure == "bytes" else entry.target.cost for entry in factors
+    ]
+    fixed = sum(dense_size(dense)[goal.budget.measure == "bytes"] for dense in storage.dense_tensors)
+    if goal.budget.measure == "bytes":
+        fixed += _HEADER * ((2 if isinstance(dtype, DType) else _CODED) * len(factors) + len(storage.dense_tensors) + 1)
     if magnitudes:
-        fixed += sum(magnitude_count(found.unit) for found in factors) * (4 if goal.budget.unit == "bytes" else 1)
+        fixed += sum(magnitude_count(entry.target) for entry in factors) * (4 if goal.budget.measure == "bytes" else 1)
     return ranks | _allotted(goal.budget, factors, ranks, costs, fixed)
 
 
-def magnitude_count(unit: LowRankTarget) -> int:
+def magnitude_count(target: LowRankTarget) -> int:
     """Numbers that a DoRA has beside the factors: one for each row, of an embedding for each column."""
-    return unit.deltas[0].shape[1 if unit.form == "embedding" else 0]
+    return target.deltas[0].shape[1 if target.form == "embedding" else 0]
 
 
 def _allotted(
-    budget: Budget, factors: list[Factored], ranks: Mapping[str, int], costs: list[int], fixed: int
+    budget: Budget, factors: list[TargetFactors], ranks: Mapping[str, int], costs: list[int], fixed: int
 ) -> dict[str, int]:
     import torch
 
@@ -216,52 +227,52 @@ def _allotted(
 
     if fixed + sum(costs) > budget.limit:
         raise FitError(
-            f"the budget is {budget.limit:,} {budget.unit}; what is stored whole takes {fixed:,}, and one direction of each of "
+            f"the budget is {budget.limit:,} {budget.measure}; what is stored whole takes {fixed:,}, and one direction of each of "
             f"{len(factors)} matrices {sum(costs):,}",
             hint="raise it, or use --dense none --allow-loss",
         )
-    spectra = [torch.tensor(found.spectrum, dtype=torch.float64) for found in factors]
-    most = [ranks[found.unit.path] for found in factors]
-    made = allocate(spectra, costs, budget.limit - fixed, least=1, most=most)
-    return {found.unit.path: max(1, rank) for found, rank in zip(factors, made.ranks, strict=True)}
+    spectra = [torch.tensor(entry.spectrum, dtype=torch.float64) for entry in factors]
+    most = [ranks[entry.target.path] for entry in factors]
+    allocation = allocate(spectra, costs, budget.limit - fixed, least=1, most=most)
+    return {entry.target.path: max(1, rank) for entry, rank in zip(factors, allocation.ranks, strict=True)}
 
 
 TABLE_RANKS = (4, 8, 16, 32, 64)
 _LAYERS: Mapping[str, tuple[str, ...]] = {"attention": ("attention",), "mlp": ("mlp", "expert"), "all": ()}
 
 
-def choices(
-    forms: StoragePlan,
-    factored: Mapping[str, Factored],
+def rank_table(
+    storage: StoragePlan,
+    factored: Mapping[str, TargetFactors],
     measures: Mapping[str, PairMeasure],
     stored: tuple[int, int],
     dtype: DType | Coding,
     ranks: Iterable[int] = TABLE_RANKS,
-) -> tuple[Choice, ...]:
+) -> tuple[RankChoice, ...]:
     """Every rank for every group of layers.
 
     Args:
-        forms: What becomes factors.
+        storage: What becomes factors.
         factored: Spectra, known up to the largest of `ranks`.
         measures: Of every tensor.
         stored: ``(numbers, bytes)`` that are stored whole.
         dtype: Of the factors.
         ranks: To tabulate.
     """
-    total = math.fsum(found.energy for found in measures.values())
-    dropped = math.fsum(measures[name].energy for name in forms.dropped)
-    made = []
+    total = math.fsum(entry.energy for entry in measures.values())
+    dropped = math.fsum(measures[name].energy for name in storage.dropped)
+    rows = []
     for rank in ranks:
         for layers, roles in _LAYERS.items():
             left, numbers = dropped, 0
-            for unit in forms.units:
-                found = factored[unit.path]
-                if roles and role_of(unit.path) not in roles:
-                    left += found.energy
+            for target in storage.targets:
+                entry = factored[target.path]
+                if roles and role_of(target.path) not in roles:
+                    left += entry.energy
                     continue
-                left += found.residual(rank)
-                numbers += unit.cost * min(rank, found.rank)
+                left += entry.residual(rank)
+                numbers += target.cost * min(rank, entry.rank)
             residual = math.sqrt(left / total) if total else 0.0
             nbytes = dtype.nbytes(numbers) + stored[1]
-            made.append(Choice(rank, layers, residual, numbers + stored[0], nbytes))
-    return tuple(made)
+            rows.append(RankChoice(rank, layers, residual, numbers + stored[0], nbytes))
+    return tuple(rows)

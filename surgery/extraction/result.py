@@ -17,11 +17,11 @@ from surgery.extraction.findings import CalibrationFacts, CalibrationTotals, Kin
 from surgery.reports.targets import pattern_of
 from surgery.reports.to_json import plain
 
-__all__ = ["Choice", "ExtractClass", "ExtractResult", "ExtractRow", "Layers", "layers_of"]
+__all__ = ["ExtractClass", "ExtractResult", "ExtractRow", "Layers", "RankChoice", "layers_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RankChoice:
     """One rank for some of the layers; what is stored whole is stored in any case.
 
     Attributes:
@@ -154,7 +154,7 @@ class ExtractResult:
     adapter_nbytes: int
     tuned_nbytes: int
     warnings: tuple[str, ...] = ()
-    table: tuple[Choice, ...] = ()
+    table: tuple[RankChoice, ...] = ()
     survival: float = math.nan
     merged: MergedLoRA | None = None
     kind: KindFacts | None = None
@@ -285,19 +285,19 @@ class Layers:
     @property
     def signal(self) -> str:
         """Directions that stand out of rounding noise, of how many: ``50/384``, ``33-203/384``, ``>=16/384``."""
-        found = [row.signal for row in self.rows if row.signal is not None]
-        if not found:
+        signals = [row.signal for row in self.rows if row.signal is not None]
+        if not signals:
             return ""
-        least = "" if all(one.complete for one in found) else ">="
-        return f"{least}{_spread([one.count for one in found])}/{_spread([one.of for one in found])}"
+        least = "" if all(signal.complete for signal in signals) else ">="
+        return f"{least}{_spread([signal.count for signal in signals])}/{_spread([signal.of for signal in signals])}"
 
     @property
     def survival(self) -> float:
         """Share of their factors' update that a merge would keep, weighted by energy; NaN where there are no factors."""
-        found = [(row.energy, row.signal.survival) for row in self.rows if row.signal is not None]
-        found = [(energy, value) for energy, value in found if not math.isnan(value)]
-        total = math.fsum(energy for energy, _ in found)
-        return math.fsum(energy * value for energy, value in found) / total if total > 0 else math.nan
+        survivals = [(row.energy, row.signal.survival) for row in self.rows if row.signal is not None]
+        survivals = [(energy, value) for energy, value in survivals if not math.isnan(value)]
+        total = math.fsum(energy for energy, _ in survivals)
+        return math.fsum(energy * value for energy, value in survivals) / total if total > 0 else math.nan
 
     @property
     def why(self) -> str:
@@ -320,7 +320,7 @@ def layers_of(rows: Iterable[ExtractRow], *, apart: bool = False) -> tuple[Layer
     groups: dict[tuple[str, str], list[ExtractRow]] = {}
     for row in rows:
         groups.setdefault((row.name if apart else pattern_of(row.name), row.kind), []).append(row)
-    return tuple(Layers(pattern, tuple(found)) for (pattern, _), found in groups.items())
+    return tuple(Layers(pattern, tuple(members)) for (pattern, _), members in groups.items())
 
 
 def _spread(numbers: list[int]) -> str:

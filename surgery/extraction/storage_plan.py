@@ -20,7 +20,7 @@ from surgery_formats.tensors.tensor import StoredTensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "kept_size", "nesting", "plan_storage"]
+__all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "dense_size", "nesting", "plan_storage"]
 
 RESIZABLE = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
 """Modules whose whole weight PEFT (and every reader here) takes under its plain name: a vocabulary that was resized."""
@@ -70,28 +70,28 @@ class StoragePlan:
     """The form of everything that changed.
 
     Attributes:
-        units: Low-rank.
-        kept: Stored as TUNED has it.
-        saved: Module paths for ``modules_to_save``.
+        targets: Low-rank.
+        dense_tensors: Stored as TUNED has it.
+        saved_modules: Module paths for ``modules_to_save``.
         dropped: TUNED's name -> why no form holds it.
         why: TUNED's name -> remark for the ledger.
     """
 
-    units: list[LowRankTarget] = field(default_factory=list)
-    kept: list[DenseTensor] = field(default_factory=list)
-    saved: set[str] = field(default_factory=set)
+    targets: list[LowRankTarget] = field(default_factory=list)
+    dense_tensors: list[DenseTensor] = field(default_factory=list)
+    saved_modules: set[str] = field(default_factory=set)
     dropped: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
 
     @property
-    def targets(self) -> set[str]:
+    def target_modules(self) -> set[str]:
         """Modules with factors."""
-        return {unit.path.rpartition(".")[0] for unit in self.units}
+        return {target.path.rpartition(".")[0] for target in self.targets}
 
 
 def plan_storage(
-    spots: tuple[TunedParameter, ...],
-    units: tuple[LowRankTarget, ...],
+    parameters: tuple[TunedParameter, ...],
+    targets: tuple[LowRankTarget, ...],
     measures: Mapping[str, PairMeasure],
     base: Component,
     tuned: Component,
@@ -101,13 +101,13 @@ def plan_storage(
     """Choose.
 
     Args:
-        spots: Every compared tensor.
-        units: What was factorised.
+        parameters: Every compared tensor.
+        targets: What was factorised.
         measures: By TUNED's name.
         base: BASE.
         tuned: TUNED.
         options: The user's.
-        ranks: Rank of every unit, by path.
+        ranks: Rank of every target, by path.
 
     Raises:
         NothingChangedError: TUNED is BASE.
@@ -119,25 +119,25 @@ def plan_storage(
             file=tuned.folder,
             hint="the order is BASE TUNED",
         )
-    forms = StoragePlan()
-    done = _vocabulary(forms, spots, units, measures, base, tuned, options, ranks)
-    rest = [spot for spot in spots if spot.pair.name not in done]
-    _copies(forms, rest, measures, options)
-    covered = {spot.pair.name for spot in rest if _inside(spot.path, forms.saved)} | done
-    for unit in units:
-        if not covered.intersection(unit.names) and any(measures[name].changed for name in unit.names):
-            forms.units.append(unit)
-    _refuse_nests(forms)
-    for spot in rest:
-        name = spot.pair.name
+    plan = StoragePlan()
+    done = _vocabulary(plan, parameters, targets, measures, base, tuned, options, ranks)
+    rest = [parameter for parameter in parameters if parameter.pair.name not in done]
+    _copies(plan, rest, measures, options)
+    covered = {parameter.pair.name for parameter in rest if _inside(parameter.path, plan.saved_modules)} | done
+    for target in targets:
+        if not covered.intersection(target.names) and any(measures[name].changed for name in target.names):
+            plan.targets.append(target)
+    _refuse_nests(plan)
+    for parameter in rest:
+        name = parameter.pair.name
         if name in covered:
-            forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "modules_to_save", name))
-        elif measures[name].changed and spot.path.endswith(".bias") and spot.form in ("bias", "norm"):
-            if spot.form in options.dense:
-                forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "bias", name))
+            plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "modules_to_save", name))
+        elif measures[name].changed and parameter.path.endswith(".bias") and parameter.form in ("bias", "norm"):
+            if parameter.form in options.dense:
+                plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "bias", name))
             else:
-                forms.dropped[name] = f"{spot.form} changes were not asked for (--dense)"
-    return forms
+                plan.dropped[name] = f"{parameter.form} changes were not asked for (--dense)"
+    return plan
 
 
 def _inside(path: str, modules: Iterable[str]) -> bool:
@@ -146,9 +146,9 @@ def _inside(path: str, modules: Iterable[str]) -> bool:
 
 
 def _vocabulary(
-    forms: StoragePlan,
-    spots: tuple[TunedParameter, ...],
-    units: tuple[LowRankTarget, ...],
+    plan: StoragePlan,
+    parameters: tuple[TunedParameter, ...],
+    targets: tuple[LowRankTarget, ...],
     measures: Mapping[str, PairMeasure],
     base: Component,
     tuned: Component,
@@ -157,34 +157,41 @@ def _vocabulary(
 ) -> set[str]:
     """Embedding and head; returns the names that are settled."""
     settled = set()
-    for spot in spots:
-        name = spot.pair.name
-        if not base.embedding and measures[name].changed and _may_be_tied(spot, spots, base):
+    for parameter in parameters:
+        name = parameter.pair.name
+        if not base.embedding and measures[name].changed and _may_be_tied(parameter, parameters, base):
             if measures[name].rows and not _masked(base):
-                _shared_rows(forms, spot, measures[name])
+                _shared_rows(plan, parameter, measures[name])
             else:
-                forms.dropped[name] = "which modules share it is not known" if _masked(base) else _TOO_MANY
+                plan.dropped[name] = "which modules share it is not known" if _masked(base) else _TOO_MANY
             settled.add(name)
-    mine = [
-        spot for spot in spots if spot.pair.name in (tuned.embedding, tuned.head) and measures[spot.pair.name].changed
+    changed = [
+        parameter
+        for parameter in parameters
+        if parameter.pair.name in (tuned.embedding, tuned.head) and measures[parameter.pair.name].changed
     ]
-    if any(spot.pair.grown > 0 for spot in mine):
-        return _resized(forms, mine)
+    if any(parameter.pair.grown > 0 for parameter in changed):
+        return _resized(plan, changed)
     shared = [alias for alias, source in base.family.ties if source == base.embedding and alias in base.aliases]
-    if mine and (shared or (base.tied and base.head)):
-        return _tied(forms, spots, measures, base, tuned, inseparable=bool(shared or base.family.inseparable))
-    for spot in mine:
-        name = spot.pair.name
-        unit = next((one for one in units if name in one.names), None)
+    if changed and (shared or (base.tied and base.head)):
+        return _tied(plan, parameters, measures, base, tuned, inseparable=bool(shared or base.family.inseparable))
+    for parameter in changed:
+        name = parameter.pair.name
+        target = next((candidate for candidate in targets if name in candidate.names), None)
         rows = measures[name].rows
-        full = spot.pair.tuned.matrix
-        if spot.form == "embedding" and rows and unit and len(rows) * full[1] <= ranks[unit.path] * unit.cost:
-            forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "token rows", name, rows))
-            forms.why[name] = f"{len(rows)} of {full[0]} rows changed"
+        full = parameter.pair.tuned.matrix
+        if (
+            parameter.form == "embedding"
+            and rows
+            and target
+            and len(rows) * full[1] <= ranks[target.path] * target.cost
+        ):
+            plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "token rows", name, rows))
+            plan.why[name] = f"{len(rows)} of {full[0]} rows changed"
             settled.add(name)
         elif options.embeddings == "full":
-            forms.saved.add(spot.module)
-            forms.why[name] = "a full copy was asked for"
+            plan.saved_modules.add(parameter.module)
+            plan.why[name] = "a full copy was asked for"
     return settled
 
 
@@ -193,25 +200,26 @@ def _masked(base: Component) -> bool:
     return any("MaskedLM" in str(name) or "PreTraining" in str(name) for name in base.config.get("architectures") or ())
 
 
-def _resized(forms: StoragePlan, mine: list[TunedParameter]) -> set[str]:
-    for spot in mine:
-        last = spot.module.rpartition(".")[2]
+def _resized(plan: StoragePlan, changed: list[TunedParameter]) -> set[str]:
+    for parameter in changed:
+        last = parameter.module.rpartition(".")[2]
         if last not in RESIZABLE:
             raise FitError(
-                f"its vocabulary grew by {spot.pair.grown} rows, and PEFT takes no resized '{last}'",
-                file=spot.pair.tuned.file.path,
-                tensor=spot.pair.name,
+                f"its vocabulary grew by {parameter.pair.grown} rows, and PEFT takes no resized '{last}'",
+                file=parameter.pair.tuned.file.path,
+                tensor=parameter.pair.name,
             )
-        forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "resized", spot.pair.name))
-        forms.why[spot.pair.name] = (
-            f"{spot.pair.grown} new rows, stored whole: resize the base's embedding to {spot.pair.tuned.shape[0]} before PEFT loads it"
+        plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "resized", parameter.pair.name))
+        plan.why[parameter.pair.name] = (
+            f"{parameter.pair.grown} new rows, stored whole: "
+            f"resize the base's embedding to {parameter.pair.tuned.shape[0]} before PEFT loads it"
         )
-    return {spot.pair.name for spot in mine}
+    return {parameter.pair.name for parameter in changed}
 
 
 def _tied(
-    forms: StoragePlan,
-    spots: tuple[TunedParameter, ...],
+    plan: StoragePlan,
+    parameters: tuple[TunedParameter, ...],
     measures: Mapping[str, PairMeasure],
     base: Component,
     tuned: Component,
@@ -219,7 +227,7 @@ def _tied(
     inseparable: bool,
 ) -> set[str]:
     """Head and embedding are one tensor: factors on both would be added twice when merged, on one be missed by the other attached."""
-    by_name = {spot.pair.name: spot for spot in spots}
+    by_name = {parameter.pair.name: parameter for parameter in parameters}
     embedding = by_name[tuned.embedding]
     own_head = by_name.get(tuned.head)
     measure = measures[tuned.embedding]
@@ -228,37 +236,38 @@ def _tied(
     # PEFT's rows on a head leave its bias out while attached.
     biased = f"{base.head.removesuffix('weight')}bias" in {*base.tensors, *base.aliases}
     if biased:
-        forms.dropped |= dict.fromkeys(
+        plan.dropped |= dict.fromkeys(
             settled, "it is tied to a head with a bias, for which PEFT has no form that is right attached and merged"
         )
         return settled
     if measure.rows and (inseparable or not parted):
         if parted:
-            forms.dropped[tuned.head] = "TUNED parted it from the embedding, and in BASE they cannot part"
-        _shared_rows(forms, embedding, measure)
+            plan.dropped[tuned.head] = "TUNED parted it from the embedding, and in BASE they cannot part"
+        _shared_rows(plan, embedding, measure)
         return settled
     if inseparable:
-        forms.dropped |= dict.fromkeys(settled, _TOO_MANY)
+        plan.dropped |= dict.fromkeys(settled, _TOO_MANY)
         return settled
     head = own_head.pair.tuned if own_head else embedding.pair.tuned
     path = tree_name(base.head, base)
     for where, tensor, name in ((embedding.path, embedding.pair.tuned, tuned.embedding), (path, head, tuned.head)):
-        forms.saved.add(where.rpartition(".")[0])
-        forms.kept.append(DenseTensor(where, tensor, "modules_to_save", name))
-    forms.why[tuned.embedding] = "tied to the head: copies of both are the form in which PEFT attached and merged agree"
+        plan.saved_modules.add(where.rpartition(".")[0])
+        plan.dense_tensors.append(DenseTensor(where, tensor, "modules_to_save", name))
+    plan.why[tuned.embedding] = "tied to the head: copies of both are the form in which PEFT attached and merged agree"
     return settled
 
 
-def _shared_rows(forms: StoragePlan, spot: TunedParameter, measure: PairMeasure) -> None:
+def _shared_rows(plan: StoragePlan, parameter: TunedParameter, measure: PairMeasure) -> None:
     """Rows reach every module that shares the tensor, in PEFT attached as merged, and the tie lasts."""
-    name = spot.pair.name
-    forms.kept.append(DenseTensor(spot.path, spot.pair.tuned, "token rows", name, measure.rows))
-    forms.why[name] = (
-        f"tied: {len(measure.rows)} of {spot.pair.tuned.shape[0]} rows as TUNED has them, the form in which PEFT attached and merged agree"
+    name = parameter.pair.name
+    plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "token rows", name, measure.rows))
+    plan.why[name] = (
+        f"tied: {len(measure.rows)} of {parameter.pair.tuned.shape[0]} rows as TUNED has them, "
+        "the form in which PEFT attached and merged agree"
     )
 
 
-def _may_be_tied(spot: TunedParameter, spots: Iterable[TunedParameter], base: Component) -> bool:
+def _may_be_tied(parameter: TunedParameter, parameters: Iterable[TunedParameter], base: Component) -> bool:
     """Whether a head that is not stored may share this table: an unknown family's language model."""
     names = [str(name) for name in base.config.get("architectures") or ()]
     model = any(
@@ -266,38 +275,44 @@ def _may_be_tied(spot: TunedParameter, spots: Iterable[TunedParameter], base: Co
         for name in names
         for mark in ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining")
     )
-    if spot.form != "embedding" or not model:
+    if parameter.form != "embedding" or not model:
         return False
-    vocabulary = spot.pair.base.shape[0] == base.config.get("vocab_size")
-    stored = any(one.form == "linear" and one.pair.base.shape == spot.pair.base.shape for one in spots)
+    vocabulary = parameter.pair.base.shape[0] == base.config.get("vocab_size")
+    stored = any(other.form == "linear" and other.pair.base.shape == parameter.pair.base.shape for other in parameters)
     return vocabulary and not stored and base.config.get("tie_word_embeddings") is not False
 
 
 def _copies(
-    forms: StoragePlan, rest: list[TunedParameter], measures: Mapping[str, PairMeasure], options: StorageOptions
+    plan: StoragePlan, rest: list[TunedParameter], measures: Mapping[str, PairMeasure], options: StorageOptions
 ) -> None:
     """Modules that must be stored whole, for one of their parameters has no other form."""
-    modules = {module for spot in rest for module in _ancestors(spot.path)}
-    for spot in rest:
-        if not measures[spot.pair.name].changed or spot.form in ("linear", "conv", "embedding", "experts", "bias"):
+    modules = {module for parameter in rest for module in _ancestors(parameter.path)}
+    for parameter in rest:
+        if not measures[parameter.pair.name].changed or parameter.form in (
+            "linear",
+            "conv",
+            "embedding",
+            "experts",
+            "bias",
+        ):
             continue
-        only_bias = spot.form == "norm" and spot.path.endswith(".bias")
-        if spot.form == "norm" and "norm" not in options.dense:
-            forms.dropped.setdefault(spot.pair.name, "norm changes were not asked for (--dense)")
-        elif not _can_be_copied(spot.module, modules):
-            forms.dropped[spot.pair.name] = "it belongs to no module that PEFT could store in full"
+        only_bias = parameter.form == "norm" and parameter.path.endswith(".bias")
+        if parameter.form == "norm" and "norm" not in options.dense:
+            plan.dropped.setdefault(parameter.pair.name, "norm changes were not asked for (--dense)")
+        elif not _can_be_copied(parameter.module, modules):
+            plan.dropped[parameter.pair.name] = "it belongs to no module that PEFT could store in full"
         elif not only_bias:
-            forms.saved.add(spot.module)
+            plan.saved_modules.add(parameter.module)
     # PEFT copies every module whose path ends as a listed one, and asks the file for all of them.
-    own = {module for module in forms.saved if module in modules}
+    own = {module for module in plan.saved_modules if module in modules}
     while more := {module for module in modules if any(module.endswith(kept) for kept in own)} - own:
         own |= more
-    forms.saved |= own
-    forms.saved = {module for module in forms.saved if not _inside(module, forms.saved - {module})}
+    plan.saved_modules |= own
+    plan.saved_modules = {module for module in plan.saved_modules if not _inside(module, plan.saved_modules - {module})}
     for name in [
-        name for name in forms.dropped if any(s.pair.name == name and _inside(s.path, forms.saved) for s in rest)
+        name for name in plan.dropped if any(s.pair.name == name and _inside(s.path, plan.saved_modules) for s in rest)
     ]:
-        del forms.dropped[name]
+        del plan.dropped[name]
 
 
 def _ancestors(path: str) -> list[str]:
@@ -313,31 +328,31 @@ def _can_be_copied(module: str, modules: set[str]) -> bool:
     return not any(segment.isdigit() for path in below for segment in path.split("."))
 
 
-def _refuse_nests(forms: StoragePlan) -> None:
+def _refuse_nests(plan: StoragePlan) -> None:
     """Several 3-D parameters of one module nest; which is the inner one is known for the common names only."""
     by_module: dict[str, list[LowRankTarget]] = {}
-    for unit in forms.units:
-        if unit.form == "experts":
-            by_module.setdefault(unit.path.rpartition(".")[0], []).append(unit)
-    for module, units in by_module.items():
-        names = {unit.path.rpartition(".")[2] for unit in units}
-        if len(units) > 1 and not names <= set(_NESTING):
-            for unit in units:
-                forms.units.remove(unit)
-                forms.dropped |= dict.fromkeys(
-                    unit.names, f"which parameter of '{module}' PEFT wraps first is not known"
+    for target in plan.targets:
+        if target.form == "experts":
+            by_module.setdefault(target.path.rpartition(".")[0], []).append(target)
+    for module, targets in by_module.items():
+        names = {target.path.rpartition(".")[2] for target in targets}
+        if len(targets) > 1 and not names <= set(_NESTING):
+            for target in targets:
+                plan.targets.remove(target)
+                plan.dropped |= dict.fromkeys(
+                    target.names, f"which parameter of '{module}' PEFT wraps first is not known"
                 )
 
 
-def kept_size(kept: DenseTensor) -> tuple[int, int]:
+def dense_size(dense: DenseTensor) -> tuple[int, int]:
     """``(numbers, bytes)`` that are stored."""
-    numbers = len(kept.rows) * kept.tensor.matrix[1] if kept.rows else kept.tensor.numel
-    return numbers, numbers * kept.tensor.dtype.bits // 8
+    numbers = len(dense.rows) * dense.tensor.matrix[1] if dense.rows else dense.tensor.numel
+    return numbers, numbers * dense.tensor.dtype.bits // 8
 
 
 def nesting(path: str, paths: Iterable[str]) -> int:
     """How deep the factors of the 3-D parameter `path` lie among those of its module."""
     module, _, name = path.rpartition(".")
     others = {other.rpartition(".")[2] for other in paths if other.rpartition(".")[0] == module}
-    ordered = sorted(others, key=lambda one: _NESTING.index(one) if one in _NESTING else 0)
+    ordered = sorted(others, key=lambda leaf: _NESTING.index(leaf) if leaf in _NESTING else 0)
     return len(ordered) - 1 - ordered.index(name)

@@ -17,7 +17,7 @@ from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.family import Fused
 from surgery_formats.storage.plain import Plain
 
-__all__ = ["Form", "LowRankTarget", "TunedParameter", "spots_of", "tree_name", "units_of"]
+__all__ = ["Form", "LowRankTarget", "TunedParameter", "low_rank_targets", "tree_name", "tuned_parameters"]
 
 Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole", "owner"]
 """``whole``: a weight that only a copy of its module can hold; ``owner``: a parameter that belongs to a module of several."""
@@ -83,14 +83,15 @@ class LowRankTarget:
         return min(self.deltas[0].shape)
 
 
-def spots_of(pairs: Iterable[Pair], base: Component) -> tuple[TunedParameter, ...]:
+def tuned_parameters(pairs: Iterable[Pair], base: Component) -> tuple[TunedParameter, ...]:
     """Every compared pair with its place in the tree and its form."""
     prefix = _prefix(base)
-    every = [pair for pair in pairs if pair.match == "pair"]
-    known = {pair.name: pair for pair in every}
-    routed = {name.partition(".experts.")[0] for name in known if ".experts." in name}
+    compared = [pair for pair in pairs if pair.match == "pair"]
+    by_name = {pair.name: pair for pair in compared}
+    routed = {name.partition(".experts.")[0] for name in by_name if ".experts." in name}
     return tuple(
-        TunedParameter(pair, tree_name(pair.name, base, prefix), _form(pair, base, known, routed)) for pair in every
+        TunedParameter(pair, tree_name(pair.name, base, prefix), _form(pair, base, by_name, routed))
+        for pair in compared
     )
 
 
@@ -110,10 +111,10 @@ def _prefix(base: Component) -> str:
 
 def tree_name(name: str, base: Component, prefix: str = "") -> str:
     """`name` as the model's tree has it: today's spelling of every renamed run of segments."""
-    found = f".{prefix}{name}."
+    path = f".{prefix}{name}."
     for rename in base.family.renames:
-        found = found.replace(f".{rename.other}.", f".{rename.one}.")
-    return found[1:-1]
+        path = path.replace(f".{rename.other}.", f".{rename.one}.")
+    return path[1:-1]
 
 
 def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[str]) -> Form:
@@ -148,59 +149,59 @@ def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[st
     return "conv" if len(shape) <= 5 and shape[1] > 1 and not bare else "whole"
 
 
-def units_of(spots: Iterable[TunedParameter], base: Component) -> tuple[LowRankTarget, ...]:
+def low_rank_targets(parameters: Iterable[TunedParameter], base: Component) -> tuple[LowRankTarget, ...]:
     """What can be low-rank: matrices one by one, experts together."""
-    units: list[LowRankTarget] = []
+    targets: list[LowRankTarget] = []
     apart: dict[str, dict[tuple[int, int], TunedParameter]] = {}
     fused_by_path: dict[str, Fused] = {}
-    for spot in spots:
-        if not spot.pair.tuned.numel:
+    for parameter in parameters:
+        if not parameter.pair.tuned.numel:
             continue  # without values, thus without a change
-        place = _expert_part(spot, base)
+        place = _expert_part(parameter, base)
         if place is not None:
             path, number, position, fused = place
-            apart.setdefault(path, {})[number, position] = spot
+            apart.setdefault(path, {})[number, position] = parameter
             fused_by_path[path] = fused
-        elif spot.form == "experts":
-            units.append(_stack(spot))
-        elif spot.form in ("linear", "conv", "embedding"):
-            units.append(_single(spot, base))
+        elif parameter.form == "experts":
+            targets.append(_stack(parameter))
+        elif parameter.form in ("linear", "conv", "embedding"):
+            targets.append(_single(parameter, base))
     for path, parts in apart.items():
-        units.append(_gathered(path, parts, len(fused_by_path[path].parts)))
-    return tuple(units)
+        targets.append(_gathered(path, parts, len(fused_by_path[path].parts)))
+    return tuple(targets)
 
 
-def _single(spot: TunedParameter, base: Component) -> LowRankTarget:
-    pair = spot.pair
+def _single(parameter: TunedParameter, base: Component) -> LowRankTarget:
+    pair = parameter.pair
     turned = len(pair.tuned.shape) == 2 and base.family.stores_transposed(pair.name)
     delta = Delta((_strip(pair),), turned, (pair.name,))
     shape = delta.shape if len(pair.tuned.shape) == 2 else pair.tuned.shape
-    return LowRankTarget(spot.path, spot.form, (delta,), shape, (pair.name,))
+    return LowRankTarget(parameter.path, parameter.form, (delta,), shape, (pair.name,))
 
 
 def _strip(pair: Pair) -> Strip:
-    one, other = Plain.of(pair.base), Plain.of(pair.tuned)
-    return Strip(one, other, 0, min(one.shape[0], other.shape[0]))
+    base, tuned = Plain.of(pair.base), Plain.of(pair.tuned)
+    return Strip(base, tuned, 0, min(base.shape[0], tuned.shape[0]))
 
 
-def _stack(spot: TunedParameter) -> LowRankTarget:
+def _stack(parameter: TunedParameter) -> LowRankTarget:
     """A 3-D tensor ``(E, out, in)``: one delta per expert."""
-    pair = spot.pair
-    one, other = Plain.of(pair.base, stacked=True), Plain.of(pair.tuned, stacked=True)
+    pair = parameter.pair
+    base, tuned = Plain.of(pair.base, stacked=True), Plain.of(pair.tuned, stacked=True)
     count, height, _ = pair.tuned.shape
-    deltas = tuple(Delta((Strip(one, other, e * height, (e + 1) * height),), names=(pair.name,)) for e in range(count))
-    return LowRankTarget(spot.path, "experts", deltas, pair.tuned.shape[1:], (pair.name,))
+    deltas = tuple(Delta((Strip(base, tuned, e * height, (e + 1) * height),), names=(pair.name,)) for e in range(count))
+    return LowRankTarget(parameter.path, "experts", deltas, pair.tuned.shape[1:], (pair.name,))
 
 
-def _expert_part(spot: TunedParameter, base: Component) -> tuple[str, int, int, Fused] | None:
+def _expert_part(parameter: TunedParameter, base: Component) -> tuple[str, int, int, Fused] | None:
     """``(path of the 3-D parameter, expert, position of the part, record)`` of one expert's own tensor."""
-    if spot.form != "linear" or ".experts." not in spot.path:
+    if parameter.form != "linear" or ".experts." not in parameter.path:
         return None
     for fused in base.family.fused:
         for position, part in enumerate(fused.parts):
             pattern = re.escape(part).replace(r"\{e\}", r"(\d{1,5})")
-            if found := re.fullmatch(rf"(.*\.){pattern}", spot.path):
-                return f"{found[1]}{fused.whole}", int(found[2]), position, fused
+            if match := re.fullmatch(rf"(.*\.){pattern}", parameter.path):
+                return f"{match[1]}{fused.whole}", int(match[2]), position, fused
     return None
 
 
@@ -214,7 +215,7 @@ def _gathered(path: str, parts: Mapping[tuple[int, int], TunedParameter], width:
         )
     deltas = []
     for number in range(count):
-        mine = [parts[number, position].pair for position in range(width)]
-        deltas.append(Delta(tuple(_strip(pair) for pair in mine), names=tuple(pair.name for pair in mine)))
+        pairs = [parts[number, position].pair for position in range(width)]
+        deltas.append(Delta(tuple(_strip(pair) for pair in pairs), names=tuple(pair.name for pair in pairs)))
     names = tuple(name for delta in deltas for name in delta.names)
     return LowRankTarget(path, "experts", tuple(deltas), deltas[0].shape, names)

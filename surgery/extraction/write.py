@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from surgery.extraction.factorise import Factored
+from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, nesting
 from surgery.extraction.stream.scratch import ScratchSlot
 from surgery.extraction.targets import LowRankTarget
@@ -67,38 +67,38 @@ class Scaling:
 
 
 def tensors_of(
-    forms: StoragePlan,
-    factored: Mapping[str, Factored],
+    storage: StoragePlan,
+    factored: Mapping[str, TargetFactors],
     ranks: Mapping[str, int],
     scaling: Scaling,
     dtype: DType,
     magnitudes: Mapping[str, ScratchSlot],
 ) -> tuple[NewTensor, ...]:
-    """Every tensor of the file, in the order it is to have; `magnitudes` of a DoRA, ``(1, rows)``, by unit path."""
-    experts = [unit.path for unit in forms.units if unit.form == "experts"]
+    """Every tensor of the file, in the order it is to have; `magnitudes` of a DoRA, ``(1, rows)``, by target path."""
+    experts = [target.path for target in storage.targets if target.form == "experts"]
     found: list[NewTensor] = []
-    for unit in forms.units:
-        rank = ranks[unit.path]
+    for target in storage.targets:
+        rank = ranks[target.path]
         found += _factors(
-            factored[unit.path],
+            factored[target.path],
             rank,
             scaling,
             dtype,
-            nesting(unit.path, experts) if unit.path in experts else 0,
+            nesting(target.path, experts) if target.path in experts else 0,
         )
-        if unit.path in magnitudes:
-            found.append(_magnitude(unit, magnitudes[unit.path]))
-    targets = forms.targets
-    found += [_copy(kept, targets) for kept in forms.kept]
+        if target.path in magnitudes:
+            found.append(_magnitude(target, magnitudes[target.path]))
+    target_modules = storage.target_modules
+    found += [_copy(kept, target_modules) for kept in storage.dense_tensors]
     by_name = {tensor.name: tensor for tensor in found}
     order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in found)
     return tuple(by_name[name] for name, _, _ in order)
 
 
-def _factors(found: Factored, rank: int, scaling: Scaling, dtype: DType, depth: int) -> Iterator[NewTensor]:
+def _factors(found: TargetFactors, rank: int, scaling: Scaling, dtype: DType, depth: int) -> Iterator[NewTensor]:
     """PEFT's two tensors of one unit."""
-    unit = found.unit
-    module = unit.path.rpartition(".")[0]
+    target = found.target
+    module = target.path.rpartition(".")[0]
     fold = scaling.fold(rank)
 
     def left(index: int = 0) -> torch.Tensor:
@@ -107,12 +107,12 @@ def _factors(found: Factored, rank: int, scaling: Scaling, dtype: DType, depth: 
     def right(index: int = 0) -> torch.Tensor:
         return found.factors(index, rank, fold)[1]
 
-    out, inputs = unit.deltas[0].shape
-    if unit.form == "embedding":  # PEFT: delta = (B A)^T
+    out, inputs = target.deltas[0].shape
+    if target.form == "embedding":  # PEFT: delta = (B A)^T
         yield NewTensor(f"{_PREFIX}{module}.lora_embedding_A", dtype, (rank, out), lambda: left().T)
         yield NewTensor(f"{_PREFIX}{module}.lora_embedding_B", dtype, (inputs, rank), lambda: right().T)
-    elif unit.form == "experts":  # delta of expert e: B.reshape(out, rank, E)[:, :, e] @ A[e * rank : (e + 1) * rank]
-        key, count = f"{_PREFIX}{module}{'.base_layer' * depth}", len(unit.deltas)
+    elif target.form == "experts":  # delta of expert e: B.reshape(out, rank, E)[:, :, e] @ A[e * rank : (e + 1) * rank]
+        key, count = f"{_PREFIX}{module}{'.base_layer' * depth}", len(target.deltas)
         yield NewTensor(
             f"{key}.lora_A.weight", dtype, (count * rank, inputs), lambda: _cat([right(e) for e in range(count)])
         )
@@ -123,17 +123,17 @@ def _factors(found: Factored, rank: int, scaling: Scaling, dtype: DType, depth: 
             lambda: _stack([left(e) for e in range(count)]).reshape(out, rank * count),
         )
     else:
-        ones = (1,) * (len(unit.shape) - 2)
-        yield NewTensor(f"{_PREFIX}{module}.lora_A.weight", dtype, (rank, *unit.shape[1:]), right)
+        ones = (1,) * (len(target.shape) - 2)
+        yield NewTensor(f"{_PREFIX}{module}.lora_A.weight", dtype, (rank, *target.shape[1:]), right)
         yield NewTensor(f"{_PREFIX}{module}.lora_B.weight", dtype, (out, rank, *ones), left)
 
 
-def _magnitude(unit: LowRankTarget, place: ScratchSlot) -> NewTensor:
+def _magnitude(target: LowRankTarget, place: ScratchSlot) -> NewTensor:
     """In float32 whatever the factors are: an error in it is one of the whole row, not of the change alone."""
     count = place.shape[1]
-    shape = (1, count, *((1,) * (len(unit.shape) - 2))) if unit.form == "conv" else (count,)
-    name = f"{_PREFIX}{unit.path.rpartition('.')[0]}.lora_magnitude_vector"
-    return NewTensor(name, DType.F32, shape, lambda: place.scratch.get(place))
+    shape = (1, count, *((1,) * (len(target.shape) - 2))) if target.form == "conv" else (count,)
+    name = f"{_PREFIX}{target.path.rpartition('.')[0]}.lora_magnitude_vector"
+    return NewTensor(name, DType.F32, shape, lambda: place.read())
 
 
 def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -148,13 +148,13 @@ def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(parts, dim=-1)
 
 
-def _copy(kept: DenseTensor, targets: set[str]) -> NewTensor:
+def _copy(kept: DenseTensor, target_modules: set[str]) -> NewTensor:
     tensor = kept.tensor
     module, _, leaf = kept.path.rpartition(".")
     if kept.via == "token rows":
         key = f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
         return NewTensor(key, tensor.dtype, (len(kept.rows), *tensor.shape[1:]), lambda: _some_rows(kept))
-    inner = ".base_layer" if kept.via == "bias" and module in targets else ""
+    inner = ".base_layer" if kept.via == "bias" and module in target_modules else ""
     return NewTensor(f"{_PREFIX}{module}{inner}.{leaf}", tensor.dtype, tensor.shape, lambda: shifted(kept))
 
 
@@ -171,7 +171,7 @@ def _some_rows(kept: DenseTensor) -> torch.Tensor:
 
 
 def configuration(
-    forms: StoragePlan,
+    storage: StoragePlan,
     ranks: Mapping[str, int],
     scaling: Scaling,
     rank: int | None,
@@ -183,21 +183,21 @@ def configuration(
     """adapter_config.json, with anchored full paths as the keys of patterns.
 
     Args:
-        forms: What is stored how.
-        ranks: By unit path.
+        storage: What is stored how.
+        ranks: By target path.
         scaling: Alpha.
-        rank: ``r``; None for the one most units have.
+        rank: ``r``; None for the one most targets have.
         base: Its class decides the task.
         base_name: Recorded.
         dora: Whether every module has magnitudes.
     """
-    used = {_setting(unit): ranks[unit.path] for unit in forms.units}
+    used = {_setting(target): ranks[target.path] for target in storage.targets}
     values = list(used.values())
     common = rank if rank in values else max(sorted(set(values)), key=values.count, default=8)
     alpha = scaling.alpha_of(common)
-    modules = sorted(unit.path.rpartition(".")[0] for unit in forms.units if unit.form != "experts")
-    experts = sorted(unit.path for unit in forms.units if unit.form == "experts")
-    rows = {kept.path.rpartition(".")[0]: list(kept.rows) for kept in forms.kept if kept.via == "token rows"}
+    modules = sorted(target.path.rpartition(".")[0] for target in storage.targets if target.form != "experts")
+    experts = sorted(target.path for target in storage.targets if target.form == "experts")
+    rows = {kept.path.rpartition(".")[0]: list(kept.rows) for kept in storage.dense_tensors if kept.via == "token rows"}
     architectures = [str(name) for name in base.config.get("architectures") or ()]
     causal = any("CausalLM" in name or "LMHeadModel" in name for name in architectures)
     config: dict[str, Any] = {
@@ -206,14 +206,14 @@ def configuration(
         },
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
-        "bias": "all" if any(kept.via == "bias" for kept in forms.kept) else "none",
+        "bias": "all" if any(kept.via == "bias" for kept in storage.dense_tensors) else "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": _number(alpha),
         "lora_bias": False,
         "lora_dropout": 0.0,
-        "modules_to_save": sorted(forms.saved) or None,
+        "modules_to_save": sorted(storage.saved_modules) or None,
         "peft_type": "LORA",
         "r": common,
         "rank_pattern": {_anchored(path): r for path, r in used.items() if r != common},
@@ -233,9 +233,9 @@ def configuration(
     ).encode()
 
 
-def _setting(unit: LowRankTarget) -> str:
+def _setting(target: LowRankTarget) -> str:
     """What PEFT looks a rank up by: the parameter of experts, the module of anything else."""
-    return unit.path if unit.form == "experts" else unit.path.rpartition(".")[0]
+    return target.path if target.form == "experts" else target.path.rpartition(".")[0]
 
 
 def _anchored(path: str) -> str:

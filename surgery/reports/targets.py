@@ -11,8 +11,8 @@ from typing import Literal, TypeVar
 
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.families.family import role_of
-from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.updates import DoRA, LoRA, Replacement, Stacked, Update, VeRA
+from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.updates import Held, Replacement, Stacked
 
 __all__ = [
     "TargetGroup",
@@ -25,7 +25,6 @@ __all__ = [
     "trained_parameters",
 ]
 
-Held = Literal["added", "copy", "in place", "carried"]
 _Number = TypeVar("_Number", int, float)
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?=[._]|$)")  # between dots, or between underscores of a flattened name
@@ -47,7 +46,7 @@ class TargetedParameter:
         experts: How many experts' weights it stacks; 0 if it is a plain weight.
         parameters: Numbers stored for it (alphas and the like, which are not trained, left out).
         held: Where these numbers live while the adapter is attached: ``added`` beside the base's (factors, rows), a
-            trained ``copy`` of a module whose original stays, ``in place`` of the base's, or only ``carried`` along.
+            trained ``copy`` of a module whose original stays, ``in place`` of the base's, ``resized``, or only ``carried`` along.
     """
 
     name: str
@@ -60,7 +59,7 @@ class TargetedParameter:
     scale: float | None
     experts: int
     parameters: int
-    held: Held = "added"
+    held: Literal["added"] | Held = "added"
 
     @property
     def trained(self) -> bool:
@@ -102,27 +101,26 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
         adapter: Unbound.
         role: Tells roles better than names alone can, when the base is known.
     """
-    seen: set[StoredTensor] = set()
+    seen: set[Tensor] = set()
     found = []
     for site, chain in adapter.updates.items():
         for update in () if site in adapter.optional else chain:
-            own = set(update.tensors) - set(_noted(update)) - seen
+            own = set(update.tensors) - set(update.untrained) - seen
             seen |= own
-            first = update.experts[0] if isinstance(update, Stacked) else update
-            inner = first.direction if isinstance(first, DoRA) else first
+            stacked = isinstance(update, Stacked)
             found.append(
                 TargetedParameter(
                     name=str(site),
                     pattern=pattern_of(str(site)),
-                    role="expert" if isinstance(update, Stacked) else (role or site_role)(site),
+                    role="expert" if stacked else (role or site_role)(site),
                     kind=update.kind,
                     shape=update.shape,
-                    rank=getattr(inner, "rank", None),
-                    alpha=getattr(inner, "alpha", None),
-                    scale=getattr(inner, "scale", None),
-                    experts=len(update.experts) if isinstance(update, Stacked) else 0,
+                    rank=update.rank,
+                    alpha=update.alpha,
+                    scale=update.scale,
+                    experts=len(update.parts()) if stacked else 0,
                     parameters=sum(tensor.numel for tensor in own),
-                    held=_held(site, update, adapter) if isinstance(update, Replacement) else "added",
+                    held=update.held if isinstance(update, Replacement) else "added",
                 )
             )
     return tuple(found)
@@ -169,31 +167,3 @@ def site_role(site: Site) -> str:
     if not site.flat:
         return role_of(site.path)
     return role_of(re.sub(r"^(input|output)_blocks_", "", site.path).replace("_", "."))  # not the "output" of BERT
-
-
-def _held(site: Site, update: Replacement, adapter: Adapter) -> Held:
-    """What a whole parameter is: PEFT also saves embeddings it did not train, when their vocabulary was resized."""
-    module, _, leaf = site.path.rpartition(".")
-    parents = [module[: match.start()] for match in re.finditer(r"\.", module)] + [module]
-    saved = adapter.config.get("modules_to_save")
-    names = tuple(name for name in saved if isinstance(name, str)) if isinstance(saved, list) else ()
-    if any(
-        parent.endswith(names) for parent in parents
-    ):  # PEFT matches ends of paths: `norm` takes input_layernorm too
-        return "copy"
-    if ".ln_tuning_layers." in update.stored.name:
-        return "copy"
-    if "peft_type" not in adapter.config or leaf == "bias":
-        return "in place"
-    return "copy" if adapter.new_modules & set(module.split(".")) else "carried"
-
-
-def _noted(update: Update) -> tuple[StoredTensor, ...]:
-    """Tensors that hold a scale or random projections, not trained values."""
-    if isinstance(update, Stacked):
-        return tuple(tensor for expert in update.experts for tensor in _noted(expert))
-    if isinstance(update, DoRA):
-        return update.direction.noted
-    if isinstance(update, VeRA):
-        return update.shared
-    return update.noted if isinstance(update, LoRA) else ()

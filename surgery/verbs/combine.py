@@ -7,112 +7,27 @@ factors and a small SVD give (Eckart and Young), never by averaging factors, who
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-from surgery.algebra.files import as_adapter, side_files
-from surgery.algebra.group import WeightedAdapter, group
-from surgery.algebra.parts import CombinedUpdate, Solutions
-from surgery.algebra.proof import TOLERANCE, SumError, prove
+from surgery.algebra.combination import combine_adapters, plan_combination, write_combination
+from surgery.algebra.combine_result import Combined, CombineResult, Source
+from surgery.algebra.group import WeightedAdapter
 from surgery.algebra.selection import Selection, check_patterns
 from surgery.algebra.sums import Recipe
 from surgery.algebra.task_vectors import DENSE_METHODS
-from surgery.algebra.weight import make_part
-from surgery.engine.adapter_output import float_type, job_id, stored_as, write_adapter
-from surgery.engine.proof_approximate import measured as approximated
+from surgery.engine.adapter_output import WriteOptions
+from surgery.engine.checks import float_type, required_output
 from surgery.progress import Callback
-from surgery.reports.to_json import plain
-from surgery_formats.adapters.format import Coded
-from surgery_formats.adapters.peft.other_kinds import KINDS
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.text import listing, show
 
-__all__ = ["METHODS", "CombineResult", "Combined", "Source", "WriteOptions", "combine", "rewrite"]
+__all__ = ["METHODS", "CombineResult", "Combined", "Source", "combine"]
 
 METHODS = ("exact", "svd", *DENSE_METHODS)
-_ROUNDED = 0.02
-"""Error of an exact sum above which more than the stored type is to blame: bfloat16 factors make 0.003 of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One adapter that went in.
-
-    Attributes:
-        name: Of its file or folder.
-        format: It was read as.
-        weight: On its deltas.
-    """
-
-    name: str
-    format: str
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class Combined:
-    """One weight.
-
-    Attributes:
-        site: As the first adapter names it.
-        outcome: ``exact``, ``approximated`` (directions dropped, or codes in the place of factors), ``kept`` (taken over as it was,
-            perhaps with another scale) or ``left out`` (not chosen).
-        ranks: Of the terms.
-        rank: Of the result; 0 for what is not low-rank.
-        norm: Frobenius norm of the delta that was wanted; None where it was not worked out.
-        error: Relative Frobenius error of what was written, read back; for a dry run of what would be written, where it is known.
-        optimum: Error of the best factors of this rank; None where it was not worked out.
-    """
-
-    site: str
-    outcome: str
-    ranks: tuple[int, ...]
-    rank: int
-    norm: float | None = None
-    error: float | None = None
-    optimum: float | None = None
-
-
-@dataclass(frozen=True)
-class CombineResult:
-    """What a combination did, or (dry run) would do.
-
-    Attributes:
-        output: File or folder; None for a dry run.
-        verb: ``combine`` or ``resize``.
-        sources: What went in.
-        target: Format it was written in.
-        method: How deltas were combined.
-        modules: Every weight.
-        warnings: What the user should know.
-    """
-
-    output: Path | None
-    verb: str
-    sources: tuple[Source, ...]
-    target: str
-    method: str
-    modules: tuple[Combined, ...]
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def error(self) -> float | None:
-        """Relative Frobenius error over all weights together; None if none was worked out."""
-        known = [(one.norm, one.error) for one in self.modules if one.norm is not None and one.error is not None]
-        whole = math.hypot(*(norm for norm, _ in known))
-        return math.hypot(*(norm * error for norm, error in known)) / whole if whole else None
-
-    def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest; no paths."""
-        found: dict[str, Any] = plain(replace(self, output=None))
-        del found["output"]
-        return {**found, "error": self.error}
 
 
 def combine(
@@ -161,13 +76,18 @@ def combine(
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
     _check_options(method, density, rank, energy)
+    stored, target = float_type(dtype), None if to is None else format_named(to)
     given = [WeightedAdapter(read_adapter(path), float(weight)) for path, weight in adapters]
     given, left = _chosen(given, Selection(tuple(only), tuple(without)))
     recipe = Recipe(method, rank, energy, None, 1.0 if density is None else density, seed)
     if len(given) == 1 and given[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
         raise NothingChangedError("one adapter with weight 1 is what it was", file=given[0].adapter.path)
-    options = WriteOptions(output, dtype, to, base, overwrite, dry_run, progress)
-    return rewrite(given, recipe, options, "combine", left)
+    combination = combine_adapters(given, recipe, None if base is None else open_checkpoint(base), left)
+    plan = plan_combination(combination, target or format_named(given[0].adapter.format), stored, "combine")
+    if dry_run:
+        return plan.result
+    options = WriteOptions(required_output(output), overwrite=overwrite, progress=progress)
+    return write_combination(plan, options)
 
 
 def _chosen(given: Sequence[WeightedAdapter], selection: Selection) -> tuple[list[WeightedAdapter], tuple[str, ...]]:
@@ -202,166 +122,3 @@ def _check_options(method: str, density: float | None, rank: int | None, energy:
         raise FitError(f"'{method}' needs a density", hint="TIES keeps 0.2 in its paper, DARE 0.1 to 0.5")
     if rank is None and energy is None:
         raise FitError(f"what '{method}' makes has full rank", hint="give a rank or an energy")
-
-
-@dataclass(frozen=True, slots=True)
-class WriteOptions:
-    """How to write; none of it changes the arithmetic."""
-
-    output: str | os.PathLike[str] | None
-    dtype: str
-    to: str | None
-    base: str | os.PathLike[str] | None
-    overwrite: bool
-    dry_run: bool
-    progress: Callback | None
-
-
-def rewrite(
-    given: Sequence[WeightedAdapter], recipe: Recipe, options: WriteOptions, verb: str, left: Sequence[str] = ()
-) -> CombineResult:
-    """Combine by `recipe` and write: what `combine` and `surgery.resize` share; `left` are sites that are not wanted."""
-    dtype = float_type(options.dtype)
-    target = format_named(options.to or given[0].adapter.format)
-    base = None if options.base is None else open_checkpoint(options.base)
-    warnings = _check_inputs(given, base)
-    given = [one for one in given if one.weight != 0.0]
-    if not given:
-        raise NothingChangedError("every weight is 0: nothing is left")
-    memory = Solutions()
-    parts = [make_part(key, shares, given, recipe, memory, base) for key, shares in group(given, base).items()]
-    if verb == "resize" and all(part.outcome == "kept" for part in parts):
-        highest = max((part.rank for part in parts), default=0)
-        by_rank = not recipe.by_spectrum
-        raise NothingChangedError(
-            f"no module has a higher rank than asked for (the highest is {highest})"
-            if by_rank
-            else f"no module can lose a direction within these bounds (the highest rank is {highest})",
-            file=given[0].adapter.path,
-            hint="a higher rank would only add zeros" if by_rank else "allow a larger error, or ask for a rank",
-        )
-    result = as_adapter(given, parts, target.name)
-    if dtype is not None and isinstance(target, Coded):
-        raise FitError(f"{target.name} stores factors as codes: a dtype says nothing")
-    rendering = stored_as(target.render(result, base), dtype)
-    if dropped := [entry for entry in rendering.entries if entry.outcome == "dropped"]:
-        raise FitError(
-            f"{target.name} cannot hold {len(dropped)} of {len(rendering.entries)} parts: "
-            + "; ".join(f"'{show(entry.site)}' ({entry.detail})" for entry in dropped[:3]),
-            file=given[0].adapter.path,
-            hint="choose another format with --to",
-        )
-    sources = tuple(Source(one.name, one.adapter.format, one.weight) for one in given)
-    planned = (*(_planned(part) for part in parts), *(Combined(name, "left out", (), 0) for name in left))
-    found = CombineResult(None, verb, sources, target.name, recipe.method, planned, tuple(warnings))
-    if options.dry_run:
-        return found
-    if options.output is None:
-        raise FitError("no output was named")
-
-    def check(path: Path) -> dict[str, Any]:
-        nonlocal found
-        near = approximated(rendering, target.read(path), TOLERANCE)
-        measured = prove(path, target, result, parts, memory, base, dtype, near)
-        coded = {str(site) for site in near}
-        modules = tuple(_with(one, measured) for one in found.modules)
-        found = replace(
-            found, modules=tuple(replace(m, outcome="approximated") if m.site in coded else m for m in modules)
-        )
-        _check_something(found)
-        found = replace(found, warnings=(*found.warnings, *_cancelling(found)))
-        for one in given:
-            for file in {tensor.file for tensor in one.adapter.tensors}:
-                file.check_unchanged()
-        return found.as_json()
-
-    facts = {"verb": verb, "recipe": plain(recipe), "sources": plain(sources), "target": target.name}
-    job = job_id(facts, [tensor for one in given for tensor in one.adapter.tensors], rendering)
-    inputs = (*(one.adapter.path for one in given), *(() if base is None else (base.path,)))
-    made = write_adapter(
-        rendering,
-        target,
-        Path(options.output),
-        job,
-        check,
-        inputs=inputs,
-        side_files=side_files(given),
-        overwrite=options.overwrite,
-        progress=options.progress,
-    )
-    return replace(found, output=made)
-
-
-def _check_inputs(given: Sequence[WeightedAdapter], base: Checkpoint | None) -> list[str]:
-    """Refuse what has no deltas; say what is worth a word."""
-    warnings = []
-    for one in given:
-        adapter = one.adapter
-        if not math.isfinite(one.weight):
-            raise FitError(f"a weight of {one.weight}", file=adapter.path)
-        if left := adapter.unconsumed():
-            raise FitError(
-                f"{len(left)} tensors have no use: {listing(tensor.name for tensor in left)}", file=adapter.path
-            )
-        if adapter.prompt is not None or not adapter.updates:
-            raise FitError(
-                f"{adapter.kind} trains virtual tokens, not weights: there is nothing to add"
-                if adapter.prompt is not None
-                else "the adapter holds no tensors",
-                file=adapter.path,
-            )
-        if adapter.format == "peft" and adapter.kind in KINDS:
-            raise FitError(
-                f"adapters of type {adapter.kind} cannot be combined: their sum is not of that type",
-                file=adapter.path,
-                hint="merge them into the base, and extract a LoRA from the result",
-            )
-        warnings += [f"{one.name}: {trap}" for trap in adapter.known_issues()]
-        if one.weight == 0.0:
-            warnings.append(f"{one.name}: its weight is 0, so it is left out")
-    ids = {adapter.base_id for adapter in (one.adapter for one in given) if adapter.base_id}
-    if len(ids) > 1:
-        raise FitError("the adapters record different bases: their deltas cannot be added")
-    names = sorted({one.adapter.base_name.rstrip("/").rpartition("/")[2] for one in given if one.adapter.base_name})
-    if len(names) > 1:
-        warnings.append(f"the adapters name different bases: {listing(names)}")
-    if len({one.adapter.keeps_ties for one in given}) > 1:
-        warnings.append(
-            "mlx-lm lets a tied head follow its embedding, the other format does not: the first one's rule holds"
-        )
-    return warnings
-
-
-def _planned(part: CombinedUpdate) -> Combined:
-    norm = error = None
-    if part.best is not None:
-        norm = part.best[0]
-        error = part.best[1] / norm if norm else 0.0
-    return Combined(str(part.site), part.outcome, part.ranks, part.rank, norm, error, error)
-
-
-def _with(one: Combined, measured: dict[str, SumError]) -> Combined:
-    if one.site not in measured:
-        return one
-    found = measured[one.site]
-    return replace(one, norm=found.norm, error=found.error, optimum=found.optimum)
-
-
-def _cancelling(found: CombineResult) -> list[str]:
-    """A sum far smaller than its terms: their factors' rounding is not small beside it."""
-    errors = [error for one in found.modules if one.outcome == "exact" and (error := one.error or 0.0) > _ROUNDED]
-    if not errors or found.method in DENSE_METHODS:
-        return []
-    hint = "; --method svd loses less" if found.method == "exact" else ""
-    return [
-        f"the adapters nearly cancel in {len(errors)} weights: rounding of the factors is up to {max(errors):.1%} of what is left{hint}"
-    ]
-
-
-def _check_something(found: CombineResult) -> None:
-    """A sum that cancels is no adapter."""
-    if all(one.norm == 0.0 for one in found.modules):
-        raise NothingChangedError(
-            "the result would change nothing: what was added is zero, cancels, or was dropped by the density",
-            hint="check the adapters, their weights, and --density where there is one",
-        )

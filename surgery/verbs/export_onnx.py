@@ -147,8 +147,7 @@ def export_onnx(
     assembly = _assembly(checkpoint, wanted, merged, target, dtype, max_length, tuple(bake_prompt), form)
     where = Path(output)
     draft = assembly.draft()
-    planned = {one.file for one in merged.overrides.values() if one.file.fd < 0} if merged else set()
-    sources = tuple(file for file in draft.files if file not in planned)
+    sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     warnings = _warnings(chosen, wanted, checkpoint, binding) + _graph_warnings(assembly, draft)
     built: list[Built] = []
@@ -157,7 +156,7 @@ def export_onnx(
         files, made, graphs = assembly.files(here)
         for name, graph in graphs.items():
             if chosen == "embed":
-                embed(graph, made.files)
+                embed(graph, sources)
             files[name] = graph.SerializeToString(deterministic=True)
         built.append(made)
         return files
@@ -191,7 +190,7 @@ def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tupl
     """What is merged; imported only where there are adapters, which cost a plain export as much as all the rest."""
     if not wanted.adapters:
         return None, None
-    from surgery.engine.model_output import check_base_id
+    from surgery.engine.checks import check_base_id
     from surgery.onnx.export.merged import merged_weights
     from surgery_formats.binding.bind import bind
 

@@ -17,20 +17,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from surgery.engine.conversion import coded_as
+from surgery.engine.devices import devices_of
 from surgery.extraction.calibration import check_modules, open_calibration
-from surgery.extraction.extraction_plan import CheckpointPair, ExtractionRequest, Watch, planned, settle_job
+from surgery.extraction.extraction_plan import (
+    CheckpointPair,
+    ExtractionRequest,
+    Stopwatch,
+    plan_extraction,
+    stored_factor_specs,
+)
 from surgery.extraction.findings import KINDS, Kind
 from surgery.extraction.output import write, write_converted
-from surgery.extraction.ranks import wanted
+from surgery.extraction.ranks import rank_goal
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.storage_plan import StorageOptions
-from surgery.extraction.stream.lanes import Lanes, default_lanes, devices_of
+from surgery.extraction.stream.lanes import Lanes, default_lanes
 from surgery.extraction.stream.scan import layout_of, scan, warm
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import tree_name
 from surgery.extraction.write import Scaling
 from surgery.progress import Callback
-from surgery.verbs.convert import coded_as
 from surgery_formats.adapters.format import Coded, Format
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.dtypes import DType
@@ -108,52 +115,61 @@ def extract_lora(
         NothingChangedError: TUNED is BASE.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
-    goal = wanted(rank, energy, max_error, budget, table=table, patterns=rank_pattern)
+    goal = rank_goal(rank, energy, max_error, budget, table=table, patterns=rank_pattern)
     options = StorageOptions(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
     if kind == "dora" and calibration is not None:
         raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
     chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
-    target = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
-    coding = _coding(target, dtype)
+    adapter_format = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
+    coding = _coding(adapter_format, dtype)
     devices = devices_of(device)
     if output is None and not dry_run:
         raise FitError("no output was named")
     pair = CheckpointPair(open_checkpoint(base), open_checkpoint(tuned))
-    given = None if calibration is None else open_calibration(calibration)
+    inputs = None if calibration is None else open_calibration(calibration)
     parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
     scratch = ScratchFile(parent if parent is not None and parent.is_dir() else None)
     lanes: Lanes | None = None
-    watch = Watch()
+    stopwatch = Stopwatch()
     try:
         threads = workers or default_lanes(devices)
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
-        making = ExtractionRequest(goal, options, scaling, stored, coding, chosen, given, scratch, devices[0], threads)
+        request = ExtractionRequest(
+            goal, options, scaling, stored, coding, chosen, inputs, scratch, devices[0], threads
+        )
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
-        goal.check_patterns(layout.units)
-        if given is not None:
+        goal.check_patterns(layout.targets)
+        if inputs is not None:
             shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
             names = [*shared, *(tree_name(name, pair.old) for name in shared)]
-            check_modules(given, layout.spots, layout.units, names)
+            check_modules(inputs, layout.parameters, layout.targets, names)
         lanes = Lanes(devices, threads)
         lanes.warm(partial(warm, layout))
-        found = scan(layout, goal.criterion_of, planned(goal, scaling, stored), scratch, lanes, progress)
-        watch.lap("starting", found.began)
-        watch.lap("reading")
-        job = settle_job(pair, layout, found, making, watch, allow_loss=allow_loss)
-        job = replace(job, table=job.choices() if table else ())
+        scanned = scan(layout, goal.criterion_of, stored_factor_specs(goal, scaling, stored), scratch, lanes, progress)
+        stopwatch.lap("starting", scanned.began)
+        stopwatch.lap("reading")
+        plan = plan_extraction(pair, layout, scanned, request, stopwatch, allow_loss=allow_loss)
+        plan = replace(plan, table=plan.rank_table() if table else ())
         if dry_run:
-            return replace(job.result(), format=target.name, timings=watch.parts)
+            return replace(plan.result(), format=adapter_format.name, timings=stopwatch.parts)
         assert output is not None
         where = Path(output)
-        if target.name == "peft":
-            result = write(job, where, watch, overwrite=overwrite, progress=progress)
+        if adapter_format.name == "peft":
+            result = write(plan, where, stopwatch, overwrite=overwrite, progress=progress)
         else:
-            most = goal.budget.limit if goal.budget is not None and goal.budget.unit == "bytes" else None
+            most = goal.budget.limit if goal.budget is not None and goal.budget.measure == "bytes" else None
             result = write_converted(
-                job, where, target.name, watch, most, allow_loss=allow_loss, overwrite=overwrite, progress=progress
+                plan,
+                where,
+                adapter_format.name,
+                stopwatch,
+                most,
+                allow_loss=allow_loss,
+                overwrite=overwrite,
+                progress=progress,
             )
-        return replace(result, timings={**watch.parts, "first_read_to_synced": time.monotonic() - found.began})
+        return replace(result, timings={**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began})
     finally:
         if lanes is not None:
             lanes.close()
@@ -177,13 +193,15 @@ def _scaling(alpha: float | None, rslora: bool) -> Scaling:
     return Scaling(None if alpha is None else float(alpha), rslora)
 
 
-def _coding(target: Format, dtype: str) -> Coding | None:
+def _coding(adapter_format: Format, dtype: str) -> Coding | None:
     """The codes that factors are stored as, if they are."""
-    if not isinstance(target, Coded):
+    if not isinstance(adapter_format, Coded):
         return None
     if dtype != "auto":
-        raise FitError(f"{target.name} stores factors as codes, not as {dtype}", hint="--factors chooses the codes")
-    return target.coding
+        raise FitError(
+            f"{adapter_format.name} stores factors as codes, not as {dtype}", hint="--factors chooses the codes"
+        )
+    return adapter_format.coding
 
 
 def _dtype(text: str, tuned: Component) -> DType:

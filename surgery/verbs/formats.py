@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from surgery.reports.sections import Column, Table
+from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
 from surgery_formats import updates
 from surgery_formats.adapters.registry import BUILT_IN
@@ -96,6 +98,7 @@ class UpdateKind:
     needs_weight: bool
 
 
+@summarised
 @dataclass(frozen=True)
 class Catalogue:
     """What is known.
@@ -115,6 +118,31 @@ class Catalogue:
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {"type": "catalogue", **plain(self)}
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """A table of each sort."""
+        formats = (
+            (
+                one.name,
+                one.title + ("" if one.built_in else " (plugin)"),
+                "file" if one.single_file else "folder",
+                "needs --base" if one.needs_base else "",
+            )
+            for one in self.formats
+        )
+        containers = ((one.name, one.files, one.reads, one.writes) for one in self.containers)
+        families = ((one.name, one.graphs, ", ".join(one.model_types)) for one in self.families)
+        updates = ((one.name, one.equation or one.title) for one in self.updates)
+        tables = (
+            Table((Column("adapter format"), Column("title"), Column("as"), Column("to write it")), tuple(formats)),
+            Table(
+                (Column("container"), Column("files"), Column("read", "flag"), Column("written", "flag")),
+                tuple(containers),
+            ),
+            Table((Column("family"), Column("to ONNX", "flag"), Column("model types")), tuple(families)),
+            Table((Column("update"), Column("equation")), tuple(updates)),
+        )
+        return Summary("Formats", tables)
 
 
 def formats() -> Catalogue:

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import surgery.reports.model_card as card
+from surgery.engine.checks import float_type, required_output
 from surgery.engine.execute import Run, execute
 from surgery.engine.ledger import Ledger
+from surgery.engine.model_card import merge_card
 from surgery.engine.model_output import judge, plan_merge
 from surgery.progress import Callback
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.text import show
@@ -94,35 +94,19 @@ def merge(
     if layout not in ("keep", "packed"):
         raise FitError(f"layout is 'keep' or 'packed', not '{show(layout)}'")
     found = bind(_read(adapters), open_checkpoint(base))
-    plan = plan_merge(found, dtype=_float_type(dtype), shard_size=shard_size, packed=layout == "packed")
+    plan = plan_merge(found, dtype=float_type(dtype, "weights"), shard_size=shard_size, packed=layout == "packed")
     if dry_run:
         return MergeResult(None, Ledger(plan), plan.warnings)
-    if output is None:
-        raise FitError("no output was named")
+    folder = required_output(output)
     run = Run(workers, memory_limit, device, verify == "full", overwrite, progress)
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         warnings.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
-        return {"README.md": card.merge_card(found, ledger)}
+        return {"README.md": merge_card(found, ledger)}
 
-    ledger = execute(plan, output, run, finish)
-    return MergeResult(Path(output), ledger, tuple(warnings))
-
-
-def _float_type(name: str) -> DType | None:
-    """The stored type of a name; None for ``keep``."""
-    if name == "keep":
-        return None
-    try:
-        found = DType.parse(name)
-    except ValueError as error:
-        raise FitError(f"no type '{show(name)}'", hint="keep, bf16, fp16, fp32 or fp64") from error
-    if not found.is_float:
-        raise FitError(
-            f"weights cannot be stored as {found.label} without scales", hint="keep, bf16, fp16, fp32 or fp64"
-        )
-    return found
+    ledger = execute(plan, folder, run, finish)
+    return MergeResult(folder, ledger, tuple(warnings))
 
 
 def _read(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, float]]:

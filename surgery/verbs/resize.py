@@ -6,12 +6,16 @@ from __future__ import annotations
 import math
 import os
 
+from surgery.algebra.combination import Combination, combine_adapters, plan_combination, write_combination
+from surgery.algebra.combine_result import CombineResult
 from surgery.algebra.group import WeightedAdapter
 from surgery.algebra.sums import Recipe
+from surgery.engine.adapter_output import WriteOptions
+from surgery.engine.checks import float_type, required_output
 from surgery.progress import Callback
-from surgery.verbs.combine import CombineResult, WriteOptions, rewrite
-from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.errors import FitError
+from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery_formats.errors import FitError, NothingChangedError
+from surgery_formats.models.checkpoint import open_checkpoint
 
 __all__ = ["resize"]
 
@@ -53,12 +57,37 @@ def resize(
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
     if rank is None and energy is None and max_error is None:
-        raise FitError("nothing says how small", hint="give a rank, an energy or a max_error")
+        raise FitError("no size was chosen", hint="give a rank, an energy or a max_error")
     if rank is not None and rank < 1:
         raise FitError(f"a rank of {rank}", hint="give 1 or more")
     for name, value in (("energy", energy), ("max_error", max_error)):
         if value is not None and not (math.isfinite(value) and 0 < value <= 1):
             raise FitError(f"{name} is {value:g}", hint="give a number between 0 and 1")
     recipe = Recipe("exact", rank, energy, max_error)
-    options = WriteOptions(output, dtype, to, base, overwrite, dry_run, progress)
-    return rewrite([WeightedAdapter(read_adapter(adapter), 1.0)], recipe, options, "resize")
+    stored, target = float_type(dtype), None if to is None else format_named(to)
+    source = read_adapter(adapter)
+    checkpoint = None if base is None else open_checkpoint(base)
+    combination = combine_adapters([WeightedAdapter(source, 1.0)], recipe, checkpoint)
+    if all(part.outcome == "kept" for part in combination.parts):
+        raise _nothing_to_lose(combination, recipe)
+    plan = plan_combination(combination, target or format_named(source.format), stored, "resize")
+    if dry_run:
+        return plan.result
+    options = WriteOptions(required_output(output), overwrite=overwrite, progress=progress)
+    return write_combination(plan, options)
+
+
+def _nothing_to_lose(combination: Combination, recipe: Recipe) -> NothingChangedError:
+    highest = max((part.rank for part in combination.parts), default=0)
+    file = combination.terms[0].adapter.path
+    if recipe.by_spectrum:
+        return NothingChangedError(
+            f"no module can lose a direction within these bounds (the highest rank is {highest})",
+            file=file,
+            hint="allow a larger error, or ask for a rank",
+        )
+    return NothingChangedError(
+        f"no module has a higher rank than asked for (the highest is {highest})",
+        file=file,
+        hint="a higher rank would only add zeros",
+    )

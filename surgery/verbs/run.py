@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,17 @@ from surgery.onnx.run.generate import generate
 from surgery.onnx.run.opening import Opened, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.tokenizer import TextStream, Tokenizer, open_tokenizer, stop_tokens
+from surgery.reports.sections import Note, Verbatim
+from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
 from surgery_formats.errors import FitError
+from surgery_formats.text import show
 
 __all__ = ["RunResult", "RunText", "prepare_decoder", "run"]
 
 Reference = str | os.PathLike[str]
+
+_BEST = 3  # labels of an encoder that are shown
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class RunText:
     scores: tuple[dict[str, float], ...] = ()
 
 
+@summarised
 @dataclass(frozen=True)
 class RunResult:
     """All that came out.
@@ -59,6 +65,7 @@ class RunResult:
         seconds: Of the whole generation.
         new_tokens: Of all rows.
         arrays: Raw outputs of an encoder, by name.
+        inputs: As they were given.
     """
 
     texts: tuple[RunText, ...]
@@ -68,12 +75,49 @@ class RunResult:
     first_seconds: float
     seconds: float
     new_tokens: int
-    arrays: dict[str, Any] = field(default_factory=dict, repr=False)
+    arrays: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[str | tuple[int, ...], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
         found: dict[str, Any] = plain(replace(self, arrays={}))
+        del found["inputs"]
         return found | {"arrays": {name: list(array.shape) for name, array in self.arrays.items()}}
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """The text or the scores of every input, then device and times; what went in and came out of each if `verbose`."""
+        lines = [line for number, text in enumerate(self.texts) for line in self._lines(number, text)]
+        if not any(text.scores for text in self.texts):
+            lines += [f"{show(name)}\t{'x'.join(map(str, array.shape))}" for name, array in self.arrays.items()]
+        notes = [self._times()]
+        if any(text.reason == "full" for text in self.texts):
+            notes.append("the graph's longest sequence is reached")
+        if verbose:
+            notes += [
+                f"{len(text.prompt)} tokens in, {len(text.tokens)} out, ended by {text.reason or 'itself'}"
+                for text in self.texts
+            ]
+        return Summary("Output", (*([Verbatim("\n".join(lines))] if lines else []), *map(Note, notes)))
+
+    def _times(self) -> str:
+        text = f"{self.device}: loaded in {self.load_seconds:.2f} s"
+        if self.virtual_tokens:
+            text += f", {self.virtual_tokens} virtual tokens"
+        if self.new_tokens:
+            text += f", first token {self.first_seconds * 1e3:.1f} ms, {self.new_tokens} tokens"
+            following, left = self.new_tokens - len(self.texts), self.seconds - self.first_seconds
+            text += f", {following / left:.1f} tokens/s" if left > 0 and following > 0 else ""
+        return text
+
+    def _lines(self, number: int, text: RunText) -> Iterator[str]:
+        if len(self.texts) > 1:
+            yield f"> {show(self.inputs[number])}"
+        for token, scores in enumerate(text.scores):
+            best = sorted(scores.items(), key=lambda pair: -pair[1])[:_BEST]
+            place = f"{token}\t" if len(text.scores) > 1 else ""
+            yield place + "  ".join(f"{show(label)} {share:.4f}" for label, share in best)
+        if text.reason and not text.scores:
+            yield ",".join(map(str, text.tokens)) if text.text is None else text.text
 
 
 def prepare_decoder(
@@ -165,10 +209,12 @@ def run(
             raise FitError("this encoder takes no adapters", file=opened.path)
         began = time.perf_counter()
         encoded = encode(opened, rows)
-        return _encoder_result(opened, rows, encoded, load, time.perf_counter() - began)
-    return _generated(
-        opened, rows, tokenizer, load, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt, on_text
-    )
+        result = _encoder_result(opened, rows, encoded, load, time.perf_counter() - began)
+    else:
+        result = _generated(
+            opened, rows, tokenizer, load, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt, on_text
+        )
+    return replace(result, inputs=tuple(one if isinstance(one, str) else tuple(one) for one in inputs))
 
 
 def _generated(

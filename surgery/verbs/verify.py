@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.place import LEDGER
+from surgery.reports.sections import Facts
+from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.verification.bytes import compare_copied, compare_files, recorded_tensors
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
@@ -58,6 +60,7 @@ class Check:
         return {"name": self.name, "detail": self.detail, **numbers}
 
 
+@summarised
 @dataclass(frozen=True)
 class Verification:
     """What was verified; what fails is an error.
@@ -88,6 +91,11 @@ class Verification:
             "checks": [check.as_json() for check in self.checks],
             "notes": list(self.notes),
         }
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """Every check with what was found."""
+        checks = Facts(tuple((check.name, check.detail) for check in self.checks))
+        return Summary("Verification", (checks, *warning_notes(self.notes)))
 
 
 def verify(

@@ -226,7 +226,7 @@ def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monke
         return lambda: -tensor.load()
 
     monkeypatch.setattr(room, "format_named", lambda name: Liar())
-    with pytest.raises(ProofError, match="away from the source") as caught:
+    with pytest.raises(ProofError, match="its writer stated") as caught:
         convert(_lora(tmp_path / "a"), "compact", tmp_path / "c")
     assert caught.value.exit_code == 5
     assert not (tmp_path / "c").exists()

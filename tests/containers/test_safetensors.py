@@ -238,7 +238,10 @@ def test_error_names_the_tensor(write: Callable[[bytes], Path]) -> None:
 )
 def test_odd_but_valid(raw: bytes, write: Callable[[bytes], Path]) -> None:
     header = open_safetensors(write(raw))
-    assert header.file.read(0, header.header_nbytes) + b"".join(t.file.read(t.offset, t.nbytes) for t in header.tensors) == raw
+    assert (
+        header.file.read(0, header.header_nbytes) + b"".join(t.file.read(t.offset, t.nbytes) for t in header.tensors)
+        == raw
+    )
     assert dict(deserialize(raw)).keys() == {t.name for t in header.tensors}
 
 

@@ -42,7 +42,7 @@ def test_a_budget_is_kept_and_shared_out(budget: str, llama: tuple[Path, Path], 
     tuned = tune(llama[0], tmp_path / "mixed", change)
     result = surgery.extract_lora(llama[0], tuned, output=tmp_path / "out", budget=budget)
     limit = parse_budget(budget)
-    spent = result.parameters if limit.unit == "parameters" else result.adapter_nbytes
+    spent = result.parameters if limit.measure == "parameters" else result.adapter_nbytes
     assert 0.6 * limit.limit < spent <= limit.limit
     ranks = {row.name: row.rank for row in result.rows if row.rank}
     assert max(ranks, key=lambda name: ranks[name]) == "model.layers.0.mlp.up_proj.weight"

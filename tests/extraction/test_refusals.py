@@ -101,15 +101,15 @@ def test_a_loss_is_an_error_unless_it_is_allowed(llama: tuple[Path, Path], tmp_p
 
 
 def test_a_wrong_factor_is_caught(llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgery.extraction.factorise import Factored
+    from surgery.extraction.factorise import TargetFactors
 
-    right = Factored.factors
+    right = TargetFactors.factors
 
-    def wrong(self: Factored, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def wrong(self: TargetFactors, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         left, other = right(self, index, rank, fold)
-        return (left * 1.02 if "layers.1.mlp.down_proj" in self.unit.path else left), other
+        return (left * 1.02 if "layers.1.mlp.down_proj" in self.target.path else left), other
 
-    monkeypatch.setattr(Factored, "factors", wrong)
+    monkeypatch.setattr(TargetFactors, "factors", wrong)
     with pytest.raises(ProofError, match="read back"):
         surgery.extract_lora(*llama, output=tmp_path / "out", rank=WHOLE)
     assert not (tmp_path / "out").exists()
@@ -152,7 +152,7 @@ def test_options_that_mean_nothing(options: dict[str, Any], llama: tuple[Path, P
 
 
 @pytest.mark.parametrize(
-    ("text", "limit", "unit"),
+    ("text", "limit", "measure"),
     [
         ("20MB", 20_000_000, "bytes"),
         ("1KiB", 1024, "bytes"),
@@ -160,9 +160,9 @@ def test_options_that_mean_nothing(options: dict[str, Any], llama: tuple[Path, P
         ("300", 300, "parameters"),
     ],
 )
-def test_budgets(text: str, limit: int, unit: str) -> None:
+def test_budgets(text: str, limit: int, measure: str) -> None:
     found = parse_budget(text)
-    assert (found.limit, found.unit) == (limit, unit)
+    assert (found.limit, found.measure) == (limit, measure)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.engine.devices import devices_of
 from surgery.extraction.stream import feed, lanes
-from surgery.extraction.stream.feed import Direct, Rows, Staged
-from surgery.extraction.stream.lanes import Lane, Lanes, Room, devices_of
+from surgery.extraction.stream.feed import DirectFeed, RowPair, StagedFeed
+from surgery.extraction.stream.lanes import DeviceMemory, Lane, Lanes
 from surgery.extraction.stream.scan import layout_of, warm
 from surgery.extraction.stream.tally import Tally
 from surgery_formats.errors import FitError, MalformedError, ProofError
@@ -121,11 +122,11 @@ def test_the_same_bytes_through_staging_buffers(
     monkeypatch.setattr(feed, "_CHUNK", 256)
     used = []
 
-    def staged() -> Staged:
-        used.append(Staged(torch.device("cpu"), 3, 2))
+    def staged() -> StagedFeed:
+        used.append(StagedFeed(torch.device("cpu"), 3, 2))
         return used[-1]
 
-    monkeypatch.setattr(lanes, "Direct", staged)
+    monkeypatch.setattr(lanes, "DirectFeed", staged)
     surgery.extract_lora(*pair, output=tmp_path / "staged", workers=4)
     assert len(used) == 4
     assert adapter_bytes(tmp_path / "direct") == adapter_bytes(tmp_path / "staged")
@@ -145,10 +146,10 @@ def test_feeds_hand_out_every_row_once(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("HOST_BLOCK", 20), ("DEVICE_BLOCK", 50), ("_CHUNK", 12)):
             patch.setattr(feed, name, value)
-        staged = Staged(torch.device("cpu"), 2, 3)
+        staged = StagedFeed(torch.device("cpu"), 2, 3)
         try:
-            for way in (Direct(), staged):
-                got = [Rows(r.first, r.base.clone(), r.tuned.clone()) for r in way.pairs(one, other, start, stop)]
+            for way in (DirectFeed(), staged):
+                got = [RowPair(r.first, r.base.clone(), r.tuned.clone()) for r in way.pairs(one, other, start, stop)]
                 assert [r.first for r in got] == [start + sum(len(r.base) for r in got[:at]) for at in range(len(got))]
                 assert torch.equal(torch.cat([values[:0], *(r.base for r in got)]), values[start:stop])
                 assert torch.equal(
@@ -162,7 +163,7 @@ def test_a_file_that_ends_early_ends_the_reading(pair: tuple[Path, Path], monkey
     """And every buffer comes back, so that others are not left waiting."""
     monkeypatch.setattr(feed, "_CHUNK", 64)
     tensors = [open_checkpoint(folder).main.tensors["lm_head.weight"] for folder in pair]
-    staged = Staged(torch.device("cpu"), 2, 4)
+    staged = StagedFeed(torch.device("cpu"), 2, 4)
     try:
         with open(pair[1] / "model.safetensors", "r+b") as file:
             file.truncate(tensors[1].offset + 1000)
@@ -175,10 +176,10 @@ def test_a_file_that_ends_early_ends_the_reading(pair: tuple[Path, Path], monkey
 
 
 def test_memory_of_a_device_is_shared_out() -> None:
-    room, inside, peak, lock = Room(100), [], [], threading.Lock()
+    memory, inside, peak, lock = DeviceMemory(100), [], [], threading.Lock()
 
     def job(size: int) -> None:
-        with room.taken(size):
+        with memory.reserve(size):
             with lock:
                 inside.append(size)
                 peak.append(sum(inside))
@@ -329,9 +330,9 @@ def test_a_lane_is_warmed_without_reading(pair: tuple[Path, Path], monkeypatch: 
 
     monkeypatch.setattr(File, "read_into", refuse)
     monkeypatch.setattr(Tally, "subtract", told)
-    warm(layout, Lane(torch.device("cpu"), Direct(), Room(None)), lambda: False)
+    warm(layout, Lane(torch.device("cpu"), DirectFeed(), DeviceMemory(None)), lambda: False)
     assert len(done) == 1
-    assert layout.units, "a pair with matrices"
+    assert layout.targets, "a pair with matrices"
 
 
 @pytest.mark.gpu

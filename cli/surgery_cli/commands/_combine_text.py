@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery_cli._tables import emit_json, goal, note, pairs, table, warn
 from surgery_cli.options import Settings
-from surgery_cli.output import emit_json, goal, note, pairs, table, warn
 from surgery_cli.progress import bar
 from surgery_formats.text import nbytes, show
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery_cli._tables import note, pairs, table
 from surgery_cli.options import Settings
-from surgery_cli.output import note, pairs, table
 from surgery_formats.text import count, nbytes, show
 
 if TYPE_CHECKING:

@@ -17,10 +17,8 @@ from surgery_cli.options import (
     dtype_option,
     output_option,
     overwrite_option,
+    subcommand,
     weighted,
-)
-from surgery_cli.options import (
-    command as sub_command,
 )
 
 __all__ = ["command"]
@@ -28,7 +26,7 @@ __all__ = ["command"]
 _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 
 
-@sub_command("combine")
+@subcommand("combine")
 @click.argument(
     "adapters", nargs=-1, required=True, type=weighted, metavar="ADAPTER[=WEIGHT]...", shell_complete=complete_files
 )

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, dry_run_option, dtype_option, output_option, overwrite_option
-from surgery_cli.options import command as sub_command
-from surgery_cli.output import emit_json, goal, note, pairs, table, warn
+from surgery_cli._tables import emit_json, goal, note, pairs, table, warn
+from surgery_cli.options import (
+    Settings,
+    complete_files,
+    dry_run_option,
+    dtype_option,
+    output_option,
+    overwrite_option,
+    subcommand,
+)
 from surgery_cli.progress import bar
 from surgery_formats.text import nbytes, show
 
@@ -41,7 +48,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     return [name for name in formats() if name.startswith(incomplete)]
 
 
-@sub_command("convert")
+@subcommand("convert")
 @click.argument("adapter", shell_complete=complete_files)
 @click.option(
     "--to", required=True, type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'."

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, output_option, overwrite_option, weighted
-from surgery_cli.options import command as sub_command
-from surgery_cli.output import emit_json, pairs, warn
+from surgery_cli._tables import emit_json, pairs, warn
+from surgery_cli.options import Settings, complete_files, output_option, overwrite_option, subcommand, weighted
 from surgery_cli.progress import bar
 from surgery_formats.text import count, nbytes, show
 
@@ -29,7 +28,7 @@ _WEIGHTS = {
 }
 
 
-@sub_command("export-onnx")
+@subcommand("export-onnx")
 @click.argument("base", shell_complete=complete_files)
 @click.argument("adapters", nargs=-1, type=weighted, metavar="[ADAPTER[=WEIGHT]]...", shell_complete=complete_files)
 @output_option("Folder to make, or BASE's own folder, to which files are only added.", rehearsed=False)

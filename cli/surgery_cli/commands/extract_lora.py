@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery_cli._tables import emit_json, note, pairs, table, warn
 from surgery_cli.options import (
     Settings,
     complete_files,
@@ -17,9 +18,8 @@ from surgery_cli.options import (
     dry_run_option,
     output_option,
     overwrite_option,
+    subcommand,
 )
-from surgery_cli.options import command as sub_command
-from surgery_cli.output import emit_json, note, pairs, table, warn
 from surgery_cli.progress import bar
 from surgery_formats.errors import FitError
 from surgery_formats.text import count, listing, nbytes, show
@@ -86,7 +86,7 @@ def _dense(text: str) -> tuple[str, ...]:
     return tuple(part for part in parts if part != "none")
 
 
-@sub_command("extract-lora")
+@subcommand("extract-lora")
 @click.argument("base", shell_complete=complete_files)
 @click.argument("tuned", shell_complete=complete_files)
 @output_option("Folder to make, or file where FORMAT is a single file.")

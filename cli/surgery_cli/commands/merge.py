@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery_cli._tables import emit_json, warn
 from surgery_cli.commands._merge_text import obstacles, plan_text, result_text
 from surgery_cli.options import (
     Settings,
@@ -19,12 +20,9 @@ from surgery_cli.options import (
     output_option,
     overwrite_option,
     size,
+    subcommand,
     weighted,
 )
-from surgery_cli.options import (
-    command as sub_command,
-)
-from surgery_cli.output import emit_json, warn
 from surgery_cli.progress import bar
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@sub_command("merge")
+@subcommand("merge")
 @click.argument("base", shell_complete=complete_files)
 @click.argument(
     "adapters", nargs=-1, required=True, type=weighted, metavar="ADAPTER[=WEIGHT]...", shell_complete=complete_files

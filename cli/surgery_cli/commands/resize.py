@@ -10,13 +10,20 @@ from typing import Any
 import click
 
 from surgery_cli.commands._combine_text import run, share
-from surgery_cli.options import Settings, complete_files, dry_run_option, dtype_option, output_option, overwrite_option
-from surgery_cli.options import command as sub_command
+from surgery_cli.options import (
+    Settings,
+    complete_files,
+    dry_run_option,
+    dtype_option,
+    output_option,
+    overwrite_option,
+    subcommand,
+)
 
 __all__ = ["command"]
 
 
-@sub_command("resize")
+@subcommand("resize")
 @click.argument("adapter", shell_complete=complete_files)
 @output_option("Folder to make, or file where the format is a single file.")
 @click.option("--rank", type=click.IntRange(min=1), help="Greatest rank of a module.")

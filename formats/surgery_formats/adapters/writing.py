@@ -15,7 +15,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Factor, LoRA, Update
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class ConversionLedger:
         kept = {site: {id(update) for update in chain} for site, chain in self.held.items()}
         return {site: tuple(u for u in adapter.updates[site] if id(u) in kept[site]) for site in self.held}
 
-    def keep_prompt(self, prompt: StoredTensor) -> None:
+    def keep_prompt(self, prompt: Tensor) -> None:
         """Virtual tokens are in the files."""
         self.entries.append(Entry(prompt.name, "exact", "virtual tokens"))
 
@@ -104,7 +104,7 @@ def made(
     return NewTensor(name, factor_dtype([factor], folded=times != 1.0 or len(factor.tensors) > 1), shape, load)
 
 
-def copied(name: str, tensor: StoredTensor) -> NewTensor:
+def copied(name: str, tensor: Tensor) -> NewTensor:
     """A stored tensor as it is."""
     return NewTensor(name, tensor.dtype, tensor.shape, tensor.read)
 
@@ -112,13 +112,8 @@ def copied(name: str, tensor: StoredTensor) -> NewTensor:
 def row_slice(lora: LoRA, start: int, stop: int) -> LoRA:
     """The LoRA of rows ``[start, stop)`` of its weight: the same A, a part of B."""
     whole = lora.B
-    part = Factor(whole.tensors, (stop - start, lora.rank), lambda *read: _viewed(whole, read)[start:stop])
+    part = Factor(whole.tensors, (stop - start, lora.rank), lambda *stored: whole.show(stored)[start:stop])
     return replace(lora, B=part)
-
-
-def _viewed(factor: Factor, read: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    found = read[0] if factor.view is None else factor.view(*read)
-    return found.reshape(factor.shape)
 
 
 def commonest(values: Iterable[_Key]) -> _Key | None:
@@ -145,7 +140,7 @@ def component_of(site: Site, base: Checkpoint) -> Component:
     return base.components[site.component]
 
 
-def places_of(site: Site, base: Checkpoint, tensors: tuple[StoredTensor, ...]) -> tuple[WeightSlice, ...]:
+def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tuple[WeightSlice, ...]:
     """Where the base holds the weight of `site`.
 
     Raises:
@@ -156,7 +151,7 @@ def places_of(site: Site, base: Checkpoint, tensors: tuple[StoredTensor, ...]) -
     if not found:
         raise FitError(
             f"the base has no parameter '{site}'",
-            file=tensors[0].file.path,
+            file=tensors[0].path,
             tensor=tensors[0].name,
             hint="is this the base it was trained on?",
         )

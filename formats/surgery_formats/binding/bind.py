@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from surgery_formats.binding.edits import Edit, Operation
 from surgery_formats.binding.tied_edits import settle_tie
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
+from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.parameter import Parameter
-from surgery_formats.tensors.tensor import StoredTensor, ZeroTensor
+from surgery_formats.tensors.tensor import Tensor, ZeroTensor
 from surgery_formats.tensors.views import View, rows, whole
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Fit, Linear, Offset, Replacement, Stacked, TokenRows, Unsized, Update
@@ -45,7 +46,7 @@ class Binding:
     edits: Mapping[tuple[str, str], Edit]
     untied: frozenset[str] = frozenset()
     ignored: tuple[Ignored, ...] = ()
-    settled: tuple[StoredTensor, ...] = ()
+    settled: tuple[Tensor, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -104,19 +105,14 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
     return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, settled, tuple(warnings))
 
 
-def _trained(edit: Edit) -> Iterator[StoredTensor]:
+def _trained(edit: Edit) -> Iterator[Tensor]:
     """The adapters' tensors that make an edit."""
     for operation in (*edit.operations, *((edit.replaced,) if edit.replaced else ())):
         yield from operation.update.tensors
 
 
 def _check_mergeable(adapter: Adapter) -> None:
-    if left := adapter.unconsumed():
-        raise FitError(
-            f"{len(left)} of {len(adapter.tensors)} tensors have no use: {listing(tensor.name for tensor in left)}",
-            file=left[0].file.path,
-            tensor=left[0].name,
-        )
+    check_consumed(adapter)
     if adapter.prompt is not None:
         raise FitError(
             f"{adapter.kind} trains virtual tokens: no weight can hold them",
@@ -159,8 +155,7 @@ def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tu
     parameter = weights[0].parameter
     if parameter.storage.tensor.numel != parameter.shape[0] * parameter.shape[1]:
         return ()
-    file = chain[0].tensors[0].file
-    zeros = ZeroTensor(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1], file, 0, 0, (0,))
+    zeros = ZeroTensor(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1])
     return (WeightSlice(Parameter.of(zeros, component.name)),)
 
 
@@ -197,7 +192,7 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     if doubtful and square and not component.family.known:
         raise FitError(
             "square, and only the base's family could tell rows from columns",
-            file=update.tensors[0].file.path,
+            file=update.tensors[0].path,
             tensor=update.tensors[0].name,
             hint="give the base as a folder with its config.json",
         )
@@ -212,15 +207,13 @@ def _replaced(update: Replacement, places: tuple[WeightSlice, ...], weight: floa
     old, new = place.parameter.storage.tensor, update.stored
     grows = len(new.shape) == 2 and new.shape[1:] == old.shape[1:]
     if len(places) > 1 or (new.shape != old.shape and not grows):
-        raise FitError(
-            f"shape {list(new.shape)}, but {list(old.shape)} in the base", file=new.file.path, tensor=new.name
-        )
+        raise FitError(f"shape {list(new.shape)}, but {list(old.shape)} in the base", file=new.path, tensor=new.name)
     if new.dtype is not old.dtype and not (new.dtype.is_float and old.dtype.is_float):
-        raise FitError(f"{new.dtype.label} in place of {old.dtype.label}", file=new.file.path, tensor=new.name)
+        raise FitError(f"{new.dtype.label} in place of {old.dtype.label}", file=new.path, tensor=new.name)
     if weight != 1.0 and (new.shape != old.shape or old is new):
         raise FitError(
             f"the base has nothing to blend {weight:g} of this with",
-            file=new.file.path,
+            file=new.path,
             tensor=new.name,
             hint="use weight 1",
         )
@@ -257,7 +250,7 @@ def _check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
     if not parameter.storage.tensor.dtype.is_float:
         raise FitError(
             f"'{parameter.name}' is stored as {parameter.storage.tensor.dtype.label}: a quantised base cannot be merged into",
-            file=parameter.storage.tensor.file.path,
+            file=parameter.storage.tensor.path,
             tensor=tensor.name,
             hint="merge into the base it was quantised from",
         )
@@ -266,12 +259,12 @@ def _check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
         if (last := max(update.indices, default=-1)) < height:
             return
         raise FitError(
-            f"token id {last}, but '{parameter.name}' has {height} rows", file=tensor.file.path, tensor=tensor.name
+            f"token id {last}, but '{parameter.name}' has {height} rows", file=tensor.path, tensor=tensor.name
         )
     if update.shape != (height, width):
         raise FitError(
             f"made for a weight of {list(update.shape)}, but '{parameter.name}' is {[height, width]}",
-            file=tensor.file.path,
+            file=tensor.path,
             tensor=tensor.name,
             hint="is this the base it was trained on?",
         )
@@ -348,7 +341,7 @@ def _check_missing(missing: list[Site], adapter: Adapter, checkpoint: Checkpoint
     tensor = adapter.updates[site][0].tensors[0]
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
-        file=tensor.file.path,
+        file=tensor.path,
         tensor=tensor.name,
         hint=closest(site.path, known.tensors) or "is this the base it was trained on?",
     )

@@ -6,13 +6,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from surgery_formats.canonical.prompts import SoftPrompt
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.files.raw import File
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Update
 
-__all__ = ["Adapter", "Ignored", "Site"]
+__all__ = ["Adapter", "Ignored", "ModuleKind", "Site"]
+
+ModuleKind = Literal["", "linear", "embedding", "convolution", "norm", "experts", "attention output"]
+"""What kind of module holds a parameter, as far as the adapter's file tells; empty where only the base can.
+
+``linear``
+    A linear layer, however it is stored: the ``Conv1D`` of GPT-2 too, which only the base tells apart.
+``convolution``
+    Factors have the kernel flattened into their columns; `Site.kernel` has its sizes.
+``experts``
+    A parameter of its own that stacks experts, ``(E, rows, cols)``.
+``attention output``
+    The output projection inside a ``torch.nn.MultiheadAttention``, of which the whole was wrapped.
+"""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -24,11 +38,15 @@ class Site:
             ``down_blocks_0_attentions_0_proj_in.weight``.
         component: Part of a pipeline (``unet``, ``text_encoder``), or empty.
         flat: Whether the dots of the module path were written as underscores, so that only the base can tell it apart.
+        module_kind: Of the parameter's module. A fact about the site, not a part of its identity.
+        kernel: Sizes of a convolution's kernel, ``(k, k)``; 0 is a size that the file does not tell. Empty for all else.
     """
 
     path: str
     component: str = ""
     flat: bool = False
+    module_kind: ModuleKind = field(default="", compare=False)
+    kernel: tuple[int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.component}:{self.path}" if self.component else self.path
@@ -38,7 +56,7 @@ class Site:
 class Ignored:
     """A stored tensor that does nothing to the base, and why."""
 
-    tensor: StoredTensor
+    tensor: Tensor
     reason: str
 
 
@@ -71,7 +89,7 @@ class Adapter:
     format: str
     kind: str
     updates: Mapping[Site, tuple[Update, ...]]
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[Tensor, ...]
     ignored: tuple[Ignored, ...] = ()
     new_modules: frozenset[str] = frozenset()
     prompt: SoftPrompt | None = None
@@ -84,6 +102,12 @@ class Adapter:
     examine: Callable[[], tuple[str, ...]] = tuple
     optional: frozenset[Site] = frozenset()
     keeps_ties: bool = False
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """The files its tensors lie in."""
+        stored = (source for tensor in self.tensors for source in tensor.sources)
+        return tuple({source.file.identity: source.file for source in stored}.values())
 
     @property
     def parameters(self) -> int:
@@ -106,7 +130,7 @@ class Adapter:
             tensors=tuple(tensor for tensor in self.tensors if tensor.name not in out),
         )
 
-    def unconsumed(self) -> tuple[StoredTensor, ...]:
+    def unconsumed(self) -> tuple[Tensor, ...]:
         """Stored tensors that no update uses and no reason excuses: must be empty (law 1)."""
         used = {tensor.name for chain in self.updates.values() for update in chain for tensor in update.tensors}
         used |= {entry.tensor.name for entry in self.ignored}

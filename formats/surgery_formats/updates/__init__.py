@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updates: what a small trained part does to one weight of a base. One small file per kind, each with its one equation.
 
-Adding a kind is adding a file with a frozen dataclass that satisfies `base.Update`.
+Adding a kind is adding a file with a frozen dataclass that satisfies `base.Update`; `surgery_formats.testing.update` checks one.
 """
 
-from surgery_formats.updates.base import Apply, Factor, Fit, Linear, Mixing, Unsized, Update, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Linear, Mixing, Unsized, Update, Weight
 from surgery_formats.updates.blend import blend
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.ia3 import IA3
@@ -13,7 +13,7 @@ from surgery_formats.updates.lokr import LoKr
 from surgery_formats.updates.lora import LoRA
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
-from surgery_formats.updates.replacement import Replacement
+from surgery_formats.updates.replacement import Held, Replacement
 from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.token_rows import TokenRows
 from surgery_formats.updates.vera import Seed, VeRA
@@ -23,8 +23,10 @@ __all__ = [
     "OFT",
     "Apply",
     "DoRA",
+    "Effect",
     "Factor",
     "Fit",
+    "Held",
     "Linear",
     "LoHa",
     "LoKr",

@@ -4,24 +4,37 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.apply import Apply
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.tensors.views import Index
 
 if TYPE_CHECKING:
     import torch
 
+    from surgery_formats.updates.lora import LoRA
+
     View = Callable[..., torch.Tensor]
 
-__all__ = ["Apply", "Factor", "Fit", "Linear", "Mixing", "Unsized", "Update", "Weight"]
+__all__ = ["Apply", "Effect", "Factor", "Fit", "Linear", "Mixing", "Unsized", "Update", "Weight"]
 
-Apply = Callable[["torch.Tensor", Index, Index], "torch.Tensor"]
-"""``apply(block, rows, cols) -> block'``: `block` holds the logical elements ``[rows, cols]`` and may be written into."""
+Effect = Literal["adds", "sets", "maps"]
+"""What an update does to a weight ``W``.
+
+``adds``
+    ``W' = W + delta``, and delta is the same whatever ``W`` is. Such updates commute with each other, can be scaled and summed
+    without a base, and satisfy `Linear`.
+``sets``
+    Some elements get new values and the others stay, whatever ``W`` is.
+``maps``
+    The result depends on ``W``: without the base nobody knows how large the change is.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +45,34 @@ class Factor:
         tensors: The stored tensors it is made of.
         shape: As the equation of its update wants it.
         view: From the stored values (float32 or float64) to the factor; None if they are the factor.
+        terms: What the factor was computed from, if a format stores that instead (the two sides of a product, a core and a side).
     """
 
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[Tensor, ...]
     shape: tuple[int, ...]
     view: View | None = None
+    terms: tuple[Factor, ...] = ()
 
     @classmethod
-    def of(cls, tensor: StoredTensor) -> Factor:
+    def of(cls, tensor: Tensor) -> Factor:
         """A stored tensor as it is."""
         return cls((tensor,), tensor.shape)
+
+    @classmethod
+    def computed(cls, terms: Sequence[Factor], shape: tuple[int, ...], equation: View) -> Factor:
+        """A factor that `equation` computes from the values of `terms`."""
+        counts = [len(term.tensors) for term in terms]
+
+        def view(*stored: torch.Tensor) -> torch.Tensor:
+            ends = list(accumulate(counts))
+            values = (term.show(stored[end - n : end]) for term, n, end in zip(terms, counts, ends, strict=True))
+            return equation(*values)
+
+        return cls(tuple(tensor for term in terms for tensor in term.tensors), shape, view, tuple(terms))
+
+    def show(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The factor, given the values of `tensors`."""
+        return (stored[0] if self.view is None else self.view(*stored)).reshape(self.shape)
 
     def load(self, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
         """The values in `dtype`, of `shape`, on `device`.
@@ -55,21 +86,22 @@ class Factor:
         return made.reshape(self.shape).clone().to(device)
 
 
-def _read(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+def _read(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     """All values of a trained tensor, checked."""
     import torch
 
     if not tensor.dtype.is_float and tensor.dtype not in (DType.F8_E4M3, DType.F8_E5M2):
-        raise FitError(f"trained values of type {tensor.dtype.label}", file=tensor.file.path, tensor=tensor.name)
+        raise FitError(f"trained values of type {tensor.dtype.label}", file=tensor.path, tensor=tensor.name)
     values = tensor.read().to(dtype)
     if not bool(torch.isfinite(values).all()):
-        raise FitError("holds NaN or Inf", file=tensor.file.path, tensor=tensor.name, hint="train it again")
+        raise FitError("holds NaN or Inf", file=tensor.path, tensor=tensor.name, hint="train it again")
     return values
 
 
-def _read_shared(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+def _read_shared(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As `_read`, remembering this thread's last two: the experts of a stack are parts of the same two tensors."""
-    key = (tensor.file.identity, tensor.offset, tensor.nbytes, dtype)
+    place = (tensor.file.identity, tensor.offset, tensor.nbytes) if isinstance(tensor, StoredTensor) else tensor
+    key = (place, dtype)
     kept: dict[object, torch.Tensor] = getattr(_recent, "values", {})
     if key not in kept:
         last = dict(list(kept.items())[-1:])
@@ -101,13 +133,20 @@ class Weight(Protocol):
 
 
 class Update(Protocol):
-    """What was trained for one weight (or bias) of a base.
+    """What was trained for one weight (or bias) of a base. Implementations are frozen dataclasses.
+
+    Verbs, writers and reports ask an update about itself through these members, and know no list of kinds.
 
     Attributes:
         kind: Name in the field: ``LoRA``, ``DoRA`` ...
         shape: Logical ``(out, in)`` of the weight it fits; ``(n, 1)`` for a bias. 0 is a size that its file does not tell (`Unsized`).
         tensors: Every stored tensor it consumes.
+        untrained: Those of `tensors` that hold no trained values: alphas, random projections.
         needs_weight: Whether `prepare` looks at the weight, so that the weight is read twice.
+        effect: Whether it adds to a weight, sets values of it, or maps it.
+        rank: Inner size of its low-rank product; None for a kind without one.
+        alpha: As written in its file; None where the format or the kind has none.
+        scale: Number on what it adds; None for a kind without one.
     """
 
     @property
@@ -115,9 +154,28 @@ class Update(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]: ...
+    def tensors(self) -> tuple[Tensor, ...]: ...
+    @property
+    def untrained(self) -> tuple[Tensor, ...]: ...
     @property
     def needs_weight(self) -> bool: ...
+    @property
+    def effect(self) -> Effect: ...
+    @property
+    def rank(self) -> int | None: ...
+    @property
+    def alpha(self) -> float | None: ...
+    @property
+    def scale(self) -> float | None: ...
+
+    def factors(self) -> Mapping[str, Factor]:
+        """Everything its equation takes from its file, by the names of the equation: ``A``, ``B``, ``magnitude``."""
+
+    def low_rank(self) -> LoRA | None:
+        """The same update as one LoRA, exactly; None if there is none, or sizes are not known yet (`Unsized`).
+
+        A stack of experts has none of its own: ask each of its `parts`.
+        """
 
     def parts(self) -> tuple[tuple[int, Update], ...]:
         """``(first logical row, update)`` of which this one is made: itself at row 0 unless it is stacked."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 from surgery_formats.updates.lora import LoRA
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class DoRA:
 
     kind: ClassVar[str] = "DoRA"
     needs_weight: ClassVar[bool] = True
+    effect: ClassVar[Effect] = "maps"
 
     direction: LoRA
     magnitude: Factor
@@ -46,9 +47,31 @@ class DoRA:
         return self.direction.rank
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def alpha(self) -> float | None:
+        """As written in the file."""
+        return self.direction.alpha
+
+    @property
+    def scale(self) -> float:
+        """On the low-rank part, before rows get their lengths."""
+        return self.direction.scale
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
         """The low-rank part's, then the magnitude's."""
         return (*self.direction.tensors, *self.magnitude.tensors)
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """What the scale of the direction was read from."""
+        return self.direction.untrained
+
+    def factors(self) -> dict[str, Factor]:
+        """Those of the direction, and ``magnitude``."""
+        return {**self.direction.factors(), "magnitude": self.magnitude}
+
+    def low_rank(self) -> None:
+        """None: the lengths of its rows depend on the weight."""
 
     def parts(self) -> tuple[tuple[int, DoRA], ...]:
         """Itself."""

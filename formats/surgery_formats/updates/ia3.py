@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
-from surgery_formats.updates.base import Apply, Factor, Fit, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,10 @@ class IA3:
 
     kind: ClassVar[str] = "IA3"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "maps"
+    rank: ClassVar[None] = None
+    alpha: ClassVar[None] = None
+    scale: ClassVar[None] = None
 
     vector: Factor
     per_row: bool
@@ -42,13 +46,25 @@ class IA3:
         return (size, self.other) if self.per_row else (self.other, size * self.kernel)
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The vector's."""
         return self.vector.tensors
 
     def fitted(self, fit: Fit) -> IA3:
         """The axis that the vector does not tell, and the size of a convolution's kernel."""
         return replace(self, other=fit.shape[1 if self.per_row else 0], kernel=1 if self.per_row else fit.kernel)
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``vector``."""
+        return {"vector": self.vector}
+
+    def low_rank(self) -> None:
+        """None: it multiplies the weight."""
 
     def parts(self) -> tuple[tuple[int, IA3], ...]:
         """Itself."""

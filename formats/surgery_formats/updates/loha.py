@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ class LoHa:
 
     kind: ClassVar[str] = "LoHa"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "adds"
 
     A1: Factor
     B1: Factor
@@ -50,7 +51,7 @@ class LoHa:
         return self.A1.shape[0], self.B1.shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Those of all four factors."""
         found = (*self.A1.tensors, *self.B1.tensors, *self.A2.tensors, *self.B2.tensors)
         return tuple(dict.fromkeys(found))
@@ -58,6 +59,18 @@ class LoHa:
     def scaled(self, weight: float) -> LoHa:
         """The same addition, `weight` times as far."""
         return replace(self, scale=self.scale * weight)
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``A1``, ``B1``, ``A2``, ``B2``."""
+        return {"A1": self.A1, "B1": self.B1, "A2": self.A2, "B2": self.B2}
+
+    def low_rank(self) -> None:
+        """None: its rank is the square of the pairs', rarely low."""
 
     def parts(self) -> tuple[tuple[int, LoHa], ...]:
         """Itself."""

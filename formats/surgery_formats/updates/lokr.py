@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ class LoKr:
 
     kind: ClassVar[str] = "LoKr"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "adds"
 
     C: Factor
     D: Factor
@@ -48,13 +49,25 @@ class LoKr:
         return self.C.shape[0] * self.D.shape[0], self.C.shape[1] * self.D.shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Those of both factors."""
         return (*self.C.tensors, *self.D.tensors)
 
     def scaled(self, weight: float) -> LoKr:
         """The same addition, `weight` times as far."""
         return replace(self, scale=self.scale * weight)
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``C`` and ``D``."""
+        return {"C": self.C, "D": self.D}
+
+    def low_rank(self) -> None:
+        """None: its rank is the product of the factors' ranks, rarely low."""
 
     def parts(self) -> tuple[tuple[int, LoKr], ...]:
         """Itself."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +30,13 @@ class LoRA:
 
     kind: ClassVar[str] = "LoRA"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "adds"
 
     A: Factor
     B: Factor
     scale: float
     alpha: float | None = None
-    noted: tuple[StoredTensor, ...] = ()
+    noted: tuple[Tensor, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -48,13 +49,26 @@ class LoRA:
         return self.B.shape[0], self.A.shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """A's, B's, then those the scale came from."""
         return (*self.A.tensors, *self.B.tensors, *self.noted)
 
     def scaled(self, weight: float) -> LoRA:
         """The same directions, `weight` times as far."""
         return replace(self, scale=self.scale * weight)
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """What the scale was read from."""
+        return self.noted
+
+    def factors(self) -> dict[str, Factor]:
+        """``A`` and ``B``."""
+        return {"A": self.A, "B": self.B}
+
+    def low_rank(self) -> LoRA:
+        """Itself."""
+        return self
 
     def parts(self) -> tuple[tuple[int, LoRA], ...]:
         """Itself."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, take
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,9 @@ class Offset:
 
     kind: ClassVar[str] = "offset"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "adds"
+    rank: ClassVar[None] = None
+    alpha: ClassVar[None] = None
 
     value: Factor
     scale: float = 1.0
@@ -37,13 +40,25 @@ class Offset:
         return (self.value.shape[0], 1) if len(self.value.shape) == 1 else (self.value.shape[0], self.value.shape[1])
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The value's."""
         return self.value.tensors
 
     def scaled(self, weight: float) -> Offset:
         """`weight` times as far."""
         return replace(self, scale=self.scale * weight)
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``value``."""
+        return {"value": self.value}
+
+    def low_rank(self) -> None:
+        """None: it is stored in full."""
 
     def parts(self) -> tuple[tuple[int, Offset], ...]:
         """Itself."""

@@ -4,16 +4,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, take
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Replacement"]
+__all__ = ["Held", "Replacement"]
+
+
+Held = Literal["in place", "copy", "resized", "carried"]
+"""Where the new values live while the adapter is attached.
+
+``in place``
+    In the base's own parameter.
+``copy``
+    In a trained copy of a whole module, whose original stays.
+``resized``
+    In place of a weight with another number of rows: a vocabulary that grew.
+``carried``
+    Nowhere: the file merely brings the base's values along, untrained.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +36,21 @@ class Replacement:
 
     Attributes:
         value: Any shape; ``value.tensors`` has exactly one tensor.
+        held: Where the values live while the adapter is attached.
     """
 
     kind: ClassVar[str] = "replacement"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "sets"
+    rank: ClassVar[None] = None
+    alpha: ClassVar[None] = None
+    scale: ClassVar[None] = None
 
     value: Factor
+    held: Held = "in place"
 
     @property
-    def stored(self) -> StoredTensor:
+    def stored(self) -> Tensor:
         """The tensor that takes the parameter's place."""
         return self.value.tensors[0]
 
@@ -40,9 +60,21 @@ class Replacement:
         return self.stored.matrix
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The one stored tensor."""
         return self.value.tensors
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``value``."""
+        return {"value": self.value}
+
+    def low_rank(self) -> None:
+        """None: it adds nothing."""
 
     def parts(self) -> tuple[tuple[int, Replacement], ...]:
         """Itself."""

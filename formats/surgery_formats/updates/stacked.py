@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.updates.base import Apply, Update, Weight
+from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.updates.base import Apply, Effect, Factor, Update, Weight
 from surgery_formats.updates.lora import LoRA
 
 __all__ = ["Stacked"]
@@ -39,7 +39,7 @@ class Stacked:
         return sum(expert.shape[0] for expert in self.experts), self.experts[0].shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """All experts' tensors; experts usually share theirs."""
         return tuple(dict.fromkeys(tensor for expert in self.experts for tensor in expert.tensors))
 
@@ -47,6 +47,38 @@ class Stacked:
     def needs_weight(self) -> bool:
         """As the experts."""
         return self.experts[0].needs_weight
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """Those of all experts."""
+        return tuple(dict.fromkeys(tensor for expert in self.experts for tensor in expert.untrained))
+
+    @property
+    def effect(self) -> Effect:
+        """As the experts."""
+        return self.experts[0].effect
+
+    @property
+    def rank(self) -> int:
+        """Of the first expert; formats give all experts one."""
+        return self.experts[0].rank
+
+    @property
+    def alpha(self) -> float | None:
+        """Of the first expert."""
+        return self.experts[0].alpha
+
+    @property
+    def scale(self) -> float:
+        """Of the first expert."""
+        return self.experts[0].scale
+
+    def factors(self) -> dict[str, Factor]:
+        """Every expert's, as ``A[0]``, ``B[0]``, ``A[1]`` ..."""
+        return {f"{name}[{e}]": f for e, expert in enumerate(self.experts) for name, f in expert.factors().items()}
+
+    def low_rank(self) -> None:
+        """None: each expert has its own."""
 
     def scaled(self, weight: float) -> Stacked:
         """Every expert scaled; they are LoRAs."""

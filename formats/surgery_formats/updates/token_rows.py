@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
-from surgery_formats.updates.base import Apply, Factor, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,10 @@ class TokenRows:
 
     kind: ClassVar[str] = "token rows"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "sets"
+    rank: ClassVar[None] = None
+    alpha: ClassVar[None] = None
+    scale: ClassVar[None] = None
 
     value: Factor
     indices: tuple[int, ...]
@@ -39,9 +43,21 @@ class TokenRows:
         return self.vocabulary or max(self.indices, default=-1) + 1, self.value.shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The rows'."""
         return self.value.tensors
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """Nothing: every stored number was trained."""
+        return ()
+
+    def factors(self) -> dict[str, Factor]:
+        """``value``."""
+        return {"value": self.value}
+
+    def low_rank(self) -> None:
+        """None: it adds nothing."""
 
     def parts(self) -> tuple[tuple[int, TokenRows], ...]:
         """Itself."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
-from surgery_formats.updates.base import Apply, Factor, Fit, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
+from surgery_formats.updates.lora import LoRA
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,8 @@ class VeRA:
 
     kind: ClassVar[str] = "VeRA"
     needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "adds"
+    alpha: ClassVar[None] = None
 
     b: Factor
     d: Factor
@@ -63,14 +66,14 @@ class VeRA:
         return self.b.shape[0], self.inputs
 
     @property
-    def shared(self) -> tuple[StoredTensor, ...]:
+    def shared(self) -> tuple[Tensor, ...]:
         """The stored projections, which were not trained."""
         if isinstance(self.projections, Seed):
             return ()
         return tuple(tensor for factor in self.projections for tensor in factor.tensors)
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The vectors', then the projections'."""
         return (*self.b.tensors, *self.d.tensors, *self.shared)
 
@@ -84,6 +87,33 @@ class VeRA:
         made = Seed(drawn.key, fit.widest) if isinstance(drawn, Seed) else drawn
         width = fit.widest[1] if isinstance(drawn, Seed) else drawn[0].shape[1]
         return replace(self, projections=made, inputs=min(fit.shape[1], width))
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """The random projections."""
+        return self.shared
+
+    def factors(self) -> dict[str, Factor]:
+        """``b`` and ``d``; the projections ``A`` and ``B`` where the file has them."""
+        stored = () if isinstance(self.projections, Seed) else self.projections
+        return {"b": self.b, "d": self.d, **dict(zip("AB", stored, strict=False))}
+
+    def low_rank(self) -> LoRA | None:
+        """The projections with both vectors multiplied in; None until the sizes are known."""
+        if not self.inputs or (isinstance(self.projections, Seed) and not all(self.projections.widest)):
+            return None
+        (out, inputs), (whole_a, whole_b) = self.shape, self._projections()
+        A = Factor.computed((whole_a, self.d), (self.rank, inputs), lambda a, d: a[:, :inputs] * d[:, None])
+        B = Factor.computed((whole_b, self.b), (out, self.rank), lambda b, gain: b[:out] * gain[:, None])
+        return LoRA(A, B, self.scale)
+
+    def _projections(self) -> tuple[Factor, Factor]:
+        """``A`` and ``B`` as all weights share them."""
+        if not isinstance(self.projections, Seed):
+            return self.projections
+        key, widest = self.projections.key, self.projections.widest
+        A = Factor((), (self.rank, widest[1]), lambda: _drawn(key, self.rank, widest)[0])
+        return A, Factor((), (widest[0], self.rank), lambda: _drawn(key, self.rank, widest)[1])
 
     def parts(self) -> tuple[tuple[int, VeRA], ...]:
         """Itself."""

@@ -14,12 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import as_bytes
+from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Direct", "Feed", "Rows", "Seen", "Staged"]
+__all__ = ["ByteObserver", "DirectFeed", "Feed", "RowPair", "StagedFeed"]
 
 HOST_BLOCK = 1 << 17
 """Elements that are subtracted at a time on a CPU, 512 kB of float32: with what is worked out from them they stay in its cache. Sums
@@ -27,10 +27,10 @@ depend on it: fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
 _CHUNK = 8 << 20  # bytes per buffer
-Seen = Callable[[int, memoryview], None]
+ByteObserver = Callable[[int, memoryview], None]
 
 
-class Rows(NamedTuple):
+class RowPair(NamedTuple):
     """Rows of a pair, as stored.
 
     Attributes:
@@ -47,7 +47,9 @@ class Rows(NamedTuple):
 class Feed(Protocol):
     """A way to the device."""
 
-    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int, seen: Seen | None = None) -> Iterator[Rows]:
+    def pairs(
+        self, base: Plain, tuned: Plain, start: int, stop: int, observe: ByteObserver | None = None
+    ) -> Iterator[RowPair]:
         """Rows ``[start, stop)`` in order; what is handed out lasts until the next is asked for.
 
         Args:
@@ -55,27 +57,31 @@ class Feed(Protocol):
             tuned: The other.
             start: First row.
             stop: Row after the last.
-            seen: Called with the bytes of `base` in order, and their offset in its tensor.
+            observe: Called with the bytes of `base` in order, and their offset in its tensor.
         """
         ...
 
 
-class Direct:
+class DirectFeed:
     """Into memory of the CPU, by the thread that asks."""
 
-    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int, seen: Seen | None = None) -> Iterator[Rows]:
+    def pairs(
+        self, base: Plain, tuned: Plain, start: int, stop: int, observe: ByteObserver | None = None
+    ) -> Iterator[RowPair]:
         """See `Feed`."""
         import torch
 
         height = min(stop - start, max(1, HOST_BLOCK // max(tuned.shape[1], 1)))
-        one, other = (torch.empty((height, side.shape[1]), dtype=side.tensor.dtype.torch) for side in (base, tuned))
+        base_rows, tuned_rows = (
+            torch.empty((height, side.shape[1]), dtype=side.tensor.dtype.torch) for side in (base, tuned)
+        )
         for at in range(start, stop, max(height, 1)):
             count = min(height, stop - at)
-            base.read_into(one[:count], at)
-            tuned.read_into(other[:count], at)
-            if seen is not None:
-                seen(at * base.shape[1] * one.element_size(), as_bytes(one[:count]))
-            yield Rows(at, one[:count], other[:count])
+            base.read_into(base_rows[:count], at)
+            tuned.read_into(tuned_rows[:count], at)
+            if observe is not None:
+                observe(at * base.shape[1] * base_rows.element_size(), as_bytes(base_rows[:count]))
+            yield RowPair(at, base_rows[:count], tuned_rows[:count])
 
 
 class _PinnedBuffer:
@@ -98,7 +104,7 @@ class _PinnedBuffer:
             self.event.synchronize()
 
 
-class Staged:
+class StagedFeed:
     """Through page-locked buffers to a device. One object serves any number of threads.
 
     Args:
@@ -118,29 +124,31 @@ class Staged:
         """Stop reading."""
         self._pool.shutdown(cancel_futures=True)
 
-    def pairs(self, base: Plain, tuned: Plain, start: int, stop: int, seen: Seen | None = None) -> Iterator[Rows]:
+    def pairs(
+        self, base: Plain, tuned: Plain, start: int, stop: int, observe: ByteObserver | None = None
+    ) -> Iterator[RowPair]:
         """See `Feed`."""
         import torch
 
         height = max(1, DEVICE_BLOCK // max(tuned.shape[1], 1))
         for at in range(start, stop, height):
             count = min(height, stop - at)
-            one, other = (
+            base_rows, tuned_rows = (
                 torch.empty((count, side.shape[1]), dtype=side.tensor.dtype.torch, device=self._device)
                 for side in (base, tuned)
             )
-            self._fill([(base, one), (tuned, other)], at, seen)
-            yield Rows(at, one, other)
+            self._fill([(base, base_rows), (tuned, tuned_rows)], at, observe)
+            yield RowPair(at, base_rows, tuned_rows)
 
-    def _fill(self, sides: list[tuple[Plain, torch.Tensor]], start: int, seen: Seen | None) -> None:
+    def _fill(self, sides: list[tuple[Plain, torch.Tensor]], start: int, observe: ByteObserver | None) -> None:
         """Both sides by turns, so that none waits for the whole of the other."""
-        wanted = deque(_chunks(sides, start))
+        waiting = deque(_chunks(sides, start))
         running: deque[tuple[Future[None], _PinnedBuffer, _ReadRange]] = deque()
         try:
-            while wanted or running:
+            while waiting or running:
                 # Whoever has nothing under way may wait for a buffer; whoever has, frees one first. So nobody waits in a circle.
-                while wanted and (buffer := self._take(wait=not running)) is not None:
-                    chunk = wanted.popleft()
+                while waiting and (buffer := self._take(wait=not running)) is not None:
+                    chunk = waiting.popleft()
                     running.append((self._pool.submit(_read, buffer, chunk), buffer, chunk))
                 future, buffer, chunk = running[0]
                 future.result()
@@ -148,8 +156,8 @@ class Staged:
                 read = buffer.bytes[: chunk.place.numel()]
                 chunk.place.copy_(read, non_blocking=True)
                 buffer.copied()
-                if seen is not None and chunk.side is sides[0][0]:
-                    seen(chunk.offset, as_bytes(read))
+                if observe is not None and chunk.side is sides[0][0]:
+                    observe(chunk.offset, as_bytes(read))
                 self._free.put(buffer)
         finally:
             for future, buffer, _ in running:  # after a failure
@@ -189,7 +197,7 @@ def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[_Re
 def _read(buffer: _PinnedBuffer, chunk: _ReadRange) -> None:
     buffer.wait()
     tensor, into = chunk.side.tensor, buffer.bytes[: chunk.place.numel()]
-    if tensor.strides is None and tensor.shape:
+    if isinstance(tensor, StoredTensor) and tensor.strides is None and tensor.shape:
         tensor.file.read_into(as_bytes(into), tensor.offset + chunk.offset)
     else:  # a pickle's transposed tensor: rare, and read whole
         import torch

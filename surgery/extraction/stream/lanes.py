@@ -7,7 +7,6 @@ thread or one stream.
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,45 +16,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from surgery.engine.execute import default_workers
-from surgery.extraction.stream.feed import Direct, Feed, Staged
-from surgery_formats.errors import FitError, ResourceError
-from surgery_formats.text import show
+from surgery.extraction.stream.feed import DirectFeed, Feed, StagedFeed
+from surgery_formats.errors import ResourceError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Job", "Lane", "Lanes", "Room", "default_lanes", "devices_of", "in_threads"]
+__all__ = ["DeviceMemory", "Job", "Lane", "Lanes", "default_lanes", "in_threads"]
 
 _BUFFERS = 24  # of 8 MB, per device
 _PER_GPU = 3
 _SWITCH = 2e-5  # seconds
 _SHARE = 0.7  # of a device's free memory
-_DEVICE = re.compile(r"cuda(?::(all|\d{1,3}(?:,\d{1,3}){0,63}))?", re.ASCII)
 Stop = Callable[[], bool]
-
-
-def devices_of(text: str) -> tuple[str, ...]:
-    """``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1`` or ``cuda:all`` as a list of devices; ``auto`` is all that are there.
-
-    Raises:
-        FitError: not a device, or not on this machine.
-    """
-    parts = text.split(",")
-    if text == "cpu" or all(part == "cpu" for part in parts):
-        return tuple(parts)
-    found = _DEVICE.fullmatch(text)
-    if found is None and text != "auto":
-        raise FitError(f"'{show(text, 40)}' is no device", hint="there are cpu, cuda, cuda:1, cuda:0,1, cuda:all, auto")
-    import torch
-
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found is None:
-        return tuple(f"cuda:{number}" for number in range(there)) or ("cpu",)
-    listed = found[1] or "0"
-    numbers = range(there) if listed == "all" else [int(number) for number in listed.split(",")]
-    if not numbers or max(numbers) >= there or len(set(numbers)) < len(numbers):
-        raise FitError(f"'{show(text, 40)}' is not on this machine, which has {there} CUDA devices")
-    return tuple(f"cuda:{number}" for number in numbers)
 
 
 def default_lanes(devices: Sequence[str]) -> int:
@@ -67,7 +40,7 @@ def default_lanes(devices: Sequence[str]) -> int:
     return _PER_GPU if any(device != "cpu" for device in devices) else default_workers()
 
 
-class Room:
+class DeviceMemory:
     """Memory of one device: a job waits until what it needs is free. What is larger than all of it comes alone."""
 
     def __init__(self, nbytes: int | None) -> None:
@@ -75,7 +48,7 @@ class Room:
         self._changed = threading.Condition()
 
     @contextmanager
-    def taken(self, nbytes: int) -> Iterator[None]:
+    def reserve(self, nbytes: int) -> Iterator[None]:
         """Hold so many bytes."""
         with self._changed:
             self._changed.wait_for(lambda: self._limit is None or not self._used or self._used + nbytes <= self._limit)
@@ -95,12 +68,12 @@ class Lane:
     Attributes:
         device: Its arithmetic.
         feed: How the bytes get there.
-        room: Memory shared with the other lanes of the device.
+        memory: Memory shared with the other lanes of the device.
     """
 
     device: torch.device
     feed: Feed
-    room: Room
+    memory: DeviceMemory
     _kept: list[torch.Tensor] = field(default_factory=list)
 
     def space(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -133,7 +106,7 @@ class Lanes:
     def __init__(self, devices: Sequence[str], workers: int) -> None:
         import torch
 
-        self._staged: list[Staged] = []
+        self._staged: list[StagedFeed] = []
         by_device = [self._on(torch.device(name), workers, len(devices)) for name in devices]
         self._lanes = [lane for lanes in zip(*by_device, strict=True) for lane in lanes]  # by turns: few jobs reach all
         self._local = threading.local()
@@ -144,11 +117,11 @@ class Lanes:
         import torch
 
         if device.type == "cpu":
-            return [Lane(device, Direct(), Room(None)) for _ in range(-(-workers // devices))]
+            return [Lane(device, DirectFeed(), DeviceMemory(None)) for _ in range(-(-workers // devices))]
         with torch.cuda.device(device):
-            room = Room(int(torch.cuda.mem_get_info()[0] * _SHARE))
-            self._staged.append(Staged(device, workers, _BUFFERS))
-            return [Lane(device, self._staged[-1], room) for _ in range(workers)]
+            memory = DeviceMemory(int(torch.cuda.mem_get_info()[0] * _SHARE))
+            self._staged.append(StagedFeed(device, workers, _BUFFERS))
+            return [Lane(device, self._staged[-1], memory) for _ in range(workers)]
 
     def _enter(self) -> None:
         import torch
@@ -227,8 +200,8 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cpu":
         return nullcontext()
     torch.cuda.set_device(device)
-    made: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-    return made
+    stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return stream
 
 
 def in_threads(jobs: Sequence[Callable[[Stop], None]], workers: int) -> None:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from surgery.extraction.factorise import Criterion, Factored, Piece, StoredFactorSpec, factorise
+from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
 from surgery.extraction.pairing import Delta, Pair, pair_up
 from surgery.extraction.storage_plan import MOST_ROWS
-from surgery.extraction.stream.feed import DEVICE_BLOCK, Direct, Feed, Rows, Seen
+from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, Feed, RowPair
 from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.stream.tally import PairMeasure, Tally, check_finite
-from surgery.extraction.targets import LowRankTarget, TunedParameter, spots_of, units_of
+from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, tuned_parameters
 from surgery.progress import Callback, Progress
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
@@ -43,14 +43,14 @@ class Layout:
 
     Attributes:
         pairs: Every tensor of TUNED.
-        spots: Those that are compared, with their forms.
-        units: What is factorised.
-        whole: Paths of units that are compared only: whatever changed in them is stored as it is.
+        parameters: Those that are compared, with their forms.
+        targets: What is factorised.
+        whole: Paths of targets that are compared only: whatever changed in them is stored as it is.
     """
 
     pairs: tuple[Pair, ...]
-    spots: tuple[TunedParameter, ...]
-    units: tuple[LowRankTarget, ...]
+    parameters: tuple[TunedParameter, ...]
+    targets: tuple[LowRankTarget, ...]
     whole: frozenset[str]
 
 
@@ -61,12 +61,12 @@ def layout_of(old: Component, new: Component, *, full: bool) -> Layout:
         FitError: they do not belong together.
     """
     pairs = pair_up(old, new)
-    spots = spots_of(pairs, old)
-    units = units_of(spots, old)
-    grown = {spot.pair.name for spot in spots if spot.pair.grown > 0}
+    parameters = tuned_parameters(pairs, old)
+    targets = low_rank_targets(parameters, old)
+    grown = {parameter.pair.name for parameter in parameters if parameter.pair.grown > 0}
     apart = {new.embedding, new.head} if full or (old.tied and bool(old.head)) else set()
-    whole = frozenset(unit.path for unit in units if (grown | apart).intersection(unit.names))
-    return Layout(pairs, spots, units, whole)
+    whole = frozenset(target.path for target in targets if (grown | apart).intersection(target.names))
+    return Layout(pairs, parameters, targets, whole)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ScanResult:
     """
 
     measures: dict[str, PairMeasure] = field(default_factory=dict)
-    factored: dict[str, Factored] = field(default_factory=dict)
+    factored: dict[str, TargetFactors] = field(default_factory=dict)
     began: float = 0.0
     digests: Digests = field(default_factory=Digests)
 
@@ -89,7 +89,7 @@ class ScanResult:
 def scan(
     layout: Layout,
     criterion_of: Callable[[LowRankTarget], Criterion],
-    plan_of: Callable[[LowRankTarget], StoredFactorSpec | None],
+    spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
     scratch: ScratchFile,
     lanes: Lanes,
     progress: Callback | None,
@@ -98,8 +98,8 @@ def scan(
 
     Args:
         layout: What there is.
-        criterion_of: How the rank of a unit is found.
-        plan_of: How a unit's factors will be written, where that is known.
+        criterion_of: How the rank of a target is found.
+        spec_of: How a target's factors will be written, where that is known.
         scratch: Where factors are kept.
         lanes: Where the work is done.
         progress: Called with every tensor.
@@ -108,32 +108,36 @@ def scan(
         FitError: NaN or Inf.
         ResourceError: a device has too little memory.
     """
-    meter = _ReadMeter(sum(spot.pair.tuned.nbytes for spot in layout.spots), progress)
-    work = _Work(
-        {spot.pair.name: spot for spot in layout.spots},
+    meter = _ReadMeter(sum(parameter.pair.tuned.nbytes for parameter in layout.parameters), progress)
+    stream_jobs = _Work(
+        {parameter.pair.name: parameter for parameter in layout.parameters},
         criterion_of,
-        plan_of,
+        spec_of,
         scratch,
         meter,
         ScanResult({}, {}, time.monotonic()),
     )
     jobs: list[tuple[int, Job]] = []
     lone: list[str] = []
-    for unit in layout.units:
-        if unit.path in layout.whole:
-            lone += unit.names
+    for target in layout.targets:
+        if target.path in layout.whole:
+            lone += target.names
         else:
-            jobs.append((max(delta.numel for delta in unit.deltas), partial(work.unit, unit)))
-    inside = {name for unit in layout.units for name in unit.names}
-    lone += [spot.pair.name for spot in layout.spots if spot.pair.name not in inside]
-    small = [name for name in lone if work.spots[name].pair.tuned.numel <= _SMALL]
+            jobs.append((max(delta.numel for delta in target.deltas), partial(stream_jobs.target, target)))
+    inside = {name for target in layout.targets for name in target.names}
+    lone += [parameter.pair.name for parameter in layout.parameters if parameter.pair.name not in inside]
+    small = [name for name in lone if stream_jobs.parameters[name].pair.tuned.numel <= _SMALL]
     jobs += [
-        (work.spots[name].pair.tuned.numel, partial(work.alone, (name,))) for name in lone if name not in set(small)
+        (stream_jobs.parameters[name].pair.tuned.numel, partial(stream_jobs.alone, (name,)))
+        for name in lone
+        if name not in set(small)
     ]
-    jobs += [(0, partial(work.alone, tuple(small[at : at + _BATCH]))) for at in range(0, len(small), _BATCH)]
+    jobs += [(0, partial(stream_jobs.alone, tuple(small[at : at + _BATCH]))) for at in range(0, len(small), _BATCH)]
     # What takes longest begins first; the others as they lie in the files.
-    lanes.run([job for _, job in sorted(jobs, key=lambda one: -one[0] if one[0] >= HELD["cpu"] else 0)])
-    return work.found
+    lanes.run(
+        [job for _, job in sorted(jobs, key=lambda sized_job: -sized_job[0] if sized_job[0] >= HELD["cpu"] else 0)]
+    )
+    return stream_jobs.result
 
 
 def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
@@ -146,70 +150,70 @@ def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
     from surgery_formats.linalg.noise import NoiseTally
     from surgery_formats.linalg.svd import left_over, truncated_svd
 
-    strips = [strip for unit in layout.units[:1] for strip in unit.deltas[0].strips[:1]]
+    strips = [strip for target in layout.targets[:1] for strip in target.deltas[0].strips[:1]]
     for strip in strips:
         shape = _WARM[lane.device.type]
         old = torch.zeros(shape, dtype=strip.base.tensor.dtype.torch, device=lane.device)
         new = torch.ones(shape, dtype=strip.tuned.tensor.dtype.torch, device=lane.device).tril()
-        made = lane.space(*shape, layout.units[0].deltas[0].dtype)
+        difference = lane.space(*shape, layout.targets[0].deltas[0].dtype)
         tally, noise = Tally(strip.base, strip.tuned, shape[0]), NoiseTally()
-        tally.subtract(0, old, new, made, noise)
+        tally.subtract(0, old, new, difference, noise)
         energy, _ = tally.news()
         energy = max(energy, tally.result().energy, noise.edge)  # asked for, for what they do on the device
-        found = truncated_svd(made, rank=16, total=math.sqrt(energy))
-        right = (found.V * found.S).T
-        left_over(made, found.U, right, total=math.sqrt(energy), how="sums")
-        left_over(made, found.U, right, total=math.sqrt(energy), how="plain").sum().item()
+        svd = truncated_svd(difference, rank=16, total=math.sqrt(energy))
+        right = (svd.V * svd.S).T
+        left_over(difference, svd.U, right, total=math.sqrt(energy), how="sums")
+        left_over(difference, svd.U, right, total=math.sqrt(energy), how="plain").sum().item()
 
 
 @dataclass(frozen=True)
 class _Work:
-    spots: Mapping[str, TunedParameter]
+    parameters: Mapping[str, TunedParameter]
     criterion_of: Callable[[LowRankTarget], Criterion]
-    plan_of: Callable[[LowRankTarget], StoredFactorSpec | None]
+    spec_of: Callable[[LowRankTarget], StoredFactorSpec | None]
     scratch: ScratchFile
     meter: _ReadMeter
-    found: ScanResult
+    result: ScanResult
 
     def alone(self, names: Iterable[str], lane: Lane, stop: Stop) -> None:
         """Compare tensors that are not factorised."""
         for name in names:
             if stop():
                 return
-            pair = self.spots[name].pair
-            with lane.room.taken(_need(min(pair.tuned.numel, DEVICE_BLOCK))):
-                self.found.measures[name] = _compare(pair, self._limit(name), lane, self.found.digests)
+            pair = self.parameters[name].pair
+            with lane.memory.reserve(_need(min(pair.tuned.numel, DEVICE_BLOCK))):
+                self.result.measures[name] = _compare(pair, self._limit(name), lane, self.result.digests)
             self.meter.add(pair.tuned.nbytes)
 
-    def unit(self, unit: LowRankTarget, lane: Lane, stop: Stop) -> None:
+    def target(self, target: LowRankTarget, lane: Lane, stop: Stop) -> None:
         """Compare and factorise what belongs together."""
-        tallies = {name: _tally(self.spots[name].pair, self._limit(name), unit) for name in unit.names}
-        seen = {tally: self.found.digests.claim(self.spots[name].pair.base) for name, tally in tallies.items()}
-        pieces: list[Piece] = []
-        with lane.room.taken(_need(max(delta.numel for delta in unit.deltas))):
-            for delta in unit.deltas:
+        tallies = {name: _tally(self.parameters[name].pair, self._limit(name), target) for name in target.names}
+        seen = {tally: self.result.digests.claim(self.parameters[name].pair.base) for name, tally in tallies.items()}
+        matrices: list[FactorisedMatrix] = []
+        with lane.memory.reserve(_need(max(delta.numel for delta in target.deltas))):
+            for delta in target.deltas:
                 if stop():
                     return
-                piece = self._piece(unit, delta, tallies, seen, lane)
-                if piece is not None:
-                    pieces.append(piece)
+                matrix = self._matrix(target, delta, tallies, seen, lane)
+                if matrix is not None:
+                    matrices.append(matrix)
         for name, tally in tallies.items():
-            self.found.measures[name] = tally.result()
-        if pieces and any(self.found.measures[name].changed for name in unit.names):
-            self.found.factored[unit.path] = Factored(unit, tuple(pieces))
+            self.result.measures[name] = tally.result()
+        if matrices and any(self.result.measures[name].changed for name in target.names):
+            self.result.factored[target.path] = TargetFactors(target, tuple(matrices))
 
     def _limit(self, name: str) -> int:
-        return MOST_ROWS if self.spots[name].form == "embedding" else 0
+        return MOST_ROWS if self.parameters[name].form == "embedding" else 0
 
-    def _piece(
+    def _matrix(
         self,
-        unit: LowRankTarget,
+        target: LowRankTarget,
         delta: Delta,
         tallies: Mapping[str, Tally],
-        seen: Mapping[Tally, Seen | None],
+        seen: Mapping[Tally, ByteObserver | None],
         lane: Lane,
-    ) -> Piece | None:
-        """None where a unit of one matrix did not change."""
+    ) -> FactorisedMatrix | None:
+        """None where a target of one matrix did not change."""
         from surgery_formats.linalg.noise import NoiseTally
 
         held = delta.numel <= HELD[lane.device.type]
@@ -231,20 +235,20 @@ class _Work:
                 strip.tuned.tensor.nbytes // strip.tuned.shape[0] * (strip.last - strip.first) for strip in delta.strips
             )
         )
-        if not moved and len(unit.deltas) == 1:
+        if not moved and len(target.deltas) == 1:
             return None
-        criterion = self.criterion_of(unit)
+        criterion = self.criterion_of(target)
         return factorise(
             delta.stored if whole is None else whole,
             criterion,
-            criterion.limit(unit.cost),
+            criterion.limit(target.cost),
             [strip.last - strip.first for strip in delta.strips],
             self.scratch,
             lane.device,
             energies=energies,
             moved=moved,
             edge=noise.edge,
-            plan=self.plan_of(unit),
+            plan=self.spec_of(target),
             transposed=delta.transposed,
         )
 
@@ -254,8 +258,8 @@ def _need(numel: int) -> int:
     return 8 * numel + 16 * min(numel, DEVICE_BLOCK)
 
 
-def _tally(pair: Pair, row_limit: int, unit: LowRankTarget | None) -> Tally:
-    stacked = unit is not None and unit.form == "experts"
+def _tally(pair: Pair, row_limit: int, target: LowRankTarget | None) -> Tally:
+    stacked = target is not None and target.form == "experts"
     base, tuned = Plain.of(pair.base, stacked=stacked), Plain.of(pair.tuned, stacked=stacked)
     return Tally(base, tuned, min(base.shape[0], tuned.shape[0]), row_limit)
 
@@ -266,15 +270,17 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMe
 
     base, tuned = Plain.of(pair.base), Plain.of(pair.tuned)
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
-    seen = digests.claim(pair.base)
+    observe = digests.claim(pair.base)
     if not (pair.tuned.dtype.is_float and pair.base.dtype.is_float):
-        return PairMeasure(any(list(map(_differs, Direct().pairs(base, tuned, 0, rows, seen)))), numel=rows * cols)
-    feed: Feed = lane.feed if pair.tuned.numel > _SMALL else Direct()
+        return PairMeasure(
+            any(list(map(_differs, DirectFeed().pairs(base, tuned, 0, rows, observe)))), numel=rows * cols
+        )
+    feed: Feed = lane.feed if pair.tuned.numel > _SMALL else DirectFeed()
     wide = DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     tally = _tally(pair, row_limit, None)
-    for found in feed.pairs(base, tuned, 0, rows, seen):
-        made = found.tuned.new_empty(found.tuned.shape, dtype=torch.float64 if wide else torch.float32)
-        tally.subtract(found.first, found.base, found.tuned, made, None)
+    for rows_read in feed.pairs(base, tuned, 0, rows, observe):
+        difference = rows_read.tuned.new_empty(rows_read.tuned.shape, dtype=torch.float64 if wide else torch.float32)
+        tally.subtract(rows_read.first, rows_read.base, rows_read.tuned, difference, None)
     measure = tally.result()
     if pair.grown > 0:
         check_finite(tuned, rows, tuned.shape[0])
@@ -282,7 +288,7 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMe
     return measure
 
 
-def _differs(rows: Rows) -> bool:
+def _differs(rows: RowPair) -> bool:
     import torch
 
     return rows.base.dtype != rows.tuned.dtype or not torch.equal(rows.base, rows.tuned)

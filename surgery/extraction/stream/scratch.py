@@ -38,24 +38,24 @@ class ScratchFile:
         """Store a matrix."""
         import torch
 
-        kept = values.to("cpu", torch.float32).contiguous()
-        raw = as_bytes(kept)
+        matrix = values.to("cpu", torch.float32).contiguous()
+        raw = as_bytes(matrix)
         with self._lock:
             at, self._end = self._end, self._end + len(raw)
         done = 0
         while done < len(raw):
             done += os.pwrite(self._file.fileno(), raw[done:], at + done)
-        return ScratchSlot(self, at, (kept.shape[0], kept.shape[1]), digest(kept))
+        return ScratchSlot(self, at, (matrix.shape[0], matrix.shape[1]), digest(matrix))
 
-    def get(self, place: ScratchSlot) -> torch.Tensor:
-        """Read it back."""
+    def read(self, slot: ScratchSlot) -> torch.Tensor:
+        """The matrix of `slot`, in memory of its own."""
         import torch
 
-        made = torch.empty(place.shape, dtype=torch.float32)
-        raw, done = as_bytes(made), 0
+        matrix = torch.empty(slot.shape, dtype=torch.float32)
+        raw, done = as_bytes(matrix), 0
         while done < len(raw):
-            done += os.preadv(self._file.fileno(), [raw[done:]], place.offset + done)
-        return made
+            done += os.preadv(self._file.fileno(), [raw[done:]], slot.offset + done)
+        return matrix
 
     def close(self) -> None:
         """Give the space back."""
@@ -77,6 +77,10 @@ class ScratchSlot:
     offset: int
     shape: tuple[int, int]
     digest: str
+
+    def read(self) -> torch.Tensor:
+        """The matrix, in memory of its own."""
+        return self.scratch.read(self)
 
 
 def digest(values: torch.Tensor) -> str:

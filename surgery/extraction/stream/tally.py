@@ -77,7 +77,7 @@ class Tally:
         self._hit: list[torch.Tensor] = []
 
     def subtract(
-        self, first: int, old: torch.Tensor, new: torch.Tensor, made: torch.Tensor, noise: NoiseTally | None
+        self, first: int, old: torch.Tensor, new: torch.Tensor, difference: torch.Tensor, noise: NoiseTally | None
     ) -> None:
         """Make rows of the difference and count them.
 
@@ -85,7 +85,7 @@ class Tally:
             first: Number of the first row in the tensor.
             old: BASE's rows as stored, ``(n, cols)``.
             new: TUNED's.
-            made: ``(n, cols)``, float32 or float64: filled with the difference.
+            difference: ``(n, cols)``, float32 or float64: filled with the difference.
             noise: Of the matrix they are part of.
         """
         import torch
@@ -94,28 +94,28 @@ class Tally:
 
         self._numel += new.numel()
         if old.dtype == new.dtype and old.device.type == "cpu" and torch.equal(_bits(old), _bits(new)):
-            made.copy_(new).sub_(made)  # zeros, or NaN where there is one
-            self._equal(new, made)
+            difference.copy_(new).sub_(difference)  # zeros, or NaN where there is one
+            self._equal(new, difference)
             return
-        made.copy_(new)
-        powers = _exponent_bits(made)
-        units = powers.view(made.dtype)
+        difference.copy_(new)
+        powers = _exponent_bits(difference)
+        spacings = powers.view(difference.dtype)
         sampled = slice(-first % self._step, None, self._step)
-        exponents = powers[sampled] >> _FRACTION[made.element_size()]
-        made.sub_(old.to(made.dtype))
-        norms = torch.linalg.vector_norm(made, dim=1)
-        differing = made.sign().abs_().sum(1)  # twice as fast as count_nonzero
+        exponents = powers[sampled] >> _FRACTION[difference.element_size()]
+        difference.sub_(old.to(difference.dtype))
+        norms = torch.linalg.vector_norm(difference, dim=1)
+        differing = difference.sign().abs_().sum(1)  # twice as fast as count_nonzero
         moved = differing > 0  # not the norm, which is 0 below 1e-23
         bits, smallest = MANTISSA[self._dtype]
-        lowest = max(smallest, -126 + bits) if made.dtype == torch.float32 else smallest
-        bias = 127 if made.dtype == torch.float32 else 1023
+        lowest = max(smallest, -126 + bits) if difference.dtype == torch.float32 else smallest
+        bias = 127 if difference.dtype == torch.float32 else 1023
         exponents = exponents.clamp_(min=lowest + bias).mul_(moved[sampled, None])
         counted = torch.bincount(exponents.flatten(), minlength=2 * bias + 2)
         self._exponents = counted if self._exponents is None else self._exponents + counted
-        units.clamp_(min=2.0**lowest).square_()
-        rows = units.sum(1).double().mul_(moved).mul_(4.0**-bits)
+        spacings.clamp_(min=2.0**lowest).square_()
+        rows = spacings.sum(1).double().mul_(moved).mul_(4.0**-bits)
         if noise is not None:
-            noise.add_sums(rows / 12, (moved.to(units.dtype) @ units).double().mul_(4.0**-bits / 12))
+            noise.add_sums(rows / 12, (moved.to(spacings.dtype) @ spacings).double().mul_(4.0**-bits / 12))
         energy = norms.double().square_().sum()
         self._sums.append(torch.stack([energy, differing.double().sum(), rows.sum()]))
         if self._limit:
@@ -180,7 +180,7 @@ class Tally:
             check_finite(side, 0, side.shape[0])
         tensor = self._sides[1].tensor
         raise FitError(
-            "values or differences too large: their squares overflow float32", file=tensor.file.path, tensor=tensor.name
+            "values or differences too large: their squares overflow float32", file=tensor.path, tensor=tensor.name
         )
 
 
@@ -195,7 +195,7 @@ def check_finite(side: Plain, start: int, stop: int) -> None:
     step = max(1, _LARGE // max(side.shape[1], 1))
     for at in range(start, stop, step):
         if not bool(torch.isfinite(side.stored(at, min(at + step, stop)).float()).all()):
-            raise FitError("holds NaN or Inf", file=side.tensor.file.path, tensor=side.tensor.name)
+            raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
 
 
 _FRACTION = {4: 23, 8: 52}

@@ -130,6 +130,6 @@ def _name(path: Path) -> str:
 
 def entry(one: Named, mode: str, **more: Any) -> dict[str, Any]:
     """What the contract and the manifest say of an adapter; no paths."""
-    files = sorted({fingerprint(tensor.file) for tensor in one.adapter.tensors})
+    files = sorted({fingerprint(file) for file in one.adapter.files})
     digest = files[0] if len(files) == 1 else hashlib.sha256("".join(files).encode()).hexdigest()
     return {"name": one.name, "mode": mode, "kind": one.adapter.kind, "id": digest, **more}

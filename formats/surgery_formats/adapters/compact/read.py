@@ -7,18 +7,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
-from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.raw import stays_inside
 from surgery_formats.linalg.coding import CODINGS, Coding
 from surgery_formats.tensors.coded import CodedTensor, quantised
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.text import listing, show
-from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import DoRA, Factor, Held, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
 __all__ = ["CONFIG_FILE", "MARK", "TENSOR_FILE", "VERSION", "leaves", "read_compact", "stem_of"]
 
@@ -27,6 +27,7 @@ TENSOR_FILE = "adapter.safetensors"
 MARK = "surgery-compact"
 VERSION = 1
 _MOST = 1 << 31  # of any size
+_Choice = TypeVar("_Choice", bound=str)
 
 
 def leaves(embedding: bool) -> tuple[str, str]:
@@ -65,31 +66,34 @@ def read_compact(path: Path) -> Adapter:
     if (version := raw.get("version", int)) != VERSION:
         raise FitError(f"version {version} of the format is not known", file=config, hint="a newer surgery reads it")
     shard = open_shard(file)
-    state = _CompactReader({tensor.name: tensor for tensor in shard.tensors}, _coding(raw), file)
+    new_modules = raw.get("new_modules", list)
+    if not all(isinstance(name, str) for name in new_modules):
+        raise MalformedError("'new_modules' is not a list of names", file=config)
+    tensors = {tensor.name: tensor for tensor in shard.tensors}
+    state = _CompactReader(tensors, _coding(raw), file, frozenset(new_modules))
     updates: dict[Site, tuple[Update, ...]] = {}
     for entry in raw.objects("parameters"):
-        site = Site(entry.get("path", str), entry.get("component", str, ""), entry.get("flat", bool, False))
+        records = entry.objects("updates")
+        kind, kernel = _module_kind(records)
+        site = Site(
+            entry.get("path", str), entry.get("component", str, ""), entry.get("flat", bool, False), kind, kernel
+        )
         if site in updates:
             raise MalformedError(f"'{show(site)}' twice", file=config)
-        updates[site] = tuple(
-            _update(site, position, record, state) for position, record in enumerate(entry.objects("updates"))
-        )
+        updates[site] = tuple(_update(site, position, record, state) for position, record in enumerate(records))
         if not updates[site]:
             raise MalformedError(f"'{show(site)}' without an update", file=config)
     if state.left:
         raise MalformedError(
             f"{len(state.left)} tensors have no use: {listing(sorted(state.left))}", file=file, tensor=min(state.left)
         )
-    new_modules = raw.get("new_modules", list)
-    if not all(isinstance(name, str) for name in new_modules):
-        raise MalformedError("'new_modules' is not a list of names", file=config)
     return Adapter(
         path=path,
         format="compact",
         kind=raw.get("kind", str),
         updates=updates,
         tensors=tuple(state.used),
-        new_modules=frozenset(new_modules),
+        new_modules=state.new_modules,
         base_name=raw.get("base", str),
         base_id=shard.metadata.get("surgery.base", ""),
         config=raw.get("config", dict),
@@ -125,6 +129,15 @@ class _Object:
             raise MalformedError(f"'{key}' is {show(repr(value), 40)}, not a number", file=self.file)
         return float(value)
 
+    def choice(self, key: str, allowed: tuple[_Choice, ...]) -> _Choice:
+        """One of `allowed`."""
+        for value in allowed:
+            if self.raw.get(key) == value:
+                return value
+        raise MalformedError(
+            f"'{key}' is {show(repr(self.raw.get(key)), 40)}, not one of {listing(allowed)}", file=self.file
+        )
+
     def size(self, value: object, key: str, least: int = 1) -> int:
         """A whole number of at least `least`."""
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _MOST:
@@ -158,7 +171,8 @@ class _CompactReader:
     left: dict[str, StoredTensor]
     coding: Coding
     file: Path
-    used: list[StoredTensor] = field(default_factory=list)
+    new_modules: frozenset[str] = frozenset()
+    used: list[Tensor] = field(default_factory=list)
 
     def take(self, name: str) -> StoredTensor:
         """A tensor of the file, once."""
@@ -168,8 +182,9 @@ class _CompactReader:
 
     def plain(self, name: str) -> StoredTensor:
         """A tensor that is stored as it is."""
-        self.used.append(self.take(name))
-        return self.used[-1]
+        tensor = self.take(name)
+        self.used.append(tensor)
+        return tensor
 
 
 def _update(site: Site, position: int, record: _Object, state: _CompactReader) -> Update:
@@ -180,7 +195,7 @@ def _update(site: Site, position: int, record: _Object, state: _CompactReader) -
     if kind == "offset":
         return Offset(_factor(state.plain(f"{stem}.offset"), (1, 2)), record.number("scale"))
     if kind == "replacement":
-        return Replacement(Factor.of(state.plain(f"{stem}.value")))
+        return Replacement(Factor.of(state.plain(f"{stem}.value")), _held(site, record, state.new_modules))
     if kind == "token rows":
         value = _factor(state.plain(f"{stem}.rows"), (2,))
         indices = record.sizes("indices", 0)
@@ -192,6 +207,35 @@ def _update(site: Site, position: int, record: _Object, state: _CompactReader) -
             )
         return TokenRows(value, indices, record.size(record.raw.get("vocabulary"), "vocabulary", 0))
     raise FitError(f"updates of kind '{show(kind)}' are not known", file=record.file, tensor=str(site))
+
+
+def _held(site: Site, record: _Object, new_modules: frozenset[str]) -> Held:
+    """Where a parameter's new values live.
+
+    Only what the names do not tell is recorded: a format without modules of its own trains parameters where they are, and a format
+    with them trains whole modules or biases.
+    """
+    if "held" in record.raw:
+        return record.choice("held", get_args(Held))
+    module, _, leaf = site.path.rpartition(".")
+    segments = module.split(".")
+    ancestors = [".".join(segments[: i + 1]) for i in range(len(segments))]
+    if any(ancestor.endswith(tuple(new_modules)) for ancestor in ancestors):
+        return "copy"
+    return "carried" if new_modules and leaf != "bias" else "in place"
+
+
+def _module_kind(records: list[_Object]) -> tuple[ModuleKind, tuple[int, ...]]:
+    """What the records of one parameter tell of its module."""
+    for record in records:
+        if record.get("kind", str) in ("LoRA", "DoRA"):
+            if record.get("wrapped", bool, False):
+                return "attention output", ()
+            if record.get("embedding", bool, False):
+                return "embedding", ()
+            kernel = record.sizes("shape")[2:]
+            return "experts" if "experts" in record.raw else "convolution" if kernel else "linear", kernel
+    return "", ()
 
 
 def _factor(tensor: StoredTensor, axes: tuple[int, ...]) -> Factor:

@@ -72,7 +72,8 @@ def read_kohya(path: Path) -> Adapter:
     ignored: list[Ignored] = []
     for (component, module), parts in modules.items():
         for leaf, update in _module(parts):
-            site = Site(f"{module}.{leaf}", component, flat=True)
+            kernel = _kernel(parts)
+            site = Site(f"{module}.{leaf}", component, True, "convolution" if kernel else "", kernel)
             updates[site] = (*updates.get(site, ()), update)
         if "alpha" in parts and "lora_down.weight" not in parts:
             ignored.append(Ignored(parts["alpha"], "an alpha without low-rank factors scales nothing"))
@@ -88,6 +89,12 @@ def read_kohya(path: Path) -> Adapter:
         metadata=metadata,
         stated_issues=tuple(stated_issues([update for chain in updates.values() for update in chain], metadata)),
     )
+
+
+def _kernel(parts: Mapping[str, StoredTensor]) -> tuple[int, ...]:
+    """Sizes of a convolution's kernel, which the core has where there is one."""
+    stored = parts.get("lora_mid.weight") or parts.get("lora_down.weight") or parts.get("diff")
+    return stored.shape[2:] if stored else ()
 
 
 def _split(tensor: StoredTensor) -> tuple[str, str, str]:

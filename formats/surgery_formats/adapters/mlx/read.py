@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
@@ -79,7 +79,9 @@ def read_mlx(path: Path) -> Adapter:
         else:
             raise MalformedError("neither lora_a, lora_b nor m", file=file, tensor=tensor.name)
     for module, parts in modules.items():
-        updates[Site(f"{module}.weight")] = (_module(module, parts, config),)
+        update = _module(module, parts, config)
+        kind: ModuleKind = "experts" if isinstance(update, Stacked) else "embedding" if _embeds(module) else "linear"
+        updates[Site(f"{module}.weight", module_kind=kind)] = (update,)
     return Adapter(
         path=path,
         format="mlx",
@@ -95,8 +97,12 @@ def read_mlx(path: Path) -> Adapter:
     )
 
 
+def _embeds(module: str) -> bool:
+    return module.rpartition(".")[2] in EMBEDDINGS
+
+
 def _tie_trap(modules: Iterable[str]) -> Iterable[str]:
-    if any(module.rpartition(".")[2] in EMBEDDINGS for module in modules):
+    if any(map(_embeds, modules)):
         yield "it trains the embedding: where the base ties its head to it, mlx-lm lets the head follow"
 
 
@@ -146,7 +152,7 @@ def _module(module: str, parts: Mapping[str, StoredTensor], config: _Config) -> 
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or not a.shape[1]:
         raise FitError(f"is {list(a.shape)}, its lora_b {list(b.shape)}", file=a.file.path, tensor=a.name)
     rank = a.shape[1]
-    if module.rpartition(".")[2] in EMBEDDINGS:
+    if _embeds(module):
         lora = LoRA(Factor.of(b), Factor.of(a), config.scale)
     else:
         lora = LoRA(

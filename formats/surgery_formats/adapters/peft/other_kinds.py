@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.peft.config import PeftConfig
@@ -36,6 +36,10 @@ class Module:
     parts: Mapping[str, StoredTensor]
     shared: Mapping[str, StoredTensor]
     config: PeftConfig
+
+    def site(self, kernel: tuple[int, ...] = ()) -> Site:
+        """Its weight; a convolution where the file has a kernel."""
+        return Site(f"{self.path}.weight", module_kind="convolution" if kernel else "", kernel=kernel)
 
     def part(self, name: str) -> StoredTensor:
         """The tensor `name`.
@@ -104,16 +108,18 @@ def _ia3(module: Module) -> ModuleUpdates:
     if sizes != (expected if len(sizes) == 2 else (1, size, *(1,) * (len(sizes) - 2))) or not size:
         raise _odd(stored, f"a vector on the {'inputs' if inputs else 'outputs'}, going by 'feedforward_modules'")
     update = IA3(Factor((stored,), (size,)), per_row=not inputs)
+    kernel = (0,) * (len(sizes) - 2)
+    site = Site(f"{module.path}.weight", module_kind="convolution" if kernel else "linear", kernel=kernel)
     if inputs:
-        return ModuleUpdates({Site(f"{module.path}.weight"): update})
-    bias = Site(f"{module.path}.bias")
-    return ModuleUpdates({Site(f"{module.path}.weight"): update, bias: update}, frozenset([bias]))
+        return ModuleUpdates({site: update})
+    bias = replace(site, path=f"{module.path}.bias")
+    return ModuleUpdates({site: update, bias: update}, frozenset([bias]))
 
 
 def _ln_tuning(module: Module) -> ModuleUpdates:
     return ModuleUpdates(
         {
-            Site(f"{module.path}.{name.rpartition('.')[2]}"): Replacement(Factor.of(tensor))
+            Site(f"{module.path}.{name.rpartition('.')[2]}", module_kind="norm"): Replacement(Factor.of(tensor), "copy")
             for name, tensor in module.parts.items()
         }
     )
@@ -127,7 +133,8 @@ def _loha(module: Module) -> ModuleUpdates:
             module.part("hada_w2_a"), f"the first pair makes {[A1.shape[0], B1.shape[1]]}, of rank {A1.shape[1]}"
         )
     alpha = module.config.alpha_of(module.path)
-    return ModuleUpdates({Site(f"{module.path}.weight"): LoHa(A1, B1, A2, B2, alpha / A1.shape[1], alpha)})
+    site = module.site(module.parts["hada_t1"].shape[2:] if "hada_t1" in module.parts else ())
+    return ModuleUpdates({site: LoHa(A1, B1, A2, B2, alpha / A1.shape[1], alpha)})
 
 
 def _lokr(module: Module) -> ModuleUpdates:
@@ -162,7 +169,9 @@ def _lokr(module: Module) -> ModuleUpdates:
         )
     rank = ranks.pop() if ranks else module.config.rank_of(module.path)
     alpha = module.config.alpha_of(module.path)
-    return ModuleUpdates({Site(f"{module.path}.weight"): LoKr(C, D, alpha / rank, alpha, rank, kernel, crossed)})
+    whole = module.parts.get("lokr_w2", module.parts.get("lokr_t2"))
+    site = module.site(() if whole is None else whole.shape[2:])
+    return ModuleUpdates({site: LoKr(C, D, alpha / rank, alpha, rank, kernel, crossed)})
 
 
 def _low_rank(module: Module, a: str, b: str, core: str) -> tuple[Factor, Factor]:
@@ -182,21 +191,12 @@ def _low_rank(module: Module, a: str, b: str, core: str) -> tuple[Factor, Factor
         return (t.permute(0, 2, 3, 1) @ w).permute(0, 3, 1, 2)  # sum over j of t[i, j, k, l] w[j, in]
 
     A = Factor((left,), (left.shape[1], rank), lambda t: t.T)
-    return A, Factor((middle, right), (rank, width), joined)
+    return A, Factor.computed((Factor.of(middle), Factor.of(right)), (rank, width), joined)
 
 
 def _product(a: Factor, b: Factor) -> Factor:
     """``a b`` as one factor; it is small."""
-    count = len(a.tensors)
-
-    def made(*stored: torch.Tensor) -> torch.Tensor:
-        return _shown(a, stored[:count]) @ _shown(b, stored[count:])
-
-    return Factor((*a.tensors, *b.tensors), (a.shape[0], b.shape[1]), made)
-
-
-def _shown(factor: Factor, stored: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return (stored[0] if factor.view is None else factor.view(*stored)).reshape(factor.shape)
+    return Factor.computed((a, b), (a.shape[0], b.shape[1]), lambda left, right: left @ right)
 
 
 def _oft(module: Module) -> ModuleUpdates:
@@ -237,7 +237,7 @@ def _oft(module: Module) -> ModuleUpdates:
         embedding,
         inputs=0 if shared else blocks * block,
     )
-    return ModuleUpdates({Site(f"{module.path}.weight"): update})
+    return ModuleUpdates({replace(module.site(), module_kind="embedding" if embedding else ""): update})
 
 
 _MOST_TERMS = 100  # PEFT has 5; each is a product of matrices
@@ -265,7 +265,7 @@ def _vera(module: Module) -> ModuleUpdates:
         if d.numel != config.integer("r", 256, low=1):
             raise _odd(d, "its size is not 'r', with which the projections were drawn")
         projections = Seed(config.integer("projection_prng_key", 0, low=-(1 << 31)))
-    return ModuleUpdates({Site(f"{module.path}.weight"): VeRA(Factor.of(b), Factor.of(d), projections)})
+    return ModuleUpdates({module.site(): VeRA(Factor.of(b), Factor.of(d), projections)})
 
 
 def _odd(tensor: StoredTensor, why: str) -> MalformedError:

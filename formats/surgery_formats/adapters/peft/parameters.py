@@ -22,7 +22,7 @@ EXPERTS_ORDER_SINCE = "0.19.0"
 _PARAMETER_ORDER = ("weight", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
 
 
-def innermost_first(names: Sequence[str], file: Path) -> list[str]:
+def innermost_first(names: Sequence[str], file: Path | None) -> list[str]:
     """Parameters of one module in the order in which PEFT wraps their LoRAs around each other: the first registered is the innermost.
 
     Args:
@@ -84,8 +84,9 @@ def parameter_lora(
             tensor=a.name,
         )
     scale, alpha = config.scale_of(key, rank), config.alpha_of(key)
+    site = Site(key, module_kind="linear" if name == "weight" else "experts")
     if name == "weight" or (count == 1 and not config.experts_old_order):
-        return Site(key), LoRA(Factor.of(a), Factor.of(b), scale, alpha)
+        return site, LoRA(Factor.of(a), Factor.of(b), scale, alpha)
 
     def forward(e: int) -> LoRA:  # PEFT >= 0.19: delta[e] = B[:, :, e] @ A[e], (rows, cols)
         return LoRA(
@@ -105,8 +106,8 @@ def parameter_lora(
 
     turned = tuple(backward(e) for e in range(count))
     if config.experts_old_order:
-        return Site(key), Stacked(turned)
-    return Site(key), Stacked(tuple(forward(e) for e in range(count)), turned)
+        return site, Stacked(turned)
+    return site, Stacked(tuple(forward(e) for e in range(count)), turned)
 
 
 def _which_parameter(module: str, clean: str, present: int, parameters: list[str], a: StoredTensor) -> str:

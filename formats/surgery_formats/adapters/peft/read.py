@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from surgery_formats.adapters.peft.other_kinds import KINDS, Module
 from surgery_formats.adapters.peft.parameters import parameter_lora, targeted_parameters, wrappers_of
 from surgery_formats.adapters.peft.prompt import read_prompt
 from surgery_formats.adapters.peft.switches import PROMPT_KINDS
-from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.sharded import open_folder_tensors
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, TokenRows, Update
+from surgery_formats.updates import DoRA, Factor, Held, LoRA, Offset, Replacement, TokenRows, Update
 
 __all__ = ["read_peft"]
 
@@ -68,14 +68,14 @@ def read_peft(path: Path) -> Adapter:
         side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
     )
     if config.kind in PROMPT_KINDS:
-        return _soft_prompt(whole, config)
+        return _soft_prompt(whole, tensors, config)
     kind = KINDS.get(config.kind)
     found = sort_tensors(tensors, kind.factors, kind.shared) if kind else sort_tensors(tensors, LORA_FACTORS)
     updates: dict[Site, tuple[Update, ...]] = {}
     optional: set[Site] = set()
     for name, tensor in found.plain.items():
         _check_plain(name, tensor, config)
-        updates[Site(name)] = (Replacement(Factor.of(tensor)),)
+        updates[Site(name)] = (Replacement(Factor.of(tensor), _held(name, config)),)
     wrappers = wrappers_of(found.modules)
     for module, parts in found.modules.items():
         if kind:
@@ -85,7 +85,7 @@ def read_peft(path: Path) -> Adapter:
         else:
             chains = _module(module, parts, config, wrappers)
         for site, chain in chains.items():
-            updates[site] = updates.get(site, ()) + chain
+            updates[site] = (*updates.pop(site, ()), *chain)  # under the site that knows its kind of module
     return replace(
         whole,
         updates=dict(sorted(updates.items())),
@@ -107,15 +107,15 @@ def _metadata(shards: Iterable[Shard]) -> dict[str, str]:
     return merged
 
 
-def _soft_prompt(adapter: Adapter, config: PeftConfig) -> Adapter:
+def _soft_prompt(adapter: Adapter, tensors: Sequence[StoredTensor], config: PeftConfig) -> Adapter:
     """Virtual tokens, and what was trained in full beside them."""
-    prompt = read_prompt(adapter.tensors, config)
-    beside = (tensor for tensor in adapter.tensors if tensor is not prompt.table)
+    prompt = read_prompt(tensors, config)
+    beside = (tensor for tensor in tensors if tensor is not prompt.table)
     rest = sort_tensors(beside, frozenset(), prefix="base_model.")
     updates: dict[Site, tuple[Update, ...]] = {}
     for name, tensor in rest.plain.items():
         _check_plain(name, tensor, config)
-        updates[Site(name)] = (Replacement(Factor.of(tensor)),)
+        updates[Site(name)] = (Replacement(Factor.of(tensor), _held(name, config)),)
     return replace(adapter, updates=dict(sorted(updates.items())), ignored=tuple(rest.ignored), prompt=prompt)
 
 
@@ -123,12 +123,10 @@ def _module(
     module: str, parts: Mapping[str, StoredTensor], config: PeftConfig, wrappers: Mapping[str, int]
 ) -> dict[Site, tuple[Update, ...]]:
     """All updates of one module; PEFT nests wrappers as ``base_layer``."""
-    found: dict[Site, tuple[Update, ...]] = {}
     clean = unwrapped(module)
-    if "tokens" in parts:
-        found[Site(f"{clean}.weight")] = (_token_rows(clean, parts["tokens"], config),)
-        if len(parts) == 1:
-            return found
+    tokens = (_token_rows(clean, parts["tokens"], config),) if "tokens" in parts else ()
+    if tokens and len(parts) == 1:
+        return {Site(f"{clean}.weight"): tokens}
     a, b = (
         ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else ("lora_A.weight", "lora_B.weight")
     )
@@ -146,7 +144,7 @@ def _module(
     parameters = targeted_parameters(module, clean, config, wrappers, parts[a])
     if parameters:
         site, update = parameter_lora(module, clean, parts, config, wrappers, parameters)
-        return {**found, site: (update,)}
+        return {**({Site(f"{clean}.weight"): tokens} if tokens else {}), site: (update,)}
     embedding = a == "lora_embedding_A"
     in_attention = module.endswith(
         ".base_layer.out_proj"
@@ -157,10 +155,12 @@ def _module(
         # PEFT adds this delta twice, attached as merged (its MultiheadAttention.merge adds it, then calls out_proj.merge):
         # it was trained at twice the scale.
         lora = lora.scaled(2.0)
-    site = Site(f"{clean}.weight")
-    found[site] = (*found.get(site, ()), _with_magnitude(lora, parts, config, embedding=embedding))
+    kernel = parts[a].shape[2:]
+    kind: ModuleKind = "embedding" if embedding else "convolution" if kernel else "linear"
+    site = Site(f"{clean}.weight", module_kind="attention output" if in_attention else kind, kernel=kernel)
+    found: dict[Site, tuple[Update, ...]] = {site: (*tokens, _with_magnitude(lora, parts, config, embedding=embedding))}
     if "lora_B.bias" in parts:
-        found[Site(f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
+        found[replace(site, path=f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
     return found
 
 
@@ -193,7 +193,7 @@ def _with_magnitude(
         if config.dora:
             raise MalformedError(
                 "use_dora is true, but this module has no magnitude vector",
-                file=lora.A.tensors[0].file.path,
+                file=lora.A.tensors[0].path,
                 tensor=lora.A.tensors[0].name,
             )
         return lora
@@ -228,8 +228,7 @@ def _token_rows(clean: str, tensor: StoredTensor, config: PeftConfig) -> TokenRo
 def _check_plain(name: str, tensor: StoredTensor, config: PeftConfig) -> None:
     """A whole parameter must be one that PEFT stores whole; anything else is somebody else's tensor."""
     module, _, leaf = name.rpartition(".")
-    ancestors = [".".join(module.split(".")[: i + 1]) for i in range(module.count(".") + 1)]
-    saved = any(ancestor.endswith(kept) for ancestor in ancestors for kept in config.modules_to_save)
+    saved = any(ancestor.endswith(config.modules_to_save) for ancestor in _ancestors(module))
     embedding = leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
     bias = leaf == "bias" and (config.bias != "none")
     head = bool(HEADS & set(module.split("."))) and config.raw.get("task_type") in (
@@ -244,3 +243,19 @@ def _check_plain(name: str, tensor: StoredTensor, config: PeftConfig) -> None:
             tensor=tensor.name,
             hint="is this a full model?" if not tensor.name.startswith(PREFIX) else None,
         )
+
+
+def _held(name: str, config: PeftConfig) -> Held:
+    """Where PEFT holds a parameter stored whole: it also saves embeddings that it did not train, when a vocabulary was resized."""
+    module, _, leaf = name.rpartition(".")
+    if any(ancestor.endswith(config.modules_to_save) for ancestor in _ancestors(module)):
+        return "copy"
+    if leaf == "bias":
+        return "in place"
+    return "copy" if HEADS & set(module.split(".")) else "carried"
+
+
+def _ancestors(module: str) -> list[str]:
+    """The module and all that contain it; PEFT matches the ends of such paths, so that ``norm`` takes ``input_layernorm`` too."""
+    segments = module.split(".")
+    return [".".join(segments[: i + 1]) for i in range(len(segments))]

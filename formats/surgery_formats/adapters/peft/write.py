@@ -305,7 +305,7 @@ def _parameters(state: _PeftWriter) -> None:
     for site, update in state.parameters:
         by_module.setdefault(site.path.rpartition(".")[0], []).append((site, update))
     for module, found in by_module.items():
-        order = innermost_first([_leaf(site) for site, _ in found], found[0][1].tensors[0].file.path)
+        order = innermost_first([_leaf(site) for site, _ in found], found[0][1].tensors[0].path)
         found.sort(key=lambda pair: order.index(_leaf(pair[0])))
         for depth, (site, update) in enumerate(reversed(found)):
             key = f"{_PREFIX}{module}{'.base_layer' * depth}"

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conservation of an adapter's tensors: each one is used by an update, or its format knows why it is not."""
+
+from __future__ import annotations
+
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.text import listing
+
+__all__ = ["check_consumed"]
+
+
+def check_consumed(adapter: Adapter, error: type[FitError | ProofError] = FitError) -> None:
+    """Refuse an adapter with tensors that no update uses.
+
+    Args:
+        adapter: As it was read.
+        error: What to raise: `ProofError` where the adapter was just written.
+
+    Raises:
+        FitError: tensors are left over (or `error`).
+    """
+    if left := adapter.unconsumed():
+        raise error(
+            f"{len(left)} of {len(adapter.tensors)} tensors are not used by any update: "
+            f"{listing(tensor.name for tensor in left)}",
+            file=left[0].path if error is FitError else adapter.path.name,
+            tensor=left[0].name,
+        )

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of options and inputs that several verbs make, each with one wording."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from surgery_formats.adapters.format import Rendering
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.identity import content_id
+from surgery_formats.text import show
+
+__all__ = ["check_base_id", "check_nothing_dropped", "float_type", "required_output"]
+
+_SHOWN = 3  # dropped parts that are named
+
+
+def float_type(name: str, stored: str = "factors") -> DType | None:
+    """The type that a ``dtype`` option names; None for ``keep``.
+
+    Args:
+        name: ``keep``, ``fp32``, ``fp16``, ``bf16``, ``fp64``.
+        stored: What will be of that type, for messages.
+
+    Raises:
+        FitError: no such type, or not a floating point one.
+    """
+    if name == "keep":
+        return None
+    hint = "keep, fp32, fp16, bf16 or fp64"
+    try:
+        dtype = DType.parse(name)
+    except ValueError as error:
+        raise FitError(f"no type '{show(name)}'", hint=hint) from error
+    if not dtype.is_float:
+        raise FitError(f"{stored} cannot be stored as {dtype.label}", hint=hint)
+    return dtype
+
+
+def required_output(output: str | os.PathLike[str] | None) -> Path:
+    """The output as a path.
+
+    Raises:
+        FitError: there is none, and this is not a dry run.
+    """
+    if output is None:
+        raise FitError("output is required", hint="only a dry run writes nothing")
+    return Path(output)
+
+
+def check_base_id(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Compare the base's content id with the one that an adapter records, where it records one; reads the base then.
+
+    Raises:
+        FitError: it is another base.
+    """
+    recorded = [adapter for adapter in adapters if adapter.base_id]
+    actual = content_id(checkpoint) if recorded else ""
+    for adapter in recorded:
+        if adapter.base_id != actual:
+            raise FitError(
+                f"was made for a base with content id {adapter.base_id[:16]}..., this base has {actual[:16]}...",
+                file=adapter.path,
+                hint="use it with the base it was made for",
+            )
+
+
+def check_nothing_dropped(rendering: Rendering, target: str, file: Path, hint: str | None) -> None:
+    """Refuse a rendering that leaves updates out.
+
+    Args:
+        rendering: Of an adapter in the format `target`.
+        target: For the message.
+        file: The adapter.
+        hint: What to do about it.
+
+    Raises:
+        FitError: an update was dropped.
+    """
+    dropped = [entry for entry in rendering.entries if entry.outcome == "dropped"]
+    if dropped:
+        reasons = [f"'{show(entry.site)}' ({entry.detail})" for entry in dropped[:_SHOWN]]
+        reasons += [f"and {len(dropped) - _SHOWN} more"] if len(dropped) > _SHOWN else []
+        raise FitError(
+            f"{target} cannot hold {len(dropped)} of {len(rendering.entries)} parts: {'; '.join(reasons)}",
+            file=file,
+            hint=hint,
+        )

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conversion of one adapter: checked against its base, rendered in the new format, written, and proved to change the same weights.
+
+The source is bound once, and its binding goes on to the proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write_adapter
+from surgery.engine.checks import check_base_id, check_nothing_dropped
+from surgery_formats.adapters.format import Coded, Entry, Format, Rendering
+from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.consumption import check_consumed
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import listing, show
+
+__all__ = [
+    "Conversion",
+    "ConvertResult",
+    "bound_source",
+    "coded_as",
+    "placed",
+    "plan_conversion",
+    "tolerance_of",
+    "write_conversion",
+]
+
+Check = Callable[[Path, "ConvertResult"], Mapping[str, Any]]
+Errors = Callable[[Path], Mapping[str, float]]
+
+TOLERANCE = 1e-6
+"""Greatest error of a weight's delta relative to its greatest value: what float32 factors allow."""
+_ROUNDING = {
+    DType.F16: 2.0**-7,
+    DType.BF16: 2.0**-4,
+}  # 16 units in the last place: both factors are rounded, and products add up
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion did, or (dry run) would do.
+
+    Attributes:
+        output: File or folder; None for a dry run.
+        source: Format it was read from.
+        target: Format it was written in.
+        entries: What became of every update.
+        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a
+            dry run.
+        warnings: What the user should know.
+    """
+
+    output: Path | None
+    source: str
+    target: str
+    entries: tuple[Entry, ...]
+    errors: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def max_error(self) -> float:
+        """The worst weight's error; what is approximated not counted."""
+        return max(self.errors.values(), default=0.0)
+
+    @property
+    def max_approximation(self) -> float:
+        """The worst error of what is approximated, relative to the norm of its change."""
+        return max((entry.error for entry in self.entries if entry.error is not None), default=0.0)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json`` and the manifest; no paths."""
+        return {
+            "verb": "convert",
+            "from": self.source,
+            "to": self.target,
+            "entries": [
+                {"site": e.site, "outcome": e.outcome, "detail": e.detail}
+                | ({} if e.error is None else {"error": e.error})
+                for e in self.entries
+            ],
+            "errors": dict(self.errors),
+            "max_error": self.max_error,
+            "max_approximation": self.max_approximation,
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is planned and not yet written.
+
+    Attributes:
+        source: The adapter that was rendered.
+        target: Its new format.
+        rendering: What will be written.
+        base: The base that names and shapes were taken from; None if none was given, or if it has other names than `source`.
+        binding: Of `source` to `base`.
+        dtype: Type of the stored matrices; None keeps them.
+    """
+
+    source: Adapter
+    target: Format
+    rendering: Rendering
+    base: Checkpoint | None
+    binding: Binding | None
+    dtype: DType | None
+
+
+def coded_as(target: Format, factors: str | None) -> Format:
+    """`target` with factors of the type `factors`, if one was named.
+
+    Raises:
+        FitError: it stores no codes, or none of this type.
+    """
+    if factors is None:
+        return target
+    if not isinstance(target, Coded):
+        raise FitError(
+            f"{target.name} stores factors as numbers, not as {show(factors, 40)} codes", hint="--to compact"
+        )
+    return target.with_factors(factors)
+
+
+def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:
+    """The adapter with the component of every site known, or cut to the one chosen; and what that leaves out.
+
+    Raises:
+        FitError: the component is not in the adapter or the base, or cannot be told.
+    """
+    named = {site.component for site in adapter.updates} - {""}
+    if component is not None and named:
+        if component not in named:
+            raise FitError(
+                f"the adapter has no part '{component}'", file=adapter.path, hint=f"it has {listing(sorted(named))}"
+            )
+        kept = [site for site in adapter.updates if site.component == component]
+        left = sorted(str(site) for site in adapter.updates.keys() - set(kept))
+        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left)
+    if base is None or not base.is_pipeline or named:
+        return adapter, ()
+    fitting = [component] if component is not None else _fitting(adapter, base)
+    if len(fitting) != 1 or fitting[0] not in base.components:
+        raise FitError(
+            f"which part of the pipeline it belongs to is not known (it fits {listing(fitting) or 'none'})",
+            file=adapter.path,
+            hint=f"name it with --component; the base has {listing(sorted(base.components))}",
+        )
+    return _moved(adapter, fitting[0]), ()
+
+
+def _fitting(adapter: Adapter, base: Checkpoint) -> list[str]:
+    """Parts of a pipeline that every update of the adapter fits, by names and shapes."""
+    fitting = []
+    for name in sorted(base.components):
+        try:
+            bind([(_moved(adapter, name), 1.0)], base)
+        except FitError:
+            continue
+        fitting.append(name)
+    return fitting
+
+
+def _moved(adapter: Adapter, component: str) -> Adapter:
+    updates = {replace(site, component=component): chain for site, chain in adapter.updates.items()}
+    return replace(adapter, updates=updates)
+
+
+def bound_source(source: Adapter, base: Checkpoint | None) -> Binding | None:
+    """The binding of an adapter to its base; None without a base, or without weights to bind.
+
+    Raises:
+        FitError: tensors that no update uses, or a base that the adapter was not made for.
+    """
+    check_consumed(source)
+    if base is None or not source.updates:
+        return None
+    binding = bind([(source, 1.0)], base)
+    check_base_id(base, [source])
+    return binding
+
+
+def plan_conversion(
+    source: Adapter,
+    target: Format,
+    base: Checkpoint | None,
+    binding: Binding | None,
+    *,
+    dtype: DType | None = None,
+    allow_loss: bool = False,
+) -> Conversion:
+    """Render an adapter that was checked.
+
+    Args:
+        source: The adapter.
+        target: The format.
+        base: The base that names and shapes come from, if there is one.
+        binding: Of `source` to `base` (`bound_source`).
+        dtype: Type of the stored matrices; None keeps them.
+        allow_loss: Whether updates that the format cannot hold may be left out.
+
+    Raises:
+        FitError: an update would be lost, or nothing is left.
+    """
+    rendering = target.render(source, base)
+    if not allow_loss:
+        hint = "--allow-loss leaves them out" if rendering.tensors else None
+        check_nothing_dropped(rendering, target.name, source.path, hint)
+    if not rendering.tensors:
+        dropped = next((entry for entry in rendering.entries if entry.outcome == "dropped"), None)
+        why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
+        raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
+    return Conversion(source, target, stored_as(rendering, dtype), base, binding, dtype)
+
+
+def tolerance_of(dtype: DType | None) -> float:
+    """Greatest error of a weight's delta relative to its greatest value, with factors stored as `dtype`."""
+    return _ROUNDING.get(dtype, TOLERANCE) if dtype else TOLERANCE
+
+
+def write_conversion(
+    conversion: Conversion,
+    options: WriteOptions,
+    result: ConvertResult,
+    *,
+    projections: str | None = None,
+    check: Check | None = None,
+    also: Errors | None = None,
+) -> ConvertResult:
+    """Write a planned conversion and prove it.
+
+    Args:
+        conversion: What to write.
+        options: Where and how.
+        result: What is known before it is written.
+        projections: Layout of the projections, where it was changed.
+        check: Called with where it was written and with the result, once it is proved and before it appears; what it returns goes into
+            the manifest of a folder.
+        also: A second comparison; returns errors by weight.
+
+    Raises:
+        FitError: a value does not fit its type.
+        ProofError: what was written does something else.
+        OutputExistsError, ResourceError: see `surgery_formats.files`.
+    """
+    source, target = conversion.source, conversion.target
+
+    def prove(path: Path) -> dict[str, Any]:
+        nonlocal result
+        from surgery.engine.proof import prove_rendering
+
+        tolerance = tolerance_of(conversion.dtype)
+        errors, near = prove_rendering(path, source, target, conversion.rendering, conversion.binding, tolerance)
+        errors |= also(path) if also is not None else {}
+        if conversion.base is not None:
+            conversion.base.check_unchanged()
+        entries = tuple(replace(e, error=near[e.site]) if e.outcome == "approximated" else e for e in result.entries)
+        result = replace(result, entries=entries, errors=errors)
+        return {**result.as_json(), **(check(path, result) if check is not None else {})}
+
+    facts = {"verb": "convert", "target": target.name, "projections": projections}
+    job = job_id(facts, source.files, conversion.rendering)
+    output = write_adapter(conversion.rendering, target, job, prove, options)
+    return replace(result, output=output)
