@@ -14,7 +14,7 @@ from surgery.engine.plan import Compute, PlannedTensor
 from surgery_formats.binding.edits import Operation
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.noise import kept
+from surgery_formats.linalg.noise import measure_survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
@@ -171,7 +171,7 @@ class _UpdateTally:
         stored = rounded.to(before.device, before.dtype).sub(before)
         self.sampled += stored.numel()
         self.moved += int(torch.count_nonzero(stored))
-        self.kept = Survival.total((self.kept, kept(after.sub(before), stored)))
+        self.kept = Survival.total((self.kept, measure_survival(after.sub(before), stored)))
 
     def result(self, xxh3: str) -> Measurement:
         """The sums so far."""

@@ -198,7 +198,7 @@ def test_an_output_that_exists_stays(tmp_path: Path, target: str) -> None:
         convert(source, target, out, base=base)
     assert sorted(os.listdir(tmp_path)) == before
     if target == "mlx":  # a folder that is not of this tool's making is never replaced
-        with pytest.raises(OutputExistsError, match="not written by this tool"):
+        with pytest.raises(OutputExistsError, match="not written by surgery"):
             convert(source, target, out, base=base, overwrite=True)
         (out / "surgery_manifest.json").write_text("{}")
     assert convert(source, target, out, base=base, overwrite=True).output == out
