@@ -119,7 +119,7 @@ class Component:
         return sum(shard.file.size for shard in self.shards)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A model, or a pipeline of models.
 
@@ -134,6 +134,10 @@ class Checkpoint:
     components: Mapping[str, Component]
     side_files: tuple[tuple[str, Path], ...]
     left_behind: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        tensors = sum(len(component.tensors) for component in self.components.values())
+        return f"<Checkpoint {str(self.path)!r}: {tensors} tensors>"
 
     @property
     def is_pipeline(self) -> bool:
