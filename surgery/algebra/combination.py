@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.files import as_adapter, side_files
-from surgery.algebra.group import WeightedAdapter, group
+from surgery.algebra.group import group
 from surgery.algebra.inputs import check_inputs
 from surgery.algebra.parts import CombinedUpdate, Solutions
 from surgery.algebra.proof import CombinationProof, prove_combination
@@ -21,7 +21,7 @@ from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write
 from surgery.engine.checks import check_nothing_dropped
 from surgery.reports.to_json import plain
 from surgery_formats.adapters.format import Coded, Format, Rendering
-from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Checkpoint

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from surgery.algebra.dora import with_dora
 from surgery.algebra.experts import stacked
-from surgery.algebra.group import Contribution, WeightedAdapter
+from surgery.algebra.group import Contribution
 from surgery.algebra.parts import CombinedUpdate, Solutions, low_rank, offset
 from surgery.algebra.sums import Recipe
 from surgery.algebra.task_vectors import DENSE_METHODS
-from surgery_formats.canonical.adapter import Site
+from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show

@@ -96,7 +96,7 @@ def command(
     source = resolve(adapter)
     model = None if base is None else resolve(base)
     with bar(settings, "converting") as progress:
-        result = convert(source, to, output, base=model, dry_run=dry_run, progress=progress, **options)
+        result = convert(source, to, output=output, base=model, dry_run=dry_run, progress=progress, **options)
     seconds = time.monotonic() - began
     if settings.json:
         where = None if result.output is None else str(result.output)

@@ -94,6 +94,7 @@ def command(
     merge: tuple[tuple[str, float], ...],
     swap: tuple[str, ...],
     prefix: tuple[str, ...],
+    verify: str,
     **options: Any,
 ) -> None:
     """Export a model as ONNX graphs that use its weight files as they are.
@@ -121,6 +122,7 @@ def command(
             merge=[(resolve(reference), weight) for reference, weight in merge],
             swap=[resolve(reference) for reference in swap],
             prefix=[resolve(reference) for reference in prefix],
+            verify_copies=verify == "full",
             progress=progress,
             **options,
         )

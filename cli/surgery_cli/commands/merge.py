@@ -64,6 +64,7 @@ def command(
     adapters: tuple[tuple[str, float], ...],
     output: Path | None,
     dry_run: bool,
+    verify: str,
     **options: Any,
 ) -> None:
     """Merge adapters into a base model.
@@ -83,7 +84,15 @@ def command(
     began = time.monotonic()
     inputs = [(resolve(reference), weight) for reference, weight in adapters]
     with bar(settings, "merging") as progress:
-        result = merge(resolve(base), inputs, output=output, dry_run=dry_run, progress=progress, **options)
+        result = merge(
+            resolve(base),
+            inputs,
+            output=output,
+            dry_run=dry_run,
+            verify_copies=verify == "full",
+            progress=progress,
+            **options,
+        )
     seconds = time.monotonic() - began
     warnings = [*result.warnings]
     if dry_run:
