@@ -7,6 +7,7 @@
     |   `-- MalformedError             exit 3   (also ValueError)
     |-- FitError                       exit 4   the input is readable but does not fit (also ValueError)
     |   `-- NothingChangedError        exit 4
+    |-- UsageError                     exit 2   arguments that the function does not take (also TypeError)
     |-- OutputExistsError              exit 2   (also FileExistsError)
     |-- ProofError                     exit 5   the files written differ from what was planned
     `-- ResourceError                  exit 7   not enough disk or memory (also OSError)
@@ -32,6 +33,7 @@ __all__ = [
     "ProofError",
     "ResourceError",
     "SurgeryError",
+    "UsageError",
 ]
 
 
@@ -90,6 +92,12 @@ class FitError(SurgeryError, ValueError):
 
 class NothingChangedError(FitError):
     """The operation would write an unchanged model."""
+
+
+class UsageError(SurgeryError, TypeError):
+    """An argument of a wrong type, one that is missing, or arguments that exclude each other."""
+
+    exit_code = 2
 
 
 class OutputExistsError(SurgeryError, FileExistsError):

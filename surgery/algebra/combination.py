@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.combined_update import CombinedUpdate, Solutions, new_solutions
 from surgery.algebra.files import as_adapter
-from surgery.algebra.group import WeightedAdapter, group
+from surgery.algebra.group import group
 from surgery.algebra.inputs import check_inputs
 from surgery.algebra.sums import Recipe
 from surgery.algebra.weight import combine_weight
 from surgery.engine.adapter_output import stored_as
 from surgery.engine.checks import check_nothing_dropped
 from surgery_formats.adapters.format import Coded, Format, Rendering
-from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Checkpoint

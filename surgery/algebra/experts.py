@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
-from surgery.algebra.group import Contribution, WeightedAdapter
+from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import PEFT, common_rank, outcome_of, stored_type, target_of, tensors_of
 from surgery.algebra.sums import DeltaTarget, Recipe, Solved
-from surgery_formats.canonical.adapter import Site
+from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.computed import computed
 from surgery_formats.updates import Factor, LoRA, Stacked

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.writing import component_of, places_of, whole_place
 from surgery_formats.binding.bind import fit_of, widest_of
-from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Replacement, Unsized, Update
@@ -17,20 +17,7 @@ from surgery_formats.updates import Replacement, Unsized, Update
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["Contribution", "WeightedAdapter", "group", "key_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class WeightedAdapter:
-    """One adapter of a combination."""
-
-    adapter: Adapter
-    weight: float
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return self.adapter.path.name
+__all__ = ["Contribution", "group", "key_of"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from surgery.algebra.group import WeightedAdapter
 from surgery.engine.checks import check_base_id
-from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint

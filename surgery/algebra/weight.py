@@ -9,12 +9,12 @@ from dataclasses import replace
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.dense_change import combine_changes
 from surgery.algebra.experts import combine_stacks
-from surgery.algebra.group import Contribution, WeightedAdapter
+from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import combine_loras
 from surgery.algebra.offsets import combine_offsets
 from surgery.algebra.sums import Recipe
 from surgery.algebra.task_vectors import DENSE_METHODS
-from surgery_formats.canonical.adapter import Site
+from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show

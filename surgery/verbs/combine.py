@@ -7,23 +7,30 @@ factors and a small SVD give (Eckart and Young), never by averaging factors, who
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from surgery.algebra.combination import combine_adapters, plan_combination
 from surgery.algebra.combine_result import Combined, CombineResult, Source
-from surgery.algebra.group import WeightedAdapter
 from surgery.algebra.output import write_combination
 from surgery.algebra.selection import Selection, check_patterns
 from surgery.algebra.sums import Recipe
 from surgery.algebra.task_vectors import DENSE_METHODS
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.checks import float_type, required_output
+from surgery.engine.checks import float_type
+from surgery.engine.inputs import (
+    AdaptersLike,
+    CheckpointLike,
+    StrPath,
+    as_checkpoint,
+    as_list,
+    as_weighted,
+    output_path,
+)
 from surgery.progress import Callback
-from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery_formats.adapters.registry import format_named
+from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.text import listing, show
 
 __all__ = ["METHODS", "CombineResult", "Combined", "Source", "combine"]
@@ -32,19 +39,19 @@ METHODS = ("exact", "svd", *DENSE_METHODS)
 
 
 def combine(
-    adapters: Sequence[tuple[str | os.PathLike[str], float]],
+    adapters: AdaptersLike,
     *,
-    output: str | os.PathLike[str] | None = None,
+    output: StrPath | None = None,
     rank: int | None = None,
     energy: float | None = None,
     method: str = "exact",
     density: float | None = None,
     seed: int = 0,
-    only: Sequence[str] = (),
-    without: Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    without: str | Sequence[str] = (),
     dtype: str = "keep",
     to: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
@@ -52,7 +59,7 @@ def combine(
     """Write one adapter that does what several do together: ``sum_i w_i delta_i``, or a merge of the deltas.
 
     Args:
-        adapters: Each with its weight, negative ones too. One alone is scaled.
+        adapters: One or several, each with its weight, negative ones too, given as `surgery.merge` takes them. One alone is scaled.
         output: File or folder to make. Its parent must exist.
         rank: Greatest rank of a module; without it, and without `energy`, nothing of the sum is lost.
         energy: Share of each module's energy to keep, in (0, 1].
@@ -70,6 +77,7 @@ def combine(
         progress: Called with every step.
 
     Raises:
+        UsageError: an argument of a wrong type, or no output.
         InputError: an adapter or the base cannot be read.
         FitError: the adapters do not fit each other, the sum depends on the base, a format cannot hold the result, an option is wrong.
         NothingChangedError: the result would be the one adapter given, or nothing.
@@ -78,16 +86,19 @@ def combine(
     """
     _check_options(method, density, rank, energy)
     stored, target = float_type(dtype), None if to is None else format_named(to)
-    given = [WeightedAdapter(read_adapter(path), float(weight)) for path, weight in adapters]
-    given, left = _chosen(given, Selection(tuple(only), tuple(without)))
+    destination = output_path(output, dry_run=dry_run)
+    given = as_weighted(adapters)
+    if not given:
+        raise FitError("no adapter was named")
+    given, left = _chosen(given, Selection(tuple(as_list(only)), tuple(as_list(without))))
     recipe = Recipe(method, rank, energy, None, 1.0 if density is None else density, seed)
     if len(given) == 1 and given[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
         raise NothingChangedError("one adapter with weight 1 is what it was", file=given[0].adapter.path)
-    combination = combine_adapters(given, recipe, None if base is None else open_checkpoint(base), left)
+    combination = combine_adapters(given, recipe, None if base is None else as_checkpoint(base), left)
     plan = plan_combination(combination, target or format_named(given[0].adapter.format), stored, "combine")
-    if dry_run:
+    if destination is None:
         return plan.result
-    options = WriteOptions(required_output(output), overwrite=overwrite, progress=progress)
+    options = WriteOptions(destination, overwrite=overwrite, progress=progress)
     return write_combination(plan, options)
 
 

@@ -4,33 +4,32 @@
 from __future__ import annotations
 
 import math
-import os
 
 from surgery.algebra.combination import Combination, combine_adapters, plan_combination
 from surgery.algebra.combine_result import CombineResult
-from surgery.algebra.group import WeightedAdapter
 from surgery.algebra.output import write_combination
 from surgery.algebra.sums import Recipe
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.checks import float_type, required_output
+from surgery.engine.checks import float_type
+from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
 from surgery.progress import Callback
-from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery_formats.adapters.registry import format_named
+from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.models.checkpoint import open_checkpoint
 
 __all__ = ["resize"]
 
 
 def resize(
-    adapter: str | os.PathLike[str],
+    adapter: AdapterLike,
     *,
-    output: str | os.PathLike[str] | None = None,
+    output: StrPath | None = None,
     rank: int | None = None,
     energy: float | None = None,
     max_error: float | None = None,
     dtype: str = "keep",
     to: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
@@ -38,7 +37,7 @@ def resize(
     """Write an adapter with lower ranks. Modules that are within what is asked for are taken over as they are.
 
     Args:
-        adapter: File or folder.
+        adapter: File or folder, or an opened Adapter.
         output: File or folder to make. Its parent must exist.
         rank: Greatest rank of a module.
         energy: Least share of each module's energy ``||.||_F^2`` to keep, in (0, 1].
@@ -51,6 +50,7 @@ def resize(
         progress: Called with every step.
 
     Raises:
+        UsageError: an argument of a wrong type, or no output.
         InputError: the adapter cannot be read.
         FitError: an option is wrong, or a module is one whose rank cannot change without the base (DoRA).
         NothingChangedError: no module would get a lower rank. A higher one would add zeros and nothing else.
@@ -66,15 +66,16 @@ def resize(
             raise FitError(f"{name} is {value:g}", hint="give a number between 0 and 1")
     recipe = Recipe("exact", rank, energy, max_error)
     stored, target = float_type(dtype), None if to is None else format_named(to)
-    source = read_adapter(adapter)
-    checkpoint = None if base is None else open_checkpoint(base)
+    destination = output_path(output, dry_run=dry_run)
+    source = as_adapter(adapter)
+    checkpoint = None if base is None else as_checkpoint(base)
     combination = combine_adapters([WeightedAdapter(source, 1.0)], recipe, checkpoint)
     if all(update.outcome == "kept" for update in combination.updates):
         raise _nothing_to_lose(combination, recipe)
     plan = plan_combination(combination, target or format_named(source.format), stored, "resize")
-    if dry_run:
+    if destination is None:
         return plan.result
-    options = WriteOptions(required_output(output), overwrite=overwrite, progress=progress)
+    options = WriteOptions(destination, overwrite=overwrite, progress=progress)
     return write_combination(plan, options)
 
 

@@ -157,7 +157,7 @@ def test_conversion_within_peft_keeps_every_kind(name: str, tmp_path: Path) -> N
     base, adapter = made(name, tmp_path)
     for number, known in enumerate((None, base)):
         out = tmp_path / f"out{number}"
-        result = convert(adapter, "peft", out, base=known)
+        result = convert(adapter, "peft", output=out, base=known)
         assert {entry.outcome for entry in result.entries} == {"exact"}
         before, after = disk.read_tensors(adapter), disk.read_tensors(out)
         assert before.keys() == after.keys()
@@ -169,7 +169,7 @@ def test_conversion_within_peft_keeps_every_kind(name: str, tmp_path: Path) -> N
 def test_other_formats_say_that_they_have_no_such_thing(name: str, tmp_path: Path) -> None:
     base, adapter = made(name, tmp_path)
     with pytest.raises(FitError, match="cannot hold"):
-        convert(adapter, "mlx", tmp_path / "out", base=base)
+        convert(adapter, "mlx", output=tmp_path / "out", base=base)
 
 
 @pytest.mark.parametrize(
