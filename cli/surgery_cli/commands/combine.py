@@ -17,6 +17,7 @@ from surgery_cli.options import (
     dtype_option,
     output_option,
     overwrite_option,
+    rank_of,
     subcommand,
     weighted,
 )
@@ -79,9 +80,10 @@ def command(
     from surgery_formats.refs import resolve
 
     _check(options)
+    rank = rank_of(options.pop("rank"), options.pop("energy"))
     given = [(resolve(reference), weight) for reference, weight in adapters]
     model = None if base is None else resolve(base)
-    call = partial(combine, given, output=output, base=model, **options)
+    call = partial(combine, given, output=output, base=model, rank=rank, **options)
     run(call, "combining", output, settings, dry_run=dry_run)
 
 

@@ -17,6 +17,7 @@ from surgery_cli.options import (
     dtype_option,
     output_option,
     overwrite_option,
+    rank_of,
     subcommand,
 )
 
@@ -52,7 +53,8 @@ def command(
 
     if all(options[name] is None for name in ("rank", "energy", "max_error")):
         raise click.UsageError("give --rank, --energy or --max-error")
+    rank = rank_of(**{name: options.pop(name) for name in ("rank", "energy", "max_error")})
     source = resolve(adapter)
     model = None if base is None else resolve(base)
-    call = partial(resize, source, output=output, base=model, **options)
+    call = partial(resize, source, output=output, base=model, rank=rank, **options)
     run(call, "resizing", output, settings, dry_run=dry_run)
