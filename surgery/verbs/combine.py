@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from surgery.algebra.combination import combine_adapters, plan_combination, write_combination
+from surgery.algebra.combination import combine_adapters, plan_combination
 from surgery.algebra.combine_result import Combined, CombineResult, Source
+from surgery.algebra.output import write_combination
 from surgery.algebra.selection import Selection, check_patterns
 from surgery.algebra.sums import Recipe
 from surgery.algebra.task_vectors import DENSE_METHODS

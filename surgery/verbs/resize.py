@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from surgery.algebra.combination import Combination, combine_adapters, plan_combination, write_combination
+from surgery.algebra.combination import Combination, combine_adapters, plan_combination
 from surgery.algebra.combine_result import CombineResult
+from surgery.algebra.output import write_combination
 from surgery.algebra.sums import Recipe
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.checks import float_type
@@ -60,7 +61,7 @@ def resize(
     source = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
     combination = combine_adapters([WeightedAdapter(source, 1.0)], recipe, checkpoint)
-    if all(part.outcome == "kept" for part in combination.parts):
+    if all(update.outcome == "kept" for update in combination.updates):
         raise _nothing_to_lose(combination, recipe)
     plan = plan_combination(combination, target or format_named(source.format), stored, "resize")
     if destination is None:
@@ -70,7 +71,7 @@ def resize(
 
 
 def _nothing_to_lose(combination: Combination, recipe: Recipe) -> NothingChangedError:
-    highest = max((part.rank for part in combination.parts), default=0)
+    highest = max((update.rank for update in combination.updates), default=0)
     file = combination.terms[0].adapter.path
     if recipe.by_spectrum:
         return NothingChangedError(
