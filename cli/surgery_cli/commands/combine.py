@@ -16,6 +16,7 @@ from surgery_cli.options import (
     dtype_option,
     output_option,
     overwrite_option,
+    rank_of,
     share,
     subcommand,
     weighted,
@@ -81,11 +82,12 @@ def command(
     from surgery_formats.refs import resolve
 
     _check(options)
+    rank = rank_of(options.pop("rank"), options.pop("energy"))
     began = time.monotonic()
     given = [(resolve(reference), weight) for reference, weight in adapters]
     model = None if base is None else resolve(base)
     with bar(settings, "combining") as progress:
-        result = combine(given, output=output, base=model, dry_run=dry_run, progress=progress, **options)
+        result = combine(given, output=output, base=model, rank=rank, dry_run=dry_run, progress=progress, **options)
     show_output("combine", result, settings, began, output)
 
 

@@ -17,6 +17,7 @@ from surgery_cli.options import (
     number,
     output_option,
     overwrite_option,
+    rank_of,
     subcommand,
     true_share,
 )
@@ -46,10 +47,10 @@ def _rank_pattern(text: str) -> tuple[str, int]:
 
 
 def _budget(text: str) -> str:
-    from surgery.extraction.ranks import parse_budget
+    from surgery.rank import Budget
 
     try:
-        parse_budget(text)
+        Budget.parse(text)
     except FitError as error:
         raise click.BadParameter(f"{error.message}: {error.hint}") from error
     return text
@@ -158,13 +159,14 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
     patterns = dict(options.pop("rank_pattern"))
     if patterns and (ways not in ([], ["rank"]) or options["rank"] == "auto"):
         raise click.UsageError("--rank-pattern goes with a number as --rank")
+    chosen = {name: options.pop(name) for name in ("rank", "energy", "max_error", "budget")}
     began = time.monotonic()
     with bar(settings, "extracting") as progress:
         result = extract_lora(
             resolve(base),
             resolve(tuned),
             output=output,
-            rank_pattern=patterns,
+            rank=rank_of(**chosen, patterns=patterns),
             dry_run=dry_run,
             progress=progress,
             **options,

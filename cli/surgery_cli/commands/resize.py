@@ -16,6 +16,7 @@ from surgery_cli.options import (
     dtype_option,
     output_option,
     overwrite_option,
+    rank_of,
     share,
     subcommand,
 )
@@ -54,9 +55,10 @@ def command(
 
     if all(options[name] is None for name in ("rank", "energy", "max_error")):
         raise click.UsageError("give --rank, --energy or --max-error")
+    rank = rank_of(**{name: options.pop(name) for name in ("rank", "energy", "max_error")})
     began = time.monotonic()
     source = resolve(adapter)
     model = None if base is None else resolve(base)
     with bar(settings, "resizing") as progress:
-        result = resize(source, output=output, base=model, dry_run=dry_run, progress=progress, **options)
+        result = resize(source, output=output, base=model, rank=rank, dry_run=dry_run, progress=progress, **options)
     show_output("resize", result, settings, began, output)
