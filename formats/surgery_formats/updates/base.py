@@ -102,7 +102,7 @@ def _read(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _read_shared(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
     """As `_read`, remembering this thread's last two: the experts of a stack are parts of the same two tensors."""
-    key = (tensor.file.identity, tensor.offset, tensor.nbytes, dtype)
+    key = (tensor, dtype)
     kept: dict[object, torch.Tensor] = getattr(_recent, "values", {})
     if key not in kept:
         last = dict(list(kept.items())[-1:])
