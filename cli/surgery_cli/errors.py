@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import click
 
 from surgery_cli.options import Settings
-from surgery_cli.output import SCHEMA_VERSION, clean
+from surgery_cli.output import SCHEMA_VERSION
 from surgery_formats.errors import SurgeryError
-from surgery_formats.text import show
+from surgery_formats.text import clean, show
 
 __all__ = ["INTERRUPTED", "Fault", "fault_of", "guarded"]
 

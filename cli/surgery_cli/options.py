@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -16,19 +16,28 @@ from click.shell_completion import CompletionItem
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
+if TYPE_CHECKING:
+    from surgery.rank import Rank
+
 __all__ = [
     "Settings",
-    "command",
     "complete_files",
     "device",
     "device_option",
     "devices",
     "devices_option",
+    "dry_run_option",
     "dtype_option",
     "global_options",
+    "number",
     "output_option",
     "overwrite_option",
+    "rank_of",
+    "runtime_device_option",
+    "share",
     "size",
+    "subcommand",
+    "true_share",
     "weighted",
 ]
 
@@ -84,7 +93,7 @@ def global_options() -> list[click.Parameter]:
     ]
 
 
-def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+def subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """A sub-command: it takes the global options and gets `Settings` as its first argument."""
 
     def wrap(function: Callable[..., None]) -> click.Command:
@@ -168,13 +177,34 @@ def devices_option(function: F) -> F:
     )(function)
 
 
+def runtime_device_option(function: F) -> F:
+    """``--device`` of onnxruntime: whether it is there is looked up by the library, without torch."""
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda[:N]",
+        callback=_runtime_device,
+        help="Where it runs; auto: what the graph was made for, if it is here.",
+    )(function)
+
+
+def _runtime_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    name, colon, index = value.partition(":")
+    if name not in ("auto", "cpu", "cuda") or (colon and (name != "cuda" or not index.isdecimal() or len(index) > 3)):
+        raise click.BadParameter(f"'{show(value)}' is none of auto, cpu, cuda, cuda:N")
+    return value
+
+
 def devices(text: str) -> str:
     """One device, or several GPUs.
 
     Raises:
         click.BadParameter: not devices, or not on this machine.
     """
-    from surgery.extraction.stream.lanes import devices_of
+    if text == "cpu":
+        return text
+    from surgery.engine.devices import devices_of
 
     try:
         devices_of(text)
@@ -189,18 +219,13 @@ def device(text: str) -> str:
     Raises:
         click.BadParameter: not a device, or not on this machine.
     """
-    if text == "cpu":
-        return text
-    if text != "auto" and re.fullmatch(r"cuda(:\d{1,3})?", text, re.ASCII) is None:
+    if "," in text or text == "cuda:all":
         raise click.BadParameter(f"'{show(text)}' is none of cpu, cuda, cuda:N, auto")
-    import torch
+    if devices(text) != "auto":
+        return text
+    from surgery.engine.devices import devices_of
 
-    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text == "auto":
-        return "cuda" if number else "cpu"
-    if int(text.partition(":")[2] or 0) >= number:
-        raise click.BadParameter(f"'{text}' is not on this machine, which has {number} CUDA devices")
-    return text
+    return devices_of(text)[0]
 
 
 def size(text: str) -> int:
@@ -221,19 +246,71 @@ def size(text: str) -> int:
     return nbytes
 
 
+def number(*, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    """The type of a finite number that is at least `least` and above `above`."""
+    bounds = f"of at least {least:g}" if least > -math.inf else f"above {above:g}"
+
+    def parse(text: str) -> float:
+        value = _float(text)
+        if not (math.isfinite(value) and value >= least and value > above):
+            raise click.BadParameter(f"'{show(text, 40)}' is not a number {bounds}")
+        return value
+
+    return parse
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1: ``.95`` or ``95%``.
+
+    Raises:
+        click.BadParameter: anything else.
+    """
+    value = _float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 < value <= 1:
+        raise click.BadParameter(f"'{show(text, 40)}' is not a share between 0 and 1")
+    return value
+
+
+def true_share(text: str) -> float:
+    """A share that is less than all."""
+    if (value := share(text)) == 1:
+        raise click.BadParameter(f"'{show(text, 40)}' is not less than 1")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def rank_of(
+    rank: int | str | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: str | None = None,
+    patterns: Mapping[str, int] | None = None,
+) -> Rank:
+    """The choice that ``--rank --energy --max-error --budget --rank-pattern`` make together."""
+    from surgery.rank import Rank
+
+    chosen = Rank.auto if rank == "auto" else Rank(None if rank is None else int(rank), patterns or {})
+    chosen = chosen if energy is None else chosen & Rank.energy(energy)
+    chosen = chosen if max_error is None else chosen & Rank.error(max_error)
+    return chosen if budget is None else chosen & Rank.budget(budget)
+
+
 def weighted(text: str) -> tuple[str, float]:
     """``ADAPTER[=WEIGHT]`` -> reference and weight. A file or folder that has the whole name always wins.
 
     Raises:
         click.BadParameter: what follows the last ``=`` is not a finite number.
     """
-    reference, equals, number = text.rpartition("=")
+    reference, equals, given = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = math.nan
+    weight = _float(given)
     if not math.isfinite(weight) or not reference:
-        raise click.BadParameter(f"neither is '{show(number)}' a weight, nor is there a file or folder '{show(text)}'")
+        raise click.BadParameter(f"neither is '{show(given)}' a weight, nor is there a file or folder '{show(text)}'")
     return reference, weight

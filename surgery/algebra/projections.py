@@ -15,13 +15,13 @@ from typing import Literal
 
 import torch
 
+from surgery.algebra.combined_update import CombinedUpdate
 from surgery.algebra.files import as_adapter
-from surgery.algebra.group import WeightedAdapter
-from surgery.algebra.parts import PEFT, CombinedUpdate
+from surgery.algebra.low_rank import PEFT
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.writing import component_of, factor_dtype
-from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -221,10 +221,13 @@ def _cut(update: Update, site: Site, start: int, stop: int, adapter: Adapter) ->
     """The update of rows ``[start, stop)``."""
     if isinstance(update, LoRA):
         a, b = _factors(site, adapter)
-        file = update.A.tensors[0].file
-        A = computed(a, update.A.shape, file, lambda: update.A.load(torch.float64), _kept(update.A))
+        A = computed(a, update.A.shape, update.A.tensors, lambda: update.A.load(torch.float64), _kept(update.A))
         B = computed(
-            b, (stop - start, update.rank), file, lambda: update.B.load(torch.float64)[start:stop], _kept(update.B)
+            b,
+            (stop - start, update.rank),
+            update.B.tensors,
+            lambda: update.B.load(torch.float64)[start:stop],
+            _kept(update.B),
         )
         return LoRA(Factor.of(A), Factor.of(B), update.scale, update.alpha)
     if isinstance(update, DoRA) and update.per_row:
@@ -238,9 +241,7 @@ def _cut(update: Update, site: Site, start: int, stop: int, adapter: Adapter) ->
 
 def _vector(value: Factor, name: str, start: int, stop: int) -> Factor:
     shape = (stop - start, *value.shape[1:])
-    return Factor.of(
-        computed(name, shape, value.tensors[0].file, lambda: value.load(torch.float64)[start:stop], _kept(value))
-    )
+    return Factor.of(computed(name, shape, value.tensors, lambda: value.load(torch.float64)[start:stop], _kept(value)))
 
 
 def _joined(chains: Sequence[tuple[Update, ...] | None], rows: tuple[int, ...], site: Site, adapter: Adapter) -> Update:
@@ -263,7 +264,9 @@ def _joined(chains: Sequence[tuple[Update, ...] | None], rows: tuple[int, ...], 
 
         first = next(offset for offset in offsets if offset)
         shape = (sum(rows), *first.value.shape[1:])
-        return Offset(Factor.of(computed(f"laid-out.{site}", shape, first.value.tensors[0].file, values)))
+        return Offset(
+            Factor.of(computed(f"laid-out.{site}", shape, [t for o in offsets if o for t in o.tensors], values))
+        )
     doras = [part for part in parts if isinstance(part, DoRA) and part.per_row]
     if len(doras) < len(parts):
         why = "by a DoRA in some of its parts only: the lengths of the others are the base's"
@@ -274,7 +277,7 @@ def _joined(chains: Sequence[tuple[Update, ...] | None], rows: tuple[int, ...], 
     magnitude = computed(
         _magnitude(site, adapter),
         (sum(rows),),
-        magnitudes[0].tensors[0].file,
+        [tensor for m in magnitudes for tensor in m.tensors],
         lambda: torch.cat([m.load(torch.float64) for m in magnitudes]),
         _kept(*magnitudes),
     )
@@ -284,7 +287,7 @@ def _joined(chains: Sequence[tuple[Update, ...] | None], rows: tuple[int, ...], 
 def _joined_loras(loras: Sequence[LoRA | None], rows: tuple[int, ...], site: Site, adapter: Adapter) -> LoRA:
     present = [lora for lora in loras if lora is not None]
     first = present[0]
-    (a, b), file = _factors(site, adapter), first.A.tensors[0].file
+    (a, b), sources = _factors(site, adapter), [tensor for lora in present for tensor in lora.tensors]
     one_scale = all(lora.scale == first.scale for lora in present)
     times = [1.0 if lora is None or one_scale else lora.scale for lora in loras]
     scale = first.scale if one_scale else 1.0
@@ -308,8 +311,8 @@ def _joined_loras(loras: Sequence[LoRA | None], rows: tuple[int, ...], site: Sit
     def down() -> torch.Tensor:
         return torch.cat([lora.A.load(torch.float64) for lora in (present[:1] if shared else present)])
 
-    A = computed(a, (rank, first.shape[1]), file, down, a_type)
-    B = computed(b, (sum(rows), rank), file, up, b_type)
+    A = computed(a, (rank, first.shape[1]), sources, down, a_type)
+    B = computed(b, (sum(rows), rank), sources, up, b_type)
     return LoRA(Factor.of(A), Factor.of(B), scale, scale * rank)
 
 

@@ -7,116 +7,25 @@ No delta is formed: norms, inner products and singular values of low-rank deltas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from surgery.algebra.group import key_of
+from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff, Profile, Side
 from surgery.engine.factor_proof import settings, tensor_error
-from surgery.reports.to_json import plain
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SHARES", "AdapterDiff", "ModuleDiff", "Profile", "Side", "diff_adapters"]
+__all__ = ["SHARES", "AdapterDiff", "diff_adapters"]
 
-Status = Literal["equal", "different", "only in A", "only in B"]
 TOLERANCE = 1e-6
 """Relative difference of deltas that are called equal: what float32 factors of one delta differ by."""
 SHARES = (0.5, 0.9, 0.99)
 """Of the energy, for which directions are counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """How a delta spreads over directions.
-
-    Attributes:
-        stable_rank: ``||.||_F^2 / ||.||_2^2``.
-        ranks: ``{share of the energy: directions that hold it}``; None where they are more than were looked at.
-    """
-
-    stable_rank: float
-    ranks: Mapping[str, int | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One adapter's part in a weight.
-
-    Attributes:
-        kind: ``LoRA``, ``DoRA`` ...
-        shape: Of the weight.
-        rank: None for what has none.
-        scale: On ``B A``; None where it differs between terms, or there is none.
-        norm: Frobenius norm of the delta; None where only the base could tell it, or nothing was read.
-        profile: Of its singular values, where it has low-rank factors and was read.
-    """
-
-    kind: str
-    shape: tuple[int, int]
-    rank: int | None = None
-    scale: float | None = None
-    norm: float | None = None
-    profile: Profile | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleDiff:
-    """One weight.
-
-    Attributes:
-        name: As A names it, or B where A lacks it.
-        status: Whether the two do the same to it.
-        a: A's part.
-        b: B's part.
-        difference: ``||delta_B - delta_A||_F / ||delta_A||_F``; None where it was not worked out.
-        cosine: Of the angle between the deltas.
-        note: What cannot be put in a number.
-    """
-
-    name: str
-    status: Status
-    a: Side | None
-    b: Side | None
-    difference: float | None = None
-    cosine: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class AdapterDiff:
-    """Two adapters.
-
-    Attributes:
-        facts: ``{what: (A's, B's)}`` of format, kind, base and trained parameters.
-        modules: Every weight that one of them touches.
-        difference: Over all weights together, relative to A; None where no deltas were compared.
-        header: Whether values were left unread.
-        notes: What the user should know.
-    """
-
-    facts: Mapping[str, tuple[str, str]]
-    modules: tuple[ModuleDiff, ...]
-    difference: float | None
-    header: bool
-    notes: tuple[str, ...] = ()
-
-    @property
-    def equal(self) -> bool:
-        """Whether the two do the same to every weight."""
-        return all(one.status == "equal" for one in self.modules)
-
-    @property
-    def same_structure(self) -> bool:
-        """Whether they touch the same weights, by the same kinds of updates."""
-        return all(one.a and one.b and (one.a.kind, one.a.shape) == (one.b.kind, one.b.shape) for one in self.modules)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"type": "adapters", "equal": self.equal, "same_structure": self.same_structure, **plain(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +130,7 @@ def _by_value(name: str, mine: Chain | None, theirs: Chain | None, limit: float)
     difference = _ratio(math.sqrt(sums.difference), math.sqrt(sums.a))
     sizes = math.sqrt(sums.a) * math.sqrt(sums.b)
     cosine = max(-1.0, min(1.0, sums.product / sizes)) if sizes else None
-    status: Status = "equal" if difference <= limit and not notes else "different"
+    status: AdapterStatus = "equal" if difference <= limit and not notes else "different"
     return ModuleDiff(name, status, a, b, difference, cosine, "; ".join(notes)), sums
 
 

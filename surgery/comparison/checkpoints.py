@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from surgery.comparison.adapters import Profile
+from surgery.comparison.results import CheckpointDiff, TensorDiff, TensorHeader, TensorStatus, Values
 from surgery.progress import Callback, Progress
-from surgery.reports.to_json import plain
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.tensors.tensor import StoredTensor
@@ -17,94 +16,9 @@ from surgery_formats.tensors.tensor import StoredTensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CheckpointDiff", "TensorDiff", "TensorHeader", "Values", "diff_checkpoints"]
-
-Status = Literal["equal", "values", "dtype", "shape", "only in A", "only in B"]
+__all__ = ["CheckpointDiff", "diff_checkpoints"]
 
 _BYTES = 8 << 20  # compared at a time where only equality is asked
-
-
-@dataclass(frozen=True, slots=True)
-class TensorHeader:
-    """A tensor without its values."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Values:
-    """How far the values of two tensors of one shape are apart; sums in float64.
-
-    Attributes:
-        max_abs: Greatest difference of two finite values.
-        relative: ``||B - A||_F / ||A||_F``.
-        moved: Share of the values that differ.
-        not_finite: Values that are NaN or infinite in one of the two; they are in `moved` where they differ, and in nothing else.
-        difference: ``||B - A||_F``.
-        norm: ``||A||_F``.
-        profile: Of the singular values of ``B - A``, where it was asked for.
-    """
-
-    max_abs: float
-    relative: float
-    moved: float
-    not_finite: int
-    difference: float
-    norm: float
-    profile: Profile | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TensorDiff:
-    """One tensor.
-
-    Attributes:
-        name: With its component in a pipeline.
-        status: ``equal`` (or, by header, alike); ``values``; ``dtype`` (values were compared all the same); ``shape``; or who lacks it.
-        a: A's header.
-        b: B's header.
-        values: Of tensors that are not equal, where they were compared.
-        note: What cannot be put in a number.
-    """
-
-    name: str
-    status: Status
-    a: TensorHeader | None
-    b: TensorHeader | None
-    values: Values | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class CheckpointDiff:
-    """Two checkpoints.
-
-    Attributes:
-        tensors: All of both, in order of names.
-        difference: ``||B - A||_F / ||A||_F`` over all tensors whose values differ; None where no values were compared.
-        moved: Share of all compared values that differ.
-        header: Whether values were left unread.
-    """
-
-    tensors: tuple[TensorDiff, ...]
-    difference: float | None
-    moved: float | None
-    header: bool
-
-    @property
-    def equal(self) -> bool:
-        """Whether every tensor is."""
-        return all(one.status == "equal" for one in self.tensors)
-
-    @property
-    def same_structure(self) -> bool:
-        """Whether the same tensors are there, of the same types and shapes."""
-        return all(one.status in ("equal", "values") for one in self.tensors)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **plain(self)}
 
 
 @dataclass(slots=True)
@@ -182,7 +96,7 @@ def _pair(
     one = TensorDiff(name, "equal", _header(mine), _header(theirs))
     if mine.shape != theirs.shape:
         return replace(one, status="shape")
-    status: Status = "equal" if mine.dtype is theirs.dtype else "dtype"
+    status: TensorStatus = "equal" if mine.dtype is theirs.dtype else "dtype"
     if header:
         return replace(one, status=status)
     if not (_numeric(mine) and _numeric(theirs)):

@@ -20,8 +20,9 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.single import write_single
+from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint
-from surgery_formats.tensors.tensor import StoredTensor, as_bytes
+from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -60,12 +61,12 @@ def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
     return replace(rendering, tensors=tuple(cast))
 
 
-def job_id(facts: Mapping[str, Any], tensors: Iterable[StoredTensor], rendering: Rendering) -> str:
+def job_id(facts: Mapping[str, Any], files: Iterable[File], rendering: Rendering) -> str:
     """Names a job by its inputs' contents, its options and what it will write."""
     small = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(rendering.small_files.items())}
     made = [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in rendering.tensors]
-    files = sorted({fingerprint(file) for file in {tensor.file for tensor in tensors}})
-    whole = [__version__, dict(facts), small, dict(rendering.metadata), made, files]
+    inputs = sorted({fingerprint(file) for file in files})
+    whole = [__version__, dict(facts), small, dict(rendering.metadata), made, inputs]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 

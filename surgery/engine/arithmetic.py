@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 import xxhash
@@ -15,14 +14,16 @@ from surgery.engine.plan import Compute, PlannedTensor
 from surgery_formats.binding.edits import Operation
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.noise import kept
+from surgery_formats.linalg.noise import measure_survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.tensor import as_bytes
-from surgery_formats.tensors.views import Index, Overlap, View, take
-from surgery_formats.updates import Apply, Mixing, blend
+from surgery_formats.tensors.views import View
+from surgery_formats.updates import Mixing, blend
+from surgery_formats.updates.weights import WeightView
 
-__all__ = ["BLOCK_ELEMENTS", "WeightView", "block_bytes", "compute"]
+__all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend on nothing else."""
@@ -37,8 +38,8 @@ def block_bytes(tensor: PlannedTensor) -> int:
     assert isinstance(tensor.step, Compute)
     width = math.prod(tensor.shape[1:]) if len(tensor.shape) > 1 else 1
     block = _height(width, tensor.step.operations) * width * 8
-    used = {t.place: t for operation in tensor.step.operations for t in operation.update.tensors}
-    factors = sum(t.numel * 8 for t in used.values())
+    used = {t for operation in tensor.step.operations for t in operation.update.tensors}
+    factors = sum(t.numel * 8 for t in used)
     mixing = [operation.update for operation in tensor.step.operations if isinstance(operation.update, Mixing)]
     return 5 * block + factors + sum(update.shape[1] * update.group * 8 * 5 for update in mixing)
 
@@ -78,7 +79,7 @@ def compute(tensor: PlannedTensor, write: Write, stop: Callable[[], bool], devic
         end = min(start + scratch.height, storage.shape[0])
         stored, block = scratch.load(start, end)
         before = block[::sampled].clone() if chain else None
-        _apply(chain, block, start, end)
+        apply_chain(chain, block, start, end)
         rounded = scratch.round(block)
         _check_finite(block, tensor)
         tally.note_change(stored, rounded)
@@ -128,32 +129,6 @@ class _BlockBuffers:
         return self._rounded[: len(block)].copy_(block)
 
 
-def _apply(chain: Sequence[tuple[View, Apply]], block: torch.Tensor, start: int, end: int) -> None:
-    """Every update of `chain` on storage rows ``[start, end)``, in place."""
-    for view, apply in chain:
-        at = view.locate(start, end)
-        if at:
-            part = _logical(block, at)
-            made = apply(part, at.rows, at.cols)
-            _store(block, at, made)
-
-
-def _logical(block: torch.Tensor, at: Overlap) -> torch.Tensor:
-    part = take(block, at.block_rows, at.block_cols)
-    return part.T if at.transposed else part
-
-
-def _store(block: torch.Tensor, at: Overlap, made: torch.Tensor) -> None:
-    """Put `made` back where its rows and columns came from; nothing to do if it is that memory."""
-    value = made.T if at.transposed else made
-    if isinstance(at.block_rows, range) and isinstance(at.block_cols, range):
-        target = take(block, at.block_rows, at.block_cols)
-        if target.data_ptr() != value.data_ptr():
-            target.copy_(value)
-    else:
-        block[torch.tensor(list(at.block_rows))[:, None], torch.tensor(list(at.block_cols))[None, :]] = value
-
-
 def _check_finite(block: torch.Tensor, tensor: PlannedTensor) -> None:
     """Refuse NaN, Inf, and finite values that the stored type would turn into Inf.
 
@@ -177,33 +152,6 @@ def _check_finite(block: torch.Tensor, tensor: PlannedTensor) -> None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class WeightView:
-    """The weight as one update of a chain sees it: after the updates before it. Satisfies `surgery_formats.updates.Weight`."""
-
-    storage: Plain
-    earlier: tuple[tuple[View, Apply], ...]
-    view: View
-    dtype: torch.dtype
-    device: str
-    height: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Logical size of what the view covers, from the update's own origin."""
-        return self.view.row_origin + self.view.shape[0], self.view.col_origin + self.view.shape[1]
-
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
-        """Blocks in storage order."""
-        for start in range(0, self.storage.shape[0], self.height):
-            end = min(start + self.height, self.storage.shape[0])
-            at = self.view.locate(start, end)
-            if at:
-                block = self.storage.stored(start, end).to(self.device, self.dtype)
-                _apply(self.earlier, block, start, end)
-                yield _logical(block, at), at.rows, at.cols
-
-
 class _UpdateTally:
     """Sums over the sampled rows (what they mean: `surgery.engine.ledger.Measurement`)."""
 
@@ -223,7 +171,7 @@ class _UpdateTally:
         stored = rounded.to(before.device, before.dtype).sub(before)
         self.sampled += stored.numel()
         self.moved += int(torch.count_nonzero(stored))
-        self.kept = Survival.total((self.kept, kept(after.sub(before), stored)))
+        self.kept = Survival.total((self.kept, measure_survival(after.sub(before), stored)))
 
     def result(self, xxh3: str) -> Measurement:
         """The sums so far."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor
 from surgery_formats.linalg.survival import Survival
+from surgery_formats.tensors.tensor import ZeroTensor, origin
 
 __all__ = ["Ledger", "Measurement", "Row"]
 
@@ -122,16 +123,16 @@ class Ledger:
     def adapter_tensors(self) -> int:
         """Adapter tensors consumed."""
         used = {
-            (tensor.file.identity, tensor.name)
+            origin(tensor)
             for planned in self.plan.computed()
             if isinstance(planned.step, Compute)
             for operation in planned.step.operations
             for tensor in operation.update.tensors
         }
         used |= {
-            (t.step.source.file.identity, t.step.source.name)
+            origin(t.step.source)
             for t in self.plan.tensors
-            if t.kind in ("replaced", "added")
+            if t.kind in ("replaced", "added") and not isinstance(t.step.source, ZeroTensor)
         }
         return len(used)
 

@@ -49,9 +49,7 @@ def plan_merge(
     files = tuple(file for one in laid.values() for file in one.files)
     side_files += corrected_config(binding, {tensor.label: tensor for file in files for tensor in file.tensors}, dtype)
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
-    inputs += list(
-        {tensor.file.identity: tensor.file for adapter, _ in binding.adapters for tensor in adapter.tensors}.values()
-    )
+    inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     plan = Plan(
@@ -104,7 +102,7 @@ def _facts(binding: Binding) -> dict[str, Any]:
                 "kind": adapter.kind,
                 "weight": weight,
                 "config": adapter.config,
-                "files": sorted({fingerprint(tensor.file) for tensor in adapter.tensors}),
+                "files": sorted({fingerprint(file) for file in adapter.files}),
             }
             for adapter, weight in binding.adapters
         ],
@@ -127,7 +125,8 @@ def _differs(tensor: PlannedTensor, checkpoint: Checkpoint) -> bool:
     """Whether an added tensor is trained, or a replaced one holds other values than the base's."""
     trained = tensor.step.source
     if tensor.kind == "added":
-        return all(trained.file is not shard.file for c in checkpoint.components.values() for shard in c.shards)
+        files = {shard.file for component in checkpoint.components.values() for shard in component.shards}
+        return all(source.file not in files for source in trained.sources)
     base = checkpoint.components[tensor.component].tensors.get(tensor.name)
     return tensor.kind == "replaced" and (base is None or not same_values(base, trained))
 

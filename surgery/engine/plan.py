@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor, origin
 from surgery_formats.text import listing
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Compute:
         stacked: Whether the source is a 3-D stack of experts.
     """
 
-    source: StoredTensor
+    source: Tensor
     operations: tuple[Operation, ...]
     stacked: bool = False
 
@@ -175,32 +175,27 @@ def check_conservation(binding: Binding, plan: Plan) -> None:
         twice = next(label for label in labels if labels.count(label) > 1)
         raise FitError("would be written twice", tensor=twice[1])
     outputs = set(labels)
-    excused = {(account.tensor.file.identity, account.tensor.name) for account in plan.accounts}
-    lost = [
+    excused = {origin(account.tensor) for account in plan.accounts}
+    lost: list[Tensor] = [
         tensor
         for name, component in binding.checkpoint.components.items()
         for tensor in component.tensors.values()
-        if (name, tensor.name) not in outputs and (tensor.file.identity, tensor.name) not in excused
+        if (name, tensor.name) not in outputs and origin(tensor) not in excused
     ]
-    used = {(step.source.file.identity, step.source.name) for step in (tensor.step for tensor in plan.tensors)}
+    used = {origin(tensor.step.source) for tensor in plan.tensors}
     used |= {
-        (trained.file.identity, trained.name)
+        origin(trained)
         for tensor in plan.tensors
         if isinstance(tensor.step, Compute)
         for operation in tensor.step.operations
         for trained in operation.update.tensors
     }
-    used |= {(trained.file.identity, trained.name) for trained in binding.settled}
-    used |= {(entry.tensor.file.identity, entry.tensor.name) for entry in binding.ignored}
-    lost += [
-        trained
-        for adapter, _ in binding.adapters
-        for trained in adapter.tensors
-        if (trained.file.identity, trained.name) not in used
-    ]
+    used |= {origin(trained) for trained in binding.settled}
+    used |= {origin(entry.tensor) for entry in binding.ignored}
+    lost += [trained for adapter, _ in binding.adapters for trained in adapter.tensors if origin(trained) not in used]
     if lost:
         raise FitError(
             f"{len(lost)} tensors would end nowhere: {listing(tensor.name for tensor in lost)}",
-            file=lost[0].file.path,
+            file=lost[0].path,
             tensor=lost[0].name,
         )

@@ -131,7 +131,7 @@ def _elsewhere(name: str, base: Component, tensor: StoredTensor) -> StoredTensor
     if len(places) != 1:
         return None
     stored = places[0].parameter.storage.tensor
-    return stored if stored.shape == tensor.shape else None
+    return stored if isinstance(stored, StoredTensor) and stored.shape == tensor.shape else None
 
 
 def _may_grow(pair: Pair, tuned: Component) -> bool:
@@ -276,10 +276,10 @@ def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.
     if difference.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(difference))).all()):
         for side in (strip.base, strip.tuned):
             if not bool(torch.isfinite(side.get(start, stop, dtype)).all()):
-                raise FitError("holds NaN or Inf", file=side.tensor.file.path, tensor=side.tensor.name)
+                raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
         raise FitError(
             "values or differences too large: their squares overflow float32",
-            file=strip.tuned.tensor.file.path,
+            file=strip.tuned.tensor.path,
             tensor=strip.tuned.tensor.name,
         )
     return difference

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from surgery.engine.arithmetic import WeightView
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
 from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
 from surgery.extraction.stream.lanes import in_threads
@@ -25,8 +24,10 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.views import Index, View, take
-from surgery_formats.updates import Apply, LoRA
+from surgery_formats.tensors.apply import Apply, apply_chain
+from surgery_formats.tensors.views import View
+from surgery_formats.updates import LoRA
+from surgery_formats.updates.weights import WeightView
 
 __all__ = ["Error", "agrees", "prove"]
 
@@ -167,7 +168,7 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
             rows = one[:, part.at + start : part.at + stop_at].T
             wanted = rows @ other / part.piece.fold**2
             block = torch.zeros_like(wanted)
-            _apply(chain, block, part.strip.first + start, part.strip.first + stop_at)
+            apply_chain(chain, block, part.strip.first + start, part.strip.first + stop_at)
             if float((block - wanted).norm()) > _PROBE * float(rows.norm()) * float(other.norm()) / part.piece.fold**2:
                 raise ProofError(
                     f"read back, rows {part.strip.first + start} to {part.strip.first + stop_at} get another change than was measured",
@@ -218,7 +219,7 @@ def _error(pair: Pair, edit: Edit) -> Error:
             old = base.get(start, min(stop, base.shape[0]), exact)
             change[: len(old)] -= old
         block = torch.zeros_like(wanted) if added else source.get(start, stop, exact)
-        _apply(chain, block, start, stop)
+        apply_chain(chain, block, start, stop)
         energy += float(change.square().sum(dtype=torch.float64))
         left += float((change if added else wanted).sub_(block).square_().sum(dtype=torch.float64))
     return Error(energy, left)
@@ -227,21 +228,3 @@ def _error(pair: Pair, edit: Edit) -> Error:
 def _flat(pair: Pair, source: Plain, *, old: bool) -> tuple[int, int]:
     tensor = pair.base if old else pair.tuned
     return tensor.numel // max(source.shape[1], 1), source.shape[1]
-
-
-def _apply(chain: list[tuple[View, Apply]], block: torch.Tensor, start: int, stop: int) -> None:
-    for view, apply in chain:
-        at = view.locate(start, stop)
-        if not at:
-            continue
-        part = take(block, at.block_rows, at.block_cols)
-        made = apply(part.T if at.transposed else part, at.rows, at.cols)
-        made = made.T if at.transposed else made
-        if not (isinstance(at.block_rows, range) and isinstance(at.block_cols, range)):
-            block[_numbers(at.block_rows)[:, None], _numbers(at.block_cols)] = made
-        elif made.data_ptr() != part.data_ptr():
-            part.copy_(made)
-
-
-def _numbers(index: Index) -> torch.Tensor:
-    return torch.tensor(list(index), dtype=torch.int64)

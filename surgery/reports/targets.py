@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.families.family import role_of
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Held, Replacement, Stacked
 
 __all__ = [
@@ -101,7 +101,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
         adapter: Unbound.
         role: Tells roles better than names alone can, when the base is known.
     """
-    seen: set[StoredTensor] = set()
+    seen: set[Tensor] = set()
     found = []
     for site, chain in adapter.updates.items():
         for update in () if site in adapter.optional else chain:

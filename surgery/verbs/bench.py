@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from surgery.engine.inputs import StrPath
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.opening import Opened, open_graph
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
+from surgery.reports.sections import Column, Note, Table
+from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
+from surgery.reports.values import Name, Phrase, Value
 from surgery.verbs.run import prepare_decoder
 from surgery_formats.errors import FitError
 
@@ -50,6 +54,7 @@ class BenchSide:
     virtual_tokens: int
 
 
+@summarised
 @dataclass(frozen=True, slots=True)
 class BenchResult:
     """Both graphs, and what they were measured at.
@@ -81,6 +86,41 @@ class BenchResult:
         found: dict[str, Any] = plain(self)
         return found
 
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """A row per graph, then at what they were measured."""
+        floors: tuple[float | None, ...] = self.floors or (None,) * len(self.sides)
+        rows = (
+            (
+                side.model,
+                side.load_seconds,
+                side.prefill_seconds * 1e3,
+                (token := side.token_seconds) and token * 1e3,
+                token and self.batch / token,
+                floor and token and token / floor,
+                side.memory_nbytes,
+                side.step_nbytes,
+            )
+            for side, floor in zip(self.sides, floors, strict=True)
+        )
+        return Summary("Speed", (Table(_COLUMNS, tuple(rows)), *(Note(text) for text in self._conditions())))
+
+    def _conditions(self) -> Iterator[Phrase]:
+        yield f"{self.device}, {self.batch} x {self.prompt_length} tokens, median of {self.new_tokens} steps"
+        if self.bandwidth is not None:
+            times = ", ".join(f"{floor * 1e3:.3f} ms" for floor in self.floors)
+            speed = Value(self.bandwidth, "rate")
+            yield f"floor: {times} per step to read the weights once, at ", speed, " copied on this device"
+        if (ratio := self.token_ratio) is not None:
+            spread = f"half of {ratio.pairs} pairs within {ratio.low:.3f} to {ratio.high:.3f}"
+            mine, other = (Name(side.model, 200) for side in self.sides)
+            yield mine, f" takes {ratio.median:.3f} times the time of ", other, f" per token ({spread})"
+
+
+_COLUMNS = (
+    Column("model", "name"), Column("load s", "fixed", 2), Column("prefill ms", "fixed", 2), Column("ms/token", "fixed", 3),
+    Column("tokens/s", "fixed", 1), Column("x floor", "fixed", 2), Column("memory", "bytes"), Column("weights", "bytes"),
+)  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Bound:
@@ -104,8 +144,8 @@ class Bound:
 
 
 def bench(
-    model: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None = None,
+    model: StrPath,
+    against: StrPath | None = None,
     *,
     prompt_length: int = 512,
     new_tokens: int = 100,
@@ -162,18 +202,18 @@ def bench(
 
 
 def bind(
-    model: str | os.PathLike[str],
+    model: StrPath,
     *,
     batch: int,
     max_length: int,
     device: str = "auto",
     cuda_graph: bool = True,
     threads: int | None = None,
-    adapters: Sequence[str | os.PathLike[str]] = (),
-    prompt_adapter: str | os.PathLike[str] | None = None,
+    adapters: Sequence[StrPath] = (),
+    prompt_adapter: StrPath | None = None,
     provider_options: Mapping[str, str] | None = None,
     session_config: Mapping[str, str] | None = None,
-    profile: str | os.PathLike[str] | None = None,
+    profile: StrPath | None = None,
 ) -> Bound:
     """Open `model` and make its buffers; `max_length` is without virtual tokens. See `open_graph` and `prepare_decoder`."""
     used = _used(device)

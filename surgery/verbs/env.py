@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
+from surgery.reports.sections import Facts, Note
+from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
+from surgery.reports.values import Name, Phrase, Value
 
 __all__ = ["EnvironmentReport", "Finding", "Gpu", "Package", "env"]
 
@@ -75,6 +78,7 @@ class Finding:
     cure: str
 
 
+@summarised
 @dataclass(frozen=True)
 class EnvironmentReport:
     """The machine and the installation.
@@ -104,6 +108,27 @@ class EnvironmentReport:
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {"type": "environment", **plain(self)}
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """Versions and devices; what is wrong as warnings."""
+        memory: Phrase = f"{self.cores} cores"
+        if self.memory_nbytes is not None:
+            memory = f"{self.cores} cores, ", Value(self.memory_nbytes, "bytes"), " of memory"
+        gpus = (
+            ("gpu", (Name(gpu.name), ", ", Value(gpu.nbytes, "bytes"), ", driver ", Name(gpu.driver)))
+            for gpu in self.gpus
+        )
+        facts: tuple[tuple[Phrase, Phrase], ...] = (
+            ("surgery", self.version),
+            ("python", self.python),
+            ("platform", Name(self.platform)),
+            ("machine", memory),
+            *gpus,
+            *((package.name, package.version or "not installed") for package in self.packages),
+            *((f"{name} says", text) for name, text in self.deep.items()),
+        )
+        warnings = (Note(f"{finding.what}; cure: {finding.cure}", "warning") for finding in self.findings)
+        return Summary("Environment", (Facts(facts), *warnings))
 
 
 def env(*, deep: bool = False) -> EnvironmentReport:

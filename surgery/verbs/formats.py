@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from surgery.reports.sections import Column, Table
+from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
 from surgery_formats import updates
 from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.adapters.registry import formats as adapter_formats
+from surgery_formats.containers.registry import BUILT_IN as MODEL_CONTAINERS
+from surgery_formats.containers.registry import containers
 from surgery_formats.models.families import registry
 from surgery_formats.models.families.family import Family
 
-__all__ = ["AdapterFormat", "Catalogue", "Container", "FamilyEntry", "UpdateKind", "formats"]
+__all__ = ["AdapterFormat", "Catalogue", "ContainerEntry", "FamilyEntry", "UpdateKind", "formats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +46,22 @@ class AdapterFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class Container:
+class ContainerEntry:
     """A way to store a model.
 
     Attributes:
         name: In short.
         files: What they are called.
         reads: Whether models are read from it.
-        writes: Whether models are written to it.
+        writes: Whether models are written to it; else outputs are of another.
+        built_in: False for a plugin's.
     """
 
     name: str
     files: str
     reads: bool
     writes: bool
+    built_in: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,7 @@ class UpdateKind:
     needs_weight: bool
 
 
+@summarised
 @dataclass(frozen=True)
 class Catalogue:
     """What is known.
@@ -104,7 +111,7 @@ class Catalogue:
     """
 
     formats: tuple[AdapterFormat, ...]
-    containers: tuple[Container, ...]
+    containers: tuple[ContainerEntry, ...]
     families: tuple[FamilyEntry, ...]
     updates: tuple[UpdateKind, ...]
 
@@ -112,13 +119,30 @@ class Catalogue:
         """Plain values."""
         return {"type": "catalogue", **plain(self)}
 
-
-CONTAINERS = (
-    Container("safetensors", "model.safetensors", reads=True, writes=True),
-    Container("sharded safetensors", "model-00001-of-00002.safetensors, model.safetensors.index.json", True, True),
-    Container("torch pickle", "pytorch_model.bin, .pt, .pth, .ckpt; sharded too; no code in it is run", True, False),
-    Container("diffusers pipeline", "model_index.json and a folder per network", reads=True, writes=True),
-)
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """A table of each sort."""
+        formats = (
+            (
+                one.name,
+                one.title + ("" if one.built_in else " (plugin)"),
+                "file" if one.single_file else "folder",
+                "needs --base" if one.needs_base else "",
+            )
+            for one in self.formats
+        )
+        containers = ((one.name, one.files, one.reads, one.writes) for one in self.containers)
+        families = ((one.name, one.graphs, ", ".join(one.model_types)) for one in self.families)
+        updates = ((one.name, one.equation or one.title) for one in self.updates)
+        tables = (
+            Table((Column("adapter format"), Column("title"), Column("as"), Column("to write it")), tuple(formats)),
+            Table(
+                (Column("container"), Column("files"), Column("read", "flag"), Column("written", "flag")),
+                tuple(containers),
+            ),
+            Table((Column("family"), Column("to ONNX", "flag"), Column("model types")), tuple(families)),
+            Table((Column("update"), Column("equation")), tuple(updates)),
+        )
+        return Summary("Formats", tables)
 
 
 def formats() -> Catalogue:
@@ -132,7 +156,10 @@ def formats() -> Catalogue:
             AdapterFormat(one.name, one.title, one.needs_base, one.single_file, one in BUILT_IN)
             for one in adapter_formats().values()
         ),
-        containers=CONTAINERS,
+        containers=tuple(
+            ContainerEntry(one.name, one.title, True, one.written_as == one.name, one in MODEL_CONTAINERS)
+            for one in containers().values()
+        ),
         families=tuple(sorted(_families(), key=lambda entry: (entry.name, not entry.graphs, entry.model_types))),
         updates=tuple(_updates()),
     )

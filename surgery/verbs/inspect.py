@@ -3,46 +3,24 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.reports.targets import (
-    TargetedParameter,
-    TargetGroup,
-    distribution,
-    group_targets,
-    touched,
-    trained_parameters,
-)
-from surgery.reports.to_json import plain
-from surgery_formats.adapters.registry import formats
+from surgery.engine.inputs import Openable, as_opened
+from surgery.reports.adapter_report import AdapterReport, PromptFacts
+from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport, WeightFileReport
+from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.canonical.prompts import Prefix
-from surgery_formats.errors import NotFoundError
-from surgery_formats.files.raw import File
-from surgery_formats.models.checkpoint import Checkpoint, Component, open_checkpoint
+from surgery_formats.containers.weight_files import container_of_file
+from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
 from surgery_formats.updates import Replacement, TokenRows
 
-__all__ = [
-    "AdapterReport",
-    "CheckpointReport",
-    "ComponentReport",
-    "WeightFileReport",
-    "inspect",
-    "inspect_adapter",
-    "inspect_checkpoint",
-    "read_if_adapter",
-]
+__all__ = ["AdapterReport", "CheckpointReport", "inspect", "inspect_adapter", "inspect_checkpoint"]
 
-_FULL_MODEL = ("model", "pytorch_model", "diffusion_pytorch_model", "tf_model", "flax_model")
-_ADAPTER_FILE = ("adapter_model", "adapters.", "adapter.")
-_CONTAINERS = {".safetensors": "safetensors", ".npz": "npz", ".gguf": "gguf"}  # anything else is a torch pickle
 # What transformers' configurations call the same fact, the usual name first.
 _FACTS: Mapping[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -58,202 +36,19 @@ _FACTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class WeightFileReport:
-    """One file of weights.
-
-    Attributes:
-        name: File name, with the component's folder in a pipeline.
-        container: ``safetensors``, ``torch`` or ``npz``.
-        nbytes: As the file system counts them.
-        tensors: How many tensors it holds.
-    """
-
-    name: str
-    container: str
-    nbytes: int
-    tensors: int
-
-
-@dataclass(frozen=True)
-class ComponentReport:
-    """One network of a checkpoint.
-
-    Attributes:
-        name: ``unet``, or empty for a plain model.
-        model_type: As config.json says, or empty.
-        family: The known family its names belong to, or empty.
-        facts: Sizes from config.json: ``layers``, ``hidden``, ``heads``, ``kv_heads``, ``vocabulary`` ...
-        tree: Its modules.
-        roles: Totals per role.
-        dtypes: Totals per stored type, largest first.
-        files: Its weight files.
-        ties: ``{alias: source}`` of names that are one parameter.
-    """
-
-    name: str
-    model_type: str
-    family: str
-    facts: Mapping[str, int]
-    tree: Node
-    roles: Mapping[str, Totals]
-    dtypes: Mapping[str, Totals]
-    files: tuple[WeightFileReport, ...]
-    ties: Mapping[str, str]
-
-    @property
-    def parameters(self) -> int:
-        """Numbers stored, ties counted once, buffers not at all."""
-        return self.tree.parameters
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    """What a model's folder or file holds.
-
-    Attributes:
-        path: What was inspected.
-        components: One for a plain model, several for a pipeline.
-        parameters: Of all components.
-        nbytes: Of all weight files, as the file system counts them.
-        side_files: Everything else that belongs to it: tokenizer, templates, schedulers.
-        left_behind: Weights of other formats beside those read.
-        notes: What the user should know.
-    """
-
-    path: Path
-    components: tuple[ComponentReport, ...]
-    parameters: int
-    nbytes: int
-    side_files: tuple[str, ...]
-    left_behind: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, the tree included."""
-        return {"type": "checkpoint", **plain(self)}
-
-
-@dataclass(frozen=True, slots=True)
-class PromptFacts:
-    """Sizes of a soft prompt.
-
-    Attributes:
-        kind: ``PROMPT_TUNING``, ``PREFIX_TUNING`` ...
-        virtual_tokens: In front of the input.
-        dim: Numbers per token: of an embedding; of all key heads of one layer.
-        submodules: 2 for an encoder and its decoder.
-        prefix: Layers, heads and their size where it holds keys and values.
-    """
-
-    kind: str
-    virtual_tokens: int
-    dim: int
-    submodules: int
-    prefix: Prefix | None
-
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """What an adapter holds, and what it does to a base.
-
-    Attributes:
-        path: What was inspected.
-        format: ``peft``, ``kohya``, ``mlx``.
-        kind: What the file says it is (``LORA``, ``PROMPT_TUNING``).
-        kinds: Parameters touched per kind of update (``LoRA``, ``DoRA``, ``replacement``).
-        ranks: How many parameters have which rank.
-        alphas: How many have which alpha; those without one are left out.
-        scales: How many have which scale, the factor on ``B A``.
-        rslora: Whether the scale is ``alpha / sqrt(rank)`` by its configuration.
-        dora: Whether any direction has a magnitude.
-        targets: Parameters touched, those alike in one line.
-        modules: Every parameter touched, with rank, alpha and scale of its own.
-        in_full: Parameters stored whole (among `modules`): trained in full, or carried along.
-        token_rows: ``{parameter: token ids}`` of embedding rows trained.
-        prompt: Sizes of a soft prompt, or None.
-        parameters: Numbers trained.
-        carried: Numbers stored whole, but not trained (an embedding saved because the vocabulary was resized).
-        nbytes: Of its weight files, as the file system counts them.
-        dtypes: Totals per stored type.
-        files: Its weight files.
-        base_name: The base it says it was trained on, or empty.
-        base_id: Content id of that base, or empty.
-        metadata: Free strings of the file.
-        ignored: ``{tensor: why}`` of tensors that rightly do nothing.
-        traps: What makes this adapter easy to use wrongly.
-    """
-
-    path: Path
-    format: str
-    kind: str
-    kinds: Mapping[str, int]
-    ranks: Mapping[int, int]
-    alphas: Mapping[float, int]
-    scales: Mapping[float, int]
-    rslora: bool
-    dora: bool
-    targets: tuple[TargetGroup, ...]
-    modules: tuple[TargetedParameter, ...]
-    in_full: tuple[TargetedParameter, ...]
-    token_rows: Mapping[str, tuple[int, ...]]
-    prompt: PromptFacts | None
-    parameters: int
-    carried: int
-    nbytes: int
-    dtypes: Mapping[str, Totals]
-    files: tuple[WeightFileReport, ...]
-    base_name: str
-    base_id: str
-    metadata: Mapping[str, str]
-    ignored: Mapping[str, str]
-    traps: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"type": "adapter", **plain(self)}
-
-
-def inspect(path: str | os.PathLike[str]) -> CheckpointReport | AdapterReport:
+def inspect(reference: Openable) -> CheckpointReport | AdapterReport:
     """Look at a model or an adapter without reading a single weight.
 
     Args:
-        path: File or folder. A folder that is both (a training run's) is an adapter.
+        reference: File, folder, or what was opened. A folder that is both (a training run's) is an adapter.
 
     Raises:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header or a configuration is not what its format says.
         FitError: an adapter of a kind that is not read.
     """
-    where = Path(path)
-    if not where.exists():
-        raise NotFoundError("no such file or folder", file=where)
-    adapter = read_if_adapter(where)
-    return inspect_checkpoint(open_checkpoint(where)) if adapter is None else inspect_adapter(adapter)
-
-
-def read_if_adapter(path: Path) -> Adapter | None:
-    """The adapter at `path`, or None if no adapter format knows it.
-
-    Raises:
-        InputError, FitError: an adapter format knows it and cannot read it.
-    """
-    if path.is_dir() and _only_a_model(path):
-        return None  # a merged model that kept adapter_config.json
-    for candidate in formats().values():
-        if candidate.detect(path):
-            return candidate.read(path)
-    return None
-
-
-def _only_a_model(folder: Path) -> bool:
-    names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
-    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".npz", ".index.json"))]
-    return any(name.startswith(_FULL_MODEL) for name in weights) and not any(_adapter_file(name) for name in weights)
-
-
-def _adapter_file(name: str) -> bool:
-    return name.startswith(_ADAPTER_FILE) or "_adapters." in name
+    opened = as_opened(reference, "reference")
+    return inspect_adapter(opened) if isinstance(opened, Adapter) else inspect_checkpoint(opened)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointReport:
@@ -279,7 +74,7 @@ def _component(component: Component) -> ComponentReport:
     known = [name for name in component.family.names if name == kind]
     prefix = f"{component.name}/" if component.name else ""
     files = (
-        WeightFileReport(prefix + shard.path.name, shard.kind, shard.file.size, len(shard.tensors))
+        WeightFileReport(prefix + shard.path.name, shard.container, shard.file.size, len(shard.tensors))
         for shard in component.shards
     )
     return ComponentReport(
@@ -363,13 +158,12 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
 
 def _files(adapter: Adapter) -> tuple[WeightFileReport, ...]:
     counts: dict[Path, int] = {}
-    files: dict[Path, File] = {}
+    sizes = {file.path: file.size for file in adapter.files}
     for tensor in adapter.tensors:
-        counts[tensor.file.path] = counts.get(tensor.file.path, 0) + 1
-        files[tensor.file.path] = tensor.file
+        path = tensor.path or adapter.path
+        counts[path] = counts.get(path, 0) + 1
     return tuple(
-        WeightFileReport(path.name, _CONTAINERS.get(path.suffix, "torch"), files[path].size, counts[path])
-        for path in sorted(counts)
+        WeightFileReport(path.name, container_of_file(path).name, sizes[path], counts[path]) for path in sorted(counts)
     )
 
 

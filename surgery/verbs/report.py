@@ -3,160 +3,32 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, as_list, as_opened
 from surgery.reports.fit import fit_report
+from surgery.reports.savings import AdapterCost, BaseCost, SavingsReport, Split, TaskCost
 from surgery.reports.targets import touched, trained_parameters
-from surgery.reports.to_json import plain
-from surgery.verbs.inspect import inspect_adapter, read_if_adapter
-from surgery.verbs.report_markdown import render
+from surgery.verbs.inspect import inspect_adapter
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import FitError, NotFoundError
-from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.module_tree import leaves, module_graph
 
-__all__ = ["AdapterCost", "BaseCost", "SavingsReport", "Split", "TaskCost", "report"]
-
-_MLP = ("mlp", "expert")
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Numbers by what they are part of.
-
-    Attributes:
-        attention: Of attention, its norms apart.
-        mlp: Of feed-forward layers, experts included.
-        rest: Embeddings, heads, norms, convolutions, virtual tokens.
-    """
-
-    attention: int = 0
-    mlp: int = 0
-    rest: int = 0
-
-    def plus(self, role: str, number: int) -> Split:
-        """With `number` more of `role`."""
-        if role == "attention":
-            return replace(self, attention=self.attention + number)
-        if role in _MLP:
-            return replace(self, mlp=self.mlp + number)
-        return replace(self, rest=self.rest + number)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskCost:
-    """So many tasks, each as a full copy of the base, or as adapters on one base.
-
-    Attributes:
-        tasks: How many.
-        copies_nbytes: Bytes of as many full copies.
-        shared_nbytes: Bytes of one base and the adapters.
-        saved_nbytes: The difference; negative where a single adapter comes on top of its base.
-        times: How many times smaller.
-        copies_parameters: Numbers in as many full copies.
-        shared_parameters: Numbers in one base and the adapters.
-    """
-
-    tasks: int
-    copies_nbytes: int
-    shared_nbytes: int
-    saved_nbytes: int
-    times: float
-    copies_parameters: int
-    shared_parameters: int
-
-
-@dataclass(frozen=True, slots=True)
-class BaseCost:
-    """A base.
-
-    Attributes:
-        path: What was opened.
-        name: Its file or folder name.
-        parameters: Numbers stored, ties counted once, buffers not at all.
-        nbytes: Of its weight files, as the file system counts them.
-        split: `parameters` by part.
-    """
-
-    path: Path
-    name: str
-    parameters: int
-    nbytes: int
-    split: Split
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterCost:
-    """An adapter beside its base.
-
-    Attributes:
-        path: What was opened.
-        name: Its file or folder name.
-        format: ``peft``, ``kohya``, ``mlx``.
-        kind: ``LORA`` ...
-        trained: Numbers trained.
-        total: Numbers of base and adapter together while training, as PEFT counts them: a module trained in full is
-            there twice, its original and its copy. None without a base.
-        share: ``trained / total``.
-        carried: Numbers in the file that were not trained.
-        nbytes: Of its weight files, as the file system counts them.
-        nbytes_share: ``nbytes`` of those of the base.
-        split: `trained` by part.
-        tasks: One base with so many adapters like this, against as many copies.
-        warnings: What the user should know.
-    """
-
-    path: Path
-    name: str
-    format: str
-    kind: str
-    trained: int
-    total: int | None
-    share: float | None
-    carried: int
-    nbytes: int
-    nbytes_share: float | None
-    split: Split
-    tasks: tuple[TaskCost, ...]
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class SavingsReport:
-    """What adapters cost and save.
-
-    Attributes:
-        base: The base, or None if none was given.
-        adapters: In the order given.
-        together: All these adapters on one base against as many copies; None for fewer than two, or without a base.
-    """
-
-    base: BaseCost | None
-    adapters: tuple[AdapterCost, ...]
-    together: TaskCost | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"type": "savings", **plain(self)}
-
-    def as_markdown(self) -> str:
-        """Tables for a model card; the same bytes for the same files."""
-        return render(self)
+__all__ = ["SavingsReport", "report"]
 
 
 def report(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    base: str | os.PathLike[str] | None = None,
-    tasks: Sequence[int] = (1, 10, 100),
+    references: Openable | Iterable[Openable],
+    *,
+    base: CheckpointLike | None = None,
+    tasks: int | Sequence[int] = (1, 10, 100),
 ) -> SavingsReport:
     """Parameter and storage savings of adapters. Only headers are read.
 
     Args:
-        paths: Adapters; one of them may be their base instead of naming it by `base`.
+        references: Adapters, as paths or opened; one of them may be their base instead of naming it by `base`.
         base: The model they were trained on. Without it there are no shares and no comparison with copies.
         tasks: Numbers of tasks to compare.
 
@@ -165,21 +37,20 @@ def report(
         FitError: a full model where an adapter was expected, an adapter none of whose parameters the base has, or a
             number of tasks below one.
     """
+    tasks = as_list(tasks)
     if wrong := [number for number in tasks if number < 1]:
         raise FitError(f"{wrong[0]} tasks cannot be compared")
     adapters: list[Adapter] = []
-    models: list[Path] = []
-    for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
-        if not path.exists():
-            raise NotFoundError("no such file or folder", file=path)
-        if (adapter := read_if_adapter(path)) is None:
-            models.append(path)
+    models: list[Checkpoint] = []
+    listed: list[Openable] = as_list(references)
+    for opened in (as_opened(reference, "references") for reference in listed):
+        if isinstance(opened, Adapter):
+            adapters.append(opened)
         else:
-            adapters.append(adapter)
+            models.append(opened)
     if len(models) + (base is not None) > 1:
-        raise FitError("more than one base", file=models[-1], hint="an adapter was expected here")
-    where = models[0] if models else base
-    model = None if where is None else open_checkpoint(where)
+        raise FitError("more than one base", file=models[-1].path, hint="an adapter was expected here")
+    model = models[0] if models else None if base is None else as_checkpoint(base)
     base_cost = None if model is None else _base_cost(model)
     costs = tuple(_adapter_cost(adapter, model, base_cost, tasks) for adapter in adapters)
     together = None

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.engine.devices import devices_of
 from surgery.extraction.stream import feed, lanes
 from surgery.extraction.stream.feed import DirectFeed, RowPair, StagedFeed
-from surgery.extraction.stream.lanes import DeviceMemory, Lane, Lanes, devices_of
+from surgery.extraction.stream.lanes import DeviceMemory, Lane, Lanes
 from surgery.extraction.stream.scan import layout_of, warm
 from surgery.extraction.stream.tally import Tally
 from surgery_formats.errors import FitError, MalformedError, ProofError

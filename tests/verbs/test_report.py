@@ -229,8 +229,8 @@ def test_markdown_is_the_same_wherever_the_files_lie(tmp_path: Path) -> None:
         texts.append(surgery.report(adapter, base=base).as_markdown())
     assert texts[0] == texts[1]
     assert str(tmp_path) not in texts[0]
-    assert "1.24 B (1235814400) parameters, 2.47 GB" in texts[0]
-    assert "`my/'adapter'`" in texts[0]
+    assert "1.24 B parameters, 2.47 GB" in texts[0]
+    assert "`my\u00a6'adapter'`" in texts[0]
     for block in texts[0].split("\n\n"):  # every row of a table has as many cells as its head
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in rows}) <= 1

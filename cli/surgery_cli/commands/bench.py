@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import click
 
-from surgery_cli.commands.run import runtime_device_option
-from surgery_cli.options import Settings, complete_files
-from surgery_cli.options import command as sub_command
-from surgery_cli.output import emit_json, note, table
-from surgery_formats.text import nbytes, show
+from surgery_cli.options import Settings, complete_files, runtime_device_option, subcommand
+from surgery_cli.output import show_result
 
 __all__ = ["command"]
 
 
-@sub_command("bench")
+@subcommand("bench")
 @click.argument("model", shell_complete=complete_files)
 @click.option(
     "--against", metavar="OTHER", shell_complete=complete_files, help="Another graph, measured in turns with MODEL."
@@ -65,34 +62,4 @@ def command(
         cuda_graph=not no_cuda_graph,
         threads=threads,
     )
-    if settings.json:
-        emit_json("bench", result.as_json())
-        return
-    floors: tuple[float | None, ...] = result.floors or (None,) * len(result.sides)
-    table(
-        ("model", "load s", "prefill ms", "ms/token", "tokens/s", "x floor", "memory", "weights"),
-        (
-            (
-                side.model,
-                f"{side.load_seconds:.2f}",
-                f"{side.prefill_seconds * 1e3:.2f}",
-                "" if side.token_seconds is None else f"{side.token_seconds * 1e3:.3f}",
-                "" if side.token_seconds is None else f"{result.batch / side.token_seconds:.1f}",
-                "" if side.token_seconds is None or floor is None else f"{side.token_seconds / floor:.2f}",
-                nbytes(side.memory_nbytes),
-                nbytes(side.step_nbytes),
-            )
-            for side, floor in zip(result.sides, floors, strict=True)
-        ),
-        right=range(1, 8),
-    )
-    if settings.quiet:
-        return
-    note(f"{result.device}, {result.batch} x {result.prompt_length} tokens, median of {result.new_tokens} steps")
-    if result.bandwidth is not None:
-        times = ", ".join(f"{floor * 1e3:.3f} ms" for floor in result.floors)
-        note(f"floor: {times} per step to read the weights once, at {nbytes(result.bandwidth)}/s copied on this device")
-    if (ratio := result.token_ratio) is not None:
-        spread = f"half of {ratio.pairs} pairs within {ratio.low:.3f} to {ratio.high:.3f}"
-        mine, other = (show(side.model, 200) for side in result.sides)
-        note(f"{mine} takes {ratio.median:.3f} times the time of {other} per token ({spread})")
+    show_result("bench", result, settings, data=True)

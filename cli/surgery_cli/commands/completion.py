@@ -7,9 +7,8 @@ import sys
 
 import click
 
-from surgery_cli.options import Settings
-from surgery_cli.options import command as sub_command
-from surgery_cli.output import emit_json, note
+from surgery_cli.options import Settings, subcommand
+from surgery_cli.output import emit_json
 
 __all__ = ["command"]
 
@@ -21,7 +20,7 @@ _INSTALL = {
 }
 
 
-@sub_command("completion")
+@subcommand("completion")
 @click.argument("shell", type=click.Choice(sorted(_INSTALL)))
 def command(settings: Settings, shell: str) -> None:
     """Print the completion script of a shell.
@@ -44,4 +43,4 @@ def command(settings: Settings, shell: str) -> None:
         return
     click.echo(script)
     if not settings.quiet and sys.stdout.isatty():  # into a file it is being installed
-        note(f"install it: {_INSTALL[shell]}")
+        click.echo(f"install it: {_INSTALL[shell]}", err=True)

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import click
-
-from surgery_cli.options import Settings
-from surgery_cli.options import command as sub_command
-from surgery_cli.output import emit_json, table
+from surgery_cli.options import Settings, subcommand
+from surgery_cli.output import show_result
 
 __all__ = ["command"]
 
 
-@sub_command("formats")
+@subcommand("formats")
 def command(settings: Settings) -> None:
     """List the adapter formats that can be read and written.
 
@@ -20,35 +17,4 @@ def command(settings: Settings) -> None:
     """
     from surgery.verbs.formats import formats
 
-    found = formats()
-    if settings.json:
-        emit_json("formats", found.as_json())
-        return
-    table(
-        ("adapter format", "title", "as", "to write it"),
-        (
-            (
-                one.name,
-                one.title + ("" if one.built_in else " (plugin)"),
-                "file" if one.single_file else "folder",
-                "needs --base" if one.needs_base else "",
-            )
-            for one in found.formats
-        ),
-    )
-    click.echo()
-    table(
-        ("container", "files", "read", "written"),
-        ((one.name, one.files, _yes(one.reads), _yes(one.writes)) for one in found.containers),
-    )
-    click.echo()
-    table(
-        ("family", "to ONNX", "model types"),
-        ((one.name, _yes(one.graphs), ", ".join(one.model_types)) for one in found.families),
-    )
-    click.echo()
-    table(("update", "equation"), ((one.name, one.equation or one.title) for one in found.updates))
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+    show_result("formats", formats(), settings, data=True)

@@ -3,28 +3,15 @@
 
 from __future__ import annotations
 
-import math
-
 import click
 
-from surgery_cli.options import Settings, complete_files, weighted
-from surgery_cli.options import command as sub_command
-from surgery_cli.output import emit_json, pairs, warn
+from surgery_cli.options import Settings, complete_files, number, subcommand, weighted
+from surgery_cli.output import show_result
 
 __all__ = ["command"]
 
 
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise click.BadParameter("it is a number above 0")
-    return value
-
-
-@sub_command("verify")
+@subcommand("verify")
 @click.argument("output", metavar="OUT", shell_complete=complete_files)
 @click.option(
     "--against", metavar="BASE", shell_complete=complete_files, help="Compare with this base what came of it."
@@ -40,7 +27,7 @@ def _tolerance(text: str) -> float:
 )
 @click.option(
     "--tolerance",
-    type=_tolerance,
+    type=number(above=0),
     metavar="X",
     help="Greatest difference of a logit, relative to the greatest logit; default: 1e-4, 1e-2 for graphs of 16 bits.",
 )
@@ -66,15 +53,10 @@ def command(
     from surgery.verbs.verify import verify
     from surgery_formats.refs import resolve
 
-    found = verify(
+    result = verify(
         resolve(output),
         against=None if against is None else resolve(against),
         adapters=[(resolve(path), weight) for path, weight in adapters],
         tolerance=tolerance,
     )
-    if settings.json:
-        emit_json("verify", found.as_json())
-    elif not settings.quiet:
-        pairs([(check.name, check.detail) for check in found.checks])
-    for text in found.notes:
-        warn(text)
+    show_result("verify", result, settings)

@@ -16,7 +16,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Factor, LoRA, Unsized, Update
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ConversionLedger:
         kept = {site: {id(update) for update in chain} for site, chain in self.held.items()}
         return {site: tuple(u for u in adapter.updates[site] if id(u) in kept[site]) for site in self.held}
 
-    def keep_prompt(self, prompt: StoredTensor) -> None:
+    def keep_prompt(self, prompt: Tensor) -> None:
         """Virtual tokens are in the files."""
         self.entries.append(Entry(prompt.name, "exact", "virtual tokens"))
 
@@ -108,7 +108,7 @@ def made(
     )
 
 
-def copied(name: str, tensor: StoredTensor) -> NewTensor:
+def copied(name: str, tensor: Tensor) -> NewTensor:
     """A stored tensor as it is."""
     return NewTensor(name, tensor.dtype, tensor.shape, tensor.read)
 
@@ -153,7 +153,7 @@ def low_rank_in(update: Update, site: Site, base: Checkpoint | None) -> LoRA | N
     return update.low_rank()
 
 
-def places_of(site: Site, base: Checkpoint, tensors: tuple[StoredTensor, ...]) -> tuple[WeightSlice, ...]:
+def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tuple[WeightSlice, ...]:
     """Where the base holds the weight of `site`.
 
     Raises:
@@ -164,7 +164,7 @@ def places_of(site: Site, base: Checkpoint, tensors: tuple[StoredTensor, ...]) -
     if not found:
         raise FitError(
             f"the base has no parameter '{site}'",
-            file=tensors[0].file.path,
+            file=tensors[0].path,
             tensor=tensors[0].name,
             hint="is this the base it was trained on?",
         )

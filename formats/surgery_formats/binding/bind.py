@@ -19,12 +19,12 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.parameter import Parameter
-from surgery_formats.tensors.tensor import StoredTensor, ZeroTensor
+from surgery_formats.tensors.tensor import Tensor, ZeroTensor
 from surgery_formats.tensors.views import View, rows, whole
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Fit, Linear, Offset, Replacement, Stacked, TokenRows, Unsized, Update
 
-__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base"]
+__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base", "widest_of"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Binding:
     edits: Mapping[tuple[str, str], Edit]
     untied: frozenset[str] = frozenset()
     ignored: tuple[Ignored, ...] = ()
-    settled: tuple[StoredTensor, ...] = ()
+    settled: tuple[Tensor, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -77,7 +77,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
             for given in chain if places else ():
                 if isinstance(given, Unsized):
                     if given.kind not in widest:
-                        widest[given.kind] = _widest(given.kind, adapter, checkpoint)
+                        widest[given.kind] = widest_of(given.kind, adapter, checkpoint)
                     given = given.fitted(fit_of(places, widest[given.kind]))
                 update = _oriented(given, component, adapter)
                 if isinstance(update, Replacement):
@@ -105,7 +105,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
     return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, settled, tuple(warnings))
 
 
-def _trained(edit: Edit) -> Iterator[StoredTensor]:
+def _trained(edit: Edit) -> Iterator[Tensor]:
     """The adapters' tensors that make an edit."""
     for operation in (*edit.operations, *((edit.replaced,) if edit.replaced else ())):
         yield from operation.update.tensors
@@ -155,8 +155,7 @@ def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tu
     parameter = weights[0].parameter
     if parameter.storage.tensor.numel != parameter.shape[0] * parameter.shape[1]:
         return ()
-    file = chain[0].tensors[0].file
-    zeros = ZeroTensor(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1], file, 0, 0, (0,))
+    zeros = ZeroTensor(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1])
     return (WeightSlice(Parameter.of(zeros, component.name)),)
 
 
@@ -168,7 +167,7 @@ def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int]) -> Fit:
     return Fit(extent(places), kernel, widest)
 
 
-def _widest(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
+def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
     """``(out, in)``, each the greatest of all weights for which `adapter` has updates of `kind`."""
     shapes = [(0, 0)]
     for site, chain in adapter.updates.items():
@@ -193,7 +192,7 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     if doubtful and square and not component.family.known:
         raise FitError(
             "square, and only the base's family could tell rows from columns",
-            file=update.tensors[0].file.path,
+            file=update.tensors[0].path,
             tensor=update.tensors[0].name,
             hint="give the base as a folder with its config.json",
         )
@@ -208,15 +207,13 @@ def _replaced(update: Replacement, places: tuple[WeightSlice, ...], weight: floa
     old, new = place.parameter.storage.tensor, update.stored
     grows = len(new.shape) == 2 and new.shape[1:] == old.shape[1:]
     if len(places) > 1 or (new.shape != old.shape and not grows):
-        raise FitError(
-            f"shape {list(new.shape)}, but {list(old.shape)} in the base", file=new.file.path, tensor=new.name
-        )
+        raise FitError(f"shape {list(new.shape)}, but {list(old.shape)} in the base", file=new.path, tensor=new.name)
     if new.dtype is not old.dtype and not (new.dtype.is_float and old.dtype.is_float):
-        raise FitError(f"{new.dtype.label} in place of {old.dtype.label}", file=new.file.path, tensor=new.name)
+        raise FitError(f"{new.dtype.label} in place of {old.dtype.label}", file=new.path, tensor=new.name)
     if weight != 1.0 and (new.shape != old.shape or old is new):
         raise FitError(
             f"the base has nothing to blend {weight:g} of this with",
-            file=new.file.path,
+            file=new.path,
             tensor=new.name,
             hint="use weight 1",
         )
@@ -253,7 +250,7 @@ def _check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
     if not parameter.storage.tensor.dtype.is_float:
         raise FitError(
             f"'{parameter.name}' is stored as {parameter.storage.tensor.dtype.label}: a quantised base cannot be merged into",
-            file=parameter.storage.tensor.file.path,
+            file=parameter.storage.tensor.path,
             tensor=tensor.name,
             hint="merge into the base it was quantised from",
         )
@@ -262,12 +259,12 @@ def _check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
         if (last := max(update.indices, default=-1)) < height:
             return
         raise FitError(
-            f"token id {last}, but '{parameter.name}' has {height} rows", file=tensor.file.path, tensor=tensor.name
+            f"token id {last}, but '{parameter.name}' has {height} rows", file=tensor.path, tensor=tensor.name
         )
     if update.shape != (height, width):
         raise FitError(
             f"made for a weight of {list(update.shape)}, but '{parameter.name}' is {[height, width]}",
-            file=tensor.file.path,
+            file=tensor.path,
             tensor=tensor.name,
             hint="is this the base it was trained on?",
         )
@@ -344,7 +341,7 @@ def _check_missing(missing: list[Site], adapter: Adapter, checkpoint: Checkpoint
     tensor = adapter.updates[site][0].tensors[0]
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
-        file=tensor.file.path,
+        file=tensor.path,
         tensor=tensor.name,
         hint=closest(site.path, known.tensors) or "is this the base it was trained on?",
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery_formats.canonical.adapter import Site
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import View
 from surgery_formats.updates import Update
 
@@ -50,7 +50,7 @@ class Edit:
 
     component: str
     name: str
-    source: StoredTensor
+    source: Tensor
     operations: tuple[Operation, ...]
     stacked: bool = False
     replaced: Operation | None = None

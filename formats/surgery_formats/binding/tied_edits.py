@@ -13,7 +13,7 @@ from dataclasses import replace
 from surgery_formats.binding.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import LoRA, TokenRows, Update
 
 __all__ = ["same_values", "settle_tie"]
@@ -118,7 +118,7 @@ def _same_update(one: Update, other: Update) -> bool:
     return False
 
 
-def same_values(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
+def same_values(one: Tensor, other: Tensor, rows: int = 4096) -> bool:
     """Whether two stored tensors hold the same numbers, whatever their types; a few rows at a time."""
     if one.shape != other.shape:
         return False

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 from surgery_formats.canonical.prompts import SoftPrompt
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.files.raw import File
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Update
 
-__all__ = ["Adapter", "Ignored", "ModuleKind", "Site"]
+__all__ = ["Adapter", "Ignored", "ModuleKind", "Site", "WeightedAdapter"]
 
 ModuleKind = Literal["", "linear", "embedding", "convolution", "norm", "experts", "attention output"]
 """What kind of module holds a parameter, as far as the adapter's file tells; empty where only the base can.
@@ -55,11 +57,11 @@ class Site:
 class Ignored:
     """A stored tensor that does nothing to the base, and why."""
 
-    tensor: StoredTensor
+    tensor: Tensor
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Adapter:
     """What was trained, before any base is known.
 
@@ -89,7 +91,7 @@ class Adapter:
     format: str
     kind: str
     updates: Mapping[Site, tuple[Update, ...]]
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[Tensor, ...]
     ignored: tuple[Ignored, ...] = ()
     new_modules: frozenset[str] = frozenset()
     copied_modules: frozenset[str] = frozenset()
@@ -103,6 +105,24 @@ class Adapter:
     examine: Callable[[], tuple[str, ...]] = tuple
     optional: frozenset[Site] = frozenset()
     keeps_ties: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Adapter {str(self.path)!r}: {self.format} {self.kind}, {len(self.updates)} updates>"
+
+    def __mul__(self, weight: float) -> WeightedAdapter:
+        """This adapter at `weight` times its strength: ``adapter * 0.7``, ``-0.3 * adapter``, ``-adapter``."""
+        return WeightedAdapter(self, 1.0).__mul__(weight)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> WeightedAdapter:
+        return self * -1.0
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """The files its tensors lie in."""
+        stored = (source for tensor in self.tensors for source in tensor.sources)
+        return tuple({source.file.identity: source.file for source in stored}.values())
 
     @property
     def parameters(self) -> int:
@@ -125,9 +145,33 @@ class Adapter:
             tensors=tuple(tensor for tensor in self.tensors if tensor.name not in out),
         )
 
-    def unconsumed(self) -> tuple[StoredTensor, ...]:
+    def unconsumed(self) -> tuple[Tensor, ...]:
         """Stored tensors that no update uses and no reason excuses: must be empty (law 1)."""
         used = {tensor.name for chain in self.updates.values() for update in chain for tensor in update.tensors}
         used |= {entry.tensor.name for entry in self.ignored}
         used |= {self.prompt.table.name} if self.prompt else set()
         return tuple(tensor for tensor in self.tensors if tensor.name not in used)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """An adapter and what its updates are multiplied by; made by ``adapter * 0.7``."""
+
+    adapter: Adapter
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.adapter.path.name
+
+    def __mul__(self, weight: float) -> WeightedAdapter:
+        """The weights multiply."""
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            return NotImplemented
+        return replace(self, weight=self.weight * float(weight))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> WeightedAdapter:
+        return self * -1.0

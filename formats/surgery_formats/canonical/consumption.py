@@ -24,6 +24,6 @@ def check_consumed(adapter: Adapter, error: type[FitError | ProofError] = FitErr
         raise error(
             f"{len(left)} of {len(adapter.tensors)} tensors are not used by any update: "
             f"{listing(tensor.name for tensor in left)}",
-            file=left[0].file.path if error is FitError else adapter.path.name,
+            file=left[0].path if error is FitError else adapter.path.name,
             tensor=left[0].name,
         )

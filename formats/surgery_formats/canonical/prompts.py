@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ class SoftPrompt:
     """
 
     kind: str
-    table: StoredTensor
+    table: Tensor
     virtual_tokens: int
     dim: int
     submodules: int = 1
@@ -120,4 +120,4 @@ class SoftPrompt:
         return values.reshape(-1, values.shape[-1])
 
     def _error(self, why: str) -> FitError:
-        return FitError(why, file=self.table.file.path, tensor=self.table.name)
+        return FitError(why, file=self.table.path, tensor=self.table.name)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 
 __all__ = ["Tie", "alias_of", "ties_by_place"]
 
@@ -29,12 +29,12 @@ def alias_of(name: str, ties: Iterable[Tie]) -> str:
     return next((tie.source for tie in ties if tie.alias == name), name)
 
 
-def ties_by_place(tensors: Mapping[str, StoredTensor]) -> tuple[Tie, ...]:
+def ties_by_place(tensors: Mapping[str, Tensor]) -> tuple[Tie, ...]:
     """Ties visible in a file: two names of the very same bytes (pickles keep shared storages)."""
     first: dict[object, str] = {}
     found = []
     for name, tensor in tensors.items():
-        if tensor.nbytes == 0:
+        if not isinstance(tensor, StoredTensor) or tensor.nbytes == 0:
             continue
         key = (tensor.place, tensor.shape, tensor.strides)
         source = first.setdefault(key, name)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.tensors.views import View, take, whole
+from surgery_formats.tensors.apply import gather, scatter
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
+from surgery_formats.tensors.views import View, whole
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,8 @@ class Parameter:
     component: str = ""
 
     @classmethod
-    def of(cls, tensor: StoredTensor, component: str = "", *, stacked: bool = False) -> Parameter:
-        """The whole of one stored tensor."""
+    def of(cls, tensor: Tensor, component: str = "", *, stacked: bool = False) -> Parameter:
+        """The whole of one tensor."""
         storage = Plain.of(tensor, stacked=stacked)
         return cls(tensor.name, storage, whole(storage.shape), component)
 
@@ -52,21 +53,12 @@ class Parameter:
         """The whole weight in logical orientation; float32 (float64 where stored so), or `dtype`."""
         matrix = self.storage.get(0, self.storage.shape[0], dtype)
         at = self.view.locate(0, self.storage.shape[0])
-        found = take(matrix, at.block_rows, at.block_cols)
-        return found.T if at.transposed else found
+        return gather(matrix, at)
 
     def put(self, weight: torch.Tensor) -> dict[StoredTensor, bytes]:
         """Bytes of every stored tensor with `weight` in place: ``put(get())`` is the identity."""
         matrix = self.storage.get(0, self.storage.shape[0])
         at = self.view.locate(0, self.storage.shape[0])
-        part = take(matrix, at.block_rows, at.block_cols)
-        logical = weight.to(part.dtype).T if at.transposed else weight.to(part.dtype)
-        if part.data_ptr() == matrix.data_ptr() or (
-            isinstance(at.block_rows, range) and isinstance(at.block_cols, range)
-        ):
-            part.copy_(logical)
-        else:
-            import torch
-
-            matrix[torch.tensor(list(at.block_rows))[:, None], torch.tensor(list(at.block_cols))] = logical
-        return {self.storage.tensor: bytes(self.storage.put(0, matrix)[1])}
+        scatter(matrix, at, weight.to(matrix.dtype))
+        (stored,) = self.sources
+        return {stored: bytes(self.storage.put(0, matrix)[1])}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery_formats.dtypes import DType
-from surgery_formats.tensors.tensor import StoredTensor, as_bytes
+from surgery_formats.tensors.tensor import StoredTensor, Tensor, as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -17,18 +17,18 @@ __all__ = ["Plain"]
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """One stored tensor as a matrix of floats.
+    """One tensor as a matrix of floats.
 
     Attributes:
-        tensor: Its bytes.
+        tensor: Its values.
         shape: ``(rows, cols)``; a 3-D expert tensor is ``(E * rows, cols)``, a convolution ``(out, in * k...)``, a vector ``(n, 1)``.
     """
 
-    tensor: StoredTensor
+    tensor: Tensor
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, tensor: StoredTensor, *, stacked: bool = False) -> Plain:
+    def of(cls, tensor: Tensor, *, stacked: bool = False) -> Plain:
         """`tensor` flattened after its first axis, or after its second if it is `stacked` (E, rows, cols)."""
         if stacked and len(tensor.shape) == 3:
             return cls(tensor, (tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
@@ -37,7 +37,7 @@ class Plain:
     @property
     def sources(self) -> tuple[StoredTensor, ...]:
         """Stored tensors this matrix is made of."""
-        return (self.tensor,)
+        return self.tensor.sources
 
     def read_into(self, block: torch.Tensor, start: int) -> None:
         """Fill `block` ``(n, cols)``, contiguous and of the stored type, with the rows from `start`.
@@ -45,11 +45,12 @@ class Plain:
         Raises:
             MalformedError: the file ends before.
         """
-        if self.tensor.strides is not None or not self.tensor.shape:
-            block.copy_(self.tensor.read().reshape(self.shape)[start : start + len(block)])
+        tensor = self.tensor
+        if not isinstance(tensor, StoredTensor) or tensor.strides is not None or not tensor.shape:
+            block.copy_(tensor.read().reshape(self.shape)[start : start + len(block)])
         elif block.numel():
-            row = self.tensor.nbytes // self.shape[0]
-            self.tensor.file.read_into(as_bytes(block), self.tensor.offset + start * row)
+            row = tensor.nbytes // self.shape[0]
+            tensor.file.read_into(as_bytes(block), tensor.offset + start * row)
 
     def stored(self, start: int, stop: int) -> torch.Tensor:
         """Rows ``[start, stop)`` in the stored type, in memory of the caller's own."""

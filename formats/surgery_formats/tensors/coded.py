@@ -8,13 +8,15 @@ with the first of two codes in the low half and zero bits where there is no seco
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.linalg.coding import Coding
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, matrix_of
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +55,12 @@ def _unpack(stored: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class CodedTensor(StoredTensor):
+class CodedTensor:
     """A factor, or the factors of stacked experts, as PEFT has them.
 
     Attributes:
+        name: Of the factor.
+        shape: Of the factor, as PEFT has it.
         codes: See above.
         scales: See above.
         coding: How codes are read.
@@ -64,16 +68,47 @@ class CodedTensor(StoredTensor):
         sizes: ``(count, length, rank)``.
     """
 
-    codes: StoredTensor | None = None
-    scales: StoredTensor | None = None
-    coding: Coding | None = None
-    side: Side = "A"
-    sizes: tuple[int, int, int] = (0, 0, 0)
+    name: str
+    shape: tuple[int, ...]
+    codes: StoredTensor
+    scales: StoredTensor
+    coding: Coding
+    side: Side
+    sizes: tuple[int, int, int]
+
+    @property
+    def dtype(self) -> DType:
+        """Of the values it reads as."""
+        return DType.F32
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """``(rows, cols)``, see `matrix_of`."""
+        return matrix_of(self.shape)
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """Codes and scales."""
+        return self.codes, self.scales
+
+    @property
+    def path(self) -> Path:
+        """File of the codes."""
+        return self.codes.path
 
     @property
     def stored_type(self) -> str:
         """``I4`` or ``I8``: what it is on disk, whatever it reads as."""
-        assert self.coding is not None
         return f"I{self.coding.bits}"
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -88,20 +123,17 @@ class CodedTensor(StoredTensor):
         from surgery_formats.linalg.quantise import Codes, dequantise
 
         codes, scales, coding = self.codes, self.scales, self.coding
-        assert codes is not None
-        assert scales is not None
-        assert coding is not None
         _, length, rank = self.sizes
         values, steps = codes.read(), scales.read()
         if coding.bits == 4:
             values = _unpack(values)
             if bool(values[:, length * rank :].any()):
-                raise MalformedError("bits behind its last code", file=codes.file.path, tensor=codes.name)
+                raise MalformedError("bits behind its last code", file=codes.path, tensor=codes.name)
             values = values[:, : length * rank]
         if bool((values < -coding.largest).any()):
-            raise MalformedError(f"a code below {-coding.largest}", file=codes.file.path, tensor=codes.name)
+            raise MalformedError(f"a code below {-coding.largest}", file=codes.path, tensor=codes.name)
         if not bool(torch.isfinite(steps).all()):
-            raise FitError("holds NaN or Inf", file=scales.file.path, tensor=scales.name, hint="convert it again")
+            raise FitError("holds NaN or Inf", file=scales.path, tensor=scales.name, hint="convert it again")
         rows = [dequantise(Codes(v.reshape(length, rank), s), coding) for v, s in zip(values, steps, strict=True)]
         stack = torch.stack(rows)
         turned = stack.transpose(1, 2) if self.side == "A" else stack.permute(1, 2, 0)
@@ -109,8 +141,6 @@ class CodedTensor(StoredTensor):
 
     def coded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales as stored."""
-        assert self.codes is not None
-        assert self.scales is not None
         return self.codes.read(), self.scales.read()
 
 
@@ -146,10 +176,7 @@ def quantised(
         if tensor.dtype is not dtype or tensor.shape != wanted:
             raise MalformedError(
                 f"is {tensor.dtype.label} {list(tensor.shape)} instead of {dtype.label} {list(wanted)}",
-                file=tensor.file.path,
+                file=tensor.path,
                 tensor=tensor.name,
             )
-    nbytes = codes.nbytes + scales.nbytes
-    return CodedTensor(
-        name, DType.F32, shape, codes.file, codes.offset, nbytes, None, codes, scales, coding, side, sizes
-    )
+    return CodedTensor(name, shape, codes, scales, coding, side, sizes)

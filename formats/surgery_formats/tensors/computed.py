@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are computed when they are read: results of adapter algebra, handed to the writers as if they were stored.
-
-A format's writer makes its files from an `Adapter`, whose factors are stored tensors. A `ComputedTensor` has a name, a type and a shape
-like a stored one, and its values when asked for, so that every writer serves results as it serves files.
-"""
+"""Tensors that are computed when they are read: results of adapter algebra, handed to the writers like those of a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery_formats.dtypes import DType
-from surgery_formats.files.raw import File
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor, matrix_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,35 +19,61 @@ __all__ = ["ComputedTensor", "computed"]
 
 
 @dataclass(frozen=True, slots=True)
-class ComputedTensor(StoredTensor):
+class ComputedTensor:
     """A tensor without bytes of its own.
 
     Attributes:
-        make: Its values, float64, up to a reshape. Called at every read: whoever is expensive remembers what it made.
+        name: Key, for writers that go by it.
+        dtype: Type to store it in.
+        shape: Sizes.
+        sources: The stored tensors it is computed from.
+        make: Its values, float64, up to a reshape. Called at every read; an expensive one should remember its result.
     """
 
-    make: Callable[[], torch.Tensor] | None = None
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    sources: tuple[StoredTensor, ...]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes once it is stored."""
+        return self.dtype.nbytes(self.numel)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """``(rows, cols)``, see `matrix_of`."""
+        return matrix_of(self.shape)
+
+    @property
+    def path(self) -> Path | None:
+        """File of the first source."""
+        return self.sources[0].path if self.sources else None
+
+    @property
+    def stored_type(self) -> str:
+        """Name of the type to store it in."""
+        return self.dtype.label
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements ``[start:stop]`` of the first axis, in float64: whoever stores them rounds once."""
-        assert self.make is not None
         values = self.make().reshape(self.shape)
         return values[start:stop] if self.shape else values
 
 
 def computed(
-    name: str, shape: tuple[int, ...], file: File, make: Callable[[], torch.Tensor], dtype: DType = DType.F32
+    name: str,
+    shape: tuple[int, ...],
+    sources: Iterable[Tensor],
+    make: Callable[[], torch.Tensor],
+    dtype: DType = DType.F32,
 ) -> ComputedTensor:
-    """A tensor called `name`, to be stored as `dtype`.
-
-    Args:
-        name: Key, for writers that go by it.
-        shape: Sizes.
-        file: The source to blame in messages.
-        make: See `ComputedTensor.make`.
-        dtype: Type to store it in.
-    """
-    numel = 1
-    for size in shape:
-        numel *= size
-    return ComputedTensor(name, dtype, shape, file, 0, numel * dtype.bits // 8, None, make)
+    """A tensor called `name`, computed from `sources` and to be stored as `dtype`; see `ComputedTensor`."""
+    stored = tuple(dict.fromkeys(source for tensor in sources for source in tensor.sources))
+    return ComputedTensor(name, dtype, shape, stored, make)

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tensor where it lies on disk. Nothing is read until asked."""
+"""Tensors: what has a name, a type, a shape, and values that can be read. Nothing is read until asked.
+
+A function that needs values takes a `Tensor`. A function that needs bytes on disk takes a `StoredTensor`, the only one that has a file and
+an offset.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -14,12 +19,72 @@ from surgery_formats.files.raw import File
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StoredTensor", "ZeroTensor", "as_bytes"]
+__all__ = ["StoredTensor", "Tensor", "ZeroTensor", "as_bytes", "matrix_of", "origin"]
+
+
+class Tensor(Protocol):
+    """Values under a name.
+
+    Attributes:
+        name: Key in its file, or the name it will have in one; untrusted text.
+        dtype: Element type.
+        shape: Sizes; ``()`` for a scalar.
+        sources: The stored tensors its values come from; empty if they come from none.
+        path: The file to name in messages, or None.
+        stored_type: Name of the type on disk, for people.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]: ...
+    @property
+    def path(self) -> Path | None: ...
+    @property
+    def stored_type(self) -> str: ...
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values as they are stored; of values that are stored nowhere, the bytes they would take."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """``(rows, cols)``, see `matrix_of`."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements ``[start:stop]`` of the first axis, in memory of the caller's own.
+
+        Returns:
+            Shape ``(stop - start, *shape[1:])``; a scalar keeps its shape ``()``. The type is `dtype`, or a wider one where values are
+            computed: whoever stores them rounds once.
+
+        Raises:
+            MalformedError: the file is shorter than its header says.
+            FitError: torch has no such element type.
+        """
+
+
+def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """``(rows, cols)`` when flattened after the first axis; vectors are one column, scalars one element."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def origin(tensor: Tensor) -> tuple[object, ...]:
+    """What tells a tensor from those of other files: its name, and the files its values come from."""
+    return (tensor.name, *dict.fromkeys(source.file.identity for source in tensor.sources))
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where the bytes of one tensor lie.
+    """A tensor whose bytes lie in a file.
 
     Attributes:
         name: Key in its file; untrusted text.
@@ -45,21 +110,29 @@ class StoredTensor:
         return math.prod(self.shape)
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """``(rows, cols)``, see `matrix_of`."""
+        return matrix_of(self.shape)
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """Itself."""
+        return (self,)
+
+    @property
+    def path(self) -> Path:
+        """The file's."""
+        return self.file.path
+
+    @property
     def stored_type(self) -> str:
-        """Name of what lies on disk, for people."""
+        """Name of its type."""
         return self.dtype.label
 
     @property
     def place(self) -> tuple[int, int, int, int]:
         """``(device, inode, offset, nbytes)``: equal for two names of the same bytes (ties)."""
         return (*self.file.identity[:2], self.offset, self.nbytes)
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """``(rows, cols)`` when flattened after the first axis; vectors are one column, scalars one element."""
-        if not self.shape:
-            return 1, 1
-        return self.shape[0], math.prod(self.shape[1:])
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements ``[start:stop]`` of the first axis, in the stored dtype, in memory of the caller's own.
@@ -99,15 +172,48 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ZeroTensor(StoredTensor):
-    """A tensor that is stored nowhere and holds zeros: what a layer without a bias adds. One element, repeated (strides of 0)."""
+class ZeroTensor:
+    """Zeros that are stored nowhere: what a layer without a bias adds."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes they would take."""
+        return self.dtype.nbytes(self.numel)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """``(rows, cols)``, see `matrix_of`."""
+        return matrix_of(self.shape)
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """None."""
+        return ()
+
+    @property
+    def path(self) -> None:
+        """None."""
+
+    @property
+    def stored_type(self) -> str:
+        """Name of its type."""
+        return self.dtype.label
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Zeros of the shape asked for."""
         import torch
 
-        found = torch.zeros(self.shape, dtype=self.dtype.torch)
-        return found[start:stop] if self.shape else found
+        zeros = torch.zeros(self.shape, dtype=self.dtype.torch)
+        return zeros[start:stop] if self.shape else zeros
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:

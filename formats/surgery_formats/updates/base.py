@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.apply import Apply
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.tensors.views import Index
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     View = Callable[..., torch.Tensor]
 
 __all__ = ["Apply", "Effect", "Factor", "Fit", "Linear", "Mixing", "Unsized", "Update", "Weight"]
-
-Apply = Callable[["torch.Tensor", Index, Index], "torch.Tensor"]
-"""``apply(block, rows, cols) -> block'``: `block` holds the logical elements ``[rows, cols]`` and may be written into."""
 
 Effect = Literal["adds", "sets", "maps"]
 """What an update does to a weight ``W``.
@@ -50,13 +48,13 @@ class Factor:
         terms: What the factor was computed from, if a format stores that instead (the two sides of a product, a core and a side).
     """
 
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[Tensor, ...]
     shape: tuple[int, ...]
     view: View | None = None
     terms: tuple[Factor, ...] = ()
 
     @classmethod
-    def of(cls, tensor: StoredTensor) -> Factor:
+    def of(cls, tensor: Tensor) -> Factor:
         """A stored tensor as it is."""
         return cls((tensor,), tensor.shape)
 
@@ -88,21 +86,22 @@ class Factor:
         return made.reshape(self.shape).clone().to(device)
 
 
-def _read(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+def _read(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     """All values of a trained tensor, checked."""
     import torch
 
     if not tensor.dtype.is_float and tensor.dtype not in (DType.F8_E4M3, DType.F8_E5M2):
-        raise FitError(f"trained values of type {tensor.dtype.label}", file=tensor.file.path, tensor=tensor.name)
+        raise FitError(f"trained values of type {tensor.dtype.label}", file=tensor.path, tensor=tensor.name)
     values = tensor.read().to(dtype)
     if not bool(torch.isfinite(values).all()):
-        raise FitError("holds NaN or Inf", file=tensor.file.path, tensor=tensor.name, hint="train it again")
+        raise FitError("holds NaN or Inf", file=tensor.path, tensor=tensor.name, hint="train it again")
     return values
 
 
-def _read_shared(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+def _read_shared(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As `_read`, remembering this thread's last two: the experts of a stack are parts of the same two tensors."""
-    key = (tensor, dtype)
+    place = (tensor.file.identity, tensor.offset, tensor.nbytes) if isinstance(tensor, StoredTensor) else tensor
+    key = (place, dtype)
     kept: dict[object, torch.Tensor] = getattr(_recent, "values", {})
     if key not in kept:
         last = dict(list(kept.items())[-1:])
@@ -155,9 +154,9 @@ class Update(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]: ...
+    def tensors(self) -> tuple[Tensor, ...]: ...
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]: ...
+    def untrained(self) -> tuple[Tensor, ...]: ...
     @property
     def needs_weight(self) -> bool: ...
     @property

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 from surgery_formats.updates.lora import LoRA
@@ -57,12 +57,12 @@ class DoRA:
         return self.direction.scale
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The low-rank part's, then the magnitude's."""
         return (*self.direction.tensors, *self.magnitude.tensors)
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """What the scale of the direction was read from."""
         return self.direction.untrained
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 
@@ -46,7 +46,7 @@ class IA3:
         return (size, self.other) if self.per_row else (self.other, size * self.kernel)
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The vector's."""
         return self.vector.tensors
 
@@ -55,7 +55,7 @@ class IA3:
         return replace(self, other=fit.shape[1 if self.per_row else 0], kernel=1 if self.per_row else fit.kernel)
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """Nothing: every stored number was trained."""
         return ()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
@@ -51,7 +51,7 @@ class LoHa:
         return self.A1.shape[0], self.B1.shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Those of all four factors."""
         found = (*self.A1.tensors, *self.B1.tensors, *self.A2.tensors, *self.B2.tensors)
         return tuple(dict.fromkeys(found))
@@ -61,7 +61,7 @@ class LoHa:
         return replace(self, scale=self.scale * weight)
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """Nothing: every stored number was trained."""
         return ()
 

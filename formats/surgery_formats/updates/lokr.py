@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
@@ -49,7 +49,7 @@ class LoKr:
         return self.C.shape[0] * self.D.shape[0], self.C.shape[1] * self.D.shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Those of both factors."""
         return (*self.C.tensors, *self.D.tensors)
 
@@ -58,7 +58,7 @@ class LoKr:
         return replace(self, scale=self.scale * weight)
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """Nothing: every stored number was trained."""
         return ()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
@@ -36,7 +36,7 @@ class LoRA:
     B: Factor
     scale: float
     alpha: float | None = None
-    noted: tuple[StoredTensor, ...] = ()
+    noted: tuple[Tensor, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -49,7 +49,7 @@ class LoRA:
         return self.B.shape[0], self.A.shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """A's, B's, then those the scale came from."""
         return (*self.A.tensors, *self.B.tensors, *self.noted)
 
@@ -58,7 +58,7 @@ class LoRA:
         return replace(self, scale=self.scale * weight)
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """What the scale was read from."""
         return self.noted
 

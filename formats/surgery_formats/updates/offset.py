@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, take
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
@@ -40,7 +40,7 @@ class Offset:
         return (self.value.shape[0], 1) if len(self.value.shape) == 1 else (self.value.shape[0], self.value.shape[1])
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The value's."""
         return self.value.tensors
 
@@ -49,7 +49,7 @@ class Offset:
         return replace(self, scale=self.scale * weight)
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """Nothing: every stored number was trained."""
         return ()
 

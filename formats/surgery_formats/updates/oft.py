@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 
@@ -59,7 +59,7 @@ class OFT:
         return self.outputs, self.inputs
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The angles'."""
         return self.angles.tensors
 
@@ -78,21 +78,21 @@ class OFT:
         if fit.kernel > 1:
             raise FitError(
                 "OFT on a convolution with a kernel: attached, PEFT rotates overlapping patches, which no weight can do",
-                file=stored.file.path,
+                file=stored.path,
                 tensor=stored.name,
             )
         inputs = fit.shape[1] if self.shared else self.inputs
         if inputs % self.block:
             raise FitError(
                 f"blocks of {self.block}, but the weight has {inputs} columns",
-                file=stored.file.path,
+                file=stored.path,
                 tensor=stored.name,
                 hint="is this the base it was trained on?",
             )
         return replace(self, outputs=fit.shape[0], inputs=inputs)
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """Nothing: every stored number was trained."""
         return ()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, take
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
@@ -50,7 +50,7 @@ class Replacement:
     held: Held = "in place"
 
     @property
-    def stored(self) -> StoredTensor:
+    def stored(self) -> Tensor:
         """The tensor that takes the parameter's place."""
         return self.value.tensors[0]
 
@@ -60,12 +60,12 @@ class Replacement:
         return self.stored.matrix
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The one stored tensor."""
         return self.value.tensors
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """Nothing: every stored number was trained."""
         return ()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates.base import Apply, Effect, Factor, Update, Weight
 from surgery_formats.updates.lora import LoRA
 
@@ -39,7 +39,7 @@ class Stacked:
         return sum(expert.shape[0] for expert in self.experts), self.experts[0].shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """All experts' tensors; experts usually share theirs."""
         return tuple(dict.fromkeys(tensor for expert in self.experts for tensor in expert.tensors))
 
@@ -49,7 +49,7 @@ class Stacked:
         return self.experts[0].needs_weight
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """Those of all experts."""
         return tuple(dict.fromkeys(tensor for expert in self.experts for tensor in expert.untrained))
 

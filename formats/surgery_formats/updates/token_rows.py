@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 
@@ -43,12 +43,12 @@ class TokenRows:
         return self.vocabulary or max(self.indices, default=-1) + 1, self.value.shape[1]
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The rows'."""
         return self.value.tensors
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """Nothing: every stored number was trained."""
         return ()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.lora import LoRA
@@ -66,14 +66,14 @@ class VeRA:
         return self.b.shape[0], self.inputs
 
     @property
-    def shared(self) -> tuple[StoredTensor, ...]:
+    def shared(self) -> tuple[Tensor, ...]:
         """The stored projections, which were not trained."""
         if isinstance(self.projections, Seed):
             return ()
         return tuple(tensor for factor in self.projections for tensor in factor.tensors)
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The vectors', then the projections'."""
         return (*self.b.tensors, *self.d.tensors, *self.shared)
 
@@ -89,7 +89,7 @@ class VeRA:
         return replace(self, projections=made, inputs=min(fit.shape[1], width))
 
     @property
-    def untrained(self) -> tuple[StoredTensor, ...]:
+    def untrained(self) -> tuple[Tensor, ...]:
         """The random projections."""
         return self.shared
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import as_bytes
+from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -197,7 +197,7 @@ def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[_Re
 def _read(buffer: _PinnedBuffer, chunk: _ReadRange) -> None:
     buffer.wait()
     tensor, into = chunk.side.tensor, buffer.bytes[: chunk.place.numel()]
-    if tensor.strides is None and tensor.shape:
+    if isinstance(tensor, StoredTensor) and tensor.strides is None and tensor.shape:
         tensor.file.read_into(as_bytes(into), tensor.offset + chunk.offset)
     else:  # a pickle's transposed tensor: rare, and read whole
         import torch

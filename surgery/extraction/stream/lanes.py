@@ -7,7 +7,6 @@ thread or one stream.
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,44 +17,18 @@ from typing import TYPE_CHECKING
 
 from surgery.engine.execute import default_workers
 from surgery.extraction.stream.feed import DirectFeed, Feed, StagedFeed
-from surgery_formats.errors import FitError, ResourceError
-from surgery_formats.text import show
+from surgery_formats.errors import ResourceError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DeviceMemory", "Job", "Lane", "Lanes", "default_lanes", "devices_of", "in_threads"]
+__all__ = ["DeviceMemory", "Job", "Lane", "Lanes", "default_lanes", "in_threads"]
 
 _BUFFERS = 24  # of 8 MB, per device
 _PER_GPU = 3
 _SWITCH = 2e-5  # seconds
 _SHARE = 0.7  # of a device's free memory
-_DEVICE = re.compile(r"cuda(?::(all|\d{1,3}(?:,\d{1,3}){0,63}))?", re.ASCII)
 Stop = Callable[[], bool]
-
-
-def devices_of(text: str) -> tuple[str, ...]:
-    """``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1`` or ``cuda:all`` as a list of devices; ``auto`` is all that are there.
-
-    Raises:
-        FitError: not a device, or not on this machine.
-    """
-    parts = text.split(",")
-    if text == "cpu" or all(part == "cpu" for part in parts):
-        return tuple(parts)
-    match = _DEVICE.fullmatch(text)
-    if match is None and text != "auto":
-        raise FitError(f"'{show(text, 40)}' is no device", hint="there are cpu, cuda, cuda:1, cuda:0,1, cuda:all, auto")
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if match is None:
-        return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
-    listed = match[1] or "0"
-    numbers = range(count) if listed == "all" else [int(number) for number in listed.split(",")]
-    if not numbers or max(numbers) >= count or len(set(numbers)) < len(numbers):
-        raise FitError(f"'{show(text, 40)}' is not on this machine, which has {count} CUDA devices")
-    return tuple(f"cuda:{number}" for number in numbers)
 
 
 def default_lanes(devices: Sequence[str]) -> int:

@@ -180,7 +180,7 @@ class Tally:
             check_finite(side, 0, side.shape[0])
         tensor = self._sides[1].tensor
         raise FitError(
-            "values or differences too large: their squares overflow float32", file=tensor.file.path, tensor=tensor.name
+            "values or differences too large: their squares overflow float32", file=tensor.path, tensor=tensor.name
         )
 
 
@@ -195,7 +195,7 @@ def check_finite(side: Plain, start: int, stop: int) -> None:
     step = max(1, _LARGE // max(side.shape[1], 1))
     for at in range(start, stop, step):
         if not bool(torch.isfinite(side.stored(at, min(at + step, stop)).float()).all()):
-            raise FitError("holds NaN or Inf", file=side.tensor.file.path, tensor=side.tensor.name)
+            raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
 
 
 _FRACTION = {4: 23, 8: 52}

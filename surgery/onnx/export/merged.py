@@ -18,50 +18,22 @@ from typing import Any, Literal
 from surgery.engine.layout import planned_file
 from surgery.engine.model_output import plan_merge
 from surgery.engine.packing import PAGE, packing_groups, packing_order
-from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile, check_conservation
+from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, SideFile, check_conservation
+from surgery.onnx.graph.weights import GraphTensor
 from surgery_formats.binding.bind import Binding
-from surgery_formats.errors import FitError, MalformedError
-from surgery_formats.files.raw import File
+from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model, Projection
-from surgery_formats.tensors.tensor import StoredTensor, ZeroTensor
+from surgery_formats.tensors.tensor import ZeroTensor
+from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 
-__all__ = ["DELTA", "Layout", "Merged", "PlannedBytes", "merged_weights"]
+__all__ = ["DELTA", "Layout", "Merged", "merged_weights"]
 
 DELTA = "delta.safetensors"
 """Name of the file of changed tensors."""
 
 Layout = Literal["delta", "full"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlannedBytes(File):
-    """A weight file that is not written yet: a graph is built for it, and refused if it cannot be, before anything is computed.
-
-    Attributes:
-        header: Its first bytes; nothing behind them can be read.
-    """
-
-    header: bytes = b""
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Bytes of the header.
-
-        Raises:
-            MalformedError: behind it.
-        """
-        if offset + len(buffer) > len(self.header):
-            raise MalformedError("is not written yet", file=self.path)
-        buffer[:] = self.header[offset : offset + len(buffer)]
-
-    def check_unchanged(self) -> None:
-        """There is nothing that could have changed."""
-
-    @classmethod
-    def of(cls, file: PlannedFile) -> PlannedBytes:
-        """The file of a plan."""
-        return cls(Path(file.name), -1, file.nbytes, (-1, -1, file.nbytes, -1), file.header)
 
 
 @dataclass(frozen=True)
@@ -78,7 +50,7 @@ class Merged:
 
     plan: Plan
     component: Component
-    overrides: Mapping[str, StoredTensor]
+    overrides: Mapping[str, GraphTensor]
     side_files: tuple[SideFile, ...]
     model: Model
 
@@ -104,11 +76,11 @@ def merged_weights(binding: Binding, layout: Layout) -> Merged:
         )
     whole = plan_merge(binding, packed=layout == "full")
     plan = whole if layout == "full" else _delta(binding, whole, component)
-    overrides: dict[str, StoredTensor] = {}
+    overrides: dict[str, GraphTensor] = {}
     for file in plan.files:
-        opened = PlannedBytes.of(file)
+        unwritten = UnwrittenFile(Path(file.name), file.nbytes, file.header)
         overrides |= {
-            one.name: StoredTensor(one.name, one.dtype, one.shape, opened, one.offset, one.nbytes)
+            one.name: UnwrittenTensor(one.name, one.dtype, one.shape, unwritten, one.offset, one.nbytes)
             for one in file.tensors
         }
     for one in whole.tensors:  # a head that was tied and keeps the embedding's values: the same bytes by another name

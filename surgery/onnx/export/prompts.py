@@ -66,7 +66,7 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
     prompt = adapter.prompt
     if prompt is None:
         raise FitError(f"{adapter.kind} trains no virtual tokens", file=adapter.path, hint="--merge or --swap")
-    file, tensor = prompt.table.file.path, prompt.table.name
+    file, tensor = prompt.table.path, prompt.table.name
     if prompt.submodules != 1:
         raise FitError("a soft prompt for an encoder and its decoder", file=file, tensor=tensor)
     if prompt.prefix is not None:

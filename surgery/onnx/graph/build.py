@@ -17,14 +17,14 @@ from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.rotary import longest
 from surgery.onnx.graph.target import OperatorSet, standard
 from surgery.onnx.graph.virtual import Virtual, front_model
-from surgery.onnx.graph.weights import GraphWeights
+from surgery.onnx.graph.weights import GraphTensor, GraphWeights
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model, Rope
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.unwritten import UnwrittenFile
 
 if TYPE_CHECKING:
     import onnx
@@ -54,7 +54,7 @@ class GraphOptions:
     io: DType
     max_length: int | None = None
     prefill: bool = True
-    overrides: Mapping[str, StoredTensor] = field(default_factory=dict)
+    overrides: Mapping[str, GraphTensor] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Built:
     contract: Contract
     model: Model
     nodes: int
-    files: tuple[File, ...]
+    files: tuple[File | UnwrittenFile, ...]
 
 
 def build(component: Component, options: GraphOptions, model: Model | None = None) -> Built:
@@ -198,7 +198,13 @@ def _task(model: Model) -> str:
             return "feature-extraction"
 
 
-def weight_file(file: File) -> WeightFile:
-    """What identifies a weight file to whoever loads the graph."""
-    length = int.from_bytes(file.read(0, 8), "little") + 8
-    return WeightFile(file.path.name, file.size, xxhash.xxh3_128_hexdigest(bytes(file.read(0, length))))
+def weight_file(file: File | UnwrittenFile) -> WeightFile:
+    """What identifies a weight file when a graph is loaded."""
+    return WeightFile(file.path.name, file.size, xxhash.xxh3_128_hexdigest(_header(file)))
+
+
+def _header(file: File | UnwrittenFile) -> bytes:
+    """The safetensors header, its length included."""
+    if isinstance(file, UnwrittenFile):
+        return file.header
+    return bytes(file.read(0, int.from_bytes(file.read(0, 8), "little") + 8))

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery_formats.dtypes import DType
-from surgery_formats.tensors.tensor import StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,13 +141,13 @@ class Graph:
         found: np.dtype[Any] = np.dtype(names[io])
         return found
 
-    def external(self, name: str, tensor: StoredTensor, file: str, shape: Sequence[int], nbytes: int) -> None:
-        """An initializer that is `nbytes` bytes of `file` from the first byte of `tensor`; harmless twice."""
+    def external(self, name: str, dtype: DType, offset: int, file: str, shape: Sequence[int], nbytes: int) -> None:
+        """An initializer that is `nbytes` bytes of `file` from `offset`; harmless twice."""
         if name in self._initializers:
             return
-        made = self._add(name, ONNX_TYPES[tensor.dtype], shape)
+        made = self._add(name, ONNX_TYPES[dtype], shape)
         made.data_location = self._onnx.TensorProto.EXTERNAL
-        for key, value in (("location", file), ("offset", tensor.offset), ("length", nbytes)):
+        for key, value in (("location", file), ("offset", offset), ("length", nbytes)):
             made.external_data.add(key=key, value=str(value))
 
     def initializer(self, name: str, array: np.ndarray) -> None:

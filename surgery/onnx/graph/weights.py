@@ -11,14 +11,18 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing
 
-__all__ = ["GraphWeights", "file_of"]
+__all__ = ["GraphTensor", "GraphWeights", "file_of"]
+
+GraphTensor = StoredTensor | UnwrittenTensor
+"""What an initializer may point at: a graph needs the place of the bytes, not the bytes."""
 
 
-def file_of(tensor: StoredTensor) -> str:
+def file_of(tensor: GraphTensor) -> str:
     """Name of the file a tensor lies in, as the graph gives it: no folder."""
-    return tensor.file.path.name
+    return tensor.path.name
 
 
 class GraphWeights:
@@ -30,19 +34,19 @@ class GraphWeights:
     """
 
     def __init__(
-        self, graph: Graph, component: Component, io: DType, overrides: Mapping[str, StoredTensor] | None = None
+        self, graph: Graph, component: Component, io: DType, overrides: Mapping[str, GraphTensor] | None = None
     ) -> None:
         """Read from `component`, but from `overrides` (by stored name) where it has the tensor."""
         self._graph = graph
         self._component = component
         self._io = io
         self._overrides = overrides or {}
-        self._found: dict[str, StoredTensor] = {}
+        self._found: dict[str, GraphTensor] = {}
         self._values: dict[tuple[str, DType], str] = {}
         self.used: set[str] = set()
-        self.files: list[File] = []
+        self.files: list[File | UnwrittenFile] = []
 
-    def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
+    def find(self, name: str, shape: Sequence[int]) -> GraphTensor:
         """The tensor the recipe calls `name`.
 
         Raises:
@@ -54,7 +58,7 @@ class GraphWeights:
         if tensor.shape != tuple(shape):
             raise FitError(
                 f"has the shape {list(tensor.shape)}, config.json makes it {list(shape)}",
-                file=tensor.file.path,
+                file=tensor.path,
                 tensor=tensor.name,
             )
         return tensor
@@ -67,10 +71,10 @@ class GraphWeights:
         """
         tensor = self._found[name] = self._found.get(name) or self._look_up(name)
         if not tensor.shape:
-            raise FitError("is a scalar", file=tensor.file.path, tensor=tensor.name)
+            raise FitError("is a scalar", file=tensor.path, tensor=tensor.name)
         return tensor.shape[0]
 
-    def _look_up(self, name: str) -> StoredTensor:
+    def _look_up(self, name: str) -> GraphTensor:
         stored = self._stored_name(name)
         self.used.add(stored)
         tensor = self._overrides.get(stored, self._component.tensors.get(stored))
@@ -78,14 +82,14 @@ class GraphWeights:
         if not tensor.dtype.is_float or tensor.dtype not in ONNX_TYPES:
             raise FitError(
                 f"is stored as {tensor.dtype.label}, which graphs do not compute with",
-                file=tensor.file.path,
+                file=tensor.path,
                 tensor=stored,
                 hint="dequantise the checkpoint first",
             )
-        if tensor.file.path.suffix != ".safetensors":
+        if tensor.path.suffix != ".safetensors":
             raise FitError(
                 "a graph refers to safetensors files only",
-                file=tensor.file.path,
+                file=tensor.path,
                 tensor=stored,
                 hint="save the checkpoint as safetensors first",
             )
@@ -131,15 +135,13 @@ class GraphWeights:
         tensor = self.find(name, shape)
         return self._ranged(tensor.name, tensor, shape, tensor.nbytes, DType.F32)
 
-    def _ranged(
-        self, name: str, first: StoredTensor, shape: Sequence[int], nbytes: int, to: DType | None = None
-    ) -> str:
+    def _ranged(self, name: str, first: GraphTensor, shape: Sequence[int], nbytes: int, to: DType | None = None) -> str:
         """A range of bytes, through a Cast where it is stored in another type; runtimes fold that one when they load the graph."""
         wanted = to or self._io
         known = self._values.get((name, wanted))
         if known is None:
             stored = f"{name}.{first.dtype.label.lower()}" if first.dtype is not self._io else name
-            self._graph.external(stored, first, file_of(first), shape, nbytes)
+            self._graph.external(stored, first.dtype, first.offset, file_of(first), shape, nbytes)
             known = stored
             if first.dtype is not wanted:
                 known = self._graph.node("Cast", [stored], name, to=ONNX_TYPES[wanted])

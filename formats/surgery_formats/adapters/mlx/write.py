@@ -147,7 +147,7 @@ def _fault(site: Site, update: Update, base: Checkpoint | None, *, dora: bool) -
         if update.if_transposed and base is None:
             raise FitError(
                 f"only the base can tell how the experts of '{site}' are held",
-                file=update.tensors[0].file.path,
+                file=update.tensors[0].path,
                 tensor=update.tensors[0].name,
                 hint="give it with --base",
             )

@@ -17,7 +17,6 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import Factor, Replacement, Update
 
 if TYPE_CHECKING:
-
     from surgery_formats.adapters.writing import Change
 
 __all__ = ["PeftFile"]

@@ -35,7 +35,7 @@ __all__ = [
 _PARAMETER_ORDER = ("weight", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
 
 
-def innermost_first(names: Sequence[str], file: Path) -> list[str]:
+def innermost_first(names: Sequence[str], file: Path | None) -> list[str]:
     """Parameters of one module in the order in which PEFT wraps their LoRAs around each other: the first registered is the innermost.
 
     Args:
@@ -165,7 +165,7 @@ def put_parameters(file: PeftFile, stacks: Sequence[StackedParameter]) -> None:
     for stack in stacks:
         by_module.setdefault(stack.module, []).append(stack)
     for module, found in by_module.items():
-        order = innermost_first([stack.name for stack in found], found[0].update.tensors[0].file.path)
+        order = innermost_first([stack.name for stack in found], found[0].update.tensors[0].path)
         outermost_first = sorted(found, key=lambda stack: order.index(stack.name), reverse=True)
         for depth, stack in enumerate(outermost_first):
             key = f"{file.prefix}{module}{'.base_layer' * depth}"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from surgery_formats.adapters.peft.known_issues import issues_by_value
 from surgery_formats.adapters.peft.parameters import wrappers_of
 from surgery_formats.adapters.peft.prompt import PROMPTS, read_prompt
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.containers.base import Shard
 from surgery_formats.containers.sharded import open_folder_tensors
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.bounded_json import read_object
@@ -67,7 +68,7 @@ def read_peft(path: Path) -> Adapter:
         side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
     )
     if config.kind in PROMPTS:
-        return _soft_prompt(whole, config)
+        return _soft_prompt(whole, tensors, config)
     kind = kinds()[config.kind]
     found = sort_tensors(tensors, kind.factors, kind.shared)
     updates = _whole_parameters(found, config)
@@ -98,18 +99,17 @@ def _prefixed(tensors: Iterable[StoredTensor]) -> bool:
     return not names or any(name.startswith("base_model.") for name in names)
 
 
-def _metadata(shards: Iterable[object]) -> dict[str, str]:
+def _metadata(shards: Iterable[Shard]) -> dict[str, str]:
     merged: dict[str, str] = {}
     for shard in shards:
-        header = getattr(shard, "header", None)
-        merged |= header.metadata if header else {}
+        merged |= shard.metadata
     return merged
 
 
-def _soft_prompt(adapter: Adapter, config: PeftConfig) -> Adapter:
+def _soft_prompt(adapter: Adapter, tensors: Sequence[StoredTensor], config: PeftConfig) -> Adapter:
     """Virtual tokens, and what was trained in full beside them."""
-    prompt = read_prompt(adapter.tensors, config)
-    beside = (tensor for tensor in adapter.tensors if tensor is not prompt.table)
+    prompt = read_prompt(tensors, config)
+    beside = (tensor for tensor in tensors if tensor is not prompt.table)
     rest = sort_tensors(beside, frozenset(), prefix="base_model.")
     updates = dict(sorted(_whole_parameters(rest, config).items()))
     return replace(adapter, updates=updates, ignored=tuple(rest.ignored), prompt=prompt)

@@ -153,7 +153,7 @@ def _with_magnitude(
         if config.dora:
             raise MalformedError(
                 "use_dora is true, but this module has no magnitude vector",
-                file=lora.A.tensors[0].file.path,
+                file=lora.A.tensors[0].path,
                 tensor=lora.A.tensors[0].name,
             )
         return lora

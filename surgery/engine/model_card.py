@@ -8,6 +8,7 @@ import re
 
 from surgery._version import __version__
 from surgery.engine.ledger import Ledger
+from surgery.reports.markdown import code, table_lines
 from surgery_formats.binding.bind import Binding
 from surgery_formats.models.module_tree import module_graph
 from surgery_formats.text import count, nbytes, show
@@ -18,9 +19,14 @@ __all__ = ["merge_card"]
 def merge_card(binding: Binding, ledger: Ledger) -> bytes:
     """README.md of a merged model."""
     base = binding.checkpoint
-    names = [_code(adapter.path.resolve().name) for adapter, _ in binding.adapters]
+    names = [code(show(adapter.path.resolve().name)) for adapter, _ in binding.adapters]
     rows = [
-        f"| {_code(adapter.path.resolve().name)} | {adapter.format} {adapter.kind} | {weight:g} | {count(adapter.parameters)} |"
+        (
+            code(show(adapter.path.resolve().name)),
+            f"{adapter.format} {adapter.kind}",
+            f"{weight:g}",
+            count(adapter.parameters),
+        )
         for adapter, weight in binding.adapters
     ]
     parameters = sum(module_graph(component).parameters for component in base.components.values())
@@ -34,13 +40,11 @@ def merge_card(binding: Binding, ledger: Ledger) -> bytes:
         "- merge",
         "---",
         "",
-        f"# {_code(base.path.resolve().name)} with {', '.join(names)} merged in",
+        f"# {code(show(base.path.resolve().name))} with {', '.join(names)} merged in",
         "",
-        "| adapter | kind | weight | trained parameters |",
-        "|---|---|---|---|",
-        *rows,
+        *table_lines(("adapter", "kind", "weight", "trained parameters"), rows),
         "",
-        f"- Base: {_code(base.path.resolve().name)}, {count(parameters)} parameters, {nbytes(base.nbytes)}.",
+        f"- Base: {code(show(base.path.resolve().name))}, {count(parameters)} parameters, {nbytes(base.nbytes)}.",
         f"- Tensors: {classes}.",
     ]
     if not math.isnan(ledger.survival):
@@ -60,8 +64,3 @@ def _base_model(binding: Binding) -> list[str]:
         for name in sorted(names)
         if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name)
     ][:1]
-
-
-def _code(text: str) -> str:
-    """Untrusted text as inline code: no links, no tables, no markup."""
-    return "`" + show(text).replace("`", "'").replace("|", "\\|") + "`"

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights for `Update.prepare` (`surgery_formats.updates.Weight`): stored ones, read block by block, and ones held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.apply import Apply, apply_chain, gather
+from surgery_formats.tensors.views import Index, View
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HeldWeight", "WeightView"]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightView:
+    """A stored weight as one update of a chain sees it: after the updates before it.
+
+    Attributes:
+        storage: The weight on disk.
+        earlier: The updates before it, with their views.
+        view: Its own.
+        dtype: Precision of the arithmetic.
+        device: Where it runs.
+        height: Storage rows per block.
+    """
+
+    storage: Plain
+    earlier: tuple[tuple[View, Apply], ...]
+    view: View
+    dtype: torch.dtype
+    device: str
+    height: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical size of what the view covers, from the update's own origin."""
+        return self.view.row_origin + self.view.shape[0], self.view.col_origin + self.view.shape[1]
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+        """Blocks in storage order."""
+        for start in range(0, self.storage.shape[0], self.height):
+            end = min(start + self.height, self.storage.shape[0])
+            at = self.view.locate(start, end)
+            if at:
+                block = self.storage.stored(start, end).to(self.device, self.dtype)
+                apply_chain(self.earlier, block, start, end)
+                yield gather(block, at), at.rows, at.cols
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldWeight:
+    """A weight in memory.
+
+    Attributes:
+        values: Logical ``(out, in)``; never written to.
+    """
+
+    values: torch.Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, int], dtype: torch.dtype) -> HeldWeight:
+        """A weight of zeros, in the memory of one: what a linear update makes of it is the update's delta."""
+        import torch
+
+        return cls(torch.zeros((1, 1), dtype=dtype).expand(shape))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(out, in)``."""
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the arithmetic: the values'."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> str:
+        """Where the values are."""
+        return str(self.values.device)
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+        """All of it at once, copied."""
+        yield self.values.clone(), range(self.shape[0]), range(self.shape[1])

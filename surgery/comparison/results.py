@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison found, and its summary."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.to_json import plain
+from surgery.reports.values import Cell, Name, Phrase, Sides, Value
+
+__all__ = [
+    "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "Side", "TensorDiff", "TensorHeader", "TensorStatus",
+    "Values",
+]  # fmt: skip
+
+AdapterStatus = Literal["equal", "different", "only in A", "only in B"]
+TensorStatus = Literal["equal", "values", "dtype", "shape", "only in A", "only in B"]
+Entry = TypeVar("Entry", "ModuleDiff", "TensorDiff")
+
+_LISTED = 30  # differences shown, the greatest first, unless all are asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """How a delta spreads over directions.
+
+    Attributes:
+        stable_rank: ``||.||_F^2 / ||.||_2^2``.
+        ranks: ``{share of the energy: directions that hold it}``; None where they are more than were looked at.
+    """
+
+    stable_rank: float
+    ranks: Mapping[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One adapter's part in a weight.
+
+    Attributes:
+        kind: ``LoRA``, ``DoRA`` ...
+        shape: Of the weight.
+        rank: None for what has none.
+        scale: On ``B A``; None where it differs between terms, or there is none.
+        norm: Frobenius norm of the delta; None where only the base could tell it, or nothing was read.
+        profile: Of its singular values, where it has low-rank factors and was read.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    rank: int | None = None
+    scale: float | None = None
+    norm: float | None = None
+    profile: Profile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleDiff:
+    """One weight.
+
+    Attributes:
+        name: As A names it, or B where A lacks it.
+        status: Whether the two do the same to it.
+        a: A's part.
+        b: B's part.
+        difference: ``||delta_B - delta_A||_F / ||delta_A||_F``; None where it was not worked out.
+        cosine: Of the angle between the deltas.
+        note: What cannot be put in a number.
+    """
+
+    name: str
+    status: AdapterStatus
+    a: Side | None
+    b: Side | None
+    difference: float | None = None
+    cosine: float | None = None
+    note: str = ""
+
+
+@summarised
+@dataclass(frozen=True)
+class AdapterDiff:
+    """Two adapters.
+
+    Attributes:
+        facts: ``{what: (A's, B's)}`` of format, kind, base and trained parameters.
+        modules: Every weight that one of them touches.
+        difference: Over all weights together, relative to A; None where no deltas were compared.
+        header: Whether values were left unread.
+        notes: What the user should know.
+    """
+
+    facts: Mapping[str, tuple[str, str]]
+    modules: tuple[ModuleDiff, ...]
+    difference: float | None
+    header: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two do the same to every weight."""
+        return all(one.status == "equal" for one in self.modules)
+
+    @property
+    def same_structure(self) -> bool:
+        """Whether they touch the same weights, by the same kinds of updates."""
+        return all(one.a and one.b and (one.a.kind, one.a.shape) == (one.b.kind, one.b.shape) for one in self.modules)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"type": "adapters", "equal": self.equal, "same_structure": self.same_structure, **plain(self)}
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """Facts of both, then the weights that differ, or all of them if `verbose`."""
+        facts: list[tuple[str, Phrase]] = [
+            (name, Name(a or "none") if a == b else (Name(a or "none"), " | ", Name(b or "none")))
+            for name, (a, b) in self.facts.items()
+        ]
+        counted = _counted("weights", (module.status for module in self.modules), self.difference)
+        shown = _chosen(self.modules, verbose)
+        table = _table(_MODULES, map(_module, shown))
+        left = _left(self.modules, shown)
+        return Summary("differences", (Facts((*facts, *counted)), *table, *left, *warning_notes(self.notes)))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """A tensor without its values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """How far the values of two tensors of one shape are apart; sums in float64.
+
+    Attributes:
+        max_abs: Greatest difference of two finite values.
+        relative: ``||B - A||_F / ||A||_F``.
+        moved: Share of the values that differ.
+        not_finite: Values that are NaN or infinite in one of the two; they are in `moved` where they differ, and in nothing else.
+        difference: ``||B - A||_F``.
+        norm: ``||A||_F``.
+        profile: Of the singular values of ``B - A``, where it was asked for.
+    """
+
+    max_abs: float
+    relative: float
+    moved: float
+    not_finite: int
+    difference: float
+    norm: float
+    profile: Profile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDiff:
+    """One tensor.
+
+    Attributes:
+        name: With its component in a pipeline.
+        status: ``equal`` (or, by header, alike); ``values``; ``dtype`` (values were compared all the same); ``shape``; or who lacks it.
+        a: A's header.
+        b: B's header.
+        values: Of tensors that are not equal, where they were compared.
+        note: What cannot be put in a number.
+    """
+
+    name: str
+    status: TensorStatus
+    a: TensorHeader | None
+    b: TensorHeader | None
+    values: Values | None = None
+    note: str = ""
+
+
+@summarised
+@dataclass(frozen=True)
+class CheckpointDiff:
+    """Two checkpoints.
+
+    Attributes:
+        tensors: All of both, in order of names.
+        difference: ``||B - A||_F / ||A||_F`` over all tensors whose values differ; None where no values were compared.
+        moved: Share of all compared values that differ.
+        header: Whether values were left unread.
+    """
+
+    tensors: tuple[TensorDiff, ...]
+    difference: float | None
+    moved: float | None
+    header: bool
+
+    @property
+    def equal(self) -> bool:
+        """Whether every tensor is."""
+        return all(one.status == "equal" for one in self.tensors)
+
+    @property
+    def same_structure(self) -> bool:
+        """Whether the same tensors are there, of the same types and shapes."""
+        return all(one.status in ("equal", "values") for one in self.tensors)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **plain(self)}
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """The totals, then the tensors that differ, or all of them if `verbose`."""
+        facts = _counted("tensors", (tensor.status for tensor in self.tensors), self.difference)
+        if self.moved is not None:
+            facts.append(("moved", (Value(self.moved, "share", 3), " of the values")))
+        if self.header:
+            facts.append(("compared", "headers only"))
+        shown = _chosen(self.tensors, verbose)
+        table = _table(_TENSORS, map(_tensor, shown))
+        return Summary("differences", (Facts(tuple(facts)), *table, *_left(self.tensors, shown)))
+
+
+_MODULES = (
+    Column("weight", "name"), Column("status"), Column("difference", "number", 3), Column("cosine", "number", 3), Column("rank", "integer"),
+    Column("scale", "number", 3), Column("norm", "number", 3), Column("90 % in", "figure"), Column("note"),
+)  # fmt: skip
+_TENSORS = (
+    Column("tensor", "name"), Column("status"), Column("A"), Column("B"), Column("relative", "number", 3),
+    Column("greatest", "number", 3, spare=2), Column("moved", "share", spare=1), Column("90 % in", "figure"), Column("note"),
+)  # fmt: skip
+
+
+def _counted(what: str, statuses: Iterable[str], difference: float | None) -> list[tuple[str, Phrase]]:
+    counts = Counter(statuses)
+    rows: list[tuple[str, Phrase]] = [
+        (what, ", ".join(f"{number} {status}" for status, number in counts.items()) or "none")
+    ]
+    if difference is not None:
+        rows.append(("difference", (Value(difference, "number", 3), " of A's norm")))
+    return rows
+
+
+def _module(module: ModuleDiff) -> tuple[Cell, ...]:
+    a, b = module.a, module.b
+    return (
+        module.name,
+        module.status,
+        module.difference,
+        module.cosine,
+        Sides(a and a.rank, b and b.rank),
+        Sides(a and a.scale, b and b.scale),
+        Sides(a and a.norm, b and b.norm),
+        Sides(a and _ninety(a.profile), b and _ninety(b.profile)),
+        module.note,
+    )
+
+
+def _tensor(tensor: TensorDiff) -> tuple[Cell, ...]:
+    values = tensor.values
+    numbers: tuple[Cell, ...] = (None, None, None, None)
+    if values is not None:
+        numbers = values.relative, values.max_abs, values.moved, _ninety(values.profile)
+    odd = f"{values.not_finite} values are not finite" if values and values.not_finite else ""
+    return tensor.name, tensor.status, _header(tensor.a), _header(tensor.b), *numbers, tensor.note or odd
+
+
+def _header(header: TensorHeader | None) -> Phrase:
+    return "" if header is None else (f"{header.dtype} ", Value(header.shape, "shape"))
+
+
+def _ninety(profile: Profile | None) -> str | None:
+    """Directions that hold nine tenths of a delta's energy."""
+    if profile is None:
+        return None
+    needed = profile.ranks["0.9"]
+    return "many" if needed is None else str(needed)
+
+
+def _table(columns: tuple[Column, ...], rows: Iterable[tuple[Cell, ...]]) -> list[Section]:
+    cells = tuple(rows)
+    return [Table(columns, cells)] if cells else []
+
+
+def _chosen(entries: Sequence[Entry], verbose: bool) -> Sequence[Entry]:
+    """All, or what differs: the greatest difference first, structure before values."""
+    if verbose:
+        return entries
+    return sorted((entry for entry in entries if entry.status != "equal"), key=lambda entry: -_size(entry))[:_LISTED]
+
+
+def _size(entry: ModuleDiff | TensorDiff) -> float:
+    """What is structure, and has no size, is greater than any difference of values."""
+    if isinstance(entry, TensorDiff):
+        return math.inf if entry.values is None else entry.values.relative
+    return math.inf if entry.difference is None else entry.difference
+
+
+def _left(entries: Sequence[Entry], shown: Sequence[Entry]) -> list[Section]:
+    more = sum(entry.status != "equal" for entry in entries) - len(shown)
+    return [Note(f"... and {more} more", "omitted")] if more > 0 else []

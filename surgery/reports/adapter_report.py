@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter holds and touches, as inspect reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.reports.checkpoint_report import WeightFileReport, files_phrase, types_phrase
+from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.targets import TargetedParameter, TargetGroup
+from surgery.reports.to_json import plain
+from surgery.reports.values import Name, Names, Phrase, Piece, Value
+from surgery_formats.canonical.prompts import Prefix
+from surgery_formats.models.module_tree import Totals
+
+__all__ = ["AdapterReport", "PromptFacts"]
+
+_PATH = 500  # characters; a path is worth showing whole
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """Sizes of a soft prompt.
+
+    Attributes:
+        kind: ``PROMPT_TUNING``, ``PREFIX_TUNING`` ...
+        virtual_tokens: In front of the input.
+        dim: Numbers per token: of an embedding; of all key heads of one layer.
+        submodules: 2 for an encoder and its decoder.
+        prefix: Layers, heads and their size where it holds keys and values.
+    """
+
+    kind: str
+    virtual_tokens: int
+    dim: int
+    submodules: int
+    prefix: Prefix | None
+
+
+@summarised
+@dataclass(frozen=True)
+class AdapterReport:
+    """What an adapter holds, and what it does to a base.
+
+    Attributes:
+        path: What was inspected.
+        format: ``peft``, ``kohya``, ``mlx``.
+        kind: What the file says it is (``LORA``, ``PROMPT_TUNING``).
+        kinds: Parameters touched per kind of update (``LoRA``, ``DoRA``, ``replacement``).
+        ranks: How many parameters have which rank.
+        alphas: How many have which alpha; those without one are left out.
+        scales: How many have which scale, the factor on ``B A``.
+        rslora: Whether the scale is ``alpha / sqrt(rank)`` by its configuration.
+        dora: Whether any direction has a magnitude.
+        targets: Parameters touched, those alike in one line.
+        modules: Every parameter touched, with rank, alpha and scale of its own.
+        in_full: Parameters stored whole (among `modules`): trained in full, or carried along.
+        token_rows: ``{parameter: token ids}`` of embedding rows trained.
+        prompt: Sizes of a soft prompt, or None.
+        parameters: Numbers trained.
+        carried: Numbers stored whole, but not trained (an embedding saved because the vocabulary was resized).
+        nbytes: Of its weight files, as the file system counts them.
+        dtypes: Totals per stored type.
+        files: Its weight files.
+        base_name: The base it says it was trained on, or empty.
+        base_id: Content id of that base, or empty.
+        metadata: Free strings of the file.
+        ignored: ``{tensor: why}`` of tensors that rightly do nothing.
+        traps: What makes this adapter easy to use wrongly.
+    """
+
+    path: Path
+    format: str
+    kind: str
+    kinds: Mapping[str, int]
+    ranks: Mapping[int, int]
+    alphas: Mapping[float, int]
+    scales: Mapping[float, int]
+    rslora: bool
+    dora: bool
+    targets: tuple[TargetGroup, ...]
+    modules: tuple[TargetedParameter, ...]
+    in_full: tuple[TargetedParameter, ...]
+    token_rows: Mapping[str, tuple[int, ...]]
+    prompt: PromptFacts | None
+    parameters: int
+    carried: int
+    nbytes: int
+    dtypes: Mapping[str, Totals]
+    files: tuple[WeightFileReport, ...]
+    base_name: str
+    base_id: str
+    metadata: Mapping[str, str]
+    ignored: Mapping[str, str]
+    traps: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"type": "adapter", **plain(self)}
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """Format, kind, ranks, scales and sizes, then what is touched: alike parameters in one row, or each by itself if `verbose`."""
+        sections: list[Section] = [Facts((*self._facts(), *(self._metadata() if verbose else ())))]
+        if self.targets:
+            sections.append(_every_parameter(self.modules) if verbose else _groups(self.targets))
+        if self.metadata and not verbose:
+            plural = "s" if len(self.metadata) != 1 else ""
+            sections.append(Note(f"{len(self.metadata)} metadata string{plural}", "omitted"))
+        if self.ignored:
+            sections.append(Note(("without effect on a base: ", Names(tuple(self.ignored)))))
+        return Summary(self.path.resolve().name, (*sections, *warning_notes(self.traps)))
+
+    def _facts(self) -> list[tuple[str, Phrase]]:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in self.kinds.items())
+        rows: list[tuple[str, Phrase]] = [
+            ("adapter", Name(self.path, _PATH)),
+            ("format", Name(self.format)),
+            ("kind", (Name(self.kind), f" ({kinds})") if kinds else Name(self.kind)),
+        ]
+        for label, values in (("rank", self.ranks), ("alpha", self.alphas), ("scale", self.scales)):
+            if values:
+                how = ", alpha / sqrt(rank)" if label == "scale" and self.rslora else ""
+                rows.append((label, (Value(values, "spread", 6), how)))
+        if self.prompt is not None:
+            rows.append(("prompt", _prompt(self.prompt)))
+        if self.token_rows:
+            rows.append(("token rows", _listed((Name(name), f": {len(ids)}") for name, ids in self.token_rows.items())))
+        if self.base_name:
+            rows.append(("base", Name(self.base_name, _PATH)))
+        if self.base_id:
+            rows.append(("base id", Name(self.base_id)))
+        carried: tuple[Piece, ...] = (", and ", Value(self.carried, "count"), " carried along untrained")
+        rows += [
+            ("trained", (Value(self.parameters, "count"), " parameters", *(carried if self.carried else ()))),
+            ("weights", files_phrase(self.files)),
+            ("types", types_phrase(self.dtypes)),
+        ]
+        return rows
+
+    def _metadata(self) -> list[tuple[str, Phrase]]:
+        return [("metadata", (Name(name), " = ", Name(value, _PATH))) for name, value in self.metadata.items()]
+
+
+def _listed(entries: Iterable[tuple[Piece, ...]]) -> Phrase:
+    pieces: list[Piece] = []
+    for entry in entries:
+        pieces += [", "] * bool(pieces) + list(entry)
+    return tuple(pieces)
+
+
+def _prompt(prompt: PromptFacts) -> str:
+    """``16 virtual tokens of 128 numbers``, or of keys and values."""
+    twice = f" for each of {prompt.submodules} submodules" if prompt.submodules > 1 else ""
+    if prompt.prefix is None:
+        return f"{prompt.virtual_tokens} virtual tokens of {prompt.dim} numbers{twice}"
+    layers, heads = f"{prompt.prefix.layers} layers", f"{prompt.prefix.kv_heads} heads of {prompt.prefix.head_dim}"
+    return f"{prompt.virtual_tokens} virtual tokens, as keys and values of {layers}, {heads}{twice}"
+
+
+def _groups(targets: tuple[TargetGroup, ...]) -> Table:
+    columns = (
+        Column("parameters like", "name"), Column("times", "integer"), Column("role"), Column("kind"),
+        Column("rank", "spread", 6), Column("scale", "spread", 6), Column("parameters", "count"),
+    )  # fmt: skip
+    rows = ((one.pattern, one.count, one.role, one.kind, one.ranks, one.scales, one.parameters) for one in targets)
+    return Table(columns, tuple(rows))
+
+
+def _every_parameter(modules: tuple[TargetedParameter, ...]) -> Table:
+    columns = (
+        Column("parameter", "name"), Column("role"), Column("kind"), Column("shape", "shape"), Column("rank", "integer"),
+        Column("alpha", "number", 6), Column("scale", "number", 6), Column("parameters", "count"),
+    )  # fmt: skip
+    rows = (
+        (one.name, one.role, one.kind, one.shape, one.rank, one.alpha, one.scale, one.parameters) for one in modules
+    )
+    return Table(columns, tuple(rows))

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A summary as Markdown: for model cards, reports and notebooks. Names from files are code, and never markup."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
+from surgery.reports.text import verbatim
+from surgery.reports.values import Cell, Dialect, cell_text, phrase_text
+from surgery_formats.text import clean
+
+__all__ = ["as_markdown", "code", "table_lines"]
+
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
+_INDENT = "\u2003"  # an em space for each two of indentation, which HTML would swallow
+
+
+def as_markdown(title: str, sections: Iterable[Section]) -> str:
+    """The whole of it, with `title` as its heading."""
+    lines = [f"# {_words(title)}", ""] if title else []
+    for section in sections:
+        match section:
+            case Facts(rows):
+                facts = [f"- {phrase_text(label, _MARKDOWN)}: {phrase_text(text, _MARKDOWN)}" for label, text in rows]
+                lines += [*facts, ""]
+            case Table(columns, rows):
+                lines += [*_table(columns, rows), ""]
+            case Note(text, level):
+                lines += [f"{'**Warning:** ' if level == 'warning' else ''}{phrase_text(text, _MARKDOWN)}", ""]
+            case Verbatim(text):
+                lines += [*_fenced(verbatim(text)), ""]
+    return "\n".join(lines)
+
+
+def code(text: str) -> str:
+    """Escaped text from outside as a code span that it cannot end, nor the cell around it."""
+    bare = text.replace("`", "'").replace("|", "\u00a6").strip()
+    return f"`{bare}`" if bare else ""
+
+
+def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    """A table whose cells are Markdown already."""
+    numeric = set(right)
+    rule = ["---:" if index in numeric else "---" for index in range(len(headings))]
+    return [_row(headings), f"|{'|'.join(rule)}|", *map(_row, rows)]
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> list[str]:
+    cells = [[_cell(cell, column) for cell, column in zip(row, columns, strict=True)] for row in rows]
+    shown = [index for index in range(len(columns)) if not cells or any(row[index] for row in cells)]
+    right = [place for place, index in enumerate(shown) if columns[index].numeric]
+    headings = [_words(columns[index].heading) for index in shown]
+    return table_lines(headings, ([row[index] for index in shown] for row in cells), right)
+
+
+def _cell(cell: Cell, column: Column) -> str:
+    indent = ""
+    if isinstance(cell, str):
+        indent = _INDENT * ((len(cell) - len(cell.lstrip(" "))) // 2)
+        cell = cell.lstrip(" ")
+    return indent + cell_text(cell, column.type, column.digits, _MARKDOWN)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _fenced(text: str) -> list[str]:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [fence, *text.split("\n"), fence]
+
+
+def _words(text: str) -> str:
+    """Our own words, and messages with names in them: nothing in them is markup."""
+    return _MARKUP.sub(r"\\\1", clean(text))
+
+
+_MARKDOWN = Dialect(code, _words)

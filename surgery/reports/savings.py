@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What adapters cost beside their base, and what they save against full copies of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.summary import Summary, summarised
+from surgery.reports.to_json import plain
+from surgery.reports.values import Cell, Name, Phrase, Value
+
+__all__ = ["AdapterCost", "BaseCost", "SavingsReport", "Split", "TaskCost"]
+
+_MLP = ("mlp", "expert")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Numbers by what they are part of.
+
+    Attributes:
+        attention: Of attention, its norms apart.
+        mlp: Of feed-forward layers, experts included.
+        rest: Embeddings, heads, norms, convolutions, virtual tokens.
+    """
+
+    attention: int = 0
+    mlp: int = 0
+    rest: int = 0
+
+    def plus(self, role: str, number: int) -> Split:
+        """With `number` more of `role`."""
+        if role == "attention":
+            return replace(self, attention=self.attention + number)
+        if role in _MLP:
+            return replace(self, mlp=self.mlp + number)
+        return replace(self, rest=self.rest + number)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCost:
+    """So many tasks, each as a full copy of the base, or as adapters on one base.
+
+    Attributes:
+        tasks: How many.
+        copies_nbytes: Bytes of as many full copies.
+        shared_nbytes: Bytes of one base and the adapters.
+        saved_nbytes: The difference; negative where a single adapter comes on top of its base.
+        times: How many times smaller.
+        copies_parameters: Numbers in as many full copies.
+        shared_parameters: Numbers in one base and the adapters.
+    """
+
+    tasks: int
+    copies_nbytes: int
+    shared_nbytes: int
+    saved_nbytes: int
+    times: float
+    copies_parameters: int
+    shared_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCost:
+    """A base.
+
+    Attributes:
+        path: What was opened.
+        name: Its file or folder name.
+        parameters: Numbers stored, ties counted once, buffers not at all.
+        nbytes: Of its weight files, as the file system counts them.
+        split: `parameters` by part.
+    """
+
+    path: Path
+    name: str
+    parameters: int
+    nbytes: int
+    split: Split
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCost:
+    """An adapter beside its base.
+
+    Attributes:
+        path: What was opened.
+        name: Its file or folder name.
+        format: ``peft``, ``kohya``, ``mlx``.
+        kind: ``LORA`` ...
+        trained: Numbers trained.
+        total: Numbers of base and adapter together while training, as PEFT counts them: a module trained in full is
+            there twice, its original and its copy. None without a base.
+        share: ``trained / total``.
+        carried: Numbers in the file that were not trained.
+        nbytes: Of its weight files, as the file system counts them.
+        nbytes_share: ``nbytes`` of those of the base.
+        split: `trained` by part.
+        tasks: One base with so many adapters like this, against as many copies.
+        warnings: What the user should know.
+    """
+
+    path: Path
+    name: str
+    format: str
+    kind: str
+    trained: int
+    total: int | None
+    share: float | None
+    carried: int
+    nbytes: int
+    nbytes_share: float | None
+    split: Split
+    tasks: tuple[TaskCost, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@summarised
+@dataclass(frozen=True)
+class SavingsReport:
+    """What adapters cost and save.
+
+    Attributes:
+        base: The base, or None if none was given.
+        adapters: In the order given.
+        together: All these adapters on one base against as many copies; None for fewer than two, or without a base.
+    """
+
+    base: BaseCost | None
+    adapters: tuple[AdapterCost, ...]
+    together: TaskCost | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"type": "savings", **plain(self)}
+
+    def as_markdown(self) -> str:
+        """Tables for a model card; the same bytes for the same files."""
+        return self.summary().as_markdown()
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """Sizes, what the parameters are part of, and so many tasks on one base against as many copies."""
+        sections: list[Section] = []
+        if self.base is not None:
+            sizes = Value(self.base.parameters, "count"), " parameters, ", Value(self.base.nbytes, "bytes")
+            sections.append(Facts((("base", (Name(self.base.name), ": ", *sizes)),)))
+        if self.adapters:
+            sections.append(Table(_ADAPTERS, tuple(map(_adapter, self.adapters))))
+        splits = [(self.base.name, self.base.split, self.base.parameters)] if self.base else []
+        splits += [(cost.name, cost.split, cost.trained) for cost in self.adapters]
+        sections.append(Table(_SPLITS, tuple(_split(*entry) for entry in splits)))
+        if rows := tuple(self._tasks()):
+            sections.append(Table(_TASKS, rows))
+        warnings = (Note((Name(cost.name), ": ", text), "warning") for cost in self.adapters for text in cost.warnings)
+        return Summary("Savings", (*sections, *warnings))
+
+    def _tasks(self) -> Iterator[tuple[Cell, ...]]:
+        for cost in self.adapters:
+            for task in cost.tasks:
+                yield _task(task, Name(cost.name))
+        if self.together is not None:
+            yield _task(self.together, "these adapters together")
+
+
+_ADAPTERS = (
+    Column("adapter", "name"), Column("kind", "name"), Column("trained", "count"), Column("share", "share", 3), Column("bytes", "bytes"),
+    Column("of a copy", "share", 3),
+)  # fmt: skip
+_SPLITS = Column("where", "name"), Column("attention", "figure"), Column("MLP", "figure"), Column("rest", "figure")
+_TASKS = (
+    Column("tasks", "integer"), Column("with"), Column("full copies", "bytes"), Column("one base and adapters", "bytes"),
+    Column("saved", "bytes"), Column("times smaller", "number", 3),
+)  # fmt: skip
+
+
+def _adapter(cost: AdapterCost) -> tuple[Cell, ...]:
+    return cost.name, f"{cost.format} {cost.kind}", cost.trained, cost.share, cost.nbytes, cost.nbytes_share
+
+
+def _split(name: str, split: Split, total: int) -> tuple[Cell, ...]:
+    return name, *(_part(number, total) for number in (split.attention, split.mlp, split.rest))
+
+
+def _part(number: int, total: int) -> Phrase:
+    return (Value(number, "count"), " (", Value(number / total, "share", 1), ")") if total else "0"
+
+
+def _task(cost: TaskCost, name: Phrase) -> tuple[Cell, ...]:
+    return cost.tasks, name, cost.copies_nbytes, cost.shared_nbytes, cost.saved_nbytes, cost.times

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The summary of a result: one neutral account of what people should see, and its renderings.
+
+A result builds it in ``summary()``; `as_text`, `as_markdown` and `as_json` render it, and another renderer needs nothing of any result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from surgery.reports.markdown import as_markdown
+from surgery.reports.sections import Facts, Note, Section
+from surgery.reports.text import as_text
+from surgery.reports.to_json import plain
+from surgery.reports.values import phrase_text
+from surgery_formats.text import clean
+
+__all__ = ["Summarised", "Summary", "summarised", "warning_notes"]
+
+_BRIEF = 200  # characters of a result's repr
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Summary:
+    """What people are shown of a result.
+
+    Attributes:
+        title: Of the whole.
+        sections: In order; warnings come last.
+    """
+
+    title: str
+    sections: tuple[Section, ...]
+
+    @property
+    def data(self) -> tuple[Section, ...]:
+        """All but notes."""
+        return tuple(one for one in self.sections if not isinstance(one, Note))
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Remarks, warnings among them."""
+        return tuple(one for one in self.sections if isinstance(one, Note))
+
+    @property
+    def warnings(self) -> tuple[Note, ...]:
+        """Notes of that level."""
+        return tuple(one for one in self.notes if one.level == "warning")
+
+    def plus(self, *sections: Section) -> Summary:
+        """With more at the end."""
+        return Summary(self.title, (*self.sections, *sections))
+
+    def as_text(self, width: int | None = None) -> str:
+        """Plain text; tables are made to fit `width` columns if one is given."""
+        return as_text(self.sections, width)
+
+    def as_markdown(self) -> str:
+        """Markdown in GitHub's dialect; the same text for the same result."""
+        return as_markdown(self.title, self.sections)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: numbers as numbers, with the types by which a renderer writes them."""
+        sections = [{"section": type(one).__name__.lower(), **plain(one)} for one in self.sections]
+        return {"title": self.title, "sections": sections}
+
+    def brief(self) -> str:
+        """The facts in one line, cut."""
+        facts = (row for one in self.sections if isinstance(one, Facts) for row in one.rows)
+        line = "; ".join(f"{phrase_text(label)}: {phrase_text(text)}" for label, text in facts) or clean(self.title)
+        return line if len(line) <= _BRIEF else f"{line[: _BRIEF - 3]}..."
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+    def __repr__(self) -> str:
+        return f"<Summary {clean(self.title)}: {self.brief()}>"
+
+    def _repr_markdown_(self) -> str:
+        return self.as_markdown()
+
+
+class Summarised(Protocol):
+    """A result."""
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """What people are shown; everything if `verbose`."""
+        ...
+
+
+Result = TypeVar("Result", bound=Summarised)
+
+
+def summarised(result: type[Result]) -> type[Result]:
+    """Class decorator: a result prints as its summary, shows it in a notebook, and has a repr of one line."""
+
+    def text(self: Result) -> str:
+        return self.summary().as_text()
+
+    def brief(self: Result) -> str:
+        return f"<{type(self).__name__} {self.summary().brief()}>"
+
+    def markdown(self: Result) -> str:
+        return self.summary().as_markdown()
+
+    for name, method in (("__str__", text), ("__repr__", brief), ("_repr_markdown_", markdown)):
+        setattr(result, name, method)
+    return result
+
+
+def warning_notes(texts: tuple[str, ...]) -> tuple[Note, ...]:
+    """Messages of the library as notes."""
+    return tuple(Note(text, "warning") for text in texts)

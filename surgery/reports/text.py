@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A summary as plain text: facts with their sentences below each other, tables in columns, whatever the width."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+
+from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
+from surgery.reports.values import cell_text, phrase_text
+
+__all__ = ["as_text", "section_lines", "verbatim"]
+
+_GAP = 2  # between columns
+_LEAST = 8  # characters that a column of words is never narrower than
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+Style = Callable[[str], str]
+
+
+def as_text(sections: Iterable[Section], width: int | None = None) -> str:
+    """All of them, a blank line between any two but notes."""
+    lines: list[str] = []
+    previous: Section | None = None
+    for section in sections:
+        if previous is not None and not (isinstance(previous, Note) and isinstance(section, Note)):
+            lines.append("")
+        lines += section_lines(section, width)
+        previous = section
+    return "\n".join(lines)
+
+
+def section_lines(section: Section, width: int | None = None, strong: Style = str) -> list[str]:
+    """One section.
+
+    Args:
+        section: Any.
+        width: Columns of the terminal; None cuts and folds nothing.
+        strong: Makes labels and headings stand out; called with padding included.
+    """
+    match section:
+        case Facts(rows):
+            labels = [phrase_text(label) for label, _ in rows]
+            widest = max(map(cells, labels), default=0)
+            texts = (phrase_text(text) for _, text in rows)
+            return [f"{strong(_padded(label, widest))}  {text}" for label, text in zip(labels, texts, strict=True)]
+        case Table():
+            return _table(section, width, strong)
+        case Note(text, level):
+            return [f"{'warning: ' if level == 'warning' else ''}{phrase_text(text)}"]
+        case Verbatim(text):
+            return verbatim(text).split("\n")
+
+
+def verbatim(text: str) -> str:
+    """A model's text as it may reach a terminal: lines and tabs stay, other control characters and reordering are escaped."""
+    return "".join(
+        ascii(c)[1:-1] if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f" or c in _BIDI else c for c in text
+    )
+
+
+def cells(text: str) -> int:
+    """Columns that `text` takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(_cells(char) for char in text)
+
+
+def _cells(char: str) -> int:
+    if unicodedata.combining(char):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _table(table: Table, width: int | None, strong: Style) -> list[str]:
+    texts = [[_cell(cell, column) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows]
+    shown = [index for index in range(len(table.columns)) if not texts or any(row[index] for row in texts)]
+    widths = {
+        index: max(cells(text) for text in (table.columns[index].heading, *(row[index] for row in texts)))
+        for index in shown
+    }
+    if width is not None:
+        _fit(table.columns, widths, width)
+    columns = [table.columns[index] for index in widths]
+    sizes = list(widths.values())
+    lines = _row([column.heading for column in columns], columns, sizes, strong)
+    for row in texts:
+        lines += _row([row[index] for index in widths], columns, sizes, str)
+    return lines
+
+
+def _cell(cell: object, column: Column) -> str:
+    """Indentation is ours, the rest may not be."""
+    if isinstance(cell, str):
+        bare = cell.lstrip(" ")
+        return cell[: len(cell) - len(bare)] + cell_text(bare, column.type, column.digits)
+    return cell_text(cell, column.type, column.digits)
+
+
+def _fit(columns: Sequence[Column], widths: dict[int, int], width: int) -> None:
+    """Make `widths` fit: without spare columns first, then by folding the widest columns of words."""
+
+    def excess() -> int:
+        return sum(widths.values()) + _GAP * (len(widths) - 1) - width
+
+    for index in sorted((index for index in widths if columns[index].spare), key=lambda index: -columns[index].spare):
+        if excess() > 0:
+            del widths[index]
+    foldable = [index for index in widths if not columns[index].numeric]
+    while foldable and excess() > 0:
+        widest = max(foldable, key=lambda index: widths[index])
+        if widths[widest] <= _LEAST:
+            return
+        widths[widest] -= 1
+
+
+def _row(texts: Sequence[str], columns: Sequence[Column], widths: Sequence[int], style: Style) -> list[str]:
+    folded = [_folded(text, size) for text, size in zip(texts, widths, strict=True)]
+    lines = []
+    for parts in zip_longest(*folded, fillvalue=""):
+        padded = (
+            _padded(part, size, right=column.numeric) for part, size, column in zip(parts, widths, columns, strict=True)
+        )
+        lines.append(style((" " * _GAP).join(padded).rstrip()))
+    return lines
+
+
+def _padded(text: str, width: int, *, right: bool = False) -> str:
+    space = " " * (width - cells(text))
+    return space + text if right else text + space
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """Lines of at most `width` columns, broken between words where there are any."""
+    lines = []
+    while cells(text) > width:
+        end, used = 0, 0
+        while used + _cells(text[end]) <= width or not end:
+            used += _cells(text[end])
+            end += 1
+        space = text.rfind(" ", 1, end + 1)
+        if space > 0 and text[:space].strip():
+            lines.append(text[:space])
+            text = text[space + 1 :]
+        else:
+            lines.append(text[:end])
+            text = text[end:]
+    return [*lines, text]
