@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from surgery.reports.result import elapsed, timed
 from surgery.reports.sections import Column, Table
 from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
@@ -108,12 +109,24 @@ class Catalogue:
         containers: Of models.
         families: Whose names are known; other models are read by their names alone.
         updates: Kinds of update that can be merged.
+        seconds: How long it took.
     """
 
     formats: tuple[AdapterFormat, ...]
     containers: tuple[ContainerEntry, ...]
     families: tuple[FamilyEntry, ...]
     updates: tuple[UpdateKind, ...]
+    seconds: float = elapsed()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """No files were looked at."""
+        return 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -145,6 +158,7 @@ class Catalogue:
         return Summary("Formats", tables)
 
 
+@timed
 def formats() -> Catalogue:
     """What this installation knows, plugins included.
 
