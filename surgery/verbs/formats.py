@@ -143,7 +143,10 @@ class Catalogue:
             )
             for one in self.formats
         )
-        containers = ((one.name, one.files, one.reads, one.writes) for one in self.containers)
+        containers = (
+            (entry.name, entry.files + ("" if entry.built_in else " (plugin)"), entry.reads, entry.writes)
+            for entry in self.containers
+        )
         families = ((one.name, one.graphs, ", ".join(one.model_types)) for one in self.families)
         updates = ((one.name, one.equation or one.title) for one in self.updates)
         tables = (
@@ -171,8 +174,14 @@ def formats() -> Catalogue:
             for one in adapter_formats().values()
         ),
         containers=tuple(
-            ContainerEntry(one.name, one.title, True, one.written_as == one.name, one in MODEL_CONTAINERS)
-            for one in containers().values()
+            ContainerEntry(
+                container.name,
+                container.title,
+                True,
+                container.written_as == container.name,
+                container in MODEL_CONTAINERS,
+            )
+            for container in containers().values()
         ),
         families=tuple(sorted(_families(), key=lambda entry: (entry.name, not entry.graphs, entry.model_types))),
         updates=tuple(_updates()),
