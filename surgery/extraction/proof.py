@@ -23,6 +23,7 @@ from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View
@@ -154,7 +155,7 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
             kept, rest = factor[: place.shape[0]].contiguous(), factor[place.shape[0] :]
             if tuple(kept.shape) != place.shape or digest(kept) != place.digest or bool(rest.any()):
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
-    source = Plain.of(edit.source, stacked=edit.stacked)
+    source = edit.source
     chain = [
         (o.view, o.update.prepare(WeightView(source, (), o.view, torch.float32, "cpu", source.shape[0])))
         for o in edit.operations
@@ -197,7 +198,7 @@ def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -
 
 def _error(pair: Pair, edit: Edit) -> Error:
     """Values that were replaced are compared with TUNED's, updates are put on BASE's."""
-    source = Plain.of(edit.source, stacked=edit.stacked)
+    source = edit.source
     base, tuned = Plain(pair.base, _flat(pair, source, old=True)), Plain(pair.tuned, _flat(pair, source, old=False))
     if source.shape != tuned.shape:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
@@ -213,18 +214,18 @@ def _error(pair: Pair, edit: Edit) -> Error:
     energy = left = 0.0
     for start in range(0, tuned.shape[0], step):
         stop = min(start + step, tuned.shape[0])
-        wanted = tuned.get(start, stop, exact)
+        wanted = read_values(tuned, start, stop, exact)
         change = wanted.clone()
         if start < base.shape[0]:  # of rows that BASE lacks, all is change
-            old = base.get(start, min(stop, base.shape[0]), exact)
+            old = read_values(base, start, min(stop, base.shape[0]), exact)
             change[: len(old)] -= old
-        block = torch.zeros_like(wanted) if added else source.get(start, stop, exact)
+        block = torch.zeros_like(wanted) if added else read_values(source, start, stop, exact)
         apply_chain(chain, block, start, stop)
         energy += float(change.square().sum(dtype=torch.float64))
         left += float((change if added else wanted).sub_(block).square_().sum(dtype=torch.float64))
     return Error(energy, left)
 
 
-def _flat(pair: Pair, source: Plain, *, old: bool) -> tuple[int, int]:
+def _flat(pair: Pair, source: Storage, *, old: bool) -> tuple[int, int]:
     tensor = pair.base if old else pair.tuned
     return tensor.numel // max(source.shape[1], 1), source.shape[1]

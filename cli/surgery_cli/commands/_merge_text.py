@@ -65,7 +65,7 @@ def plan_text(result: MergeResult, output: Path | None, workers: int | None, set
         ((file.name, nbytes(file.nbytes), len(file.tensors) - (made := _computed(file)), made) for file in plan.files),
         right=(1, 2, 3),
     )
-    steps = [row for row in ledger.rows if row.tensor.kind != "copied"]
+    steps = [row for row in ledger.rows if row.tensor.outcome != "copied"]
     shown = steps if settings.verbose else steps[:_FIRST]
     if shown:
         click.echo()
@@ -107,7 +107,7 @@ def _inputs(plan: Plan) -> list[tuple[str, str]]:
 
 def _classes(ledger: Ledger) -> list[tuple[str, str]]:
     tensors = ledger.plan.tensors
-    changed = sum(math.prod(t.shape) for t in tensors if t.kind in ("updated", "replaced", "added"))
+    changed = sum(math.prod(t.shape) for t in tensors if t.outcome in ("updated", "replaced", "added"))
     every = sum(math.prod(t.shape) for t in tensors)
     return [
         ("tensors", ", ".join(f"{number} {kind}" for kind, number in ledger.classes.items())),
@@ -129,7 +129,7 @@ def _computed(file: Any) -> int:
 
 def _named(row: Row) -> tuple[str, str, str]:
     updates = row.as_json().get("updates", ())
-    return row.tensor.label, row.tensor.kind, " + ".join(_update(update) for update in updates)
+    return row.tensor.label, row.tensor.outcome, " + ".join(_update(update) for update in updates)
 
 
 def _update(update: dict[str, Any]) -> str:
@@ -161,8 +161,9 @@ def _peak(plan: Plan, workers: int | None) -> int:
     """Bytes: what this process, with torch loaded, took so far, and the largest tensors that are computed at one time."""
     from surgery.engine.arithmetic import block_bytes
     from surgery.engine.execute import default_workers
+    from surgery.engine.plan import Compute
 
-    blocks = sorted((block_bytes(tensor) for tensor in plan.computed()), reverse=True)
+    blocks = sorted((block_bytes(t.step) for t in plan.computed() if isinstance(t.step, Compute)), reverse=True)
     return _resident() + sum(blocks[: workers or default_workers()])
 
 

@@ -23,6 +23,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.parameters import parameters
 from surgery_formats.models.families.recipe import Model
+from surgery_formats.storage.base import is_stacked
 from surgery_formats.updates import LoRA
 
 __all__ = ["Swappable", "slot_arrays", "swappable"]
@@ -84,7 +85,7 @@ def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
     """From stored names to the recipe's."""
     found = {}
     for name in parameters(model):
-        places = () if name in component.tensors else component.names.resolve(name)
+        places = () if name in component.parameters else component.names.resolve(name)
         found[places[0].parameter.name if len(places) == 1 else name] = name
     return found
 
@@ -96,16 +97,16 @@ def _head_follows(binding: Binding, component: Component, embedding: Edit) -> bo
 
 
 def _check(edit: Edit, adapter: Adapter, component: Component) -> None:
-    base = component.tensors.get(component.aliases.get(edit.name, edit.name))
-    if edit.replaced is not None and (base is None or not same_values(base, edit.source)):
+    base = component.parameters.get(component.aliases.get(edit.name, edit.name))
+    if edit.replaced is not None and (base is None or not same_values(base.storage, edit.source)):
         raise _refused("new values in place of the base's", edit, edit.replaced, adapter)
-    if edit.stacked:
+    if is_stacked(edit.source):
         raise _refused("an update of stacked experts", edit, edit.operations[0], adapter)
     for operation in edit.operations:
         if not isinstance(operation.update, LoRA) or operation.share != 1.0:
             raise _refused(operation.update.kind, edit, operation, adapter)
-    if len(edit.source.shape) != 2:
-        raise _refused(f"LoRA of a tensor of shape {list(edit.source.shape)}", edit, edit.operations[0], adapter)
+    if len(edit.source.sizes) != 2:
+        raise _refused(f"LoRA of a tensor of shape {list(edit.source.sizes)}", edit, edit.operations[0], adapter)
 
 
 def _refused(what: str, edit: Edit, operation: Operation, adapter: Adapter) -> FitError:
