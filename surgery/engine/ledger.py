@@ -95,11 +95,10 @@ class Row:
 
 def _update(step: Compute, index: int) -> dict[str, Any]:
     operation = step.operations[index]
-    found: dict[str, Any] = {"kind": operation.update.kind, "site": str(operation.site), "adapter": operation.adapter}
-    for name in ("rank", "scale"):
-        if (value := getattr(operation.update, name, None)) is not None:
-            found[name] = value
-    return found
+    update = operation.update
+    scale = update.scale if update.effect == "adds" else None  # of a DoRA it acts before rows get their lengths
+    found = {"kind": update.kind, "site": str(operation.site), "adapter": operation.adapter}
+    return found | {name: value for name, value in (("rank", update.rank), ("scale", scale)) if value is not None}
 
 
 @dataclass(frozen=True)
