@@ -1,101 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations on models and adapters, as files: merge, convert, inspect, report.
+"""Operations on models and adapters, as files.
 
-Each verb of the command ``surgery`` is a function here of the same name; importing this module imports neither torch nor onnx.
+Nouns: `open` gives a `Checkpoint` or an `Adapter`. Verbs: each command of ``surgery`` is a function of the same name, which takes paths or
+what was opened. Results: frozen records. Faults: `SurgeryError` and what derives from it. Importing this package imports neither torch,
+numpy nor onnx: every name is imported when it is first used.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from surgery._version import __version__
+from surgery._version import __version__ as __version__
+from surgery_formats.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from surgery.comparison.adapters import AdapterDiff
-    from surgery.comparison.checkpoints import CheckpointDiff
-    from surgery.verbs.bench import BenchResult, bench
-    from surgery.verbs.combine import CombineResult, combine
-    from surgery.verbs.convert import ConvertResult, convert
-    from surgery.verbs.diff import diff
-    from surgery.verbs.env import EnvironmentReport, env
-    from surgery.verbs.export_onnx import ExportResult, export_onnx
-    from surgery.verbs.extract_lora import ExtractResult, extract_lora
-    from surgery.verbs.formats import Catalogue, formats
-    from surgery.verbs.inspect import AdapterReport, CheckpointReport, inspect
-    from surgery.verbs.merge import MergeResult, merge
-    from surgery.verbs.report import SavingsReport, report
-    from surgery.verbs.resize import resize
-    from surgery.verbs.run import RunResult, run
-    from surgery.verbs.verify import Verification, verify
+    from surgery.comparison.adapters import AdapterDiff as AdapterDiff
+    from surgery.comparison.checkpoints import CheckpointDiff as CheckpointDiff
+    from surgery.engine.inputs import open as open
+    from surgery.onnx.run.sampling import Sampling as Sampling
+    from surgery.rank import Rank as Rank
+    from surgery.verbs.bench import BenchResult as BenchResult
+    from surgery.verbs.bench import bench as bench
+    from surgery.verbs.combine import CombineResult as CombineResult
+    from surgery.verbs.combine import combine as combine
+    from surgery.verbs.convert import ConvertResult as ConvertResult
+    from surgery.verbs.convert import convert as convert
+    from surgery.verbs.diff import diff as diff
+    from surgery.verbs.env import EnvironmentReport as EnvironmentReport
+    from surgery.verbs.env import env as env
+    from surgery.verbs.export_onnx import ExportResult as ExportResult
+    from surgery.verbs.export_onnx import export_onnx as export_onnx
+    from surgery.verbs.extract_lora import ExtractResult as ExtractResult
+    from surgery.verbs.extract_lora import extract_lora as extract_lora
+    from surgery.verbs.formats import Catalogue as Catalogue
+    from surgery.verbs.formats import formats as formats
+    from surgery.verbs.inspect import AdapterReport as AdapterReport
+    from surgery.verbs.inspect import CheckpointReport as CheckpointReport
+    from surgery.verbs.inspect import inspect as inspect
+    from surgery.verbs.merge import MergeResult as MergeResult
+    from surgery.verbs.merge import merge as merge
+    from surgery.verbs.report import SavingsReport as SavingsReport
+    from surgery.verbs.report import report as report
+    from surgery.verbs.resize import resize as resize
+    from surgery.verbs.run import RunResult as RunResult
+    from surgery.verbs.run import run as run
+    from surgery.verbs.verify import Verification as Verification
+    from surgery.verbs.verify import verify as verify
+    from surgery_formats.canonical.adapter import Adapter as Adapter
+    from surgery_formats.canonical.adapter import WeightedAdapter as WeightedAdapter
+    from surgery_formats.models.checkpoint import Checkpoint as Checkpoint
+else:
+    from surgery_formats import errors as _errors
+    from surgery_formats.lazy import lazy as _lazy
 
-_HOMES = {
-    "AdapterReport": "surgery.verbs.inspect",
-    "Catalogue": "surgery.verbs.formats",
-    "CheckpointReport": "surgery.verbs.inspect",
-    "EnvironmentReport": "surgery.verbs.env",
-    "SavingsReport": "surgery.verbs.report",
-    "formats": "surgery.verbs.formats",
-    "env": "surgery.verbs.env",
-    "inspect": "surgery.verbs.inspect",
-    "report": "surgery.verbs.report",
-    "MergeResult": "surgery.verbs.merge",
-    "merge": "surgery.verbs.merge",
-    "ConvertResult": "surgery.verbs.convert",
-    "convert": "surgery.verbs.convert",
-    "AdapterDiff": "surgery.comparison.adapters",
-    "CheckpointDiff": "surgery.comparison.checkpoints",
-    "CombineResult": "surgery.verbs.combine",
-    "combine": "surgery.verbs.combine",
-    "diff": "surgery.verbs.diff",
-    "resize": "surgery.verbs.resize",
-    "ExtractResult": "surgery.verbs.extract_lora",
-    "extract_lora": "surgery.verbs.extract_lora",
-    "BenchResult": "surgery.verbs.bench",
-    "ExportResult": "surgery.verbs.export_onnx",
-    "RunResult": "surgery.verbs.run",
-    "bench": "surgery.verbs.bench",
-    "export_onnx": "surgery.verbs.export_onnx",
-    "run": "surgery.verbs.run",
-    "Verification": "surgery.verbs.verify",
-    "verify": "surgery.verbs.verify",
-}
-
-__all__ = [
-    "AdapterDiff",
-    "AdapterReport",
-    "BenchResult",
-    "Catalogue",
-    "CheckpointDiff",
-    "CheckpointReport",
-    "CombineResult",
-    "ConvertResult",
-    "EnvironmentReport",
-    "ExportResult",
-    "ExtractResult",
-    "MergeResult",
-    "RunResult",
-    "SavingsReport",
-    "Verification",
-    "__version__",
-    "bench",
-    "combine",
-    "convert",
-    "diff",
-    "env",
-    "export_onnx",
-    "extract_lora",
-    "formats",
-    "inspect",
-    "merge",
-    "report",
-    "resize",
-    "run",
-    "verify",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'surgery' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    __getattr__, __dir__, __all__ = _lazy(
+        __name__,
+        {
+            "surgery._version": ["__version__"],
+            "surgery.comparison.adapters": ["AdapterDiff"],
+            "surgery.comparison.checkpoints": ["CheckpointDiff"],
+            "surgery.engine.inputs": ["open"],
+            "surgery.onnx.run.sampling": ["Sampling"],
+            "surgery.rank": ["Rank"],
+            "surgery.verbs.bench": ["BenchResult", "bench"],
+            "surgery.verbs.combine": ["CombineResult", "combine"],
+            "surgery.verbs.convert": ["ConvertResult", "convert"],
+            "surgery.verbs.diff": ["diff"],
+            "surgery.verbs.env": ["EnvironmentReport", "env"],
+            "surgery.verbs.export_onnx": ["ExportResult", "export_onnx"],
+            "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
+            "surgery.verbs.formats": ["Catalogue", "formats"],
+            "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "inspect"],
+            "surgery.verbs.merge": ["MergeResult", "merge"],
+            "surgery.verbs.report": ["SavingsReport", "report"],
+            "surgery.verbs.resize": ["resize"],
+            "surgery.verbs.run": ["RunResult", "run"],
+            "surgery.verbs.verify": ["Verification", "verify"],
+            "surgery_formats.canonical.adapter": ["Adapter", "WeightedAdapter"],
+            "surgery_formats.errors": _errors.__all__,
+            "surgery_formats.models.checkpoint": ["Checkpoint"],
+        },
+    )

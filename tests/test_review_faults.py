@@ -160,7 +160,7 @@ def test_a_folder_of_somebody_s_work_is_never_replaced(tmp_path: Path) -> None:
     base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.tex").write_text("years")
-    with pytest.raises(OutputExistsError, match="not written by this tool"):
+    with pytest.raises(OutputExistsError, match="not written by surgery"):
         surgery.merge(base, lora, output=tmp_path / "work", overwrite=True)
     assert (tmp_path / "work" / "thesis.tex").read_text() == "years"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Element types as safetensors names them.
 
-Reading a header, planning and inspecting need names and sizes only, so torch is not imported until a tensor's values are asked for.
+Headers, plans and inspections need only names and sizes, so torch is not imported until values are read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["DType"]
 
 
 class DType(enum.Enum):
-    """A stored element type: ``(safetensors name, bits, torch name or None where torch has no such type)``."""
+    """An element type: ``(safetensors name, bits, torch name or None if torch lacks the type)``."""
 
     F64 = ("F64", 64, "float64")
     F32 = ("F32", 32, "float32")
@@ -46,30 +46,30 @@ class DType(enum.Enum):
 
     @property
     def is_float(self) -> bool:
-        """Whether weights of this type take part in arithmetic as they are (plain floating point)."""
+        """Whether arithmetic can use weights of this type directly (plain floating point)."""
         return self in (DType.F64, DType.F32, DType.F16, DType.BF16)
 
     def nbytes(self, numel: int) -> int:
-        """Bytes of `numel` elements."""
+        """Return the size of `numel` elements in bytes."""
         return numel * self.bits // 8
 
     @property
     def torch(self) -> _torch.dtype:
-        """The torch type; AttributeError never leaves: types torch lacks are refused by name.
+        """The torch type.
 
         Raises:
-            TypeError: torch has no such type (sub-byte floats).
+            TypeError: torch has no such type (sub-byte floats, or an older torch).
         """
         import torch
 
         if self.torch_name is None or not hasattr(torch, self.torch_name):
             raise TypeError(f"{self.label} has no torch type")
-        found: _torch.dtype = getattr(torch, self.torch_name)
-        return found
+        dtype: _torch.dtype = getattr(torch, self.torch_name)
+        return dtype
 
     @classmethod
     def of(cls, dtype: _torch.dtype) -> DType:
-        """The stored type of a torch dtype.
+        """Return the stored type of a torch dtype.
 
         Raises:
             TypeError: safetensors has no such type.
@@ -82,7 +82,7 @@ class DType(enum.Enum):
 
     @classmethod
     def parse(cls, text: str) -> DType:
-        """``bf16``, ``bfloat16``, ``BF16`` ... -> `DType.BF16`.
+        """Parse ``bf16``, ``bfloat16``, ``BF16`` ... into `DType.BF16`.
 
         Raises:
             ValueError: no such name.

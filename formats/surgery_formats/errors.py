@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every fault this project reports on purpose.
+"""All errors that this project raises on purpose.
 
     SurgeryError                       exit 1   (never raised itself)
-    |-- InputError                     exit 3   what was given cannot be read
+    |-- InputError                     exit 3   an input cannot be read
     |   |-- NotFoundError              exit 3   (also FileNotFoundError)
     |   `-- MalformedError             exit 3   (also ValueError)
-    |-- FitError                       exit 4   readable, but it does not fit (also ValueError)
+    |-- FitError                       exit 4   the input is readable but does not fit (also ValueError)
     |   `-- NothingChangedError        exit 4
+    |-- UsageError                     exit 2   arguments that the function does not take (also TypeError)
     |-- OutputExistsError              exit 2   (also FileExistsError)
-    |-- ProofError                     exit 5   what was written is not what was meant
+    |-- ProofError                     exit 5   the files written differ from what was planned
     `-- ResourceError                  exit 7   not enough disk or memory (also OSError)
 
-A message says what is wrong; ``file`` and ``tensor`` say where; ``hint`` says what to do next. Names that come from files are untrusted
-text: they are kept raw here and escaped by whoever shows them (`surgery_formats.text.show`).
+The message describes the fault; ``file`` and ``tensor`` locate it; ``hint`` suggests what to do next. Names that come
+from files are untrusted: they are kept raw here and escaped for display with `surgery_formats.text.show`.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ __all__ = [
     "ProofError",
     "ResourceError",
     "SurgeryError",
+    "UsageError",
 ]
 
 
 class SurgeryError(Exception):
-    """A fault with a place and a remedy."""
+    """An error with a location and a remedy."""
 
     exit_code: ClassVar[int] = 1
 
@@ -56,7 +58,7 @@ class SurgeryError(Exception):
 
     @property
     def code(self) -> str:
-        """Stable name of the fault for machines, e.g. ``"FitError"``."""
+        """Stable name of the error for machines, for example ``"FitError"``."""
         return type(self).__name__
 
     def __str__(self) -> str:
@@ -67,46 +69,52 @@ class SurgeryError(Exception):
 
 
 class InputError(SurgeryError):
-    """What was given cannot be read."""
+    """An input cannot be read."""
 
     exit_code = 3
 
 
 class NotFoundError(InputError, FileNotFoundError):
-    """No such file, folder or repository."""
+    """There is no such file, folder or repository."""
 
     __str__ = SurgeryError.__str__
 
 
 class MalformedError(InputError, ValueError):
-    """The bytes are not what their format says they are."""
+    """The bytes do not follow the format of the file."""
 
 
 class FitError(SurgeryError, ValueError):
-    """Readable, but it does not fit: shape, base, or a tensor nobody consumed."""
+    """The input is readable but does not fit: a shape or base differs, or a tensor is left over."""
 
     exit_code = 4
 
 
 class NothingChangedError(FitError):
-    """The operation would write the model it was given."""
+    """The operation would write an unchanged model."""
+
+
+class UsageError(SurgeryError, TypeError):
+    """An argument of a wrong type, one that is missing, or arguments that exclude each other."""
+
+    exit_code = 2
 
 
 class OutputExistsError(SurgeryError, FileExistsError):
-    """The output is already there and ``overwrite`` was not asked for."""
+    """The output already exists and ``overwrite`` is not set."""
 
     exit_code = 2
     __str__ = SurgeryError.__str__
 
 
 class ProofError(SurgeryError):
-    """What lies on disk is not what was meant to be written."""
+    """The bytes on disk differ from those that were computed."""
 
     exit_code = 5
 
 
 class ResourceError(SurgeryError, OSError):
-    """Not enough disk or memory."""
+    """There is not enough disk or memory."""
 
     exit_code = 7
     __str__ = SurgeryError.__str__

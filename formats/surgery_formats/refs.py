@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""References to models: what lies here always wins; the hub is asked only for what the user wrote as a name of the hub.
+"""References to models. Local paths always win; the hub is contacted only for names written as hub names.
 
-path                      a file or folder
-hf://org/name[@rev][:file]   always the hub
-org/name[@rev][:file]     the hub, if neither that path nor a folder ``org`` is here
+path                        a file or folder
+hf://org/name[@rev][:file]  always the hub
+org/name[@rev][:file]       the hub, if neither that path nor a folder ``org`` exists here
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ __all__ = ["HubName", "parse_hub_name", "resolve"]
 _SCHEME = "hf://"
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB = re.compile(
-    rf"(?P<repo>(?:{_WORD}/)?{_WORD})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{{0,250}}))?(?::(?P<file>[^:\\\0]{{1,500}}))?"
+    rf"(?P<repo>(?:{_WORD}/)?{_WORD})"
+    r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,250}))?(?::(?P<file>[^:\\\0]{1,500}))?"
 )
-# Weights nobody asked for here; a repository often holds its model several times over.
+# Other copies of the weights; a repository often holds its model several times over.
 _OTHER_WEIGHTS = (
     *(f"*{suffix}" for suffix in UNREAD_SUFFIXES),
     *("*.tflite", "*.mlpackage/*", "original/*", "consolidated*"),
@@ -35,12 +36,12 @@ _OTHER_WEIGHTS = (
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """A name of the hub.
+    """A repository, or one file, on the hub.
 
     Attributes:
-        repo: ``org/name``, or ``name`` for the few without an organisation.
-        revision: Branch, tag or commit; None is the default branch.
-        file: One file of it; None is all.
+        repo: ``org/name``, or ``name`` for the few repositories without an organisation.
+        revision: Branch, tag or commit; None for the default branch.
+        file: A file in the repository; None for the whole repository.
     """
 
     repo: str
@@ -49,21 +50,21 @@ class HubName:
 
 
 def parse_hub_name(reference: str) -> HubName | None:
-    """Take ``[hf://]org/name[@rev][:file]`` apart; None if `reference` is not of that form."""
-    found = _HUB.fullmatch(reference.removeprefix(_SCHEME))
-    if found is None or not (reference.startswith(_SCHEME) or "/" in found["repo"]):
+    """Parse ``[hf://]org/name[@rev][:file]``; None if `reference` does not have that form."""
+    match = _HUB.fullmatch(reference.removeprefix(_SCHEME))
+    if match is None or not (reference.startswith(_SCHEME) or "/" in match["repo"]):
         return None
-    if found["file"] is not None and (found["file"].startswith("/") or ".." in found["file"].split("/")):
+    if match["file"] is not None and (match["file"].startswith("/") or ".." in match["file"].split("/")):
         return None
-    return HubName(found["repo"], found["revision"], found["file"])
+    return HubName(match["repo"], match["revision"], match["file"])
 
 
 def resolve(reference: str | os.PathLike[str]) -> Path:
-    """Where `reference` lies on this machine; a repository of the hub is downloaded into the hub's own cache first.
+    """Return the local path of `reference`, downloading a hub repository into the hub's own cache first.
 
     Raises:
-        NotFoundError: nothing local has that name, and it is no name of the hub, or the hub does not give it.
-        InputError: it is a name of the hub, and huggingface_hub is not installed.
+        NotFoundError: there is no such local path, and `reference` is not a hub name or cannot be downloaded.
+        InputError: `reference` is a hub name, but huggingface_hub is not installed.
     """
     text = os.fspath(reference)
     path = Path(text)
@@ -73,36 +74,34 @@ def resolve(reference: str | os.PathLike[str]) -> Path:
     if not text.startswith(_SCHEME) and (name is None or _looks_local(name.repo)):
         raise NotFoundError("no such file or folder", file=text, hint=_hint(path, name))
     if name is None:
-        raise NotFoundError(
-            "not a name of the hub", file=text, hint="write hf://org/name, @revision and :file optional"
-        )
+        raise NotFoundError("not a hub name", file=text, hint="write hf://org/name; @revision and :file are optional")
     return _download(name, text)
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # too long, or a null character: nothing has such a name
+    except (OSError, ValueError):  # the name is too long, or contains a null character
         return False
 
 
 def _looks_local(repo: str) -> bool:
-    """A misspelt path must not become a request to the network."""
+    """Whether `repo` looks like a misspelt path, which must not become a network request."""
     return _exists(Path(repo.split("/")[0])) or repo.lower().endswith(".json") or holds_weights(repo.lower())
 
 
 def _hint(path: Path, name: HubName | None) -> str | None:
     try:
-        found = closest(path.name, sorted(os.listdir(path.parent)))
+        hint = closest(path.name, sorted(os.listdir(path.parent)))
     except (OSError, ValueError):
-        found = None
-    if found is None and name is not None:
+        hint = None
+    if hint is None and name is not None:
         return f"write {_SCHEME}{show(name.repo)} if you mean the hub"
-    return found
+    return hint
 
 
 def _near(text: str) -> str | None:
-    """A folder here whose name is nearly the first one of `text`."""
+    """Hint at a local folder whose name is close to the first part of `text`."""
     return None if text.startswith(_SCHEME) else closest(text.split("/")[0], sorted(os.listdir()))
 
 
@@ -114,17 +113,15 @@ def _download(name: HubName, text: str) -> Path:
         first, *others = file_containers().values()
         ignored = [*_OTHER_WEIGHTS, *(f"*{suffix}" for container in others for suffix in container.suffixes)]
         folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=ignored))
-        if not any(
-            path.name.endswith(first.suffixes) for path in folder.rglob("*")
-        ):  # an older repository has pickles only
+        if not any(path.name.endswith(first.suffixes) for path in folder.rglob("*")):  # an older repository: pickles
             ignored = list(_OTHER_WEIGHTS)
             folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=ignored))
-    except Exception as error:  # whatever the hub's client and the HTTP library below it raise
+    except Exception as error:  # the hub's client and its HTTP library raise many types
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the hub
-        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise NotFoundError(
-            f"nothing here has that name, and the hub did not give it: {show(said, 300)}",
+            f"not found locally, and the hub could not provide it: {show(reason, 300)}",
             file=text,
             hint=_near(text) or "check the name; a gated or private repository needs 'hf auth login'",
         ) from error
@@ -136,6 +133,6 @@ def _hub() -> Any:
         return importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise InputError(
-            "names of the hub need the package huggingface_hub",
-            hint="pip install huggingface_hub, or download the repository and name its folder",
+            "hub names need the package huggingface_hub",
+            hint="pip install huggingface_hub, or download the repository and give its folder",
         ) from error

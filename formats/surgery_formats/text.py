@@ -10,10 +10,10 @@ __all__ = ["clean", "closest", "count", "listing", "nbytes", "show"]
 
 
 def show(text: object, limit: int = 120) -> str:
-    r"""`text` as one printable line of at most `limit` characters.
+    r"""Return `text` as one printable line of at most `limit` characters.
 
-    Terminal escapes, line breaks, bidirectional overrides and lone surrogates become ``\\x..`` escapes, so that a tensor's name can
-    neither forge a message nor move the cursor.
+    Terminal escapes, line breaks, bidirectional overrides and lone surrogates become ``\\x..`` escapes, so that a
+    tensor's name can neither forge a message nor move the cursor.
     """
     raw = str(text)
     cut = raw if len(raw) <= limit else f"{raw[: limit // 2]}...{raw[-(limit // 2 - 3) :]}"
@@ -26,20 +26,20 @@ def clean(text: str) -> str:
 
 
 def listing(names: Iterable[str], limit: int = 4) -> str:
-    """``a, b, c and 5 more``."""
-    every = list(names)
-    head = ", ".join(show(name) for name in every[:limit])
-    return head if len(every) <= limit else f"{head} and {len(every) - limit} more"
+    """Join names for a message: ``a, b, c, d and 5 more``."""
+    shown = list(names)
+    head = ", ".join(show(name) for name in shown[:limit])
+    return head if len(shown) <= limit else f"{head} and {len(shown) - limit} more"
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """A "did you mean" hint for `name` among `known`, or None."""
-    found = difflib.get_close_matches(name, list(known)[:20_000], n=1, cutoff=0.6)
-    return f"did you mean '{show(found[0])}'?" if found else None
+    """Return a "did you mean" hint for `name`, or None if nothing in `known` is close."""
+    matches = difflib.get_close_matches(name, list(known)[:20_000], n=1, cutoff=0.6)
+    return f"did you mean '{show(matches[0])}'?" if matches else None
 
 
 def count(number: float) -> str:
-    """``1.24 B`` for parameters; exact below ten thousand."""
+    """Shorten a number of parameters: ``1.24 B``. Numbers below ten thousand stay exact."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(number) >= size:
             return f"{number / (1e3 if unit == 'k' else size):.3g} {unit}"
@@ -47,7 +47,7 @@ def count(number: float) -> str:
 
 
 def nbytes(number: float) -> str:
-    """``2.47 GB`` (decimal units, as disks and hubs count)."""
+    """Shorten a number of bytes: ``2.47 GB``, in decimal units as disks and hubs count."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(number) >= size:
             return f"{number / size:.3g} {unit}"

@@ -15,13 +15,13 @@ from typing import Literal
 
 import torch
 
+from surgery.algebra.combined_update import CombinedUpdate
 from surgery.algebra.files import as_adapter
-from surgery.algebra.group import WeightedAdapter
-from surgery.algebra.parts import PEFT, CombinedUpdate
+from surgery.algebra.low_rank import PEFT
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.writing import component_of, factor_dtype
-from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint

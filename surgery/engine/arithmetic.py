@@ -10,10 +10,10 @@ import torch
 import xxhash
 
 from surgery.engine.ledger import Measurement
-from surgery.engine.plan import Compute
+from surgery.engine.plan import Compute, PlannedTensor
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.noise import kept
+from surgery_formats.linalg.noise import measure_survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import PartBytes, Storage, read_block
 from surgery_formats.tensors.apply import Apply, apply_chain
@@ -31,8 +31,10 @@ Write = Callable[[int, int, memoryview], None]
 """``write(part, offset within the part, bytes)``; it also proves that the bytes arrived."""
 
 
-def block_bytes(step: Compute) -> int:
-    """Upper bound of the memory `compute` takes, factors included."""
+def block_bytes(tensor: PlannedTensor) -> int:
+    """Upper bound of the memory `compute` takes for the weight of a tensor, factors included."""
+    step = tensor.step
+    assert isinstance(step, Compute)
     width = step.target.shape[1]
     block = _height(width, step) * width * 8
     used = {tensor for operation in step.operations for tensor in operation.update.tensors}
@@ -184,7 +186,7 @@ class _UpdateTally:
         stored = rounded.to(before.device, before.dtype).sub(before)
         self.sampled += stored.numel()
         self.moved += int(torch.count_nonzero(stored))
-        self.kept = Survival.total((self.kept, kept(after.sub(before), stored)))
+        self.kept = Survival.total((self.kept, measure_survival(after.sub(before), stored)))
 
     def result(self, xxh3: str) -> Measurement:
         """The sums so far."""

@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import content_id
 from surgery_formats.text import show
 
-__all__ = ["check_base_id", "check_nothing_dropped", "float_type", "required_output"]
+__all__ = ["check_base_id", "check_nothing_dropped", "float_type"]
 
 _SHOWN = 3  # dropped parts that are named
 
@@ -28,8 +27,11 @@ def float_type(name: str, stored: str = "factors") -> DType | None:
         stored: What will be of that type, for messages.
 
     Raises:
+        UsageError: not a name.
         FitError: no such type, or not a floating point one.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"dtype is a name such as 'bf16', not {type(name).__name__}")
     if name == "keep":
         return None
     hint = "keep, fp32, fp16, bf16 or fp64"
@@ -40,17 +42,6 @@ def float_type(name: str, stored: str = "factors") -> DType | None:
     if not dtype.is_float:
         raise FitError(f"{stored} cannot be stored as {dtype.label}", hint=hint)
     return dtype
-
-
-def required_output(output: str | os.PathLike[str] | None) -> Path:
-    """The output as a path.
-
-    Raises:
-        FitError: there is none, and this is not a dry run.
-    """
-    if output is None:
-        raise FitError("output is required", hint="only a dry run writes nothing")
-    return Path(output)
 
 
 def check_base_id(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:

@@ -209,9 +209,7 @@ def _affordable(plan: Plan, run: Run) -> int:
     wanted = run.workers or default_workers()
     if run.memory_limit is None:
         return wanted
-    largest = max(
-        (block_bytes(tensor.step), tensor.label) for tensor in plan.computed() if isinstance(tensor.step, Compute)
-    )
+    largest = max((block_bytes(tensor), tensor.label) for tensor in plan.computed())
     if largest[0] > run.memory_limit:
         raise ResourceError(
             f"computing this tensor takes up to {human(largest[0])}, the limit is {human(run.memory_limit)}",

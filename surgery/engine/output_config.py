@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from surgery.engine.plan import Compute, PlannedTensor, SideFile
+from surgery.engine.plan import PlannedTensor, SideFile
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
@@ -55,11 +55,9 @@ def _holder(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[PlannedTensor]) -> None:
     embedding = next((tensor for tensor in outputs if tensor.weight == component.embedding), None)
-    if embedding is None or not isinstance(embedding.step, Compute):
+    if embedding is None or embedding.step.sizes == component.parameters[component.embedding].sizes:
         return
-    rows = embedding.step.target.sizes[0]
-    if rows != component.parameters[component.embedding].sizes[0]:
-        _holder(config, "vocab_size")["vocab_size"] = rows
+    _holder(config, "vocab_size")["vocab_size"] = embedding.step.sizes[0]
 
 
 def _quantisation(config: dict[str, Any], component: Component, dtype: DType | None) -> None:

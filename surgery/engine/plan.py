@@ -58,6 +58,11 @@ class Copy:
         """The source alone."""
         return (self.source,)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.weight.sizes
+
 
 @dataclass(frozen=True, slots=True)
 class Compute:
@@ -77,6 +82,11 @@ class Compute:
     def sources(self) -> tuple[StoredTensor, ...]:
         """The stored tensors that the values come from."""
         return self.source.sources
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the weight, as it will be."""
+        return self.target.sizes
 
 
 @dataclass(frozen=True, slots=True)

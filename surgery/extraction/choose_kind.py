@@ -26,7 +26,7 @@ from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.dora import Alternated, Fitted, HeldPair, PairSource, alternate, best_columns, row_share
+from surgery_formats.linalg.dora import DoRAFit, HeldPair, Magnitudes, PairSource, alternate, best_columns, row_share
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import read_values
@@ -283,7 +283,7 @@ def _file(delta: Delta) -> Path | None:
     return delta.strips[0].tuned.tensor.path
 
 
-def _stored(target: LowRankTarget, alternated: Alternated, lora: TargetFactors, scratch: ScratchFile) -> _DoraCandidate:
+def _stored(target: LowRankTarget, alternated: DoRAFit, lora: TargetFactors, scratch: ScratchFile) -> _DoraCandidate:
     left = scratch.put(alternated.B.T)
     right = scratch.put(alternated.A)
     # the square roots of the singular values are in the factors' lengths; they are known to be all that is kept
@@ -292,7 +292,7 @@ def _stored(target: LowRankTarget, alternated: Alternated, lora: TargetFactors, 
     return _DoraCandidate(TargetFactors(target, (matrix,)), _magnitude(target, alternated, alternated.size, scratch))
 
 
-def _magnitude(target: LowRankTarget, fit: Alternated | Fitted, size: float, scratch: ScratchFile) -> Magnitude:
+def _magnitude(target: LowRankTarget, fit: DoRAFit | Magnitudes, size: float, scratch: ScratchFile) -> Magnitude:
     step = _NORM_ROUNDING.get(target.deltas[0].strips[0].base.tensor.dtype, 0.0)
     slots = scratch.put(fit.magnitude[None]), scratch.put(fit.gain[None])
     return Magnitude(*slots, target.form != "embedding", size, (step * size) ** 2)

@@ -108,7 +108,7 @@ def write_converted(
             convert(
                 Path(name) / "peft",
                 to,
-                out,
+                output=out,
                 base=plan.checkpoints.base.path,
                 factors=None if plan.coding is None else plan.coding.name,
                 allow_loss=allow_loss,

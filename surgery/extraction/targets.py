@@ -113,7 +113,7 @@ def tree_name(name: str, base: Component, prefix: str = "") -> str:
     """`name` as the model's tree has it: today's spelling of every renamed run of segments."""
     path = f".{prefix}{name}."
     for rename in base.family.renames:
-        path = path.replace(f".{rename.other}.", f".{rename.one}.")
+        path = path.replace(f".{rename.old}.", f".{rename.new}.")
     return path[1:-1]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from surgery.engine.inputs import StrPath
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.opening import Opened, open_graph
@@ -143,8 +144,8 @@ class Bound:
 
 
 def bench(
-    model: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None = None,
+    model: StrPath,
+    against: StrPath | None = None,
     *,
     prompt_length: int = 512,
     new_tokens: int = 100,
@@ -201,18 +202,18 @@ def bench(
 
 
 def bind(
-    model: str | os.PathLike[str],
+    model: StrPath,
     *,
     batch: int,
     max_length: int,
     device: str = "auto",
     cuda_graph: bool = True,
     threads: int | None = None,
-    adapters: Sequence[str | os.PathLike[str]] = (),
-    prompt_adapter: str | os.PathLike[str] | None = None,
+    adapters: Sequence[StrPath] = (),
+    prompt_adapter: StrPath | None = None,
     provider_options: Mapping[str, str] | None = None,
     session_config: Mapping[str, str] | None = None,
-    profile: str | os.PathLike[str] | None = None,
+    profile: StrPath | None = None,
 ) -> Bound:
     """Open `model` and make its buffers; `max_length` is without virtual tokens. See `open_graph` and `prepare_decoder`."""
     used = _used(device)

@@ -7,22 +7,31 @@ factors and a small SVD give (Eckart and Young), never by averaging factors, who
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from surgery.algebra.combination import combine_adapters, plan_combination, write_combination
+from surgery.algebra.combination import combine_adapters, plan_combination
 from surgery.algebra.combine_result import Combined, CombineResult, Source
-from surgery.algebra.group import WeightedAdapter
+from surgery.algebra.output import write_combination
 from surgery.algebra.selection import Selection, check_patterns
 from surgery.algebra.sums import Recipe
 from surgery.algebra.task_vectors import DENSE_METHODS
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.checks import float_type, required_output
+from surgery.engine.checks import float_type
+from surgery.engine.inputs import (
+    AdaptersLike,
+    CheckpointLike,
+    StrPath,
+    as_checkpoint,
+    as_list,
+    as_weighted,
+    output_path,
+)
 from surgery.progress import Callback
-from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery.rank import Rank
+from surgery_formats.adapters.registry import format_named
+from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.text import listing, show
 
 __all__ = ["METHODS", "CombineResult", "Combined", "Source", "combine"]
@@ -31,19 +40,18 @@ METHODS = ("exact", "svd", *DENSE_METHODS)
 
 
 def combine(
-    adapters: Sequence[tuple[str | os.PathLike[str], float]],
+    adapters: AdaptersLike,
     *,
-    output: str | os.PathLike[str] | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
+    output: StrPath | None = None,
+    rank: int | Rank | None = None,
     method: str = "exact",
     density: float | None = None,
     seed: int = 0,
-    only: Sequence[str] = (),
-    without: Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    without: str | Sequence[str] = (),
     dtype: str = "keep",
     to: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
@@ -51,12 +59,11 @@ def combine(
     """Write one adapter that does what several do together: ``sum_i w_i delta_i``, or a merge of the deltas.
 
     Args:
-        adapters: Each with its weight, negative ones too. One alone is scaled.
+        adapters: One or several, each with its weight, negative ones too, given as `surgery.merge` takes them. One alone is scaled.
         output: File or folder to make. Its parent must exist.
-        rank: Greatest rank of a module; without it, and without `energy`, nothing of the sum is lost.
-        energy: Share of each module's energy to keep, in (0, 1].
+        rank: Greatest rank of a module, or ``Rank.energy(.99)``, ``Rank.error(.05)``; without it nothing of the sum is lost.
         method: ``exact``; ``svd`` (the exact sum in its least number of directions); ``ties`` (arXiv:2306.01708), ``dare-ties``,
-            ``dare-linear`` (arXiv:2311.03099), ``magnitude-prune``: dense merges of the deltas, which need `rank` or `energy`.
+            ``dare-linear`` (arXiv:2311.03099), ``magnitude-prune``: dense merges of the deltas, which need a `rank`.
         density: Share of the values that a dense method keeps, in (0, 1].
         seed: Of DARE's random drops.
         only: Patterns of modules to keep (see `surgery.algebra.selection.Selection`); all of them by default.
@@ -69,24 +76,28 @@ def combine(
         progress: Called with every step.
 
     Raises:
+        UsageError: an argument of a wrong type, or no output.
         InputError: an adapter or the base cannot be read.
         FitError: the adapters do not fit each other, the sum depends on the base, a format cannot hold the result, an option is wrong.
         NothingChangedError: the result would be the one adapter given, or nothing.
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    _check_options(method, density, rank, energy)
+    recipe = Recipe.of(method, Rank() if rank is None else Rank.of(rank), 1.0 if density is None else density, seed)
+    _check_options(recipe, density)
     stored, target = float_type(dtype), None if to is None else format_named(to)
-    given = [WeightedAdapter(read_adapter(path), float(weight)) for path, weight in adapters]
-    given, left = _chosen(given, Selection(tuple(only), tuple(without)))
-    recipe = Recipe(method, rank, energy, None, 1.0 if density is None else density, seed)
+    destination = output_path(output, dry_run=dry_run)
+    given = as_weighted(adapters)
+    if not given:
+        raise FitError("no adapter was named")
+    given, left = _chosen(given, Selection(tuple(as_list(only)), tuple(as_list(without))))
     if len(given) == 1 and given[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
         raise NothingChangedError("one adapter with weight 1 is what it was", file=given[0].adapter.path)
-    combination = combine_adapters(given, recipe, None if base is None else open_checkpoint(base), left)
+    combination = combine_adapters(given, recipe, None if base is None else as_checkpoint(base), left)
     plan = plan_combination(combination, target or format_named(given[0].adapter.format), stored, "combine")
-    if dry_run:
+    if destination is None:
         return plan.result
-    options = WriteOptions(required_output(output), overwrite=overwrite, progress=progress)
+    options = WriteOptions(destination, overwrite=overwrite, progress=progress)
     return write_combination(plan, options)
 
 
@@ -105,13 +116,10 @@ def _chosen(given: Sequence[WeightedAdapter], selection: Selection) -> tuple[lis
     return kept, tuple(left)
 
 
-def _check_options(method: str, density: float | None, rank: int | None, energy: float | None) -> None:
+def _check_options(recipe: Recipe, density: float | None) -> None:
+    method = recipe.method
     if method not in METHODS:
         raise FitError(f"no method '{show(method)}'", hint=f"there are {listing(METHODS, 10)}")
-    if rank is not None and rank < 1:
-        raise FitError(f"a rank of {rank}", hint="give 1 or more")
-    if energy is not None and not 0 < energy <= 1:
-        raise FitError(f"an energy of {energy:g}", hint="give a share between 0 and 1")
     if density is not None and not 0 < density <= 1:
         raise FitError(f"a density of {density:g}", hint="give a share between 0 and 1")
     if method not in DENSE_METHODS:
@@ -120,5 +128,5 @@ def _check_options(method: str, density: float | None, rank: int | None, energy:
         return
     if density is None:
         raise FitError(f"'{method}' needs a density", hint="TIES keeps 0.2 in its paper, DARE 0.1 to 0.5")
-    if rank is None and energy is None:
+    if not recipe.truncates:
         raise FitError(f"what '{method}' makes has full rank", hint="give a rank or an energy")

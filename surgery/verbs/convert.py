@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.checks import float_type, required_output
+from surgery.engine.checks import float_type
 from surgery.engine.conversion import (
     Check,
-    ConvertResult,
     bound_source,
     coded_as,
     placed,
@@ -18,21 +16,22 @@ from surgery.engine.conversion import (
     tolerance_of,
     write_conversion,
 )
+from surgery.engine.convert_result import ConvertResult
+from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
 from surgery.progress import Callback
 from surgery_formats.adapters.format import Coded
-from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery_formats.adapters.registry import format_named
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import open_checkpoint
 
 __all__ = ["ConvertResult", "convert"]
 
 
 def convert(
-    adapter: str | os.PathLike[str],
+    adapter: AdapterLike,
     to: str,
-    output: str | os.PathLike[str] | None = None,
     *,
-    base: str | os.PathLike[str] | None = None,
+    output: StrPath | None = None,
+    base: CheckpointLike | None = None,
     component: str | None = None,
     projections: str | None = None,
     dtype: str = "keep",
@@ -46,7 +45,7 @@ def convert(
     """Write an adapter in another format and prove it.
 
     Args:
-        adapter: File or folder of any known format.
+        adapter: File or folder of any known format, or an opened Adapter.
         to: Name of a format.
         output: File (kohya) or folder to make. Its parent must exist.
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where given.
@@ -63,6 +62,7 @@ def convert(
         progress: Called with every step.
 
     Raises:
+        UsageError: an argument of a wrong type, or no output.
         InputError: adapter or base cannot be read.
         FitError: the adapter does not fit the base, something would be dropped, or a value does not fit the type.
         ProofError: what was written does something else.
@@ -72,8 +72,9 @@ def convert(
     stored = float_type(dtype)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="--factors chooses the codes")
-    given = read_adapter(adapter)
-    checkpoint = None if base is None else open_checkpoint(base)
+    destination = output_path(output, dry_run=dry_run)
+    given = as_adapter(adapter)
+    checkpoint = None if base is None else as_checkpoint(base)
     given, left = placed(given, checkpoint, component)
     source, named, also = given, checkpoint, None
     if projections is not None:
@@ -92,11 +93,11 @@ def convert(
     binding = bound_source(source, named)
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss)
     entries = (*plan.rendering.entries, *left)
-    result = ConvertResult(None, given.format, target.name, entries, {}, given.known_issues())
-    if dry_run:
+    result = ConvertResult(None, given.format, target.name, entries, {}, given.known_issues(), given.path)
+    if destination is None:
         return result
     options = WriteOptions(
-        required_output(output),
+        destination,
         (given.path, *(() if checkpoint is None else (checkpoint.path,))),
         {path.name: path for path in given.side_files},
         overwrite,

@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
 from surgery.comparison.adapters import AdapterDiff, diff_adapters
 from surgery.comparison.checkpoints import CheckpointDiff, diff_checkpoints
+from surgery.engine.inputs import Openable, as_opened
 from surgery.progress import Callback
-from surgery.verbs.inspect import read_if_adapter
-from surgery_formats.errors import FitError, NotFoundError
-from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import FitError
 
 __all__ = ["diff"]
 
 
 def diff(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: Openable,
+    b: Openable,
     *,
     header: bool = False,
     spectrum: bool = False,
@@ -31,7 +29,7 @@ def diff(
     Adapters are compared by what they add to each weight, whatever their format, rank and factors; checkpoints tensor by tensor.
 
     Args:
-        a: Adapter or checkpoint.
+        a: Adapter or checkpoint: a path, or what was opened.
         b: Another of the same sort.
         header: Compare names, types, shapes (and an adapter's ranks and scales) alone; no value is read.
         spectrum: Of checkpoints' differing matrices, work out how the difference spreads over directions; adapters always have it.
@@ -45,18 +43,13 @@ def diff(
     """
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
         raise FitError(f"a tolerance of {tolerance:g}", hint="give 0 or more")
-    paths = Path(a), Path(b)
-    for path in paths:
-        if not path.exists():
-            raise NotFoundError("no such file or folder", file=path)
-    one, other = (read_if_adapter(path) for path in paths)
-    if one is not None and other is not None:
-        return diff_adapters(one, other, header=header, tolerance=tolerance)
-    if one is not None or other is not None:
+    old, new = as_opened(a, "a"), as_opened(b, "b")
+    if isinstance(old, Adapter) and isinstance(new, Adapter):
+        return diff_adapters(old, new, header=header, tolerance=tolerance)
+    if isinstance(old, Adapter) or isinstance(new, Adapter):
         raise FitError(
             "one is an adapter, the other a full model",
-            file=paths[1 if one is not None else 0],
+            file=(new if isinstance(old, Adapter) else old).path,
             hint="extract a LoRA from the model, or merge the adapter into its base, to compare like with like",
         )
-    mine, theirs = (open_checkpoint(path) for path in paths)
-    return diff_checkpoints(mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)
+    return diff_checkpoints(old, new, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)

@@ -5,29 +5,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery._version import __version__
 from surgery.engine.execute import Run
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_list, as_output
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import SideFile
-from surgery.onnx.export.adapters import AdapterRoles, Reference, Weighted, sort_adapters
+from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, place
 from surgery.onnx.export.prompts import Prompt, WeightLocation, of_adapter, unique
+from surgery.onnx.export.result import ExportResult
 from surgery.onnx.graph.build import Built, GraphOptions
-from surgery.onnx.graph.contract import TEXT, Contract
+from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import File
-from surgery_formats.models.checkpoint import Checkpoint, Component, open_checkpoint
+from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
 
@@ -39,83 +39,34 @@ if TYPE_CHECKING:
 __all__ = ["ExportResult", "export_onnx"]
 
 
-@dataclass(frozen=True)
-class ExportResult:
-    """What an export did.
-
-    Attributes:
-        output: The folder.
-        contract: Of ``model.onnx``.
-        files: Written graphs and small files with their sizes.
-        weights: How weights got there.
-        nbytes: Bytes written.
-        nodes: Of ``model.onnx``.
-        warnings: What the user should know.
-        ledger: Of merged weights, or None.
-    """
-
-    output: Path
-    contract: Contract
-    files: Mapping[str, int]
-    weights: Mode
-    nbytes: int
-    nodes: int
-    warnings: tuple[str, ...]
-    ledger: Ledger | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
-        contract = self.contract
-        return {
-            "output": str(self.output),
-            "task": contract.task,
-            "target": contract.target,
-            "dtype": contract.dtype,
-            "padding": contract.padding,
-            "cache": contract.cache,
-            "max_length": contract.max_length,
-            "files": dict(self.files),
-            "weights": self.weights,
-            "weight_files": [one.name for one in contract.weights],
-            "adapters": [dict(one) for one in contract.adapters],
-            "virtual_tokens": contract.virtual_tokens,
-            "vocabulary_rows": contract.vocabulary_rows,
-            "slots": [slot.weight for slot in contract.slots],
-            "nbytes": self.nbytes,
-            "nodes": self.nodes,
-            "warnings": list(self.warnings),
-            "ledger": self.ledger.as_json() if self.ledger else None,
-        }
-
-
 def export_onnx(
-    base: Reference,
-    adapters: Sequence[Weighted] = (),
+    base: CheckpointLike,
+    adapters: AdaptersLike = (),
     *,
-    output: str | os.PathLike[str],
+    output: StrPath,
     mode: str | None = None,
-    merge: Sequence[Weighted] = (),
-    swap: Sequence[Reference] = (),
-    prefix: Sequence[Reference] = (),
-    bake_prompt: Sequence[str] = (),
+    merge: AdaptersLike = (),
+    swap: AdaptersLike = (),
+    prefix: AdaptersLike = (),
+    bake_prompt: str | Sequence[str] = (),
     form: str = "auto",
     merge_to: str = "delta",
     target: str = "cpu",
     dtype: str = "auto",
     weights: str = "auto",
     max_length: int | None = None,
-    verify: str = "fast",
+    verify_copies: bool = False,
     overwrite: bool = False,
     progress: Callback | None = None,
 ) -> ExportResult:
     """Write ``model.onnx`` and what belongs to it into a folder.
 
     Args:
-        base: Hugging Face folder.
-        adapters: Paths or ``(path, weight)``; `mode` says where they go.
+        base: Hugging Face folder, or an opened Checkpoint.
+        adapters: One or several, as `surgery.merge` takes them; `mode` says where they go.
         output: Folder to make, or the base's own, to which files are only added.
         mode: ``merged``, ``swappable`` or ``prefix``; None: a soft prompt goes in front, all else is merged.
-        merge: Adapters to merge, each a path or ``(path, weight)``.
+        merge: Adapters to merge, with or without weights.
         swap: Adapters for slots: the graph is the base until one is given to a run.
         prefix: Soft prompts; the first one is the default.
         bake_prompt: Texts that stand in front, read once, now.
@@ -126,26 +77,25 @@ def export_onnx(
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the file system can;
             ``reference``, ``link``, ``copy``, ``embed``.
         max_length: Longest sequence; None for as long as the model was made for.
-        verify: ``fast``, or ``full`` to compare copied weights byte by byte, and to note their hash for ``surgery verify``.
+        verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step of a merge.
 
     Raises:
+        UsageError: an argument of a wrong type.
         InputError: base or adapter cannot be read.
         FitError: an architecture without a recipe; a tensor missing, left over or misshapen; a type the target cannot run; an adapter that
             does not fit, or that a slot or a prompt cannot hold.
         NothingChangedError: the merge would change nothing.
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
-    checkpoint = open_checkpoint(base)
+    where = as_output(output)
+    checkpoint = as_checkpoint(base)
     wanted = sort_adapters(adapters, mode, merge, swap, prefix)
-    if verify not in ("fast", "full"):
-        raise FitError(f"verify is 'fast' or 'full', not '{verify}'")
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
-    assembly = _assembly(checkpoint, wanted, merged, target, dtype, max_length, tuple(bake_prompt), form)
-    where = Path(output)
+    assembly = _assembly(checkpoint, wanted, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), form)
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
@@ -178,7 +128,7 @@ def export_onnx(
         facts=_facts(draft, chosen),
         id=_id(draft, assembly),
     )
-    run = Run(verify_copies=verify == "full", overwrite=overwrite, progress=progress)
+    run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
     placed = place(parcel, where, chosen, checkpoint.main.folder, run)
     done = built[-1]
     return ExportResult(

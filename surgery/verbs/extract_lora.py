@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of
+from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, output_path
 from surgery.extraction.calibration import check_modules, open_calibration
 from surgery.extraction.extraction_plan import (
     CheckpointPair,
@@ -38,35 +39,30 @@ from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import tree_name
 from surgery.extraction.write import Scaling
 from surgery.progress import Callback
+from surgery.rank import Rank
 from surgery_formats.adapters.format import Coded, Format
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
-from surgery_formats.models.checkpoint import Component, open_checkpoint
+from surgery_formats.models.checkpoint import Component
 
 if TYPE_CHECKING:
     pass
 
 __all__ = ["ExtractResult", "extract_lora"]
 
-Pathlike = str | os.PathLike[str]
-
 
 def extract_lora(
-    base: Pathlike,
-    tuned: Pathlike,
+    base: CheckpointLike,
+    tuned: CheckpointLike,
     *,
-    output: Pathlike | None = None,
-    rank: int | Literal["auto"] | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    budget: str | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
+    output: StrPath | None = None,
+    rank: int | Rank = 16,
     alpha: float | None = None,
     rslora: bool = False,
     kind: Kind = "auto",
-    calibration: Pathlike | None = None,
+    calibration: StrPath | None = None,
     dense: Sequence[str] = ("norm", "bias"),
     embeddings: str = "lora",
     dtype: str = "auto",
@@ -83,14 +79,11 @@ def extract_lora(
     """Turn the difference of two checkpoints into an adapter and prove it.
 
     Args:
-        base: What was tuned: weight file or folder.
+        base: What was tuned: weight file or folder, or an opened Checkpoint.
         tuned: The full fine-tune.
         output: Folder to make (file, for a format of single files). Its parent must exist.
-        rank: Directions per matrix, 16 if nothing else is said; ``auto`` takes those above the rounding noise of storage.
-        energy: Instead: share of every matrix' squared change to hold.
-        max_error: Instead: most that may be missing of a matrix' change, relative to its norm.
-        budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
-        rank_pattern: Other ranks than `rank` for some modules, by patterns of a shell; the first that matches holds.
+        rank: Directions per matrix; or a `surgery.Rank`: by energy, error, a budget for the whole adapter, or above the rounding noise of
+            storage. Of a budget, ``Rank.auto & Rank.budget("20MB")`` spends no more than what is above the noise.
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
         kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
@@ -110,12 +103,13 @@ def extract_lora(
         progress: Called with every step.
 
     Raises:
+        UsageError: an argument of a wrong type, or no output.
         InputError: an input cannot be read.
         FitError: another architecture, other shapes, NaN, a change that nothing holds, options that contradict each other.
         NothingChangedError: TUNED is BASE.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
-    goal = rank_goal(rank, energy, max_error, budget, table=table, patterns=rank_pattern)
+    goal = rank_goal(Rank.of(rank), table=table)
     options = StorageOptions(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
     if kind == "dora" and calibration is not None:
@@ -124,11 +118,10 @@ def extract_lora(
     adapter_format = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
     coding = _coding(adapter_format, dtype)
     devices = devices_of(device)
-    if output is None and not dry_run:
-        raise FitError("no output was named")
-    pair = CheckpointPair(open_checkpoint(base), open_checkpoint(tuned))
+    folder = output_path(output, dry_run=dry_run)
+    pair = CheckpointPair(as_checkpoint(base), as_checkpoint(tuned, "tuned"))
     inputs = None if calibration is None else open_calibration(calibration)
-    parent = None if output is None or dry_run else Path(os.path.realpath(Path(output).parent))
+    parent = None if folder is None else Path(os.path.realpath(folder.parent))
     scratch = ScratchFile(parent if parent is not None and parent.is_dir() else None)
     lanes: Lanes | None = None
     stopwatch = Stopwatch()
@@ -151,17 +144,15 @@ def extract_lora(
         stopwatch.lap("reading")
         plan = plan_extraction(pair, layout, scanned, request, stopwatch, allow_loss=allow_loss)
         plan = replace(plan, table=plan.rank_table() if table else ())
-        if dry_run:
+        if folder is None:
             return replace(plan.result(), format=adapter_format.name, timings=stopwatch.parts)
-        assert output is not None
-        where = Path(output)
         if adapter_format.name == "peft":
-            result = write(plan, where, stopwatch, overwrite=overwrite, progress=progress)
+            result = write(plan, folder, stopwatch, overwrite=overwrite, progress=progress)
         else:
             most = goal.budget.limit if goal.budget is not None and goal.budget.measure == "bytes" else None
             result = write_converted(
                 plan,
-                where,
+                folder,
                 adapter_format.name,
                 stopwatch,
                 most,

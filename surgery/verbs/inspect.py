@@ -3,28 +3,24 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.engine.inputs import Openable, as_opened
 from surgery.reports.adapter_report import AdapterReport, PromptFacts
 from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport, WeightFileReport
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
-from surgery_formats.adapters.registry import formats
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.containers.sharded import MODEL_STEMS, is_index
-from surgery_formats.containers.weight_files import container_of_file, holds_weights, is_weight_file
-from surgery_formats.errors import NotFoundError
-from surgery_formats.models.checkpoint import Checkpoint, Component, open_checkpoint
+from surgery_formats.containers.weight_files import container_of_file
+from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
 from surgery_formats.updates import Replacement, TokenRows
 
-__all__ = ["AdapterReport", "CheckpointReport", "inspect", "inspect_adapter", "inspect_checkpoint", "read_if_adapter"]
+__all__ = ["AdapterReport", "CheckpointReport", "inspect", "inspect_adapter", "inspect_checkpoint"]
 
-_ADAPTER_FILE = ("adapter_model", "adapters.", "adapter.")
 # What transformers' configurations call the same fact, the usual name first.
 _FACTS: Mapping[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -40,46 +36,19 @@ _FACTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def inspect(path: str | os.PathLike[str]) -> CheckpointReport | AdapterReport:
+def inspect(reference: Openable) -> CheckpointReport | AdapterReport:
     """Look at a model or an adapter without reading a single weight.
 
     Args:
-        path: File or folder. A folder that is both (a training run's) is an adapter.
+        reference: File, folder, or what was opened. A folder that is both (a training run's) is an adapter.
 
     Raises:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header or a configuration is not what its format says.
         FitError: an adapter of a kind that is not read.
     """
-    where = Path(path)
-    if not where.exists():
-        raise NotFoundError("no such file or folder", file=where)
-    adapter = read_if_adapter(where)
-    return inspect_checkpoint(open_checkpoint(where)) if adapter is None else inspect_adapter(adapter)
-
-
-def read_if_adapter(path: Path) -> Adapter | None:
-    """The adapter at `path`, or None if no adapter format knows it.
-
-    Raises:
-        InputError, FitError: an adapter format knows it and cannot read it.
-    """
-    if path.is_dir() and _only_a_model(path):
-        return None  # a merged model that kept adapter_config.json
-    for candidate in formats().values():
-        if candidate.detect(path):
-            return candidate.read(path)
-    return None
-
-
-def _only_a_model(folder: Path) -> bool:
-    names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
-    of_a_model = [name for name in names if name.startswith(MODEL_STEMS) and (is_weight_file(name) or is_index(name))]
-    return bool(of_a_model) and not any(_adapter_file(name) for name in names if holds_weights(name) or is_index(name))
-
-
-def _adapter_file(name: str) -> bool:
-    return name.startswith(_ADAPTER_FILE) or "_adapters." in name
+    opened = as_opened(reference, "reference")
+    return inspect_adapter(opened) if isinstance(opened, Adapter) else inspect_checkpoint(opened)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointReport:

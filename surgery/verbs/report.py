@@ -3,31 +3,32 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, as_list, as_opened
 from surgery.reports.fit import fit_report
 from surgery.reports.savings import AdapterCost, BaseCost, SavingsReport, Split, TaskCost
 from surgery.reports.targets import touched, trained_parameters
-from surgery.verbs.inspect import inspect_adapter, read_if_adapter
+from surgery.verbs.inspect import inspect_adapter
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import FitError, NotFoundError
-from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.module_tree import leaves, module_graph
 
 __all__ = ["SavingsReport", "report"]
 
 
 def report(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    base: str | os.PathLike[str] | None = None,
-    tasks: Sequence[int] = (1, 10, 100),
+    references: Openable | Iterable[Openable],
+    *,
+    base: CheckpointLike | None = None,
+    tasks: int | Sequence[int] = (1, 10, 100),
 ) -> SavingsReport:
     """Parameter and storage savings of adapters. Only headers are read.
 
     Args:
-        paths: Adapters; one of them may be their base instead of naming it by `base`.
+        references: Adapters, as paths or opened; one of them may be their base instead of naming it by `base`.
         base: The model they were trained on. Without it there are no shares and no comparison with copies.
         tasks: Numbers of tasks to compare.
 
@@ -36,21 +37,20 @@ def report(
         FitError: a full model where an adapter was expected, an adapter none of whose parameters the base has, or a
             number of tasks below one.
     """
+    tasks = as_list(tasks)
     if wrong := [number for number in tasks if number < 1]:
         raise FitError(f"{wrong[0]} tasks cannot be compared")
     adapters: list[Adapter] = []
-    models: list[Path] = []
-    for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
-        if not path.exists():
-            raise NotFoundError("no such file or folder", file=path)
-        if (adapter := read_if_adapter(path)) is None:
-            models.append(path)
+    models: list[Checkpoint] = []
+    listed: list[Openable] = as_list(references)
+    for opened in (as_opened(reference, "references") for reference in listed):
+        if isinstance(opened, Adapter):
+            adapters.append(opened)
         else:
-            adapters.append(adapter)
+            models.append(opened)
     if len(models) + (base is not None) > 1:
-        raise FitError("more than one base", file=models[-1], hint="an adapter was expected here")
-    where = models[0] if models else base
-    model = None if where is None else open_checkpoint(where)
+        raise FitError("more than one base", file=models[-1].path, hint="an adapter was expected here")
+    model = models[0] if models else None if base is None else as_checkpoint(base)
     base_cost = None if model is None else _base_cost(model)
     costs = tuple(_adapter_cost(adapter, model, base_cost, tasks) for adapter in adapters)
     together = None

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.engine.inputs import StrPath, as_list
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
@@ -22,12 +24,10 @@ from surgery.onnx.run.tokenizer import TextStream, Tokenizer, open_tokenizer, st
 from surgery.reports.sections import Note, Verbatim
 from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 from surgery_formats.text import show
 
 __all__ = ["RunResult", "RunText", "prepare_decoder", "run"]
-
-Reference = str | os.PathLike[str]
 
 _BEST = 3  # labels of an encoder that are shown
 
@@ -125,8 +125,8 @@ def prepare_decoder(
     *,
     batch: int,
     max_length: int,
-    adapters: Sequence[Reference] = (),
-    prompt_adapter: Reference | None = None,
+    adapters: StrPath | Sequence[StrPath] = (),
+    prompt_adapter: StrPath | None = None,
     prompt: bool = True,
 ) -> tuple[Decoder, Past | None]:
     """A decoder with adapters in its slots and a soft prompt in front of its rows.
@@ -143,7 +143,8 @@ def prepare_decoder(
         FitError: an adapter that does not fit the graph.
     """
     contract = opened.contract
-    files = [(os.fspath(file), read_adapter_file(file)) for file in adapters]
+    paths: list[StrPath] = as_list(adapters)
+    files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
     slots = fill_slots(files, contract, opened.inputs)
     past = None
     if prompt_adapter is not None:
@@ -156,16 +157,16 @@ def prepare_decoder(
 
 
 def run(
-    model: Reference,
-    inputs: Sequence[str | Sequence[int]],
+    model: StrPath,
+    inputs: str | Sequence[int] | Sequence[str | Sequence[int]],
     *,
     device: str = "auto",
     max_new: int = 128,
     sampling: Sampling | None = None,
-    adapters: Sequence[Reference] = (),
-    prompt_adapter: Reference | None = None,
+    adapters: StrPath | Sequence[StrPath] = (),
+    prompt_adapter: StrPath | None = None,
     prompt: bool = True,
-    weights: Reference | None = None,
+    weights: StrPath | None = None,
     threads: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> RunResult:
@@ -173,7 +174,7 @@ def run(
 
     Args:
         model: The graph, or its folder.
-        inputs: Texts, or rows of token ids.
+        inputs: A text or a row of token ids, or several of them.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_new: Most new tokens for each.
         sampling: Greedy if None.
@@ -189,19 +190,18 @@ def run(
         FitError: something does not fit the graph or this machine.
         ProofError: the weights are not those the graph was made for.
     """
-    if not inputs:
-        raise FitError("no text to run on")
+    batch = _inputs(inputs)
     began = time.perf_counter()
     opened = open_graph(model, device=device, weights=weights, threads=threads)
     load = time.perf_counter() - began
-    texts = any(isinstance(one, str) for one in inputs)
+    texts = any(isinstance(one, str) for one in batch)
     tokenizer = (
         open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
     )
     begins = opened.contract.prompt_kind != TEXT or not prompt or prompt_adapter is not None  # else a text goes on
     rows = [
         tokenizer.encode(one, begins=begins) if isinstance(one, str) and tokenizer else [int(i) for i in one]
-        for one in inputs
+        for one in batch
     ]
     _check(rows, opened)
     if opened.contract.kind == "encoder":
@@ -214,7 +214,34 @@ def run(
         result = _generated(
             opened, rows, tokenizer, load, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt, on_text
         )
-    return replace(result, inputs=tuple(one if isinstance(one, str) else tuple(one) for one in inputs))
+    return replace(result, inputs=tuple(one if isinstance(one, str) else tuple(one) for one in batch))
+
+
+def _inputs(inputs: str | Sequence[int] | Sequence[str | Sequence[int]]) -> list[str | Sequence[int]]:
+    """The batch; one text or row is a batch of one.
+
+    Raises:
+        UsageError: something other than texts and rows of ids.
+        FitError: none.
+    """
+    if not isinstance(inputs, Iterable):
+        raise UsageError(f"inputs are texts or rows of token ids, not {type(inputs).__name__}")
+    batch: list[Any] = as_list(inputs)
+    if not batch:
+        raise FitError("no text to run on")
+    if _is_row(batch):
+        return [batch]
+    for number, item in enumerate(batch):
+        if not isinstance(item, str) and not _is_row(item):
+            raise UsageError(f"inputs[{number}] is neither a text nor a row of token ids")
+    return batch
+
+
+def _is_row(item: Any) -> bool:
+    try:
+        return all(operator.index(token) is not None for token in item)
+    except TypeError:
+        return False
 
 
 def _generated(
@@ -224,8 +251,8 @@ def _generated(
     load: float,
     max_new: int,
     sampling: Sampling,
-    adapters: Sequence[Reference],
-    prompt_adapter: Reference | None,
+    adapters: StrPath | Sequence[StrPath],
+    prompt_adapter: StrPath | None,
     prompt: bool,
     on_text: Callable[[int, str], None] | None,
 ) -> RunResult:

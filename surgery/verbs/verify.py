@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.place import LEDGER
 from surgery.reports.sections import Facts
@@ -34,8 +35,6 @@ SHORT_TOLERANCE = 1e-2
 """The same for graphs of 16 bits that hold constants (multipliers), which were rounded when the graph was made."""
 _GRAPH = "model.onnx"
 _PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
-
-Weighted = tuple[str | os.PathLike[str], float]
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,10 @@ class Verification:
 
 
 def verify(
-    path: str | os.PathLike[str],
+    output: StrPath,
     *,
-    against: str | os.PathLike[str] | None = None,
-    adapters: Sequence[Weighted] = (),
+    against: CheckpointLike | None = None,
+    adapters: AdaptersLike = (),
     tolerance: float | None = None,
 ) -> Verification:
     """Verify a folder that this toolkit made.
@@ -111,10 +110,10 @@ def verify(
     arithmetic of its own. A folder of weights is compared with what its manifest recorded.
 
     Args:
-        path: A folder with ``model.onnx`` or a manifest.
+        output: A folder with ``model.onnx`` or a manifest.
         against: The base: weights that were copied are compared with it, and a graph that holds its weights inside is computed from it.
-        adapters: ``(path, weight)`` of what was merged into `against`: a graph must compute what the merge would. A soft prompt among them
-            must be the one the graph brings along.
+        adapters: What was merged into `against`, as `surgery.merge` takes it: a graph must compute what the merge would. A soft prompt
+            among them must be the one the graph brings along.
         tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
 
     Raises:
@@ -122,14 +121,14 @@ def verify(
         FitError: neither a graph nor an output of this toolkit, or `against` is another model.
         ProofError: something is not as it was meant.
     """
-    where = Path(path)
+    where = as_path(output, "output")
     if where.name.endswith(".onnx") and where.is_file():
         where = where.parent
     if not where.is_dir():
         raise NotFoundError("no such folder", file=where)
     if adapters and against is None:
         raise FitError("adapters were named without a base", hint="name the base they were merged into: --against BASE")
-    base = None if against is None else open_checkpoint(against)
+    base = None if against is None else as_checkpoint(against, "against")
     has_manifest, has_graph = (where / MANIFEST).exists(), (where / _GRAPH).exists()
     if not has_manifest and not has_graph:
         raise FitError(f"neither {_GRAPH} nor {MANIFEST} is there", file=where, hint="verify what surgery has written")

@@ -65,7 +65,7 @@ def _decoded(file: Path, key: str, group: int, bits: int, length: int, rank: int
 @every_type
 def test_the_file_is_what_the_documentation_says(tmp_path: Path, factors: str) -> None:
     source = _lora(tmp_path / "a")
-    result = convert(source, "compact", tmp_path / "c", factors=factors)
+    result = convert(source, "compact", output=tmp_path / "c", factors=factors)
     said = json.loads((tmp_path / "c/compact.json").read_text())
     assert (said["format"], said["version"], said["factors"]) == ("surgery-compact", 1, factors)
     (parameter,) = said["parameters"]
@@ -88,9 +88,9 @@ def test_the_file_is_what_the_documentation_says(tmp_path: Path, factors: str) -
 @every_type
 def test_to_peft_and_mlx_exactly(tmp_path: Path, factors: str) -> None:
     base = llama(tmp_path / "base")
-    convert(_lora(tmp_path / "a"), "compact", tmp_path / "c", factors=factors)
-    one = convert(tmp_path / "c", "peft", tmp_path / "p")
-    other = convert(tmp_path / "c", "mlx", tmp_path / "m", base=base)
+    convert(_lora(tmp_path / "a"), "compact", output=tmp_path / "c", factors=factors)
+    one = convert(tmp_path / "c", "peft", output=tmp_path / "p")
+    other = convert(tmp_path / "c", "mlx", output=tmp_path / "m", base=base)
     assert one.max_error == other.max_error == 0.0
     assert_close(mlx_deltas(tmp_path / "m"), peft_deltas(tmp_path / "p"))
     bits = merged(base, tmp_path / "c", tmp_path / "1")
@@ -103,11 +103,11 @@ def test_to_kohya_and_from_it_with_flat_names_and_parts(tmp_path: Path) -> None:
     base = unet(tmp_path / "base")
     stem = "base_model.model.conv_in"
     tensors = {f"{stem}.lora_A.weight": draw(1, 2, 3, 3, 3), f"{stem}.lora_B.weight": draw(2, 4, 2, 1, 1)}
-    convert(write_peft(tmp_path / "a", tensors, r=2), "compact", tmp_path / "c")
-    convert(tmp_path / "c", "kohya", tmp_path / "k.safetensors", base=base)
-    convert(tmp_path / "k.safetensors", "compact", tmp_path / "flat")
+    convert(write_peft(tmp_path / "a", tensors, r=2), "compact", output=tmp_path / "c")
+    convert(tmp_path / "c", "kohya", output=tmp_path / "k.safetensors", base=base)
+    convert(tmp_path / "k.safetensors", "compact", output=tmp_path / "flat")
     assert all(site.flat for site in read_adapter(tmp_path / "flat").updates)
-    convert(tmp_path / "flat", "peft", tmp_path / "p", base=base)
+    convert(tmp_path / "flat", "peft", output=tmp_path / "p", base=base)
     kept = load_file(tmp_path / "p/adapter_model.safetensors")
     assert kept[f"{stem}.lora_A.weight"].shape == (2, 3, 3, 3)
     flat = kohya_deltas(tmp_path / "k.safetensors")["lora_unet_conv_in"]
@@ -118,7 +118,7 @@ def test_to_kohya_and_from_it_with_flat_names_and_parts(tmp_path: Path) -> None:
 def test_real_kohya_files(tmp_path: Path, case: str) -> None:
     """Differences of weights and biases, magnitudes of columns, several parts of a pipeline: nothing is dropped."""
     source = GOLDEN / "kohya" / case / "adapter.safetensors"
-    result = convert(source, "compact", tmp_path / "c")
+    result = convert(source, "compact", output=tmp_path / "c")
     assert {entry.outcome for entry in result.entries} <= {"exact", "approximated"}
     one, other = read_adapter(source), read_adapter(tmp_path / "c")
     assert one.updates.keys() == other.updates.keys()
@@ -130,8 +130,8 @@ def test_real_kohya_files(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("case", ["mixtral/lora", "qwen3_moe/lora-switch", "llama/dora-embed", "llama/full"])
 def test_real_mlx_folders(tmp_path: Path, case: str) -> None:
     source = GOLDEN / "mlx" / case
-    convert(source, "compact", tmp_path / "c")
-    back = convert(tmp_path / "c", "mlx", tmp_path / "m", base=source.parent / "base")
+    convert(source, "compact", output=tmp_path / "c")
+    back = convert(tmp_path / "c", "mlx", output=tmp_path / "m", base=source.parent / "base")
     assert {entry.outcome for entry in back.entries} <= {"exact", "folded"}
     one, other = (load_file(path / "adapters.safetensors") for path in (source, tmp_path / "m"))
     assert one.keys() == other.keys()
@@ -146,8 +146,8 @@ def test_the_output_projection_inside_an_attention_module_keeps_its_nesting(tmp_
         f"{stem}.base_layer.out_proj.lora_A.weight": draw(3, 2, 10),
         f"{stem}.base_layer.out_proj.lora_B.weight": draw(4, 10, 2),
     }
-    convert(write_peft(tmp_path / "a", tensors, r=2, lora_alpha=6), "compact", tmp_path / "c")
-    convert(tmp_path / "c", "peft", tmp_path / "p")
+    convert(write_peft(tmp_path / "a", tensors, r=2, lora_alpha=6), "compact", output=tmp_path / "c")
+    convert(tmp_path / "c", "peft", output=tmp_path / "p")
     assert load_file(tmp_path / "p/adapter_model.safetensors").keys() == tensors.keys()
     scales = [
         [u.scale for u in chain if isinstance(u, LoRA)] for chain in read_adapter(tmp_path / "p").updates.values()
@@ -156,12 +156,12 @@ def test_the_output_projection_inside_an_attention_module_keeps_its_nesting(tmp_
 
 
 def test_codes_are_copied_where_they_are_the_ones_asked_for(tmp_path: Path) -> None:
-    convert(_lora(tmp_path / "a"), "compact", tmp_path / "b", factors="int4")
-    result = convert(tmp_path / "b", "compact", tmp_path / "c", factors="int4")
+    convert(_lora(tmp_path / "a"), "compact", output=tmp_path / "b", factors="int4")
+    result = convert(tmp_path / "b", "compact", output=tmp_path / "c", factors="int4")
     assert [entry.outcome for entry in result.entries] == ["exact"]
     for name in ("adapter.safetensors", "compact.json"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
-    assert [e.outcome for e in convert(tmp_path / "b", "compact", tmp_path / "d", factors="int8").entries] == [
+    assert [e.outcome for e in convert(tmp_path / "b", "compact", output=tmp_path / "d", factors="int8").entries] == [
         "approximated"
     ]
 
@@ -169,8 +169,8 @@ def test_codes_are_copied_where_they_are_the_ones_asked_for(tmp_path: Path) -> N
 def test_what_belongs_to_the_training_survives(tmp_path: Path) -> None:
     source = _lora(tmp_path / "a", task_type="CAUSAL_LM", lora_dropout=0.1, base_model_name_or_path="org/model")
     (source / "tokenizer.json").write_text("{}")
-    convert(source, "compact", tmp_path / "c")
-    convert(tmp_path / "c", "peft", tmp_path / "p")
+    convert(source, "compact", output=tmp_path / "c")
+    convert(tmp_path / "c", "peft", output=tmp_path / "p")
     config = config_of(tmp_path / "p")
     assert [config[key] for key in ("task_type", "lora_dropout", "base_model_name_or_path", "lora_alpha", "r")] == [
         "CAUSAL_LM",
@@ -201,8 +201,8 @@ def test_peft_loads_biases_norms_and_token_rows_that_went_through(tmp_path: Path
             if "lora_" not in name and parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter))
     tuned.save_pretrained(tmp_path / "a")
-    convert(tmp_path / "a", "compact", tmp_path / "c")
-    convert(tmp_path / "c", "peft", tmp_path / "p")
+    convert(tmp_path / "a", "compact", output=tmp_path / "c")
+    convert(tmp_path / "c", "peft", output=tmp_path / "p")
     ids = torch.tensor([[1, 2, 5, 9]])
     want = tuned(input_ids=ids).logits
     got = PeftModel.from_pretrained(_model(), str(tmp_path / "p"))(input_ids=ids).logits
@@ -227,7 +227,7 @@ def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monke
 
     monkeypatch.setattr(room, "format_named", lambda name: Liar())
     with pytest.raises(ProofError, match="its writer stated") as caught:
-        convert(_lora(tmp_path / "a"), "compact", tmp_path / "c")
+        convert(_lora(tmp_path / "a"), "compact", output=tmp_path / "c")
     assert caught.value.exit_code == 5
     assert not (tmp_path / "c").exists()
 
@@ -235,20 +235,20 @@ def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monke
 def test_options_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     source = _lora(tmp_path / "a")
     with pytest.raises(FitError, match="not as int8 codes"):
-        convert(source, "mlx", tmp_path / "b", factors="int8")
+        convert(source, "mlx", output=tmp_path / "b", factors="int8")
     with pytest.raises(FitError, match="no type of factors 'int3'"):
-        convert(source, "compact", tmp_path / "b", factors="int3")
+        convert(source, "compact", output=tmp_path / "b", factors="int3")
     with pytest.raises(FitError, match="--factors chooses"):
-        convert(source, "compact", tmp_path / "b", dtype="fp16")
+        convert(source, "compact", output=tmp_path / "b", dtype="fp16")
     with pytest.raises(FitError, match="keeps names as they are"):
-        convert(source, "compact", tmp_path / "b", projections="split")
+        convert(source, "compact", output=tmp_path / "b", projections="split")
     with pytest.raises(FitError, match="a dtype says nothing"):
         surgery.combine([(source, 2.0)], to="compact", output=tmp_path / "b", dtype="fp16")
 
 
 def test_combined_and_resized_adapters_state_the_error_of_their_codes(tmp_path: Path) -> None:
     lora = EXAMPLES / "lora"
-    convert(lora, "compact", tmp_path / "c", factors="int4")
+    convert(lora, "compact", output=tmp_path / "c", factors="int4")
     both = surgery.combine([(tmp_path / "c", 0.5), (lora, 1.0)], output=tmp_path / "both")
     assert {one.outcome for one in both.modules} == {"approximated"}
     assert both.error is not None
@@ -263,7 +263,7 @@ def test_combined_and_resized_adapters_state_the_error_of_their_codes(tmp_path: 
 
 
 def test_inspect_and_report_say_what_is_stored(tmp_path: Path) -> None:
-    convert(EXAMPLES / "lora", "compact", tmp_path / "c", factors="int4")
+    convert(EXAMPLES / "lora", "compact", output=tmp_path / "c", factors="int4")
     whole, small = (surgery.inspect(path) for path in (EXAMPLES / "lora", tmp_path / "c"))
     assert small.parameters == whole.parameters  # type: ignore[union-attr]
     assert list(small.dtypes) == ["I4"]  # type: ignore[union-attr]
@@ -281,7 +281,7 @@ def _folder(tmp_path: Path, factors: str = "int4") -> Path:
     tensors = {f"{stem}.lora_A.weight": draw(1, 3, 8), f"{stem}.lora_B.weight": draw(2, 6, 3)}
     tensors |= {f"{Q}.lora_A.weight": draw(3, 1, 5), f"{Q}.lora_B.weight": draw(4, 5, 1)}  # an odd number of codes
     source = write_peft(tmp_path / "a", tensors, r=3, rank_pattern={"q_proj": 1})
-    convert(source, "compact", tmp_path / "c", factors=factors)
+    convert(source, "compact", output=tmp_path / "c", factors=factors)
     return tmp_path / "c"
 
 
@@ -362,7 +362,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, fault: str) -> None:
     folder = _folder(tmp_path, factors)
     _edit_tensors(folder, change)
     with pytest.raises(SurgeryError, match=words) as caught:
-        convert(folder, "peft", tmp_path / "out")
+        convert(folder, "peft", output=tmp_path / "out")
     assert caught.value.exit_code == code
     assert caught.value.tensor or "no tensor" in caught.value.message
     assert not (tmp_path / "out").exists()
@@ -417,7 +417,7 @@ def load_float(file: Path) -> Arrays:
 
 def test_a_budget_of_bytes_holds_for_codes(tmp_path: Path) -> None:
     base, tuned = EXAMPLES / "base", EXAMPLES / "tuned"
-    surgery.extract_lora(base, tuned, output=tmp_path / "c", budget="300kB", factors="int4")
+    surgery.extract_lora(base, tuned, output=tmp_path / "c", rank=surgery.Rank.budget("300kB"), factors="int4")
     size = sum((tmp_path / "c" / name).stat().st_size for name in ("adapter.safetensors", "compact.json"))
     assert 0.8 * 300_000 < size <= 300_000
     with pytest.raises(FitError, match="--factors chooses"):

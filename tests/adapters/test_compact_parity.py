@@ -33,8 +33,8 @@ def test_a_compact_adapter_merges_as_the_peft_adapter_it_decodes_to(case: Case, 
     built = build(case, tmp_path)
     source, weight = built.adapters[0]
     factors = ("int8", "int4")[len(case.name) % 2]
-    result = surgery.convert(source, "compact", tmp_path / "compact", factors=factors)
-    peft = surgery.convert(tmp_path / "compact", "peft", tmp_path / "peft", base=built.base)
+    result = surgery.convert(source, "compact", output=tmp_path / "compact", factors=factors)
+    peft = surgery.convert(tmp_path / "compact", "peft", output=tmp_path / "peft", base=built.base)
 
     meant, compact, decoded = (read_adapter(path) for path in (source, tmp_path / "compact", tmp_path / "peft"))
     assert compact.updates.keys() == meant.updates.keys() == decoded.updates.keys()
@@ -55,4 +55,4 @@ def test_a_compact_adapter_merges_as_the_peft_adapter_it_decodes_to(case: Case, 
 def test_kinds_without_factors_to_code_are_refused_by_name(name: str, tmp_path: Path) -> None:
     built = build(CASES[name], tmp_path)
     with pytest.raises(FitError, match=r"this format has no (IA3|LoHa|LoKr|OFT|VeRA)"):
-        surgery.convert(built.adapters[0][0], "compact", tmp_path / "compact")
+        surgery.convert(built.adapters[0][0], "compact", output=tmp_path / "compact")

@@ -60,7 +60,9 @@ def test_merges_to_the_golden_weights(name: str, tmp_path: Path) -> None:
 def test_written_again_it_does_the_same(name: str, tmp_path: Path) -> None:
     facts = EXPECTED[name]
     base = GOLDEN / "kohya" / facts["base"]
-    result = convert(GOLDEN / "kohya" / name / "adapter.safetensors", "kohya", tmp_path / "x.safetensors", base=base)
+    result = convert(
+        GOLDEN / "kohya" / name / "adapter.safetensors", "kohya", output=tmp_path / "x.safetensors", base=base
+    )
     assert result.max_error <= 1e-6
     assert_expected(
         base, merged(base, tmp_path / "x.safetensors", tmp_path / "out"), GOLDEN / "kohya" / facts["expected"]
@@ -71,16 +73,18 @@ def test_written_again_it_does_the_same(name: str, tmp_path: Path) -> None:
 def test_peft_to_kohya_and_back(component: str, tmp_path: Path) -> None:
     folder = GOLDEN / "kohya/sd1" / f"peft-{component}"
     base = GOLDEN / "kohya/sd1/base"
-    convert(folder, "kohya", tmp_path / "x.safetensors", base=base)
+    convert(folder, "kohya", output=tmp_path / "x.safetensors", base=base)
     assert_expected(base, merged(base, tmp_path / "x.safetensors", tmp_path / "out"), folder / "expected.safetensors")
-    convert(tmp_path / "x.safetensors", "peft", tmp_path / "back", base=base)
-    convert(tmp_path / "back", "kohya", tmp_path / "y.safetensors", base=base)
+    convert(tmp_path / "x.safetensors", "peft", output=tmp_path / "back", base=base)
+    convert(tmp_path / "back", "kohya", output=tmp_path / "y.safetensors", base=base)
     assert_close(kohya_deltas(tmp_path / "y.safetensors"), kohya_deltas(tmp_path / "x.safetensors"))
 
 
 def test_sdxl_is_written_with_the_original_names(tmp_path: Path) -> None:
     base = GOLDEN / "kohya/sdxl/base"
-    convert(GOLDEN / "kohya/sdxl/diffusers-names/adapter.safetensors", "kohya", tmp_path / "x.safetensors", base=base)
+    convert(
+        GOLDEN / "kohya/sdxl/diffusers-names/adapter.safetensors", "kohya", output=tmp_path / "x.safetensors", base=base
+    )
     original = load_file(GOLDEN / "kohya/sdxl/sgm-names/adapter.safetensors")
     written = load_file(tmp_path / "x.safetensors")
     assert written.keys() == original.keys()
@@ -88,7 +92,7 @@ def test_sdxl_is_written_with_the_original_names(tmp_path: Path) -> None:
 
 
 def test_one_alpha_per_part_so_that_diffusers_reads_it(tmp_path: Path) -> None:
-    convert(GOLDEN / "kohya/sd1/peft-unet", "kohya", tmp_path / "x.safetensors", base=GOLDEN / "kohya/sd1/base")
+    convert(GOLDEN / "kohya/sd1/peft-unet", "kohya", output=tmp_path / "x.safetensors", base=GOLDEN / "kohya/sd1/base")
     alphas = {float(v) for k, v in load_file(tmp_path / "x.safetensors").items() if k.endswith(".alpha")}
     assert alphas == {3.0}
 
@@ -158,7 +162,7 @@ def test_differences_and_their_way_back(tmp_path: Path) -> None:
     )
     adapter = read_adapter(file)
     assert {type(chain[0]) for chain in adapter.updates.values()} == {LoRA, Offset}
-    convert(file, "kohya", tmp_path / "x.safetensors", base=base)
+    convert(file, "kohya", output=tmp_path / "x.safetensors", base=base)
     before, after = (
         load_file(base / "diffusion_pytorch_model.safetensors"),
         merged(base, tmp_path / "x.safetensors", tmp_path / "m"),
@@ -174,15 +178,15 @@ def test_differences_and_their_way_back(tmp_path: Path) -> None:
         atol=1e-6,
     )
     with pytest.raises(FitError, match="peft cannot hold 3 of 4"):
-        convert(file, "peft", tmp_path / "no", base=base)
+        convert(file, "peft", output=tmp_path / "no", base=base)
 
 
 def test_metadata_survives_except_what_is_of_the_file(tmp_path: Path) -> None:
     base = unet(tmp_path / "base")
     notes = {"ss_tag_frequency": '{"a": 1}', "modelspec.title": "t", "sshs_model_hash": "old", "ss_network_dim": "99"}
     file = _file(tmp_path, _pair(), notes)
-    convert(file, "peft", tmp_path / "peft", base=base)
-    convert(tmp_path / "peft", "kohya", tmp_path / "x.safetensors", base=base)
+    convert(file, "peft", output=tmp_path / "peft", base=base)
+    convert(tmp_path / "peft", "kohya", output=tmp_path / "x.safetensors", base=base)
     with safe_open(tmp_path / "x.safetensors", "np") as opened:
         kept = opened.metadata()
     assert kept == {
@@ -225,7 +229,7 @@ def test_a_module_the_base_lacks_is_named(tmp_path: Path) -> None:
     base = unet(tmp_path / "base")
     file = _file(tmp_path, _pair(KEY.replace("to_q", "to_z")))
     with pytest.raises(FitError, match="to_z") as caught:
-        convert(file, "peft", tmp_path / "out", base=base)
+        convert(file, "peft", output=tmp_path / "out", base=base)
     assert caught.value.exit_code == 4
 
 
@@ -243,7 +247,9 @@ def test_embeddings_have_no_home_here(tmp_path: Path) -> None:
         tmp_path / "a", {f"{stem}.lora_embedding_A": draw(1, 2, 64), f"{stem}.lora_embedding_B": draw(2, 16, 2)}, r=2
     )
     with pytest.raises(FitError, match=r"embedding"):
-        convert(source, "kohya", tmp_path / "x.safetensors", base=GOLDEN / "kohya/sd1/base", component="text_encoder")
+        convert(
+            source, "kohya", output=tmp_path / "x.safetensors", base=GOLDEN / "kohya/sd1/base", component="text_encoder"
+        )
 
 
 def test_sites_are_flat_and_know_their_part() -> None:

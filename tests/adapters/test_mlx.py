@@ -57,8 +57,8 @@ def test_every_tensor_is_consumed(folder: Path) -> None:
 @pytest.mark.parametrize("with_base", [False, True])
 def test_survives_the_way_through_peft(folder: Path, tmp_path: Path, with_base: bool) -> None:
     base = folder.parent / "base"
-    there = convert(folder, "peft", tmp_path / "peft", base=base if with_base else None)
-    back = convert(tmp_path / "peft", "mlx", tmp_path / "mlx", base=base if with_base else None)
+    there = convert(folder, "peft", output=tmp_path / "peft", base=base if with_base else None)
+    back = convert(tmp_path / "peft", "mlx", output=tmp_path / "mlx", base=base if with_base else None)
     assert max(there.max_error, back.max_error) <= 1e-6
     assert_expected(base, merged(base, tmp_path / "mlx", tmp_path / "out"), folder / "expected.safetensors")
     embeddings = ("embed_tokens",)
@@ -67,7 +67,7 @@ def test_survives_the_way_through_peft(folder: Path, tmp_path: Path, with_base: 
 
 def test_a_peft_folder_of_stacked_experts_merges_the_same(tmp_path: Path) -> None:
     folder = GOLDEN / "mlx/mixtral/lora"
-    convert(folder, "peft", tmp_path / "peft")
+    convert(folder, "peft", output=tmp_path / "peft")
     base = folder.parent / "base"
     assert_expected(base, merged(base, tmp_path / "peft", tmp_path / "out"), folder / "expected.safetensors")
 
@@ -107,7 +107,7 @@ def test_ranks_are_padded_and_scales_folded(tmp_path: Path) -> None:
         rank_pattern={"layers.1.self_attn.q_proj": 4},
         alpha_pattern={"k_proj": 7},
     )
-    result = convert(source, "mlx", tmp_path / "b")
+    result = convert(source, "mlx", output=tmp_path / "b")
     assert [entry.outcome for entry in result.entries] == ["folded", "folded", "exact"]
     parameters = config_of(tmp_path / "b")["lora_parameters"]
     assert isinstance(parameters, dict)
@@ -126,9 +126,9 @@ def test_keys_are_relative_only_where_every_block_has_them(tmp_path: Path) -> No
     same = write_peft(
         tmp_path / "a", tensors([f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)] + ["lm_head"]), r=2
     )
-    convert(same, "mlx", tmp_path / "same")
+    convert(same, "mlx", output=tmp_path / "same")
     other = write_peft(tmp_path / "b", tensors(["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.x"]), r=2)
-    convert(other, "mlx", tmp_path / "other")
+    convert(other, "mlx", output=tmp_path / "other")
     keys = [config_of(tmp_path / name)["lora_parameters"]["keys"] for name in ("same", "other")]  # type: ignore[index]
     assert keys == [["lm_head", "self_attn.q_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.x"]]
     assert config_of(tmp_path / "same")["num_layers"] == -1
@@ -144,7 +144,7 @@ def test_a_tied_head_follows_the_embedding_in_mlx_only(tmp_path: Path) -> None:
     )
     after = merged(base, source, tmp_path / "out")
     assert "lm_head.weight" not in after, "mlx-lm keeps head and embedding one tensor"
-    convert(source, "peft", tmp_path / "peft", base=base)
+    convert(source, "peft", output=tmp_path / "peft", base=base)
     deltas = peft_deltas(tmp_path / "peft")
     assert_close({"lm_head": deltas["lm_head"]}, {"lm_head": deltas[stem]})
     assert_close(merged(base, tmp_path / "peft", tmp_path / "out2"), after, 1e-7)
@@ -157,7 +157,7 @@ def test_a_tied_head_follows_the_embedding_in_mlx_only(tmp_path: Path) -> None:
         r=2,
     )
     with pytest.raises(FitError, match="head and embedding are one tensor in mlx-lm"):
-        convert(alone, "mlx", tmp_path / "no", base=base)
+        convert(alone, "mlx", output=tmp_path / "no", base=base)
 
 
 def test_what_it_cannot_hold_is_named(tmp_path: Path) -> None:
@@ -173,10 +173,10 @@ def test_what_it_cannot_hold_is_named(tmp_path: Path) -> None:
         lora_bias=True,
     )
     with pytest.raises(FitError, match=r"q_proj\.bias") as caught:
-        convert(source, "mlx", tmp_path / "b")
+        convert(source, "mlx", output=tmp_path / "b")
     assert caught.value.exit_code == 4
     assert not (tmp_path / "b").exists()
-    result = convert(source, "mlx", tmp_path / "b", allow_loss=True)
+    result = convert(source, "mlx", output=tmp_path / "b", allow_loss=True)
     assert [entry.outcome for entry in result.entries] == ["dropped", "exact"]
 
 

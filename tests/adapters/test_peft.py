@@ -67,7 +67,7 @@ def test_peft_writes_it_we_write_it_again(options: dict[str, object], tmp_path: 
     torch.manual_seed(1)
     tuned = get_peft_model(_model(), LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **options))  # type: ignore[arg-type]
     tuned.save_pretrained(tmp_path / "a")
-    result = convert(tmp_path / "a", "peft", tmp_path / "b")
+    result = convert(tmp_path / "a", "peft", output=tmp_path / "b")
     assert result.max_error == 0.0
     assert {entry.outcome for entry in result.entries} == {"exact"}
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
@@ -83,7 +83,7 @@ def test_peft_itself_reads_what_came_from_mlx(source: str, tmp_path: Path) -> No
 
     folder = GOLDEN / "mlx" / source
     base = folder.parent / "base"
-    convert(folder, "peft", tmp_path / "peft", base=base)
+    convert(folder, "peft", output=tmp_path / "peft", base=base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     PeftModel.from_pretrained(model, tmp_path / "peft").merge_and_unload().save_pretrained(tmp_path / "merged")
     got, want, before = (
@@ -111,7 +111,7 @@ def test_patterns_match_one_path_only(tmp_path: Path) -> None:
             f"lora_unet_{key}.alpha": np.array(alpha, dtype=np.float32),
         }
     save_file(tensors, tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", "peft", tmp_path / "b", base=base)
+    convert(tmp_path / "a.safetensors", "peft", output=tmp_path / "b", base=base)
     config = config_of(tmp_path / "b")
     patterns = {**config["rank_pattern"], **config["alpha_pattern"]}  # type: ignore[dict-item]
     assert len(patterns) == 2
@@ -122,7 +122,7 @@ def test_patterns_match_one_path_only(tmp_path: Path) -> None:
 
 def test_convolutions_get_their_shape_back(tmp_path: Path) -> None:
     source = GOLDEN / "kohya/sd1/conv/adapter.safetensors"
-    convert(source, "peft", tmp_path / "b", base=GOLDEN / "kohya/sd1/base")
+    convert(source, "peft", output=tmp_path / "b", base=GOLDEN / "kohya/sd1/base")
     tensors = load_file(tmp_path / "b/adapter_model.safetensors")
     stem = "base_model.model.down_blocks.0.resnets.0.conv1"
     assert tensors[f"{stem}.lora_A.weight"].shape == (2, 4, 3, 3)
@@ -131,24 +131,24 @@ def test_convolutions_get_their_shape_back(tmp_path: Path) -> None:
 
 def test_flat_names_need_the_base(tmp_path: Path) -> None:
     with pytest.raises(FitError, match="--base"):
-        convert(GOLDEN / "kohya/sd1/conv/adapter.safetensors", "peft", tmp_path / "b")
+        convert(GOLDEN / "kohya/sd1/conv/adapter.safetensors", "peft", output=tmp_path / "b")
 
 
 def test_several_parts_need_a_choice(tmp_path: Path) -> None:
     source, base = GOLDEN / "kohya/sd1/lora/adapter.safetensors", GOLDEN / "kohya/sd1/base"
     with pytest.raises(FitError, match="--component"):
-        convert(source, "peft", tmp_path / "b", base=base)
-    result = convert(source, "peft", tmp_path / "b", base=base, component="text_encoder")
+        convert(source, "peft", output=tmp_path / "b", base=base)
+    result = convert(source, "peft", output=tmp_path / "b", base=base, component="text_encoder")
     assert sum(entry.outcome == "exact" for entry in result.entries) == 12
     assert all("chosen part" in entry.detail for entry in result.entries if entry.outcome == "dropped")
     with pytest.raises(FitError, match="no part 'vae'"):
-        convert(source, "peft", tmp_path / "c", base=base, component="vae")
+        convert(source, "peft", output=tmp_path / "c", base=base, component="vae")
 
 
 def test_a_bias_is_scaled_with_its_lora(tmp_path: Path) -> None:
     tensors = {f"{Q}.lora_A.weight": draw(1, 2, 6), f"{Q}.lora_B.weight": draw(2, 6, 2), f"{Q}.lora_B.bias": draw(3, 6)}
     source = write_peft(tmp_path / "a", tensors, r=2, lora_alpha=5, lora_bias=True)
-    convert(source, "peft", tmp_path / "b")
+    convert(source, "peft", output=tmp_path / "b")
     written = load_file(tmp_path / "b/adapter_model.safetensors")
     assert np.array_equal(written[f"{Q}.lora_B.bias"], tensors[f"{Q}.lora_B.bias"])
 
@@ -173,7 +173,7 @@ def test_stacked_parameters_in_both_orders(version: str, tmp_path: Path) -> None
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         peft_version=version,
     )
-    result = convert(source, "peft", tmp_path / "b")
+    result = convert(source, "peft", output=tmp_path / "b")
     assert result.max_error <= 1e-6
     written = load_file(tmp_path / "b/adapter_model.safetensors")
     assert written.keys() == tensors.keys()
@@ -187,7 +187,7 @@ def test_an_adapters_name_in_its_keys_goes(tmp_path: Path) -> None:
     source = write_peft(
         tmp_path / "a", {f"{Q}.lora_A.default.weight": draw(1, 2, 6), f"{Q}.lora_B.default.weight": draw(2, 6, 2)}, r=2
     )
-    convert(source, "peft", tmp_path / "b")
+    convert(source, "peft", output=tmp_path / "b")
     assert set(load_file(tmp_path / "b/adapter_model.safetensors")) == {f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"}
 
 
@@ -195,16 +195,16 @@ def test_a_soft_prompt_stays_one(tmp_path: Path) -> None:
     source = write_peft(
         tmp_path / "a", {"prompt_embeddings": draw(1, 4, 8)}, peft_type="PROMPT_TUNING", num_virtual_tokens=4
     )
-    result = convert(source, "peft", tmp_path / "b")
+    result = convert(source, "peft", output=tmp_path / "b")
     assert json.loads((tmp_path / "b/adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
     one, other = (load_file(tmp_path / side / "adapter_model.safetensors") for side in "ab")
     assert one.keys() == other.keys()
     assert np.array_equal(one["prompt_embeddings"], other["prompt_embeddings"])
     assert result.errors == {"prompt_embeddings": 0.0}
-    half = convert(source, "peft", tmp_path / "half", dtype="fp16")
+    half = convert(source, "peft", output=tmp_path / "half", dtype="fp16")
     assert 0 < half.max_error < 2**-10
     with pytest.raises(FitError, match="virtual tokens"):
-        convert(source, "mlx", tmp_path / "c")
+        convert(source, "mlx", output=tmp_path / "c")
 
 
 def test_virtual_tokens_that_change_on_the_way_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,5 +217,5 @@ def test_virtual_tokens_that_change_on_the_way_are_caught(tmp_path: Path, monkey
         lambda name, tensor: NewTensor(name, tensor.dtype, tensor.shape, lambda: honest(tensor) * 1.01),
     )
     with pytest.raises(ProofError, match="prompt_embeddings"):
-        convert(source, "peft", tmp_path / "b")
+        convert(source, "peft", output=tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -80,12 +80,12 @@ def test_a_fused_adapter_runs_on_the_split_model(
     wanted = logits("phi3", phi3, tmp_path / "a")
     assert largest(wanted - logits("phi3", phi3)) > 1e-2
     base = phi3 if base_of == "phi3" else llama
-    result = surgery.convert(tmp_path / "a", "peft", tmp_path / "b", base=base, projections="split")
+    result = surgery.convert(tmp_path / "a", "peft", output=tmp_path / "b", base=base, projections="split")
     assert result.max_error == 0.0
     assert largest(logits("llama", llama, tmp_path / "b") - wanted) < 1e-9
     surgery.merge(llama, tmp_path / "b", output=tmp_path / "merged")
     assert largest(logits("llama", tmp_path / "merged") - wanted) < 2e-5
-    surgery.convert(tmp_path / "b", "peft", tmp_path / "back", projections="fused")
+    surgery.convert(tmp_path / "b", "peft", output=tmp_path / "back", projections="fused")
     before, after = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("a", "back"))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -102,7 +102,7 @@ def test_a_split_adapter_runs_on_the_fused_model(
     made = {"r": 4, "lora_alpha": 6, "target_modules": targets, **config}
     peft_oracle.train("llama", llama, "LoraConfig", made, tmp_path / "a", seed=3)
     wanted = logits("llama", llama, tmp_path / "a")
-    surgery.convert(tmp_path / "a", "peft", tmp_path / "b", base=phi3, projections="fused")
+    surgery.convert(tmp_path / "a", "peft", output=tmp_path / "b", base=phi3, projections="fused")
     assert largest(logits("phi3", phi3, tmp_path / "b") - wanted) < (1e-9 if not config else 2e-6)
     surgery.merge(phi3, tmp_path / "b", output=tmp_path / "merged")
     assert largest(logits("phi3", tmp_path / "merged") - wanted) < 2e-5
@@ -114,10 +114,10 @@ def test_other_formats_on_the_way(pair: tuple[Path, Path], tmp_path: Path) -> No
     phi3, _ = pair
     config = {"r": 4, "lora_alpha": 6, "target_modules": FUSED}
     peft_oracle.train("phi3", phi3, "LoraConfig", config, tmp_path / "a", seed=3)
-    surgery.convert(tmp_path / "a", "mlx", tmp_path / "m", base=phi3, projections="split")
-    surgery.convert(tmp_path / "a", "peft", tmp_path / "p", base=phi3, projections="split")
+    surgery.convert(tmp_path / "a", "mlx", output=tmp_path / "m", base=phi3, projections="split")
+    surgery.convert(tmp_path / "a", "peft", output=tmp_path / "p", base=phi3, projections="split")
     assert_close(mlx_deltas(tmp_path / "m"), peft_deltas(tmp_path / "p"))
-    surgery.convert(tmp_path / "m", "peft", tmp_path / "back", projections="fused")
+    surgery.convert(tmp_path / "m", "peft", output=tmp_path / "back", projections="fused")
     assert_close(peft_deltas(tmp_path / "back"), peft_deltas(tmp_path / "a"))
 
 
@@ -129,15 +129,15 @@ def test_what_cannot_be_told_or_done_is_said(tmp_path: Path) -> None:
         r=2,
     )
     with pytest.raises(FitError, match="how many rows") as caught:
-        surgery.convert(fused, "peft", tmp_path / "x", projections="split")
+        surgery.convert(fused, "peft", output=tmp_path / "x", projections="split")
     assert "--base" in str(caught.value)
     with pytest.raises(FitError, match="nothing to be fused"):
-        surgery.convert(fused, "peft", tmp_path / "x", projections="fused")
+        surgery.convert(fused, "peft", output=tmp_path / "x", projections="fused")
     with pytest.raises(FitError, match="no layout"):
-        surgery.convert(fused, "peft", tmp_path / "x", projections="shuffled")
+        surgery.convert(fused, "peft", output=tmp_path / "x", projections="shuffled")
     gate = {f"base_model.model.model.layers.0.mlp.gate_up_proj.lora_{x}.weight": draw(i, *shape)
             for i, (x, shape) in enumerate((("A", (2, 8)), ("B", (12, 2))))}  # fmt: skip
-    surgery.convert(write_peft(tmp_path / "g", gate, r=2), "peft", tmp_path / "h", projections="split")
+    surgery.convert(write_peft(tmp_path / "g", gate, r=2), "peft", output=tmp_path / "h", projections="split")
     assert [value.shape for value in peft_deltas(tmp_path / "h").values()] == [(6, 8), (6, 8)]  # halves need no base
 
 
@@ -155,5 +155,5 @@ def test_rows_in_a_wrong_order_are_caught(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(room, "_cut", swapped)
     with pytest.raises(ProofError):
-        surgery.convert(source, "peft", tmp_path / "h", projections="split")
+        surgery.convert(source, "peft", output=tmp_path / "h", projections="split")
     assert not (tmp_path / "h").exists()

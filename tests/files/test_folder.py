@@ -308,8 +308,8 @@ class TestVerifyFolder:
             ("missing", "missing: unet/config.json"),
             ("extra", "not in the manifest: unet/more"),
             ("link", "not in the manifest: loop"),
-            ("size", "4 bytes, 3 when written"),
-            ("bytes", "its bytes changed"),
+            ("size", "has 4 bytes, but had 3 when written"),
+            ("bytes", "its bytes have changed"),
         ]:
             with pytest.raises(ProofError, match=says):
                 verify_folder(tmp_path / what)

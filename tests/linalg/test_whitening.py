@@ -102,7 +102,7 @@ def test_what_is_no_second_moment_is_refused(fault: str) -> None:
 
 
 def test_a_mean_that_no_inputs_have_is_refused() -> None:
-    with pytest.raises(FitError, match="no mean"):
+    with pytest.raises(FitError, match="not a possible mean"):
         moment_of_gram(torch.eye(4), torch.full((4,), 2.0))
     assert moment_of_gram(torch.eye(4), torch.full((4,), 0.5)).mean is not None
 

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from surgery_formats.linalg.svd import Truncated
+from surgery_formats.linalg.svd import TruncatedSVD
 
 KINDS = ("fast", "power", "flat", "spiked", "bulk", "low")
 
@@ -49,11 +49,11 @@ def made(m: int, n: int, kind: str, seed: int = 0) -> tuple[torch.Tensor, torch.
     return _mixed(_mixed(d, g).T.contiguous(), g).T.contiguous().float(), s
 
 
-def true_error(d: torch.Tensor, found: Truncated) -> float:
+def true_error(d: torch.Tensor, found: TruncatedSVD) -> float:
     return float((d.double() - (found.U.double() * found.S.double()) @ found.V.double().T).norm())
 
 
-def check(d: torch.Tensor, s: torch.Tensor, found: Truncated, rank: int) -> None:
+def check(d: torch.Tensor, s: torch.Tensor, found: TruncatedSVD, rank: int) -> None:
     """All that `truncated_svd` promises at a rank, against the true error and the true singular values `s` of `d`."""
     assert found.U.shape == (d.shape[0], rank)
     assert found.V.shape == (d.shape[1], rank)

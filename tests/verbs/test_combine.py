@@ -229,7 +229,7 @@ def test_kohya_files_combine_through_the_base(tmp_path: Path) -> None:
             "base_model.model.conv_in.lora_B.weight": draw(number + 9, 4, r, 1, 1),
         }
         folder = write_peft(tmp_path / f"p{number}", tensors, r=r)
-        paths.append(convert(folder, "kohya", tmp_path / f"k{number}.safetensors", base=base).output)
+        paths.append(convert(folder, "kohya", output=tmp_path / f"k{number}.safetensors", base=base).output)
     pairs = list(zip(paths, (0.7, -0.3), strict=True))
     wanted, _ = total([(kohya_deltas(path), weight) for path, weight in pairs])
     result = combine(pairs, output=tmp_path / "out.safetensors", base=base)

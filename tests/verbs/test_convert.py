@@ -80,8 +80,8 @@ def test_peft_to_mlx_and_back(made: tuple[dict[str, np.ndarray], dict[str, objec
         folder = Path(name)
         source = write_peft(folder / "a", made[0], **made[1])
         base = llama(folder / "base") if with_base else None
-        first = convert(source, "mlx", folder / "b", base=base)
-        second = convert(folder / "b", "peft", folder / "c", base=base)
+        first = convert(source, "mlx", output=folder / "b", base=base)
+        second = convert(folder / "b", "peft", output=folder / "c", base=base)
         want = peft_deltas(source)
         assert_close(mlx_deltas(folder / "b"), want)
         assert_close(peft_deltas(folder / "c"), want)
@@ -95,8 +95,8 @@ def test_peft_to_kohya_and_back(made: tuple[dict[str, np.ndarray], dict[str, obj
         folder = Path(name)
         source = write_peft(folder / "a", made[0], **made[1])
         base = unet(folder / "base")
-        convert(source, "kohya", folder / "b.safetensors", base=base)
-        convert(folder / "b.safetensors", "peft", folder / "c", base=base)
+        convert(source, "kohya", output=folder / "b.safetensors", base=base)
+        convert(folder / "b.safetensors", "peft", output=folder / "c", base=base)
         want = peft_deltas(source)
         flat = {f"lora_unet_{module.replace('.', '_')}": value for module, value in want.items()}
         assert_close(kohya_deltas(folder / "b.safetensors"), flat)
@@ -109,7 +109,7 @@ def test_peft_to_peft_changes_nothing(made: tuple[dict[str, np.ndarray], dict[st
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write_peft(folder / "a", made[0], **made[1])
-        convert(source, "peft", folder / "b")
+        convert(source, "peft", output=folder / "b")
         assert config_of(folder / "b") == config_of(source)
         one, other = (load_file(folder / side / "adapter_model.safetensors") for side in "ab")
         assert one.keys() == other.keys()
@@ -130,7 +130,7 @@ def _simple(folder: Path, **config: object) -> Path:
 def test_the_same_bytes_every_time(tmp_path: Path) -> None:
     source = _simple(tmp_path / "a")
     for name in ("b", "c"):
-        convert(source, "mlx", tmp_path / name)
+        convert(source, "mlx", output=tmp_path / name)
     for file in sorted(os.listdir(tmp_path / "b")):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes(), file
     base = unet(tmp_path / "base")
@@ -143,7 +143,7 @@ def test_the_same_bytes_every_time(tmp_path: Path) -> None:
         r=2,
     )
     for name in ("b", "c"):
-        convert(unet_adapter, "kohya", tmp_path / f"{name}.safetensors", base=base)
+        convert(unet_adapter, "kohya", output=tmp_path / f"{name}.safetensors", base=base)
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
 
 
@@ -155,7 +155,7 @@ def test_a_wrong_base_is_refused(tmp_path: Path, fault: str) -> None:
         tmp_path / "a", {f"{stem}.lora_A.weight": draw(1, 2, 6), f"{stem}.lora_B.weight": draw(2, 6, 2)}, r=2
     )
     with pytest.raises(FitError, match="layers") as caught:
-        convert(source, "mlx", tmp_path / "b", base=llama(tmp_path / "base"))
+        convert(source, "mlx", output=tmp_path / "b", base=llama(tmp_path / "base"))
     assert caught.value.exit_code == 4
     assert sorted(os.listdir(tmp_path)) == ["a", "base"]
 
@@ -164,16 +164,16 @@ def test_a_pipeline_of_which_no_part_fits_is_refused(tmp_path: Path) -> None:
     from tests.support.adapter_files import GOLDEN
 
     with pytest.raises(FitError, match="it fits none"):
-        convert(_simple(tmp_path / "a"), "kohya", tmp_path / "x.safetensors", base=GOLDEN / "kohya/sd1/base")
+        convert(_simple(tmp_path / "a"), "kohya", output=tmp_path / "x.safetensors", base=GOLDEN / "kohya/sd1/base")
 
 
 def test_kohya_needs_the_base(tmp_path: Path) -> None:
     with pytest.raises(FitError, match="--base"):
-        convert(_simple(tmp_path / "a"), "kohya", tmp_path / "x.safetensors")
+        convert(_simple(tmp_path / "a"), "kohya", output=tmp_path / "x.safetensors")
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    result = convert(_simple(tmp_path / "a"), "mlx", tmp_path / "b", dry_run=True)
+    result = convert(_simple(tmp_path / "a"), "mlx", output=tmp_path / "b", dry_run=True)
     assert result.output is None
     assert [entry.outcome for entry in result.entries] == ["exact"]
     assert os.listdir(tmp_path) == ["a"]
@@ -195,13 +195,13 @@ def test_an_output_that_exists_stays(tmp_path: Path, target: str) -> None:
         out.write_text("x")
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(OutputExistsError):
-        convert(source, target, out, base=base)
+        convert(source, target, output=out, base=base)
     assert sorted(os.listdir(tmp_path)) == before
     if target == "mlx":  # a folder that is not of this tool's making is never replaced
-        with pytest.raises(OutputExistsError, match="not written by this tool"):
-            convert(source, target, out, base=base, overwrite=True)
+        with pytest.raises(OutputExistsError, match="not written by surgery"):
+            convert(source, target, output=out, base=base, overwrite=True)
         (out / "surgery_manifest.json").write_text("{}")
-    assert convert(source, target, out, base=base, overwrite=True).output == out
+    assert convert(source, target, output=out, base=base, overwrite=True).output == out
     assert read_adapter(out).format == target
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -243,7 +243,7 @@ def test_a_writer_that_errs_is_caught_by_the_proof(
     monkeypatch.setattr(room, "format_named", lambda name: Liar())
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(ProofError, match="differ") as caught:
-        convert(source, target, tmp_path / "out.safetensors", base=base)
+        convert(source, target, output=tmp_path / "out.safetensors", base=base)
     assert caught.value.exit_code == 5
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -263,7 +263,7 @@ def test_half_precision_is_kept_and_folding_widens(tmp_path: Path) -> None:
         lora_alpha=2,
         alpha_pattern={"v_proj": 3},
     )
-    convert(source, "mlx", tmp_path / "b")
+    convert(source, "mlx", output=tmp_path / "b")
     kinds = {name: value.dtype for name, value in load_file(tmp_path / "b/adapters.safetensors").items()}
     assert kinds.pop("model.layers.0.self_attn.v_proj.lora_b") == np.float32
     assert set(kinds.values()) == {np.dtype(np.float16)}
@@ -272,13 +272,13 @@ def test_half_precision_is_kept_and_folding_widens(tmp_path: Path) -> None:
 
 def test_a_type_can_be_chosen(tmp_path: Path) -> None:
     source = _simple(tmp_path / "a")
-    result = convert(source, "mlx", tmp_path / "b", dtype="fp16")
+    result = convert(source, "mlx", output=tmp_path / "b", dtype="fp16")
     assert {v.dtype for v in load_file(tmp_path / "b/adapters.safetensors").values()} == {np.dtype(np.float16)}
     assert 1e-6 < result.max_error < 2e-3
     with pytest.raises(FitError, match="factors cannot be stored"):
-        convert(source, "mlx", tmp_path / "c", dtype="i8")
+        convert(source, "mlx", output=tmp_path / "c", dtype="i8")
     with pytest.raises(FitError, match="no type 'nonsense'"):
-        convert(source, "mlx", tmp_path / "c", dtype="nonsense")
+        convert(source, "mlx", output=tmp_path / "c", dtype="nonsense")
 
 
 def test_a_value_too_large_for_the_type(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_value_too_large_for_the_type(tmp_path: Path) -> None:
         r=2,
     )
     with pytest.raises(FitError, match="too large for F16"):
-        convert(source, "mlx", tmp_path / "b", dtype="fp16")
+        convert(source, "mlx", output=tmp_path / "b", dtype="fp16")
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -298,13 +298,13 @@ def test_the_name_of_a_kohya_file_must_say_so(tmp_path: Path) -> None:
         f"base_model.model.conv_in.lora_{s}.weight": draw(1, *z) for s, z in (("A", (2, 3, 3, 3)), ("B", (4, 2, 1, 1)))
     }
     with pytest.raises(FitError, match=r"\.safetensors"):
-        convert(write_peft(tmp_path / "a", tensors, r=2), "kohya", tmp_path / "x", base=base)
+        convert(write_peft(tmp_path / "a", tensors, r=2), "kohya", output=tmp_path / "x", base=base)
 
 
 def test_a_tokenizer_beside_the_adapter_comes_along(tmp_path: Path) -> None:
     source = _simple(tmp_path / "a")
     (source / "tokenizer.json").write_text("{}")
-    convert(source, "mlx", tmp_path / "b")
+    convert(source, "mlx", output=tmp_path / "b")
     assert (tmp_path / "b/tokenizer.json").read_text() == "{}"
 
 
@@ -324,14 +324,14 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(single, "write_all", full)
     with pytest.raises(ResourceError, match="no space"):
-        convert(source, "kohya", tmp_path / "x.safetensors", base=base)
+        convert(source, "kohya", output=tmp_path / "x.safetensors", base=base)
     assert sorted(os.listdir(tmp_path)) == ["a", "base"]
 
 
 def test_the_base_name_survives(tmp_path: Path) -> None:
     source = _simple(tmp_path / "a", base_model_name_or_path="org/model")
-    convert(source, "mlx", tmp_path / "b")
-    convert(tmp_path / "b", "peft", tmp_path / "c")
+    convert(source, "mlx", output=tmp_path / "b")
+    convert(tmp_path / "b", "peft", output=tmp_path / "c")
     assert config_of(tmp_path / "c")["base_model_name_or_path"] == "org/model"
     with safe_open(tmp_path / "c/adapter_model.safetensors", "np") as opened:
         assert opened.metadata() == {"format": "pt"}
@@ -348,7 +348,7 @@ elif place == "synced":
     single.rename_new = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 else:
     single.sync_folder = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
-convert(sys.argv[2], "kohya", sys.argv[3], base=sys.argv[4])
+convert(sys.argv[2], "kohya", output=sys.argv[3], base=sys.argv[4])
 """
 
 
@@ -365,6 +365,6 @@ def test_a_killed_run_leaves_a_whole_file_or_none_and_the_next_cleans_up(tmp_pat
     assert done.returncode == -9
     assert out.exists() == (place == "renamed")
     if not out.exists():
-        convert(source, "kohya", out, base=base)
+        convert(source, "kohya", output=out, base=base)
     assert len(read_adapter(out).updates) == 1
     assert sorted(os.listdir(tmp_path)) == ["a", "base", "x.safetensors"]

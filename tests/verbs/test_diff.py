@@ -87,7 +87,7 @@ def test_one_delta_in_other_factors_and_formats_is_equal(tmp_path: Path) -> None
     a, b = lora(tmp_path / "a", (Q, 1, 3)), lora(tmp_path / "b", (Q, 5, 2))
     combine([(a, 1.0), (b, 1.0)], output=tmp_path / "cat")
     combine([(a, 1.0), (b, 1.0)], output=tmp_path / "svd", method="svd")
-    convert(tmp_path / "svd", "mlx", tmp_path / "mlx")
+    convert(tmp_path / "svd", "mlx", output=tmp_path / "mlx")
     for other in ("svd", "mlx"):
         found = adapters(tmp_path / "cat", tmp_path / other)
         assert found.equal, found

@@ -202,7 +202,7 @@ def test_a_byte_that_rots_on_its_way_fails_the_proof(
 
     monkeypatch.setattr(OutputFile, name, rotten)
     with pytest.raises(ProofError):
-        surgery.merge(*pair, output=tmp_path / "out", verify="full")
+        surgery.merge(*pair, output=tmp_path / "out", verify_copies=True)
     assert set(os.listdir(tmp_path)) == {"base", "lora"}
 
 

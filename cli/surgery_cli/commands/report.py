@@ -52,7 +52,7 @@ def command(
 
     paths = [resolve(reference) for reference in references]
     model = None if base is None else resolve(base)
-    result = report(paths, model, tasks)
+    result = report(paths, base=model, tasks=tasks)
     summary = result.summary()
     if markdown is not None:
         _write(summary.as_markdown(), markdown, paths, overwrite)

@@ -26,7 +26,7 @@ from surgery_formats.tensors.views import View, rows, whole
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Fit, Linear, Offset, Replacement, Stacked, TokenRows, Unsized, Update
 
-__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base"]
+__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base", "widest_of"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
     for number, (adapter, weight) in enumerate(adapters):
         _check_mergeable(adapter)
         chains, missing = _locate(adapter, checkpoint, new_biases=new_biases)
-        for chain in _sized(chains):
+        for chain in _sized(chains, adapter, checkpoint):
             for operation in _operate(chain, adapter, number, weight):
                 bound.setdefault(operation.key, []).append(operation)
         _check_missing(missing, adapter, checkpoint)
@@ -129,14 +129,10 @@ def _locate(
     return tuple(chains), tuple(missing)
 
 
-def _sized(chains: Sequence[_LocatedChain]) -> Iterator[_LocatedChain]:
+def _sized(chains: Sequence[_LocatedChain], adapter: Adapter, checkpoint: Checkpoint) -> Iterator[_LocatedChain]:
     """`chains` with the sizes that their files do not tell, taken from the weights they meet."""
-    widest: dict[str, tuple[int, int]] = {}
-    for chain in chains:
-        rows_, cols = extent(chain.slices)
-        for kind in {update.kind for update in chain.updates}:
-            known = widest.get(kind, (0, 0))
-            widest[kind] = max(known[0], rows_), max(known[1], cols)
+    kinds = {update.kind for chain in chains for update in chain.updates if isinstance(update, Unsized)}
+    widest = {kind: widest_of(kind, adapter, checkpoint) for kind in kinds}
     for chain in chains:
         updates = (
             update.fitted(fit_of(chain.slices, widest[update.kind])) if isinstance(update, Unsized) else update
@@ -238,6 +234,16 @@ def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int]) -> Fit:
     sizes = storage.sizes
     kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
     return Fit(extent(places), kernel, widest)
+
+
+def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
+    """``(out, in)``, each the greatest of all weights for which `adapter` has updates of `kind`."""
+    shapes = [(0, 0)]
+    for site, chain in adapter.updates.items():
+        if any(update.kind == kind for update in chain):
+            names = _component_of(site, adapter, checkpoint).names
+            shapes += [extent(found)] if (found := names.resolve(site.path, flat=site.flat)) else []
+    return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
 
 
 def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:

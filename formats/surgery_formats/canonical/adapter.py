@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Update
 
-__all__ = ["Adapter", "Ignored", "ModuleKind", "Site"]
+__all__ = ["Adapter", "Ignored", "ModuleKind", "Site", "WeightedAdapter"]
 
 ModuleKind = Literal["", "linear", "embedding", "convolution", "norm", "experts", "attention output"]
 """What kind of module holds a parameter, as far as the adapter's file tells; empty where only the base can.
@@ -60,7 +61,7 @@ class Ignored:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Adapter:
     """What was trained, before any base is known.
 
@@ -103,6 +104,18 @@ class Adapter:
     optional: frozenset[Site] = frozenset()
     keeps_ties: bool = False
 
+    def __repr__(self) -> str:
+        return f"<Adapter {str(self.path)!r}: {self.format} {self.kind}, {len(self.updates)} updates>"
+
+    def __mul__(self, weight: float) -> WeightedAdapter:
+        """This adapter at `weight` times its strength: ``adapter * 0.7``, ``-0.3 * adapter``, ``-adapter``."""
+        return WeightedAdapter(self, 1.0).__mul__(weight)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> WeightedAdapter:
+        return self * -1.0
+
     @property
     def files(self) -> tuple[File, ...]:
         """The files its tensors lie in."""
@@ -136,3 +149,27 @@ class Adapter:
         used |= {entry.tensor.name for entry in self.ignored}
         used |= {self.prompt.table.name} if self.prompt else set()
         return tuple(tensor for tensor in self.tensors if tensor.name not in used)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """An adapter and what its updates are multiplied by; made by ``adapter * 0.7``."""
+
+    adapter: Adapter
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.adapter.path.name
+
+    def __mul__(self, weight: float) -> WeightedAdapter:
+        """The weights multiply."""
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            return NotImplemented
+        return replace(self, weight=self.weight * float(weight))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> WeightedAdapter:
+        return self * -1.0

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes on disk: safetensors, sharded folders, torch pickles, and folders that appear complete or not at all."""
+"""Files: bounded reading of inputs, and outputs that appear complete or not at all."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON from strangers: bounded in size, no duplicate keys, no NaN, no giant integers."""
+"""Untrusted JSON: bounded in size and depth, without duplicate keys, NaN or giant integers."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ CONFIG_LIMIT = 4 << 20
 INDEX_LIMIT = 64 << 20
 TOKENIZER_LIMIT = 256 << 20
 _DEPTH = 64
-_DIGITS = 300  # of one number; Python parses ints in quadratic time
+_DIGITS = 300  # per number; Python parses integers in quadratic time
 
 
 def parse_object(raw: bytes | bytearray, *, file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in `raw`.
+    """Parse the JSON object in `raw`.
 
     Raises:
-        MalformedError: not UTF-8, not JSON, not an object, too deep, a key twice, NaN or Infinity, a number beyond float64.
+        MalformedError: not UTF-8, not JSON, not an object, nested too deep, a repeated key, NaN or Infinity, or a
+            number that float64 cannot hold.
     """
 
     def fail(what: str) -> MalformedError:
         return MalformedError(what, file=file)
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
+        values = dict(items)
+        if len(values) != len(items):
             seen: set[str] = set()
-            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise fail(f"the key '{show(twice)}' appears twice")
-        return found
+            repeated = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise fail(f"the key '{show(repeated)}' appears twice")
+        return values
 
     def constant(text: str) -> Any:
         raise fail(f"{text} is not JSON")
@@ -53,23 +54,23 @@ def parse_object(raw: bytes | bytearray, *, file: str | os.PathLike[str]) -> dic
         return value
 
     try:
-        found = json.loads(
+        document = json.loads(
             raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=integer, parse_float=real
         )
     except MalformedError:
         raise
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise fail(f"not JSON ({show(error)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise fail("not a JSON object")
-    if _too_deep(found):
+    if _too_deep(document):
         raise fail(f"nested deeper than {_DEPTH}")
-    return found
+    return document
 
 
-def _too_deep(found: dict[str, Any]) -> bool:
-    """Level by level, so that no depth is too deep for this."""
-    level: list[Any] = [found]
+def _too_deep(document: dict[str, Any]) -> bool:
+    """Whether the document is nested too deep; iterative, so that depth cannot overflow the stack."""
+    level: list[Any] = [document]
     for _ in range(_DEPTH):
         level = [
             inner
@@ -83,11 +84,11 @@ def _too_deep(found: dict[str, Any]) -> bool:
 
 
 def read_object(path: str | os.PathLike[str], limit: int = CONFIG_LIMIT) -> dict[str, Any]:
-    """The JSON object in the file `path` of at most `limit` bytes.
+    """Read the JSON object in the file `path`, of at most `limit` bytes.
 
     Raises:
         NotFoundError: no such file.
-        MalformedError: too large, or see `parse_object`.
+        MalformedError: the file is too large, or as `parse_object`.
     """
     opened = open_file(path)
     if opened.size > limit:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular files opened once, read by position, and watched for change until the work that used them is committed."""
+"""Regular files: opened once, read by position, and checked for changes before the work is committed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["File", "open_file", "stays_inside"]
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class File:
-    """An open regular file: its descriptor lives as long as this object.
+    """An open regular file; its descriptor lives as long as this object.
 
     Attributes:
-        path: As given.
-        fd: Read-only descriptor; position is never used (`os.pread`).
-        size: In bytes, when opened.
+        path: The path it was opened by.
+        fd: Read-only descriptor; its position is never used (`os.pread`).
+        size: Size in bytes when opened.
         identity: ``(device, inode, size, mtime_ns)`` when opened; `check_unchanged` compares with it.
     """
 
@@ -31,10 +31,10 @@ class File:
     identity: tuple[int, int, int, int]
 
     def read(self, offset: int, nbytes: int) -> bytearray:
-        """`nbytes` bytes from `offset`, in a buffer of the caller's own.
+        """Return `nbytes` bytes from `offset` in a new buffer.
 
         Raises:
-            MalformedError: the file ends before.
+            MalformedError: the file ends too early.
         """
         buffer = bytearray(nbytes)
         self.read_into(memoryview(buffer), offset)
@@ -44,19 +44,19 @@ class File:
         """Fill `buffer` (bytes) from `offset`.
 
         Raises:
-            MalformedError: the file ends before.
+            MalformedError: the file ends too early.
         """
         done = 0
         while done < len(buffer):
-            got = os.preadv(self.fd, [buffer[done:]], offset + done)
-            if got == 0:
+            count = os.preadv(self.fd, [buffer[done:]], offset + done)
+            if count == 0:
                 raise MalformedError(
                     f"the file ends at byte {offset + done}, {len(buffer) - done} bytes early", file=self.path
                 )
-            done += got
+            done += count
 
     def check_unchanged(self) -> None:
-        """Law 2: a copied range is proved by the identity of its source.
+        """Check that the file is still the one opened: this proves the ranges copied from it.
 
         Raises:
             ProofError: the file was replaced or written to since it was opened.
@@ -64,22 +64,22 @@ class File:
         try:
             by_name = _identity(os.stat(self.path))
         except OSError as error:
-            raise ProofError("the input went away while it was read", file=self.path, hint="run again") from error
+            raise ProofError("the input disappeared while it was read", file=self.path, hint="run again") from error
         if by_name != self.identity or _identity(os.fstat(self.fd)) != self.identity:
             raise ProofError("the input changed while it was read", file=self.path, hint="run again")
 
 
-def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_file(path: str | os.PathLike[str]) -> File:
     """Open a regular file for reading.
 
-    Pipes, devices and folders are refused rather than waited for (O_NONBLOCK, then fstat).
+    Pipes, devices and folders are refused without blocking (O_NONBLOCK, then fstat).
 
     Raises:
-        NotFoundError: nothing there, or no permission.
+        NotFoundError: the file does not exist or may not be read.
         MalformedError: not a regular file.
     """
     where = Path(path)
@@ -89,20 +89,20 @@ def open_file(path: str | os.PathLike[str]) -> File:
         raise NotFoundError("not a usable file name", file=where) from error
     except OSError as error:
         raise NotFoundError(error.strerror or "cannot be opened", file=where) from error
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode):
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         raise MalformedError("not a regular file", file=where)
-    opened = File(where, fd, found.st_size, _identity(found))
+    opened = File(where, fd, status.st_size, _identity(status))
     weakref.finalize(opened, os.close, fd)
     return opened
 
 
 def stays_inside(path: Path) -> bool:
-    """Whether `path`, links followed, lies in its folder or in the blobs of the cache around it."""
+    """Whether `path`, with links followed, lies in its folder or in the blobs of the hub cache around it."""
     try:
         folder, target = path.parent.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # a loop of links
+    except (OSError, RuntimeError):  # a cycle of links
         return False
     if target.parent == folder:
         return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How numbers become codes, in numbers alone: planning and inspecting need sizes, not torch."""
+"""Codings of numbers, without torch: planning and inspecting need only sizes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Coding:
     """A way to store numbers as codes.
 
     Attributes:
-        name: ``int8``, ``int4``.
-        bits: Of a code.
-        group: Consecutive numbers that share a scale.
+        name: ``int8`` or ``int4``.
+        bits: Bits per code.
+        group: Number of consecutive values that share a scale.
     """
 
     name: str
@@ -24,17 +24,17 @@ class Coding:
 
     @property
     def largest(self) -> int:
-        """Codes lie between this and its negative."""
+        """The largest code; codes lie between it and its negative."""
         return (1 << (self.bits - 1)) - 1
 
     def scales(self, numel: int) -> int:
-        """Number of scales for `numel` numbers."""
+        """Return the number of scales for `numel` values."""
         return -(-numel // self.group)
 
     def nbytes(self, numel: int) -> int:
-        """Bytes of `numel` numbers: codes and bfloat16 scales."""
+        """Return the size of `numel` values in bytes: codes and bfloat16 scales."""
         return -(-numel * self.bits // 8) + 2 * self.scales(numel)
 
 
 CODINGS = {coding.name: coding for coding in (Coding("int8", 8, 64), Coding("int4", 4, 32))}
-"""By name. Error and size of each: docs/compact.md."""
+"""Codings by name. Error and size of each: docs/compact.md."""

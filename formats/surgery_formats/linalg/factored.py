@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact algebra of matrices given as products ``B A``: sums, norms, singular values and the best lower rank, never forming them.
+"""Exact algebra of products ``B A`` without forming them: sums, norms, singular values, and the best lower rank.
 
-With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` all that is asked of ``B A = Q_B (R_B R_A^T) Q_A^T`` is asked of the small core between two
-orthonormal bases. Norms from the core do not cancel, as ``tr(B^T B A A^T)`` does for the difference of two almost equal matrices.
+With ``B = Q_B R_B`` and ``A^T = Q_A R_A``, ``B A = Q_B (R_B R_A^T) Q_A^T``: a small core between two orthonormal bases.
+Norms of the core do not suffer from cancellation, as ``tr(B^T B A A^T)`` does for nearly equal matrices.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.matrix import one_thread
 
-__all__ = ["Reranked", "concatenated", "factored_inner", "factored_norm", "relative_error", "rerank", "singular_values"]
+__all__ = ["concatenated", "factored_inner", "factored_norm", "relative_error", "rerank", "singular_values"]
 
 
-class Reranked(NamedTuple):
-    """The best product of a given rank.
+class LowRankProduct(NamedTuple):
+    """The best approximation ``B A`` of a given rank.
 
     Attributes:
         B: ``(m, r)``.
-        A: ``(r, n)``; the square root of each singular value is in either factor.
+        A: ``(r, n)``; each factor holds the square root of every singular value.
         lost: ``||B_0 A_0 - B A||_F``, the least possible at this rank.
     """
 
@@ -36,15 +36,15 @@ class Reranked(NamedTuple):
 def concatenated(
     terms: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``sum_i w_i B_i A_i`` as one product, exactly: ``[w_1 B_1, w_2 B_2, ...]`` and ``[A_1; A_2; ...]``, in the factors' dtype.
+    """``sum_i w_i B_i A_i`` as one exact product: ``[w_1 B_1, w_2 B_2, ...]`` and ``[A_1; A_2; ...]``, same dtype.
 
     Args:
         terms: ``(B_i (m, r_i), A_i (r_i, n))``; ranks may differ.
-        weights: One per term, of either sign; all 1 by default.
+        weights: One per term, of either sign; 1 by default.
 
     Raises:
-        ValueError: No terms, or not one weight per term.
-        FitError: The terms' shapes differ.
+        ValueError: no terms, or not one weight per term.
+        FitError: the terms' shapes differ.
     """
     weights = [1.0] * len(terms) if weights is None else weights
     if not terms or len(weights) != len(terms):
@@ -57,7 +57,7 @@ def concatenated(
 
 
 def singular_values(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Of ``B A``, ``(min(m, n, r),)``, float64, descending."""
+    """Singular values of ``B A``, ``(min(m, n, r),)``, float64, descending."""
     with torch.no_grad(), one_thread():
         values: torch.Tensor = torch.linalg.svdvals(_core(B, A)[1])
         return values
@@ -73,7 +73,7 @@ def factored_inner(B: torch.Tensor, A: torch.Tensor, other_B: torch.Tensor, othe
     """``<B A, B' A'>_F = sum_ij (B^T B')_ij (A A'^T)_ij``, in float64.
 
     Raises:
-        FitError: The matrices' shapes differ.
+        FitError: the matrices' shapes differ.
     """
     if _shape(B, A) != _shape(other_B, other_A):
         raise FitError(f"matrices of shapes {_shape(B, A)} and {_shape(other_B, other_A)} have no inner product")
@@ -85,10 +85,10 @@ def relative_error(exact: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.
     """``||B A - B' A'||_F / ||B A||_F`` of ``exact = (B, A)`` and ``other = (B', A')``, in float64.
 
     Returns:
-        0 where both are zero, infinite where only the first is.
+        0 if both are zero, infinite if only the first is.
 
     Raises:
-        FitError: The matrices' shapes differ.
+        FitError: the matrices' shapes differ.
     """
     error = factored_norm(*concatenated([(B.double(), A.double()) for B, A in (exact, other)], [1.0, -1.0]))
     size = factored_norm(*exact)
@@ -97,19 +97,19 @@ def relative_error(exact: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.
     return error / size
 
 
-def rerank(B: torch.Tensor, A: torch.Tensor, rank: int) -> Reranked:
-    """The product of rank `rank` nearest to ``B A``, optimal by Eckart and Young.
+def rerank(B: torch.Tensor, A: torch.Tensor, rank: int) -> LowRankProduct:
+    """Return the product of rank `rank` nearest to ``B A`` (Eckart and Young).
 
     Args:
         B: ``(m, r)``.
         A: ``(r, n)``.
-        rank: Of the result; more than ``min(m, n, r)`` is cut.
+        rank: Rank of the result, capped at ``min(m, n, r)``.
 
     Returns:
-        In the factors' dtype, computed in float64.
+        Factors in the inputs' dtype, computed in float64.
 
     Raises:
-        ValueError: A rank below 1.
+        ValueError: the rank is below 1.
     """
     if rank < 1:
         raise ValueError(f"rank {rank} is not positive")
@@ -117,10 +117,10 @@ def rerank(B: torch.Tensor, A: torch.Tensor, rank: int) -> Reranked:
         left, core, right = _core(B, A)
         u, s, vh = torch.linalg.svd(core, full_matrices=False)
         root = s[:rank].sqrt()
-        made = left @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ right.T
-        flip = torch.where(made[0].gather(0, made[0].abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+        product = left @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ right.T
+        flip = torch.where(product[0].gather(0, product[0].abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
         lost = math.sqrt(float(s[rank:].square().sum()))
-        return Reranked((made[0] * flip).to(B.dtype), (made[1] * flip.T).to(A.dtype), lost)
+        return LowRankProduct((product[0] * flip).to(B.dtype), (product[1] * flip.T).to(A.dtype), lost)
 
 
 def _core(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive block Krylov: the leading singular vectors of a matrix from a few products with it.
 
-Block Golub-Kahan with full re-orthogonalisation and Rayleigh-Ritz on the whole basis (Musco and Musco, arXiv:1504.05477; block sizes
-after Meyer, Musco and Musco, arXiv:2305.02535). A new block is orthogonalised against the basis before *and after* it is normalised: on
-a difference of low rank, such as a merged LoRA, what is left of it is rounding noise, and normalising amplifies that noise's share of
-the basis.
+Block Golub-Kahan with full re-orthogonalisation and Rayleigh-Ritz on the whole basis (Musco and Musco,
+arXiv:1504.05477; block sizes after Meyer, Musco and Musco, arXiv:2305.02535). A new block is orthogonalised against the
+basis before *and after* it is normalised: on a difference of low rank, such as a merged LoRA, the remainder is rounding
+noise, and normalising amplifies its overlap with the basis.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from surgery_formats.linalg.panel import noise, orthonormal, within, without
 __all__ = ["CertifiedBasis", "block_size", "krylov"]
 
 _EXACT = 5e-7
-"""Residual, relative to the norm, at which a matrix is of the rank asked for, exactly."""
+"""Residual, relative to the norm, below which a matrix has exactly the requested rank."""
 _ROUNDING = 16.0
-"""Units of the last place, relative to the norm, that products and orthogonalisation may lose."""
+"""Units in the last place, relative to the norm, that products and orthogonalisation may lose."""
 _LOOK = 1e-6
-"""Share of the energy below which the residual is measured: the difference of two energies is rounding noise there."""
+"""Share of the energy below which the residual is measured, because the difference of energies is rounding noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class CertifiedBasis:
-    """What a basis gives, for ``M`` of the `Operator`.
+    """A basis with its error bound, for ``M`` of the `Operator`.
 
     Attributes:
         left: ``(r, short)``, rows orthonormal to rounding.
         right: ``left M``, ``(r, long)``.
-        excess: See `surgery_formats.linalg.certificate`.
+        excess: Bound on the energy missed, see `surgery_formats.linalg.certificate`.
         steps: Blocks in the basis.
     """
 
@@ -47,27 +47,32 @@ class CertifiedBasis:
 
 
 def block_size(rank: int | None) -> int:
-    """Columns per block: enough to hold small ranks at once; for large ones, smaller blocks and more steps need fewer products."""
+    """Columns per block: one block for a small rank; for a large one, smaller blocks need fewer products in total."""
     if rank is None:
         return 32
     return rank + 8 if rank <= 32 else min(128, max(40, (rank // 2 + 7) // 8 * 8))
 
 
 def krylov(
-    op: Operator, wanted: Callable[[torch.Tensor, float], int | None], block: int, most: int, target: float, seed: int
+    op: Operator,
+    choose: Callable[[torch.Tensor, float], int | None],
+    block: int,
+    most: int,
+    target: float,
+    seed: int,
 ) -> CertifiedBasis | None:
     """Extend a basis until it is certified.
 
     Args:
         op: The matrix.
-        wanted: ``(theta^2 descending, ||M||_F^2) -> how many to keep``, None where the basis holds too few.
+        choose: ``(theta^2 descending, ||M||_F^2) -> number to keep``, or None if the basis holds too few.
         block: Columns per step.
-        most: Columns at which to give up.
-        target: Bound on the distance from the optimum at which a basis is good enough.
-        seed: Of the start block.
+        most: Number of columns at which to give up.
+        target: Greatest acceptable ratio to the optimum.
+        seed: Seed of the start block.
 
     Returns:
-        None if `most` columns were not enough. Where float32 is too coarse for the target, float64 is used.
+        None if `most` columns were not enough. If float32 is too coarse for the target, float64 is used.
     """
     rounding = (_ROUNDING * torch.finfo(op.dtype).eps) ** 2 * op.norm2
     basis = torch.empty(min(most, 8 * block) + block, op.short, dtype=op.dtype, device=op.device)  # rows are vectors
@@ -75,65 +80,65 @@ def krylov(
     small = torch.zeros(len(basis), len(basis), dtype=torch.float64)
     filler = noise((block, op.short), seed + 1, op.dtype, op.device)
     fresh = op.times(noise((block, op.long), seed, op.dtype, op.device))
-    support = (fresh != 0).any(0)  # rows of M that hold anything: the others are no part of any direction
-    have, steps, next_check, progress = 0, 0, 0, Convergence()
-    while have + block <= most:
-        if have + block > len(basis):
+    support = (fresh != 0).any(0)  # non-zero rows of M: zero rows are part of no direction
+    size, steps, next_check, progress = 0, 0, 0, Convergence()
+    while size + block <= most:
+        if size + block > len(basis):
             basis, image = _grown(basis, len(basis)), _grown(image, len(image))
             small = torch.nn.functional.pad(small, (0, len(small), 0, len(small)))
-        old, at, have, steps = have, slice(have, have + block), have + block, steps + 1
+        old, at, size, steps = size, slice(size, size + block), size + block, steps + 1
         basis[at] = _next(fresh, basis[:old], filler.roll(steps, 1))
         image[at] = op.adjoint(basis[at])
-        fresh = without(op.times(image[at]), basis[:have])
-        new, wide = image[at].double() @ image[:have].double().T, fresh.double()
-        new, beyond = torch.split(torch.cat([new, wide @ wide.T], 1).cpu(), [have, block], 1)  # the one wait of a step
-        small[at, :have], small[:have, at] = new, new.T
-        if have < next_check:
+        fresh = without(op.times(image[at]), basis[:size])
+        new, wide = image[at].double() @ image[:size].double().T, fresh.double()
+        new, beyond = torch.split(torch.cat([new, wide @ wide.T], 1).cpu(), [size, block], 1)  # the only wait of a step
+        small[at, :size], small[:size, at] = new, new.T
+        if size < next_check:
             continue
-        next_check = int(have * 1.12)  # large bases: their eigenvectors cost more than a step
-        ritz, vectors = torch.linalg.eigh(small[:have, :have])
+        next_check = int(size * 1.12)  # the eigenvectors of a large basis cost more than a step
+        ritz, vectors = torch.linalg.eigh(small[:size, :size])
         ritz, vectors = ritz.flip(0).clamp_min(0), vectors.flip(1)
-        keep = wanted(ritz, op.norm2)
+        keep = choose(ritz, op.norm2)
         if keep is None:
-            if _hopeless(ritz, op.norm2, wanted, most):
+            if _hopeless(ritz, op.norm2, choose, most):
                 return None
             continue
-        if keep >= have:
+        if keep >= size:
             continue
-        held = float(ritz[:keep].sum())
-        rest = op.norm2 - held
+        energy = float(ritz[:keep].sum())
+        rest = op.norm2 - energy
         enough = allowed_excess(rest, target) - rounding
-        excess = progress.expected(keep, have, held)
+        excess = progress.expected(keep, size, energy)
         if excess > enough:  # cheap bounds first
-            last, near = vectors[old:], slice(max(0, old - block), have)
+            last, near = vectors[old:], slice(max(0, old - block), size)
             edge = outside_norm(small[near, near], beyond)
             excess = min(excess, excess_energy(ritz, last.T @ (beyond @ last), keep, edge, enough))
         excess += rounding
-        found = None
+        best = None
         if rest < _LOOK * op.norm2:
-            found = _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], support, excess, steps)
-            rest = residual(op, found) ** 2
+            best = _ritz_vectors(basis[:size], image[:size], vectors[:, :keep], support, excess, steps)
+            rest = residual(op, best) ** 2
             if rest <= _EXACT**2 * op.norm2:
-                return found
+                return best
             if ratio_bound(rest, rounding) > target and op.dtype == torch.float32:
-                return krylov(op.in_float64(), wanted, block, most, target, seed)
+                return krylov(op.in_float64(), choose, block, most, target, seed)
         if ratio_bound(rest, excess) <= target:
-            return found or _ritz_vectors(basis[:have], image[:have], vectors[:, :keep], support, excess, steps)
+            return best or _ritz_vectors(basis[:size], image[:size], vectors[:, :keep], support, excess, steps)
     return None
 
 
-def residual(op: Operator, found: CertifiedBasis) -> float:
-    """``||M - left^T right||_F``, element by element."""
-    left, right = (found.right, found.left) if op.turned else (found.left, found.right)
+def residual(op: Operator, approximation: CertifiedBasis) -> float:
+    """``||M - left^T right||_F``, formed element by element."""
+    left, right = (approximation.right, approximation.left) if op.turned else (approximation.left, approximation.right)
     return math.sqrt(float(op.left_over(left.T, right, op.dtype).sum()))
 
 
-def _hopeless(ritz: torch.Tensor, norm2: float, wanted: Callable[[torch.Tensor, float], int | None], most: int) -> bool:
-    """Whether even `most` columns, all as large as the smallest converged value of this basis, would hold too little."""
+def _hopeless(ritz: torch.Tensor, norm2: float, choose: Callable[[torch.Tensor, float], int | None], most: int) -> bool:
+    """Whether even `most` columns, all as large as the smallest converged value so far, would hold too little."""
     typical = float(ritz[len(ritz) // 2])
     more = max(0, most - len(ritz))
     imagined = torch.cat([ritz, torch.full((more,), typical, dtype=ritz.dtype)])
-    return wanted(imagined, norm2) is None
+    return choose(imagined, norm2) is None
 
 
 def _ritz_vectors(
@@ -144,8 +149,8 @@ def _ritz_vectors(
 
 
 def _next(block: torch.Tensor, basis: torch.Tensor, filler: torch.Tensor) -> torch.Tensor:
-    made = orthonormal(block, filler)
-    return orthonormal(without(made.to(basis.dtype), basis), filler) if len(basis) else made
+    fresh = orthonormal(block, filler)
+    return orthonormal(without(fresh.to(basis.dtype), basis), filler) if len(basis) else fresh
 
 
 def _grown(rows: torch.Tensor, more: int) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A matrix that can be multiplied from both sides, whether it lies in memory or is read row block by row block."""
+"""Matrices that can be multiplied from both sides, in memory or read in blocks of rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from surgery_formats.errors import FitError
 __all__ = ["MatrixSource", "Operator", "one_thread"]
 
 _BLOCK = 1 << 23
-"""Elements read at a time from a source: 32 MB of float32."""
+"""Elements read from a source at a time: 32 MB of float32."""
 _SAFE = (1e-15, 1e15)
-"""Norms whose squares, and whose elements' squares, are ordinary numbers in float32."""
+"""Norms whose squares, and those of the elements, are normal numbers in float32."""
 
 
 class MatrixSource(Protocol):
-    """A matrix that need not lie in memory.
+    """A matrix that is not necessarily in memory.
 
     Attributes:
         shape: ``(m, n)``.
@@ -34,13 +34,13 @@ class MatrixSource(Protocol):
         ...
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start:stop``, ``(stop - start, n)``, of a floating dtype, on any device; the same values each time."""
+        """Rows ``start:stop``, ``(stop - start, n)``, of a floating dtype, on any device; repeatable."""
         ...
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Do this thread's arithmetic in one thread: QR and gemm round differently when split over a different number of them."""
+    """Limit this thread to one core: QR and gemm round differently when split over different numbers of threads."""
     before = torch.get_num_threads()
     if before == 1:
         yield
@@ -53,15 +53,15 @@ def one_thread() -> Iterator[None]:
 
 
 class Operator:
-    """``M``, the matrix `D` turned so that its rows are the short side and scaled so that ``1 <= ||M||_F < 2``, to rounding.
+    """The matrix ``M``: `D`, transposed so that its rows are the short side, scaled to about ``1 <= ||M||_F < 2``.
 
     Attributes:
         shape: ``(m, n)`` of `D`.
         turned: Whether ``M = D^T / scale`` rather than ``D / scale``.
         scale: A power of two, so that scaling is exact; without it the squares of small deltas underflow.
         norm2: ``||M||_F^2``, summed in float64; 0 for a matrix of zeros.
-        dtype: Of products, float32 or float64.
-        device: Where they are made.
+        dtype: Type of the products, float32 or float64.
+        device: Where the products are computed.
     """
 
     def __init__(
@@ -93,28 +93,28 @@ class Operator:
         self.norm2 = norm2 / self.scale / self.scale
 
     def in_float64(self) -> Operator:
-        """The same matrix, scaled alike, with products in float64.
+        """Return the same matrix, with the same scale, with products in float64.
 
-        A scale of its own would be another one where the norm lies so near a power of two that rounding decides on which side, and
-        what either operator finds is used with the other.
+        A scale of its own could differ where the norm is so near a power of two that rounding decides, and results of
+        the two operators are mixed.
         """
-        made = copy.copy(self)
-        made.dtype = torch.float64
-        made.norm2 = made._norm2() / self.scale / self.scale
-        return made
+        operator = copy.copy(self)
+        operator.dtype = torch.float64
+        operator.norm2 = operator._norm2() / self.scale / self.scale
+        return operator
 
     def blocks(self, dtype: torch.dtype | None = None, first: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """``(start, stop, rows start:stop of D)`` from row `first` on, unscaled; all at once where nothing has to be read or converted."""
+        """Yield ``(start, stop, rows start:stop of D)`` from row `first`, unscaled; one block if unconverted."""
         m, n = self.shape
         dtype = dtype or self.dtype
         whole = isinstance(self._matrix, torch.Tensor) and self._matrix.dtype == dtype
         step = m if whole else max(1, _BLOCK // max(1, n))
         for start in range(first, m, step):
             stop = min(m, start + step)
-            found = (
+            block = (
                 self._matrix[start:stop] if isinstance(self._matrix, torch.Tensor) else self._matrix.rows(start, stop)
             )
-            yield start, stop, found.to(self.device, dtype)
+            yield start, stop, block.to(self.device, dtype)
 
     def times(self, rows: torch.Tensor) -> torch.Tensor:
         """``(M x)^T``, ``(b, short)``, for vectors ``x^T`` as `rows`, ``(b, long)``."""
@@ -125,71 +125,71 @@ class Operator:
         return self._forward(rows) if self.turned else self._adjoint(rows)
 
     def gram(self) -> torch.Tensor:
-        """``M M^T``, ``(short, short)``, float64, in one pass where rows are the long side."""
-        made = torch.zeros(self.short, self.short, dtype=torch.float64, device=self.device)
+        """``M M^T``, ``(short, short)``, float64; one pass if rows are the long side."""
+        gram = torch.zeros(self.short, self.short, dtype=torch.float64, device=self.device)
         for start, stop, rows in self.blocks(torch.float64):
             rows = rows / self.scale
             if self.turned:
-                made.addmm_(rows.T, rows)
+                gram.addmm_(rows.T, rows)
                 continue
             for begin, end, others in self.blocks(torch.float64, start):
                 part = rows @ (others / self.scale).T
-                made[start:stop, begin:end] = part
-                made[begin:end, start:stop] = part.T
-        return made
+                gram[start:stop, begin:end] = part
+                gram[begin:end, start:stop] = part.T
+        return gram
 
     def left_over(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Squared norm of every row of ``D / scale - left right``, ``(m,)``, float64, each element formed.
+        """Squared norm of every row of ``D / scale - left right``, ``(m,)``, float64, with each element formed.
 
         Args:
             left: ``(m, r)``.
             right: ``(r, n)``.
-            dtype: Of the difference.
+            dtype: Type of the difference.
         """
         left, right = left.to(dtype), right.to(dtype)
         step = max(1, _BLOCK // max(1, self.shape[1])) if self.device.type == "cpu" else self.shape[0]
-        found = []
+        norms = []
         for start, _, rows in self.blocks(dtype):
-            for at in range(0, len(rows), step):
-                part = rows[at : at + step]
+            for offset in range(0, len(rows), step):
+                part = rows[offset : offset + step]
                 rest = torch.addmm(
-                    part, left[start + at : start + at + len(part)], right, beta=1 / self.scale, alpha=-1
+                    part, left[start + offset : start + offset + len(part)], right, beta=1 / self.scale, alpha=-1
                 )
-                found.append(_row_norms(rest).double().square())
-        return torch.cat(found)
+                norms.append(_row_norms(rest).double().square())
+        return torch.cat(norms)
 
     def change_of_energy(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """What `left_over` gives, less ``||row of D / scale||^2``, from one product; ``(m,)``, float64, the same arguments."""
+        """`left_over` minus ``||row of D / scale||^2``, from one product; ``(m,)``, float64; same arguments."""
         left, right = left.to(self.dtype), right.to(self.dtype)
-        met = self._forward(right).T.double()
-        wide, other = left.double(), right.double()
-        return (wide * (wide @ (other @ other.T) - 2 * met)).sum(1)
+        product = self._forward(right).T.double()
+        wide, exact = left.double(), right.double()
+        return (wide * (wide @ (exact @ exact.T) - 2 * product)).sum(1)
 
     def _forward(self, rows: torch.Tensor) -> torch.Tensor:
-        made = rows.new_empty(self.shape[0], rows.shape[0])
+        result = rows.new_empty(self.shape[0], rows.shape[0])
         columns = (rows / self.scale).T
         for start, stop, block in self.blocks():
-            torch.mm(block, columns, out=made[start:stop])
-        return made.T
+            torch.mm(block, columns, out=result[start:stop])
+        return result.T
 
     def _adjoint(self, rows: torch.Tensor) -> torch.Tensor:
-        scaled, made = rows / self.scale, None
+        scaled, result = rows / self.scale, None
         for start, stop, block in self.blocks():
             part = scaled[:, start:stop]
-            made = torch.mm(part, block) if made is None else made.addmm_(part, block)
-        assert made is not None
-        return made
+            result = torch.mm(part, block) if result is None else result.addmm_(part, block)
+        assert result is not None
+        return result
 
     def _norm2(self) -> float:
         total = 0.0
         for _, _, rows in self.blocks():
             norms = _row_norms(rows)
             largest, energy = torch.stack([norms.max().double(), norms.double().square().sum()]).tolist()
-            if not _SAFE[0] < largest < _SAFE[1]:  # also where it is NaN
+            if not _SAFE[0] < largest < _SAFE[1]:  # also true for NaN
                 norms = _row_norms(rows, torch.float64)
                 energy = float(norms.square().sum())
                 if not math.isfinite(energy) and not bool(torch.isfinite(norms).all()):
-                    raise FitError("the matrix holds NaN or infinity", hint="such a difference has no factors")
+                    raise FitError("the matrix contains NaN or infinity", hint="such a difference has no factors")
             total += energy
         if not math.isfinite(total) or 0 < total < 1e-250:
             raise FitError(f"the matrix's norm, {math.sqrt(total):g}, is out of range")

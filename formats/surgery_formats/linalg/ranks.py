@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many directions to keep: of one matrix by what may be lost, of many by what they may cost together."""
+"""How many directions to keep: of one matrix for a permitted loss, of many matrices under one budget."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 __all__ = ["Allocation", "allocate", "auto_rank", "checked_rank", "rank_for_energy", "rank_for_error", "rank_holding"]
 
 _ROUNDING = 4e-16
-"""Share of the energy that sums in float64 may lack."""
+"""Share of the energy that float64 sums may miss."""
 
 
 class Allocation(NamedTuple):
     """Ranks under a budget.
 
     Attributes:
-        ranks: One per matrix.
-        cost: What they cost together, in the budget's unit.
-        lost: ``sum sigma^2`` of the directions known and not kept.
+        ranks: One rank per matrix.
+        cost: Total cost, in the budget's unit.
+        lost: ``sum sigma^2`` of the known directions that are not kept.
     """
 
     ranks: tuple[int, ...]
@@ -30,10 +30,10 @@ class Allocation(NamedTuple):
 
 
 def checked_rank(rank: int, shape: Sequence[int]) -> tuple[int, str | None]:
-    """`rank`, cut to what a matrix can have, and a sentence if it was.
+    """Cap `rank` at what the matrix allows; the second value is a sentence if it was capped.
 
     Raises:
-        ValueError: Not a positive integer.
+        ValueError: `rank` is not a positive integer.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank {rank!r} is not a positive integer")
@@ -44,21 +44,21 @@ def checked_rank(rank: int, shape: Sequence[int]) -> tuple[int, str | None]:
 
 
 def rank_holding(squares: torch.Tensor, norm2: float, share: float) -> int | None:
-    """The least rank whose tail is at most `share` of the energy.
+    """Return the least rank whose tail holds at most `share` of the energy.
 
     Args:
-        squares: ``sigma^2``, ``(k,)``, descending; may be only the first ones.
-        norm2: ``||D||_F^2``, of all.
-        share: Energy that may be lost.
+        squares: ``sigma^2``, ``(k,)``, descending; may be only the leading ones.
+        norm2: ``||D||_F^2`` of the whole matrix.
+        share: Share of the energy that may be lost.
 
     Returns:
-        None where the values given hold too little.
+        None if the known values hold too little.
     """
     if norm2 <= 0:
         return 0
     known = squares.double()
     beyond = max(norm2 - float(known.sum()), 0.0)
-    tails = known.flip(0).cumsum(0).flip(0) + beyond  # small ones first; tails[r] is what rank r loses
+    tails = known.flip(0).cumsum(0).flip(0) + beyond  # summed from the small end; tails[r] is the loss at rank r
     allowed = share * norm2 + _ROUNDING * len(known) * norm2
     if beyond > allowed:
         return None
@@ -66,7 +66,7 @@ def rank_holding(squares: torch.Tensor, norm2: float, share: float) -> int | Non
 
 
 def rank_for_energy(values: torch.Tensor, energy: float, total: float | None = None) -> int | None:
-    """The least rank that holds a share `energy` of ``||D||_F^2``.
+    """Return the least rank that holds the share `energy` of ``||D||_F^2``.
 
     Args:
         values: Singular values, ``(k,)``, descending.
@@ -78,7 +78,7 @@ def rank_for_energy(values: torch.Tensor, energy: float, total: float | None = N
 
 
 def rank_for_error(values: torch.Tensor, max_error: float, total: float | None = None) -> int | None:
-    """The least rank with ``||D - D_r||_F <= max_error ||D||_F``; arguments as in `rank_for_energy`."""
+    """Return the least rank with ``||D - D_r||_F <= max_error ||D||_F``; arguments as in `rank_for_energy`."""
     squares = values.double().square()
     return rank_holding(squares, float(squares.sum()) if total is None else total**2, max_error**2)
 
@@ -91,16 +91,16 @@ def allocate(
     least: int = 0,
     most: Sequence[int] | None = None,
 ) -> Allocation:
-    """Ranks of many matrices under one budget: the direction with most energy per unit of cost first (water-filling).
+    """Choose ranks for many matrices under one budget: most energy per unit of cost first (water-filling).
 
-    Greedy is optimal up to the last direction that does not fit, since each matrix's directions are taken in descending order.
+    Greedy is optimal up to the last direction that does not fit, because each spectrum is descending.
 
     Args:
-        spectra: Per matrix, singular values, descending.
-        costs: Per matrix, what one rank costs: ``m + n`` parameters, or that times the bytes of one.
-        budget: In the same unit.
-        least: Every matrix gets so many where it has them, whatever its energy.
-        most: Per matrix, an upper limit.
+        spectra: Singular values of each matrix, descending.
+        costs: Cost of one rank of each matrix: ``m + n`` parameters, or their bytes.
+        budget: Total, in the same unit.
+        least: Rank that every matrix gets, if it has that many directions.
+        most: Upper limit for each matrix.
 
     Raises:
         ValueError: The budget does not even pay for `least`.
@@ -120,7 +120,7 @@ def allocate(
     while heap:
         gain, i = heapq.heappop(heap)
         if gain == 0 or spent + costs[i] > budget:
-            continue  # nothing to gain, or too dear: a cheaper matrix may still fit
+            continue  # nothing to gain, or too expensive: a cheaper matrix may still fit
         ranks[i] += 1
         spent += costs[i]
         if ranks[i] < limits[i]:
@@ -130,12 +130,12 @@ def allocate(
 
 
 def auto_rank(values: torch.Tensor, edge: float, budget: int | None = None) -> int:
-    """Directions that stand out of rounding noise, at most `budget`.
+    """Count the directions above the rounding noise, at most `budget`.
 
     Args:
         values: Singular values, descending.
-        edge: Largest singular value that noise alone would have (`surgery_formats.linalg.noise`).
-        budget: What a budget allows for this matrix.
+        edge: Largest singular value of noise alone (`surgery_formats.linalg.noise`).
+        budget: Greatest rank for this matrix.
     """
     signal = int((values > edge).sum())
     return signal if budget is None else min(signal, budget)

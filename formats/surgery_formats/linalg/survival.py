@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of an update stored values keep, as three sums: no torch, since plans and ledgers hold them too."""
+"""How much of an update the stored values keep, as three sums; no torch, because plans and ledgers hold them too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Survival"]
 
 
 class Survival(NamedTuple):
-    """With T the exact update of some values and D the stored one (rounded result minus what was stored before).
+    """Sums over the exact update T and the stored update D (rounded result minus previously stored values).
 
     Attributes:
         update: ``sum(T * T)``.
@@ -25,7 +25,7 @@ class Survival(NamedTuple):
 
     @property
     def survival(self) -> float:
-        """Share of the update that the stored values keep, ``<D, T> / <T, T>``: 1 is all of it, 0 is rounded away."""
+        """Share of the update that the stored values keep, ``<D, T> / <T, T>``: 1 is all, 0 is rounded away."""
         return self.stored / self.update if self.update > 0 else math.nan
 
     @property
@@ -35,6 +35,6 @@ class Survival(NamedTuple):
 
     @classmethod
     def total(cls, parts: Iterable[Survival]) -> Survival:
-        """Of all together."""
-        every = list(parts)
-        return cls(sum(p.update for p in every), sum(p.stored for p in every), sum(p.noise for p in every))
+        """Add up several records."""
+        terms = list(parts)
+        return cls(sum(p.update for p in terms), sum(p.stored for p in terms), sum(p.noise for p in terms))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors that are best for the inputs a module really gets, not for all inputs alike.
+"""Factors that are best for the inputs a module actually receives.
 
-What leaving out R does to a module's outputs is ``E ||R x||^2 = tr(R C R^T)`` with ``C = E x x^T``, and R is best for it if the SVD is made
-of ``D C^(1/2)`` (SVD-LLM, Wang et al. 2024, arXiv:2403.07378). C is estimated from few inputs; the quarter power, half-whitening, trusts it
-half and does better on inputs that were not seen. Where the module has a bias, ``b + R E x`` takes the mean of the error away, and what is
-left is ``tr(R (C - mean mean^T) R^T)``.
+Leaving out R changes a module's outputs by ``E ||R x||^2 = tr(R C R^T)`` with ``C = E x x^T``, so the best R comes from
+the SVD of ``D C^(1/2)`` (SVD-LLM, Wang et al. 2024, arXiv:2403.07378). C is estimated from few inputs; the quarter
+power, half-whitening, trusts it less and does better on unseen inputs. If the module has a bias, ``b + R E x`` removes
+the mean of the error, and ``tr(R (C - mean mean^T) R^T)`` remains.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from surgery_formats.linalg.svd import truncated_svd
 __all__ = ["DAMPING", "HALF", "Moment", "moment_of_gram", "moment_of_inputs", "output_energy", "weighted_factors"]
 
 HALF = 0.25
-"""Power of C that the difference is weighted with: half of what would whiten."""
+"""Power of C that weights the difference: half of full whitening."""
 DAMPING = 1e-2
-"""Of the mean of C's diagonal, added to it: directions that were not seen still count."""
+"""Share of the mean of C's diagonal that is added to it: unseen directions still count."""
 _NOTHING = 1e-12
-"""Eigenvalues below this share of the largest are rounding."""
+"""Eigenvalues below this share of the largest are rounding noise."""
 _UNSYMMETRIC = 1e-3
-"""Of the largest element: what a Gram matrix may lack of symmetry, and of being positive."""
+"""Tolerance for the symmetry and positivity of a Gram matrix, relative to its largest element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Moment:
     Attributes:
         basis: V, ``(in, k)``, float64, orthonormal columns.
         energies: d, ``(k,)``, float64, positive.
-        mean: ``E x``, ``(in,)``, float64; None where it is not known.
+        mean: ``E x``, ``(in,)``; None if unknown.
     """
 
     basis: torch.Tensor
@@ -46,24 +46,24 @@ class Moment:
     mean: torch.Tensor | None
 
     def times_power(self, matrix: torch.Tensor, power: float) -> torch.Tensor:
-        """``matrix (C + damping)^power``, in the matrix' dtype, ``(rows, in)``; C itself is never formed."""
+        """``matrix (C + damping)^power``, in the matrix's dtype, ``(rows, in)``; C itself is never formed."""
         damping = DAMPING * float(self.energies.sum()) / len(self.basis)
         floor = damping**power
         stretch = ((self.energies + damping).pow(power) - floor).to(matrix)
         basis = self.basis.to(matrix)
-        made: torch.Tensor = matrix * floor + ((matrix @ basis) * stretch) @ basis.T
-        return made
+        product: torch.Tensor = matrix * floor + ((matrix @ basis) * stretch) @ basis.T
+        return product
 
 
 def moment_of_inputs(blocks: Iterable[torch.Tensor], count: int) -> Moment:
-    """Of raw activations that come in parts; no more is held than a block, and a matrix of the module's width.
+    """Moment of raw activations, in blocks; holds one block and one matrix of the module's width at most.
 
     Args:
         blocks: ``(n_i, in)``, one input of the module per row.
-        count: Rows in all of them.
+        count: Total number of rows.
 
     Raises:
-        FitError: NaN or infinity, no rows, or nothing but zeros.
+        FitError: NaN or infinity, no rows, or only zeros.
     """
     few: list[torch.Tensor] = []
     total = gram = None
@@ -94,14 +94,14 @@ def moment_of_inputs(blocks: Iterable[torch.Tensor], count: int) -> Moment:
 
 
 def moment_of_gram(gram: torch.Tensor, mean: torch.Tensor | None = None) -> Moment:
-    """Of ``E x x^T``.
+    """Moment from ``E x x^T``.
 
     Args:
         gram: ``(in, in)``, symmetric, positive semidefinite.
         mean: ``E x``, ``(in,)``.
 
     Raises:
-        FitError: it is not such a matrix, or no inputs have this mean and this second moment.
+        FitError: `gram` is not such a matrix, or no inputs have this mean and this second moment.
     """
     _check_finite(gram)
     if mean is not None:
@@ -111,21 +111,21 @@ def moment_of_gram(gram: torch.Tensor, mean: torch.Tensor | None = None) -> Mome
     if not size:
         raise FitError("holds no input other than zero")
     if float((whole - whole.T).abs().max()) > _UNSYMMETRIC * size:
-        raise FitError("is no second moment: it is not symmetric")
-    found = _moment((whole + whole.T) / 2, None if mean is None else mean.double())
-    if found.mean is not None:
-        along = found.basis.T @ found.mean
-        beside = float((found.mean - found.basis @ along).square().sum())
-        if beside > 1e-6 * size or float((along.square() / found.energies).sum()) > 1 + _UNSYMMETRIC:
-            raise FitError("is no mean of inputs that have this second moment")
-    return found
+        raise FitError("is not a second moment: it is not symmetric")
+    moment = _moment((whole + whole.T) / 2, None if mean is None else mean.double())
+    if moment.mean is not None:
+        along = moment.basis.T @ moment.mean
+        beside = float((moment.mean - moment.basis @ along).square().sum())
+        if beside > 1e-6 * size or float((along.square() / moment.energies).sum()) > 1 + _UNSYMMETRIC:
+            raise FitError("is not a possible mean of inputs with this second moment")
+    return moment
 
 
 def _moment(gram: torch.Tensor, mean: torch.Tensor | None) -> Moment:
     with one_thread():
         energies, vectors = torch.linalg.eigh(gram)
     if float(energies[0]) < -_UNSYMMETRIC * float(energies[-1]):
-        raise FitError("is no second moment: it has negative eigenvalues")
+        raise FitError("is not a second moment: it has negative eigenvalues")
     keep = energies > _NOTHING * energies[-1]
     return Moment(vectors[:, keep].contiguous(), energies[keep], mean)
 
@@ -136,12 +136,12 @@ def _check_finite(values: torch.Tensor) -> None:
 
 
 def output_energy(matrix: torch.Tensor, moment: Moment, away: torch.Tensor | None = None) -> float:
-    """``E ||matrix (x - away)||^2`` over the inputs, ``matrix`` being ``(out, in)``.
+    """``E ||matrix (x - away)||^2`` over the inputs, with `matrix` ``(out, in)``.
 
     Args:
         matrix: Usually what factors leave of a difference.
-        moment: Of the inputs.
-        away: ``(in,)``: the mean that a bias takes away; it may have been found on other inputs. Needs the moment's own.
+        moment: Moment of the inputs.
+        away: ``(in,)``: the mean that a bias removes, possibly from other inputs. Used only if the moment has a mean.
     """
     with one_thread():
         exact = matrix.to("cpu", torch.float64)
@@ -155,20 +155,20 @@ def output_energy(matrix: torch.Tensor, moment: Moment, away: torch.Tensor | Non
 def weighted_factors(
     delta: torch.Tensor, moment: Moment, rank: int, *, power: float = HALF, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``B (out, r)`` and ``A (r, in)`` that are best in the norm ``||(D - B A) (C + damping)^power||_F``.
+    """``B (out, r)`` and ``A (r, in)`` that minimise ``||(D - B A) (C + damping)^power||_F``.
 
     Args:
         delta: D, ``(out, in)``.
-        moment: Of the module's inputs.
-        rank: More than ``min(out, in)`` is cut.
+        moment: Moment of the module's inputs.
+        rank: Rank, capped at ``min(out, in)``.
         power: 1/2 minimises the error on the inputs at hand; 1/4 by default.
-        seed: Of the SVD.
+        seed: Seed of the SVD.
     """
     with torch.no_grad(), one_thread():
-        found = truncated_svd(moment.times_power(delta, power), rank=rank, seed=seed)
-        root = found.S.sqrt()
-        left, right = found.U * root, moment.times_power((found.V * root).T, -power)
-        # the weighting is undone; lengths are shared evenly again, for neither factor may underflow in 16 bits
+        svd = truncated_svd(moment.times_power(delta, power), rank=rank, seed=seed)
+        root = svd.S.sqrt()
+        left, right = svd.U * root, moment.times_power((svd.V * root).T, -power)
+        # undo the weighting, and share lengths evenly again: neither factor may underflow in 16 bits
         even = (right.norm(dim=1) / left.norm(dim=0).clamp_min(torch.finfo(left.dtype).tiny)).sqrt()
         even = torch.where(even > 0, even, 1.0)
         return left * even, right / even[:, None]

@@ -148,7 +148,7 @@ def _plain(tensor: StoredTensor) -> Plain:
     return Plain.of(tensor, stacked=not tensor.name.endswith(".weight"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A model, or a pipeline of models.
 
@@ -163,6 +163,10 @@ class Checkpoint:
     components: Mapping[str, Component]
     side_files: tuple[tuple[str, Path], ...]
     left_behind: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        tensors = sum(len(component.tensors) for component in self.components.values())
+        return f"<Checkpoint {str(self.path)!r}: {tensors} tensors>"
 
     @property
     def is_pipeline(self) -> bool:

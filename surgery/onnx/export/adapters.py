@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.engine.inputs import AdaptersLike, as_weighted
 from surgery.onnx.export.prompts import unique
 from surgery_formats.errors import FitError
 from surgery_formats.models.identity import fingerprint
@@ -19,10 +17,8 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter
 
-__all__ = ["MODES", "AdapterRoles", "Named", "Reference", "Weighted", "entry", "sort_adapters"]
+__all__ = ["MODES", "AdapterRoles", "Named", "entry", "sort_adapters"]
 
-Reference = str | os.PathLike[str]
-Weighted = Reference | tuple[Reference, float]
 MODES = ("merged", "swappable", "prefix")
 _GENERIC = frozenset(
     {"adapter_model", "adapters", "pytorch_lora_weights", "model"}
@@ -75,11 +71,11 @@ class AdapterRoles:
 
 
 def sort_adapters(
-    adapters: Sequence[Weighted] = (),
+    adapters: AdaptersLike = (),
     mode: Literal["merged", "swappable", "prefix"] | str | None = None,
-    merge: Sequence[Weighted] = (),
-    swap: Sequence[Reference] = (),
-    prefix: Sequence[Reference] = (),
+    merge: AdaptersLike = (),
+    swap: AdaptersLike = (),
+    prefix: AdaptersLike = (),
 ) -> AdapterRoles:
     """Read all adapters.
 
@@ -97,25 +93,23 @@ def sort_adapters(
     if mode is not None and mode not in MODES:
         raise FitError(f"no mode '{show(mode)}'", hint=f"one of {', '.join(MODES)}")
     placed: dict[str, list[Named]] = {"merged": [], "swappable": [], "prefix": []}
-    given = [(one, mode) for one in adapters]
-    given += [(one, "merged") for one in merge]
-    given += [(one, "swappable") for one in swap] + [(one, "prefix") for one in prefix]
-    if not given:
-        return AdapterRoles()
-    from surgery_formats.adapters.registry import read_adapter
-
+    roles = (
+        (adapters, "adapters", mode),
+        (merge, "merge", "merged"),
+        (swap, "swap", "swappable"),
+        (prefix, "prefix", "prefix"),
+    )
     names: set[str] = set()
-    for reference, place in given:
-        path, weight = reference if isinstance(reference, tuple) else (reference, 1.0)
-        adapter = read_adapter(path)
-        place = place or ("prefix" if adapter.prompt is not None else "merged")
-        if not math.isfinite(weight):
-            raise FitError(f"the weight {weight} is not a number", file=path)
+    for weighted, role in [(one, role) for given, name, role in roles if given for one in as_weighted(given, name)]:
+        adapter, weight = weighted.adapter, weighted.weight
+        place = role or ("prefix" if adapter.prompt is not None else "merged")
         if place != "merged" and weight != 1.0:
-            raise FitError(f"a weight of {weight:g} for what is not merged", file=path, hint="merge it: --merge")
-        name = unique(names, _name(Path(path)))
+            raise FitError(
+                f"a weight of {weight:g} for what is not merged", file=adapter.path, hint="merge it: --merge"
+            )
+        name = unique(names, _name(adapter.path))
         names.add(name)
-        placed[place].append(Named(name, adapter, float(weight)))
+        placed[place].append(Named(name, adapter, weight))
     return AdapterRoles(tuple(placed["merged"]), tuple(placed["swappable"]), tuple(placed["prefix"]))
 
 

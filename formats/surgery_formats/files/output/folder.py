@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that appears complete or not at all; an identical run goes on where a killed one stopped.
+"""A folder that appears complete or not at all; an identical run resumes where a killed one stopped.
 
-Everything is written below a staging folder beside the output (same file system), which is renamed when all
-of it is on disk:
+Everything is written into a staging folder beside the output (same file system), which is renamed once all of it is on
+disk:
 
-    flock(stage)                                   one writer; the kernel lets go when it dies
+    flock(stage)                                   one writer; the kernel releases the lock when it dies
     per file   name.part -> fsync -> name -> fsync(folder) -> journal line, fsync
-    commit     manifest, fsync; journal away; fsync(every folder); rename(stage, out); fsync(parent)
+    commit     manifest, fsync; remove journal; fsync(every folder); rename(stage, out); fsync(parent)
 
-The stage's name holds the plan's digest, so another job never sees it. Whatever its journal does not vouch
-for is deleted.
+The stage's name holds the plan's digest, so jobs do not meet. Files that the journal does not list are deleted.
 """
 
 from __future__ import annotations
@@ -63,25 +62,25 @@ def output_folder(
     inputs: Iterable[str | os.PathLike[str]] = (),
     verify: Verify | None = None,
 ) -> OutputFolder:
-    """The output folder of one job: use it in a ``with`` statement and end with `OutputFolder.commit`.
+    """Return the output folder of one job, for use in a ``with`` statement that ends with `OutputFolder.commit`.
 
     Args:
         out: Must not exist, or be an empty folder; its parent must exist.
-        plan_id: Hex digest of the inputs and options: equal jobs resume each other, others never meet.
+        plan_id: Hex digest of the inputs and options: equal jobs resume each other, different jobs never meet.
         overwrite: Replace an existing folder, atomically.
-        inputs: Files and folders that are read; the output may not be, hold, or lie in one of them.
-        verify: Says whether a file that an interrupted run finished is still good; without it, its whole-file
-            hash does.
+        inputs: Files and folders that are read; the output must not be, contain, or lie in one of them.
+        verify: Checks whether a file that an interrupted run finished is still good. The default compares the hash
+            of the whole file.
     """
     return OutputFolder(Stage(out, plan_id, overwrite=overwrite, inputs=inputs), plan_id, verify)
 
 
 class OutputFolder:
-    """See `output_folder`. Any thread may call `create`, `write_small` and everything of `OutputFile`.
+    """A staged output folder, see `output_folder`. `create`, `write_small` and all of `OutputFile` are thread-safe.
 
     Attributes:
-        finished: Files that an earlier, interrupted, identical run finished; each is checked when it is first
-            looked up, and is part of the output from then on. Those never looked up are not.
+        finished: Files that an interrupted, identical run finished. Each is checked at its first lookup and becomes
+            part of the output then; files that are never looked up do not.
     """
 
     finished: Mapping[str, FileRecord]
@@ -114,31 +113,31 @@ class OutputFolder:
 
     @property
     def staged(self) -> Path:
-        """Where finished files lie until the commit, under their final names."""
+        """Where finished files lie, under their final names, until the commit."""
         return self._stage.path
 
     def create(self, name: str, nbytes: int) -> OutputFile:
-        """A new file of `nbytes` bytes, its space reserved.
+        """Create a file of `nbytes` bytes and reserve its space.
 
         Args:
             name: ``file`` or ``folder/file``.
-            nbytes: Its exact size.
+            nbytes: Exact size.
 
         Raises:
-            FitError: not a safe name, or the name is taken.
+            FitError: the name is unsafe or already taken.
             ResourceError: no space.
         """
         path = self._claim(name)
-        made = OutputFile(name, path.with_name(path.name + ".part"), self._stage.shown / name, nbytes, self._publish)
+        output = OutputFile(name, path.with_name(path.name + ".part"), self._stage.shown / name, nbytes, self._publish)
         with self._lock:
-            self._open[name] = made
-        return made
+            self._open[name] = output
+        return output
 
     def link(self, name: str, source: File) -> None:
-        """Another name for `source`, a hard link: no bytes are written, and whoever writes into one writes into both.
+        """Hard-link `source` as `name`: no bytes are written, and a write to either file changes both.
 
         Raises:
-            FitError: as `create`, or it lies on another file system.
+            FitError: as `create`, or `source` lies on another file system.
         """
         path = self._claim(name)
         try:
@@ -152,7 +151,7 @@ class OutputFolder:
             self._done[name] = FileRecord(name, source.size, {})
 
     def write_small(self, name: str, data: bytes) -> None:
-        """A small file at once. It is not worth a journal line: a resumed run writes it again.
+        """Write a small file at once. It has no journal line: a resumed run writes it again.
 
         Raises:
             FitError, ResourceError: as `create`.
@@ -163,12 +162,12 @@ class OutputFolder:
             self._done[name] = FileRecord(name, len(data), {"xxh3": xxhash.xxh3_128_hexdigest(data)})
 
     def commit(self, manifest: Mapping[str, Any]) -> Path:
-        """Write the manifest and give the folder its name. Nothing can be added afterwards.
+        """Write the manifest and rename the folder to its final name. Nothing can be added afterwards.
 
         Raises:
-            ProofError: a file was begun and not finished.
-            OutputExistsError: the output appeared meanwhile.
-            ResourceError: the disk did not take it.
+            ProofError: a file was created but not finished.
+            OutputExistsError: the output was created by another process meanwhile.
+            ResourceError: the disk is full or failed.
         """
         if self._open:
             raise ProofError(f"never finished: {listing(sorted(self._open))}", file=self._stage.shown)
@@ -185,7 +184,7 @@ class OutputFolder:
             return self._stage.publish()
 
     def _claim(self, name: str) -> Path:
-        """Where the new file `name` goes; what an earlier run left there is gone afterwards."""
+        """Reserve `name` and return its path; removes what an earlier run left there."""
         parts = safe_name(name)
         path = self._stage.path.joinpath(*parts)
         with self._lock, output_faults(self._stage.shown / name):
@@ -210,14 +209,14 @@ class OutputFolder:
                 os.close(fd)
             os.rename(part, path)
 
-    def _publish(self, made: OutputFile, record: Mapping[str, Any]) -> None:
+    def _publish(self, output: OutputFile, details: Mapping[str, Any]) -> None:
         """Rename a synced file and write its journal line; called by `OutputFile.finish`."""
-        found = FileRecord(made.name, made.nbytes, dict(record))
-        entry = {"plan": self._plan, "name": found.name, "size": found.size, "record": found.record}
-        # A line begins with a line break: one torn by a kill cannot swallow the next.
+        record = FileRecord(output.name, output.nbytes, dict(details))
+        entry = {"plan": self._plan, "name": record.name, "size": record.size, "record": record.record}
+        # A line begins with a line break, so that a line torn by a kill cannot swallow the next.
         line = b"\n" + json.dumps(entry, sort_keys=True, allow_nan=False).encode() + b"\n"
-        target = self._stage.path / made.name
-        os.rename(made.path, target)
+        target = self._stage.path / output.name
+        os.rename(output.path, target)
         if target.parent != self._stage.path:
             _sync_folder(target.parent)
         self._stage.sync()
@@ -225,19 +224,19 @@ class OutputFolder:
             write_all(self._journal, memoryview(line), os.fstat(self._journal).st_size)
         os.fsync(self._journal)
         with self._lock:
-            self._done[made.name] = found
-            self._open.pop(made.name, None)
+            self._done[output.name] = record
+            self._open.pop(output.name, None)
 
     def _recover(self) -> None:
-        """Open the journal and delete everything in the stage that it does not vouch for."""
+        """Open the journal and delete everything in the stage that it does not list."""
         self._journal = os.open(
             self._stage.path / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
         )
         noted: dict[str, FileRecord] = {}
         for line in os.pread(self._journal, os.fstat(self._journal).st_size, 0).split(b"\n"):
-            found = parse_line(line, self._plan)
-            if found is not None and has_size(self._stage.path / found.name, found.size):
-                noted[found.name] = found
+            record = parse_line(line, self._plan)
+            if record is not None and has_size(self._stage.path / record.name, record.size):
+                noted[record.name] = record
         kept = {_JOURNAL, *noted}
         folders = {name.split("/")[0] for name in noted if "/" in name}
         for name in os.listdir(self._stage.path):
@@ -249,9 +248,9 @@ class OutputFolder:
                 _remove(self._stage.path / name)
         self.finished = self._kept = Finished(noted, self._is_good)
 
-    def _is_good(self, found: FileRecord) -> bool:
-        path = self._stage.path / found.name
-        return has_size(path, found.size) and self._verify(path, found)
+    def _is_good(self, record: FileRecord) -> bool:
+        path = self._stage.path / record.name
+        return has_size(path, record.size) and self._verify(path, record)
 
     def _discard(self, name: str) -> None:
         path = self._stage.path / name
@@ -265,9 +264,9 @@ class OutputFolder:
             os.close(fd)
 
     def _leave(self) -> None:
-        """Give every descriptor back; the stage goes too unless it became the output."""
-        for made in list(self._open.values()):
-            made.close()
+        """Close every descriptor and remove the stage, unless it became the output."""
+        for output in list(self._open.values()):
+            output.close()
         self._close_journal()
         self._stage.release()
 

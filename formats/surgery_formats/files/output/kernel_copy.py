@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel does better than a loop of ours: copy, reserve, start writing early, swap two names."""
+"""System calls that beat a loop in Python: copy, reserve, start writeback early, swap two names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from surgery_formats.files.raw import File
 
 __all__ = ["copy_range", "exchange", "rename_new", "reserve", "start_writeback", "sync_folder", "write_all"]
 
-# One copy_file_range call: large enough that the call costs nothing, small enough that Ctrl-C is answered
-# within a fraction of a second.
+# Bytes per copy_file_range call: large enough to hide its cost, small enough for a quick reaction to Ctrl-C.
 _COPY_STEP = 64 << 20
-_BUFFER = 8 << 20  # of the loop that stands in for copy_file_range
-# What copy_file_range says when this pair of files, this kernel or this sandbox cannot do it. Anything else
-# is a real fault.
+_BUFFER = 8 << 20  # of the loop used where copy_file_range does not work
+# Errors of copy_file_range on a kernel, sandbox or pair of files that it does not support. Others are real faults.
 _CANNOT_COPY = frozenset(
     {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 )
@@ -32,15 +30,15 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 def _from_libc(name: str, *arguments: Any) -> Callable[..., int] | None:
-    """The function `name` of the C library, or None where it has none (other systems, old libraries)."""
+    """Return the C library's function `name`, or None if it is missing (other systems, old libraries)."""
     if not sys.platform.startswith("linux"):
         return None
-    found = getattr(ctypes.CDLL(None, use_errno=True), name, None)
-    if found is None:
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if function is None:
         return None
-    found.argtypes = arguments
-    found.restype = ctypes.c_int
-    return found  # type: ignore[no-any-return]
+    function.argtypes = arguments
+    function.restype = ctypes.c_int
+    return function  # type: ignore[no-any-return]
 
 
 _renameat2 = _from_libc("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
@@ -48,7 +46,7 @@ _sync_file_range = _from_libc("sync_file_range", ctypes.c_int, ctypes.c_int64, c
 
 
 def reserve(fd: int, nbytes: int) -> None:
-    """Make `fd` `nbytes` long with its blocks allocated: a full disk shows now, not after an hour of work.
+    """Extend `fd` to `nbytes` bytes with its blocks allocated, so that a full disk shows at once.
 
     Raises:
         OSError: ENOSPC, EDQUOT, EFBIG.
@@ -67,14 +65,13 @@ def reserve(fd: int, nbytes: int) -> None:
 
 
 def copy_range(source: File, source_offset: int, target_fd: int, target_offset: int, nbytes: int) -> None:
-    """Copy `nbytes` bytes of `source` into `target_fd`, in the kernel where it can.
+    """Copy `nbytes` bytes of `source` into `target_fd`, in the kernel where possible.
 
-    File systems that can share blocks (btrfs, xfs) then copy nothing.
-
-    `sendfile` is no stand-in: it writes at the descriptor's own position, which threads share.
+    File systems that can share blocks (btrfs, xfs) copy nothing. `sendfile` is not an alternative: it writes at the
+    descriptor's position, which threads share.
 
     Raises:
-        MalformedError: `source` ends before.
+        MalformedError: `source` ends too early.
         OSError: the target could not be written.
     """
     done = 0
@@ -88,7 +85,7 @@ def copy_range(source: File, source_offset: int, target_fd: int, target_offset: 
             if error.errno not in _CANNOT_COPY:
                 raise
             break
-        if copied == 0:  # the end of the source, or a file system that will not say why: reading tells which
+        if copied == 0:  # the end of the source, or an unsupported file system: reading tells which
             break
         start_writeback(target_fd, target_offset + done, copied)
         done += copied
@@ -102,7 +99,7 @@ def copy_range(source: File, source_offset: int, target_fd: int, target_offset: 
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Every byte of `data` (bytes) at `offset`: short writes go on where they stopped.
+    """Write all of `data` (bytes) at `offset`, continuing after short writes.
 
     Raises:
         OSError: as `os.pwrite`.
@@ -113,16 +110,16 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:
-    """Ask the kernel to begin writing these bytes to disk, so that `fsync` finds little left to wait for.
+    """Ask the kernel to start writing these bytes to disk, so that a later `fsync` is short.
 
-    Only a hint: it promises nothing, and its failure is none.
+    Only a hint: failures are ignored.
     """
     if _sync_file_range is not None:
         _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
 def sync_folder(fd: int) -> None:
-    """Make the entries of an open folder durable, where the file system knows how.
+    """Make the entries of an open folder durable, where the file system supports it.
 
     Raises:
         OSError: the device failed.
@@ -136,10 +133,10 @@ def sync_folder(fd: int) -> None:
 
 
 def rename_new(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
-    """Give a file a name nobody has, in one step where the system can; elsewhere there is a moment between the look and the step.
+    """Rename without replacing: atomic on Linux, elsewhere a check followed by the rename.
 
     Raises:
-        FileExistsError: the name is taken.
+        FileExistsError: `new` exists.
         OSError: any other fault.
     """
     if _renameat2 is not None:
@@ -153,17 +150,17 @@ def rename_new(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None
     os.rename(old, new)
 
 
-def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Swap two names atomically; False where this system or file system cannot.
+def exchange(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
+    """Swap two names atomically; False if the system or file system does not support it.
 
     Raises:
         OSError: any other fault.
     """
     if _renameat2 is None:
         return False
-    if _renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+    if _renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
         return True
     fault = ctypes.get_errno()
     if fault in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
-    raise OSError(fault, os.strerror(fault), os.fspath(other))
+    raise OSError(fault, os.strerror(fault), os.fspath(second))

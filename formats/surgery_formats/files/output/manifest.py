@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an output folder says about itself: names, records, the manifest, and the check against it."""
+"""The manifest of an output folder: safe names, file records, and the check of a folder against its manifest."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ MANIFEST = "surgery_manifest.json"
 FORMAT = "surgery-manifest/1"
 
 _CHUNK = 4 << 20
-_NAME_LIMIT = 240  # bytes; file systems stop at 255 and ".part" is added while writing
-# Names that mean a device on Windows, where an output may be copied to.
+_NAME_LIMIT = 240  # bytes; file systems allow 255, and ".part" is appended while writing
+# Device names on Windows, where an output may be copied to.
 _DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?\Z", re.DOTALL)
 _FORBIDDEN = frozenset('<>:"|?*\\/')
 
@@ -51,10 +51,9 @@ class FileRecord:
     """One finished file of an output folder.
 
     Attributes:
-        name: Relative to the folder, with ``/``.
-        size: In bytes.
-        record: What the writer noted: ``xxh3`` (xxh3-128 of the whole file, hex), ``sha256``, or anything of
-            its own.
+        name: Path relative to the folder, with ``/``.
+        size: Size in bytes.
+        record: Details from the writer: ``xxh3`` (xxh3-128 of the whole file, hex), ``sha256``, or keys of its own.
     """
 
     name: str
@@ -62,15 +61,15 @@ class FileRecord:
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The entry of the manifest."""
+        """Return the entry in the manifest."""
         return {**self.record, "size": self.size}
 
 
 def safe_name(name: str) -> tuple[str, ...]:
-    """The one or two components of `name`.
+    """Return the one or two path components of `name`.
 
-    Names may come from files (an index, a pipeline), so anything but plain components is refused: no absolute
-    or parent paths, no separators of another system, nothing unprintable, nothing this writer uses itself.
+    Names may come from files (an index, a pipeline), so only plain components are allowed: no absolute or parent
+    paths, no separators of other systems, nothing unprintable, no names that the writer uses itself.
 
     Raises:
         FitError: `name` cannot be the name of an output file.
@@ -83,7 +82,7 @@ def safe_name(name: str) -> tuple[str, ...]:
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether `safe_name` takes it."""
+    """Whether `safe_name` accepts `name`."""
     try:
         safe_name(name)
     except FitError:
@@ -103,7 +102,7 @@ def _is_plain(part: str) -> bool:
 
 
 def file_digest(path: str | os.PathLike[str], kind: str) -> str:
-    """Hex digest of the whole file; `kind` is ``xxh3`` (xxh3-128) or ``sha256``.
+    """Return the hex digest of the whole file; `kind` is ``xxh3`` (xxh3-128) or ``sha256``.
 
     Raises:
         NotFoundError, MalformedError: the file cannot be read.
@@ -119,35 +118,35 @@ def file_digest(path: str | os.PathLike[str], kind: str) -> str:
 
 
 def manifest_bytes(manifest: Mapping[str, Any], plan_id: str, files: Mapping[str, FileRecord]) -> bytes:
-    """The manifest as written: sorted keys, no NaN, one newline at the end; equal inputs give equal bytes.
+    """Render the manifest: sorted keys, no NaN, one newline at the end; equal inputs give equal bytes.
 
-    Its plan is `plan_id`, unless `manifest` names one that does not depend on where the inputs lie.
+    An entry ``plan`` in `manifest` replaces `plan_id`, which may depend on where the inputs lie.
     """
-    entries = {name: found.as_json() for name, found in files.items()}
+    entries = {name: record.as_json() for name, record in files.items()}
     whole = {"plan": plan_id, **manifest, "format": FORMAT, "files": entries}
     return json.dumps(whole, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def verify_folder(path: str | os.PathLike[str], *, added: Collection[str] = ()) -> dict[str, Any]:
-    """Check that the folder holds the files of its manifest, no others, with their sizes and recorded hashes.
+    """Check that the folder holds exactly the files of its manifest, with their sizes and recorded hashes.
 
     Args:
         path: The folder.
-        added: Names of files that may have been put beside them since.
+        added: Names of files that may have been added since.
 
     Returns:
         The manifest.
 
     Raises:
-        NotFoundError: no manifest.
-        MalformedError: the manifest is not one.
-        ProofError: a file is missing, unknown, or not what it was when written.
+        NotFoundError: there is no manifest.
+        MalformedError: the manifest is not valid.
+        ProofError: a file is missing, unknown, or has changed since it was written.
     """
     folder = Path(path)
     source = folder / MANIFEST
-    found = read_object(source, INDEX_LIMIT)
-    entries = found.get("files")
-    if found.get("format") != FORMAT or not isinstance(entries, dict):
+    manifest = read_object(source, INDEX_LIMIT)
+    entries = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(entries, dict):
         raise MalformedError(f"not a {FORMAT} manifest", file=source)
     present = _files_below(folder) - {MANIFEST}
     if missing := sorted(entries.keys() - present):
@@ -155,20 +154,20 @@ def verify_folder(path: str | os.PathLike[str], *, added: Collection[str] = ()) 
     if extra := sorted(present - entries.keys() - set(added)):
         raise ProofError(f"not in the manifest: {listing(extra)}", file=folder)
     verify_files(folder, entries, source)
-    return found
+    return manifest
 
 
 def verify_files(folder: Path, entries: Mapping[str, Any], source: Path) -> None:
     """Check that the files of `entries` are in `folder`, with their sizes and recorded hashes.
 
     Args:
-        folder: Of the files.
-        entries: By name, as `FileRecord.as_json`.
-        source: The file that holds them, for messages.
+        folder: The folder to check.
+        entries: Entries by file name, as `FileRecord.as_json`.
+        source: The file that holds the entries, for messages.
 
     Raises:
-        MalformedError: an entry that is none.
-        ProofError: a file is missing, or not what it was when written.
+        MalformedError: an entry is not valid.
+        ProofError: a file is missing or has changed since it was written.
     """
     for name, entry in sorted(entries.items()):
         if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
@@ -184,15 +183,15 @@ def verify_files(folder: Path, entries: Mapping[str, Any], source: Path) -> None
 def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
     size = open_file(path).size
     if size != entry["size"]:
-        raise ProofError(f"{size} bytes, {entry['size']} when written", file=path)
+        raise ProofError(f"has {size} bytes, but had {entry['size']} when written", file=path)
     for kind in ("xxh3", "sha256"):
         if kind in entry and file_digest(path, kind) != entry[kind]:
-            raise ProofError(f"its bytes changed since it was written ({kind})", file=path)
+            raise ProofError(f"its bytes have changed since it was written ({kind})", file=path)
 
 
 def _files_below(folder: Path) -> set[str]:
-    """Names of everything that is not a real folder, with ``/``; links are not followed into."""
-    found: set[str] = set()
+    """Return the names of everything below `folder` except folders, with ``/``; links are not followed."""
+    names: set[str] = set()
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
@@ -201,6 +200,6 @@ def _files_below(folder: Path) -> set[str]:
                 listed = [(prefix + entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
         except OSError as error:
             raise NotFoundError(error.strerror or "cannot be listed", file=folder / prefix) from error
-        found.update(name for name, is_folder in listed if not is_folder)
+        names.update(name for name, is_folder in listed if not is_folder)
         waiting += [name + "/" for name, is_folder in listed if is_folder]
-    return found
+    return names

@@ -19,18 +19,17 @@ from surgery_formats.text import nbytes as readable
 __all__ = ["OutputFile", "check_disk", "output_faults"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-# Written bytes between two requests to start writeback: the request costs a system call, the disk wants long
-# runs.
+# Bytes written between two requests to start writeback: a request costs a system call, and disks like long runs.
 _WRITEBACK_STEP = 16 << 20
 
 
 @contextmanager
 def output_faults(path: str | os.PathLike[str], needed: int | None = None) -> Iterator[None]:
-    """Turn what the system says about the output `path` into a `ResourceError` that names it.
+    """Turn system errors on the output `path` into a `ResourceError` that names it.
 
     Args:
-        path: Shown to the user.
-        needed: Bytes that were asked for, for the message of a full disk.
+        path: The path shown to the user.
+        needed: Bytes needed, for the message of a full disk.
     """
     try:
         yield
@@ -42,9 +41,9 @@ def output_faults(path: str | os.PathLike[str], needed: int | None = None) -> It
 
 def _fault(error: OSError, path: Path, needed: int | None) -> ResourceError:
     if error.errno in _FULL:
-        asked = "" if needed is None else f": {readable(needed)} needed, {readable(_free(path))} free"
+        sizes = "" if needed is None else f": {readable(needed)} needed, {readable(_free(path))} free"
         return ResourceError(
-            f"no space left on the disk{asked}", file=path, hint="free some space or write to another disk"
+            f"no space left on the disk{sizes}", file=path, hint="free some space or write to another disk"
         )
     if error.errno == errno.EFBIG:
         return ResourceError(
@@ -54,18 +53,18 @@ def _fault(error: OSError, path: Path, needed: int | None) -> ResourceError:
 
 
 def _free(path: Path) -> int:
-    """Bytes an ordinary user can still write where `path` is or will be."""
-    for place in (path, *path.absolute().parents):
+    """Return the bytes that an ordinary user can still write where `path` is or will be."""
+    for ancestor in (path, *path.absolute().parents):
         try:
-            found = os.statvfs(place)
+            status = os.statvfs(ancestor)
         except OSError:
             continue
-        return found.f_bavail * found.f_frsize
+        return status.f_bavail * status.f_frsize
     return 0
 
 
 def check_disk(parent: str | os.PathLike[str], needed: int) -> None:
-    """Refuse a job that cannot fit before it starts.
+    """Refuse a job that cannot fit on the disk, before it starts.
 
     Raises:
         ResourceError: fewer than `needed` bytes are free below `parent`.
@@ -80,13 +79,13 @@ def check_disk(parent: str | os.PathLike[str], needed: int) -> None:
 
 
 class OutputFile:
-    """A staged file of a size known beforehand.
+    """A staged file of known size.
 
-    Every method may be called from any thread; ranges must not overlap while two threads write them. Join the
-    threads that write before the folder is left.
+    All methods are thread-safe, but ranges that two threads write at the same time must not overlap. Join the writing
+    threads before leaving the folder.
 
     Attributes:
-        name: Relative to the output folder.
+        name: Path relative to the output folder.
         path: Where it lies while it is written.
         fd: Descriptor, read and write; -1 once closed.
         nbytes: Planned size.
@@ -107,7 +106,7 @@ class OutputFile:
         self._shown = shown
         self._publish = publish
         self._lock = threading.Lock()
-        # [start, stop) of what was written, merged where a write follows the last one
+        # [start, stop) ranges written so far; a write that follows the last range extends it
         self._spans: list[list[int]] = []
         self._unsynced = 0
         with output_faults(shown, nbytes):
@@ -116,11 +115,11 @@ class OutputFile:
                 reserve(self.fd, nbytes)
             except BaseException:
                 self.close()
-                os.unlink(path)  # before the message says how much is free
+                os.unlink(path)  # before the message reports the free space
                 raise
 
     def pwrite(self, data: memoryview | bytes | bytearray, offset: int) -> None:
-        """All of `data` at `offset`.
+        """Write all of `data` at `offset`.
 
         Raises:
             ResourceError: full disk, quota, file size limit, or a failing device.
@@ -133,10 +132,10 @@ class OutputFile:
             self._written(offset, len(view))
 
     def copy_from(self, source: File, src_offset: int, dst_offset: int, nbytes: int) -> None:
-        """`nbytes` bytes of `source`, copied by the kernel where it can; returns when all are there.
+        """Copy `nbytes` bytes of `source`, in the kernel where possible.
 
         Raises:
-            MalformedError: `source` ends before.
+            MalformedError: `source` ends too early.
             ResourceError, ProofError: as `pwrite`.
         """
         self._inside(dst_offset, nbytes)
@@ -145,17 +144,17 @@ class OutputFile:
         self._note(dst_offset, nbytes)
 
     def readback(self, offset: int, nbytes: int) -> bytearray:
-        """What the file holds now, for the proof that it is what was meant.
+        """Return the current content, for the proof that it is what was computed.
 
         Raises:
-            ProofError: outside the planned size, or the file is shorter than it.
+            ProofError: outside the planned size, or the file is shorter than planned.
         """
         buffer = bytearray(nbytes)
         self.readback_into(memoryview(buffer), offset)
         return buffer
 
     def readback_into(self, view: memoryview, offset: int) -> None:
-        """As `readback`, into memory of the caller's own.
+        """Like `readback`, into the caller's memory.
 
         Raises:
             ProofError: as `readback`.
@@ -164,35 +163,35 @@ class OutputFile:
         done = 0
         with output_faults(self._shown):
             while done < len(view):
-                got = os.preadv(self.fd, [view[done:]], offset + done)
-                if got == 0:
+                count = os.preadv(self.fd, [view[done:]], offset + done)
+                if count == 0:
                     raise ProofError(f"ends at byte {offset + done} while it is written", file=self._shown)
-                done += got
+                done += count
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Make the file durable, give it its name, and note it so that a resumed run need not write it again.
+        """Make the file durable, rename it to its final name, and record it for resumed runs.
 
-        The slow part (`fsync`) holds no lock: several files may be finished at once from several threads.
+        The slow part (`fsync`) holds no lock, so threads can finish several files at once.
 
         Args:
-            record: JSON values; ``xxh3`` (xxh3-128 hex of the whole file) lets a later run trust the file
+            record: JSON values; with ``xxh3`` (xxh3-128 hex of the whole file) a later run can trust the file
                 without a check of its own.
 
         Raises:
             ProofError: a planned byte was never written, or the size is not the planned one.
-            ResourceError: the disk did not take it. It is not tried again: an fsync error is reported once.
+            ResourceError: the disk failed. There is no retry: the kernel reports an fsync error only once.
         """
         if (gap := self._gap()) is not None:
             raise ProofError(f"bytes {gap[0]} to {gap[1]} were never written", file=self._shown)
         with output_faults(self._shown, self.nbytes):
             os.fsync(self.fd)
             if (size := os.fstat(self.fd).st_size) != self.nbytes:
-                raise ProofError(f"{size} bytes, {self.nbytes} planned", file=self._shown)
+                raise ProofError(f"has {size} bytes instead of the planned {self.nbytes}", file=self._shown)
             self._publish(self, record)
             self.close()
 
     def close(self) -> None:
-        """Give the descriptor back; harmless twice."""
+        """Close the descriptor; may be called twice."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -200,7 +199,7 @@ class OutputFile:
     def _inside(self, offset: int, nbytes: int) -> None:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise ProofError(
-                f"bytes {offset} to {offset + nbytes} of a file planned with {self.nbytes}", file=self._shown
+                f"bytes {offset} to {offset + nbytes} lie outside the planned {self.nbytes}", file=self._shown
             )
 
     def _note(self, offset: int, nbytes: int) -> None:
@@ -221,7 +220,7 @@ class OutputFile:
             start_writeback(self.fd, 0, 0)  # 0 bytes means to the end: only dirty pages cost anything
 
     def _gap(self) -> tuple[int, int] | None:
-        """The first range nobody wrote: reserved blocks read as zeros, as a tensor of zeros would."""
+        """Return the first range never written. Its reserved blocks would read as zeros, like a zero tensor."""
         reached = 0
         with self._lock:
             spans = sorted(self._spans)

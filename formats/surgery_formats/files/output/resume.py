@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an interrupted run left: the journal of its finished files, and how far each is believed."""
+"""What an interrupted run left: the journal of its finished files, and the checks before they are reused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Finished", "has_size", "parse_line", "same_digest"]
 
 
 class Finished(Mapping[str, FileRecord]):
-    """Records of an earlier run, each checked at its first look-up and gone if it fails."""
+    """Records of an earlier run; each is checked at its first lookup and dropped if the check fails."""
 
     def __init__(self, noted: dict[str, FileRecord], is_good: Callable[[FileRecord], bool]) -> None:
         self._noted = noted
@@ -24,12 +24,12 @@ class Finished(Mapping[str, FileRecord]):
         self._claimed: set[str] = set()
 
     def __getitem__(self, name: str) -> FileRecord:
-        found = self._noted[name]
+        record = self._noted[name]
         if name not in self._claimed:
-            if not self._is_good(found):
+            if not self._is_good(record):
                 raise KeyError(name)
             self._claimed.add(name)
-        return found
+        return record
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in sorted(self._noted) if name in self)
@@ -38,26 +38,26 @@ class Finished(Mapping[str, FileRecord]):
         return sum(1 for _ in self)
 
     def claimed(self) -> dict[str, FileRecord]:
-        """Those that were looked up and are good."""
+        """Return the records that were looked up and are good."""
         return {name: self._noted[name] for name in sorted(self._claimed)}
 
     def unclaimed(self) -> list[str]:
-        """Names nobody asked for, or that failed."""
+        """Return the names that were never looked up, or whose check failed."""
         return sorted(self._noted.keys() - self._claimed)
 
     def forget(self, name: str) -> bool:
-        """Offer `name` no longer, for it is written anew; whether it was there."""
+        """Drop `name` because it is written anew; whether it was present."""
         self._claimed.discard(name)
         return self._noted.pop(name, None) is not None
 
 
-def same_digest(path: Path, found: FileRecord) -> bool:
-    """Whether the whole file has the hash in its record; False without one."""
-    return "xxh3" in found.record and file_digest(path, "xxh3") == found.record["xxh3"]
+def same_digest(path: Path, record: FileRecord) -> bool:
+    """Whether the whole file has the recorded hash; False if none is recorded."""
+    return "xxh3" in record.record and file_digest(path, "xxh3") == record.record["xxh3"]
 
 
 def parse_line(line: bytes, plan_id: str) -> FileRecord | None:
-    """The record in one journal line; None for a torn line, or one this plan did not write."""
+    """Parse one journal line; None for a torn line or one of another plan."""
     try:
         entry = json.loads(line)
         if entry["plan"] != plan_id or not isinstance(entry["record"], dict):
@@ -69,9 +69,9 @@ def parse_line(line: bytes, plan_id: str) -> FileRecord | None:
 
 
 def has_size(path: Path, size: int) -> bool:
-    """Whether `path` is a regular file, and no link, of `size` bytes."""
+    """Whether `path` is a regular file of `size` bytes, not a link."""
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == size
+    return stat.S_ISREG(status.st_mode) and status.st_size == size

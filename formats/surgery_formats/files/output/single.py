@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One output file that appears complete or not at all: written beside its place, made durable, renamed without replacing."""
+"""One output file that appears complete or not at all: written to a hidden name, synced, renamed without replacing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Prove = Callable[[Path], None]
 
 
 class SingleFile:
-    """The file while it is written; only by position, like `OutputFile`."""
+    """The file while it is written, by position only, like `OutputFile`."""
 
     def __init__(self, fd: int, path: Path, shown: Path, nbytes: int) -> None:
         self._fd = fd
@@ -28,10 +28,10 @@ class SingleFile:
         self.nbytes = nbytes
 
     def pwrite(self, data: memoryview | bytes | bytearray, offset: int) -> None:
-        """All of `data` at `offset`.
+        """Write all of `data` at `offset`.
 
         Raises:
-            ResourceError: the disk did not take it.
+            ResourceError: the disk is full or failed.
         """
         with output_faults(self._shown, self.nbytes):
             write_all(self._fd, memoryview(data).cast("B"), offset)
@@ -49,23 +49,23 @@ def write_single(
 ) -> Path:
     """Write the file `out`.
 
-    What is written this way is small, so nothing is resumed: a killed run leaves at most a hidden ``.<name>.surgery-*`` beside the
-    output, which the same job takes over.
+    Such files are small, so nothing is resumed: a killed run leaves at most a hidden ``.<name>.surgery-*`` beside the
+    output, and the same job takes it over.
 
     Args:
         out: Must not exist unless `overwrite`; its parent must.
-        job: Hex digest of inputs and options: the same job takes over what it left when it was killed.
-        nbytes: Its exact size.
+        job: Hex digest of inputs and options, which identifies the job.
+        nbytes: Exact size.
         fill: Writes every byte.
         overwrite: Replace an existing file, atomically.
-        inputs: What is read; the output may not be one of them.
-        prove: Called with the finished, still hidden file; what it raises leaves no output.
+        inputs: Files that are read; the output must not be one of them.
+        prove: Called with the finished file while it is still hidden; an exception leaves no output.
 
     Raises:
-        NotFoundError: no such parent.
-        OutputExistsError: something is there.
+        NotFoundError: the parent folder does not exist.
+        OutputExistsError: the output exists.
         FitError: the output is an input.
-        ResourceError: the disk did not take it.
+        ResourceError: the disk is full or failed.
     """
     shown = Path(out)
     parent = Path(os.path.realpath(shown.parent))
@@ -73,7 +73,7 @@ def write_single(
     if not parent.is_dir():
         raise NotFoundError("no such folder to write into", file=shown.parent)
     _refuse(final, shown, inputs, overwrite=overwrite)
-    # The suffix stays last, so that readers that go by it can prove the hidden file.
+    # The suffix stays last, because readers that prove the hidden file go by it.
     hidden = parent / f".{shown.stem[:150]}.surgery-{job[:16]}{shown.suffix}"
     with output_faults(shown, nbytes):
         fd = _open_hidden(hidden, shown)
@@ -98,9 +98,9 @@ def write_single(
 
 
 def _refuse(final: Path, shown: Path, inputs: tuple[Path, ...], *, overwrite: bool) -> None:
-    for given in inputs:
+    for source in inputs:
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samefile(given, final):
+            if os.path.samefile(source, final):
                 raise FitError("the output is an input", file=shown, hint="inputs are never changed")
     if os.path.lexists(final) and (not overwrite or final.is_dir()):
         raise _exists(shown)
@@ -117,7 +117,7 @@ def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None
 
 
 def _open_hidden(hidden: Path, shown: Path) -> int:
-    """The hidden file, empty and locked: what a killed run left is taken over, what another process is writing is not.
+    """Open the hidden file, empty and locked; a file left by a killed run is taken over.
 
     Raises:
         OutputExistsError: another process is writing it.
@@ -125,8 +125,8 @@ def _open_hidden(hidden: Path, shown: Path) -> int:
     fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours, there = os.fstat(fd), os.lstat(hidden)
-        if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):  # its writer finished between the two calls
+        ours, named = os.fstat(fd), os.lstat(hidden)
+        if (ours.st_dev, ours.st_ino) != (named.st_dev, named.st_ino):  # its writer finished between the two calls
             raise BlockingIOError
         os.ftruncate(fd, 0)
     except (BlockingIOError, FileNotFoundError) as error:
@@ -139,4 +139,4 @@ def _open_hidden(hidden: Path, shown: Path) -> int:
 
 
 def _exists(shown: Path) -> OutputExistsError:
-    return OutputExistsError("is already there", file=shown, hint="give another name, or --overwrite")
+    return OutputExistsError("already exists", file=shown, hint="give another name, or --overwrite")

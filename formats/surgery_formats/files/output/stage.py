@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hidden folder beside an output: one writer, put in the output's place in one step, or gone."""
+"""The hidden folder beside an output: one writer; renamed to the output in one step, or removed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["Stage"]
 
 _PLAN = re.compile(r"[0-9a-f]{16,}\Z")
 _NAME_LIMIT = 200  # bytes of the output's name inside the stage's name; file systems stop at 255
-# to lock a stage that other processes keep finishing; each failed one means another process made progress
+# Attempts to lock a stage that other processes keep finishing; each failure means that another one made progress.
 _ATTEMPTS = 100
-# What rename says when a folder's new name is in use. An empty folder is replaced: POSIX rename does no more
-# than that, so it can destroy nothing, and no other call is needed to be safe.
+# Errors of rename when the folder's new name is in use. POSIX rename replaces an empty folder but nothing more, so it
+# destroys nothing.
 _IN_USE = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
 _Identity = tuple[int, int]
 
@@ -34,7 +34,7 @@ class Stage:
     """Where the files of one job lie until they are complete.
 
     Attributes:
-        shown: The output, as the user wrote it.
+        shown: The output path as the user wrote it.
         path: The staging folder.
     """
 
@@ -56,16 +56,16 @@ class Stage:
         self.path = self._parent / f".{name}.surgery-{plan_id[:16]}"
         self._aside = self._parent / f"{self.path.name}.old"
         self._overwrite = overwrite
-        self._inputs = [Path(given) for given in inputs]
+        self._inputs = [Path(path) for path in inputs]
         self._parent_fd = self._fd = -1
 
     def acquire(self) -> None:
-        """Make the stage, or take over one that a killed run left.
+        """Create the stage, or take over one that a killed run left.
 
         Raises:
-            NotFoundError: the parent is not there.
-            FitError: the output touches an input.
-            OutputExistsError: it exists, or another process is writing it.
+            NotFoundError: the parent folder does not exist.
+            FitError: the output overlaps an input.
+            OutputExistsError: the output exists, or another process is writing it.
             ResourceError: the parent cannot be written.
         """
         if not self._parent.is_dir():
@@ -78,21 +78,20 @@ class Stage:
         self._refuse_existing()
         try:
             with output_faults(self.shown):
-                # Opened now, so that after the rename nothing that can fail for want of descriptors is left
-                # to do.
+                # Opened now, so that nothing after the rename can fail for lack of descriptors.
                 self._parent_fd = os.open(self._parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 self._lock()
                 self._put_back()
-                self._refuse_existing()  # the process we waited for may just have written it
+                self._refuse_existing()  # another process may just have written it
         except BaseException:
             self.release()
             raise
 
     def release(self) -> None:
-        """Remove the stage, unless it is the output by now, and let go of the lock; harmless twice."""
+        """Remove the stage, unless it became the output, and release the lock; may be called twice."""
         try:
             if self._fd >= 0 and _names(self.path, self._fd):
-                # what is left is hidden, and the next identical run removes it
+                # anything left over is hidden, and the next identical run removes it
                 shutil.rmtree(self.path, ignore_errors=True)
         finally:
             self._fd = _close(self._fd)
@@ -103,10 +102,10 @@ class Stage:
         sync_folder(self._fd)
 
     def publish(self) -> Path:
-        """Give the stage the output's name.
+        """Rename the stage to the output.
 
         Raises:
-            OutputExistsError: something is there that may not be replaced.
+            OutputExistsError: the output exists and may not be replaced.
             OSError: the rename or the sync failed.
         """
         self.sync()
@@ -130,7 +129,7 @@ class Stage:
         return self._final
 
     def _undo(self, old: Path | None) -> None:
-        """Take the output's name away again: a run that fails leaves what was there before."""
+        """Undo the rename: a failing run leaves what was there before."""
         if old != self.path:
             os.rename(self._final, self.path)
             if old is not None:
@@ -143,11 +142,11 @@ class Stage:
             )
 
     def _swap(self) -> Path:
-        """Put the stage in the place of the existing output; where that one went."""
+        """Swap the stage with the existing output; returns where the old output is now."""
         if exchange(self.path, self._final):
             return self.path
-        # Two steps where the system has no exchange (some network file systems): a kill between them leaves
-        # no output, and the next identical run puts the old one back before it starts.
+        # Two steps where the system cannot swap (some network file systems): a kill between them leaves no output,
+        # and the next identical run restores the old one before it starts.
         os.rename(self._final, self._aside)
         try:
             os.rename(self.path, self._final)
@@ -168,7 +167,7 @@ class Stage:
             ) from error
 
     def _put_back(self) -> None:
-        """Finish a two-step replacement that was killed half-way."""
+        """Finish a two-step replacement that was killed halfway."""
         if _is_folder(self._aside):
             if os.path.lexists(self._final):
                 shutil.rmtree(self._aside)
@@ -176,9 +175,9 @@ class Stage:
                 os.rename(self._aside, self._final)
 
     def _lock(self) -> None:
-        """Hold the only lock on the folder that is at `path` now, not on one renamed or removed meanwhile."""
+        """Take the exclusive lock on the folder now at `path`, not on one renamed or removed meanwhile."""
         for _ in range(_ATTEMPTS):
-            made = self._make()
+            is_new = self._make()
             try:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,13 +190,13 @@ class Stage:
                 ) from error
             except BaseException:
                 self._fd = _close(self._fd)
-                if made:
-                    # the first fault is the one to report; an empty folder is all that is left
+                if is_new:
+                    # report the first fault; only an empty folder is left behind
                     with contextlib.suppress(OSError):
                         os.rmdir(self.path)
                 raise
             if _names(self.path, self._fd):
-                if not made and os.fstat(self._fd).st_uid != os.geteuid():
+                if not is_new and os.fstat(self._fd).st_uid != os.geteuid():
                     self._fd = _close(self._fd)
                     raise ResourceError("belongs to another user", file=self.path, hint="remove it, or write elsewhere")
                 return
@@ -227,31 +226,31 @@ class Stage:
             raise self._exists()
         if _has_entries(self._final) and not (self._final / MANIFEST).is_file():
             raise OutputExistsError(
-                "the folder was not written by this tool, so it is not replaced",
+                "this folder was not written by surgery, so it is not replaced",
                 file=self.shown,
                 hint="remove it yourself, or write to another folder",
             )
 
     def _refuse_unsafe(self) -> None:
-        """Compare by identity, not by name: links, mounts and blind case give one folder many names."""
+        """Refuse an output that overlaps an input. Folders compare by identity: links and case give them many names."""
         final = Path(os.path.realpath(self._final))
-        for given in self._inputs:
-            source = Path(os.path.realpath(given))
+        for named in self._inputs:
+            source = Path(os.path.realpath(named))
             mine, theirs = _identity(final), _identity(source)
             hint = "write to a folder outside the inputs"
             if source == final or (mine is not None and mine == theirs):
                 raise FitError("the output is one of the inputs", file=self.shown, hint=hint)
             if mine is not None and mine in map(_identity, source.parents):
-                raise FitError(f"the output holds the input {show(given, 200)}", file=self.shown, hint=hint)
+                raise FitError(f"the output holds the input {show(named, 200)}", file=self.shown, hint=hint)
             if theirs is not None and theirs in map(_identity, final.parents):
-                raise FitError(f"the output lies in the input {show(given, 200)}", file=self.shown, hint=hint)
+                raise FitError(f"the output lies in the input {show(named, 200)}", file=self.shown, hint=hint)
         mine = _identity(final)
         if self._overwrite and mine is not None:
-            for place in (os.curdir, os.path.expanduser("~")):
-                here = Path(os.path.realpath(place))
-                if mine in map(_identity, (here, *here.parents)):
+            for name in (os.curdir, os.path.expanduser("~")):
+                protected = Path(os.path.realpath(name))
+                if mine in map(_identity, (protected, *protected.parents)):
                     raise FitError(
-                        "this folder holds the working folder or a home folder",
+                        "this folder contains the working folder or a home folder",
                         file=self.shown,
                         hint="write to another folder",
                     )
@@ -259,19 +258,19 @@ class Stage:
 
 def _identity(path: Path) -> _Identity | None:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _names(path: Path, fd: int) -> bool:
-    """Whether `path` is (still) the folder that `fd` has open."""
+    """Whether `path` is still the folder open as `fd`."""
     try:
-        found, held = os.lstat(path), os.fstat(fd)
+        named, opened = os.lstat(path), os.fstat(fd)
     except OSError:
         return False
-    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _is_folder(path: Path) -> bool:

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the arguments of verbs may be: a path, a name on the hub, or what was opened before; one adapter or several, with weights.
+
+A ``str`` is a reference as the command takes it: a local path wins, and ``org/name`` or ``hf://org/name`` is fetched from the hub where
+nothing local has that name (`surgery_formats.refs`). A ``pathlib.Path`` is always local. What knows adapters is imported when there are
+some: it costs a plain export as much as all the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from surgery_formats.containers.sharded import MODEL_STEMS, is_index
+from surgery_formats.containers.weight_files import holds_weights, is_weight_file
+from surgery_formats.errors import FitError, NotFoundError, UsageError
+from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.refs import resolve
+
+if TYPE_CHECKING:
+    from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
+
+__all__ = [
+    "AdapterLike",
+    "AdaptersLike",
+    "CheckpointLike",
+    "Openable",
+    "StrPath",
+    "WeightedLike",
+    "as_adapter",
+    "as_checkpoint",
+    "as_list",
+    "as_opened",
+    "as_output",
+    "as_path",
+    "as_weighted",
+    "open",
+    "output_path",
+]
+
+StrPath = str | os.PathLike[str]
+CheckpointLike = StrPath | Checkpoint
+Openable: TypeAlias = "StrPath | Checkpoint | Adapter"
+AdapterLike: TypeAlias = "StrPath | Adapter"
+WeightedLike: TypeAlias = "AdapterLike | WeightedAdapter | tuple[AdapterLike, float]"
+AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[StrPath, float]"
+
+Item = TypeVar("Item")
+
+_ADAPTER_FILE = ("adapter_model", "adapters.", "adapter.")
+
+
+def open(reference: StrPath) -> Checkpoint | Adapter:
+    """Open a model or an adapter, whichever lies there; only headers are read.
+
+    Args:
+        reference: File, folder or name on the hub. A folder that is both (a training run's) is an adapter.
+
+    Raises:
+        NotFoundError: nothing there, or no weights in the folder.
+        MalformedError: a header or a configuration is not what its format says.
+        FitError: an adapter of a kind that is not read.
+    """
+    from surgery_formats.adapters.registry import formats
+
+    path = as_path(reference, "reference")
+    if not path.exists():
+        raise NotFoundError("no such file or folder", file=path)
+    if not (path.is_dir() and _only_a_model(path)):  # a merged model may have kept adapter_config.json
+        for candidate in formats().values():
+            if candidate.detect(path):
+                return candidate.read(path)
+    return open_checkpoint(path)
+
+
+def as_opened(value: Openable, argument: str) -> Checkpoint | Adapter:
+    """The model or adapter that `value` is or names.
+
+    Raises:
+        UsageError: neither.
+        InputError, FitError: see `open`.
+    """
+    if isinstance(value, str | os.PathLike):
+        return open(value)
+    if isinstance(value, Checkpoint) or (_is_adapter(value) and hasattr(value, "updates")):
+        return value
+    raise _wrong_type(value, argument, "a path, a Checkpoint or an Adapter")
+
+
+def _only_a_model(folder: Path) -> bool:
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    of_a_model = [name for name in names if name.startswith(MODEL_STEMS) and (is_weight_file(name) or is_index(name))]
+    return bool(of_a_model) and not any(_adapter_file(name) for name in names if holds_weights(name) or is_index(name))
+
+
+def _adapter_file(name: str) -> bool:
+    return name.startswith(_ADAPTER_FILE) or "_adapters." in name
+
+
+def as_path(value: StrPath, argument: str) -> Path:
+    """Where a reference lies on this machine.
+
+    Raises:
+        UsageError: not a reference.
+        NotFoundError, InputError: a name that is neither here nor on the hub.
+    """
+    if isinstance(value, str):
+        return resolve(value)
+    if isinstance(value, os.PathLike):
+        return Path(value)
+    raise _wrong_type(value, argument, "a path")
+
+
+def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
+    """The model that `value` is or names.
+
+    Raises:
+        UsageError: neither.
+        FitError: an adapter.
+        InputError: see `open_checkpoint`.
+    """
+    if isinstance(value, Checkpoint):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return open_checkpoint(as_path(value, argument))
+    if _is_adapter(value):
+        raise FitError("an adapter where a full model was expected", file=getattr(value, "path", None))
+    raise _wrong_type(value, argument, "a path or a Checkpoint")
+
+
+def as_adapter(value: AdapterLike, argument: str = "adapter") -> Adapter:
+    """The adapter that `value` is or names.
+
+    Raises:
+        UsageError: neither, or an adapter with a weight.
+        FitError: a full model.
+        InputError: see `read_adapter`.
+    """
+    from surgery_formats.adapters.registry import read_adapter
+    from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
+
+    if isinstance(value, Adapter):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return read_adapter(as_path(value, argument))
+    if isinstance(value, Checkpoint):
+        raise FitError("a full model where an adapter was expected", file=value.path)
+    if isinstance(value, WeightedAdapter | tuple):
+        raise UsageError(f"{argument} has no weight here", hint="surgery.combine writes a scaled adapter")
+    raise _wrong_type(value, argument, "a path or an Adapter")
+
+
+def as_weighted(value: AdaptersLike, argument: str = "adapters") -> list[WeightedAdapter]:
+    """Adapters with their weights, in order; 1 where none is given.
+
+    Raises:
+        UsageError: neither an adapter, nor several, nor weights by adapter.
+        FitError: a weight that is not finite, or a full model.
+        InputError: see `read_adapter`.
+    """
+    if isinstance(value, Mapping):
+        named = ((key, weight, f"{argument}[{str(key)!r}]") for key, weight in value.items())
+        return [_scaled(_weighted(key, name), weight, name) for key, weight, name in named]
+    if _is_adapter(value) or _is_pair(value):
+        return [_weighted(value, argument)]
+    if not isinstance(value, Iterable):
+        raise _wrong_type(value, argument, "a path, an Adapter, (adapter, weight), a list of these, or {path: weight}")
+    return [_weighted(item, f"{argument}[{number}]") for number, item in enumerate(value)]
+
+
+def as_list(value: Item | Iterable[Item]) -> list[Item]:
+    """Several of what may be given as one: a text or a path is never taken apart."""
+    return [value] if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable) else list(value)
+
+
+def output_path(output: StrPath | None, *, dry_run: bool = False) -> Path | None:
+    """Where to write; None for a dry run.
+
+    Raises:
+        UsageError: nowhere, and it is no dry run.
+    """
+    if dry_run:
+        return None
+    if output is None:
+        raise UsageError("output is required", hint="or ask for a dry run")
+    return as_output(output)
+
+
+def as_output(output: StrPath) -> Path:
+    """Where to write.
+
+    Raises:
+        UsageError: no path.
+    """
+    if not isinstance(output, str | os.PathLike):
+        raise _wrong_type(output, "output", "a path")
+    return Path(output)
+
+
+def _is_adapter(value: object) -> bool:
+    from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
+
+    return isinstance(value, str | os.PathLike | Adapter | WeightedAdapter | Checkpoint)
+
+
+def _is_pair(value: object) -> bool:
+    """``(adapter, weight)``, and not two adapters."""
+    return isinstance(value, tuple) and len(value) == 2 and _is_adapter(value[0]) and not _is_adapter(value[1])
+
+
+def _weighted(value: Any, argument: str) -> WeightedAdapter:
+    from surgery_formats.canonical.adapter import WeightedAdapter
+
+    if isinstance(value, WeightedAdapter):
+        return _scaled(value, 1.0, argument)
+    if _is_pair(value):
+        return _scaled(_weighted(value[0], argument), value[1], argument)
+    return WeightedAdapter(as_adapter(value, argument), 1.0)
+
+
+def _scaled(adapter: WeightedAdapter, weight: object, argument: str) -> WeightedAdapter:
+    if isinstance(weight, bool) or not isinstance(weight, Real):
+        raise _wrong_type(weight, f"the weight of {argument}", "a number")
+    scaled = adapter * float(weight)
+    if not math.isfinite(scaled.weight):
+        raise FitError(f"the weight {scaled.weight} is not finite", file=adapter.adapter.path)
+    return scaled
+
+
+def _wrong_type(value: object, argument: str, expected: str) -> UsageError:
+    return UsageError(f"{argument} is {expected}, not {type(value).__name__}")
