@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.extraction.adapter import shifted
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.findings import CalibrationFacts, Signal
 from surgery.extraction.noise import remark
@@ -22,7 +23,7 @@ from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
-    from surgery.extraction.proof import Error
+    from surgery.extraction.proof import Residual
 
 __all__ = ["check_losses", "ledger_rows", "rows_with_residuals", "rows_without"]
 
@@ -148,18 +149,16 @@ def _stored(row: ExtractRow, stored: list[DenseTensor]) -> ExtractRow:
     return replace(row, form=stored[0].via, parameters=numbers, nbytes=nbytes)
 
 
-def _corrected(row: ExtractRow, error: Error, dense: DenseTensor) -> ExtractRow:
+def _corrected(row: ExtractRow, measured: Residual, dense: DenseTensor) -> ExtractRow:
     """A bias that is TUNED's plus what was meant.
 
     Raises:
         ProofError: it is another.
     """
-    from surgery.extraction.write import shifted
-
     meant = float((shifted(dense).double() - dense.tensor.read().double()).square().sum())
-    if not math.isclose(error.left, meant, rel_tol=1e-6, abs_tol=1e-30):
+    if not math.isclose(measured.left, meant, rel_tol=1e-6, abs_tol=1e-30):
         raise ProofError("read back, it is not the corrected bias that was meant", tensor=row.name)
-    return replace(row, residual=error.residual if error.energy > 0 else 0.0)
+    return replace(row, residual=measured.relative if measured.energy > 0 else 0.0)
 
 
 def _with_signal(row: ExtractRow, signal: Signal, *, asked: bool) -> ExtractRow:
@@ -211,7 +210,7 @@ def rows_without(rows: Iterable[ExtractRow], storage: StoragePlan, lost: Mapping
 
 def rows_with_residuals(
     rows: Iterable[ExtractRow],
-    errors: Mapping[str, Error],
+    residuals: Mapping[str, Residual],
     storage: StoragePlan,
     factored: Mapping[str, TargetFactors],
     ranks: Mapping[str, int],
@@ -226,8 +225,8 @@ def rows_with_residuals(
     from surgery.extraction.proof import agrees
 
     for target in storage.targets:
-        energy = math.fsum(errors[name].energy for name in target.names if name in errors)
-        left = math.fsum(errors[name].left for name in target.names if name in errors)
+        energy = math.fsum(residuals[name].energy for name in target.names if name in residuals)
+        left = math.fsum(residuals[name].left for name in target.names if name in residuals)
         reported = math.sqrt(factored[target.path].residual(ranks[target.path]) / factored[target.path].energy)
         measured = math.sqrt(left / energy) if energy else 0.0
         whole = sizes.get(target.path, 0.0) / math.sqrt(energy) if energy else 0.0
@@ -238,18 +237,18 @@ def rows_with_residuals(
             )
     measured_rows = []
     for row in rows:
-        error = errors.get(row.name)
-        if error is None:
+        left_over = residuals.get(row.name)
+        if left_over is None:
             measured_rows.append(row)
             continue
         if row.kind == "corrected":
             measured_rows.append(
-                _corrected(row, error, next(dense for dense in storage.dense_tensors if dense.name == row.name))
+                _corrected(row, left_over, next(dense for dense in storage.dense_tensors if dense.name == row.name))
             )
             continue
-        if row.kind in ("dense", "rows", "new rows") and error.left:
+        if row.kind in ("dense", "rows", "new rows") and left_over.left:
             raise ProofError(
-                f"read back, it is not what TUNED has ({error.residual:.1e} of the change)", tensor=row.name
+                f"read back, it is not what TUNED has ({left_over.relative:.1e} of the change)", tensor=row.name
             )
-        measured_rows.append(replace(row, residual=error.residual))
+        measured_rows.append(replace(row, residual=left_over.relative))
     return tuple(measured_rows)

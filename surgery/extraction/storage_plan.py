@@ -20,7 +20,7 @@ from surgery_formats.tensors.tensor import StoredTensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "dense_size", "nesting", "plan_storage"]
+__all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "dense_size", "plan_storage"]
 
 RESIZABLE = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
 """Modules whose whole weight PEFT (and every reader here) takes under its plain name: a vocabulary that was resized."""
@@ -348,11 +348,3 @@ def dense_size(dense: DenseTensor) -> tuple[int, int]:
     """``(numbers, bytes)`` that are stored."""
     numbers = len(dense.rows) * dense.tensor.matrix[1] if dense.rows else dense.tensor.numel
     return numbers, numbers * dense.tensor.dtype.bits // 8
-
-
-def nesting(path: str, paths: Iterable[str]) -> int:
-    """How deep the factors of the 3-D parameter `path` lie among those of its module."""
-    module, _, name = path.rpartition(".")
-    others = {other.rpartition(".")[2] for other in paths if other.rpartition(".")[0] == module}
-    ordered = sorted(others, key=lambda leaf: _NESTING.index(leaf) if leaf in _NESTING else 0)
-    return len(ordered) - 1 - ordered.index(name)

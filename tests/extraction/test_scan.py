@@ -21,6 +21,8 @@ from surgery.extraction.stream.feed import DirectFeed, RowPair, StagedFeed
 from surgery.extraction.stream.lanes import DeviceMemory, Lane, Lanes
 from surgery.extraction.stream.scan import layout_of, warm
 from surgery.extraction.stream.tally import Tally
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, MalformedError, ProofError
 from surgery_formats.files.raw import File
 from surgery_formats.linalg.noise import NoiseTally
@@ -292,15 +294,11 @@ def corrupted(folder: Path, what: str) -> None:
 def test_what_is_not_what_was_measured_is_no_output(
     what: str, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery.extraction.extraction_plan import ExtractionPlan
-
-    proved = ExtractionPlan.proved
-
-    def after(self: ExtractionPlan, folder: Path) -> object:
+    def after(folder: Path) -> Adapter:
         corrupted(folder, what)
-        return proved(self, folder)
+        return read_adapter(folder)
 
-    monkeypatch.setattr(ExtractionPlan, "proved", after)
+    monkeypatch.setattr("surgery.extraction.output.read_adapter", after)
     with pytest.raises(ProofError):
         surgery.extract_lora(*pair, output=tmp_path / "out", rank=4)
     assert not (tmp_path / "out").exists()
