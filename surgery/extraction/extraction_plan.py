@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that is decided of one extraction before a byte is written: forms, ranks, kind, tensors, configuration."""
+"""The plan of an extraction, complete before a byte is written: forms, ranks, kind, the adapter and its rendering."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery._version import __version__
@@ -52,21 +51,21 @@ __all__ = [
 
 
 class Stopwatch:
-    """Counts from when it is made; parts of the same name add up."""
+    """Measures the parts of a run, from its creation on; laps of the same name add up."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
         self._parts: dict[str, float] = {}
 
     def lap(self, name: str, until: float | None = None) -> None:
-        """What has passed since the last lap was `name`; it ended now, or at `until` (`time.monotonic`)."""
+        """Assign the time since the last lap to `name`; the lap ends now, or at `until` (`time.monotonic`)."""
         now = time.monotonic() if until is None else until
         self._parts[name] = self._parts.get(name, 0.0) + now - self._last
         self._last = now
 
     @property
     def parts(self) -> Mapping[str, float]:
-        """Seconds, in the order in which the parts began."""
+        """Seconds by name, in the order in which the names first occurred."""
         return dict(self._parts)
 
 
@@ -98,10 +97,10 @@ class CheckpointPair:
         return checkpoint.main
 
     def check_unchanged(self) -> None:
-        """Neither has changed since it was opened.
+        """Check that neither has changed since it was opened.
 
         Raises:
-            ProofError: one has.
+            ProofError: one has changed.
         """
         self.base.check_unchanged()
         self.tuned.check_unchanged()
@@ -110,7 +109,7 @@ class CheckpointPair:
 def stored_factor_specs(
     goal: RankGoal, scaling: Scaling, dtype: DType
 ) -> Callable[[LowRankTarget], StoredFactorSpec | None]:
-    """How factors will be written, as far as it is known before all of them are: not with a budget, nor where the scale needs the rank."""
+    """How each target's factors will be stored, or None if that follows from all targets (a budget) or from the rank (a scale)."""
 
     def spec_of(target: LowRankTarget) -> StoredFactorSpec | None:
         if (asked := goal.rank_of(target)) is not None:
@@ -124,11 +123,19 @@ def stored_factor_specs(
 
 @dataclass(frozen=True, slots=True)
 class ExtractionRequest:
-    """What the user wants, and where it is worked out.
+    """The options of an extraction.
 
     Attributes:
-        dtype: Of the factors of the PEFT folder.
-        coding: Of the factors in the end, if they are codes.
+        goal: How ranks are found.
+        options: Which changes are held, and how.
+        scaling: Alpha and rsLoRA.
+        dtype: Type of the factors.
+        coding: Codes of the factors, if they are stored as codes.
+        kind: LoRA, DoRA, or the better one.
+        calibration: Inputs of modules.
+        scratch: Holds factors until they are written.
+        device: Where to compute.
+        workers: Number of threads.
     """
 
     goal: RankGoal
@@ -145,28 +152,28 @@ class ExtractionRequest:
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """All that is decided; nothing is written yet.
+    """An extraction that is decided and not yet written.
 
     Attributes:
         checkpoints: BASE and TUNED.
-        layout: What was compared.
-        scan: What the pass found.
+        layout: The paired tensors.
+        scan: Measurements and factors.
         storage: The form of every change.
         ranks: By target path.
-        dtype: Of the factors.
-        coding: Of the factors, if they are stored as codes.
+        dtype: Type of the factors.
+        coding: Codes of the factors, if they are stored as codes.
         adapter: The extraction in the canonical form.
-        peft: The format PEFT, stating scales as the user wants.
-        rendering: `adapter` in that format.
-        id: Names the job.
-        noise: What of the change is rounding.
+        peft: The PEFT format, with the user's scaling.
+        rendering: `adapter` in the PEFT format.
+        id: Identifies the job.
+        noise: The share of rounding in the change.
         decision: LoRA or DoRA.
-        calibrated: What given inputs changed.
-        calibration: These inputs.
-        asked: Whether the user named the rank.
-        workers: Threads.
-        warnings: What the user should know.
-        table: Other ranks.
+        calibrated: What changed because of calibration inputs.
+        calibration: The calibration inputs.
+        asked: Whether the user gave the rank.
+        workers: Number of threads.
+        warnings: Facts that the user should know.
+        table: Other ranks and what they would leave.
     """
 
     checkpoints: CheckpointPair
@@ -191,22 +198,22 @@ class ExtractionPlan:
 
     @property
     def factored(self) -> Mapping[str, TargetFactors]:
-        """What is written."""
+        """The factors that will be stored, by target path."""
         return {**self.scan.factored, **self.decision.factored, **self.calibrated.factored}
 
     @property
     def nbytes(self) -> int:
-        """Of the PEFT file."""
+        """Size of the PEFT tensor file."""
         return rendered_size(self.rendering)
 
     def rank_table(self) -> tuple[RankChoice, ...]:
-        """Other ranks, fewer layers."""
+        """What other ranks, and fewer layers, would cost and leave."""
         dense = [dense_size(tensor) for tensor in self.storage.dense_tensors]
         stored = sum(numbers for numbers, _ in dense), sum(nbytes for _, nbytes in dense)
         return rank_table(self.storage, self.scan.factored, self.scan.measures, stored, self.coding or self.dtype)
 
     def result(self) -> ExtractResult:
-        """By the spectra."""
+        """The result as the spectra predict it."""
         rows = ledger_rows(
             self.layout.pairs,
             self.scan.measures,
@@ -236,10 +243,10 @@ class ExtractionPlan:
         )
 
     def proved(self, adapter: Adapter) -> ExtractResult:
-        """By what `adapter`, this extraction as it was read back or as it will be rendered, does.
+        """The result as measured on `adapter`: this extraction, read back or about to be rendered.
 
         Raises:
-            ProofError: it does something else.
+            ProofError: it differs from what was measured.
         """
         known = {target.path: self.factored[target.path] for target in self.storage.targets}
         residuals, result = self._residuals(adapter, known), self.result()
@@ -248,7 +255,7 @@ class ExtractionPlan:
         return replace(result, rows=rows)
 
     def coded(self, adapter: Adapter) -> ExtractResult:
-        """By the codes that were read back, whose error the conversion has proved to be what its writer says."""
+        """The result as measured on codes that were read back; the conversion has proved that their error is the stated one."""
         residuals, result = self._residuals(adapter, {}), self.result()
         rows = (replace(r, residual=residuals[r.name].relative) if r.name in residuals else r for r in result.rows)
         return replace(result, rows=tuple(rows))
@@ -266,10 +273,10 @@ class ExtractionPlan:
         return prove(adapter, self.checkpoints.base, changed, known, measures, self.storage.dropped, self.workers)
 
     def check_unchanged(self) -> None:
-        """No input has changed since it was opened.
+        """Check that no input has changed since it was opened.
 
         Raises:
-            ProofError: one has.
+            ProofError: one has changed.
         """
         self.checkpoints.check_unchanged()
         if self.calibration is not None:
@@ -285,19 +292,19 @@ def plan_extraction(
     *,
     allow_loss: bool,
 ) -> ExtractionPlan:
-    """Decide everything.
+    """Decide on forms, ranks and kind, and build the adapter.
 
     Args:
-        checkpoints: The checkpoints.
-        layout: What belongs together.
-        scan: What was measured and factorised.
-        request: What the user wants.
-        stopwatch: Laps for the timings.
+        checkpoints: BASE and TUNED.
+        layout: The paired tensors.
+        scan: Measurements and factors.
+        request: The user's options.
+        stopwatch: Takes the laps.
         allow_loss: Leave out what no form can hold.
 
     Raises:
         NothingChangedError: TUNED is BASE.
-        FitError: nothing, or not everything, can be held.
+        FitError: a change cannot be held.
     """
     old, new = checkpoints.old, checkpoints.new
     goal, dtype, scaling = request.goal, request.dtype, request.scaling
@@ -400,10 +407,10 @@ def _decide_kind(
     formed: Callable[[Mapping[str, int]], StoragePlan],
     ranks: Mapping[str, int],
 ) -> tuple[KindDecision, Mapping[str, int]]:
-    """LoRA or DoRA, and the ranks of a DoRA.
+    """Choose LoRA or DoRA; also returns the ranks of a DoRA.
 
     Raises:
-        FitError: a DoRA was asked for, and none can be made.
+        FitError: a DoRA is required and impossible.
     """
     goal = request.goal
     if request.calibration is not None:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -41,7 +40,7 @@ _AGREEMENT = 0.01  # measured and reported residual, relative
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """One tensor of TUNED.
+    """What is left of the change of one tensor.
 
     Attributes:
         energy: ``||TUNED - BASE||_F^2``.
@@ -68,20 +67,20 @@ def prove(
 ) -> dict[str, Residual]:
     """What an adapter leaves of every change.
 
-    Factors that were measured when they were made must be found again, bit by bit, and act where they were measured. Everything else is
-    put on BASE and compared with TUNED, some rows at a time.
+    Factors that were measured when they were computed must be the same bit by bit, and act on the rows where they were measured.
+    Everything else is applied to BASE and compared with TUNED, block by block.
 
     Args:
-        adapter: As read back, or as a writer will be given it.
+        adapter: The extraction, read back or about to be rendered.
         base: BASE.
-        pairs: Everything that changed, by TUNED's names; a tied head that is stored apart included.
-        factored: What was written as factors.
+        pairs: Everything that changed, including a tied head that is stored apart.
+        factored: The stored factors, by target path.
         measures: Of every pair.
         dropped: Names that no form holds.
-        workers: Threads.
+        workers: Number of threads.
 
     Raises:
-        ProofError: something is read back that nobody meant, or not read back.
+        ProofError: a change is missing, or differs from what was measured.
     """
     check_consumed(adapter, ProofError)
     edits = {edit.name: edit for edit in bind([(adapter, 1.0)], base).edits.values()}
@@ -108,14 +107,14 @@ def prove(
 
 @dataclass(frozen=True, slots=True)
 class _ProvedPart:
-    """One strip of a measured difference: the rows of a tensor that a matrix' factors change.
+    """The rows of one tensor that a factorised matrix changes.
 
     Attributes:
         matrix: The factors.
         strip: The rows.
-        at: Its first row in the stored difference.
+        at: First row of the strip in the stored difference.
         transposed: Whether the stored difference is the transpose of the factors' product.
-        left: What they leave of it, energy.
+        left: Energy that the factors leave of it.
     """
 
     matrix: FactorisedMatrix
@@ -126,7 +125,7 @@ class _ProvedPart:
 
 
 def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
-    """By tensor; nothing where the factors that were written are not those that were measured."""
+    """The measured parts by tensor; none if the stored factors are not those that were measured."""
     parts: dict[str, list[_ProvedPart]] = {}
     for delta, matrix in zip(factors.target.deltas, factors.matrices, strict=True):
         if matrix.left_energy is None:
@@ -139,7 +138,7 @@ def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
 
 
 def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[[], bool]) -> None:
-    """That what was read back is, bit by bit, what was measured, and that it reaches the rows where it was measured."""
+    """Check that the factors are bit by bit those that were measured, and act on the same rows."""
     loras = [operation.update for operation in edit.operations if isinstance(operation.update, LoRA)]
     if edit.replaced is not None or len(loras) != len(parts):
         raise ProofError(
@@ -186,12 +185,12 @@ def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit, stop: Calla
 
 
 def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -> bool:
-    """Whether a residual read back from disk is the reported one.
+    """Whether a residual measured on an adapter is the predicted one.
 
     Args:
-        measured: Read back.
-        reported: Found before writing.
-        dtype: What factors were rounded to.
+        measured: Measured residual.
+        reported: Predicted residual.
+        dtype: Type of the stored factors.
         whole: ``||TUNED|| / ||TUNED - BASE||`` of a DoRA, whose float32 magnitudes and norms multiply whole rows.
     """
     slack = _ROUNDING[dtype] + whole * 2.0**-22
@@ -200,7 +199,7 @@ def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -
 
 
 def _residual(pair: Pair, edit: Edit) -> Residual:
-    """Values that were replaced are compared with TUNED's, updates are put on BASE's."""
+    """Apply an edit to BASE and compare the result with TUNED."""
     source = Plain.of(edit.source, stacked=edit.stacked)
     base, tuned = Plain(pair.base, _flat(pair, source, old=True)), Plain(pair.tuned, _flat(pair, source, old=False))
     if source.shape != tuned.shape:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ledger's rows: every tensor of TUNED in one class (law 1), with what it cost and what it left."""
+"""The rows of the ledger: every tensor of TUNED in exactly one class, with its cost and what is left of its change."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _CLASS: Mapping[Via, ExtractClass] = {
 
 
 def check_losses(storage: StoragePlan, measures: Mapping[str, PairMeasure], tuned: Path, *, allow_loss: bool) -> None:
-    """Law 1: a change that nothing holds is an error, unless the user allowed it.
+    """Refuse changes that no form holds, unless the user allowed their loss.
 
     Raises:
-        FitError: there is one.
+        FitError: there are such changes.
     """
     if not storage.dropped or allow_loss:
         return
@@ -68,22 +68,22 @@ def ledger_rows(
     *,
     asked: bool,
 ) -> tuple[ExtractRow, ...]:
-    """By what was found while reading: residuals are those of the spectra.
+    """Rows with the residuals that the spectra predict.
 
     Args:
         pairs: Every tensor of TUNED.
-        measures: By its names.
-        factored: What is written, by target path.
-        storage: What becomes of each.
+        measures: By TUNED's names.
+        factored: The stored factors, by target path.
+        storage: The form of every change.
         ranks: By target path.
-        dtype: Of the factors.
+        dtype: Type or codes of the factors.
         signals: By target path.
-        magnitudes: How many numbers a DoRA has beside its factors, by target path.
-        calibrated: By path of the targets whose inputs were given.
-        asked: Whether the user named the rank.
+        magnitudes: Number of magnitudes that a DoRA has beside its factors, by target path.
+        calibrated: Effect of calibration inputs, by target path.
+        asked: Whether the user gave the rank.
 
     Raises:
-        FitError: a tensor changed and is in no class.
+        FitError: a changed tensor is in no class.
     """
     targets = {name: target for target in storage.targets for name in target.names}
     dense_by_name: dict[str, list[DenseTensor]] = {}
@@ -143,17 +143,17 @@ def _measured(pair: Pair, measure: PairMeasure, total: float, why: str) -> Extra
 
 
 def _stored(row: ExtractRow, stored: list[DenseTensor]) -> ExtractRow:
-    """With the form and the cost of what is stored as TUNED has it."""
+    """The row with the form and the cost of its dense tensors."""
     sizes = [dense_size(dense) for dense in stored]
     numbers, nbytes = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
     return replace(row, form=stored[0].via, parameters=numbers, nbytes=nbytes)
 
 
 def _corrected(row: ExtractRow, measured: Residual, dense: DenseTensor) -> ExtractRow:
-    """A bias that is TUNED's plus what was meant.
+    """The row of a corrected bias.
 
     Raises:
-        ProofError: it is another.
+        ProofError: the bias is not TUNED's plus the shift.
     """
     meant = float((shifted(dense).double() - dense.tensor.read().double()).square().sum())
     if not math.isclose(measured.left, meant, rel_tol=1e-6, abs_tol=1e-30):
@@ -190,12 +190,12 @@ def _low_rank(row: ExtractRow, factors: TargetFactors, rank: int, dtype: DType |
 
 
 def rows_without(rows: Iterable[ExtractRow], storage: StoragePlan, lost: Mapping[str, str]) -> tuple[ExtractRow, ...]:
-    """The same rows where another format does not hold all that the PEFT folder does.
+    """The rows for a format that does not hold everything.
 
     Args:
-        rows: Of the PEFT folder.
-        storage: Of the same.
-        lost: Path of a parameter -> why the format does not hold it.
+        rows: Rows of the whole extraction.
+        storage: The form of every change.
+        lost: Why the format does not hold a parameter, by its path.
     """
     why = {dense.name: lost[dense.path] for dense in storage.dense_tensors if dense.path in lost}
     why |= {name: lost[target.path] for target in storage.targets if target.path in lost for name in target.names}
@@ -217,10 +217,10 @@ def rows_with_residuals(
     dtype: DType,
     sizes: Mapping[str, float],
 ) -> tuple[ExtractRow, ...]:
-    """The same rows with the residuals that were read back; `sizes` is ``||TUNED||_F`` of what became DoRA, by target path.
+    """The rows with measured residuals; `sizes` is ``||TUNED||_F`` of DoRA targets, by path.
 
     Raises:
-        ProofError: one is not what was reported: the spectrum's for factors, none at all for copies.
+        ProofError: a residual is not the predicted one, or a copy differs from TUNED.
     """
     from surgery.extraction.proof import agrees
 
