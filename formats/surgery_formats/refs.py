@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.containers.weight_files import UNREAD_SUFFIXES, file_containers, holds_weights
 from surgery_formats.errors import InputError, NotFoundError
 from surgery_formats.text import closest, show
 
@@ -26,14 +27,11 @@ _HUB = re.compile(
     rf"(?P<repo>(?:{_WORD}/)?{_WORD})"
     r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,250}))?(?::(?P<file>[^:\\\0]{1,500}))?"
 )
-_FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".json")
-
 # Other copies of the weights; a repository often holds its model several times over.
 _OTHER_WEIGHTS = (
-    *("*.gguf", "*.onnx", "*.onnx_data", "*.msgpack", "*.h5", "*.ot", "*.tflite", "*.mlpackage/*"),
-    *("original/*", "consolidated*"),
+    *(f"*{suffix}" for suffix in UNREAD_SUFFIXES),
+    *("*.tflite", "*.mlpackage/*", "original/*", "consolidated*"),
 )
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ def _exists(path: Path) -> bool:
 
 def _looks_local(repo: str) -> bool:
     """Whether `repo` looks like a misspelt path, which must not become a network request."""
-    return _exists(Path(repo.split("/")[0])) or repo.lower().endswith(_FILE_ENDINGS)
+    return _exists(Path(repo.split("/")[0])) or repo.lower().endswith(".json") or holds_weights(repo.lower())
 
 
 def _hint(path: Path, name: HubName | None) -> str | None:
@@ -112,9 +110,10 @@ def _download(name: HubName, text: str) -> Path:
     try:
         if name.file is not None:
             return Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision))
-        ignored = [*_OTHER_WEIGHTS, *_PICKLES]
+        first, *others = file_containers().values()
+        ignored = [*_OTHER_WEIGHTS, *(f"*{suffix}" for container in others for suffix in container.suffixes)]
         folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=ignored))
-        if not any(folder.rglob("*.safetensors")):  # an older repository, with pickles only
+        if not any(path.name.endswith(first.suffixes) for path in folder.rglob("*")):  # an older repository: pickles
             ignored = list(_OTHER_WEIGHTS)
             folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=ignored))
     except Exception as error:  # the hub's client and its HTTP library raise many types

@@ -361,13 +361,13 @@ def _remembered(record: FileRecord) -> dict[str, Measurement]:
 
 def still_good(path: Path, record: FileRecord) -> bool:
     """Whether a file that an interrupted run finished still holds the computed tensors it finished with."""
-    from surgery_formats.containers.safetensors import open_safetensors
+    from surgery_formats.containers.weight_files import open_shard
     from surgery_formats.models.identity import tensor_digest
 
     if "tensors" not in record.record:
         return False  # a side file: copied again
     try:
-        stored = {tensor.name: tensor for tensor in open_safetensors(path).tensors}
+        stored = {tensor.name: tensor for tensor in open_shard(path).tensors}
         for label, fields in record.record["tensors"].items():
             tensor = stored[label.rpartition(":")[2]]
             if tensor_digest(tensor) != fields["xxh3"]:

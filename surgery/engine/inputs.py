@@ -15,6 +15,8 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from surgery_formats.containers.sharded import MODEL_STEMS, is_index
+from surgery_formats.containers.weight_files import holds_weights, is_weight_file
 from surgery_formats.errors import FitError, NotFoundError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.refs import resolve
@@ -49,7 +51,6 @@ AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[StrPa
 
 Item = TypeVar("Item")
 
-_FULL_MODEL = ("model", "pytorch_model", "diffusion_pytorch_model", "tf_model", "flax_model")
 _ADAPTER_FILE = ("adapter_model", "adapters.", "adapter.")
 
 
@@ -92,8 +93,8 @@ def as_opened(value: Openable, argument: str) -> Checkpoint | Adapter:
 
 def _only_a_model(folder: Path) -> bool:
     names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
-    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".npz", ".index.json"))]
-    return any(name.startswith(_FULL_MODEL) for name in weights) and not any(_adapter_file(name) for name in weights)
+    of_a_model = [name for name in names if name.startswith(MODEL_STEMS) and (is_weight_file(name) or is_index(name))]
+    return bool(of_a_model) and not any(_adapter_file(name) for name in names if holds_weights(name) or is_index(name))
 
 
 def _adapter_file(name: str) -> bool:

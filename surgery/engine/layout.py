@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Class, Compute, Copy, PlannedFile, PlannedTensor
 from surgery_formats.binding.edits import Edit
-from surgery_formats.containers.safetensors import layout
-from surgery_formats.containers.sharded import Shard
+from surgery_formats.containers.base import Shard, WritableContainer
+from surgery_formats.containers.safetensors import SAFETENSORS
+from surgery_formats.containers.sharded import index_bytes, index_name, output_name, shard_names
+from surgery_formats.containers.weight_files import output_container
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
@@ -52,6 +52,8 @@ def lay_out(
         FitError: `packed`, and the architecture has no recipe that says what belongs together.
     """
     folder = f"{component.name}/" if component.name else ""
+    container = SAFETENSORS if packed else output_container(component.shards[0].container)
+    suffix = container.suffixes[0]
     accounts: list[Account] = []
     groups: list[tuple[str, Shard | None, list[PlannedTensor]]] = []
     for shard in component.shards:
@@ -59,31 +61,33 @@ def lay_out(
         for tensor in shard.tensors:
             alias = component.aliases.get(tensor.name)
             stays_tied = alias and tensor.name not in edits and component.name not in untied
-            if alias and stays_tied and shard.kind == "torch" and _is_tie(tensor.name, alias, component):
+            rewritten = shard.container != container.name
+            if alias and stays_tied and rewritten and _is_tie(tensor.name, alias, component):
                 accounts.append(Account(tensor, "alias", f"tied to {alias}"))
                 continue
             edit = edits.get(tensor.name)
             if edit is not None and edit.replaced:
                 accounts.append(Account(tensor, "superseded", "replaced by the adapter's"))
             planned.append(_tensor(component, tensor, edit, dtype))
-        groups.append((_safetensors_name(shard.path.name), shard, planned))
+        groups.append((output_name(shard.path.name, suffix), shard, planned))
     added = [
         _tensor(component, edit.source, edit, dtype) for edit in edits.values() if edit.name not in component.tensors
     ]
     groups[-1][2].extend(added)
     if shard_size is not None:
-        groups = _resharded([tensor for _, _, planned in groups for tensor in planned], shard_size, groups[0][0])
+        parts = _resharded([tensor for _, _, planned in groups for tensor in planned], shard_size)
+        names = shard_names(groups[0][0], suffix, len(parts))
+        groups = [(name, None, planned) for name, planned in zip(names, parts, strict=True)]
     if packed:
         joint = packing_groups(component)
         groups = [(name, None, packing_order(planned, joint)) for name, _, planned in groups]
     alignment = PAGE if packed else 1
     files = tuple(
-        planned_file(f"{folder}{name}", planned, shard, alignment)
+        planned_file(f"{folder}{name}", planned, shard, alignment, container)
         for name, shard, planned in groups
         if planned or len(groups) == 1
     )
-    index_name, index = _index(component, files, folder)
-    return WeightLayout(files, index_name, index, tuple(accounts))
+    return WeightLayout(files, *_index(component, files, folder, suffix), tuple(accounts))
 
 
 def _is_tie(name: str, source: str, component: Component) -> bool:
@@ -131,27 +135,27 @@ def _model_dtype(component: Component) -> DType:
 
 
 def planned_file(
-    name: str, planned: Sequence[PlannedTensor], shard: Shard | None = None, alignment: int = 1
+    name: str,
+    planned: Sequence[PlannedTensor],
+    shard: Shard | None = None,
+    alignment: int = 1,
+    container: WritableContainer = SAFETENSORS,
 ) -> PlannedFile:
     """A weight file of these tensors, each at its offset.
 
     Args:
         name: Relative to the output folder.
         planned: In order.
-        shard: The base's file, whose header is kept byte for byte if it still describes the content.
+        shard: The base's file, of which the container keeps what still holds.
         alignment: The data begins at a multiple of it.
+        container: Of the file.
+
+    Raises:
+        FitError: the container cannot hold a tensor.
     """
-    header = shard.header if shard else None
-    if header is not None and [(t.name, t.dtype, t.shape) for t in planned] == [
-        (t.name, t.dtype, t.shape) for t in header.tensors
-    ]:
-        raw = header.raw()
-        ranges = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in header.tensors}
-    else:
-        metadata = {"format": "pt"} | (header.metadata if header else {})
-        raw, ranges = layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in planned], metadata, alignment)
-    placed = tuple(_placed(tensor, *ranges[tensor.name]) for tensor in planned)
-    return PlannedFile(name, raw, max([len(raw), *(t.offset + t.nbytes for t in placed)]), placed)
+    layout = container.lay_out([(tensor.name, tensor.dtype, tensor.shape) for tensor in planned], shard, alignment)
+    placed = tuple(_placed(tensor, *layout.ranges[tensor.name]) for tensor in planned)
+    return PlannedFile(name, layout.header, layout.nbytes, placed)
 
 
 def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:
@@ -160,17 +164,7 @@ def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:
     )
 
 
-def _safetensors_name(name: str) -> str:
-    """``pytorch_model-00001-of-00002.bin`` -> ``model-00001-of-00002.safetensors``."""
-    if name.endswith(".safetensors"):
-        return name
-    stem = name.rpartition(".")[0]
-    return re.sub("^pytorch_model", "model", stem) + ".safetensors"
-
-
-def _resharded(
-    tensors: Sequence[PlannedTensor], limit: int, first_name: str
-) -> list[tuple[str, Shard | None, list[PlannedTensor]]]:
+def _resharded(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
     """Tensors in order, a new file whenever the next one would pass `limit` bytes."""
     groups: list[list[PlannedTensor]] = [[]]
     filled = 0
@@ -180,28 +174,18 @@ def _resharded(
             filled = 0
         groups[-1].append(tensor)
         filled += tensor.nbytes
-    stem = re.sub(r"-\d+-of-\d+$", "", first_name.removesuffix(".safetensors"))
-    if len(groups) == 1:
-        return [(f"{stem}.safetensors", None, groups[0])]
-    return [(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", None, group) for i, group in enumerate(groups, 1)]
+    return groups
 
 
-def _index(component: Component, files: Sequence[PlannedFile], folder: str) -> tuple[str, bytes]:
-    """The index of several shards; of one, only where the base has one too."""
+def _index(component: Component, files: Sequence[PlannedFile], folder: str, suffix: str) -> tuple[str, bytes]:
+    """Name and content of the index of several shards; of one, only where the base has one too."""
     if len(files) == 1 and (component.index is None or len(component.shards) > 1):
         return "", b""
+    tensors = [tensor for file in files for tensor in file.tensors]
+    totals = {
+        "total_size": sum(tensor.nbytes for tensor in tensors),
+        "total_parameters": sum(tensor.nbytes * 8 // tensor.dtype.bits for tensor in tensors),
+    }
     weight_map = {tensor.name: file.name.removeprefix(folder) for file in files for tensor in file.tensors}
-    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
-    kept = component.index.get("metadata") if component.index else None
-    metadata = {**(kept if isinstance(kept, dict) else {}), "total_size": total}
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(t.nbytes * 8 // t.dtype.bits for file in files for t in file.tensors)
-    if component.index_name:  # whatever loads the base looks for this name
-        name = re.sub("^pytorch_model", "model", component.index_name.replace(".bin.", ".safetensors."))
-    else:
-        name = (
-            re.sub(r"-\d+-of-\d+$", "", files[0].name.removeprefix(folder).removesuffix(".safetensors"))
-            + ".safetensors.index.json"
-        )
-    text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-    return f"{folder}{name}", text.encode() + b"\n"
+    name = index_name(files[0].name.removeprefix(folder), suffix, component.index_name)
+    return f"{folder}{name}", index_bytes(weight_map, totals, component.index)

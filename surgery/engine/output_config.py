@@ -37,7 +37,7 @@ def corrected_config(binding: Binding, outputs: Mapping[str, PlannedTensor], dty
             config[key] = dtype.torch_name
         _task_head(config, component, binding, outputs)
         name = f"{component.name}/config.json" if component.name else "config.json"
-        if config == component.config:
+        if config == component.config and (component.folder / "config.json").exists():
             found.append(SideFile(name, source=component.folder / "config.json"))
         else:
             found.append(SideFile(name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))

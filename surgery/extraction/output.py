@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.engine.adapter_output import WriteOptions, rendered_fingerprint, write_adapter
-from surgery.engine.conversion import ConvertResult, plan_conversion, write_conversion
+from surgery.engine.conversion import plan_conversion, write_conversion
+from surgery.engine.convert_result import ConvertResult
 from surgery.extraction.extraction_plan import ExtractionPlan, Stopwatch
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import rows_without

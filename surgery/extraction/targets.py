@@ -113,7 +113,7 @@ def tree_name(name: str, base: Component, prefix: str = "") -> str:
     """The path of the parameter `name` in the model's tree, in today's spelling."""
     path = f".{prefix}{name}."
     for rename in base.family.renames:
-        path = path.replace(f".{rename.other}.", f".{rename.one}.")
+        path = path.replace(f".{rename.old}.", f".{rename.new}.")
     return path[1:-1]
 
 

@@ -26,7 +26,7 @@ class WeightFileReport:
 
     Attributes:
         name: File name, with the component's folder in a pipeline.
-        container: ``safetensors``, ``torch`` or ``npz``.
+        container: ``safetensors``, ``torch`` ...
         nbytes: As the file system counts them.
         tensors: How many tensors it holds.
     """

@@ -18,10 +18,12 @@ from surgery.reports.to_json import plain
 from surgery_formats import updates
 from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.adapters.registry import formats as adapter_formats
+from surgery_formats.containers.registry import BUILT_IN as MODEL_CONTAINERS
+from surgery_formats.containers.registry import containers
 from surgery_formats.models.families import registry
 from surgery_formats.models.families.family import Family
 
-__all__ = ["AdapterFormat", "Catalogue", "Container", "FamilyEntry", "UpdateKind", "formats"]
+__all__ = ["AdapterFormat", "Catalogue", "ContainerEntry", "FamilyEntry", "UpdateKind", "formats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +46,22 @@ class AdapterFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class Container:
+class ContainerEntry:
     """A way to store a model.
 
     Attributes:
         name: In short.
         files: What they are called.
         reads: Whether models are read from it.
-        writes: Whether models are written to it.
+        writes: Whether models are written to it; else outputs are of another.
+        built_in: False for a plugin's.
     """
 
     name: str
     files: str
     reads: bool
     writes: bool
+    built_in: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ class Catalogue:
     """
 
     formats: tuple[AdapterFormat, ...]
-    containers: tuple[Container, ...]
+    containers: tuple[ContainerEntry, ...]
     families: tuple[FamilyEntry, ...]
     updates: tuple[UpdateKind, ...]
 
@@ -141,14 +145,6 @@ class Catalogue:
         return Summary("Formats", tables)
 
 
-CONTAINERS = (
-    Container("safetensors", "model.safetensors", reads=True, writes=True),
-    Container("sharded safetensors", "model-00001-of-00002.safetensors, model.safetensors.index.json", True, True),
-    Container("torch pickle", "pytorch_model.bin, .pt, .pth, .ckpt; sharded too; no code in it is run", True, False),
-    Container("diffusers pipeline", "model_index.json and a folder per network", reads=True, writes=True),
-)
-
-
 def formats() -> Catalogue:
     """What this installation knows, plugins included.
 
@@ -160,7 +156,10 @@ def formats() -> Catalogue:
             AdapterFormat(one.name, one.title, one.needs_base, one.single_file, one in BUILT_IN)
             for one in adapter_formats().values()
         ),
-        containers=CONTAINERS,
+        containers=tuple(
+            ContainerEntry(one.name, one.title, True, one.written_as == one.name, one in MODEL_CONTAINERS)
+            for one in containers().values()
+        ),
         families=tuple(sorted(_families(), key=lambda entry: (entry.name, not entry.graphs, entry.model_types))),
         updates=tuple(_updates()),
     )

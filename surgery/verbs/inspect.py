@@ -13,6 +13,7 @@ from surgery.reports.adapter_report import AdapterReport, PromptFacts
 from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport, WeightFileReport
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.containers.weight_files import container_of_file
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
@@ -20,7 +21,6 @@ from surgery_formats.updates import Replacement, TokenRows
 
 __all__ = ["AdapterReport", "CheckpointReport", "inspect", "inspect_adapter", "inspect_checkpoint"]
 
-_CONTAINERS = {".safetensors": "safetensors", ".npz": "npz", ".gguf": "gguf"}  # anything else is a torch pickle
 # What transformers' configurations call the same fact, the usual name first.
 _FACTS: Mapping[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -74,7 +74,7 @@ def _component(component: Component) -> ComponentReport:
     known = [name for name in component.family.names if name == kind]
     prefix = f"{component.name}/" if component.name else ""
     files = (
-        WeightFileReport(prefix + shard.path.name, shard.kind, shard.file.size, len(shard.tensors))
+        WeightFileReport(prefix + shard.path.name, shard.container, shard.file.size, len(shard.tensors))
         for shard in component.shards
     )
     return ComponentReport(
@@ -163,8 +163,7 @@ def _files(adapter: Adapter) -> tuple[WeightFileReport, ...]:
         path = tensor.path or adapter.path
         counts[path] = counts.get(path, 0) + 1
     return tuple(
-        WeightFileReport(path.name, _CONTAINERS.get(path.suffix, "torch"), sizes[path], counts[path])
-        for path in sorted(counts)
+        WeightFileReport(path.name, container_of_file(path).name, sizes[path], counts[path]) for path in sorted(counts)
     )
 
 

@@ -224,7 +224,7 @@ def _reference(graph: GraphFile, base: Checkpoint | None, wanted: AdapterRoles) 
     from surgery.reference.model import Reference
     from surgery.reference.weights import tensor_weights
     from surgery_formats.binding.bind import bind
-    from surgery_formats.containers.safetensors import open_safetensors
+    from surgery_formats.containers.weight_files import open_shard
     from surgery_formats.models.families.parameters import model_of
 
     contract, folder = graph.contract, graph.path.parent
@@ -243,7 +243,7 @@ def _reference(graph: GraphFile, base: Checkpoint | None, wanted: AdapterRoles) 
     known = {shard.path.name for shard in component.shards}
     for one in graph.weight_files:
         if one.name not in known:  # what a merge changed lies in a file of its own
-            tensors |= {tensor.name: tensor for tensor in open_safetensors(folder / one.name).tensors}
+            tensors |= {tensor.name: tensor for tensor in open_shard(folder / one.name).tensors}
     return Reference(model_of(component.config, tensors.keys()), tensor_weights(tensors, component.names))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from surgery_formats.containers.safetensors import open_safetensors
+from surgery_formats.containers.weight_files import is_weight_file, open_shard
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError
 from surgery_formats.files.raw import File, open_file
 from surgery_formats.models.checkpoint import Checkpoint
@@ -52,9 +52,9 @@ def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
     checked = 0
     for name, entry in sorted(manifest["files"].items()):
         tensors = entry.get("tensors")
-        if not isinstance(tensors, Mapping) or not name.endswith(".safetensors"):
+        if not isinstance(tensors, Mapping) or not is_weight_file(name):
             continue
-        stored = {tensor.name: tensor for tensor in open_safetensors(folder / name).tensors}
+        stored = {tensor.name: tensor for tensor in open_shard(folder / name).tensors}
         for key, facts in sorted(tensors.items()):
             wanted = facts.get("xxh3") if isinstance(facts, Mapping) else None
             if wanted is None:

@@ -50,9 +50,8 @@ def test_shards_and_index(sharded: Path) -> None:
     assert list(found.tensors) == ["a", "b", "c"]
     assert found.index_path == sharded / INDEX
     assert found.index == json.loads((sharded / INDEX).read_text())
-    assert [shard.kind for shard in found.shards] == ["safetensors"] * 2
-    assert found.shards[0].header is not None
-    assert found.shards[0].header.metadata == {"format": "pt"}
+    assert [shard.container for shard in found.shards] == ["safetensors"] * 2
+    assert found.shards[0].metadata == {"format": "pt"}
     assert found.tensors["c"].read().tolist() == [1, 1]
 
 
@@ -111,8 +110,7 @@ def test_indexed_pickles(tmp_path: Path) -> None:
     names = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
     index(tmp_path / "pytorch_model.bin.index.json", names)
     found = open_folder_tensors(tmp_path)
-    assert [(shard.kind, shard.header) for shard in found.shards] == [("torch", None)] * 2
-    assert found.shards[1].extras == {"step": 3}
+    assert [(shard.container, shard.metadata) for shard in found.shards] == [("torch", {})] * 2
     assert list(found.tensors) == ["a", "b"]
 
 

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from surgery_formats.containers.torch.pickle_file import open_torch, state_dict
+from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 
@@ -393,7 +394,9 @@ def test_bytes_around_the_archive(where: str, archive: Write) -> None:
 )
 def test_other_files(raw: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(raw)
-    refused(tmp_path / "x.bin", what)
+    with pytest.raises(MalformedError, match=what) as caught:
+        open_shard(tmp_path / "x.bin")
+    assert caught.value.file == str(tmp_path / "x.bin")
 
 
 # --------------------------------------------------------------------------------------------------- legacy

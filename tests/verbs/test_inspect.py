@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import surgery
 from surgery.verbs.inspect import AdapterReport, CheckpointReport, inspect_adapter
 from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.containers.sharded import Shard
+from surgery_formats.containers.base import Shard
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, NotFoundError
 from surgery_formats.files.raw import open_file
@@ -56,7 +56,7 @@ def component_of(shapes: dict[str, tuple[int, ...]], **config: Any) -> Component
         nbytes = 4 * math.prod(shape)
         tensors.append(StoredTensor(name, DType.F32, shape, file, at, nbytes))
         at += nbytes
-    return Component("", Path(), (Shard(Path(__file__), "torch", tuple(tensors), None, {}),), None, "", config)
+    return Component("", Path(), (Shard(Path(__file__), "torch", file, tuple(tensors)),), None, "", config)
 
 
 @pytest.mark.filterwarnings("ignore")

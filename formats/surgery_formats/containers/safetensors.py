@@ -19,19 +19,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
+from surgery_formats.containers.base import FileLayout, Shard, ShardSet, TensorSpec, one_file
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.files.raw import File, open_file
-from surgery_formats.files.sniff import hint_for
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["METADATA_KEY", "Entry", "Header", "layout", "open_safetensors", "read_header", "reference_order"]
-
-Entry = tuple[str, DType, tuple[int, ...]]  # name, dtype, shape
+__all__ = ["METADATA_KEY", "SAFETENSORS", "Header", "layout", "open_safetensors", "read_header", "reference_order"]
 
 _HEADER_LIMIT = 100_000_000  # the reference's MAX_HEADER_SIZE
 METADATA_KEY = "__metadata__"
@@ -69,10 +68,6 @@ class Header:
     tensors: tuple[StoredTensor, ...]
     metadata: dict[str, str]
     header_nbytes: int
-
-    def raw(self) -> bytes:
-        """The first `header_nbytes` bytes as they lie in the file, for a writer that keeps the layout."""
-        return bytes(self.file.read(0, self.header_nbytes))
 
 
 @contextmanager
@@ -187,10 +182,10 @@ def _read_header(file: File) -> Header:
     available = file.size - _LENGTH_NBYTES
     if length > min(available, _HEADER_LIMIT):
         why = f"of which {available} are there" if length > available else f"at most {_HEADER_LIMIT} are read"
-        raise MalformedError(f"a header of {length} bytes, {why}", file=file.path, hint=hint_for(file))
+        raise fail(f"a header of {length} bytes, {why}")
     raw = file.read(_LENGTH_NBYTES, length)
     if raw[:1] != b"{":
-        raise MalformedError("the header does not begin with '{'", file=file.path, hint=hint_for(file))
+        raise fail("the header does not begin with '{'")
     entries = parse_object(raw, file=file.path)
     _refuse_minus_zero(raw, file)
     noted = entries.pop(METADATA_KEY, None)  # null where MLX wrote the file; the reference takes that for none
@@ -238,13 +233,13 @@ def open_safetensors(path: str | os.PathLike[str]) -> Header:
     return read_header(open_file(path))
 
 
-def reference_order(entries: Iterable[Entry]) -> list[Entry]:
+def reference_order(entries: Iterable[TensorSpec]) -> list[TensorSpec]:
     """`entries` as the reference writes them: by its enum of element types, widest first, then by name."""
     return sorted(entries, key=lambda entry: (-_REFERENCE_RANK[entry[1].label], entry[0]))
 
 
 def layout(
-    entries: Sequence[Entry], metadata: Mapping[str, str], alignment: int = 1
+    entries: Sequence[TensorSpec], metadata: Mapping[str, str], alignment: int = 1
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header for `entries` in the order given, and where the bytes of each belong.
 
@@ -284,3 +279,41 @@ def layout(
         for name, entry in header.items()
     }
     return len(body).to_bytes(_LENGTH_NBYTES, "little") + body, ranges
+
+
+@dataclass(frozen=True, slots=True)
+class _Safetensors:
+    name: str = "safetensors"
+    title: str = "model.safetensors"
+    written_as: str = "safetensors"
+    suffixes: tuple[str, ...] = (".safetensors",)
+
+    def detect(self, path: Path) -> bool:
+        """A file that begins with the length of a header, and then with the header's brace."""
+        try:
+            file = open_file(path)
+            head = bytes(file.read(0, min(file.size, _LENGTH_NBYTES + 1)))
+        except (SurgeryError, OSError):
+            return False
+        return (
+            head[_LENGTH_NBYTES:] == b"{"
+            and int.from_bytes(head[:_LENGTH_NBYTES], "little") + _LENGTH_NBYTES <= file.size
+        )
+
+    def open(self, path: Path) -> dict[str, ShardSet]:
+        """See `read_header`."""
+        header = open_safetensors(path)
+        return one_file(Shard(path, self.name, header.file, header.tensors, header.metadata, header.header_nbytes))
+
+    def lay_out(self, tensors: Sequence[TensorSpec], like: Shard | None = None, alignment: int = 1) -> FileLayout:
+        """The header of `like` byte for byte if it still describes the content, else one of our own (see `layout`)."""
+        same = like is not None and like.container == self.name
+        if like is not None and same and [(t.name, t.dtype, t.shape) for t in like.tensors] == list(tensors):
+            header = bytes(like.file.read(0, like.header_nbytes))
+            ranges = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in like.tensors}
+        else:
+            header, ranges = layout(tensors, {"format": "pt", **(like.metadata if like else {})}, alignment)
+        return FileLayout(header, ranges, max([len(header), *(offset + nbytes for offset, nbytes in ranges.values())]))
+
+
+SAFETENSORS = _Safetensors()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of weights: one file, or shards and an index ``{"weight_map": {tensor: shard}}``.
+"""A folder of weights in files of any container: one file, or shards and an index ``{"weight_map": {tensor: shard}}``.
 
 Index and shards must agree in full: loaders that trust one of them load half of a model, or a mixture of two,
 without a word. The names in an index are a stranger's, so they may only name files of this folder (or,
@@ -8,99 +8,45 @@ through the links of a Hugging Face cache, of its ``blobs`` folder).
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from surgery_formats.containers.safetensors import Header, read_header
-from surgery_formats.containers.torch.pickle_file import leftovers, open_torch, state_dict
-from surgery_formats.errors import MalformedError, NotFoundError
+from surgery_formats.containers.base import Shard, ShardSet
+from surgery_formats.containers.weight_files import file_containers, is_weight_file, open_shard, open_weight_file
+from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
-from surgery_formats.files.raw import File, open_file, stays_inside
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.files.raw import stays_inside
 from surgery_formats.text import listing, show
 
-__all__ = ["STEMS", "Shard", "ShardSet", "open_folder_tensors", "open_shards"]
+__all__ = [
+    "MODEL_STEMS",
+    "SHARDED",
+    "index_bytes",
+    "index_name",
+    "is_index",
+    "open_folder_tensors",
+    "open_shards",
+    "output_name",
+    "shard_names",
+]
 
-Kind = Literal["safetensors", "torch"]
-
-STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "adapter_model")  # in order of preference
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
-_INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?:\.[^.]+)?\.json", re.DOTALL)
+MODEL_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")  # of a full model's files, in order of preference
+STEMS = (*MODEL_STEMS, "adapter_model")
+_INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.[^.]+)\.index(?P<variant>\.[^.]+)?\.json", re.DOTALL)
 # Files of a training run beside the weights; they hold optimizer states and arguments.
-_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.(bin|pt|pth|ckpt)")
+_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.[^.]+")
 _NAME_NBYTES = 255  # of one path component on every common file system
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows opens these as devices
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One file of weights.
-
-    Attributes:
-        path: The file.
-        kind: Its container.
-        tensors: In order of position (safetensors) or of the dict (torch).
-        header: Of a safetensors file.
-        extras: Plain values beside the tensors of a torch checkpoint.
-    """
-
-    path: Path
-    kind: Kind
-    tensors: tuple[StoredTensor, ...]
-    header: Header | None
-    extras: dict[str, object]
-
-    @property
-    def file(self) -> File:
-        """The open file.
-
-        Raises:
-            MalformedError: a torch checkpoint without a single tensor.
-        """
-        if self.header is not None:
-            return self.header.file
-        if not self.tensors:
-            raise MalformedError("no tensors", file=self.path)
-        return self.tensors[0].file
-
-
-@dataclass(frozen=True)
-class ShardSet:
-    """The weights of a folder.
-
-    Attributes:
-        folder: The folder.
-        shards: In order of their names.
-        index_path: The index file, if the weights have one.
-        index: Its content.
-    """
-
-    folder: Path
-    shards: tuple[Shard, ...]
-    index_path: Path | None
-    index: dict[str, Any] | None
-
-    @cached_property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor by name (names are unique across shards), in order of shards and positions."""
-        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
-
-
-def _open_shard(path: Path) -> Shard:
-    if path.suffix == ".safetensors":
-        header = read_header(open_file(path))
-        return Shard(path, "safetensors", header.tensors, header, {})
-    tree = open_torch(path)
-    try:
-        return Shard(path, "torch", tuple(state_dict(tree).values()), None, leftovers(tree))
-    except MalformedError as error:
-        raise MalformedError(error.message, file=path, tensor=error.tensor, hint=error.hint) from error
+def is_index(name: str) -> bool:
+    """Whether `name` is that of an index whose shards can be read."""
+    return (found := _INDEX.fullmatch(name)) is not None and is_weight_file(f"x{found['suffix']}")
 
 
 def _name_fault(name: str, suffix: str) -> str | None:
@@ -166,7 +112,7 @@ def _check_agreement(index_path: Path, weight_map: dict[str, str], shards: Seque
 def _open_indexed(index_path: Path, suffix: str) -> ShardSet:
     index = read_object(index_path, INDEX_LIMIT)
     weight_map = _weight_map(index_path, index, suffix)
-    shards = tuple(_open_shard(index_path.parent / name) for name in sorted(set(weight_map.values())))
+    shards = tuple(open_shard(index_path.parent / name) for name in sorted(set(weight_map.values())))
     _check_agreement(index_path, weight_map, shards)
     return ShardSet(index_path.parent, shards, index_path, index)
 
@@ -179,27 +125,26 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _pick(folder: Path, names: Sequence[str], stems: Iterable[str]) -> str:
-    """The file or index to open: safetensors before pickles, well-known names before a lone file."""
-    for suffixes in ((".safetensors",), _TORCH_SUFFIXES):
+    """The file or index to open: containers in their order, well-known names before a lone file."""
+    for container in file_containers().values():
         for stem in stems:
-            for suffix in suffixes:
+            for suffix in container.suffixes:
                 single, index = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
                 if index in names and single in names:
                     return _single_or_index(folder, single, index, suffix)
                 if single in names or index in names:
                     return single if single in names else index
-        lone = [n for n in names if (m := _INDEX.fullmatch(n)) and m["suffix"] in suffixes]
-        lone = lone or [n for n in names if n.endswith(suffixes) and not _NOT_WEIGHTS.fullmatch(n)]
+        lone = [n for n in names if (m := _INDEX.fullmatch(n)) and m["suffix"] in container.suffixes]
+        lone = lone or [n for n in names if n.endswith(container.suffixes) and not _NOT_WEIGHTS.fullmatch(n)]
         if len(lone) > 1:
             raise MalformedError(
                 f"{len(lone)} files of weights ({listing(lone)})", file=folder, hint="name one of them"
             )
         if lone:
             return lone[0]
-    stem = next(iter(stems), "")
-    raise NotFoundError(
-        "no weights here", file=folder, hint=f"expected {stem or '*'}.safetensors, or {stem or '*'}.bin and the like"
-    )
+    stem = next(iter(stems), "*")
+    first, second, *_ = (f"{stem}{container.suffixes[0]}" for container in file_containers().values())
+    raise NotFoundError("no weights here", file=folder, hint=f"expected {first}, or {second} and the like")
 
 
 def _single_or_index(folder: Path, single: str, index: str, suffix: str) -> str:
@@ -223,14 +168,12 @@ def open_shards(path: str | os.PathLike[str]) -> ShardSet:
     where = Path(path)
     if where.is_dir():
         return open_folder_tensors(where)
-    index = _INDEX.fullmatch(where.name)
-    if index:
+    if is_index(where.name) and (index := _INDEX.fullmatch(where.name)):
         return _open_indexed(where, index["suffix"])
-    if where.suffix not in _SUFFIXES:
-        raise MalformedError(
-            "not a file of weights by its name", file=where, hint=f"expected one of {', '.join(_SUFFIXES)}"
-        )
-    return ShardSet(where.parent, (_open_shard(where),), None, None)
+    opened = open_weight_file(where)
+    if len(opened) != 1:
+        raise FitError("several networks where the weights of one were expected", file=where)
+    return next(iter(opened.values()))
 
 
 def open_folder_tensors(folder: str | os.PathLike[str], stems: Sequence[str] = STEMS) -> ShardSet:
@@ -250,3 +193,76 @@ def open_folder_tensors(folder: str | os.PathLike[str], stems: Sequence[str] = S
     except OSError as error:
         raise NotFoundError(error.strerror or "cannot be listed", file=where) from error
     return open_shards(where / _pick(where, names, stems))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sharded:
+    name: str = "sharded"
+    title: str = "a folder of model-00001-of-00002.safetensors and model.safetensors.index.json, or of one file"
+    written_as: str = "sharded"
+
+    def detect(self, path: Path) -> bool:
+        """A folder with a file of weights or an index, or an index."""
+        if not os.path.isdir(path):
+            return is_index(path.name) and os.path.isfile(path)
+        try:
+            names = _listed(path)
+        except OSError:
+            return False
+        return any(is_index(name) or (is_weight_file(name) and not _NOT_WEIGHTS.fullmatch(name)) for name in names)
+
+    def open(self, path: Path) -> dict[str, ShardSet]:
+        """See `open_shards`."""
+        return {"": open_shards(path)}
+
+
+SHARDED = _Sharded()
+
+
+def output_name(name: str, suffix: str) -> str:
+    """The name of a base's file or shard when it is written with another ending: ``pytorch_model-1.bin`` as ``model-1.safetensors``."""
+    return name if name.endswith(suffix) else _plain_stem(name.rpartition(".")[0]) + suffix
+
+
+def shard_names(first: str, suffix: str, count: int) -> list[str]:
+    """Names of `count` files of weights in place of those of which the first is called `first`."""
+    stem = _unnumbered(first.removesuffix(suffix))
+    return (
+        [f"{stem}{suffix}"] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}{suffix}" for i in range(1, count + 1)]
+    )
+
+
+def index_name(first: str, suffix: str, base: str) -> str:
+    """The name of an index whose first shard is `first`, beside shards of the ending `suffix`.
+
+    Args:
+        first: Name of the first shard.
+        suffix: Its ending.
+        base: Name of the base's index, or empty. Whatever loads the base looks for this name.
+    """
+    if found := _INDEX.fullmatch(base):
+        return f"{_plain_stem(found['stem'])}{suffix}.index{found['variant'] or ''}.json"
+    return f"{_unnumbered(first.removesuffix(suffix))}{suffix}.index.json"
+
+
+def index_bytes(weight_map: Mapping[str, str], totals: Mapping[str, int], base: Mapping[str, Any] | None) -> bytes:
+    """The content of an index.
+
+    Args:
+        weight_map: ``{tensor: shard}``.
+        totals: ``total_size`` and ``total_parameters`` of the weights; the second is written if the base has it.
+        base: The base's index, whose other metadata is kept.
+    """
+    kept = base.get("metadata") if base else None
+    metadata = {**(kept if isinstance(kept, dict) else {}), "total_size": totals["total_size"]}
+    metadata |= {key: totals[key] for key in ("total_parameters",) if key in metadata}
+    text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+    return text.encode() + b"\n"
+
+
+def _plain_stem(stem: str) -> str:
+    return re.sub("^pytorch_model", "model", stem)
+
+
+def _unnumbered(stem: str) -> str:
+    return re.sub(r"-\d+-of-\d+$", "", stem)

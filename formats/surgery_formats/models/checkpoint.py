@@ -10,35 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.containers.sharded import Shard, open_folder_tensors, open_shards
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.containers.base import Shard, ShardSet
+from surgery_formats.containers.registry import open_weights
+from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import stays_inside
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.names import Names
+from surgery_formats.models.side_files import side_files
 from surgery_formats.models.ties import ties_by_place
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["Checkpoint", "Component", "open_checkpoint"]
-
-PIPELINE_INDEX = "model_index.json"  # of a diffusers pipeline
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".onnx_data",
-    ".msgpack",
-    ".h5",
-    ".ot",
-    ".npz",
-)
-_NEVER_CARRIED = ("surgery_manifest.json", "adapter_config.json", "README.md", ".gitattributes")
 
 
 @dataclass(frozen=True)
@@ -183,83 +167,43 @@ class Checkpoint:
                 shard.file.check_unchanged()
 
 
-def _component(name: str, folder: Path) -> Component:
-    found = open_folder_tensors(folder)
-    config = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
-    if config and not stays_inside(folder / "config.json"):
-        raise MalformedError("is a link out of its folder", file=folder / "config.json")
-    index_name = found.index_path.name if found.index_path else ""
-    return Component(name, folder, found.shards, found.index, index_name, config)
+def _component(name: str, path: Path, weights: ShardSet) -> Component:
+    """One network of the model at `path`; a file stands for itself, without the config.json and the index beside it."""
+    if not weights.tensors:
+        raise MalformedError("no tensors", file=weights.shards[0].path)
+    if not path.is_dir():
+        return Component(name, weights.folder, weights.shards, None, "", weights.config)
+    config, file = weights.config, weights.folder / "config.json"
+    if file.exists():
+        config = read_object(file)
+        if config and not stays_inside(file):
+            raise MalformedError("is a link out of its folder", file=file)
+    index_name = weights.index_path.name if weights.index_path else ""
+    return Component(name, weights.folder, weights.shards, weights.index, index_name, config)
 
 
-def _side_files(folder: Path, prefix: str = "", *, configs: bool = False) -> tuple[list[tuple[str, Path]], list[str]]:
-    """What to carry from a folder, and what stays: other weights, deeper folders, and links that lead out of it."""
-    carried: list[tuple[str, Path]] = []
-    left: list[str] = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if prefix and entry.is_dir() and not entry.name.startswith("."):
-            left.append(f"{prefix}{entry.name}/")
-        if not entry.is_file() or entry.name in _NEVER_CARRIED or entry.name.startswith("."):
-            continue
-        if (entry.name == "config.json" and not configs) or entry.name.endswith(".index.json"):
-            continue
-        name = f"{prefix}{entry.name}"
-        if entry.name.endswith(_WEIGHTS) or not stays_inside(Path(entry.path)) or not is_safe_name(name):
-            left.append(name)
-        else:
-            carried.append((name, Path(entry.path)))
-    return carried, left
+def _is_adapter_file(shard: Shard) -> bool:
+    return shard.path.name.startswith("adapter_model")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a model: a weight file, a Hugging Face folder, or a diffusers pipeline folder. Only headers are read.
+    """Open a model in any container: a weight file, a Hugging Face folder, a diffusers pipeline. Only headers are read.
 
     Raises:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header, index or config is not what its format says.
+        FitError: an adapter.
     """
     where = Path(path)
-    if not where.exists():
-        raise NotFoundError("no such file or folder", file=where)
+    components = {name: _component(name, where, weights) for name, weights in open_weights(where).items()}
     if not where.is_dir():
-        component = Component("", where.parent, open_shards(where).shards, None, "", {})
-        return Checkpoint(where, {"": component}, ())
-    if (where / PIPELINE_INDEX).exists():
-        return _open_pipeline(where)
-    component = _component("", where)
-    if (where / "adapter_config.json").exists() and all(
-        shard.path.name.startswith("adapter_model") for shard in component.shards
-    ):
+        return Checkpoint(where, components, ())
+    plain = components.get("")
+    if (where / "adapter_config.json").exists() and plain is not None and all(map(_is_adapter_file, plain.shards)):
         raise FitError(
             "an adapter where a full model was expected",
             file=where,
             hint="`surgery merge` makes a full model of an adapter and its base",
         )
-    carried, left = _side_files(where)
-    for entry in sorted(os.scandir(where), key=lambda entry: entry.name):
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            inner, beside = _side_files(Path(entry.path), f"{entry.name}/", configs=True)
-            carried, left = carried + inner, left + beside
-    used = {shard.path.name for shard in component.shards}
-    return Checkpoint(where, {"": component}, tuple(carried), tuple(name for name in left if name not in used))
-
-
-def _open_pipeline(where: Path) -> Checkpoint:
-    declared = read_object(where / PIPELINE_INDEX)
-    components: dict[str, Component] = {}
-    carried, left = _side_files(where)
-    for name in sorted(declared):
-        folder = where / name
-        if name.startswith("_") or "/" in name or "\\" in name or name in (".", "..") or not folder.is_dir():
-            continue
-        inner, beside = _side_files(folder, f"{name}/")
-        carried += inner
-        if any(entry.endswith((".safetensors", ".bin")) for entry in beside):
-            components[name] = _component(name, folder)
-            used = {f"{name}/{shard.path.name}" for shard in components[name].shards}
-            left += [entry for entry in beside if entry not in used]
-        elif (folder / "config.json").exists():
-            carried.append((f"{name}/config.json", folder / "config.json"))
-    if not components:
-        raise MalformedError("a pipeline without weights", file=where / PIPELINE_INDEX)
-    return Checkpoint(where, components, tuple(sorted(carried)), tuple(left))
+    used = {shard.path for component in components.values() for shard in component.shards}
+    return Checkpoint(where, components, *side_files(where, used))

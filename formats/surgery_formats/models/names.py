@@ -206,8 +206,8 @@ def _renamings(path: str, family: Family) -> Iterator[str]:
         name = queue.pop(0)
         yield name
         for rename in family.renames:
-            for old, new in ((rename.one, rename.other), (rename.other, rename.one)):
-                changed = f".{name}.".replace(f".{old}.", f".{new}.")[1:-1]
-                if changed not in seen and f".{old}." in f".{name}.":
+            for source, target in ((rename.new, rename.old), (rename.old, rename.new)):
+                changed = f".{name}.".replace(f".{source}.", f".{target}.")[1:-1]
+                if changed not in seen and f".{source}." in f".{name}.":
                     seen.add(changed)
                     queue.append(changed)

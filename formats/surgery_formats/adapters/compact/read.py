@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
-from surgery_formats.containers.safetensors import open_safetensors
+from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.raw import stays_inside
@@ -65,11 +65,11 @@ def read_compact(path: Path) -> Adapter:
         raise MalformedError(f"its format is not {MARK}", file=config)
     if (version := raw.get("version", int)) != VERSION:
         raise FitError(f"version {version} of the format is not known", file=config, hint="a newer surgery reads it")
-    header = open_safetensors(file)
+    shard = open_shard(file)
     new_modules = raw.get("new_modules", list)
     if not all(isinstance(name, str) for name in new_modules):
         raise MalformedError("'new_modules' is not a list of names", file=config)
-    tensors = {tensor.name: tensor for tensor in header.tensors}
+    tensors = {tensor.name: tensor for tensor in shard.tensors}
     state = _CompactReader(tensors, _coding(raw), file, frozenset(new_modules))
     updates: dict[Site, tuple[Update, ...]] = {}
     for entry in raw.objects("parameters"):
@@ -95,9 +95,9 @@ def read_compact(path: Path) -> Adapter:
         tensors=tuple(state.used),
         new_modules=state.new_modules,
         base_name=raw.get("base", str),
-        base_id=header.metadata.get("surgery.base", ""),
+        base_id=shard.metadata.get("surgery.base", ""),
         config=raw.get("config", dict),
-        metadata=dict(header.metadata),
+        metadata=dict(shard.metadata),
         side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
         keeps_ties=raw.get("keeps_ties", bool),
     )

@@ -11,12 +11,12 @@ from surgery_formats.adapters.kohya.read import PREFIXES, read_kohya
 from surgery_formats.adapters.kohya.write import render_kohya
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.sharded import open_shards
+from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.errors import SurgeryError
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["KOHYA"]
 
-_SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
 _MARKS = (*PREFIXES, "oft_unet_")
 
 
@@ -29,7 +29,7 @@ class _Kohya:
 
     def detect(self, path: Path) -> bool:
         """A file of weights with a key that begins like ``lora_unet_``."""
-        if not path.is_file() or path.suffix not in _SUFFIXES:
+        if not path.is_file() or not is_weight_file(path.name):
             return False
         try:
             names = open_shards(path).tensors

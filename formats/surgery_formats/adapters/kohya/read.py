@@ -77,8 +77,7 @@ def read_kohya(path: Path) -> Adapter:
             updates[site] = (*updates.get(site, ()), update)
         if "alpha" in parts and "lora_down.weight" not in parts:
             ignored.append(Ignored(parts["alpha"], "an alpha without low-rank factors scales nothing"))
-    header = found.shards[0].header
-    metadata = dict(header.metadata) if header else {}
+    metadata = dict(found.shards[0].metadata)
     return Adapter(
         path=path,
         format="kohya",

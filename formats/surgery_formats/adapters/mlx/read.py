@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
-from surgery_formats.containers.safetensors import open_safetensors
+from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.tensors.tensor import StoredTensor
@@ -67,10 +67,10 @@ def read_mlx(path: Path) -> Adapter:
         raise NotFoundError(f"no {TENSOR_FILE}", file=path, hint=old)
     raw = read_object(path / "adapter_config.json") if (path / "adapter_config.json").exists() else {}
     config = _parse(raw, path / "adapter_config.json")
-    header = open_safetensors(file)
+    shard = open_shard(file)
     modules: dict[str, dict[str, StoredTensor]] = {}
     updates: dict[Site, tuple[Update, ...]] = {}
-    for tensor in header.tensors:
+    for tensor in shard.tensors:
         module, _, leaf = tensor.name.rpartition(".")
         if config.kind == "full":
             updates[Site(tensor.name)] = (Replacement(Factor.of(tensor)),)
@@ -87,11 +87,11 @@ def read_mlx(path: Path) -> Adapter:
         format="mlx",
         kind=config.kind.upper(),
         updates=dict(sorted(updates.items())),
-        tensors=header.tensors,
+        tensors=shard.tensors,
         base_name=raw["model"] if isinstance(raw.get("model"), str) else "",
-        base_id=header.metadata.get("surgery.base", ""),
+        base_id=shard.metadata.get("surgery.base", ""),
         config=raw,
-        metadata=dict(header.metadata),
+        metadata=dict(shard.metadata),
         stated_issues=(*config.traps, *_tie_trap(modules)),
         keeps_ties=True,
     )

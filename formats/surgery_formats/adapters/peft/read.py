@@ -16,6 +16,7 @@ from surgery_formats.adapters.peft.parameters import parameter_lora, targeted_pa
 from surgery_formats.adapters.peft.prompt import read_prompt
 from surgery_formats.adapters.peft.switches import PROMPT_KINDS
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
+from surgery_formats.containers.base import Shard
 from surgery_formats.containers.sharded import open_folder_tensors
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
@@ -99,11 +100,10 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _metadata(shards: Iterable[object]) -> dict[str, str]:
+def _metadata(shards: Iterable[Shard]) -> dict[str, str]:
     merged: dict[str, str] = {}
     for shard in shards:
-        header = getattr(shard, "header", None)
-        merged |= header.metadata if header else {}
+        merged |= shard.metadata
     return merged
 
 

@@ -19,11 +19,10 @@ from surgery_formats.containers.torch.pickle_ops import interpret
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import File, open_file
-from surgery_formats.files.sniff import hint_for
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing, show
 
-__all__ = ["leftovers", "open_torch", "state_dict"]
+__all__ = ["is_torch", "open_torch", "read_torch", "state_dict"]
 
 _PICKLE_LIMIT = 64 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -80,7 +79,7 @@ def _open_legacy(file: File) -> object:
         raise _no_storage(file)
 
     if interpret(stream, file, no_storage) != _LEGACY_MAGIC or interpret(stream, file, no_storage) != _LEGACY_VERSION:
-        raise MalformedError("not a torch checkpoint", file=file.path, hint=hint_for(file))
+        raise MalformedError("not a torch checkpoint", file=file.path)
     system = interpret(stream, file, no_storage)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise MalformedError("its numbers are not little-endian", file=file.path)
@@ -110,7 +109,15 @@ def _open_legacy(file: File) -> object:
     return interpret(stream, file, lambda key, nbytes: offsets[key])
 
 
-def open_torch(path: str | os.PathLike[str]) -> object:
+def is_torch(file: File) -> bool:
+    """Whether `file` begins as a torch checkpoint does: with the pickle as first member, or with the older format's magic number."""
+    head = bytes(file.read(0, min(file.size, 128)))
+    if head.startswith(b"PK\x03\x04"):
+        return b"/data.pkl" in head
+    return _LEGACY_MAGIC.to_bytes(10, "little") in head[:32] or head.startswith(f"L{_LEGACY_MAGIC}L".encode())
+
+
+def read_torch(file: File) -> object:
     """The object in a torch checkpoint.
 
     Returns:
@@ -120,17 +127,25 @@ def open_torch(path: str | os.PathLike[str]) -> object:
             have one `place`.
 
     Raises:
-        NotFoundError: no such file.
         MalformedError: not a torch checkpoint, or one with more than tensors and plain values; the message
             names what it asked for.
     """
-    file = open_file(path)
     head = bytes(file.read(0, min(file.size, 4)))
     if head == b"PK\x03\x04":
         return _open_zip(file)
     if head[:1] == b"\x80" or head == b"L119":  # the magic number in protocols 2 and up, and 0 and 1
         return _open_legacy(file)
-    raise MalformedError("not a torch checkpoint", file=file.path, hint=hint_for(file))
+    raise MalformedError("not a torch checkpoint", file=file.path)
+
+
+def open_torch(path: str | os.PathLike[str]) -> object:
+    """The object in the torch checkpoint at `path`; see `read_torch`.
+
+    Raises:
+        NotFoundError: no such file.
+        MalformedError: not a regular file, or see `read_torch`.
+    """
+    return read_torch(open_file(path))
 
 
 def _weights(tree: object) -> dict[object, object]:
@@ -178,8 +193,3 @@ def state_dict(tree: object) -> dict[str, StoredTensor]:
         MalformedError: no such dict, or it holds containers, whose tensors would be lost.
     """
     return {key: replace(value, name=key) for key, value in _pairs(tree) if isinstance(value, StoredTensor)}
-
-
-def leftovers(tree: object) -> dict[str, object]:
-    """The plain values (numbers, strings, None) that lie among the tensors of `state_dict`."""
-    return {key: value for key, value in _pairs(tree) if not isinstance(value, StoredTensor)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT, and sentence encoders made of it (MiniLM); the masked-language head shares its matrix and its bias."""
+"""BERT, and sentence encoders based on it (MiniLM); the masked-language head shares its matrix and bias."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["FAMILY", "NAMES_ONLY"]
 
 
 def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Post-norm layers, learned positions, a pooler of the first token before a sequence's classifier (arXiv:1810.04805)."""
+    """Post-norm layers, learned positions, and a pooler before a sequence classifier (arXiv:1810.04805)."""
     settings = ModelSettings(config)
     encoder_only(settings)
     sizes = read_encoder_sizes(settings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP text encoders: transformers 5 dropped ``text_model.`` from the module paths, files of both spellings exist."""
+"""CLIP text encoders: transformers 5 dropped ``text_model.`` from the module paths, so files have both spellings."""
 
 from surgery_formats.models.families.family import Family
 

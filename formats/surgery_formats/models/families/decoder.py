@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Llama-like decoders have in common: sizes, names, and the blocks their recipes put together."""
+"""Shared parts of Llama-like decoders: sizes, names, and the blocks of their recipes."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of a decoder, validated.
+    """The validated sizes of a decoder.
 
     Attributes:
         hidden: ``D``.
-        inner: Of the MLP.
-        layers: Number of them.
-        heads: Of queries.
-        kv_heads: Of keys and values; divides `heads`.
+        inner: Width of the MLP.
+        layers: Number of layers.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads; divides `heads`.
         head_dim: Values per head.
         vocabulary: ``V``.
         max_positions: ``max_position_embeddings``.
@@ -80,14 +80,14 @@ def read_sizes(
     heads: int = 32,
     inner_key: str = "intermediate_size",
 ) -> Sizes:
-    """Sizes under Llama's keys; the arguments are the family's defaults.
+    """Read sizes under Llama's keys; the arguments are the family's defaults.
 
     Args:
-        settings: Of the model.
+        settings: The model's settings.
         vocabulary: ``vocab_size``.
         max_positions: ``max_position_embeddings``.
-        kv_heads: ``num_key_value_heads`` where the key is missing; None for as many as heads. ``null`` always means as many as heads.
-        head_dim: Where the key is missing; None for ``hidden_size / num_attention_heads``.
+        kv_heads: ``num_key_value_heads`` if the key is missing; None for as many as heads, as ``null`` always means.
+        head_dim: ``head_dim`` if the key is missing; None for ``hidden_size / num_attention_heads``.
         hidden: ``hidden_size``.
         inner: ``intermediate_size``.
         layers: ``num_hidden_layers``.
@@ -95,16 +95,16 @@ def read_sizes(
         inner_key: The family's name for ``intermediate_size``.
 
     Raises:
-        FitError: a size that is none, or heads that do not divide.
+        FitError: a size is invalid, or the heads do not divide.
     """
     width = settings.count("hidden_size", default=hidden)
     queries = settings.count("num_attention_heads", default=heads)
     keys = settings.optional_count("num_key_value_heads", kv_heads) or queries
-    each = settings.optional_count("head_dim", head_dim)
-    if each is None:
+    head_dim_read = settings.optional_count("head_dim", head_dim)
+    if head_dim_read is None:
         if width % queries:
             raise settings.fault(f"hidden_size {width} is not a multiple of num_attention_heads {queries}")
-        each = width // queries
+        head_dim_read = width // queries
     if queries % keys:
         raise settings.fault(f"num_attention_heads {queries} is not a multiple of num_key_value_heads {keys}")
     return Sizes(
@@ -113,27 +113,27 @@ def read_sizes(
         layers=settings.count("num_hidden_layers", default=layers, most=LAYERS),
         heads=queries,
         kv_heads=keys,
-        head_dim=each,
+        head_dim=head_dim_read,
         vocabulary=settings.count("vocab_size", default=vocabulary),
         max_positions=settings.count("max_position_embeddings", default=max_positions),
     )
 
 
 def causal_only(settings: ModelSettings, *suffixes: str) -> None:
-    """Refuse whatever makes a decoder something else than a causal language model.
+    """Refuse everything but a causal language model.
 
     Args:
-        settings: Of the model.
-        *suffixes: How the class name of such a model ends; ``ForCausalLM`` unless given.
+        settings: The model's settings.
+        *suffixes: Accepted endings of the class name; ``ForCausalLM`` by default.
 
     Raises:
-        FitError: another task's head, attention in both directions, attention to an encoder, a quantised checkpoint.
+        FitError: another task's head, bidirectional attention, attention to an encoder, or a quantised checkpoint.
     """
     known = suffixes or ("ForCausalLM",)
     names = settings.architectures()
     if names and not any(name.endswith(known) for name in names):
         raise settings.fault(
-            f"architectures is {show(', '.join(names), 80)}; of decoders only language models are known"
+            f"architectures is {show(', '.join(names), 80)}; of decoders, only language models are supported"
         )
     settings.only("use_bidirectional_attention", False)
     settings.only("is_causal", True)
@@ -142,12 +142,12 @@ def causal_only(settings: ModelSettings, *suffixes: str) -> None:
 
 
 def root_of(names: Collection[str], prefix: str, probe: str) -> str:
-    """`prefix`, unless the file has `probe` without it: a checkpoint of the bare model."""
+    """Return `prefix`, or nothing if the file has `probe` without it: a checkpoint of the bare model."""
     return "" if prefix + probe not in names and probe in names else prefix
 
 
 def projection(name: str, inputs: int, outputs: int, bias: bool = False, *, transposed: bool = False) -> Projection:
-    """The module `name`, with its weight and bias."""
+    """The projection of module `name`, with its weight and bias."""
     return Projection(f"{name}.weight", inputs, outputs, f"{name}.bias" if bias else "", transposed)
 
 
@@ -157,7 +157,7 @@ def rms(name: str, epsilon: float, *, plus_one: bool = False) -> Norm:
 
 
 def layer_norm(name: str, epsilon: float, *, affine: bool = True, bias: bool = True) -> Norm:
-    """The layer norm of module `name`, with gain and bias where `affine`."""
+    """The layer norm of module `name`, with gain and bias if `affine`."""
     return Norm("layer", f"{name}.weight" if affine else "", epsilon, f"{name}.bias" if affine and bias else "")
 
 
@@ -175,7 +175,7 @@ def attention(
     k_norm: Norm | None = None,
     output: str = "o_proj",
 ) -> Attention:
-    """Attention with ``q_proj``, ``k_proj`` and ``v_proj`` in module `at`; `scale` is ``1 / sqrt(head_dim)`` unless given."""
+    """Attention with ``q_proj``, ``k_proj``, ``v_proj`` in module `at`; `scale` defaults to ``1 / sqrt(head_dim)``."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     return Attention(
         inputs=(
@@ -197,7 +197,7 @@ def attention(
 
 
 def gated_mlp(at: str, sizes: Sizes, activation: Activation, *, bias: bool = False) -> MLP:
-    """``gate_proj``, ``up_proj`` and ``down_proj`` in module `at`."""
+    """A gated MLP: ``gate_proj``, ``up_proj`` and ``down_proj`` in module `at`."""
     return MLP(
         inputs=(
             projection(f"{at}.gate_proj", sizes.hidden, sizes.inner, bias),
@@ -212,7 +212,7 @@ def gated_mlp(at: str, sizes: Sizes, activation: Activation, *, bias: bool = Fal
 def plain_mlp(
     up: str, down: str, hidden: int, inner: int, activation: Activation, *, bias: bool = True, transposed: bool = False
 ) -> MLP:
-    """An MLP without a gate, of modules `up` and `down`."""
+    """An MLP without a gate, from the modules `up` and `down`."""
     return MLP(
         inputs=(projection(up, hidden, inner, bias, transposed=transposed),),
         output=projection(down, inner, hidden, bias, transposed=transposed),
@@ -222,17 +222,17 @@ def plain_mlp(
 
 
 def pre_norm(norm: Norm, multiplier: float = 1.0) -> Branch:
-    """A residual step that normalises what its body reads."""
+    """A residual step that normalises the input of its body."""
     return Branch(before=norm, multiplier=multiplier)
 
 
 def windows(
     settings: ModelSettings, sizes: Sizes, window: int | None, sliding: Iterable[bool]
 ) -> tuple[int | None, ...]:
-    """The window of every layer: by ``layer_types`` where given, else by `sliding`.
+    """Return the window of every layer, from ``layer_types`` or else from `sliding`.
 
     Raises:
-        FitError: a layer type that is not known, or one that slides without a window.
+        FitError: an unknown layer type, or a sliding layer without a window.
     """
     types = settings.words("layer_types", sizes.layers, _LAYER_TYPES)
     slides = tuple(sliding) if types is None else tuple(kind == "sliding_attention" for kind in types)
@@ -257,25 +257,25 @@ def decoder(
     divisor: float = 1.0,
     max_positions: int | None = None,
 ) -> Model:
-    """The whole decoder; settings that were not read are looked at here.
+    """Assemble the decoder, then check the settings that nobody read.
 
     Args:
-        settings: Of the model, everything else read.
-        names: Of the checkpoint.
-        sizes: Of the model.
-        layers: In order.
-        final_norm: After them.
-        embedding: Before them.
-        tied: The family's ``tie_word_embeddings`` where config.json does not say.
+        settings: The model's settings; the rest must have been read.
+        names: Tensor names of the checkpoint.
+        sizes: The model's sizes.
+        layers: The layers, in order.
+        final_norm: Norm after the layers.
+        embedding: The token embedding.
+        tied: The family's default of ``tie_word_embeddings``.
         head: Module of the head.
-        head_bias: Whether it has a bias.
+        head_bias: Whether the head has a bias.
         before: Projection before the head.
-        softcap: Of the logits.
-        divisor: Of the logits.
-        max_positions: If other than in `sizes`.
+        softcap: Soft cap of the logits.
+        divisor: Divisor of the logits.
+        max_positions: Overrides that of `sizes`.
 
     Raises:
-        FitError: a switch that was not read and may matter.
+        FitError: an unread setting may change the computation.
     """
     stored = f"{head}.weight" in names
     share = settings.flag("tie_word_embeddings", default=tied or not stored)
@@ -319,18 +319,18 @@ def llama_like(
     """A decoder with Llama's names and order: norm, attention, norm, gated MLP.
 
     Args:
-        settings: Of the model, everything else read.
-        names: Of the checkpoint.
-        sizes: Of the model.
-        attend: From the path of a layer's attention and its index to its record.
-        norm: From a module's path to its norm.
-        activation: Of the gate.
+        settings: The model's settings; the rest must have been read.
+        names: Tensor names of the checkpoint.
+        sizes: The model's sizes.
+        attend: Maps the path of a layer's attention, and the layer's index, to its record.
+        norm: Maps a module's path to its norm.
+        activation: Activation of the gate.
         mlp_bias: Whether the MLP has biases.
-        multiplier: Of both branches.
-        scale: Of the embedding.
-        scale_rounded: Whether it is rounded to the stored type first.
-        tied: The family's ``tie_word_embeddings``.
-        divisor: Of the logits.
+        multiplier: Multiplier of both branches.
+        scale: Scale of the embedding.
+        scale_rounded: Whether the scale is first rounded to the stored type.
+        tied: The family's default of ``tie_word_embeddings``.
+        divisor: Divisor of the logits.
     """
     root = root_of(names, "model.", "embed_tokens.weight")
 

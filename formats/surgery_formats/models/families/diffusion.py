@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diffusion networks as diffusers names them, and what the code of the original release ("sgm") called the same modules.
+"""Diffusion networks under diffusers' names, and the original release's ("sgm") names of the same modules.
 
-LoRA files for SDXL carry the original names, flattened. The map follows from the order in which the original numbers its blocks: every
-resnet of the way down is one ``input_block`` and so is every downsampler, with L resnets per level; the way up likewise.
+LoRA files for SDXL use the original names, flattened. The map follows from the original numbering of blocks: on the way
+down, every resnet and every downsampler is an ``input_block``, with L resnets per level; the way up is similar.
 """
 
 from __future__ import annotations
@@ -38,36 +38,36 @@ _BLOCK = re.compile(
 
 
 def original_flat(modules: Collection[str]) -> Iterator[tuple[str, str]]:
-    """``(flattened original name, module)`` of every module of a UNet.
+    """Yield ``(flattened original name, module)`` for every module of a UNet.
 
     Args:
-        modules: Paths as diffusers names them: ``down_blocks.1.resnets.0.conv1`` (``input_blocks_4_0_in_layers_2``, with two resnets per
-            level).
+        modules: Paths in diffusers: ``down_blocks.1.resnets.0.conv1`` is ``input_blocks_4_0_in_layers_2`` if there are
+            two resnets per level.
     """
     per_level = {side: _resnets(modules, f"{side}_blocks.0.resnets.") for side in ("down", "up")}
     with_attention = {name.partition(".attentions.")[0] for name in modules if ".attentions." in name}
     for module in modules:
         if module in _OUTSIDE:
             yield _OUTSIDE[module], module
-        elif found := _BLOCK.fullmatch(module):
-            side, level, inner, kind, number, rest = found.groups()
+        elif match := _BLOCK.fullmatch(module):
+            side, level, inner, kind, number, rest = match.groups()
             tail = _RESNET.get(rest, rest) if kind == "resnets" else rest
             if side is None:
-                place = f"middle_block_{_MIDDLE[inner]}" if inner in _MIDDLE else None
+                block = f"middle_block_{_MIDDLE[inner]}" if inner in _MIDDLE else None
             elif kind == "downsamplers":
-                place, tail = f"input_blocks_{(int(level) + 1) * (per_level['down'] + 1)}_0", "op"
+                block, tail = f"input_blocks_{(int(level) + 1) * (per_level['down'] + 1)}_0", "op"
             elif kind == "upsamplers":
                 last = int(level) * per_level["up"] + per_level["up"] - 1
-                place = f"output_blocks_{last}_{2 if f'up_blocks.{level}' in with_attention else 1}"
+                block = f"output_blocks_{last}_{2 if f'up_blocks.{level}' in with_attention else 1}"
             else:
                 position = int(number) + int(level) * (per_level[side] + (side == "down")) + (side == "down")
-                place = f"{'input' if side == 'down' else 'output'}_blocks_{position}_{int(kind == 'attentions')}"
-            if place is not None:
-                yield f"{place}_{tail.replace('.', '_')}", module
+                block = f"{'input' if side == 'down' else 'output'}_blocks_{position}_{int(kind == 'attentions')}"
+            if block is not None:
+                yield f"{block}_{tail.replace('.', '_')}", module
 
 
 def _resnets(modules: Collection[str], prefix: str) -> int:
-    """How many resnets the first level has; every level has as many."""
+    """Count the resnets of the first level; all levels have the same number."""
     return len({name.removeprefix(prefix).partition(".")[0] for name in modules if name.startswith(prefix)})
 
 

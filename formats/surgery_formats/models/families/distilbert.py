@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DistilBERT: BERT without token types and pooler, under names of its own."""
+"""DistilBERT: BERT without token types and pooler, under its own names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EPSILON = 1e-12  # not in config.json
 
 
 def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Sanh et al. 2019, arXiv:1910.01108; ``sinusoidal_pos_embds`` fills the stored table and changes nothing after training."""
+    """Sanh et al. 2019, arXiv:1910.01108; ``sinusoidal_pos_embds`` only initialises the stored table."""
     settings = ModelSettings(config)
     encoder_only(settings)
     settings.flag("sinusoidal_pos_embds", default=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What BERT-like encoders have in common: post-norm layers, and heads chosen by the class the checkpoint was saved from."""
+"""Shared parts of BERT-like encoders: post-norm layers, and heads chosen by the class that saved the checkpoint."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ Steps = tuple[tuple[Projection, Activation | None], ...]
 
 @dataclass(frozen=True, slots=True)
 class EncoderSizes:
-    """Numbers of an encoder, validated.
+    """The validated sizes of an encoder.
 
     Attributes:
         hidden: ``D``.
-        inner: Of the MLP.
-        layers: Number of them.
-        heads: Of attention; divides `hidden`.
+        inner: Width of the MLP.
+        layers: Number of layers.
+        heads: Number of attention heads; divides `hidden`.
         vocabulary: ``V``.
         positions: Rows of the position table.
     """
@@ -59,14 +59,14 @@ class EncoderSizes:
 
 
 def read_encoder_sizes(settings: ModelSettings, *, vocabulary: int = 30522) -> EncoderSizes:
-    """Sizes under BERT's keys, with BERT's defaults.
+    """Read sizes under BERT's keys, with BERT's defaults.
 
     Args:
-        settings: Of the model.
+        settings: The model's settings.
         vocabulary: The family's ``vocab_size``.
 
     Raises:
-        FitError: a size that is none, or heads that do not divide.
+        FitError: a size is invalid, or the heads do not divide.
     """
     sizes = EncoderSizes(
         hidden=settings.count("hidden_size", default=768),
@@ -82,10 +82,10 @@ def read_encoder_sizes(settings: ModelSettings, *, vocabulary: int = 30522) -> E
 
 
 def encoder_only(settings: ModelSettings) -> None:
-    """Refuse whatever makes an encoder something else.
+    """Refuse everything but a plain encoder.
 
     Raises:
-        FitError: a decoder, attention to another encoder, positions that are not absolute, a quantised checkpoint.
+        FitError: a decoder, attention to another encoder, non-absolute positions, or a quantised checkpoint.
     """
     settings.only("is_decoder", False)
     settings.only("add_cross_attention", False)
@@ -94,7 +94,7 @@ def encoder_only(settings: ModelSettings) -> None:
 
 
 def named_norm(names: Collection[str], at: str, epsilon: float) -> Norm:
-    """The layer norm of module `at`; files converted from TensorFlow call its parameters ``gamma`` and ``beta``."""
+    """The layer norm of module `at`; files converted from TensorFlow name its parameters ``gamma`` and ``beta``."""
     old = f"{at}.weight" not in names and f"{at}.gamma" in names
     weight, bias = ("gamma", "beta") if old else ("weight", "bias")
     return Norm("layer", f"{at}.{weight}", epsilon, f"{at}.{bias}")
@@ -112,13 +112,13 @@ def post_norm_layer(
     """Attention, norm of the sum, MLP, norm of the sum; every projection has a bias.
 
     Args:
-        sizes: Of the model.
+        sizes: The model's sizes.
         qkv: Modules of queries, keys and values.
-        output: Module behind the attention.
+        output: Module after the attention.
         up: First module of the MLP.
-        down: Second.
-        norms: After the attention and after the MLP.
-        activation: Of the MLP.
+        down: Second module of the MLP.
+        norms: Norms after the attention and after the MLP.
+        activation: Activation of the MLP.
     """
     head_dim = sizes.hidden // sizes.heads
     q, k, v = (projection(name, sizes.hidden, sizes.hidden, True) for name in qkv)
@@ -162,7 +162,7 @@ def bert_layers(
 
 
 def labels(settings: ModelSettings) -> int:
-    """Number of labels: of ``id2label``, else ``num_labels``, else 2."""
+    """Number of labels: the length of ``id2label``, else ``num_labels``, else 2."""
     named = settings.mapping("id2label")
     return len(named) if named else settings.count("num_labels", default=2)
 
@@ -179,39 +179,39 @@ def encoder(
     pooler: Projection | None,
     max_positions: int,
 ) -> Model:
-    """The whole encoder, its head chosen by ``architectures``; settings that were not read are looked at here.
+    """Assemble the encoder, with the head chosen by ``architectures``, then check the settings that nobody read.
 
     Args:
-        settings: Of the model, everything else read.
-        names: Of the checkpoint.
-        sizes: Of the model.
-        embedding: Before the layers.
-        layers: In order.
-        sequence: From the number of labels to the steps of a sequence classifier.
-        token: The same of a token classifier.
+        settings: The model's settings; the rest must have been read.
+        names: Tensor names of the checkpoint.
+        sizes: The model's sizes.
+        embedding: The token embedding.
+        layers: The layers, in order.
+        sequence: Maps the number of labels to the steps of a sequence classifier.
+        token: The same for a token classifier.
         pooler: The family's pooler, whether the file has it or not; None if the family has none.
         max_positions: Longest sequence.
 
     Raises:
-        FitError: another task's head; a switch that was not read and may matter.
+        FitError: another task's head, or an unread setting that may change the computation.
     """
     classes = settings.architectures()
-    there = pooler is not None and pooler.weight in names
+    has_pooler = pooler is not None and pooler.weight in names
     head: Head
     if any(name.endswith("ForSequenceClassification") for name in classes):
         head = ClassifierHead("first", sequence(labels(settings)))
     elif any(name.endswith("ForTokenClassification") for name in classes):
         head = ClassifierHead("every", token(labels(settings)))
     elif any(name.endswith("Model") for name in classes) or (not classes and "classifier.weight" not in names):
-        head = HiddenHead(pooler if there else None)
+        head = HiddenHead(pooler if has_pooler else None)
     else:
         raise settings.fault(
-            f"architectures is {show(', '.join(classes) or 'missing', 80)}; known are sequence and token classification, "
-            "and the bare encoder"
+            f"architectures is {show(', '.join(classes) or 'missing', 80)}; supported are sequence and token "
+            "classification, and the bare encoder"
         )
-    taken = {head.pooler} if isinstance(head, HiddenHead) else {step for step, _ in head.steps}
+    used = {head.pooler} if isinstance(head, HiddenHead) else {step for step, _ in head.steps}
     unused = {}
-    if pooler is not None and there and pooler not in taken:
+    if pooler is not None and has_pooler and pooler not in used:
         unused = {name: "the head does not read the pooler" for name in (pooler.weight, pooler.bias) if name in names}
     settings.finish()
     return Model(

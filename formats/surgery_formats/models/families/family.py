@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record every family file fills in."""
+"""The record that every family file fills in."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ __all__ = ["Family", "Fused", "Rename", "role_of"]
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """Two spellings of the same run of path segments; either may be on disk, either in an adapter.
+    """Two spellings of the same run of path segments; files and adapters may use either.
 
-    transformers renames modules between its eras while ``save_pretrained`` keeps the old names on disk, so adapters of both eras exist.
+    transformers renames modules between versions, but ``save_pretrained`` keeps the old names on disk, so adapters of
+    both versions exist.
     """
 
-    one: str
-    other: str
+    new: str
+    old: str
 
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A parameter that some checkpoints hold in parts, one under the other.
+    """A parameter that some checkpoints store in parts, stacked by rows.
 
     Attributes:
         whole: Parameter path below its module: ``experts.gate_up_proj`` (3-D, one matrix per expert).
@@ -41,19 +42,19 @@ class Family:
 
     Attributes:
         names: ``model_type`` (or diffusers ``_class_name``) values.
-        embedding: Path of the token embedding.
-        head: Path of the language-model head.
-        tied: Whether the head is the embedding when config.json does not say.
+        embedding: Module path of the token embedding.
+        head: Module path of the language-model head.
+        tied: Whether head and embedding are tied if config.json does not specify it.
         ties: Further ``(alias, source)`` module paths that always share one tensor.
-        inseparable: Why head and embedding cannot part although they are tied; empty if they can.
+        inseparable: Why tied head and embedding cannot be separated; empty if they can.
         conv1d: Last path segments of modules that store their weight ``(in, out)``.
         experts_transposed: Whether 3-D expert tensors are ``(E, in, out)`` rather than ``(E, out, in)``.
         renames: Spellings, see `Rename`.
-        fused: Parameters in parts, see `Fused`.
+        fused: Parameters stored in parts, see `Fused`.
         derivable: Last path segments of tensors that are computed, not trained (``inv_freq``).
-        other_flat: From the module paths a base has, ``(another flattened name, module path)`` pairs, for networks that tools outside know
-            under other names.
-        recipe: What models of this family compute, see `surgery_formats.models.families.recipe`; None where only names are known.
+        other_flat: Maps a base's module paths to ``(another flattened name, module path)`` pairs, for networks that
+            other tools know under other names.
+        recipe: What models of this family compute (`surgery_formats.models.families.recipe`); None if unknown.
     """
 
     names: tuple[str, ...]
@@ -72,7 +73,7 @@ class Family:
 
     @property
     def known(self) -> bool:
-        """Whether this is a family's record, not the empty one."""
+        """Whether this is the record of a family rather than the empty one."""
         return self.names != ("unknown",)
 
     def stores_transposed(self, parameter: str) -> bool:
@@ -97,11 +98,11 @@ _ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
         "mlp",
         ("mlp", "ff", "DenseReluDense", "feed_forward", "intermediate", "output", "fc1", "fc2", "block_sparse_moe"),
     ),
-)  # in order of precedence: a norm inside an attention block is a norm, an expert's projection is an expert's
+)  # in order of precedence: a norm inside an attention block is a norm; an expert's projection belongs to the expert
 
 
 def role_of(parameter: str) -> str:
-    """What a parameter does, by the field's common names: attention, mlp, expert, embedding, head, norm or other."""
+    """Classify a parameter by common names: attention, mlp, expert, embedding, head, norm or other."""
     segments = parameter.split(".")[:-1] or [parameter]
     for role, names in _ROLES:
         if role == "norm":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 1, 2 and 3 (text): gains of ``1 + g``, a scaled embedding; 2 and 3 with norms behind each branch and local layers."""
+"""Gemma 1, 2 and 3 (text): gains of ``1 + g``, a scaled embedding; 2 and 3 add post-branch norms and local layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ACTIVATION = "gelu_pytorch_tanh"
 
 
 def gemma(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """arXiv:2403.08295."""
+    """Gemma 1 (arXiv:2403.08295)."""
     settings = ModelSettings(config)
     causal_only(settings)
     sizes = read_sizes(
@@ -48,7 +48,7 @@ def gemma(config: Mapping[str, Any], names: Collection[str]) -> Model:
     rope = read_rope(settings, sizes.head_dim, sizes.max_positions)
     bias = settings.flag("attention_bias", default=False)
     settings.only("hidden_activation", _ACTIVATION)
-    # The first release says "gelu" and means the approximation.
+    # The first release has "gelu" but means the approximation.
     name = settings.text("hidden_act", default=_ACTIVATION)
     activation = "gelu_tanh" if name == "gelu" else settings.activation("hidden_act", default=_ACTIVATION)
 
@@ -69,7 +69,7 @@ def gemma(config: Mapping[str, Any], names: Collection[str]) -> Model:
 
 
 def gemma2(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Every other layer local, scores and logits capped (arXiv:2408.00118)."""
+    """Gemma 2 (arXiv:2408.00118): every other layer is local; scores and logits are capped."""
     settings = ModelSettings(config)
     causal_only(settings)
     sizes = _sizes(settings, vocabulary=256000, max_positions=8192)
@@ -90,10 +90,10 @@ def gemma2(config: Mapping[str, Any], names: Collection[str]) -> Model:
 
 
 def gemma3(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Five local layers to one global, each kind with its own rotation; norms of queries and keys (arXiv:2503.19786)."""
+    """Gemma 3 (arXiv:2503.19786): five local layers to one global, with separate rotations; query and key norms."""
     settings = ModelSettings(config)
     causal_only(settings)
-    settings.only("attn_logit_softcapping")  # transformers reads it and does not use it
+    settings.only("attn_logit_softcapping")  # transformers reads it without using it
     sizes = _sizes(settings, vocabulary=262208, max_positions=131072)
     local, everywhere = _ropes(settings, sizes)
     pattern = settings.count("sliding_window_pattern", "_sliding_window_pattern", default=6)
@@ -138,7 +138,7 @@ def _sizes(settings: ModelSettings, *, vocabulary: int, max_positions: int) -> S
 
 
 def _ropes(settings: ModelSettings, sizes: Sizes) -> tuple[Rope, Rope]:
-    """Of local and of global layers; of transformers 4, ``rope_scaling`` is of the global ones."""
+    """Rotations of local and global layers; in transformers 4, ``rope_scaling`` applies to the global ones."""
     kinds = ("sliding_attention", "full_attention")
     nested = settings.mapping("rope_parameters") or {}
     if unknown := [key for key in nested if key not in kinds]:
@@ -147,7 +147,7 @@ def _ropes(settings: ModelSettings, sizes: Sizes) -> tuple[Rope, Rope]:
         settings.positive("rope_local_base_freq", default=10_000.0),
         settings.positive("rope_theta", default=1_000_000.0),
     )
-    found = []
+    ropes = []
     for kind, theta in zip(kinds, thetas, strict=True):
         values = nested.get(kind) or {}
         if not isinstance(values, Mapping):
@@ -157,8 +157,8 @@ def _ropes(settings: ModelSettings, sizes: Sizes) -> tuple[Rope, Rope]:
             own |= settings.mapping("rope_scaling") or {}
         if own.get("partial_rotary_factor", 1.0) not in (1, None):
             raise settings.fault("partial_rotary_factor is set, but this family rotates whole heads")
-        found.append(rope_of(settings, own, sizes.head_dim, sizes.max_positions))
-    return found[0], found[1]
+        ropes.append(rope_of(settings, own, sizes.head_dim, sizes.max_positions))
+    return ropes[0], ropes[1]
 
 
 def _model(
@@ -168,7 +168,7 @@ def _model(
     attend: Callable[[str, int], Attention],
     softcap: float | None,
 ) -> Model:
-    """What Gemma 2 and 3 share: a norm before and behind each branch."""
+    """The part that Gemma 2 and 3 share: a norm before and after each branch."""
     norm = partial(rms, epsilon=settings.positive("rms_norm_eps", default=1e-6), plus_one=True)
     activation = settings.activation("hidden_activation", default=_ACTIVATION)
     root = root_of(names, "model.", "embed_tokens.weight")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-2: Conv1D weights are ``(in, out)``; the head is the embedding; causal masks are stored by old files."""
+"""GPT-2: Conv1D weights are ``(in, out)``, the head is the embedding, and old files store causal masks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
     activation = settings.activation("activation_function", default="gelu_new")
     base = sizes.head_dim**-0.5 if settings.flag("scale_attn_weights", default=True) else 1.0
     by_layer = settings.flag("scale_attn_by_inverse_layer_idx", default=False)
-    settings.flag("reorder_and_upcast_attn", default=False)  # the same arithmetic, in float32 always
+    settings.flag("reorder_and_upcast_attn", default=False)  # the same arithmetic, always in float32
     root = root_of(names, "transformer.", "wte.weight")
 
     def layer(index: int) -> Layer:

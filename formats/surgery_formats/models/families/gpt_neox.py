@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-NeoX and Pythia: transformers 5 calls the head ``lm_head``, every checkpoint ``embed_out``."""
+"""GPT-NeoX and Pythia: transformers 5 names the head ``lm_head``, checkpoints name it ``embed_out``."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["FAMILY"]
 
 
 def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Both branches side by side, a quarter of each head rotated, q, k and v head by head (arXiv:2204.06745)."""
+    """Parallel branches, a quarter of each head rotated, q, k and v interleaved by head (arXiv:2204.06745)."""
     settings = ModelSettings(config)
     causal_only(settings)
     settings.only("is_decoder", False, True)
     sizes = read_sizes(settings, vocabulary=50432, max_positions=2048, hidden=6144, inner=24576, layers=44, heads=64)
     if sizes.kv_heads != sizes.heads or sizes.head_dim * sizes.heads != sizes.hidden:
-        raise settings.fault("num_key_value_heads and head_dim cannot be chosen in this family")
+        raise settings.fault("num_key_value_heads and head_dim are fixed in this family")
     rope = _rope(settings, sizes.head_dim, sizes.max_positions)
     epsilon = settings.positive("layer_norm_eps", default=1e-5)
     bias = settings.flag("attention_bias", default=True)
@@ -70,12 +70,12 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
 
 
 def _rope(settings: ModelSettings, head_dim: int, max_positions: int) -> Rope:
-    """The family has keys of its own, ``rotary_emb_base`` and ``rotary_pct``."""
+    """The family's own keys are ``rotary_emb_base`` and ``rotary_pct``."""
     theta = settings.positive("rotary_emb_base", default=10000.0)
     fraction = settings.positive("rotary_pct", default=0.25)
     for key, value in (("rope_theta", theta), ("partial_rotary_factor", fraction)):
         if settings.raw(key) is not None and settings.number(key, default=value) != value:
-            raise settings.fault(f"{key} says other than rotary_emb_base or rotary_pct, which count in this family")
+            raise settings.fault(f"{key} differs from rotary_emb_base or rotary_pct, which this family uses")
     return read_rope(settings, head_dim, max_positions, theta=theta, partial=fraction)
 
 

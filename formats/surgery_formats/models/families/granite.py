@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Granite: Llama with multipliers of the embedding, the branches, the scores and the logits."""
+"""Granite: Llama with multipliers on the embedding, the branches, the scores and the logits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama 2 and 3; and decoders that keep Llama's names without a recipe of their own."""
+"""Llama 2 and 3, and decoders with Llama's names but no recipe of their own."""
 
 from __future__ import annotations
 

@@ -17,16 +17,15 @@ __all__ = ["FAMILY"]
 
 
 def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """A window of 4096 unless config.json says otherwise (arXiv:2310.06825); ``null`` is none."""
+    """A window of 4096 by default, and none if it is ``null`` (arXiv:2310.06825)."""
     settings = ModelSettings(config)
     causal_only(settings)
     sizes = read_sizes(settings, vocabulary=32000, max_positions=4096 * 32, kv_heads=8, inner=14336)
     rope = read_rope(settings, sizes.head_dim, sizes.max_positions)
     window = settings.optional_count("sliding_window", 4096)
     expected = "full_attention" if window is None else "sliding_attention"
-    settings.words(
-        "layer_types", sizes.layers, (expected,)
-    )  # layers of both types are another architecture (Ministral)
+    # a model with layers of both types has another architecture (Ministral)
+    settings.words("layer_types", sizes.layers, (expected,))
 
     def attend(at: str, index: int) -> Attention:
         return attention(at, sizes, rope, window=window)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtral: experts one by one on disk (w1 gate, w3 up, w2 down), fused in transformers 5's tree, under another name."""
+"""Mixtral: separate experts on disk (w1 gate, w3 up, w2 down), fused and renamed in transformers 5."""
 
 from surgery_formats.models.families.family import Family, Fused, Rename
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OLMo 1 (norms without parameters) and OLMo 2 (norms behind each branch, and of all queries and keys at once)."""
+"""OLMo 1 (norms without parameters) and OLMo 2 (a norm after each branch, and over all queries and keys at once)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["OLMO", "OLMO2"]
 
 
 def olmo(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """arXiv:2402.00838."""
+    """OLMo 1 (arXiv:2402.00838)."""
     settings = ModelSettings(config)
     causal_only(settings)
     settings.only("clip_qkv")
@@ -46,7 +46,7 @@ def olmo(config: Mapping[str, Any], names: Collection[str]) -> Model:
 
 
 def olmo2(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """arXiv:2501.00656."""
+    """OLMo 2 (arXiv:2501.00656)."""
     settings = ModelSettings(config)
     causal_only(settings)
     sizes = read_sizes(settings, vocabulary=50304, max_positions=2048)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OPT: a decoder under ``model.decoder``; old files lack the ``model.`` in front."""
+"""OPT: a decoder under ``model.decoder``; old files lack the prefix ``model.``."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["FAMILY"]
 
 
 def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Learned positions counted over the mask; 350m has post-norm layers and a narrow embedding (arXiv:2205.01068)."""
+    """Learned positions, counted from the mask; 350m has post-norm and a narrow embedding (arXiv:2205.01068)."""
     settings = ModelSettings(config)
     causal_only(settings)
     sizes = read_sizes(
         settings, inner_key="ffn_dim", vocabulary=50272, max_positions=2048, hidden=768, inner=3072, layers=12, heads=12
     )
     if sizes.kv_heads != sizes.heads or sizes.head_dim * sizes.heads != sizes.hidden:
-        raise settings.fault("num_key_value_heads and head_dim cannot be chosen in this family")
+        raise settings.fault("num_key_value_heads and head_dim are fixed in this family")
     narrow = settings.count("word_embed_proj_dim", default=sizes.hidden)
     before = settings.flag("do_layer_norm_before", default=True)
     bias = settings.flag("enable_bias", default=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a configuration to a recipe, and from a recipe to the tensors it takes."""
+"""From a configuration to a recipe, and from a recipe to the tensors it needs."""
 
 from __future__ import annotations
 
@@ -24,43 +24,43 @@ __all__ = ["model_of", "parameters"]
 
 
 def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """What the model of this config.json computes.
+    """Return what the model of a config.json computes.
 
     Args:
         config: config.json.
-        names: Tensors of the checkpoint.
+        names: Tensor names of the checkpoint.
 
     Raises:
-        FitError: no recipe for this ``model_type``, or a setting that it does not know.
+        FitError: there is no recipe for this ``model_type``, or it does not support a setting.
     """
     family = family_of(config)
     if family.recipe is None:
         if config.get("model_type") is None:
             raise FitError(
-                "missing, or without a model_type: nothing says what the model computes",
+                "missing, or without a model_type, so the model's computation is unknown",
                 file="config.json",
                 hint="put the model's config.json beside its weights",
             )
-        known = sorted({name for one in FAMILIES if one.recipe for name in one.names})
+        known = sorted({name for known_family in FAMILIES if known_family.recipe for name in known_family.names})
         raise FitError(
             f"no recipe for model_type '{show(config.get('model_type'), 40)}'",
             file="config.json",
-            hint=f"known are {', '.join(known)}",
+            hint=f"supported are {', '.join(known)}",
         )
     return family.recipe(config, names)
 
 
 def parameters(model: Model) -> dict[str, tuple[int, ...]]:
-    """Name and stored shape of every tensor the model takes; rows of tables that config.json does not count are -1.
+    """Return name and stored shape of every tensor the model needs; -1 rows for tables without a size in config.json.
 
-    A tied head is the embedding, so it is there once.
+    A tied head is listed once, as the embedding.
     """
     embedding = model.embedding
     width = embedding.projection.inputs if embedding.projection else model.hidden
-    found: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, width)}
+    shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, width)}
     for table in (embedding.positions, embedding.types):
         if table:
-            found[table] = (-1, model.hidden)
+            shapes[table] = (-1, model.hidden)
     parts: list[Iterator[tuple[str, tuple[int, ...]]]] = [
         _projection(embedding.projection),
         _norm(embedding.norm, model.hidden),
@@ -75,24 +75,25 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     else:
         parts += [_projection(head.before), _projection(head.projection)]
     for part in parts:
-        found |= dict(part)
-    return found
+        shapes |= dict(part)
+    return shapes
 
 
-def _projection(one: Projection | None) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if one is not None:
-        yield one.weight, (one.inputs, one.outputs) if one.transposed else (one.outputs, one.inputs)
-        if one.bias:
-            yield one.bias, (one.outputs,)
+def _projection(projection: Projection | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if projection is not None:
+        shape = projection.outputs, projection.inputs
+        yield projection.weight, shape[::-1] if projection.transposed else shape
+        if projection.bias:
+            yield projection.bias, (projection.outputs,)
 
 
-def _norm(one: Norm | None, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if one is not None:
-        yield from ((name, (width,)) for name in (one.weight, one.bias) if name)
+def _norm(norm: Norm | None, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if norm is not None:
+        yield from ((name, (width,)) for name in (norm.weight, norm.bias) if name)
 
 
-def _branch(one: Branch, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for norm in (one.before, one.after, one.on_sum):
+def _branch(branch: Branch, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for norm in (branch.before, branch.after, branch.on_sum):
         yield from _norm(norm, width)
 
 
@@ -100,16 +101,16 @@ def _layer(layer: Layer, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from _branch(layer.attention_branch, width)
     yield from _attention(layer.attention)
     yield from _branch(layer.mlp_branch, width)
-    for one in (*layer.mlp.inputs, layer.mlp.output):
-        yield from _projection(one)
-
-
-def _attention(one: Attention) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for projection in (*one.inputs, one.output):
+    for projection in (*layer.mlp.inputs, layer.mlp.output):
         yield from _projection(projection)
-    for norm, heads in ((one.q_norm, one.heads), (one.k_norm, one.kv_heads)):
-        if one.norm_over == "heads" and norm is not None:
+
+
+def _attention(attention: Attention) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for projection in (*attention.inputs, attention.output):
+        yield from _projection(projection)
+    for norm, heads in ((attention.q_norm, attention.heads), (attention.k_norm, attention.kv_heads)):
+        if attention.norm_over == "heads" and norm is not None:
             for head in range(heads):
-                yield from ((name.format(h=head), (one.head_dim,)) for name in (norm.weight, norm.bias) if name)
+                yield from ((name.format(h=head), (attention.head_dim,)) for name in (norm.weight, norm.bias) if name)
         else:
-            yield from _norm(norm, one.head_dim * (heads if one.norm_over == "width" else 1))
+            yield from _norm(norm, attention.head_dim * (heads if attention.norm_over == "width" else 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phi-3 and Phi-4: q, k, v in one projection, gate and up in another, in the tree as on disk."""
+"""Phi-3 and Phi-4: q, k, v in one projection, gate and up in another, both in memory and on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["FAMILY", "NAMES_ONLY"]
 
 
 def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Part of each head rotated (Phi-4-mini), two sets of rotary factors by length (arXiv:2404.14219, arXiv:2402.13753)."""
+    """Partial rotation (Phi-4-mini), two sets of rotary factors by length (arXiv:2404.14219, arXiv:2402.13753)."""
     settings = ModelSettings(config)
     causal_only(settings)
     sizes = read_sizes(settings, vocabulary=32064, max_positions=4096, hidden=3072, inner=8192)
@@ -27,7 +27,7 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
         sizes.max_positions,
         partial=1.0,
         original=4096,
-        longrope_names=("su", "yarn"),  # what files of the first release call it
+        longrope_names=("su", "yarn"),  # in files of the first release
     )
     window = settings.optional_count("sliding_window")
     settings.only("attention_bias", False)

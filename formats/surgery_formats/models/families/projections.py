@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projections that some models hold as one matrix and others, otherwise alike, in parts one under the other.
+"""Projections that some models store as one matrix, and otherwise equal models as parts stacked by rows.
 
-Phi-3, GLM-4 and vLLM's copies of Llama have ``qkv_proj`` and ``gate_up_proj``; Llama and its many relatives, and Phi-3 rewritten as a
-Llama, have the parts. Interleaved layouts (GPT-NeoX, Falcon) are not of this kind.
+Phi-3, GLM-4 and vLLM's copies of Llama have ``qkv_proj`` and ``gate_up_proj``; Llama and its relatives, and Phi-3
+rewritten as a Llama, have the parts. Interleaved layouts (GPT-NeoX, Falcon) are not covered.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROJECTIONS = (
 
 
 def heights_by_config(projection: FusedProjection, config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Rows of every part by the numbers of a ``config.json``; None where it does not have them."""
+    """Rows of each part according to a ``config.json``; None if it lacks the numbers."""
 
     def number(key: str) -> int:
         value = config.get(key)

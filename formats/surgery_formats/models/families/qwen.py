@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen 2, 2.5 and 3, dense: Llama with biases on q, k and v (2), or with norms of every head's queries and keys (3)."""
+"""Qwen 2, 2.5 and 3, dense: Llama with biases on q, k and v (2), or with norms of each head's queries and keys (3)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["QWEN2", "QWEN3"]
 
 
 def qwen2(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Biases on q, k and v (arXiv:2407.10671)."""
+    """Qwen 2: biases on q, k and v (arXiv:2407.10671)."""
     settings = ModelSettings(config)
     causal_only(settings)
     sizes = read_sizes(settings, vocabulary=151936, max_positions=32768, kv_heads=32, inner=22016)
@@ -31,7 +31,7 @@ def qwen2(config: Mapping[str, Any], names: Collection[str]) -> Model:
 
 
 def qwen3(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Norms of queries and keys, one gain for all heads (arXiv:2505.09388); 128 values per head unless config.json says otherwise."""
+    """Qwen 3: norms of queries and keys, one gain for all heads (arXiv:2505.09388); 128 values per head by default."""
     settings = ModelSettings(config)
     causal_only(settings)
     sizes = read_sizes(settings, vocabulary=151936, max_positions=32768, kv_heads=32, inner=22016, head_dim=128)
@@ -56,7 +56,7 @@ def qwen3(config: Mapping[str, Any], names: Collection[str]) -> Model:
 
 
 def _windows(settings: ModelSettings, sizes: Sizes) -> tuple[int | None, ...]:
-    """Layers from ``max_window_layers`` on slide, where that is switched on."""
+    """Windows of all layers: those from ``max_window_layers`` on slide, if enabled."""
     window = settings.optional_count("sliding_window", 4096)
     first = settings.whole("max_window_layers", default=28)
     window = window if settings.flag("use_sliding_window", default=False) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen-MoE and the many that keep its names: gate_proj, up_proj, down_proj per expert on disk, fused in transformers 5's tree."""
+"""Qwen-MoE and models with its names: gate_proj, up_proj, down_proj per expert on disk, fused in transformers 5."""
 
 from surgery_formats.models.families.family import Family, Fused
 

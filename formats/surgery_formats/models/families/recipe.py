@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model computes, as data: which components in which order, and which tensors they take.
+"""What a model computes, as data: its components in order, and the tensors they need.
 
-A family's recipe is a function from config.json to a `Model` in which nothing is left to decide: every size is a number, every tensor has
-its name. The graph exporter and the reference that proves its output read the same record and share nothing else.
+A family's recipe maps config.json to a `Model` that leaves nothing to decide: every size is a number, every tensor has
+its name. The graph exporter and the reference that proves its output both read this record and share nothing else.
 
-Names are those of the family's own checkpoints; `surgery_formats.models.names` finds them in files of another era.
+Names are those of the family's own checkpoints; `surgery_formats.models.names` maps them to files of other versions.
 
 Shapes in this module: ``B`` batch, ``S`` new tokens, ``T`` past and new tokens, ``D`` hidden size, ``V`` vocabulary.
 """
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "tanh"]
-"""``gelu`` is exact (erf); ``gelu_tanh`` the approximation of Hendrycks and Gimpel 2016 (arXiv:1606.08415), ``gelu_new`` in old configs."""
+"""``gelu`` is exact (erf); ``gelu_tanh``, ``gelu_new`` in old configs, is the approximation of arXiv:1606.08415."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,11 @@ class Projection:
     """``y = x W^T + b``.
 
     Attributes:
-        weight: Tensor ``(outputs, inputs)``, or ``(inputs, outputs)`` where `transposed` (Conv1D).
-        inputs: Columns.
-        outputs: Rows.
+        weight: Tensor ``(outputs, inputs)``, or ``(inputs, outputs)`` if `transposed` (Conv1D).
+        inputs: Number of inputs.
+        outputs: Number of outputs.
         bias: Tensor ``(outputs,)``, or empty.
-        transposed: How it is stored.
+        transposed: Whether the weight is stored ``(inputs, outputs)``.
     """
 
     weight: str
@@ -61,8 +61,9 @@ class Norm:
     """Normalisation over the last axis, in float32.
 
     Attributes:
-        kind: ``rms``: ``x / sqrt(mean(x^2) + epsilon) * g`` (arXiv:1910.07467); ``layer``: with mean and optional bias (arXiv:1607.06450).
-        weight: Tensor ``g``, or empty for none (OLMo 1).
+        kind: ``rms``: ``x / sqrt(mean(x^2) + epsilon) * g`` (arXiv:1910.07467); ``layer``: with mean and optional bias
+            (arXiv:1607.06450).
+        weight: Tensor ``g``, or empty (OLMo 1).
         epsilon: Added to the mean square or variance.
         bias: Tensor, or empty.
         plus_one: The gain is ``1 + g`` (Gemma).
@@ -77,12 +78,12 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary positions (arXiv:2104.09864) on the first `dims` values of every head, halves paired (``x[i], x[i + dims/2]``).
+    """Rotary positions (arXiv:2104.09864) on the first `dims` values of each head, in halves (``x[i], x[i + dims/2]``).
 
     Attributes:
-        dims: Rotated values per head; less than ``head_dim`` where partial.
-        parameters: ``rope_type`` (``default``, ``linear``, ``dynamic``, ``yarn``, ``llama3``, ``longrope``), ``rope_theta`` and what the
-            type needs, as in transformers 5; configs of transformers 4 are brought to this form.
+        dims: Rotated values per head; fewer than ``head_dim`` if partial.
+        parameters: ``rope_type`` (``default``, ``linear``, ``dynamic``, ``yarn``, ``llama3``, ``longrope``),
+            ``rope_theta`` and the parameters of the type, as in transformers 5; older configs are converted.
         max_positions: ``max_position_embeddings``.
     """
 
@@ -96,21 +97,21 @@ class Attention:
     """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
 
     Attributes:
-        inputs: q, k and v, or one projection that makes all three.
-        layout: How one projection's output is laid out: ``separate`` for three; ``concatenated`` ``[q | k | v]``; ``by_head``
-            ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX).
-        output: Back to ``D``.
-        heads: Of queries.
-        kv_heads: Of keys and values.
+        inputs: q, k and v, or one projection for all three.
+        layout: How one projection's output is laid out: ``separate`` for three; ``concatenated`` ``[q | k | v]``;
+            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX).
+        output: Projection back to ``D``.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
         head_dim: Values per head.
-        scale: Of the scores.
-        rope: Rotary positions; None for none (GPT-2, layers of SmolLM3).
-        window: Keys a query sees, itself included; None for all.
-        softcap: ``c tanh(scores / c)`` before the mask; None for none.
-        q_norm: Of queries before rotation, or None.
-        k_norm: Of keys.
-        norm_over: What those norms see: each ``head`` with one gain for all, each head with a gain of its own (``heads``: the weight's
-            name holds ``{h}``), or all heads at once (``width``, OLMo 2).
+        scale: Scale of the scores.
+        rope: Rotary positions, or None (GPT-2, some layers of SmolLM3).
+        window: Number of keys that a query sees, including its own; None for all.
+        softcap: ``c tanh(scores / c)`` before the mask, or None.
+        q_norm: Norm of queries before rotation, or None.
+        k_norm: Norm of keys before rotation, or None.
+        norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
+            the weight's name contains ``{h}``), or all heads at once (``width``, OLMo 2).
     """
 
     inputs: tuple[Projection, ...]
@@ -133,9 +134,9 @@ class MLP:
     """``down(act(up x))``, or gated ``down(act(gate x) * up x)``.
 
     Attributes:
-        inputs: ``(up,)``; ``(gate, up)``; or one that makes ``[gate | up]`` where `gated`.
-        output: Down.
-        activation: Of the gate, or of the only input.
+        inputs: ``(up,)``; ``(gate, up)``; or one projection for ``[gate | up]`` if `gated`.
+        output: The down projection.
+        activation: Activation of the gate, or of the only input.
         gated: Whether there is a gate.
     """
 
@@ -147,13 +148,13 @@ class MLP:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One residual step: ``x + multiplier * after(body(before(x)))``, then `on_sum` of that.
+    """A residual step: ``x + multiplier * after(body(before(x)))``, then `on_sum` of the result.
 
     Attributes:
         before: Norm of the branch's input (pre-norm models).
         after: Norm of the branch's output, before it is added (Gemma 2, OLMo 2).
         on_sum: Norm of the sum (post-norm models: BERT).
-        multiplier: Of the branch (Granite).
+        multiplier: Factor on the branch (Granite).
     """
 
     before: Norm | None = None
@@ -167,12 +168,12 @@ class Layer:
     """Attention and MLP.
 
     Attributes:
-        attention: The first body.
-        attention_branch: Norms around it.
-        mlp: The second body.
-        mlp_branch: Norms around it.
-        parallel: Both bodies read the layer's input, and both are added to it (GPT-NeoX). A `mlp_branch` without norms then reads what
-            the attention reads (StableLM).
+        attention: The attention.
+        attention_branch: Norms around the attention.
+        mlp: The MLP.
+        mlp_branch: Norms around the MLP.
+        parallel: Whether both read the layer's input and are added to it (GPT-NeoX). A `mlp_branch` without norms then
+            reads the attention's normalised input (StableLM).
     """
 
     attention: Attention
@@ -184,21 +185,21 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Token ids to the first hidden state ``(B, S, D)``.
+    """Maps token ids to the first hidden state ``(B, S, D)``.
 
     Attributes:
         tokens: Tensor ``(V, D)``.
         positions: Learned positions ``(P, D)``, or empty.
-        position_rule: ``absolute``: past length plus place; ``mask``: ``cumsum(attention_mask) - 1`` (OPT); ``nonpad``: as ``mask``, over
-            tokens that are not `padding_token`, which stay at its own position (RoBERTa).
+        position_rule: ``absolute``: past length plus index; ``mask``: ``cumsum(attention_mask) - 1`` (OPT); ``nonpad``:
+            as ``mask``, over tokens other than `padding_token`, which has its own position (RoBERTa).
         position_offset: First row used (2 for OPT, ``padding_idx + 1`` for RoBERTa).
         padding_token: For ``nonpad``.
         types: Token types ``(types, D)``, or empty.
-        scale: Rows are multiplied by it.
-        scale_rounded: Whether `scale` is part of the table, rounded to the stored type (Gemma: ``sqrt(D)``), so that rows from elsewhere
-            are not scaled; Granite's is applied to whatever comes.
-        norm: After the sum (BERT), or None.
-        projection: After the rows (OPT-350m), or None.
+        scale: Factor on the rows.
+        scale_rounded: Whether `scale` is part of the table, rounded to the stored type (Gemma: ``sqrt(D)``), so that
+            embeddings from elsewhere are not scaled; Granite scales all inputs.
+        norm: Norm of the sum (BERT), or None.
+        projection: Projection of the rows (OPT-350m), or None.
     """
 
     tokens: str
@@ -218,10 +219,10 @@ class LanguageHead:
     """``logits (B, S, V)``.
 
     Attributes:
-        projection: Onto the vocabulary; its weight is the embedding's where tied.
+        projection: Projection onto the vocabulary; if tied, its weight is the embedding's.
         before: Projection before it (OPT-350m), or None.
         softcap: ``c tanh(logits / c)`` (Gemma 2), or None.
-        divisor: Logits are divided by it (Granite).
+        divisor: Divisor of the logits (Granite).
     """
 
     projection: Projection
@@ -236,7 +237,7 @@ class ClassifierHead:
 
     Attributes:
         tokens: ``first`` or ``every``.
-        steps: ``(projection, activation)`` in order; an activation of None is none. BERT's pooler is the first step.
+        steps: ``(projection, activation or None)`` in order. BERT's pooler is the first step.
     """
 
     tokens: Literal["first", "every"]
@@ -245,7 +246,7 @@ class ClassifierHead:
 
 @dataclass(frozen=True, slots=True)
 class HiddenHead:
-    """``last_hidden_state (B, S, D)``, and ``pooler_output (B, D)`` where there is a pooler: a sentence encoder.
+    """``last_hidden_state (B, S, D)``, and ``pooler_output (B, D)`` if there is a pooler: a sentence encoder.
 
     Attributes:
         pooler: Projection of the first token, then tanh; or None.
@@ -259,18 +260,18 @@ Head = LanguageHead | ClassifierHead | HiddenHead
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """All of it.
+    """The computation of a whole model.
 
     Attributes:
         kind: ``decoder``: causal, with a cache of keys and values; ``encoder``: every token sees every other.
         hidden: ``D``.
-        vocabulary: ``V``, rows of the token table.
-        embedding: First.
-        layers: In order.
-        final_norm: After the last layer, or None.
-        head: Last.
-        max_positions: Longest sequence it was made for.
-        unused: Tensors that rightly take no part, with the reason (a pooler whose output the head does not read).
+        vocabulary: ``V``, the rows of the token table.
+        embedding: The embedding.
+        layers: The layers, in order.
+        final_norm: Norm after the last layer, or None.
+        head: The head.
+        max_positions: Longest sequence the model supports.
+        unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
     """
 
     kind: Literal["decoder", "encoder"]
@@ -285,5 +286,5 @@ class Model:
 
 
 Recipe = Callable[[Mapping[str, Any], Collection[str]], Model]
-"""``recipe(config, names)``: `names` are those the checkpoint has, for parts that only the file tells of (an optional bias, a prefix that
-files of a bare model lack). Raises `FitError` naming the switch of the configuration that it does not know."""
+"""``recipe(config, names)``: `names` are the checkpoint's tensor names, for parts that only the file reveals (an
+optional bias, a prefix missing in bare models). Raises `FitError` for a setting that the recipe does not support."""

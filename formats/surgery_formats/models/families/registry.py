@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every known family, and the one that a configuration belongs to. Adding a family is adding its file and a line here."""
+"""All known families, and the lookup for a configuration. To add a family, add its file and a line here."""
 
 from __future__ import annotations
 
@@ -77,6 +77,6 @@ _UNKNOWN = Family(names=("unknown",))
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json (``model_type``; ``_class_name`` for diffusers), or one without any special names."""
+    """Return the family of a config.json (``model_type``; ``_class_name`` in diffusers), or one without any names."""
     kind = config.get("model_type", config.get("_class_name"))
     return next((family for family in FAMILIES if kind in family.names), _UNKNOWN)

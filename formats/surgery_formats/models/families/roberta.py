@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoBERTa, XLM-RoBERTa and CamemBERT: BERT with positions that skip padding tokens, and a classifier with a layer of its own."""
+"""RoBERTa, XLM-RoBERTa and CamemBERT: BERT with positions that skip padding, and a two-layer classifier."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary parameters of config.json, of both eras, brought to one form.
+"""Rotary parameters of config.json, from transformers 4 and 5, in one form.
 
-transformers 4 writes ``rope_theta`` beside ``rope_scaling`` (``type`` or ``rope_type`` in it), transformers 5 one ``rope_parameters``; some
-models have one per type of layer. What comes out has every default filled in, so that nobody after this has to know them.
+transformers 4 writes ``rope_theta`` beside ``rope_scaling`` (with ``type`` or ``rope_type``), transformers 5 a single
+``rope_parameters``; some models have one per type of layer. The result has every default filled in.
 """
 
 from __future__ import annotations
@@ -45,61 +45,61 @@ def read_rope(
     original: int | None = None,
     longrope_names: tuple[str, ...] = (),
 ) -> Rope:
-    """The rotary positions of a model that has the same in every layer.
+    """Read the rotary positions of a model with the same ones in every layer.
 
     Args:
-        settings: Of the model.
+        settings: The model's settings.
         head_dim: Values per head.
         max_positions: ``max_position_embeddings``.
-        theta: The family's ``rope_theta`` where none is given.
-        partial: The family's ``partial_rotary_factor`` where none is given; None if the family rotates whole heads.
-        original: The family's ``original_max_position_embeddings``, where it has one beside the rotary parameters.
-        longrope_names: Further names the family has had for ``longrope``.
+        theta: The family's default of ``rope_theta``.
+        partial: The family's default of ``partial_rotary_factor``; None if the family rotates whole heads.
+        original: The family's ``original_max_position_embeddings``, if it stores one beside the rotary parameters.
+        longrope_names: The family's former names for ``longrope``.
 
     Raises:
-        FitError: parameters of an unknown type, missing, or of a wrong type.
+        FitError: parameters of an unknown kind, missing, or of a wrong type.
     """
-    found = settings.mapping("rope_scaling") or settings.mapping("rope_parameters") or {}
+    parameters = settings.mapping("rope_scaling") or settings.mapping("rope_parameters") or {}
     settings.mapping("rope_parameters")
-    found.setdefault("rope_theta", settings.positive("rope_theta", default=theta))
+    parameters.setdefault("rope_theta", settings.positive("rope_theta", default=theta))
     fraction = settings.raw("partial_rotary_factor")
     if fraction is not None:
-        found.setdefault("partial_rotary_factor", settings.positive("partial_rotary_factor", default=1.0))
+        parameters.setdefault("partial_rotary_factor", settings.positive("partial_rotary_factor", default=1.0))
     if partial is not None:
-        found.setdefault("partial_rotary_factor", partial)
-    elif found.get("partial_rotary_factor", 1.0) not in (1, 1.0, None):
+        parameters.setdefault("partial_rotary_factor", partial)
+    elif parameters.get("partial_rotary_factor", 1.0) not in (1, 1.0, None):
         raise settings.fault("partial_rotary_factor is set, but this family rotates whole heads")
-    outside = settings.raw("original_max_position_embeddings")
-    if outside is not None or original is not None:
-        found["original_max_position_embeddings"] = settings.count(
+    beside = settings.raw("original_max_position_embeddings")
+    if beside is not None or original is not None:
+        parameters["original_max_position_embeddings"] = settings.count(
             "original_max_position_embeddings", default=original or 1
         )
-    if _kind(found) in longrope_names:
-        found["rope_type"] = "longrope"
-    return rope_of(settings, found, head_dim, max_positions)
+    if _kind(parameters) in longrope_names:
+        parameters["rope_type"] = "longrope"
+    return rope_of(settings, parameters, head_dim, max_positions)
 
 
-def _kind(found: Mapping[str, Any]) -> Any:
-    return found.get("rope_type") or found.get("type") or "default"
+def _kind(parameters: Mapping[str, Any]) -> Any:
+    return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
-def rope_of(settings: ModelSettings, found: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
-    """One set of rotary parameters with every default filled in.
+def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
+    """Fill in the defaults of one set of rotary parameters.
 
     Raises:
         FitError: as `read_rope`.
     """
-    kind = _kind(found)
+    kind = _kind(parameters)
     if not isinstance(kind, str) or kind not in _NEEDS:
-        raise settings.fault(f"rope_type is '{show(kind, 40)}', known are {', '.join(_NEEDS)}")
-    if any(isinstance(value, Mapping) for value in found.values()):
+        raise settings.fault(f"rope_type is '{show(kind, 40)}', supported are {', '.join(_NEEDS)}")
+    if any(isinstance(value, Mapping) for value in parameters.values()):
         raise settings.fault("rope_parameters differ by layer type, which this family does not have")
-    if unknown := sorted(key for key, value in found.items() if key not in _KNOWN and value is not None):
-        raise settings.fault(f"the rotary parameters have '{show(unknown[0], 40)}', which is not known")
-    inner = ModelSettings({**found, "model_type": settings.raw("model_type")})
+    if unknown := sorted(key for key, value in parameters.items() if key not in _KNOWN and value is not None):
+        raise settings.fault(f"the rotary parameter '{show(unknown[0], 40)}' is not supported")
+    inner = ModelSettings({**parameters, "model_type": settings.raw("model_type")})
     dims = int(head_dim * inner.positive("partial_rotary_factor", default=1.0))
     if dims % 2 or not 0 < dims <= head_dim:
-        raise settings.fault(f"{dims} of {head_dim} values per head would be rotated; it must be an even number")
+        raise settings.fault(f"{dims} of {head_dim} values per head would be rotated; the number must be even")
     values: dict[str, Any] = {"rope_type": kind, "rope_theta": inner.positive("rope_theta", default=10000.0)}
     if values["rope_theta"] <= 1:
         raise settings.fault("rope_theta must be above 1")
@@ -113,8 +113,8 @@ def rope_of(settings: ModelSettings, found: Mapping[str, Any], head_dim: int, ma
         if values["original_max_position_embeddings"] < 2:
             raise settings.fault("original_max_position_embeddings must be above 1")
     if "factor" in needs:
-        given = inner.raw("factor")
-        if given is None and kind not in ("yarn", "longrope"):
+        factor = inner.raw("factor")
+        if factor is None and kind not in ("yarn", "longrope"):
             raise settings.fault(f"factor is missing in the rotary parameters of type '{kind}'")
         ratio = max_positions / values.get("original_max_position_embeddings", max_positions)
         values["factor"] = inner.positive("factor", default=ratio)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM 3: Llama with every fourth layer unrotated."""
+"""SmolLM 3: Llama without rotation in every fourth layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
     rotated = _rotated(settings, sizes.layers)
     window = settings.optional_count("sliding_window")
     window = window if settings.flag("use_sliding_window", default=False) else None
-    settings.raw("max_window_layers")  # of Qwen; transformers does not read it here
+    settings.raw("max_window_layers")  # from Qwen; transformers does not read it here
     by_layer = windows(settings, sizes, window, (window is not None and not rotates for rotates in rotated))
     bias = settings.flag("attention_bias", default=False)
 
@@ -46,14 +46,14 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
 
 
 def _rotated(settings: ModelSettings, layers: int) -> tuple[bool, ...]:
-    """Which layers rotate: ``no_rope_layers`` says 1 for those that do."""
+    """Whether each layer rotates; in ``no_rope_layers`` 1 means that it does."""
     interval = settings.count("no_rope_layer_interval", default=4)
-    given = settings.raw("no_rope_layers")
-    if given is None:
+    flags = settings.raw("no_rope_layers")
+    if flags is None:
         return tuple((i + 1) % interval != 0 for i in range(layers))
-    if not isinstance(given, list) or len(given) < layers or any(x not in (0, 1) for x in given):
+    if not isinstance(flags, list) or len(flags) < layers or any(x not in (0, 1) for x in flags):
         raise settings.fault(f"no_rope_layers must be a list of 0 and 1 for each of the {layers} layers")
-    return tuple(bool(x) for x in given[:layers])
+    return tuple(bool(x) for x in flags[:layers])
 
 
 FAMILY = Family(names=("smollm3",), embedding="model.embed_tokens", head="lm_head", tied=True, recipe=recipe)

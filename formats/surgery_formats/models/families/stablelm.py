@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""StableLM: layer norms with biases, a quarter of each head rotated, optionally both branches side by side."""
+"""StableLM: layer norms with biases, a quarter of each head rotated, and optionally parallel branches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """arXiv:2402.17834; norms of queries and keys with a gain for every head."""
+    """arXiv:2402.17834, with norms of queries and keys that have a gain per head."""
     settings = ModelSettings(config)
     causal_only(settings)
     sizes = read_sizes(settings, vocabulary=50304, max_positions=4096, kv_heads=32, hidden=2560, inner=6912)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViT and its relatives: transformers 5 flattened the module tree, checkpoints keep the old names."""
+"""ViT and its relatives: transformers 5 flattened the module tree, but checkpoints keep the old names."""
 
 from surgery_formats.models.families.family import Family, Rename
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whisper: the decoder's embedding is the head, which is called ``proj_out``."""
+"""Whisper: the decoder's embedding is the head, named ``proj_out``."""
 
 from surgery_formats.models.families.family import Family
 

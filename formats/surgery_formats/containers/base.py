@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a container is: a way to store a model's tensors in a file or a folder, as safetensors and sharded folders are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import MalformedError
+from surgery_formats.files.raw import File
+from surgery_formats.tensors.tensor import StoredTensor
+
+__all__ = [
+    "Container",
+    "FileContainer",
+    "FileLayout",
+    "Shard",
+    "ShardSet",
+    "TensorSpec",
+    "WritableContainer",
+    "one_file",
+    "stored_at",
+]
+
+TensorSpec = tuple[str, DType, tuple[int, ...]]
+"""Name, element type and shape of a tensor that is to be stored."""
+
+_MAX_DIMS = 64  # numpy's limit; torch has the same
+_SIZE_LIMIT = 1 << 63  # sizes and offsets are signed 64-bit integers in torch
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One open file of weights.
+
+    Attributes:
+        path: The file.
+        container: Name of its container.
+        file: The same file, open.
+        tensors: In order of position, where the container has one, else in the order it lists them.
+        metadata: Free strings of the file.
+        header_nbytes: Bytes before the data, for a container that keeps a header it finds unchanged; else 0.
+    """
+
+    path: Path
+    container: str
+    file: File
+    tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    header_nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The weights of one network.
+
+    Attributes:
+        folder: Where they lie.
+        shards: In order of their names.
+        index_path: The index file, if the weights have one.
+        index: Its content.
+        config: The network's configuration, if its weights carry it; a config.json beside them comes first.
+    """
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    index_path: Path | None = None
+    index: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor by name (names are unique across shards), in order of shards and positions."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A file of weights before it is written.
+
+    Attributes:
+        header: Its first bytes.
+        ranges: ``{tensor: (absolute offset, nbytes)}``; the bytes of each are little endian, in C order.
+        nbytes: Length of the whole file.
+    """
+
+    header: bytes
+    ranges: Mapping[str, tuple[int, int]]
+    nbytes: int
+
+
+@runtime_checkable
+class Container(Protocol):
+    """One way to store a model.
+
+    Attributes:
+        name: As reports and manifests call it.
+        title: What its files are called, for ``surgery formats``.
+        written_as: Name of the container that outputs take: its own, or another's if this one is only read.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def written_as(self) -> str: ...
+
+    def detect(self, path: Path) -> bool:
+        """Whether `path` (file or folder) is of this container, by content; cheap, and never raises for foreign files."""
+
+    def open(self, path: Path) -> Mapping[str, ShardSet]:
+        """The weights of every network by its name; the only network of a plain model is called "". Only headers are read.
+
+        Raises:
+            InputError: the files are not what the container says. No tensor reaches beyond its file.
+        """
+
+
+@runtime_checkable
+class FileContainer(Container, Protocol):
+    """A container of one file, which may be a shard of a model as well as the whole of it.
+
+    Attributes:
+        suffixes: Endings of its files; outputs have the first.
+    """
+
+    @property
+    def suffixes(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
+class WritableContainer(FileContainer, Protocol):
+    """A container of one file that can be written."""
+
+    def lay_out(self, tensors: Sequence[TensorSpec], like: Shard | None = None, alignment: int = 1) -> FileLayout:
+        """Where the bytes of a file with these tensors belong. The same input gives the same layout.
+
+        Args:
+            tensors: In the order the file is to have.
+            like: The shard that the file replaces. What of it still holds is kept: metadata, and its header if nothing changed size.
+            alignment: The data begins at a multiple of it.
+
+        Raises:
+            FitError: the container cannot hold such a tensor.
+        """
+
+
+def one_file(shard: Shard, config: Mapping[str, Any] | None = None) -> dict[str, ShardSet]:
+    """What `Container.open` returns for a file that is the whole of a plain model."""
+    return {"": ShardSet(shard.path.parent, (shard,), config=config or {})}
+
+
+def stored_at(file: File, name: object, label: object, shape: object, offset: object) -> StoredTensor:
+    """A contiguous tensor as the header of a stranger's file describes it.
+
+    Args:
+        file: Where it lies.
+        name: Its name.
+        label: Its type as safetensors calls it (``BF16``).
+        shape: Its sizes.
+        offset: Absolute position of its first byte.
+
+    Raises:
+        MalformedError: a wrong type, an unknown dtype, sizes that are none, or bytes beyond the end of the file.
+    """
+    if not isinstance(name, str):
+        raise MalformedError("the name of a tensor is not a string", file=file.path)
+    dtype = next((dtype for dtype in DType if dtype.label == label), None)
+    if dtype is None:
+        raise MalformedError("unknown dtype", file=file.path, tensor=name)
+    if not isinstance(shape, list | tuple) or len(shape) > _MAX_DIMS or not all(map(_is_size, shape)):
+        raise MalformedError(f"its shape is not a list of at most {_MAX_DIMS} sizes", file=file.path, tensor=name)
+    bits = math.prod(shape) * dtype.bits
+    if bits % 8:
+        raise MalformedError(f"{bits} bits are not whole bytes", file=file.path, tensor=name)
+    if type(offset) is not int or offset < 0 or offset + bits // 8 > file.size:
+        raise MalformedError("its bytes are not inside the file", file=file.path, tensor=name)
+    return StoredTensor(name, dtype, tuple(shape), file, offset, bits // 8)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < _SIZE_LIMIT

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Containers of one file by their endings. A new one is a file with an object like these, and a line in `WEIGHT_FILES`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from surgery_formats.containers.base import FileContainer, Shard, ShardSet, WritableContainer
+from surgery_formats.containers.safetensors import SAFETENSORS
+from surgery_formats.containers.torch import TORCH
+from surgery_formats.errors import FitError, MalformedError, SurgeryError
+from surgery_formats.files.raw import open_file
+from surgery_formats.plugins import with_plugins
+from surgery_formats.text import show
+
+__all__ = [
+    "ENTRY_POINTS",
+    "UNREAD_SUFFIXES",
+    "WEIGHT_FILES",
+    "container_of_file",
+    "file_containers",
+    "holds_weights",
+    "is_weight_file",
+    "open_shard",
+    "open_weight_file",
+    "output_container",
+]
+
+WEIGHT_FILES: tuple[FileContainer, ...] = (SAFETENSORS, TORCH)  # in order of preference where a folder holds several
+ENTRY_POINTS = "surgery.containers"  # a plugin's entry point is an object like those above
+
+UNREAD_SUFFIXES = (".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".npz")
+"""Endings of weights that no container here reads; outputs do not carry such files."""
+
+_MAGIC = (
+    (b"version https://git-lfs", "this is a Git LFS pointer, not the weights: run 'git lfs pull'"),
+    (b"PK\x03\x04", "this is a zip archive, but not one that torch.save wrote"),
+    (b"\x80", "this looks like a pickle, but not one that torch.save wrote"),
+    (b"GGUF", "this is a GGUF file"),
+    (b"\x93NUMPY", "this is a numpy array"),
+    (b"\x89HDF", "this is an HDF5 file"),
+    (b"7z\xbc\xaf\x27\x1c", "this is a 7z archive"),
+    (b"\x1f\x8b", "this is a gzip archive: unpack it first"),
+    (b"<", "this looks like a web page: download the file again"),
+)
+
+
+def file_containers() -> dict[str, FileContainer]:
+    """Every container of one file by name: the built-in ones, then plugins'.
+
+    Raises:
+        SurgeryError: a plugin cannot be imported, or takes a name that is taken.
+    """
+    known = with_plugins(ENTRY_POINTS, WEIGHT_FILES, "container")
+    return {name: container for name, container in known.items() if isinstance(container, FileContainer)}
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name is one of weights that can be read."""
+    return any(name.endswith(container.suffixes) for container in file_containers().values())
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file of this name is one of weights, of any program."""
+    return is_weight_file(name) or name.endswith(UNREAD_SUFFIXES)
+
+
+def container_of_file(path: Path) -> FileContainer:
+    """The container that the name of `path` stands for; its content decides between several of the same ending.
+
+    Raises:
+        MalformedError: no container has files of that name.
+    """
+    named = [container for container in file_containers().values() if path.name.endswith(container.suffixes)]
+    if not named:
+        suffixes = ", ".join(suffix for container in file_containers().values() for suffix in container.suffixes)
+        hint = _what_it_is(path) or f"expected one of {suffixes}"
+        raise MalformedError("not a file of weights by its name", file=path, hint=hint)
+    return named[0] if len(named) == 1 else next((c for c in named if c.detect(path)), named[0])
+
+
+def open_weight_file(path: str | os.PathLike[str]) -> Mapping[str, ShardSet]:
+    """Open one file of weights by the container its name stands for; see `Container.open`.
+
+    Raises:
+        NotFoundError: no such file.
+        MalformedError: no container has files of that name, or its content is another.
+    """
+    where = Path(path)
+    container = container_of_file(where)
+    try:
+        return container.open(where)
+    except MalformedError as error:
+        if error.hint is not None or container.detect(where):
+            raise
+        hint = _what_it_is(where)
+        raise MalformedError(error.message, file=error.file, tensor=error.tensor, hint=hint) from error
+
+
+def open_shard(path: str | os.PathLike[str]) -> Shard:
+    """Open one file of weights of one network.
+
+    Raises:
+        NotFoundError, MalformedError: as `open_weight_file`.
+        FitError: the file holds several networks.
+    """
+    opened = open_weight_file(path)
+    if len(opened) != 1 or len(shards := next(iter(opened.values())).shards) != 1:
+        raise FitError("several networks where the weights of one were expected", file=path)
+    return shards[0]
+
+
+def output_container(name: str) -> WritableContainer:
+    """The container that weights of the container `name` are written to.
+
+    Raises:
+        SurgeryError: a plugin names one that cannot be written.
+    """
+    known = file_containers()
+    written = known.get(known[name].written_as)
+    if not isinstance(written, WritableContainer):
+        raise SurgeryError(f"the container '{name}' is written as '{show(known[name].written_as)}', which cannot be")
+    return written
+
+
+def _what_it_is(path: Path) -> str | None:
+    """What `path` really is, judged by its first bytes, if that is recognised."""
+    for container in file_containers().values():
+        if container.detect(path):
+            *some, last = container.suffixes
+            return f"this looks like a {container.name} file: name it {', '.join(some) + ' or ' if some else ''}{last}"
+    try:
+        file = open_file(path)
+        head = bytes(file.read(0, min(file.size, 32)))
+    except (SurgeryError, OSError):
+        return None
+    return next((what for magic, what in _MAGIC if head.startswith(magic)), None)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies beside a model's weights: files that outputs carry along, and files that they do not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from surgery_formats.containers.pipeline import PIPELINE, part_folders
+from surgery_formats.containers.weight_files import holds_weights
+from surgery_formats.files.output.manifest import is_safe_name
+from surgery_formats.files.raw import stays_inside
+
+__all__ = ["side_files"]
+
+_NEVER_CARRIED = ("surgery_manifest.json", "adapter_config.json", "README.md", ".gitattributes")
+
+Files = list[tuple[str, Path]]
+
+
+def side_files(model: Path, shards: Collection[Path]) -> tuple[tuple[tuple[str, Path], ...], tuple[str, ...]]:
+    """Side files of the model's folder and of the folders in it (in a pipeline: those that its index names).
+
+    Args:
+        model: The folder.
+        shards: The model's weight files.
+
+    Returns:
+        ``(relative name, path)`` of files to carry along, and the names of what is not: weights that were not read, deeper folders, and
+        links that lead out of their folder.
+    """
+    carried, left = _beside(model)
+    if PIPELINE.detect(model):
+        for name, folder in part_folders(model).items():
+            inner, beside = _beside(folder, f"{name}/")
+            config = folder / "config.json"
+            if any(shard.parent == folder for shard in shards):
+                left += beside
+            elif config.exists():
+                inner.append((f"{name}/config.json", config))
+            carried += inner
+        carried.sort()
+    else:
+        for entry in sorted(os.scandir(model), key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                inner, beside = _beside(Path(entry.path), f"{entry.name}/", configs=True)
+                carried, left = carried + inner, left + beside
+    return tuple(carried), tuple(name for name, path in left if path not in shards)
+
+
+def _beside(folder: Path, prefix: str = "", *, configs: bool = False) -> tuple[Files, Files]:
+    """Files of one folder to carry, and those to leave; `prefix` goes before their names."""
+    carried: Files = []
+    left: Files = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name, path = f"{prefix}{entry.name}", Path(entry.path)
+        if prefix and entry.is_dir() and not entry.name.startswith("."):
+            left.append((f"{name}/", path))
+        if not entry.is_file() or entry.name in _NEVER_CARRIED or entry.name.startswith("."):
+            continue
+        if (entry.name == "config.json" and not configs) or entry.name.endswith(".index.json"):
+            continue
+        kept = not holds_weights(entry.name) and stays_inside(path) and is_safe_name(name)
+        (carried if kept else left).append((name, path))
+    return carried, left
