@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.algebra.combined_update import CombinedUpdate
-from surgery_formats.adapters.peft.parameters import EXPERTS_ORDER_SINCE
+from surgery_formats.adapters.peft.configuration import EXPERTS_ORDER_SINCE
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows

@@ -90,7 +90,7 @@ class Assembly:
     @property
     def slot_names(self) -> frozenset[str]:
         """Union of the targets."""
-        return frozenset(name for one in self.slots for name in one.operations)
+        return frozenset(name for one in self.slots for name in one.additions)
 
     def draft(self) -> Built:
         """The graphs with nothing computed: refuses what cannot be built; contract and file names are final.
