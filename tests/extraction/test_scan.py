@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery import Rank
 from surgery.engine.devices import devices_of
 from surgery.extraction.stream import feed, lanes
 from surgery.extraction.stream.feed import DirectFeed, RowPair, StagedFeed
@@ -50,7 +51,9 @@ def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("ask", [{"rank": 4}, {"rank": 2, "alpha": 3.0}, {"energy": 0.5}, {"max_error": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "ask", [{"rank": 4}, {"rank": 2, "alpha": 3.0}, {"rank": Rank.energy(0.5)}, {"rank": Rank.error(0.5)}], ids=str
+)
 def test_each_matrix_is_read_once(
     ask: dict[str, float], pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +87,7 @@ def test_each_matrix_is_read_once(
 def test_what_is_left_of_each_matrix_is_that_of_the_written_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """In float64, from the files alone: bf16 factors, so that rounding them counts."""
     before, after = (disk.read_tensors(folder) for folder in pair)
-    for ask in ({"rank": 4}, {"rank": 32}, {"rank": 16, "alpha": 5.0, "rslora": True}, {"energy": 0.7}):
+    for ask in ({"rank": 4}, {"rank": 32}, {"rank": 16, "alpha": 5.0, "rslora": True}, {"rank": Rank.energy(0.7)}):
         out = tmp_path / "out"
         result = surgery.extract_lora(*pair, output=out, overwrite=True, **ask)  # type: ignore[arg-type]
         written, config = (

@@ -143,7 +143,7 @@ def _low_rank(
 ) -> Callable[[], float]:
     """The codes of a LoRA, of a DoRA's direction, or of all experts of a stack; what says their error."""
     loras = [*update.experts] if isinstance(update, Stacked) else [first]
-    embedding = any(".lora_embedding_" in tensor.name for tensor in first.tensors)
+    embedding = site.module_kind == "embedding"
     out, inputs = first.shape
     kept = _kept(loras, state.coding)
     rank = kept[0].sizes[2] if kept else min(max(lora.rank for lora in loras), out, inputs)
