@@ -98,7 +98,7 @@ def _write_peft(plan: ExtractionPlan, options: WriteOptions, progress: _Progress
         result = plan.proved(read_adapter(folder))
         stopwatch.lap("proving")
         plan.check_unchanged()
-        return result.as_json()
+        return result.as_manifest()
 
     with one_thread():  # a team of threads for every one of hundreds of small tensors costs more than it does
         write_adapter(plan.rendering, plan.peft, plan.id, prove, options)
@@ -135,7 +135,7 @@ def _write_converted(
         rows = rows_without(result.rows, plan.storage, lost)
         result = replace(result, format=target.name, rows=rows, adapter_nbytes=size, warnings=tuple(warnings))
         plan.check_unchanged()
-        return {"extract": result.as_json()}
+        return {"extract": result.as_manifest()}
 
     binding = bind([(plan.adapter, 1.0)], base)
     conversion = plan_conversion(plan.adapter, target, base, binding, allow_loss=allow_loss)

@@ -38,6 +38,7 @@ from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import tree_name
 from surgery.progress import Callback
 from surgery.rank import Rank
+from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded, Format, Scaling
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.dtypes import DType
@@ -48,6 +49,7 @@ from surgery_formats.models.checkpoint import Component
 __all__ = ["ExtractResult", "extract_lora"]
 
 
+@timed
 def extract_lora(
     base: CheckpointLike,
     tuned: CheckpointLike,
