@@ -86,7 +86,7 @@ def convert(
             raise FitError(
                 f"{to} keeps names as they are", hint="convert with --projections to peft first, then to compact"
             )
-        change = change_layout(given, projections, target.name, checkpoint)
+        change = change_layout(given, projections, target, checkpoint)
         also = partial(prove_layout, given=given, target=target, change=change, tolerance=tolerance_of(stored))
         source = change.adapter
         if change.held:  # the base has the given names, and none of the new ones
