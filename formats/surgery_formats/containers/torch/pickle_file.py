@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from surgery_formats.containers.torch.archive import members
 from surgery_formats.containers.torch.pickle_ops import interpret
+from surgery_formats.containers.torch.rebuild import PickledStorage
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import File, open_file
@@ -181,7 +182,8 @@ def _pairs(tree: object) -> Iterator[tuple[str, object]]:
         if any("\ud800" <= c <= "\udfff" for c in key):
             raise MalformedError(f"the key '{show(key)}' is not Unicode (a lone surrogate)")
         if not isinstance(value, StoredTensor | str | int | float | DType | None):
-            raise MalformedError(f"a {type(value).__name__} where a tensor was expected", tensor=key)
+            what = "storage" if isinstance(value, PickledStorage) else type(value).__name__
+            raise MalformedError(f"a {what} where a tensor was expected", tensor=key)
         yield key, value
 
 
