@@ -184,6 +184,7 @@ def write_conversion(
     result: ConvertResult,
     *,
     projections: str | None = None,
+    source_id: str | None = None,
     check: Check | None = None,
     also: Errors | None = None,
 ) -> ConvertResult:
@@ -194,6 +195,7 @@ def write_conversion(
         options: Where and how.
         result: What is known before it is written.
         projections: Layout of the projections, where it was changed.
+        source_id: Names the content of a source that is in no file; that of others is named by their files.
         check: Called with where it was written and with the result, once it is proved and before it appears; what it returns goes into
             the manifest of a folder.
         also: A second comparison; returns errors by weight.
@@ -216,9 +218,9 @@ def write_conversion(
             conversion.base.check_unchanged()
         entries = tuple(replace(e, error=near[e.site]) if e.outcome == "approximated" else e for e in result.entries)
         result = replace(result, entries=entries, errors=errors)
-        return {**result.as_json(), **(check(path, result) if check is not None else {})}
+        return {**result.as_manifest(), **(check(path, result) if check is not None else {})}
 
     facts = {"verb": "convert", "target": target.name, "projections": projections}
-    job = job_id(facts, source.files, conversion.rendering)
+    job = job_id(facts, source.files if source_id is None else [source_id], conversion.rendering)
     output = write_adapter(conversion.rendering, target, job, prove, options)
     return replace(result, output=output)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery.reports.checkpoint_report import WeightFileReport, files_phrase, types_phrase
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.targets import TargetedParameter, TargetGroup
 from surgery.reports.to_json import plain
-from surgery.reports.values import Name, Names, Phrase, Piece, Value
+from surgery.reports.values import Name, NameList, Phrase, Piece, Value
 from surgery_formats.canonical.prompts import Prefix
 from surgery_formats.models.module_tree import Totals
 
@@ -71,6 +72,7 @@ class AdapterReport:
         metadata: Free strings of the file.
         ignored: ``{tensor: why}`` of tensors that rightly do nothing.
         traps: What makes this adapter easy to use wrongly.
+        seconds: How long it took.
     """
 
     path: Path
@@ -97,6 +99,12 @@ class AdapterReport:
     metadata: Mapping[str, str]
     ignored: Mapping[str, str]
     traps: tuple[str, ...]
+    seconds: float = elapsed()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The traps."""
+        return self.traps
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -111,7 +119,7 @@ class AdapterReport:
             plural = "s" if len(self.metadata) != 1 else ""
             sections.append(Note(f"{len(self.metadata)} metadata string{plural}", "omitted"))
         if self.ignored:
-            sections.append(Note(("without effect on a base: ", Names(tuple(self.ignored)))))
+            sections.append(Note(("without effect on a base: ", NameList(tuple(self.ignored)))))
         return Summary(self.path.resolve().name, (*sections, *warning_notes(self.traps)))
 
     def _facts(self) -> list[tuple[str, Phrase]]:
