@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -131,11 +132,15 @@ def test_the_graph_names_no_folder_of_this_machine(base, tmp_path):
         assert not [one for one in onnx.load(path, load_external_data=False).graph.node if one.doc_string]
 
 
-def test_the_same_inputs_give_the_same_bytes(base, tmp_path):
-    for name in ("one", "two"):
-        export_onnx(base, output=tmp_path / name)
-    for name in ("model.onnx", "prefill.onnx", "genai_config.json", "surgery_manifest.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+@pytest.mark.parametrize("mode", ["copy", "link", "embed"])
+def test_copies_of_the_same_base_give_the_same_bytes(base, tmp_path, mode):
+    copies = [base, shutil.copytree(base, tmp_path / "elsewhere", copy_function=shutil.copyfile)]
+    outputs = [tmp_path / f"out{number}" for number in range(2)]
+    for copy, output in zip(copies, outputs, strict=True):
+        export_onnx(copy, output=output, weights=mode)
+    first, second = ({path.name: path.read_bytes() for path in output.iterdir()} for output in outputs)
+    assert {"model.onnx", "prefill.onnx", "genai_config.json", "surgery_manifest.json"} <= first.keys()
+    assert first == second
 
 
 def test_the_contract_identifies_the_weight_file(base):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter goes where in an export: merged into weights, into slots, or in front of the text."""
+"""The role of each adapter in an export: merged into weights, in slots, or in front of the text."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter
 
-__all__ = ["MODES", "AdapterRoles", "Named", "entry", "sort_adapters"]
+__all__ = ["MODES", "AdapterRoles", "NamedAdapter", "entry", "sort_adapters"]
 
 MODES = ("merged", "swappable", "prefix")
 _GENERIC = frozenset(
     {"adapter_model", "adapters", "pytorch_lora_weights", "model"}
-)  # names that every adapter's file has
+)  # file names shared by all adapters
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """An adapter and what it is called in the export.
+class NamedAdapter:
+    """An adapter and its name in the export.
 
     Attributes:
-        name: Of its file, unlike all others.
+        name: From its file, and unique.
         adapter: The adapter.
-        weight: It is merged with.
+        weight: The weight it is merged with.
     """
 
     name: str
@@ -42,32 +42,32 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRoles:
-    """All adapters of an export, by where they go; the order is the caller's.
+    """All adapters of an export by role, in the caller's order.
 
     Attributes:
-        merge: Into weights.
-        swap: Into slots.
-        prefix: In front of the text.
+        merge: Adapters merged into weights.
+        swap: Adapters for slots.
+        prefix: Soft prompts in front of the text.
     """
 
-    merge: tuple[Named, ...] = ()
-    swap: tuple[Named, ...] = ()
-    prefix: tuple[Named, ...] = ()
+    merge: tuple[NamedAdapter, ...] = ()
+    swap: tuple[NamedAdapter, ...] = ()
+    prefix: tuple[NamedAdapter, ...] = ()
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
-        """All of them."""
-        return tuple(one.adapter for one in (*self.merge, *self.swap, *self.prefix))
+        """All adapters."""
+        return tuple(named.adapter for named in (*self.merge, *self.swap, *self.prefix))
 
     @property
     def merged(self) -> list[tuple[Adapter, float]]:
-        """What changes weights: merged adapters, and the heads that were trained beside soft prompts."""
+        """The adapters that change weights, with their weights: merged ones, and heads trained beside soft prompts."""
         heads = [
-            replace(one, prompt=None, tensors=tuple(tensor for tensor in one.tensors if tensor is not one.prompt.table))
-            for one in (named.adapter for named in self.prefix)
-            if one.prompt is not None and one.updates
+            replace(adapter, prompt=None, tensors=tuple(t for t in adapter.tensors if t is not adapter.prompt.table))
+            for adapter in (named.adapter for named in self.prefix)
+            if adapter.prompt is not None and adapter.updates
         ]
-        return [*((one.adapter, one.weight) for one in self.merge), *((one, 1.0) for one in heads)]
+        return [*((named.adapter, named.weight) for named in self.merge), *((head, 1.0) for head in heads)]
 
 
 def sort_adapters(
@@ -77,40 +77,38 @@ def sort_adapters(
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
 ) -> AdapterRoles:
-    """Read all adapters.
+    """Read all adapters and assign their roles.
 
     Args:
-        adapters: Those that `mode` places: by kind, if it is None (a soft prompt goes in front, all else is merged).
+        adapters: Adapters with the role `mode`; if it is None, soft prompts go in front and all others are merged.
         mode: ``merged``, ``swappable``, ``prefix``, or None.
-        merge: To merge, with weights.
-        swap: For slots.
-        prefix: In front.
+        merge: Adapters to merge, with weights.
+        swap: Adapters for slots.
+        prefix: Adapters in front of the text.
 
     Raises:
-        InputError: one cannot be read.
-        FitError: no such mode, or a weight where none is of use.
+        InputError: an adapter cannot be read.
+        FitError: an unknown mode, or a weight for an adapter that is not merged.
     """
     if mode is not None and mode not in MODES:
         raise FitError(f"no mode '{show(mode)}'", hint=f"one of {', '.join(MODES)}")
-    placed: dict[str, list[Named]] = {"merged": [], "swappable": [], "prefix": []}
-    roles = (
+    roles: dict[str, list[NamedAdapter]] = {"merged": [], "swappable": [], "prefix": []}
+    groups = (
         (adapters, "adapters", mode),
         (merge, "merge", "merged"),
         (swap, "swap", "swappable"),
         (prefix, "prefix", "prefix"),
     )
     names: set[str] = set()
-    for weighted, role in [(one, role) for given, name, role in roles if given for one in as_weighted(given, name)]:
+    for weighted, role in [(item, role) for group, name, role in groups if group for item in as_weighted(group, name)]:
         adapter, weight = weighted.adapter, weighted.weight
-        place = role or ("prefix" if adapter.prompt is not None else "merged")
-        if place != "merged" and weight != 1.0:
-            raise FitError(
-                f"a weight of {weight:g} for what is not merged", file=adapter.path, hint="merge it: --merge"
-            )
+        chosen = role or ("prefix" if adapter.prompt is not None else "merged")
+        if chosen != "merged" and weight != 1.0:
+            raise FitError(f"has the weight {weight:g} but is not merged", file=adapter.path, hint="merge it: --merge")
         name = unique(names, _name(adapter.path))
         names.add(name)
-        placed[place].append(Named(name, adapter, weight))
-    return AdapterRoles(tuple(placed["merged"]), tuple(placed["swappable"]), tuple(placed["prefix"]))
+        roles[chosen].append(NamedAdapter(name, adapter, weight))
+    return AdapterRoles(tuple(roles["merged"]), tuple(roles["swappable"]), tuple(roles["prefix"]))
 
 
 def _name(path: Path) -> str:
@@ -122,8 +120,8 @@ def _name(path: Path) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name).lstrip(".") or "adapter"
 
 
-def entry(one: Named, mode: str, **more: Any) -> dict[str, Any]:
-    """What the contract and the manifest say of an adapter; no paths."""
-    files = sorted({fingerprint(file) for file in one.adapter.files})
+def entry(named: NamedAdapter, mode: str, **fields: Any) -> dict[str, Any]:
+    """The entry of an adapter in the contract and the manifest; without paths."""
+    files = sorted({fingerprint(file) for file in named.adapter.files})
     digest = files[0] if len(files) == 1 else hashlib.sha256("".join(files).encode()).hexdigest()
-    return {"name": one.name, "mode": mode, "kind": one.adapter.kind, "id": digest, **more}
+    return {"name": named.name, "mode": mode, "kind": named.adapter.kind, "id": digest, **fields}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters as what goes into a graph's slots: exact, or refused by name.
+"""LoRA adapters as contents of a graph's slots: exact, or refused by name.
 
-A slot adds ``x A B`` to what a weight makes of ``x``. It can hold a low-rank addition to a linear map or to the token table, and nothing
-else: no magnitude, no rotation, no bias, no new values.
+A slot adds ``x A B`` to the result of a weight for ``x``. It holds a low-rank addition to a linear map or to the token
+table, but no magnitude, rotation, bias or new values.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _HINT = "merge it instead: --merge"
 
 @dataclass(frozen=True)
 class Swappable:
-    """One adapter bound to slots.
+    """An adapter bound to slots.
 
     Attributes:
         adapter: The adapter.
-        operations: By slot, as `Context` calls them, the low-rank additions to it.
+        operations: The low-rank additions by slot, named as in `Context`.
         tables: Slots whose weight is a table of rows.
     """
 
@@ -47,10 +47,10 @@ class Swappable:
 
 
 def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappable:
-    """Find the slots of an adapter. A copy of the base's own values, which PEFT saves beside a LoRA on an embedding, does nothing.
+    """Find the slots of an adapter. PEFT's copy of the base's values, saved beside a LoRA on an embedding, is ignored.
 
     Raises:
-        FitError: it does something that no slot can hold, or does not fit the base.
+        FitError: an update that no slot can hold, or an adapter that does not fit the base.
     """
     if adapter.prompt is not None:
         raise FitError(
@@ -60,8 +60,8 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
         )
     binding = bind([(adapter, 1.0)], checkpoint, new_biases=True)
     component = checkpoint.main
-    named = _by_stored_name(component, model)
-    found: dict[str, tuple[Operation, ...]] = {}
+    recipe_names = _by_stored_name(component, model)
+    operations: dict[str, tuple[Operation, ...]] = {}
     tables = set()
     for edit in binding.edits.values():
         if edit.added and not edit.operations and edit.replaced is None:
@@ -69,28 +69,30 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
         _check(edit, adapter, component)
         if not edit.operations:
             continue
-        weight = component.head if component.tied and edit.name == component.head else named.get(edit.name, edit.name)
-        found[weight] = edit.operations
+        weight = (
+            component.head if component.tied and edit.name == component.head else recipe_names.get(edit.name, edit.name)
+        )
+        operations[weight] = edit.operations
         if weight == model.embedding.tokens:
             tables.add(weight)
             if _head_follows(binding, component, edit):
-                found[component.head] = edit.operations
-    if not found:
+                operations[component.head] = edit.operations
+    if not operations:
         raise FitError("the adapter changes nothing", file=adapter.path)
-    return Swappable(adapter, found, frozenset(tables))
+    return Swappable(adapter, operations, frozenset(tables))
 
 
 def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
-    """From stored names to the recipe's."""
-    found = {}
+    """Map stored names to the recipe's names."""
+    names = {}
     for name in parameters(model):
-        places = () if name in component.tensors else component.names.resolve(name)
-        found[places[0].parameter.name if len(places) == 1 else name] = name
-    return found
+        slices = () if name in component.tensors else component.names.resolve(name)
+        names[slices[0].parameter.name if len(slices) == 1 else name] = name
+    return names
 
 
 def _head_follows(binding: Binding, component: Component, embedding: Edit) -> bool:
-    """Whether what was trained for the embedding is meant for a head that shares its tensor too."""
+    """Whether updates of the embedding also apply to a tied head."""
     follows = component.tied and component.head and component.name not in binding.untied
     return bool(follows) and embedding.name == component.embedding
 
@@ -118,33 +120,33 @@ def _refused(what: str, edit: Edit, operation: Operation, adapter: Adapter) -> F
 
 
 def slot_arrays(
-    one: Swappable, slots: Iterable[Slot], sizes: Mapping[str, tuple[int, int]], dtype: Any
+    adapter: Swappable, slots: Iterable[Slot], sizes: Mapping[str, tuple[int, int]], dtype: Any
 ) -> dict[str, Array]:
-    """The arrays that fill an adapter's slots; the scale is folded into B.
+    """The arrays that fill an adapter's slots, with the scale folded into B.
 
     Args:
-        one: The adapter.
-        slots: Of the graph.
-        sizes: By slot, rows of A and columns of B.
-        dtype: Of the graph's numbers.
+        adapter: The adapter.
+        slots: The graph's slots.
+        sizes: Rows of A and columns of B, by slot.
+        dtype: Type of the graph.
 
     Raises:
         FitError: a factor is not finite.
     """
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     for slot in slots:
         parts = [
-            _factors(operation, sizes[slot.weight], table=slot.weight in one.tables)
-            for operation in one.operations.get(slot.weight, ())
+            _factors(operation, sizes[slot.weight], table=slot.weight in adapter.tables)
+            for operation in adapter.operations.get(slot.weight, ())
         ]
         if parts:
-            found[slot.A] = np.concatenate([A for A, _ in parts], 1).astype(dtype)
-            found[slot.B] = np.concatenate([B for _, B in parts], 0).astype(dtype)
-    return found
+            arrays[slot.A] = np.concatenate([A for A, _ in parts], 1).astype(dtype)
+            arrays[slot.B] = np.concatenate([B for _, B in parts], 0).astype(dtype)
+    return arrays
 
 
 def _factors(operation: Operation, size: tuple[int, int], *, table: bool) -> tuple[Array, Array]:
-    """``(inputs, rank)`` and ``(rank, outputs)``, float32, of one addition, zero where its view is not."""
+    """``(inputs, rank)`` and ``(rank, outputs)``, float32, of one addition; zero outside its view."""
     import torch
 
     update, view = operation.update, operation.view

@@ -29,7 +29,7 @@ from surgery_formats.tensors.unwritten import UnwrittenFile
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Built", "GraphOptions", "build", "weight_file"]
+__all__ = ["GraphOptions", "GraphSet", "build", "weight_file"]
 
 _HEAD_UNIT = 8  # GroupQueryAttention needs heads of a multiple of this many values
 _LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
@@ -61,7 +61,7 @@ class GraphOptions:
 
 
 @dataclass(frozen=True)
-class Built:
+class GraphSet:
     """The graphs by file name, the main one last.
 
     Attributes:
@@ -79,7 +79,7 @@ class Built:
     files: tuple[File | UnwrittenFile, ...]
 
 
-def build(component: Component, options: GraphOptions, model: Model | None = None) -> Built:
+def build(component: Component, options: GraphOptions, model: Model | None = None) -> GraphSet:
     """Build the graphs of a checkpoint.
 
     Raises:
@@ -104,7 +104,7 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     ctx = _context(component, model, options, length)
     contract = replace(contract, **_built_parts(ctx))
     graphs["model.onnx"] = ctx.graph.model(contract.as_metadata())
-    return Built(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files))
+    return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files))
 
 
 def _built_parts(ctx: Context) -> dict[str, Any]:
