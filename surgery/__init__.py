@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgery.comparison.checkpoints import CheckpointDiff as CheckpointDiff
     from surgery.engine.inputs import open as open
     from surgery.onnx.run.sampling import Sampling as Sampling
+    from surgery.rank import Rank as Rank
     from surgery.verbs.bench import BenchResult as BenchResult
     from surgery.verbs.bench import bench as bench
     from surgery.verbs.combine import CombineResult as CombineResult
@@ -60,6 +61,7 @@ else:
             "surgery.comparison.checkpoints": ["CheckpointDiff"],
             "surgery.engine.inputs": ["open"],
             "surgery.onnx.run.sampling": ["Sampling"],
+            "surgery.rank": ["Rank"],
             "surgery.verbs.bench": ["BenchResult", "bench"],
             "surgery.verbs.combine": ["CombineResult", "combine"],
             "surgery.verbs.convert": ["ConvertResult", "convert"],

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
+
+if TYPE_CHECKING:
+    from surgery.rank import Rank
 
 __all__ = [
     "Settings",
@@ -29,6 +32,7 @@ __all__ = [
     "number",
     "output_option",
     "overwrite_option",
+    "rank_of",
     "runtime_device_option",
     "share",
     "size",
@@ -279,6 +283,22 @@ def _float(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def rank_of(
+    rank: int | str | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: str | None = None,
+    patterns: Mapping[str, int] | None = None,
+) -> Rank:
+    """The choice that ``--rank --energy --max-error --budget --rank-pattern`` make together."""
+    from surgery.rank import Rank
+
+    chosen = Rank.auto if rank == "auto" else Rank(None if rank is None else int(rank), patterns or {})
+    chosen = chosen if energy is None else chosen & Rank.energy(energy)
+    chosen = chosen if max_error is None else chosen & Rank.error(max_error)
+    return chosen if budget is None else chosen & Rank.budget(budget)
 
 
 def weighted(text: str) -> tuple[str, float]:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from surgery.reports.sections import Note, Section
     from surgery.reports.summary import Summary
 
-__all__ = ["SCHEMA_VERSION", "emit_json", "show_result"]
+__all__ = ["SCHEMA_VERSION", "emit_json", "show_output", "show_result"]
 
 SCHEMA_VERSION = 1
 """Of every JSON document written here; it changes when a field is renamed or removed, not when one is added."""
@@ -48,9 +49,29 @@ def show_result(
     _write(shown)
 
 
+def show_output(command: str, result: Any, settings: Settings, began: float, output: Path | None, **facts: Any) -> None:
+    """What was written, or what a dry run would write; the document tells the output and the seconds first.
+
+    Args:
+        command: Its name.
+        result: What the library returned; without an output it was a dry run, which is there to be seen.
+        settings: Of the command.
+        began: Its first moment, of `time.monotonic`.
+        output: As it was asked for.
+        facts: What the document says besides.
+    """
+    seconds = time.monotonic() - began
+    summary = result.summary(verbose=settings.verbose > 0, output=output, seconds=seconds)
+    written = None if result.output is None else str(result.output)
+    facts = {"output": written, "seconds": round(seconds, 3), **facts}
+    show_result(command, result, settings, summary=summary, data=result.output is None, **facts)
+
+
 def emit_json(command: str, result: Any) -> None:
     """The document of a command; NaN and infinities, which JSON lacks, become null."""
-    document = {"schema_version": SCHEMA_VERSION, "command": command, "result": _finite(result)}
+    from surgery.reports.to_json import plain
+
+    document = {"schema_version": SCHEMA_VERSION, "command": command, "result": plain(result)}
     click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
@@ -59,7 +80,7 @@ def _write(sections: Iterable[Section]) -> None:
     from surgery.reports.sections import Note
     from surgery.reports.text import section_lines
 
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # into a pipe nothing is cut or folded
+    width = _width()
     strong = partial(click.style, bold=True)
     first = True
     for section in sections:
@@ -71,18 +92,13 @@ def _write(sections: Iterable[Section]) -> None:
         first = False
 
 
+def _width() -> int | None:
+    """Columns of the terminal; None for a pipe, where nothing is folded so that grep finds it."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def _note(note: Note) -> str:
     from surgery.reports.text import section_lines
 
     (line,) = section_lines(note)
     return f"{line}; -v shows all" if note.level == "omitted" else line
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value

@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.reports.output import DRY_RUN, counted, destination, wrote
+from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.to_json import plain
+from surgery.reports.values import Name, Phrase, Piece, Value
 
 __all__ = ["CombineResult", "Combined", "Source"]
+
+_LISTED = 20  # modules, those with the greatest errors, unless all are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,7 @@ class Combined:
     optimum: float | None = None
 
 
+@summarised
 @dataclass(frozen=True)
 class CombineResult:
     """What a combination did, or (dry run) would do.
@@ -86,3 +95,72 @@ class CombineResult:
         found: dict[str, Any] = plain(replace(self, output=None))
         del found["output"]
         return {**found, "error": self.error}
+
+    def summary(self, *, verbose: bool = False, output: Path | None = None, seconds: float | None = None) -> Summary:
+        """What went in, ranks and errors, and the modules that lost most, or every module if `verbose`.
+
+        Args:
+            verbose: Every module.
+            output: Where a dry run would write.
+            seconds: How long it took.
+        """
+        outcomes = Counter(module.outcome for module in self.modules)
+        facts: list[tuple[str, Phrase]] = [
+            (self.verb, self._terms()),
+            ("to", destination(self.output or output, self.target)),
+        ]
+        if self.method != "exact":
+            facts.append(("method", self.method))
+        before, after = (sum(module.ranks) for module in self.modules), (module.rank for module in self.modules)
+        facts += [("modules", counted(outcomes)), ("rank", f"{_spread(before)} -> {_spread(after)}")]
+        if self.error is not None:
+            expected = "" if self.output else " (expected)"
+            facts.append(("error", (Value(self.error, "number", 3), f" of the whole delta's norm{expected}")))
+        if self.output is not None:
+            facts.append(("wrote", wrote(self.output, seconds)))
+        sections: list[Section] = [Facts(tuple(facts))]
+        worst = sorted((one for one in self.modules if one.outcome == "approximated" and one.error), key=_error)
+        shown = self.modules if verbose else worst[:_LISTED]
+        if shown:
+            rows = (
+                (
+                    one.site,
+                    one.outcome,
+                    "+".join(map(str, one.ranks)),
+                    one.rank or None,
+                    one.norm,
+                    one.error,
+                    one.optimum,
+                )
+                for one in shown
+            )
+            sections.append(Table(_COLUMNS, tuple(rows)))
+        hidden = outcomes["approximated"] - sum(one.outcome == "approximated" for one in shown)
+        if hidden > 0:
+            sections.append(Note(f"... and {hidden} more", "omitted"))
+        if self.output is None:
+            sections.append(DRY_RUN)
+        return Summary(self.verb.capitalize(), (*sections, *warning_notes(self.warnings)))
+
+    def _terms(self) -> Phrase:
+        pieces: list[Piece] = []
+        for source in self.sources:
+            weight = f" x {source.weight:g}" if source.weight != 1 else ""
+            pieces += [" + "] * bool(pieces) + [Name(source.name), f" ({source.format}){weight}"]
+        return tuple(pieces)
+
+
+_COLUMNS = (
+    Column("module", "name"), Column("outcome"), Column("ranks"), Column("rank", "integer"), Column("norm", "number", 3),
+    Column("error", "number", 3), Column("best", "number", 3),
+)  # fmt: skip
+
+
+def _error(module: Combined) -> float:
+    return -(module.error or 0.0)
+
+
+def _spread(ranks: Iterable[int]) -> str:
+    """``8``, or ``4..16``; a rank of 0 is none."""
+    known = sorted({rank for rank in ranks if rank})
+    return "none" if not known else str(known[0]) if len(known) == 1 else f"{known[0]}..{known[-1]}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.algebra.parts import CombinedUpdate
+from surgery.algebra.combined_update import CombinedUpdate
 from surgery_formats.adapters.peft.parameters import EXPERTS_ORDER_SINCE
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.errors import FitError

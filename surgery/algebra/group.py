@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from surgery.reports.targets import touched
-from surgery_formats.adapters.writing import places_of, whole_place
-from surgery_formats.canonical.adapter import Site, WeightedAdapter
+from surgery_formats.adapters.writing import component_of, places_of, whole_place
+from surgery_formats.binding.bind import fit_of, widest_of
+from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
-from surgery_formats.updates import Replacement, Update
+from surgery_formats.updates import Replacement, Unsized, Update
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
@@ -26,17 +26,20 @@ class Contribution:
 
     Attributes:
         owner: Number of the adapter.
-        site: Where.
-        update: What.
+        site: Where, spelled as the first adapter spells it.
+        update: As a LoRA, if it has that form.
         weight: On it.
-        carried: Whether it is no update at all, but the base's own value: PEFT stores a whole embedding beside its LoRA.
     """
 
     owner: int
     site: Site
     update: Update
     weight: float
-    carried: bool = False
+
+    @property
+    def carried(self) -> bool:
+        """Whether it is no update at all, but the base's own value: PEFT stores a whole embedding beside its LoRA."""
+        return isinstance(self.update, Replacement) and self.update.held == "carried"
 
 
 def key_of(site: Site, *, flat: bool) -> tuple[str, str]:
@@ -45,39 +48,60 @@ def key_of(site: Site, *, flat: bool) -> tuple[str, str]:
     return site.component, f"{module.replace('.', '_')}.{leaf}" if flat else site.path
 
 
-def group(given: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tuple[str, str], list[Contribution]]:
+def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tuple[str, str], list[Contribution]]:
     """Every update of every adapter, those of one weight together, in the order of the adapters.
+
+    With a base, updates get the sizes that only a base tells, and optional ones that it lacks are left out.
 
     Raises:
         FitError: the adapters name the same weights differently, and only a base can tell.
     """
-    flat = any(site.flat for one in given for site in one.adapter.updates)
-    parts = {site.component for one in given for site in one.adapter.updates} - {""}
-    found: dict[tuple[str, str], list[Contribution]] = {}
+    flat = any(site.flat for term in terms for site in term.adapter.updates)
+    components = {site.component for term in terms for site in term.adapter.updates} - {""}
+    groups: dict[tuple[str, str], list[Contribution]] = {}
     seen: list[set[tuple[str, str]]] = []
-    for owner, one in enumerate(given):
+    for owner, term in enumerate(terms):
         mine: set[tuple[str, str]] = set()
-        carried = {entry.name for entry in touched(one.adapter) if entry.held == "carried"}
-        for site, chain in one.adapter.updates.items():
-            if not site.component and len(parts) > 1:
-                raise FitError(f"which of {listing(sorted(parts))} it belongs to is not known", file=one.adapter.path)
-            named = replace(site, component=site.component or next(iter(parts), ""))
+        updates = term.adapter.updates if base is None else _sized(term.adapter, base)
+        for site, chain in updates.items():
+            if not site.component and len(components) > 1:
+                raise FitError(
+                    f"which of {listing(sorted(components))} it belongs to is not known", file=term.adapter.path
+                )
+            named = replace(site, component=site.component or next(iter(components), ""))
             key = key_of(named, flat=flat)
             if base is not None and (whole := whole_place(places_of(named, base, chain[0].tensors))):
                 key = named.component, whole[0]
-            shares = found.setdefault(key, [])
-            where = shares[0].site if shares else named
-            for update in chain:
-                own = isinstance(update, Replacement) and str(site) in carried
-                shares.append(Contribution(owner, where, update, one.weight, own))
+            contributions = groups.setdefault(key, [])
+            if contributions:
+                named = replace(named, path=contributions[0].site.path, component=contributions[0].site.component)
+            contributions += [Contribution(owner, named, update.low_rank() or update, term.weight) for update in chain]
             mine.add(key)
         seen.append(mine)
     if base is None:
-        _check_spellings(given, seen)
-    return found
+        _check_spellings(terms, seen)
+    return groups
 
 
-def _check_spellings(given: Sequence[WeightedAdapter], seen: Sequence[set[tuple[str, str]]]) -> None:
+def _sized(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:
+    chains = adapter.updates.values()
+    kinds = {update.kind for chain in chains for update in chain if isinstance(update, Unsized)}
+    if not kinds:
+        return adapter.updates
+    widest = {kind: widest_of(kind, adapter, base) for kind in kinds}
+    sized: dict[Site, tuple[Update, ...]] = {}
+    for site, chain in adapter.updates.items():
+        if site in adapter.optional and not component_of(site, base).names.resolve(site.path, flat=site.flat):
+            continue
+        places = places_of(site, base, chain[0].tensors)
+        sized[site] = tuple(
+            update.fitted(fit_of(places, widest[update.kind])) if isinstance(update, Unsized) else update
+            for update in chain
+        )
+    return sized
+
+
+def _check_spellings(terms: Sequence[WeightedAdapter], seen: Sequence[set[tuple[str, str]]]) -> None:
     """``layers.0.x`` beside ``model.layers.0.x``: the same weight, or not; no adapter's file can tell."""
     for owner, mine in enumerate(seen):
         for component, path in mine:
@@ -86,6 +110,6 @@ def _check_spellings(given: Sequence[WeightedAdapter], seen: Sequence[set[tuple[
                 other = next((i for i, keys in enumerate(seen) if i != owner and (component, rest) in keys), None)
                 if other is not None and (component, path) not in seen[other]:
                     raise FitError(
-                        f"'{show(path)}' of {show(given[owner].name)} may be '{show(rest)}' of {show(given[other].name)}",
+                        f"'{show(path)}' of {show(terms[owner].name)} may be '{show(rest)}' of {show(terms[other].name)}",
                         hint="give the model with --base, which knows its weights",
                     )

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 from surgery.engine.checks import check_base_id
-from surgery_formats.adapters.peft.other_kinds import KINDS
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.errors import FitError
@@ -55,9 +54,3 @@ def _check_has_deltas(adapter: Adapter) -> None:
         raise FitError(f"{adapter.kind} trains virtual tokens, not weights: there is nothing to add", file=adapter.path)
     if not adapter.updates:
         raise FitError("the adapter holds no tensors", file=adapter.path)
-    if adapter.format == "peft" and adapter.kind in KINDS:
-        raise FitError(
-            f"adapters of type {adapter.kind} cannot be combined: their sum is not of that type",
-            file=adapter.path,
-            hint="merge them into the base, and extract a LoRA from the result",
-        )

@@ -15,8 +15,9 @@ from typing import Literal
 
 import torch
 
+from surgery.algebra.combined_update import CombinedUpdate
 from surgery.algebra.files import as_adapter
-from surgery.algebra.parts import PEFT, CombinedUpdate
+from surgery.algebra.low_rank import PEFT
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.writing import component_of, factor_dtype

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import torch
 
+from surgery.algebra.combination import CombinationPlan
+from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import key_of
-from surgery.algebra.parts import CombinedUpdate, Solutions
 from surgery.algebra.sums import DeltaTarget, stacked
 from surgery.engine.factor_proof import approximation_errors
 from surgery.engine.proof import check_errors, compare, read_back, restricted
-from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
-from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import LoRA, Offset, Replacement, Stacked, Update
 
 __all__ = ["CombinationProof", "SumError", "prove_combination"]
@@ -62,33 +61,16 @@ class CombinationProof:
     approximated: frozenset[str]
 
 
-def prove_combination(
-    path: Path,
-    target: Format,
-    adapter: Adapter,
-    rendering: Rendering,
-    parts: Sequence[CombinedUpdate],
-    memory: Solutions,
-    base: Checkpoint | None,
-    dtype: DType | None,
-) -> CombinationProof:
-    """Read `path` back and compare.
-
-    Args:
-        path: What was written.
-        target: Its format.
-        adapter: What the writer was given.
-        rendering: What it made of that.
-        parts: Of the combination.
-        memory: What the writer's factors leave out.
-        base: If one was given.
-        dtype: Of the stored factors; None for what they were computed in.
+def prove_combination(path: Path, plan: CombinationPlan) -> CombinationProof:
+    """Read back what lies at `path` and compare it with the sums it was planned to be.
 
     Raises:
         ProofError: something is missing, left over, or further from the sum than intended.
     """
-    written = read_back(target, path)
-    near = approximation_errors(rendering, written, TOLERANCE)
+    adapter, base, dtype = plan.adapter, plan.combination.base, plan.dtype
+    updates, solutions = plan.combination.updates, plan.combination.solutions
+    written = read_back(plan.target, path)
+    near = approximation_errors(plan.rendering, written, TOLERANCE)
     approximated = frozenset(map(str, near))
     tolerance = TOLERANCE if dtype is None else _ROUNDING.get(dtype, TOLERANCE)
     bound = tolerance if dtype is None else _ELEMENTS * tolerance
@@ -96,62 +78,64 @@ def prove_combination(
     if matched is None:  # fused or split on the way: both are bound to the base, weight by weight
         binding = None if base is None else bind([(adapter, 1.0)], base)
         check_errors(compare(adapter, written, binding), bound, path)
-        intended = {str(part.site): error for part in parts if (error := _intended(part, memory))}
+        intended = {str(combined.site): error for combined in updates if (error := _intended(combined, solutions))}
         return CombinationProof(intended, approximated)
-    kept = {part.site: part.updates for part in parts if not (part.wanted or part.vector)}
+    kept = {combined.site: combined.updates for combined in updates if not (combined.targets or combined.vector)}
     if same := {site: chain for site, chain in kept.items() if site not in near}:
         there = replace(written, updates={site: matched[site] for site in same})
         check_errors(compare(restricted(adapter, same), there, None), bound, path)
     errors = {}
-    for part in parts:
-        if part.site not in kept:
-            slack = near.get(part.site, 0.0)
-            errors[str(part.site)] = _measure(part, matched[part.site], memory.loss(part), tolerance, slack, path)
+    for combined in updates:
+        if combined.site not in kept:
+            slack = near.get(combined.site, 0.0)
+            errors[str(combined.site)] = _measure(
+                combined, matched[combined.site], combined.lost(solutions), tolerance, slack, path
+            )
     return CombinationProof(errors, approximated)
 
 
 def _matched(meant: Adapter, written: Adapter) -> dict[Site, tuple[Update, ...]] | None:
     """The written updates by the sites they were meant for; None if names or kinds changed on the way."""
-    flat = any(site.flat for one in (meant, written) for site in one.updates)
-    parts = {site.component for site in meant.updates}
-    bare = all(not site.component for site in written.updates) and len(parts) == 1
+    flat = any(site.flat for adapter in (meant, written) for site in adapter.updates)
+    components = {site.component for site in meant.updates}
+    bare = all(not site.component for site in written.updates) and len(components) == 1
     by_key = {
-        key_of(replace(site, component=min(parts)) if bare else site, flat=flat): chain
+        key_of(replace(site, component=min(components)) if bare else site, flat=flat): chain
         for site, chain in written.updates.items()
     }
     keys = {site: key_of(site, flat=flat) for site in meant.updates}
     if set(keys.values()) != by_key.keys() or len(by_key) != len(written.updates):
         return None
-    found = {site: by_key[key] for site, key in keys.items()}
-    alike = all([u.kind for u in chain] == [u.kind for u in found[site]] for site, chain in meant.updates.items())
-    return found if alike else None
+    matched = {site: by_key[key] for site, key in keys.items()}
+    alike = all([u.kind for u in chain] == [u.kind for u in matched[site]] for site, chain in meant.updates.items())
+    return matched if alike else None
 
 
 def _measure(
-    part: CombinedUpdate, chain: Sequence[Update], lost: float, tolerance: float, slack: float, path: Path
+    combined: CombinedUpdate, chain: Sequence[Update], lost: float, tolerance: float, slack: float, path: Path
 ) -> SumError:
     """Norm and error of one weight, all its experts together; `slack` is what codes add to the error, relative to what they stand for."""
     norms, errors, sizes = [], [], []
-    for wanted, loras in zip(part.wanted, _loras(part, chain), strict=True):
-        compared = wanted.compare(*stacked(loras))
+    for target, loras in zip(combined.targets, _loras(combined, chain), strict=True):
+        compared = target.compare(*stacked(loras))
         norms.append(compared.norm)
         errors.append(compared.error)
         sizes.append(compared.size)
-    if part.vector is not None:
-        value = part.vector()
+    if combined.vector is not None:
+        value = combined.vector()
         stored = sum(u.value.load(torch.float64) * u.scale for u in chain if isinstance(u, Offset))
         norms.append(float(value.norm()))
         errors.append(float((value - stored).norm()))
         sizes.append(norms[-1])
-    for mine, theirs in zip(_whole(part.updates), _whole(chain), strict=True):
+    for mine, theirs in zip(_whole(combined.updates), _whole(chain), strict=True):
         if not float((mine - theirs).norm()) <= tolerance * float(mine.norm()):
-            raise ProofError("is not the whole weight it was", file=path.name, tensor=part.site.path)
+            raise ProofError("is not the whole weight it was", file=path.name, tensor=combined.site.path)
     norm, error, size = (math.hypot(*every) for every in (norms, errors, sizes))
     if not error <= OPTIMAL * lost + tolerance * size + slack * (norm + lost):
         raise ProofError(
             f"is {error:.1e} away from the sum, {lost:.1e} was intended (its norm is {norm:.1e})",
             file=path.name,
-            tensor=part.site.path,
+            tensor=combined.site.path,
             hint="--dtype fp32 keeps more digits",
         )
     if norm <= 1e-12 * size:  # the terms cancel: relative to nothing every error is infinite
@@ -163,25 +147,24 @@ def _whole(chain: Sequence[Update]) -> list[torch.Tensor]:
     return [update.value.load(torch.float64) for update in chain if isinstance(update, Replacement)]
 
 
-def _loras(part: CombinedUpdate, chain: Sequence[Update]) -> list[list[LoRA]]:
-    """What was written for each of ``part.wanted``."""
-    if len(part.wanted) == 1 and not any(isinstance(update, Stacked) for update in part.updates):
-        return [[update for update in chain if isinstance(update, LoRA)]]
+def _loras(combined: CombinedUpdate, chain: Sequence[Update]) -> list[list[LoRA]]:
+    """What was written for each of ``combined.targets``."""
     stacks = [update for update in chain if isinstance(update, Stacked)]
-    experts = range(len(part.wanted))
-    return [[one for stack in stacks if isinstance(one := stack.experts[e], LoRA)] for e in experts]
+    if stacks:
+        return [[stack.experts[e] for stack in stacks] for e in range(len(combined.targets))]
+    return [[lora for update in chain if (lora := update.low_rank())]] if combined.targets else []
 
 
-def _intended(part: CombinedUpdate, memory: Solutions) -> SumError | None:
+def _intended(combined: CombinedUpdate, solutions: Solutions) -> SumError | None:
     """What the factors leave out, where the written file can only be compared with them."""
-    if not part.wanted:
+    if not combined.targets:
         return None
-    norm = math.hypot(*(_norm(wanted) for wanted in part.wanted))
-    error = memory.loss(part) / norm if norm else 0.0
+    norm = math.hypot(*(_norm(target) for target in combined.targets))
+    error = combined.lost(solutions) / norm if norm else 0.0
     return SumError(norm, error, error)
 
 
-def _norm(wanted: DeltaTarget) -> float:
-    out, inputs = wanted.shape
+def _norm(target: DeltaTarget) -> float:
+    out, inputs = target.shape
     nothing = torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inputs), dtype=torch.float64)
-    return wanted.compare(*nothing).norm
+    return target.compare(*nothing).norm

@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from surgery.algebra.task_vectors import merge_deltas
+from surgery.rank import Rank
+from surgery_formats.errors import FitError
 from surgery_formats.linalg.factored import concatenated, factored_norm, rerank, singular_values
 from surgery_formats.linalg.svd import truncated_svd
 from surgery_formats.updates import LoRA
@@ -75,6 +77,17 @@ class Recipe:
     max_error: float | None = None
     density: float = 1.0
     seed: int = 0
+
+    @classmethod
+    def of(cls, method: str, rank: Rank, density: float = 1.0, seed: int = 0) -> Recipe:
+        """The recipe that cuts to `rank`.
+
+        Raises:
+            FitError: a way to choose ranks that only an extraction has.
+        """
+        if rank.patterns or not set(rank.choices) <= {"rank", "energy", "error"}:
+            raise FitError(f"{rank!r} is for extractions", hint="give a rank, an energy or an error")
+        return cls(method, rank.number, rank.least_energy, rank.most_error, density, seed)
 
     @property
     def by_spectrum(self) -> bool:

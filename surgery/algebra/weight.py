@@ -1,116 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The combination of one weight: what can be added is added, what depends on the base is refused by name."""
+"""The combination of one weight: what adds up is added up, what cannot be without a base or a rank is refused by name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from surgery.algebra.dora import with_dora
-from surgery.algebra.experts import stacked
+from surgery.algebra.combined_update import CombinedUpdate, Solutions
+from surgery.algebra.dense_change import combine_changes
+from surgery.algebra.experts import combine_stacks
 from surgery.algebra.group import Contribution
-from surgery.algebra.parts import CombinedUpdate, Solutions, low_rank, offset
+from surgery.algebra.low_rank import combine_loras
+from surgery.algebra.offsets import combine_offsets
 from surgery.algebra.sums import Recipe
 from surgery.algebra.task_vectors import DENSE_METHODS
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
-from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows
+from surgery_formats.updates import Linear, LoRA, Offset, Stacked
 
-__all__ = ["make_part"]
-
-
-@dataclass
-class _Group:
-    """Shares of one weight, by kind."""
-
-    loras: list[Contribution] = field(default_factory=list)
-    stacks: list[Contribution] = field(default_factory=list)
-    offsets: list[Contribution] = field(default_factory=list)
-    others: list[Contribution] = field(default_factory=list)
-
-    def add(self, share: Contribution) -> None:
-        kinds = ((LoRA, self.loras), (Stacked, self.stacks), (Offset, self.offsets))
-        next((found for kind, found in kinds if isinstance(share.update, kind)), self.others).append(share)
+__all__ = ["combine_weight"]
 
 
-def make_part(
+def combine_weight(
     key: tuple[str, str],
-    shares: Sequence[Contribution],
-    given: Sequence[WeightedAdapter],
+    contributions: Sequence[Contribution],
+    terms: Sequence[WeightedAdapter],
     recipe: Recipe,
-    memory: Solutions,
+    solutions: Solutions,
     base: Checkpoint | None = None,
 ) -> CombinedUpdate:
     """The combination of one weight.
 
     Args:
         key: As `group` made it; names the weight where random numbers are drawn for it.
-        shares: Of this weight.
-        given: All adapters, for messages.
+        contributions: To this weight.
+        terms: All adapters, for messages.
         recipe: How.
-        memory: Of the whole combination.
-        base: If one was given: with it, and a rank, a DoRA is a delta like others.
+        solutions: Of the whole combination.
+        base: If one was given: with it, and a rank, every change is a delta like others.
 
     Raises:
         FitError: what the result is depends on the base, or shapes differ.
     """
-    site = shares[0].site
-    carried = [share for share in shares if share.carried]
+    site = next((share.site for share in contributions if share.site.module_kind), contributions[0].site)
+    carried = [share for share in contributions if share.carried]
     if carried:
-        _check_carried(carried, given)
-        rest = [share for share in shares if not share.carried]
+        _check_carried(carried, terms)
+        rest = [share for share in contributions if not share.carried]
         if not rest:
             return CombinedUpdate(site, (carried[0].update,), "kept")
-        part = make_part(key, rest, given, recipe, memory, base)
-        return replace(part, updates=(carried[0].update, *part.updates))
-    found = _Group()
-    for share in shares:
-        found.add(share)
+        combined = combine_weight(key, rest, terms, recipe, solutions, base)
+        return replace(combined, updates=(carried[0].update, *combined.updates))
     name = f"{key[0]}:{key[1]}"
-    if base is not None and recipe.truncates and _low_rank_or_dora(shares):
-        made = with_dora(name, site, shares, base, recipe, memory)
-        if made is not None:
-            return made
-    if found.others:
-        return _kept(site, shares, found.others, given, recipe)
-    kinds = [kind for kind in (found.loras, found.stacks, found.offsets) if kind]
-    shapes = {share.update.shape for share in shares}
-    if len(shapes) > 1:
-        sizes = ", ".join(f"{list(share.update.shape)} in {show(given[share.owner].name)}" for share in shares)
-        raise FitError(f"the adapters were made for different weights: {sizes}", tensor=site.path)
-    dense = recipe.method in DENSE_METHODS
-    if (found.stacks or dense) and len(kinds) > 1:
+    of = {
+        kind: [share for share in contributions if isinstance(share.update, kind)] for kind in (LoRA, Stacked, Offset)
+    }
+    others = [share for share in contributions if not isinstance(share.update, (*of,))]
+    if others:
+        changes = others + of[LoRA]
+        same_shape = len({share.update.shape for share in changes}) == 1
+        if recipe.truncates and same_shape and len(changes) == len(contributions) and _all_change(others):
+            combined_change = combine_changes(name, site, contributions, base, recipe, solutions)
+            if combined_change is not None:
+                return combined_change
+        return _kept(site, contributions, others, terms, recipe, base)
+    _check_shapes(site, contributions, terms)
+    present = [shares for shares in of.values() if shares]
+    if (of[Stacked] or recipe.method in DENSE_METHODS) and len(present) > 1:
         raise FitError(
-            f"is changed by a {kinds[0][0].update.kind} and by a {kinds[1][0].update.kind}, which '{recipe.method}' does not combine",
+            f"is changed by a {present[0][0].update.kind} and by a {present[1][0].update.kind}, which '{recipe.method}' does not combine",
             tensor=site.path,
         )
-    parts = [
-        *([low_rank(name, site, found.loras, recipe, memory)] if found.loras else []),
-        *([stacked(name, site, found.stacks, given, recipe, memory)] if found.stacks else []),
-        *([offset(name, site, found.offsets, recipe)] if found.offsets else []),
+    combined_kinds = [
+        *([combine_loras(name, site, of[LoRA], recipe, solutions)] if of[LoRA] else []),
+        *([combine_stacks(name, site, of[Stacked], terms, recipe, solutions)] if of[Stacked] else []),
+        *([combine_offsets(name, site, of[Offset], recipe)] if of[Offset] else []),
     ]
-    if len(parts) == 1:
-        return parts[0]
-    low, full = parts  # a LoRA and a full difference of one weight add up side by side
+    if len(combined_kinds) == 1:
+        return combined_kinds[0]
+    low, full = combined_kinds  # a LoRA and a full difference of one weight add up side by side
     return replace(low, updates=(*low.updates, *full.updates), vector=full.vector)
 
 
-def _low_rank_or_dora(shares: Sequence[Contribution]) -> bool:
-    """Whether there is a DoRA, beside nothing but LoRAs of the same shape."""
-    updates = [share.update for share in shares]
-    alike = all(isinstance(update, LoRA | DoRA) for update in updates) and len({u.shape for u in updates}) == 1
-    return alike and any(isinstance(update, DoRA) for update in updates)
+def _all_change(contributions: Sequence[Contribution]) -> bool:
+    """Whether each is a change of the whole weight, whose sizes are known."""
+    return all(share.update.effect != "sets" and all(share.update.shape) for share in contributions)
 
 
-def _check_carried(shares: Sequence[Contribution], given: Sequence[WeightedAdapter]) -> None:
+def _check_shapes(site: Site, contributions: Sequence[Contribution], terms: Sequence[WeightedAdapter]) -> None:
+    if len({share.update.shape for share in contributions}) > 1:
+        sizes = [f"{list(share.update.shape)} in {show(terms[share.owner].name)}" for share in contributions]
+        raise FitError(f"the adapters were made for different weights: {', '.join(sizes)}", tensor=site.path)
+
+
+def _check_carried(contributions: Sequence[Contribution], terms: Sequence[WeightedAdapter]) -> None:
     """The base's own values are stored once, so all who brought them must have brought the same."""
-    first = shares[0].update.tensors[0]
-    for share in shares[1:]:
+    first = contributions[0].update.tensors[0]
+    for share in contributions[1:]:
         other = share.update.tensors[0]
         if first.shape != other.shape or not bool((first.read() == other.read()).all()):
-            names = listing([given[shares[0].owner].name, given[share.owner].name])
+            names = listing([terms[contributions[0].owner].name, terms[share.owner].name])
             raise FitError(
                 f"is stored whole by {names}, with other values: they were trained on different bases",
                 tensor=other.name,
@@ -119,29 +110,43 @@ def _check_carried(shares: Sequence[Contribution], given: Sequence[WeightedAdapt
 
 def _kept(
     site: Site,
-    shares: Sequence[Contribution],
+    contributions: Sequence[Contribution],
     others: Sequence[Contribution],
-    given: Sequence[WeightedAdapter],
+    terms: Sequence[WeightedAdapter],
     recipe: Recipe,
+    base: Checkpoint | None,
 ) -> CombinedUpdate:
-    """An update that is not an addition survives only where nothing is to be added to it, subtracted from it or scaled."""
-    what = others[0].update.kind
-    owners = sorted({share.owner for share in shares})
-    blamed = given[others[0].owner]
+    """An update without low-rank factors survives where nothing is added to it, and where it is scaled only if it adds."""
+    update, weight = others[0].update, terms[others[0].owner].weight
+    owners = sorted({share.owner for share in contributions})
+    changed = f"'{show(str(site))}' is changed by"
     why = ""
     if len(owners) > 1:
-        names = listing([given[owner].name for owner in owners])
-        why = f"'{show(str(site))}' is changed by {names}, by one of them as {what}: their sum depends on the base"
-    elif blamed.weight != 1.0:
-        why = f"'{show(str(site))}' is changed by a {what}, of which {blamed.weight:g} times depends on the base"
-    elif isinstance(others[0].update, DoRA) and (recipe.truncates or recipe.method != "exact"):
-        why = f"'{show(str(site))}' is a DoRA, whose lengths hold for its own directions on its base: its rank cannot change"
-    elif recipe.method in DENSE_METHODS and not isinstance(others[0].update, Replacement | TokenRows):
-        why = f"'{show(str(site))}' is changed by a {what}, whose delta depends on the base"
+        names = listing([terms[owner].name for owner in owners])
+        known = update.effect == "adds" and all(update.shape)
+        depends = "has no low rank" if known else "depends on the base"
+        why = f"{changed} {names}, by one of them as {update.kind}: their sum {depends}"
+    elif update.effect == "adds" and not recipe.truncates and isinstance(update, Linear) and len(contributions) == 1:
+        return CombinedUpdate(site, (update if weight == 1.0 else update.scaled(weight),), "kept")
+    elif weight != 1.0:
+        why = f"{changed} a {update.kind}, of which {weight:g} times depends on the base"
+    elif update.effect != "sets" and (recipe.truncates or recipe.method != "exact"):
+        depends = "sizes only the base tells" if update.effect == "adds" else "change depends on the base"
+        why = f"{changed} a {update.kind}, whose {depends}: its rank cannot change without it"
     if why:
-        dora = all(isinstance(share.update, LoRA | DoRA) for share in shares)
-        hint = "give the base and a rank (--base, --rank), or merge" if dora else "merge"
         raise FitError(
-            why, file=blamed.adapter.path, hint=f"{hint} them into the base and extract a LoRA from the result"
+            why,
+            file=terms[others[0].owner].adapter.path,
+            hint=f"{_way_out(contributions, recipe, base)} them into the base and extract a LoRA from the result",
         )
-    return CombinedUpdate(site, tuple(share.update for share in shares), "kept")
+    return CombinedUpdate(site, tuple(share.update for share in contributions), "kept")
+
+
+def _way_out(contributions: Sequence[Contribution], recipe: Recipe, base: Checkpoint | None) -> str:
+    """What makes the combination possible, up to the verb `merge`."""
+    if any(share.update.effect == "sets" for share in contributions):
+        return "merge"
+    known = all(share.update.effect == "adds" and all(share.update.shape) for share in contributions)
+    missing = ["the base (--base)"] if base is None and not known else []
+    missing += [] if recipe.truncates else ["a rank (--rank)"]
+    return f"give {' and '.join(missing)}, or merge" if missing else "merge"

@@ -7,12 +7,13 @@ The source is bound once, and its binding goes on to the proof.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write_adapter
 from surgery.engine.checks import check_base_id, check_nothing_dropped
+from surgery.engine.convert_result import ConvertResult
 from surgery_formats.adapters.format import Coded, Entry, Format, Rendering
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter
@@ -24,7 +25,6 @@ from surgery_formats.text import listing, show
 
 __all__ = [
     "Conversion",
-    "ConvertResult",
     "bound_source",
     "coded_as",
     "placed",
@@ -33,7 +33,7 @@ __all__ = [
     "write_conversion",
 ]
 
-Check = Callable[[Path, "ConvertResult"], Mapping[str, Any]]
+Check = Callable[[Path, ConvertResult], Mapping[str, Any]]
 Errors = Callable[[Path], Mapping[str, float]]
 
 TOLERANCE = 1e-6
@@ -42,55 +42,6 @@ _ROUNDING = {
     DType.F16: 2.0**-7,
     DType.BF16: 2.0**-4,
 }  # 16 units in the last place: both factors are rounded, and products add up
-
-
-@dataclass(frozen=True)
-class ConvertResult:
-    """What a conversion did, or (dry run) would do.
-
-    Attributes:
-        output: File or folder; None for a dry run.
-        source: Format it was read from.
-        target: Format it was written in.
-        entries: What became of every update.
-        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a
-            dry run.
-        warnings: What the user should know.
-    """
-
-    output: Path | None
-    source: str
-    target: str
-    entries: tuple[Entry, ...]
-    errors: Mapping[str, float] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def max_error(self) -> float:
-        """The worst weight's error; what is approximated not counted."""
-        return max(self.errors.values(), default=0.0)
-
-    @property
-    def max_approximation(self) -> float:
-        """The worst error of what is approximated, relative to the norm of its change."""
-        return max((entry.error for entry in self.entries if entry.error is not None), default=0.0)
-
-    def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest; no paths."""
-        return {
-            "verb": "convert",
-            "from": self.source,
-            "to": self.target,
-            "entries": [
-                {"site": e.site, "outcome": e.outcome, "detail": e.detail}
-                | ({} if e.error is None else {"error": e.error})
-                for e in self.entries
-            ],
-            "errors": dict(self.errors),
-            "max_error": self.max_error,
-            "max_approximation": self.max_approximation,
-            "warnings": list(self.warnings),
-        }
 
 
 @dataclass(frozen=True)

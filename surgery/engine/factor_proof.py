@@ -14,9 +14,9 @@ from surgery_formats.adapters.format import Rendering
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import ProofError
 from surgery_formats.linalg.factored import factored_norm, relative_error
-from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Seed, Stacked, TokenRows, Update
+from surgery_formats.updates import DoRA, Factor, LoRA, Seed, Stacked, Update
 
-__all__ = ["approximation_errors", "distance", "settings", "tensor_error"]
+__all__ = ["approximation_errors", "distance", "relative", "scale_error", "settings", "tensor_error"]
 
 
 def settings(update: Update) -> dict[str, Any]:
@@ -26,9 +26,13 @@ def settings(update: Update) -> dict[str, Any]:
         value = getattr(update, field.name)
         if isinstance(value, Factor):
             found[field.name] = value.shape
-        elif value is None or isinstance(value, bool | int | float | str | Seed):
+        elif value is None or isinstance(value, bool | int | float | str | Seed) or _is_numbers(value):
             found[field.name] = value
     return found
+
+
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, int) for item in value)
 
 
 def tensor_error(update: Update, other: Update) -> float:
@@ -79,8 +83,6 @@ def distance(update: Update, twin: Update) -> float:
     """``||delta - delta'|| / ||delta||`` of two updates of one kind, by their factors; infinite where anything else is not equal."""
     if type(update) is not type(twin) or update.shape != twin.shape:
         return math.inf
-    if isinstance(update, LoRA) and isinstance(twin, LoRA):
-        return relative_error(_factors(update), _factors(twin))
     if isinstance(update, DoRA) and isinstance(twin, DoRA):
         same = update.per_row == twin.per_row and _equal(update.magnitude, twin.magnitude)
         return distance(update.direction, twin.direction) if same else math.inf
@@ -88,31 +90,47 @@ def distance(update: Update, twin: Update) -> float:
         if len(update.if_transposed) != len(twin.if_transposed):
             return math.inf
         return max(_of_experts(update.experts, twin.experts), _of_experts(update.if_transposed, twin.if_transposed))
-    if isinstance(update, TokenRows) and isinstance(twin, TokenRows):
-        same = (update.indices, update.vocabulary) == (twin.indices, twin.vocabulary)
-        return 0.0 if same and _equal(update.value, twin.value) else math.inf
-    if isinstance(update, Offset) and isinstance(twin, Offset):
-        return 0.0 if update.scale == twin.scale and _equal(update.value, twin.value) else math.inf
-    if isinstance(update, Replacement) and isinstance(twin, Replacement):
-        alike = update.stored.shape == twin.stored.shape and update.stored.dtype is twin.stored.dtype
-        return 0.0 if alike and torch.equal(update.stored.read(), twin.stored.read()) else math.inf
-    return math.inf
+    lora, other = update.low_rank(), twin.low_rank()
+    if lora is not None and other is not None:
+        return relative_error(_product(lora), _product(other))
+    return 0.0 if settings(update) == settings(twin) and tensor_error(update, twin) == 0.0 else math.inf
 
 
 def _of_experts(experts: Sequence[LoRA], twins: Sequence[LoRA]) -> float:
     """All experts together."""
     if len(experts) != len(twins):
         return math.inf
-    norms = [factored_norm(*_factors(expert)) for expert in experts]
+    norms = [factored_norm(*_product(expert)) for expert in experts]
     errors = [distance(expert, twin) for expert, twin in zip(experts, twins, strict=True)]
     lost = [error * norm if norm else error for error, norm in zip(errors, norms, strict=True)]
     whole = math.hypot(*norms)
     return math.hypot(*lost) / whole if whole else max(lost, default=0.0)
 
 
-def _factors(lora: LoRA) -> tuple[torch.Tensor, torch.Tensor]:
+def _product(lora: LoRA) -> tuple[torch.Tensor, torch.Tensor]:
     return lora.B.load(torch.float64) * lora.scale, lora.A.load(torch.float64)
 
 
 def _equal(factor: Factor, twin: Factor) -> bool:
     return torch.equal(factor.load(torch.float64), twin.load(torch.float64))
+
+
+def scale_error(update: Update, twin: Update) -> float | None:
+    """The relative error of the scale of two updates that differ in nothing else; None where they do, or have no scale."""
+    if update.rank is None or update.scale is None or twin.scale is None or _unscaled(update) != _unscaled(twin):
+        return None
+    pairs = zip(update.factors().values(), twin.factors().values(), strict=True)
+    if not all(_equal(factor, other) for factor, other in pairs):
+        return None
+    return relative(abs(update.scale - twin.scale), abs(update.scale))
+
+
+def _unscaled(update: Update) -> dict[str, Any]:
+    return {name: value for name, value in settings(update).items() if name not in ("scale", "alpha")}
+
+
+def relative(difference: float, size: float) -> float:
+    """``difference / size``; 0 for no difference from nothing, infinite for NaN or for a difference from nothing."""
+    if math.isnan(difference):
+        return math.inf
+    return difference / size if size else (0.0 if difference == 0 else math.inf)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.engine.factor_proof import approximation_errors, settings, tensor_error
+from surgery.engine.factor_proof import approximation_errors, relative, scale_error, settings, tensor_error
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.binding.bind import Binding, bind
@@ -28,7 +28,7 @@ from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import DoRA, Factor, Replacement, Stacked, Update
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
@@ -153,7 +153,7 @@ def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
     if twin is None or twin.table.shape != prompt.table.shape or replace(twin, table=prompt.table) != prompt:
         raise ProofError(f"the virtual tokens {list(prompt.table.shape)} are not in it", file=written.path)
     mine, theirs = (Factor.of(side.table).load(torch.float64) for side in (prompt, twin))
-    return {prompt.table.name: _relative(float((mine - theirs).abs().max()), float(mine.abs().max()))}
+    return {prompt.table.name: relative(float((mine - theirs).abs().max()), float(mine.abs().max()))}
 
 
 def _bound(binding: Binding) -> dict[str, _ProofTarget]:
@@ -181,36 +181,21 @@ def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, 
         yield str(site), _ProofTarget(shape, rest, value)
 
 
-def _error(name: str, one: _ProofTarget, other: _ProofTarget, written: Adapter) -> float:
-    magnitudes = [_magnitudes(target) for target in (one, other)]
-    if one.shape != other.shape or [key for key, _ in magnitudes[0]] != [key for key, _ in magnitudes[1]]:
+def _error(name: str, meant: _ProofTarget, found: _ProofTarget, written: Adapter) -> float:
+    magnitudes = [_magnitudes(target) for target in (meant, found)]
+    if meant.shape != found.shape or [key for key, _ in magnitudes[0]] != [key for key, _ in magnitudes[1]]:
         raise ProofError("the written update is of a different kind than the source's", file=written.path, tensor=name)
     error = 0.0
     for (_, mine), (_, theirs) in zip(*magnitudes, strict=True):
-        error = max(error, _relative(float((mine - theirs).abs().max()), float(mine.abs().max())))
-    if (one.value is None) != (other.value is None):
+        error = max(error, relative(float((mine - theirs).abs().max()), float(mine.abs().max())))
+    if (meant.value is None) != (found.value is None):
         raise ProofError(
             "one of source and output replaces this weight, the other does not", file=written.path, tensor=name
         )
-    if (kept := _kept(one, other)) is not None:
-        return max(error, kept)
-    if (same := _same_factors(one, other)) is not None:
-        return max(error, same)
-    worst = largest = 0.0
-    mine, theirs = _applied(one), _applied(other)
-    step = max(1, _BLOCK_ELEMENTS // max(one.shape[1], 1))
-    for start in range(0, one.shape[0], step):
-        stop = min(start + step, one.shape[0])
-        a, b = _block(one, mine, start, stop), _block(other, theirs, start, stop)
-        worst = max(worst, float((a - b).abs().max()))
-        largest = max(largest, float(a.abs().max()))
-    return max(error, _relative(worst, largest))
-
-
-def _relative(difference: float, size: float) -> float:
-    if math.isnan(difference):
-        return math.inf
-    return difference / size if size else (0.0 if difference == 0 else math.inf)
+    for by_factors in (_tensor_error, _scale_error):
+        if (known := by_factors(meant, found)) is not None:
+            return max(error, known)
+    return max(error, _delta_error(meant, found))
 
 
 def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Tensor]]:
@@ -221,51 +206,55 @@ def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Ten
     ]
 
 
-def _linear(update: Update) -> Update:
-    return update.direction if isinstance(update, DoRA) else update
+def _added(update: Update) -> Update:
+    """What it adds to its weight, as a LoRA if it has that form; the lengths of a DoRA's rows are compared on their own."""
+    return update.direction if isinstance(update, DoRA) else update.low_rank() or update
 
 
-def _same_factors(one: _ProofTarget, other: _ProofTarget) -> float | None:
-    """The error where both are one LoRA with equal factors: the scales'. None where factors differ, so that deltas must be formed."""
-    if (
-        len(one.pieces) != 1
-        or len(other.pieces) != 1
-        or one.value
-        or other.value
-        or one.pieces[0][1] != other.pieces[0][1]
-    ):
+def _tensor_error(meant: _ProofTarget, found: _ProofTarget) -> float | None:
+    """The error of the stored tensors, where the delta of an update is neither low-rank nor stored in full; else None."""
+    if all(_has_plain_delta(update) for target in (meant, found) for update, _ in target.pieces):
         return None
-    mine, theirs = _linear(one.pieces[0][0]), _linear(other.pieces[0][0])
-    if (
-        not (isinstance(mine, LoRA) and isinstance(theirs, LoRA))
-        or mine.rank != theirs.rank
-        or mine.shape != theirs.shape
-    ):
-        return None
-    for a, b in ((mine.A, theirs.A), (mine.B, theirs.B)):
-        if not torch.equal(a.load(torch.float64), b.load(torch.float64)):
-            return None
-    return _relative(abs(mine.scale - theirs.scale), abs(mine.scale))
+    pairs = list(zip(meant.pieces, found.pieces, strict=False))
+    if len(meant.pieces) == len(found.pieces) and all(_alike(*pair) for pair in pairs):
+        return max(tensor_error(mine, theirs) for (mine, _), (theirs, _) in pairs)
+    known = (update.effect != "maps" and all(update.shape) for t in (meant, found) for update, _ in t.pieces)
+    return None if all(known) else math.inf
 
 
-def _kept(one: _ProofTarget, other: _ProofTarget) -> float | None:
-    """The error of the factors where some update's effect depends on the base, or its sizes do; None where none is such."""
-    updates = [update for target in (one, other) for update, _ in target.pieces]
-    if all(isinstance(update, LoRA | DoRA | Offset | TokenRows) for update in updates):
+def _has_plain_delta(update: Update) -> bool:
+    stored_in_full = update.effect != "maps" and len(update.factors()) == 1
+    return stored_in_full or _added(update).low_rank() is not None
+
+
+def _alike(piece: tuple[Update, View], other: tuple[Update, View]) -> bool:
+    (mine, view), (theirs, seen) = piece, other
+    return type(mine) is type(theirs) and view == seen and settings(mine) == settings(theirs)
+
+
+def _scale_error(meant: _ProofTarget, found: _ProofTarget) -> float | None:
+    """The error of the scale, where both are one low-rank update with equal factors; else None."""
+    if len(meant.pieces) != 1 or len(found.pieces) != 1 or meant.value or found.value:
         return None
-    if len(one.pieces) != len(other.pieces):
-        return math.inf
-    worst = 0.0
-    for (mine, view), (theirs, seen) in zip(one.pieces, other.pieces, strict=True):
-        if type(mine) is not type(theirs) or view != seen or settings(mine) != settings(theirs):
-            return math.inf
-        worst = max(worst, tensor_error(mine, theirs))
-    return worst
+    (mine, view), (theirs, seen) = meant.pieces[0], found.pieces[0]
+    return scale_error(_added(mine), _added(theirs)) if view == seen else None
+
+
+def _delta_error(meant: _ProofTarget, found: _ProofTarget) -> float:
+    worst = largest = 0.0
+    mine, theirs = _applied(meant), _applied(found)
+    step = max(1, _BLOCK_ELEMENTS // max(meant.shape[1], 1))
+    for start in range(0, meant.shape[0], step):
+        stop = min(start + step, meant.shape[0])
+        a, b = _block(meant, mine, start, stop), _block(found, theirs, start, stop)
+        worst = max(worst, float((a - b).abs().max()))
+        largest = max(largest, float(a.abs().max()))
+    return relative(worst, largest)
 
 
 def _applied(target: _ProofTarget) -> list[tuple[View, Apply]]:
     nothing = HeldWeight.zeros(target.shape, torch.float64)
-    return [(view, _linear(update).prepare(nothing)) for update, view in target.pieces]
+    return [(view, _added(update).prepare(nothing)) for update, view in target.pieces]
 
 
 def _block(target: _ProofTarget, chain: Sequence[tuple[View, Apply]], start: int, stop: int) -> torch.Tensor:

@@ -121,6 +121,15 @@ class CalibrationTotals:
             together(fact.plain for fact in all_facts),
         )
 
+    @property
+    def text(self) -> str:
+        """One line."""
+        bias = f"; {self.biases} biases make up for mean errors" if self.biases else ""
+        return (
+            f"weighted factors in {self.weighted} of {self.modules} modules: on these inputs {self.error:.2%} of what the change "
+            f"does is missing, {self.plain:.2%} with plain factors{bias}"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """For ``--json`` and the manifest."""
         counts = {"modules": self.modules, "weighted": self.weighted, "biases": self.biases}

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from surgery.algebra.selection import matches
 from surgery.extraction.factorise import MOST, Criterion, TargetFactors
@@ -15,6 +13,7 @@ from surgery.extraction.result import RankChoice
 from surgery.extraction.storage_plan import StoragePlan, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget
+from surgery.rank import Budget, Rank
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -24,10 +23,8 @@ from surgery_formats.text import closest, show
 
 __all__ = [
     "TABLE_RANKS",
-    "Budget",
     "RankGoal",
     "magnitude_count",
-    "parse_budget",
     "rank_goal",
     "rank_table",
     "ranks_of",
@@ -36,15 +33,6 @@ __all__ = [
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
 _CODED = 6  # such shares of a compact adapter: codes and scales of two factors, a line of compact.json, and groups that are not full
-_BUDGET = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE | re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Most that the adapter may hold: bytes or numbers."""
-
-    limit: int
-    measure: Literal["bytes", "parameters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,77 +86,35 @@ class RankGoal:
                 )
 
 
-def rank_goal(
-    rank: int | str | None,
-    energy: float | None,
-    max_error: float | None,
-    budget: str | None,
-    *,
-    table: bool = False,
-    patterns: Mapping[str, int] | None = None,
-) -> RankGoal:
-    """Check the options against each other; with `table` at least as many directions are computed as the table shows.
+def rank_goal(rank: Rank, *, table: bool = False) -> RankGoal:
+    """What `rank` asks of an extraction; with `table` at least as many directions are computed as the table shows.
 
     Raises:
-        FitError: more than one way to find the rank, or a number out of range.
+        FitError: more than one way to find the rank, or one that goes with no table.
     """
-    criteria = [
-        name for name, value in (("energy", energy), ("max_error", max_error), ("budget", budget)) if value is not None
-    ]
-    if patterns and (criteria or rank == "auto"):
-        raise FitError(
-            f"ranks for some modules go with a rank for the others, not with {criteria[0] if criteria else 'rank auto'}"
-        )
-    if len(criteria) > 1 or (criteria and rank is not None and (rank != "auto" or criteria != ["budget"])):
-        raise FitError(
-            f"rank is found in one way only; given: {', '.join([*(['rank'] if rank is not None else []), *criteria])}"
-        )
-    for name, value in (("energy", energy), ("max_error", max_error)):
-        if value is not None and not 0 < value < 1:
-            raise FitError(f"{name} is {value}; it lies between 0 and 1")
-    if table and (energy is not None or max_error is not None or budget is not None):
+    choices = rank.choices
+    if rank.patterns and choices != ("rank",):
+        raise FitError(f"ranks for some modules go with a rank for the others, not with {choices[1]}")
+    if len(choices) > 1 and choices != ("auto", "budget"):
+        raise FitError(f"rank is found in one way only; given: {', '.join(choices)}")
+    for name, value in (("energy", rank.least_energy), ("error", rank.most_error)):
+        if value is not None and not value < 1:
+            raise FitError(f"{name} is {value:g}; it lies between 0 and 1")
+    if table and not set(choices) <= {"rank", "auto"}:
         raise FitError(
             "the table of ranks needs spectra as long as it is", hint="ask for it with a rank, or with rank auto"
         )
-    if energy is not None:
-        return RankGoal(Criterion(energy=energy))
-    if max_error is not None:
-        return RankGoal(Criterion(max_error=max_error))
-    if budget is not None or rank == "auto":
-        limit = None if budget is None else parse_budget(budget)
+    if rank.least_energy is not None:
+        return RankGoal(Criterion(energy=rank.least_energy))
+    if rank.most_error is not None:
+        return RankGoal(Criterion(max_error=rank.most_error))
+    limit = rank.most_size
+    if limit is not None or rank.above_noise:
         numbers = None if limit is None else limit.limit // (2 if limit.measure == "bytes" else 1)
-        return RankGoal(Criterion(most=MOST, numbers=numbers), None, limit, rank == "auto")
-    number = _checked(DEFAULT if rank is None else rank)
-    pattern_ranks = tuple((pattern, _checked(pattern_rank)) for pattern, pattern_rank in (patterns or {}).items())
-    return RankGoal(
-        Criterion(rank=max(number, *TABLE_RANKS) if table else number), number, patterns=pattern_ranks, table=table
-    )
-
-
-def _checked(rank: object) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise FitError(f"the rank is {show(rank, 40)}; it is at least 1")
-    return rank
-
-
-def parse_budget(text: str) -> Budget:
-    """``20MB``, ``512KiB`` (bytes) or ``2M``, ``300000`` (numbers).
-
-    Raises:
-        FitError: neither.
-    """
-    match = _BUDGET.fullmatch(text.strip())
-    if match is None:
-        raise FitError(
-            f"'{show(text, 40)}' is no budget", hint="write 20MB for bytes, or 2M for a number of parameters"
-        )
-    number, prefix, binary, measure = match.groups()
-    limit = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
-    if limit < 1 or (binary and not measure):
-        raise FitError(
-            f"'{show(text, 40)}' is no budget", hint="write 20MB for bytes, or 2M for a number of parameters"
-        )
-    return Budget(limit, "bytes" if measure else "parameters")
+        return RankGoal(Criterion(most=MOST, numbers=numbers), None, limit, rank.above_noise)
+    number = DEFAULT if rank.number is None else rank.number
+    criterion = Criterion(rank=max(number, *TABLE_RANKS) if table else number)
+    return RankGoal(criterion, number, patterns=tuple(rank.patterns.items()), table=table)
 
 
 def ranks_of(

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from surgery.extraction.findings import CalibrationFacts, CalibrationTotals, KindFacts, MergedLoRA, Signal, six_digits
+from surgery.reports.output import DRY_RUN, PATH, counted
+from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.targets import pattern_of
 from surgery.reports.to_json import plain
+from surgery.reports.values import Cell, Name, Names, Phrase, Value
 
 __all__ = ["ExtractClass", "ExtractResult", "ExtractRow", "Layers", "RankChoice", "layers_of"]
 
@@ -121,6 +125,7 @@ class ExtractRow:
         return row | ({"why": self.why} if self.why else {})
 
 
+@summarised
 @dataclass(frozen=True)
 class ExtractResult:
     """What an extraction did, or (dry run) would do.
@@ -227,6 +232,89 @@ class ExtractResult:
             "tensors": {row.name: row.as_json() for row in self.rows},
             "warnings": list(self.warnings),
         } | ({"table": [choice.as_json() for choice in self.table]} if self.table else {})
+
+    def summary(self, *, verbose: bool = False, output: Path | None = None, seconds: float | None = None) -> Summary:
+        """The whole in figures, then like-named layers in one row, or each by itself if `verbose`.
+
+        Args:
+            verbose: Each layer.
+            output: As asked for; only for the name under which it is shown.
+            seconds: How long it took.
+        """
+        sections: list[Section] = [Facts((*self._facts(), *self._outcome(output, seconds)))]
+        changed = [row for row in self.rows if row.energy or row.form]
+        if changed:
+            layers = layers_of(changed, apart=verbose)
+            sections += [Table(_LAYERS, tuple(map(_layer, layers))), *_remarks(layers)]
+            if len(layers) < len(changed):
+                sections.append(Note("like-named layers are taken together", "omitted"))
+        if self.table:
+            choices = ((one.rank, one.layers, one.residual, one.parameters, one.nbytes) for one in self.table)
+            sections.append(Table(_CHOICES, tuple(choices)))
+        if self.output is None:
+            sections.append(DRY_RUN)
+        return Summary("Extraction", (*sections, *warning_notes(self.warnings)))
+
+    def _facts(self) -> Iterator[tuple[str, Phrase]]:
+        ranks = sorted({row.rank for row in self.rows if row.rank})
+        spread = (
+            f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no factors"
+        )
+        noise = Value(self.noise, "share", 1)
+        yield "tensors", counted(self.classes)
+        moved = (
+            Value(self.moved, "share", 1),
+            " of the values moved; storage rounding makes up ",
+            noise,
+            " of the change",
+        )
+        yield "change", moved
+        yield "adapter", (f"{spread}, ", Value(self.parameters, "count"), f" parameters, {self.dtype}")
+        lost = ("; ", Value(self.lost, "share"), " of its energy was left out") if self.lost else ()
+        yield "held", ("all but ", Value(self.residual, "share"), " of the change", *lost)
+        times = f"{self.saved:.3g} times smaller" if self.saved >= 1 else f"{1 / self.saved:.3g} times larger"
+        copy = Value(self.tuned_nbytes, "bytes")
+        yield "size", (Value(self.adapter_nbytes, "bytes"), f", {times} than the full copy's ", copy)
+
+    def _outcome(self, output: Path | None, seconds: float | None) -> Iterator[tuple[str, Phrase]]:
+        if self.kind is not None:
+            yield "kind", f"{'DoRA' if self.kind.kind == 'dora' else 'LoRA'}: {self.kind.why}"
+        if self.calibration is not None:
+            yield "calibration", self.calibration.text
+        if self.merged is not None:
+            yield "origin", self.merged.text
+        if not math.isnan(self.survival):
+            survives = Value(self.survival, "share", 1)
+            yield "merging", ("keeps ", survives, " of the factors' update in BASE's stored type")
+        if self.output is not None:
+            took = () if seconds is None else (" in ", Value(seconds, "seconds"))
+            yield "proof", "read back: it holds what was measured against TUNED"
+            yield "wrote", (Name(output or self.output, PATH), *took)
+
+
+_LAYERS = (
+    Column("layers", "name"), Column("times", "integer", spare=2), Column("rank", "figure"), Column("share", "share"),
+    Column("missing", "share"), Column("moved", "share", 1, spare=6), Column("rms/ulp", "number", 2, spare=5),
+    Column("noise", "share", 1, spare=4), Column("signal", "figure"), Column("survives", "share", 1, spare=1), Column("class", spare=3),
+)  # fmt: skip
+_CHOICES = (
+    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("parameters", "count"), Column("size", "bytes"),
+)  # fmt: skip
+
+
+def _layer(layer: Layers) -> tuple[Cell, ...]:
+    figures = layer.share, layer.residual, layer.moved, layer.rms_ulp, layer.noise
+    return layer.pattern, len(layer.rows), layer.ranks, *figures, layer.signal, layer.survival, layer.kind
+
+
+def _remarks(layers: Iterable[Layers]) -> list[Section]:
+    """Each remark once, with the layers that it is made of."""
+    remarks: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.why:
+            remarks.setdefault(layer.why, []).append(layer.pattern)
+    rows = tuple((Names(tuple(patterns), 2), why) for why, patterns in remarks.items())
+    return [Table((Column("layers", "name"), Column("remark")), rows)] if rows else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ class Mask:
 
     Attributes:
         real: ``(B, T)``: tokens, past and new, that are no padding.
-        places: ``(B, T)``: how many real tokens stand before each; windows are counted in these, so that padding between does not matter.
+        places: ``(B, T)``: how many real tokens stand before each; windows are counted in these, so that padding
+            between does not matter.
         positions: ``(B, S)``: positions of the new tokens.
         causal: Whether tokens see only what stands before them, and themselves.
     """

@@ -36,8 +36,8 @@ def greedy(
 ) -> Greedy:
     """The most likely token, `steps` times.
 
-    Where rotary factors change with the length (``longrope``), the whole sequence is computed anew once it passes the trained length, as
-    keys rotated by one set do not fit queries rotated by the other.
+    Where rotary factors change with the length (``longrope``), the whole sequence is computed anew once it passes the
+    trained length, as keys rotated by one set do not fit queries rotated by the other.
 
     Args:
         reference: A decoder.

@@ -70,7 +70,8 @@ class Output:
     """What a call gave.
 
     Attributes:
-        logits: ``(B, S, V)``, ``(B, labels)`` or ``(B, S, labels)`` by head; ``(B, S, D)``, the last hidden state, of a bare encoder.
+        logits: ``(B, S, V)``, ``(B, labels)`` or ``(B, S, labels)`` by head; ``(B, S, D)``, the last hidden state, of a
+            bare encoder.
         cache: Of a decoder: with the tokens of this call.
         pooled: ``(B, D)`` of an encoder with a pooler.
     """
@@ -244,8 +245,8 @@ def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
 
     Args:
         reference: The model.
-        flat: ``(n, layers * 2 * kv_heads * head_dim)``: for every token the key and the value of each layer in turn. Keys are taken as
-            they are: no rotation.
+        flat: ``(n, layers * 2 * kv_heads * head_dim)``: for every token the key and the value of each layer in turn.
+            Keys are taken as they are: no rotation.
 
     Raises:
         FitError: the width is not that of the model.

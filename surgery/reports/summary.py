@@ -14,6 +14,7 @@ from surgery.reports.sections import Facts, Note, Section
 from surgery.reports.text import as_text
 from surgery.reports.to_json import plain
 from surgery.reports.values import phrase_text
+from surgery_formats.text import clean
 
 __all__ = ["Summarised", "Summary", "summarised", "warning_notes"]
 
@@ -67,14 +68,14 @@ class Summary:
     def brief(self) -> str:
         """The facts in one line, cut."""
         facts = (row for one in self.sections if isinstance(one, Facts) for row in one.rows)
-        line = "; ".join(f"{phrase_text(label)}: {phrase_text(text)}" for label, text in facts) or self.title
+        line = "; ".join(f"{phrase_text(label)}: {phrase_text(text)}" for label, text in facts) or clean(self.title)
         return line if len(line) <= _BRIEF else f"{line[: _BRIEF - 3]}..."
 
     def __str__(self) -> str:
         return self.as_text()
 
     def __repr__(self) -> str:
-        return f"<Summary {self.title}: {self.brief()}>"
+        return f"<Summary {clean(self.title)}: {self.brief()}>"
 
     def _repr_markdown_(self) -> str:
         return self.as_markdown()

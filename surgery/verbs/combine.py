@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from surgery.algebra.combination import combine_adapters, plan_combination, write_combination
+from surgery.algebra.combination import combine_adapters, plan_combination
 from surgery.algebra.combine_result import Combined, CombineResult, Source
+from surgery.algebra.output import write_combination
 from surgery.algebra.selection import Selection, check_patterns
 from surgery.algebra.sums import Recipe
 from surgery.algebra.task_vectors import DENSE_METHODS
@@ -27,6 +28,7 @@ from surgery.engine.inputs import (
     output_path,
 )
 from surgery.progress import Callback
+from surgery.rank import Rank
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
@@ -41,8 +43,7 @@ def combine(
     adapters: AdaptersLike,
     *,
     output: StrPath | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
+    rank: int | Rank | None = None,
     method: str = "exact",
     density: float | None = None,
     seed: int = 0,
@@ -60,10 +61,9 @@ def combine(
     Args:
         adapters: One or several, each with its weight, negative ones too, given as `surgery.merge` takes them. One alone is scaled.
         output: File or folder to make. Its parent must exist.
-        rank: Greatest rank of a module; without it, and without `energy`, nothing of the sum is lost.
-        energy: Share of each module's energy to keep, in (0, 1].
+        rank: Greatest rank of a module, or ``Rank.energy(.99)``, ``Rank.error(.05)``; without it nothing of the sum is lost.
         method: ``exact``; ``svd`` (the exact sum in its least number of directions); ``ties`` (arXiv:2306.01708), ``dare-ties``,
-            ``dare-linear`` (arXiv:2311.03099), ``magnitude-prune``: dense merges of the deltas, which need `rank` or `energy`.
+            ``dare-linear`` (arXiv:2311.03099), ``magnitude-prune``: dense merges of the deltas, which need a `rank`.
         density: Share of the values that a dense method keeps, in (0, 1].
         seed: Of DARE's random drops.
         only: Patterns of modules to keep (see `surgery.algebra.selection.Selection`); all of them by default.
@@ -83,14 +83,14 @@ def combine(
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    _check_options(method, density, rank, energy)
+    recipe = Recipe.of(method, Rank() if rank is None else Rank.of(rank), 1.0 if density is None else density, seed)
+    _check_options(recipe, density)
     stored, target = float_type(dtype), None if to is None else format_named(to)
     destination = output_path(output, dry_run=dry_run)
     given = as_weighted(adapters)
     if not given:
         raise FitError("no adapter was named")
     given, left = _chosen(given, Selection(tuple(as_list(only)), tuple(as_list(without))))
-    recipe = Recipe(method, rank, energy, None, 1.0 if density is None else density, seed)
     if len(given) == 1 and given[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
         raise NothingChangedError("one adapter with weight 1 is what it was", file=given[0].adapter.path)
     combination = combine_adapters(given, recipe, None if base is None else as_checkpoint(base), left)
@@ -116,13 +116,10 @@ def _chosen(given: Sequence[WeightedAdapter], selection: Selection) -> tuple[lis
     return kept, tuple(left)
 
 
-def _check_options(method: str, density: float | None, rank: int | None, energy: float | None) -> None:
+def _check_options(recipe: Recipe, density: float | None) -> None:
+    method = recipe.method
     if method not in METHODS:
         raise FitError(f"no method '{show(method)}'", hint=f"there are {listing(METHODS, 10)}")
-    if rank is not None and rank < 1:
-        raise FitError(f"a rank of {rank}", hint="give 1 or more")
-    if energy is not None and not 0 < energy <= 1:
-        raise FitError(f"an energy of {energy:g}", hint="give a share between 0 and 1")
     if density is not None and not 0 < density <= 1:
         raise FitError(f"a density of {density:g}", hint="give a share between 0 and 1")
     if method not in DENSE_METHODS:
@@ -131,5 +128,5 @@ def _check_options(method: str, density: float | None, rank: int | None, energy:
         return
     if density is None:
         raise FitError(f"'{method}' needs a density", hint="TIES keeps 0.2 in its paper, DARE 0.1 to 0.5")
-    if rank is None and energy is None:
+    if not recipe.truncates:
         raise FitError(f"what '{method}' makes has full rank", hint="give a rank or an energy")

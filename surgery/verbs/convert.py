@@ -9,7 +9,6 @@ from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.checks import float_type
 from surgery.engine.conversion import (
     Check,
-    ConvertResult,
     bound_source,
     coded_as,
     placed,
@@ -17,6 +16,7 @@ from surgery.engine.conversion import (
     tolerance_of,
     write_conversion,
 )
+from surgery.engine.convert_result import ConvertResult
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
 from surgery.progress import Callback
 from surgery_formats.adapters.format import Coded
@@ -93,7 +93,7 @@ def convert(
     binding = bound_source(source, named)
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss)
     entries = (*plan.rendering.entries, *left)
-    result = ConvertResult(None, given.format, target.name, entries, {}, given.known_issues())
+    result = ConvertResult(None, given.format, target.name, entries, {}, given.known_issues(), given.path)
     if destination is None:
         return result
     options = WriteOptions(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompts import Prompt, WeightLocation, of_adapter, unique
+from surgery.onnx.export.result import ExportResult
 from surgery.onnx.graph.build import GraphOptions, GraphSet
-from surgery.onnx.graph.contract import TEXT, Contract
+from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
 from surgery_formats.dtypes import DType
@@ -37,55 +37,6 @@ if TYPE_CHECKING:
     from surgery_formats.binding.bind import Binding
 
 __all__ = ["ExportResult", "export_onnx"]
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What an export did.
-
-    Attributes:
-        output: The folder.
-        contract: Of ``model.onnx``.
-        files: Written graphs and small files with their sizes.
-        weights: How weights got there.
-        nbytes: Bytes written.
-        nodes: Of ``model.onnx``.
-        warnings: What the user should know.
-        ledger: Of merged weights, or None.
-    """
-
-    output: Path
-    contract: Contract
-    files: Mapping[str, int]
-    weights: Mode
-    nbytes: int
-    nodes: int
-    warnings: tuple[str, ...]
-    ledger: Ledger | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
-        contract = self.contract
-        return {
-            "output": str(self.output),
-            "task": contract.task,
-            "target": contract.target,
-            "dtype": contract.dtype,
-            "padding": contract.padding,
-            "cache": contract.cache,
-            "max_length": contract.max_length,
-            "files": dict(self.files),
-            "weights": self.weights,
-            "weight_files": [one.name for one in contract.weights],
-            "adapters": [dict(one) for one in contract.adapters],
-            "virtual_tokens": contract.virtual_tokens,
-            "vocabulary_rows": contract.vocabulary_rows,
-            "slots": [slot.weight for slot in contract.slots],
-            "nbytes": self.nbytes,
-            "nodes": self.nodes,
-            "warnings": list(self.warnings),
-            "ledger": self.ledger.as_json() if self.ledger else None,
-        }
 
 
 def export_onnx(

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of
@@ -39,6 +39,7 @@ from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import tree_name
 from surgery.extraction.write import Scaling
 from surgery.progress import Callback
+from surgery.rank import Rank
 from surgery_formats.adapters.format import Coded, Format
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.dtypes import DType
@@ -57,11 +58,7 @@ def extract_lora(
     tuned: CheckpointLike,
     *,
     output: StrPath | None = None,
-    rank: int | Literal["auto"] | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    budget: str | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
+    rank: int | Rank = 16,
     alpha: float | None = None,
     rslora: bool = False,
     kind: Kind = "auto",
@@ -85,11 +82,8 @@ def extract_lora(
         base: What was tuned: weight file or folder, or an opened Checkpoint.
         tuned: The full fine-tune.
         output: Folder to make (file, for a format of single files). Its parent must exist.
-        rank: Directions per matrix, 16 if nothing else is said; ``auto`` takes those above the rounding noise of storage.
-        energy: Instead: share of every matrix' squared change to hold.
-        max_error: Instead: most that may be missing of a matrix' change, relative to its norm.
-        budget: Instead: ``20MB`` or ``2M`` (numbers) for the whole adapter, shared out where it helps most.
-        rank_pattern: Other ranks than `rank` for some modules, by patterns of a shell; the first that matches holds.
+        rank: Directions per matrix; or a `surgery.Rank`: by energy, error, a budget for the whole adapter, or above the rounding noise of
+            storage. Of a budget, ``Rank.auto & Rank.budget("20MB")`` spends no more than what is above the noise.
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
         kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
@@ -115,7 +109,7 @@ def extract_lora(
         NothingChangedError: TUNED is BASE.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
-    goal = rank_goal(rank, energy, max_error, budget, table=table, patterns=rank_pattern)
+    goal = rank_goal(Rank.of(rank), table=table)
     options = StorageOptions(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
     scaling = _scaling(alpha, rslora)
     if kind == "dora" and calibration is not None:

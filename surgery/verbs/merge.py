@@ -4,36 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.engine.checks import float_type
 from surgery.engine.execute import Run, execute
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_weighted, output_path
 from surgery.engine.ledger import Ledger
+from surgery.engine.merge_result import MergeResult
 from surgery.engine.model_card import merge_card
 from surgery.engine.model_output import judge, plan_merge
+from surgery.engine.preview import obstacles, preview
 from surgery.progress import Callback
 from surgery_formats.binding.bind import bind
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
 __all__ = ["MergeResult", "merge"]
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """What a merge did, or (dry run) would do.
-
-    Attributes:
-        output: The folder; None for a dry run.
-        ledger: Every tensor, with what was measured.
-        warnings: What the user should know.
-    """
-
-    output: Path | None
-    ledger: Ledger
-    warnings: tuple[str, ...]
 
 
 def merge(
@@ -93,7 +79,8 @@ def merge(
     found = bind([(one.adapter, one.weight) for one in weighted], as_checkpoint(base))
     plan = plan_merge(found, dtype=float_type(dtype, "weights"), shard_size=shard_size, packed=layout == "packed")
     if folder is None:
-        return MergeResult(None, Ledger(plan), plan.warnings)
+        ahead = preview(plan, None if output is None else Path(output), workers)
+        return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
     run = Run(workers, memory_limit, device, verify_copies, overwrite, progress)
     warnings: list[str] = list(plan.warnings)
 

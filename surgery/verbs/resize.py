@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import math
-
-from surgery.algebra.combination import Combination, combine_adapters, plan_combination, write_combination
+from surgery.algebra.combination import Combination, combine_adapters, plan_combination
 from surgery.algebra.combine_result import CombineResult
+from surgery.algebra.output import write_combination
 from surgery.algebra.sums import Recipe
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.checks import float_type
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
 from surgery.progress import Callback
+from surgery.rank import Rank
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
@@ -22,10 +22,8 @@ __all__ = ["resize"]
 def resize(
     adapter: AdapterLike,
     *,
+    rank: int | Rank,
     output: StrPath | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
     dtype: str = "keep",
     to: str | None = None,
     base: CheckpointLike | None = None,
@@ -37,10 +35,9 @@ def resize(
 
     Args:
         adapter: File or folder, or an opened Adapter.
+        rank: Greatest rank of a module; or ``Rank.energy(.99)``, ``Rank.error(.05)``, or several joined by ``&``: all of them hold, a
+            number first.
         output: File or folder to make. Its parent must exist.
-        rank: Greatest rank of a module.
-        energy: Least share of each module's energy ``||.||_F^2`` to keep, in (0, 1].
-        max_error: Greatest error of a module, relative, Frobenius. Of rank, energy and error all that are given hold, `rank` first.
         dtype: ``keep`` (float32 for what was computed), ``fp32``, ``fp16``, ``bf16``.
         to: Format to write; by default the adapter's.
         base: The model it was trained on, where a format's names come from it.
@@ -56,20 +53,15 @@ def resize(
         ProofError: what was written is further from the adapter than the best of its rank.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    if rank is None and energy is None and max_error is None:
-        raise FitError("no size was chosen", hint="give a rank, an energy or a max_error")
-    if rank is not None and rank < 1:
-        raise FitError(f"a rank of {rank}", hint="give 1 or more")
-    for name, value in (("energy", energy), ("max_error", max_error)):
-        if value is not None and not (math.isfinite(value) and 0 < value <= 1):
-            raise FitError(f"{name} is {value:g}", hint="give a number between 0 and 1")
-    recipe = Recipe("exact", rank, energy, max_error)
+    recipe = Recipe.of("exact", Rank.of(rank))
+    if not recipe.truncates:
+        raise FitError("no size was chosen", hint="give a rank, an energy or an error")
     stored, target = float_type(dtype), None if to is None else format_named(to)
     destination = output_path(output, dry_run=dry_run)
     source = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
     combination = combine_adapters([WeightedAdapter(source, 1.0)], recipe, checkpoint)
-    if all(part.outcome == "kept" for part in combination.parts):
+    if all(update.outcome == "kept" for update in combination.updates):
         raise _nothing_to_lose(combination, recipe)
     plan = plan_combination(combination, target or format_named(source.format), stored, "resize")
     if destination is None:
@@ -79,7 +71,7 @@ def resize(
 
 
 def _nothing_to_lose(combination: Combination, recipe: Recipe) -> NothingChangedError:
-    highest = max((part.rank for part in combination.parts), default=0)
+    highest = max((update.rank for update in combination.updates), default=0)
     file = combination.terms[0].adapter.path
     if recipe.by_spectrum:
         return NothingChangedError(

@@ -303,7 +303,9 @@ def _generated(
     )
 
 
-def _encoder_result(opened: GraphSession, rows: list[list[int]], encoded: EncoderOutput, load: float, seconds: float) -> RunResult:
+def _encoder_result(
+    opened: GraphSession, rows: list[list[int]], encoded: EncoderOutput, load: float, seconds: float
+) -> RunResult:
     names = labels(opened)
     texts = tuple(RunText(tuple(row), scores=encoded.scores(number, names)) for number, row in enumerate(rows))
     return RunResult(

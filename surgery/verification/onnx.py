@@ -176,7 +176,8 @@ def compare_encoder(
     Args:
         session: The graph.
         reference: The model.
-        front: Embeddings ``(n, D)`` of a soft prompt, which the graph puts before every row and leaves out of what it gives.
+        front: Embeddings ``(n, D)`` of a soft prompt, which the graph puts before every row and leaves out of what it
+            gives.
     """
     ids, lengths = _prompts(reference, session.contract, 3, 0)
     embedding = reference.model.embedding

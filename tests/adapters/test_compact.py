@@ -417,7 +417,7 @@ def load_float(file: Path) -> Arrays:
 
 def test_a_budget_of_bytes_holds_for_codes(tmp_path: Path) -> None:
     base, tuned = EXAMPLES / "base", EXAMPLES / "tuned"
-    surgery.extract_lora(base, tuned, output=tmp_path / "c", budget="300kB", factors="int4")
+    surgery.extract_lora(base, tuned, output=tmp_path / "c", rank=surgery.Rank.budget("300kB"), factors="int4")
     size = sum((tmp_path / "c" / name).stat().st_size for name in ("adapter.safetensors", "compact.json"))
     assert 0.8 * 300_000 < size <= 300_000
     with pytest.raises(FitError, match="--factors chooses"):

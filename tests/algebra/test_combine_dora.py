@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,12 @@ def test_half_a_dora_merges_as_half_of_what_it_does(made: tuple[Path, Path, Path
 
 def test_without_base_or_rank_it_is_refused_and_the_way_is_named(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, dora, lora = made
-    for options in ({}, {"base": base}, {"rank": 8}):
+    ways: list[tuple[dict[str, Any], str]] = [
+        ({}, "give the base (--base) and a rank (--rank), or merge"),
+        ({"base": base}, "give a rank (--rank), or merge"),
+        ({"rank": 8}, "give the base (--base), or merge"),
+    ]
+    for options, way in ways:
         with pytest.raises(FitError, match=r"depends on the base|rank cannot change") as caught:
-            combine([(dora, 0.7), (lora, -0.3)], output=tmp_path / "out", **options)  # type: ignore[arg-type]
-        assert "--base, --rank" in str(caught.value)
+            combine([(dora, 0.7), (lora, -0.3)], output=tmp_path / "out", **options)
+        assert way in str(caught.value)

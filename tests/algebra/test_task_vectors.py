@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from surgery import combine
+from surgery import Rank, combine
 from surgery_formats.errors import FitError
 from tests.support.adapter_files import (
     peft_deltas,
@@ -110,7 +110,7 @@ def test_a_dense_method_is_cut_optimally(pair: list[tuple[Path, float]], tmp_pat
     apart = np.linalg.norm(peft_deltas(tmp_path / "out")["model.layers.0.self_attn.q_proj"] - wanted)
     assert apart <= 1.0001 * best(wanted, 5) + 1e-6 * np.linalg.norm(wanted)
     assert result.error == pytest.approx(apart / np.linalg.norm(wanted), rel=1e-4)
-    by_energy = combine(pair, output=tmp_path / "e", energy=0.9, method="ties", density=0.3)
+    by_energy = combine(pair, output=tmp_path / "e", rank=Rank.energy(0.9), method="ties", density=0.3)
     squares = np.linalg.svd(wanted, compute_uv=False) ** 2
     assert by_energy.modules[0].rank == int((np.cumsum(squares) < 0.9 * squares.sum()).sum()) + 1
 
@@ -122,8 +122,8 @@ def test_a_dense_method_is_cut_optimally(pair: list[tuple[Path, float]], tmp_pat
         ({"method": "ties", "density": 0.5}, "full rank"),
         ({"method": "exact", "density": 0.5}, "no density"),
         ({"method": "tise"}, "no method"),
-        ({"rank": 0}, "rank of 0"),
-        ({"energy": 1.5}, "energy"),
+        ({"rank": 0}, "the rank is 0"),
+        ({"rank": Rank.budget("1MB")}, "is for extractions"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, object], said: str) -> None:

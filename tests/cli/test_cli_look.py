@@ -222,7 +222,7 @@ def test_an_adapter_is_not_asked_for_the_base_it_does_not_hold(run: Run, tmp_pat
     ("width", "kept", "left_out"), [(80, "signal", "moved"), (100, "survives", "noise"), (140, "moved", None)]
 )
 def test_a_narrow_terminal_keeps_names_whole(monkeypatch, run: Run, width, kept, left_out):
-    monkeypatch.setattr("surgery_cli._tables._PIPED_WIDTH", width)
+    monkeypatch.setattr("surgery_cli.output._width", lambda: width)
     shown = run("extract-lora", "examples/base", "examples/tuned", "--rank", "4", "--dry-run").stdout.splitlines()
     heading = next(line for line in shown if line.startswith("layers"))
     assert kept in heading

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.extraction.ranks import parse_budget
+from surgery.rank import Budget
 from surgery_formats.errors import FitError
 from tests.oracles import models
 from tests.support.extractions import everything, low_rank, only, tune
@@ -18,8 +18,8 @@ from tests.support.kit import spawn
 
 
 def test_energy_and_error_are_met(llama: tuple[Path, Path], tmp_path: Path) -> None:
-    held = surgery.extract_lora(*llama, output=tmp_path / "energy", energy=0.7)
-    missing = surgery.extract_lora(*llama, output=tmp_path / "error", max_error=0.6)
+    held = surgery.extract_lora(*llama, output=tmp_path / "energy", rank=surgery.Rank.energy(0.7))
+    missing = surgery.extract_lora(*llama, output=tmp_path / "error", rank=surgery.Rank.error(0.6))
     ranks = set()
     for row in held.rows:
         assert row.residual**2 <= 0.3 + 1e-6
@@ -40,8 +40,8 @@ def test_a_budget_is_kept_and_shared_out(budget: str, llama: tuple[Path, Path], 
         )
 
     tuned = tune(llama[0], tmp_path / "mixed", change)
-    result = surgery.extract_lora(llama[0], tuned, output=tmp_path / "out", budget=budget)
-    limit = parse_budget(budget)
+    result = surgery.extract_lora(llama[0], tuned, output=tmp_path / "out", rank=surgery.Rank.budget(budget))
+    limit = Budget.parse(budget)
     spent = result.parameters if limit.measure == "parameters" else result.adapter_nbytes
     assert 0.6 * limit.limit < spent <= limit.limit
     ranks = {row.name: row.rank for row in result.rows if row.rank}
@@ -50,15 +50,17 @@ def test_a_budget_is_kept_and_shared_out(budget: str, llama: tuple[Path, Path], 
     assert flat.parameters <= result.parameters * 1.2
     assert result.residual < flat.residual
     with pytest.raises(FitError, match="budget"):
-        surgery.extract_lora(llama[0], tuned, output=tmp_path / "none", budget="100")
+        surgery.extract_lora(llama[0], tuned, output=tmp_path / "none", rank=surgery.Rank.budget("100"))
 
 
 def test_auto_takes_what_stands_out_of_rounding(tmp_path: Path) -> None:
     base = models.build_base("llama", tmp_path / "base", dtype="bfloat16")
     tuned = tune(base, tmp_path / "tuned", only("mlp", low_rank(5)))
-    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", rank="auto")
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", rank=surgery.Rank.auto)
     assert {row.rank for row in result.rows if row.rank} <= {4, 5}
-    few = surgery.extract_lora(base, tuned, output=tmp_path / "few", rank="auto", budget="1500")
+    few = surgery.extract_lora(
+        base, tuned, output=tmp_path / "few", rank=surgery.Rank.auto & surgery.Rank.budget("1500")
+    )
     assert few.parameters <= 1500
     assert max(row.rank for row in few.rows) <= 5
 

@@ -121,14 +121,14 @@ def test_what_was_read_back_is_what_a_merge_makes(tmp_path: Path) -> None:
 def test_a_budget_pays_for_the_magnitudes(tmp_path: Path) -> None:
     base = models.build_base("llama", tmp_path / "base")
     tuned = tune(base, tmp_path / "tuned", rescaled(3))
-    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", budget="6000")
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", rank=surgery.Rank.budget("6000"))
     assert result.kind is not None
     assert result.kind.kind == "dora"
     assert 3000 < result.parameters <= 6000
     least = str(surgery.extract_lora(base, tuned, output=tmp_path / "one", rank=1, kind="lora").parameters)
     with pytest.raises(FitError, match="budget"):
-        surgery.extract_lora(base, tuned, output=tmp_path / "no", budget=least, kind="dora")
-    small = surgery.extract_lora(base, tuned, output=tmp_path / "small", budget=least)
+        surgery.extract_lora(base, tuned, output=tmp_path / "no", rank=surgery.Rank.budget(least), kind="dora")
+    small = surgery.extract_lora(base, tuned, output=tmp_path / "small", rank=surgery.Rank.budget(least))
     assert small.kind is not None
     assert small.kind.kind == "lora"
     assert small.parameters <= int(least)

@@ -20,7 +20,7 @@ def test_some_modules_get_another_rank(kind: Any, table: bool, llama: tuple[Path
     base, tuned = llama
     patterns = {"layers.0.mlp.*": 7, "mlp.*": 2, "q_proj": 5}
     result = surgery.extract_lora(
-        base, tuned, output=tmp_path / "out", rank=3, rank_pattern=patterns, kind=kind, table=table
+        base, tuned, output=tmp_path / "out", rank=surgery.Rank(3, patterns), kind=kind, table=table
     )
     for row in result.rows:
         if row.kind == "low-rank":
@@ -38,10 +38,12 @@ def test_some_modules_get_another_rank(kind: Any, table: bool, llama: tuple[Path
 
 def test_a_pattern_without_a_module_or_beside_a_budget_is_refused(llama: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(FitError, match="qproj") as caught:
-        surgery.extract_lora(*llama, output=tmp_path / "out", rank_pattern={"qproj": 4})
+        surgery.extract_lora(*llama, output=tmp_path / "out", rank=surgery.Rank(patterns={"qproj": 4}))
     assert "q_proj" in str(caught.value.hint)
     with pytest.raises(FitError, match="not with energy"):
-        surgery.extract_lora(*llama, output=tmp_path / "out", energy=0.5, rank_pattern={"q_proj": 4})
+        surgery.extract_lora(
+            *llama, output=tmp_path / "out", rank=surgery.Rank.energy(0.5) & surgery.Rank(patterns={"q_proj": 4})
+        )
     done = spawn("extract-lora", *llama, "-o", tmp_path / "out", "--rank-pattern", "mlp.*=5", "--rank", "2")
     assert done.returncode == 0, done.stderr
     assert surgery.inspect(tmp_path / "out")

@@ -15,7 +15,7 @@ import torch
 
 import surgery
 from surgery.extraction.proof import agrees
-from surgery.extraction.ranks import parse_budget
+from surgery.rank import Budget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError
 from tests.oracles import disk, models
@@ -138,10 +138,8 @@ def test_an_output_that_exists_is_kept(llama: tuple[Path, Path], tmp_path: Path)
     [
         {"rank": 0},
         {"rank": -1},
-        {"rank": 4, "energy": 0.5},
-        {"energy": 0.0},
-        {"max_error": 1.5},
-        {"budget": "much"},
+        {"rank": surgery.Rank(4) & surgery.Rank.energy(0.5)},
+        {"rank": surgery.Rank.energy(1.0)},
         {"alpha": 0.0},
     ],
     ids=str,
@@ -161,7 +159,7 @@ def test_options_that_mean_nothing(options: dict[str, Any], llama: tuple[Path, P
     ],
 )
 def test_budgets(text: str, limit: int, measure: str) -> None:
-    found = parse_budget(text)
+    found = Budget.parse(text)
     assert (found.limit, found.measure) == (limit, measure)
 
 

@@ -107,11 +107,13 @@ def test_a_format_that_needs_more_than_the_budget_says_so(tmp_path: Path) -> Non
     base = checkpoint(tmp_path / "base", {})
     change = {name: torch.randn(value.shape) for name, value in load_file(base / "model.safetensors").items()}
     tuned = checkpoint(tmp_path / "tuned", {name: value for name, value in change.items() if value.ndim == 2})
-    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", budget="40KB", to="mlx", kind="lora")
+    result = surgery.extract_lora(
+        base, tuned, output=tmp_path / "out", rank=surgery.Rank.budget("40KB"), to="mlx", kind="lora"
+    )
     assert result.adapter_nbytes == (tmp_path / "out/adapters.safetensors").stat().st_size
     told = [warning for warning in result.warnings if "40,000 bytes" in warning]
     assert result.adapter_nbytes > 40_000
     assert len(told) == 1
-    fits = surgery.extract_lora(base, tuned, output=tmp_path / "peft", budget="40KB", kind="lora")
+    fits = surgery.extract_lora(base, tuned, output=tmp_path / "peft", rank=surgery.Rank.budget("40KB"), kind="lora")
     assert fits.adapter_nbytes <= 40_000
     assert not fits.warnings

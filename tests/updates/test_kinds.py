@@ -172,12 +172,31 @@ def test_other_formats_say_that_they_have_no_such_thing(name: str, tmp_path: Pat
         convert(adapter, "mlx", output=tmp_path / "out", base=base)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_what_has_no_sum_of_its_kind_is_not_combined(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "why", "way"),
+    [
+        ("ia3", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
+        ("oft", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
+        ("loha", "their sum has no low rank", "give a rank (--rank), or merge them"),
+        ("lokr", "their sum has no low rank", "give a rank (--rank), or merge them"),
+        ("vera", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
+        ("ln", "their sum depends on the base", "merge them"),
+    ],
+)
+def test_a_sum_without_low_rank_names_what_is_missing(name: str, why: str, way: str, tmp_path: Path) -> None:
     _, one = made(name, tmp_path)
     _, other = made(name, tmp_path, seed=3)
-    with pytest.raises(FitError, match="cannot be combined"):
+    with pytest.raises(FitError) as caught:
         surgery.combine([(one, 0.5), (other, 0.5)], output=tmp_path / "out")
+    assert why in caught.value.message
+    assert way in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["ia3", "oft", "vera"])
+def test_what_depends_on_the_base_is_not_resized_without_it(name: str, tmp_path: Path) -> None:
+    _, adapter = made(name, tmp_path)
+    with pytest.raises(FitError, match="its rank cannot change without it"):
+        surgery.resize(adapter, rank=1, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from surgery import resize
+from surgery import Rank, resize
 from surgery_formats.errors import NothingChangedError
 from tests.support.adapter_files import (
     assert_close,
@@ -30,23 +30,20 @@ def _decaying(folder: Path, rank: int = 8) -> Path:
     return write_peft(folder, tensors, r=rank, lora_alpha=4)
 
 
-@pytest.mark.parametrize("limit", [{"rank": 3}, {"energy": 0.99}, {"max_error": 0.1}, {"rank": 2, "energy": 0.99}])
-def test_resize_is_optimal(tmp_path: Path, limit: dict[str, float]) -> None:
+@pytest.mark.parametrize("limit", [3, Rank.energy(0.99), Rank.error(0.1), Rank(2) & Rank.energy(0.99)], ids=str)
+def test_resize_is_optimal(tmp_path: Path, limit: int | Rank) -> None:
     source = _decaying(tmp_path / "a")
     wanted = peft_deltas(source)["model.layers.0.self_attn.q_proj"]
-    result = resize(source, output=tmp_path / "b", **limit)  # type: ignore[arg-type]
+    result = resize(source, output=tmp_path / "b", rank=limit)
     rank = result.modules[0].rank
     norm = float(np.linalg.norm(wanted))
     apart = np.linalg.norm(peft_deltas(tmp_path / "b")["model.layers.0.self_attn.q_proj"] - wanted)
     assert apart <= 1.0001 * best(wanted, rank) + 1e-6 * norm
-    allowed = limit.get("max_error", math.sqrt(1 - limit.get("energy", 0.0)))
-    needed = next(r for r in range(1, 9) if best(wanted, r) <= allowed * norm)
-    assert rank == (
-        min(int(limit["rank"]), needed) if "energy" in limit and "rank" in limit else limit.get("rank", needed)
-    )
-    dry = resize(
-        source, rank=limit.get("rank"), energy=limit.get("energy"), max_error=limit.get("max_error"), dry_run=True
-    )  # type: ignore[arg-type]
+    chosen = Rank.of(limit)
+    allowed = chosen.most_error or math.sqrt(1 - (chosen.least_energy or 1.0))
+    needed = next(r for r in range(1, 9) if best(wanted, r) <= allowed * norm + 1e-6 * norm)
+    assert rank == min(chosen.number or 8, needed)
+    dry = resize(source, rank=limit, dry_run=True)
     assert dry.error == pytest.approx(result.error, rel=1e-4)
 
 

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from surgery_cli.commands._combine_text import run, share
 from surgery_cli.options import (
     Settings,
     complete_files,
@@ -17,9 +16,13 @@ from surgery_cli.options import (
     dtype_option,
     output_option,
     overwrite_option,
+    rank_of,
+    share,
     subcommand,
     weighted,
 )
+from surgery_cli.output import show_output
+from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
@@ -79,10 +82,13 @@ def command(
     from surgery_formats.refs import resolve
 
     _check(options)
+    rank = rank_of(options.pop("rank"), options.pop("energy"))
+    began = time.monotonic()
     given = [(resolve(reference), weight) for reference, weight in adapters]
     model = None if base is None else resolve(base)
-    call = partial(combine, given, output=output, base=model, **options)
-    run(call, "combining", output, settings, dry_run=dry_run)
+    with bar(settings, "combining") as progress:
+        result = combine(given, output=output, base=model, rank=rank, dry_run=dry_run, progress=progress, **options)
+    show_output("combine", result, settings, began, output)
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from surgery_cli._tables import emit_json, goal, note, pairs, table, warn
 from surgery_cli.options import (
     Settings,
     complete_files,
@@ -20,15 +18,11 @@ from surgery_cli.options import (
     overwrite_option,
     subcommand,
 )
+from surgery_cli.output import show_output
 from surgery_cli.progress import bar
-from surgery_formats.text import nbytes, show
-
-if TYPE_CHECKING:
-    from surgery.verbs.convert import ConvertResult
+from surgery_formats.text import show
 
 __all__ = ["command"]
-
-_LISTED = 20  # lost parts named; all of them with -v
 
 
 def _format(text: str) -> str:
@@ -97,45 +91,4 @@ def command(
     model = None if base is None else resolve(base)
     with bar(settings, "converting") as progress:
         result = convert(source, to, output=output, base=model, dry_run=dry_run, progress=progress, **options)
-    seconds = time.monotonic() - began
-    if settings.json:
-        where = None if result.output is None else str(result.output)
-        emit_json("convert", {"output": where, "seconds": round(seconds, 3), **result.as_json()})
-    elif dry_run or not settings.quiet:
-        _text(result, source, output, seconds, settings)
-    for text in result.warnings:
-        warn(text)
-
-
-def _text(result: ConvertResult, source: Path, output: Path | None, seconds: float, settings: Settings) -> None:
-    outcomes = Counter(entry.outcome for entry in result.entries)
-    rows = [
-        ("convert", f"{show(source, 500)} ({show(result.source)})"),
-        ("to", goal(output, result.target)),
-        ("parts", ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())),
-    ]
-    if result.output is not None:
-        same = f"{len(result.errors)} weights change as before; largest error {result.max_error:.1e} of a change"
-        near = f"{outcomes['approximated']} change nearly as before; largest error {result.max_approximation:.2%} of a change"
-        told = [same] * bool(result.errors) + [near] * bool(outcomes["approximated"])
-        rows.append(("proof", "; ".join(told or [same])))
-        rows.append(("wrote", f"{nbytes(_size(result.output))} in {seconds:.2f} s"))
-    pairs(rows)
-    dropped = [entry for entry in result.entries if entry.outcome == "dropped"]
-    shown = list(result.entries) if settings.verbose else dropped[:_LISTED]
-    if shown:
-        click.echo()
-        details = (e.detail if e.error is None else f"{e.detail}, error {e.error:.2%}" for e in shown)
-        table(
-            ("part", "outcome", "detail"),
-            ((entry.site, entry.outcome, detail) for entry, detail in zip(shown, details, strict=True)),
-        )
-    if len(dropped) > len(shown):
-        note(f"... and {len(dropped) - len(shown)} more dropped; -v shows all")
-    if result.output is None:
-        note("dry run: nothing was written")
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    show_output("convert", result, settings, began, output)

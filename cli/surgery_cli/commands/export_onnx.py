@@ -3,29 +3,17 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from surgery_cli._tables import emit_json, pairs, warn
 from surgery_cli.options import Settings, complete_files, output_option, overwrite_option, subcommand, weighted
+from surgery_cli.output import show_result
 from surgery_cli.progress import bar
-from surgery_formats.text import count, nbytes, show
-
-if TYPE_CHECKING:
-    from surgery.verbs.export_onnx import ExportResult
 
 __all__ = ["command"]
-
-_WEIGHTS = {
-    "reference": "used where they lie",
-    "link": "hard links",
-    "copy": "copied",
-    "embed": "inside the graph",
-}
 
 
 @subcommand("export-onnx")
@@ -127,64 +115,4 @@ def command(
             **options,
         )
     seconds = time.monotonic() - began
-    if settings.json:
-        emit_json("export-onnx", result.as_json() | {"seconds": round(seconds, 3)})
-    elif not settings.quiet:
-        _tell(result, seconds)
-    for text in result.warnings:
-        warn(text)
-
-
-def _tell(result: ExportResult, seconds: float) -> None:
-    contract = result.contract
-    graphs = [name for name in result.files if "/" not in name]
-    rows = [
-        ("graph", f"{result.nodes} nodes for {contract.target} in {contract.dtype}: {', '.join(graphs)}"),
-        *_adapter_rows(result),
-        ("weights", f"{', '.join(one.name for one in contract.weights)}: {_WEIGHTS[result.weights]}"),
-        ("written", f"{nbytes(result.nbytes)} in {seconds:.2f} s"),
-    ]
-    if contract.kind == "decoder":
-        rows.insert(
-            1,
-            (
-                "reach",
-                f"{count(contract.max_length)} tokens; rows of a batch are padded on the {_side(contract.padding)}",
-            ),
-        )
-        text = '-p "..."' if (result.output / "tokenizer.json").exists() else "--ids 1,2,3"
-        rows.append(("next", f"surgery run {_quoted(result.output)} {text}{_given(result)}"))
-    pairs(rows)
-
-
-def _adapter_rows(result: ExportResult) -> list[tuple[str, str]]:
-    contract, rows = result.contract, []
-    for one in contract.adapters:
-        name, kind = show(one["name"], 60), one["kind"]
-        if one["mode"] == "merged":
-            rows.append(("merged", f"{name} ({kind})" + (f", weight {one['weight']:g}" if one["weight"] != 1 else "")))
-        elif one["mode"] == "swapped":
-            rows.append(("swap", f"{name} ({kind}): {one['file']}"))
-        else:
-            where = f": {one['file']}" if "file" in one else ""
-            if "rows" in one:
-                where = f": ids {one['rows'][0]} to {one['rows'][0] + one['rows'][1] - 1}"
-            rows.append(("in front", f"{name} ({kind}), {one['virtual_tokens']} tokens{where}"))
-    if result.ledger is not None:
-        changed = len(result.ledger.plan.computed())
-        rows.append(("changed", f"{count(changed)} tensors, {nbytes(result.ledger.plan.nbytes)} written for them"))
-    return rows
-
-
-def _given(result: ExportResult) -> str:
-    swapped = next((one for one in result.contract.adapters if one["mode"] == "swapped"), None)
-    return f" --adapter {_quoted(result.output / swapped['file'])}" if swapped else ""
-
-
-def _quoted(path: Path) -> str:
-    """As a shell takes it."""
-    return shlex.quote(show(path, 500))
-
-
-def _side(padding: str) -> str:
-    return {"any": "left or right"}.get(padding, padding)
+    show_result("export-onnx", result, settings, summary=result.summary(seconds=seconds), seconds=round(seconds, 3))

@@ -3,30 +3,28 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from surgery_cli._tables import emit_json, note, pairs, table, warn
 from surgery_cli.options import (
     Settings,
     complete_files,
     devices_option,
     dry_run_option,
+    number,
     output_option,
     overwrite_option,
+    rank_of,
     subcommand,
+    true_share,
 )
+from surgery_cli.output import show_output
 from surgery_cli.progress import bar
 from surgery_formats.errors import FitError
-from surgery_formats.text import count, listing, nbytes, show
-
-if TYPE_CHECKING:
-    from surgery.extraction.findings import CalibrationTotals
-    from surgery.extraction.result import ExtractResult, Layers
+from surgery_formats.text import show
 
 __all__ = ["command"]
 
@@ -41,39 +39,18 @@ def _rank(text: str) -> int | str:
 
 
 def _rank_pattern(text: str) -> tuple[str, int]:
-    pattern, equals, number = text.rpartition("=")
-    rank = _rank(number)
+    pattern, equals, rank_text = text.rpartition("=")
+    rank = _rank(rank_text)
     if not equals or not pattern or not isinstance(rank, int):
         raise click.BadParameter(f"'{show(text, 40)}' is not PATTERN=N")
     return pattern, rank
 
 
-def _share(text: str) -> float:
-    """A number between 0 and 1; ``95%`` too."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise click.BadParameter(f"'{show(text, 40)}' does not lie between 0 and 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise click.BadParameter(f"'{show(text, 40)}' is not a number above 0")
-    return value
-
-
 def _budget(text: str) -> str:
-    from surgery.extraction.ranks import parse_budget
+    from surgery.rank import Budget
 
     try:
-        parse_budget(text)
+        Budget.parse(text)
     except FitError as error:
         raise click.BadParameter(f"{error.message}: {error.hint}") from error
     return text
@@ -98,9 +75,11 @@ def _dense(text: str) -> tuple[str, ...]:
     metavar="PATTERN=N",
     help="Another rank for some modules: 'mlp.*=32'; the first that matches holds.",
 )
-@click.option("--energy", type=_share, metavar="SHARE", help="Instead: share of each matrix' squared change to hold.")
 @click.option(
-    "--max-error", type=_share, metavar="SHARE", help="Instead: most that may be missing of each matrix' change."
+    "--energy", type=true_share, metavar="SHARE", help="Instead: share of each matrix' squared change to hold."
+)
+@click.option(
+    "--max-error", type=true_share, metavar="SHARE", help="Instead: most that may be missing of each matrix' change."
 )
 @click.option(
     "--budget", type=_budget, metavar="SIZE", help="Instead: 20MB, or 2M parameters, shared out where it helps most."
@@ -118,7 +97,7 @@ def _dense(text: str) -> tuple[str, ...]:
     metavar="FILE",
     help="Inputs of modules (safetensors), for factors that are best on them.",
 )
-@click.option("--alpha", type=_positive, metavar="NUMBER", help="lora_alpha; default: the rank.")
+@click.option("--alpha", type=number(above=0), metavar="NUMBER", help="lora_alpha; default: the rank.")
 @click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
 @click.option(
     "--dense",
@@ -180,102 +159,17 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
     patterns = dict(options.pop("rank_pattern"))
     if patterns and (ways not in ([], ["rank"]) or options["rank"] == "auto"):
         raise click.UsageError("--rank-pattern goes with a number as --rank")
+    chosen = {name: options.pop(name) for name in ("rank", "energy", "max_error", "budget")}
     began = time.monotonic()
     with bar(settings, "extracting") as progress:
         result = extract_lora(
             resolve(base),
             resolve(tuned),
             output=output,
-            rank_pattern=patterns,
+            rank=rank_of(**chosen, patterns=patterns),
             dry_run=dry_run,
             progress=progress,
             **options,
         )
-    seconds = time.monotonic() - began
-    if settings.json:
-        where = None if result.output is None else str(result.output)
-        timings = {name: round(value, 3) for name, value in result.timings.items()}
-        emit_json(
-            "extract-lora", {"output": where, "seconds": round(seconds, 3), "timings": timings, **result.as_json()}
-        )
-    elif dry_run or not settings.quiet:
-        _text(result, output, seconds, settings)
-    for text in result.warnings:
-        warn(text)
-
-
-def _text(result: ExtractResult, output: Path | None, seconds: float, settings: Settings) -> None:
-    ranks = sorted({row.rank for row in result.rows if row.rank})
-    spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no factors"
-    times = f"{result.saved:.3g} times smaller" if result.saved >= 1 else f"{1 / result.saved:.3g} times larger"
-    rows = [
-        ("tensors", ", ".join(f"{number} {kind}" for kind, number in result.classes.items())),
-        (
-            "change",
-            f"{result.moved:.1%} of the values moved; storage rounding makes up {result.noise:.1%} of the change",
-        ),
-        ("adapter", f"{spread}, {count(result.parameters)} parameters, {result.dtype}"),
-        (
-            "held",
-            f"all but {result.residual:.2%} of the change"
-            + (f"; {result.lost:.2%} of its energy was left out" if result.lost else ""),
-        ),
-        ("size", f"{nbytes(result.adapter_nbytes)}, {times} than the full copy's {nbytes(result.tuned_nbytes)}"),
-    ]
-    if result.kind is not None:
-        rows.append(("kind", f"{'DoRA' if result.kind.kind == 'dora' else 'LoRA'}: {result.kind.why}"))
-    if result.calibration is not None:
-        rows.append(("calibration", _calibration(result.calibration)))
-    if result.merged is not None:
-        rows.append(("origin", result.merged.text))
-    if not math.isnan(result.survival):
-        rows.append(("merging", f"keeps {result.survival:.1%} of the factors' update in BASE's stored type"))
-    if result.output is not None:
-        rows.append(("proof", "read back: it holds what was measured against TUNED"))
-        rows.append(("wrote", f"{show(output, 500)} in {seconds:.2f} s"))
-    pairs(rows)
-    told = [row for row in result.rows if row.energy or row.form]
-    if told:
-        from surgery.extraction.result import layers_of
-
-        click.echo()
-        layers = layers_of(told, apart=bool(settings.verbose))
-        table(_HEADINGS, map(_cells, layers), right=range(1, 10), spare=_SPARE)
-        remarks: dict[str, list[str]] = {}
-        for one in layers:
-            if one.why:
-                remarks.setdefault(one.why, []).append(one.pattern)
-        if remarks:
-            click.echo()
-            table(("layers", "remark"), ((listing(where, 2), why) for why, where in remarks.items()))
-        if len(layers) < len(told):
-            note("like-named layers are taken together; -v shows each")
-    if result.table:
-        click.echo()
-        cells = (
-            (str(c.rank), c.layers, f"{c.residual:.2%}", count(c.parameters), nbytes(c.nbytes)) for c in result.table
-        )
-        table(("rank", "layers", "missing", "parameters", "size"), cells, right=(0, 2, 3, 4))
-    if result.output is None:
-        note("dry run: nothing was written")
-
-
-def _calibration(found: CalibrationTotals) -> str:
-    bias = f"; {found.biases} biases make up for mean errors" if found.biases else ""
-    return (
-        f"weighted factors in {found.weighted} of {found.modules} modules: on these inputs {found.error:.2%} of what the change does "
-        f"is missing, {found.plain:.2%} with plain factors{bias}"
-    )
-
-
-_HEADINGS = (
-    "layers", "times", "rank", "share", "missing", "moved", "rms/ulp", "noise", "signal", "survives", "class",
-)  # fmt: skip
-
-_SPARE = tuple(map(_HEADINGS.index, ("moved", "rms/ulp", "noise", "class", "times", "survives")))
-
-
-def _cells(one: Layers) -> tuple[str, ...]:
-    survival = "" if math.isnan(one.survival) else f"{one.survival:.1%}"
-    figures = (f"{one.share:.2%}", f"{one.residual:.2%}", f"{one.moved:.1%}", f"{one.rms_ulp:.2g}", f"{one.noise:.1%}")
-    return (one.pattern, str(len(one.rows)), one.ranks, *figures, one.signal, survival, one.kind)
+    timings = {name: round(value, 3) for name, value in result.timings.items()}
+    show_output("extract-lora", result, settings, began, output, timings=timings)

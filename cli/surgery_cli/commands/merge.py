@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from surgery_cli._tables import emit_json, warn
-from surgery_cli.commands._merge_text import obstacles, plan_text, result_text
 from surgery_cli.options import (
     Settings,
     complete_files,
@@ -23,10 +21,8 @@ from surgery_cli.options import (
     subcommand,
     weighted,
 )
+from surgery_cli.output import show_result
 from surgery_cli.progress import bar
-
-if TYPE_CHECKING:
-    from surgery.verbs.merge import MergeResult
 
 __all__ = ["command"]
 
@@ -94,25 +90,5 @@ def command(
             **options,
         )
     seconds = time.monotonic() - began
-    warnings = [*result.warnings]
-    if dry_run:
-        warnings += obstacles(result.ledger.plan, output, overwrite=options["overwrite"])
-    if settings.json:
-        emit_json("merge", _as_json(result, seconds, warnings))
-    elif dry_run:
-        plan_text(result, output, options["workers"], settings)
-    elif not settings.quiet:
-        result_text(result, seconds, settings)
-    for text in warnings:
-        warn(text)
-
-
-def _as_json(result: MergeResult, seconds: float, warnings: list[str]) -> dict[str, Any]:
-    return {
-        "output": None if result.output is None else str(result.output),
-        "nbytes": result.ledger.plan.nbytes,
-        "files": {file.name: file.nbytes for file in result.ledger.plan.files},
-        "seconds": round(seconds, 3),
-        "warnings": warnings,
-        "ledger": result.ledger.as_json(),
-    }
+    summary = result.summary(verbose=settings.verbose > 0, seconds=seconds)
+    show_result("merge", result, settings, summary=summary, data=dry_run, seconds=round(seconds, 3))

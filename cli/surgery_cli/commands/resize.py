@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from surgery_cli.commands._combine_text import run, share
 from surgery_cli.options import (
     Settings,
     complete_files,
@@ -17,8 +16,12 @@ from surgery_cli.options import (
     dtype_option,
     output_option,
     overwrite_option,
+    rank_of,
+    share,
     subcommand,
 )
+from surgery_cli.output import show_output
+from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
@@ -52,7 +55,10 @@ def command(
 
     if all(options[name] is None for name in ("rank", "energy", "max_error")):
         raise click.UsageError("give --rank, --energy or --max-error")
+    rank = rank_of(**{name: options.pop(name) for name in ("rank", "energy", "max_error")})
+    began = time.monotonic()
     source = resolve(adapter)
     model = None if base is None else resolve(base)
-    call = partial(resize, source, output=output, base=model, **options)
-    run(call, "resizing", output, settings, dry_run=dry_run)
+    with bar(settings, "resizing") as progress:
+        result = resize(source, output=output, base=model, rank=rank, dry_run=dry_run, progress=progress, **options)
+    show_output("resize", result, settings, began, output)

@@ -24,7 +24,7 @@ from surgery_formats.tensors.views import View, rows, whole
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Fit, Linear, Offset, Replacement, Stacked, TokenRows, Unsized, Update
 
-__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base"]
+__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base", "widest_of"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
             for given in chain if places else ():
                 if isinstance(given, Unsized):
                     if given.kind not in widest:
-                        widest[given.kind] = _widest(given.kind, adapter, checkpoint)
+                        widest[given.kind] = widest_of(given.kind, adapter, checkpoint)
                     given = given.fitted(fit_of(places, widest[given.kind]))
                 update = _oriented(given, component, adapter)
                 if isinstance(update, Replacement):
@@ -167,7 +167,7 @@ def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int]) -> Fit:
     return Fit(extent(places), kernel, widest)
 
 
-def _widest(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
+def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
     """``(out, in)``, each the greatest of all weights for which `adapter` has updates of `kind`."""
     shapes = [(0, 0)]
     for site, chain in adapter.updates.items():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ __all__ = [
     "TensorSpec",
     "WritableContainer",
     "one_file",
-    "stored_at",
+    "stored_tensors",
 ]
 
 TensorSpec = tuple[str, DType, tuple[int, ...]]
@@ -156,32 +156,37 @@ def one_file(shard: Shard, config: Mapping[str, Any] | None = None) -> dict[str,
     return {"": ShardSet(shard.path.parent, (shard,), config=config or {})}
 
 
-def stored_at(file: File, name: object, label: object, shape: object, offset: object) -> StoredTensor:
-    """A contiguous tensor as the header of a stranger's file describes it.
+def stored_tensors(
+    file: File, entries: Iterable[tuple[Any, Any, Any, Any]], begin: int = 0
+) -> tuple[StoredTensor, ...]:
+    """Contiguous tensors as the header of a stranger's file describes them, checked one by one.
 
     Args:
-        file: Where it lies.
-        name: Its name.
-        label: Its type as safetensors calls it (``BF16``).
-        shape: Its sizes.
-        offset: Absolute position of its first byte.
+        file: Where they lie.
+        entries: Name, type as safetensors calls it (``BF16``), sizes, and position of the first byte.
+        begin: Where the data begins, if positions count from there.
 
     Raises:
-        MalformedError: a wrong type, an unknown dtype, sizes that are none, or bytes beyond the end of the file.
+        MalformedError: a wrong type, an unknown dtype, invalid sizes, bytes outside the file, or a name twice.
     """
-    if not isinstance(name, str):
-        raise MalformedError("the name of a tensor is not a string", file=file.path)
-    dtype = next((dtype for dtype in DType if dtype.label == label), None)
-    if dtype is None:
-        raise MalformedError("unknown dtype", file=file.path, tensor=name)
-    if not isinstance(shape, list | tuple) or len(shape) > _MAX_DIMS or not all(map(_is_size, shape)):
-        raise MalformedError(f"its shape is not a list of at most {_MAX_DIMS} sizes", file=file.path, tensor=name)
-    bits = math.prod(shape) * dtype.bits
-    if bits % 8:
-        raise MalformedError(f"{bits} bits are not whole bytes", file=file.path, tensor=name)
-    if type(offset) is not int or offset < 0 or offset + bits // 8 > file.size:
-        raise MalformedError("its bytes are not inside the file", file=file.path, tensor=name)
-    return StoredTensor(name, dtype, tuple(shape), file, offset, bits // 8)
+    tensors: dict[str, StoredTensor] = {}
+    for name, label, shape, offset in entries:
+        if not isinstance(name, str):
+            raise MalformedError("the name of a tensor is not a string", file=file.path)
+        dtype = next((dtype for dtype in DType if dtype.label == label), None)
+        if dtype is None:
+            raise MalformedError("unknown dtype", file=file.path, tensor=name)
+        if not isinstance(shape, list | tuple) or len(shape) > _MAX_DIMS or not all(map(_is_size, shape)):
+            raise MalformedError(f"its shape is not a list of at most {_MAX_DIMS} sizes", file=file.path, tensor=name)
+        bits = math.prod(shape) * dtype.bits
+        if bits % 8:
+            raise MalformedError(f"{bits} bits are not whole bytes", file=file.path, tensor=name)
+        if type(offset) is not int or offset < 0 or begin + offset + bits // 8 > file.size:
+            raise MalformedError("its bytes are not inside the file", file=file.path, tensor=name)
+        if name in tensors:
+            raise MalformedError("the name appears twice", file=file.path, tensor=name)
+        tensors[name] = StoredTensor(name, dtype, tuple(shape), file, begin + offset, bits // 8)
+    return tuple(tensors.values())
 
 
 def _is_size(value: object) -> bool:

@@ -18,9 +18,9 @@ from typing import Any
 
 from surgery_formats.containers.base import Shard, ShardSet
 from surgery_formats.containers.weight_files import file_containers, is_weight_file, open_shard, open_weight_file
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, SurgeryError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
-from surgery_formats.files.raw import stays_inside
+from surgery_formats.files.raw import open_file, stays_inside
 from surgery_formats.text import listing, show
 
 __all__ = [
@@ -40,6 +40,7 @@ STEMS = (*MODEL_STEMS, "adapter_model")
 _INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.[^.]+)\.index(?P<variant>\.[^.]+)?\.json", re.DOTALL)
 # Files of a training run beside the weights; they hold optimizer states and arguments.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.[^.]+")
+_HEAD = 1 << 20  # bytes of an index in which it is recognised
 _NAME_NBYTES = 255  # of one path component on every common file system
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows opens these as devices
 
@@ -203,11 +204,12 @@ class _Sharded:
 
     def detect(self, path: Path) -> bool:
         """A folder with a file of weights or an index, or an index."""
-        if not os.path.isdir(path):
-            return is_index(path.name) and os.path.isfile(path)
         try:
+            if not os.path.isdir(path):
+                file = open_file(path)
+                return is_index(path.name) and b'"weight_map"' in file.read(0, min(file.size, _HEAD))
             names = _listed(path)
-        except OSError:
+        except (SurgeryError, OSError):
             return False
         return any(is_index(name) or (is_weight_file(name) and not _NOT_WEIGHTS.fullmatch(name)) for name in names)
 

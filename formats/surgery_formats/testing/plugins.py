@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import ModuleType
 
 from surgery_formats.plugins import forget_plugins
 
-__all__ = ["installed"]
+__all__ = ["installed", "installed_project"]
 
 _MODULE = "surgery_plugin_under_test"
 
@@ -27,24 +28,52 @@ def installed(group: str, name: str, plugin: object) -> Iterator[None]:
         name: Of the entry point.
         plugin: The object, or where it is imported from (``package.module:OBJECT``).
     """
+    target, module = plugin, f"{_MODULE}_{id(plugin)}"
+    if not isinstance(plugin, str):
+        target = f"{module}:plugin"
+        sys.modules[module] = ModuleType(module)
+        sys.modules[module].__dict__["plugin"] = plugin
+    try:
+        with _distribution(f"[{group}]\n{name} = {target}\n"):
+            yield
+    finally:
+        sys.modules.pop(module, None)
+
+
+@contextmanager
+def installed_project(folder: Path) -> Iterator[None]:
+    """The package in `folder` as if it were installed: its modules can be imported, its entry points are found.
+
+    Args:
+        folder: Holds pyproject.toml and, beside it, the modules.
+    """
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, entries in project.get("entry-points", {}).items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    sys.path.insert(0, str(folder))
+    try:
+        with _distribution("\n".join(lines)):
+            yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextmanager
+def _distribution(entry_points: str) -> Iterator[None]:
+    """A distribution with these entry points on the path."""
     with TemporaryDirectory(prefix="surgery-plugin-") as folder:
-        target = plugin if isinstance(plugin, str) else f"{_MODULE}_{id(plugin)}:plugin"
-        module = target.partition(":")[0]
-        if not isinstance(plugin, str):
-            sys.modules[module] = ModuleType(module)
-            sys.modules[module].__dict__["plugin"] = plugin
-        info = Path(folder, f"{_MODULE}_{id(plugin)}-0.dist-info")
+        name = f"{_MODULE}_{Path(folder).name.rpartition('-')[2]}"
+        info = Path(folder, f"{name}-0.dist-info")
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {info.name.partition('-')[0]}\nVersion: 0\n")
-        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {target}\n")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(entry_points)
         sys.path.insert(0, folder)
         try:
             _look_again()
             yield
         finally:
             sys.path.remove(folder)
-            if not isinstance(plugin, str):
-                del sys.modules[module]
             _look_again()
 
 

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every container must do: checks for a test suite, each of which raises AssertionError.
+
+@pytest.mark.parametrize("check", CONTAINER_CHECKS, ids=lambda check: check.__name__)
+def test_the_container_conforms(check, tmp_path):
+    check(ContainerCase(MINE, write_mine), tmp_path)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery_formats.containers.base import Container, FileContainer, ShardSet, TensorSpec, WritableContainer
+from surgery_formats.containers.weight_files import output_container
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import MalformedError, SurgeryError
+from surgery_formats.tensors.tensor import StoredTensor, as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CONTAINER_CHECKS", "ContainerCase"]
+
+_CUTS = 40
+_FLIPS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerCase:
+    """A container under test.
+
+    Attributes:
+        container: The object.
+        write: Writes tensors into a folder as the program does whose files these are, or at least not with `container`; returns what
+            `container` opens.
+    """
+
+    container: Container
+    write: Callable[[Path, Mapping[str, torch.Tensor]], Path]
+
+
+def detects_its_own(case: ContainerCase, folder: Path) -> None:
+    """`detect` knows what the program wrote."""
+    assert case.container.detect(case.write(folder, _tensors()))
+
+
+def is_silent_about_foreign_files(case: ContainerCase, folder: Path) -> None:
+    """`detect` is False, and raises nothing, for what is missing, empty, garbage or no file at all."""
+    for path in _foreign(folder, case.container):
+        assert case.container.detect(path) is False, path
+
+
+def opens_what_was_written(case: ContainerCase, folder: Path) -> None:
+    """Names, types, shapes and values are those of the file."""
+    wanted = _tensors()
+    opened = _opened(case.container, case.write(folder, wanted))
+    assert opened.keys() == wanted.keys()
+    for name, tensor in opened.items():
+        _assert_same(tensor, wanted[name])
+
+
+def stays_inside_its_files(case: ContainerCase, folder: Path) -> None:
+    """The bytes of every tensor lie in its file, and are as many as its type and shape take."""
+    for tensor in _opened(case.container, case.write(folder, _tensors())).values():
+        assert 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= tensor.file.size
+        assert tensor.strides is not None or tensor.nbytes * 8 == tensor.numel * tensor.dtype.bits
+
+
+def reads_rows_as_slices(case: ContainerCase, folder: Path) -> None:
+    """Rows of a tensor are a slice of the whole."""
+    for tensor in _opened(case.container, case.write(folder, _tensors())).values():
+        whole = tensor.read()
+        for start, stop in ((0, 1), (1, 3), (2, None), (0, 0)) if tensor.shape else ():
+            assert tensor.read(start, stop).equal(whole[start:stop]), tensor.name
+
+
+def refuses_truncated_files(case: ContainerCase, folder: Path) -> None:
+    """A file that was cut anywhere is malformed, whatever it was cut down to."""
+    path = case.write(folder, _tensors())
+    for file in _weight_files(case.container, path):
+        raw = file.read_bytes()
+        for size in {0, 1, 8, *(len(raw) * i // _CUTS for i in range(_CUTS)), len(raw) - 1}:
+            file.write_bytes(raw[:size])
+            try:
+                case.container.open(path)
+            except MalformedError:
+                continue
+            raise AssertionError(f"{file.name}: {size} of {len(raw)} bytes are opened")
+        file.write_bytes(raw)
+
+
+def survives_damage(case: ContainerCase, folder: Path) -> None:
+    """A file with a wrong byte is opened or refused: no other error, no tensor beyond its file."""
+    path, draw = case.write(folder, _tensors()), random.Random(0)
+    for file in _weight_files(case.container, path):
+        raw = file.read_bytes()
+        for _ in range(_FLIPS):
+            damaged = bytearray(raw)
+            damaged[draw.randrange(min(len(raw), 4096))] = draw.randrange(256)
+            damaged[-1 - draw.randrange(min(len(raw), 1024))] = draw.randrange(256)
+            file.write_bytes(damaged)
+            with contextlib.suppress(SurgeryError):
+                for tensor in _opened(case.container, path).values():
+                    assert 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= tensor.file.size
+        file.write_bytes(raw)
+
+
+def writes_what_it_opens(case: ContainerCase, folder: Path) -> None:
+    """A file written by `lay_out` opens as what was written; a container that is only read names one that is written."""
+    container, wanted = case.container, _tensors()
+    if not isinstance(container, WritableContainer):
+        if isinstance(container, FileContainer):
+            output_container(container.name)
+        else:
+            assert container.written_as == container.name
+        return
+    assert container.written_as == container.name
+    specs: list[TensorSpec] = [(name, DType.of(t.dtype), tuple(t.shape)) for name, t in wanted.items()]
+    (shards,) = container.open(case.write(folder, wanted)).values()
+    for like, alignment in ((None, 1), (None, 4096), (shards.shards[0], 1)):
+        layout = container.lay_out(specs, like, alignment)
+        assert layout == container.lay_out(specs, like, alignment)
+        begin = min(offset for offset, nbytes in layout.ranges.values() if nbytes)
+        assert len(layout.header) <= begin
+        assert begin % alignment == 0
+        path = folder / f"written{container.suffixes[0]}"
+        with open(path, "wb") as file:
+            file.write(layout.header)
+            file.truncate(layout.nbytes)
+            for name, (offset, nbytes) in layout.ranges.items():
+                assert offset + nbytes <= layout.nbytes
+                file.seek(offset)
+                assert file.write(as_bytes(wanted[name].contiguous())) == nbytes
+        opened = _opened(container, path)
+        assert opened.keys() == wanted.keys()
+        for name, tensor in opened.items():
+            _assert_same(tensor, wanted[name])
+
+
+CONTAINER_CHECKS: tuple[Callable[[ContainerCase, Path], None], ...] = (
+    detects_its_own,
+    is_silent_about_foreign_files,
+    opens_what_was_written,
+    stays_inside_its_files,
+    reads_rows_as_slices,
+    refuses_truncated_files,
+    survives_damage,
+    writes_what_it_opens,
+)
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    """Every common type, and every kind of shape."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(7, 5, generator=generator)
+    types = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+    tensors = {f"block.{i}.weight": (values * 40).abs().to(dtype) for i, dtype in enumerate(types)}
+    tensors |= {
+        "mask": values > 0,
+        "scalar": torch.tensor(2.5),
+        "vector": values[0].clone(),
+        "empty": torch.zeros(0, 3),
+        "convolution": torch.randn(4, 3, 2, 2, generator=generator),
+        "déjà vu": torch.ones(3),
+    }
+    return tensors
+
+
+def _opened(container: Container, path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of every network."""
+    networks: list[ShardSet] = list(container.open(path).values())
+    return {name: tensor for network in networks for name, tensor in network.tensors.items()}
+
+
+def _weight_files(container: Container, path: Path) -> list[Path]:
+    return [shard.path for network in container.open(path).values() for shard in network.shards]
+
+
+def _assert_same(tensor: StoredTensor, wanted: torch.Tensor) -> None:
+    assert tensor.dtype.torch == wanted.dtype, tensor.name
+    assert tensor.shape == tuple(wanted.shape), tensor.name
+    assert tensor.read().equal(wanted), tensor.name
+
+
+def _foreign(folder: Path, container: Container) -> Iterator[Path]:
+    """Files and folders that are of no container, one after the other under every name the container knows."""
+    suffixes = container.suffixes if isinstance(container, FileContainer) else (".safetensors.index.json",)
+    draw = random.Random(1)
+    contents = (b"", b"\0", b"{}", b"not weights\n", b"\xff" * 64, draw.randbytes(8), draw.randbytes(5000))
+    for name in ("file", *(f"model{suffix}" for suffix in suffixes)):
+        path = folder / name
+        yield path
+        for content in contents:
+            path.write_bytes(content)
+            yield path
+        path.unlink()
+        path.mkdir()
+        yield path
+        (path / "README.md").write_text("# Nothing here\n")
+        yield path
+        shutil.rmtree(path)
+        path.symlink_to(path)
+        yield path
+        path.unlink()
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(path)
+            yield path
+            path.unlink()
+    yield folder / "a\0name"
+    yield folder / ("x" * 5000)

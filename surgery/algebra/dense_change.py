@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Updates without low-rank factors as one LoRA of a chosen rank, by the change they make to their weight, formed in full.
+
+What an update adds is the same for any weight (LoHa, LoKr). What it makes of a weight only the base tells: of a DoRA that is
+``m / ||W + s B A|| * (W + s B A) - W``, of a rotation ``W R - W``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from surgery.algebra.combined_update import CombinedUpdate, Solutions
+from surgery.algebra.group import Contribution
+from surgery.algebra.low_rank import common_rank, solved_lora
+from surgery.algebra.sums import MergedDelta, Recipe
+from surgery.algebra.task_vectors import DENSE_METHODS
+from surgery_formats.adapters.writing import places_of, whole_place
+from surgery_formats.canonical.adapter import Site
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.storage.parameter import Parameter
+from surgery_formats.updates import Update
+from surgery_formats.updates.weights import HeldWeight
+
+__all__ = ["ChangeTerm", "combine_changes"]
+
+
+@dataclass(frozen=True)
+class ChangeTerm:
+    """A term of a sum: the change that an update makes to a weight.
+
+    Attributes:
+        update: The update.
+        weight: Of the base; None for an update that adds the same to any weight.
+    """
+
+    update: Update
+    weight: Parameter | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.update.shape
+
+    @property
+    def rank(self) -> int:
+        """Of its factors, 0 if it has none of low rank; the change itself has more."""
+        return self.update.rank or 0
+
+    def delta(self, dtype: torch.dtype) -> torch.Tensor:
+        """What it changes, dense."""
+        values = torch.zeros(self.shape, dtype=dtype) if self.weight is None else self.weight.get(dtype).contiguous()
+        apply = self.update.prepare(HeldWeight(values))
+        return apply(values.clone(), range(self.shape[0]), range(self.shape[1])) - values
+
+
+def combine_changes(
+    name: str,
+    site: Site,
+    contributions: Sequence[Contribution],
+    base: Checkpoint | None,
+    recipe: Recipe,
+    solutions: Solutions,
+) -> CombinedUpdate | None:
+    """The changes of one weight as one LoRA, the best of its rank.
+
+    Args:
+        name: Of the weight.
+        site: Where.
+        contributions: All of one shape.
+        base: Their base.
+        recipe: It gives a rank, or how to find one.
+        solutions: Of the whole combination.
+
+    Returns:
+        None if a change depends on the base, and there is none or it holds the weight in pieces.
+    """
+    updates = [share.update for share in contributions]
+    weight = None
+    if any(update.effect != "adds" for update in updates):
+        if base is None or whole_place(places := places_of(site, base, updates[0].tensors)) is None:
+            return None
+        weight = places[0].parameter
+    terms = tuple(
+        update.low_rank() or ChangeTerm(update, weight if update.effect != "adds" else None) for update in updates
+    )
+    # a sum of dense deltas, where nothing drops
+    dense = recipe if recipe.method in DENSE_METHODS else replace(recipe, method="dare-linear", density=1.0)
+    weights, owners = tuple(share.weight for share in contributions), tuple(share.owner for share in contributions)
+    target = MergedDelta(terms, weights, owners, dense, name)
+    rank, best = common_rank((target,), dense)
+    return solved_lora(name, site, target, updates, rank, best, recipe, solutions)

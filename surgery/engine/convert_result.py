@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `surgery.convert` returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.reports.output import DRY_RUN, PATH, counted, destination, wrote
+from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.values import Cell, Name, Phrase, Value
+from surgery_formats.adapters.format import Entry
+
+__all__ = ["ConvertResult"]
+
+_LISTED = 20  # lost parts named, unless all are asked for
+
+
+@summarised
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion did, or (dry run) would do.
+
+    Attributes:
+        output: File or folder; None for a dry run.
+        source: Format it was read from.
+        target: Format it was written in.
+        entries: What became of every update.
+        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a
+            dry run.
+        warnings: What the user should know.
+        adapter: What was converted.
+    """
+
+    output: Path | None
+    source: str
+    target: str
+    entries: tuple[Entry, ...]
+    errors: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    adapter: Path | None = None
+
+    @property
+    def max_error(self) -> float:
+        """The worst weight's error; what is approximated not counted."""
+        return max(self.errors.values(), default=0.0)
+
+    @property
+    def max_approximation(self) -> float:
+        """The worst error of what is approximated, relative to the norm of its change."""
+        return max((entry.error for entry in self.entries if entry.error is not None), default=0.0)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json`` and the manifest; no paths."""
+        return {
+            "verb": "convert",
+            "from": self.source,
+            "to": self.target,
+            "entries": [
+                {"site": e.site, "outcome": e.outcome, "detail": e.detail}
+                | ({} if e.error is None else {"error": e.error})
+                for e in self.entries
+            ],
+            "errors": dict(self.errors),
+            "max_error": self.max_error,
+            "max_approximation": self.max_approximation,
+            "warnings": list(self.warnings),
+        }
+
+    def summary(self, *, verbose: bool = False, output: Path | None = None, seconds: float | None = None) -> Summary:
+        """What was converted to what, the proof, and the parts that were dropped, or every part if `verbose`.
+
+        Args:
+            verbose: Every part.
+            output: Where a dry run would write.
+            seconds: How long it took.
+        """
+        outcomes: Counter[str] = Counter(entry.outcome for entry in self.entries)
+        source: Phrase = Name(self.source)
+        if self.adapter is not None:
+            source = Name(self.adapter, PATH), " (", Name(self.source), ")"
+        facts: list[tuple[str, Phrase]] = [
+            ("convert", source),
+            ("to", destination(self.output or output, self.target)),
+            ("parts", counted(outcomes)),
+        ]
+        if self.output is not None:
+            facts += [("proof", self._proof(outcomes["approximated"])), ("wrote", wrote(self.output, seconds))]
+        dropped = [entry for entry in self.entries if entry.outcome == "dropped"]
+        shown = list(self.entries) if verbose else dropped[:_LISTED]
+        sections: list[Section] = [Facts(tuple(facts))]
+        if shown:
+            sections.append(
+                Table((Column("part", "name"), Column("outcome"), Column("detail")), tuple(map(_part, shown)))
+            )
+        if len(dropped) > len(shown):
+            sections.append(Note(f"... and {len(dropped) - len(shown)} more dropped", "omitted"))
+        if self.output is None:
+            sections.append(DRY_RUN)
+        return Summary("Conversion", (*sections, *warning_notes(self.warnings)))
+
+    def _proof(self, approximated: int) -> str:
+        same = f"{len(self.errors)} weights change as before; largest error {self.max_error:.1e} of a change"
+        near = f"{approximated} change nearly as before; largest error {self.max_approximation:.2%} of a change"
+        return "; ".join([same] * bool(self.errors) + [near] * bool(approximated)) or same
+
+
+def _part(entry: Entry) -> tuple[Cell, ...]:
+    detail: Phrase = entry.detail
+    if entry.error is not None:
+        detail = entry.detail, ", error ", Value(entry.error, "share")
+    return entry.site, entry.outcome, detail

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dry run of a merge can tell before anything is written: room on the disk, memory, and what is in the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.engine.plan import Plan
+from surgery_formats.text import nbytes, show
+
+__all__ = ["Preview", "obstacles", "preview"]
+
+_PATH = 500  # characters; a path is worth showing whole
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What writing would take.
+
+    Attributes:
+        output: Where it would write, if that is known.
+        free_nbytes: Free on that disk; None where there is no folder.
+        peak_nbytes: Memory at the peak: what this process, with torch loaded, took so far, and the largest tensors computed at one time.
+    """
+
+    output: Path | None
+    free_nbytes: int | None
+    peak_nbytes: int
+
+
+def preview(plan: Plan, output: Path | None, workers: int | None) -> Preview:
+    """Look at this machine."""
+    from surgery.engine.arithmetic import block_bytes
+    from surgery.engine.execute import default_workers
+
+    blocks = sorted((block_bytes(tensor) for tensor in plan.computed()), reverse=True)
+    peak = _resident() + sum(blocks[: workers or default_workers()])
+    return Preview(output, None if output is None else _free(output), peak)
+
+
+def obstacles(plan: Plan, preview: Preview, *, overwrite: bool) -> Iterator[str]:
+    """What would stop the merge, as far as can be seen before."""
+    output = preview.output
+    if output is None:
+        return
+    if preview.free_nbytes is None:
+        yield f"there is no folder {show(output.absolute().parent, _PATH)} to write into"
+    elif preview.free_nbytes < plan.nbytes:
+        yield f"{nbytes(plan.nbytes)} will not fit into {nbytes(preview.free_nbytes)} of free disk"
+    if os.path.lexists(output) and not overwrite:
+        yield f"{show(output, _PATH)} is already there; the merge needs another name, or --overwrite"
+    if any(os.path.realpath(output) == os.path.realpath(root) for root in plan.roots):
+        yield f"{show(output, _PATH)} is one of the inputs; the merge needs a folder outside them"
+
+
+def _free(output: Path) -> int | None:
+    try:
+        return shutil.disk_usage(output.absolute().parent).free
+    except OSError:
+        return None  # no such folder
+
+
+def _resident() -> int:
+    if sys.platform == "win32":
+        return 300_000_000  # torch and its libraries, as measured elsewhere
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

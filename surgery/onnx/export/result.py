@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `surgery.export_onnx` returns."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.engine.ledger import Ledger
+from surgery.onnx.export.place import Mode
+from surgery.onnx.graph.contract import Contract
+from surgery.reports.output import PATH
+from surgery.reports.sections import Facts
+from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.values import Name, Phrase, Piece, Value
+
+__all__ = ["ExportResult"]
+
+_WEIGHTS = {
+    "reference": "used where they lie",
+    "link": "hard links",
+    "copy": "copied",
+    "embed": "inside the graph",
+}
+
+
+@summarised
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export did.
+
+    Attributes:
+        output: The folder.
+        contract: Of ``model.onnx``.
+        files: Written graphs and small files with their sizes.
+        weights: How weights got there.
+        nbytes: Bytes written.
+        nodes: Of ``model.onnx``.
+        warnings: What the user should know.
+        ledger: Of merged weights, or None.
+    """
+
+    output: Path
+    contract: Contract
+    files: Mapping[str, int]
+    weights: Mode
+    nbytes: int
+    nodes: int
+    warnings: tuple[str, ...]
+    ledger: Ledger | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        contract = self.contract
+        return {
+            "output": str(self.output),
+            "task": contract.task,
+            "target": contract.target,
+            "dtype": contract.dtype,
+            "padding": contract.padding,
+            "cache": contract.cache,
+            "max_length": contract.max_length,
+            "files": dict(self.files),
+            "weights": self.weights,
+            "weight_files": [one.name for one in contract.weights],
+            "adapters": [dict(one) for one in contract.adapters],
+            "virtual_tokens": contract.virtual_tokens,
+            "vocabulary_rows": contract.vocabulary_rows,
+            "slots": [slot.weight for slot in contract.slots],
+            "nbytes": self.nbytes,
+            "nodes": self.nodes,
+            "warnings": list(self.warnings),
+            "ledger": self.ledger.as_json() if self.ledger else None,
+        }
+
+    def summary(self, *, verbose: bool = False, seconds: float | None = None) -> Summary:
+        """The graph, where adapters and weights went, and how to run it.
+
+        Args:
+            verbose: Changes nothing: all of it is shown.
+            seconds: How long it took.
+        """
+        contract = self.contract
+        graphs = ", ".join(name for name in self.files if "/" not in name)
+        facts: list[tuple[str, Phrase]] = [
+            ("graph", f"{self.nodes} nodes for {contract.target} in {contract.dtype}: {graphs}")
+        ]
+        if contract.kind == "decoder":
+            side = {"any": "left or right"}.get(contract.padding, contract.padding)
+            reach = f" tokens; rows of a batch are padded on the {side}"
+            facts.append(("reach", (Value(contract.max_length, "count"), reach)))
+        facts += map(_adapter, contract.adapters)
+        if self.ledger is not None:
+            changed, written = Value(len(self.ledger.plan.computed()), "count"), Value(self.ledger.plan.nbytes, "bytes")
+            facts.append(("changed", (changed, " tensors, ", written, " written for them")))
+        weights = ", ".join(file.name for file in contract.weights)
+        took: tuple[Piece, ...] = () if seconds is None else (" in ", Value(seconds, "seconds"))
+        facts += [
+            ("weights", f"{weights}: {_WEIGHTS[self.weights]}"),
+            ("written", (Value(self.nbytes, "bytes"), *took)),
+        ]
+        if contract.kind == "decoder":
+            facts.append(("next", tuple(self._command())))
+        return Summary("Export", (Facts(tuple(facts)), *warning_notes(self.warnings)))
+
+    def _command(self) -> Iterator[Piece]:
+        yield "surgery run "
+        yield _quoted(self.output)
+        yield ' -p "..."' if (self.output / "tokenizer.json").exists() else " --ids 1,2,3"
+        for adapter in self.contract.adapters:
+            if adapter["mode"] == "swapped":
+                yield " --adapter "
+                yield _quoted(self.output / adapter["file"])
+                return
+
+
+def _adapter(adapter: Mapping[str, Any]) -> tuple[str, Phrase]:
+    name, kind = Name(adapter["name"], 60), f" ({adapter['kind']})"
+    if adapter["mode"] == "merged":
+        return "merged", (name, kind + (f", weight {adapter['weight']:g}" if adapter["weight"] != 1 else ""))
+    if adapter["mode"] == "swapped":
+        return "swap", (name, f"{kind}: {adapter['file']}")
+    where = f": {adapter['file']}" if "file" in adapter else ""
+    if "rows" in adapter:
+        first, rows = adapter["rows"]
+        where = f": ids {first} to {first + rows - 1}"
+    return "in front", (name, f"{kind}, {adapter['virtual_tokens']} tokens{where}")
+
+
+def _quoted(path: Path) -> Name:
+    """As a shell takes it."""
+    return Name(shlex.quote(str(path)), PATH)
