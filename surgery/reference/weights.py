@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the reference takes its weights from: a checkpoint, or the plan of an operation that was not (or need not be) carried out."""
+"""Weights of the reference: from a checkpoint, or from a plan that has not been executed."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ __all__ = ["ReferenceWeights", "planned_weights", "stored_weights", "tensor_weig
 
 
 class ReferenceWeights(Protocol):
-    """Named tensors, read when asked for."""
+    """Named tensors, read on demand."""
 
     @property
     def names(self) -> Collection[str]:
-        """Every name there is."""
+        """All names."""
         ...
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows ``[start, stop)`` in the stored type, in memory of the caller's own.
+        """Load rows ``[start, stop)`` in the stored type, into new memory.
 
         Raises:
-            FitError: no tensor of that name.
+            FitError: there is no such tensor.
         """
         ...
 
 
-class _FromCheckpoint:
-    """Tensors of a checkpoint; those of another era are found by the family's renames."""
+class _StoredWeights:
+    """Tensors of a checkpoint; names of other versions are resolved by the family's renames."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor], names: Names | None = None) -> None:
         self._tensors = tensors
@@ -49,18 +49,18 @@ class _FromCheckpoint:
         return self._tensors.keys()
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        found = self._tensors.get(name)
-        if found is None and self._resolver is not None and len(places := self._resolver.resolve(name)) == 1:
-            found = self._tensors.get(places[0].parameter.name)
-        if found is None:
-            raise FitError("the model needs a tensor that the checkpoint does not have", tensor=name)
-        if not found.dtype.is_float:
-            raise FitError(f"weights of type {found.dtype.label} need scales to be read", tensor=name)
-        return found.read(start, stop)
+        tensor = self._tensors.get(name)
+        if tensor is None and self._resolver is not None and len(slices := self._resolver.resolve(name)) == 1:
+            tensor = self._tensors.get(slices[0].parameter.name)
+        if tensor is None:
+            raise FitError("the model needs a tensor that the checkpoint lacks", tensor=name)
+        if not tensor.dtype.is_float:
+            raise FitError(f"weights of type {tensor.dtype.label} cannot be read without scales", tensor=name)
+        return tensor.read(start, stop)
 
 
-class _Planned:
-    """Tensors of a plan: copied ones from their source, computed ones by the updates, as they would be stored."""
+class _PlannedWeights:
+    """Tensors of a plan: copied ones from their source, computed ones from the updates, rounded as stored."""
 
     def __init__(self, tensors: Mapping[str, PlannedTensor]) -> None:
         self._tensors = tensors
@@ -71,35 +71,35 @@ class _Planned:
         return self._tensors.keys()
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        if (found := self._tensors.get(name)) is None:
-            raise FitError("the model needs a tensor that the plan does not have", tensor=name)
-        if isinstance(found.step, Copy):
-            return _FromCheckpoint({name: found.step.source}).load(name, start, stop)
+        if (tensor := self._tensors.get(name)) is None:
+            raise FitError("the model needs a tensor that the plan lacks", tensor=name)
+        if isinstance(tensor.step, Copy):
+            return _StoredWeights({name: tensor.step.source}).load(name, start, stop)
         if self._last is None or self._last[0] != name:
-            self._last = (name, _computed(found))
+            self._last = (name, _computed(tensor))
         return self._last[1][start:stop].clone()
 
 
 def _computed(tensor: PlannedTensor) -> torch.Tensor:
     raw = bytearray(tensor.nbytes)
 
-    def write(offset: int, part: memoryview) -> None:
-        raw[offset : offset + len(part)] = part
+    def write(offset: int, block: memoryview) -> None:
+        raw[offset : offset + len(block)] = block
 
     compute(tensor, write, lambda: False)
     return torch.frombuffer(raw, dtype=tensor.dtype.torch).reshape(tensor.shape)
 
 
 def stored_weights(component: Component) -> ReferenceWeights:
-    """The weights of a checkpoint's network as they are."""
-    return _FromCheckpoint(component.tensors, component.names)
+    """The weights of a checkpoint's network as stored."""
+    return _StoredWeights(component.tensors, component.names)
 
 
 def tensor_weights(tensors: Mapping[str, StoredTensor], names: Names) -> ReferenceWeights:
     """Weights of any origin, under the names that `names` resolves."""
-    return _FromCheckpoint(tensors, names)
+    return _StoredWeights(tensors, names)
 
 
 def planned_weights(plan: Plan, component: str = "") -> ReferenceWeights:
-    """The weights that `plan` would write for one network, rounded as it would round them."""
-    return _Planned({tensor.name: tensor for tensor in plan.tensors if tensor.component == component})
+    """The weights that `plan` would write for one network, including its rounding."""
+    return _PlannedWeights({tensor.name: tensor for tensor in plan.tensors if tensor.component == component})
