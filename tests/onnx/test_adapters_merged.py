@@ -224,7 +224,7 @@ def test_a_bias_the_base_lacks_is_the_graphs_and_no_checkpoints(base, adapters, 
     name = "model.layers.1.mlp.down_proj"
     expected = 0.75 * 6 / 4 * trained_bias[f"base_model.model.{name}.lora_B.bias"]
     assert load_file(tmp_path / "out" / DELTA)[f"{name}.bias"].allclose(expected, rtol=1e-6, atol=1e-7)
-    with pytest.raises(FitError, match="no checkpoint can hold it"):
+    with pytest.raises(FitError, match="but not a checkpoint"):
         export_onnx(base, merge=pair, output=tmp_path / "full", merge_to="full")
     with pytest.raises(FitError, match="no parameter"):
         merge(base, adapters["lora_bias"], output=tmp_path / "merged")
@@ -237,7 +237,7 @@ def test_a_bias_the_base_lacks_is_the_graphs_and_no_checkpoints(base, adapters, 
         ({"weights": "embed"}, "a file of their own"),
         ({"merge_to": "full", "weights": "link"}, "writes its weights itself"),
         ({"mode": "other"}, "no mode"),
-        ({"mode": "prefix"}, "trains no virtual tokens"),
+        ({"mode": "prefix"}, "has no virtual tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_written(base, adapters, options, words, tmp_path):

@@ -297,9 +297,9 @@ def test_a_prompt_tuned_classifier(name, kind, target, tmp_path):
 
 
 REFUSED = {
-    "rows of keys and values": ("prefix", {"form": "rows"}, "belong to no token"),
+    "rows of keys and values": ("prefix", {"form": "rows"}, "are not tokens"),
     "no room": ("prompt", {"max_length": 5}, "leave no room"),
-    "no such form": ("prompt", {"form": "other"}, "no form"),
+    "no such form": ("prompt", {"form": "other"}, "not a form"),
 }
 
 

@@ -92,5 +92,5 @@ def test_a_prompt_the_graph_speaks_of_but_lacks_is_an_error(tmp_path):
 def test_a_prompt_of_another_length_than_the_graph_says_is_an_error(tmp_path, said):
     path = decoder(tmp_path, prefix=prefix(1, 4))
     path.write_bytes(path.read_bytes().replace(b'"virtual_tokens":4', f'"virtual_tokens":{said}'.encode()))
-    with pytest.raises(FitError, match=rf"shape \[1, 2, 4, 16\].*makes it \[1, 2, {said}, 16\]"):
+    with pytest.raises(FitError, match=rf"shape \[1, 2, 4, 16\].*implies \[1, 2, {said}, 16\]"):
         tokens(path)

@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     wrong["past_key_values.0.key"] = wrong["past_key_values.0.key"][:, :1]
     with pytest.raises(FitError, match=r"\[1, 2, tokens, 16\]"):
         prompt_past(wrong, opened.contract, file="wrong")
-    with pytest.raises(FitError, match=r"nothing for past_key_values\.1\.value"):
+    with pytest.raises(FitError, match=r"no array for past_key_values\.1\.value"):
         prompt_past(dict(list(prefix(1, 4).items())[:-1]), opened.contract, file="half")
     with pytest.raises(FitError, match="other half"):
         fill_slots([("half", {"q0.lora_A": factors(3, 2)["q0.lora_A"]})], opened.contract, opened.inputs)

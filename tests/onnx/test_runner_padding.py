@@ -26,7 +26,7 @@ def test_unpadding_is_the_inverse_of_padding(rows, side):
 def test_a_mask_on_the_wrong_side_is_refused(side):
     other = {"left": "right", "right": "left"}[side]
     ids, mask = pad([[1, 2, 3], [4]], other)
-    with pytest.raises(FitError, match=f"padded on the {other}, this graph takes padding on the {side}"):
+    with pytest.raises(FitError, match=f"padded on the {other}, but this graph takes padding on the {side}"):
         unpad(ids, mask, side)
 
 
