@@ -50,6 +50,6 @@ def compare_prompt(
         computed, expected = [front], [prompt.embeddings().float()]
     if [part.shape for part in computed] != [part.shape for part in expected]:
         raise ProofError(f"the graph's soft prompt and that of {adapter.path.name} differ in size", file=graph)
-    both = list(zip(computed, expected, strict=True))
-    difference = max(float((a.double() - b.double()).abs().max()) for a, b in both)
-    return LogitDifference("soft prompt", difference, max(float(b.abs().max()) for _, b in both))
+    pairs_of_parts = list(zip(computed, expected, strict=True))
+    difference = max(float((a.double() - b.double()).abs().max()) for a, b in pairs_of_parts)
+    return LogitDifference("soft prompt", difference, max(float(b.abs().max()) for _, b in pairs_of_parts))

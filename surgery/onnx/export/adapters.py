@@ -113,10 +113,10 @@ def sort_adapters(
 
 def _name(path: Path) -> str:
     """``adapters/sql/adapter_model.safetensors`` -> ``sql``; only letters, digits and ``._-``."""
-    whole = path.resolve()
-    name = whole.name if whole.is_dir() else whole.stem
-    if not whole.is_dir() and name in _GENERIC:
-        name = whole.parent.name
+    resolved = path.resolve()
+    name = resolved.name if resolved.is_dir() else resolved.stem
+    if not resolved.is_dir() and name in _GENERIC:
+        name = resolved.parent.name
     return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name).lstrip(".") or "adapter"
 
 

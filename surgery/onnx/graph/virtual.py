@@ -85,8 +85,8 @@ def in_front(graph: Graph, ids: str, mask: str, vocabulary: int, count: int) -> 
     batch = graph.node("Shape", [ids], "", start=0, end=1)
     shape = graph.node("Concat", [batch, graph.ints(count)], "", axis=0)
     virtual = graph.constant(vocabulary + np.arange(count, dtype=np.int64)[None])
-    whole = graph.node("Concat", [graph.node("Expand", [virtual, shape], ""), ids], "", axis=1)
-    return whole, _prepend(graph, 1, graph.ints(count), mask)
+    extended = graph.node("Concat", [graph.node("Expand", [virtual, shape], ""), ids], "", axis=1)
+    return extended, _prepend(graph, 1, graph.ints(count), mask)
 
 
 def types_in_front(graph: Graph, types: str, count: int) -> str:

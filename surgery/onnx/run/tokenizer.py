@@ -96,15 +96,15 @@ class TextStream:
     def push(self, token: int) -> str:
         """Return the text that `token` completes; empty while a character is incomplete."""
         self._ids.append(token)
-        whole = self._decode(self._ids)
-        held = min(len(whole) - len(whole.rstrip(_BROKEN)), _PARTS)
+        text = self._decode(self._ids)
+        incomplete = min(len(text) - len(text.rstrip(_BROKEN)), _PARTS)
         # byte-token decoders show a whole run of tokens as broken until it is valid
-        is_stable = whole.startswith(self._out)
-        if not (is_stable and not held) and len(self._ids) - self._context < _PENDING:
-            piece = whole[len(self._out) : len(whole) - held] if is_stable else ""
+        is_stable = text.startswith(self._out)
+        if not (is_stable and not incomplete) and len(self._ids) - self._context < _PENDING:
+            piece = text[len(self._out) : len(text) - incomplete] if is_stable else ""
             self._out += piece
             return piece
-        piece = whole[len(self._out) :]
+        piece = text[len(self._out) :]
         self._ids = self._ids[self._context :]
         self._context, self._out = len(self._ids), self._decode(self._ids)
         return piece
