@@ -53,7 +53,7 @@ def test_a_batch_on_top_of_a_past_is_one_run(folder, monkeypatch):
     assert together.lengths.tolist() == [len(AHEAD) + len(row) + 6 for row in ROWS]
 
 
-def test_without_that_graph_rows_go_one_by_one(folder, tmp_path):
+def test_without_a_prefill_graph_rows_run_one_by_one(folder, tmp_path):
     for name in ("model.onnx", "model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     opened = open_graph(tmp_path, device="cpu", threads=1)
