@@ -14,8 +14,8 @@ from surgery._version import __version__ as __version__
 from surgery_formats.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from surgery.comparison.adapters import AdapterDiff as AdapterDiff
     from surgery.comparison.checkpoints import CheckpointDiff as CheckpointDiff
+    from surgery.comparison.results import AdapterDiff as AdapterDiff
     from surgery.engine.inputs import open as open
     from surgery.onnx.run.sampling import Sampling as Sampling
     from surgery.rank import Rank as Rank
@@ -57,7 +57,7 @@ else:
         __name__,
         {
             "surgery._version": ["__version__"],
-            "surgery.comparison.adapters": ["AdapterDiff"],
+            "surgery.comparison.results": ["AdapterDiff"],
             "surgery.comparison.checkpoints": ["CheckpointDiff"],
             "surgery.engine.inputs": ["open"],
             "surgery.onnx.run.sampling": ["Sampling"],

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.comparison.adapters import SHARES
 from surgery.comparison.results import Profile
+from surgery.comparison.sums import SHARES
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.svd import truncated_svd
 from surgery_formats.tensors.tensor import StoredTensor

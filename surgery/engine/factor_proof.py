@@ -6,15 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import ProofError
-from surgery_formats.linalg.factored import factored_norm, relative_error
 from surgery_formats.updates import DoRA, Factor, LoRA, Seed, Stacked, Update
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["approximation_errors", "distance", "relative", "scale_error", "settings", "tensor_error"]
 
@@ -37,6 +37,8 @@ def _is_numbers(value: object) -> bool:
 
 def tensor_error(update: Update, other: Update) -> float:
     """The greatest difference of their stored tensors, relative to the greatest value of each; infinite if shapes differ."""
+    import torch
+
     worst = 0.0
     if len(update.tensors) != len(other.tensors):
         return math.inf
@@ -81,6 +83,8 @@ def approximation_errors(rendering: Rendering, written: Adapter, tolerance: floa
 
 def distance(update: Update, twin: Update) -> float:
     """``||delta - delta'|| / ||delta||`` of two updates of one kind, by their factors; infinite where anything else is not equal."""
+    from surgery_formats.linalg.factored import relative_error
+
     if type(update) is not type(twin) or update.shape != twin.shape:
         return math.inf
     if isinstance(update, DoRA) and isinstance(twin, DoRA):
@@ -98,6 +102,8 @@ def distance(update: Update, twin: Update) -> float:
 
 def _of_experts(experts: Sequence[LoRA], twins: Sequence[LoRA]) -> float:
     """All experts together."""
+    from surgery_formats.linalg.factored import factored_norm
+
     if len(experts) != len(twins):
         return math.inf
     norms = [factored_norm(*_product(expert)) for expert in experts]
@@ -108,10 +114,14 @@ def _of_experts(experts: Sequence[LoRA], twins: Sequence[LoRA]) -> float:
 
 
 def _product(lora: LoRA) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
     return lora.B.load(torch.float64) * lora.scale, lora.A.load(torch.float64)
 
 
 def _equal(factor: Factor, twin: Factor) -> bool:
+    import torch
+
     return torch.equal(factor.load(torch.float64), twin.load(torch.float64))
 
 

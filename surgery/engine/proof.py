@@ -15,7 +15,13 @@ from pathlib import Path
 
 import torch
 
-from surgery.engine.factor_proof import approximation_errors, relative, scale_error, settings, tensor_error
+from surgery.engine.factor_proof import (
+    approximation_errors,
+    relative,
+    scale_error,
+    settings,
+    tensor_error,
+)
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.binding.bind import Binding, bind
@@ -29,6 +35,7 @@ from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
 from surgery_formats.updates import DoRA, Factor, Replacement, Stacked, Update
+from surgery_formats.updates.low_rank_part import low_rank_part
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
@@ -208,7 +215,7 @@ def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Ten
 
 def _added(update: Update) -> Update:
     """What it adds to its weight, as a LoRA if it has that form; the lengths of a DoRA's rows are compared on their own."""
-    return update.direction if isinstance(update, DoRA) else update.low_rank() or update
+    return low_rank_part(update) or update
 
 
 def _tensor_error(meant: _ProofTarget, found: _ProofTarget) -> float | None:
@@ -224,7 +231,7 @@ def _tensor_error(meant: _ProofTarget, found: _ProofTarget) -> float | None:
 
 def _has_plain_delta(update: Update) -> bool:
     stored_in_full = update.effect != "maps" and len(update.factors()) == 1
-    return stored_in_full or _added(update).low_rank() is not None
+    return stored_in_full or low_rank_part(update) is not None
 
 
 def _alike(piece: tuple[Update, View], other: tuple[Update, View]) -> bool:

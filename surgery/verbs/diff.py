@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 
-from surgery.comparison.adapters import AdapterDiff, diff_adapters
+from surgery.comparison.adapters import diff_adapters
 from surgery.comparison.checkpoints import CheckpointDiff, diff_checkpoints
+from surgery.comparison.results import AdapterDiff
 from surgery.engine.inputs import Openable, as_opened
 from surgery.progress import Callback
 from surgery_formats.canonical.adapter import Adapter

@@ -133,7 +133,7 @@ def test_prompts_can_be_swapped_within_a_session(case, target, tmp_path):
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_the_runner_generates_what_peft_generates(case, kind, target, tmp_path):
-    """With a shared buffer (cpu) the runner writes the prefix itself; rows of different lengths do not affect each other."""
+    """With a shared buffer (cpu) the runner writes the prefix itself; rows of different lengths stay independent."""
     one = case("llama")
     other = {"prompt": "prefix", "prefix": "prompt"}[kind]
     out = tmp_path / "out"
@@ -265,7 +265,7 @@ ENCODERS = {
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_prompt_tuned_classifier_gives_the_logits_of_peft(name, kind, target, tmp_path):
-    """Virtual tokens inside the graph, a classifier trained beside them merged, and padding according to the contract."""
+    """Virtual tokens inside the graph, a classifier trained beside them merged, padding as in the contract."""
     base = recipes.build(name, tmp_path / "base")
     config, fields = trained.PROMPTS[kind]
     if name.startswith("distilbert"):  # PEFT does not find these in its config

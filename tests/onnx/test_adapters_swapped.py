@@ -130,9 +130,18 @@ def test_the_scale_is_folded_into_B_in_the_type_of_the_graph(base, adapters, tmp
     assert np.array_equal(arrays[f"{name}.lora_A.weight"], A.astype(np.float16))
 
 
+def test_vera_is_swapped_as_the_lora_that_it_is_on_this_base(base, tmp_path):
+    adapter = trained.train("llama", base, trained.MERGED["vera"], tmp_path / "adapter")
+    export_onnx(base, swap=[adapter], output=tmp_path / "out")
+    expected = trained.logits(trained.attached("llama", base, (adapter, 1.0)), IDS)
+    found = swapped(Plain(tmp_path / "out" / "model.onnx"), tmp_path / "out" / "adapters" / "adapter.onnx_adapter")
+    assert np.abs(trained.logits(recipes.load("llama", base), IDS) - expected).max() > 0.01
+    assert np.abs(found - expected).max() <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     "name",
-    ["dora", "lora_bias", "modules_to_save head", "trainable tokens", "oft", "loha", "ia3", "vera", "layer norms"],
+    ["dora", "lora_bias", "modules_to_save head", "trainable tokens", "oft", "loha", "ia3", "layer norms"],
 )
 def test_what_a_slot_cannot_hold_is_refused_by_name(base, name, tmp_path):
     adapter = trained.train("llama", base, trained.MERGED[name], tmp_path / "adapter")

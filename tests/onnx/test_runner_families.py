@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generations of other families through export and runner, in batches, match transformers; so do encoder scores."""
 
 from __future__ import annotations

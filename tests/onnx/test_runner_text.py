@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From text to text: the shipped example through exporter and runner matches transformers, token by token."""
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from surgery import combine, convert, diff
-from surgery.comparison.adapters import AdapterDiff
 from surgery.comparison.checkpoints import CheckpointDiff
+from surgery.comparison.results import AdapterDiff
 from surgery_cli.group import surgery
 from surgery_formats.errors import FitError, NotFoundError
 from tests.support.adapter_files import draw, peft_deltas, write_peft

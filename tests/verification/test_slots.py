@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``surgery verify`` fills the slots of a graph: a slot connected, scaled or named wrongly is found without an adapter."""
+"""``surgery verify`` fills the slots of a graph: a wrong weight, scale or name is found without an adapter."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Assembly:
     @property
     def slot_names(self) -> frozenset[str]:
         """The weights that need a slot for any adapter."""
-        return frozenset(name for adapter in self.slots for name in adapter.operations)
+        return frozenset(name for adapter in self.slots for name in adapter.additions)
 
     def draft(self) -> GraphSet:
         """Build the graphs without computing anything; contract and file names are final.

@@ -23,11 +23,13 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.parameters import parameters
 from surgery_formats.models.families.recipe import Model
+from surgery_formats.tensors.views import View
 from surgery_formats.updates import LoRA
 
 __all__ = ["Swappable", "slot_arrays", "swappable"]
 
 Array = npt.NDArray[Any]
+Additions = tuple[tuple[LoRA, View], ...]
 _HINT = "merge it instead: --merge"
 
 
@@ -37,12 +39,12 @@ class Swappable:
 
     Attributes:
         adapter: The adapter.
-        operations: The low-rank additions by slot, named as in `Context`.
+        additions: The LoRAs of each slot with their views, by slot, named as in `Context`.
         tables: Slots whose weight is a table of rows.
     """
 
     adapter: Adapter
-    operations: Mapping[str, tuple[Operation, ...]]
+    additions: Mapping[str, Additions]
     tables: frozenset[str]
 
 
@@ -60,26 +62,24 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
         )
     binding = bind([(adapter, 1.0)], checkpoint, new_biases=True)
     component = checkpoint.main
-    recipe_names = _by_stored_name(component, model)
-    operations: dict[str, tuple[Operation, ...]] = {}
+    recipe = _by_stored_name(component, model)
+    additions: dict[str, Additions] = {}
     tables = set()
     for edit in binding.edits.values():
         if edit.added and not edit.operations and edit.replaced is None:
-            continue  # a head that was tied and keeps the embedding's values: slots leave it alone anyway
-        _check(edit, adapter, component)
-        if not edit.operations:
+            continue  # a formerly tied head with the embedding's values, which slots do not change
+        loras = _additions(edit, adapter, component)
+        if not loras:
             continue
-        weight = (
-            component.head if component.tied and edit.name == component.head else recipe_names.get(edit.name, edit.name)
-        )
-        operations[weight] = edit.operations
+        weight = component.head if component.tied and edit.name == component.head else recipe.get(edit.name, edit.name)
+        additions[weight] = loras
         if weight == model.embedding.tokens:
             tables.add(weight)
             if _head_follows(binding, component, edit):
-                operations[component.head] = edit.operations
-    if not operations:
+                additions[component.head] = loras
+    if not additions:
         raise FitError("the adapter changes nothing", file=adapter.path)
-    return Swappable(adapter, operations, frozenset(tables))
+    return Swappable(adapter, additions, frozenset(tables))
 
 
 def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
@@ -97,17 +97,26 @@ def _head_follows(binding: Binding, component: Component, embedding: Edit) -> bo
     return bool(follows) and embedding.name == component.embedding
 
 
-def _check(edit: Edit, adapter: Adapter, component: Component) -> None:
+def _additions(edit: Edit, adapter: Adapter, component: Component) -> Additions:
+    """Return the LoRAs that are added to one weight.
+
+    Raises:
+        FitError: an update that no slot can hold.
+    """
     base = component.tensors.get(component.aliases.get(edit.name, edit.name))
     if edit.replaced is not None and (base is None or not same_values(base, edit.source)):
         raise _refused("new values in place of the base's", edit, edit.replaced, adapter)
     if edit.stacked:
         raise _refused("an update of stacked experts", edit, edit.operations[0], adapter)
+    additions = []
     for operation in edit.operations:
-        if not isinstance(operation.update, LoRA) or operation.share != 1.0:
+        lora = operation.update.low_rank()
+        if lora is None or operation.share != 1.0:
             raise _refused(operation.update.kind, edit, operation, adapter)
+        additions.append((lora, operation.view))
     if len(edit.source.shape) != 2:
         raise _refused(f"LoRA of a tensor of shape {list(edit.source.shape)}", edit, edit.operations[0], adapter)
+    return tuple(additions)
 
 
 def _refused(what: str, edit: Edit, operation: Operation, adapter: Adapter) -> FitError:
@@ -135,28 +144,24 @@ def slot_arrays(
     """
     arrays: dict[str, Array] = {}
     for slot in slots:
-        parts = [
-            _factors(operation, sizes[slot.weight], table=slot.weight in adapter.tables)
-            for operation in adapter.operations.get(slot.weight, ())
-        ]
+        size, table = sizes[slot.weight], slot.weight in adapter.tables
+        parts = [_factors(lora, view, size, table=table) for lora, view in adapter.additions.get(slot.weight, ())]
         if parts:
             arrays[slot.A] = np.concatenate([A for A, _ in parts], 1).astype(dtype)
             arrays[slot.B] = np.concatenate([B for _, B in parts], 0).astype(dtype)
     return arrays
 
 
-def _factors(operation: Operation, size: tuple[int, int], *, table: bool) -> tuple[Array, Array]:
+def _factors(lora: LoRA, view: View, size: tuple[int, int], *, table: bool) -> tuple[Array, Array]:
     """``(inputs, rank)`` and ``(rank, outputs)``, float32, of one addition; zero outside its view."""
     import torch
 
-    update, view = operation.update, operation.view
-    assert isinstance(update, LoRA)
     rows, cols = view.shape
-    left = update.B.load(torch.float32)[view.row_origin : view.row_origin + rows].numpy()
-    right = update.A.load(torch.float32)[:, view.col_origin : view.col_origin + cols].numpy()
-    A, B = np.zeros((size[0], update.rank), np.float32), np.zeros((update.rank, size[1]), np.float32)
+    left = lora.B.load(torch.float32)[view.row_origin : view.row_origin + rows].numpy()
+    right = lora.A.load(torch.float32)[:, view.col_origin : view.col_origin + cols].numpy()
+    A, B = np.zeros((size[0], lora.rank), np.float32), np.zeros((lora.rank, size[1]), np.float32)
     if table:
         A[list(view.rows)], B[:, list(view.cols)] = left, right
     else:
         A[list(view.cols)], B[:, list(view.rows)] = right.T, left.T
-    return A, B * np.float32(update.scale)
+    return A, B * np.float32(lora.scale)
