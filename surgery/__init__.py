@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from surgery.engine.inputs import open as open
     from surgery.onnx.run.sampling import Sampling as Sampling
     from surgery.rank import Rank as Rank
+    from surgery.reports.result import Result as Result
     from surgery.verbs.bench import BenchResult as BenchResult
     from surgery.verbs.bench import bench as bench
     from surgery.verbs.combine import CombineResult as CombineResult
@@ -62,6 +63,7 @@ else:
             "surgery.engine.inputs": ["open"],
             "surgery.onnx.run.sampling": ["Sampling"],
             "surgery.rank": ["Rank"],
+            "surgery.reports.result": ["Result"],
             "surgery.verbs.bench": ["BenchResult", "bench"],
             "surgery.verbs.combine": ["CombineResult", "combine"],
             "surgery.verbs.convert": ["ConvertResult", "convert"],

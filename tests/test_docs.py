@@ -18,6 +18,7 @@ import surgery
 from surgery_cli.group import COMMANDS
 from surgery_cli.group import surgery as surgery_command
 from surgery_formats.adapters.registry import BUILT_IN
+from surgery_formats.containers.registry import BUILT_IN as CONTAINERS
 from tests.oracles.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +62,20 @@ def test_every_verb_has_a_function(verb: str):
 @pytest.mark.parametrize("format", BUILT_IN, ids=lambda one: one.name)
 def test_every_format_is_documented(format):
     assert f"`{format.name}`" in (ROOT / "docs" / "formats.md").read_text()
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=lambda one: one.name)
+def test_every_container_is_documented_as_it_is_written(container):
+    row = re.search(
+        rf"^\| `{container.name}` \|[^|]*\| yes \| (.*) \|$", (ROOT / "docs" / "formats.md").read_text(), re.M
+    )
+    assert row
+    assert row[1].startswith("yes" if container.written_as == container.name else f"as `{container.written_as}`")
+
+
+def test_the_container_in_the_guide_is_the_one_in_the_tests():
+    toy = (ROOT / "tests" / "plugins" / "toy_container" / "toy_container.py").read_text()
+    assert toy[toy.index("import json") :].rstrip() in (ROOT / "docs" / "adding.md").read_text()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if RUN.search(page.read_text())], ids=name)

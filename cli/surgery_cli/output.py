@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import click
 from surgery_cli.options import Settings
 
 if TYPE_CHECKING:
+    from surgery.reports.result import Result
     from surgery.reports.sections import Note, Section
     from surgery.reports.summary import Summary
 
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 
 
 def show_result(
-    command: str, result: Any, settings: Settings, *, summary: Summary | None = None, data: bool = False, **facts: Any
+    command: str, result: Result, settings: Settings, *, summary: Summary | None = None, data: bool = False
 ) -> None:
     """What came out: a JSON document, or the summary; warnings in any case.
 
@@ -37,34 +37,21 @@ def show_result(
         settings: Of the command.
         summary: Where it is not the one that ``result.summary(verbose=...)`` gives.
         data: Whether the summary is what was asked for, so that ``-q`` leaves out hints alone.
-        facts: What the document says besides, before the result's own.
     """
     summary = summary or result.summary(verbose=settings.verbose > 0)
     shown: Iterable[Section] = summary.sections
     if settings.json:
-        emit_json(command, facts | result.as_json())
+        emit_json(command, result.as_json())
         shown = summary.warnings
     elif settings.quiet:
         shown = (*summary.data, *summary.warnings) if data else summary.warnings
     _write(shown)
 
 
-def show_output(command: str, result: Any, settings: Settings, began: float, output: Path | None, **facts: Any) -> None:
-    """What was written, or what a dry run would write; the document tells the output and the seconds first.
-
-    Args:
-        command: Its name.
-        result: What the library returned; without an output it was a dry run, which is there to be seen.
-        settings: Of the command.
-        began: Its first moment, of `time.monotonic`.
-        output: As it was asked for.
-        facts: What the document says besides.
-    """
-    seconds = time.monotonic() - began
-    summary = result.summary(verbose=settings.verbose > 0, output=output, seconds=seconds)
-    written = None if result.output is None else str(result.output)
-    facts = {"output": written, "seconds": round(seconds, 3), **facts}
-    show_result(command, result, settings, summary=summary, data=result.output is None, **facts)
+def show_output(command: str, result: Any, settings: Settings, output: Path | None) -> None:
+    """What was written, or what a dry run would write to `output`: that is there to be seen, quiet or not."""
+    summary = result.summary(verbose=settings.verbose > 0, output=output)
+    show_result(command, result, settings, summary=summary, data=result.output is None)
 
 
 def emit_json(command: str, result: Any) -> None:

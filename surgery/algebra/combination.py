@@ -104,7 +104,7 @@ def plan_combination(combination: Combination, target: Format, dtype: DType | No
     terms = combination.terms
     if dtype is not None and isinstance(target, Coded):
         raise FitError(f"{target.name} stores factors as codes: a dtype says nothing")
-    adapter = as_adapter(terms, combination.updates, target.name)
+    adapter = as_adapter(terms, {update.site: update.updates for update in combination.updates}, target)
     rendering = stored_as(target.render(adapter, combination.base), dtype)
     check_nothing_dropped(rendering, target.name, terms[0].adapter.path, "choose another format with --to")
     result = CombineResult(

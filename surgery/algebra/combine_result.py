@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.reports.output import DRY_RUN, counted, destination, wrote
+from surgery.reports.output import DRY_RUN, counted, destination, nbytes_of, wrote
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.to_json import plain
@@ -73,6 +74,7 @@ class CombineResult:
         method: How deltas were combined.
         modules: Every weight.
         warnings: What the user should know.
+        seconds: How long it took.
     """
 
     output: Path | None
@@ -82,6 +84,7 @@ class CombineResult:
     method: str
     modules: tuple[Combined, ...]
     warnings: tuple[str, ...] = ()
+    seconds: float = elapsed()
 
     @property
     def error(self) -> float | None:
@@ -90,19 +93,32 @@ class CombineResult:
         whole = math.hypot(*(norm for norm, _ in known))
         return math.hypot(*(norm * error for norm, error in known)) / whole if whole else None
 
+    @property
+    def nbytes(self) -> int:
+        """Of all files written; 0 for a dry run."""
+        return 0 if self.output is None else nbytes_of(self.output)
+
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest; no paths."""
+        """Plain values: the output, the time, and what the manifest has."""
+        written = {
+            "output": None if self.output is None else str(self.output),
+            "seconds": round(self.seconds, 3),
+            "nbytes": self.nbytes,
+        }
+        return written | self.as_manifest()
+
+    def as_manifest(self) -> dict[str, Any]:
+        """What the manifest has: the same for the same inputs and options, without paths and times."""
         found: dict[str, Any] = plain(replace(self, output=None))
         del found["output"]
         return {**found, "error": self.error}
 
-    def summary(self, *, verbose: bool = False, output: Path | None = None, seconds: float | None = None) -> Summary:
+    def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
         """What went in, ranks and errors, and the modules that lost most, or every module if `verbose`.
 
         Args:
             verbose: Every module.
             output: Where a dry run would write.
-            seconds: How long it took.
         """
         outcomes = Counter(module.outcome for module in self.modules)
         facts: list[tuple[str, Phrase]] = [
@@ -117,7 +133,7 @@ class CombineResult:
             expected = "" if self.output else " (expected)"
             facts.append(("error", (Value(self.error, "number", 3), f" of the whole delta's norm{expected}")))
         if self.output is not None:
-            facts.append(("wrote", wrote(self.output, seconds)))
+            facts.append(("wrote", wrote(self.output, self.seconds)))
         sections: list[Section] = [Facts(tuple(facts))]
         worst = sorted((one for one in self.modules if one.outcome == "approximated" and one.error), key=_error)
         shown = self.modules if verbose else worst[:_LISTED]

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-
-import torch
+from functools import partial
 
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution
-from surgery.algebra.low_rank import PEFT, common_rank, outcome_of, stored_type, target_of, tensors_of
-from surgery.algebra.sums import DeltaTarget, Recipe, Solved
+from surgery.algebra.low_rank import common_rank, computed_lora, outcome_of, target_of, with_error
+from surgery.algebra.sums import Recipe, Solved
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.computed import computed
 from surgery_formats.updates import Factor, LoRA, Stacked
 
 __all__ = ["combine_stacks"]
@@ -37,8 +34,15 @@ def combine_stacks(
     ranks = targets[0].ranks
     if len(stacks) == 1 and recipe.method == "exact" and rank == ranks[0]:
         return CombinedUpdate(site, (stacks[0].scaled(contributions[0].weight),), "kept", ranks, rank, targets)
-    whole = _whole_stack if stacks[0].if_transposed else _expert_by_expert
-    stack, keys = whole(name, site, targets, rank, experts[0], solutions)
+    keys = tuple(f"{name}[{e}]" for e in range(len(targets)))
+
+    def solved(e: int) -> Solved:
+        return solutions.of(keys[e], lambda: with_error(targets[e].solve(rank)))
+
+    loras = tuple(
+        computed_lora(f"{site}.{e}", target, rank, partial(solved, e), experts[e]) for e, target in enumerate(targets)
+    )
+    stack = Stacked(loras, tuple(map(_turned, loras)) if stacks[0].if_transposed else ())
     outcome = outcome_of(rank, targets[0], recipe)
     return CombinedUpdate(site, (stack,), outcome, ranks, rank, targets, best=best, solved_as=keys)
 
@@ -59,50 +63,9 @@ def _check_stacks(site: Site, contributions: Sequence[Contribution], terms: Sequ
         raise FitError("stacks its experts in two formats", tensor=site.path, hint="convert one adapter first")
 
 
-def _whole_stack(
-    name: str, site: Site, targets: Sequence[DeltaTarget], rank: int, loras: Sequence[LoRA], solutions: Solutions
-) -> tuple[Stacked, tuple[str, ...]]:
-    """PEFT's two tensors for all experts: A ``(E * rank, in)``, B ``(out, rank * E)`` with the expert as the fastest axis."""
-    count, (out, inputs) = len(targets), targets[0].shape
-
-    def solve() -> tuple[Solved, float]:
-        experts = [target.solve(rank) for target in targets]
-        lost = math.hypot(*(expert.lost for expert in experts))
-        B = torch.stack([expert.B for expert in experts], dim=-1).reshape(out, -1)
-        return Solved(B, torch.cat([expert.A for expert in experts]), lost), lost
-
-    stem, sources, dtype = f"{PEFT}{site.path}", tensors_of(loras), stored_type(loras)
-    a = computed(f"{stem}.lora_A.weight", (count * rank, inputs), sources, lambda: solutions.of(name, solve).A, dtype)
-    b = computed(f"{stem}.lora_B.weight", (out, rank * count), sources, lambda: solutions.of(name, solve).B, dtype)
-
-    def forward(e: int) -> LoRA:
-        A = Factor((a,), (rank, inputs), lambda t: t.reshape(count, rank, -1)[e])
-        return LoRA(A, Factor((b,), (out, rank), lambda t: t.reshape(-1, rank, count)[:, :, e]), 1.0, float(rank))
-
-    def backward(e: int) -> LoRA:  # the same two tensors, where the base holds its experts as (E, in, out)
-        A = Factor((b,), (rank, out), lambda t: t.reshape(-1, rank, count)[:, :, e].T)
-        return LoRA(A, Factor((a,), (inputs, rank), lambda t: t.reshape(count, rank, -1)[e].T), 1.0, float(rank))
-
-    return Stacked(tuple(forward(e) for e in range(count)), tuple(backward(e) for e in range(count))), (name,)
-
-
-def _expert_by_expert(
-    name: str, site: Site, targets: Sequence[DeltaTarget], rank: int, loras: Sequence[LoRA], solutions: Solutions
-) -> tuple[Stacked, tuple[str, ...]]:
-    """A pair of tensors for each expert, for formats that stack them in their own way."""
-    sources, dtype = tensors_of(loras), stored_type(loras)
-    keys = tuple(f"{name}[{e}]" for e in range(len(targets)))
-
-    def expert(e: int) -> LoRA:
-        def solve() -> tuple[Solved, float]:
-            solved = targets[e].solve(rank)
-            return solved, solved.lost
-
-        out, inputs = targets[e].shape
-        A = computed(
-            f"combined.{site}.{e}.down", (rank, inputs), sources, lambda: solutions.of(keys[e], solve).A, dtype
-        )
-        B = computed(f"combined.{site}.{e}.up", (out, rank), sources, lambda: solutions.of(keys[e], solve).B, dtype)
-        return LoRA(Factor.of(A), Factor.of(B), 1.0, float(rank))
-
-    return Stacked(tuple(expert(e) for e in range(len(targets)))), keys
+def _turned(lora: LoRA) -> LoRA:
+    """The same two tensors, where the base holds its experts as ``(E, in, out)``."""
+    A, B = lora.A, lora.B
+    (rank, inputs), out = A.shape, B.shape[0]
+    down, up = Factor(B.tensors, (rank, out), lambda t: t.T), Factor(A.tensors, (inputs, rank), lambda t: t.T)
+    return LoRA(down, up, lora.scale, lora.alpha)

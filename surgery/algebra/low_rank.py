@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from surgery.algebra.combined_update import CombinedUpdate, Outcome, Solutions
 from surgery.algebra.group import Contribution
@@ -12,15 +12,19 @@ from surgery.algebra.sums import DeltaTarget, LowRankSum, MergedDelta, Recipe, S
 from surgery.algebra.task_vectors import DENSE_METHODS
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
 from surgery_formats.tensors.computed import computed
-from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Factor, LoRA, Update
 
-__all__ = ["combine_loras", "common_rank", "outcome_of", "solved_lora", "stored_type", "target_of", "tensors_of"]
-
-PEFT = "base_model.model."
-"""Before every key of PEFT's."""
+__all__ = [
+    "combine_loras",
+    "common_rank",
+    "computed_lora",
+    "outcome_of",
+    "solved_lora",
+    "stored_type",
+    "target_of",
+    "with_error",
+]
 
 
 def combine_loras(
@@ -49,19 +53,34 @@ def solved_lora(
     """`target` as one LoRA of rank `rank`; `sources` are what it is made of, for names and types."""
 
     def solved() -> Solved:
-        return solutions.of(name, lambda: _with_error(target.solve(rank)))
+        return solutions.of(name, lambda: with_error(target.solve(rank)))
 
-    out, inputs = target.shape
-    stem, (down, up) = _names(site, sources)
-    tensors, dtype = tensors_of(sources), stored_type(sources)
-    A = computed(f"{stem}.{down}", (rank, *_kernel(sources)), tensors, lambda: solved().A, dtype)
-    B = computed(f"{stem}.{up}", (out, rank), tensors, lambda: solved().B, dtype)
-    lora = LoRA(Factor((A,), (rank, inputs)), Factor.of(B), 1.0, float(rank))
+    lora = computed_lora(str(site), target, rank, solved, sources)
     outcome = outcome_of(rank, target, recipe)
     return CombinedUpdate(site, (lora,), outcome, target.ranks, rank, (target,), best=best, solved_as=(name,))
 
 
-def _with_error(solved: Solved) -> tuple[Solved, float]:
+def computed_lora(
+    name: str, target: DeltaTarget, rank: int, solved: Callable[[], Solved], sources: Sequence[Update]
+) -> LoRA:
+    """A LoRA of scale 1 whose factors are solved for when they are read.
+
+    Args:
+        name: For its tensors; no two of an adapter may have one name.
+        target: The delta.
+        rank: Its rank.
+        solved: Returns its factors.
+        sources: What it is made of.
+    """
+    out, inputs = target.shape
+    tensors, dtype = [tensor for source in sources for tensor in source.tensors], stored_type(sources)
+    A = computed(f"{name}.A", (rank, inputs), tensors, lambda: solved().A, dtype)
+    B = computed(f"{name}.B", (out, rank), tensors, lambda: solved().B, dtype)
+    return LoRA(Factor.of(A), Factor.of(B), 1.0, float(rank))
+
+
+def with_error(solved: Solved) -> tuple[Solved, float]:
+    """Factors and what they leave out, for the memory of solutions."""
     return solved, solved.lost
 
 
@@ -92,35 +111,6 @@ def common_rank(targets: Sequence[DeltaTarget], recipe: Recipe) -> tuple[int, tu
 def outcome_of(rank: int, target: DeltaTarget, recipe: Recipe) -> Outcome:
     """Whether directions may have been dropped."""
     return "approximated" if rank < target.full_rank and recipe.truncates else "exact"
-
-
-def _names(site: Site, sources: Sequence[Update]) -> tuple[str, tuple[str, str]]:
-    """Key and leaves of A and B: PEFT's where the sources have PEFT's, since its writer goes by them; else names that mean nothing."""
-    names = [tensor.name for source in sources for tensor in source.tensors]
-    if any(".base_layer." in name for name in names):
-        raise FitError(
-            "is inside a wrapped attention module, whose LoRA PEFT applies twice: its combination cannot be written safely",
-            tensor=names[0],
-            hint="merge it into the base instead",
-        )
-    stem = f"{PEFT}{site.path.removesuffix('.weight')}"
-    if any(".lora_embedding_" in name for name in names):
-        return stem, ("lora_embedding_B", "lora_embedding_A")  # PEFT's delta is (B A)^T there
-    if any(".lora_A" in name for name in names):
-        return stem, ("lora_A.weight", "lora_B.weight")
-    return f"combined.{site}", ("down", "up")
-
-
-def _kernel(sources: Sequence[Update]) -> tuple[int, ...]:
-    """``(in,)``, or ``(in, k, k)`` of a convolution, as any of the sources stores it."""
-    factors = [factor for source in sources if (factor := source.factors().get("A"))]
-    stored = [factor.tensors[0].shape[1:] for factor in factors if factor.view is None]
-    return next((shape for shape in stored if len(shape) > 1), (sources[0].shape[1],))
-
-
-def tensors_of(sources: Sequence[Update]) -> list[Tensor]:
-    """What is stored of all sources."""
-    return [tensor for source in sources for tensor in source.tensors]
 
 
 def stored_type(sources: Sequence[Update]) -> DType:

@@ -40,7 +40,7 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
         result = replace(result, warnings=(*result.warnings, *_cancelling(result)))
         for file in {file for term in terms for file in term.adapter.files}:
             file.check_unchanged()
-        return result.as_json()
+        return result.as_manifest()
 
     facts = {
         "verb": result.verb,

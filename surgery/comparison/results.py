@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.to_json import plain
@@ -94,6 +95,7 @@ class AdapterDiff:
         difference: Over all weights together, relative to A; None where no deltas were compared.
         header: Whether values were left unread.
         notes: What the user should know.
+        seconds: How long it took.
     """
 
     facts: Mapping[str, tuple[str, str]]
@@ -101,6 +103,7 @@ class AdapterDiff:
     difference: float | None
     header: bool
     notes: tuple[str, ...] = ()
+    seconds: float = elapsed()
 
     @property
     def equal(self) -> bool:
@@ -111,6 +114,16 @@ class AdapterDiff:
     def same_structure(self) -> bool:
         """Whether they touch the same weights, by the same kinds of updates."""
         return all(one.a and one.b and (one.a.kind, one.a.shape) == (one.b.kind, one.b.shape) for one in self.modules)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes."""
+        return self.notes
+
+    @property
+    def nbytes(self) -> int:
+        """Not counted."""
+        return 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -191,12 +204,14 @@ class CheckpointDiff:
         difference: ``||B - A||_F / ||A||_F`` over all tensors whose values differ; None where no values were compared.
         moved: Share of all compared values that differ.
         header: Whether values were left unread.
+        seconds: How long it took.
     """
 
     tensors: tuple[TensorDiff, ...]
     difference: float | None
     moved: float | None
     header: bool
+    seconds: float = elapsed()
 
     @property
     def equal(self) -> bool:
@@ -207,6 +222,16 @@ class CheckpointDiff:
     def same_structure(self) -> bool:
         """Whether the same tensors are there, of the same types and shapes."""
         return all(one.status in ("equal", "values") for one in self.tensors)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """None: what differs is the result."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Not counted."""
+        return 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

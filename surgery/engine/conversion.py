@@ -214,7 +214,7 @@ def write_conversion(
             conversion.base.check_unchanged()
         entries = tuple(replace(e, error=near[e.site]) if e.outcome == "approximated" else e for e in result.entries)
         result = replace(result, entries=entries, errors=errors)
-        return {**result.as_json(), **(check(path, result) if check is not None else {})}
+        return {**result.as_manifest(), **(check(path, result) if check is not None else {})}
 
     facts = {"verb": "convert", "target": target.name, "projections": projections}
     job = job_id(facts, source.files, conversion.rendering)

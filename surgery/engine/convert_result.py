@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.reports.output import DRY_RUN, PATH, counted, destination, wrote
+from surgery.reports.output import DRY_RUN, PATH, counted, destination, nbytes_of, wrote
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
@@ -34,6 +35,7 @@ class ConvertResult:
             dry run.
         warnings: What the user should know.
         adapter: What was converted.
+        seconds: How long it took.
     """
 
     output: Path | None
@@ -43,6 +45,7 @@ class ConvertResult:
     errors: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     adapter: Path | None = None
+    seconds: float = elapsed()
 
     @property
     def max_error(self) -> float:
@@ -54,8 +57,22 @@ class ConvertResult:
         """The worst error of what is approximated, relative to the norm of its change."""
         return max((entry.error for entry in self.entries if entry.error is not None), default=0.0)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all files written; 0 for a dry run."""
+        return 0 if self.output is None else nbytes_of(self.output)
+
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest; no paths."""
+        """Plain values: the output, the time, and what the manifest has."""
+        written = {
+            "output": None if self.output is None else str(self.output),
+            "seconds": round(self.seconds, 3),
+            "nbytes": self.nbytes,
+        }
+        return written | self.as_manifest()
+
+    def as_manifest(self) -> dict[str, Any]:
+        """What the manifest has: the same for the same inputs and options, without paths and times."""
         return {
             "verb": "convert",
             "from": self.source,
@@ -71,13 +88,12 @@ class ConvertResult:
             "warnings": list(self.warnings),
         }
 
-    def summary(self, *, verbose: bool = False, output: Path | None = None, seconds: float | None = None) -> Summary:
+    def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
         """What was converted to what, the proof, and the parts that were dropped, or every part if `verbose`.
 
         Args:
             verbose: Every part.
             output: Where a dry run would write.
-            seconds: How long it took.
         """
         outcomes: Counter[str] = Counter(entry.outcome for entry in self.entries)
         source: Phrase = Name(self.source)
@@ -89,7 +105,7 @@ class ConvertResult:
             ("parts", counted(outcomes)),
         ]
         if self.output is not None:
-            facts += [("proof", self._proof(outcomes["approximated"])), ("wrote", wrote(self.output, seconds))]
+            facts += [("proof", self._proof(outcomes["approximated"])), ("wrote", wrote(self.output, self.seconds))]
         dropped = [entry for entry in self.entries if entry.outcome == "dropped"]
         shown = list(self.entries) if verbose else dropped[:_LISTED]
         sections: list[Section] = [Facts(tuple(facts))]

@@ -13,6 +13,7 @@ from surgery.engine.ledger import Ledger, Row
 from surgery.engine.plan import Compute, Plan
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
@@ -35,12 +36,19 @@ class MergeResult:
         ledger: Every tensor, with what was measured.
         warnings: What the user should know.
         preview: Of a dry run, what writing would take.
+        seconds: How long it took.
     """
 
     output: Path | None
     ledger: Ledger
     warnings: tuple[str, ...]
     preview: Preview | None = None
+    seconds: float = elapsed()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weight files; of a dry run, what they would take."""
+        return self.ledger.plan.nbytes
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -48,23 +56,19 @@ class MergeResult:
         return {
             "output": None if self.output is None else str(self.output),
             "nbytes": plan.nbytes,
+            "seconds": round(self.seconds, 3),
             "files": {file.name: file.nbytes for file in plan.files},
             "warnings": list(self.warnings),
             "ledger": self.ledger.as_json(),
         }
 
-    def summary(self, *, verbose: bool = False, seconds: float | None = None) -> Summary:
-        """What was merged, what became of the tensors, and how much of the update survives in the stored type.
-
-        Args:
-            verbose: Every tensor; of a dry run every operation.
-            seconds: How long it took.
-        """
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """What was merged, what became of the tensors, and how much of the update survives; if `verbose`, every tensor or operation."""
         facts = [*_inputs(self.ledger.plan), *_tensors(self.ledger)]
         if self.output is None:
             sections = [Facts((*facts, *self._would_write())), *_planned(self.ledger, verbose), DRY_RUN]
         else:
-            facts += [*_kept(self.ledger), ("wrote", self._wrote(self.output, seconds))]
+            facts += [*_kept(self.ledger), ("wrote", self._wrote(self.output))]
             next_step = Note(("next: ", *_next_step(self.ledger.plan, self.output)))
             sections = [Facts(tuple(facts)), *_poor(self.ledger, verbose), next_step]
         return Summary("Merge", (*sections, *warning_notes(self.warnings)))
@@ -79,9 +83,9 @@ class MergeResult:
                 yield "free disk", "unknown" if free is None else Value(free, "bytes")
             yield "peak memory", ("about ", Value(preview.peak_nbytes, "bytes"))
 
-    def _wrote(self, output: Path, seconds: float | None) -> Phrase:
-        plan = self.ledger.plan
-        took: tuple[str | Value, ...] = () if seconds is None else (", in ", Value(seconds, "seconds"))
+    def _wrote(self, output: Path) -> Phrase:
+        plan, seconds = self.ledger.plan, self.seconds
+        took: tuple[str | Value, ...] = (", in ", Value(seconds, "seconds")) if seconds else ()
         if seconds and plan.nbytes >= _MEASURABLE:
             took += " (", Value(plan.nbytes / seconds, "rate"), ")"
         return Name(output, PATH), ": ", *_files(plan), *took

@@ -60,7 +60,7 @@ def write(
         plan.checkpoints.check_unchanged()
         if plan.calibration is not None:
             plan.calibration.check_unchanged()
-        folder.commit({**result.as_json(), "version": __version__})
+        folder.commit({**result.as_manifest(), "version": __version__})
     stopwatch.lap("committing")
     return replace(result, output=out)
 
@@ -102,7 +102,7 @@ def write_converted(
                 adapter_nbytes=size,
                 warnings=(*found.warnings, *notes),
             )
-            return {"extract": result.as_json()}
+            return {"extract": result.as_manifest()}
 
         try:
             convert(

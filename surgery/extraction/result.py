@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery.extraction.findings import CalibrationFacts, CalibrationTotals, KindFacts, MergedLoRA, Signal, six_digits
-from surgery.reports.output import DRY_RUN, PATH, counted
+from surgery.reports.output import DRY_RUN, PATH, counted, nbytes_of
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.targets import pattern_of
@@ -149,6 +150,7 @@ class ExtractResult:
             (the content id), ``noise`` (what a merge would keep), ``settling`` (all other decisions), ``writing``, ``syncing``
             (configuration and factors to the disk), ``proving``, ``committing``, ``converting``; ``first_read_to_synced``: all but
             ``starting``.
+        seconds: How long it took.
     """
 
     output: Path | None
@@ -165,6 +167,7 @@ class ExtractResult:
     kind: KindFacts | None = None
     calibration: CalibrationTotals | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = elapsed()
 
     @property
     def energy(self) -> float:
@@ -209,8 +212,23 @@ class ExtractResult:
         """How many times smaller the adapter is than the full copy."""
         return self.tuned_nbytes / self.adapter_nbytes if self.adapter_nbytes else 0.0
 
+    @property
+    def nbytes(self) -> int:
+        """Of all files written; 0 for a dry run."""
+        return 0 if self.output is None else nbytes_of(self.output)
+
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest; no paths."""
+        """Plain values: the output, the time and its parts, and what the manifest has."""
+        written = {
+            "output": None if self.output is None else str(self.output),
+            "seconds": round(self.seconds, 3),
+            "nbytes": self.nbytes,
+            "timings": {name: round(value, 3) for name, value in self.timings.items()},
+        }
+        return written | self.as_manifest()
+
+    def as_manifest(self) -> dict[str, Any]:
+        """What the manifest has: the same for the same inputs and options, without paths and times."""
         return {
             "verb": "extract-lora",
             "format": self.format,
@@ -233,15 +251,14 @@ class ExtractResult:
             "warnings": list(self.warnings),
         } | ({"table": [choice.as_json() for choice in self.table]} if self.table else {})
 
-    def summary(self, *, verbose: bool = False, output: Path | None = None, seconds: float | None = None) -> Summary:
+    def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
         """The whole in figures, then like-named layers in one row, or each by itself if `verbose`.
 
         Args:
             verbose: Each layer.
             output: As asked for; only for the name under which it is shown.
-            seconds: How long it took.
         """
-        sections: list[Section] = [Facts((*self._facts(), *self._outcome(output, seconds)))]
+        sections: list[Section] = [Facts((*self._facts(), *self._outcome(output)))]
         changed = [row for row in self.rows if row.energy or row.form]
         if changed:
             layers = layers_of(changed, apart=verbose)
@@ -276,7 +293,7 @@ class ExtractResult:
         copy = Value(self.tuned_nbytes, "bytes")
         yield "size", (Value(self.adapter_nbytes, "bytes"), f", {times} than the full copy's ", copy)
 
-    def _outcome(self, output: Path | None, seconds: float | None) -> Iterator[tuple[str, Phrase]]:
+    def _outcome(self, output: Path | None) -> Iterator[tuple[str, Phrase]]:
         if self.kind is not None:
             yield "kind", f"{'DoRA' if self.kind.kind == 'dora' else 'LoRA'}: {self.kind.why}"
         if self.calibration is not None:
@@ -287,7 +304,7 @@ class ExtractResult:
             survives = Value(self.survival, "share", 1)
             yield "merging", ("keeps ", survives, " of the factors' update in BASE's stored type")
         if self.output is not None:
-            took = () if seconds is None else (" in ", Value(seconds, "seconds"))
+            took = (" in ", Value(self.seconds, "seconds")) if self.seconds else ()
             yield "proof", "read back: it holds what was measured against TUNED"
             yield "wrote", (Name(output or self.output, PATH), *took)
 

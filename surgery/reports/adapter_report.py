@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.reports.checkpoint_report import WeightFileReport, files_phrase, types_phrase
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.targets import TargetedParameter, TargetGroup
@@ -71,6 +72,7 @@ class AdapterReport:
         metadata: Free strings of the file.
         ignored: ``{tensor: why}`` of tensors that rightly do nothing.
         traps: What makes this adapter easy to use wrongly.
+        seconds: How long it took.
     """
 
     path: Path
@@ -97,6 +99,12 @@ class AdapterReport:
     metadata: Mapping[str, str]
     ignored: Mapping[str, str]
     traps: tuple[str, ...]
+    seconds: float = elapsed()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The traps."""
+        return self.traps
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.to_json import plain
@@ -82,6 +83,7 @@ class CheckpointReport:
         side_files: Everything else that belongs to it: tokenizer, templates, schedulers.
         left_behind: Weights of other formats beside those read.
         notes: What the user should know.
+        seconds: How long it took.
     """
 
     path: Path
@@ -91,6 +93,12 @@ class CheckpointReport:
     side_files: tuple[str, ...]
     left_behind: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    seconds: float = elapsed()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes."""
+        return self.notes
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, the tree included."""

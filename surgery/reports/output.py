@@ -25,9 +25,9 @@ def destination(output: Path | None, format: str) -> Phrase:
     return Name(format) if output is None else (Name(output, PATH), " (", Name(format), ")")
 
 
-def wrote(output: Path, seconds: float | None) -> Phrase:
+def wrote(output: Path, seconds: float) -> Phrase:
     """How much lies at `output`, and how long it took where that is known."""
-    took = () if seconds is None else (" in ", Value(seconds, "seconds"))
+    took = (" in ", Value(seconds, "seconds")) if seconds else ()
     return Value(nbytes_of(output), "bytes"), *took
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
@@ -128,11 +129,23 @@ class SavingsReport:
         base: The base, or None if none was given.
         adapters: In the order given.
         together: All these adapters on one base against as many copies; None for fewer than two, or without a base.
+        seconds: How long it took.
     """
 
     base: BaseCost | None
     adapters: tuple[AdapterCost, ...]
     together: TaskCost | None = None
+    seconds: float = elapsed()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Those of every adapter, with its name."""
+        return tuple(f"{cost.name}: {text}" for cost in self.adapters for text in cost.warnings)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight files of base and adapters."""
+        return sum(cost.nbytes for cost in (self.base, *self.adapters) if cost is not None)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

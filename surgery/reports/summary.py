@@ -7,16 +7,17 @@ A result builds it in ``summary()``; `as_text`, `as_markdown` and `as_json` rend
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from surgery.reports.markdown import as_markdown
+from surgery.reports.result import Result
 from surgery.reports.sections import Facts, Note, Section
 from surgery.reports.text import as_text
 from surgery.reports.to_json import plain
 from surgery.reports.values import phrase_text
 from surgery_formats.text import clean
 
-__all__ = ["Summarised", "Summary", "summarised", "warning_notes"]
+__all__ = ["Summary", "summarised", "warning_notes"]
 
 _BRIEF = 200  # characters of a result's repr
 
@@ -81,27 +82,19 @@ class Summary:
         return self.as_markdown()
 
 
-class Summarised(Protocol):
-    """A result."""
-
-    def summary(self, *, verbose: bool = False) -> Summary:
-        """What people are shown; everything if `verbose`."""
-        ...
+R = TypeVar("R", bound=Result)
 
 
-Result = TypeVar("Result", bound=Summarised)
-
-
-def summarised(result: type[Result]) -> type[Result]:
+def summarised(result: type[R]) -> type[R]:
     """Class decorator: a result prints as its summary, shows it in a notebook, and has a repr of one line."""
 
-    def text(self: Result) -> str:
+    def text(self: R) -> str:
         return self.summary().as_text()
 
-    def brief(self: Result) -> str:
+    def brief(self: R) -> str:
         return f"<{type(self).__name__} {self.summary().brief()}>"
 
-    def markdown(self: Result) -> str:
+    def markdown(self: R) -> str:
         return self.summary().as_markdown()
 
     for name, method in (("__str__", text), ("__repr__", brief), ("_repr_markdown_", markdown)):

@@ -15,7 +15,8 @@ __all__ = ["plain"]
 def plain(value: Any) -> Any:
     """`value` as JSON knows it.
 
-    Dataclasses and mappings become objects, tuples lists, paths strings, NaN and infinities null.
+    Dataclasses and mappings become objects, tuples lists, paths strings, NaN and infinities null. A field whose
+    metadata says ``json: False`` is left out.
 
     Raises:
         TypeError: a value of another type; a report that holds one is a defect.
@@ -25,7 +26,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.metadata.get("json", True)
+        }
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

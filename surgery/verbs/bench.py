@@ -21,6 +21,7 @@ from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
+from surgery.reports.result import elapsed, timed
 from surgery.reports.sections import Column, Note, Table
 from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
@@ -69,6 +70,7 @@ class BenchResult:
         floors: Seconds to read the weights of a step once, per side; empty on the cpu.
         prefill_ratio: Of two graphs, first to second.
         token_ratio: Of two graphs, first to second; None for encoders.
+        seconds: How long it took.
     """
 
     sides: tuple[BenchSide, ...]
@@ -80,6 +82,17 @@ class BenchResult:
     floors: tuple[float, ...]
     prefill_ratio: Ratio | None = None
     token_ratio: Ratio | None = None
+    seconds: float = elapsed()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Not counted; `step_nbytes` of a side is what one token reads."""
+        return 0
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -143,6 +156,7 @@ class Bound:
     virtual_tokens: int
 
 
+@timed
 def bench(
     model: StrPath,
     against: StrPath | None = None,

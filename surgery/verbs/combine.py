@@ -29,6 +29,7 @@ from surgery.engine.inputs import (
 )
 from surgery.progress import Callback
 from surgery.rank import Rank
+from surgery.reports.result import timed
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
@@ -39,6 +40,7 @@ __all__ = ["METHODS", "CombineResult", "Combined", "Source", "combine"]
 METHODS = ("exact", "svd", *DENSE_METHODS)
 
 
+@timed
 def combine(
     adapters: AdaptersLike,
     *,

@@ -19,6 +19,7 @@ from surgery.engine.conversion import (
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
 from surgery.progress import Callback
+from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.errors import FitError
@@ -26,6 +27,7 @@ from surgery_formats.errors import FitError
 __all__ = ["ConvertResult", "convert"]
 
 
+@timed
 def convert(
     adapter: AdapterLike,
     to: str,
@@ -84,7 +86,7 @@ def convert(
             raise FitError(
                 f"{to} keeps names as they are", hint="convert with --projections to peft first, then to compact"
             )
-        change = change_layout(given, projections, target.name, checkpoint)
+        change = change_layout(given, projections, target, checkpoint)
         also = partial(prove_layout, given=given, target=target, change=change, tolerance=tolerance_of(stored))
         source = change.adapter
         if change.held:  # the base has the given names, and none of the new ones

@@ -10,12 +10,14 @@ from surgery.comparison.checkpoints import CheckpointDiff, diff_checkpoints
 from surgery.comparison.results import AdapterDiff
 from surgery.engine.inputs import Openable, as_opened
 from surgery.progress import Callback
+from surgery.reports.result import timed
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
 
 __all__ = ["diff"]
 
 
+@timed
 def diff(
     a: Openable,
     b: Openable,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
+from surgery.reports.result import elapsed, timed
 from surgery.reports.sections import Facts, Note
 from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
@@ -93,6 +94,7 @@ class EnvironmentReport:
         memory_nbytes: Memory this process may use: of the machine, or of its container; None where it cannot be told.
         findings: What is wrong.
         deep: From importing torch and onnxruntime, where that was asked for: devices they can use, or how they fail.
+        seconds: How long it took.
     """
 
     version: str
@@ -104,6 +106,17 @@ class EnvironmentReport:
     memory_nbytes: int | None
     findings: tuple[Finding, ...]
     deep: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = elapsed()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong, each with its cure."""
+        return tuple(f"{finding.what}; {finding.cure}" for finding in self.findings)
+
+    @property
+    def nbytes(self) -> int:
+        """No files were looked at."""
+        return 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -131,6 +144,7 @@ class EnvironmentReport:
         return Summary("Environment", (Facts(facts), *warnings))
 
 
+@timed
 def env(*, deep: bool = False) -> EnvironmentReport:
     """Look at the machine and the installation.
 

@@ -23,6 +23,7 @@ from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
+from surgery.reports.result import timed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["ExportResult", "export_onnx"]
 
 
+@timed
 def export_onnx(
     base: CheckpointLike,
     adapters: AdaptersLike = (),

@@ -40,6 +40,7 @@ from surgery.extraction.targets import tree_name
 from surgery.extraction.write import Scaling
 from surgery.progress import Callback
 from surgery.rank import Rank
+from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded, Format
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.dtypes import DType
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = ["ExtractResult", "extract_lora"]
 
 
+@timed
 def extract_lora(
     base: CheckpointLike,
     tuned: CheckpointLike,

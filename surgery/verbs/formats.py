@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from surgery.reports.result import elapsed, timed
 from surgery.reports.sections import Column, Table
 from surgery.reports.summary import Summary, summarised
 from surgery.reports.to_json import plain
@@ -108,12 +109,24 @@ class Catalogue:
         containers: Of models.
         families: Whose names are known; other models are read by their names alone.
         updates: Kinds of update that can be merged.
+        seconds: How long it took.
     """
 
     formats: tuple[AdapterFormat, ...]
     containers: tuple[ContainerEntry, ...]
     families: tuple[FamilyEntry, ...]
     updates: tuple[UpdateKind, ...]
+    seconds: float = elapsed()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """No files were looked at."""
+        return 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -130,7 +143,10 @@ class Catalogue:
             )
             for one in self.formats
         )
-        containers = ((one.name, one.files, one.reads, one.writes) for one in self.containers)
+        containers = (
+            (entry.name, entry.files + ("" if entry.built_in else " (plugin)"), entry.reads, entry.writes)
+            for entry in self.containers
+        )
         families = ((one.name, one.graphs, ", ".join(one.model_types)) for one in self.families)
         updates = ((one.name, one.equation or one.title) for one in self.updates)
         tables = (
@@ -145,6 +161,7 @@ class Catalogue:
         return Summary("Formats", tables)
 
 
+@timed
 def formats() -> Catalogue:
     """What this installation knows, plugins included.
 
@@ -157,8 +174,14 @@ def formats() -> Catalogue:
             for one in adapter_formats().values()
         ),
         containers=tuple(
-            ContainerEntry(one.name, one.title, True, one.written_as == one.name, one in MODEL_CONTAINERS)
-            for one in containers().values()
+            ContainerEntry(
+                container.name,
+                container.title,
+                True,
+                container.written_as == container.name,
+                container in MODEL_CONTAINERS,
+            )
+            for container in containers().values()
         ),
         families=tuple(sorted(_families(), key=lambda entry: (entry.name, not entry.graphs, entry.model_types))),
         updates=tuple(_updates()),

@@ -11,6 +11,7 @@ from typing import Any
 from surgery.engine.inputs import Openable, as_opened
 from surgery.reports.adapter_report import AdapterReport, PromptFacts
 from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport, WeightFileReport
+from surgery.reports.result import timed
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.weight_files import container_of_file
@@ -36,6 +37,7 @@ _FACTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+@timed
 def inspect(reference: Openable) -> CheckpointReport | AdapterReport:
     """Look at a model or an adapter without reading a single weight.
 

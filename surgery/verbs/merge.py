@@ -15,6 +15,7 @@ from surgery.engine.model_card import merge_card
 from surgery.engine.model_output import judge, plan_merge
 from surgery.engine.preview import obstacles, preview
 from surgery.progress import Callback
+from surgery.reports.result import timed
 from surgery_formats.binding.bind import bind
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
@@ -22,6 +23,7 @@ from surgery_formats.text import show
 __all__ = ["MergeResult", "merge"]
 
 
+@timed
 def merge(
     base: CheckpointLike,
     adapters: AdaptersLike,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, as_list, as_opened
 from surgery.reports.fit import fit_report
+from surgery.reports.result import timed
 from surgery.reports.savings import AdapterCost, BaseCost, SavingsReport, Split, TaskCost
 from surgery.reports.targets import touched, trained_parameters
 from surgery.verbs.inspect import inspect_adapter
@@ -19,6 +20,7 @@ from surgery_formats.models.module_tree import leaves, module_graph
 __all__ = ["SavingsReport", "report"]
 
 
+@timed
 def report(
     references: Openable | Iterable[Openable],
     *,

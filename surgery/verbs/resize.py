@@ -12,6 +12,7 @@ from surgery.engine.checks import float_type
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
 from surgery.progress import Callback
 from surgery.rank import Rank
+from surgery.reports.result import timed
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
@@ -19,6 +20,7 @@ from surgery_formats.errors import FitError, NothingChangedError
 __all__ = ["resize"]
 
 
+@timed
 def resize(
     adapter: AdapterLike,
     *,

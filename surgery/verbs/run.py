@@ -78,6 +78,16 @@ class RunResult:
     arrays: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[str | tuple[int, ...], ...] = ()
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """None: a text that reached the longest sequence has the reason ``full``."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Not counted."""
+        return 0
+
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
         found: dict[str, Any] = plain(replace(self, arrays={}))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.place import LEDGER
+from surgery.reports.result import elapsed, timed
 from surgery.reports.sections import Facts
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.verification.bytes import compare_copied, compare_files, recorded_tensors
@@ -69,17 +70,29 @@ class Verification:
         kind: ``graph`` or ``folder``.
         checks: In order.
         notes: What could not be looked at, and how it can.
+        seconds: How long it took.
     """
 
     path: Path
     kind: str
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
+    seconds: float = elapsed()
 
     @property
     def difference(self) -> float | None:
         """Greatest difference of a logit of all checks."""
         return max((check.difference for check in self.checks if check.difference is not None), default=None)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes."""
+        return self.notes
+
+    @property
+    def nbytes(self) -> int:
+        """Not counted."""
+        return 0
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -97,6 +110,7 @@ class Verification:
         return Summary("Verification", (checks, *warning_notes(self.notes)))
 
 
+@timed
 def verify(
     output: StrPath,
     *,

@@ -148,12 +148,12 @@ def test_rows_in_a_wrong_order_are_caught(tmp_path: Path, monkeypatch: pytest.Mo
     source = write_peft(tmp_path / "g", gate, r=2)
     from surgery.algebra import projections as room
 
-    honest = room._cut
+    honest = room.cut_rows
 
-    def swapped(update: Any, site: Any, start: int, stop: int, adapter: Any) -> Any:
-        return honest(update, site, (start + 6) % 12, (start + 6) % 12 + stop - start, adapter)
+    def swapped(update: Any, site: Any, start: int, stop: int, file: Path) -> Any:
+        return honest(update, site, (start + 6) % 12, (start + 6) % 12 + stop - start, file)
 
-    monkeypatch.setattr(room, "_cut", swapped)
+    monkeypatch.setattr(room, "cut_rows", swapped)
     with pytest.raises(ProofError):
         surgery.convert(source, "peft", output=tmp_path / "h", projections="split")
     assert not (tmp_path / "h").exists()

@@ -211,6 +211,7 @@ def values(path: Path) -> dict[str, torch.Tensor]:
 def test_a_toy_base_is_listed_inspected_and_reported(toy_base: Path, tmp_path: Path) -> None:
     entry = next(entry for entry in surgery.formats().containers if entry.name == "toyz")
     assert (entry.files, entry.writes, entry.built_in) == ("model.toyz: a JSON header and raw data", True, False)
+    assert "JSON header and raw data (plugin)" in str(surgery.formats().summary())
     (component,) = surgery.inspect(toy_base).components
     assert (component.family, component.facts["layers"]) == ("llama", 2)
     assert [file.container for file in component.files] == ["toyz"]

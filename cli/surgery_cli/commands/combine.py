@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +82,11 @@ def command(
 
     _check(options)
     rank = rank_of(options.pop("rank"), options.pop("energy"))
-    began = time.monotonic()
     given = [(resolve(reference), weight) for reference, weight in adapters]
     model = None if base is None else resolve(base)
     with bar(settings, "combining") as progress:
         result = combine(given, output=output, base=model, rank=rank, dry_run=dry_run, progress=progress, **options)
-    show_output("combine", result, settings, began, output)
+    show_output("combine", result, settings, output)
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +85,8 @@ def command(
     from surgery.verbs.convert import convert
     from surgery_formats.refs import resolve
 
-    began = time.monotonic()
     source = resolve(adapter)
     model = None if base is None else resolve(base)
     with bar(settings, "converting") as progress:
         result = convert(source, to, output=output, base=model, dry_run=dry_run, progress=progress, **options)
-    show_output("convert", result, settings, began, output)
+    show_output("convert", result, settings, output)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,6 @@ def command(
     from surgery.verbs.export_onnx import export_onnx
     from surgery_formats.refs import resolve
 
-    began = time.monotonic()
     with bar(settings, "merging") as progress:
         result = export_onnx(
             resolve(base),
@@ -114,5 +112,4 @@ def command(
             progress=progress,
             **options,
         )
-    seconds = time.monotonic() - began
-    show_result("export-onnx", result, settings, summary=result.summary(seconds=seconds), seconds=round(seconds, 3))
+    show_result("export-onnx", result, settings)

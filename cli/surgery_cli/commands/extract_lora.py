@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +159,6 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
     if patterns and (ways not in ([], ["rank"]) or options["rank"] == "auto"):
         raise click.UsageError("--rank-pattern goes with a number as --rank")
     chosen = {name: options.pop(name) for name in ("rank", "energy", "max_error", "budget")}
-    began = time.monotonic()
     with bar(settings, "extracting") as progress:
         result = extract_lora(
             resolve(base),
@@ -171,5 +169,4 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
             progress=progress,
             **options,
         )
-    timings = {name: round(value, 3) for name, value in result.timings.items()}
-    show_output("extract-lora", result, settings, began, output, timings=timings)
+    show_output("extract-lora", result, settings, output)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,6 @@ def command(
     from surgery.verbs.merge import merge
     from surgery_formats.refs import resolve
 
-    began = time.monotonic()
     inputs = [(resolve(reference), weight) for reference, weight in adapters]
     with bar(settings, "merging") as progress:
         result = merge(
@@ -89,6 +87,4 @@ def command(
             progress=progress,
             **options,
         )
-    seconds = time.monotonic() - began
-    summary = result.summary(verbose=settings.verbose > 0, seconds=seconds)
-    show_result("merge", result, settings, summary=summary, data=dry_run, seconds=round(seconds, 3))
+    show_result("merge", result, settings, data=dry_run)

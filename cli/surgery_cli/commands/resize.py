@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +55,8 @@ def command(
     if all(options[name] is None for name in ("rank", "energy", "max_error")):
         raise click.UsageError("give --rank, --energy or --max-error")
     rank = rank_of(**{name: options.pop(name) for name in ("rank", "energy", "max_error")})
-    began = time.monotonic()
     source = resolve(adapter)
     model = None if base is None else resolve(base)
     with bar(settings, "resizing") as progress:
         result = resize(source, output=output, base=model, rank=rank, dry_run=dry_run, progress=progress, **options)
-    show_output("resize", result, settings, began, output)
+    show_output("resize", result, settings, output)

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
@@ -17,7 +18,7 @@ from surgery_formats.updates import Update
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Coded", "Entry", "Format", "NewTensor", "Outcome", "Rendering"]
+__all__ = ["Coded", "Entry", "Format", "Inheriting", "NewTensor", "Outcome", "Rendering", "Scaled", "Scaling"]
 
 Outcome = Literal["exact", "folded", "approximated", "dropped"]
 
@@ -81,6 +82,29 @@ class Rendering:
     stated: Mapping[Site, Callable[[], tuple[float, ...]]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """How the scales of an adapter are to be stated: ``scale = alpha / rank``, or ``alpha / sqrt(rank)``.
+
+    Attributes:
+        alpha: One for all; None gives each module its own rank, which makes the scale 1 (rsLoRA: the root of the rank).
+        rslora: Which of the two.
+        rank: The rank to state for the whole file where a module has it; by default the one that most have.
+    """
+
+    alpha: float | None = None
+    rslora: bool = False
+    rank: int | None = None
+
+    def alpha_of(self, rank: int) -> float:
+        """As written in the configuration."""
+        return float(rank) if self.alpha is None else self.alpha
+
+    def scale(self, rank: int) -> float:
+        """What ``B A`` is multiplied with."""
+        return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
+
+
 class Format(Protocol):
     """One on-disk adapter format. Adding one is adding a file with an object like this to `registry.BUILT_IN`.
 
@@ -135,4 +159,24 @@ class Coded(Format, Protocol):
 
         Raises:
             FitError: no such type.
+        """
+
+
+@runtime_checkable
+class Scaled(Format, Protocol):
+    """A format whose configuration states ranks and scales, in more than one way."""
+
+    def with_scaling(self, scaling: Scaling) -> Format:
+        """The same format, stating them as `scaling` says wherever an update's scale allows it."""
+
+
+@runtime_checkable
+class Inheriting(Format, Protocol):
+    """A format of which an adapter made from others may keep a part of their configurations."""
+
+    def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
+        """The configuration (`Adapter.config`) of an adapter that does `updates` and was made from `adapters`, all of this format.
+
+        Raises:
+            FitError: no one configuration describes such an adapter.
         """

@@ -73,6 +73,7 @@ class Adapter:
         tensors: Every stored tensor of the adapter.
         ignored: Tensors that rightly do nothing.
         new_modules: Module names that the base may lack: heads added for a task (``score``, ``classifier``).
+        copied_modules: Paths of modules of which a whole trained copy is stored, where they are known: each with all its parameters.
         prompt: Virtual tokens; the updates of such an adapter are the heads that were trained beside them.
         base_name: The base it says it was trained on, or empty.
         base_id: Content id of that base, where recorded.
@@ -93,6 +94,7 @@ class Adapter:
     tensors: tuple[Tensor, ...]
     ignored: tuple[Ignored, ...] = ()
     new_modules: frozenset[str] = frozenset()
+    copied_modules: frozenset[str] = frozenset()
     prompt: SoftPrompt | None = None
     base_name: str = ""
     base_id: str = ""

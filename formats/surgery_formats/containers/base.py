@@ -57,14 +57,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The weights of one network.
+    """The weights of one component.
 
     Attributes:
         folder: Where they lie.
         shards: In order of their names.
         index_path: The index file, if the weights have one.
         index: Its content.
-        config: The network's configuration, if its weights carry it; a config.json beside them comes first.
+        config: The component's configuration, if its weights carry it; a config.json beside them comes first.
     """
 
     folder: Path
@@ -115,7 +115,7 @@ class Container(Protocol):
         """Whether `path` (file or folder) is of this container, by content; cheap, and never raises for foreign files."""
 
     def open(self, path: Path) -> Mapping[str, ShardSet]:
-        """The weights of every network by its name; the only network of a plain model is called "". Only headers are read.
+        """The weights of every component by name; a plain model has one, called "". Only headers are read.
 
         Raises:
             InputError: the files are not what the container says. No tensor reaches beyond its file.

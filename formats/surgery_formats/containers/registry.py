@@ -41,7 +41,7 @@ def container_at(path: Path) -> Container:
 
 
 def open_weights(path: str | os.PathLike[str]) -> Mapping[str, ShardSet]:
-    """The weights of a model in any container, by network; the only network of a plain model is called "".
+    """The weights of a model in any container, by component; a plain model has one, called "".
 
     Raises:
         NotFoundError: nothing there, or no weights in the folder.

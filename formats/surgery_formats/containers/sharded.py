@@ -173,7 +173,7 @@ def open_shards(path: str | os.PathLike[str]) -> ShardSet:
         return _open_indexed(where, index["suffix"])
     opened = open_weight_file(where)
     if len(opened) != 1:
-        raise FitError("several networks where the weights of one were expected", file=where)
+        raise FitError("several components where the weights of one were expected", file=where)
     return next(iter(opened.values()))
 
 

@@ -100,15 +100,15 @@ def open_weight_file(path: str | os.PathLike[str]) -> Mapping[str, ShardSet]:
 
 
 def open_shard(path: str | os.PathLike[str]) -> Shard:
-    """Open one file of weights of one network.
+    """Open one file with the weights of one component.
 
     Raises:
         NotFoundError, MalformedError: as `open_weight_file`.
-        FitError: the file holds several networks.
+        FitError: the file holds several components.
     """
     opened = open_weight_file(path)
     if len(opened) != 1 or len(shards := next(iter(opened.values())).shards) != 1:
-        raise FitError("several networks where the weights of one were expected", file=path)
+        raise FitError("several components where the weights of one were expected", file=path)
     return shards[0]
 
 

@@ -13,6 +13,7 @@ from surgery.engine.ledger import Ledger
 from surgery.onnx.export.place import Mode
 from surgery.onnx.graph.contract import Contract
 from surgery.reports.output import PATH
+from surgery.reports.result import elapsed
 from surgery.reports.sections import Facts
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.values import Name, Phrase, Piece, Value
@@ -41,6 +42,7 @@ class ExportResult:
         nodes: Number of nodes of ``model.onnx``.
         warnings: Warnings for the user.
         ledger: The ledger of merged weights, or None.
+        seconds: Duration of the export.
     """
 
     output: Path
@@ -51,6 +53,7 @@ class ExportResult:
     nodes: int
     warnings: tuple[str, ...]
     ledger: Ledger | None = None
+    seconds: float = elapsed()
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -71,18 +74,14 @@ class ExportResult:
             "vocabulary_rows": contract.vocabulary_rows,
             "slots": [slot.weight for slot in contract.slots],
             "nbytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
             "nodes": self.nodes,
             "warnings": list(self.warnings),
             "ledger": self.ledger.as_json() if self.ledger else None,
         }
 
-    def summary(self, *, verbose: bool = False, seconds: float | None = None) -> Summary:
-        """The graph, where adapters and weights went, and how to run it.
-
-        Args:
-            verbose: Changes nothing: all of it is shown.
-            seconds: How long it took.
-        """
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """The graph, where adapters and weights went, and how to run it; always all of it."""
         contract = self.contract
         graphs = ", ".join(name for name in self.files if "/" not in name)
         facts: list[tuple[str, Phrase]] = [
@@ -97,7 +96,7 @@ class ExportResult:
             changed, written = Value(len(self.ledger.plan.computed()), "count"), Value(self.ledger.plan.nbytes, "bytes")
             facts.append(("changed", (changed, " tensors, ", written, " written for them")))
         weights = ", ".join(file.name for file in contract.weights)
-        took: tuple[Piece, ...] = () if seconds is None else (" in ", Value(seconds, "seconds"))
+        took: tuple[Piece, ...] = (" in ", Value(self.seconds, "seconds")) if self.seconds else ()
         facts += [
             ("weights", f"{weights}: {_WEIGHTS[self.weights]}"),
             ("written", (Value(self.nbytes, "bytes"), *took)),

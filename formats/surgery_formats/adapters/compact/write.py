@@ -16,6 +16,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
+from surgery_formats.linalg.solutions import RecentSolutions
 from surgery_formats.tensors.coded import CodedTensor, code_shape, code_type, pack
 from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
@@ -26,27 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["render_compact"]
 
-_REMEMBERED = 256 << 20  # bytes of solved codes; the two factors of a module are solved together and written apart
 
-
-class _SolvedCodes:
-    """Codes that were worked out, as far as memory goes, and the errors of all of them."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, Coded] = {}
-        self.errors: dict[str, float] = {}
-
-    def of(self, key: str, solve: Callable[[], tuple[Coded, float]]) -> Coded:
-        """The codes of the update `key`."""
-        if key not in self._found:
-            made, self.errors[key] = solve()
-            self._found[key] = made
-            while len(self._found) > 1 and self._size() > _REMEMBERED:
-                self._found.pop(next(iter(self._found)))
-        return self._found[key]
-
-    def _size(self) -> int:
-        return sum(tensor.nbytes for coded in self._found.values() for tensor in coded.values())
+def _size(coded: Coded) -> int:
+    return sum(tensor.nbytes for tensor in coded.values())
 
 
 @dataclass
@@ -58,7 +41,7 @@ class _CompactWriter:
     tensors: dict[str, NewTensor] = field(default_factory=dict)
     records: dict[Site, list[dict[str, Any]]] = field(default_factory=dict)
     stated: dict[Site, list[Callable[[], float]]] = field(default_factory=dict)
-    solutions: _SolvedCodes = field(default_factory=_SolvedCodes)
+    solutions: RecentSolutions[Coded] = field(default_factory=lambda: RecentSolutions(_size))
 
     def add(self, *tensors: NewTensor) -> None:
         """Tensors of the file."""
@@ -102,7 +85,7 @@ def _together(errors: list[Callable[[], float]]) -> Callable[[], tuple[float, ..
 
 def _update(site: Site, update: Update, state: _CompactWriter) -> None:
     lora = _first_lora(update)
-    wrapped = lora is not None and any(".base_layer.out_proj." in tensor.name for tensor in update.tensors)
+    wrapped = lora is not None and site.module_kind == "attention output"
     stem = stem_of(site, len(state.records.get(site, ())), wrapped=wrapped)
     error = _none
     if lora is not None:
@@ -143,7 +126,7 @@ def _low_rank(
 ) -> Callable[[], float]:
     """The codes of a LoRA, of a DoRA's direction, or of all experts of a stack; what says their error."""
     loras = [*update.experts] if isinstance(update, Stacked) else [first]
-    embedding = any(".lora_embedding_" in tensor.name for tensor in first.tensors)
+    embedding = site.module_kind == "embedding"
     out, inputs = first.shape
     kept = _kept(loras, state.coding)
     rank = kept[0].sizes[2] if kept else min(max(lora.rank for lora in loras), out, inputs)
@@ -166,7 +149,7 @@ def _low_rank(
             load = _load(coded, f"{side}.{what}")
             state.add(NewTensor(f"{names[side]}.{what}", dtype, shape, load))
     record: dict[str, Any] = {"kind": "DoRA" if isinstance(update, DoRA) else "LoRA", "scale": first.scale}
-    record |= {"rank": rank, "shape": [out, *_kernel(first)]}
+    record |= {"rank": rank, "shape": [out, *_columns(site, inputs)]}
     record |= {"alpha": first.alpha} if first.alpha is not None else {}
     record |= {"per_row": update.per_row} if isinstance(update, DoRA) else {}
     record |= {"experts": len(loras), "either_way": bool(update.if_transposed)} if isinstance(update, Stacked) else {}
@@ -193,11 +176,10 @@ def _kept(loras: list[LoRA], coding: Coding) -> tuple[CodedTensor, CodedTensor] 
     return (a, b) if same and (a.side, b.side) == ("A", "B") else None
 
 
-def _kernel(lora: LoRA) -> tuple[int, ...]:
-    """``(in,)``, or ``(in, k, k)`` as a convolution's factor is stored."""
-    stored = lora.A.tensors[0].shape[1:]
-    whole = lora.A.view is None and math.prod(stored) == lora.shape[1]
-    return stored if whole else (lora.shape[1],)
+def _columns(site: Site, inputs: int) -> tuple[int, ...]:
+    """``(in,)``, or ``(in, k, k)`` of a convolution whose kernel is known."""
+    known = bool(site.kernel) and all(site.kernel)
+    return (inputs // math.prod(site.kernel), *site.kernel) if known else (inputs,)
 
 
 def _solved(loras: list[LoRA], rank: int, scale: float, coding: Coding) -> tuple[Coded, float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
@@ -18,25 +19,9 @@ from surgery_formats.files.bounded_json import read_object
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, Update
 
-__all__ = ["EMBEDDINGS", "TENSOR_FILE", "read_mlx"]
+__all__ = ["TENSOR_FILE", "read_mlx"]
 
 TENSOR_FILE = "adapters.safetensors"
-EMBEDDINGS = frozenset(
-    [
-        "embed",
-        "embed_in",
-        "embed_tokens",
-        "embed_tokens_per_layer",
-        "embedding",
-        "embeddings",
-        "position_embedding_table",
-        "tok_embeddings",
-        "token_embeddings",
-        "word_embeddings",
-        "wpe",
-        "wte",
-    ]
-)  # modules that are nn.Embedding in mlx-lm's models: their factors are not transposed
 _LEAVES = ("lora_a", "lora_b", "m")
 _DEFAULT_SCALE = 20.0  # mlx-lm's, before 2024-04 and in its examples
 
@@ -80,7 +65,9 @@ def read_mlx(path: Path) -> Adapter:
             raise MalformedError("neither lora_a, lora_b nor m", file=file, tensor=tensor.name)
     for module, parts in modules.items():
         update = _module(module, parts, config)
-        kind: ModuleKind = "experts" if isinstance(update, Stacked) else "embedding" if _embeds(module) else "linear"
+        kind: ModuleKind = (
+            "experts" if isinstance(update, Stacked) else "embedding" if is_embedding(module) else "linear"
+        )
         updates[Site(f"{module}.weight", module_kind=kind)] = (update,)
     return Adapter(
         path=path,
@@ -97,12 +84,8 @@ def read_mlx(path: Path) -> Adapter:
     )
 
 
-def _embeds(module: str) -> bool:
-    return module.rpartition(".")[2] in EMBEDDINGS
-
-
 def _tie_trap(modules: Iterable[str]) -> Iterable[str]:
-    if any(map(_embeds, modules)):
+    if any(map(is_embedding, modules)):
         yield "it trains the embedding: where the base ties its head to it, mlx-lm lets the head follow"
 
 
@@ -152,7 +135,7 @@ def _module(module: str, parts: Mapping[str, StoredTensor], config: _Config) -> 
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or not a.shape[1]:
         raise FitError(f"is {list(a.shape)}, its lora_b {list(b.shape)}", file=a.file.path, tensor=a.name)
     rank = a.shape[1]
-    if _embeds(module):
+    if is_embedding(module):
         lora = LoRA(Factor.of(b), Factor.of(a), config.scale)
     else:
         lora = LoRA(

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, one_expert, taken_apart
 from surgery_formats.adapters.format import NewTensor, Rendering
-from surgery_formats.adapters.mlx.read import EMBEDDINGS, TENSOR_FILE
+from surgery_formats.adapters.mlx.read import TENSOR_FILE
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
@@ -97,7 +98,7 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         ledger.keep(site, update, "folded" if folded else "exact", ", ".join(folded))
     tensors: list[NewTensor] = []
     for module, (_, one) in sorted(plain.items()):
-        tensors += _linear(module, one, scale, rank, embedding=_is_embedding(module, one, base))
+        tensors += _linear(module, one, scale, rank, embedding=is_embedding(module, base))
     for path, stack in sorted(stacks.items()):
         tensors += _switch(path.removesuffix(".weight"), stack, scale, rank)
     ledger.drop_prompt(adapter)
@@ -233,13 +234,7 @@ def _is_convolution(site: Site, update: LoRA | DoRA, base: Checkpoint | None) ->
             len(places_of(site, base, update.tensors)[0].parameter.storage.tensor.shape) > 2
             and ".experts." not in site.path
         )
-    return len(_direction(update).A.tensors[0].shape) > 2
-
-
-def _is_embedding(module: str, update: LoRA | DoRA, base: Checkpoint | None) -> bool:
-    if base is not None and base.main.embedding == f"{module}.weight":
-        return True
-    return module.rpartition(".")[2] in EMBEDDINGS
+    return bool(site.kernel)
 
 
 def _linear(module: str, update: LoRA | DoRA, scale: float, rank: int, *, embedding: bool) -> list[NewTensor]:

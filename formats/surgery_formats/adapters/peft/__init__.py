@@ -3,24 +3,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from surgery_formats.adapters.format import Rendering
+from surgery_formats.adapters.format import Rendering, Scaling
+from surgery_formats.adapters.peft.configuration import inherited
 from surgery_formats.adapters.peft.read import read_peft
 from surgery_formats.adapters.peft.write import render_peft
-from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.updates import Update
 
 __all__ = ["PEFT"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Peft:
+    """The format.
+
+    Attributes:
+        scaling: How ranks and scales are stated; None keeps an adapter's own way.
+    """
+
     name: str = "peft"
     title: str = "Hugging Face PEFT folder: LoRA, DoRA, (IA)^3, LoHa, LoKr, OFT, VeRA, trained tokens, soft prompts"
     needs_base: bool = False
     single_file: bool = False
+    scaling: Scaling | None = None
 
     def detect(self, path: Path) -> bool:
         """A folder whose adapter_config.json mentions a peft_type, or that holds PEFT's weights."""
@@ -37,7 +48,15 @@ class _Peft:
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
         """See `render_peft`."""
-        return render_peft(adapter, base)
+        return render_peft(adapter, base, self.scaling)
+
+    def with_scaling(self, scaling: Scaling) -> _Peft:
+        """The same format, stating ranks and scales as `scaling` says."""
+        return replace(self, scaling=scaling)
+
+    def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
+        """See `configuration.inherited`."""
+        return inherited(adapters, updates)
 
 
 PEFT = _Peft()

@@ -5,20 +5,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import regex
 
-from surgery_formats.adapters.peft.switches import NOT_READ, SWITCHES
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.text import show
 
-__all__ = ["PeftConfig", "parse_config"]
+__all__ = ["COMMON", "PeftConfig", "Switches", "parse_config"]
 
 _RAW_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _REGEX_SECONDS = 0.5
+NOT_READ: Mapping[str, str] = {
+    "ADAPTION_PROMPT": "its gates act inside attention: neither a weight nor a prefix can hold them",
+    "MULTITASK_PROMPT_TUNING": "it holds one prompt per task and the task is chosen at run time",
+    "XLORA": "it routes between adapters at run time",
+    "POLY": "it routes between adapters at run time",
+    "LILY": "it routes between adapters at run time",
+}
+"""Kinds that are known and refused, and why."""
+COMMON = frozenset(
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "runtime_config",
+        "inference",
+        "init_weights",
+        "fan_in_fan_out",  # PEFT overrides it by the type of the module; the base's family decides here
+    ]
+)
+"""Fields of every kind that change nothing about what tensors mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """What each field of a kind's configuration does to the meaning of its tensors; one that is on and not here is refused.
+
+    Attributes:
+        harmless: Without any effect on what the stored tensors mean: training, targets, initial values.
+        understood: Read.
+        refused: Change the arithmetic in a way no merged weight can have, or that the stored tensors alone cannot reproduce; and why.
+        alpha: Field that holds alpha.
+        least_rank: Smallest value of ``r``; 0 where a kind has another way to give sizes.
+    """
+
+    harmless: frozenset[str] = COMMON
+    understood: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    alpha: str = "lora_alpha"
+    least_rank: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +159,13 @@ class PeftConfig:
         return module.endswith(_Reader(self.raw, self.file).names(key))
 
 
-def parse_config(raw: Mapping[str, Any], file: Path) -> PeftConfig:
+def parse_config(raw: Mapping[str, Any], file: Path, kinds: Mapping[str, Switches]) -> PeftConfig:
     """Check the fields that matter, refuse switches that are on and not understood.
+
+    Args:
+        raw: The file's content.
+        file: For messages.
+        kinds: Switches of every kind that is read, by ``peft_type``.
 
     Raises:
         MalformedError: a field of a wrong type, or out of range.
@@ -127,15 +178,16 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> PeftConfig:
     kind = kind.rpartition(".")[2]
     if kind in NOT_READ:
         raise FitError(f"adapters of type '{kind}' are not read: {NOT_READ[kind]}", file=file)
-    if kind not in SWITCHES:
+    if kind not in kinds:
         raise MalformedError(
             f"adapters of type '{show(kind)}' are not read", file=file, hint="`surgery formats` lists what is"
         )
-    _refuse_unknown(raw, kind, file)
+    switches = kinds[kind]
+    _refuse_unknown(raw, switches, file)
     return PeftConfig(
         kind=kind,
-        rank=read.integer("r", 8, low=0 if kind == "OFT" else 1),  # OFT: 0 where the size of a block is given instead
-        alpha=read.number("alpha" if kind in ("LOHA", "LOKR") else "lora_alpha", 8.0),
+        rank=read.integer("r", 8, low=switches.least_rank),
+        alpha=read.number(switches.alpha, 8.0),
         rank_pattern=read.pattern("rank_pattern", lambda key, value: read.check_integer(key, value, 1)),
         alpha_pattern=read.pattern("alpha_pattern", read.check_number),
         rslora=read.flag("use_rslora"),
@@ -150,8 +202,7 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> PeftConfig:
     )
 
 
-def _refuse_unknown(raw: Mapping[str, Any], kind: str, file: Path) -> None:
-    known = SWITCHES[kind]
+def _refuse_unknown(raw: Mapping[str, Any], known: Switches, file: Path) -> None:
     for key, value in raw.items():
         if key in known.refused and value:
             raise FitError(f"'{key}' is set: {known.refused[key]}", file=file)

@@ -10,21 +10,12 @@ from surgery_formats.canonical.adapter import Ignored
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["HEADS", "LORA_FACTORS", "PREFIX", "Sorted", "sort_tensors", "unwrapped"]
+__all__ = ["HEADS", "INSIDE_ATTENTION", "PREFIX", "Sorted", "sort_tensors", "unwrapped"]
 
 PREFIX = "base_model.model."
 HEADS = frozenset(("score", "classifier", "qa_outputs"))  # added by PEFT itself for classification tasks
-LORA_FACTORS = frozenset(
-    [
-        "lora_A.weight",
-        "lora_B.weight",
-        "lora_B.bias",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_magnitude_vector",
-        "trainable_tokens_delta",
-    ]
-)
+INSIDE_ATTENTION = ".base_layer.out_proj"
+"""Where PEFT holds the output projection of a ``torch.nn.MultiheadAttention`` that it wrapped."""
 _SAVED = "modules_to_save"
 
 

@@ -21,7 +21,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["issues_by_value", "stated_issues"]
+__all__ = ["combination_issues", "issues_by_value"]
 
 _FIXED = (0, 21)
 _RSLORA = (0, 21)  # the newest that does so
@@ -29,20 +29,8 @@ _LARGEST = 1 << 24  # elements of the one factor that is looked at
 _ORTHONORMAL = 0.02  # greatest error of A A^T: bfloat16 rounds each of its sums by less
 
 
-def stated_issues(kind: str, config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Iterable[str]:
-    """Facts worth a warning, from headers."""
-    if tensors and not any(tensor.name.startswith("base_model.") for tensor in tensors):
-        yield "its keys lack PEFT's prefix 'base_model.model.'"
-    if "alpha" not in config and kind in ("LOHA", "LOKR"):
-        yield "no alpha in its configuration: PEFT's default, 8, is used"
-    if kind == "VERA" and not any("vera_A" in tensor.name for tensor in tensors):
-        yield "its random projections are not in the file: they are drawn again from projection_prng_key, as PEFT does"
-    if kind == "OFT" and config.get("use_cayley_neumann") is True:
-        yield "OFT by a Cayley-Neumann series: its blocks are only nearly orthogonal, as in training"
-    if kind != "LORA":
-        return
-    if "lora_alpha" not in config:
-        yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
+def combination_issues(config: Mapping[str, Any]) -> Iterable[str]:
+    """Whether a combination by ``add_weighted_adapter`` may be scaled wrongly, as the configuration tells."""
     if config.get("use_rslora") is True and _like_combined(config) and _version(config) <= _RSLORA:
         times = math.sqrt(config["r"])
         yield (

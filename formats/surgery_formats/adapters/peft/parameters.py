@@ -5,19 +5,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.peft.config import PeftConfig
+from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
 
-__all__ = ["EXPERTS_ORDER_SINCE", "innermost_first", "parameter_lora", "targeted_parameters", "wrappers_of"]
+if TYPE_CHECKING:
+    import torch
 
-EXPERTS_ORDER_SINCE = "0.19.0"
-"""The version of PEFT that gave expert factors today's order of axes (huggingface/peft#3165)."""
+__all__ = [
+    "StackedParameter",
+    "innermost_first",
+    "parameter_lora",
+    "put_parameters",
+    "targeted_parameters",
+    "wrappers_of",
+]
+
 # As transformers registers the parameters of a module that holds several.
 _PARAMETER_ORDER = ("weight", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
 
@@ -119,3 +132,65 @@ def _which_parameter(module: str, clean: str, present: int, parameters: list[str
             f"{present} stacked LoRAs for the parameters {listing(names)} of '{clean}'", file=a.file.path, tensor=a.name
         )
     return innermost_first(names, a.file.path)[present - 1 - depth]
+
+
+@dataclass(frozen=True, slots=True)
+class StackedParameter:
+    """A parameter to be written with a LoRA of its own.
+
+    Attributes:
+        site: The parameter.
+        update: As the adapter has it.
+        experts: The same as a stack, of one expert where it is not one.
+    """
+
+    site: Site
+    update: Update
+    experts: Stacked
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds the parameter."""
+        return self.site.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The parameter's, within its module."""
+        return self.site.path.rpartition(".")[2]
+
+
+def put_parameters(file: PeftFile, stacks: Sequence[StackedParameter]) -> None:
+    """LoRAs on parameters (``target_parameters``): several on one module nest, the first registered innermost."""
+    by_module: dict[str, list[StackedParameter]] = {}
+    for stack in stacks:
+        by_module.setdefault(stack.module, []).append(stack)
+    for module, found in by_module.items():
+        order = innermost_first([stack.name for stack in found], found[0].update.tensors[0].path)
+        outermost_first = sorted(found, key=lambda stack: order.index(stack.name), reverse=True)
+        for depth, stack in enumerate(outermost_first):
+            key = f"{file.prefix}{module}{'.base_layer' * depth}"
+            _put_stack(file, key, stack.experts.experts)
+            first = stack.experts.experts[0]
+            file.settings[stack.site.path] = (first.rank, file.alpha_of(first.rank, first.scale))
+            file.experts.append(stack.site.path)
+            file.ledger.keep(stack.site, stack.update, "exact", key)
+
+
+def _put_stack(file: PeftFile, key: str, experts: Sequence[LoRA]) -> None:
+    """``A`` (E * rank, cols), ``B`` (rows, rank * E), expert e being ``B.reshape(rows, rank, E)[:, :, e]``."""
+    count, rank = len(experts), experts[0].rank
+    out, inputs = experts[0].shape
+
+    def load_a() -> torch.Tensor:
+        import torch
+
+        return torch.cat([lora.A.load(torch.float64) for lora in experts])
+
+    def load_b() -> torch.Tensor:
+        import torch
+
+        return torch.stack([lora.B.load(torch.float64) for lora in experts], dim=-1).reshape(out, rank * count)
+
+    types = [factor_dtype(factors, folded=False) for factors in zip(*((e.A, e.B) for e in experts), strict=True)]
+    file.add(NewTensor(f"{key}.lora_A.weight", types[0], (count * rank, inputs), load_a))
+    file.add(NewTensor(f"{key}.lora_B.weight", types[1], (out, rank * count), load_b))

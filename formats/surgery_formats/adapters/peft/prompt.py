@@ -5,14 +5,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from surgery_formats.adapters.peft.config import PeftConfig
+from surgery_formats.adapters.peft.config import COMMON, PeftConfig, Switches
 from surgery_formats.canonical.prompts import Prefix, SoftPrompt
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["read_prompt"]
+__all__ = ["PROMPTS", "read_prompt"]
 
 _KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
+_SWITCHES = Switches(
+    harmless=COMMON
+    | {
+        "encoder_reparameterization_type",  # what is stored is what the encoder, or the projection, made
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+        "prefix_projection",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_name_or_path",
+        "tokenizer_kwargs",
+        "num_frozen_tokens",
+        "cpt_token_ids",
+        "cpt_mask",
+        "cpt_tokens_type_mask",
+        "opt_weighted_loss_type",
+        "opt_loss_decay_factor",
+        "opt_projection_epsilon",
+        "opt_projection_format_epsilon",
+    },
+    understood=frozenset(
+        [
+            "num_virtual_tokens",
+            "token_dim",
+            "num_transformer_submodules",
+            "num_attention_heads",
+            "num_layers",
+            "modules_to_save",
+        ]
+    ),
+)
+PROMPTS = dict.fromkeys(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"), _SWITCHES)
+"""Kinds of soft prompts, and what the fields of their configuration mean."""
 
 
 def read_prompt(tensors: Sequence[StoredTensor], config: PeftConfig) -> SoftPrompt:

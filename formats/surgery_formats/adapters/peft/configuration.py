@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes adapter_config.json.
+
+Ranks and scales become ``r``, alpha, ``rank_pattern`` and ``alpha_pattern`` with anchored full paths as keys, unless the adapter came
+with a configuration of PEFT that still gives every module its rank and scale: then that stays as it was written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.writing import commonest
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.errors import FitError
+from surgery_formats.updates import DoRA, Offset, Replacement, Stacked, TokenRows, Update
+
+__all__ = ["adapter_config", "inherited", "ranks_and_alphas", "targets"]
+
+EXPERTS_ORDER_SINCE = "0.19.0"
+"""The version of PEFT that gave expert factors today's order of axes (huggingface/peft#3165)."""
+_NO_TARGET = (
+    "dummy-target-modules"  # PEFT refuses an adapter without a target, but for this name (peft.utils.constants)
+)
+_SURVIVING = ("auto_mapping", "inference_mode", "lora_dropout", "revision", "task_type")
+"""Fields that have nothing to do with tensors, and so survive another format."""
+_INHERITED = (
+    *_SURVIVING,
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+)
+"""Fields that have nothing to do with ranks, scales or targets, and so survive a combination."""
+_BIAS = ("none", "lora_only", "all")  # each holds what the one before holds
+
+
+def adapter_config(file: PeftFile) -> bytes:
+    """The configuration of what was written, as a file."""
+    adapter = file.adapter
+    if file.kept():
+        config = dict(adapter.config)
+        if file.experts and file.own is not None and file.own.experts_old_order:
+            config["peft_version"] = EXPERTS_ORDER_SINCE
+    else:
+        config = {
+            "auto_mapping": None,
+            "base_model_name_or_path": adapter.base_name or None,
+            "inference_mode": True,
+            "peft_type": file.kind,
+            "revision": None,
+            "task_type": None,
+            **file.defaults,
+            **({"bias": "all" if file.whole_biases else "none"} if file.has_biases else {}),
+            **_survivors(file),
+            **({} if file.own else {"modules_to_save": sorted(file.saved) or None}),
+            **file.fields,
+        }
+        if file.experts:
+            config |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(file.experts)}
+    # One line where scales were chosen anew: token ids would take a line each, and an extraction may list 65,536.
+    indent = None if file.scaling is not None and file.rows else 2
+    return (json.dumps(config, indent=indent, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def _survivors(file: PeftFile) -> Mapping[str, Any]:
+    """What a configuration of PEFT still says: all of it, or (another format carried it) what no tensor is concerned with."""
+    config = file.adapter.config
+    if file.own is not None:
+        return config
+    return {key: config[key] for key in _SURVIVING if "peft_type" in config and key in config}
+
+
+def ranks_and_alphas(file: PeftFile, alpha: str = "lora_alpha") -> dict[str, Any]:
+    """The fields that give every module its rank and alpha; `alpha` is the name of one of them."""
+    ranks = [rank for rank, _ in file.settings.values()]
+    stated = file.scaling.rank if file.scaling is not None else None
+    rank = stated if stated in ranks and stated is not None else commonest(ranks) or 8
+    if file.scaling is not None:
+        common = file.scaling.alpha_of(rank)
+    else:
+        common = commonest(value for _, value in file.settings.values()) or float(rank)
+    return {
+        alpha: _number(common),
+        "alpha_pattern": {_anchored(path): _number(a) for path, (_, a) in file.settings.items() if a != common},
+        "r": rank,
+        "rank_pattern": {_anchored(path): r for path, (r, _) in file.settings.items() if r != rank},
+    }
+
+
+def targets(file: PeftFile) -> list[str] | str:
+    """Value of ``target_modules``: modules with factors, by their full paths."""
+    modules = sorted((file.settings.keys() | file.targets) - set(file.experts))
+    return modules or ([] if file.settings else _NO_TARGET)
+
+
+def inherited(adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> dict[str, Any]:
+    """A configuration for an adapter made from several PEFT adapters; it names every module by its full path.
+
+    It holds where all modules have one rank and the scale 1; else the writer changes what does not.
+
+    Raises:
+        FitError: none of the updates is low-rank.
+    """
+    configs = [adapter.config for adapter in adapters]
+    pairs = [(site, update) for site, chain in updates.items() for update in chain]
+    low = {site: update for site, update in pairs if isinstance(update, DoRA) or update.low_rank() is not None}
+    stacks = {site: update for site, update in pairs if isinstance(update, Stacked)}
+    if not low and not stacks:
+        raise FitError("none of the adapters holds a LoRA", file=adapters[0].path)
+    rank = commonest(update.rank for _, update in pairs if update.rank is not None) or 8
+    replaced = [f".{site.path}" for site, update in pairs if isinstance(update, Replacement)]
+    listed = {name for config in configs for name in config.get("modules_to_save") or ()}
+    biases = max((str(config.get("bias", "none")) for config in configs), key=_BIAS.index)
+    rows = {site.path.removesuffix(".weight"): list(u.indices) for site, u in pairs if isinstance(u, TokenRows)}
+    fields: dict[str, Any] = {
+        **{key: value for key in _INHERITED if (value := _first(configs, key)) is not None},
+        "alpha_pattern": {},
+        "bias": biases if replaced else "none",
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_bias": any(isinstance(update, Offset) for _, update in pairs),
+        "modules_to_save": sorted(name for name in listed if any(f".{name}." in path for path in replaced)) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "target_modules": sorted(site.path.removesuffix(".weight") for site in low),
+        "trainable_token_indices": rows or None,
+        "use_dora": any(isinstance(update, DoRA) for _, update in pairs),
+        "use_rslora": False,
+    }
+    if stacks:
+        fields |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(site.path for site in stacks)}
+    return fields
+
+
+def _first(configs: Sequence[Mapping[str, Any]], key: str) -> Any:
+    return next((config[key] for config in configs if config.get(key) is not None), None)
+
+
+def _anchored(path: str) -> str:
+    r"""A pattern that only this path matches: PEFT matches ``(.*\\.)?(key)$``, an anchor inside pins the start."""
+    return f"^{re.escape(path)}"
+
+
+def _number(value: float) -> int | float:
+    """Whole numbers without a point, as people write them."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of PEFT adapters: one file each, with its keys, the fields of its configuration, its reader and its writer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from surgery_formats.adapters.peft.config import Switches
+from surgery_formats.adapters.peft.kinds.ia3 import IA3
+from surgery_formats.adapters.peft.kinds.kind import PeftKind
+from surgery_formats.adapters.peft.kinds.ln_tuning import LN_TUNING
+from surgery_formats.adapters.peft.kinds.loha import LOHA
+from surgery_formats.adapters.peft.kinds.lokr import LOKR
+from surgery_formats.adapters.peft.kinds.lora import LORA, TRAINABLE_TOKENS
+from surgery_formats.adapters.peft.kinds.oft import OFT
+from surgery_formats.adapters.peft.kinds.vera import VERA
+from surgery_formats.adapters.peft.prompt import PROMPTS
+from surgery_formats.plugins import with_plugins
+
+__all__ = ["BUILT_IN", "ENTRY_POINTS", "kinds", "switches"]
+
+BUILT_IN: tuple[PeftKind, ...] = (LORA, TRAINABLE_TOKENS, IA3, LOHA, LOKR, OFT, VERA, LN_TUNING)
+ENTRY_POINTS = "surgery.peft_kinds"  # a plugin's entry point is an object like those above
+
+
+def kinds() -> dict[str, PeftKind]:
+    """Every kind by its ``peft_type``: the built-in ones, then plugins'.
+
+    Raises:
+        SurgeryError: a plugin cannot be imported, or takes a name that is taken.
+    """
+    return with_plugins(ENTRY_POINTS, BUILT_IN, "PEFT kind")
+
+
+def switches() -> Mapping[str, Switches]:
+    """Fields of the configuration of every kind that is read, soft prompts included."""
+    return {name: kind.switches for name, kind in kinds().items()} | PROMPTS

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one kind of PEFT adapter is: its tensors, its configuration, its known faults, how it is read and how it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery_formats.adapters.peft.config import PeftConfig, Switches
+from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.canonical.adapter import Site
+from surgery_formats.errors import MalformedError
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.updates import Update
+
+__all__ = ["Module", "ModuleUpdates", "PeftKind", "malformed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module's tensors.
+
+    Attributes:
+        path: Of the module, without PEFT's wrappers.
+        wrapped: Its path as in the file's keys, with them.
+        parts: Stored tensors by their name after the module.
+        shared: Tensors of the whole adapter.
+        config: Its configuration.
+        wrappers: How many entries each module of the file has, by `path`: wrappers nest.
+    """
+
+    path: str
+    wrapped: str
+    parts: Mapping[str, StoredTensor]
+    shared: Mapping[str, StoredTensor]
+    config: PeftConfig
+    wrappers: Mapping[str, int]
+
+    def site(self, kernel: tuple[int, ...] = ()) -> Site:
+        """Its weight; a convolution where the file has a kernel."""
+        return Site(f"{self.path}.weight", module_kind="convolution" if kernel else "", kernel=kernel)
+
+    def part(self, name: str) -> StoredTensor:
+        """The tensor `name`.
+
+        Raises:
+            MalformedError: it is missing.
+        """
+        if name not in self.parts:
+            first = next(iter(self.parts.values()))
+            raise MalformedError(f"'{name}' is missing beside it", file=first.file.path, tensor=first.name)
+        return self.parts[name]
+
+    def matrix(self, name: str) -> StoredTensor:
+        """The tensor `name`, which must be a matrix."""
+        found = self.part(name)
+        if len(found.shape) != 2 or not found.numel:
+            raise malformed(found, "not a matrix")
+        return found
+
+    def vector(self, name: str) -> StoredTensor:
+        """The tensor `name`, which must be a vector."""
+        found = self.part(name)
+        if len(found.shape) != 1 or not found.numel:
+            raise malformed(found, "not a vector")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleUpdates:
+    """What a module's tensors mean.
+
+    Attributes:
+        updates: By site, in order.
+        optional: Sites that the base need not have.
+    """
+
+    updates: Mapping[Site, tuple[Update, ...]]
+    optional: frozenset[Site] = frozenset()
+
+
+def _no_issues(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Iterable[str]:
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class PeftKind:
+    """One ``peft_type``. Adding one is a file with such an object, and a line in `kinds.BUILT_IN` or an entry point.
+
+    Attributes:
+        name: The ``peft_type``.
+        factors: Names of its tensors after the module's path; with ``.weight`` where the file has it.
+        read: From a module's tensors to updates.
+        writes: Kinds of updates (`Update.kind`) that its files hold. A folder is written as the kind that holds most of an adapter.
+        write: Puts updates into a file that is being made, and sets the configuration's fields. It is given everything the adapter
+            does; what it cannot hold goes to `PeftFile.hold_other`.
+        switches: Fields of its configuration.
+        shared: Names of tensors that belong to the whole adapter.
+        issues: Facts worth a warning, from configuration and headers.
+    """
+
+    name: str
+    factors: frozenset[str]
+    read: Callable[[Module], ModuleUpdates]
+    writes: frozenset[str]
+    write: Callable[[PeftFile, Sequence[tuple[Site, Update]]], None]
+    switches: Switches = field(default_factory=Switches)
+    shared: frozenset[str] = frozenset()
+    issues: Callable[[Mapping[str, Any], Sequence[StoredTensor]], Iterable[str]] = _no_issues
+
+
+def malformed(tensor: StoredTensor, why: str) -> MalformedError:
+    """A tensor of a shape that means nothing."""
+    return MalformedError(f"shape {list(tensor.shape)}: {why}", file=tensor.file.path, tensor=tensor.name)

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LORA and TRAINABLE_TOKENS: LoRA, DoRA, ``lora_bias``, experts, single token rows (PEFT 0.21, ``tuners/lora/layer.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from surgery_formats.adapters.embeddings import is_embedding
+from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
+from surgery_formats.adapters.peft.config import COMMON, PeftConfig, Switches
+from surgery_formats.adapters.peft.configuration import ranks_and_alphas, targets
+from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION
+from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind
+from surgery_formats.adapters.peft.known_issues import combination_issues
+from surgery_formats.adapters.peft.parameters import (
+    StackedParameter,
+    parameter_lora,
+    put_parameters,
+    targeted_parameters,
+)
+from surgery_formats.adapters.writing import low_rank_in, places_of, whole_place
+from surgery_formats.canonical.adapter import ModuleKind, Site
+from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Stacked, TokenRows, Update
+
+__all__ = ["LORA", "TRAINABLE_TOKENS"]
+
+_FACTORS = frozenset(
+    [
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_B.bias",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "trainable_tokens_delta",
+    ]
+)
+_SWITCHES = Switches(
+    harmless=COMMON
+    | {
+        "lora_dropout",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "qalora_group_size",
+        "token_indices",
+        "enable_lora",
+        "merge_weights",
+        "ensure_weight_tying",
+    },
+    understood=frozenset(
+        [
+            "r",
+            "lora_alpha",
+            "bias",
+            "use_rslora",
+            "modules_to_save",
+            "init_lora_weights",
+            "rank_pattern",
+            "alpha_pattern",
+            "trainable_token_indices",
+            "use_dora",
+            "lora_bias",
+            "target_parameters",
+        ]
+    ),
+    refused={
+        "layer_replication": "its layers are copies of the base's layers: no single weight can hold them",
+        "alora_invocation_tokens": "it acts only after its invocation tokens: no merged weight does that",
+        "arrow_config": "it routes between adapters at run time",
+        "use_qalora": "its A acts on pooled inputs",
+        "use_bdlora": "block-diagonal LoRA is not read yet",
+        "kasa_config": "KaSA is not read yet",
+        "velora_config": "VeLoRA is not read yet",
+        "monteclora_config": "MonteCLoRA is not read yet",
+        "megatron_config": "its tensors are one part of a parallel layer",
+        "corda_config": "raw CorDA changes the base in a way its files do not record; convert it with PEFT first",
+        "lora_ga_config": "raw LoRA-GA changes the base in a way its files do not record; convert it with PEFT first",
+    },
+)
+
+
+def _read(module: Module) -> ModuleUpdates:
+    """All updates of one module."""
+    parts, config, clean = module.parts, module.config, module.path
+    tokens = (_token_rows(clean, parts["tokens"], config),) if "tokens" in parts else ()
+    if tokens and len(parts) == 1:
+        return ModuleUpdates({Site(f"{clean}.weight"): tokens})
+    embedding = "lora_embedding_A" in parts
+    a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    for have, lack in ((a, b), (b, a)):
+        if have in parts and lack not in parts:
+            tensor = parts[have]
+            raise MalformedError(
+                f"{have.removesuffix('.weight')} without {lack.removesuffix('.weight')}",
+                file=tensor.file.path,
+                tensor=tensor.name,
+            )
+    if a not in parts:
+        tensor = next(iter(parts.values()))
+        raise MalformedError("belongs to a LoRA that has no factors", file=tensor.file.path, tensor=tensor.name)
+    parameters = targeted_parameters(module.wrapped, clean, config, module.wrappers, parts[a])
+    if parameters:
+        site, update = parameter_lora(module.wrapped, clean, parts, config, module.wrappers, parameters)
+        return ModuleUpdates({**({Site(f"{clean}.weight"): tokens} if tokens else {}), site: (update,)})
+    in_attention = module.wrapped.endswith(INSIDE_ATTENTION)  # whose alpha it has
+    pattern_path = module.wrapped.removesuffix(INSIDE_ATTENTION) if in_attention else clean
+    lora = _lora(pattern_path, parts[a], parts[b], config, embedding=embedding)
+    if in_attention:
+        # PEFT adds this delta twice, attached as merged (its MultiheadAttention.merge adds it, then calls out_proj.merge):
+        # it was trained at twice the scale.
+        lora = lora.scaled(2.0)
+    kernel = parts[a].shape[2:]
+    kind: ModuleKind = "embedding" if embedding else "convolution" if kernel else "linear"
+    site = Site(f"{clean}.weight", module_kind="attention output" if in_attention else kind, kernel=kernel)
+    found: dict[Site, tuple[Update, ...]] = {site: (*tokens, _with_magnitude(lora, parts, config, embedding=embedding))}
+    if "lora_B.bias" in parts:
+        found[replace(site, path=f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
+    return ModuleUpdates(found)
+
+
+def _lora(pattern_path: str, a: StoredTensor, b: StoredTensor, config: PeftConfig, *, embedding: bool) -> LoRA:
+    """The factors as (rank, in) and (out, rank): convolutions flattened, embeddings transposed to (vocabulary, dim)."""
+    if len(a.shape) < 2 or len(b.shape) < 2:
+        raise MalformedError(f"a factor of shape {list(a.shape)}", file=a.file.path, tensor=a.name)
+    rank = a.shape[0]
+    flat_b = b.shape[0], b.numel // max(b.shape[0], 1)
+    if flat_b[1] != rank or rank == 0:
+        raise FitError(
+            f"B is {list(b.shape)}, but A has rank {rank} ({list(a.shape)})", file=b.file.path, tensor=b.name
+        )
+    scale, alpha = config.scale_of(pattern_path, rank), config.alpha_of(pattern_path)
+    if embedding:
+        return LoRA(
+            A=Factor((b,), (rank, b.shape[0]), lambda t: t.T),
+            B=Factor((a,), (a.shape[1], rank), lambda t: t.T),
+            scale=scale,
+            alpha=alpha,
+        )
+    return LoRA(A=Factor((a,), (rank, a.numel // rank)), B=Factor((b,), flat_b), scale=scale, alpha=alpha)
+
+
+def _with_magnitude(
+    lora: LoRA, parts: Mapping[str, StoredTensor], config: PeftConfig, *, embedding: bool
+) -> LoRA | DoRA:
+    magnitude = parts.get("lora_magnitude_vector")
+    if magnitude is None:
+        if config.dora:
+            raise MalformedError(
+                "use_dora is true, but this module has no magnitude vector",
+                file=lora.A.tensors[0].path,
+                tensor=lora.A.tensors[0].name,
+            )
+        return lora
+    if not config.dora:
+        raise MalformedError(
+            "a magnitude vector, but use_dora is false", file=magnitude.file.path, tensor=magnitude.name
+        )
+    size = lora.shape[1 if embedding else 0]
+    if magnitude.numel != size:
+        raise FitError(
+            f"{magnitude.numel} magnitudes for {size} {'columns' if embedding else 'rows'}",
+            file=magnitude.file.path,
+            tensor=magnitude.name,
+        )
+    return DoRA(lora, Factor((magnitude,), (size,)), per_row=not embedding)
+
+
+def _token_rows(clean: str, tensor: StoredTensor, config: PeftConfig) -> TokenRows:
+    indices = config.token_indices
+    if isinstance(indices, Mapping):
+        named = [rows for name, rows in indices.items() if f".{clean}".endswith(f".{name}")]
+        indices = named[0] if len(named) == 1 else ()
+    if len(tensor.shape) != 2 or len(indices) != tensor.shape[0]:
+        raise MalformedError(
+            f"{tensor.shape[0] if tensor.shape else 0} token rows for {len(indices)} indices",
+            file=tensor.file.path,
+            tensor=tensor.name,
+        )
+    return TokenRows(Factor.of(tensor), indices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A plain LoRA that is in the file: what a bias beside it needs to know."""
+
+    key: str
+    scale: float
+
+
+def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
+    """LoRAs and DoRAs first, then what goes beside them, then parameters with a LoRA of their own."""
+    dora = any(isinstance(update, DoRA) for _, update in updates)
+    file.rows = {_module(site): update.indices for site, update in updates if isinstance(update, TokenRows)}
+    plain: dict[Site, _Written] = {}
+    stacks: list[StackedParameter] = []
+    rest: list[tuple[Site, Update]] = []
+    for site, update in updates:
+        lora = update.direction if isinstance(update, DoRA) else low_rank_in(update, site, file.base)
+        if lora is None:
+            rest.append((site, update))
+        elif site.module_kind == "experts" and not isinstance(update, DoRA):
+            stacks.append(StackedParameter(site, update, Stacked((lora,))))
+        else:
+            _put_low_rank(file, site, update, lora, plain, dora=dora)
+    for site, update in rest:
+        if isinstance(update, Stacked) and SWITCH not in site.path:
+            if len({expert.rank for expert in update.experts}) > 1:
+                file.drop(site, update, "its experts have several ranks")
+            else:
+                stacks.append(StackedParameter(site, update, update))
+        elif isinstance(update, Stacked):
+            _put_experts(file, site, update)
+        elif isinstance(update, Offset):
+            _put_bias(file, site, update, plain)
+        elif isinstance(update, TokenRows):
+            wrapper = "" if file.own is not None and file.own.kind == "TRAINABLE_TOKENS" else ".token_adapter"
+            file.put(f"{file.prefix}{_module(site)}{wrapper}.trainable_tokens_delta", update.value)
+            file.ledger.keep(site, update, "exact", "trainable tokens")
+        else:
+            file.hold_other(site, update, by_key=False)
+    put_parameters(file, stacks)
+    file.defaults = {"fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0}
+    file.fields = {
+        **ranks_and_alphas(file),
+        "lora_bias": any(key.endswith(".lora_B.bias") for key in file.tensors),
+        "target_modules": targets(file),
+        "use_dora": dora,
+        "use_rslora": file.scaling is not None and file.scaling.rslora,
+    }
+    if file.rows and file.own is None:
+        file.fields["trainable_token_indices"] = {module: list(rows) for module, rows in file.rows.items()}
+
+
+def _module(site: Site) -> str:
+    return site.path.removesuffix(".weight")
+
+
+def _put_low_rank(
+    file: PeftFile, site: Site, update: Update, lora: LoRA, plain: dict[Site, _Written], *, dora: bool
+) -> None:
+    """One module's LoRA or DoRA."""
+    why = ""
+    if dora and not isinstance(update, DoRA):
+        why = "use_dora holds for every module of a file"
+    module, shape = file.module_of(site, lora)
+    key = f"{file.prefix}{module}"
+    embedding = is_embedding(module, file.base, site)
+    if isinstance(update, DoRA):
+        size = lora.shape[1 if embedding else 0]
+        if update.per_row == embedding or update.magnitude.shape[0] != size:
+            why = f"its magnitudes belong to {'rows' if update.per_row else 'columns'}, this format's do not"
+    if f"{key}.lora_A.weight" in file.tensors or f"{key}.lora_embedding_A" in file.tensors:
+        why = "a second one on one module"
+    if not site.path.endswith(".weight"):
+        why = "this format names modules, not parameters"
+    if why:
+        file.drop(site, update, why)
+        return
+    _put_factors(file, key, lora, shape, embedding=embedding)
+    if isinstance(update, DoRA):
+        ones = (1,) * (len(shape) - 2)
+        magnitude = (1, shape[0], *ones) if ones else update.magnitude.shape
+        file.put(f"{key}.lora_magnitude_vector", update.magnitude, magnitude)
+    else:
+        plain[site] = _Written(key, lora.scale)
+        _put_tied_head(file, site, lora)
+    if module.endswith(INSIDE_ATTENTION):  # configured with its attention, and applied twice (`_read`)
+        alpha = file.alpha_of(lora.rank, lora.scale / 2)
+        file.settings[module.removesuffix(INSIDE_ATTENTION)] = (lora.rank, alpha)
+    else:
+        file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
+    same = isinstance(update, LoRA | DoRA) and len(lora.A.tensors) + len(lora.B.tensors) == 2
+    file.ledger.keep(site, update, "exact" if same else "folded", key)
+
+
+def _put_tied_head(file: PeftFile, site: Site, lora: LoRA) -> None:
+    """A tied head that follows the embedding (mlx-lm) needs the same LoRA of its own here."""
+    base = file.base
+    if base is None or base.is_pipeline or not file.adapter.keeps_ties:
+        return
+    main = base.main
+    found = whole_place(places_of(site, base, lora.tensors))
+    if main.tied and main.head and found and found[0] == main.embedding and Site(main.head) not in file.adapter.updates:
+        module = main.head.removesuffix(".weight")
+        _put_factors(file, f"{file.prefix}{module}", lora, lora.shape, embedding=False)
+        file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
+
+
+def _put_factors(file: PeftFile, key: str, lora: LoRA, shape: tuple[int, ...], *, embedding: bool) -> None:
+    rank = lora.rank
+    if embedding:  # delta = (B A)^T
+        file.put(f"{key}.lora_embedding_A", lora.B, (rank, lora.shape[0]), lambda t: t.T)
+        file.put(f"{key}.lora_embedding_B", lora.A, (lora.shape[1], rank), lambda t: t.T)
+    else:
+        ones = (1,) * (len(shape) - 2)
+        file.put(f"{key}.lora_A.weight", lora.A, (rank, *shape[1:]))
+        file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones))
+
+
+def _put_bias(file: PeftFile, site: Site, update: Offset, plain: Mapping[Site, _Written]) -> None:
+    """``lora_bias``: an addition to the bias, scaled like the LoRA of its module."""
+    lora = plain.get(replace(site, path=site.path.removesuffix("bias") + "weight"))
+    if not site.path.endswith(".bias") or lora is None:
+        file.drop(site, update, "this format adds to a bias only where its module has a LoRA")
+        return
+    times = 1.0 if update.scale == lora.scale else update.scale / lora.scale
+    file.put(f"{lora.key}.lora_B.bias", update.value, times=times)
+    file.ledger.keep(site, update, "exact" if times == 1.0 else "folded", "lora_bias")
+
+
+def _put_experts(file: PeftFile, site: Site, update: Stacked) -> None:
+    """MLX's stacks, as one LoRA per expert."""
+    pieces = list(taken_apart(site.path, update, fused_of(site, file.base)))
+    if not pieces:
+        file.drop(site, update, "the names of its experts are not known")
+        return
+    for path, lora in pieces:
+        module = path.removesuffix(".weight")
+        _put_factors(file, f"{file.prefix}{module}", lora, lora.shape, embedding=False)
+        file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
+    file.ledger.keep(site, update, "exact", f"{len(pieces)} modules")
+
+
+def _issues(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Iterable[str]:
+    if "lora_alpha" not in config:
+        yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
+    yield from combination_issues(config)
+
+
+LORA = PeftKind(
+    name="LORA",
+    factors=_FACTORS,
+    read=_read,
+    writes=frozenset([LoRA.kind, DoRA.kind, Offset.kind, TokenRows.kind, "replacement"]),
+    write=_write,
+    switches=_SWITCHES,
+    issues=_issues,
+)
+TRAINABLE_TOKENS = PeftKind("TRAINABLE_TOKENS", _FACTORS, _read, frozenset(), _write, _SWITCHES)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every verb returns has in common, and how its time gets into it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import field, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from surgery.reports.summary import Summary
+
+__all__ = ["Result", "elapsed", "timed"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Result(Protocol):
+    """What a verb returns: a frozen record that can be shown and sent."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know."""
+
+    @property
+    def seconds(self) -> float:
+        """How long the verb took; of a run, the generation without loading."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were written; of a verb that only looks, of the weight files it looked at, 0 where these are not counted."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, as ``--json`` shows them."""
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """What people are shown; everything if `verbose`."""
+
+
+def elapsed() -> Any:
+    """The field ``seconds`` of a result: neither compared, nor in what is the same for the same inputs."""
+    return field(default=0.0, compare=False, metadata={"json": False})
+
+
+def timed(verb: Callable[P, R]) -> Callable[P, R]:
+    """`verb` with the seconds it took in its result."""
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        began = time.monotonic()
+        result = verb(*args, **kwargs)
+        seconds = time.monotonic() - began
+        return replace(result, seconds=seconds)  # type: ignore[type-var]  # every result is a dataclass
+
+    return run
