@@ -21,13 +21,13 @@ from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.single import write_single
 from surgery_formats.files.raw import File
-from surgery_formats.models.identity import fingerprint
+from surgery_formats.models.identity import fingerprint, fingerprint_of
 from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Prove", "WriteOptions", "job_id", "stored_as", "write_adapter"]
+__all__ = ["Prove", "WriteOptions", "job_id", "rendered_fingerprint", "rendered_size", "stored_as", "write_adapter"]
 
 Put = Callable[[bytes | memoryview, int], None]
 Prove = Callable[[Path], Mapping[str, Any]]
@@ -61,12 +61,12 @@ def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
     return replace(rendering, tensors=tuple(cast))
 
 
-def job_id(facts: Mapping[str, Any], files: Iterable[File], rendering: Rendering) -> str:
-    """Names a job by its inputs' contents, its options and what it will write."""
+def job_id(facts: Mapping[str, Any], inputs: Iterable[File | str], rendering: Rendering) -> str:
+    """Names a job by the contents of its inputs (files, or fingerprints), its options and what it will write."""
     small = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(rendering.small_files.items())}
     made = [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in rendering.tensors]
-    inputs = sorted({fingerprint(file) for file in files})
-    whole = [__version__, dict(facts), small, dict(rendering.metadata), made, inputs]
+    prints = sorted({entry if isinstance(entry, str) else fingerprint(entry) for entry in inputs})
+    whole = [__version__, dict(facts), small, dict(rendering.metadata), made, prints]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -89,21 +89,17 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
     output, progress = options.output, options.progress
-    header, ranges = layout(
-        reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors), rendering.metadata
-    )
-    total = max((offset + size for offset, size in ranges.values()), default=len(header))
-    by_name = {tensor.name: tensor for tensor in rendering.tensors}
+    content = _TensorFile.of(rendering)
 
     def fill(put: Put) -> str:
-        state = xxhash.xxh3_128(header)
-        put(header, 0)
-        for name, (offset, _) in ranges.items():
-            data = as_bytes(_rounded(by_name[name]))
+        state = xxhash.xxh3_128(content.header)
+        put(content.header, 0)
+        for name, (offset, _) in content.ranges.items():
+            data = content.bytes_of(name)
             put(data, offset)
             state.update(data)
             if progress is not None:
-                progress(Progress(offset + len(data), total, "writing"))
+                progress(Progress(offset + len(data), content.size, "writing"))
         return state.hexdigest()
 
     if target.single_file:
@@ -112,7 +108,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         return write_single(
             output,
             job,
-            total,
+            content.size,
             lambda file: (fill(file.pwrite), None)[1],
             overwrite=options.overwrite,
             inputs=options.inputs,
@@ -124,11 +120,65 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         for name, path in options.side_files.items():
             if name not in rendering.small_files:
                 folder.write_small(name, path.read_bytes())
-        file = folder.create(rendering.tensor_file, total)
+        file = folder.create(rendering.tensor_file, content.size)
         stage = file.path.parent
         file.finish({"xxh3": fill(file.pwrite)})
         folder.commit({**prove(stage), "version": __version__})
     return output
+
+
+@dataclass(frozen=True)
+class _TensorFile:
+    """The safetensors file of a rendering.
+
+    Attributes:
+        header: Its first bytes.
+        ranges: ``(offset, size)`` of every tensor, by name.
+        size: All of it.
+        tensors: By name.
+    """
+
+    header: bytes
+    ranges: Mapping[str, tuple[int, int]]
+    size: int
+    tensors: Mapping[str, NewTensor]
+
+    @classmethod
+    def of(cls, rendering: Rendering) -> _TensorFile:
+        order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors)
+        header, ranges = layout(order, rendering.metadata)
+        size = max((offset + nbytes for offset, nbytes in ranges.values()), default=len(header))
+        return cls(header, ranges, size, {tensor.name: tensor for tensor in rendering.tensors})
+
+    def bytes_of(self, name: str) -> memoryview:
+        """The bytes of one tensor, computed now."""
+        return as_bytes(_rounded(self.tensors[name]))
+
+    def read(self, offset: int, nbytes: int) -> bytearray:
+        """Bytes as they will lie in the file; computes the tensors that they are of."""
+        window = bytearray(nbytes)
+
+        def copy(start: int, data: bytes | memoryview) -> None:
+            low, high = max(start, offset), min(start + len(data), offset + nbytes)
+            window[low - offset : high - offset] = data[low - start : high - start]
+
+        if offset < len(self.header):
+            copy(0, self.header)
+        for name, (start, size) in self.ranges.items():
+            if start < offset + nbytes and offset < start + size:
+                copy(start, self.bytes_of(name))
+        return window
+
+
+def rendered_size(rendering: Rendering) -> int:
+    """Bytes of the tensor file that `rendering` will be."""
+    return _TensorFile.of(rendering).size
+
+
+def rendered_fingerprint(rendering: Rendering) -> str:
+    """`fingerprint` of the tensor file that `rendering` would be: it names an adapter that is in no file yet."""
+    file = _TensorFile.of(rendering)
+    return fingerprint_of(file.size, file.read)
 
 
 def _rounded(tensor: NewTensor) -> torch.Tensor:

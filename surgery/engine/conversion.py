@@ -16,6 +16,7 @@ from surgery.engine.checks import check_base_id, check_nothing_dropped
 from surgery.engine.convert_result import ConvertResult
 from surgery_formats.adapters.format import Coded, Entry, Format, Rendering
 from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
@@ -160,6 +161,7 @@ def plan_conversion(
     Raises:
         FitError: an update would be lost, or nothing is left.
     """
+    source = source if base is None else sized(source, base)
     rendering = target.render(source, base)
     if not allow_loss:
         hint = "--allow-loss leaves them out" if rendering.tensors else None
@@ -182,6 +184,7 @@ def write_conversion(
     result: ConvertResult,
     *,
     projections: str | None = None,
+    source_id: str | None = None,
     check: Check | None = None,
     also: Errors | None = None,
 ) -> ConvertResult:
@@ -192,6 +195,7 @@ def write_conversion(
         options: Where and how.
         result: What is known before it is written.
         projections: Layout of the projections, where it was changed.
+        source_id: Names the content of a source that is in no file; that of others is named by their files.
         check: Called with where it was written and with the result, once it is proved and before it appears; what it returns goes into
             the manifest of a folder.
         also: A second comparison; returns errors by weight.
@@ -217,6 +221,6 @@ def write_conversion(
         return {**result.as_manifest(), **(check(path, result) if check is not None else {})}
 
     facts = {"verb": "convert", "target": target.name, "projections": projections}
-    job = job_id(facts, source.files, conversion.rendering)
+    job = job_id(facts, source.files if source_id is None else [source_id], conversion.rendering)
     output = write_adapter(conversion.rendering, target, job, prove, options)
     return replace(result, output=output)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors that are best for the inputs a model really gets: a calibration file, its use, and whether it was of any.
+"""Fit factors to the inputs that the modules of a model get, given in a calibration file.
 
-The file is a safetensors file with, for each module (by its path in the model, or by the name of its weight without ``.weight``), either
+The safetensors file has, for each module (its path in the model, or its weight's name without ``.weight``), either
 
 - ``<module>.activations``, ``(n, in)``: raw inputs, one per row, or
 - ``<module>.gram``, ``(in, in)``: their second moment ``E x x^T``, and, if it is known, ``<module>.mean``, ``(in,)``: ``E x``.
 
-`in` is the module's number of inputs; of a convolution, channels times kernel, unfolded. Modules that are not in the file are extracted
-plainly. Half-whitened factors (`surgery_formats.linalg.whitening`) are compared with plain ones by the error of the outputs on these
-inputs, and the better ones are kept; of raw inputs one in four is not used for weighting but for this comparison. A module's bias,
-where it has one and the mean is known, makes up for the mean error if that helps.
+`in` is the module's number of inputs; for a convolution, channels times kernel size, unfolded. Modules that are not in the file get plain
+factors. Half-whitened factors (`surgery_formats.linalg.whitening`) are compared with plain ones by the error of the outputs on these
+inputs, and the better ones are used; one raw input in four is kept for this comparison. Where the mean is known and the module has a bias,
+the bias compensates the mean error if that helps.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _PARTS = ("activations", "gram", "mean")
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A file of inputs; only its header was read.
+    """A calibration file; only its header has been read.
 
     Attributes:
         path: The file.
-        files: It, opened.
-        modules: Module as the file names it -> part -> tensor.
-        id: Of its content.
+        files: The open file.
+        modules: Tensors by module, as the file names it, and part.
+        id: Fingerprint of its content.
     """
 
     path: Path
@@ -65,29 +65,29 @@ class Calibration:
     id: str
 
     def of(self, target: LowRankTarget) -> Mapping[str, StoredTensor] | None:
-        """What the file says of a target."""
+        """The parts that the file has for a target, or None."""
         names = (target.path.rpartition(".")[0], target.names[0].rpartition(".")[0])
         return next((self.modules[name] for name in names if name in self.modules), None)
 
     def unused(self, targets: Iterable[LowRankTarget]) -> tuple[str, ...]:
-        """Modules of the file that none of `targets` is."""
+        """Modules of the file that belong to none of `targets`."""
         used = {id(parts) for target in targets if (parts := self.of(target)) is not None}
         return tuple(module for module, parts in self.modules.items() if id(parts) not in used)
 
     def check_unchanged(self) -> None:
-        """Raise ProofError if the file changed since it was opened."""
+        """Raise ProofError if the file has changed since it was opened."""
         for file in self.files:
             file.check_unchanged()
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationChanges:
-    """What the inputs changed.
+    """What changes in an extraction because of the given inputs.
 
     Attributes:
         facts: By target path.
-        factored: Factors that take the place of the plain ones, by target path.
-        shifts: Path of a bias -> what is added to it, ``(1, out)``.
+        factored: Factors that replace the plain ones, by target path.
+        shifts: Additions to biases, ``(1, out)``, by path of the bias.
     """
 
     facts: Mapping[str, CalibrationFacts]
@@ -95,7 +95,7 @@ class CalibrationChanges:
     shifts: Mapping[str, ScratchSlot]
 
     def into(self, storage: StoragePlan, parameters: Iterable[TunedParameter]) -> None:
-        """Put the shifted biases among what is stored."""
+        """Add the shifted biases to the stored tensors."""
         by_path = {parameter.path: parameter for parameter in parameters}
         for path, slot in self.shifts.items():
             parameter = by_path[path]
@@ -111,10 +111,10 @@ def _row(slot: ScratchSlot) -> torch.Tensor:
 
 
 def open_calibration(path: str | os.PathLike[str]) -> Calibration:
-    """Open the file.
+    """Open a calibration file.
 
     Raises:
-        InputError: it is missing or malformed, or holds something else.
+        InputError: it is missing, malformed, or another kind of file.
     """
     where = Path(path)
     if not where.exists():
@@ -148,16 +148,16 @@ def check_modules(
     targets: Iterable[LowRankTarget],
     shared: Iterable[str],
 ) -> None:
-    """Every module of the file is one of the model's, and of its size.
+    """Check that every module of the file is one of the model, with the right number of inputs.
 
     Args:
         calibration: The file.
         parameters: Every compared tensor.
-        targets: What could become factors.
-        shared: Parameters that the files do not store, for they are another's: a tied head.
+        targets: Weights that can become factors.
+        shared: Parameters that share another's tensor, such as a tied head.
 
     Raises:
-        FitError: one is not.
+        FitError: a module does not fit.
     """
     known = {name for parameter in parameters for name in (parameter.module, parameter.pair.name.rpartition(".")[0])}
     known |= {name.rpartition(".")[0] for name in shared}
@@ -199,21 +199,21 @@ def calibrate(
     *,
     biases: bool,
 ) -> CalibrationChanges:
-    """Weight every target whose inputs are known.
+    """Compute weighted factors of every target whose inputs are known.
 
     Args:
         calibration: The inputs.
-        storage: Whose targets become factors.
+        storage: Tells which targets become factors.
         parameters: Every compared tensor.
-        factored: Plainly, by target path.
+        factored: Plain factors, by target path.
         ranks: By target path.
-        scratch: Where new factors go.
-        device: Where SVDs are made.
-        workers: Threads.
-        biases: Whether biases may be changed.
+        scratch: Receives new factors.
+        device: Where to compute.
+        workers: Number of threads.
+        biases: Whether biases may change.
 
     Raises:
-        FitError: inputs that are none: NaN, a matrix that is no second moment.
+        FitError: an input is NaN, or a matrix is not a second moment.
     """
     bias_parameters = {
         parameter.path: parameter for parameter in parameters if parameter.form == "bias" and parameter.pair.grown == 0
@@ -254,9 +254,9 @@ class _CalibratedFactors:
 
 
 def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
-    """What the factors are weighted with, and what they are judged by: of raw inputs, every fourth is kept from the weighting.
+    """The moments that weight the factors and that judge them.
 
-    Factors that are weighted with few inputs are good on these whatever they do to others.
+    Every fourth raw input only judges: weighted factors are good on the inputs they were fitted to, whatever they do to others.
     """
     from surgery_formats.linalg.whitening import moment_of_gram, moment_of_inputs
 
@@ -276,7 +276,7 @@ def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
 
 
 def _inputs(stored: StoredTensor, *, judging: bool | None = None) -> Iterator[torch.Tensor]:
-    """Some rows at a time: all, or of every `_JUDGING` the last, or the others."""
+    """Blocks of rows: all of them, or only every `_JUDGING`-th (`judging`), or only the others."""
     step = max(1, _READ // max(stored.shape[1], 1) // _JUDGING) * _JUDGING
     for start in range(0, stored.shape[0], step):
         rows = stored.read(start, min(start + step, stored.shape[0]))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a DoRA says more than a LoRA of as many numbers, and if so, the DoRA.
+"""Choose between LoRA and DoRA: compute the DoRA where it may hold more of the change than a LoRA of as many numbers.
 
-``use_dora`` holds for every module of a PEFT adapter: linear layers and convolutions get the alternation's magnitudes, embeddings keep
-their factors and get the magnitudes of least squares beside them. PEFT has no DoRA for experts that are one parameter, so a model with such
-a change stays a LoRA. What is stored as a copy, a bias or rows of tokens is the same in both.
+PEFT's ``use_dora`` holds for every module of an adapter. Linear layers and convolutions get factors and magnitudes by alternation;
+embeddings keep their factors and get the magnitudes that fit best. PEFT has no DoRA for experts stacked in one parameter, so a model with
+such a change stays a LoRA. Copies, biases and token rows are the same in both.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.dora import DoRAFit, HeldPair, Magnitudes, PairSource, alternate, best_columns, row_share
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
+from surgery_formats.storage.base import read_values
 
 __all__ = ["KindDecision", "Magnitude", "choose_kind", "lora_decision"]
 
@@ -42,14 +43,14 @@ _NORM_ROUNDING = {DType.BF16: 1.66e-3, DType.F16: 2.08e-4}
 
 @dataclass(frozen=True, slots=True)
 class Magnitude:
-    """Of one unit.
+    """The magnitudes of one target.
 
     Attributes:
         values: ``(1, rows)``, in the scratch file.
-        gains: What each row of ``W + BA`` is multiplied with, likewise.
-        per_row: False for an embedding: PEFT's belong to its columns.
-        size: ``||W'||_F``; 0 for an embedding, which nobody asks for.
-        rounding: Energy that PEFT's rounding of norms adds where the model is loaded in its stored type.
+        gains: Factor of each row of ``W + BA``, likewise.
+        per_row: False for an embedding, whose magnitudes belong to columns in PEFT.
+        size: ``||W'||_F``; 0 for an embedding, where it is not needed.
+        rounding: Error energy that PEFT's rounding of norms adds in a model that is loaded in its stored type.
     """
 
     values: ScratchSlot
@@ -60,23 +61,23 @@ class Magnitude:
 
     @property
     def count(self) -> int:
-        """Numbers."""
+        """Number of magnitudes."""
         return self.values.shape[1]
 
     def load_gains(self) -> torch.Tensor:
-        """``(rows,)``."""
+        """The gains, ``(rows,)``."""
         return self.gains.read()[0]
 
 
 @dataclass(frozen=True, slots=True)
 class KindDecision:
-    """What was chosen; nothing takes the place of the LoRA's factors unless it is a DoRA.
+    """The kind that was chosen, and the factors of a DoRA.
 
     Attributes:
-        facts: What either leaves.
-        factored: By target path, what takes the place of the LoRA's factors.
-        magnitudes: By target path.
-        survivals: What a merge of the LoRA would keep, by path of the targets where that was worked out on the way.
+        facts: What either kind leaves.
+        factored: A DoRA's factors, which replace the LoRA's, by target path; empty for a LoRA.
+        magnitudes: By target path; empty for a LoRA.
+        survivals: What a merge of the LoRA would keep, for the targets where that was computed on the way.
     """
 
     facts: KindFacts
@@ -86,7 +87,7 @@ class KindDecision:
 
 
 def lora_decision(why: str, survivals: Mapping[str, Survival] | None = None, **figures: float) -> KindDecision:
-    """A LoRA, for a reason."""
+    """The decision for a LoRA; `why` is shown to the user."""
     return KindDecision(KindFacts("lora", why, **figures), survivals=survivals or {})
 
 
@@ -101,18 +102,18 @@ def choose_kind(
     workers: int,
     tuned: Path,
 ) -> KindDecision:
-    """Choose between the kinds.
+    """Choose between LoRA and DoRA.
 
     Args:
-        kind: What the user wants.
-        targets: What becomes factors.
-        factored: The LoRA's, by target path.
-        ranks: Of a DoRA, by path.
-        lora_ranks: Of a LoRA; under a budget they are higher, for a DoRA spends a part of it on magnitudes.
-        scratch: Where new factors go.
-        device: Where SVDs are made.
-        workers: Threads.
-        tuned: For messages.
+        kind: The user's choice.
+        targets: Weights that become factors.
+        factored: The LoRA's factors, by target path.
+        ranks: Of a DoRA, by target path.
+        lora_ranks: Of a LoRA, by target path; higher under a budget, of which a DoRA spends a part on magnitudes.
+        scratch: Receives new factors.
+        device: Where to compute.
+        workers: Number of threads.
+        tuned: TUNED's path, for messages.
 
     Raises:
         FitError: a DoRA was asked for, and no module can take one.
@@ -178,9 +179,9 @@ def _relative(targets: Iterable[LowRankTarget], factored: Mapping[str, TargetFac
 def _row_share(
     targets: Sequence[LowRankTarget], factored: Mapping[str, TargetFactors], ranks: Mapping[str, int], workers: int
 ) -> tuple[float, dict[str, Survival]]:
-    """Share of what the LoRA leaves that lies along the rows that it makes, from some rows of each matrix.
+    """The share of the LoRA's error that rescaling rows would remove, estimated from some rows of each matrix.
 
-    Where these are stored rows, what a merge of the LoRA would keep of them is told too: the noise report looks at the same.
+    Also returns what a merge of the LoRA would keep, where these are stored rows: the noise report needs the same rows.
     """
     shares: dict[str, float] = {}
     survivals: dict[str, Survival] = {}
@@ -203,7 +204,7 @@ def _row_share(
 
 
 def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
-    """Some logical rows: their numbers, W and W' there."""
+    """Some logical rows: ``(runs of row numbers, rows of W, rows of W')``."""
     pair = _pair(delta)
     runs = list(sample_runs(*pair.shape))
     if isinstance(pair, HeldPair):
@@ -216,7 +217,7 @@ def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.T
 
 @dataclass(frozen=True)
 class _StoredRows:
-    """A pair read when asked; satisfies `surgery_formats.linalg.dora.PairSource`."""
+    """A pair of matrices that is read at every use; a `surgery_formats.linalg.dora.PairSource`."""
 
     strip: Strip
 
@@ -226,15 +227,15 @@ class _StoredRows:
         return self.strip.last - self.strip.first, self.strip.tuned.shape[1]
 
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Widened to what both sides fit in."""
+        """Rows of both matrices, in the narrowest type that holds both."""
         low, high = self.strip.first + start, self.strip.first + stop
-        base, tuned = self.strip.base.get(low, high), self.strip.tuned.get(low, high)
+        base, tuned = read_values(self.strip.base, low, high), read_values(self.strip.tuned, low, high)
         exact = torch.promote_types(base.dtype, tuned.dtype)
         return base.to(exact), tuned.to(exact)
 
 
 def _pair(delta: Delta) -> PairSource:
-    """As it lies in the files, or turned and held where the files hold its transpose."""
+    """The pair of matrices; held in memory, transposed, where the files store the transpose."""
     (strip,) = delta.strips  # only experts have several
     stored = _StoredRows(strip)
     return _held(stored, turned=True) if delta.transposed else stored
@@ -298,7 +299,7 @@ def _magnitude(target: LowRankTarget, fit: DoRAFit | Magnitudes, size: float, sc
 
 
 def _equal(lora: TargetFactors, rank: int, candidate: _DoraCandidate) -> float:
-    """Least energy that a LoRA could leave with the DoRA's numbers: part of the next direction, at most as large as the last known."""
+    """Lower bound of the energy that a LoRA with the DoRA's numbers leaves: it could hold a part of the next direction."""
     (matrix,) = lora.matrices
     following = matrix.values[rank : rank + 1] or matrix.values[-1:]
     extra_directions = candidate.magnitude.count / lora.target.cost
@@ -306,7 +307,7 @@ def _equal(lora: TargetFactors, rank: int, candidate: _DoraCandidate) -> float:
 
 
 def _beside(target: LowRankTarget, lora: TargetFactors, rank: int, scratch: ScratchFile) -> _DoraCandidate:
-    """An embedding's factors as they are, and the best lengths of its columns."""
+    """An embedding's DoRA: the LoRA's factors and the column magnitudes that fit best."""
     left, right = lora.factors(0, rank)
     (matrix,) = lora.matrices
     fitted = best_columns(_StoredRows(target.deltas[0].strips[0]), left, right)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that is decided of one extraction before a byte is written: forms, ranks, kind, tensors, configuration."""
+"""The plan of an extraction, complete before a byte is written: forms, ranks, kind, the adapter and its rendering."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery._version import __version__
+from surgery.engine.adapter_output import rendered_size
+from surgery.extraction.adapter import FactorSettings, extracted_adapter, fold_of
 from surgery.extraction.calibration import Calibration, CalibrationChanges, calibrate
 from surgery.extraction.choose_kind import KindDecision, choose_kind, lora_decision
 from surgery.extraction.factorise import StoredFactorSpec, TargetFactors
@@ -20,13 +21,16 @@ from surgery.extraction.noise import NoiseReport, noise_report
 from surgery.extraction.pairing import differing_settings
 from surgery.extraction.ranks import RankGoal, rank_table, ranks_of
 from surgery.extraction.result import ExtractResult, RankChoice
-from surgery.extraction.rows import check_losses, ledger_rows
+from surgery.extraction.rows import check_losses, ledger_rows, rows_with_residuals
 from surgery.extraction.storage_plan import StorageOptions, StoragePlan, dense_size, plan_storage
 from surgery.extraction.stream.scan import Layout, ScanResult
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import LowRankTarget
-from surgery.extraction.write import Scaling, configuration, size_of, tensors_of
-from surgery_formats.adapters.format import NewTensor
+from surgery_formats.adapters.format import Format, Rendering, Scaled, Scaling
+from surgery_formats.adapters.peft.known_issues import combination_issues
+from surgery_formats.adapters.registry import format_named
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.containers.safetensors import reference_order
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
@@ -35,7 +39,7 @@ from surgery_formats.models.identity import content_id, fingerprint
 from surgery_formats.text import listing
 
 if TYPE_CHECKING:
-    from surgery.extraction.proof import Error
+    from surgery.extraction.proof import Residual
 
 __all__ = [
     "CheckpointPair",
@@ -48,21 +52,21 @@ __all__ = [
 
 
 class Stopwatch:
-    """Counts from when it is made; parts of the same name add up."""
+    """Measures the parts of a run, from its creation on; laps of the same name add up."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
         self._parts: dict[str, float] = {}
 
     def lap(self, name: str, until: float | None = None) -> None:
-        """What has passed since the last lap was `name`; it ended now, or at `until` (`time.monotonic`)."""
+        """Assign the time since the last lap to `name`; the lap ends now, or at `until` (`time.monotonic`)."""
         now = time.monotonic() if until is None else until
         self._parts[name] = self._parts.get(name, 0.0) + now - self._last
         self._last = now
 
     @property
     def parts(self) -> Mapping[str, float]:
-        """Seconds, in the order in which the parts began."""
+        """Seconds by name, in the order in which the names first occurred."""
         return dict(self._parts)
 
 
@@ -94,10 +98,10 @@ class CheckpointPair:
         return checkpoint.main
 
     def check_unchanged(self) -> None:
-        """Neither has changed since it was opened.
+        """Check that neither has changed since it was opened.
 
         Raises:
-            ProofError: one has.
+            ProofError: one has changed.
         """
         self.base.check_unchanged()
         self.tuned.check_unchanged()
@@ -106,25 +110,33 @@ class CheckpointPair:
 def stored_factor_specs(
     goal: RankGoal, scaling: Scaling, dtype: DType
 ) -> Callable[[LowRankTarget], StoredFactorSpec | None]:
-    """How factors will be written, as far as it is known before all of them are: not with a budget, nor where the scale needs the rank."""
+    """How each target's factors will be stored, or None if that follows from all targets (a budget) or from the rank (a scale)."""
 
-    def plan(target: LowRankTarget) -> StoredFactorSpec | None:
+    def spec_of(target: LowRankTarget) -> StoredFactorSpec | None:
         if (asked := goal.rank_of(target)) is not None:
             rank = min(asked, target.largest_rank)
-            return StoredFactorSpec(rank, scaling.fold(rank), dtype)
-        alone = goal.budget is None and not goal.auto and scaling.constant
-        return StoredFactorSpec(None, 1.0, dtype) if alone else None
+            return StoredFactorSpec(rank, fold_of(scaling, rank), dtype)
+        always_one = scaling.alpha is None and not scaling.rslora
+        return StoredFactorSpec(None, 1.0, dtype) if always_one and goal.budget is None and not goal.auto else None
 
-    return plan
+    return spec_of
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractionRequest:
-    """What the user wants, and where it is worked out.
+    """The options of an extraction.
 
     Attributes:
-        dtype: Of the factors of the PEFT folder.
-        coding: Of the factors in the end, if they are codes.
+        goal: How ranks are found.
+        options: Which changes are held, and how.
+        scaling: Alpha and rsLoRA.
+        dtype: Type of the factors.
+        coding: Codes of the factors, if they are stored as codes.
+        kind: LoRA, DoRA, or the better one.
+        calibration: Inputs of modules.
+        scratch: Holds factors until they are written.
+        device: Where to compute.
+        workers: Number of threads.
     """
 
     goal: RankGoal
@@ -141,7 +153,29 @@ class ExtractionRequest:
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """All that is decided; nothing is written yet."""
+    """An extraction that is decided and not yet written.
+
+    Attributes:
+        checkpoints: BASE and TUNED.
+        layout: The paired tensors.
+        scan: Measurements and factors.
+        storage: The form of every change.
+        ranks: By target path.
+        dtype: Type of the factors.
+        coding: Codes of the factors, if they are stored as codes.
+        adapter: The extraction in the canonical form.
+        peft: The PEFT format, with the user's scaling.
+        rendering: `adapter` in the PEFT format.
+        id: Identifies the job.
+        noise: The share of rounding in the change.
+        decision: LoRA or DoRA.
+        calibrated: What changed because of calibration inputs.
+        calibration: The calibration inputs.
+        asked: Whether the user gave the rank.
+        workers: Number of threads.
+        warnings: Facts that the user should know.
+        table: Other ranks and what they would leave.
+    """
 
     checkpoints: CheckpointPair
     layout: Layout
@@ -150,9 +184,9 @@ class ExtractionPlan:
     ranks: Mapping[str, int]
     dtype: DType
     coding: Coding | None
-    tensors: tuple[NewTensor, ...]
-    config: bytes
-    metadata: Mapping[str, str]
+    adapter: Adapter
+    peft: Format
+    rendering: Rendering
     id: str
     noise: NoiseReport
     decision: KindDecision
@@ -165,22 +199,22 @@ class ExtractionPlan:
 
     @property
     def factored(self) -> Mapping[str, TargetFactors]:
-        """What is written."""
+        """The factors that will be stored, by target path."""
         return {**self.scan.factored, **self.decision.factored, **self.calibrated.factored}
 
     @property
     def nbytes(self) -> int:
-        """Of the PEFT file."""
-        return size_of(self.tensors, self.metadata)
+        """Size of the PEFT tensor file."""
+        return rendered_size(self.rendering)
 
     def rank_table(self) -> tuple[RankChoice, ...]:
-        """Other ranks, fewer layers."""
-        dense = [dense_size(magnitude) for magnitude in self.storage.dense_tensors]
+        """What other ranks, and fewer layers, would cost and leave."""
+        dense = [dense_size(tensor) for tensor in self.storage.dense_tensors]
         stored = sum(numbers for numbers, _ in dense), sum(nbytes for _, nbytes in dense)
         return rank_table(self.storage, self.scan.factored, self.scan.measures, stored, self.coding or self.dtype)
 
     def result(self) -> ExtractResult:
-        """By the spectra."""
+        """The result as the spectra predict it."""
         rows = ledger_rows(
             self.layout.pairs,
             self.scan.measures,
@@ -196,7 +230,7 @@ class ExtractionPlan:
         return ExtractResult(
             None,
             "peft",
-            self.metadata["surgery.base"],
+            self.adapter.base_id,
             rows,
             self.coding.name if self.coding else self.dtype.label,
             sum(row.nbytes for row in rows) if self.coding else self.nbytes,
@@ -209,27 +243,25 @@ class ExtractionPlan:
             CalibrationTotals.of(self.calibrated.facts.values()) if self.calibration is not None else None,
         )
 
-    def proved(self, folder: Path) -> ExtractResult:
-        """By what lies in `folder`.
+    def proved(self, adapter: Adapter) -> ExtractResult:
+        """The result as measured on `adapter`: this extraction, read back or about to be rendered.
 
         Raises:
-            ProofError: it does something else.
+            ProofError: it differs from what was measured.
         """
-        from surgery.extraction.rows import rows_with_residuals
-
         known = {target.path: self.factored[target.path] for target in self.storage.targets}
-        errors, result = self._errors(folder, known), self.result()
+        residuals, result = self._residuals(adapter, known), self.result()
         sizes = {path: magnitude.size for path, magnitude in self.decision.magnitudes.items()}
-        rows = rows_with_residuals(result.rows, errors, self.storage, self.factored, self.ranks, self.dtype, sizes)
+        rows = rows_with_residuals(result.rows, residuals, self.storage, self.factored, self.ranks, self.dtype, sizes)
         return replace(result, rows=rows)
 
-    def coded(self, folder: Path) -> ExtractResult:
-        """By the codes that lie in `folder`, whose error the converter has proved to be what its writer says."""
-        errors, result = self._errors(folder, {}), self.result()
-        rows = (replace(r, residual=errors[r.name].residual) if r.name in errors else r for r in result.rows)
+    def coded(self, adapter: Adapter) -> ExtractResult:
+        """The result as measured on codes that were read back; the conversion has proved that their error is the stated one."""
+        residuals, result = self._residuals(adapter, {}), self.result()
+        rows = (replace(r, residual=residuals[r.name].relative) if r.name in residuals else r for r in result.rows)
         return replace(result, rows=tuple(rows))
 
-    def _errors(self, folder: Path, known: Mapping[str, TargetFactors]) -> dict[str, Error]:
+    def _residuals(self, adapter: Adapter, known: Mapping[str, TargetFactors]) -> dict[str, Residual]:
         from surgery.extraction.proof import prove
 
         measures = self.scan.measures
@@ -239,7 +271,17 @@ class ExtractionPlan:
             for pair in self.layout.pairs
             if pair.match == "pair" and (measures[pair.name].changed or pair.name in shifted)
         ]
-        return prove(folder, self.checkpoints.base, changed, known, measures, self.storage.dropped, self.workers)
+        return prove(adapter, self.checkpoints.base, changed, known, measures, self.storage.dropped, self.workers)
+
+    def check_unchanged(self) -> None:
+        """Check that no input has changed since it was opened.
+
+        Raises:
+            ProofError: one has changed.
+        """
+        self.checkpoints.check_unchanged()
+        if self.calibration is not None:
+            self.calibration.check_unchanged()
 
 
 def plan_extraction(
@@ -251,19 +293,19 @@ def plan_extraction(
     *,
     allow_loss: bool,
 ) -> ExtractionPlan:
-    """Decide everything.
+    """Decide on forms, ranks and kind, and build the adapter.
 
     Args:
-        checkpoints: The checkpoints.
-        layout: What belongs together.
-        scan: What was measured and factorised.
-        request: What the user wants.
-        stopwatch: Laps for the timings.
+        checkpoints: BASE and TUNED.
+        layout: The paired tensors.
+        scan: Measurements and factors.
+        request: The user's options.
+        stopwatch: Takes the laps.
         allow_loss: Leave out what no form can hold.
 
     Raises:
         NothingChangedError: TUNED is BASE.
-        FitError: nothing, or not everything, can be held.
+        FitError: a change cannot be held.
     """
     old, new = checkpoints.old, checkpoints.new
     goal, dtype, scaling = request.goal, request.dtype, request.scaling
@@ -302,19 +344,27 @@ def plan_extraction(
     if not storage.targets and not storage.dense_tensors:
         raise FitError("nothing of what changed can be held", file=checkpoints.tuned.path)
     stopwatch.lap("settling")
-    metadata = {"format": "pt", "surgery.base": content_id(checkpoints.base, scan.digests.of)}
+    base_id = content_id(checkpoints.base, scan.digests.of)
     stopwatch.lap("identifying")
     factored = {**scan.factored, **decision.factored, **calibrated.factored}
-    places = {path: magnitude.values for path, magnitude in decision.magnitudes.items()}
-    tensors = tensors_of(storage, factored, ranks, scaling, dtype, places)
-    name = checkpoints.base.path.resolve().name
-    config = configuration(storage, ranks, scaling, goal.rank, old, name, dora=decision.facts.kind == "dora")
+    magnitudes = {path: magnitude.values for path, magnitude in decision.magnitudes.items()}
+    settings = FactorSettings(ranks, scaling, dtype, magnitudes)
+    adapter = extracted_adapter(storage, factored, settings, checkpoints.base, base_id, checkpoints.tuned.path)
+    peft = format_named("peft")
+    assert isinstance(peft, Scaled)
+    peft = peft.with_scaling(scaling)
+    rendering = peft.render(adapter, None)
+    (config,) = rendering.small_files.values()
+    # Other formats are given what a reader of the PEFT folder would know: its fields, which `compact` keeps, and its known issues.
+    fields = json.loads(config)
+    adapter = replace(adapter, config=fields, stated_issues=tuple(combination_issues(fields)))
+    order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors)
     facts = {
         "version": __version__,
         "verb": "extract-lora",
         "config": hashlib.sha256(config).hexdigest(),
-        "tensors": [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in tensors],
-        "base": metadata["surgery.base"],
+        "tensors": [(name, dtype.label, shape) for name, dtype, shape in order],
+        "base": base_id,
         "calibration": None if request.calibration is None else request.calibration.id,
         "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
     }
@@ -337,9 +387,9 @@ def plan_extraction(
         ranks,
         dtype,
         request.coding,
-        tensors,
-        config,
-        metadata,
+        adapter,
+        peft,
+        rendering,
         plan_id,
         noise,
         decision,
@@ -359,10 +409,10 @@ def _decide_kind(
     formed: Callable[[Mapping[str, int]], StoragePlan],
     ranks: Mapping[str, int],
 ) -> tuple[KindDecision, Mapping[str, int]]:
-    """LoRA or DoRA, and the ranks of a DoRA.
+    """Choose LoRA or DoRA; also returns the ranks of a DoRA.
 
     Raises:
-        FitError: a DoRA was asked for, and none can be made.
+        FitError: a DoRA is required and impossible.
     """
     goal = request.goal
     if request.calibration is not None:

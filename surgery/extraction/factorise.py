@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factorise differences, one matrix per thread, into a scratch file: memory holds no more than the matrices being worked on."""
+"""Factorise the difference of one matrix, and measure what the factors leave of it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ MOST = 256
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """How the rank of a matrix is found; exactly one is set.
+    """How the rank of a matrix is found.
 
     Attributes:
-        rank: So many, less where the matrix is smaller.
-        energy: Until this share of ``||D||_F^2`` is held.
-        max_error: Until ``||D - BA||_F / ||D||_F`` is at most this.
-        most: Look at so many and decide later (budget, auto).
-        numbers: Most numbers the whole adapter may hold, which limits `most`.
+        rank: This number, or fewer where the matrix is smaller.
+        energy: The least rank that holds this share of ``||D||_F^2``.
+        max_error: The least rank for which ``||D - BA||_F / ||D||_F`` is at most this.
+        most: Compute this many directions and choose among them later (a budget, or auto).
+        numbers: Most numbers that the whole adapter may hold, which limits `most`.
+
+    Exactly one of the first four is set.
     """
 
     rank: int | None = None
@@ -47,7 +49,7 @@ class Criterion:
     numbers: int | None = None
 
     def limit(self, cost: int) -> int | None:
-        """Directions of a target of which each costs `cost` numbers; None for no limit of its own."""
+        """Greatest rank of a target whose directions cost `cost` numbers each; None if there is no limit."""
         if self.most is None or self.numbers is None:
             return self.most if self.rank is None else self.rank
         return max(1, min(self.most, self.numbers // cost))
@@ -55,12 +57,12 @@ class Criterion:
 
 @dataclass(frozen=True, slots=True)
 class StoredFactorSpec:
-    """How the factors of a matrix will be written, where it is known when they are made.
+    """How the factors of a matrix will be stored, where that is known when they are computed.
 
     Attributes:
-        rank: Directions that are kept; None for all that the criterion finds.
-        fold: What each factor is multiplied by, so that the format's scale changes nothing.
-        dtype: Type they are rounded to.
+        rank: Directions to keep; None keeps all that the criterion finds.
+        fold: Number that either factor is multiplied by, so that the format's scale changes no delta.
+        dtype: Stored type.
     """
 
     rank: int | None
@@ -68,7 +70,7 @@ class StoredFactorSpec:
     dtype: DType
 
     def stored(self, factor: torch.Tensor) -> torch.Tensor:
-        """The values that will be written, float32, of all directions ``(k, n)``."""
+        """The values as they will be stored, in float32, of directions ``(k, n)``."""
         import torch
 
         return (factor[: self.rank] * self.fold).to(self.dtype.torch).to(torch.float32)
@@ -76,19 +78,19 @@ class StoredFactorSpec:
 
 @dataclass(frozen=True, slots=True)
 class FactorisedMatrix:
-    """One factorised matrix ``D ~ left^T right / fold^2``, the square root of every singular value on either side.
+    """One factorised matrix ``D ~ left^T right / fold^2``; either side has the square roots of the singular values.
 
     Attributes:
-        left: ``(k, out)``, one direction per row; of `left_energy`'s factors where that is known.
-        right: ``(k, in)``.
+        left: ``(k, out)``, one direction per row. As they will be stored, where `left_energy` is known.
+        right: ``(k, in)``, likewise.
         values: Singular values, descending.
         total: ``||D||_F^2``.
-        rest: What all `k` leave of it.
-        bound: The error is at most this many times the least possible.
-        edge: Largest singular value that rounding noise alone would have.
-        fold: What either side was multiplied by.
-        left_energy: ``||D - left^T right / fold^2||_F^2``, measured, of each tensor that the matrix is made of; None where the factors
-            are not yet those that will be written.
+        rest: ``||D - D_k||_F^2``, what all `k` directions leave.
+        bound: The error is at most this many times the least possible one.
+        edge: Largest singular value that rounding alone would have.
+        fold: Number that either side was multiplied by.
+        left_energy: ``||D - left^T right / fold^2||_F^2``, measured for each tensor of the matrix; None where the factors
+            are not yet those that will be stored.
     """
 
     left: ScratchSlot
@@ -103,7 +105,7 @@ class FactorisedMatrix:
 
     @property
     def signal(self) -> int:
-        """Directions above the noise."""
+        """Number of singular values above the noise."""
         from surgery_formats.linalg.noise import signal_count
 
         return signal_count(self.values, self.edge)
@@ -115,33 +117,38 @@ class FactorisedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class TargetFactors:
-    """A target and its factorised matrices."""
+    """The factors of a target.
+
+    Attributes:
+        target: The weight.
+        matrices: One per difference of the target.
+    """
 
     target: LowRankTarget
     matrices: tuple[FactorisedMatrix, ...]
 
     @property
     def rank(self) -> int:
-        """Most directions that any of its matrices has."""
+        """Greatest number of directions of any of its matrices."""
         return max(len(piece.values) for piece in self.matrices)
 
     @property
     def energy(self) -> float:
-        """Of all its matrices."""
+        """``||D||_F^2`` of all matrices together."""
         return math.fsum(piece.total for piece in self.matrices)
 
     @property
     def spectrum(self) -> list[float]:
-        """Root of the energy that each further direction holds, in all matrices together."""
+        """Square root of the energy that each further direction holds, in all matrices together."""
         columns = zip_longest(*(piece.values for piece in self.matrices), fillvalue=0.0)
         return [math.hypot(*column) for column in columns]
 
     def residual(self, rank: int) -> float:
-        """Energy that is left at `rank`."""
+        """Energy that factors of `rank` leave."""
         return math.fsum(piece.residual(rank) for piece in self.matrices)
 
     def factors(self, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(left (out, rank), right (rank, in))`` of one matrix, each times `fold`; directions that it lacks are zeros."""
+        """``(left (out, rank), right (rank, in))`` of one matrix, either times `fold`; missing directions are zeros."""
         import torch
 
         matrix, sides = self.matrices[index], []
@@ -167,20 +174,20 @@ def factorise(
     plan: StoredFactorSpec | None,
     transposed: bool,
 ) -> FactorisedMatrix:
-    """Factors of one matrix, and what is left of it beside what will be written of them.
+    """Factorise one matrix and measure what the stored factors will leave of it.
 
     Args:
-        matrix: As stored.
+        matrix: The difference in its stored orientation.
         criterion: How the rank is found.
-        rank: Most directions, where the criterion has a number.
-        strips: Heights of the tensors that it is made of.
-        scratch: Where the factors go.
+        rank: Greatest rank, if there is one.
+        strips: Number of rows of each tensor in the matrix.
+        scratch: Receives the factors.
         device: Where to compute.
-        energies: ``||D||_F^2`` of each of them; zeros where they are too small for who summed them.
-        moved: Whether anything in them differs.
-        edge: See `Piece`.
-        plan: How the factors will be written; None where that is decided later.
-        transposed: Whether the logical matrix is the transpose.
+        energies: ``||D||_F^2`` of each tensor; zero where it is below what the sum can show.
+        moved: Whether any value differs.
+        edge: See `FactorisedMatrix`.
+        plan: How the factors will be stored; None if that is decided later.
+        transposed: Whether the logical matrix is the transpose of `matrix`.
     """
     import torch
 

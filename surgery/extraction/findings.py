@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was found out about factors: LoRA or DoRA, weighted or plain, and how much of the change is more than rounding.
+"""Findings about factors: LoRA or DoRA, weighted or plain, and how much of the change is more than rounding.
 
-Figures only: importing it needs no torch.
+Only records of figures; importing them does not import torch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ KINDS: tuple[Kind, ...] = ("auto", "lora", "dora")
 
 @dataclass(frozen=True, slots=True)
 class KindFacts:
-    """What the factors are, and what the other kind would have left.
+    """The kind of the factors, and what the other kind would have left.
 
     Attributes:
         kind: ``lora`` or ``dora``.
-        why: In words.
+        why: The reason, for people.
         lora: ``||W' - (W + BA)|| / ||W' - W||`` over the modules that could be either.
-        equal: At least this is left by a LoRA with as many numbers as the DoRA has; NaN where no DoRA was made.
-        dora: What the DoRA leaves of them; NaN where none was made.
-        rows: Share of what the LoRA leaves that rescaling rows would take away (the test beforehand); NaN where it was not made.
-        rounding: What PEFT's rounding of norms adds to the DoRA's error, relative to the change, in a model of the stored type.
+        equal: Lower bound of what a LoRA with the DoRA's numbers leaves; NaN without a DoRA.
+        dora: What the DoRA leaves; NaN without one.
+        rows: Share of the LoRA's error that rescaling rows would remove, the test that comes first; NaN if it was not done.
+        rounding: Error that PEFT's rounding of norms adds to the DoRA, relative to the change, in a model of the stored type.
     """
 
     kind: Literal["lora", "dora"]
@@ -54,14 +54,14 @@ class KindFacts:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFacts:
-    """Of one module whose inputs were given.
+    """Effect of calibration inputs on one module.
 
     Attributes:
-        kept: ``weighted`` or ``plain``: the factors that are written.
+        kept: Which factors are stored.
         weighted: Error of the outputs on these inputs, relative to what the whole change does to them, with weighted factors.
         plain: The same with plain ones.
         energy: Mean squared norm of what the whole change does to the outputs.
-        bias: Path of the bias that makes up for the mean error; empty where there is none.
+        bias: Path of the bias that compensates the mean error; empty if there is none.
     """
 
     kept: Literal["weighted", "plain"]
@@ -72,7 +72,7 @@ class CalibrationFacts:
 
     @property
     def error(self) -> float:
-        """Of what was kept."""
+        """Error with the stored factors."""
         return min(self.weighted, self.plain)
 
     def as_json(self) -> dict[str, Any]:
@@ -87,13 +87,13 @@ class CalibrationFacts:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationTotals:
-    """Of all modules whose inputs were given.
+    """Effect of calibration inputs on all modules together.
 
     Attributes:
-        modules: How many.
-        weighted: How many have weighted factors.
-        biases: How many biases make up for a mean error.
-        error: Of the outputs on these inputs, all modules together, with what was kept.
+        modules: Number of modules.
+        weighted: Number of modules with weighted factors.
+        biases: Number of biases that compensate a mean error.
+        error: Relative error of the outputs on these inputs with the stored factors.
         plain: The same with plain factors.
     """
 
@@ -105,7 +105,7 @@ class CalibrationTotals:
 
     @classmethod
     def of(cls, facts: Iterable[CalibrationFacts]) -> CalibrationTotals:
-        """Added up."""
+        """Sum over modules."""
         all_facts = list(facts)
         total = math.fsum(fact.energy for fact in all_facts)
 
@@ -137,20 +137,20 @@ class CalibrationTotals:
 
 
 def six_digits(value: float) -> float:
-    """Six significant digits."""
+    """`value` with six significant digits."""
     return float(f"{value:.6g}")
 
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """How much of a factorised change is more than rounding: the noise-aware effective rank.
+    """How many directions of a factorised change are more than rounding.
 
     Attributes:
         edge: Largest singular value that rounding alone would have.
-        count: Singular values above it, among those that were computed.
-        of: Directions of the matrix.
-        complete: Whether `count` is all of them; if not, at least so many.
-        survival: Share of the factors' update that is kept if they are merged back in BASE's stored type.
+        count: Computed singular values above the edge.
+        of: Number of directions of the matrix.
+        complete: Whether no other value can be above the edge.
+        survival: Share of the factors' update that a merge into BASE's stored type keeps.
     """
 
     edge: float
@@ -161,11 +161,11 @@ class Signal:
 
     @property
     def text(self) -> str:
-        """``50/384``; ``>=16/384`` where nobody looked further."""
+        """``50/384``, or ``>=16/384`` if no more values were computed."""
         return f"{'' if self.complete else '>='}{self.count}/{self.of}"
 
     def as_json(self) -> dict[str, Any]:
-        """Rounded to what it means."""
+        """For ``--json`` and the manifest."""
         survival = None if math.isnan(self.survival) else six_digits(self.survival)
         return {
             "noise_edge": six_digits(self.edge),
@@ -178,12 +178,12 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class MergedLoRA:
-    """What TUNED looks like.
+    """The sign that TUNED is BASE with a LoRA merged into it.
 
     Attributes:
-        rank: Of the LoRA.
-        layers: Matrices that show it.
-        of: Matrices that changed.
+        rank: Rank of the LoRA.
+        layers: Number of matrices that show it.
+        of: Number of matrices that changed.
     """
 
     rank: int
@@ -192,7 +192,7 @@ class MergedLoRA:
 
     @property
     def text(self) -> str:
-        """One line."""
+        """In one line."""
         return (
             f"looks like a merged rank-{self.rank} LoRA: {self.rank} values above the edge in {self.layers}/{self.of} layers, "
             "residual equals storage noise"

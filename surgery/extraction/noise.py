@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding in an extraction: the edge below which directions are noise, and how much of the factors a merge would keep.
+"""Rounding noise in an extraction: the edge below which directions are noise, and how much of the factors a merge would keep.
 
-The edge needs every stored value of TUNED once (`surgery.extraction.stream.tally`). Survival
-is computed from some rows of BASE as they are and of the change that the chosen
-factors make there: no table, and no pass over the files.
+The edge needs every stored value of TUNED once (`surgery.extraction.stream.tally`). Survival is estimated from some rows of BASE and the
+change that the chosen factors make there, without another pass over the files.
 """
 
 from __future__ import annotations
@@ -50,16 +49,16 @@ _NEARLY_ALL = 0.95  # of the layers agree: a few may have weaker directions
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """One factorised matrix.
+    """The singular values of one difference.
 
     Attributes:
         values: Singular values, descending, as many as were computed.
         shape: ``(out, in)``.
         total: ``||D||_F^2``.
-        rest: What all of `values` leave of it.
+        rest: Energy that `values` leave.
         edge: Largest singular value that rounding alone would have.
         noise: Expected energy of rounding.
-        signal: How many values are above the edge.
+        signal: Number of values above the edge.
     """
 
     values: Sequence[float]
@@ -77,7 +76,7 @@ class Spectrum:
 
     @property
     def merged(self) -> bool:
-        """Whether it has the looks of factors of rank `signal` merged: a gap at the edge, and below it nothing but rounding."""
+        """Whether it looks like merged factors of rank `signal`: a gap at the edge, and only rounding below."""
         if not self.signal or self.signal >= min(self.shape):
             return False
         following = self.values[self.signal : self.signal + 1]
@@ -90,7 +89,7 @@ class Spectrum:
 
 
 def looks_merged(spectra: Iterable[Spectrum]) -> MergedLoRA | None:
-    """Whether nearly all matrices are factors of one rank plus rounding; None if not."""
+    """The LoRA that was merged, if nearly all matrices are factors of one rank plus rounding; else None."""
     all_spectra = list(spectra)
     counts = Counter(spectrum.signal for spectrum in all_spectra if spectrum.merged)
     if not counts:
@@ -100,12 +99,12 @@ def looks_merged(spectra: Iterable[Spectrum]) -> MergedLoRA | None:
 
 
 def remark(rank: int, signal: Signal, *, asked: bool = True) -> str:
-    """What to say where there are more directions than stand out; nothing otherwise.
+    """A remark if the rank exceeds the directions that are more than noise; else empty.
 
     Args:
-        rank: Of the factors.
-        signal: What stands out.
-        asked: Whether the user named the rank.
+        rank: Rank of the factors.
+        signal: Directions above the noise.
+        asked: Whether the user gave the rank.
     """
     said = f"rank {rank}{' asked' if asked else ''}"
     beyond = rank - signal.count
@@ -123,11 +122,11 @@ _RUNS = 16
 
 
 def spectra(factors: TargetFactors, noise: float) -> list[Spectrum]:
-    """Every matrix of a target.
+    """The spectrum of every matrix of a target.
 
     Args:
-        factors: The target's.
-        noise: Energy expected of rounding, in all of it.
+        factors: The target's factors.
+        noise: Expected energy of rounding in the whole target.
     """
     share = noise / len(factors.matrices)
     return [
@@ -138,12 +137,12 @@ def spectra(factors: TargetFactors, noise: float) -> list[Spectrum]:
 
 @dataclass(frozen=True, slots=True)
 class NoiseReport:
-    """Of the targets that become factors.
+    """Rounding noise in the targets that become factors.
 
     Attributes:
-        signals: By target path; of experts, of the one that has most.
-        survival: Of all together.
-        merged: The LoRA that TUNED looks to be a merge of.
+        signals: By target path; of experts, the largest.
+        survival: Share of all factors' updates that a merge keeps.
+        merged: The LoRA that TUNED seems to contain.
     """
 
     signals: Mapping[str, Signal]
@@ -160,16 +159,16 @@ def noise_report(
     gains: Mapping[str, Callable[[], torch.Tensor]],
     known: Mapping[str, Survival],
 ) -> NoiseReport:
-    """Conclude.
+    """Estimate the noise.
 
     Args:
-        targets: As their differences were factorised.
-        chosen: What will be written of each, by target path.
+        targets: The factors of the plain differences.
+        chosen: The factors that will be stored, by target path.
         ranks: By target path.
         measures: By TUNED's names.
-        workers: Threads.
-        gains: Of a DoRA, by target path: what each row (of an embedding, each column) of ``W + BA`` is multiplied with.
-        known: What a merge would keep, by path of the targets of which that has been worked out already.
+        workers: Number of threads.
+        gains: Of a DoRA, the factor of each row (or column, of an embedding) of ``W + BA``, by target path.
+        known: Survivals that were computed already, by target path.
     """
     all_targets = tuple(targets)
     unknown = [chosen[factors.target.path] for factors in all_targets if factors.target.path not in known]
@@ -198,9 +197,9 @@ def survivals(
     """What a merge of the factors into BASE's stored type would keep, by target path.
 
     Args:
-        factored: Units.
-        ranks: Of each, by path.
-        workers: Threads.
+        factored: Factors of the targets.
+        ranks: By target path.
+        workers: Number of threads.
         gains: As for `noise_report`.
     """
     results: dict[str, Survival] = {}
@@ -240,12 +239,12 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tenso
 
 
 def read_rows(plain: Plain, first: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Rows of a stored matrix one under the other, float32, or float64 where it is stored so.
+    """Runs of rows of a stored matrix, stacked, in float32 (or float64 where it is stored so).
 
     Args:
         plain: The matrix.
         first: Row that the runs count from.
-        runs: ``(start, stop)`` of each.
+        runs: ``(start, stop)`` of each run.
     """
     import torch
 
@@ -258,19 +257,19 @@ def read_rows(plain: Plain, first: int, runs: Sequence[tuple[int, int]]) -> torc
 
 
 def at_rows(values: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The same rows of what is in memory. Many small products in many threads would mostly wait for the interpreter; one large does not."""
+    """The same rows of a matrix in memory, stacked: one large product keeps threads busier than many small ones."""
     import torch
 
     return values if len(runs) == 1 and runs[0] == (0, len(values)) else torch.cat([values[a:b] for a, b in runs])
 
 
 def sample_runs(rows: int, cols: int, share: int = 1) -> Iterator[tuple[int, int]]:
-    """Some runs of rows, spread evenly: all rows where they are few.
+    """Runs of rows, spread evenly; all rows of a small matrix.
 
     Args:
-        rows: Of the matrix.
-        cols: Of the matrix.
-        share: How many such matrices are looked at together.
+        rows: Number of rows.
+        cols: Number of columns.
+        share: Number of such matrices that are sampled together.
     """
     some = max(1, _LOOKED_AT // max(cols * share, 1))
     if some >= rows:

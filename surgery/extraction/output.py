@@ -1,127 +1,147 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write what was decided, as a PEFT folder or through the converter, and prove it before it gets its name."""
+"""Write an extraction, in PEFT's format or rendered by another, and prove it before it appears."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery._version import __version__
+from surgery.engine.adapter_output import WriteOptions, rendered_fingerprint, write_adapter
+from surgery.engine.conversion import plan_conversion, write_conversion
+from surgery.engine.convert_result import ConvertResult
 from surgery.extraction.extraction_plan import ExtractionPlan, Stopwatch
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import rows_without
-from surgery.extraction.write import TENSOR_FILE, fill
 from surgery.progress import Callback, Progress
-from surgery.verbs.convert import ConvertResult, convert
-from surgery_formats.errors import FitError
-from surgery_formats.files.output.folder import output_folder
+from surgery_formats.adapters.format import Format
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.binding.bind import bind
 from surgery_formats.text import show
 
-__all__ = ["write", "write_converted"]
+__all__ = ["write_extraction"]
+
+_TOKENIZER = ("vocab.json", "merges.txt")  # and whatever has ``token`` in its name
 
 
-def write(
-    plan: ExtractionPlan, out: Path, stopwatch: Stopwatch, *, overwrite: bool, progress: Callback | None
+def write_extraction(
+    plan: ExtractionPlan,
+    target: Format,
+    out: Path,
+    stopwatch: Stopwatch,
+    *,
+    budget: int | None = None,
+    allow_loss: bool = False,
+    overwrite: bool = False,
+    progress: Callback | None = None,
 ) -> ExtractResult:
-    """A PEFT folder.
+    """Write what was decided.
 
     Args:
         plan: What was decided.
-        out: Its place.
+        target: The format.
+        out: File or folder to make.
         stopwatch: Laps for the timings.
+        budget: Bytes that PEFT's file keeps to; another format's may not, and a warning says so.
+        allow_loss: Leave out what `target` cannot hold.
         overwrite: Replace what is there, atomically.
         progress: Called with every step.
 
     Raises:
+        FitError: `target` cannot hold all of it.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
-    calibration = () if plan.calibration is None else (plan.calibration.path,)
-    inputs = (plan.checkpoints.base.path, plan.checkpoints.tuned.path, *calibration)
-    with output_folder(out, plan.id, overwrite=overwrite, inputs=inputs) as folder:
-        folder.write_small("adapter_config.json", plan.config)
-        if any(dense.via == "resized" for dense in plan.storage.dense_tensors):
-            for name, path in plan.checkpoints.tuned.side_files:
-                if "token" in name or name in ("vocab.json", "merges.txt"):
-                    folder.write_small(name, path.read_bytes())
-        stopwatch.lap("syncing")
-        file = folder.create(TENSOR_FILE, plan.nbytes)
-        stage = file.path.parent
-        filled = fill(file, plan.tensors, plan.metadata)
-        stopwatch.lap("writing")
-        file.finish({"xxh3": filled})
-        stopwatch.lap("syncing")
-        if progress is not None:
-            progress(Progress(plan.nbytes, plan.nbytes, "proving"))
-        result = plan.proved(stage)
-        stopwatch.lap("proving")
-        plan.checkpoints.check_unchanged()
-        if plan.calibration is not None:
-            plan.calibration.check_unchanged()
-        folder.commit({**result.as_manifest(), "version": __version__})
-    stopwatch.lap("committing")
+    written = _Progress(stopwatch, progress)
+    inputs = [plan.checkpoints.base.path, plan.checkpoints.tuned.path]
+    inputs += [] if plan.calibration is None else [plan.calibration.path]
+    options = WriteOptions(out, tuple(inputs), _side_files(plan), overwrite, written)
+    if target.name == plan.peft.name:
+        result = _write_peft(plan, options, written)
+    else:
+        result = _write_converted(plan, target, options, written, budget, allow_loss=allow_loss)
     return replace(result, output=out)
 
 
-def write_converted(
+def _side_files(plan: ExtractionPlan) -> Mapping[str, Path]:
+    """TUNED's tokenizer, where its vocabulary grew."""
+    if not any(dense.via == "resized" for dense in plan.storage.dense_tensors):
+        return {}
+    files = plan.checkpoints.tuned.side_files
+    return {name: path for name, path in files if "token" in name or name in _TOKENIZER}
+
+
+@dataclass
+class _Progress:
+    """Hands steps on, and ends the lap of writing with the last tensor."""
+
+    stopwatch: Stopwatch
+    callback: Callback | None
+
+    def __call__(self, step: Progress) -> None:
+        if step.done == step.total:
+            self.stopwatch.lap("writing")
+        if self.callback is not None:
+            self.callback(step)
+
+
+def _write_peft(plan: ExtractionPlan, options: WriteOptions, progress: _Progress) -> ExtractResult:
+    from surgery_formats.linalg.matrix import one_thread
+
+    result, stopwatch = plan.result(), progress.stopwatch
+
+    def prove(folder: Path) -> Mapping[str, Any]:
+        nonlocal result
+        stopwatch.lap("syncing")
+        if progress.callback is not None:
+            progress.callback(Progress(plan.nbytes, plan.nbytes, "proving"))
+        result = plan.proved(read_adapter(folder))
+        stopwatch.lap("proving")
+        plan.check_unchanged()
+        return result.as_manifest()
+
+    with one_thread():  # a team of threads for every one of hundreds of small tensors costs more than it does
+        write_adapter(plan.rendering, plan.peft, plan.id, prove, options)
+    stopwatch.lap("committing")
+    return result
+
+
+def _write_converted(
     plan: ExtractionPlan,
-    out: Path,
-    to: str,
-    stopwatch: Stopwatch,
-    most: int | None,
+    target: Format,
+    options: WriteOptions,
+    progress: _Progress,
+    budget: int | None,
     *,
     allow_loss: bool,
-    overwrite: bool,
-    progress: Callback | None,
 ) -> ExtractResult:
-    """Through a PEFT folder beside the output, by the converter with its own proof; says so where it takes more than `most` bytes."""
-    if not out.parent.is_dir():
-        raise FitError("no such folder to write into", file=out.parent)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:100]}.surgery-") as name:
-        result = write(plan, Path(name) / "peft", stopwatch, overwrite=False, progress=None)
+    """Rendered by `target`, with the proof of a conversion besides: what it writes is compared with what was proved here."""
+    base, result = plan.checkpoints.base, plan.proved(plan.adapter)
+    progress.stopwatch.lap("proving")
 
-        def check(path: Path, done: ConvertResult) -> Mapping[str, Any]:
-            nonlocal result
-            found = result if plan.coding is None else plan.coded(path)
-            files = [path] if path.is_file() else list(path.glob("*.safetensors"))
-            lost = {
-                entry.site: f"{to} cannot hold it ({entry.detail})"
-                for entry in done.entries
-                if entry.outcome == "dropped"
-            }
-            size = sum(file.stat().st_size for file in files)
-            notes = [f"'{show(site)}': {why}" for site, why in lost.items()]
-            if most is not None and size > most:
-                notes.append(f"the budget is {most:,} bytes, which PEFT keeps to; {to} takes {size:,} for the same")
-            result = replace(
-                found,
-                format=to,
-                rows=rows_without(found.rows, plan.storage, lost),
-                adapter_nbytes=size,
-                warnings=(*found.warnings, *notes),
+    def check(path: Path, conversion: ConvertResult) -> Mapping[str, Any]:
+        nonlocal result
+        if plan.coding is not None:
+            result = plan.coded(target.read(path))
+        files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        dropped = (entry for entry in conversion.entries if entry.outcome == "dropped")
+        lost = {entry.site: f"{target.name} cannot hold it ({entry.detail})" for entry in dropped}
+        warnings = [*result.warnings, *(f"'{show(site)}': {why}" for site, why in lost.items())]
+        if budget is not None and size > budget:
+            warnings.append(
+                f"the budget is {budget:,} bytes, which PEFT keeps to; {target.name} takes {size:,} for the same"
             )
-            return {"extract": result.as_manifest()}
+        rows = rows_without(result.rows, plan.storage, lost)
+        result = replace(result, format=target.name, rows=rows, adapter_nbytes=size, warnings=tuple(warnings))
+        plan.check_unchanged()
+        return {"extract": result.as_manifest()}
 
-        try:
-            convert(
-                Path(name) / "peft",
-                to,
-                output=out,
-                base=plan.checkpoints.base.path,
-                factors=None if plan.coding is None else plan.coding.name,
-                allow_loss=allow_loss,
-                overwrite=overwrite,
-                check=check,
-                progress=progress,
-            )
-        except FitError as error:
-            if error.file is None or name not in str(error.file):
-                raise
-            # the folder it speaks of is gone by the time anyone reads this
-            raise FitError(
-                error.message, file=plan.checkpoints.tuned.path, tensor=error.tensor, hint=error.hint
-            ) from error
-    stopwatch.lap("converting")
-    return replace(result, output=out)
+    binding = bind([(plan.adapter, 1.0)], base)
+    conversion = plan_conversion(plan.adapter, target, base, binding, allow_loss=allow_loss)
+    planned = ConvertResult(
+        None, plan.peft.name, target.name, conversion.rendering.entries, warnings=plan.adapter.known_issues()
+    )
+    write_conversion(conversion, options, planned, source_id=rendered_fingerprint(plan.rendering), check=check)
+    progress.stopwatch.lap("converting")
+    return result

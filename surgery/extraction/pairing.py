@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs the tensors of a fine-tune with those of its base, and gives their difference as a matrix.
+"""Pair the tensors of a fine-tune with those of its base, and read their differences as matrices.
 
-What does not belong together is refused by name. A difference is never held: it is read by row blocks whenever it is asked for.
-Subtraction is done in float32, in float64 where a side is stored so.
+Tensors that do not fit together are refused by name. A difference is never kept: each use reads it again, in blocks of rows.
+Subtraction is done in float32, or in float64 where either side is stored so.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.storage.base import read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import closest, listing, show
@@ -28,14 +29,15 @@ Match = Literal["pair", "alias", "derivable"]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One tensor of TUNED and what BASE has in its place.
+    """A tensor of TUNED and the tensor of BASE that it was tuned from.
 
     Attributes:
-        name: As TUNED names it (an untied head has its own name even where BASE stores none).
+        name: TUNED's name for it. An untied head has its own name even where BASE stores none.
         base: BASE's tensor; for a head that only TUNED stores apart, BASE's embedding.
         tuned: TUNED's tensor.
-        match: Whether it is to be compared, or is another name of a tensor that is, or is computed when the model is built.
-        why: For the ledger.
+        match: ``pair`` if the two are compared, ``alias`` if it is another name of a tensor that is compared, ``derivable`` if the model
+            computes it when it is built.
+        why: Remark for the ledger.
     """
 
     name: str
@@ -46,15 +48,15 @@ class Pair:
 
     @property
     def grown(self) -> int:
-        """Rows that TUNED has and BASE lacks."""
+        """Number of rows that TUNED has and BASE lacks."""
         return self.tuned.shape[0] - self.base.shape[0] if self.tuned.shape else 0
 
 
 def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
-    """Every tensor of TUNED with its place in BASE, in TUNED's order.
+    """Pair every tensor of TUNED with its tensor in BASE, in TUNED's order.
 
     Raises:
-        FitError: another architecture, a tensor that one of them lacks, or another shape.
+        FitError: the architectures or shapes differ, or one of them lacks a tensor.
     """
     _check_kind(base, tuned)
     pairs, lacking, matched = [], [], set()
@@ -114,7 +116,7 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
 
 
 def _check_types(pair: Pair) -> None:
-    """Codes of a quantised model and plain numbers have no difference, and an adapter can put neither in the other's place."""
+    """Quantised codes cannot be subtracted from plain numbers, and no adapter can replace one by the other."""
     base_dtype, tuned_dtype = pair.base.dtype, pair.tuned.dtype
     if base_dtype is not tuned_dtype and not (base_dtype.is_float and tuned_dtype.is_float):
         raise FitError(
@@ -126,16 +128,16 @@ def _check_types(pair: Pair) -> None:
 
 
 def _elsewhere(name: str, base: Component, tensor: StoredTensor) -> StoredTensor | None:
-    """The same weight under another spelling (another era's names, a prefix more or less)."""
+    """The same weight under another spelling: names of another era, or another prefix."""
     places = base.names.resolve(name)
     if len(places) != 1:
         return None
-    stored = places[0].parameter.storage.tensor
-    return stored if isinstance(stored, StoredTensor) and stored.shape == tensor.shape else None
+    stored = base.tensors.get(places[0].parameter.name)
+    return stored if stored is not None and stored.shape == tensor.shape else None
 
 
 def _may_grow(pair: Pair, tuned: Component) -> bool:
-    """Only a vocabulary may: the embedding, and the head that goes with it."""
+    """Only the embedding and the head that goes with it may have more rows than in BASE."""
     same = len(pair.base.shape) == 2 == len(pair.tuned.shape) and pair.base.shape[1] == pair.tuned.shape[1]
     return same and pair.grown > 0 and pair.name in (tuned.embedding, tuned.head)
 
@@ -152,7 +154,7 @@ _DECIDES = (
 
 
 def _check_kind(base: Component, tuned: Component) -> None:
-    """Equal shapes are not enough: the same tensors mean something else in another architecture."""
+    """Compare the architectures: tensors of equal shapes may mean different things."""
     for key in ("model_type", "_class_name"):
         base_kind, tuned_kind = base.config.get(key), tuned.config.get(key)
         if base_kind and tuned_kind and base_kind != tuned_kind:
@@ -164,7 +166,7 @@ def _check_kind(base: Component, tuned: Component) -> None:
 
 
 def differing_settings(base: Component, tuned: Component) -> tuple[str, ...]:
-    """Warnings of settings that make another function of the same tensors: an adapter cannot hold them."""
+    """Warnings about settings that change what the model computes and that no adapter can hold."""
     return tuple(
         f"'{key}' is {show(repr(tuned.config[key]), 60)} in TUNED and {show(repr(base.config[key]), 60)} in BASE, which no adapter holds"
         for key in _DECIDES
@@ -188,12 +190,12 @@ class Strip:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """TUNED minus BASE as one logical matrix ``(out, in)``, made of strips one under the other.
+    """TUNED minus BASE as one logical matrix ``(out, in)``, stacked from strips.
 
     Attributes:
-        strips: In order.
-        transposed: The stored matrices are ``(in, out)``; then there is one strip.
-        dtype: Precision of the subtraction.
+        strips: From top to bottom.
+        transposed: Whether the stored matrix is ``(in, out)``; there is one strip then.
+        names: TUNED's tensors.
     """
 
     strips: tuple[Strip, ...]
@@ -202,7 +204,7 @@ class Delta:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """Rows of all strips, columns."""
+        """``(rows of all strips, columns)``."""
         return sum(strip.last - strip.first for strip in self.strips), self.strips[0].tuned.shape[1]
 
     @property
@@ -213,7 +215,7 @@ class Delta:
 
     @property
     def dtype(self) -> torch.dtype:
-        """float64 where a side is stored so, else float32."""
+        """Precision of the subtraction: float64 if either side is stored so, else float32."""
         import torch
 
         wide = any(side.tensor.dtype is DType.F64 for strip in self.strips for side in (strip.base, strip.tuned))
@@ -243,24 +245,24 @@ class Delta:
 
     @property
     def stored(self) -> StoredDelta:
-        """As the files have it."""
+        """The difference in its stored orientation."""
         return StoredDelta(self)
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDelta:
-    """A difference in the orientation of its files, read again at every use (`surgery_formats.linalg.matrix.MatrixSource`)."""
+    """A difference in its stored orientation, read again at every use; a `surgery_formats.linalg.matrix.MatrixSource`."""
 
     delta: Delta
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Stored rows, columns."""
+        """Stored ``(rows, columns)``."""
         return self.delta.stored_shape
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
@@ -271,11 +273,11 @@ class StoredDelta:
 def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
     import torch
 
-    tuned = strip.tuned.get(start, stop, dtype)
-    difference = tuned.sub_(strip.base.get(start, stop, dtype))
+    tuned = read_values(strip.tuned, start, stop, dtype)
+    difference = tuned.sub_(read_values(strip.base, start, stop, dtype))
     if difference.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(difference))).all()):
         for side in (strip.base, strip.tuned):
-            if not bool(torch.isfinite(side.get(start, stop, dtype)).all()):
+            if not bool(torch.isfinite(read_values(side, start, stop, dtype)).all()):
                 raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
         raise FitError(
             "values or differences too large: their squares overflow float32",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof of an extraction: what was written is read back and is what was measured, or is put on BASE and compared with TUNED."""
+"""The proof of an extraction: an adapter holds what was measured, or is put on BASE and compared with TUNED."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -16,20 +15,21 @@ from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
 from surgery.extraction.stream.tally import PairMeasure
-from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
 from surgery_formats.binding.edits import Edit
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View
 from surgery_formats.updates import LoRA
 from surgery_formats.updates.weights import WeightView
 
-__all__ = ["Error", "agrees", "prove"]
+__all__ = ["Residual", "agrees", "prove"]
 
 _ROUNDING = {DType.F32: 2.0**-17, DType.BF16: 2.0**-7, DType.F16: 2.0**-10, DType.F64: 2.0**-17}
 """What storing both factors may add to ``||D - BA|| / ||D||``: measured 2.3e-3 (BF16) and 3e-4 (F16), with room."""
@@ -40,8 +40,8 @@ _AGREEMENT = 0.01  # measured and reported residual, relative
 
 
 @dataclass(frozen=True, slots=True)
-class Error:
-    """One tensor of TUNED.
+class Residual:
+    """What is left of the change of one tensor.
 
     Attributes:
         energy: ``||TUNED - BASE||_F^2``.
@@ -52,93 +52,94 @@ class Error:
     left: float
 
     @property
-    def residual(self) -> float:
+    def relative(self) -> float:
         """``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||``."""
         return math.sqrt(self.left / self.energy) if self.energy > 0 else (math.inf if self.left else 0.0)
 
 
 def prove(
-    folder: Path,
+    adapter: Adapter,
     base: Checkpoint,
     pairs: Iterable[Pair],
     factored: Mapping[str, TargetFactors],
     measures: Mapping[str, PairMeasure],
     dropped: Mapping[str, str],
     workers: int = 1,
-) -> dict[str, Error]:
-    """Read the written adapter back and say what it leaves of every change.
+) -> dict[str, Residual]:
+    """What an adapter leaves of every change.
 
-    Factors that were measured when they were made must be found again, bit by bit, and act where they were measured. Everything else is
-    put on BASE and compared with TUNED, some rows at a time.
+    Factors that were measured when they were computed must be the same bit by bit, and act on the rows where they were measured.
+    Everything else is applied to BASE and compared with TUNED, block by block.
 
     Args:
-        folder: With the written adapter.
+        adapter: The extraction, read back or about to be rendered.
         base: BASE.
-        pairs: Everything that changed, by TUNED's names; a tied head that is stored apart included.
-        factored: What was written as factors.
+        pairs: Everything that changed, including a tied head that is stored apart.
+        factored: The stored factors, by target path.
         measures: Of every pair.
         dropped: Names that no form holds.
-        workers: Threads.
+        workers: Number of threads.
 
     Raises:
-        ProofError: something is read back that nobody meant, or not read back.
+        ProofError: a change is missing, or differs from what was measured.
     """
-    adapter = read_adapter(folder)
     check_consumed(adapter, ProofError)
     edits = {edit.name: edit for edit in bind([(adapter, 1.0)], base).edits.values()}
-    found: dict[str, Error] = {}
+    residuals: dict[str, Residual] = {}
     jobs: list[Callable[[Callable[[], bool]], None]] = []
-    known = {name: parts for one in factored.values() for name, parts in _parts(one).items()}
+    parts_by_name = {name: parts for factors in factored.values() for name, parts in _parts(factors).items()}
     for pair in pairs:
         edit = edits.get(pair.name) or edits.get(pair.base.name)
         if pair.name in dropped:
             continue
         if edit is None:
-            raise ProofError("changed, but nothing that was written changes it", file=folder.name, tensor=pair.name)
-        parts = known.get(pair.name)
+            raise ProofError(
+                "changed, but nothing that was written changes it", file=adapter.path.name, tensor=pair.name
+            )
+        parts = parts_by_name.get(pair.name)
         if parts is None or not all(isinstance(operation.update, LoRA) for operation in edit.operations):
-            jobs.append(partial(_into, found, pair, edit))
+            jobs.append(partial(_measure, residuals, pair, edit))
             continue
-        found[pair.name] = Error(measures[pair.name].energy, math.fsum(part.left for part in parts))
+        residuals[pair.name] = Residual(measures[pair.name].energy, math.fsum(part.left for part in parts))
         jobs.append(partial(_recognise, parts, edit, pair))
     in_threads(jobs, workers)
-    return found
+    return residuals
 
 
 @dataclass(frozen=True, slots=True)
 class _ProvedPart:
-    """One strip of a measured difference: the rows of a tensor that a piece's factors change.
+    """The rows of one tensor that a factorised matrix changes.
 
     Attributes:
-        piece: The factors.
+        matrix: The factors.
         strip: The rows.
-        at: Its first row in the stored difference.
+        at: First row of the strip in the stored difference.
         transposed: Whether the stored difference is the transpose of the factors' product.
-        left: What they leave of it, energy.
+        left: Energy that the factors leave of it.
     """
 
-    piece: FactorisedMatrix
+    matrix: FactorisedMatrix
     strip: Strip
     at: int
     transposed: bool
     left: float
 
 
-def _parts(found: TargetFactors) -> dict[str, list[_ProvedPart]]:
-    """By tensor; nothing where the factors that were written are not those that were measured."""
+def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
+    """The measured parts by tensor; none if the stored factors are not those that were measured."""
     parts: dict[str, list[_ProvedPart]] = {}
-    for delta, piece in zip(found.target.deltas, found.matrices, strict=True):
-        if piece.left_energy is None:
+    for delta, matrix in zip(factors.target.deltas, factors.matrices, strict=True):
+        if matrix.left_energy is None:
             return {}
         at = 0
-        for strip, left in zip(delta.strips, piece.left_energy, strict=True):
-            parts.setdefault(strip.tuned.tensor.name, []).append(_ProvedPart(piece, strip, at, delta.transposed, left))
+        for strip, left in zip(delta.strips, matrix.left_energy, strict=True):
+            parts.setdefault(strip.tuned.tensor.name, []).append(_ProvedPart(matrix, strip, at, delta.transposed, left))
             at += strip.last - strip.first
     return parts
 
 
 def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[[], bool]) -> None:
-    """That what was read back is, bit by bit, what was measured, and that it reaches the rows where it was measured."""
+    """Check that the factors are bit by bit those that were measured, and act on the same rows."""
     loras = [operation.update for operation in edit.operations if isinstance(operation.update, LoRA)]
     if edit.replaced is not None or len(loras) != len(parts):
         raise ProofError(
@@ -147,47 +148,50 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
     for lora, part in zip(loras, parts, strict=True):
         if stop():
             return
-        for factor, place in (
-            (lora.B.load(torch.float32).T, part.piece.left),
-            (lora.A.load(torch.float32), part.piece.right),
+        for factor, slot in (
+            (lora.B.load(torch.float32).T, part.matrix.left),
+            (lora.A.load(torch.float32), part.matrix.right),
         ):
-            kept, rest = factor[: place.shape[0]].contiguous(), factor[place.shape[0] :]
-            if tuple(kept.shape) != place.shape or digest(kept) != place.digest or bool(rest.any()):
+            stored, padding = factor[: slot.shape[0]].contiguous(), factor[slot.shape[0] :]
+            if tuple(stored.shape) != slot.shape or digest(stored) != slot.digest or bool(padding.any()):
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
-    source = Plain.of(edit.source, stacked=edit.stacked)
+    source = edit.source
     chain = [
         (o.view, o.update.prepare(WeightView(source, (), o.view, torch.float32, "cpu", source.shape[0])))
         for o in edit.operations
     ]
     for part in parts:
-        left, right = (place.read() for place in (part.piece.left, part.piece.right))
-        one, other = (right, left) if part.transposed else (left, right)
+        left, right = (slot.read() for slot in (part.matrix.left, part.matrix.right))
+        row_side, col_side = (right, left) if part.transposed else (left, right)
         height = part.strip.last - part.strip.first
         for start in sorted({0, height // 2, max(height - _PROBED, 0)}):
-            stop_at = min(start + _PROBED, height)
-            rows = one[:, part.at + start : part.at + stop_at].T
-            wanted = rows @ other / part.piece.fold**2
-            block = torch.zeros_like(wanted)
-            apply_chain(chain, block, part.strip.first + start, part.strip.first + stop_at)
-            if float((block - wanted).norm()) > _PROBE * float(rows.norm()) * float(other.norm()) / part.piece.fold**2:
+            last = min(start + _PROBED, height)
+            rows = row_side[:, part.at + start : part.at + last].T
+            expected = rows @ col_side / part.matrix.fold**2
+            block = torch.zeros_like(expected)
+            apply_chain(chain, block, part.strip.first + start, part.strip.first + last)
+            if (
+                float((block - expected).norm())
+                > _PROBE * float(rows.norm()) * float(col_side.norm()) / part.matrix.fold**2
+            ):
                 raise ProofError(
-                    f"read back, rows {part.strip.first + start} to {part.strip.first + stop_at} get another change than was measured",
+                    f"read back, rows {part.strip.first + start} to {part.strip.first + last} get another change than was measured",
                     tensor=pair.name,
                 )
 
 
-def _into(found: dict[str, Error], pair: Pair, edit: Edit, stop: Callable[[], bool]) -> None:
+def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit, stop: Callable[[], bool]) -> None:
     if not stop():
-        found[pair.name] = _error(pair, edit)
+        residuals[pair.name] = _residual(pair, edit)
 
 
 def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -> bool:
-    """Whether a residual read back from disk is the reported one.
+    """Whether a residual measured on an adapter is the predicted one.
 
     Args:
-        measured: Read back.
-        reported: Found before writing.
-        dtype: What factors were rounded to.
+        measured: Measured residual.
+        reported: Predicted residual.
+        dtype: Type of the stored factors.
         whole: ``||TUNED|| / ||TUNED - BASE||`` of a DoRA, whose float32 magnitudes and norms multiply whole rows.
     """
     slack = _ROUNDING[dtype] + whole * 2.0**-22
@@ -195,36 +199,36 @@ def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -
     return max(low - slack, 0.0) <= measured <= math.hypot(high, slack) + 2.0**-20
 
 
-def _error(pair: Pair, edit: Edit) -> Error:
-    """Values that were replaced are compared with TUNED's, updates are put on BASE's."""
-    source = Plain.of(edit.source, stacked=edit.stacked)
+def _residual(pair: Pair, edit: Edit) -> Residual:
+    """Apply an edit to BASE and compare the result with TUNED."""
+    source = edit.source
     base, tuned = Plain(pair.base, _flat(pair, source, old=True)), Plain(pair.tuned, _flat(pair, source, old=False))
     if source.shape != tuned.shape:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
     # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger values.
     added = edit.replaced is None and all(isinstance(operation.update, LoRA) for operation in edit.operations)
-    fine = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
-    exact = torch.float64 if fine else torch.float32
+    needs_float64 = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
+    exact = torch.float64 if needs_float64 else torch.float32
     step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
     chain: list[tuple[View, Apply]] = []
     for operation in edit.operations:  # a DoRA looks at BASE's rows, a LoRA at nothing
-        seen = WeightView(source, tuple(chain), operation.view, exact, "cpu", step)
-        chain.append((operation.view, operation.update.prepare(seen)))
+        weight = WeightView(source, tuple(chain), operation.view, exact, "cpu", step)
+        chain.append((operation.view, operation.update.prepare(weight)))
     energy = left = 0.0
     for start in range(0, tuned.shape[0], step):
         stop = min(start + step, tuned.shape[0])
-        wanted = tuned.get(start, stop, exact)
-        change = wanted.clone()
+        tuned_rows = read_values(tuned, start, stop, exact)
+        difference = tuned_rows.clone()
         if start < base.shape[0]:  # of rows that BASE lacks, all is change
-            old = base.get(start, min(stop, base.shape[0]), exact)
-            change[: len(old)] -= old
-        block = torch.zeros_like(wanted) if added else source.get(start, stop, exact)
+            base_rows = read_values(base, start, min(stop, base.shape[0]), exact)
+            difference[: len(base_rows)] -= base_rows
+        block = torch.zeros_like(tuned_rows) if added else read_values(source, start, stop, exact)
         apply_chain(chain, block, start, stop)
-        energy += float(change.square().sum(dtype=torch.float64))
-        left += float((change if added else wanted).sub_(block).square_().sum(dtype=torch.float64))
-    return Error(energy, left)
+        energy += float(difference.square().sum(dtype=torch.float64))
+        left += float((difference if added else tuned_rows).sub_(block).square_().sum(dtype=torch.float64))
+    return Residual(energy, left)
 
 
-def _flat(pair: Pair, source: Plain, *, old: bool) -> tuple[int, int]:
+def _flat(pair: Pair, source: Storage, *, old: bool) -> tuple[int, int]:
     tensor = pair.base if old else pair.tuned
     return tensor.numel // max(source.shape[1], 1), source.shape[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many directions each matrix gets: a number, a share of the energy, an error, a budget for all, or what rises above rounding noise."""
+"""How many directions each matrix gets: by number, share of energy, error, a budget for all, or what is above the rounding noise."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _CODED = 6  # such shares of a compact adapter: codes and scales of two factors,
 
 @dataclass(frozen=True, slots=True)
 class RankGoal:
-    """What the user asked for.
+    """How the user wants ranks to be found.
 
     Attributes:
-        criterion: For every matrix by itself.
-        rank: The one number, if it is one.
-        budget: For all together.
-        auto: Only directions above the noise of storage.
-        patterns: Ranks of some modules that differ from `rank`; the first pattern that matches wins (`surgery.algebra.selection`).
-        table: Whether as many directions are computed as the table of ranks shows.
+        criterion: For each matrix by itself.
+        rank: The number, if it is one.
+        budget: For all matrices together.
+        auto: Whether only directions above the noise of storage count.
+        patterns: Other ranks for some modules; the first pattern that matches wins (`surgery.algebra.selection`).
+        table: Whether to compute as many directions as the table of ranks shows.
     """
 
     criterion: Criterion
@@ -56,24 +56,24 @@ class RankGoal:
     table: bool = False
 
     def rank_of(self, target: LowRankTarget) -> int | None:
-        """What was asked for `target`, if it was a number."""
+        """The rank that the user gave for `target`, if it was a number."""
         if self.rank is None:
             return None
         site = Site(target.path)
         return next((rank for pattern, rank in self.patterns if matches(pattern, site)), self.rank)
 
     def criterion_of(self, target: LowRankTarget) -> Criterion:
-        """For `target` by itself."""
+        """The criterion for `target` by itself."""
         own = self.rank_of(target)
         if own is None or own == self.rank or self.criterion.rank is None:
             return self.criterion
         return replace(self.criterion, rank=max(own, *TABLE_RANKS) if self.table else own)
 
     def check_patterns(self, targets: Iterable[LowRankTarget]) -> None:
-        """A pattern that matches nothing is a slip of the pen.
+        """Refuse a pattern that matches nothing: it is almost certainly a typo.
 
         Raises:
-            FitError: there is one.
+            FitError: a pattern matches no target.
         """
         sites = [Site(target.path) for target in targets]
         for pattern, _ in self.patterns:
@@ -129,15 +129,15 @@ def ranks_of(
     """The rank of every target, by path.
 
     Args:
-        goal: What was asked for.
-        targets: All.
-        factored: Those that changed, by path.
-        formed: Says which of them become factors, and what is stored beside them.
-        dtype: Of the factors.
-        magnitudes: Whether a budget has to pay for a DoRA's, too.
+        goal: How ranks are found.
+        targets: All targets.
+        factored: Factors of those that changed, by path.
+        formed: Plans the storage for given ranks.
+        dtype: Type or codes of the factors.
+        magnitudes: Whether a budget also pays for a DoRA's magnitudes.
 
     Raises:
-        FitError: the budget is too small for what is stored beside the factors and one direction each.
+        FitError: the budget is too small for the dense tensors and one direction of each target.
     """
     ranks = {target.path: max(1, factored[target.path].rank) if target.path in factored else 1 for target in targets}
     asked = {target.path: goal.rank_of(target) for target in targets}
@@ -160,7 +160,7 @@ def ranks_of(
 
 
 def magnitude_count(target: LowRankTarget) -> int:
-    """Numbers that a DoRA has beside the factors: one for each row, of an embedding for each column."""
+    """Number of magnitudes that a DoRA has beside the factors: one per row, or per column of an embedding."""
     return target.deltas[0].shape[1 if target.form == "embedding" else 0]
 
 
@@ -195,15 +195,15 @@ def rank_table(
     dtype: DType | Coding,
     ranks: Iterable[int] = TABLE_RANKS,
 ) -> tuple[RankChoice, ...]:
-    """Every rank for every group of layers.
+    """What each rank would cost and leave, for each group of layers.
 
     Args:
-        storage: What becomes factors.
+        storage: The form of every change.
         factored: Spectra, known up to the largest of `ranks`.
         measures: Of every tensor.
-        stored: ``(numbers, bytes)`` that are stored whole.
-        dtype: Of the factors.
-        ranks: To tabulate.
+        stored: ``(numbers, bytes)`` of the dense tensors.
+        dtype: Type or codes of the factors.
+        ranks: Ranks to tabulate.
     """
     total = math.fsum(entry.energy for entry in measures.values())
     dropped = math.fsum(measures[name].energy for name in storage.dropped)

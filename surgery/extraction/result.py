@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an extraction did: every tensor of TUNED in one class, the factors that were chosen, and what the whole comes to.
+"""The result of an extraction: every tensor of TUNED in one class, and the totals.
 
-Figures only: importing it needs no torch.
+Only records of figures; importing them does not import torch.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Any, Literal
 
 from surgery.extraction.findings import CalibrationFacts, CalibrationTotals, KindFacts, MergedLoRA, Signal, six_digits
 from surgery.reports.output import DRY_RUN, PATH, counted, nbytes_of
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.targets import pattern_of
 from surgery.reports.to_json import plain
-from surgery.reports.values import Cell, Name, Names, Phrase, Value
+from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 
 __all__ = ["ExtractClass", "ExtractResult", "ExtractRow", "Layers", "RankChoice", "layers_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class RankChoice:
-    """One rank for some of the layers; what is stored whole is stored in any case.
+    """What one rank for some of the layers would cost and leave; dense tensors are stored in any case.
 
     Attributes:
-        rank: Of every matrix that has so many directions.
+        rank: Rank of every matrix, or less where the matrix has less.
         layers: ``attention``, ``mlp`` (experts included) or ``all``.
         residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||`` over the whole model.
-        parameters: Numbers in the adapter.
-        nbytes: Their bytes.
+        parameters: Number of values in the adapter.
+        nbytes: Their size.
     """
 
     rank: int
@@ -65,23 +65,23 @@ class ExtractRow:
     """One tensor of TUNED.
 
     Attributes:
-        name: As TUNED names it.
+        name: TUNED's name for it.
         kind: Its class.
-        form: Where the adapter holds it: ``LoRA``, ``DoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``; empty where it
-            need not.
-        shape: TUNED's.
-        rank: Of the factors; 0 where there are none.
+        form: How the adapter holds it: ``LoRA``, ``DoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``; empty if it does
+            not.
+        shape: TUNED's shape.
+        rank: Rank of the factors; 0 if there are none.
         energy: ``||TUNED - BASE||_F^2``.
-        share: Of the energy of all tensors.
+        share: Share of the energy of all tensors.
         residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||``, measured on what was written (dry run: computed from the spectrum).
         bound: The residual is at most this many times the least that any matrix of that rank leaves.
         moved: Share of values that differ from BASE.
         rms_ulp: Root mean square of the change, in units of TUNED's median spacing.
         noise: Storage rounding expected in the change, relative to its norm.
-        parameters: Numbers stored for it.
-        nbytes: Their bytes. Experts that share one pair of factors share them evenly.
-        signal: Of factors: what stands out of rounding.
-        calibration: Of factors of a module whose inputs were given.
+        parameters: Number of values stored for it.
+        nbytes: Their size. Experts that share a pair of factors share its cost evenly.
+        signal: Directions above the rounding noise, for factors.
+        calibration: Effect of calibration inputs, for factors.
         why: Remark.
     """
 
@@ -104,7 +104,7 @@ class ExtractRow:
     why: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Figures rounded to what they mean; the same bytes for the same inputs."""
+        """For ``--json`` and the manifest; figures are rounded, so that equal inputs give equal bytes."""
         row: dict[str, Any] = {"class": self.kind, "shape": list(self.shape)}
         if self.form:
             row |= {"form": self.form, "parameters": self.parameters, "nbytes": self.nbytes}
@@ -133,18 +133,18 @@ class ExtractResult:
 
     Attributes:
         output: Folder or file; None for a dry run.
-        format: Of the adapter.
+        format: Format of the adapter.
         base_id: Content id of BASE, as recorded in the adapter.
         rows: Every tensor of TUNED, in its order.
         dtype: Stored type of the factors.
-        adapter_nbytes: Of the adapter's tensor file.
-        tuned_nbytes: Of TUNED's weights: what the adapter takes the place of.
-        warnings: What the user should know.
-        table: Other ranks and fewer layers; empty where it was not asked for.
-        survival: Share of all factors' updates that is kept if they are merged into BASE's stored type; NaN where there are none.
-        merged: The LoRA that TUNED looks to be a merge of; None if it does not.
+        adapter_nbytes: Size of the adapter's tensor file.
+        tuned_nbytes: Size of TUNED's weights, which the adapter replaces.
+        warnings: Facts that the user should know.
+        table: Other ranks and fewer layers; empty if it was not requested.
+        survival: Share of all factors' updates that a merge into BASE's stored type keeps; NaN without factors.
+        merged: The LoRA that TUNED seems to contain; None if it does not.
         kind: LoRA or DoRA, and why.
-        calibration: What the given inputs changed; None without any.
+        calibration: Effect of calibration inputs; None without any.
         timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was asked for;
             ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA), ``calibrating``, ``identifying``
             (the content id), ``noise`` (what a merge would keep), ``settling`` (all other decisions), ``writing``, ``syncing``
@@ -171,12 +171,12 @@ class ExtractResult:
 
     @property
     def energy(self) -> float:
-        """Of the whole change."""
+        """``||TUNED - BASE||_F^2`` over all tensors."""
         return math.fsum(row.energy for row in self.rows)
 
     @property
     def residual(self) -> float:
-        """Of the whole model: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||`` over all tensors together."""
+        """``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||`` over all tensors together."""
         left = math.fsum(row.energy * row.residual**2 for row in self.rows)
         return math.sqrt(left / self.energy) if self.energy > 0 else 0.0
 
@@ -199,12 +199,12 @@ class ExtractResult:
 
     @property
     def parameters(self) -> int:
-        """Numbers the adapter holds."""
+        """Number of values that the adapter holds."""
         return sum(row.parameters for row in self.rows)
 
     @property
     def classes(self) -> Mapping[str, int]:
-        """Tensors per class."""
+        """Number of tensors per class."""
         return dict(sorted(Counter(row.kind for row in self.rows).items()))
 
     @property
@@ -330,17 +330,17 @@ def _remarks(layers: Iterable[Layers]) -> list[Section]:
     for layer in layers:
         if layer.why:
             remarks.setdefault(layer.why, []).append(layer.pattern)
-    rows = tuple((Names(tuple(patterns), 2), why) for why, patterns in remarks.items())
+    rows = tuple((NameList(tuple(patterns), 2), why) for why, patterns in remarks.items())
     return [Table((Column("layers", "name"), Column("remark")), rows)] if rows else []
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Rows that differ in their numbers only.
+    """Rows whose names differ only in layer numbers.
 
     Attributes:
         pattern: ``model.layers.*.mlp.up_proj``.
-        rows: They, at least one.
+        rows: The grouped rows; never empty.
     """
 
     pattern: str
@@ -348,22 +348,22 @@ class Layers:
 
     @property
     def kind(self) -> str:
-        """Their class."""
+        """The class of the rows."""
         return self.rows[0].kind
 
     @property
     def energy(self) -> float:
-        """Of all."""
+        """``||TUNED - BASE||_F^2`` of all rows."""
         return math.fsum(row.energy for row in self.rows)
 
     @property
     def share(self) -> float:
-        """Of the energy of the model."""
+        """Share of the energy of the model."""
         return math.fsum(row.share for row in self.rows)
 
     @property
     def residual(self) -> float:
-        """What is missing of their change, relative to its norm."""
+        """What is left of their change, relative to its norm."""
         return self._norm([row.residual for row in self.rows])
 
     @property
@@ -406,7 +406,7 @@ class Layers:
 
     @property
     def why(self) -> str:
-        """The remark all of them have; the first one, and how many others there are."""
+        """Their common remark; if there are several, the first one and the number of others."""
         notes = list(dict.fromkeys(row.why for row in self.rows if row.why))
         return notes[0] + (f" (and {len(notes) - 1} other remarks)" if len(notes) > 1 else "") if notes else ""
 
@@ -416,11 +416,11 @@ class Layers:
 
 
 def layers_of(rows: Iterable[ExtractRow], *, apart: bool = False) -> tuple[Layers, ...]:
-    """Group by pattern and class, in order of first appearance.
+    """Group rows by pattern and class, in order of first appearance.
 
     Args:
-        rows: Of a ledger.
-        apart: Every row by itself, under its own name.
+        rows: Rows of a ledger.
+        apart: Keep every row by itself, under its own name.
     """
     groups: dict[tuple[str, str], list[ExtractRow]] = {}
     for row in rows:

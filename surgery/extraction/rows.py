@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ledger's rows: every tensor of TUNED in one class (law 1), with what it cost and what it left."""
+"""The rows of the ledger: every tensor of TUNED in exactly one class, with its cost and what is left of its change."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.extraction.adapter import shifted
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.findings import CalibrationFacts, Signal
 from surgery.extraction.noise import remark
@@ -22,7 +23,7 @@ from surgery_formats.linalg.coding import Coding
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
-    from surgery.extraction.proof import Error
+    from surgery.extraction.proof import Residual
 
 __all__ = ["check_losses", "ledger_rows", "rows_with_residuals", "rows_without"]
 
@@ -35,10 +36,10 @@ _CLASS: Mapping[Via, ExtractClass] = {
 
 
 def check_losses(storage: StoragePlan, measures: Mapping[str, PairMeasure], tuned: Path, *, allow_loss: bool) -> None:
-    """Law 1: a change that nothing holds is an error, unless the user allowed it.
+    """Refuse changes that no form holds, unless the user allowed their loss.
 
     Raises:
-        FitError: there is one.
+        FitError: there are such changes.
     """
     if not storage.dropped or allow_loss:
         return
@@ -67,22 +68,22 @@ def ledger_rows(
     *,
     asked: bool,
 ) -> tuple[ExtractRow, ...]:
-    """By what was found while reading: residuals are those of the spectra.
+    """Rows with the residuals that the spectra predict.
 
     Args:
         pairs: Every tensor of TUNED.
-        measures: By its names.
-        factored: What is written, by target path.
-        storage: What becomes of each.
+        measures: By TUNED's names.
+        factored: The stored factors, by target path.
+        storage: The form of every change.
         ranks: By target path.
-        dtype: Of the factors.
+        dtype: Type or codes of the factors.
         signals: By target path.
-        magnitudes: How many numbers a DoRA has beside its factors, by target path.
-        calibrated: By path of the targets whose inputs were given.
-        asked: Whether the user named the rank.
+        magnitudes: Number of magnitudes that a DoRA has beside its factors, by target path.
+        calibrated: Effect of calibration inputs, by target path.
+        asked: Whether the user gave the rank.
 
     Raises:
-        FitError: a tensor changed and is in no class.
+        FitError: a changed tensor is in no class.
     """
     targets = {name: target for target in storage.targets for name in target.names}
     dense_by_name: dict[str, list[DenseTensor]] = {}
@@ -142,24 +143,22 @@ def _measured(pair: Pair, measure: PairMeasure, total: float, why: str) -> Extra
 
 
 def _stored(row: ExtractRow, stored: list[DenseTensor]) -> ExtractRow:
-    """With the form and the cost of what is stored as TUNED has it."""
+    """The row with the form and the cost of its dense tensors."""
     sizes = [dense_size(dense) for dense in stored]
     numbers, nbytes = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
     return replace(row, form=stored[0].via, parameters=numbers, nbytes=nbytes)
 
 
-def _corrected(row: ExtractRow, error: Error, dense: DenseTensor) -> ExtractRow:
-    """A bias that is TUNED's plus what was meant.
+def _corrected(row: ExtractRow, measured: Residual, dense: DenseTensor) -> ExtractRow:
+    """The row of a corrected bias.
 
     Raises:
-        ProofError: it is another.
+        ProofError: the bias is not TUNED's plus the shift.
     """
-    from surgery.extraction.write import shifted
-
     meant = float((shifted(dense).double() - dense.tensor.read().double()).square().sum())
-    if not math.isclose(error.left, meant, rel_tol=1e-6, abs_tol=1e-30):
+    if not math.isclose(measured.left, meant, rel_tol=1e-6, abs_tol=1e-30):
         raise ProofError("read back, it is not the corrected bias that was meant", tensor=row.name)
-    return replace(row, residual=error.residual if error.energy > 0 else 0.0)
+    return replace(row, residual=measured.relative if measured.energy > 0 else 0.0)
 
 
 def _with_signal(row: ExtractRow, signal: Signal, *, asked: bool) -> ExtractRow:
@@ -191,12 +190,12 @@ def _low_rank(row: ExtractRow, factors: TargetFactors, rank: int, dtype: DType |
 
 
 def rows_without(rows: Iterable[ExtractRow], storage: StoragePlan, lost: Mapping[str, str]) -> tuple[ExtractRow, ...]:
-    """The same rows where another format does not hold all that the PEFT folder does.
+    """The rows for a format that does not hold everything.
 
     Args:
-        rows: Of the PEFT folder.
-        storage: Of the same.
-        lost: Path of a parameter -> why the format does not hold it.
+        rows: Rows of the whole extraction.
+        storage: The form of every change.
+        lost: Why the format does not hold a parameter, by its path.
     """
     why = {dense.name: lost[dense.path] for dense in storage.dense_tensors if dense.path in lost}
     why |= {name: lost[target.path] for target in storage.targets if target.path in lost for name in target.names}
@@ -211,23 +210,23 @@ def rows_without(rows: Iterable[ExtractRow], storage: StoragePlan, lost: Mapping
 
 def rows_with_residuals(
     rows: Iterable[ExtractRow],
-    errors: Mapping[str, Error],
+    residuals: Mapping[str, Residual],
     storage: StoragePlan,
     factored: Mapping[str, TargetFactors],
     ranks: Mapping[str, int],
     dtype: DType,
     sizes: Mapping[str, float],
 ) -> tuple[ExtractRow, ...]:
-    """The same rows with the residuals that were read back; `sizes` is ``||TUNED||_F`` of what became DoRA, by target path.
+    """The rows with measured residuals; `sizes` is ``||TUNED||_F`` of DoRA targets, by path.
 
     Raises:
-        ProofError: one is not what was reported: the spectrum's for factors, none at all for copies.
+        ProofError: a residual is not the predicted one, or a copy differs from TUNED.
     """
     from surgery.extraction.proof import agrees
 
     for target in storage.targets:
-        energy = math.fsum(errors[name].energy for name in target.names if name in errors)
-        left = math.fsum(errors[name].left for name in target.names if name in errors)
+        energy = math.fsum(residuals[name].energy for name in target.names if name in residuals)
+        left = math.fsum(residuals[name].left for name in target.names if name in residuals)
         reported = math.sqrt(factored[target.path].residual(ranks[target.path]) / factored[target.path].energy)
         measured = math.sqrt(left / energy) if energy else 0.0
         whole = sizes.get(target.path, 0.0) / math.sqrt(energy) if energy else 0.0
@@ -238,18 +237,18 @@ def rows_with_residuals(
             )
     measured_rows = []
     for row in rows:
-        error = errors.get(row.name)
-        if error is None:
+        left_over = residuals.get(row.name)
+        if left_over is None:
             measured_rows.append(row)
             continue
         if row.kind == "corrected":
             measured_rows.append(
-                _corrected(row, error, next(dense for dense in storage.dense_tensors if dense.name == row.name))
+                _corrected(row, left_over, next(dense for dense in storage.dense_tensors if dense.name == row.name))
             )
             continue
-        if row.kind in ("dense", "rows", "new rows") and error.left:
+        if row.kind in ("dense", "rows", "new rows") and left_over.left:
             raise ProofError(
-                f"read back, it is not what TUNED has ({error.residual:.1e} of the change)", tensor=row.name
+                f"read back, it is not what TUNED has ({left_over.relative:.1e} of the change)", tensor=row.name
             )
-        measured_rows.append(replace(row, residual=error.residual))
+        measured_rows.append(replace(row, residual=left_over.relative))
     return tuple(measured_rows)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which form every change takes in a PEFT folder, so that attached and merged agree in PEFT itself.
+"""Choose the form that every change takes in an adapter, so that the adapter does the same attached and merged in PEFT.
 
-What PEFT does with each key was tried with PEFT 0.21: factors of a module; ``modules_to_save`` copies, which need every tensor of their
-module; biases as absolute values (``bias="all"``); rows of an embedding; a resized embedding under its plain name.
+The forms were tried with PEFT 0.21: factors of a module; copies of modules (``modules_to_save``), which need every tensor of the module;
+biases as absolute values (``bias="all"``); rows of an embedding; a resized embedding under its plain name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from surgery_formats.tensors.tensor import StoredTensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "dense_size", "nesting", "plan_storage"]
+__all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "dense_size", "plan_storage"]
 
 RESIZABLE = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
 """Modules whose whole weight PEFT (and every reader here) takes under its plain name: a vocabulary that was resized."""
@@ -33,11 +33,11 @@ Via = Literal["modules_to_save", "bias", "resized", "token rows"]
 
 @dataclass(frozen=True, slots=True)
 class StorageOptions:
-    """What the user wants kept, and how.
+    """The user's choice of what is held, and how.
 
     Attributes:
-        dense: Which one-dimensional changes are kept: ``norm``, ``bias``.
-        embeddings: ``lora`` or ``full``.
+        dense: One-dimensional changes to hold: ``norm``, ``bias``.
+        embeddings: ``lora`` for factors, ``full`` for copies.
     """
 
     dense: tuple[str, ...] = ("norm", "bias")
@@ -46,15 +46,15 @@ class StorageOptions:
 
 @dataclass(frozen=True, slots=True)
 class DenseTensor:
-    """A tensor (or some of its rows) stored as TUNED has it.
+    """A tensor of TUNED, or some of its rows, stored as it is.
 
     Attributes:
         path: Parameter path in the model's tree.
-        tensor: TUNED's.
-        via: How PEFT takes it.
-        name: TUNED's name for the ledger (a tied head has its embedding's).
-        rows: Numbers of the rows that are stored; empty for all.
-        shift: What is added to TUNED's values: of a bias that makes up for what its module's factors leave out.
+        tensor: TUNED's tensor.
+        via: How an adapter holds it.
+        name: Its name in the ledger; for a tied head, the embedding's.
+        rows: Numbers of the stored rows; empty for all.
+        shift: Addition to TUNED's values, for a bias that compensates the mean error of its module's factors.
     """
 
     path: str
@@ -70,11 +70,11 @@ class StoragePlan:
     """The form of everything that changed.
 
     Attributes:
-        targets: Low-rank.
-        dense_tensors: Stored as TUNED has it.
-        saved_modules: Module paths for ``modules_to_save``.
-        dropped: TUNED's name -> why no form holds it.
-        why: TUNED's name -> remark for the ledger.
+        targets: Weights whose changes are held by factors.
+        dense_tensors: Tensors stored as TUNED has them.
+        saved_modules: Paths of modules that are copied.
+        dropped: Why no form holds a tensor, by TUNED's name.
+        why: Remarks for the ledger, by TUNED's name.
     """
 
     targets: list[LowRankTarget] = field(default_factory=list)
@@ -85,7 +85,7 @@ class StoragePlan:
 
     @property
     def target_modules(self) -> set[str]:
-        """Modules with factors."""
+        """Paths of modules with factors."""
         return {target.path.rpartition(".")[0] for target in self.targets}
 
 
@@ -98,20 +98,20 @@ def plan_storage(
     options: StorageOptions,
     ranks: Mapping[str, int],
 ) -> StoragePlan:
-    """Choose.
+    """Choose the form of every change.
 
     Args:
         parameters: Every compared tensor.
-        targets: What was factorised.
+        targets: Weights that can become factors.
         measures: By TUNED's name.
-        base: BASE.
-        tuned: TUNED.
-        options: The user's.
-        ranks: Rank of every target, by path.
+        base: BASE's model.
+        tuned: TUNED's model.
+        options: The user's choice.
+        ranks: By target path.
 
     Raises:
         NothingChangedError: TUNED is BASE.
-        FitError: a vocabulary that grew where no resized embedding can be stored.
+        FitError: a vocabulary grew where PEFT takes no resized embedding.
     """
     if not any(measure.changed for measure in measures.values()):
         raise NothingChangedError(
@@ -155,7 +155,7 @@ def _vocabulary(
     options: StorageOptions,
     ranks: Mapping[str, int],
 ) -> set[str]:
-    """Embedding and head; returns the names that are settled."""
+    """Choose for embedding and head; returns the names of tensors that are done."""
     settled = set()
     for parameter in parameters:
         name = parameter.pair.name
@@ -196,7 +196,7 @@ def _vocabulary(
 
 
 def _masked(base: Component) -> bool:
-    """Heads of masked language models have a bias."""
+    """Whether the model may be a masked language model, whose head has a bias."""
     return any("MaskedLM" in str(name) or "PreTraining" in str(name) for name in base.config.get("architectures") or ())
 
 
@@ -226,7 +226,7 @@ def _tied(
     *,
     inseparable: bool,
 ) -> set[str]:
-    """Head and embedding are one tensor: factors on both would be added twice when merged, on one be missed by the other attached."""
+    """Choose for a tied head: a merge would add factors on both twice, and factors on one would be missing in the other when attached."""
     by_name = {parameter.pair.name: parameter for parameter in parameters}
     embedding = by_name[tuned.embedding]
     own_head = by_name.get(tuned.head)
@@ -258,7 +258,7 @@ def _tied(
 
 
 def _shared_rows(plan: StoragePlan, parameter: TunedParameter, measure: PairMeasure) -> None:
-    """Rows reach every module that shares the tensor, in PEFT attached as merged, and the tie lasts."""
+    """Store rows: in PEFT they reach every module that shares the tensor, attached and merged, and keep the tie."""
     name = parameter.pair.name
     plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "token rows", name, measure.rows))
     plan.why[name] = (
@@ -268,7 +268,7 @@ def _shared_rows(plan: StoragePlan, parameter: TunedParameter, measure: PairMeas
 
 
 def _may_be_tied(parameter: TunedParameter, parameters: Iterable[TunedParameter], base: Component) -> bool:
-    """Whether a head that is not stored may share this table: an unknown family's language model."""
+    """Whether this table may be shared with a head that is not stored, in a language model of an unknown family."""
     names = [str(name) for name in base.config.get("architectures") or ()]
     model = any(
         mark in name
@@ -285,7 +285,7 @@ def _may_be_tied(parameter: TunedParameter, parameters: Iterable[TunedParameter]
 def _copies(
     plan: StoragePlan, rest: list[TunedParameter], measures: Mapping[str, PairMeasure], options: StorageOptions
 ) -> None:
-    """Modules that must be stored whole, for one of their parameters has no other form."""
+    """Copy the modules that have a changed parameter without any other form."""
     modules = {module for parameter in rest for module in _ancestors(parameter.path)}
     for parameter in rest:
         if not measures[parameter.pair.name].changed or parameter.form in (
@@ -321,7 +321,7 @@ def _ancestors(path: str) -> list[str]:
 
 
 def _can_be_copied(module: str, modules: set[str]) -> bool:
-    """Whether it is a part of a model, not a layer or the whole of it."""
+    """Whether `module` is a part of a layer or of the model, not a whole layer or the whole model."""
     if not module or module.rpartition(".")[2].isdigit():
         return False
     below = (other.removeprefix(f"{module}.") for other in modules if other.startswith(f"{module}."))
@@ -329,7 +329,7 @@ def _can_be_copied(module: str, modules: set[str]) -> bool:
 
 
 def _refuse_nests(plan: StoragePlan) -> None:
-    """Several 3-D parameters of one module nest; which is the inner one is known for the common names only."""
+    """Drop several 3-D parameters of one module unless their order is known: PEFT wraps them around each other."""
     by_module: dict[str, list[LowRankTarget]] = {}
     for target in plan.targets:
         if target.form == "experts":
@@ -345,14 +345,6 @@ def _refuse_nests(plan: StoragePlan) -> None:
 
 
 def dense_size(dense: DenseTensor) -> tuple[int, int]:
-    """``(numbers, bytes)`` that are stored."""
+    """``(numbers, bytes)`` of what is stored."""
     numbers = len(dense.rows) * dense.tensor.matrix[1] if dense.rows else dense.tensor.numel
     return numbers, numbers * dense.tensor.dtype.bits // 8
-
-
-def nesting(path: str, paths: Iterable[str]) -> int:
-    """How deep the factors of the 3-D parameter `path` lie among those of its module."""
-    module, _, name = path.rpartition(".")
-    others = {other.rpartition(".")[2] for other in paths if other.rpartition(".")[0] == module}
-    ordered = sorted(others, key=lambda leaf: _NESTING.index(leaf) if leaf in _NESTING else 0)
-    return len(ordered) - 1 - ordered.index(name)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What form each tensor's change can take in an adapter, by its name, its shape and its family.
+"""Which form each tensor's change can take in an adapter, judged by its name, its shape and the model's family.
 
-PEFT addresses modules of the model as transformers builds it, whose names may differ from those on disk; both are worked out here.
+PEFT addresses modules by their names in the model that transformers builds, which may differ from those on disk.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _ROUTERS = ("gate", "router")  # beside ``experts``: parameters of a router modu
 
 @dataclass(frozen=True, slots=True)
 class TunedParameter:
-    """A pair and where PEFT finds it.
+    """A compared pair of tensors and the parameter that it is in the model's tree.
 
     Attributes:
         pair: The two tensors.
         path: Parameter path in the model's tree.
-        form: What it can become.
+        form: The form that its change can take.
     """
 
     pair: Pair
@@ -56,14 +56,14 @@ class TunedParameter:
 
 @dataclass(frozen=True, slots=True)
 class LowRankTarget:
-    """What is factorised together.
+    """A weight whose change is held by factors: one matrix, or one per expert.
 
     Attributes:
         path: Parameter path in the model's tree.
         form: ``linear``, ``conv``, ``embedding`` or ``experts``.
-        deltas: One per expert; one for anything else.
-        shape: Of PEFT's weight: ``(out, in[, k...])``.
-        names: TUNED's tensors that it covers.
+        deltas: The differences, one per expert; a single one for any other form.
+        shape: ``(out, in[, k...])`` of the weight, of one expert where there are several.
+        names: The tensors of TUNED that hold it.
     """
 
     path: str
@@ -74,17 +74,17 @@ class LowRankTarget:
 
     @property
     def cost(self) -> int:
-        """Numbers per unit of rank: ``(out + in)`` times the experts."""
+        """Numbers that one rank costs: ``(out + in)`` times the number of experts."""
         return sum(self.deltas[0].shape) * len(self.deltas)
 
     @property
     def largest_rank(self) -> int:
-        """Above it nothing is left."""
+        """Rank at which factors hold the whole change."""
         return min(self.deltas[0].shape)
 
 
 def tuned_parameters(pairs: Iterable[Pair], base: Component) -> tuple[TunedParameter, ...]:
-    """Every compared pair with its place in the tree and its form."""
+    """Find the parameter and the form of every compared pair."""
     prefix = _prefix(base)
     compared = [pair for pair in pairs if pair.match == "pair"]
     by_name = {pair.name: pair for pair in compared}
@@ -100,7 +100,7 @@ def _parent(path: str) -> str:
 
 
 def _prefix(base: Component) -> str:
-    """What the tree has in front of the names on disk: a bare model's file loaded into a class with a head."""
+    """Prefix that the tree adds to the names on disk, where a bare model's file is loaded into a class with a head."""
     first = base.family.embedding.partition(".")[0]
     if "." not in base.family.embedding or base.family.embedding == base.embedding.removesuffix(".weight"):
         return ""
@@ -110,7 +110,7 @@ def _prefix(base: Component) -> str:
 
 
 def tree_name(name: str, base: Component, prefix: str = "") -> str:
-    """`name` as the model's tree has it: today's spelling of every renamed run of segments."""
+    """The path of the parameter `name` in the model's tree, in today's spelling."""
     path = f".{prefix}{name}."
     for rename in base.family.renames:
         path = path.replace(f".{rename.old}.", f".{rename.new}.")
@@ -150,7 +150,7 @@ def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[st
 
 
 def low_rank_targets(parameters: Iterable[TunedParameter], base: Component) -> tuple[LowRankTarget, ...]:
-    """What can be low-rank: matrices one by one, experts together."""
+    """Collect the weights that factors can hold: each matrix by itself, the experts of a layer together."""
     targets: list[LowRankTarget] = []
     apart: dict[str, dict[tuple[int, int], TunedParameter]] = {}
     fused_by_path: dict[str, Fused] = {}
@@ -185,7 +185,7 @@ def _strip(pair: Pair) -> Strip:
 
 
 def _stack(parameter: TunedParameter) -> LowRankTarget:
-    """A 3-D tensor ``(E, out, in)``: one delta per expert."""
+    """The target of a 3-D tensor ``(E, out, in)``, with one difference per expert."""
     pair = parameter.pair
     base, tuned = Plain.of(pair.base, stacked=True), Plain.of(pair.tuned, stacked=True)
     count, height, _ = pair.tuned.shape
@@ -206,7 +206,7 @@ def _expert_part(parameter: TunedParameter, base: Component) -> tuple[str, int, 
 
 
 def _gathered(path: str, parts: Mapping[tuple[int, int], TunedParameter], width: int) -> LowRankTarget:
-    """Experts that the files hold one by one, as the tree stacks them."""
+    """The target of experts that the files hold one by one and the tree stacks."""
     count = max(number for number, _ in parts) + 1
     if len(parts) != count * width:
         raise FitError(

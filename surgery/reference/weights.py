@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from surgery.engine.arithmetic import compute
-from surgery.engine.plan import Copy, Plan, PlannedTensor
+from surgery.engine.plan import Compute, Copy, Plan
 from surgery_formats.errors import FitError
+from surgery_formats.storage.base import Encoding, PartBytes, Storage, read_rows
+from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
 if TYPE_CHECKING:
@@ -38,68 +41,79 @@ class ReferenceWeights(Protocol):
 
 
 class _StoredWeights:
-    """Tensors of a checkpoint; names of other versions are resolved by the family's renames."""
+    """Weights of a checkpoint; names of other versions are resolved by the family's renames."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], names: Names | None = None) -> None:
-        self._tensors = tensors
+    def __init__(self, weights: Mapping[str, Storage], names: Names | None = None) -> None:
+        self._weights = weights
         self._resolver = names
 
     @property
     def names(self) -> Collection[str]:
-        return self._tensors.keys()
+        return self._weights.keys()
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        tensor = self._tensors.get(name)
-        if tensor is None and self._resolver is not None and len(slices := self._resolver.resolve(name)) == 1:
-            tensor = self._tensors.get(slices[0].parameter.name)
-        if tensor is None:
+        weight = self._weights.get(name)
+        if weight is None and self._resolver is not None and len(slices := self._resolver.resolve(name)) == 1:
+            weight = self._weights.get(slices[0].parameter.name)
+        if weight is None:
             raise FitError("the model needs a tensor that the checkpoint lacks", tensor=name)
-        if not tensor.dtype.is_float:
-            raise FitError(f"weights of type {tensor.dtype.label} cannot be read without scales", tensor=name)
-        return tensor.read(start, stop)
+        if not weight.is_float:
+            raise FitError(f"weights of type {weight.kind} cannot be read without scales", tensor=name)
+        return read_rows(weight, start, stop)
 
 
 class _PlannedWeights:
-    """Tensors of a plan: copied ones from their source, computed ones from the updates, rounded as stored."""
+    """Weights of a plan: copied ones from the base, computed ones from the updates, rounded as stored."""
 
-    def __init__(self, tensors: Mapping[str, PlannedTensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, plan: Plan, component: str) -> None:
+        self._steps = {tensor.weight: tensor.step for tensor in plan.weights if tensor.component == component}
         self._last: tuple[str, torch.Tensor] | None = None
 
     @property
     def names(self) -> Collection[str]:
-        return self._tensors.keys()
+        return self._steps.keys()
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        if (tensor := self._tensors.get(name)) is None:
+        if (step := self._steps.get(name)) is None:
             raise FitError("the model needs a tensor that the plan lacks", tensor=name)
-        if isinstance(tensor.step, Copy):
-            return _StoredWeights({name: tensor.step.source}).load(name, start, stop)
+        if isinstance(step, Copy):
+            return _StoredWeights({name: step.weight}).load(name, start, stop)
         if self._last is None or self._last[0] != name:
-            self._last = (name, _computed(tensor))
+            self._last = (name, _computed(name, step))
         return self._last[1][start:stop].clone()
 
 
-def _computed(tensor: PlannedTensor) -> torch.Tensor:
-    raw = bytearray(tensor.nbytes)
+class _RecordingEncoding:
+    """An encoding that records the values a reader would get, instead of writing bytes to a file."""
 
-    def write(offset: int, block: memoryview) -> None:
-        raw[offset : offset + len(block)] = block
+    def __init__(self, target: Encoding) -> None:
+        self.sizes, self.shape, self.dtype, self.group = target.sizes, target.shape, target.dtype, target.group
+        self.parts = target.parts
+        self.values = torch.empty(target.shape, dtype=target.dtype.torch)
+        self._target = target
 
-    compute(tensor, write, lambda: False)
-    return torch.frombuffer(raw, dtype=tensor.dtype.torch).reshape(tensor.shape)
+    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+        encoded = self._target.put(start, block, rounded)
+        self.values[start : start + len(block)] = rounded
+        return encoded
+
+
+def _computed(name: str, step: Compute) -> torch.Tensor:
+    target = _RecordingEncoding(step.target)
+    compute(name, replace(step, target=target), lambda *_: None, lambda: False)
+    return target.values.reshape(target.sizes)
 
 
 def stored_weights(component: Component) -> ReferenceWeights:
     """The weights of a checkpoint's network as stored."""
-    return _StoredWeights(component.tensors, component.names)
+    return _StoredWeights({name: weight.storage for name, weight in component.parameters.items()}, component.names)
 
 
 def tensor_weights(tensors: Mapping[str, StoredTensor], names: Names) -> ReferenceWeights:
-    """Weights of any origin, under the names that `names` resolves."""
-    return _StoredWeights(tensors, names)
+    """Tensors of any origin, under the names that `names` resolves."""
+    return _StoredWeights({name: Plain.of(tensor) for name, tensor in tensors.items()}, names)
 
 
 def planned_weights(plan: Plan, component: str = "") -> ReferenceWeights:
     """The weights that `plan` would write for one network, including its rounding."""
-    return _PlannedWeights({tensor.name: tensor for tensor in plan.tensors if tensor.component == component})
+    return _PlannedWeights(plan, component)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of
@@ -29,7 +28,7 @@ from surgery.extraction.extraction_plan import (
     stored_factor_specs,
 )
 from surgery.extraction.findings import KINDS, Kind
-from surgery.extraction.output import write, write_converted
+from surgery.extraction.output import write_extraction
 from surgery.extraction.ranks import rank_goal
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.storage_plan import StorageOptions
@@ -37,19 +36,15 @@ from surgery.extraction.stream.lanes import Lanes, default_lanes
 from surgery.extraction.stream.scan import layout_of, scan, warm
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import tree_name
-from surgery.extraction.write import Scaling
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
-from surgery_formats.adapters.format import Coded, Format
+from surgery_formats.adapters.format import Coded, Format, Scaling
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Component
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -113,7 +108,7 @@ def extract_lora(
     """
     goal = rank_goal(Rank.of(rank), table=table)
     options = StorageOptions(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
-    scaling = _scaling(alpha, rslora)
+    scaling = _scaling(alpha, rslora, goal.rank)
     if kind == "dora" and calibration is not None:
         raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
     chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
@@ -148,20 +143,16 @@ def extract_lora(
         plan = replace(plan, table=plan.rank_table() if table else ())
         if folder is None:
             return replace(plan.result(), format=adapter_format.name, timings=stopwatch.parts)
-        if adapter_format.name == "peft":
-            result = write(plan, folder, stopwatch, overwrite=overwrite, progress=progress)
-        else:
-            most = goal.budget.limit if goal.budget is not None and goal.budget.measure == "bytes" else None
-            result = write_converted(
-                plan,
-                folder,
-                adapter_format.name,
-                stopwatch,
-                most,
-                allow_loss=allow_loss,
-                overwrite=overwrite,
-                progress=progress,
-            )
+        result = write_extraction(
+            plan,
+            adapter_format,
+            folder,
+            stopwatch,
+            budget=goal.budget.limit if goal.budget is not None and goal.budget.measure == "bytes" else None,
+            allow_loss=allow_loss,
+            overwrite=overwrite,
+            progress=progress,
+        )
         return replace(result, timings={**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began})
     finally:
         if lanes is not None:
@@ -180,10 +171,10 @@ def _dense(chosen: Sequence[str]) -> tuple[str, ...]:
     return tuple(_one_of(part, ("norm", "bias"), "dense") for part in parts)
 
 
-def _scaling(alpha: float | None, rslora: bool) -> Scaling:
+def _scaling(alpha: float | None, rslora: bool, rank: int | None) -> Scaling:
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise FitError(f"alpha is {alpha}, not a positive number")
-    return Scaling(None if alpha is None else float(alpha), rslora)
+    return Scaling(None if alpha is None else float(alpha), rslora, rank)
 
 
 def _coding(adapter_format: Format, dtype: str) -> Coding | None:

@@ -58,9 +58,9 @@ FULL = "embedding, head, with `--embeddings full`"
 LOSSY = "norms with `--dense none --allow-loss`"
 Case = tuple[str, str, str, Change, Callable[[Path], None], dict[str, Any]]
 CASES: list[Case] = [
-    (MATRIX, "llama", "_proj.weight", everything, untouched, {"energy": 0.9}),
-    (MATRIX, "resnet", "convolution.weight", everything, untouched, {"energy": 0.9}),
-    (MATRIX, "gpt2", ".c_", everything, untouched, {"energy": 0.9}),
+    (MATRIX, "llama", "_proj.weight", everything, untouched, {"rank": surgery.Rank.energy(0.9)}),
+    (MATRIX, "resnet", "convolution.weight", everything, untouched, {"rank": surgery.Rank.energy(0.9)}),
+    (MATRIX, "gpt2", ".c_", everything, untouched, {"rank": surgery.Rank.energy(0.9)}),
     ("experts stacked in one 3-D tensor", "mixtral", ".experts.", everything, untouched, {}),
     ("embedding, head", "llama", "embed_tokens", everything, untouched, {}),
     ("embedding, head", "llama", "lm_head", everything, untouched, {}),

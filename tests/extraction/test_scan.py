@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery import Rank
 from surgery.engine.devices import devices_of
 from surgery.extraction.stream import feed, lanes
 from surgery.extraction.stream.feed import DirectFeed, RowPair, StagedFeed
 from surgery.extraction.stream.lanes import DeviceMemory, Lane, Lanes
 from surgery.extraction.stream.scan import layout_of, warm
 from surgery.extraction.stream.tally import Tally
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, MalformedError, ProofError
 from surgery_formats.files.raw import File
 from surgery_formats.linalg.noise import NoiseTally
@@ -48,7 +51,9 @@ def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("ask", [{"rank": 4}, {"rank": 2, "alpha": 3.0}, {"energy": 0.5}, {"max_error": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "ask", [{"rank": 4}, {"rank": 2, "alpha": 3.0}, {"rank": Rank.energy(0.5)}, {"rank": Rank.error(0.5)}], ids=str
+)
 def test_each_matrix_is_read_once(
     ask: dict[str, float], pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +87,7 @@ def test_each_matrix_is_read_once(
 def test_what_is_left_of_each_matrix_is_that_of_the_written_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """In float64, from the files alone: bf16 factors, so that rounding them counts."""
     before, after = (disk.read_tensors(folder) for folder in pair)
-    for ask in ({"rank": 4}, {"rank": 32}, {"rank": 16, "alpha": 5.0, "rslora": True}, {"energy": 0.7}):
+    for ask in ({"rank": 4}, {"rank": 32}, {"rank": 16, "alpha": 5.0, "rslora": True}, {"rank": Rank.energy(0.7)}):
         out = tmp_path / "out"
         result = surgery.extract_lora(*pair, output=out, overwrite=True, **ask)  # type: ignore[arg-type]
         written, config = (
@@ -292,15 +297,11 @@ def corrupted(folder: Path, what: str) -> None:
 def test_what_is_not_what_was_measured_is_no_output(
     what: str, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery.extraction.extraction_plan import ExtractionPlan
-
-    proved = ExtractionPlan.proved
-
-    def after(self: ExtractionPlan, folder: Path) -> object:
+    def after(folder: Path) -> Adapter:
         corrupted(folder, what)
-        return proved(self, folder)
+        return read_adapter(folder)
 
-    monkeypatch.setattr(ExtractionPlan, "proved", after)
+    monkeypatch.setattr("surgery.extraction.output.read_adapter", after)
     with pytest.raises(ProofError):
         surgery.extract_lora(*pair, output=tmp_path / "out", rank=4)
     assert not (tmp_path / "out").exists()

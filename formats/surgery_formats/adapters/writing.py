@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from surgery_formats.adapters.format import Entry, NewTensor, Outcome
-from surgery_formats.binding.bind import fit_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.updates import Factor, LoRA, Unsized, Update
+from surgery_formats.updates import Factor, LoRA, Update
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +28,6 @@ __all__ = [
     "component_of",
     "copied",
     "factor_dtype",
-    "low_rank_in",
     "made",
     "places_of",
     "row_slice",
@@ -99,7 +96,8 @@ def made(
     def load() -> torch.Tensor:
         import torch
 
-        values = factor.load(torch.float64)
+        moved = times == 1.0 and factor.view is None and factor.tensors[0].dtype.is_float
+        values = factor.load(None if moved else torch.float64)  # values that are only moved need no wider type
         values = (values if change is None else change(values)).reshape(shape)
         return values if times == 1.0 else values * times
 
@@ -144,15 +142,6 @@ def component_of(site: Site, base: Checkpoint) -> Component:
     return base.components[site.component]
 
 
-def low_rank_in(update: Update, site: Site, base: Checkpoint | None) -> LoRA | None:
-    """`update` as one LoRA, exactly; None if it is none. `base` tells sizes that the adapter does not."""
-    if update.effect != "adds":
-        return None
-    if isinstance(update, Unsized) and base is not None:
-        update = update.fitted(fit_of(places_of(site, base, update.tensors), (0, 0)))
-    return update.low_rank()
-
-
 def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tuple[WeightSlice, ...]:
     """Where the base holds the weight of `site`.
 
@@ -174,7 +163,6 @@ def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tupl
 def whole_place(found: tuple[WeightSlice, ...]) -> tuple[str, tuple[int, ...]] | None:
     """``(stored name, shape as stored)`` of a weight that the base holds in one tensor of its own; None otherwise."""
     place = found[0]
-    tensor = place.parameter.storage.tensor
-    if len(found) != 1 or math.prod(place.parameter.shape) != tensor.numel:
+    if len(found) != 1 or not place.parameter.is_whole:
         return None
-    return place.alias or place.parameter.name, tensor.shape
+    return place.alias or place.parameter.name, place.parameter.sizes

@@ -13,7 +13,7 @@ from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["Digests", "content_id", "fingerprint", "tensor_digest"]
+__all__ = ["Digests", "content_id", "fingerprint", "fingerprint_of", "tensor_digest"]
 
 _HEAD = 1 << 20
 _SAMPLES = 64
@@ -27,9 +27,14 @@ def fingerprint(file: File) -> str:
 
     It names the job, so that an interrupted run can go on; it is no proof (files are watched for change while they are used).
     """
-    state = xxhash.xxh3_128(str(file.size).encode())
-    for offset, nbytes in _ranges(file.size):
-        state.update(file.read(offset, nbytes))
+    return fingerprint_of(file.size, file.read)
+
+
+def fingerprint_of(size: int, read: Callable[[int, int], bytearray]) -> str:
+    """`fingerprint` of a file of `size` bytes that `read` gives ``(offset, nbytes)`` of; it may not exist yet."""
+    state = xxhash.xxh3_128(str(size).encode())
+    for offset, nbytes in _ranges(size):
+        state.update(read(offset, nbytes))
     return state.hexdigest()
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads pairs of tensors to where they are subtracted, through buffers that are used again and again.
+"""Bring rows of both tensors of a pair to the device where they are subtracted.
 
-On a CPU the thread that subtracts reads. For a GPU, threads of their own read into page-locked buffers, and the copies to the device run
-while the next bytes are read. Reading never runs ahead by more than the buffers hold (law 3).
+On a CPU, the thread that subtracts also reads. For a GPU, reader threads fill page-locked buffers, and copies to the device overlap with
+reading. Readers never get ahead by more than the buffers hold, so memory stays bounded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RowPair(NamedTuple):
     """Rows of a pair, as stored.
 
     Attributes:
-        first: Number of the first one.
+        first: Number of the first row.
         base: ``(n, cols)``.
         tuned: ``(n, cols)``.
     """
@@ -45,25 +45,25 @@ class RowPair(NamedTuple):
 
 
 class Feed(Protocol):
-    """A way to the device."""
+    """Brings rows to a device."""
 
     def pairs(
         self, base: Plain, tuned: Plain, start: int, stop: int, observe: ByteObserver | None = None
     ) -> Iterator[RowPair]:
-        """Rows ``[start, stop)`` in order; what is handed out lasts until the next is asked for.
+        """Yield rows ``[start, stop)`` in order; each block is valid until the next one is requested.
 
         Args:
-            base: One side.
-            tuned: The other.
+            base: BASE's tensor.
+            tuned: TUNED's tensor.
             start: First row.
             stop: Row after the last.
-            observe: Called with the bytes of `base` in order, and their offset in its tensor.
+            observe: Called with the offset and the bytes of each part of `base`, in order.
         """
         ...
 
 
 class DirectFeed:
-    """Into memory of the CPU, by the thread that asks."""
+    """Reads into CPU memory, in the calling thread."""
 
     def pairs(
         self, base: Plain, tuned: Plain, start: int, stop: int, observe: ByteObserver | None = None
@@ -85,7 +85,7 @@ class DirectFeed:
 
 
 class _PinnedBuffer:
-    """Page-locked bytes, and the copy that last read them."""
+    """A page-locked buffer and the last copy out of it."""
 
     def __init__(self, device: torch.device) -> None:
         import torch
@@ -94,23 +94,23 @@ class _PinnedBuffer:
         self.event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def copied(self) -> None:
-        """The current stream's copies out of it have been asked for."""
+        """Note that the current stream's copies out of it have been issued."""
         if self.event is not None:
             self.event.record()
 
     def wait(self) -> None:
-        """Until they are done."""
+        """Wait until these copies are done."""
         if self.event is not None:
             self.event.synchronize()
 
 
 class StagedFeed:
-    """Through page-locked buffers to a device. One object serves any number of threads.
+    """Reads through page-locked buffers to a device; any number of threads may share it.
 
     Args:
-        device: Where the rows are wanted.
-        readers: Threads that read.
-        buffers: How far they may run ahead, in buffers of 8 MB.
+        device: Destination of the rows.
+        readers: Number of reader threads.
+        buffers: Number of buffers, 8 MB each.
     """
 
     def __init__(self, device: torch.device, readers: int, buffers: int) -> None:
@@ -121,7 +121,7 @@ class StagedFeed:
         self._pool = ThreadPoolExecutor(readers, "surgery-read")
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop the readers."""
         self._pool.shutdown(cancel_futures=True)
 
     def pairs(
@@ -141,12 +141,12 @@ class StagedFeed:
             yield RowPair(at, base_rows, tuned_rows)
 
     def _fill(self, sides: list[tuple[Plain, torch.Tensor]], start: int, observe: ByteObserver | None) -> None:
-        """Both sides by turns, so that none waits for the whole of the other."""
+        """Fill both sides alternately, so that neither waits for all of the other."""
         waiting = deque(_chunks(sides, start))
         running: deque[tuple[Future[None], _PinnedBuffer, _ReadRange]] = deque()
         try:
             while waiting or running:
-                # Whoever has nothing under way may wait for a buffer; whoever has, frees one first. So nobody waits in a circle.
+                # Wait for a buffer only with no read under way; otherwise free one first. This rules out a deadlock.
                 while waiting and (buffer := self._take(wait=not running)) is not None:
                     chunk = waiting.popleft()
                     running.append((self._pool.submit(_read, buffer, chunk), buffer, chunk))
@@ -174,7 +174,7 @@ class StagedFeed:
 
 
 class _ReadRange(NamedTuple):
-    """Bytes of one side, their offset in its tensor, and where they go."""
+    """A range of bytes of one side: its offset in the tensor, and its destination."""
 
     side: Plain
     offset: int

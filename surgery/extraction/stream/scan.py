@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over both checkpoints: every pair is read once, compared while it is subtracted, and factorised while the difference is there.
+"""One pass over both checkpoints: each pair is read once, measured while it is subtracted, and factorised while in memory.
 
-A matrix too large to be held is read again at every product instead.
+A matrix that is too large to hold is read again for every product instead.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _BATCH = 64  # of them in one job
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What there is to compare.
+    """The tensors of both checkpoints, paired up.
 
     Attributes:
         pairs: Every tensor of TUNED.
-        parameters: Those that are compared, with their forms.
-        targets: What is factorised.
-        whole: Paths of targets that are compared only: whatever changed in them is stored as it is.
+        parameters: The compared ones, with their forms.
+        targets: What can be factorised.
+        whole: Paths of targets that are only compared, because their changes are stored as they are.
     """
 
     pairs: tuple[Pair, ...]
@@ -58,7 +58,7 @@ def layout_of(old: Component, new: Component, *, full: bool) -> Layout:
     """Pair two checkpoints up; with `full`, embedding and head are stored whole.
 
     Raises:
-        FitError: they do not belong together.
+        FitError: the checkpoints do not fit together.
     """
     pairs = pair_up(old, new)
     parameters = tuned_parameters(pairs, old)
@@ -71,12 +71,12 @@ def layout_of(old: Component, new: Component, *, full: bool) -> Layout:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What the pass found.
+    """The result of the pass.
 
     Attributes:
-        measures: By TUNED's name.
-        factored: Units that changed, by path.
-        began: `time.monotonic` when the first byte of a tensor was asked for.
+        measures: Of every compared pair, by TUNED's name.
+        factored: Factors of the targets that changed, by path.
+        began: `time.monotonic` when the first byte of a tensor was read.
         digests: Of BASE's tensors, for its content id.
     """
 
@@ -94,14 +94,14 @@ def scan(
     lanes: Lanes,
     progress: Callback | None,
 ) -> ScanResult:
-    """Compare and factorise everything.
+    """Compare every pair and factorise every target that changed.
 
     Args:
-        layout: What there is.
+        layout: The paired tensors.
         criterion_of: How the rank of a target is found.
-        spec_of: How a target's factors will be written, where that is known.
-        scratch: Where factors are kept.
-        lanes: Where the work is done.
+        spec_of: How a target's factors will be stored, where that is known.
+        scratch: Receives the factors.
+        lanes: Do the work.
         progress: Called with every tensor.
 
     Raises:
@@ -141,9 +141,9 @@ def scan(
 
 
 def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
-    """Use what a GPU will be asked for once: its code is loaded when it is first used, while all other lanes wait.
+    """Run once what a GPU will be asked to do: its code is loaded at the first use, while all other lanes wait.
 
-    Everything that `scan` does to a matrix is done to one that is made up; nothing is read.
+    This does to a made-up matrix all that `scan` does to a real one; nothing is read.
     """
     import torch
 
@@ -186,7 +186,7 @@ class _Work:
             self.meter.add(pair.tuned.nbytes)
 
     def target(self, target: LowRankTarget, lane: Lane, stop: Stop) -> None:
-        """Compare and factorise what belongs together."""
+        """Compare and factorise the tensors of one target."""
         tallies = {name: _tally(self.parameters[name].pair, self._limit(name), target) for name in target.names}
         seen = {tally: self.result.digests.claim(self.parameters[name].pair.base) for name, tally in tallies.items()}
         matrices: list[FactorisedMatrix] = []
@@ -213,7 +213,7 @@ class _Work:
         seen: Mapping[Tally, ByteObserver | None],
         lane: Lane,
     ) -> FactorisedMatrix | None:
-        """None where a target of one matrix did not change."""
+        """Factorise one matrix; None if it is its target's only one and did not change."""
         from surgery_formats.linalg.noise import NoiseTally
 
         held = delta.numel <= HELD[lane.device.type]
@@ -254,7 +254,7 @@ class _Work:
 
 
 def _need(numel: int) -> int:
-    """Bytes of device memory: the difference, what is left of it at the end, and a block of both sides with their exponents."""
+    """Bytes of device memory for the difference, what is left of it, and a block of both sides with their exponents."""
     return 8 * numel + 16 * min(numel, DEVICE_BLOCK)
 
 
@@ -265,7 +265,7 @@ def _tally(pair: Pair, row_limit: int, target: LowRankTarget | None) -> Tally:
 
 
 def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMeasure:
-    """A pair by itself: of equal shapes, or grown (then the common rows are compared)."""
+    """Compare a pair that is not factorised; of a grown vocabulary, the rows that both have."""
     import torch
 
     base, tuned = Plain.of(pair.base), Plain.of(pair.tuned)

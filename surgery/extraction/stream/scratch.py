@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32 matrices in a nameless temporary file: memory holds no more than the matrices being worked on."""
+"""A nameless temporary file for factors, so that memory holds only the matrices being worked on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["ScratchFile", "ScratchSlot", "digest"]
 
 
 class ScratchFile:
-    """Float32 matrices in a nameless file beside the output: the kernel removes it whatever happens. Any thread may use it."""
+    """Float32 matrices in a file without a name, which the kernel removes whatever happens. Any thread may use it."""
 
     def __init__(self, folder: Path | None) -> None:
         try:
@@ -48,7 +48,7 @@ class ScratchFile:
         return ScratchSlot(self, at, (matrix.shape[0], matrix.shape[1]), digest(matrix))
 
     def read(self, slot: ScratchSlot) -> torch.Tensor:
-        """The matrix of `slot`, in memory of its own."""
+        """The matrix at `slot`, in memory of the caller's own."""
         import torch
 
         matrix = torch.empty(slot.shape, dtype=torch.float32)
@@ -58,7 +58,7 @@ class ScratchFile:
         return matrix
 
     def close(self) -> None:
-        """Give the space back."""
+        """Delete the file."""
         self._file.close()
 
 
@@ -68,9 +68,9 @@ class ScratchSlot:
 
     Attributes:
         scratch: The file.
-        offset: In it.
-        shape: Of the matrix, float32.
-        digest: Of its values when they were put there.
+        offset: First byte.
+        shape: Of the float32 matrix.
+        digest: Of the values that were stored.
     """
 
     scratch: ScratchFile
@@ -79,10 +79,10 @@ class ScratchSlot:
     digest: str
 
     def read(self) -> torch.Tensor:
-        """The matrix, in memory of its own."""
+        """The matrix, in memory of the caller's own."""
         return self.scratch.read(self)
 
 
 def digest(values: torch.Tensor) -> str:
-    """Of a contiguous float32 matrix in memory."""
+    """xxh3-128 of a contiguous matrix in memory."""
     return xxhash.xxh3_128_hexdigest(as_bytes(values))

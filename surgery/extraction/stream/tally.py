@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is found out about a pair of tensors while their difference is made, on the device where it is made.
+"""Measures a pair of tensors while their difference is computed, on the same device.
 
-What rounding is in it is worked out as in `surgery_formats.linalg.noise`, of the rows that differ: the others have none in them.
+The rounding in the difference is estimated as in `surgery_formats.linalg.noise`, from the rows that differ; equal rows contain none.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery_formats.errors import FitError
+from surgery_formats.storage.base import read_block
 from surgery_formats.storage.plain import Plain
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ _LARGE = 1 << 19  # elements
 
 @dataclass(frozen=True, slots=True)
 class PairMeasure:
-    """What was found out about one pair, over the rows both sides have.
+    """Measurements of one pair, over the rows that both sides have.
 
     Attributes:
         changed: Whether any value differs.
         energy: ``||D||_F^2``.
-        rows: Numbers of the rows that differ; empty where more than the limit do, or where they were not asked for.
+        rows: Numbers of the rows that differ; empty if there are more than the limit, or if they were not requested.
         numel: Values compared.
-        moved: How many of them differ.
+        moved: Number of values that differ.
         ulp: Median of TUNED's spacing.
         noise: Expected energy of storage rounding, ``sum ulp^2 / 12``.
     """
@@ -58,13 +59,13 @@ class PairMeasure:
 
 
 class Tally:
-    """Sums over the blocks of one pair. Nothing waits for a device other than the CPU before `result`.
+    """Sums over the blocks of one pair. Only `news` and `result` wait for a GPU.
 
     Args:
         base: BASE's tensor as a matrix.
-        tuned: TUNED's.
-        rows: Stored rows that both have.
-        row_limit: Most rows to name; 0 if nobody asks.
+        tuned: TUNED's tensor as a matrix.
+        rows: Number of stored rows that both have.
+        row_limit: Greatest number of differing rows to name; 0 names none.
     """
 
     def __init__(self, base: Plain, tuned: Plain, rows: int, row_limit: int = 0) -> None:
@@ -79,14 +80,14 @@ class Tally:
     def subtract(
         self, first: int, old: torch.Tensor, new: torch.Tensor, difference: torch.Tensor, noise: NoiseTally | None
     ) -> None:
-        """Make rows of the difference and count them.
+        """Compute rows of the difference and add them to the sums.
 
         Args:
             first: Number of the first row in the tensor.
             old: BASE's rows as stored, ``(n, cols)``.
-            new: TUNED's.
-            difference: ``(n, cols)``, float32 or float64: filled with the difference.
-            noise: Of the matrix they are part of.
+            new: TUNED's rows.
+            difference: ``(n, cols)``, float32 or float64; is filled.
+            noise: Tally of the matrix that the rows are part of.
         """
         import torch
 
@@ -130,7 +131,7 @@ class Tally:
             self._hit.append(torch.zeros(len(new), dtype=torch.bool))
 
     def news(self) -> tuple[float, bool]:
-        """``||D||_F^2`` of the blocks since this was last asked, and whether anything in them differs; waits for the device.
+        """``(||D||_F^2, whether any value differs)`` of the blocks since the last call; waits for the device.
 
         Raises:
             FitError: NaN or Inf on one side.
@@ -146,7 +147,7 @@ class Tally:
         return energy, moved > 0
 
     def result(self) -> PairMeasure:
-        """Everything, after the last block.
+        """All measurements, after the last block.
 
         Raises:
             FitError: NaN or Inf on one side.
@@ -175,7 +176,7 @@ class Tally:
         return math.ldexp(1.0, middle - bias - MANTISSA[self._dtype][0]) if int(counts.sum()) else 0.0
 
     def _refuse(self) -> None:
-        """Say which side it is."""
+        """Raise an error that names the side with NaN or Inf."""
         for side in self._sides:
             check_finite(side, 0, side.shape[0])
         tensor = self._sides[1].tensor
@@ -185,7 +186,7 @@ class Tally:
 
 
 def check_finite(side: Plain, start: int, stop: int) -> None:
-    """Look at rows ``[start, stop)`` of a tensor.
+    """Check rows ``[start, stop)`` of a tensor.
 
     Raises:
         FitError: NaN or Inf among them.
@@ -194,7 +195,7 @@ def check_finite(side: Plain, start: int, stop: int) -> None:
 
     step = max(1, _LARGE // max(side.shape[1], 1))
     for at in range(start, stop, step):
-        if not bool(torch.isfinite(side.stored(at, min(at + step, stop)).float()).all()):
+        if not bool(torch.isfinite(read_block(side, at, min(at + step, stop)).float()).all()):
             raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
 
 

@@ -6,20 +6,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from surgery.engine.inputs import AdaptersLike, as_weighted
 from surgery.onnx.export.prompts import unique
 from surgery_formats.errors import FitError
 from surgery_formats.models.identity import fingerprint
-from surgery_formats.text import show
 
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter
 
-__all__ = ["MODES", "AdapterRoles", "NamedAdapter", "entry", "sort_adapters"]
+__all__ = ["AdapterRoles", "NamedAdapter", "entry", "sort_adapters"]
 
-MODES = ("merged", "swappable", "prefix")
 _GENERIC = frozenset(
     {"adapter_model", "adapters", "pytorch_lora_weights", "model"}
 )  # file names shared by all adapters
@@ -72,7 +70,6 @@ class AdapterRoles:
 
 def sort_adapters(
     adapters: AdaptersLike = (),
-    mode: Literal["merged", "swappable", "prefix"] | str | None = None,
     merge: AdaptersLike = (),
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
@@ -80,21 +77,18 @@ def sort_adapters(
     """Read all adapters and assign their roles.
 
     Args:
-        adapters: Adapters with the role `mode`; if it is None, soft prompts go in front and all others are merged.
-        mode: ``merged``, ``swappable``, ``prefix``, or None.
+        adapters: Adapters whose kind decides: soft prompts go in front, all others are merged.
         merge: Adapters to merge, with weights.
         swap: Adapters for slots.
         prefix: Adapters in front of the text.
 
     Raises:
         InputError: an adapter cannot be read.
-        FitError: an unknown mode, or a weight for an adapter that is not merged.
+        FitError: a weight for an adapter that is not merged.
     """
-    if mode is not None and mode not in MODES:
-        raise FitError(f"no mode '{show(mode)}'", hint=f"one of {', '.join(MODES)}")
     roles: dict[str, list[NamedAdapter]] = {"merged": [], "swappable": [], "prefix": []}
     groups = (
-        (adapters, "adapters", mode),
+        (adapters, "adapters", None),
         (merge, "merge", "merged"),
         (swap, "swap", "swappable"),
         (prefix, "prefix", "prefix"),

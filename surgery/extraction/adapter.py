@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An extraction as an `Adapter`: factors that are read from the scratch file when a writer asks for them, and TUNED's own tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.extraction.factorise import TargetFactors
+from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via
+from surgery.extraction.stream.scratch import ScratchSlot
+from surgery.extraction.targets import Form, LowRankTarget
+from surgery_formats.adapters.format import Scaling
+from surgery_formats.adapters.peft.keys import HEADS
+from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.tensors.computed import ComputedTensor, computed
+from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, TokenRows, Update
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgery_formats.updates.replacement import Held
+
+__all__ = ["FactorSettings", "extracted_adapter", "fold_of", "shifted"]
+
+_MODULE_KINDS: Mapping[Form, ModuleKind] = {
+    "linear": "linear",
+    "conv": "convolution",
+    "embedding": "embedding",
+    "experts": "experts",
+}
+_HELD: Mapping[Via, Held] = {"modules_to_save": "copy", "bias": "in place", "resized": "resized"}
+
+
+@dataclass(frozen=True, slots=True)
+class FactorSettings:
+    """How factors are stored.
+
+    Attributes:
+        ranks: By target path.
+        scaling: What they are divided by, so that the format's scale changes no delta.
+        dtype: Type they are rounded to.
+        magnitudes: Of a DoRA, ``(1, n)``, by target path.
+    """
+
+    ranks: Mapping[str, int]
+    scaling: Scaling
+    dtype: DType
+    magnitudes: Mapping[str, ScratchSlot]
+
+
+def extracted_adapter(
+    storage: StoragePlan,
+    factored: Mapping[str, TargetFactors],
+    settings: FactorSettings,
+    base: Checkpoint,
+    base_id: str,
+    tuned: Path,
+) -> Adapter:
+    """The adapter that makes TUNED of BASE.
+
+    Args:
+        storage: What is held, and how.
+        factored: By target path.
+        settings: How factors are stored.
+        base: BASE; its name is recorded, and its class decides the task.
+        base_id: Content id of BASE, recorded.
+        tuned: For messages.
+    """
+    updates: dict[Site, tuple[Update, ...]] = {}
+    for target in storage.targets:
+        kernel = target.shape[2:] if target.form == "conv" else ()
+        site = Site(target.path, module_kind=_MODULE_KINDS[target.form], kernel=kernel)
+        updates[site] = (_low_rank(factored[target.path], settings),)
+    for dense in storage.dense_tensors:
+        updates[Site(dense.path)] = (_dense(dense),)
+    architectures = [str(name) for name in base.main.config.get("architectures") or ()]
+    causal = any("CausalLM" in name or "LMHeadModel" in name for name in architectures)
+    tensors = (tensor for chain in updates.values() for update in chain for tensor in update.tensors)
+    return Adapter(
+        path=tuned,
+        format="extraction",
+        kind="LORA",
+        updates=dict(sorted(updates.items())),
+        tensors=tuple(dict.fromkeys(tensors)),
+        new_modules=HEADS | storage.saved_modules,
+        copied_modules=frozenset(storage.saved_modules),
+        base_name=base.path.resolve().name,
+        base_id=base_id,
+        config={"peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else None},
+        metadata={"surgery.base": base_id},
+    )
+
+
+def fold_of(scaling: Scaling, rank: int) -> float:
+    """What either factor is multiplied by, so that the scale at `rank` changes nothing."""
+    return 1 / math.sqrt(scaling.scale(rank))
+
+
+def _low_rank(factors: TargetFactors, settings: FactorSettings) -> Update:
+    target = factors.target
+    loras = tuple(_lora(factors, index, settings) for index in range(len(target.deltas)))
+    if target.form == "experts":
+        return Stacked(loras, tuple(_turned(lora) for lora in loras))
+    slot = settings.magnitudes.get(target.path)
+    if slot is None:
+        return loras[0]
+    # In float32 whatever the factors are: an error in it is one of the whole row, not of the change alone.
+    magnitude = _computed(f"{target.path}.magnitude", DType.F32, (slot.shape[1],), target, 0, slot.read)
+    return DoRA(loras[0], Factor.of(magnitude), per_row=target.form != "embedding")
+
+
+def _lora(factors: TargetFactors, index: int, settings: FactorSettings) -> LoRA:
+    """The factors of one matrix of a target."""
+    target, rank = factors.target, settings.ranks[factors.target.path]
+    rows, cols = target.deltas[index].shape
+    fold = fold_of(settings.scaling, rank)
+
+    def side(number: int) -> Callable[[], torch.Tensor]:
+        return lambda: _rounded(factors.factors(index, rank, fold)[number], settings.dtype, target)
+
+    inputs = target.shape[1:] if target.form == "conv" else (cols,)
+    B = _computed(f"{target.path}.{index}.B", settings.dtype, (rows, rank), target, index, side(0))
+    A = _computed(f"{target.path}.{index}.A", settings.dtype, (rank, *inputs), target, index, side(1))
+    factor = Factor((A,), (rank, cols))
+    return LoRA(factor, Factor.of(B), settings.scaling.scale(rank), settings.scaling.alpha_of(rank))
+
+
+def _turned(lora: LoRA) -> LoRA:
+    """What PEFT makes of the same factors where a family holds experts as ``(E, in, out)``."""
+    A, B = (Factor(side.tensors, (side.shape[1], side.shape[0]), lambda t: t.T) for side in (lora.B, lora.A))
+    return replace(lora, A=A, B=B)
+
+
+def _computed(
+    name: str,
+    dtype: DType,
+    shape: tuple[int, ...],
+    target: LowRankTarget,
+    index: int,
+    read: Callable[[], torch.Tensor],
+) -> ComputedTensor:
+    strips = target.deltas[index].strips
+    return computed(name, shape, (side.tensor for strip in strips for side in (strip.tuned, strip.base)), read, dtype)
+
+
+def _rounded(factor: torch.Tensor, dtype: DType, target: LowRankTarget) -> torch.Tensor:
+    """The values as they are stored, so that whatever a format makes of them is made of these.
+
+    Raises:
+        FitError: a value that the type cannot hold.
+    """
+    import torch
+
+    stored = factor.to(dtype.torch)
+    if dtype is DType.F16 and not bool(torch.isfinite(stored).all()):
+        raise FitError(
+            f"a value is too large for {dtype.label}", tensor=target.names[0], hint="--adapter-dtype bf16 or fp32"
+        )
+    return stored
+
+
+def _dense(dense: DenseTensor) -> Update:
+    tensor: Tensor = dense.tensor
+    if dense.via == "token rows":
+        shape = (len(dense.rows), *dense.tensor.shape[1:])
+        rows = computed(f"{dense.path}.rows", shape, (tensor,), lambda: _some_rows(dense), tensor.dtype)
+        return TokenRows(Factor.of(rows), dense.rows)
+    if dense.shift is not None:
+        tensor = computed(dense.path, tensor.shape, (tensor,), lambda: shifted(dense), tensor.dtype)
+    return Replacement(Factor.of(tensor), _HELD[dense.via])
+
+
+def shifted(dense: DenseTensor) -> torch.Tensor:
+    """TUNED's values, plus the shift where there is one, rounded once to the stored type."""
+    values = dense.tensor.read()
+    return values if dense.shift is None else (values.double() + dense.shift().double()).to(values.dtype)
+
+
+def _some_rows(dense: DenseTensor) -> torch.Tensor:
+    import torch
+
+    return torch.cat([dense.tensor.read(row, row + 1) for row in dense.rows])
