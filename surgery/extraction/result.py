@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from surgery.extraction.findings import CalibrationFacts, CalibrationTotals, KindFacts, MergedLoRA, Signal, six_digits
 from surgery.reports.output import DRY_RUN, PATH, counted, nbytes_of
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.targets import pattern_of
 from surgery.reports.to_json import plain
-from surgery.reports.values import Cell, Name, Names, Phrase, Value
+from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 
 __all__ = ["ExtractClass", "ExtractResult", "ExtractRow", "Layers", "RankChoice", "layers_of"]
 
@@ -330,7 +330,7 @@ def _remarks(layers: Iterable[Layers]) -> list[Section]:
     for layer in layers:
         if layer.why:
             remarks.setdefault(layer.why, []).append(layer.pattern)
-    rows = tuple((Names(tuple(patterns), 2), why) for why, patterns in remarks.items())
+    rows = tuple((NameList(tuple(patterns), 2), why) for why, patterns in remarks.items())
     return [Table((Column("layers", "name"), Column("remark")), rows)] if rows else []
 
 

@@ -98,7 +98,8 @@ def made(
     def load() -> torch.Tensor:
         import torch
 
-        values = factor.load(torch.float64)
+        moved = times == 1.0 and factor.view is None and factor.tensors[0].dtype.is_float
+        values = factor.load(None if moved else torch.float64)  # values that are only moved need no wider type
         values = (values if change is None else change(values)).reshape(shape)
         return values if times == 1.0 else values * times
 

@@ -119,15 +119,15 @@ class Component:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """Names that share another's bytes: ``lm_head.weight`` -> ``model.embed_tokens.weight``."""
-        found = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(self.tensors))
+        aliases = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(self.tensors))
         if self.tied and self.head and self.head not in self.parameters:
-            found[self.head] = self.embedding
-        found |= {
+            aliases[self.head] = self.embedding
+        aliases |= {
             alias: source
             for alias, source in self.family.ties
             if source in self.parameters and alias not in self.parameters
         }
-        return found
+        return aliases
 
     def _preferred(self, alias: str, source: str) -> tuple[str, str]:
         """Of two names of the same bytes the embedding's is the source, whichever was stored first."""
