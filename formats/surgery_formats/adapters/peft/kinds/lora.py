@@ -21,7 +21,7 @@ from surgery_formats.adapters.peft.parameters import (
     put_parameters,
     targeted_parameters,
 )
-from surgery_formats.adapters.writing import low_rank_in, places_of, whole_place
+from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.canonical.adapter import ModuleKind, Site
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
@@ -201,7 +201,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     stacks: list[StackedParameter] = []
     rest: list[tuple[Site, Update]] = []
     for site, update in updates:
-        lora = update.direction if isinstance(update, DoRA) else low_rank_in(update, site, file.base)
+        lora = update.direction if isinstance(update, DoRA) else update.low_rank()
         if lora is None:
             rest.append((site, update))
         elif site.module_kind == "experts" and not isinstance(update, DoRA):
