@@ -54,11 +54,6 @@ def test_every_command_is_documented(command: str):
     assert f"`surgery {command}" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("verb", [verb for verb in COMMANDS if verb in surgery.__all__])
-def test_every_verb_has_a_function(verb: str):
-    assert callable(getattr(surgery, verb))
-
-
 @pytest.mark.parametrize("format", BUILT_IN, ids=lambda one: one.name)
 def test_every_format_is_documented(format):
     assert f"`{format.name}`" in (ROOT / "docs" / "formats.md").read_text()

@@ -38,6 +38,7 @@ __all__ = [
     "size",
     "subcommand",
     "true_share",
+    "verify_option",
     "weighted",
 ]
 
@@ -140,6 +141,19 @@ def _needed(ctx: click.Context, param: click.Parameter, value: Path | None) -> P
 def overwrite_option(what: str = "OUT") -> Callable[[F], F]:
     """``--overwrite``."""
     return click.option("--overwrite", is_flag=True, help=f"Replace {what} if it is there, atomically.")
+
+
+def verify_option(help: str) -> Callable[[F], F]:
+    """``--verify fast|full``, as whether copies are compared byte by byte."""
+    return click.option(
+        "--verify",
+        "verify_copies",
+        type=click.Choice(["fast", "full"]),
+        default="fast",
+        show_default=True,
+        callback=lambda ctx, param, value: value == "full",
+        help=help,
+    )
 
 
 def dtype_option(function: F) -> F:

@@ -10,10 +10,10 @@ from typing import Any, Protocol, TypeVar
 
 from surgery_formats.errors import SurgeryError
 
-__all__ = ["Named", "forget_plugins", "with_plugins"]
+__all__ = ["Registered", "forget_plugins", "with_plugins"]
 
 
-class Named(Protocol):
+class Registered(Protocol):
     """What a registry holds."""
 
     @property
@@ -21,7 +21,7 @@ class Named(Protocol):
         """Its key in the registry."""
 
 
-T = TypeVar("T", bound=Named)
+T = TypeVar("T", bound=Registered)
 
 
 def with_plugins(group: str, built_in: Iterable[T], noun: str) -> dict[str, T]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of devices: which there are, and which of them this machine has. torch is asked only about GPUs."""
+"""Names of devices, checked against this machine. torch is imported for GPUs only."""
 
 from __future__ import annotations
 

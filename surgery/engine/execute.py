@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -140,7 +140,7 @@ def write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measu
                 futures += job.start(folder, copiers, run, stop, meter)
             if any(job.computed for job in jobs):
                 with _compute_pool(_affordable(plan, run), stop) as pool:
-                    computing = [pool.submit(job.compute, tensor, run, stop, meter) for job, tensor in _in_turn(jobs)]
+                    computing = [pool.submit(weight.compute, run, stop, meter) for weight in _weights_in_turn(jobs)]
                     _wait([*futures, *computing], stop)
             _wait(futures, stop)
             _wait([job.synced for job in jobs], stop)
@@ -154,10 +154,17 @@ def write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measu
     return measured
 
 
-def _in_turn(jobs: Sequence[_FileJob]) -> Iterator[tuple[_FileJob, PlannedTensor]]:
-    """A tensor of each file in turn: two threads that write to one file wait for each other inside the kernel."""
+def _weights_in_turn(jobs: Sequence[_FileJob]) -> Iterable[_WeightJob]:
+    """A weight of each file in turn: two threads that write to one file wait for each other inside the kernel.
+
+    The tensors of one weight may lie in several files; those of files that are finished already are not written again.
+    """
+    weights: dict[int, _WeightJob] = {}
     for row in zip_longest(*(job.computed for job in jobs)):
-        yield from ((job, tensor) for job, tensor in zip(jobs, row, strict=True) if tensor is not None)
+        for job, tensor in zip(jobs, row, strict=True):
+            if tensor is not None:
+                weights.setdefault(id(tensor.step), _WeightJob()).outputs[tensor.part] = job, tensor
+    return weights.values()
 
 
 def _wait(futures: list[Future[None]], stop: threading.Event) -> None:
@@ -294,28 +301,18 @@ class _FileJob:
         meter.add(chunk.nbytes)
         self._part_done()
 
-    def compute(self, tensor: PlannedTensor, run: Run, stop: threading.Event, meter: _ByteMeter) -> None:
-        """One tensor; each block is read back from the staged file and compared."""
-        from surgery.engine.arithmetic import compute
+    def write(self, tensor: PlannedTensor, offset: int, raw: memoryview, check: bytearray) -> None:
+        """A block of a computed tensor, read back from the staged file into `check` and compared."""
+        at = tensor.offset + offset
+        self.out.pwrite(raw, at)
+        self.out.readback_into(memoryview(check), at)
+        if check != raw:
+            raise ProofError("a block on disk is not the one written", file=self.file.name, tensor=tensor.label)
 
-        check = bytearray()
-
-        def write(offset: int, raw: memoryview) -> None:
-            nonlocal check
-            at = tensor.offset + offset
-            self.out.pwrite(raw, at)
-            if len(check) != len(raw):
-                check = bytearray(len(raw))
-            self.out.readback_into(memoryview(check), at)
-            if check != raw:
-                raise ProofError("a block on disk is not the one written", file=self.file.name, tensor=tensor.label)
-            meter.add(len(raw))
-
-        found = compute(tensor, write, stop.is_set, run.device)
-        if stop.is_set():
-            return
+    def finish(self, tensor: PlannedTensor, measured: Measurement) -> None:
+        """A computed tensor is complete."""
         with self._lock:
-            self.measured[tensor.label] = found
+            self.measured[tensor.label] = measured
         self._part_done()
 
     def _part_done(self) -> None:
@@ -332,6 +329,37 @@ class _FileJob:
             self.synced.set_exception(error)
         else:
             self.synced.set_result(None)
+
+
+class _WeightJob:
+    """One computed weight, and the tensors of unfinished files that take it."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, tuple[_FileJob, PlannedTensor]] = {}
+
+    def compute(self, run: Run, stop: threading.Event, meter: _ByteMeter) -> None:
+        """All of it, block by block."""
+        from surgery.engine.arithmetic import compute
+
+        _, tensor = next(iter(self.outputs.values()))
+        assert isinstance(tensor.step, Compute)
+        checks: dict[int, bytearray] = {}
+
+        def write(part: int, offset: int, raw: memoryview) -> None:
+            if part not in self.outputs:
+                return
+            check = checks.get(part)
+            if check is None or len(check) != len(raw):
+                check = checks[part] = bytearray(len(raw))
+            job, tensor = self.outputs[part]
+            job.write(tensor, offset, raw, check)
+            meter.add(len(raw))
+
+        measured = compute(tensor.weight_label, tensor.step, write, stop.is_set, run.device)
+        if stop.is_set():
+            return
+        for part, (job, output) in self.outputs.items():
+            job.finish(output, measured[part])
 
 
 class _ByteMeter:

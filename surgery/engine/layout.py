@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
-from surgery.engine.plan import Account, Class, Compute, Copy, PlannedFile, PlannedTensor
+from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome
 from surgery_formats.binding.edits import Edit
 from surgery_formats.containers.base import Shard, WritableContainer
 from surgery_formats.containers.safetensors import SAFETENSORS
@@ -15,9 +15,11 @@ from surgery_formats.containers.sharded import index_bytes, index_name, output_n
 from surgery_formats.containers.weight_files import output_container
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.tensors.tensor import StoredTensor, Tensor
+from surgery_formats.storage.base import Encoding, Storage, is_contiguous
+from surgery_formats.storage.plain import Elements, Plain
+from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["WeightLayout", "lay_out", "planned_file"]
+__all__ = ["WeightLayout", "lay_out", "model_dtype", "planned_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,8 @@ def lay_out(
 
     Args:
         component: The base's.
-        edits: By output tensor name.
-        dtype: Stored type of every floating-point tensor; None keeps each tensor's own.
+        edits: By name of the weight.
+        dtype: Store every weight of numbers in elements of this type; None keeps each as it is stored.
         shard_size: Most bytes per file; None keeps the base's shards.
         untied: Components whose head and embedding part.
         packed: Lay out for graphs: see `surgery.engine.packing`.
@@ -56,24 +58,27 @@ def lay_out(
     suffix = container.suffixes[0]
     accounts: list[Account] = []
     groups: list[tuple[str, Shard | None, list[PlannedTensor]]] = []
+    planner = _WeightPlanner(component, edits, dtype)
     for shard in component.shards:
-        planned = []
+        planned: list[PlannedTensor] = []
         for tensor in shard.tensors:
-            alias = component.aliases.get(tensor.name)
-            stays_tied = alias and tensor.name not in edits and component.name not in untied
+            weight = component.owners[tensor.name]
+            alias = component.aliases.get(weight.name)
+            stays_tied = alias and weight.name not in edits and component.name not in untied
             rewritten = shard.container != container.name
-            if alias and stays_tied and rewritten and _is_tie(tensor.name, alias, component):
+            if alias and stays_tied and rewritten and _is_tie(weight.name, alias, component):
                 accounts.append(Account(tensor, "alias", f"tied to {alias}"))
                 continue
-            edit = edits.get(tensor.name)
-            if edit is not None and edit.replaced:
+            if (edit := edits.get(weight.name)) is not None and edit.replaced:
                 accounts.append(Account(tensor, "superseded", "replaced by the adapter's"))
-            planned.append(_tensor(component, tensor, edit, dtype))
+            outputs = planner.outputs(tensor, weight)
+            if not any(output.name == tensor.name for output in outputs):
+                accounts.append(Account(tensor, "source", f"its values are in {weight.name}"))
+            planned += outputs
         groups.append((output_name(shard.path.name, suffix), shard, planned))
-    added = [
-        _tensor(component, edit.source, edit, dtype) for edit in edits.values() if edit.name not in component.tensors
-    ]
-    groups[-1][2].extend(added)
+    for edit in edits.values():
+        if edit.name not in component.parameters:
+            groups[-1][2].extend(planner.weight(edit.name, edit.source))
     if shard_size is not None:
         parts = _resharded([tensor for _, _, planned in groups for tensor in planned], shard_size)
         names = shard_names(groups[0][0], suffix, len(parts))
@@ -95,43 +100,79 @@ def _is_tie(name: str, source: str, component: Component) -> bool:
     return component.tied and name in known and source in known
 
 
-def _tensor(component: Component, stored: Tensor, edit: Edit | None, dtype: DType | None) -> PlannedTensor:
-    """An output tensor without its offset."""
-    source = stored if edit is None else edit.source
-    keep = _kept_dtype(stored, edit, _model_dtype(component))
-    wanted = dtype if dtype is not None and keep.is_float else keep
-    name = stored.name if edit is None else edit.name
-    size = source.numel * wanted.bits // 8
-    operations = edit.operations if edit else ()
-    trained = edit is not None and edit.replaced is not None  # never copied unseen: its values must be finite
-    contiguous = isinstance(source, StoredTensor) and source.strides is None
-    step: Copy | Compute
-    if isinstance(source, StoredTensor) and contiguous and not (operations or trained) and wanted is source.dtype:
-        step = Copy(source)
-    else:
-        step = Compute(source, operations, edit.stacked if edit else False)
-    kind: Class = "copied"
-    if edit is not None:
-        kind = "updated" if operations else "replaced"
-        kind = "added" if edit.added else kind
-    elif wanted is not source.dtype:
-        kind = "cast"
-    return PlannedTensor(name, component.name, wanted, source.shape, step, kind, 0, size, edit.why if edit else "")
+class _WeightPlanner:
+    """Plans the weights of one component, each once, however many stored tensors it has."""
+
+    def __init__(self, component: Component, edits: Mapping[str, Edit], dtype: DType | None) -> None:
+        self._component = component
+        self._edits = edits
+        self._dtype = dtype
+        self._model_dtype = model_dtype(component)
+        self._planned: dict[str, dict[str, PlannedTensor]] = {}
+
+    def outputs(self, tensor: StoredTensor, weight: Storage) -> list[PlannedTensor]:
+        """The tensors that take the place of `tensor` in its file: that of its name, and with the first one of the weight all new names."""
+        if len(weight.sources) == 1:
+            return list(self.weight(weight.name, weight))
+        planned = self._planned.get(weight.name)
+        here: list[PlannedTensor] = []
+        if planned is None:
+            planned = self._planned[weight.name] = {one.name: one for one in self.weight(weight.name, weight)}
+            stored = {source.name for source in weight.sources}
+            here = [one for name, one in planned.items() if name not in stored]
+        return [*here, planned[tensor.name]] if tensor.name in planned else here
+
+    def weight(self, name: str, base: Storage) -> tuple[PlannedTensor, ...]:
+        """The output tensors of one weight, without their offsets."""
+        edit = self._edits.get(name)
+        source = base if edit is None else edit.source
+        target = self._encoding(base, source, edit)
+        operations = edit.operations if edit else ()
+        trained = edit is not None and edit.replaced is not None  # never copied unseen: its values must be finite
+        parts = target.parts(name)
+        steps: Sequence[Copy | Compute]
+        if target is source and source.sources and is_contiguous(source) and not (operations or trained):
+            steps = [Copy(stored, source) for stored in source.sources]
+        else:
+            steps = [Compute(source, operations, target)] * len(parts)
+        outcome: TensorOutcome = "copied"
+        if edit is not None:
+            outcome = "updated" if operations else "replaced"
+            outcome = "added" if edit.added else outcome
+        elif target is not source:
+            outcome = "cast"
+        component, why = self._component.name, edit.why if edit else ""
+        return tuple(
+            PlannedTensor(part.name, component, name, part.dtype, part.shape, step, outcome, 0, part.nbytes, why, i)
+            for i, (part, step) in enumerate(zip(parts, steps, strict=True))
+        )
+
+    def _encoding(self, base: Storage, source: Storage, edit: Edit | None) -> Encoding:
+        """The base's own storage, also for what replaces its weight; what the base lacks is stored like its embedding (or first matrix)."""
+        if not source.is_float:
+            return source
+        if self._dtype is not None:
+            return _elements(source, self._dtype)
+        if edit is not None and edit.added:
+            return _elements(source, self._model_dtype) if isinstance(source, Plain) else source
+        if base is source or not base.is_float:
+            return source
+        return _elements(source, base.dtype) if isinstance(base, Plain) else base
 
 
-def _kept_dtype(stored: Tensor, edit: Edit | None, model: DType) -> DType:
-    """The base's own type, also for what replaces it; what the base lacks gets the type of its embedding (or first matrix)."""
-    if edit is None or not edit.source.dtype.is_float:
-        return (edit.source if edit else stored).dtype
-    if edit.added:
-        return model
-    return stored.dtype if stored.dtype.is_float else edit.source.dtype
+def _elements(source: Storage, dtype: DType) -> Encoding:
+    """`source` as one tensor of elements of `dtype`: itself, if it is that."""
+    if isinstance(source, Plain) and source.dtype is dtype:
+        return source
+    return Elements(source.sizes, source.shape, dtype)
 
 
-def _model_dtype(component: Component) -> DType:
+def model_dtype(component: Component) -> DType:
+    """The type of a model's embedding, else of its first weight of numbers."""
     if component.embedding:
-        return component.tensors[component.embedding].dtype
-    return next((tensor.dtype for tensor in component.tensors.values() if tensor.dtype.is_float), DType.F32)
+        return component.parameters[component.embedding].storage.dtype
+    weights = component.owners.values()
+    return next((weight.dtype for weight in weights if weight.is_float), DType.F32)
 
 
 def planned_file(
@@ -159,9 +200,7 @@ def planned_file(
 
 
 def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:
-    return PlannedTensor(
-        tensor.name, tensor.component, tensor.dtype, tensor.shape, tensor.step, tensor.kind, offset, nbytes, tensor.why
-    )
+    return replace(tensor, offset=offset, nbytes=nbytes)
 
 
 def _resharded(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:

@@ -11,14 +11,14 @@ from typing import Any
 
 from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor
 from surgery_formats.linalg.survival import Survival
-from surgery_formats.tensors.tensor import ZeroTensor, origin
+from surgery_formats.tensors.tensor import origin
 
 __all__ = ["Ledger", "Measurement", "Row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What the executor found out about one computed tensor.
+    """What the executor found out about one computed tensor. The sums of a weight are with its first tensor.
 
     The sums run over a fixed sample of its rows (all of a small tensor). With T the exact update and D the stored one
     (rounded result minus what was stored before):
@@ -68,11 +68,13 @@ class Row:
         """For the manifest and ``--json``; no paths."""
         tensor = self.tensor
         row: dict[str, Any] = {
-            "class": tensor.kind,
+            "class": tensor.outcome,
             "dtype": tensor.dtype.label,
             "shape": list(tensor.shape),
             "nbytes": tensor.nbytes,
         }
+        if tensor.weight != tensor.name:
+            row["weight"] = tensor.weight
         if tensor.why:
             row["why"] = tensor.why
         if isinstance(tensor.step, Copy):
@@ -93,11 +95,10 @@ class Row:
 
 def _update(step: Compute, index: int) -> dict[str, Any]:
     operation = step.operations[index]
-    found: dict[str, Any] = {"kind": operation.update.kind, "site": str(operation.site), "adapter": operation.adapter}
-    for name in ("rank", "scale"):
-        if (value := getattr(operation.update, name, None)) is not None:
-            found[name] = value
-    return found
+    update = operation.update
+    scale = update.scale if update.effect == "adds" else None  # of a DoRA it acts before rows get their lengths
+    found = {"kind": update.kind, "site": str(operation.site), "adapter": operation.adapter}
+    return found | {name: value for name, value in (("rank", update.rank), ("scale", scale)) if value is not None}
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ class Ledger:
 
     @property
     def classes(self) -> dict[str, int]:
-        """Number of tensors per class, inputs without output included."""
-        counts = Counter(tensor.kind for tensor in self.plan.tensors)
-        counts.update(account.kind for account in self.plan.accounts)
+        """Number of weights per outcome, and of inputs without an output; the tensors that make a weight count as one."""
+        counts = Counter(tensor.outcome for tensor in self.plan.weights)
+        counts.update(account.outcome for account in self.plan.accounts if account.outcome != "source")
         return dict(sorted(counts.items()))
 
     @property
@@ -130,9 +131,10 @@ class Ledger:
             for tensor in operation.update.tensors
         }
         used |= {
-            origin(t.step.source)
-            for t in self.plan.tensors
-            if t.kind in ("replaced", "added") and not isinstance(t.step.source, ZeroTensor)
+            origin(source)
+            for tensor in self.plan.weights
+            if tensor.outcome in ("replaced", "added")
+            for source in tensor.step.sources
         }
         return len(used)
 
@@ -152,11 +154,13 @@ class Ledger:
         return self.kept.rounding
 
     def unmoved(self) -> tuple[str, ...]:
-        """Updated tensors of which no stored value changed."""
+        """Updated weights of which no stored value changed."""
         return tuple(
             tensor.label
-            for tensor in self.plan.tensors
-            if tensor.kind == "updated" and (found := self.measured.get(tensor.label)) is not None and not found.changed
+            for tensor in self.plan.weights
+            if tensor.outcome == "updated"
+            and (found := self.measured.get(tensor.label)) is not None
+            and not found.changed
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -169,7 +173,7 @@ class Ledger:
             "rounding": None if math.isnan(survival) else round(self.rounding, 6),
             "tensors": {row.tensor.label: row.as_json() for row in self.rows},
             "without_output": {
-                account.tensor.name: {"class": account.kind, "why": account.why} for account in self.plan.accounts
+                account.tensor.name: {"class": account.outcome, "why": account.why} for account in self.plan.accounts
             },
             "ignored": {entry.tensor.name: entry.reason for entry in self.plan.ignored},
             "warnings": list(self.plan.warnings),

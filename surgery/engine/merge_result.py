@@ -101,8 +101,8 @@ def _inputs(plan: Plan) -> Iterator[tuple[str, Phrase]]:
 
 
 def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
-    sizes = [(math.prod(tensor.shape), tensor.kind) for tensor in ledger.plan.tensors]
-    changed = sum(size for size, kind in sizes if kind in ("updated", "replaced", "added"))
+    sizes = [(math.prod(tensor.step.sizes), tensor.outcome) for tensor in ledger.plan.weights]
+    changed = sum(size for size, outcome in sizes if outcome in ("updated", "replaced", "added"))
     whole = Value(sum(size for size, _ in sizes), "count")
     return [
         ("tensors", counted(ledger.classes)),
@@ -141,7 +141,7 @@ def _planned(ledger: Ledger, verbose: bool) -> list[Section]:
         rows.append((file.name, file.nbytes, len(file.tensors) - computed, computed))
     files = Column("file", "name"), Column("bytes", "bytes"), Column("copied", "integer"), Column("computed", "integer")
     sections: list[Section] = [Table(files, tuple(rows))]
-    steps = [row for row in ledger.rows if row.tensor.kind != "copied"]
+    steps = [row for row in ledger.rows if row.tensor.outcome != "copied"]
     shown = steps if verbose else steps[:_FIRST]
     if shown:
         columns = (
@@ -164,7 +164,7 @@ def _files(plan: Plan) -> tuple[Value | str, ...]:
 
 
 def _named(row: Row) -> tuple[Cell, ...]:
-    return row.tensor.label, row.tensor.kind, " + ".join(map(_update, row.as_json().get("updates", ())))
+    return row.tensor.label, row.tensor.outcome, " + ".join(map(_update, row.as_json().get("updates", ())))
 
 
 def _update(update: dict[str, Any]) -> str:

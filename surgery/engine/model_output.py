@@ -14,7 +14,7 @@ from surgery.engine.checks import check_base_id
 from surgery.engine.layout import WeightLayout, lay_out
 from surgery.engine.ledger import Ledger
 from surgery.engine.output_config import corrected_config
-from surgery.engine.plan import Plan, PlannedTensor, SideFile, check_conservation
+from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile, check_conservation
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.tied_edits import same_values
@@ -47,7 +47,7 @@ def plan_merge(
     side_files = [SideFile(one.index_name, data=one.index) for one in laid.values() if one.index_name]
     side_files += _carried(binding)
     files = tuple(file for one in laid.values() for file in one.files)
-    side_files += corrected_config(binding, {tensor.label: tensor for file in files for tensor in file.tensors}, dtype)
+    side_files += corrected_config(binding, [tensor for file in files for tensor in file.tensors], dtype)
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
@@ -82,8 +82,8 @@ def _carried(binding: Binding) -> list[SideFile]:
 
 
 def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:
-    base = checkpoint.components[edit.component].tensors.get(edit.name)
-    return base is not None and edit.source.shape != base.shape
+    base = checkpoint.components[edit.component].parameters.get(edit.name)
+    return base is not None and edit.source.sizes != base.sizes
 
 
 def _facts(binding: Binding) -> dict[str, Any]:
@@ -123,12 +123,13 @@ def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _differs(tensor: PlannedTensor, checkpoint: Checkpoint) -> bool:
     """Whether an added tensor is trained, or a replaced one holds other values than the base's."""
-    trained = tensor.step.source
-    if tensor.kind == "added":
+    if tensor.outcome == "added":
         files = {shard.file for component in checkpoint.components.values() for shard in component.shards}
-        return all(source.file not in files for source in trained.sources)
-    base = checkpoint.components[tensor.component].tensors.get(tensor.name)
-    return tensor.kind == "replaced" and (base is None or not same_values(base, trained))
+        return all(source.file not in files for source in tensor.step.sources)
+    base = checkpoint.components[tensor.component].parameters.get(tensor.weight)
+    if tensor.outcome != "replaced" or not isinstance(tensor.step, Compute):
+        return False
+    return base is None or not same_values(base.storage, tensor.step.source)
 
 
 def judge(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float]) -> list[str]:
@@ -138,7 +139,7 @@ def judge(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float]) -> l
         NothingChangedError: no stored value differs from the base's.
     """
     moved = any(found.changed for found in ledger.measured.values())
-    if not moved and not any(_differs(tensor, checkpoint) for tensor in ledger.plan.tensors):
+    if not moved and not any(_differs(tensor, checkpoint) for tensor in ledger.plan.weights):
         if all(weight == 0 for weight in weights):
             raise NothingChangedError("every adapter has the weight 0", hint="weights are written ADAPTER=0.7")
         raise NothingChangedError(

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from surgery.engine.plan import PlannedTensor, SideFile
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.storage.plain import Plain
 
 __all__ = ["corrected_config"]
 
@@ -23,19 +24,21 @@ _TASKS = {
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
 
-def corrected_config(binding: Binding, outputs: Mapping[str, PlannedTensor], dtype: DType | None) -> list[SideFile]:
+def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: DType | None) -> list[SideFile]:
     """config.json of every component that has one: vocabulary size, tie, stored type and task heads made true."""
     found = []
     for component in binding.checkpoint.components.values():
         if not component.config:
             continue
         config = copy.deepcopy(dict(component.config))
-        _vocabulary(config, component, outputs)
+        written = [tensor for tensor in outputs if tensor.component == component.name and not tensor.part]
+        _vocabulary(config, component, written)
+        _quantisation(config, component, dtype)
         if component.name in binding.untied:
             _holder(config, "tie_word_embeddings")["tie_word_embeddings"] = False
         if dtype is not None and (key := next((k for k in ("dtype", "torch_dtype") if k in config), None)):
             config[key] = dtype.torch_name
-        _task_head(config, component, binding, outputs)
+        _task_head(config, binding, written)
         name = f"{component.name}/config.json" if component.name else "config.json"
         if config == component.config and (component.folder / "config.json").exists():
             found.append(SideFile(name, source=component.folder / "config.json"))
@@ -50,23 +53,25 @@ def _holder(config: dict[str, Any], key: str) -> dict[str, Any]:
     return inner if key not in config and isinstance(inner, dict) else config
 
 
-def _vocabulary(config: dict[str, Any], component: Component, outputs: Mapping[str, PlannedTensor]) -> None:
-    label = f"{component.name}:{component.embedding}" if component.name else component.embedding
-    embedding = outputs.get(label)
-    if embedding is None or embedding.shape == component.tensors[component.embedding].shape:
+def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[PlannedTensor]) -> None:
+    embedding = next((tensor for tensor in outputs if tensor.weight == component.embedding), None)
+    if embedding is None or embedding.step.sizes == component.parameters[component.embedding].sizes:
         return
-    _holder(config, "vocab_size")["vocab_size"] = embedding.shape[0]
+    _holder(config, "vocab_size")["vocab_size"] = embedding.step.sizes[0]
 
 
-def _task_head(
-    config: dict[str, Any], component: Component, binding: Binding, outputs: Mapping[str, PlannedTensor]
-) -> None:
+def _quantisation(config: dict[str, Any], component: Component, dtype: DType | None) -> None:
+    """Weights that are written as plain floats are no longer quantised."""
+    if dtype is not None and any(not isinstance(storage, Plain) for storage in component.owners.values()):
+        config.pop("quantization_config", None)
+
+
+def _task_head(config: dict[str, Any], binding: Binding, outputs: Sequence[PlannedTensor]) -> None:
     """An adapter that brings a classifier makes the model one."""
     heads = [
         tensor
-        for tensor in outputs.values()
-        if tensor.kind == "added"
-        and tensor.component == component.name
+        for tensor in outputs
+        if tensor.outcome == "added"
         and tensor.name.split(".")[-2:-1] in (["score"], ["classifier"], ["qa_outputs"])
         and tensor.name.endswith(".weight")
     ]

@@ -27,7 +27,7 @@ def packing_groups(component: Component) -> dict[str, tuple[str, ...]]:
     Raises:
         FitError: the architecture has no recipe.
     """
-    model = model_of(component.config, frozenset(component.tensors))
+    model = model_of(component.config, frozenset(component.parameters))
     found: dict[str, tuple[str, ...]] = {}
     for layer in model.layers:
         for inputs in (layer.attention.inputs, layer.mlp.inputs):
@@ -46,7 +46,7 @@ def _joint(inputs: Sequence[Projection]) -> list[list[str]]:
 
 
 def _stored(component: Component, name: str) -> str:
-    if name in component.tensors:
+    if name in component.parameters:
         return name
     places = component.names.resolve(name)
     return places[0].parameter.name if len(places) == 1 else name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operation will do, as data: every output tensor with its source, its step and its class.
+"""What an operation will do, as data: every output tensor with its source, its step and its outcome.
 
 ``--dry-run`` prints a plan, the executor runs it, the ledger is the plan plus what was measured, so the three cannot drift apart.
 """
@@ -21,43 +21,72 @@ if TYPE_CHECKING:
     from surgery_formats.binding.bind import Binding
     from surgery_formats.binding.edits import Operation
     from surgery_formats.canonical.adapter import Ignored
+    from surgery_formats.storage.base import Encoding, Storage
 
 __all__ = [
     "Account",
-    "Class",
     "Compute",
     "Copy",
     "Plan",
     "PlannedFile",
     "PlannedTensor",
     "SideFile",
+    "TensorOutcome",
     "check_conservation",
 ]
 
-Class = Literal["copied", "cast", "updated", "replaced", "added", "alias", "derivable", "superseded", "referenced"]
-"""Where a tensor ended (law 1). Output tensors are copied, cast, updated, replaced or added; the others say why an input has no output."""
+TensorOutcome = Literal[
+    "copied", "cast", "updated", "replaced", "added", "source", "alias", "derivable", "superseded", "referenced"
+]
+"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced or added; the others are inputs without an output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The source's bytes as they are."""
+    """The bytes of a stored tensor as they are.
+
+    Attributes:
+        source: The tensor.
+        weight: The weight of the base that it is, or is a part of.
+    """
 
     source: StoredTensor
+    weight: Storage
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """The source alone."""
+        return (self.source,)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.weight.sizes
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """The source's values through a chain of updates, rounded once.
+    """The source's values through a chain of updates, rounded once. All tensors of one weight share one step.
 
     Attributes:
-        source: Base (or replacing) tensor.
+        source: The weight of the base, or what replaces it.
         operations: In order; empty for a change of type alone.
-        stacked: Whether the source is a 3-D stack of experts.
+        target: How the output stores it.
     """
 
-    source: Tensor
+    source: Storage
     operations: tuple[Operation, ...]
-    stacked: bool = False
+    target: Encoding
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors that the values come from."""
+        return self.source.sources
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the weight, as it will be."""
+        return self.target.sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +96,38 @@ class PlannedTensor:
     Attributes:
         name: Key in its file.
         component: Part of a pipeline, or empty.
+        weight: Name of the weight that it is, or is a part of.
         dtype: As it will be stored.
         shape: As it will be stored.
         step: How its bytes come about.
-        kind: Its class.
+        outcome: What became of the weight.
         offset: First byte in its file.
         nbytes: Length.
         why: For the ledger, where it is not plain.
+        part: Position among the tensors of its weight.
     """
 
     name: str
     component: str
+    weight: str
     dtype: DType
     shape: tuple[int, ...]
     step: Copy | Compute
-    kind: Class
+    outcome: TensorOutcome
     offset: int
     nbytes: int
     why: str = ""
+    part: int = 0
 
     @property
     def label(self) -> str:
         """``component:name``, as shown and as the manifest calls it."""
         return f"{self.component}:{self.name}" if self.component else self.name
+
+    @property
+    def weight_label(self) -> str:
+        """``component:weight``, for messages."""
+        return f"{self.component}:{self.weight}" if self.component else self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +154,7 @@ class Account:
     """An input tensor that has no output of its own, and why."""
 
     tensor: StoredTensor
-    kind: Class
+    outcome: TensorOutcome
     why: str
 
 
@@ -154,27 +192,37 @@ class Plan:
         return tuple(tensor for file in self.files for tensor in file.tensors)
 
     @property
+    def weights(self) -> tuple[PlannedTensor, ...]:
+        """The first tensor of every weight, in file order: all of them, unless a weight is stored in several."""
+        return tuple(tensor for tensor in self.tensors if not tensor.part)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all weight files."""
         return sum(file.nbytes for file in self.files)
 
     def computed(self) -> tuple[PlannedTensor, ...]:
-        """Tensors that are not copied as they are."""
-        return tuple(tensor for tensor in self.tensors if isinstance(tensor.step, Compute))
+        """The first tensor of every weight that is not copied as it is."""
+        return tuple(tensor for tensor in self.weights if isinstance(tensor.step, Compute))
 
 
 def check_conservation(binding: Binding, plan: Plan) -> None:
     """Law 1, on the plan: nothing of the base and nothing of an adapter ends nowhere, or twice.
 
     Raises:
-        FitError: a tensor of the base that is neither an output of its name nor accounted for; two outputs of one name; a tensor of an
-            adapter that no step uses.
+        FitError: a tensor of the base that is neither an output of its name nor accounted for; two outputs of one name; a weight of which
+            only some tensors would be written; a tensor of an adapter that no step uses.
     """
     labels = [(tensor.component, tensor.name) for tensor in plan.tensors]
     if len(set(labels)) != len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
         raise FitError("would be written twice", tensor=twice[1])
     outputs = set(labels)
+    for tensor in plan.computed():
+        assert isinstance(tensor.step, Compute)
+        for part in tensor.step.target.parts(tensor.weight):
+            if (tensor.component, part.name) not in outputs:
+                raise FitError(f"would be written without its '{part.name}'", tensor=tensor.weight)
     excused = {origin(account.tensor) for account in plan.accounts}
     lost: list[Tensor] = [
         tensor
@@ -182,7 +230,7 @@ def check_conservation(binding: Binding, plan: Plan) -> None:
         for tensor in component.tensors.values()
         if (name, tensor.name) not in outputs and origin(tensor) not in excused
     ]
-    used = {origin(tensor.step.source) for tensor in plan.tensors}
+    used = {origin(source) for tensor in plan.tensors for source in tensor.step.sources}
     used |= {
         origin(trained)
         for tensor in plan.tensors

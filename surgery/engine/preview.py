@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dry run of a merge can tell before anything is written: room on the disk, memory, and what is in the way."""
+"""What a dry run of a merge predicts: free disk, peak memory, and obstacles."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _PATH = 500  # characters; a path is worth showing whole
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What writing would take.
+    """What writing the output would need.
 
     Attributes:
-        output: Where it would write, if that is known.
-        free_nbytes: Free on that disk; None where there is no folder.
-        peak_nbytes: Memory at the peak: what this process, with torch loaded, took so far, and the largest tensors computed at one time.
+        output: The output that was named, if any.
+        free_nbytes: Free space on its disk; None if its parent folder is missing.
+        peak_nbytes: Peak memory: what this process has used so far, plus the largest tensors computed at the same time.
     """
 
     output: Path | None
@@ -34,7 +34,7 @@ class Preview:
 
 
 def preview(plan: Plan, output: Path | None, workers: int | None) -> Preview:
-    """Look at this machine."""
+    """Measure free disk and predict peak memory on this machine."""
     from surgery.engine.arithmetic import block_bytes
     from surgery.engine.execute import default_workers
 
@@ -44,7 +44,7 @@ def preview(plan: Plan, output: Path | None, workers: int | None) -> Preview:
 
 
 def obstacles(plan: Plan, preview: Preview, *, overwrite: bool) -> Iterator[str]:
-    """What would stop the merge, as far as can be seen before."""
+    """Warnings about what would stop the merge, as far as it can be known beforehand."""
     output = preview.output
     if output is None:
         return

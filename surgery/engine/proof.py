@@ -29,9 +29,9 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.errors import ProofError
+from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
-from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
 from surgery_formats.updates import DoRA, Factor, Replacement, Stacked, Update
@@ -124,7 +124,7 @@ class _ProofTarget:
 
     shape: tuple[int, int]
     pieces: tuple[tuple[Update, View], ...]
-    value: Tensor | None = None
+    value: Storage | None = None
 
 
 def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[str, float]:
@@ -168,7 +168,7 @@ def _bound(binding: Binding) -> dict[str, _ProofTarget]:
     targets = {}
     for (component, name), edit in binding.edits.items():
         pieces = tuple((operation.update, operation.view) for operation in edit.operations)
-        shape = Plain.of(edit.source, stacked=edit.stacked).shape
+        shape = edit.source.shape
         value = edit.source if edit.replaced is not None else None
         targets[f"{component}/{name}" if component else name] = _ProofTarget(shape, pieces, value)
     return targets
@@ -182,9 +182,9 @@ def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, 
             for path, lora in apart or [(f"{site}[{row}]", part) for row, part in chain[0].parts()]:
                 yield path, _ProofTarget(lora.shape, ((lora, whole(lora.shape)),))
             continue
-        value = next((update.stored for update in chain if isinstance(update, Replacement)), None)
+        value = next((Plain.of(update.stored) for update in chain if isinstance(update, Replacement)), None)
         rest = tuple((update, whole(update.shape)) for update in chain if not isinstance(update, Replacement))
-        shape = value.matrix if value else (max(u.shape[0] for u, _ in rest), rest[0][0].shape[1])
+        shape = value.shape if value else (max(u.shape[0] for u, _ in rest), rest[0][0].shape[1])
         yield str(site), _ProofTarget(shape, rest, value)
 
 
@@ -268,7 +268,7 @@ def _block(target: _ProofTarget, chain: Sequence[tuple[View, Apply]], start: int
     """Rows ``[start, stop)`` of what becomes of a weight of zeros, or of the replaced values."""
     block = torch.zeros((stop - start, target.shape[1]), dtype=torch.float64)
     if target.value is not None:
-        block = Plain(target.value, target.shape).get(start, stop, torch.float64)
+        block = read_values(target.value, start, stop, torch.float64)
     apply_chain(chain, block, start, stop)
     return block
 

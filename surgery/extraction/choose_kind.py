@@ -29,6 +29,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.dora import DoRAFit, HeldPair, Magnitudes, PairSource, alternate, best_columns, row_share
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
+from surgery_formats.storage.base import read_values
 
 __all__ = ["KindDecision", "Magnitude", "choose_kind", "lora_decision"]
 
@@ -228,7 +229,7 @@ class _StoredRows:
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of both matrices, in the narrowest type that holds both."""
         low, high = self.strip.first + start, self.strip.first + stop
-        base, tuned = self.strip.base.get(low, high), self.strip.tuned.get(low, high)
+        base, tuned = read_values(self.strip.base, low, high), read_values(self.strip.tuned, low, high)
         exact = torch.promote_types(base.dtype, tuned.dtype)
         return base.to(exact), tuned.to(exact)
 

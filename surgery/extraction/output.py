@@ -139,7 +139,9 @@ def _write_converted(
 
     binding = bind([(plan.adapter, 1.0)], base)
     conversion = plan_conversion(plan.adapter, target, base, binding, allow_loss=allow_loss)
-    planned = ConvertResult(None, plan.peft.name, target.name, conversion.rendering.entries)
+    planned = ConvertResult(
+        None, plan.peft.name, target.name, conversion.rendering.entries, warnings=plan.adapter.known_issues()
+    )
     write_conversion(conversion, options, planned, source_id=rendered_fingerprint(plan.rendering), check=check)
     progress.stopwatch.lap("converting")
     return result

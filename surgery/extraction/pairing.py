@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.storage.base import read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import closest, listing, show
@@ -131,8 +132,8 @@ def _elsewhere(name: str, base: Component, tensor: StoredTensor) -> StoredTensor
     places = base.names.resolve(name)
     if len(places) != 1:
         return None
-    stored = places[0].parameter.storage.tensor
-    return stored if isinstance(stored, StoredTensor) and stored.shape == tensor.shape else None
+    stored = base.tensors.get(places[0].parameter.name)
+    return stored if stored is not None and stored.shape == tensor.shape else None
 
 
 def _may_grow(pair: Pair, tuned: Component) -> bool:
@@ -272,11 +273,11 @@ class StoredDelta:
 def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
     import torch
 
-    tuned = strip.tuned.get(start, stop, dtype)
-    difference = tuned.sub_(strip.base.get(start, stop, dtype))
+    tuned = read_values(strip.tuned, start, stop, dtype)
+    difference = tuned.sub_(read_values(strip.base, start, stop, dtype))
     if difference.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(difference))).all()):
         for side in (strip.base, strip.tuned):
-            if not bool(torch.isfinite(side.get(start, stop, dtype)).all()):
+            if not bool(torch.isfinite(read_values(side, start, stop, dtype)).all()):
                 raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
         raise FitError(
             "values or differences too large: their squares overflow float32",

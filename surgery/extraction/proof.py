@@ -22,6 +22,7 @@ from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View
@@ -154,7 +155,7 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
             stored, padding = factor[: slot.shape[0]].contiguous(), factor[slot.shape[0] :]
             if tuple(stored.shape) != slot.shape or digest(stored) != slot.digest or bool(padding.any()):
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
-    source = Plain.of(edit.source, stacked=edit.stacked)
+    source = edit.source
     chain = [
         (o.view, o.update.prepare(WeightView(source, (), o.view, torch.float32, "cpu", source.shape[0])))
         for o in edit.operations
@@ -200,7 +201,7 @@ def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -
 
 def _residual(pair: Pair, edit: Edit) -> Residual:
     """Apply an edit to BASE and compare the result with TUNED."""
-    source = Plain.of(edit.source, stacked=edit.stacked)
+    source = edit.source
     base, tuned = Plain(pair.base, _flat(pair, source, old=True)), Plain(pair.tuned, _flat(pair, source, old=False))
     if source.shape != tuned.shape:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
@@ -216,18 +217,18 @@ def _residual(pair: Pair, edit: Edit) -> Residual:
     energy = left = 0.0
     for start in range(0, tuned.shape[0], step):
         stop = min(start + step, tuned.shape[0])
-        tuned_rows = tuned.get(start, stop, exact)
+        tuned_rows = read_values(tuned, start, stop, exact)
         difference = tuned_rows.clone()
         if start < base.shape[0]:  # of rows that BASE lacks, all is change
-            base_rows = base.get(start, min(stop, base.shape[0]), exact)
+            base_rows = read_values(base, start, min(stop, base.shape[0]), exact)
             difference[: len(base_rows)] -= base_rows
-        block = torch.zeros_like(tuned_rows) if added else source.get(start, stop, exact)
+        block = torch.zeros_like(tuned_rows) if added else read_values(source, start, stop, exact)
         apply_chain(chain, block, start, stop)
         energy += float(difference.square().sum(dtype=torch.float64))
         left += float((difference if added else tuned_rows).sub_(block).square_().sum(dtype=torch.float64))
     return Residual(energy, left)
 
 
-def _flat(pair: Pair, source: Plain, *, old: bool) -> tuple[int, int]:
+def _flat(pair: Pair, source: Storage, *, old: bool) -> tuple[int, int]:
     tensor = pair.base if old else pair.tuned
     return tensor.numel // max(source.shape[1], 1), source.shape[1]

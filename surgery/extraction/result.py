@@ -20,7 +20,7 @@ from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.targets import pattern_of
 from surgery.reports.to_json import plain
-from surgery.reports.values import Cell, Name, Names, Phrase, Value
+from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 
 __all__ = ["ExtractClass", "ExtractResult", "ExtractRow", "Layers", "RankChoice", "layers_of"]
 
@@ -330,7 +330,7 @@ def _remarks(layers: Iterable[Layers]) -> list[Section]:
     for layer in layers:
         if layer.why:
             remarks.setdefault(layer.why, []).append(layer.pattern)
-    rows = tuple((Names(tuple(patterns), 2), why) for why, patterns in remarks.items())
+    rows = tuple((NameList(tuple(patterns), 2), why) for why, patterns in remarks.items())
     return [Table((Column("layers", "name"), Column("remark")), rows)] if rows else []
 
 

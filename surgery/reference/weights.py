@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from surgery.engine.arithmetic import compute
-from surgery.engine.plan import Copy, Plan, PlannedTensor
+from surgery.engine.plan import Compute, Copy, Plan
 from surgery_formats.errors import FitError
+from surgery_formats.storage.base import Encoding, PartBytes, Storage, read_rows
+from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
 if TYPE_CHECKING:
@@ -38,68 +41,79 @@ class ReferenceWeights(Protocol):
 
 
 class _FromCheckpoint:
-    """Tensors of a checkpoint; those of another era are found by the family's renames."""
+    """Weights of a checkpoint; those of another era are found by the family's renames."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], names: Names | None = None) -> None:
-        self._tensors = tensors
+    def __init__(self, weights: Mapping[str, Storage], names: Names | None = None) -> None:
+        self._weights = weights
         self._resolver = names
 
     @property
     def names(self) -> Collection[str]:
-        return self._tensors.keys()
+        return self._weights.keys()
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        found = self._tensors.get(name)
-        if found is None and self._resolver is not None and len(places := self._resolver.resolve(name)) == 1:
-            found = self._tensors.get(places[0].parameter.name)
-        if found is None:
+        weight = self._weights.get(name)
+        if weight is None and self._resolver is not None and len(places := self._resolver.resolve(name)) == 1:
+            weight = self._weights.get(places[0].parameter.name)
+        if weight is None:
             raise FitError("the model needs a tensor that the checkpoint does not have", tensor=name)
-        if not found.dtype.is_float:
-            raise FitError(f"weights of type {found.dtype.label} need scales to be read", tensor=name)
-        return found.read(start, stop)
+        if not weight.is_float:
+            raise FitError(f"weights of type {weight.kind} need scales to be read", tensor=name)
+        return read_rows(weight, start, stop)
 
 
 class _Planned:
-    """Tensors of a plan: copied ones from their source, computed ones by the updates, as they would be stored."""
+    """Weights of a plan: copied ones from the base, computed ones by the updates, as they would be stored."""
 
-    def __init__(self, tensors: Mapping[str, PlannedTensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, plan: Plan, component: str) -> None:
+        self._steps = {tensor.weight: tensor.step for tensor in plan.weights if tensor.component == component}
         self._last: tuple[str, torch.Tensor] | None = None
 
     @property
     def names(self) -> Collection[str]:
-        return self._tensors.keys()
+        return self._steps.keys()
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        if (found := self._tensors.get(name)) is None:
+        if (step := self._steps.get(name)) is None:
             raise FitError("the model needs a tensor that the plan does not have", tensor=name)
-        if isinstance(found.step, Copy):
-            return _FromCheckpoint({name: found.step.source}).load(name, start, stop)
+        if isinstance(step, Copy):
+            return _FromCheckpoint({name: step.weight}).load(name, start, stop)
         if self._last is None or self._last[0] != name:
-            self._last = (name, _computed(found))
+            self._last = (name, _computed(name, step))
         return self._last[1][start:stop].clone()
 
 
-def _computed(tensor: PlannedTensor) -> torch.Tensor:
-    raw = bytearray(tensor.nbytes)
+class _Recorded:
+    """An encoding that remembers the values a reader would get, instead of a file that holds the bytes."""
 
-    def write(offset: int, part: memoryview) -> None:
-        raw[offset : offset + len(part)] = part
+    def __init__(self, target: Encoding) -> None:
+        self.sizes, self.shape, self.dtype, self.group = target.sizes, target.shape, target.dtype, target.group
+        self.parts = target.parts
+        self.values = torch.empty(target.shape, dtype=target.dtype.torch)
+        self._target = target
 
-    compute(tensor, write, lambda: False)
-    return torch.frombuffer(raw, dtype=tensor.dtype.torch).reshape(tensor.shape)
+    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+        encoded = self._target.put(start, block, rounded)
+        self.values[start : start + len(block)] = rounded
+        return encoded
+
+
+def _computed(name: str, step: Compute) -> torch.Tensor:
+    target = _Recorded(step.target)
+    compute(name, replace(step, target=target), lambda *_: None, lambda: False)
+    return target.values.reshape(target.sizes)
 
 
 def stored_weights(component: Component) -> ReferenceWeights:
     """The weights of a checkpoint's network as they are."""
-    return _FromCheckpoint(component.tensors, component.names)
+    return _FromCheckpoint({name: one.storage for name, one in component.parameters.items()}, component.names)
 
 
 def tensor_weights(tensors: Mapping[str, StoredTensor], names: Names) -> ReferenceWeights:
-    """Weights of any origin, under the names that `names` resolves."""
-    return _FromCheckpoint(tensors, names)
+    """Tensors of any origin, under the names that `names` resolves."""
+    return _FromCheckpoint({name: Plain.of(tensor) for name, tensor in tensors.items()}, names)
 
 
 def planned_weights(plan: Plan, component: str = "") -> ReferenceWeights:
     """The weights that `plan` would write for one network, rounded as it would round them."""
-    return _Planned({tensor.name: tensor for tensor in plan.tensors if tensor.component == component})
+    return _Planned(plan, component)

@@ -14,7 +14,7 @@ from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.targets import TargetedParameter, TargetGroup
 from surgery.reports.to_json import plain
-from surgery.reports.values import Name, Names, Phrase, Piece, Value
+from surgery.reports.values import Name, NameList, Phrase, Piece, Value
 from surgery_formats.canonical.prompts import Prefix
 from surgery_formats.models.module_tree import Totals
 
@@ -119,7 +119,7 @@ class AdapterReport:
             plural = "s" if len(self.metadata) != 1 else ""
             sections.append(Note(f"{len(self.metadata)} metadata string{plural}", "omitted"))
         if self.ignored:
-            sections.append(Note(("without effect on a base: ", Names(tuple(self.ignored)))))
+            sections.append(Note(("without effect on a base: ", NameList(tuple(self.ignored)))))
         return Summary(self.path.resolve().name, (*sections, *warning_notes(self.traps)))
 
     def _facts(self) -> list[tuple[str, Phrase]]:

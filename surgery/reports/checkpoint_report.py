@@ -12,7 +12,7 @@ from surgery.reports.result import elapsed
 from surgery.reports.sections import Column, Facts, Section, Table
 from surgery.reports.summary import Summary, summarised, warning_notes
 from surgery.reports.to_json import plain
-from surgery.reports.values import Cell, Name, Names, Phrase, Value
+from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 from surgery_formats.models.module_tree import Node, Totals
 
 __all__ = ["CheckpointReport", "ComponentReport", "WeightFileReport", "files_phrase", "types_phrase"]
@@ -118,9 +118,9 @@ class CheckpointReport:
             ("weights", files_phrase(files)),
         ]
         if self.side_files:
-            rows.append(("beside", Names(self.side_files)))
+            rows.append(("beside", NameList(self.side_files)))
         if self.left_behind:
-            rows.append(("not read", Names(self.left_behind)))
+            rows.append(("not read", NameList(self.left_behind)))
         sections: list[Section] = [Facts(tuple(rows))]
         for component in self.components:
             sections += _component(component, None if verbose else depth, named=len(self.components) > 1)
@@ -147,7 +147,7 @@ def _component(component: ComponentReport, depth: int | None, *, named: bool) ->
     if component.facts:
         rows.append(("sizes", ", ".join(f"{name} {value}" for name, value in component.facts.items())))
     if component.ties:
-        rows.append(("tied", Names(tuple(f"{alias} = {source}" for alias, source in component.ties.items()))))
+        rows.append(("tied", NameList(tuple(f"{alias} = {source}" for alias, source in component.ties.items()))))
     yield Facts(tuple(rows))
     modules = (
         Column("module", "name"), Column("times", "integer"), Column("role"), Column("shape", "shape"),

@@ -64,7 +64,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
         roles[site] = role_of(places[0].parameter.name)
         for update in chain:
             if isinstance(update, Replacement):
-                old = places[0].parameter.storage.tensor
+                old = places[0].parameter
                 sizes[component.name, old.name] = update.stored.numel - old.numel
     if odd and not roles:
         raise FitError(
@@ -96,7 +96,7 @@ def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
                 return False
         rows, cols = update.shape
         if isinstance(update, Replacement):
-            old = places[0].parameter.storage.tensor.shape
+            old = places[0].parameter.sizes
             if update.stored.shape[1:] != old[1:] or len(places) > 1:
                 return False
             height = rows if update.stored.shape != old else height
@@ -110,7 +110,7 @@ def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
 
 def _hint(site: Site, base: Checkpoint) -> str:
     component = _component(site, base) or next(iter(base.components.values()))
-    return closest(site.path, component.tensors) or "is this the base it was trained on?"
+    return closest(site.path, component.parameters) or "is this the base it was trained on?"
 
 
 def _prompt(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ def _prompt(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
     if adapter.prompt is None or adapter.prompt.prefix or not component or not component.embedding:
         return ()
     found = []
-    width, dim = component.tensors[component.embedding].shape[-1], adapter.prompt.dim
+    width, dim = component.parameters[component.embedding].sizes[-1], adapter.prompt.dim
     if dim != width:
         found.append(f"its virtual tokens have {dim} numbers, the base's embeddings {width}")
     if adapter.kind == "P_TUNING":

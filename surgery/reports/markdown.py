@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A summary as Markdown: for model cards, reports and notebooks. Names from files are code, and never markup."""
+"""Markdown for model cards, reports and notebooks. Names from outside become code spans, never markup."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INDENT = "\u2003"  # an em space for each two of indentation, which HTML would 
 
 
 def as_markdown(title: str, sections: Iterable[Section]) -> str:
-    """The whole of it, with `title` as its heading."""
+    """Render sections under the heading `title`."""
     lines = [f"# {_words(title)}", ""] if title else []
     for section in sections:
         match section:
@@ -35,13 +35,13 @@ def as_markdown(title: str, sections: Iterable[Section]) -> str:
 
 
 def code(text: str) -> str:
-    """Escaped text from outside as a code span that it cannot end, nor the cell around it."""
+    """Escaped text as a code span. Backticks and bars are replaced, so that it ends neither the span nor a table cell."""
     bare = text.replace("`", "'").replace("|", "\u00a6").strip()
     return f"`{bare}`" if bare else ""
 
 
 def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
-    """A table whose cells are Markdown already."""
+    """A table of cells that are already Markdown."""
     numeric = set(right)
     rule = ["---:" if index in numeric else "---" for index in range(len(headings))]
     return [_row(headings), f"|{'|'.join(rule)}|", *map(_row, rows)]
@@ -73,7 +73,7 @@ def _fenced(text: str) -> list[str]:
 
 
 def _words(text: str) -> str:
-    """Our own words, and messages with names in them: nothing in them is markup."""
+    """Escape all markup in our own words and in messages."""
     return _MARKUP.sub(r"\\\1", clean(text))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a summary is made of: facts, tables, notes and verbatim text. They say what is to be seen, and nothing of how."""
+"""The parts of a summary: facts, tables, notes and verbatim text. They hold what is shown; renderers decide how."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Column", "Facts", "Note", "Section", "Table", "Verbatim"]
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Labels, each with a sentence.
+    """Labelled facts.
 
     Attributes:
-        rows: ``(label, sentence)``, in order. A label may be a `Name`.
+        rows: Pairs ``(label, sentence)``, in order.
     """
 
     rows: tuple[tuple[Phrase, Phrase], ...]
@@ -27,10 +27,10 @@ class Column:
     """A column of a table.
 
     Attributes:
-        heading: Its name.
-        type: Of its cells, unless a cell is a sentence of its own.
+        heading: The column's title.
+        type: How its cells are written.
         digits: See `surgery.reports.values.Value`.
-        spare: Where there is no room for all columns, those with the greatest number go first; 0 stays.
+        spare: Where space is short, the columns with the greatest number are dropped first; 0 is never dropped.
     """
 
     heading: str
@@ -40,17 +40,17 @@ class Column:
 
     @property
     def numeric(self) -> bool:
-        """Whether its cells stand flush right."""
+        """Whether cells are right-aligned."""
         return self.type in NUMERIC
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under typed columns. Renderers leave out a column that is empty in every row.
+    """Rows under typed columns. Renderers leave out columns that are empty in every row.
 
     Attributes:
-        columns: At least one.
-        rows: As many cells each as there are columns; a text cell's leading spaces are indentation.
+        columns: The columns; never empty.
+        rows: One cell per column. Leading spaces of a text cell are indentation.
     """
 
     columns: tuple[Column, ...]
@@ -59,12 +59,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A remark beside the data.
+    """A remark of one line.
 
     Attributes:
-        text: One line.
-        level: ``hint`` for what comes next; ``omitted`` for what ``summary(verbose=True)`` shows too; ``warning`` for what the user
-            should know.
+        text: The remark.
+        level: ``hint`` for context and next steps, ``omitted`` for what only ``summary(verbose=True)`` shows, ``warning`` for what the
+            user should know.
     """
 
     text: Phrase
@@ -73,7 +73,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Verbatim:
-    """Text of a model or a program, shown as it is; only what a terminal would act upon is escaped."""
+    """Text of a model or a program, shown unchanged except for control characters."""
 
     text: str
 

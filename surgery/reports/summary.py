@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The summary of a result: one neutral account of what people should see, and its renderings.
+"""The summary of a result, and its renderings.
 
 A result builds it in ``summary()``; `as_text`, `as_markdown` and `as_json` render it, and another renderer needs nothing of any result.
 """
@@ -36,38 +36,38 @@ class Summary:
 
     @property
     def data(self) -> tuple[Section, ...]:
-        """All but notes."""
+        """All sections but notes."""
         return tuple(one for one in self.sections if not isinstance(one, Note))
 
     @property
     def notes(self) -> tuple[Note, ...]:
-        """Remarks, warnings among them."""
+        """All notes, warnings included."""
         return tuple(one for one in self.sections if isinstance(one, Note))
 
     @property
     def warnings(self) -> tuple[Note, ...]:
-        """Notes of that level."""
+        """Notes that are warnings."""
         return tuple(one for one in self.notes if one.level == "warning")
 
     def plus(self, *sections: Section) -> Summary:
-        """With more at the end."""
+        """A copy with `sections` added at the end."""
         return Summary(self.title, (*self.sections, *sections))
 
     def as_text(self, width: int | None = None) -> str:
-        """Plain text; tables are made to fit `width` columns if one is given."""
+        """Plain text, fitted to `width` columns if given."""
         return as_text(self.sections, width)
 
     def as_markdown(self) -> str:
-        """Markdown in GitHub's dialect; the same text for the same result."""
+        """GitHub-flavoured Markdown."""
         return as_markdown(self.title, self.sections)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values: numbers as numbers, with the types by which a renderer writes them."""
+        """Plain values. Numbers stay numbers, beside the types that tell how to write them."""
         sections = [{"section": type(one).__name__.lower(), **plain(one)} for one in self.sections]
         return {"title": self.title, "sections": sections}
 
     def brief(self) -> str:
-        """The facts in one line, cut."""
+        """The facts on one line, cut to a fixed length."""
         facts = (row for one in self.sections if isinstance(one, Facts) for row in one.rows)
         line = "; ".join(f"{phrase_text(label)}: {phrase_text(text)}" for label, text in facts) or clean(self.title)
         return line if len(line) <= _BRIEF else f"{line[: _BRIEF - 3]}..."
@@ -86,7 +86,7 @@ R = TypeVar("R", bound=Result)
 
 
 def summarised(result: type[R]) -> type[R]:
-    """Class decorator: a result prints as its summary, shows it in a notebook, and has a repr of one line."""
+    """Class decorator: derive ``__str__``, a one-line ``__repr__`` and ``_repr_markdown_`` from ``summary()``."""
 
     def text(self: R) -> str:
         return self.summary().as_text()
@@ -103,5 +103,5 @@ def summarised(result: type[R]) -> type[R]:
 
 
 def warning_notes(texts: tuple[str, ...]) -> tuple[Note, ...]:
-    """Messages of the library as notes."""
+    """The warnings of a result as notes."""
     return tuple(Note(text, "warning") for text in texts)

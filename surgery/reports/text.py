@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A summary as plain text: facts with their sentences below each other, tables in columns, whatever the width."""
+"""Plain text: aligned facts, and tables fitted to a width."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Style = Callable[[str], str]
 
 
 def as_text(sections: Iterable[Section], width: int | None = None) -> str:
-    """All of them, a blank line between any two but notes."""
+    """Render sections with blank lines between them; consecutive notes stay together."""
     lines: list[str] = []
     previous: Section | None = None
     for section in sections:
@@ -32,12 +32,12 @@ def as_text(sections: Iterable[Section], width: int | None = None) -> str:
 
 
 def section_lines(section: Section, width: int | None = None, strong: Style = str) -> list[str]:
-    """One section.
+    """Render one section.
 
     Args:
-        section: Any.
-        width: Columns of the terminal; None cuts and folds nothing.
-        strong: Makes labels and headings stand out; called with padding included.
+        section: The section.
+        width: Columns of the terminal; None folds nothing.
+        strong: Styles labels and headings, padding included.
     """
     match section:
         case Facts(rows):
@@ -54,7 +54,7 @@ def section_lines(section: Section, width: int | None = None, strong: Style = st
 
 
 def verbatim(text: str) -> str:
-    """A model's text as it may reach a terminal: lines and tabs stay, other control characters and reordering are escaped."""
+    """Text made safe for a terminal: line breaks and tabs stay, other control characters and bidirectional overrides are escaped."""
     return "".join(
         ascii(c)[1:-1] if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f" or c in _BIDI else c for c in text
     )
@@ -91,7 +91,7 @@ def _table(table: Table, width: int | None, strong: Style) -> list[str]:
 
 
 def _cell(cell: object, column: Column) -> str:
-    """Indentation is ours, the rest may not be."""
+    """The text of a cell. Leading spaces are our indentation; the rest may be untrusted."""
     if isinstance(cell, str):
         bare = cell.lstrip(" ")
         return cell[: len(cell) - len(bare)] + cell_text(bare, column.type, column.digits)
@@ -99,7 +99,7 @@ def _cell(cell: object, column: Column) -> str:
 
 
 def _fit(columns: Sequence[Column], widths: dict[int, int], width: int) -> None:
-    """Make `widths` fit: without spare columns first, then by folding the widest columns of words."""
+    """Make `widths` fit: drop spare columns first, then narrow the widest columns of words."""
 
     def excess() -> int:
         return sum(widths.values()) + _GAP * (len(widths) - 1) - width
@@ -132,7 +132,7 @@ def _padded(text: str, width: int, *, right: bool = False) -> str:
 
 
 def _folded(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns, broken between words where there are any."""
+    """Split `text` into lines of at most `width` columns, between words where possible."""
     lines = []
     while cells(text) > width:
         end, used = 0, 0

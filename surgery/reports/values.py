@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of a summary: numbers stay numbers, names from files stay what they are, until a renderer writes them."""
+"""Values of a summary: numbers stay numbers and names stay raw until a renderer writes them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any, Literal
 from surgery_formats.text import clean, count, nbytes, show
 
 __all__ = [
-    "NUMERIC", "PLAIN", "Cell", "Dialect", "Name", "Names", "Phrase", "Piece", "Sides", "Type", "Value", "cell_text", "phrase_text",
+    "NUMERIC", "PLAIN", "Cell", "Dialect", "Name", "NameList", "Phrase", "Piece", "Sides", "Type", "Value", "cell_text", "phrase_text",
 ]  # fmt: skip
 
 Type = Literal[
     "text", "name", "figure", "shape", "flag",
     "integer", "count", "bytes", "rate", "seconds", "share", "number", "fixed", "spread",
 ]  # fmt: skip
-"""How a value is written:
+"""How a value is written.
 
-``text`` our own words; ``name`` text that came from outside, a tensor's name or a path; ``figure`` words that stand in a column like
-numbers (``50/384``); ``shape`` ``64x128``; ``flag`` yes or no; ``integer`` all its digits; ``count`` ``1.24 B``; ``bytes`` ``2.47 GB``;
-``rate`` bytes per second; ``seconds`` ``0.52 s``; ``share`` in percent; ``number`` significant digits; ``fixed`` decimals; ``spread`` a
-mapping of numbers to how often they occur: ``16``, or ``8 (12 times), 16 (4 times)``.
+``text``: our own words. ``name``: text from outside, such as a path or a tensor's name. ``figure``: text aligned like a number
+(``50/384``). ``shape``: ``64x128``. ``flag``: yes or no. ``integer``: all digits. ``count``: ``1.24 B``. ``bytes``: ``2.47 GB``. ``rate``:
+bytes per second. ``seconds``: ``0.52 s``. ``share``: percent. ``number``: significant digits. ``fixed``: decimals. ``spread``: a mapping of
+numbers to how often they occur, ``16`` or ``8 (12 times), 16 (4 times)``.
 """
 
 NUMERIC = frozenset(("figure", "integer", "count", "bytes", "rate", "seconds", "share", "number", "fixed", "spread"))
-"""Types that columns set flush right, and that are never broken over two lines."""
+"""Types of right-aligned columns, which are never folded."""
 
 _WORDS = frozenset(("text", "name", "figure"))
 _CELL = 200  # characters of a name in a cell
@@ -35,11 +35,11 @@ _CELL = 200  # characters of a name in a cell
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """Text that came from outside: a path, a tensor's name, a word of a configuration file.
+    """Text from outside: a path, a tensor's name, a value of a configuration file.
 
     Attributes:
-        text: As it is; a renderer escapes it.
-        limit: Characters that are shown; the middle of what is longer is left out.
+        text: The raw text; renderers escape it.
+        limit: Number of characters shown; longer text loses its middle.
     """
 
     text: object
@@ -47,12 +47,12 @@ class Name:
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
-    """A list of names, of which the first few are shown.
+class NameList:
+    """A list of names, shortened when it is shown.
 
     Attributes:
-        texts: All of them.
-        limit: How many are shown.
+        texts: All names.
+        limit: Number of names shown.
     """
 
     texts: tuple[str, ...]
@@ -61,12 +61,12 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A typed value within a sentence or a cell.
+    """A typed value in a sentence or a cell.
 
     Attributes:
-        value: The number.
+        value: The value, usually a number.
         type: How it is written.
-        digits: Decimals of a share, of seconds and of what is fixed; significant digits of a number.
+        digits: Decimals of ``share``, ``seconds`` and ``fixed``; significant digits of ``number`` and ``spread``.
     """
 
     value: Any
@@ -76,17 +76,17 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """A cell for two things that are compared; written once where they are equal."""
+    """Two compared values in one cell, written once if they are equal."""
 
     a: Any
     b: Any
 
 
-Piece = str | Name | Names | Value
+Piece = str | Name | NameList | Value
 Phrase = Piece | tuple[Piece, ...]
-"""A sentence, of one piece or several. A string is our own words, or a message of the library with the names in it escaped."""
+"""A sentence in one or several pieces. A string holds our own words, or a message of the library, whose names are already escaped."""
 Cell = object
-"""What a column's type takes; None for an empty cell; `Sides`; a `Value` of its own; in columns of words also a sentence."""
+"""A value of the column's type, None for an empty cell, `Sides`, a `Value` with its own type, or a `Phrase` in columns of words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,8 @@ class Dialect:
     """How a renderer writes text.
 
     Attributes:
-        name: What it makes of a name, which comes escaped.
-        words: What it makes of our own words and of numbers.
+        name: Formats a name, which is already escaped.
+        words: Formats our own words and numbers.
     """
 
     name: Callable[[str], str]
@@ -103,20 +103,20 @@ class Dialect:
 
 
 PLAIN = Dialect(str, clean)
-"""Text for a terminal: nothing in it moves the cursor or forges a line."""
+"""Plain text that is safe for a terminal."""
 
 
 def phrase_text(phrase: Phrase, dialect: Dialect = PLAIN) -> str:
-    """A sentence, written out."""
+    """Write out a sentence."""
     return "".join(_piece(piece, dialect) for piece in (phrase if isinstance(phrase, tuple) else (phrase,)))
 
 
 def cell_text(cell: Cell, type: Type, digits: int = 2, dialect: Dialect = PLAIN) -> str:
-    """A cell, written out as `type`; empty for what is missing or NaN."""
+    """Write out a cell of a column of type `type`; None and NaN become empty text."""
     if isinstance(cell, Sides):
         a, b = (cell_text(side, type, digits, dialect) for side in (cell.a, cell.b))
         return a if a == b else f"{a or '-'}{dialect.words(' | ')}{b or '-'}"
-    if isinstance(cell, Name | Names | Value) or (isinstance(cell, tuple) and type in _WORDS):
+    if isinstance(cell, Name | NameList | Value) or (isinstance(cell, tuple) and type in _WORDS):
         return phrase_text(cell, dialect)
     if type == "name":
         return "" if cell is None else dialect.name(show(cell, _CELL))
@@ -129,7 +129,7 @@ def _piece(piece: Piece, dialect: Dialect) -> str:
             return dialect.words(piece)
         case Name(text, limit):
             return dialect.name(show(text, limit))
-        case Names(texts, limit):
+        case NameList(texts, limit):
             more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
             return dialect.words(", ").join(dialect.name(show(text)) for text in texts[:limit]) + dialect.words(more)
         case Value(value, type, digits):

@@ -205,7 +205,7 @@ def test_wrappers(wrapper: str, save: Callable[..., Path]) -> None:
     [
         ([torch.ones(1)], "a list where a dict"),
         ({"a": torch.ones(1), "b": {"c": torch.ones(1)}}, "'b'.*a dict where a tensor"),
-        ({"a": torch.ones(1), "b": torch.ones(1).untyped_storage()}, "'b'.*a Storage where a tensor"),
+        ({"a": torch.ones(1), "b": torch.ones(1).untyped_storage()}, "'b'.*a storage where a tensor"),
         ({"model": {}, "state_dict": {}}, "several dicts"),
         ({"a": torch.ones(1), 3: torch.ones(1)}, "'3' is not a string"),
         ({"a": torch.ones(1), "\ud800": torch.ones(1)}, "surrogate"),

@@ -8,7 +8,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import surgery
 from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
 from surgery.reports.summary import Summary, summarised
 from surgery.reports.text import cells, section_lines
-from surgery.reports.values import Name, Names, Sides, Value, cell_text
+from surgery.reports.values import Name, NameList, Sides, Value, cell_text
 from tests.support.kit import environment
 
 SMALL = Summary(
@@ -124,7 +124,7 @@ def test_json_keeps_numbers_and_the_types_they_are_written_by():
         (Sides(8, None), "integer", 0, "8 | -"),
         (Sides(None, None), "integer", 0, ""),
         (("a ", Value(0.5, "share", 0)), "text", 0, "a 50%"),
-        (Names(("a", "b", "c"), 2), "name", 0, "a, b and 1 more"),
+        (NameList(("a", "b", "c"), 2), "name", 0, "a, b and 1 more"),
     ],
 )
 def test_values_are_written_by_their_type(value, type, digits, text):
@@ -151,7 +151,7 @@ def test_no_text_of_any_cell_breaks_a_markdown_table(rows):
 @given(hostile(), hostile(), st.integers(20, 60))
 def test_no_text_reaches_a_terminal_that_it_would_act_upon(name, words, width):
     sections: tuple[Section, ...] = (
-        Facts(((Name(name), (words, Names((name, words)))),)),
+        Facts(((Name(name), (words, NameList((name, words)))),)),
         Table((Column("name", "name"), Column("words"), Column("figure", "figure")), ((name, words, words),)),
         Note((words, Name(name)), "warning"),
     )
@@ -215,7 +215,9 @@ def test_a_result_in_a_notebook_is_its_summary():
     assert Large()._repr_markdown_() == "# Large\n\n- rows: 100 k\n"
 
 
-RESULTS = sorted(name for name in surgery.__all__ if hasattr(getattr(surgery, name), "as_json"))
+RESULTS = sorted(
+    name for name in surgery.__all__ if is_dataclass(kind := getattr(surgery, name)) and hasattr(kind, "as_json")
+)
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -61,8 +61,6 @@ def command(
     settings: Settings,
     adapters: tuple[tuple[str, float], ...],
     output: Path | None,
-    base: str | None,
-    dry_run: bool,
     **options: Any,
 ) -> None:
     """Combine adapters into one.
@@ -78,14 +76,11 @@ def command(
       surgery combine a/ b/ c/ -o merged/ --method ties --density .2 --rank 32
     """
     from surgery.verbs.combine import combine
-    from surgery_formats.refs import resolve
 
     _check(options)
     rank = rank_of(options.pop("rank"), options.pop("energy"))
-    given = [(resolve(reference), weight) for reference, weight in adapters]
-    model = None if base is None else resolve(base)
     with bar(settings, "combining") as progress:
-        result = combine(given, output=output, base=model, rank=rank, dry_run=dry_run, progress=progress, **options)
+        result = combine(adapters, output=output, rank=rank, progress=progress, **options)
     show_output("combine", result, settings, output)
 
 

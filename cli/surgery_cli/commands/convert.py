@@ -68,9 +68,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 )
 @dry_run_option("Show what would become of every part; write nothing.")
 @overwrite_option()
-def command(
-    settings: Settings, adapter: str, to: str, output: Path | None, base: str | None, dry_run: bool, **options: Any
-) -> None:
+def command(settings: Settings, adapter: str, to: str, output: Path | None, **options: Any) -> None:
     """Convert an adapter to another format.
 
     What was written is read back, and must change every weight as ADAPTER does. What FORMAT cannot hold is an error that names it.
@@ -83,10 +81,7 @@ def command(
       surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
     """
     from surgery.verbs.convert import convert
-    from surgery_formats.refs import resolve
 
-    source = resolve(adapter)
-    model = None if base is None else resolve(base)
     with bar(settings, "converting") as progress:
-        result = convert(source, to, output=output, base=model, dry_run=dry_run, progress=progress, **options)
+        result = convert(adapter, to, output=output, progress=progress, **options)
     show_output("convert", result, settings, output)

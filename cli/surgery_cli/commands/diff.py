@@ -46,11 +46,9 @@ def command(
       surgery diff base/ merged/ --fail-on structure --header
     """
     from surgery.verbs.diff import diff
-    from surgery_formats.refs import resolve
 
-    paths = resolve(a), resolve(b)
     with bar(settings, "comparing") as progress:
-        result = diff(*paths, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)
+        result = diff(a, b, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)
     show_result("diff", result, settings, data=True)
     if (fail_on == "any" and not result.equal) or (fail_on == "structure" and not result.same_structure):
         raise click.exceptions.Exit(FINDINGS)

@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, output_option, overwrite_option, subcommand, weighted
+from surgery_cli.options import (
+    Settings,
+    complete_files,
+    output_option,
+    overwrite_option,
+    subcommand,
+    verify_option,
+    weighted,
+)
 from surgery_cli.output import show_result
 from surgery_cli.progress import bar
 
@@ -65,23 +72,12 @@ __all__ = ["command"]
     help="delta: changed tensors beside BASE's file; full: all weights anew, laid out for graphs.",
 )
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
-@click.option(
-    "--verify",
-    type=click.Choice(["fast", "full"]),
-    default="fast",
-    show_default=True,
-    help="full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.",
-)
+@verify_option("full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.")
 @overwrite_option()
 def command(
     settings: Settings,
     base: str,
     adapters: tuple[tuple[str, float], ...],
-    output: Path,
-    merge: tuple[tuple[str, float], ...],
-    swap: tuple[str, ...],
-    prefix: tuple[str, ...],
-    verify: str,
     **options: Any,
 ) -> None:
     """Export a model as ONNX graphs that use its weight files as they are.
@@ -98,18 +94,7 @@ def command(
       surgery export-onnx llama/ --swap sql/ --swap chat/ -o out/
     """
     from surgery.verbs.export_onnx import export_onnx
-    from surgery_formats.refs import resolve
 
     with bar(settings, "merging") as progress:
-        result = export_onnx(
-            resolve(base),
-            [(resolve(reference), weight) for reference, weight in adapters],
-            output=output,
-            merge=[(resolve(reference), weight) for reference, weight in merge],
-            swap=[resolve(reference) for reference in swap],
-            prefix=[resolve(reference) for reference in prefix],
-            verify_copies=verify == "full",
-            progress=progress,
-            **options,
-        )
+        result = export_onnx(base, adapters, progress=progress, **options)
     show_result("export-onnx", result, settings)

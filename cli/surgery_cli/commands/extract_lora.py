@@ -133,7 +133,7 @@ def _dense(text: str) -> tuple[str, ...]:
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
 @dry_run_option("Compare and factorise; write nothing.")
 @overwrite_option()
-def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_run: bool, **options: Any) -> None:
+def command(settings: Settings, base: str, tuned: str, output: Path | None, **options: Any) -> None:
     """Extract a LoRA from a full fine-tune.
 
     TUNED minus BASE, each matrix by its best factors of the rank asked for, everything else as TUNED has it. What was written is
@@ -148,7 +148,6 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64 --factors int4
     """
     from surgery.verbs.extract_lora import extract_lora
-    from surgery_formats.refs import resolve
 
     if options["kind"] == "dora" and options["calibration"] is not None:
         raise click.UsageError("--calibration weights the factors of a LoRA; --kind dora makes none")
@@ -160,13 +159,6 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, dry_
         raise click.UsageError("--rank-pattern goes with a number as --rank")
     chosen = {name: options.pop(name) for name in ("rank", "energy", "max_error", "budget")}
     with bar(settings, "extracting") as progress:
-        result = extract_lora(
-            resolve(base),
-            resolve(tuned),
-            output=output,
-            rank=rank_of(**chosen, patterns=patterns),
-            dry_run=dry_run,
-            progress=progress,
-            **options,
-        )
+        rank = rank_of(**chosen, patterns=patterns)
+        result = extract_lora(base, tuned, output=output, rank=rank, progress=progress, **options)
     show_output("extract-lora", result, settings, output)

@@ -29,9 +29,8 @@ def command(settings: Settings, reference: str, depth: int, every: bool) -> None
     """
     from surgery.reports.checkpoint_report import CheckpointReport
     from surgery.verbs.inspect import inspect
-    from surgery_formats.refs import resolve
 
-    report = inspect(resolve(reference))
+    report = inspect(reference)
     verbose = every or settings.verbose > 0
     cut = {"depth": depth} if isinstance(report, CheckpointReport) else {}
     show_result("inspect", report, settings, summary=report.summary(verbose=verbose, **cut), data=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +17,7 @@ from surgery_cli.options import (
     overwrite_option,
     size,
     subcommand,
+    verify_option,
     weighted,
 )
 from surgery_cli.output import show_result
@@ -44,22 +44,14 @@ __all__ = ["command"]
     show_default=True,
     help="packed: matrices that export-onnx joins lie side by side.",
 )
-@click.option(
-    "--verify",
-    type=click.Choice(["fast", "full"]),
-    default="fast",
-    show_default=True,
-    help="full: compare what was copied byte by byte too.",
-)
+@verify_option("full: compare what was copied byte by byte too.")
 @dry_run_option("Show what would be done; write nothing.")
 @overwrite_option()
 def command(
     settings: Settings,
     base: str,
     adapters: tuple[tuple[str, float], ...],
-    output: Path | None,
     dry_run: bool,
-    verify: str,
     **options: Any,
 ) -> None:
     """Merge adapters into a base model.
@@ -74,17 +66,7 @@ def command(
       surgery merge llama/ my-lora/ -o merged/ --dry-run
     """
     from surgery.verbs.merge import merge
-    from surgery_formats.refs import resolve
 
-    inputs = [(resolve(reference), weight) for reference, weight in adapters]
     with bar(settings, "merging") as progress:
-        result = merge(
-            resolve(base),
-            inputs,
-            output=output,
-            dry_run=dry_run,
-            verify_copies=verify == "full",
-            progress=progress,
-            **options,
-        )
+        result = merge(base, adapters, dry_run=dry_run, progress=progress, **options)
     show_result("merge", result, settings, data=dry_run)

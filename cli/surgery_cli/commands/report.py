@@ -48,14 +48,12 @@ def command(
     from surgery.reports.sections import Note
     from surgery.reports.values import Name
     from surgery.verbs.report import report
-    from surgery_formats.refs import resolve
 
-    paths = [resolve(reference) for reference in references]
-    model = None if base is None else resolve(base)
-    result = report(paths, base=model, tasks=tasks)
+    result = report(references, base=base, tasks=tasks)
     summary = result.summary()
     if markdown is not None:
-        _write(summary.as_markdown(), markdown, paths, overwrite)
+        inputs = [cost.path for cost in (result.base, *result.adapters) if cost is not None]
+        _write(summary.as_markdown(), markdown, inputs, overwrite)
         summary = summary.plus(Note(("wrote ", Name(markdown, 500))))
     show_result("report", result, settings, summary=summary, data=True)
 

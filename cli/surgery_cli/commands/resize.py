@@ -36,9 +36,7 @@ __all__ = ["command"]
 @dtype_option
 @dry_run_option("Show ranks and errors; write nothing.")
 @overwrite_option()
-def command(
-    settings: Settings, adapter: str, output: Path | None, base: str | None, dry_run: bool, **options: Any
-) -> None:
+def command(settings: Settings, adapter: str, output: Path | None, **options: Any) -> None:
     """Lower the rank of an adapter.
 
     Each module gets the best factors of its new rank; its error is shown. Ranks are never raised: that would add zeros.
@@ -50,13 +48,10 @@ def command(
       surgery resize my-lora/ -o small/ --max-error .05 --dry-run
     """
     from surgery.verbs.resize import resize
-    from surgery_formats.refs import resolve
 
     if all(options[name] is None for name in ("rank", "energy", "max_error")):
         raise click.UsageError("give --rank, --energy or --max-error")
     rank = rank_of(**{name: options.pop(name) for name in ("rank", "energy", "max_error")})
-    source = resolve(adapter)
-    model = None if base is None else resolve(base)
     with bar(settings, "resizing") as progress:
-        result = resize(source, output=output, base=model, rank=rank, dry_run=dry_run, progress=progress, **options)
+        result = resize(adapter, output=output, rank=rank, progress=progress, **options)
     show_output("resize", result, settings, output)

@@ -51,12 +51,6 @@ def command(
       surgery verify out/ --against llama/ --adapter my-lora=0.7
     """
     from surgery.verbs.verify import verify
-    from surgery_formats.refs import resolve
 
-    result = verify(
-        resolve(output),
-        against=None if against is None else resolve(against),
-        adapters=[(resolve(path), weight) for path, weight in adapters],
-        tolerance=tolerance,
-    )
+    result = verify(output, against=against, adapters=adapters, tolerance=tolerance)
     show_result("verify", result, settings)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
@@ -97,7 +96,8 @@ def made(
     def load() -> torch.Tensor:
         import torch
 
-        values = factor.load(torch.float64)
+        moved = times == 1.0 and factor.view is None and factor.tensors[0].dtype.is_float
+        values = factor.load(None if moved else torch.float64)  # values that are only moved need no wider type
         values = (values if change is None else change(values)).reshape(shape)
         return values if times == 1.0 else values * times
 
@@ -163,7 +163,6 @@ def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tupl
 def whole_place(found: tuple[WeightSlice, ...]) -> tuple[str, tuple[int, ...]] | None:
     """``(stored name, shape as stored)`` of a weight that the base holds in one tensor of its own; None otherwise."""
     place = found[0]
-    tensor = place.parameter.storage.tensor
-    if len(found) != 1 or math.prod(place.parameter.shape) != tensor.numel:
+    if len(found) != 1 or not place.parameter.is_whole:
         return None
-    return place.alias or place.parameter.name, tensor.shape
+    return place.alias or place.parameter.name, place.parameter.sizes

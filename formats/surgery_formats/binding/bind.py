@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which update meets which bytes of a base: everything later (plan, ledger, proof, report) is computed from a `Binding`.
 
-Updates are grouped by the stored tensor they change, so that ties and overlaps are seen once.
+Updates are grouped by the weight they change, so that ties and overlaps are seen once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
+from surgery_formats.storage.base import Storage, is_stacked
 from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import Tensor, ZeroTensor
 from surgery_formats.tensors.views import View, rows, whole
 from surgery_formats.text import closest, listing, show
@@ -34,7 +36,7 @@ class Binding:
     Attributes:
         checkpoint: The base.
         adapters: With their weights.
-        edits: By ``(component, output tensor name)``.
+        edits: By ``(component, name of the weight)``.
         untied: Components whose head and embedding part.
         ignored: Adapter tensors that rightly do nothing.
         settled: Adapter tensors that say of one side of a tie what was applied for the other.
@@ -62,47 +64,114 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
         FitError: a parameter the base lacks, a shape that does not fit, a tensor nobody consumes, an adapter that changes no
             weights, two adapters that replace one parameter.
     """
-    collected: dict[tuple[str, str], list[tuple[Operation, WeightSlice]]] = {}
+    bound: dict[tuple[str, str], list[_BoundOperation]] = {}
     for number, (adapter, weight) in enumerate(adapters):
         _check_mergeable(adapter)
-        missing: list[Site] = []
-        widest: dict[str, tuple[int, int]] = {}
-        for site, chain in adapter.updates.items():
-            component = component_of(site, adapter, checkpoint)
-            places = component.names.resolve(site.path, flat=site.flat) or _new_head(site, chain, adapter, component)
-            if not places and new_biases and site not in adapter.optional:
-                places = _new_bias(site, chain, component)
-            if not places and site not in adapter.optional:
-                missing.append(site)
-            for given in chain if places else ():
-                if isinstance(given, Unsized):
-                    if given.kind not in widest:
-                        widest[given.kind] = widest_of(given.kind, adapter, checkpoint)
-                    given = given.fitted(fit_of(places, widest[given.kind]))
-                update = _oriented(given, component, adapter)
-                if isinstance(update, Replacement):
-                    places = (_replaced(update, places, weight),)
-                linear = isinstance(update, Linear)
-                scaled = update.scaled(weight) if isinstance(update, Linear) and weight != 1.0 else update
-                for operation, place in _operations(scaled, places, site, number, 1.0 if linear else weight):
-                    key = (component.name, place.alias or place.parameter.name)
-                    collected.setdefault(key, []).append((operation, place))
+        chains, missing = _locate(adapter, checkpoint, new_biases=new_biases)
+        for chain in _sized(chains, adapter, checkpoint):
+            for operation in _operate(chain, adapter, number, weight):
+                bound.setdefault(operation.key, []).append(operation)
         _check_missing(missing, adapter, checkpoint)
-    edits = {key: _edit(key, found, checkpoint.components[key[0]], adapters) for key, found in collected.items()}
-    before = {tensor for edit in edits.values() for tensor in _trained(edit)}
-    untied: set[str] = set()
+    edits = {key: _edit(key, found, checkpoint.components[key[0]], adapters) for key, found in bound.items()}
+    settled, untied = _settle_ties(edits, adapters, checkpoint)
+    dropped = {t for edit in edits.values() for t in _trained(edit)} - {
+        t for e in settled.values() for t in _trained(e)
+    }
+    return Binding(
+        checkpoint,
+        tuple(adapters),
+        settled,
+        untied,
+        ignored=tuple(entry for adapter, _ in adapters for entry in adapter.ignored),
+        settled=tuple(sorted(dropped, key=lambda tensor: tensor.name)),
+        warnings=_warnings(adapters, untied, checkpoint),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _LocatedChain:
+    """The updates of one site, and where the base holds its weight."""
+
+    site: Site
+    updates: tuple[Update, ...]
+    component: Component
+    slices: tuple[WeightSlice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundOperation:
+    """One operation, and the slice of the base that it acts on."""
+
+    operation: Operation
+    place: WeightSlice
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """``(component, name of the weight)`` in the output."""
+        return self.place.parameter.component, self.place.alias or self.place.parameter.name
+
+
+def _locate(
+    adapter: Adapter, checkpoint: Checkpoint, *, new_biases: bool
+) -> tuple[tuple[_LocatedChain, ...], tuple[Site, ...]]:
+    """Every chain of an adapter with its weight in the base, and the sites that have none and need one."""
+    chains: list[_LocatedChain] = []
+    missing: list[Site] = []
+    for site, updates in adapter.updates.items():
+        component = component_of(site, adapter, checkpoint)
+        slices = component.names.resolve(site.path, flat=site.flat) or _new_head(site, updates, adapter, component)
+        if not slices and new_biases and site not in adapter.optional:
+            slices = _new_bias(site, updates, component)
+        if slices:
+            chains.append(_LocatedChain(site, updates, component, slices))
+        elif site not in adapter.optional:
+            missing.append(site)
+    return tuple(chains), tuple(missing)
+
+
+def _sized(chains: Sequence[_LocatedChain], adapter: Adapter, checkpoint: Checkpoint) -> Iterator[_LocatedChain]:
+    """`chains` with the sizes that their files do not tell, taken from the weights they meet."""
+    kinds = {update.kind for chain in chains for update in chain.updates if isinstance(update, Unsized)}
+    widest = {kind: widest_of(kind, adapter, checkpoint) for kind in kinds}
+    for chain in chains:
+        updates = (
+            update.fitted(fit_of(chain.slices, widest[update.kind])) if isinstance(update, Unsized) else update
+            for update in chain.updates
+        )
+        yield replace(chain, updates=tuple(updates))
+
+
+def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float) -> Iterator[_BoundOperation]:
+    """A chain as operations on the weights of the base, each update oriented and scaled."""
+    slices = chain.slices
+    for given in chain.updates:
+        update = _oriented(given, chain.component, adapter)
+        if isinstance(update, Replacement):
+            slices = (_replaced(update, slices, weight),)
+        linear = isinstance(update, Linear)
+        scaled = update.scaled(weight) if isinstance(update, Linear) and weight != 1.0 else update
+        yield from _operations(scaled, slices, chain.site, number, 1.0 if linear else weight)
+
+
+def _settle_ties(
+    edits: Mapping[tuple[str, str], Edit], adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint
+) -> tuple[dict[tuple[str, str], Edit], frozenset[str]]:
+    """The edits once heads and embeddings of every component are settled, and the components where they part."""
     keeping = frozenset(number for number, (adapter, _) in enumerate(adapters) if adapter.keeps_ties)
+    settled, untied = dict(edits), set()
     for component in checkpoint.components.values():
-        edits, parted = settle_tie(edits, component, keeping)
+        settled, parted = settle_tie(settled, component, keeping)
         if parted:
             untied.add(component.name)
-    warnings = [f"{adapter.path.name}: {trap}" for adapter, _ in adapters for trap in adapter.known_issues()]
-    warnings += _warn_of_parting(untied, checkpoint) + warn_of_other_base(
-        [adapter for adapter, _ in adapters], checkpoint
-    )
-    ignored = tuple(entry for adapter, _ in adapters for entry in adapter.ignored)
-    settled = tuple(sorted(before - {t for e in edits.values() for t in _trained(e)}, key=lambda tensor: tensor.name))
-    return Binding(checkpoint, tuple(adapters), edits, frozenset(untied), ignored, settled, tuple(warnings))
+    return settled, frozenset(untied)
+
+
+def _warnings(
+    adapters: Sequence[tuple[Adapter, float]], untied: frozenset[str], checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    issues = [f"{adapter.path.name}: {issue}" for adapter, _ in adapters for issue in adapter.known_issues()]
+    other_base = warn_of_other_base([adapter for adapter, _ in adapters], checkpoint)
+    return (*issues, *_warn_of_parting(untied, checkpoint), *other_base)
 
 
 def _trained(edit: Edit) -> Iterator[Tensor]:
@@ -150,7 +219,7 @@ def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component
 
 
 def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tuple[WeightSlice, ...]:
-    """A bias of zeros for a layer that has none; its weight must be one stored tensor."""
+    """A bias of zeros for a layer that has none; the base must hold its weight whole and apart."""
     module, _, leaf = site.path.rpartition(".")
     if leaf != "bias" or not all(isinstance(update, Offset) for update in chain):
         return ()
@@ -158,7 +227,7 @@ def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tu
     if len(weights) != 1 or not (name := weights[0].parameter.name).endswith(".weight"):
         return ()
     parameter = weights[0].parameter
-    if parameter.storage.tensor.numel != parameter.shape[0] * parameter.shape[1]:
+    if not parameter.is_whole:
         return ()
     zeros = ZeroTensor(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1])
     return (WeightSlice(Parameter.of(zeros, component.name)),)
@@ -167,7 +236,7 @@ def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tu
 def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int]) -> Fit:
     """What an update may need to know of the weight at `places`."""
     storage = places[0].parameter.storage
-    sizes = storage.tensor.shape
+    sizes = storage.sizes
     kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
     return Fit(extent(places), kernel, widest)
 
@@ -209,31 +278,32 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
 def _replaced(update: Replacement, places: tuple[WeightSlice, ...], weight: float) -> WeightSlice:
     """The place after its values were replaced: a longer vocabulary gives a longer weight."""
     place = places[0]
-    old, new = place.parameter.storage.tensor, update.stored
-    grows = len(new.shape) == 2 and new.shape[1:] == old.shape[1:]
-    if len(places) > 1 or (new.shape != old.shape and not grows):
-        raise FitError(f"shape {list(new.shape)}, but {list(old.shape)} in the base", file=new.path, tensor=new.name)
-    if new.dtype is not old.dtype and not (new.dtype.is_float and old.dtype.is_float):
-        raise FitError(f"{new.dtype.label} in place of {old.dtype.label}", file=new.path, tensor=new.name)
-    if weight != 1.0 and (new.shape != old.shape or old is new):
+    old, new = place.parameter.storage, update.stored
+    grows = isinstance(old, Plain) and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
+    if len(places) > 1 or (new.shape != old.sizes and not grows):
+        raise FitError(f"shape {list(new.shape)}, but {list(old.sizes)} in the base", file=new.path, tensor=new.name)
+    if new.dtype is not old.dtype and not (new.dtype.is_float and old.is_float):
+        raise FitError(f"{new.dtype.label} in place of {old.kind}", file=new.path, tensor=new.name)
+    if weight != 1.0 and (new.shape != old.sizes or old.sources == new.sources):
         raise FitError(
             f"the base has nothing to blend {weight:g} of this with",
             file=new.path,
             tensor=new.name,
             hint="use weight 1",
         )
-    if new.shape == old.shape:
+    if new.shape == old.sizes:
         return place
     return WeightSlice(replace(Parameter.of(new, place.parameter.component), name=place.parameter.name), place.alias)
 
 
 def _operations(
     update: Update, places: tuple[WeightSlice, ...], site: Site, number: int, share: float
-) -> Iterator[tuple[Operation, WeightSlice]]:
+) -> Iterator[_BoundOperation]:
     """`update` cut to the pieces of the base that hold its weight."""
     _check_fit(update, places)
     if isinstance(update, Replacement):  # as the parameter is stored, whatever its orientation
-        yield Operation(update, whole(places[0].parameter.storage.shape), site, number, share), places[0]
+        everything = whole(places[0].parameter.storage.shape)
+        yield _BoundOperation(Operation(update, everything, site, number, share), places[0])
         return
     for first, part in update.parts():
         for place in places:
@@ -243,7 +313,8 @@ def _operations(
                 low, high = view.row_origin, view.row_origin + view.shape[0]
             if low < high:
                 piece = rows(view, low - view.row_origin, high - view.row_origin)
-                yield Operation(part, replace(piece, row_origin=low - first), site, number, share), place
+                piece = replace(piece, row_origin=low - first)
+                yield _BoundOperation(Operation(part, piece, site, number, share), place)
 
 
 def _check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
@@ -252,10 +323,10 @@ def _check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
     tensor = update.tensors[0]
     if isinstance(update, Replacement):
         return
-    if not parameter.storage.tensor.dtype.is_float:
+    if not parameter.storage.is_float:
         raise FitError(
-            f"'{parameter.name}' is stored as {parameter.storage.tensor.dtype.label}: a quantised base cannot be merged into",
-            file=parameter.storage.tensor.path,
+            f"'{parameter.name}' is stored as {parameter.storage.kind}: a quantised base cannot be merged into",
+            file=parameter.sources[0].path,
             tensor=tensor.name,
             hint="merge into the base it was quantised from",
         )
@@ -277,31 +348,27 @@ def _check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
 
 def _edit(
     key: tuple[str, str],
-    found: list[tuple[Operation, WeightSlice]],
+    bound: Sequence[_BoundOperation],
     component: Component,
     adapters: Sequence[tuple[Adapter, float]],
 ) -> Edit:
-    """The operations on one tensor, its source being the base or the one adapter that replaces it."""
-    replacements = [i for i, (operation, _) in enumerate(found) if isinstance(operation.update, Replacement)]
-    several = len({operation.adapter for operation, _ in found}) > 1
+    """The operations on one weight, its source being the base or the one adapter that replaces it."""
+    operations = tuple(one.operation for one in bound)
+    replacements = [i for i, operation in enumerate(operations) if isinstance(operation.update, Replacement)]
+    several = len({operation.adapter for operation in operations}) > 1
     if len(replacements) > 1 or (replacements and (several or replacements[0] != 0)):
-        names = sorted({str(adapters[operation.adapter][0].path.name) for operation, _ in found})
+        names = sorted({str(adapters[operation.adapter][0].path.name) for operation in operations})
         raise FitError(f"is trained in full by one adapter and changed by another ({listing(names)})", tensor=key[1])
-    _check_overlap(key[1], [operation for operation, _ in found], adapters)
-    _check_family(key[1], found, component)
-    stored = component.names.tensors.get(component.aliases.get(key[1], key[1]))
-    place = found[0][1]
-    stacked = place.parameter.storage.shape != place.parameter.storage.tensor.matrix
-    operations = tuple(operation for operation, _ in found)
-    if replacements and found[0][0].share == 1.0:
-        update = found[0][0].update
-        assert isinstance(update, Replacement)
-        return Edit(*key, update.stored, operations[1:], stacked, replaced=operations[0], added=stored is None)
-    if stored is None:
-        return Edit(
-            *key, place.parameter.storage.tensor, operations, stacked, added=True, why="the base adds no bias here"
-        )
-    return Edit(*key, stored, operations, stacked)
+    storage = bound[0].place.parameter.storage
+    _check_overlap(key[1], operations, adapters)
+    _check_family(key[1], storage, component)
+    is_new = component.aliases.get(key[1], key[1]) not in component.names.parameters
+    first = operations[0]
+    if isinstance(first.update, Replacement) and first.share == 1.0:
+        source = Plain.of(first.update.stored, stacked=is_stacked(storage))
+        return Edit(*key, source, operations[1:], replaced=first, added=is_new)
+    why = "the base adds no bias here" if is_new else ""
+    return Edit(*key, storage, operations, added=is_new, why=why)
 
 
 def _check_overlap(name: str, operations: Sequence[Operation], adapters: Sequence[tuple[Adapter, float]]) -> None:
@@ -320,15 +387,14 @@ def _meet(one: View, other: View) -> bool:
     return bool(set(one.rows) & set(other.rows)) and bool(set(one.cols) & set(other.cols))
 
 
-def _check_family(name: str, found: Sequence[tuple[Operation, WeightSlice]], component: Component) -> None:
+def _check_family(name: str, storage: Storage, component: Component) -> None:
     """In a model of unknown family an embedding may be tied to a head by a name nobody here knows."""
     config = component.config
     text = config.get("text_config")
     vocabulary = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
-    tensor = found[0][1].parameter.storage.tensor
     if component.family.known or not config.get("model_type") or config.get("tie_word_embeddings") is False:
         return
-    if len(tensor.shape) == 2 and tensor.shape[0] == vocabulary:
+    if len(storage.sizes) == 2 and storage.sizes[0] == vocabulary:
         raise FitError(
             f"models of type '{show(config['model_type'])}' are not known: whether this weight is tied to another cannot be told",
             tensor=name,
@@ -336,7 +402,7 @@ def _check_family(name: str, found: Sequence[tuple[Operation, WeightSlice]], com
         )
 
 
-def _check_missing(missing: list[Site], adapter: Adapter, checkpoint: Checkpoint) -> None:
+def _check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpoint) -> None:
     if not missing:
         return
     site = missing[0]
@@ -348,11 +414,11 @@ def _check_missing(missing: list[Site], adapter: Adapter, checkpoint: Checkpoint
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
         file=tensor.path,
         tensor=tensor.name,
-        hint=closest(site.path, known.tensors) or "is this the base it was trained on?",
+        hint=closest(site.path, known.parameters) or "is this the base it was trained on?",
     )
 
 
-def _warn_of_parting(untied: set[str], checkpoint: Checkpoint) -> list[str]:
+def _warn_of_parting(untied: frozenset[str], checkpoint: Checkpoint) -> list[str]:
     return [
         f"head and embedding were one tensor and part here: the output stores both ({checkpoint.components[name].head})"
         for name in sorted(untied)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that happens to one tensor of an output, as data."""
+"""All that happens to one weight of an output, as data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from surgery_formats.canonical.adapter import Site
-from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.views import View
 from surgery_formats.updates import Update
 
@@ -15,7 +15,7 @@ __all__ = ["Edit", "Operation"]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One update meeting one view of a stored matrix.
+    """One update meeting one view of a storage.
 
     Attributes:
         update: The equation.
@@ -35,24 +35,22 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """All that happens to one tensor of the output.
+    """All that happens to one weight of the output.
 
     Attributes:
         component: Part of a pipeline, or empty.
-        name: Name of the output tensor.
-        source: Where its values come from: the base, or the adapter that replaces it.
+        name: Name of the weight in the output.
+        source: Where its values come from: the base, or the adapter that replaces them.
         operations: In order.
-        stacked: Whether the source is a 3-D stack of experts, ``(E, rows, cols)``.
         replaced: The replacement whose values `source` holds, if it is not the base's.
-        added: Whether the base stores no tensor of this name (a head for a task, a head that was tied).
+        added: Whether the base has no weight of this name (a head for a task, a head that was tied).
         why: For the ledger, where it is not plain.
     """
 
     component: str
     name: str
-    source: Tensor
+    source: Storage
     operations: tuple[Operation, ...]
-    stacked: bool = False
     replaced: Operation | None = None
     added: bool = False
     why: str = ""

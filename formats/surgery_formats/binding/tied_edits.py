@@ -13,7 +13,7 @@ from dataclasses import replace
 from surgery_formats.binding.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.storage.base import Storage, read_rows
 from surgery_formats.updates import LoRA, TokenRows, Update
 
 __all__ = ["same_values", "settle_tie"]
@@ -42,7 +42,7 @@ def settle_tie(
         return settled, False
     embedding_key, head_key = (component.name, component.embedding), (component.name, component.head)
     embedding, head = settled.get(embedding_key), settled.get(head_key)
-    stored_twice = component.head in component.tensors
+    stored_twice = component.head in component.parameters
     if embedding is None and head is None:
         return settled, False
     if (
@@ -52,7 +52,7 @@ def settle_tie(
     ):
         settled.pop(head_key, None)
         if stored_twice:  # the copy on disk must not contradict the embedding
-            source = embedding.source if embedding.replaced else component.tensors[component.head]
+            source = embedding.source if embedding.replaced else component.parameters[component.head].storage
             settled[head_key] = replace(embedding, name=component.head, source=source, why="tied to the embedding")
         return settled, False
     if component.family.inseparable:
@@ -64,9 +64,9 @@ def settle_tie(
             hint="keep this adapter unmerged",
         )
     if not stored_twice:
-        base = component.tensors[component.embedding]
+        base = component.parameters[component.embedding].storage
         if head is None and embedding is not None:
-            grown = embedding.source.shape != base.shape  # then only the adapter has all its rows
+            grown = embedding.source.sizes != base.sizes  # then only the adapter has all its rows
             source = embedding.source if grown else base
             head = Edit(component.name, component.head, source, (), why="was tied to the embedding, keeps its values")
         if head is not None:
@@ -83,7 +83,7 @@ def _head_follows(embedding: Edit, component: Component, keeping: frozenset[int]
         )
     if embedding.replaced is not None and embedding.replaced.adapter in keeping:
         return True
-    return embedding.source.shape[0] != component.tensors[component.embedding].shape[0]
+    return embedding.source.sizes[0] != component.parameters[component.embedding].sizes[0]
 
 
 def _same(one: Edit, other: Edit) -> bool:
@@ -118,13 +118,13 @@ def _same_update(one: Update, other: Update) -> bool:
     return False
 
 
-def same_values(one: Tensor, other: Tensor, rows: int = 4096) -> bool:
-    """Whether two stored tensors hold the same numbers, whatever their types; a few rows at a time."""
-    if one.shape != other.shape:
+def same_values(one: Storage, other: Storage, rows: int = 4096) -> bool:
+    """Whether two weights have the same values, whatever their types; a few rows at a time."""
+    if one.sizes != other.sizes:
         return False
-    count = one.shape[0] if one.shape else 1
+    count = one.sizes[0] if one.sizes else 1
     step = max(1, min(rows, count))
     return all(
-        bool((one.read(at, at + step).double() == other.read(at, at + step).double()).all())
+        bool((read_rows(one, at, at + step).double() == read_rows(other, at, at + step).double()).all())
         for at in range(0, count, step)
     )

@@ -35,8 +35,8 @@ def container_at(path: Path) -> Container:
         MalformedError: a file that is not one of weights by its name.
     """
     special = (c for c in containers().values() if c is not SHARDED and not isinstance(c, FileContainer))
-    if (found := next((container for container in special if container.detect(path)), None)) is not None:
-        return found
+    if (container := next((container for container in special if container.detect(path)), None)) is not None:
+        return container
     return SHARDED if os.path.isdir(path) or is_index(path.name) else container_of_file(path)
 
 

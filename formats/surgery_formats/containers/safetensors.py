@@ -5,7 +5,7 @@ Format (https://github.com/huggingface/safetensors, "Format"): 8 bytes of little
 many bytes of JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}``,
 then the data, little endian, C order.
 
-What is accepted here is a subset of what the reference implementation accepts, so that no file means two
+This reader accepts a subset of what the reference implementation accepts, so that no file means two
 things: besides its rules (ranges contiguous, without holes, overlaps or trailing bytes; sizes without
 overflow; whole bytes) a name may appear only once, ``{`` comes first, and entries hold nothing else.
 """
@@ -58,8 +58,7 @@ class Header:
 
     Attributes:
         file: The open file.
-        tensors: In order of their position in the file (empty tensors before the tensor that starts where
-            they lie).
+        tensors: In order of position; empty tensors come before the tensor that starts at the same place.
         metadata: The ``__metadata__`` strings; empty when there are none.
         header_nbytes: Bytes before the data, including the 8 of the length.
     """
@@ -72,9 +71,9 @@ class Header:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Without the cycle collector, which takes more than half the time of a header of 100,000 tensors.
+    """Turn the cycle collector off: it takes more than half the time of a header of 100,000 tensors.
 
-    Nothing that is built here has cycles. The switch is the process's; of threads that overlap, the one that
+    Nothing that is built here has cycles. The switch belongs to the process; of threads that overlap, the one that
     found the collector running turns it on again.
     """
     running = gc.isenabled()
@@ -88,11 +87,11 @@ def _collector_paused() -> Iterator[None]:
 
 def _check_text(texts: Iterable[str], file: File) -> None:
     """Lone surrogates cannot be written as UTF-8; the reference refuses them, Python's JSON does not."""
-    every = list(texts)
+    listed = list(texts)
     try:
-        "".join(every).encode()
+        "".join(listed).encode()
     except UnicodeEncodeError:
-        for text in every:
+        for text in listed:
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise MalformedError(f"'{show(text)}' is not Unicode (a lone surrogate)", file=file.path) from None
 
@@ -109,15 +108,15 @@ def _refuse_minus_zero(raw: bytearray, file: File) -> None:
         json.loads(raw.decode(), parse_int=integer)
 
 
-def _metadata(found: Any, file: File) -> dict[str, str]:
-    if type(found) is not dict:
+def _metadata(metadata: Any, file: File) -> dict[str, str]:
+    if type(metadata) is not dict:
         raise MalformedError(f"{METADATA_KEY} is not an object", file=file.path)
-    for key, value in found.items():
+    for key, value in metadata.items():
         if type(value) is not str:
             raise MalformedError(f"{METADATA_KEY}: '{show(key)}' is not a string", file=file.path)
-    _check_text(found, file)
-    _check_text(found.values(), file)
-    return found
+    _check_text(metadata, file)
+    _check_text(metadata.values(), file)
+    return metadata
 
 
 def _brief(value: Any) -> str:

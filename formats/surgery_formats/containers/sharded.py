@@ -47,7 +47,7 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECA
 
 def is_index(name: str) -> bool:
     """Whether `name` is that of an index whose shards can be read."""
-    return (found := _INDEX.fullmatch(name)) is not None and is_weight_file(f"x{found['suffix']}")
+    return (match := _INDEX.fullmatch(name)) is not None and is_weight_file(f"x{match['suffix']}")
 
 
 def _name_fault(name: str, suffix: str) -> str | None:
@@ -63,14 +63,14 @@ def _name_fault(name: str, suffix: str) -> str | None:
 
 def _weight_map(index_path: Path, index: dict[str, Any], suffix: str) -> dict[str, str]:
     """The checked weight map: plain names of existing files of this folder."""
-    found = index.get("weight_map")
-    if not isinstance(found, dict) or not found:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise MalformedError("the index has no weight_map", file=index_path)
-    for tensor, name in found.items():
+    for tensor, name in weight_map.items():
         if not isinstance(name, str):
             raise MalformedError("its shard is not a string", file=index_path, tensor=tensor)
     folded: dict[str, str] = {}
-    for name in sorted(set(found.values())):
+    for name in sorted(set(weight_map.values())):
         path = index_path.parent / name if (fault := _name_fault(name, suffix)) is None else None
         if path is None:
             raise MalformedError(f"the shard '{show(name)}' {fault}", file=index_path)
@@ -85,7 +85,7 @@ def _weight_map(index_path: Path, index: dict[str, Any], suffix: str) -> dict[st
         if not stays_inside(path):
             hint = "links may lead into the blobs of a Hugging Face cache only"
             raise MalformedError(f"the shard '{show(name)}' leads out of the folder", file=index_path, hint=hint)
-    return found
+    return weight_map
 
 
 def _check_agreement(index_path: Path, weight_map: dict[str, str], shards: Sequence[Shard]) -> None:
@@ -242,8 +242,8 @@ def index_name(first: str, suffix: str, base: str) -> str:
         suffix: Its ending.
         base: Name of the base's index, or empty. Whatever loads the base looks for this name.
     """
-    if found := _INDEX.fullmatch(base):
-        return f"{_plain_stem(found['stem'])}{suffix}.index{found['variant'] or ''}.json"
+    if match := _INDEX.fullmatch(base):
+        return f"{_plain_stem(match['stem'])}{suffix}.index{match['variant'] or ''}.json"
     return f"{_unnumbered(first.removesuffix(suffix))}{suffix}.index.json"
 
 

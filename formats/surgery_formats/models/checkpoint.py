@@ -20,7 +20,12 @@ from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.names import Names
 from surgery_formats.models.side_files import side_files
 from surgery_formats.models.ties import ties_by_place
+from surgery_formats.storage.base import Storage
+from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.plain import Plain
+from surgery_formats.storage.registry import claimed_weights
 from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.views import transpose, whole
 
 __all__ = ["Checkpoint", "Component", "open_checkpoint"]
 
@@ -51,6 +56,23 @@ class Component:
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 
     @cached_property
+    def owners(self) -> dict[str, Storage]:
+        """From every stored tensor to the weight that it is, or is a part of."""
+        claimed = claimed_weights(self.tensors, self.config)
+        return {name: claimed.get(name) or _plain(tensor) for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """Every logical weight by name, in the order of their first stored tensors."""
+        return {owner.name: self._parameter(owner) for owner in self.owners.values()}
+
+    def _parameter(self, storage: Storage) -> Parameter:
+        view = whole(storage.shape)
+        if len(storage.sizes) == 2 and self.family.stores_transposed(storage.name):
+            view = transpose(view)
+        return Parameter(storage.name, storage, view, self.name)
+
+    @cached_property
     def family(self) -> Family:
         """What its names mean."""
         return family_of(self.config)
@@ -61,11 +83,11 @@ class Component:
         for config in (self.config, self.config.get("text_config")):
             if isinstance(config, Mapping) and isinstance(flag := config.get("tie_word_embeddings"), bool):
                 return flag
-        return self.family.tied or (bool(self.family.head) and f"{self.family.head}.weight" not in self.tensors)
+        return self.family.tied or (bool(self.family.head) and f"{self.family.head}.weight" not in self.parameters)
 
     @cached_property
     def embedding(self) -> str:
-        """Stored name of the token embedding, or empty."""
+        """Name of the token embedding, or empty."""
         return self._stored(f"{self.family.embedding}.weight") if self.family.embedding else ""
 
     @cached_property
@@ -74,7 +96,7 @@ class Component:
         name = f"{self.family.head}.weight"
         if not self.family.head or not self.embedding:
             return ""
-        return name if name in self.tensors or (self.tied and self._has_head) else ""
+        return name if name in self.parameters or (self.tied and self._has_head) else ""
 
     @property
     def _has_head(self) -> bool:
@@ -89,13 +111,15 @@ class Component:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """Names that share another's bytes: ``lm_head.weight`` -> ``model.embed_tokens.weight``."""
-        found = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(self.tensors))
-        if self.tied and self.head and self.head not in self.tensors:
-            found[self.head] = self.embedding
-        found |= {
-            alias: source for alias, source in self.family.ties if source in self.tensors and alias not in self.tensors
+        aliases = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(self.tensors))
+        if self.tied and self.head and self.head not in self.parameters:
+            aliases[self.head] = self.embedding
+        aliases |= {
+            alias: source
+            for alias, source in self.family.ties
+            if source in self.parameters and alias not in self.parameters
         }
-        return found
+        return aliases
 
     def _preferred(self, alias: str, source: str) -> tuple[str, str]:
         """Of two names of the same bytes the embedding's is the source, whichever was stored first."""
@@ -104,19 +128,24 @@ class Component:
     @cached_property
     def names(self) -> Names:
         """Resolves an adapter's names."""
-        stored = {name: tensor for name, tensor in self.tensors.items() if name not in self.aliases}
-        return Names(stored, self.aliases, self.family, self.name)
+        own = {name: parameter for name, parameter in self.parameters.items() if name not in self.aliases}
+        return Names(own, self.aliases, self.family, self.name)
 
     def _stored(self, name: str) -> str:
-        if name in self.tensors:
+        if name in self.parameters:
             return name
         bare = name.partition(".")[2]  # a bare model's checkpoint lacks the first segment
-        return bare if bare in self.tensors else ""
+        return bare if bare in self.parameters else ""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files."""
         return sum(shard.file.size for shard in self.shards)
+
+
+def _plain(tensor: StoredTensor) -> Plain:
+    """A tensor as a weight of its own. Three axes are a stack of experts, unless it is a convolution: expert stacks are no ``.weight``."""
+    return Plain.of(tensor, stacked=not tensor.name.endswith(".weight"))
 
 
 @dataclass(frozen=True, repr=False)

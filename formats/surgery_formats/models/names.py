@@ -8,19 +8,16 @@ underscores. Names are resolved against the names the base really has; nothing i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.family import Family
+from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.views import expert, rows, transpose, window
+from surgery_formats.tensors.views import expert, rows, window
 from surgery_formats.text import listing
-
-if TYPE_CHECKING:
-    from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["Names", "WeightSlice", "extent"]
 
@@ -51,20 +48,20 @@ class Names:
     """The names of one component of a checkpoint.
 
     Attributes:
-        tensors: Stored tensors by name.
+        parameters: Weights by name.
         aliases: Names that are not stored (or are copies), with the name whose bytes they are.
         family: Spellings and orientation.
         component: Name of the component.
     """
 
-    tensors: Mapping[str, StoredTensor]
+    parameters: Mapping[str, Parameter]
     aliases: Mapping[str, str]
     family: Family
     component: str = ""
 
     @cached_property
     def _known(self) -> frozenset[str]:
-        return frozenset(self.tensors) | frozenset(self.aliases)
+        return frozenset(self.parameters) | frozenset(self.aliases)
 
     @cached_property
     def _prefixes(self) -> tuple[str, ...]:
@@ -126,23 +123,13 @@ class Names:
     def _places(self, name: str) -> tuple[WeightSlice, ...]:
         if name in self._known:
             source = self.aliases.get(name, name)
-            return (WeightSlice(self._parameter(source), name if source != name else ""),)
+            return (WeightSlice(self.parameters[source], name if source != name else ""),)
         module, _, leaf = name.rpartition(".")
         if (
-            leaf in ("weight", "bias") and (fused := f"{module}.in_proj_{leaf}") in self.tensors
+            leaf in ("weight", "bias") and (fused := f"{module}.in_proj_{leaf}") in self.parameters
         ):  # torch's MultiheadAttention
-            return (WeightSlice(self._parameter(fused)),)
+            return (WeightSlice(self.parameters[fused]),)
         return self._split_here(name) or self._fused_here(name)
-
-    def _parameter(self, name: str) -> Parameter:
-        tensor = self.tensors[name]
-        stacked = len(tensor.shape) == 3 and not name.endswith(
-            ".weight"
-        )  # a convolution is a .weight; expert stacks have no leaf
-        parameter = Parameter.of(tensor, self.component, stacked=stacked)
-        if len(tensor.shape) == 2 and self.family.stores_transposed(name):
-            return Parameter(name, parameter.storage, transpose(parameter.view), self.component)
-        return parameter
 
     def _split_here(self, name: str) -> tuple[WeightSlice, ...]:
         """`name` stacks experts in the adapter (``experts.gate_up_proj``), the base holds their parts in another way."""
@@ -159,7 +146,7 @@ class Names:
                     )
                 for parameter in parts:
                     view = window(parameter.view, row_origin=row)
-                    pieces.append(WeightSlice(Parameter(parameter.name, parameter.storage, view, self.component)))
+                    pieces.append(WeightSlice(replace(parameter, view=view)))
                     row += parameter.shape[0]
                 number += 1
             if pieces:
@@ -168,8 +155,8 @@ class Names:
 
     def _piece(self, name: str) -> Parameter | None:
         """One expert's part: a tensor of its own, or a slice of a 3-D one."""
-        if name in self.tensors:
-            return Parameter.of(self.tensors[name], self.component)
+        if name in self.parameters:
+            return self.parameters[name]
         found = self._fused_here(name)
         return found[0].parameter if found else None
 
@@ -181,15 +168,20 @@ class Names:
                 if number is None:
                     continue
                 stored = f"{name.removesuffix(part.format(e=number))}{fused.whole}"
-                tensor = self.tensors.get(stored)
-                if tensor is None or len(tensor.shape) != 3 or number >= tensor.shape[0]:
+                stack = self.parameters.get(stored)
+                if stack is None or len(stack.sizes) != 3 or number >= stack.sizes[0]:
                     continue
-                storage = Plain.of(tensor, stacked=True)
-                height = tensor.shape[1] // len(fused.parts)
-                view = expert(number, tensor.shape[0], (tensor.shape[1], tensor.shape[2]))
+                count, *shape = stack.sizes
+                height = shape[0] // len(fused.parts)
+                view = expert(number, count, (shape[0], shape[1]))
                 view = rows(view, position * height, (position + 1) * height)
-                return (WeightSlice(Parameter(stored, storage, view, self.component)),)
+                return (WeightSlice(replace(stack, storage=_stacked(stack.storage), view=view)),)
         return ()
+
+
+def _stacked(storage: Storage) -> Storage:
+    """A storage of experts with one row of its matrix per row of an expert, whatever its name lets suppose."""
+    return Plain.of(storage.tensor, stacked=True) if isinstance(storage, Plain) else storage
 
 
 def _expert_number(name: str, part: str) -> int | None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgery_formats.storage.base import Storage, read_block, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import gather, scatter
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
@@ -22,14 +24,14 @@ class Parameter:
     """A logical weight ``(out, in)``, or bias ``(n, 1)``.
 
     Attributes:
-        name: The stored tensor's name in its component.
-        storage: The matrix on disk.
-        view: Where in that matrix this weight lies.
+        name: In its component, as the model's code has it; the stored tensor's, unless several make it.
+        storage: The values on disk.
+        view: Where in their matrix this weight lies.
         component: Part of a pipeline (``unet``), or empty.
     """
 
     name: str
-    storage: Plain
+    storage: Storage
     view: View
     component: str = ""
 
@@ -45,20 +47,39 @@ class Parameter:
         return self.view.shape
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Shape of what its storage holds, as the model's code has it."""
+        return self.storage.sizes
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of what its storage holds."""
+        return math.prod(self.storage.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its stored tensors."""
+        return sum(source.nbytes for source in self.storage.sources)
+
+    @property
     def sources(self) -> tuple[StoredTensor, ...]:
         """Stored tensors this weight is made of."""
         return self.storage.sources
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all that its storage holds."""
+        return math.prod(self.shape) == self.numel
+
     def get(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole weight in logical orientation; float32 (float64 where stored so), or `dtype`."""
-        matrix = self.storage.get(0, self.storage.shape[0], dtype)
-        at = self.view.locate(0, self.storage.shape[0])
-        return gather(matrix, at)
+        rows = self.storage.shape[0]
+        return gather(read_values(self.storage, 0, rows, dtype), self.view.locate(0, rows))
 
     def put(self, weight: torch.Tensor) -> dict[StoredTensor, bytes]:
         """Bytes of every stored tensor with `weight` in place: ``put(get())`` is the identity."""
-        matrix = self.storage.get(0, self.storage.shape[0])
-        at = self.view.locate(0, self.storage.shape[0])
-        scatter(matrix, at, weight.to(matrix.dtype))
-        (stored,) = self.sources
-        return {stored: bytes(self.storage.put(0, matrix)[1])}
+        rows = self.storage.shape[0]
+        matrix = read_values(self.storage, 0, rows)
+        scatter(matrix, self.view.locate(0, rows), weight.to(matrix.dtype))
+        written = self.storage.put(0, matrix, read_block(self.storage, 0, rows))
+        return {self.sources[chunk.part]: bytes(chunk.data) for chunk in written}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix on disk that views look into."""
+"""The storage of most weights: one tensor, whose elements are the weight's."""
 
 from __future__ import annotations
 
@@ -7,21 +7,51 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery_formats.dtypes import DType
+from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.tensors.tensor import StoredTensor, Tensor, as_bytes
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plain"]
+__all__ = ["Elements", "Plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """The encoding of a weight as one tensor of elements.
+
+    Attributes:
+        sizes: Of the weight, and of the tensor.
+        shape: ``(rows, cols)``; a 3-D expert tensor is ``(E * rows, cols)``, a convolution ``(out, in * k...)``, a vector ``(n, 1)``.
+        dtype: Element type.
+    """
+
+    sizes: tuple[int, ...]
+    shape: tuple[int, int]
+    dtype: DType
+
+    @property
+    def group(self) -> int:
+        """Every row is on its own."""
+        return 1
+
+    def parts(self, name: str) -> tuple[StoredPart, ...]:
+        """One tensor of the weight's name."""
+        return (StoredPart(name, self.dtype, self.sizes),)
+
+    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+        """The rows rounded to `dtype`: `rounded` is their bytes."""
+        rounded.copy_(block)
+        return (PartBytes(0, start * self.shape[1] * self.dtype.bits // 8, as_bytes(rounded)),)
 
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """One tensor as a matrix of floats.
+    """One tensor as a matrix.
 
     Attributes:
         tensor: Its values.
-        shape: ``(rows, cols)``; a 3-D expert tensor is ``(E * rows, cols)``, a convolution ``(out, in * k...)``, a vector ``(n, 1)``.
+        shape: See `Elements.shape`.
     """
 
     tensor: Tensor
@@ -35,12 +65,46 @@ class Plain:
         return cls(tensor, tensor.matrix)
 
     @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.tensor.name
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> DType:
+        """The tensor's."""
+        return self.tensor.dtype
+
+    @property
+    def kind(self) -> str:
+        """Name of the element type."""
+        return self.tensor.dtype.label
+
+    @property
+    def group(self) -> int:
+        """Every row is on its own."""
+        return 1
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the elements are floating-point numbers."""
+        return self.tensor.dtype.is_float
+
+    @property
     def sources(self) -> tuple[StoredTensor, ...]:
-        """Stored tensors this matrix is made of."""
+        """The tensor, if it is stored."""
         return self.tensor.sources
 
+    def parts(self, name: str) -> tuple[StoredPart, ...]:
+        """One tensor of the weight's name."""
+        return (StoredPart(name, self.dtype, self.sizes),)
+
     def read_into(self, block: torch.Tensor, start: int) -> None:
-        """Fill `block` ``(n, cols)``, contiguous and of the stored type, with the rows from `start`.
+        """Fill `block` ``(n, cols)``, contiguous and of `dtype`, with the rows from `start`.
 
         Raises:
             MalformedError: the file ends before.
@@ -52,26 +116,6 @@ class Plain:
             row = tensor.nbytes // self.shape[0]
             tensor.file.read_into(as_bytes(block), tensor.offset + start * row)
 
-    def stored(self, start: int, stop: int) -> torch.Tensor:
-        """Rows ``[start, stop)`` in the stored type, in memory of the caller's own."""
-        import torch
-
-        block = torch.empty((max(min(stop, self.shape[0]) - start, 0), self.shape[1]), dtype=self.tensor.dtype.torch)
-        self.read_into(block, start)
-        return block
-
-    def get(self, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Rows ``[start, stop)`` in `dtype`: float32, or float64 where stored so, unless another is asked for."""
-        import torch
-
-        exact = torch.float64 if self.tensor.dtype is DType.F64 else torch.float32
-        return self.stored(start, stop).to(dtype or exact)
-
-    def put(self, start: int, block: torch.Tensor, dtype: DType | None = None) -> tuple[int, memoryview]:
-        """Rows from `start`, rounded once to the stored type (or `dtype`).
-
-        Returns:
-            ``(offset from the tensor's first byte, bytes)``.
-        """
-        kept = dtype or self.tensor.dtype
-        return start * self.shape[1] * kept.bits // 8, as_bytes(block.to(kept.torch).contiguous())
+    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+        """See `Elements.put`."""
+        return Elements(self.sizes, self.shape, self.dtype).put(start, block, rounded)

@@ -59,11 +59,11 @@ def is_silent_about_foreign_files(case: ContainerCase, folder: Path) -> None:
 
 def opens_what_was_written(case: ContainerCase, folder: Path) -> None:
     """Names, types, shapes and values are those of the file."""
-    wanted = _tensors()
-    opened = _opened(case.container, case.write(folder, wanted))
-    assert opened.keys() == wanted.keys()
+    expected = _tensors()
+    opened = _opened(case.container, case.write(folder, expected))
+    assert opened.keys() == expected.keys()
     for name, tensor in opened.items():
-        _assert_same(tensor, wanted[name])
+        _assert_same(tensor, expected[name])
 
 
 def stays_inside_its_files(case: ContainerCase, folder: Path) -> None:
@@ -114,7 +114,7 @@ def survives_damage(case: ContainerCase, folder: Path) -> None:
 
 def writes_what_it_opens(case: ContainerCase, folder: Path) -> None:
     """A file written by `lay_out` opens as what was written; a container that is only read names one that is written."""
-    container, wanted = case.container, _tensors()
+    container, expected = case.container, _tensors()
     if not isinstance(container, WritableContainer):
         if isinstance(container, FileContainer):
             output_container(container.name)
@@ -122,8 +122,8 @@ def writes_what_it_opens(case: ContainerCase, folder: Path) -> None:
             assert container.written_as == container.name
         return
     assert container.written_as == container.name
-    specs: list[TensorSpec] = [(name, DType.of(t.dtype), tuple(t.shape)) for name, t in wanted.items()]
-    (shards,) = container.open(case.write(folder, wanted)).values()
+    specs: list[TensorSpec] = [(name, DType.of(t.dtype), tuple(t.shape)) for name, t in expected.items()]
+    (shards,) = container.open(case.write(folder, expected)).values()
     for like, alignment in ((None, 1), (None, 4096), (shards.shards[0], 1)):
         layout = container.lay_out(specs, like, alignment)
         assert layout == container.lay_out(specs, like, alignment)
@@ -137,11 +137,11 @@ def writes_what_it_opens(case: ContainerCase, folder: Path) -> None:
             for name, (offset, nbytes) in layout.ranges.items():
                 assert offset + nbytes <= layout.nbytes
                 file.seek(offset)
-                assert file.write(as_bytes(wanted[name].contiguous())) == nbytes
+                assert file.write(as_bytes(expected[name].contiguous())) == nbytes
         opened = _opened(container, path)
-        assert opened.keys() == wanted.keys()
+        assert opened.keys() == expected.keys()
         for name, tensor in opened.items():
-            _assert_same(tensor, wanted[name])
+            _assert_same(tensor, expected[name])
 
 
 CONTAINER_CHECKS: tuple[Callable[[ContainerCase, Path], None], ...] = (
@@ -185,10 +185,10 @@ def _weight_files(container: Container, path: Path) -> list[Path]:
     return [shard.path for network in container.open(path).values() for shard in network.shards]
 
 
-def _assert_same(tensor: StoredTensor, wanted: torch.Tensor) -> None:
-    assert tensor.dtype.torch == wanted.dtype, tensor.name
-    assert tensor.shape == tuple(wanted.shape), tensor.name
-    assert tensor.read().equal(wanted), tensor.name
+def _assert_same(tensor: StoredTensor, expected: torch.Tensor) -> None:
+    assert tensor.dtype.torch == expected.dtype, tensor.name
+    assert tensor.shape == tuple(expected.shape), tensor.name
+    assert tensor.read().equal(expected), tensor.name
 
 
 def _foreign(folder: Path, container: Container) -> Iterator[Path]:

@@ -74,8 +74,8 @@ class Factor:
         """The factor, given the values of `tensors`."""
         return (stored[0] if self.view is None else self.view(*stored)).reshape(self.shape)
 
-    def load(self, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
-        """The values in `dtype`, of `shape`, on `device`.
+    def load(self, dtype: torch.dtype | None, device: str = "cpu") -> torch.Tensor:
+        """The values in `dtype` (None keeps the type they are read in), of `shape`, on `device`.
 
         Raises:
             FitError: a value is not finite, or the stored type is not floating point.
@@ -86,19 +86,19 @@ class Factor:
         return made.reshape(self.shape).clone().to(device)
 
 
-def _read(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _read(tensor: Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """All values of a trained tensor, checked."""
     import torch
 
     if not tensor.dtype.is_float and tensor.dtype not in (DType.F8_E4M3, DType.F8_E5M2):
         raise FitError(f"trained values of type {tensor.dtype.label}", file=tensor.path, tensor=tensor.name)
-    values = tensor.read().to(dtype)
+    values = tensor.read() if dtype is None else tensor.read().to(dtype)
     if not bool(torch.isfinite(values).all()):
         raise FitError("holds NaN or Inf", file=tensor.path, tensor=tensor.name, hint="train it again")
     return values
 
 
-def _read_shared(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _read_shared(tensor: Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """As `_read`, remembering this thread's last two: the experts of a stack are parts of the same two tensors."""
     place = (tensor.file.identity, tensor.offset, tensor.nbytes) if isinstance(tensor, StoredTensor) else tensor
     key = (place, dtype)

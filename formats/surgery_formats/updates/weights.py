@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery_formats.storage.plain import Plain
+from surgery_formats.storage.base import Storage, read_block
 from surgery_formats.tensors.apply import Apply, apply_chain, gather
 from surgery_formats.tensors.views import Index, View
 
@@ -30,7 +30,7 @@ class WeightView:
         height: Storage rows per block.
     """
 
-    storage: Plain
+    storage: Storage
     earlier: tuple[tuple[View, Apply], ...]
     view: View
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class WeightView:
             end = min(start + self.height, self.storage.shape[0])
             at = self.view.locate(start, end)
             if at:
-                block = self.storage.stored(start, end).to(self.device, self.dtype)
+                block = read_block(self.storage, start, end).to(self.device, self.dtype)
                 apply_chain(self.earlier, block, start, end)
                 yield gather(block, at), at.rows, at.cols
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery_formats.errors import FitError
+from surgery_formats.storage.base import read_block
 from surgery_formats.storage.plain import Plain
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def check_finite(side: Plain, start: int, stop: int) -> None:
 
     step = max(1, _LARGE // max(side.shape[1], 1))
     for at in range(start, stop, step):
-        if not bool(torch.isfinite(side.stored(at, min(at + step, stop)).float()).all()):
+        if not bool(torch.isfinite(read_block(side, at, min(at + step, stop)).float()).all()):
             raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
 
 

@@ -25,7 +25,6 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model, Projection
-from surgery_formats.tensors.tensor import ZeroTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 
 __all__ = ["DELTA", "Layout", "Merged", "merged_weights"]
@@ -66,9 +65,7 @@ def merged_weights(binding: Binding, layout: Layout) -> Merged:
         FitError: see `surgery.engine.model_output.plan_merge`.
     """
     component = binding.checkpoint.main
-    if layout == "full" and (
-        grown := [edit.name for edit in binding.edits.values() if isinstance(edit.source, ZeroTensor)]
-    ):
+    if layout == "full" and (grown := [edit.name for edit in binding.edits.values() if not edit.source.sources]):
         raise FitError(
             "the adapter adds a bias where this architecture has none: no checkpoint can hold it, a graph can",
             tensor=grown[0],

@@ -23,6 +23,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.parameters import parameters
 from surgery_formats.models.families.recipe import Model
+from surgery_formats.storage.base import is_stacked
 from surgery_formats.tensors.views import View
 from surgery_formats.updates import LoRA
 
@@ -86,7 +87,7 @@ def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
     """From stored names to the recipe's."""
     found = {}
     for name in parameters(model):
-        places = () if name in component.tensors else component.names.resolve(name)
+        places = () if name in component.parameters else component.names.resolve(name)
         found[places[0].parameter.name if len(places) == 1 else name] = name
     return found
 
@@ -103,10 +104,10 @@ def _additions(edit: Edit, adapter: Adapter, component: Component) -> Additions:
     Raises:
         FitError: something is done to it that no slot can hold.
     """
-    base = component.tensors.get(component.aliases.get(edit.name, edit.name))
-    if edit.replaced is not None and (base is None or not same_values(base, edit.source)):
+    base = component.parameters.get(component.aliases.get(edit.name, edit.name))
+    if edit.replaced is not None and (base is None or not same_values(base.storage, edit.source)):
         raise _refused("new values in place of the base's", edit, edit.replaced, adapter)
-    if edit.stacked:
+    if is_stacked(edit.source):
         raise _refused("an update of stacked experts", edit, edit.operations[0], adapter)
     additions = []
     for operation in edit.operations:

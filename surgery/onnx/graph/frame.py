@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from surgery.onnx.graph.context import Context
-from surgery.onnx.graph.rotary import Table, table
+from surgery.onnx.graph.rotary import RotaryTable, table
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Rope
 
@@ -34,10 +34,10 @@ class Frame:
         self._graph = ctx.graph
         self.mask = mask
         self.max_length = max_length
-        self._tables: list[tuple[Rope, Table]] = []
+        self._tables: list[tuple[Rope, RotaryTable]] = []
         self._masks: dict[int | None, str] = {}
 
-    def table(self, rope: Rope) -> Table:
+    def table(self, rope: Rope) -> RotaryTable:
         """Cosines and sines; layers of the same parameters share them."""
         for known, made in self._tables:
             if known == rope:
@@ -75,7 +75,7 @@ class Frame:
             return graph.node("Add", [past, self._places(self._new_tokens)], "")
         return graph.node("Max", [self._new_positions, graph.ints(0)], "")
 
-    def shifted_positions(self, rows: Table) -> str:
+    def shifted_positions(self, rows: RotaryTable) -> str:
         """Rows of a rotary table: positions, in the second half of the table for long sequences."""
         if not rows.original:
             return self.positions

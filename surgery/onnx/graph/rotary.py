@@ -20,7 +20,7 @@ from surgery_formats.models.families.recipe import Rope
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Frequencies", "Table", "frequencies", "longest", "table"]
+__all__ = ["Frequencies", "RotaryTable", "frequencies", "longest", "table"]
 
 _ROWS = 1 << 24
 """Positions: more than any model was made for; a config.json may say anything."""
@@ -44,7 +44,7 @@ class Frequencies:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class RotaryTable:
     """Cosines and sines as values of a graph, ``(rows, dims / 2)``.
 
     Attributes:
@@ -162,7 +162,7 @@ def _longrope_scaling(p: Mapping[str, Any], original: int) -> float:
     return 1.0 if p["factor"] <= 1 else math.sqrt(1 + math.log(p["factor"]) / math.log(original))
 
 
-def table(graph: Graph, rope: Rope, rows: int, io: DType) -> Table:
+def table(graph: Graph, rope: Rope, rows: int, io: DType) -> RotaryTable:
     """The tables of `rows` positions in type `io`; of twice as many rows where long sequences have angles of their own."""
     import numpy as np
 
@@ -185,4 +185,4 @@ def table(graph: Graph, rope: Rope, rows: int, io: DType) -> Table:
             value = graph.node("Mul", [value, graph.constant(np.array(found.scaling, np.float32))], at)
         return value if io is DType.F32 else graph.node("Cast", [value], at, to=ONNX_TYPES[io])
 
-    return Table(wave("Cos"), wave("Sin"), original, rows)
+    return RotaryTable(wave("Cos"), wave("Sin"), original, rows)

@@ -232,10 +232,7 @@ def _module_name(site: Site, update: Update, base: Checkpoint | None) -> str:
 
 def _is_convolution(site: Site, update: LoRA | DoRA, base: Checkpoint | None) -> bool:
     if base is not None:
-        return (
-            len(places_of(site, base, update.tensors)[0].parameter.storage.tensor.shape) > 2
-            and ".experts." not in site.path
-        )
+        return len(places_of(site, base, update.tensors)[0].parameter.sizes) > 2 and ".experts." not in site.path
     return bool(site.kernel)
 
 

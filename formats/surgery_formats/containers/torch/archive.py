@@ -97,7 +97,7 @@ def members(file: File) -> dict[str, Member]:
     def fail(what: str, name: str) -> MalformedError:
         return MalformedError(f"zip member '{show(name)}': {what}", file=file.path)
 
-    found: list[tuple[int, int, Member]] = []
+    placed: list[tuple[int, int, Member]] = []
     at = 0
     for _ in range(entries):
         if at + _CENTRAL.size > nbytes:
@@ -126,14 +126,14 @@ def members(file: File) -> dict[str, Member]:
             raise fail("it reaches beyond the archive", name)
         if bytes(file.read(local + _LOCAL.size, name_len)) != plain:
             raise fail("it has another name in its local header", name)
-        found.append((local, data + size, Member(name, data, size)))
+        placed.append((local, data + size, Member(name, data, size)))
     if at != nbytes:
         raise MalformedError("bytes between the zip directory's entries and its end", file=file.path)
 
-    found.sort(key=lambda item: item[:2])
+    placed.sort(key=lambda item: item[:2])
     result: dict[str, Member] = {}
     end = 0
-    for local, stop, member in found:
+    for local, stop, member in placed:
         if member.name in result:
             raise fail("it appears twice", member.name)
         if local < end or (not result and local != 0):

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from surgery_formats.containers.torch.archive import members
 from surgery_formats.containers.torch.pickle_ops import interpret
+from surgery_formats.containers.torch.rebuild import PickledStorage
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import File, open_file
@@ -37,8 +38,8 @@ WRAPPERS = (
 
 
 def _open_zip(file: File) -> object:
-    found = members(file)
-    pickles = [name for name in found if name.endswith("/data.pkl") and name.count("/") == 1]
+    archive = members(file)
+    pickles = [name for name in archive if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise MalformedError(
             f"{len(pickles)} members '*/data.pkl' instead of one",
@@ -46,15 +47,15 @@ def _open_zip(file: File) -> object:
             hint="not a torch checkpoint",
         )
     root = pickles[0].removesuffix("data.pkl")
-    order = found.get(f"{root}byteorder")
+    order = archive.get(f"{root}byteorder")
     if order is not None and bytes(file.read(order.offset, min(order.nbytes, 16))) != b"little":
         raise MalformedError("its numbers are not little-endian", file=file.path)
-    pickled = found[pickles[0]]
+    pickled = archive[pickles[0]]
     if pickled.nbytes > _PICKLE_LIMIT:
         raise MalformedError(f"a pickle of {pickled.nbytes} bytes (at most {_PICKLE_LIMIT} are read)", file=file.path)
 
     def locate(key: str, nbytes: int) -> int:
-        member = found.get(f"{root}data/{key}")
+        member = archive.get(f"{root}data/{key}")
         if member is None or member.nbytes != nbytes:
             what = "is missing" if member is None else f"has {member.nbytes} bytes, its description says {nbytes}"
             raise MalformedError(f"storage '{show(key)}' {what}", file=file.path)
@@ -68,11 +69,11 @@ def _open_zip(file: File) -> object:
 
 
 def _no_storage(file: File) -> MalformedError:
-    return MalformedError("a storage where none may be", file=file.path)
+    return MalformedError("a storage in the header", file=file.path)
 
 
 def _open_legacy(file: File) -> object:
-    """The object comes before the storages, so it is read twice: for their sizes, then with their places."""
+    """The object comes before the storages, so it is read twice: first for their sizes, then with their offsets."""
     stream = io.BytesIO(file.read(0, min(file.size, _PICKLE_LIMIT)))
 
     def no_storage(key: str, nbytes: int) -> int:
@@ -102,7 +103,7 @@ def _open_legacy(file: File) -> object:
         at = offsets[key] + sizes[key]
         # The count is in elements, whose size only the object's pickle knows.
         if at > file.size or (count == 0) != (sizes[key] == 0) or (count and sizes[key] % count):
-            raise MalformedError(f"storage '{show(key)}' has not the size its description says", file=file.path)
+            raise MalformedError(f"storage '{show(key)}' does not have the size its description gives", file=file.path)
     if at != file.size:
         raise MalformedError(f"{file.size - at} bytes behind the last storage", file=file.path)
     stream.seek(begin)
@@ -121,14 +122,13 @@ def read_torch(file: File) -> object:
     """The object in a torch checkpoint.
 
     Returns:
-        A tree of dict, list, tuple, str, int, float, bool, None, `DType` and `StoredTensor`. References are
-        shared as they were when
-        saved: a hostile tree may be cyclic, so walk it to a known depth only. Tensors that share bytes (ties)
-            have one `place`.
+        A tree of dict, list, tuple, str, int, float, bool, None, `DType` and `StoredTensor`. References are shared
+        as they were when saved: a hostile tree may be cyclic, so walk it to a known depth only. Tensors that share
+        bytes (ties) have the same `place`.
 
     Raises:
-        MalformedError: not a torch checkpoint, or one with more than tensors and plain values; the message
-            names what it asked for.
+        MalformedError: not a torch checkpoint, or it asks for more than tensors and plain values; the message names
+            what it asked for.
     """
     head = bytes(file.read(0, min(file.size, 4)))
     if head == b"PK\x03\x04":
@@ -149,7 +149,7 @@ def open_torch(path: str | os.PathLike[str]) -> object:
 
 
 def _weights(tree: object) -> dict[object, object]:
-    """The dict that holds the tensors: the tree itself, or what it wraps."""
+    """The dict of tensors: `tree` itself, or a dict that it wraps."""
     if not isinstance(tree, dict):
         raise MalformedError(f"a {type(tree).__name__} where a dict of tensors was expected")
     if any(isinstance(value, StoredTensor) for value in tree.values()):
@@ -164,15 +164,15 @@ def _weights(tree: object) -> dict[object, object]:
         raise MalformedError(
             f"tensors under {listing(others)} beside those of the model", hint="save the model's state dict alone"
         )
-    found: dict[object, object] = tree[inside[0]]
-    return found
+    weights: dict[object, object] = tree[inside[0]]
+    return weights
 
 
 def _holds_tensors(value: object, depth: int = 8) -> bool:
     if isinstance(value, StoredTensor):
         return True
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return depth > 0 and any(_holds_tensors(one, depth - 1) for one in inner)
+    return depth > 0 and any(_holds_tensors(item, depth - 1) for item in inner)
 
 
 def _pairs(tree: object) -> Iterator[tuple[str, object]]:
@@ -182,7 +182,8 @@ def _pairs(tree: object) -> Iterator[tuple[str, object]]:
         if any("\ud800" <= c <= "\udfff" for c in key):
             raise MalformedError(f"the key '{show(key)}' is not Unicode (a lone surrogate)")
         if not isinstance(value, StoredTensor | str | int | float | DType | None):
-            raise MalformedError(f"a {type(value).__name__} where a tensor was expected", tensor=key)
+            what = "storage" if isinstance(value, PickledStorage) else type(value).__name__
+            raise MalformedError(f"a {what} where a tensor was expected", tensor=key)
         yield key, value
 
 
@@ -190,6 +191,6 @@ def state_dict(tree: object) -> dict[str, StoredTensor]:
     """The tensors of `tree` by name: a dict of tensors, or one inside ``{"state_dict": ...}`` or the like.
 
     Raises:
-        MalformedError: no such dict, or it holds containers, whose tensors would be lost.
+        MalformedError: no such dict, or it holds dicts or lists, whose tensors would be lost.
     """
     return {key: replace(value, name=key) for key, value in _pairs(tree) if isinstance(value, StoredTensor)}

@@ -8,7 +8,7 @@ be compared with those below; the five that may be "called" are cases in `_Machi
 refused by name.
 
 Time and memory grow with the number of opcodes, which is bounded, and with nothing else. Shared references
-may form cycles or deep graphs, as in any pickle, so whoever walks the result must bound the depth.
+may form cycles or deep graphs, as in any pickle, so a walk of the result must bound its depth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from surgery_formats.containers.torch.rebuild import (
     DTYPES,
     STORAGES,
     UNTYPED,
-    Storage,
+    PickledStorage,
     are_sizes,
     is_size,
     rebuild,
@@ -84,7 +84,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.steps = 0
-        self.storages: dict[str, tuple[str, int, Storage]] = {}
+        self.storages: dict[str, tuple[str, int, PickledStorage]] = {}
 
     def fail(self, what: str) -> MalformedError:
         return MalformedError(f"pickle: {what}", file=self.file.path)
@@ -102,7 +102,7 @@ class _Machine:
 
     def pop(self) -> Any:
         if not self.stack or self.stack[-1] is _MARK:
-            raise self.fail("it takes more from the stack than there is")
+            raise self.fail("it pops an empty stack")
         return self.stack.pop()
 
     def top(self, kind: type[Any]) -> Any:
@@ -130,17 +130,17 @@ class _Machine:
             into[key] = value
 
     def import_name(self, module: Any, name: Any) -> _Global | DType:
-        full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a name that is no text"
+        full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a name that is not text"
         if full in DTYPES:
             return DTYPES[full]
         if full not in _CALLS and full not in STORAGES and full not in UNTYPED:
             raise self.refuse(full)
         return _Global(full)
 
-    def persistent(self, pid: Any) -> Storage:
+    def persistent(self, pid: Any) -> PickledStorage:
         """``('storage', type, key, device, numel[, view])``; numel counts bytes for an untyped storage."""
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or pid[5:] not in ((), (None,)):
-            raise self.fail("a persistent id that is no storage")
+            raise self.fail("a persistent id that is not a storage")
         kind, key, numel = pid[1], pid[2], pid[4]
         if not isinstance(kind, _Global) or (kind.name not in STORAGES and kind.name not in UNTYPED):
             raise self.fail("a storage of an unknown type")
@@ -153,7 +153,7 @@ class _Machine:
             return known[2]
         dtype = STORAGES.get(kind.name)
         nbytes = numel * (dtype.bits // 8 if dtype else 1)
-        storage = Storage(key, dtype, self.locate(key, nbytes), nbytes)
+        storage = PickledStorage(key, dtype, self.locate(key, nbytes), nbytes)
         self.storages[key] = (kind.name, numel, storage)
         return storage
 
@@ -162,19 +162,19 @@ class _Machine:
         if name not in _CALLS or not isinstance(called, _Global):
             raise self.refuse(f"{name}(...)")
         if not isinstance(args, tuple):
-            raise self.fail(f"arguments of {name} are no tuple")
+            raise self.fail(f"the arguments of {name} are not a tuple")
         if name == "collections.OrderedDict":
-            found: dict[Any, Any] = {}
+            ordered: dict[Any, Any] = {}
             pairs = args[0] if len(args) == 1 and isinstance(args[0], list) else args  # Python 2 gives a list of pairs
             self.spend(len(pairs))
             for pair in pairs:
                 if not isinstance(pair, list | tuple) or len(pair) != 2:
-                    raise self.fail("an OrderedDict of something else than pairs")
-                self.set_items(found, list(pair))
-            return found
+                    raise self.fail("an OrderedDict of something other than pairs")
+                self.set_items(ordered, list(pair))
+            return ordered
         if name == "torch.Size":
             if len(args) != 1 or not are_sizes(args[0]):
-                raise self.fail("a torch.Size of something else than sizes")
+                raise self.fail("a torch.Size of something other than sizes")
             return args[0]
         if name == "torch._utils._rebuild_parameter":
             if len(args) != 3 or not isinstance(args[0], StoredTensor):
@@ -235,7 +235,7 @@ def _step(m: _Machine, op: str, arg: Any) -> None:
         # A module's state_dict() is an OrderedDict with the attribute _metadata; attributes of containers are
         # not weights.
         if not isinstance(m.pop(), dict):
-            raise m.fail("a state that is no dict")
+            raise m.fail("a state that is not a dict")
         m.top(dict)
     elif op == "POP":
         m.pop()
@@ -257,7 +257,7 @@ def interpret(stream: io.BytesIO, file: File, locate: Locate) -> object:
 
     Returns:
         A tree of dict, list, tuple, str, int, float, bool, None, `DType` and `StoredTensor`; also inert names
-        and `Storage`, where the pickle has them outside a tensor.
+        and `PickledStorage`, where the pickle has them outside a tensor.
 
     Raises:
         MalformedError: not a pickle, or one that asks for anything else; the message names it.

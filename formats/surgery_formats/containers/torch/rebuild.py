@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a torch pickle says about a tensor to the bytes it covers, every number checked.
+"""Find the bytes of a tensor that a torch pickle describes; every number is checked.
 
 Sources: ``torch._utils._rebuild_tensor_v2`` and ``_rebuild_tensor_v3`` (their arguments),
     ``torch.serialization`` (persistent ids).
@@ -15,7 +15,7 @@ from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["DTYPES", "STORAGES", "UNTYPED", "Storage", "are_sizes", "is_size", "rebuild"]
+__all__ = ["DTYPES", "STORAGES", "UNTYPED", "PickledStorage", "are_sizes", "is_size", "rebuild"]
 
 STORAGES = {
     "torch.DoubleStorage": DType.F64,
@@ -41,8 +41,8 @@ _SPREAD_LIMIT = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
-    """What a persistent id names: bytes of a file, typed unless `dtype` is None."""
+class PickledStorage:
+    """The bytes that a persistent id names; `dtype` is None for an untyped storage."""
 
     key: str
     dtype: DType | None
@@ -61,7 +61,7 @@ def are_sizes(value: Any) -> bool:
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """C order. The stride of an axis of size 1 is never used, and an empty tensor has no order."""
+    """Whether the order is C. The stride of an axis of size 1 is never used, and an empty tensor has no order."""
     if 0 in shape:
         return True
     expected = 1
@@ -73,7 +73,7 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def rebuild(args: tuple[Any, ...], *, v3: bool, file: File) -> StoredTensor | str:
-    """The tensor that ``_rebuild_tensor_v2(*args)``, or ``_v3``, describes, or what is wrong with it.
+    """Return the tensor that ``_rebuild_tensor_v2(*args)`` (or ``_v3``) describes, or what is wrong with it.
 
     Args:
         args: ``(storage, offset, size, stride, requires_grad, hooks, [dtype in v3], [metadata])``; in
@@ -82,7 +82,7 @@ def rebuild(args: tuple[Any, ...], *, v3: bool, file: File) -> StoredTensor | st
         file: Where the storage lies.
     """
     fixed = 7 if v3 else 6
-    if len(args) not in (fixed, fixed + 1) or not isinstance(args[0], Storage):
+    if len(args) not in (fixed, fixed + 1) or not isinstance(args[0], PickledStorage):
         return "a tensor without a storage"
     storage, first, shape, strides = args[:4]
     if any(args[fixed:]):
@@ -91,7 +91,7 @@ def rebuild(args: tuple[Any, ...], *, v3: bool, file: File) -> StoredTensor | st
     if not isinstance(dtype, DType) or (v3 and storage.dtype is not None):
         return "a tensor without an element type"
     if not (is_size(first) and are_sizes(shape) and are_sizes(strides) and len(shape) == len(strides)):
-        return "a tensor whose offset, sizes or strides are no sizes"
+        return "a tensor with an invalid offset, size or stride"
     item = dtype.bits // 8
     numel = 1
     for size in shape:

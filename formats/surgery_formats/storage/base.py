@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a storage is: a way to hold one logical weight in stored tensors, and to read and write it a block of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.tensors.tensor import StoredTensor, matrix_of
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Encoding",
+    "PartBytes",
+    "Storage",
+    "StorageKind",
+    "StoredPart",
+    "is_contiguous",
+    "is_stacked",
+    "read_block",
+    "read_rows",
+    "read_values",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """One of the stored tensors that hold a weight in an output."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length of its bytes."""
+        return self.dtype.nbytes(math.prod(self.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class PartBytes:
+    """Some bytes of a part.
+
+    Attributes:
+        part: Its position in `Encoding.parts`.
+        offset: From the part's first byte.
+        data: The bytes; good until the next `Encoding.put` into the same buffer.
+    """
+
+    part: int
+    offset: int
+    data: memoryview
+
+
+class Encoding(Protocol):
+    """How the values of a weight become bytes of stored tensors.
+
+    Attributes:
+        sizes: Of the weight, as the model's code has it: ``(out, in)``, ``(out, in, k, k)``, ``(experts, rows, cols)``, ``(n,)``.
+        shape: ``(rows, cols)`` of the same values as a matrix; blocks are rows of it.
+        dtype: Type of the values that a reader gets.
+        group: Rows that can only be put together: blocks begin at a multiple of it and end at one, or at the last row.
+    """
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def group(self) -> int: ...
+
+    def parts(self, name: str) -> tuple[StoredPart, ...]:
+        """The stored tensors that hold the weight if it is called `name`, in the order of `Storage.sources`."""
+
+    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+        """The bytes of the rows from `start`, rounded once.
+
+        Args:
+            start: A multiple of `group`.
+            block: ``(n, cols)``, finite, in any floating-point type on any device; never written to.
+            rounded: ``(n, cols)`` of `dtype` on the CPU; filled with the values that a reader will get. The bytes may lie in it.
+
+        Raises:
+            ValueError: rows that cannot be put alone, see `group`.
+        """
+
+
+class Storage(Encoding, Protocol):
+    """A weight in stored tensors.
+
+    Attributes:
+        name: Of the weight, as the model's code has it.
+        sources: Every stored tensor it is made of.
+        kind: Name of the type it is stored in, for people: ``BF16``, ``NF4``.
+        is_float: Whether its values are numbers that updates can be added to (and not codes or indices without a meaning of their own).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def is_float(self) -> bool: ...
+
+    def read_into(self, block: torch.Tensor, start: int) -> None:
+        """Fill `block` ``(n, cols)``, contiguous, of `dtype` and on the CPU, with the rows from `start`; any rows can be read.
+
+        Raises:
+            MalformedError: the file ends before, or what is stored is not what the storage says.
+        """
+
+
+class StorageKind(Protocol):
+    """One way to store weights. Adding one is adding an object like this to `registry.BUILT_IN`, or a plugin's entry point.
+
+    Attributes:
+        name: As reports call it.
+        title: One line for ``surgery formats``.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+
+    def claim(self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterable[Storage]:
+        """The weights that are stored this way.
+
+        Args:
+            tensors: Every stored tensor of a network, by name.
+            config: Its config.json.
+
+        Raises:
+            MalformedError: the configuration names this storage, and the tensors are not what it needs.
+        """
+
+
+def read_block(storage: Storage, start: int, stop: int) -> torch.Tensor:
+    """Rows ``[start, stop)`` of the matrix, in `Storage.dtype`, in memory of the caller's own.
+
+    Raises:
+        FitError: torch has no such element type.
+    """
+    import torch
+
+    rows, cols = storage.shape
+    try:
+        dtype = storage.dtype.torch
+    except TypeError as error:
+        path = storage.sources[0].path if storage.sources else None
+        raise FitError(f"values of type {storage.kind} cannot be read", file=path, tensor=storage.name) from error
+    block = torch.empty((max(min(stop, rows) - start, 0), cols), dtype=dtype)
+    storage.read_into(block, start)
+    return block
+
+
+def read_values(storage: Storage, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Rows ``[start, stop)`` of the matrix in `dtype`: float32, or float64 where stored so, unless another is asked for."""
+    import torch
+
+    exact = torch.float64 if storage.dtype is DType.F64 else torch.float32
+    return read_block(storage, start, stop).to(dtype or exact)
+
+
+def read_rows(storage: Storage, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Elements ``[start:stop]`` of the first axis of `Storage.sizes`, in `Storage.dtype`."""
+    if not storage.sizes:
+        return read_block(storage, 0, 1).reshape(())
+    count = storage.sizes[0]
+    stop = count if stop is None else min(stop, count)
+    per = storage.shape[0] // count if count else 1
+    return read_block(storage, start * per, stop * per).reshape(max(stop - start, 0), *storage.sizes[1:])
+
+
+def is_stacked(storage: Storage) -> bool:
+    """Whether its matrix holds a stack of experts one under the other, a row for every row of every expert."""
+    return storage.shape != matrix_of(storage.sizes)
+
+
+def is_contiguous(storage: Storage) -> bool:
+    """Whether its stored tensors can be copied as they are: each is a range of bytes in C order."""
+    return all(source.strides is None for source in storage.sources)

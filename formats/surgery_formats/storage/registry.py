@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which stored tensors hold which weights: kinds of storage by name, and the weights they find in a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery_formats.errors import MalformedError
+from surgery_formats.plugins import with_plugins
+from surgery_formats.storage.base import Storage, StorageKind
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import show
+
+__all__ = ["BUILT_IN", "ENTRY_POINTS", "claimed_weights", "storage_kinds"]
+
+BUILT_IN: tuple[StorageKind, ...] = ()
+"""Beside `Plain`, which every tensor has that none of these claims."""
+ENTRY_POINTS = "surgery.storages"  # a plugin's entry point is an object like those above
+
+
+def storage_kinds() -> dict[str, StorageKind]:
+    """Every kind of storage by name: the built-in ones, then plugins'.
+
+    Raises:
+        SurgeryError: see `surgery_formats.plugins.with_plugins`.
+    """
+    return with_plugins(ENTRY_POINTS, BUILT_IN, "storage")
+
+
+def claimed_weights(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, Storage]:
+    """From every stored tensor that is part of a weight to that weight.
+
+    Raises:
+        MalformedError: two weights claim a tensor, or one has a name that another tensor has.
+    """
+    owners: dict[str, Storage] = {}
+    for kind in storage_kinds().values():
+        for weight in kind.claim(tensors, config):
+            for source in weight.sources:
+                if owners.setdefault(source.name, weight) is not weight:
+                    raise MalformedError(
+                        f"belongs to '{show(weight.name)}' and to '{show(owners[source.name].name)}'",
+                        file=source.path,
+                        tensor=source.name,
+                    )
+    for weight in owners.values():
+        if weight.name in tensors and owners.get(weight.name) is not weight:
+            raise MalformedError(
+                f"is there twice: as it is, and stored as {weight.kind}",
+                file=tensors[weight.name].path,
+                tensor=weight.name,
+            )
+    return owners

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each command is a function of the same name with parameters of the same names, and the other way round."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+
+import surgery
+from surgery_cli.group import COMMANDS
+from surgery_cli.options import global_options
+
+ONLY_A_COMMAND = {"completion"}
+ONLY_A_FUNCTION = {"open"}
+RANK = {"rank": "rank", "energy": "rank", "max_error": "rank", "budget": "rank", "rank_pattern": "rank"}
+SAMPLING = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), "sampling")
+
+# Options that are called, or grouped, otherwise than the parameters; None: the command alone has it.
+OTHERWISE: dict[str, dict[str, str | None]] = {
+    "extract-lora": RANK,
+    "combine": RANK,
+    "resize": RANK,
+    "run": {"texts": "inputs", "ids": "inputs", "no_prompt": "prompt", **SAMPLING},
+    "bench": {"no_cuda_graph": "cuda_graph"},
+    "inspect": {"depth": None, "every": None},
+    "diff": {"fail_on": None},
+    "report": {"markdown": None, "overwrite": None},
+}
+CALLBACKS = {"progress", "on_text", "check"}
+
+VERBS = [name for name in COMMANDS if name not in ONLY_A_COMMAND]
+
+
+def test_every_command_is_a_function_and_every_function_a_command():
+    functions = {name for name in surgery.__all__ if inspect.isfunction(getattr(surgery, name))}
+    assert functions - ONLY_A_FUNCTION == {name.replace("-", "_") for name in VERBS}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_options_of_a_command_are_parameters_of_its_function(name: str):
+    module = name.replace("-", "_")
+    command = importlib.import_module(f"surgery_cli.commands.{module}").command
+    options = {option.name for option in command.params} - {option.name for option in global_options()}
+    names = {OTHERWISE.get(name, {}).get(option, option) for option in options} - {None}
+    parameters = inspect.signature(getattr(surgery, module)).parameters
+    assert names == set(parameters) - CALLBACKS
+    assert not [option for option in OTHERWISE.get(name, {}) if option in parameters and option != "rank"]
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_what_is_no_input_is_passed_by_name(name: str):
+    """So that adding a parameter breaks no caller."""
+    parameters = inspect.signature(getattr(surgery, name.replace("-", "_"))).parameters.values()
+    positional = [one.name for one in parameters if one.kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert len(positional) <= 2
+    assert not {"rank", "dtype", "overwrite", "progress"} & set(positional)
+    assert name == "verify" or "output" not in positional
