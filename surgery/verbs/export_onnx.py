@@ -45,7 +45,6 @@ def export_onnx(
     adapters: AdaptersLike = (),
     *,
     output: StrPath,
-    mode: str | None = None,
     merge: AdaptersLike = (),
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
@@ -64,9 +63,8 @@ def export_onnx(
 
     Args:
         base: Hugging Face folder, or an opened Checkpoint.
-        adapters: One or several, as `surgery.merge` takes them; `mode` says where they go.
+        adapters: One or several, as `surgery.merge` takes them: soft prompts go in front, all others are merged.
         output: Folder to make, or the base's own, to which files are only added.
-        mode: ``merged``, ``swappable`` or ``prefix``; None: a soft prompt goes in front, all else is merged.
         merge: Adapters to merge, with or without weights.
         swap: Adapters for slots: the graph is the base until one is given to a run.
         prefix: Soft prompts; the first one is the default.
@@ -92,7 +90,7 @@ def export_onnx(
     """
     where = as_output(output)
     checkpoint = as_checkpoint(base)
-    wanted = sort_adapters(adapters, mode, merge, swap, prefix)
+    wanted = sort_adapters(adapters, merge, swap, prefix)
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
