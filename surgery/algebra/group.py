@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.writing import component_of, places_of, whole_place
-from surgery_formats.binding.bind import fit_of, widest_of
+from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
-from surgery_formats.updates import Replacement, Unsized, Update
+from surgery_formats.updates import Replacement, Update
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
@@ -84,21 +84,10 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
 
 
 def _sized(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:
-    chains = adapter.updates.values()
-    kinds = {update.kind for chain in chains for update in chain if isinstance(update, Unsized)}
-    if not kinds:
-        return adapter.updates
-    widest = {kind: widest_of(kind, adapter, base) for kind in kinds}
-    sized: dict[Site, tuple[Update, ...]] = {}
-    for site, chain in adapter.updates.items():
-        if site in adapter.optional and not component_of(site, base).names.resolve(site.path, flat=site.flat):
-            continue
-        places = places_of(site, base, chain[0].tensors)
-        sized[site] = tuple(
-            update.fitted(fit_of(places, widest[update.kind])) if isinstance(update, Unsized) else update
-            for update in chain
-        )
-    return sized
+    def lacks(site: Site) -> bool:
+        return site in adapter.optional and not component_of(site, base).names.resolve(site.path, flat=site.flat)
+
+    return {site: chain for site, chain in sized(adapter, base).updates.items() if not lacks(site)}
 
 
 def _check_spellings(terms: Sequence[WeightedAdapter], seen: Sequence[set[tuple[str, str]]]) -> None:

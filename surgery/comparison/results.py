@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.to_json import plain
 from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 

@@ -16,6 +16,7 @@ from surgery.engine.checks import check_base_id, check_nothing_dropped
 from surgery.engine.convert_result import ConvertResult
 from surgery_formats.adapters.format import Coded, Entry, Format, Rendering
 from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
@@ -160,6 +161,7 @@ def plan_conversion(
     Raises:
         FitError: an update would be lost, or nothing is left.
     """
+    source = source if base is None else sized(source, base)
     rendering = target.render(source, base)
     if not allow_loss:
         hint = "--allow-loss leaves them out" if rendering.tensors else None

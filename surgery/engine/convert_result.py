@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.reports.output import DRY_RUN, PATH, counted, destination, nbytes_of, wrote
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
 from surgery_formats.adapters.format import Entry
 

@@ -64,7 +64,8 @@ def approximation_errors(rendering: Rendering, written: Adapter, tolerance: floa
     """
     errors: dict[Site, float] = {}
     for site, stated in rendering.stated.items():
-        chain, twins = rendering.held[site], written.updates.get(site, ())
+        chain = [update.low_rank() or update for update in rendering.held[site]]
+        twins = [update.low_rank() or update for update in written.updates.get(site, ())]
         if [update.kind for update in chain] != [update.kind for update in twins]:
             raise ProofError(
                 "the written update is of a different kind than the source's", file=written.path, tensor=str(site)

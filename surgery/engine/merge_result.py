@@ -13,9 +13,9 @@ from surgery.engine.ledger import Ledger, Row
 from surgery.engine.plan import Compute, Plan
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
 
 __all__ = ["MergeResult"]

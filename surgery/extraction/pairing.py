@@ -88,6 +88,8 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
         FitError: the architectures or shapes differ, or one of them lacks a tensor.
     """
     _check_kind(base, tuned)
+    for component in (base, tuned):
+        _check_storages(component)
     pairs, lacking, matched = [], [], set()
     originals, weights = base.parameters, tuned.parameters
     for name, parameter in weights.items():
@@ -139,6 +141,18 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
     for pair in pairs:
         _check_types(pair)
     return tuple(pairs)
+
+
+def _check_storages(component: Component) -> None:
+    """The stored tensors of a quantised weight are no weights: their difference is not the weight's."""
+    for weight in component.owners.values():
+        if not isinstance(weight, Plain):
+            raise FitError(
+                f"is stored as {weight.kind}: an adapter is extracted from plain numbers",
+                file=weight.sources[0].path,
+                tensor=weight.name,
+                hint="take both in a plain floating-point type: F32, F16 or BF16",
+            )
 
 
 def _check_types(pair: Pair) -> None:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from surgery.extraction.findings import CalibrationFacts, CalibrationTotals, KindFacts, MergedLoRA, Signal, six_digits
 from surgery.reports.output import DRY_RUN, PATH, counted, nbytes_of
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.targets import pattern_of
 from surgery.reports.to_json import plain
 from surgery.reports.values import Cell, Name, NameList, Phrase, Value

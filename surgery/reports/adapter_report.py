@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.reports.checkpoint_report import WeightFileReport, files_phrase, types_phrase
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.targets import TargetedParameter, TargetGroup
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, NameList, Phrase, Piece, Value

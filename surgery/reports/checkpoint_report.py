@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Section, Table
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.to_json import plain
 from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 from surgery_formats.models.module_tree import Node, Totals

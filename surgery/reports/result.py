@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import field, replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from surgery.reports.summary import Summary
+from surgery.reports.summary import Summary
 
-__all__ = ["Result", "elapsed", "timed"]
+__all__ = ["Result", "elapsed", "summarised", "timed"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Kind = TypeVar("Kind", bound="Result")
 
 
 class Result(Protocol):
@@ -38,6 +38,23 @@ class Result(Protocol):
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """What people are shown; everything if `verbose`."""
+
+
+def summarised(result: type[Kind]) -> type[Kind]:
+    """Class decorator: derive ``__str__``, a one-line ``__repr__`` and ``_repr_markdown_`` from ``summary()``."""
+
+    def text(self: Kind) -> str:
+        return self.summary().as_text()
+
+    def brief(self: Kind) -> str:
+        return f"<{type(self).__name__} {self.summary().brief()}>"
+
+    def markdown(self: Kind) -> str:
+        return self.summary().as_markdown()
+
+    for name, method in (("__str__", text), ("__repr__", brief), ("_repr_markdown_", markdown)):
+        setattr(result, name, method)
+    return result
 
 
 def elapsed() -> Any:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
-from surgery.reports.summary import Summary, summarised
+from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery.reports.values import Cell, Name, Phrase, Value
 

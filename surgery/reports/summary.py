@@ -7,17 +7,16 @@ A result builds it in ``summary()``; `as_text`, `as_markdown` and `as_json` rend
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from surgery.reports.markdown import as_markdown
-from surgery.reports.result import Result
 from surgery.reports.sections import Facts, Note, Section
 from surgery.reports.text import as_text
 from surgery.reports.to_json import plain
 from surgery.reports.values import phrase_text
 from surgery_formats.text import clean
 
-__all__ = ["Summary", "summarised", "warning_notes"]
+__all__ = ["Summary", "warning_notes"]
 
 _BRIEF = 200  # characters of a result's repr
 
@@ -80,26 +79,6 @@ class Summary:
 
     def _repr_markdown_(self) -> str:
         return self.as_markdown()
-
-
-R = TypeVar("R", bound=Result)
-
-
-def summarised(result: type[R]) -> type[R]:
-    """Class decorator: derive ``__str__``, a one-line ``__repr__`` and ``_repr_markdown_`` from ``summary()``."""
-
-    def text(self: R) -> str:
-        return self.summary().as_text()
-
-    def brief(self: R) -> str:
-        return f"<{type(self).__name__} {self.summary().brief()}>"
-
-    def markdown(self: R) -> str:
-        return self.summary().as_markdown()
-
-    for name, method in (("__str__", text), ("__repr__", brief), ("_repr_markdown_", markdown)):
-        setattr(result, name, method)
-    return result
 
 
 def warning_notes(texts: tuple[str, ...]) -> tuple[Note, ...]:

@@ -21,9 +21,9 @@ from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.opening import Opened, open_graph
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
-from surgery.reports.result import elapsed, timed
+from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Note, Table
-from surgery.reports.summary import Summary, summarised
+from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
 from surgery.verbs.run import prepare_decoder

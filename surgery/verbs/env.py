@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
-from surgery.reports.result import elapsed, timed
+from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Facts, Note
-from surgery.reports.summary import Summary, summarised
+from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
 

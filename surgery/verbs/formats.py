@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from surgery.reports.result import elapsed, timed
+from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Table
-from surgery.reports.summary import Summary, summarised
+from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery_formats import updates
 from surgery_formats.adapters.registry import BUILT_IN

@@ -21,8 +21,9 @@ from surgery.onnx.run.generate import generate
 from surgery.onnx.run.opening import Opened, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.tokenizer import TextStream, Tokenizer, open_tokenizer, stop_tokens
+from surgery.reports.result import summarised
 from surgery.reports.sections import Note, Verbatim
-from surgery.reports.summary import Summary, summarised
+from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.text import show

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.place import LEDGER
-from surgery.reports.result import elapsed, timed
+from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Facts
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.verification.bytes import compare_copied, compare_files, recorded_tensors
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import surgery
+from surgery.reports.result import summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
-from surgery.reports.summary import Summary, summarised
+from surgery.reports.summary import Summary
 from surgery.reports.text import cells, section_lines
 from surgery.reports.values import Name, NameList, Sides, Value, cell_text
 from tests.support.kit import environment

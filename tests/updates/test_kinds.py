@@ -165,7 +165,17 @@ def test_conversion_within_peft_keeps_every_kind(name: str, tmp_path: Path) -> N
         assert disk.adapter(out)[0] == disk.adapter(adapter)[0]
 
 
-@pytest.mark.parametrize("name", ["ia3", "loha", "lokr", "oft", "vera"])
+@pytest.mark.parametrize("target", ["mlx", "compact", "peft"])
+def test_what_is_low_rank_becomes_a_lora_in_formats_without_its_kind(target: str, tmp_path: Path) -> None:
+    base, adapter = made("vera", tmp_path)
+    result = convert(adapter, target, output=tmp_path / "out", base=base)
+    written = {update.kind for chain in read_adapter(tmp_path / "out").updates.values() for update in chain}
+    assert written == {"VeRA" if target == "peft" else "LoRA"}
+    assert result.max_error < 1e-6
+    assert target != "mlx" or {entry.outcome for entry in result.entries} == {"folded"}
+
+
+@pytest.mark.parametrize("name", ["ia3", "loha", "lokr", "oft"])
 def test_other_formats_say_that_they_have_no_such_thing(name: str, tmp_path: Path) -> None:
     base, adapter = made(name, tmp_path)
     with pytest.raises(FitError, match="cannot hold"):

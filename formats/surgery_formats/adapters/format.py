@@ -138,6 +138,8 @@ class Format(Protocol):
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
         """The adapter in this format. What the format cannot hold is an entry with outcome ``dropped``, never silence.
 
+        Where a base is known, the adapter is given with the sizes that only a base tells (`binding.sizes.sized`).
+
         Raises:
             FitError: a base is needed and not given, or is the wrong one.
         """

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from surgery_formats.adapters.format import Entry, NewTensor, Outcome
-from surgery_formats.binding.bind import fit_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.updates import Factor, LoRA, Unsized, Update
+from surgery_formats.updates import Factor, LoRA, Update
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +28,6 @@ __all__ = [
     "component_of",
     "copied",
     "factor_dtype",
-    "low_rank_in",
     "made",
     "places_of",
     "row_slice",
@@ -142,15 +140,6 @@ def component_of(site: Site, base: Checkpoint) -> Component:
     if site.component not in base.components:
         raise FitError(f"the base has no '{site.component or 'single model'}'", file=base.path)
     return base.components[site.component]
-
-
-def low_rank_in(update: Update, site: Site, base: Checkpoint | None) -> LoRA | None:
-    """`update` as one LoRA, exactly; None if it is none. `base` tells sizes that the adapter does not."""
-    if update.effect != "adds":
-        return None
-    if isinstance(update, Unsized) and base is not None:
-        update = update.fitted(fit_of(places_of(site, base, update.tensors), (0, 0)))
-    return update.low_rank()
 
 
 def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tuple[WeightSlice, ...]:

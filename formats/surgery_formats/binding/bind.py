@@ -26,7 +26,7 @@ from surgery_formats.tensors.views import View, rows, whole
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Fit, Linear, Offset, Replacement, Stacked, TokenRows, Unsized, Update
 
-__all__ = ["Binding", "bind", "fit_of", "warn_of_other_base", "widest_of"]
+__all__ = ["Binding", "bind", "component_of", "fit_of", "warn_of_other_base", "widest_of"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _locate(
     chains: list[_LocatedChain] = []
     missing: list[Site] = []
     for site, updates in adapter.updates.items():
-        component = _component_of(site, adapter, checkpoint)
+        component = component_of(site, adapter, checkpoint)
         slices = component.names.resolve(site.path, flat=site.flat) or _new_head(site, updates, adapter, component)
         if not slices and new_biases and site not in adapter.optional:
             slices = _new_bias(site, updates, component)
@@ -192,7 +192,12 @@ def _check_mergeable(adapter: Adapter) -> None:
         raise FitError("the adapter holds no tensors", file=adapter.path)
 
 
-def _component_of(site: Site, adapter: Adapter, checkpoint: Checkpoint) -> Component:
+def component_of(site: Site, adapter: Adapter, checkpoint: Checkpoint) -> Component:
+    """The part of a base that a site of an adapter means; an adapter without parts fits a base without parts.
+
+    Raises:
+        FitError: the base has no such part.
+    """
     if site.component in checkpoint.components:
         return checkpoint.components[site.component]
     if not checkpoint.is_pipeline and len({other.component for other in adapter.updates}) == 1:
@@ -241,7 +246,7 @@ def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int,
     shapes = [(0, 0)]
     for site, chain in adapter.updates.items():
         if any(update.kind == kind for update in chain):
-            names = _component_of(site, adapter, checkpoint).names
+            names = component_of(site, adapter, checkpoint).names
             shapes += [extent(found)] if (found := names.resolve(site.path, flat=site.flat)) else []
     return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
 

@@ -62,9 +62,9 @@ class ComputedTensor:
         return self.dtype.label
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Elements ``[start:stop]`` of the first axis, in float64: whoever stores them rounds once."""
+        """Elements ``[start:stop]`` of the first axis, in float64 and in memory of the caller's own: `make` may remember its result."""
         values = self.make().reshape(self.shape)
-        return values[start:stop] if self.shape else values
+        return (values[start:stop] if self.shape else values).clone()
 
 
 def computed(

@@ -69,9 +69,8 @@ class TokenRows:
         place = {token: i for i, token in enumerate(self.indices)}
 
         def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-            inside = range(rows[0], rows[-1] + 1) if len(rows) else rows
-            hit = [token for token in place if token in inside]
-            for at, row in enumerate(rows) if hit else ():
+            inside = rows if isinstance(rows, range) else set(rows)
+            for at, row in enumerate(rows) if any(token in inside for token in place) else ():
                 if row in place:
                     block[at] = positions(value[place[row]], 0, cols)
             return block

@@ -13,9 +13,9 @@ from surgery.engine.ledger import Ledger
 from surgery.onnx.export.place import Mode
 from surgery.onnx.graph.contract import Contract
 from surgery.reports.output import PATH
-from surgery.reports.result import elapsed
+from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Facts
-from surgery.reports.summary import Summary, summarised, warning_notes
+from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Name, Phrase, Piece, Value
 
 __all__ = ["ExportResult"]

@@ -20,7 +20,7 @@ from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.text import listing, show
 from surgery_formats.updates import DoRA, Factor, Held, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
-__all__ = ["CONFIG_FILE", "MARK", "TENSOR_FILE", "VERSION", "leaves", "read_compact", "stem_of"]
+__all__ = ["CONFIG_FILE", "MARK", "TENSOR_FILE", "VERSION", "held_by_name", "leaves", "read_compact", "stem_of"]
 
 CONFIG_FILE = "compact.json"
 TENSOR_FILE = "adapter.safetensors"
@@ -195,7 +195,9 @@ def _update(site: Site, position: int, record: _Object, state: _CompactReader) -
     if kind == "offset":
         return Offset(_factor(state.plain(f"{stem}.offset"), (1, 2)), record.number("scale"))
     if kind == "replacement":
-        return Replacement(Factor.of(state.plain(f"{stem}.value")), _held(site, record, state.new_modules))
+        named = held_by_name(site, state.new_modules)
+        held = record.choice("held", get_args(Held)) if "held" in record.raw else named
+        return Replacement(Factor.of(state.plain(f"{stem}.value")), held)
     if kind == "token rows":
         value = _factor(state.plain(f"{stem}.rows"), (2,))
         indices = record.sizes("indices", 0)
@@ -209,14 +211,11 @@ def _update(site: Site, position: int, record: _Object, state: _CompactReader) -
     raise FitError(f"updates of kind '{show(kind)}' are not known", file=record.file, tensor=str(site))
 
 
-def _held(site: Site, record: _Object, new_modules: frozenset[str]) -> Held:
-    """Where a parameter's new values live.
+def held_by_name(site: Site, new_modules: frozenset[str]) -> Held:
+    """Where a parameter's new values live, as far as names tell; else it is recorded.
 
-    Only what the names do not tell is recorded: a format without modules of its own trains parameters where they are, and a format
-    with them trains whole modules or biases.
+    A format without modules of its own trains parameters where they are, and a format with them trains whole modules or biases.
     """
-    if "held" in record.raw:
-        return record.choice("held", get_args(Held))
     module, _, leaf = site.path.rpartition(".")
     segments = module.split(".")
     ancestors = [".".join(segments[: i + 1]) for i in range(len(segments))]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, leaves, stem_of
+from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, held_by_name, leaves, stem_of
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.writing import ConversionLedger, copied, made, surviving_metadata
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -37,6 +37,7 @@ class _CompactWriter:
     """What has been written so far."""
 
     coding: Coding
+    new_modules: frozenset[str]
     ledger: ConversionLedger = field(default_factory=ConversionLedger)
     tensors: dict[str, NewTensor] = field(default_factory=dict)
     records: dict[Site, list[dict[str, Any]]] = field(default_factory=dict)
@@ -53,10 +54,10 @@ class _CompactWriter:
 
 def render_compact(adapter: Adapter, coding: Coding) -> Rendering:
     """adapter.safetensors and compact.json."""
-    state = _CompactWriter(coding)
+    state = _CompactWriter(coding, adapter.new_modules)
     for site, chain in adapter.updates.items():
         for update in chain:
-            _update(site, update, state)
+            _update(site, update, update.low_rank() or update, state)
     state.ledger.drop_prompt(adapter)
     config = _config(adapter, state)
     text = json.dumps(config, separators=(",", ":"), ensure_ascii=True, allow_nan=False) + "\n"
@@ -83,7 +84,8 @@ def _together(errors: list[Callable[[], float]]) -> Callable[[], tuple[float, ..
     return lambda: tuple(error() for error in errors)
 
 
-def _update(site: Site, update: Update, state: _CompactWriter) -> None:
+def _update(site: Site, source: Update, update: Update, state: _CompactWriter) -> None:
+    """Store `update`, which is `source` or the same as a LoRA."""
     lora = _first_lora(update)
     wrapped = lora is not None and site.module_kind == "attention output"
     stem = stem_of(site, len(state.records.get(site, ())), wrapped=wrapped)
@@ -95,20 +97,21 @@ def _update(site: Site, update: Update, state: _CompactWriter) -> None:
         _record(site, {"kind": "offset", "scale": update.scale}, state)
     elif isinstance(update, Replacement):
         state.add(copied(f"{stem}.value", update.stored))
-        _record(site, {"kind": "replacement"}, state)
+        told = held_by_name(site, state.new_modules) == update.held
+        _record(site, {"kind": "replacement"} | ({} if told else {"held": update.held}), state)
     elif isinstance(update, TokenRows):
         state.add(made(f"{stem}.rows", update.value, update.value.shape))
         rows = {"kind": "token rows", "indices": list(update.indices), "vocabulary": update.vocabulary}
         _record(site, rows, state)
     else:
-        state.ledger.drop(site, update, f"this format has no {update.kind}")
+        state.ledger.drop(site, source, f"this format has no {update.kind}")
         return
     state.stated.setdefault(site, []).append(error)
     if error is _none:
-        state.ledger.keep(site, update, "exact")
+        state.ledger.keep(site, source, "exact")
     else:
         how = f"{state.coding.name} codes in groups of {state.coding.group}"
-        state.ledger.keep(site, update, "approximated", how)
+        state.ledger.keep(site, source, "approximated", how)
 
 
 def _record(site: Site, record: dict[str, Any], state: _CompactWriter) -> None:

@@ -50,21 +50,24 @@ def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     for site, chain in adapter.updates.items():
         component = component_of(site, base)
         namer = names[component.name]
-        for update in chain:
+        for source in chain:
+            update = source.low_rank() or source
             where = whole_place(places_of(site, base, update.tensors)) if _plain(update) else None
             why = _fault(update, where, component, namer)
             if why or where is None:
-                ledger.drop(site, update, why or "the base holds it in several tensors")
+                ledger.drop(site, source, why or "the base holds it in several tensors")
             elif (mark := f"{namer.key(where[0])}.{_leaf(where[0], update)}") in fitting:
-                ledger.drop(site, update, "a second one of this kind on one module")
+                ledger.drop(site, source, "a second one of this kind on one module")
             else:
-                fitting[mark] = _Fitting(site, update, component.name, namer.key(where[0]), *where)
+                fitting[mark] = _Fitting(site, source, update, component.name, namer.key(where[0]), *where)
     alphas = {} if adapter.format == "kohya" else _common_alphas(fitting.values())
     tensors: dict[str, NewTensor] = {}
     for one in fitting.values():
         new, folded = _tensors(one, alphas.get(one.component))
         tensors |= {tensor.name: tensor for tensor in new}
-        ledger.keep(one.site, one.update, "folded" if folded else "exact", folded or one.key)
+        if one.update is not one.source:
+            folded = ", ".join(filter(None, [f"{one.source.kind} as LoRA", folded]))
+        ledger.keep(one.site, one.source, "folded" if folded else "exact", folded or one.key)
     ledger.drop_prompt(adapter)
     metadata = surviving_metadata(adapter)
     loras = [lora for one in fitting.values() if (lora := _lora_of(one.update))]
@@ -79,9 +82,10 @@ def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
 
 @dataclass(frozen=True, slots=True)
 class _Fitting:
-    """An update that the file will hold: where in the base, under which key."""
+    """An update that the file will hold, as `update`: where in the base, under which key."""
 
     site: Site
+    source: Update
     update: Update
     component: str
     key: str

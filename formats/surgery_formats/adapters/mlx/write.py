@@ -61,33 +61,34 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     if updates and all(isinstance(update, Replacement) for _, update in updates):
         return _full(adapter, ledger)
     dora = any(isinstance(update, DoRA) for _, update in updates)
-    plain: dict[str, tuple[Site, LoRA | DoRA]] = {}
+    plain: dict[str, LoRA | DoRA] = {}
     stacks: dict[str, _Stack] = {}
     noted: list[tuple[Site, Update, LoRA]] = []
     tie = _tie(adapter, base)
-    for site, update in updates:
+    for site, source in updates:
+        update = source.low_rank() or source
         why = _fault(site, update, base, dora=dora) or _parted(site, update, base, tie)
         if why:
-            ledger.drop(site, update, why)
+            ledger.drop(site, source, why)
         elif base is not None and tie.follows and _stored_name(site, update, base) == base.main.head:
-            ledger.keep(site, update, "folded", "tied to the embedding, which has the same update")
+            ledger.keep(site, source, "folded", "tied to the embedding, which has the same update")
         elif isinstance(update, Stacked):
             for path, lora in _apart(site, update, base):
                 _stack(stacks, path, lora, fused_of(site, base))
-                noted.append((site, update, lora))
+                noted.append((site, source, lora))
         elif isinstance(update, LoRA) and (found := one_expert(site.path, fused_of(site, base))):
             stack = stacks.setdefault(found[0], _Stack())
             stack.experts[found[1]] = update
             stack.count = max(stack.count, found[1] + 1, _experts_of(site, base))
-            noted.append((site, update, update))
+            noted.append((site, source, update))
         else:
             module = _module_name(site, update, base)
             if module in plain:
-                ledger.drop(site, update, "a second one on one module")
+                ledger.drop(site, source, "a second one on one module")
                 continue
             assert isinstance(update, LoRA | DoRA)
-            plain[module] = (site, update)
-            noted.append((site, update, _direction(update)))
+            plain[module] = update
+            noted.append((site, source, _direction(update)))
     scale = commonest(lora.scale for _, _, lora in noted if lora.scale) or 0.0
     rank = max((lora.rank for _, _, lora in noted), default=1)
     for site, update in dict.fromkeys((site, update) for site, update, _ in noted):
@@ -95,9 +96,10 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         folded = [f"scale {lora.scale:g} / {scale:g}" for lora in mine[:1] if lora.scale != scale]
         folded += [f"rank {lora.rank} padded to {rank}" for lora in mine[:1] if lora.rank != rank]
         folded += ["stacked" for _ in range(bool(isinstance(update, Stacked) and SWITCH not in site.path))]
+        folded += [f"{update.kind} as LoRA" for _ in range(not isinstance(update, LoRA | DoRA | Stacked))]
         ledger.keep(site, update, "folded" if folded else "exact", ", ".join(folded))
     tensors: list[NewTensor] = []
-    for module, (_, one) in sorted(plain.items()):
+    for module, one in sorted(plain.items()):
         tensors += _linear(module, one, scale, rank, embedding=is_embedding(module, base))
     for path, stack in sorted(stacks.items()):
         tensors += _switch(path.removesuffix(".weight"), stack, scale, rank)

@@ -54,7 +54,9 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
         beside = known.get(replace(site, path=f"{module}.weight"))
         if not isinstance(update, Vector):
             file.hold_other(site, update)
-        elif leaf == "bias" and update == beside:  # PEFT stretches what a module gives, its bias too
+        elif (
+            leaf == "bias" and isinstance(beside, Vector) and beside.per_row and beside.vector == update.vector
+        ):  # PEFT stretches what a module gives, its bias too
             file.ledger.keep(site, update, "exact", key)
         elif leaf != "weight":
             file.drop(site, update, "this format stretches a bias only together with its weight")

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters without a file: what algebra and extraction make, and what a writer must take as readily as an adapter that was read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from itertools import count
+from typing import TypeVar, cast
+
+from surgery_formats.adapters.writing import factor_dtype
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.tensors.computed import computed
+from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.updates import Factor, Stacked, Update
+
+__all__ = ["adapter_of", "in_memory"]
+
+T = TypeVar("T")
+
+
+def adapter_of(updates: Mapping[Site, tuple[Update, ...]], like: Adapter) -> Adapter:
+    """An adapter that does `updates`, of no format and with nothing of a configuration."""
+    tensors: dict[Tensor, None] = {}
+    for chain in updates.values():
+        for update in chain:
+            tensors |= dict.fromkeys(update.tensors)
+    return replace(
+        like,
+        format="made in memory",
+        kind="",
+        updates=updates,
+        tensors=tuple(tensors),
+        ignored=(),
+        prompt=None,
+        config={},
+        metadata={},
+        stated_issues=(),
+        examine=tuple,
+    )
+
+
+def in_memory(adapter: Adapter, *, keep_terms: bool = False) -> Adapter:
+    """`adapter` with every factor replaced by the same values under a name that means nothing.
+
+    Args:
+        adapter: Any.
+        keep_terms: Whether factors that were computed from others stay so.
+    """
+    names = (f"tensor {number}" for number in count())
+    known: dict[int, object] = {}
+    return adapter_of(
+        {s: tuple(_rebuilt(update, names, known, keep_terms) for update in c) for s, c in adapter.updates.items()},
+        adapter,
+    )
+
+
+def _rebuilt(value: T, names: Iterator[str], known: dict[int, object], keep_terms: bool) -> T:
+    """`value` with its factors rebuilt; the same factor twice becomes the same new one."""
+    if id(value) in known:
+        return cast(T, known[id(value)])
+    new: object = value
+    if isinstance(value, Factor):
+        new = _factor(value, names, known, keep_terms)
+    elif isinstance(value, Stacked):  # how it would be held transposed is a matter of its file
+        new = Stacked(_rebuilt(value.experts, names, known, keep_terms))
+    elif isinstance(value, tuple):
+        new = tuple(_rebuilt(item, names, known, keep_terms) for item in value)
+    elif hasattr(value, "prepare"):  # an update
+        parts = {field.name: getattr(value, field.name) for field in fields(value) if field.init}  # type: ignore[arg-type]
+        changed = {name: _rebuilt(part, names, known, keep_terms) for name, part in parts.items()}
+        changed |= {"noted": ()} if "noted" in parts else {}
+        new = replace(value, **changed)  # type: ignore[type-var]
+    known[id(value)] = new
+    return cast(T, new)
+
+
+def _factor(factor: Factor, names: Iterator[str], known: dict[int, object], keep_terms: bool) -> Factor:
+    import torch
+
+    dtype = factor_dtype([factor], folded=bool(factor.terms) or len(factor.tensors) > 1)
+    shape = factor.tensors[0].shape if _is_whole(factor) else factor.shape
+    tensor = computed(next(names), shape, factor.tensors, lambda: factor.load(torch.float64), dtype)
+    terms = _rebuilt(factor.terms, names, known, keep_terms) if keep_terms else ()
+    if terms:
+        return Factor(tuple(t for term in terms for t in term.tensors), factor.shape, factor.view, terms)
+    return Factor((tensor,), factor.shape)
+
+
+def _is_whole(factor: Factor) -> bool:
+    """Whether it is one stored tensor, whose own sizes are worth keeping: those of a replaced parameter."""
+    return len(factor.tensors) == 1 and factor.view is None

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kind of update must do: checks for a test suite, each of which raises AssertionError.
+
+@pytest.mark.parametrize("check", UPDATE_CHECKS, ids=lambda check: check.__name__)
+def test_the_kind_conforms(check):
+    check(UpdateCase(MINE))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, get_args
+
+from surgery_formats.tensors.views import Index
+from surgery_formats.updates import Effect, Fit, Linear, LoRA, Mixing, Unsized, Update
+from surgery_formats.updates.weights import HeldWeight
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["UPDATE_CHECKS", "UpdateCase"]
+
+_EXACT = 1e-10  # relative, of float64
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateCase:
+    """An update under test.
+
+    Attributes:
+        update: As a reader makes it.
+        fit: The weight it meets, for an update that does not know all sizes.
+    """
+
+    update: Update
+    fit: Fit = field(default_factory=lambda: Fit((24, 40), 1, (24, 40)))
+
+    @property
+    def sized(self) -> Update:
+        """The update with all sizes."""
+        return self.update.fitted(self.fit) if isinstance(self.update, Unsized) else self.update
+
+    @property
+    def pieces(self) -> tuple[Update, ...]:
+        """What is applied: the update's parts."""
+        return tuple(part for _, part in self.sized.parts())
+
+
+def answers_every_question(case: UpdateCase) -> None:
+    """Members have the types that writers and reports rely on, before sizes are known and after."""
+    for update in (case.update, case.sized):
+        assert isinstance(update.kind, str)
+        assert update.kind
+        assert len(update.shape) == 2
+        assert update.effect in get_args(Effect)
+        assert update.rank is None or update.rank >= 0
+        assert all(value is None or isinstance(value, float) for value in (update.alpha, update.scale))
+        assert hash(update) == hash(update)
+    assert all(case.sized.shape)
+
+
+def accounts_for_its_tensors(case: UpdateCase) -> None:
+    """Every tensor is in a factor or was not trained, and no factor has another."""
+    update = case.update
+    used = {tensor for factor in update.factors().values() for tensor in factor.tensors}
+    assert used <= set(update.tensors)
+    assert set(update.untrained) <= set(update.tensors)
+    assert set(update.tensors) - used <= set(update.untrained)
+    assert used - set(update.untrained)
+
+
+def parts_cover_it(case: UpdateCase) -> None:
+    """Parts lie under each other, from row 0 to the last, and have all of its tensors."""
+    update, row = case.sized, 0
+    for first, part in update.parts():
+        assert first == row
+        assert part.shape[1] == update.shape[1]
+        row += part.shape[0]
+    assert row == update.shape[0]
+    assert {tensor for _, part in update.parts() for tensor in part.tensors} == set(update.tensors)
+
+
+def any_block_is_a_part_of_the_whole(case: UpdateCase) -> None:
+    """Whole rows, whole columns, and positions in any order, as transposed and permuted storage hands them over."""
+    import torch
+
+    for update in case.pieces:
+        weight = _weight(update.shape)
+        whole = _applied(update, weight)
+        rows, cols = range(update.shape[0]), range(update.shape[1])
+        group = update.group if isinstance(update, Mixing) else 1
+        some_rows = tuple(torch.randperm(len(rows), generator=_generator())[: len(rows) // 2 + 1].tolist())
+        groups = torch.randperm(len(cols) // group, generator=_generator())[: len(cols) // group // 2 + 1]
+        some_cols = tuple(int(g) * group + i for g in groups for i in range(group)) if group == 1 else cols
+        blocks: list[tuple[Index, Index]] = [
+            (rows[:1], cols),
+            (rows[1:], cols),
+            (rows, cols[:group]),
+            (rows, cols[group:]),
+            (rows[1::2], cols),
+            (some_rows, some_cols),
+        ]
+        apply = update.prepare(HeldWeight(weight))
+        for at, beside in blocks:
+            if len(at) and len(beside):
+                block = weight[list(at)][:, list(beside)]
+                _assert_close(apply(block.clone(), at, beside), whole[list(at)][:, list(beside)], weight)
+
+
+def has_the_effect_it_states(case: UpdateCase) -> None:
+    """What is added is the same for every weight, what is set too; what depends on the weight is not."""
+    for update in case.pieces:
+        one, other = _weight(update.shape), _weight(update.shape, seed=1)
+        after, beside = _applied(update, one), _applied(update, other)
+        assert not after.equal(one), "does nothing"
+        if update.effect == "adds":
+            _assert_close(after - one, beside - other, one)
+        elif update.effect == "sets":
+            kept = after == one
+            _assert_close(after[~kept], beside[~kept], one)
+            assert beside[kept].equal(other[kept])
+        else:
+            assert float((after - one - (beside - other)).abs().max()) > 1e-6, "adds the same to every weight"
+
+
+def is_linear_if_it_adds(case: UpdateCase) -> None:
+    """What adds can be scaled, by any number; nothing else can."""
+    update = case.sized
+    assert isinstance(update, Linear) == (update.effect == "adds")
+    if not isinstance(update, Linear):
+        return
+    for factor in (0.0, -0.5, 3.0):
+        scaled = update.scaled(factor)
+        assert (scaled.kind, scaled.shape, scaled.tensors) == (update.kind, update.shape, update.tensors)
+        for (_, part), (_, twin) in zip(update.parts(), scaled.parts(), strict=True):
+            weight = _weight(part.shape)
+            _assert_close(_applied(twin, weight) - weight, factor * (_applied(part, weight) - weight), weight)
+
+
+def is_the_lora_it_gives(case: UpdateCase) -> None:
+    """``low_rank()`` does the same to every weight, exactly, and its factors have its rank."""
+    for update in (*case.pieces, case.sized):
+        lora = update.low_rank()
+        if lora is None:
+            continue
+        assert isinstance(lora, LoRA)
+        assert update.effect == "adds"
+        assert lora.shape == update.shape
+        assert lora.rank <= min(lora.shape)
+        weight = _weight(update.shape)
+        _assert_close(_applied(lora, weight), _applied(update, weight), weight)
+
+
+def looks_at_the_weight_only_if_it_says_so(case: UpdateCase) -> None:
+    """``prepare`` reads blocks of the weight where `needs_weight` is set, and never else."""
+    for update in case.pieces:
+        weight = _Watched(_weight(update.shape))
+        update.prepare(weight)
+        assert weight.was_read == update.needs_weight
+
+
+UPDATE_CHECKS: tuple[Callable[[UpdateCase], None], ...] = (
+    answers_every_question,
+    accounts_for_its_tensors,
+    parts_cover_it,
+    any_block_is_a_part_of_the_whole,
+    has_the_effect_it_states,
+    is_linear_if_it_adds,
+    is_the_lora_it_gives,
+    looks_at_the_weight_only_if_it_says_so,
+)
+
+
+class _Watched:
+    """A weight that notes whether it was read."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._weight = HeldWeight(values)
+        self.shape, self.dtype, self.device = self._weight.shape, self._weight.dtype, self._weight.device
+        self.was_read = False
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+        self.was_read = True
+        return self._weight.blocks()
+
+
+def _generator() -> torch.Generator:
+    import torch
+
+    return torch.Generator().manual_seed(0)
+
+
+def _weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    import torch
+
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _applied(update: Update, weight: torch.Tensor) -> torch.Tensor:
+    """`weight` after `update`, all at once."""
+    apply = update.prepare(HeldWeight(weight))
+    return apply(weight.clone(), range(update.shape[0]), range(update.shape[1]))
+
+
+def _assert_close(found: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> None:
+    assert found.shape == wanted.shape
+    largest = max(float(weight.abs().max()), float(wanted.abs().max()) if wanted.numel() else 0.0)
+    assert not wanted.numel() or float((found - wanted).abs().max()) <= _EXACT * largest

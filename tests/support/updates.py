@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update of every kind, made in memory: seeded factors under names that mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
+from surgery_formats.tensors.computed import computed
+from surgery_formats.testing.memory import adapter_of
+from surgery_formats.updates import (
+    IA3,
+    OFT,
+    DoRA,
+    Factor,
+    LoHa,
+    LoKr,
+    LoRA,
+    Offset,
+    Replacement,
+    Seed,
+    Stacked,
+    TokenRows,
+    Update,
+    VeRA,
+)
+
+__all__ = ["EVERY_KIND", "made_adapter", "made_factor", "product"]
+
+_numbers: Iterator[int] = count()
+
+
+def made_factor(*shape: int, scale: float = 0.3, dtype: DType = DType.F32) -> Factor:
+    """Seeded normal numbers; every call makes others."""
+    number = next(_numbers)
+    values = scale * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+    values = values.to(dtype.torch).double()
+    return Factor.of(computed(f"made {number}", shape, (), lambda: values, dtype))
+
+
+def product(a: Factor, b: Factor) -> Factor:
+    """``a b``, which remembers both."""
+    return Factor.computed((a, b), (a.shape[0], b.shape[1]), lambda left, right: left @ right)
+
+
+def _lora(out: int = 24, inputs: int = 40, rank: int = 3) -> LoRA:
+    return LoRA(made_factor(rank, inputs), made_factor(out, rank), 0.75, 0.75 * rank)
+
+
+EVERY_KIND: dict[str, Update] = {
+    "LoRA": _lora(),
+    "DoRA": DoRA(_lora(), made_factor(24)),
+    "DoRA on columns": DoRA(_lora(), made_factor(40), per_row=False),
+    "IA3 on rows": IA3(made_factor(24), per_row=True),
+    "IA3 on columns": IA3(made_factor(40), per_row=False),
+    "LoHa": LoHa(*(made_factor(*s) for s in ((24, 2), (2, 40), (24, 2), (2, 40))), scale=0.5, alpha=1.0),
+    "LoKr": LoKr(made_factor(4, 5), made_factor(6, 8), 0.5, 1.0, 2),
+    "LoKr of pairs": LoKr(made_factor(4, 5), product(made_factor(6, 2), made_factor(2, 8)), 0.5, 1.0, 2),
+    "LoKr of a Conv1d": LoKr(made_factor(4, 5), made_factor(6, 8), 0.5, 1.0, 2, kernel=2, crossed=True),
+    "OFT": OFT(made_factor(5, 28), 8, 0, inputs=40),
+    "OFT by a series": OFT(made_factor(1, 28), 8, 5, radius=0.5, shared=True),
+    "VeRA": VeRA(made_factor(24), made_factor(4), (made_factor(4, 48), made_factor(32, 4)), 0.5),
+    "VeRA, drawn": VeRA(made_factor(24), made_factor(4), Seed(7)),
+    "offset": Offset(made_factor(24, 40), 0.5),
+    "offset of a bias": Offset(made_factor(24)),
+    "replacement": Replacement(made_factor(24, 40)),
+    "token rows": TokenRows(made_factor(3, 40), (2, 11, 7), 24),
+    "experts": Stacked(tuple(_lora(8) for _ in range(3))),
+}
+
+
+def made_adapter(updates: dict[Site, Update], like: Adapter) -> Adapter:
+    """An adapter of no format."""
+    return adapter_of({site: (update,) for site, update in updates.items()}, like)
