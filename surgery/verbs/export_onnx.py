@@ -24,7 +24,6 @@ from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
 from surgery.reports.result import timed
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import File
@@ -163,8 +162,8 @@ def _assembly(
 ) -> Assembly:
     component = merged.component if merged else checkpoint.main
     overrides = merged.overrides if merged else {}
-    io = io_type(target, dtype, _stored_type(checkpoint.main))
-    model = merged.model if merged else model_of(component.config, frozenset(component.tensors))
+    io = io_type(target, dtype, checkpoint.main.dtype)
+    model = merged.model if merged else model_of(component.config, frozenset(component.parameters))
     prompts = [of_adapter(one.name, one.adapter, model) for one in wanted.prefix]
     for text in texts:
         if model.kind != "decoder":
@@ -198,13 +197,6 @@ def _ids(folder: Path, text: str) -> tuple[int, ...]:
     if not ids:
         raise FitError("the text to bake in is empty")
     return ids
-
-
-def _stored_type(component: Component) -> DType:
-    """Of the embedding, else of the first matrix."""
-    if component.embedding:
-        return component.tensors[component.embedding].dtype
-    return next((one.dtype for one in component.tensors.values() if one.dtype.is_float), DType.F32)
 
 
 def _mode(

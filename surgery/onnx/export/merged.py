@@ -87,7 +87,7 @@ def merged_weights(binding: Binding, layout: Layout) -> MergedWeights:
             overrides[tensor.name] = replace(tensor.step.source, name=tensor.name)
     side_files = tuple(side for side in merge_plan.side_files if layout == "full" or side.name != component.index_name)
     changed = replace(component, config=_config(component, side_files))
-    model = model_of(changed.config, frozenset(changed.tensors) | frozenset(overrides))
+    model = model_of(changed.config, frozenset(changed.parameters) | frozenset(overrides))
     return MergedWeights(plan, changed, overrides, side_files, _with_biases(model, overrides))
 
 
