@@ -245,7 +245,7 @@ def test_impossible_options_are_refused_and_nothing_is_written(base, adapters, o
 
 
 def test_an_adapter_without_virtual_tokens_is_no_prefix(base, adapters, tmp_path):
-    with pytest.raises(FitError, match="trains no virtual tokens"):
+    with pytest.raises(FitError, match="has no virtual tokens"):
         export_onnx(base, prefix=adapters["lora all-linear"], output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
