@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.containers.weight_files import UNREAD_SUFFIXES, file_containers, holds_weights
+from surgery_formats.containers.weight_files import UNREAD_SUFFIXES, file_containers, holds_weights, is_weight_file
 from surgery_formats.errors import InputError, NotFoundError
 from surgery_formats.text import closest, show
 
@@ -28,10 +28,7 @@ _HUB = re.compile(
     r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,250}))?(?::(?P<file>[^:\\\0]{1,500}))?"
 )
 # Other copies of the weights; a repository often holds its model several times over.
-_OTHER_WEIGHTS = (
-    *(f"*{suffix}" for suffix in UNREAD_SUFFIXES),
-    *("*.tflite", "*.mlpackage/*", "original/*", "consolidated*"),
-)
+_OTHER_COPIES = ("*.tflite", "*.mlpackage/*", "original/*", "consolidated*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +108,11 @@ def _download(name: HubName, text: str) -> Path:
         if name.file is not None:
             return Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision))
         first, *others = file_containers().values()
-        ignored = [*_OTHER_WEIGHTS, *(f"*{suffix}" for container in others for suffix in container.suffixes)]
+        unread = [*_OTHER_COPIES, *(f"*{suffix}" for suffix in UNREAD_SUFFIXES if not is_weight_file(f"x{suffix}"))]
+        ignored = [*unread, *(f"*{suffix}" for container in others for suffix in container.suffixes)]
         folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=ignored))
         if not any(path.name.endswith(first.suffixes) for path in folder.rglob("*")):  # an older repository: pickles
-            ignored = list(_OTHER_WEIGHTS)
-            folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=ignored))
+            folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=unread))
     except Exception as error:  # the hub's client and its HTTP library raise many types
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the hub

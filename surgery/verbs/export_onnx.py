@@ -24,7 +24,6 @@ from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
 from surgery.reports.result import timed
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import File
@@ -46,7 +45,6 @@ def export_onnx(
     adapters: AdaptersLike = (),
     *,
     output: StrPath,
-    mode: str | None = None,
     merge: AdaptersLike = (),
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
@@ -65,9 +63,8 @@ def export_onnx(
 
     Args:
         base: Hugging Face folder, or an opened Checkpoint.
-        adapters: One or several, as `surgery.merge` takes them; `mode` says where they go.
+        adapters: One or several, as `surgery.merge` takes them: soft prompts go in front, all others are merged.
         output: Folder to make, or the base's own, to which files are only added.
-        mode: ``merged``, ``swappable`` or ``prefix``; None: a soft prompt goes in front, all else is merged.
         merge: Adapters to merge, with or without weights.
         swap: Adapters for slots: the graph is the base until one is given to a run.
         prefix: Soft prompts; the first one is the default.
@@ -93,7 +90,7 @@ def export_onnx(
     """
     where = as_output(output)
     checkpoint = as_checkpoint(base)
-    wanted = sort_adapters(adapters, mode, merge, swap, prefix)
+    wanted = sort_adapters(adapters, merge, swap, prefix)
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
@@ -165,8 +162,8 @@ def _assembly(
 ) -> Assembly:
     component = merged.component if merged else checkpoint.main
     overrides = merged.overrides if merged else {}
-    io = io_type(target, dtype, _stored_type(checkpoint.main))
-    model = merged.model if merged else model_of(component.config, frozenset(component.tensors))
+    io = io_type(target, dtype, checkpoint.main.dtype)
+    model = merged.model if merged else model_of(component.config, frozenset(component.parameters))
     prompts = [of_adapter(one.name, one.adapter, model) for one in wanted.prefix]
     for text in texts:
         if model.kind != "decoder":
@@ -200,13 +197,6 @@ def _ids(folder: Path, text: str) -> tuple[int, ...]:
     if not ids:
         raise FitError("the text to bake in is empty")
     return ids
-
-
-def _stored_type(component: Component) -> DType:
-    """Of the embedding, else of the first matrix."""
-    if component.embedding:
-        return component.tensors[component.embedding].dtype
-    return next((one.dtype for one in component.tensors.values() if one.dtype.is_float), DType.F32)
 
 
 def _mode(

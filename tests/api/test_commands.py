@@ -24,6 +24,7 @@ OTHERWISE: dict[str, dict[str, str | None]] = {
     "resize": RANK,
     "run": {"texts": "inputs", "ids": "inputs", "no_prompt": "prompt", **SAMPLING},
     "bench": {"no_cuda_graph": "cuda_graph"},
+    "export-onnx": {"mode": None},
     "inspect": {"depth": None, "every": None},
     "diff": {"fail_on": None},
     "report": {"markdown": None, "overwrite": None},

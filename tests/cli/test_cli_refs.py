@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import errno
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from surgery_formats.containers.safetensors import SAFETENSORS
+from surgery_formats.containers.weight_files import ENTRY_POINTS
 from surgery_formats.errors import InputError, NotFoundError
 from surgery_formats.refs import HubName, parse_hub_name, resolve
+from surgery_formats.testing.plugins import installed
 from tests.support.kit import Run, make_lora
 
 
@@ -24,10 +28,12 @@ class FakeHub(ModuleType):
         self.cache = cache
         self.asked: list[tuple[Any, ...]] = []
         self.fault: Exception | None = None
+        self.ignored: list[str] = []
         self.holds = ["model.safetensors"]
 
     def snapshot_download(self, repo: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
         self.asked.append((repo, revision, "*.bin" not in ignore_patterns))
+        self.ignored = ignore_patterns
         if self.fault:
             raise self.fault
         folder = self.cache / repo.replace("/", "--")
@@ -169,3 +175,13 @@ def test_commands_take_names_of_the_hub(hub: FakeHub, run: Run):
     assert result.exit_code == 0, result.stderr
     assert "LORA" in result.stdout
     assert hub.asked == [("org/lora", None, False)]
+
+
+def test_weights_that_a_plugin_reads_are_downloaded_where_there_is_no_safetensors(hub: FakeHub):
+    hub.holds = ["model.gguf"]
+    resolve("hf://org/name")
+    assert {"*.gguf", "*.onnx"} <= set(hub.ignored)
+    with installed(ENTRY_POINTS, "gguf", replace(SAFETENSORS, name="gguf", suffixes=(".gguf",))):
+        resolve("hf://org/name")
+    assert "*.gguf" not in hub.ignored
+    assert "*.onnx" in hub.ignored

@@ -236,13 +236,17 @@ def test_a_bias_the_base_lacks_is_the_graphs_and_no_checkpoints(base, adapters, 
     [
         ({"weights": "embed"}, "a file of their own"),
         ({"merge_to": "full", "weights": "link"}, "writes its weights itself"),
-        ({"mode": "other"}, "no mode"),
-        ({"mode": "prefix"}, "trains no virtual tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_written(base, adapters, options, words, tmp_path):
     with pytest.raises(FitError, match=words):
         export_onnx(base, [adapters["lora all-linear"]], output=tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_without_virtual_tokens_is_no_prefix(base, adapters, tmp_path):
+    with pytest.raises(FitError, match="trains no virtual tokens"):
+        export_onnx(base, prefix=adapters["lora all-linear"], output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

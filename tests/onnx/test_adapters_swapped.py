@@ -90,7 +90,7 @@ CASES = {
 def test_fused_transposed_and_embedding_targets(name, tmp_path):
     base = recipes.build(name, tmp_path / "base")
     adapter = trained.train(name, base, trained._lora(target_modules=CASES[name]), tmp_path / "adapter")
-    export_onnx(base, [adapter], mode="swappable", output=tmp_path / "out")
+    export_onnx(base, swap=[adapter], output=tmp_path / "out")
     plain = Plain(tmp_path / "out" / "model.onnx")
     expected = trained.logits(trained.attached(name, base, (adapter, 1.0)), IDS)
     assert np.abs(swapped(plain, tmp_path / "out" / "adapters" / "adapter.onnx_adapter") - expected).max() <= TOLERANCE

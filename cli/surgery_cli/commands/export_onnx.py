@@ -78,6 +78,7 @@ def command(
     settings: Settings,
     base: str,
     adapters: tuple[tuple[str, float], ...],
+    mode: str | None,
     **options: Any,
 ) -> None:
     """Export a model as ONNX graphs that use its weight files as they are.
@@ -95,6 +96,9 @@ def command(
     """
     from surgery.verbs.export_onnx import export_onnx
 
+    if mode is not None:
+        role = {"merged": "merge", "swappable": "swap", "prefix": "prefix"}[mode]
+        options[role], adapters = (*adapters, *options[role]), ()
     with bar(settings, "merging") as progress:
         result = export_onnx(base, adapters, progress=progress, **options)
     show_result("export-onnx", result, settings)

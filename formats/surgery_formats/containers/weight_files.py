@@ -121,7 +121,8 @@ def output_container(name: str) -> WritableContainer:
     known = file_containers()
     written = known.get(known[name].written_as)
     if not isinstance(written, WritableContainer):
-        raise SurgeryError(f"the container '{name}' is written as '{show(known[name].written_as)}', which cannot be")
+        target = show(known[name].written_as)
+        raise SurgeryError(f"the container '{name}' is written as '{target}', but that container cannot be written")
     return written
 
 

@@ -6,20 +6,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from surgery.engine.inputs import AdaptersLike, as_weighted
 from surgery.onnx.export.prompts import unique
 from surgery_formats.errors import FitError
 from surgery_formats.models.identity import fingerprint
-from surgery_formats.text import show
 
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter
 
-__all__ = ["MODES", "AdapterRoles", "Named", "entry", "sort_adapters"]
+__all__ = ["AdapterRoles", "Named", "entry", "sort_adapters"]
 
-MODES = ("merged", "swappable", "prefix")
 _GENERIC = frozenset(
     {"adapter_model", "adapters", "pytorch_lora_weights", "model"}
 )  # names that every adapter's file has
@@ -72,7 +70,6 @@ class AdapterRoles:
 
 def sort_adapters(
     adapters: AdaptersLike = (),
-    mode: Literal["merged", "swappable", "prefix"] | str | None = None,
     merge: AdaptersLike = (),
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
@@ -80,21 +77,18 @@ def sort_adapters(
     """Read all adapters.
 
     Args:
-        adapters: Those that `mode` places: by kind, if it is None (a soft prompt goes in front, all else is merged).
-        mode: ``merged``, ``swappable``, ``prefix``, or None.
+        adapters: To be placed by kind: a soft prompt goes in front, all else is merged.
         merge: To merge, with weights.
         swap: For slots.
         prefix: In front.
 
     Raises:
         InputError: one cannot be read.
-        FitError: no such mode, or a weight where none is of use.
+        FitError: a weight where none is of use.
     """
-    if mode is not None and mode not in MODES:
-        raise FitError(f"no mode '{show(mode)}'", hint=f"one of {', '.join(MODES)}")
     placed: dict[str, list[Named]] = {"merged": [], "swappable": [], "prefix": []}
     roles = (
-        (adapters, "adapters", mode),
+        (adapters, "adapters", None),
         (merge, "merge", "merged"),
         (swap, "swap", "swappable"),
         (prefix, "prefix", "prefix"),

@@ -85,7 +85,7 @@ def merged_weights(binding: Binding, layout: Layout) -> Merged:
             overrides[one.name] = replace(one.step.source, name=one.name)
     kept = tuple(side for side in whole.side_files if layout == "full" or side.name != component.index_name)
     changed = replace(component, config=_config(component, kept))
-    model = model_of(changed.config, frozenset(changed.tensors) | frozenset(overrides))
+    model = model_of(changed.config, frozenset(changed.parameters) | frozenset(overrides))
     return Merged(plan, changed, overrides, kept, _with_biases(model, overrides))
 
 

@@ -85,7 +85,7 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     Raises:
         FitError: an unknown architecture; a tensor that is missing, left over, misshapen or of a type that is not computed with.
     """
-    model = model or model_of(component.config, frozenset(component.tensors) | frozenset(options.overrides))
+    model = model or model_of(component.config, frozenset(component.parameters) | frozenset(options.overrides))
     if options.virtual.front:
         model = front_model(model)
     if any(layer.attention.head_dim % _HEAD_UNIT for layer in model.layers):

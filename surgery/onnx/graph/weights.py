@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from surgery.onnx.graph.graph import ONNX_TYPES, Graph
 from surgery_formats.dtypes import DType
@@ -78,14 +79,11 @@ class GraphWeights:
         stored = self._stored_name(name)
         self.used.add(stored)
         tensor = self._overrides.get(stored, self._component.tensors.get(stored))
-        assert tensor is not None
+        if tensor is None:  # a weight of several tensors
+            weight = self._component.parameters[stored]
+            raise _not_computed_with(weight.storage.kind, stored, weight.sources[0].path)
         if not tensor.dtype.is_float or tensor.dtype not in ONNX_TYPES:
-            raise FitError(
-                f"is stored as {tensor.dtype.label}, which graphs do not compute with",
-                file=tensor.path,
-                tensor=stored,
-                hint="dequantise the checkpoint first",
-            )
+            raise _not_computed_with(tensor.dtype.label, stored, tensor.path)
         if tensor.path.suffix != ".safetensors":
             raise FitError(
                 "a graph refers to safetensors files only",
@@ -98,7 +96,7 @@ class GraphWeights:
         return tensor
 
     def _stored_name(self, name: str) -> str:
-        if name in self._component.tensors or name in self._overrides:
+        if name in self._component.parameters or name in self._overrides:
             return name
         places = self._component.names.resolve(name)
         if len(places) != 1:
@@ -106,7 +104,7 @@ class GraphWeights:
                 "the checkpoint has no such tensor",
                 file=self._component.folder,
                 tensor=name,
-                hint=closest(name, self._component.tensors) or "is it complete?",
+                hint=closest(name, self._component.parameters) or "is it complete?",
             )
         return places[0].parameter.name
 
@@ -176,6 +174,15 @@ class GraphWeights:
                 tensor=left[0],
                 hint="config.json and weights are of different models, or the model has parts that are not known",
             )
+
+
+def _not_computed_with(kind: str, name: str, file: Path) -> FitError:
+    return FitError(
+        f"is stored as {kind}, which graphs do not compute with",
+        file=file,
+        tensor=name,
+        hint="dequantise the checkpoint first",
+    )
 
 
 def _joint_name(names: Sequence[str]) -> str:

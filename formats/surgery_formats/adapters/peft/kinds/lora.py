@@ -262,7 +262,14 @@ def _put_low_rank(
     if why:
         file.drop(site, update, why)
         return
-    _put_factors(file, key, lora, shape, embedding=embedding)
+    inside = module.endswith(INSIDE_ATTENTION)  # configured with its attention, and applied twice (`_read`)
+    path, alpha = module.removesuffix(INSIDE_ATTENTION), file.alpha_of(lora.rank, lora.scale / (2 if inside else 1))
+    rank, stated = file.settings.get(path, (lora.rank, alpha))
+    if rank != lora.rank or (alpha and not stated):
+        file.drop(site, update, f"the rest of its attention has rank {rank} and alpha {stated:g}, it has other ones")
+        return
+    file.settings[path] = (rank, stated)
+    _put_factors(file, key, lora, shape, embedding=embedding, times=1.0 if alpha == stated else alpha / stated)
     if isinstance(update, DoRA):
         ones = (1,) * (len(shape) - 2)
         magnitude = (1, shape[0], *ones) if ones else update.magnitude.shape
@@ -270,12 +277,7 @@ def _put_low_rank(
     else:
         plain[site] = _Written(key, lora.scale)
         _put_tied_head(file, site, lora)
-    if module.endswith(INSIDE_ATTENTION):  # configured with its attention, and applied twice (`_read`)
-        alpha = file.alpha_of(lora.rank, lora.scale / 2)
-        file.settings[module.removesuffix(INSIDE_ATTENTION)] = (lora.rank, alpha)
-    else:
-        file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
-    same = isinstance(update, LoRA | DoRA) and len(lora.A.tensors) + len(lora.B.tensors) == 2
+    same = isinstance(update, LoRA | DoRA) and len(lora.A.tensors) + len(lora.B.tensors) == 2 and alpha == stated
     file.ledger.keep(site, update, "exact" if same else "folded", key)
 
 
@@ -292,15 +294,18 @@ def _put_tied_head(file: PeftFile, site: Site, lora: LoRA) -> None:
         file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
 
 
-def _put_factors(file: PeftFile, key: str, lora: LoRA, shape: tuple[int, ...], *, embedding: bool) -> None:
+def _put_factors(
+    file: PeftFile, key: str, lora: LoRA, shape: tuple[int, ...], *, embedding: bool, times: float = 1.0
+) -> None:
+    """The two factors, `times` multiplied into B."""
     rank = lora.rank
     if embedding:  # delta = (B A)^T
-        file.put(f"{key}.lora_embedding_A", lora.B, (rank, lora.shape[0]), lambda t: t.T)
+        file.put(f"{key}.lora_embedding_A", lora.B, (rank, lora.shape[0]), lambda t: t.T, times=times)
         file.put(f"{key}.lora_embedding_B", lora.A, (lora.shape[1], rank), lambda t: t.T)
     else:
         ones = (1,) * (len(shape) - 2)
         file.put(f"{key}.lora_A.weight", lora.A, (rank, *shape[1:]))
-        file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones))
+        file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones), times=times)
 
 
 def _put_bias(file: PeftFile, site: Site, update: Offset, plain: Mapping[Site, _Written]) -> None:
