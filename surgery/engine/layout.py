@@ -19,7 +19,7 @@ from surgery_formats.storage.base import Encoding, Storage, is_contiguous
 from surgery_formats.storage.plain import Elements, Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["WeightLayout", "lay_out", "model_dtype", "planned_file"]
+__all__ = ["WeightLayout", "lay_out", "planned_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,6 @@ class _WeightPlanner:
         self._component = component
         self._edits = edits
         self._dtype = dtype
-        self._model_dtype = model_dtype(component)
         self._planned: dict[str, dict[str, PlannedTensor]] = {}
 
     def outputs(self, tensor: StoredTensor, weight: Storage) -> list[PlannedTensor]:
@@ -154,7 +153,7 @@ class _WeightPlanner:
         if self._dtype is not None:
             return _elements(source, self._dtype)
         if edit is not None and edit.added:
-            return _elements(source, self._model_dtype) if isinstance(source, Plain) else source
+            return _elements(source, self._component.dtype) if isinstance(source, Plain) else source
         if base is source or not base.is_float:
             return source
         return _elements(source, base.dtype) if isinstance(base, Plain) else base
@@ -165,14 +164,6 @@ def _elements(source: Storage, dtype: DType) -> Encoding:
     if isinstance(source, Plain) and source.dtype is dtype:
         return source
     return Elements(source.sizes, source.shape, dtype)
-
-
-def model_dtype(component: Component) -> DType:
-    """The type of a model's embedding, else of its first weight of numbers."""
-    if component.embedding:
-        return component.parameters[component.embedding].storage.dtype
-    weights = component.owners.values()
-    return next((weight.dtype for weight in weights if weight.is_float), DType.F32)
 
 
 def planned_file(

@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery_formats.containers.base import Shard, ShardSet
 from surgery_formats.containers.registry import open_weights
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
@@ -89,6 +90,13 @@ class Component:
     def embedding(self) -> str:
         """Name of the token embedding, or empty."""
         return self._stored(f"{self.family.embedding}.weight") if self.family.embedding else ""
+
+    @cached_property
+    def dtype(self) -> DType:
+        """The type of the token embedding, else of the first weight of numbers."""
+        if self.embedding:
+            return self.parameters[self.embedding].storage.dtype
+        return next((weight.dtype for weight in self.owners.values() if weight.is_float), DType.F32)
 
     @cached_property
     def head(self) -> str:

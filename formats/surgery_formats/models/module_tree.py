@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.family import role_of
+from surgery_formats.storage.parameter import Parameter
 
 __all__ = ["Node", "Totals", "leaves", "module_graph", "role_totals", "stored_ties"]
 
@@ -82,7 +83,7 @@ class Totals:
 def stored_ties(component: Component) -> dict[str, str]:
     """``{alias: source}`` of names that are one parameter: by place, by family, and heads stored again though tied."""
     ties = dict(component.aliases)
-    if component.tied and component.head in component.tensors and component.embedding:
+    if component.tied and component.head in component.parameters and component.embedding:
         ties.setdefault(component.head, component.embedding)
     return ties
 
@@ -95,20 +96,24 @@ def module_graph(component: Component) -> Node:
     ties = stored_ties(component)
     buffers = tuple(f".{leaf}" for leaf in (*component.family.derivable, *_STATISTICS))
     root = _ModuleBranch()
-    for name, tensor in component.tensors.items():
+    for name, weight in component.parameters.items():
         computed = f".{name}".endswith(buffers)
         tied = ties.get(name, "")
-        shared = bool(tied) and tensor.place == component.tensors[tied].place
-        numbers = 0 if tied or computed else tensor.numel
-        kept = 0 if shared else tensor.nbytes
-        root.at(name).leaf = _Leaf(tensor.shape, tensor.dtype.label, numbers, kept, tied, computed)
+        shared = bool(tied) and _places(weight) == _places(component.parameters[tied])
+        numbers = 0 if tied or computed else weight.numel
+        kept = 0 if shared else weight.nbytes
+        root.at(name).leaf = _Leaf(weight.sizes, weight.storage.kind, numbers, kept, tied, computed)
     for alias, source in ties.items():
-        if alias not in component.tensors and source in component.tensors:
-            stored = component.tensors[source]
-            root.at(alias).leaf = _Leaf(stored.shape, stored.dtype.label, 0, 0, source)
+        if alias not in component.parameters and source in component.parameters:
+            stored = component.parameters[source]
+            root.at(alias).leaf = _Leaf(stored.sizes, stored.storage.kind, 0, 0, source)
     root.sign({})
     children = tuple(_children(root, None, 1))
     return _sum("", "model", children, 1)
+
+
+def _places(weight: Parameter) -> list[tuple[int, int, int, int]]:
+    return [source.place for source in weight.sources]
 
 
 def leaves(node: Node) -> Iterator[Node]:
