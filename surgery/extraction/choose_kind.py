@@ -18,8 +18,8 @@ import torch
 
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
 from surgery.extraction.findings import Kind, KindFacts
-from surgery.extraction.noise import at_rows, read_rows, sample_runs
-from surgery.extraction.pairing import Delta, Strip
+from surgery.extraction.noise import at_rows, read_runs, sample_runs
+from surgery.extraction.pairing import Delta, Strip, path_of
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scan import HELD
 from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
@@ -195,7 +195,7 @@ def _row_share(
         along, energy = row_share((tuned - base) - change.to(base.dtype), base + change)
         shares[target.path] = along / energy if energy > 0 else 0.0
         if not target.deltas[0].transposed:
-            survivals[target.path] = survival(base, change, target.deltas[0].strips[0].base.tensor.dtype)
+            survivals[target.path] = survival(base, change, target.deltas[0].strips[0].base.dtype)
 
     in_threads([partial(work, target) for target in targets], workers)
     left = {target.path: factored[target.path].residual(ranks[target.path]) for target in targets}
@@ -210,7 +210,7 @@ def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.T
     if isinstance(pair, HeldPair):
         return runs, at_rows(pair.base, runs), at_rows(pair.tuned, runs)
     (strip,) = delta.strips
-    base, tuned = (read_rows(side, strip.first, runs) for side in (strip.base, strip.tuned))
+    base, tuned = (read_runs(side, strip.first, runs) for side in (strip.base, strip.tuned))
     exact = torch.promote_types(base.dtype, tuned.dtype)
     return runs, base.to(exact), tuned.to(exact)
 
@@ -280,7 +280,7 @@ def _alternated(
 
 
 def _file(delta: Delta) -> Path | None:
-    return delta.strips[0].tuned.tensor.path
+    return path_of(delta.strips[0].tuned)
 
 
 def _stored(target: LowRankTarget, alternated: DoRAFit, lora: TargetFactors, scratch: ScratchFile) -> _DoraCandidate:
@@ -293,7 +293,7 @@ def _stored(target: LowRankTarget, alternated: DoRAFit, lora: TargetFactors, scr
 
 
 def _magnitude(target: LowRankTarget, fit: DoRAFit | Magnitudes, size: float, scratch: ScratchFile) -> Magnitude:
-    step = _NORM_ROUNDING.get(target.deltas[0].strips[0].base.tensor.dtype, 0.0)
+    step = _NORM_ROUNDING.get(target.deltas[0].strips[0].base.dtype, 0.0)
     slots = scratch.put(fit.magnitude[None]), scratch.put(fit.gain[None])
     return Magnitude(*slots, target.form != "embedding", size, (step * size) ** 2)
 

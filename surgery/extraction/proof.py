@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
-from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
+from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip, with_columns
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
 from surgery.extraction.stream.tally import PairMeasure
@@ -22,8 +22,7 @@ from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.storage.base import Storage, read_values
-from surgery_formats.storage.plain import Plain
+from surgery_formats.storage.base import read_values
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View
 from surgery_formats.updates import LoRA
@@ -133,7 +132,7 @@ def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
             return {}
         at = 0
         for strip, left in zip(delta.strips, matrix.left_energy, strict=True):
-            parts.setdefault(strip.tuned.tensor.name, []).append(_ProvedPart(matrix, strip, at, delta.transposed, left))
+            parts.setdefault(strip.tuned.name, []).append(_ProvedPart(matrix, strip, at, delta.transposed, left))
             at += strip.last - strip.first
     return parts
 
@@ -202,7 +201,7 @@ def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -
 def _residual(pair: Pair, edit: Edit) -> Residual:
     """Apply an edit to BASE and compare the result with TUNED."""
     source = edit.source
-    base, tuned = Plain(pair.base, _flat(pair, source, old=True)), Plain(pair.tuned, _flat(pair, source, old=False))
+    base, tuned = with_columns(pair.base, source.shape[1]), with_columns(pair.tuned, source.shape[1])
     if source.shape != tuned.shape:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
     # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger values.
@@ -227,8 +226,3 @@ def _residual(pair: Pair, edit: Edit) -> Residual:
         energy += float(difference.square().sum(dtype=torch.float64))
         left += float((difference if added else tuned_rows).sub_(block).square_().sum(dtype=torch.float64))
     return Residual(energy, left)
-
-
-def _flat(pair: Pair, source: Storage, *, old: bool) -> tuple[int, int]:
-    tensor = pair.base if old else pair.tuned
-    return tensor.numel // max(source.shape[1], 1), source.shape[1]

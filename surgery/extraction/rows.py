@@ -20,6 +20,7 @@ from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.linalg.coding import Coding
+from surgery_formats.storage.base import read_rows
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def ledger_rows(
     for pair in pairs:
         if pair.match != "pair":
             stored = dense_by_name.pop(pair.name, [])
-            row = ExtractRow(pair.name, pair.match, shape=pair.tuned.shape, why=pair.why)
+            row = ExtractRow(pair.name, pair.match, shape=pair.tuned.sizes, why=pair.why)
             rows.append(_stored(row, stored) if stored else row)
             continue
         row = _measured(pair, measures[pair.name], total, storage.why.get(pair.name, ""))
@@ -132,7 +133,7 @@ def _measured(pair: Pair, measure: PairMeasure, total: float, why: str) -> Extra
     return ExtractRow(
         pair.name,
         "dropped",
-        shape=pair.tuned.shape,
+        shape=pair.tuned.sizes,
         energy=measure.energy,
         share=measure.energy / total if total else 0.0,
         moved=measure.moved_share,
@@ -155,7 +156,7 @@ def _corrected(row: ExtractRow, measured: Residual, dense: DenseTensor) -> Extra
     Raises:
         ProofError: the bias is not TUNED's plus the shift.
     """
-    meant = float((shifted(dense).double() - dense.tensor.read().double()).square().sum())
+    meant = float((shifted(dense).double() - read_rows(dense.weight).double()).square().sum())
     if not math.isclose(measured.left, meant, rel_tol=1e-6, abs_tol=1e-30):
         raise ProofError("read back, it is not the corrected bias that was meant", tensor=row.name)
     return replace(row, residual=measured.relative if measured.energy > 0 else 0.0)
