@@ -30,6 +30,7 @@ from surgery_formats.linalg.dora import DoRAFit, HeldPair, Magnitudes, PairSourc
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import read_values
+from surgery_formats.storage.plain import Plain
 
 __all__ = ["KindDecision", "Magnitude", "choose_kind", "lora_decision"]
 
@@ -194,8 +195,9 @@ def _row_share(
         change = at_rows(left, runs) @ right
         along, energy = row_share((tuned - base) - change.to(base.dtype), base + change)
         shares[target.path] = along / energy if energy > 0 else 0.0
-        if not target.deltas[0].transposed:
-            survivals[target.path] = survival(base, change, target.deltas[0].strips[0].base.dtype)
+        stored = target.deltas[0].strips[0].base
+        if not target.deltas[0].transposed and isinstance(stored, Plain):
+            survivals[target.path] = survival(base, change, stored.dtype)
 
     in_threads([partial(work, target) for target in targets], workers)
     left = {target.path: factored[target.path].residual(ranks[target.path]) for target in targets}

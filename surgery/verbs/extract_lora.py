@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extract: the least adapter that makes of a base what a full fine-tune made of it, with an account of every tensor.
+"""Extract the smallest adapter that turns a base model into its fine-tune, with an account of every tensor.
 
-Both checkpoints are streamed once. Every difference is factorised optimally while it is there, and what is left of it beside the factors
-as they will be written is measured. What is no matrix is stored as the fine-tune has it. The written folder is read back and must hold
-what was measured, where it was measured, before it gets its name.
+Both checkpoints are streamed once. Each difference is factorised optimally while it is in memory, and what the factors leave of it, as they
+will be stored, is measured. What is not a matrix is stored as the fine-tune has it. The written adapter is read back before it appears and
+must hold what was measured, where it was measured.
 """
 
 from __future__ import annotations
