@@ -31,6 +31,7 @@ from surgery.extraction.findings import KINDS, Kind
 from surgery.extraction.output import write_extraction
 from surgery.extraction.ranks import rank_goal
 from surgery.extraction.result import ExtractResult
+from surgery.extraction.rows import predicted_result
 from surgery.extraction.storage_plan import StorageOptions
 from surgery.extraction.stream.lanes import Lanes, default_lanes
 from surgery.extraction.stream.scan import layout_of, scan, warm
@@ -126,7 +127,7 @@ def extract_lora(
         threads = workers or default_lanes(devices)
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
         request = ExtractionRequest(
-            goal, options, scaling, stored, coding, chosen, inputs, scratch, devices[0], threads
+            goal, options, scaling, stored, coding, table, chosen, inputs, scratch, devices[0], threads
         )
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
         goal.check_patterns(layout.targets)
@@ -140,9 +141,8 @@ def extract_lora(
         stopwatch.lap("starting", scanned.began)
         stopwatch.lap("reading")
         plan = plan_extraction(pair, layout, scanned, request, stopwatch, allow_loss=allow_loss)
-        plan = replace(plan, table=plan.rank_table() if table else ())
         if folder is None:
-            return replace(plan.result(), format=adapter_format.name, timings=stopwatch.parts)
+            return replace(predicted_result(plan), format=adapter_format.name, timings=stopwatch.parts)
         result = write_extraction(
             plan,
             adapter_format,
