@@ -19,7 +19,7 @@ import numpy as np
 from surgery.engine.inputs import StrPath
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
-from surgery.onnx.run.opening import Opened, open_graph
+from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Note, Table
@@ -149,7 +149,7 @@ class Bound:
     """
 
     model: str
-    opened: Opened
+    opened: GraphSession
     decoder: Decoder | None
     load_seconds: float
     memory_nbytes: int
@@ -297,7 +297,7 @@ def step_nbytes(path: Path) -> int:
     return sum(found.values())
 
 
-def _vocabulary(opened: Opened) -> int:
+def _vocabulary(opened: GraphSession) -> int:
     from surgery.onnx.run.encoder import vocabulary
 
     return opened.contract.vocabulary or vocabulary(opened)

@@ -16,10 +16,10 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
-from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, place
+from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompts import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
-from surgery.onnx.graph.build import Built, GraphOptions
+from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
@@ -32,7 +32,7 @@ from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
 
 if TYPE_CHECKING:
-    from surgery.onnx.export.merged import Merged
+    from surgery.onnx.export.merged import MergedWeights
     from surgery.onnx.export.slots import Swappable
     from surgery_formats.binding.bind import Binding
 
@@ -99,7 +99,7 @@ def export_onnx(
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     warnings = _warnings(chosen, wanted, checkpoint, binding) + _graph_warnings(assembly, draft)
-    built: list[Built] = []
+    built: list[GraphSet] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
         files, made, graphs = assembly.files(here)
@@ -128,14 +128,14 @@ def export_onnx(
         id=_id(draft, assembly),
     )
     run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
-    placed = place(parcel, where, chosen, checkpoint.main.folder, run)
+    placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
     done = built[-1]
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
 
 
-def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tuple[Binding | None, Merged | None]:
+def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tuple[Binding | None, MergedWeights | None]:
     """What is merged; imported only where there are adapters, which cost a plain export as much as all the rest."""
     if not wanted.adapters:
         return None, None
@@ -153,7 +153,7 @@ def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tupl
 def _assembly(
     checkpoint: Checkpoint,
     wanted: AdapterRoles,
-    merged: Merged | None,
+    merged: MergedWeights | None,
     target: str,
     dtype: str,
     max_length: int | None,
@@ -200,7 +200,7 @@ def _ids(folder: Path, text: str) -> tuple[int, ...]:
 
 
 def _mode(
-    asked: str, output: Path, base: Component, sources: Sequence[File], merged: Merged | None, *, full: bool
+    asked: str, output: Path, base: Component, sources: Sequence[File], merged: MergedWeights | None, *, full: bool
 ) -> Mode:
     """How weights get there.
 
@@ -225,7 +225,7 @@ def _mode(
     return chosen
 
 
-def _check_same_sides(merged: Merged, base: Component) -> None:
+def _check_same_sides(merged: MergedWeights, base: Component) -> None:
     """In the base's own folder its configuration and tokenizer stay; whether head and embedding are tied only the graph needs to know."""
     differing = {key: value for key, value in merged.component.config.items() if key != "tie_word_embeddings"}
     same = differing == {key: value for key, value in base.config.items() if key != "tie_word_embeddings"}
@@ -238,7 +238,7 @@ def _check_same_sides(merged: Merged, base: Component) -> None:
         )
 
 
-def _side_files(checkpoint: Checkpoint, merged: Merged | None, taken: set[str]) -> list[SideFile]:
+def _side_files(checkpoint: Checkpoint, merged: MergedWeights | None, taken: set[str]) -> list[SideFile]:
     """Tokenizer, configuration and the like, but for names that the export itself takes."""
     if merged is not None:
         found = list(merged.side_files)
@@ -249,7 +249,7 @@ def _side_files(checkpoint: Checkpoint, merged: Merged | None, taken: set[str]) 
     return [side for side in found if side.name not in taken]
 
 
-def _facts(draft: Built, mode: Mode) -> dict[str, Any]:
+def _facts(draft: GraphSet, mode: Mode) -> dict[str, Any]:
     contract = draft.contract
     return {
         "target": contract.target,
@@ -261,7 +261,7 @@ def _facts(draft: Built, mode: Mode) -> dict[str, Any]:
     }
 
 
-def _id(draft: Built, assembly: Assembly) -> str:
+def _id(draft: GraphSet, assembly: Assembly) -> str:
     """Digest of everything that decides the files: the draft's graphs name weights and adapters by content."""
     state = hashlib.sha256(json.dumps([__version__, assembly.form]).encode())
     for name, graph in draft.graphs.items():
@@ -269,7 +269,7 @@ def _id(draft: Built, assembly: Assembly) -> str:
     return state.hexdigest()
 
 
-def _graph_warnings(assembly: Assembly, draft: Built) -> list[str]:
+def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     """What is slow, and what onnxruntime-genai does otherwise than the graph's own contract says."""
     contract, found = draft.contract, []
     if contract.kind != "decoder":

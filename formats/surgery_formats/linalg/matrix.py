@@ -107,8 +107,8 @@ class Operator:
         """Yield ``(start, stop, rows start:stop of D)`` from row `first`, unscaled; one block if unconverted."""
         m, n = self.shape
         dtype = dtype or self.dtype
-        whole = isinstance(self._matrix, torch.Tensor) and self._matrix.dtype == dtype
-        step = m if whole else max(1, _BLOCK // max(1, n))
+        in_memory = isinstance(self._matrix, torch.Tensor) and self._matrix.dtype == dtype
+        step = m if in_memory else max(1, _BLOCK // max(1, n))
         for start in range(first, m, step):
             stop = min(m, start + step)
             block = (

@@ -123,8 +123,8 @@ def manifest_bytes(manifest: Mapping[str, Any], plan_id: str, files: Mapping[str
     An entry ``plan`` in `manifest` replaces `plan_id`, which may depend on where the inputs lie.
     """
     entries = {name: record.as_json() for name, record in files.items()}
-    whole = {"plan": plan_id, **manifest, "format": FORMAT, "files": entries}
-    return json.dumps(whole, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
+    document = {"plan": plan_id, **manifest, "format": FORMAT, "files": entries}
+    return json.dumps(document, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def verify_folder(path: str | os.PathLike[str], *, added: Collection[str] = ()) -> dict[str, Any]:

@@ -125,8 +125,8 @@ def _open_hidden(hidden: Path, shown: Path) -> int:
     fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours, named = os.fstat(fd), os.lstat(hidden)
-        if (ours.st_dev, ours.st_ino) != (named.st_dev, named.st_ino):  # its writer finished between the two calls
+        opened, named = os.fstat(fd), os.lstat(hidden)
+        if (opened.st_dev, opened.st_ino) != (named.st_dev, named.st_ino):  # its writer finished between the two calls
             raise BlockingIOError
         os.ftruncate(fd, 0)
     except (BlockingIOError, FileNotFoundError) as error:

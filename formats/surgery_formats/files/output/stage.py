@@ -236,19 +236,19 @@ class Stage:
         final = Path(os.path.realpath(self._final))
         for named in self._inputs:
             source = Path(os.path.realpath(named))
-            mine, theirs = _identity(final), _identity(source)
+            output_id, input_id = _identity(final), _identity(source)
             hint = "write to a folder outside the inputs"
-            if source == final or (mine is not None and mine == theirs):
+            if source == final or (output_id is not None and output_id == input_id):
                 raise FitError("the output is one of the inputs", file=self.shown, hint=hint)
-            if mine is not None and mine in map(_identity, source.parents):
+            if output_id is not None and output_id in map(_identity, source.parents):
                 raise FitError(f"the output holds the input {show(named, 200)}", file=self.shown, hint=hint)
-            if theirs is not None and theirs in map(_identity, final.parents):
+            if input_id is not None and input_id in map(_identity, final.parents):
                 raise FitError(f"the output lies in the input {show(named, 200)}", file=self.shown, hint=hint)
-        mine = _identity(final)
-        if self._overwrite and mine is not None:
+        output_id = _identity(final)
+        if self._overwrite and output_id is not None:
             for name in (os.curdir, os.path.expanduser("~")):
                 protected = Path(os.path.realpath(name))
-                if mine in map(_identity, (protected, *protected.parents)):
+                if output_id in map(_identity, (protected, *protected.parents)):
                     raise FitError(
                         "this folder contains the working folder or a home folder",
                         file=self.shown,

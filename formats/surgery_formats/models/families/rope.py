@@ -138,10 +138,10 @@ def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], head_dim: in
     return Rope(dims, values, max_positions)
 
 
-def _factors(settings: ModelSettings, found: Any, key: str, length: int) -> tuple[float, ...]:
-    numbers = isinstance(found, list) and all(
-        isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e30 for x in found
+def _factors(settings: ModelSettings, value: Any, key: str, length: int) -> tuple[float, ...]:
+    numbers = isinstance(value, list) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e30 for x in value
     )
-    if not numbers or len(found) != length:
+    if not numbers or len(value) != length:
         raise settings.fault(f"{key} must be a list of {length} numbers above 0")
-    return tuple(float(x) for x in found)
+    return tuple(float(x) for x in value)

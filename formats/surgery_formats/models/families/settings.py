@@ -60,7 +60,7 @@ class ModelSettings:
         self._read.update(keys)
         return next((value for key in keys if (value := self._config.get(key)) is not None), None)
 
-    def given(self, key: str) -> bool:
+    def has(self, key: str) -> bool:
         """Whether `key` is present, even if ``null``."""
         self._read.add(key)
         return key in self._config
@@ -83,9 +83,9 @@ class ModelSettings:
 
     def optional_count(self, key: str, default: int | None = None) -> int | None:
         """Read a size; ``null`` gives None and a missing key gives `default`."""
-        if self.given(key) and self._config[key] is None:
+        if self.has(key) and self._config[key] is None:
             return None
-        return self.count(key) if self.given(key) else default
+        return self.count(key) if self.has(key) else default
 
     def number(self, *keys: str, default: float) -> float:
         """Read a finite number."""
@@ -105,9 +105,9 @@ class ModelSettings:
 
     def optional_positive(self, key: str, default: float | None = None) -> float | None:
         """Read a number above 0; ``null`` gives None and a missing key gives `default`."""
-        if self.given(key) and self._config[key] is None:
+        if self.has(key) and self._config[key] is None:
             return None
-        return self.positive(key, default=1.0) if self.given(key) else default
+        return self.positive(key, default=1.0) if self.has(key) else default
 
     def flag(self, *keys: str, default: bool) -> bool:
         """Read true or false."""
