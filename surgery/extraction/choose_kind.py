@@ -22,7 +22,7 @@ from surgery.extraction.noise import at_rows, read_runs, sample_runs
 from surgery.extraction.pairing import Delta, Strip, path_of
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scan import HELD
-from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
+from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot, Workspace
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -98,9 +98,7 @@ def choose_kind(
     factored: Mapping[str, TargetFactors],
     ranks: Mapping[str, int],
     lora_ranks: Mapping[str, int],
-    scratch: ScratchFile,
-    device: str,
-    workers: int,
+    workspace: Workspace,
     tuned: Path,
 ) -> KindDecision:
     """Choose between LoRA and DoRA.
@@ -111,9 +109,7 @@ def choose_kind(
         factored: The LoRA's factors, by target path.
         ranks: Of a DoRA, by target path.
         lora_ranks: Of a LoRA, by target path; higher under a budget, of which a DoRA spends a part on magnitudes.
-        scratch: Receives new factors.
-        device: Where to compute.
-        workers: Number of threads.
+        workspace: Where new factors are computed and kept.
         tuned: TUNED's path, for messages.
 
     Raises:
@@ -129,13 +125,17 @@ def choose_kind(
     lora = _relative(able, factored, (factored[target.path].residual(lora_ranks[target.path]) for target in able))
     share, survivals = math.nan, dict[str, Survival]()
     if kind == "auto":
-        share, survivals = _row_share(able, factored, lora_ranks, workers)
+        share, survivals = _row_share(able, factored, lora_ranks, workspace.workers)
         if share < _WORTH_A_LOOK:
             why = f"rescaling rows would take away {max(share, 0):.1%} of what a LoRA leaves"
             return lora_decision(why, survivals, lora=lora, rows=share)
     try:
-        candidates = _alternated(able, ranks, device, workers, scratch, factored)
-        rest = {u.path: _beside(u, factored[u.path], ranks[u.path], scratch) for u in targets if u.form == "embedding"}
+        candidates = _alternated(able, ranks, factored, workspace)
+        rest = {
+            u.path: _beside(u, factored[u.path], ranks[u.path], workspace.scratch)
+            for u in targets
+            if u.form == "embedding"
+        }
     except FitError as error:
         if kind == "dora":
             raise
@@ -257,10 +257,8 @@ class _DoraCandidate:
 def _alternated(
     targets: Sequence[LowRankTarget],
     ranks: Mapping[str, int],
-    device: str,
-    workers: int,
-    scratch: ScratchFile,
     factored: Mapping[str, TargetFactors],
+    workspace: Workspace,
 ) -> dict[str, _DoraCandidate]:
     candidates: dict[str, _DoraCandidate] = {}
 
@@ -272,12 +270,12 @@ def _alternated(
         if isinstance(pair, _StoredRows) and math.prod(pair.shape) <= HELD["cpu"]:
             pair = _held(pair, turned=False)
         try:
-            alternated = alternate(pair, ranks[target.path], device=device)
+            alternated = alternate(pair, ranks[target.path], device=workspace.device)
         except FitError as error:
             raise FitError(error.message, file=_file(delta), tensor=target.names[0]) from error
-        candidates[target.path] = _stored(target, alternated, factored[target.path], scratch)
+        candidates[target.path] = _stored(target, alternated, factored[target.path], workspace.scratch)
 
-    in_threads([partial(work, target) for target in targets], workers)
+    in_threads([partial(work, target) for target in targets], workspace.workers)
     return {target.path: candidates[target.path] for target in targets}
 
 

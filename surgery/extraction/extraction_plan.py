@@ -22,7 +22,7 @@ from surgery.extraction.pairing import differing_settings
 from surgery.extraction.ranks import RankGoal, ranks_of
 from surgery.extraction.storage_plan import StorageOptions, StoragePlan, check_losses, plan_storage
 from surgery.extraction.stream.scan import Layout, ScanResult
-from surgery.extraction.stream.scratch import ScratchFile
+from surgery.extraction.stream.scratch import Workspace
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.adapters.format import Format, Rendering, Scaled, Scaling
 from surgery_formats.adapters.peft.known_issues import combination_issues
@@ -124,9 +124,7 @@ class ExtractionRequest:
         table: Whether to tabulate other ranks.
         kind: LoRA, DoRA, or the better one.
         calibration: Inputs of modules.
-        scratch: Holds factors until they are written.
-        device: Where to compute.
-        workers: Number of threads.
+        workspace: Where factors are computed and kept.
     """
 
     goal: RankGoal
@@ -137,9 +135,7 @@ class ExtractionRequest:
     table: bool
     kind: Kind
     calibration: Calibration | None
-    scratch: ScratchFile
-    device: str
-    workers: int
+    workspace: Workspace
 
     @property
     def stored(self) -> DType | Coding:
@@ -246,9 +242,7 @@ def plan_extraction(
             layout.parameters,
             scan.factored,
             ranks,
-            request.scratch,
-            request.device,
-            request.workers,
+            request.workspace,
             biases="bias" in request.options.dense,
         )
         calibrated.into(storage, layout.parameters)
@@ -290,7 +284,7 @@ def plan_extraction(
     targets = [scan.factored[target.path] for target in storage.targets]
     gains = {path: magnitude.load_gains for path, magnitude in decision.magnitudes.items()}
     stopwatch.lap("settling")
-    noise = noise_report(targets, factored, ranks, scan.measures, request.workers, gains, decision.survivals)
+    noise = noise_report(targets, factored, ranks, scan.measures, request.workspace.workers, gains, decision.survivals)
     stopwatch.lap("noise")
     warnings = differing_settings(old, new)
     if request.calibration is not None and (unused := request.calibration.unused(storage.targets)):
@@ -342,14 +336,6 @@ def _decide_kind(
             return lora_decision(error.message), ranks
     targets = formed(dora_ranks).targets
     decision = choose_kind(
-        request.kind,
-        targets,
-        scan.factored,
-        dora_ranks,
-        ranks,
-        request.scratch,
-        request.device,
-        request.workers,
-        checkpoints.tuned.path,
+        request.kind, targets, scan.factored, dora_ranks, ranks, request.workspace, checkpoints.tuned.path
     )
     return decision, dora_ranks

@@ -93,7 +93,7 @@ def prove(plan: ExtractionPlan, adapter: Adapter, *, recognise: bool = True) -> 
             continue
         residuals[pair.name] = Residual(measures[pair.name].energy, math.fsum(part.left for part in parts))
         jobs.append(partial(_recognise, parts, edit, pair))
-    in_threads(jobs, plan.request.workers)
+    in_threads(jobs, plan.request.workspace.workers)
     return residuals
 
 

@@ -35,7 +35,7 @@ from surgery.extraction.rows import predicted_result
 from surgery.extraction.storage_plan import StorageOptions
 from surgery.extraction.stream.lanes import Lanes, default_lanes
 from surgery.extraction.stream.scan import layout_of, scan, warm
-from surgery.extraction.stream.scratch import ScratchFile
+from surgery.extraction.stream.scratch import ScratchFile, Workspace
 from surgery.extraction.targets import tree_name
 from surgery.progress import Callback
 from surgery.rank import Rank
@@ -126,9 +126,8 @@ def extract_lora(
     try:
         threads = workers or default_lanes(devices)
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
-        request = ExtractionRequest(
-            goal, options, scaling, stored, coding, table, chosen, inputs, scratch, devices[0], threads
-        )
+        workspace = Workspace(scratch, devices[0], threads)
+        request = ExtractionRequest(goal, options, scaling, stored, coding, table, chosen, inputs, workspace)
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
         goal.check_patterns(layout.targets)
         if inputs is not None:
