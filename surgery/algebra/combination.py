@@ -34,7 +34,7 @@ class Combination:
         updates: The combination of every weight.
         solutions: The solved factors.
         base: If one was given.
-        left: Names of the sites that are not wanted.
+        left: Names of the sites that were left out.
         warnings: What the user should know.
     """
 
@@ -53,7 +53,7 @@ class CombinationPlan:
 
     Attributes:
         combination: What was combined.
-        adapter: What the writer was given.
+        adapter: The combination, for the writer.
         target: The format.
         dtype: Type of the stored matrices; None keeps them.
         rendering: What will be written.
