@@ -8,7 +8,6 @@ from functools import partial
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.checks import float_type
 from surgery.engine.conversion import (
-    Check,
     bound_source,
     coded_as,
     placed,
@@ -41,7 +40,6 @@ def convert(
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-    check: Check | None = None,
     progress: Callback | None = None,
 ) -> ConvertResult:
     """Write an adapter in another format and prove it.
@@ -59,8 +57,6 @@ def convert(
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
-        check: Called with where it was written and with the result, once it is proved and before it appears; what it returns goes into the
-            manifest of a folder.
         progress: Called with every step.
 
     Raises:
@@ -105,4 +101,4 @@ def convert(
         overwrite,
         progress,
     )
-    return write_conversion(plan, options, result, projections=projections, check=check, also=also)
+    return write_conversion(plan, options, result, projections=projections, also=also)
