@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from surgery.algebra.files import as_adapter
+from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.projection_rows import cut_rows, join_rows
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.adapters.format import Format
@@ -66,7 +66,7 @@ def change_layout(adapter: Adapter, layout: str, target: Format, base: Checkpoin
     if not heights:
         names = " or ".join(p.whole for p in PROJECTIONS) if layout == "split" else "self_attn.q_proj or mlp.gate_proj"
         raise FitError(f"there is nothing to be {layout}: no {names}", file=adapter.path)
-    changed = as_adapter([WeightedAdapter(adapter, 1.0)], updates, target)
+    changed = combined_adapter([WeightedAdapter(adapter, 1.0)], updates, target)
     held = base is not None and any(_rows(site, base) for site in adapter.updates.keys() - updates.keys())
     return LayoutChange(changed, heights, held, "split" if layout == "split" else "fused")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.comparison.added import SHARES
 from surgery.comparison.results import Profile
-from surgery.comparison.sums import SHARES
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.svd import truncated_svd
 from surgery_formats.storage.base import Storage, is_contiguous, read_block
