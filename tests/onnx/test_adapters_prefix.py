@@ -297,9 +297,9 @@ def test_a_prompt_tuned_classifier_gives_the_logits_of_peft(name, kind, target, 
 
 
 REFUSED = {
-    "rows of keys and values": ("prefix", {"form": "rows"}, "are not tokens"),
+    "rows of keys and values": ("prefix", {"prompt_form": "rows"}, "are not tokens"),
     "no room": ("prompt", {"max_length": 5}, "leave no room"),
-    "no such form": ("prompt", {"form": "other"}, "not a form"),
+    "no such form": ("prompt", {"prompt_form": "other"}, "not a form"),
 }
 
 
