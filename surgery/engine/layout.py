@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome
@@ -124,6 +124,8 @@ class _WeightPlanner:
     def weight(self, name: str, base: Storage) -> tuple[PlannedTensor, ...]:
         """The output tensors of one weight, without their offsets."""
         edit = self._edits.get(name)
+        if edit is None and is_contiguous(base) and (self._dtype is None or not base.is_float):
+            return self._copies(base)
         source = base if edit is None else edit.source
         target = self._encoding(base, source, edit)
         operations = edit.operations if edit else ()
@@ -144,6 +146,26 @@ class _WeightPlanner:
         return tuple(
             PlannedTensor(part.name, component, name, part.dtype, part.shape, step, outcome, 0, part.nbytes, why, i)
             for i, (part, step) in enumerate(zip(parts, steps, strict=True))
+        )
+
+    def _copies(self, weight: Storage) -> tuple[PlannedTensor, ...]:
+        """The stored tensors of a weight as they are."""
+        component, name = self._component.name, weight.name
+        return tuple(
+            PlannedTensor(
+                stored.name,
+                component,
+                name,
+                stored.dtype,
+                stored.shape,
+                Copy(stored, weight),
+                "copied",
+                0,
+                stored.nbytes,
+                "",
+                i,
+            )
+            for i, stored in enumerate(weight.sources)
         )
 
     def _encoding(self, base: Storage, source: Storage, edit: Edit | None) -> Encoding:
@@ -191,7 +213,20 @@ def planned_file(
 
 
 def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:
-    return replace(tensor, offset=offset, nbytes=nbytes)
+    one = tensor  # `dataclasses.replace` would take as long as the rest of the plan of a model of 50,000 tensors
+    return PlannedTensor(
+        one.name,
+        one.component,
+        one.weight,
+        one.dtype,
+        one.shape,
+        one.step,
+        one.outcome,
+        offset,
+        nbytes,
+        one.why,
+        one.part,
+    )
 
 
 def _resharded(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:

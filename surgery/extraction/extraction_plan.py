@@ -27,7 +27,6 @@ from surgery.extraction.stream.scan import Layout, ScanResult
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.adapters.format import Format, Rendering, Scaled, Scaling
-from surgery_formats.adapters.peft.known_issues import combination_issues
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.safetensors import reference_order
@@ -355,9 +354,7 @@ def plan_extraction(
     peft = peft.with_scaling(scaling)
     rendering = peft.render(adapter, None)
     (config,) = rendering.small_files.values()
-    # Other formats are given what a reader of the PEFT folder would know: its fields, which `compact` keeps, and its known issues.
-    fields = json.loads(config)
-    adapter = replace(adapter, config=fields, stated_issues=tuple(combination_issues(fields)))
+    adapter = peft.described(adapter)  # other formats are given what a reader of the PEFT folder would know
     order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors)
     facts = {
         "version": __version__,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.engine.model_output import plan_merge
 from surgery.engine.plan import PlannedFile, check_conservation
+from surgery.reference.model import forward, open_reference
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
 from surgery_formats.errors import FitError, MalformedError, NothingChangedError
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.storage.base import read_rows
 from surgery_formats.testing.plugins import installed_project
-from tests.support.kit import environment, make_base, make_lora
+from tests.support.kit import ROOT, environment, make_base, make_lora
 
 TOY = Path(__file__).parents[1] / "plugins" / "toy_storage"
 sys.path.insert(0, str(TOY))
@@ -190,6 +192,73 @@ def test_diff_compares_values_under_the_names_of_the_weights(tmp_path: Path) -> 
     assert {tensor.name for tensor in result.tensors} == set(weights(base))
     moved = {tensor.name for tensor in result.tensors if tensor.status != "equal"}
     assert moved == set(expected(base, lora))
+
+
+@pytest.mark.parametrize("dtype", ["keep", "fp32"])
+def test_verify_knows_what_was_written(dtype: str, tmp_path: Path) -> None:
+    base, lora = quantise(tmp_path / "base", shards=2), make_lora(tmp_path / "lora")
+    surgery.merge(base, lora, output=tmp_path / "out", dtype=dtype)
+    assert surgery.verify(tmp_path / "out", against=base).kind == "folder"
+
+
+def test_a_dry_run_plans_every_stored_tensor(tmp_path: Path) -> None:
+    base, lora = quantise(tmp_path / "base"), make_lora(tmp_path / "lora")
+    result = surgery.merge(base, lora, dry_run=True)
+    assert {tensor.name for tensor in result.ledger.plan.tensors} == set(stored(base))
+    assert sum(tensor.outcome == "updated" for tensor in result.ledger.plan.tensors) == 8
+    assert len(result.ledger.plan.computed()) == 4
+
+
+def test_two_adapters_are_added_before_the_sum_is_rounded(tmp_path: Path) -> None:
+    base = quantise(tmp_path / "base")
+    one, other = make_lora(tmp_path / "one"), make_lora(tmp_path / "other", strength=0.5)
+    surgery.merge(base, [(one, 0.7), (other, -0.3)], output=tmp_path / "out")
+    first, second, before = expected(base, one, 0.7), expected(base, other, -0.3), weights(base)
+    for name in first:
+        codes, _, _ = quantised((first[name] + second[name] - before[name]).float(), len(before[name]), 2)
+        apart = stored(tmp_path / "out")[name + CODES] != codes
+        assert apart.float().mean() < 0.01, name  # where the sum lies halfway between two codes
+
+
+def test_values_in_place_of_a_quantised_weight_are_quantised(tmp_path: Path) -> None:
+    base, saved = quantise(tmp_path / "base"), make_lora(tmp_path / "saved", modules_to_save=["o_proj"])
+    factors = load_file(saved / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    trained = torch.randn(weights(base)[name].shape)
+    save_file({**factors, f"base_model.model.{name}": trained}, saved / "adapter_model.safetensors")
+    surgery.merge(base, saved, output=tmp_path / "out")
+    codes, scales, _ = quantised(trained, len(trained), 2)
+    assert stored(tmp_path / "out")[name + CODES].equal(codes)
+    assert stored(tmp_path / "out")[name + SCALES].equal(scales)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A model of which one projection is quantised, and which can be computed."""
+    folder = shutil.copytree(ROOT / "examples" / "base", tmp_path / "llama")
+    tensors = load_file(folder / "model.safetensors")
+    values = tensors.pop(QUERY).float()
+    codes, scales, _ = quantised(values, len(values), 2)
+    save_file({**tensors, QUERY + CODES: codes, QUERY + SCALES: scales}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_graph_refuses_the_storage_by_name(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(FitError, match="stored as TOY4, which graphs") as refused:
+        surgery.export_onnx(llama, output=tmp_path / "graph")
+    assert refused.value.tensor == QUERY
+
+
+def test_the_reference_computes_a_merge_as_it_will_be_stored(llama: Path, tmp_path: Path) -> None:
+    lora = ROOT / "examples" / "lora"
+    surgery.merge(llama, lora, output=tmp_path / "out")
+    base = open_checkpoint(llama)
+    plan = plan_merge(bind([(read_adapter(lora), 1.0)], base))
+    planned, written = open_reference(base.main, plan), open_reference(open_checkpoint(tmp_path / "out").main)
+    assert QUERY in planned.weights.names
+    assert planned.weights.load(QUERY).equal(written.weights.load(QUERY))
+    ids = torch.tensor([[1, 5, 9]])
+    assert forward(planned, ids).logits.equal(forward(written, ids).logits)
 
 
 def test_extraction_refuses_the_storage_by_name(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery_formats.errors import MalformedError, NotFoundError, ProofError
+from surgery_formats.errors import MalformedError, NotFoundError, ProofError, SurgeryError
 
-__all__ = ["File", "open_file", "stays_inside"]
+__all__ = ["File", "first_bytes", "open_file", "stays_inside"]
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -96,6 +96,15 @@ def open_file(path: str | os.PathLike[str]) -> File:
     opened = File(where, fd, status.st_size, _identity(status))
     weakref.finalize(opened, os.close, fd)
     return opened
+
+
+def first_bytes(path: str | os.PathLike[str], size: int) -> bytes | None:
+    """Up to `size` bytes from the start of a regular file; None, whatever the reason, if it cannot be read. For detecting formats."""
+    try:
+        file = open_file(path)
+        return bytes(file.read(0, min(file.size, size)))
+    except (SurgeryError, OSError):
+        return None
 
 
 def stays_inside(path: Path) -> bool:

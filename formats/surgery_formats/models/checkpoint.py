@@ -136,7 +136,7 @@ class Component:
     @cached_property
     def names(self) -> Names:
         """Resolves an adapter's names."""
-        own = {name: parameter for name, parameter in self.parameters.items() if name not in self.aliases}
+        own = {name: one for name, one in self.parameters.items() if name not in self.aliases}
         return Names(own, self.aliases, self.family, self.name)
 
     def _stored(self, name: str) -> str:

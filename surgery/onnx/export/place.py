@@ -147,7 +147,7 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
         files = job.make(WeightLocation(home if mode == "embed" else folder.staged))
         for name, data in files.items():
             folder.write_small(name, data)
-        _check_inputs(job)
+        _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
         folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account})
     return _outcome(files, ledger, written)
@@ -166,7 +166,7 @@ def _compute(job: ExportJob, folder: OutputFolder, run: Run) -> Ledger | None:
     return ledger
 
 
-def _check_inputs(job: ExportJob) -> None:
+def _check_unchanged(job: ExportJob) -> None:
     for file in {*job.weights, *(job.plan.inputs if job.plan else ())}:
         file.check_unchanged()
 
@@ -243,7 +243,7 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
                 WeightLocation(folder, stage.staged.name, frozenset(planned)) if planned else WeightLocation(folder)
             )
             files = job.make(location)
-            _check_inputs(job)
+            _check_unchanged(job)
             if ledger is not None or job.facts["adapters"]:
                 files = {LEDGER: _account(job, ledger, files), **files}
             for name, data in files.items():
