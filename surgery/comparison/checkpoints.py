@@ -45,13 +45,15 @@ def diff_checkpoints(
 ) -> CheckpointDiff:
     """Compare two open checkpoints. See `surgery.verbs.diff.diff`."""
     pairs = _pairs(a, b)
-    whole = sum(one.nbytes for one, other in pairs.values() if one and other)
-    done, totals, found = 0, _DiffTotals(), []
+    whole = sum(mine.nbytes for mine, theirs in pairs.values() if mine and theirs)
+    done, totals, tensors = 0, _DiffTotals(), []
     for name, (mine, theirs) in pairs.items():
         if mine is None or theirs is None:
-            found.append(TensorDiff(name, "only in B" if mine is None else "only in A", _header(mine), _header(theirs)))
+            tensors.append(
+                TensorDiff(name, "only in B" if mine is None else "only in A", _header(mine), _header(theirs))
+            )
             continue
-        found.append(_pair(name, mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, totals=totals))
+        tensors.append(_pair(name, mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, totals=totals))
         done += mine.nbytes
         if progress is not None and not header:
             progress(Progress(done, whole, "comparing"))
@@ -62,7 +64,7 @@ def diff_checkpoints(
     difference = (
         (math.sqrt(totals.difference) / size if size else (math.inf if totals.difference else 0.0)) if known else None
     )
-    return CheckpointDiff(tuple(found), difference, totals.moved / totals.numel if known else None, header)
+    return CheckpointDiff(tuple(tensors), difference, totals.moved / totals.numel if known else None, header)
 
 
 def _pairs(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[Parameter | None, Parameter | None]]:
@@ -96,20 +98,20 @@ def _pair(
     tolerance: float | None,
     totals: _DiffTotals,
 ) -> TensorDiff:
-    one = TensorDiff(name, "equal", _header(mine), _header(theirs))
+    diff = TensorDiff(name, "equal", _header(mine), _header(theirs))
     if mine.sizes != theirs.sizes:
-        return replace(one, status="shape")
+        return replace(diff, status="shape")
     status: TensorStatus = "equal" if mine.storage.kind == theirs.storage.kind else "dtype"
     if header:
-        return replace(one, status=status)
+        return replace(diff, status=status)
     if not (_numeric(mine) and _numeric(theirs)):
         if status == "equal" and not _same_bytes(mine, theirs):
             status = "values"
-        return replace(one, status=status, note="compared as bytes: there is no arithmetic for this type")
+        return replace(diff, status=status, note="compared as bytes: there is no arithmetic for this type")
     if status == "equal" and _same_bytes(mine, theirs):
         if mine.storage.is_float:
             totals.numel += mine.numel
-        return one
+        return diff
     sides = _matrix(mine), _matrix(theirs)
     values = _measure(*sides)
     if mine.storage.is_float:
@@ -123,8 +125,8 @@ def _pair(
         from surgery.comparison.spectrum import profile_of_difference
 
         profile, note = profile_of_difference(*sides)
-        return replace(one, status=status, values=replace(values, profile=profile), note=note)
-    return replace(one, status=status, values=values)
+        return replace(diff, status=status, values=replace(values, profile=profile), note=note)
+    return replace(diff, status=status, values=values)
 
 
 def _within(values: Values, tolerance: float | None) -> bool:

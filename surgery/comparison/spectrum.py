@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.comparison.added import SHARES
 from surgery.comparison.results import Profile
-from surgery.comparison.sums import SHARES
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.svd import truncated_svd
 from surgery_formats.storage.base import Storage, is_contiguous, read_block
@@ -83,10 +83,10 @@ def _gram(mine: Storage, theirs: Storage) -> torch.Tensor:
 
 def _by_krylov(difference: _Difference) -> tuple[Profile | None, str]:
     try:
-        found = truncated_svd(difference, rank=LOOKED_AT, energy=max(SHARES), accuracy=_ACCURACY)
+        svd = truncated_svd(difference, rank=LOOKED_AT, energy=max(SHARES), accuracy=_ACCURACY)
     except FitError:
         return None, "no spectrum: NaN or Inf"
-    return _profile(found.S.double().square(), found.total**2, LOOKED_AT), ""
+    return _profile(svd.S.double().square(), svd.total**2, LOOKED_AT), ""
 
 
 def _profile(energies: torch.Tensor, whole: float, most: int) -> Profile:

@@ -15,7 +15,6 @@ from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via
 from surgery.extraction.stream.scratch import ScratchSlot
 from surgery.extraction.targets import Form, LowRankTarget
 from surgery_formats.adapters.format import Scaling
-from surgery_formats.adapters.peft.keys import HEADS
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -93,7 +92,7 @@ def extracted_adapter(
         kind="LORA",
         updates=dict(sorted(updates.items())),
         tensors=tuple(dict.fromkeys(tensors)),
-        new_modules=HEADS | storage.saved_modules,
+        new_modules=frozenset(storage.saved_modules),
         copied_modules=frozenset(storage.saved_modules),
         base_name=base.path.resolve().name,
         base_id=base_id,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.engine.inputs import StrPath
+from surgery.engine.inputs import StrPath, local_path
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.opening import GraphSession, open_graph
@@ -187,7 +187,8 @@ def bench(
         FitError: longer than a graph takes, or a device that is not here.
         ProofError: weights that a graph was not made for.
     """
-    models = [model] if against is None else [model, against]
+    models = [local_path(model, "model")]
+    models += [] if against is None else [local_path(against, "against")]
     length = cache or cache_length(prompt_length, new_tokens)
     sides = [
         bind(one, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)

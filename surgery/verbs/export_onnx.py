@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery._version import __version__
 from surgery.engine.execute import Run
-from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_list, as_output
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_list, local_path
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
@@ -88,7 +88,7 @@ def export_onnx(
         NothingChangedError: the merge would change nothing.
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
-    where = as_output(output)
+    where = local_path(output, "output")
     checkpoint = as_checkpoint(base)
     wanted = sort_adapters(adapters, merge, swap, prefix)
     if merge_to not in ("delta", "full"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from surgery.engine.devices import device_of
 from surgery.engine.execute import Engine, Run, execute
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, output_path
 from surgery.engine.ledger import Ledger
@@ -47,7 +48,7 @@ def merge(
             ``{path: 0.7}``.
         output: Folder to make. Its parent must exist.
         dtype: ``keep`` (each tensor its own), or a type for every floating-point tensor (``bf16``, ``fp16``, ``fp32``).
-        device: Where arithmetic runs (``cpu``, ``cuda``, ``cuda:1``).
+        device: Where arithmetic runs (``cpu``, ``cuda``, ``cuda:1``, ``auto``).
         workers: Computing threads; None is one per core, at most eight. Never changes the result.
         memory_limit: Bytes the computed tensors may take together.
         shard_size: Most bytes per weight file; None keeps the base's shards.
@@ -72,6 +73,7 @@ def merge(
         value is not None and (not isinstance(value, int) or value < 1) for value in (workers, shard_size, memory_limit)
     ):
         raise FitError("workers, shard_size and memory_limit are whole numbers of at least 1")
+    device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
     found, plan = planned_merge(base, adapters, dtype, shard_size, layout)
     if folder is None:

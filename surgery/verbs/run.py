@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.engine.inputs import StrPath, as_list
+from surgery.engine.inputs import StrPath, as_list, local_path
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
@@ -202,6 +202,7 @@ def run(
         ProofError: the weights are not those the graph was made for.
     """
     batch = _inputs(inputs)
+    model = local_path(model, "model")
     began = time.perf_counter()
     opened = open_graph(model, device=device, weights=weights, threads=threads)
     load = time.perf_counter() - began

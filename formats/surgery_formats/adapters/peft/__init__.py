@@ -12,7 +12,7 @@ from typing import Any
 from surgery_formats.adapters.format import Rendering, Scaling
 from surgery_formats.adapters.peft.configuration import inherited
 from surgery_formats.adapters.peft.read import read_peft
-from surgery_formats.adapters.peft.write import render_peft
+from surgery_formats.adapters.peft.write import described, render_peft
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.files.raw import first_bytes
 from surgery_formats.models.checkpoint import Checkpoint
@@ -54,6 +54,10 @@ class _Peft:
     def with_scaling(self, scaling: Scaling) -> _Peft:
         """The same format, stating ranks and scales as `scaling` says."""
         return replace(self, scaling=scaling)
+
+    def described(self, adapter: Adapter) -> Adapter:
+        """See `write.described`."""
+        return described(adapter, self.scaling)
 
     def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
         """See `configuration.inherited`."""
