@@ -10,6 +10,7 @@ import click
 
 from surgery_cli.options import (
     Settings,
+    choice_option,
     complete_files,
     dry_run_option,
     dtype_option,
@@ -35,11 +36,9 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 @output_option("Folder to make, or file where the format is a single file.")
 @click.option("--rank", type=click.IntRange(min=1), help="Greatest rank; without it nothing is lost.")
 @click.option("--energy", type=share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
-@click.option(
+@choice_option(
     "--method",
-    type=click.Choice(["exact", "svd", *_DENSE]),
-    default="exact",
-    show_default=True,
+    values=("exact", "svd", *_DENSE),
     help="How deltas are combined; all but exact and svd are approximate by design.",
 )
 @click.option(
@@ -57,12 +56,7 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 @dtype_option
 @dry_run_option("Show ranks and errors; write nothing.")
 @overwrite_option()
-def command(
-    settings: Settings,
-    adapters: tuple[tuple[str, float], ...],
-    output: Path | None,
-    **options: Any,
-) -> None:
+def command(settings: Settings, adapters: tuple[tuple[str, float], ...], output: Path | None, **options: Any) -> None:
     """Combine adapters into one.
 
     OUT does to a model what all ADAPTERs do together, each WEIGHT times: factors side by side, cut to the best of a lower rank if one is

@@ -10,6 +10,7 @@ import click
 
 from surgery_cli.options import (
     Settings,
+    choice_option,
     complete_files,
     devices_option,
     dry_run_option,
@@ -83,11 +84,9 @@ def _dense(text: str) -> tuple[str, ...]:
 @click.option(
     "--budget", type=_budget, metavar="SIZE", help="Instead: 20MB, or 2M parameters, shared out where it helps most."
 )
-@click.option(
+@choice_option(
     "--kind",
-    type=click.Choice(["auto", "lora", "dora"]),
-    default="auto",
-    show_default=True,
+    values=("auto", "lora", "dora"),
     help="auto: DoRA where it leaves clearly less than a LoRA of as many parameters.",
 )
 @click.option(
@@ -106,19 +105,11 @@ def _dense(text: str) -> tuple[str, ...]:
     metavar="norm,bias|none",
     help="One-dimensional changes to keep.",
 )
-@click.option(
-    "--embeddings",
-    type=click.Choice(["lora", "full"]),
-    default="lora",
-    show_default=True,
-    help="Form of embedding and head.",
-)
-@click.option(
+@choice_option("--embeddings", values=("lora", "full"), help="Form of embedding and head.")
+@choice_option(
     "--adapter-dtype",
     "dtype",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
+    values=("auto", "fp32", "bf16", "fp16"),
     help="Stored type of the factors; auto: as TUNED.",
 )
 @click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="See 'surgery formats'.")

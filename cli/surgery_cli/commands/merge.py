@@ -9,6 +9,7 @@ import click
 
 from surgery_cli.options import (
     Settings,
+    choice_option,
     complete_files,
     device_option,
     dry_run_option,
@@ -37,22 +38,12 @@ __all__ = ["command"]
 @click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
 @click.option("--memory-limit", type=size, metavar="SIZE", help="Most memory for tensors being computed, e.g. 2GB.")
 @click.option("--shard-size", type=size, metavar="SIZE", help="Most bytes per weight file, e.g. 5GB; default: as BASE.")
-@click.option(
-    "--layout",
-    type=click.Choice(["keep", "packed"]),
-    default="keep",
-    show_default=True,
-    help="packed: matrices that export-onnx joins lie side by side.",
-)
+@choice_option("--layout", values=("keep", "packed"), help="packed: matrices that export-onnx joins lie side by side.")
 @verify_option("full: compare what was copied byte by byte too.")
 @dry_run_option("Show what would be done; write nothing.")
 @overwrite_option()
 def command(
-    settings: Settings,
-    base: str,
-    adapters: tuple[tuple[str, float], ...],
-    dry_run: bool,
-    **options: Any,
+    settings: Settings, base: str, adapters: tuple[tuple[str, float], ...], dry_run: bool, **options: Any
 ) -> None:
     """Merge adapters into a base model.
 
