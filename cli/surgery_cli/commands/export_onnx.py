@@ -54,7 +54,6 @@ __all__ = ["command"]
 @click.option("--bake-prompt", multiple=True, metavar="TEXT", help="A text in front, read once, now.")
 @choice_option(
     "--prompt-form",
-    "form",
     values=("auto", "kv", "rows"),
     help="kv: keys and values, the default past; rows: token ids behind the vocabulary, for onnxruntime-genai.",
 )
