@@ -21,25 +21,26 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Settings",
-    "choice_option",
+    "adapters",
+    "choice",
     "complete_files",
     "device",
     "device_option",
     "devices",
     "devices_option",
-    "dry_run_option",
-    "dtype_option",
+    "dry_run",
+    "dtype",
     "global_options",
     "number",
-    "output_option",
-    "overwrite_option",
+    "output",
+    "overwrite",
     "rank_of",
     "runtime_device_option",
     "share",
     "size",
     "subcommand",
     "true_share",
-    "verify_option",
+    "verify",
     "weighted",
 ]
 
@@ -112,7 +113,7 @@ def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) 
     return [CompletionItem(incomplete, type="file")]
 
 
-def output_option(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
+def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
     """``-o/--output``: required, but for a dry run where the command has `rehearsed` ones."""
     needed = f"{help}  [required, but for --dry-run]" if rehearsed else help
     return click.option(
@@ -126,7 +127,7 @@ def output_option(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
     )
 
 
-def dry_run_option(help: str) -> Callable[[F], F]:
+def dry_run(help: str) -> Callable[[F], F]:
     """``--dry-run``; eager, for ``--output`` to look at."""
     return click.option("--dry-run", is_flag=True, is_eager=True, help=help)
 
@@ -137,14 +138,14 @@ def _needed(ctx: click.Context, param: click.Parameter, value: Path | None) -> P
     return value
 
 
-def overwrite_option(what: str = "OUT") -> Callable[[F], F]:
+def overwrite(what: str = "OUT") -> Callable[[F], F]:
     """``--overwrite``."""
     return click.option("--overwrite", is_flag=True, help=f"Replace {what} if it is there, atomically.")
 
 
-def verify_option(help: str) -> Callable[[F], F]:
+def verify(help: str) -> Callable[[F], F]:
     """``--verify fast|full``, as whether copies are compared byte by byte."""
-    return choice_option(
+    return choice(
         "--verify",
         "verify_copies",
         values=("fast", "full"),
@@ -153,7 +154,7 @@ def verify_option(help: str) -> Callable[[F], F]:
     )
 
 
-def choice_option(
+def choice(
     *names: str, values: Sequence[str], help: str, default: str | None = None, case_sensitive: bool = True, **more: Any
 ) -> Callable[[F], F]:
     """One of `values`, by default the first."""
@@ -161,7 +162,7 @@ def choice_option(
     return click.option(*names, type=kind, default=default or values[0], show_default=True, help=help, **more)
 
 
-dtype_option = choice_option(
+dtype = choice(
     "--dtype",
     values=("keep", "bf16", "fp16", "fp32", "fp64"),
     help="Stored type of floating-point tensors.",
@@ -312,3 +313,11 @@ def weighted(text: str) -> tuple[str, float]:
     if not math.isfinite(weight) or not reference:
         raise click.BadParameter(f"neither is '{show(given)}' a weight, nor is there a file or folder '{show(text)}'")
     return reference, weight
+
+
+def adapters(*, required: bool = True) -> Callable[[F], F]:
+    """``ADAPTER[=WEIGHT]...``."""
+    metavar = "ADAPTER[=WEIGHT]..." if required else "[ADAPTER[=WEIGHT]]..."
+    return click.argument(
+        "adapters", nargs=-1, required=required, type=weighted, metavar=metavar, shell_complete=complete_files
+    )

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, overwrite_option, subcommand
+from surgery_cli import options as option
+from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
 
 __all__ = ["command"]
@@ -27,7 +28,7 @@ __all__ = ["command"]
     help="Numbers of tasks to compare; may be repeated.",
 )
 @click.option("--md", "markdown", metavar="FILE", type=click.Path(path_type=Path), help="Write it as Markdown too.")
-@overwrite_option("FILE")
+@option.overwrite("FILE")
 def command(
     settings: Settings, references: tuple[str, ...], markdown: Path | None, overwrite: bool, **options: Any
 ) -> None:
