@@ -146,7 +146,7 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
         files = job.make(WeightLocation(home if mode == "embed" else folder.staged))
         for name, data in files.items():
             folder.write_small(name, data)
-        _check_compatible(job)
+        _check_inputs(job)
         plan = hashlib.sha256(json.dumps([mode, job.id]).encode()).hexdigest()  # the same wherever the inputs lie
         account = {"ledger": ledger.as_json()} if ledger else {}
         folder.commit({"plan": plan, "export": dict(job.facts), **account})
@@ -166,7 +166,7 @@ def _compute(job: ExportJob, folder: OutputFolder, run: Run) -> Ledger | None:
     return ledger
 
 
-def _check_compatible(job: ExportJob) -> None:
+def _check_inputs(job: ExportJob) -> None:
     for file in {*job.weights, *(job.plan.inputs if job.plan else ())}:
         file.check_unchanged()
 
@@ -232,7 +232,7 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
                 WeightLocation(folder, stage.staged.name, frozenset(planned)) if planned else WeightLocation(folder)
             )
             files = job.make(location)
-            _check_compatible(job)
+            _check_inputs(job)
             if ledger is not None or job.facts["adapters"]:
                 files = {LEDGER: _account(job, ledger, files), **files}
             for name, data in files.items():
