@@ -82,8 +82,8 @@ class Factor:
         """
         if self.view is None:
             return _read(self.tensors[0], dtype).reshape(self.shape).to(device)
-        made = self.view(*(_read_shared(tensor, dtype) for tensor in self.tensors))
-        return made.reshape(self.shape).clone().to(device)
+        values = self.view(*(_read_shared(tensor, dtype) for tensor in self.tensors))
+        return values.reshape(self.shape).clone().to(device)
 
 
 def _read(tensor: Tensor, dtype: torch.dtype | None) -> torch.Tensor:

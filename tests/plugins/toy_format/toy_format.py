@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 
 from surgery_formats.adapters.format import Rendering
-from surgery_formats.adapters.writing import ConversionLedger, made, surviving_metadata
+from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, surviving_metadata
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import MalformedError
@@ -50,8 +50,8 @@ class Toy:
                     ledger.drop(site, update, f"this format has no {update.kind} here")
                     continue
                 new = [
-                    made(f"{module}:down", lora.A, lora.A.shape),
-                    made(f"{module}:up", lora.B, lora.B.shape, times=lora.scale),
+                    factor_tensor(f"{module}:down", lora.A, lora.A.shape),
+                    factor_tensor(f"{module}:up", lora.B, lora.B.shape, times=lora.scale),
                 ]
                 tensors |= {tensor.name: tensor for tensor in new}
                 ledger.keep(site, update, "exact" if lora.scale == 1.0 else "folded")

@@ -70,12 +70,12 @@ def read_peft(path: Path) -> Adapter:
     if config.kind in PROMPTS:
         return _soft_prompt(whole, tensors, config)
     kind = kinds()[config.kind]
-    found = sort_tensors(tensors, kind.factors, kind.shared)
-    updates = _whole_parameters(found, config)
+    contents = sort_tensors(tensors, kind.factors, kind.shared)
+    updates = _whole_parameters(contents, config)
     optional: set[Site] = set()
-    wrappers = wrappers_of(found.modules)
-    for module, parts in found.modules.items():
-        read = kind.read(Module(unwrapped(module), module, parts, found.shared, config, wrappers))
+    wrappers = wrappers_of(contents.modules)
+    for module, parts in contents.modules.items():
+        read = kind.read(Module(unwrapped(module), module, parts, contents.shared, config, wrappers))
         optional |= read.optional
         for site, chain in read.updates.items():
             updates[site] = (*updates.pop(site, ()), *chain)  # under the site that knows its kind of module
@@ -83,7 +83,7 @@ def read_peft(path: Path) -> Adapter:
     return replace(
         whole,
         updates=dict(sorted(updates.items())),
-        ignored=tuple(found.ignored),
+        ignored=tuple(contents.ignored),
         optional=frozenset(optional),
         stated_issues=(*issues, *kind.issues(config.raw, tensors)),
         examine=partial(issues_by_value, config.kind, config.raw, tensors),
@@ -115,14 +115,14 @@ def _soft_prompt(adapter: Adapter, tensors: Sequence[StoredTensor], config: Peft
     return replace(adapter, updates=updates, ignored=tuple(rest.ignored), prompt=prompt)
 
 
-def _whole_parameters(found: Sorted, config: PeftConfig) -> dict[Site, tuple[Update, ...]]:
+def _whole_parameters(contents: Sorted, config: PeftConfig) -> dict[Site, tuple[Update, ...]]:
     """Parameters that the file has in full.
 
     Raises:
         MalformedError: one is not a parameter that PEFT stores whole, but somebody else's tensor.
     """
     updates: dict[Site, tuple[Update, ...]] = {}
-    for name, tensor in found.plain.items():
+    for name, tensor in contents.plain.items():
         _check_plain(name, tensor, config)
         updates[Site(name)] = (Replacement(Factor.of(tensor), _held(name, config)),)
     return updates

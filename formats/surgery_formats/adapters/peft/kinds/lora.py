@@ -118,10 +118,12 @@ def _read(module: Module) -> ModuleUpdates:
     kernel = parts[a].shape[2:]
     kind: ModuleKind = "embedding" if embedding else "convolution" if kernel else "linear"
     site = Site(f"{clean}.weight", module_kind="attention output" if in_attention else kind, kernel=kernel)
-    found: dict[Site, tuple[Update, ...]] = {site: (*tokens, _with_magnitude(lora, parts, config, embedding=embedding))}
+    updates: dict[Site, tuple[Update, ...]] = {
+        site: (*tokens, _with_magnitude(lora, parts, config, embedding=embedding))
+    }
     if "lora_B.bias" in parts:
-        found[replace(site, path=f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
-    return ModuleUpdates(found)
+        updates[replace(site, path=f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
+    return ModuleUpdates(updates)
 
 
 def _lora(pattern_path: str, a: StoredTensor, b: StoredTensor, config: PeftConfig, *, embedding: bool) -> LoRA:
@@ -287,8 +289,8 @@ def _put_tied_head(file: PeftFile, site: Site, lora: LoRA) -> None:
     if base is None or base.is_pipeline or not file.adapter.keeps_ties:
         return
     main = base.main
-    found = whole_place(places_of(site, base, lora.tensors))
-    if main.tied and main.head and found and found[0] == main.embedding and Site(main.head) not in file.adapter.updates:
+    place = whole_place(places_of(site, base, lora.tensors))
+    if main.tied and main.head and place and place[0] == main.embedding and Site(main.head) not in file.adapter.updates:
         module = main.head.removesuffix(".weight")
         _put_factors(file, f"{file.prefix}{module}", lora, lora.shape, embedding=False)
         file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
