@@ -194,7 +194,7 @@ def survivals(
     workers: int,
     gains: Mapping[str, Callable[[], torch.Tensor]],
 ) -> dict[str, Survival]:
-    """What a merge of the factors into BASE's stored type would keep, by target path.
+    """What a merge of the factors into BASE's stored type would keep, by target path; not known of a quantised BASE.
 
     Args:
         factored: Factors of the targets.
@@ -216,6 +216,7 @@ def survivals(
 
 def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Survival]:
     from surgery_formats.linalg.noise import survival
+    from surgery_formats.storage.plain import Plain
 
     gain = None if gains is None else gains()
     by_column = factors.target.form == "embedding" or factors.target.deltas[0].transposed
@@ -234,7 +235,8 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tenso
             if gain is not None:  # g (W + BA) - W
                 scale = gain if by_column else at_rows(gain, rows)[:, None]
                 change = scale * change + (scale - 1) * base
-            yield survival(base, change, strip.base.dtype)
+            if isinstance(strip.base, Plain):
+                yield survival(base, change, strip.base.dtype)
             at += height
 
 

@@ -88,8 +88,7 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
         FitError: the architectures or shapes differ, or one of them lacks a tensor.
     """
     _check_kind(base, tuned)
-    for component in (base, tuned):
-        _check_storages(component)
+    _check_storages(tuned)
     pairs, lacking, matched = [], [], set()
     originals, weights = base.parameters, tuned.parameters
     for name, parameter in weights.items():
@@ -143,15 +142,15 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
-def _check_storages(component: Component) -> None:
-    """The stored tensors of a quantised weight are no weights: their difference is not the weight's."""
-    for weight in component.owners.values():
+def _check_storages(tuned: Component) -> None:
+    """Refuse a quantised fine-tune: the rounding in its change is not known, and no copy of a weight can be put into an adapter."""
+    for weight in tuned.owners.values():
         if not isinstance(weight, Plain):
             raise FitError(
-                f"is stored as {weight.kind}: an adapter is extracted from plain numbers",
-                file=weight.sources[0].path,
+                f"is stored as {weight.kind} in TUNED: an adapter is extracted from plain numbers",
+                file=path_of(weight),
                 tensor=weight.name,
-                hint="take both in a plain floating-point type: F32, F16 or BF16",
+                hint="take TUNED in a plain floating-point type: F32, F16 or BF16",
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from surgery.extraction.pairing import path_of
@@ -19,11 +20,21 @@ from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.tensor import matrix_of
+from surgery_formats.text import show
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "dense_size", "plan_storage"]
+__all__ = [
+    "MOST_ROWS",
+    "DenseTensor",
+    "StorageOptions",
+    "StoragePlan",
+    "Via",
+    "check_losses",
+    "dense_size",
+    "plan_storage",
+]
 
 RESIZABLE = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
 """Modules whose whole weight PEFT (and every reader here) takes under its plain name: a vocabulary that was resized."""
@@ -352,3 +363,23 @@ def dense_size(dense: DenseTensor) -> tuple[int, int]:
     columns, numel = matrix_of(dense.weight.sizes)[1], math.prod(dense.weight.sizes)
     numbers = len(dense.rows) * columns if dense.rows else numel
     return numbers, dense.weight.dtype.nbytes(numbers)
+
+
+def check_losses(storage: StoragePlan, measures: Mapping[str, PairMeasure], tuned: Path, *, allow_loss: bool) -> None:
+    """Refuse changes that no form holds, unless the user allowed their loss.
+
+    Raises:
+        FitError: there are such changes.
+    """
+    if not storage.dropped or allow_loss:
+        return
+    total = math.fsum(measure.energy for measure in measures.values())
+    share = math.fsum(measures[name].energy for name in storage.dropped) / total if total else 0.0
+    reasons = "; ".join(f"'{show(name)}' ({why})" for name, why in list(storage.dropped.items())[:3])
+    more = f"; and {len(storage.dropped) - 3} more" if len(storage.dropped) > 3 else ""
+    raise FitError(
+        f"{len(storage.dropped)} changed tensors, {share:.2%} of the change, would be lost: {reasons}{more}",
+        file=tuned,
+        tensor=next(iter(storage.dropped)),
+        hint="--allow-loss leaves them out",
+    )

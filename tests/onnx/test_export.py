@@ -143,6 +143,16 @@ def test_copies_of_the_same_base_give_the_same_bytes(base, tmp_path, mode):
     assert first == second
 
 
+def test_other_values_in_the_base_give_another_plan(base, tmp_path):
+    def plan(name):
+        export_onnx(base, output=tmp_path / name)
+        return json.loads((tmp_path / name / "surgery_manifest.json").read_text())["plan"]
+
+    before = plan("before")
+    rewrite(base, lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert plan("after") != before
+
+
 def test_the_contract_identifies_the_weight_file(base):
     result = export_onnx(base, output=base)
     (found,) = result.contract.weights

@@ -261,10 +261,23 @@ def test_the_reference_computes_a_merge_as_it_will_be_stored(llama: Path, tmp_pa
     assert forward(planned, ids).logits.equal(forward(written, ids).logits)
 
 
-def test_extraction_refuses_the_storage_by_name(tmp_path: Path) -> None:
-    base = quantise(tmp_path / "base")
-    tuned = quantise(tmp_path / "tuned")
-    with pytest.raises(FitError, match="TOY4: an adapter is extracted from plain numbers"):
+@pytest.mark.parametrize("band", [1, 8])
+def test_an_adapter_extracted_from_a_quantised_base_makes_the_fine_tune_of_it(band: int, tmp_path: Path) -> None:
+    base, tuned = quantise(tmp_path / "base", band=band), make_base(tmp_path / "tuned")
+    generator = torch.Generator().manual_seed(0)
+    values = {n: v.float() + 0.1 * torch.randn(v.shape, generator=generator) for n, v in weights(base).items()}
+    save_file(values, tuned / "model.safetensors", {"format": "pt"})
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "lora", rank=64, kind="lora")
+    assert result.residual < 1e-6
+    assert {row.kind for row in result.rows if row.name == QUERY} == {"low-rank"}
+    surgery.merge(base, tmp_path / "lora", output=tmp_path / "out", dtype="fp32")
+    for name, merged in stored(tmp_path / "out").items():
+        assert torch.allclose(merged, values[name], atol=1e-5), name
+
+
+def test_extraction_refuses_a_quantised_fine_tune_by_name(tmp_path: Path) -> None:
+    base, tuned = quantise(tmp_path / "base"), quantise(tmp_path / "tuned")
+    with pytest.raises(FitError, match="TOY4 in TUNED: an adapter is extracted from plain numbers"):
         surgery.extract_lora(base, tuned, output=tmp_path / "lora", rank=2)
 
 

@@ -58,7 +58,6 @@ __all__ = ["command"]
 @click.option("--bake-prompt", multiple=True, metavar="TEXT", help="A text in front, read once, now.")
 @click.option(
     "--prompt-form",
-    "form",
     type=click.Choice(["auto", "kv", "rows"]),
     default="auto",
     show_default=True,

@@ -29,6 +29,7 @@ from surgery_formats.files.output.folder import OutputFolder, output_folder
 from surgery_formats.files.output.kernel_copy import rename_new, sync_folder
 from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.raw import File
+from surgery_formats.models.identity import fingerprint
 from surgery_formats.text import nbytes as human
 from surgery_formats.text import show
 
@@ -60,7 +61,7 @@ class ExportJob:
         judge: Called with their measurements; may refuse the result.
         side_files: Files to carry along: tokenizer, configuration.
         facts: Facts for the manifest.
-        id: Digest of inputs and options, by content.
+        id: Digest of the graphs and options; it covers headers of weight files, but not their values.
     """
 
     names: Sequence[str]
@@ -146,10 +147,9 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
         files = job.make(WeightLocation(home if mode == "embed" else folder.staged))
         for name, data in files.items():
             folder.write_small(name, data)
-        _check_compatible(job)
-        plan = hashlib.sha256(json.dumps([mode, job.id]).encode()).hexdigest()  # the same wherever the inputs lie
+        _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
-        folder.commit({"plan": plan, "export": dict(job.facts), **account})
+        folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account})
     return _outcome(files, ledger, written)
 
 
@@ -166,7 +166,7 @@ def _compute(job: ExportJob, folder: OutputFolder, run: Run) -> Ledger | None:
     return ledger
 
 
-def _check_compatible(job: ExportJob) -> None:
+def _check_unchanged(job: ExportJob) -> None:
     for file in {*job.weights, *(job.plan.inputs if job.plan else ())}:
         file.check_unchanged()
 
@@ -200,10 +200,21 @@ def _compared(out: OutputFile, source: File) -> str:
     return state.hexdigest()
 
 
+def _content_id(job: ExportJob, mode: Mode) -> str:
+    """Identify the job by what its inputs hold, wherever they lie."""
+    weights = [fingerprint(file) for file in job.weights]
+    return _digest([mode, weights, job.plan.id if job.plan else "", job.id])
+
+
 def _stage_id(job: ExportJob, mode: Mode) -> str:
+    """Identify the job by its input files as they are now, so that a resumed run never mixes inputs."""
     identities = [[file.path.name, *file.identity] for file in job.weights]
     identities += [[file.path.name, *file.identity] for file in (job.plan.inputs if job.plan else ())]
-    return hashlib.sha256(json.dumps([mode, identities, job.id], sort_keys=True).encode()).hexdigest()
+    return _digest([mode, identities, job.id])
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _same_folder(first: Path, second: Path) -> bool:
@@ -232,7 +243,7 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
                 WeightLocation(folder, stage.staged.name, frozenset(planned)) if planned else WeightLocation(folder)
             )
             files = job.make(location)
-            _check_compatible(job)
+            _check_unchanged(job)
             if ledger is not None or job.facts["adapters"]:
                 files = {LEDGER: _account(job, ledger, files), **files}
             for name, data in files.items():

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery_formats.models.families.recipe import Rope
-from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.settings import ModelSettings, Sizes
 from surgery_formats.text import show
 
 __all__ = ["read_rope", "rope_of"]
@@ -37,8 +37,7 @@ _KNOWN = frozenset(
 
 def read_rope(
     settings: ModelSettings,
-    head_dim: int,
-    max_positions: int,
+    sizes: Sizes,
     *,
     theta: float = 10000.0,
     partial: float | None = None,
@@ -49,8 +48,7 @@ def read_rope(
 
     Args:
         settings: The model's settings.
-        head_dim: Values per head.
-        max_positions: ``max_position_embeddings``.
+        sizes: Its sizes.
         theta: The family's default of ``rope_theta``.
         partial: The family's default of ``partial_rotary_factor``; None if the family rotates whole heads.
         original: The family's ``original_max_position_embeddings``, if it stores one beside the rotary parameters.
@@ -76,20 +74,20 @@ def read_rope(
         )
     if _kind(parameters) in longrope_names:
         parameters["rope_type"] = "longrope"
-    return rope_of(settings, parameters, head_dim, max_positions)
+    return rope_of(settings, parameters, sizes)
 
 
 def _kind(parameters: Mapping[str, Any]) -> Any:
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
-def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
+def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], sizes: Sizes) -> Rope:
     """Fill in the defaults of one set of rotary parameters.
 
     Raises:
         FitError: as `read_rope`.
     """
-    kind = _kind(parameters)
+    kind, head_dim, max_positions = _kind(parameters), sizes.head_dim, sizes.max_positions
     if not isinstance(kind, str) or kind not in _NEEDS:
         raise settings.fault(f"rope_type is '{show(kind, 40)}', supported are {', '.join(_NEEDS)}")
     if any(isinstance(value, Mapping) for value in parameters.values()):

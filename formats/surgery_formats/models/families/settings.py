@@ -8,17 +8,18 @@ refused: ignoring it would silently compute a different model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Activation
 from surgery_formats.text import show
 
-__all__ = ["LAYERS", "ModelSettings"]
+__all__ = ["ModelSettings", "Sizes", "read_sizes"]
 
 _LARGEST = 1 << 31  # bound on a size; keeps products of two sizes within the range of a graph
-LAYERS = 4096  # bound on the number of layers, each of which costs memory here
+_LAYERS = 4096  # bound on the number of layers, each of which costs memory here
 _REQUIRED: Any = object()
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -45,14 +46,16 @@ _HARMLESS = re.compile(
 
 
 class ModelSettings:
-    """Typed access to the fields of a config.json.
+    """Typed access to the fields of a config.json, and the names of the checkpoint's tensors.
 
-    Methods take all names a field has had; messages use the first one. A wrong type raises `FitError`. ``null`` counts
-    as missing unless a method documents otherwise.
+    The names tell what only the file reveals: an optional bias, a prefix that bare models lack. Methods take all names
+    a field has had; messages use the first one. A wrong type raises `FitError`. ``null`` counts as missing unless a
+    method documents otherwise.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], names: Collection[str] = ()) -> None:
         self._config = config
+        self.names = names
         self._read: set[str] = set()
 
     def raw(self, *keys: str) -> Any:
@@ -83,9 +86,7 @@ class ModelSettings:
 
     def optional_count(self, key: str, default: int | None = None) -> int | None:
         """Read a size; ``null`` gives None and a missing key gives `default`."""
-        if self.has(key) and self._config[key] is None:
-            return None
-        return self.count(key) if self.has(key) else default
+        return default if not self.has(key) else None if self._config[key] is None else self.count(key)
 
     def number(self, *keys: str, default: float) -> float:
         """Read a finite number."""
@@ -105,9 +106,7 @@ class ModelSettings:
 
     def optional_positive(self, key: str, default: float | None = None) -> float | None:
         """Read a number above 0; ``null`` gives None and a missing key gives `default`."""
-        if self.has(key) and self._config[key] is None:
-            return None
-        return self.positive(key, default=1.0) if self.has(key) else default
+        return default if not self.has(key) else None if self._config[key] is None else self.positive(key, default=1.0)
 
     def flag(self, *keys: str, default: bool) -> bool:
         """Read true or false."""
@@ -185,3 +184,92 @@ class ModelSettings:
         return FitError(
             what, file="config.json", hint=f"the recipe is of model_type '{show(self._config.get('model_type'), 40)}'"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The validated sizes of a model.
+
+    Attributes:
+        hidden: ``D``.
+        inner: Width of the MLP.
+        layers: Number of layers.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads; divides `heads`.
+        head_dim: Values per head.
+        vocabulary: ``V``.
+        max_positions: ``max_position_embeddings``.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_positions: int
+
+
+_SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "hidden": ("hidden_size",),
+    "inner": ("intermediate_size",),
+    "layers": ("num_hidden_layers",),
+    "heads": ("num_attention_heads",),
+    "max_positions": ("max_position_embeddings",),
+}
+
+
+def read_sizes(
+    settings: ModelSettings,
+    *,
+    vocabulary: int,
+    max_positions: int,
+    hidden: int = 4096,
+    inner: int | None = 11008,
+    layers: int = 32,
+    heads: int = 32,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    grouped: bool = True,
+    **keys: tuple[str, ...],
+) -> Sizes:
+    """Read sizes; the numbers are the family's defaults.
+
+    Args:
+        settings: The model's settings.
+        vocabulary: ``vocab_size``.
+        max_positions: Rows of the position table, or the longest sequence.
+        hidden: ``D``.
+        inner: Width of the MLP; None for four times `hidden`.
+        layers: Number of layers.
+        heads: Number of query heads.
+        kv_heads: ``num_key_value_heads`` if the key is missing; None for as many as heads, as ``null`` always means.
+        head_dim: ``head_dim`` if the key is missing; None for ``hidden / heads``.
+        grouped: Whether the family has the keys ``num_key_value_heads`` and ``head_dim``.
+        **keys: The family's own keys of a size where they are not Llama's: ``hidden_keys=("n_embd", "hidden_size")``.
+
+    Raises:
+        FitError: a size is invalid, or the heads do not divide.
+    """
+    named = {size: keys.get(f"{size}_keys", own) for size, own in _SIZE_KEYS.items()}
+    width = settings.count(*named["hidden"], default=hidden)
+    queries = settings.count(*named["heads"], default=heads)
+    groups = (settings.optional_count("num_key_value_heads", kv_heads) if grouped else None) or queries
+    per_head = settings.optional_count("head_dim", head_dim) if grouped else None
+    if per_head is None:
+        if width % queries:
+            raise settings.fault(f"{named['hidden'][0]} {width} is not a multiple of {named['heads'][0]} {queries}")
+        per_head = width // queries
+    if queries % groups:
+        raise settings.fault(f"{named['heads'][0]} {queries} is not a multiple of num_key_value_heads {groups}")
+    return Sizes(
+        hidden=width,
+        inner=settings.count(*named["inner"], default=4 * width if inner is None else inner),
+        layers=settings.count(*named["layers"], default=layers, most=_LAYERS),
+        heads=queries,
+        kv_heads=groups,
+        head_dim=per_head,
+        vocabulary=settings.count("vocab_size", default=vocabulary),
+        max_positions=settings.count(*named["max_positions"], default=max_positions),
+    )
