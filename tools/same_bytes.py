@@ -59,8 +59,8 @@ class Written:
 # --- running ------------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(checkout: Path, jobs: Sequence[Job], place: Path) -> dict[str, Written]:
-    """Run the jobs with the code of `checkout` in `place`, which holds the inputs."""
+def run_jobs(checkout: Path, jobs: Sequence[Job], place: Path, *, old_plans: bool = False) -> dict[str, Written]:
+    """Run the jobs with the code of `checkout` in `place`, which holds the inputs; `old_plans` as in `_content`."""
     logs = place / "logs"
     commands, owners = [], []
     for job in jobs:
@@ -96,7 +96,7 @@ def run_jobs(checkout: Path, jobs: Sequence[Job], place: Path) -> dict[str, Writ
         if fault := _fault(job, ended["code"], stderr.read_text(errors="replace")):
             written[job.name].faults.append(f"surgery {line}: {fault}")
     for job in jobs:
-        written[job.name].files = dict(_hashes(place / "out" / job.name))
+        written[job.name].files = dict(_hashes(place / "out" / job.name, old_plans))
         if bool(written[job.name].files) == bool(job.code):
             written[job.name].faults.append("something was written" if job.code else "nothing was written")
     return written
@@ -114,27 +114,26 @@ def _fault(job: Job, code: int, stderr: str) -> str:
     return ""
 
 
-def _hashes(folder: Path) -> Iterator[tuple[str, tuple[str, int]]]:
+def _hashes(folder: Path, old_plans: bool = False) -> Iterator[tuple[str, tuple[str, int]]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             yield name, (f"link to {path.readlink()}", 0)
         elif path.is_file():
-            data = _content(path)
+            data = _content(path, old_plans)
             yield name, (hashlib.sha256(data).hexdigest(), len(data))
         elif not any(path.iterdir()):
             yield f"{name}/", ("empty folder", 0)
 
 
-def _content(path: Path) -> bytes:
-    """The bytes of a file, but for the one thing that two runs of equal code write differently.
+def _content(path: Path, old_plans: bool) -> bytes:
+    """The bytes of a file; with `old_plans`, without the plan in the manifest of an export.
 
-    The manifest of ``export-onnx`` names as its ``plan`` the id under which an interrupted run resumes: a digest of, among other
-    things, device, inode and time of modification of the inputs, so that every copy of them has another. The plans of all other
-    manifests depend on what the inputs hold, and are compared.
+    Older checkouts wrote the resume id there, a digest of inodes and modification times, so that copies of the inputs gave
+    other bytes. Such a checkout can be compared only without this value.
     """
     data = path.read_bytes()
-    if path.name == "surgery_manifest.json" and b'\n "export": {' in data:
+    if old_plans and path.name == "surgery_manifest.json" and b'\n "export": {' in data:
         data = re.sub(rb'(\n "plan": )"[0-9a-f]{64}"', rb'\1"(not compared)"', data)
     return data
 
@@ -160,7 +159,7 @@ def _where(before: Written, after: Written, name: str) -> str:
     one, two = (written.folder / name for written in (before, after) if written.folder)
     if one.is_symlink() or two.is_symlink():
         return f"; {before.files[name][0]}, {after.files[name][0]}"
-    a, b = _content(one), _content(two)
+    a, b = one.read_bytes(), two.read_bytes()
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     text = f"; first at byte {same}"
     if name.endswith(".json"):
@@ -245,6 +244,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the hashes of --before's outputs")
     parser.add_argument("--only", metavar="NAME", help="jobs whose name holds NAME")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder, where inputs and outputs stay")
+    parser.add_argument(
+        "--old-plans",
+        action="store_true",
+        help="ignore the plan in manifests of exports, which used to depend on inodes",
+    )
     options = parser.parse_args()
     if not (options.after or options.record) or (options.record and not options.before):
         parser.error("--after is missing" if not options.record else "--record needs --before")
@@ -263,7 +267,7 @@ def _compare(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> 
     lanes = 1 if others else 2  # two processes work at a time
     with ThreadPoolExecutor(2) as pool:
         runs = [
-            (name, pool.submit(run_jobs, path, jobs[lane::lanes], folder / name))
+            (name, pool.submit(run_jobs, path, jobs[lane::lanes], folder / name, old_plans=options.old_plans))
             for name, path in checkouts.items()
             for lane in range(min(lanes, len(jobs)))
         ]

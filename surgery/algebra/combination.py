@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgery.algebra.combine_result import Combined, CombineResult, Source
+from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.combined_update import CombinedUpdate, Solutions, new_solutions
-from surgery.algebra.files import as_adapter
+from surgery.algebra.compatibility import check_compatible
 from surgery.algebra.group import group
-from surgery.algebra.inputs import check_inputs
 from surgery.algebra.sums import Recipe
 from surgery.algebra.weight import combine_weight
 from surgery.engine.adapter_output import stored_as
@@ -34,7 +34,7 @@ class Combination:
         updates: The combination of every weight.
         solutions: The solved factors.
         base: If one was given.
-        left: Names of the sites that are not wanted.
+        left: Names of the sites that were left out.
         warnings: What the user should know.
     """
 
@@ -53,7 +53,7 @@ class CombinationPlan:
 
     Attributes:
         combination: What was combined.
-        adapter: What the writer was given.
+        adapter: The combination, for the writer.
         target: The format.
         dtype: Type of the stored matrices; None keeps them.
         rendering: What will be written.
@@ -83,7 +83,7 @@ def combine_adapters(
         FitError: the adapters do not fit each other, or their sum depends on the base.
         NothingChangedError: every weight is 0.
     """
-    warnings = check_inputs(terms, base)
+    warnings = check_compatible(terms, base)
     terms = [term for term in terms if term.weight != 0.0]
     if not terms:
         raise NothingChangedError("every weight is 0: nothing is left")
@@ -104,7 +104,7 @@ def plan_combination(combination: Combination, target: Format, dtype: DType | No
     terms = combination.terms
     if dtype is not None and isinstance(target, Coded):
         raise FitError(f"{target.name} stores factors as codes: a dtype says nothing")
-    adapter = as_adapter(terms, {update.site: update.updates for update in combination.updates}, target)
+    adapter = combined_adapter(terms, {update.site: update.updates for update in combination.updates}, target)
     rendering = stored_as(target.render(adapter, combination.base), dtype)
     check_nothing_dropped(rendering, target.name, terms[0].adapter.path, "choose another format with --to")
     result = CombineResult(

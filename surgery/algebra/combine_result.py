@@ -47,7 +47,7 @@ class Combined:
             perhaps with another scale) or ``left out`` (not chosen).
         ranks: Of the terms.
         rank: Of the result; 0 for what is not low-rank.
-        norm: Frobenius norm of the delta that was wanted; None where it was not worked out.
+        norm: Frobenius norm of the exact delta; None where it was not worked out.
         error: Relative Frobenius error of what was written, read back; for a dry run of what would be written, where it is known.
         optimum: Error of the best factors of this rank; None where it was not worked out.
     """
@@ -89,7 +89,7 @@ class CombineResult:
     @property
     def error(self) -> float | None:
         """Relative Frobenius error over all weights together; None if none was worked out."""
-        known = [(one.norm, one.error) for one in self.modules if one.norm is not None and one.error is not None]
+        known = [(m.norm, m.error) for m in self.modules if m.norm is not None and m.error is not None]
         whole = math.hypot(*(norm for norm, _ in known))
         return math.hypot(*(norm * error for norm, error in known)) / whole if whole else None
 
@@ -109,9 +109,9 @@ class CombineResult:
 
     def as_manifest(self) -> dict[str, Any]:
         """What the manifest has: the same for the same inputs and options, without paths and times."""
-        found: dict[str, Any] = plain(replace(self, output=None))
-        del found["output"]
-        return {**found, "error": self.error}
+        facts: dict[str, Any] = plain(replace(self, output=None))
+        del facts["output"]
+        return {**facts, "error": self.error}
 
     def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
         """What went in, ranks and errors, and the modules that lost most, or every module if `verbose`.

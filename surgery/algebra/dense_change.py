@@ -21,7 +21,8 @@ from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.parameter import Parameter
-from surgery_formats.updates import Update
+from surgery_formats.tensors.computed import computed
+from surgery_formats.updates import Factor, Offset, Update
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["ChangeTerm", "combine_changes"]
@@ -64,7 +65,7 @@ def combine_changes(
     recipe: Recipe,
     solutions: Solutions,
 ) -> CombinedUpdate | None:
-    """The changes of one weight as one LoRA, the best of its rank.
+    """The changes of one weight as one LoRA, the best of its rank; of a bias as one offset.
 
     Args:
         name: Of the weight.
@@ -90,5 +91,18 @@ def combine_changes(
     dense = recipe if recipe.method in DENSE_METHODS else replace(recipe, method="dare-linear", density=1.0)
     weights, owners = tuple(share.weight for share in contributions), tuple(share.owner for share in contributions)
     target = MergedDelta(terms, weights, owners, dense, name)
+    if site.path.endswith(".bias"):
+        return _offset(site, target, updates)
     rank, best = common_rank((target,), dense)
     return solved_lora(name, site, target, updates, rank, best, recipe, solutions)
+
+
+def _offset(site: Site, target: MergedDelta, sources: Sequence[Update]) -> CombinedUpdate:
+    """The change of a bias, which is stored in full and loses nothing."""
+
+    def vector() -> torch.Tensor:
+        return target.formed()[:, 0]
+
+    tensors = [tensor for source in sources for tensor in source.tensors]
+    value = computed(f"{site}.value", target.shape[:1], tensors, vector)
+    return CombinedUpdate(site, (Offset(Factor.of(value)),), "exact", vector=vector)

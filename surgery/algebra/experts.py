@@ -10,6 +10,7 @@ from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import common_rank, computed_lora, outcome_of, target_of, with_error
 from surgery.algebra.sums import Recipe, Solved
+from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.updates import Factor, LoRA, Stacked
@@ -52,7 +53,7 @@ def _check_stacks(site: Site, contributions: Sequence[Contribution], terms: Sequ
     if len({len(stack.experts) for stack in stacks}) > 1:
         raise FitError("has another number of experts in each adapter", tensor=site.path)
     for share, stack in zip(contributions, stacks, strict=True):
-        if site.module_kind == "experts" and not stack.if_transposed:
+        if SWITCH not in site.path and not stack.if_transposed:
             raise FitError(
                 "stacks its experts as PEFT did before 0.19, in an order of axes that only the base can tell apart",
                 file=terms[share.owner].adapter.path,

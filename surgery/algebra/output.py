@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.algebra.combination import CombinationPlan
 from surgery.algebra.combine_result import Combined, CombineResult
-from surgery.algebra.files import side_files
+from surgery.algebra.combined_adapter import side_files
 from surgery.algebra.proof import CombinationProof, prove_combination
 from surgery.algebra.task_vectors import DENSE_METHODS
 from surgery.engine.adapter_output import WriteOptions, job_id, write_adapter

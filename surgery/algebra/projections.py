@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from surgery.algebra.files import as_adapter
+from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.projection_rows import cut_rows, join_rows
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.adapters.format import Format
@@ -36,9 +36,9 @@ class LayoutChange:
     """An adapter under other names.
 
     Attributes:
-        adapter: What a writer is given.
+        adapter: The adapter under its new names.
         heights: ``{path of the whole projection: rows of its parts}`` of all that changed.
-        held: Whether the base given has the source's names, and not these.
+        held: Whether the base has the source's names and not the new ones.
         layout: Of `adapter`.
     """
 
@@ -64,47 +64,47 @@ def change_layout(adapter: Adapter, layout: str, target: Format, base: Checkpoin
         raise FitError(f"no layout '{show(layout)}'", hint="split or fused")
     updates, heights = (_split if layout == "split" else _fused)(adapter, base, {})
     if not heights:
-        wanted = " or ".join(p.whole for p in PROJECTIONS) if layout == "split" else "self_attn.q_proj or mlp.gate_proj"
-        raise FitError(f"there is nothing to be {layout}: no {wanted}", file=adapter.path)
-    changed = as_adapter([WeightedAdapter(adapter, 1.0)], updates, target)
+        names = " or ".join(p.whole for p in PROJECTIONS) if layout == "split" else "self_attn.q_proj or mlp.gate_proj"
+        raise FitError(f"there is nothing to be {layout}: no {names}", file=adapter.path)
+    changed = combined_adapter([WeightedAdapter(adapter, 1.0)], updates, target)
     held = base is not None and any(_rows(site, base) for site in adapter.updates.keys() - updates.keys())
     return LayoutChange(changed, heights, held, "split" if layout == "split" else "fused")
 
 
 def prove_layout(
-    path: Path, *, given: Adapter, target: Format, change: LayoutChange, tolerance: float
+    path: Path, *, original: Adapter, target: Format, change: LayoutChange, tolerance: float
 ) -> dict[str, float]:
-    """Errors by weight of what lies at `path`, put under the names of `given` again.
+    """Errors by weight of what lies at `path`, put under the names of `original` again.
 
     Raises:
-        ProofError: it does not do what `given` does.
+        ProofError: it does not do what `original` does.
     """
-    written = _in_given_names(given, target.read(path), change)
-    errors = compare(restricted(given, {site: given.updates[site] for site in written.updates}), written, None)
+    written = _in_original_names(original, target.read(path), change)
+    errors = compare(restricted(original, {site: original.updates[site] for site in written.updates}), written, None)
     check_errors(errors, tolerance, path)
     return errors
 
 
-def _in_given_names(given: Adapter, written: Adapter, change: LayoutChange) -> Adapter:
-    """What was written, under the names of `given` again, to be compared with it.
+def _in_original_names(original: Adapter, written: Adapter, change: LayoutChange) -> Adapter:
+    """What was written, under the names of `original` again, to be compared with it.
 
     Raises:
-        ProofError: a part that `given` did not have is not zero, or one that it had is missing.
+        ProofError: a part that `original` did not have is not zero, or one that it had is missing.
     """
     back = _fused if change.layout == "split" else _split
     restored, _ = back(written, None, change.heights)
-    for site in restored.keys() - given.updates.keys():  # a part that was not trained is rows of zeros
+    for site in restored.keys() - original.updates.keys():  # a part that was not trained is rows of zeros
         for update in restored[site]:
             factor = update.B if isinstance(update, LoRA) else update.value if isinstance(update, Offset) else None
             if factor is None or bool(factor.load(torch.float64).any()):
                 raise ProofError("was not trained, and changes", file=written.path, tensor=site.path)
     modules = [f".{module}." for whole in change.heights for module in _modules(whole)]
-    moved = {site for site in {*given.updates, *restored} if any(module in f".{site.path}" for module in modules)}
-    missing = {site for site in given.updates if site in moved} - restored.keys()
+    moved = {site for site in {*original.updates, *restored} if any(module in f".{site.path}" for module in modules)}
+    missing = {site for site in original.updates if site in moved} - restored.keys()
     if missing:
         raise ProofError(f"{len(missing)} weights are missing", file=written.path)
     return restricted(
-        written, {site: chain for site, chain in restored.items() if site in moved & given.updates.keys()}
+        written, {site: chain for site, chain in restored.items() if site in moved & original.updates.keys()}
     )
 
 
@@ -150,7 +150,7 @@ def _fused(adapter: Adapter, base: Checkpoint | None, known: Heights) -> Updates
         if whole in updates:
             continue
         sites = [replace(site, path=f"{stem}{part}.{leaf}") for part in projection.parts]
-        chains = [adapter.updates.get(one) for one in sites]
+        chains = [adapter.updates.get(part) for part in sites]
         trained = {i: chain[0].shape[0] for i, chain in enumerate(chains) if chain}
         name = f"{stem}{projection.whole}"
         rows = known.get(name) or heights.get(name) or _heights(site, projection, stem, trained, None, base, adapter)
@@ -160,8 +160,8 @@ def _fused(adapter: Adapter, base: Checkpoint | None, known: Heights) -> Updates
 
 
 def _rows(site: Site, base: Checkpoint) -> int:
-    found = component_of(site, base).names.resolve(site.path)
-    return extent(found)[0] if found else 0
+    slices = component_of(site, base).names.resolve(site.path)
+    return extent(slices)[0] if slices else 0
 
 
 def _heights(

@@ -38,7 +38,7 @@ class SumError:
     """One weight, read back.
 
     Attributes:
-        norm: Frobenius norm of what was wanted.
+        norm: Frobenius norm of the exact delta.
         error: Relative Frobenius error; None where there was nothing to compare with.
         optimum: The error that was intended, relative.
     """

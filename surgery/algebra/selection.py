@@ -22,16 +22,16 @@ class Selection:
 
     Attributes:
         only: A module must match one of these; empty keeps all.
-        without: And none of these.
+        without: A module must match none of these.
     """
 
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
     def keeps(self, site: Site) -> bool:
-        """Whether the parameter `site` is wanted."""
-        wanted = not self.only or any(matches(pattern, site) for pattern in self.only)
-        return wanted and not any(matches(pattern, site) for pattern in self.without)
+        """Whether the parameter `site` is kept."""
+        chosen = not self.only or any(matches(pattern, site) for pattern in self.only)
+        return chosen and not any(matches(pattern, site) for pattern in self.without)
 
     def of(self, adapter: Adapter) -> tuple[Adapter, tuple[Site, ...]]:
         """What is kept of `adapter`, and the sites that are not."""
@@ -52,10 +52,10 @@ def matches(pattern: str, site: Site) -> bool:
 
 
 def check_patterns(selection: Selection, adapters: Sequence[Adapter]) -> None:
-    """A pattern that matches nothing is a slip of the pen.
+    """Refuse patterns that match nothing: almost certainly a typo.
 
     Raises:
-        FitError: there is one.
+        FitError: a pattern matches no module.
     """
     sites = [site for adapter in adapters for site in adapter.updates]
     for pattern in (*selection.only, *selection.without):

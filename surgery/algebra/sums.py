@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The delta that a combination of adapters asks of one weight, and the best factors of a given rank for it.
+"""The delta that a combination makes of one weight, and its best factors of a given rank.
 
-Two kinds: a sum of low-rank terms, which is never formed (all that is asked of it goes through QR of its stacked factors and the small core
-between them, in float64, and is exact), and a delta merged by TIES, DARE or pruning, which has full rank and is formed when it is needed.
+A sum of low-rank terms is never formed: its norm, spectrum and best factors come from QR of its stacked factors and an SVD of the small
+core between them, exactly, in float64. A delta merged by TIES, DARE or pruning has full rank and is formed when it is needed.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Compared(NamedTuple):
     """A delta and factors that stand for it.
 
     Attributes:
-        norm: ``||wanted||_F``.
-        error: ``||wanted - B A||_F``.
+        norm: ``||target||_F``.
+        error: ``||target - B A||_F``.
         size: What rounding is measured against: the terms' norms added up, since terms may cancel in the sum.
     """
 
@@ -101,25 +101,19 @@ class Recipe:
 
 
 class DeltaTarget(Protocol):
-    """A delta to be approximated by factors.
-
-    Attributes:
-        shape: ``(out, in)``.
-        ranks: Of the terms it is made of.
-        full_rank: The rank at which nothing is lost.
-    """
+    """A delta to be approximated by factors."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """See above."""
+        """``(out, in)``."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """See above."""
+        """One per term."""
 
     @property
     def full_rank(self) -> int:
-        """See above."""
+        """The rank at which nothing is lost."""
 
     def least(self, recipe: Recipe) -> int:
         """The least rank, at least 1, that keeps what `recipe` asks for."""
@@ -182,20 +176,15 @@ class LowRankSum:
 
 
 class Term(Protocol):
-    """Something with a dense delta; its rank says how many directions were trained.
-
-    Attributes:
-        shape: ``(out, in)``.
-        rank: Of its factors.
-    """
+    """Something with a dense delta."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """See above."""
+        """``(out, in)``."""
 
     @property
     def rank(self) -> int:
-        """See above."""
+        """Directions that were trained; the delta itself may have more."""
 
     def delta(self, dtype: torch.dtype) -> torch.Tensor:
         """A fresh tensor of `shape`."""
@@ -250,7 +239,7 @@ class MergedDelta:
         """By a truncated SVD that stops at what is asked for."""
         if (recipe.energy or 0.0) >= 1.0:
             return self.full_rank
-        found = truncated_svd(
+        svd = truncated_svd(
             self.formed(),
             rank=recipe.rank,
             energy=recipe.energy,
@@ -258,16 +247,16 @@ class MergedDelta:
             accuracy=_ACCURACY,
             seed=recipe.seed,
         )
-        return max(1, found.rank)
+        return max(1, svd.rank)
 
     def solve(self, rank: int) -> Solved:
         """By truncated SVD, its singular values shared evenly; zeros where the delta has fewer directions than were asked for."""
-        found = truncated_svd(self.formed(), rank=rank, accuracy=_ACCURACY, seed=self.recipe.seed)
-        B, A = found.factors()
-        missing = rank - found.rank
+        svd = truncated_svd(self.formed(), rank=rank, accuracy=_ACCURACY, seed=self.recipe.seed)
+        B, A = svd.factors()
+        missing = rank - svd.rank
         if missing:
             B, A = torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
-        return Solved(B, A, found.residual)
+        return Solved(B, A, svd.residual)
 
     def compare(self, B: torch.Tensor, A: torch.Tensor) -> Compared:
         """The delta is formed once more; nothing cancels after that."""

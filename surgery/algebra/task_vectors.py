@@ -53,18 +53,18 @@ def merge_deltas(
     Returns:
         The merged delta, float64.
     """
-    found: list[torch.Tensor] = []
+    scaled: list[torch.Tensor] = []
     for make, weight, owner in zip(deltas, weights, owners, strict=True):
         delta = make()
         if method in _TRIMMED:
             trim(delta, density)
         else:
             drop_and_rescale(delta, density, generator(seed, name, owner))
-        found.append(delta.mul_(weight))
+        scaled.append(delta.mul_(weight))
     if method.endswith("ties"):
-        return disjoint_mean(found)
-    merged = found[0]
-    for delta in found[1:]:
+        return disjoint_mean(scaled)
+    merged = scaled[0]
+    for delta in scaled[1:]:
         merged += delta
     return merged
 

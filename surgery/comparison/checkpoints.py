@@ -11,6 +11,9 @@ from surgery.comparison.results import CheckpointDiff, TensorDiff, TensorHeader,
 from surgery.progress import Callback, Progress
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.storage.base import Storage
+from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
 if TYPE_CHECKING:
@@ -42,13 +45,15 @@ def diff_checkpoints(
 ) -> CheckpointDiff:
     """Compare two open checkpoints. See `surgery.verbs.diff.diff`."""
     pairs = _pairs(a, b)
-    whole = sum(one.nbytes for one, other in pairs.values() if one and other)
-    done, totals, found = 0, _DiffTotals(), []
+    whole = sum(mine.nbytes for mine, theirs in pairs.values() if mine and theirs)
+    done, totals, tensors = 0, _DiffTotals(), []
     for name, (mine, theirs) in pairs.items():
         if mine is None or theirs is None:
-            found.append(TensorDiff(name, "only in B" if mine is None else "only in A", _header(mine), _header(theirs)))
+            tensors.append(
+                TensorDiff(name, "only in B" if mine is None else "only in A", _header(mine), _header(theirs))
+            )
             continue
-        found.append(_pair(name, mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, totals=totals))
+        tensors.append(_pair(name, mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, totals=totals))
         done += mine.nbytes
         if progress is not None and not header:
             progress(Progress(done, whole, "comparing"))
@@ -59,68 +64,69 @@ def diff_checkpoints(
     difference = (
         (math.sqrt(totals.difference) / size if size else (math.inf if totals.difference else 0.0)) if known else None
     )
-    return CheckpointDiff(tuple(found), difference, totals.moved / totals.numel if known else None, header)
+    return CheckpointDiff(tuple(tensors), difference, totals.moved / totals.numel if known else None, header)
 
 
-def _pairs(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[StoredTensor | None, StoredTensor | None]]:
-    pairs: dict[str, tuple[StoredTensor | None, StoredTensor | None]] = {}
+def _pairs(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[Parameter | None, Parameter | None]]:
+    pairs: dict[str, tuple[Parameter | None, Parameter | None]] = {}
     for part in sorted(a.components.keys() | b.components.keys()):
         mine, theirs = a.components.get(part), b.components.get(part)
-        names = (mine.tensors.keys() if mine else set()) | (theirs.tensors.keys() if theirs else set())
+        names = (mine.parameters.keys() if mine else set()) | (theirs.parameters.keys() if theirs else set())
         for name in sorted(names):
-            pairs[f"{part}/{name}" if part else name] = _tensor(mine, name), _tensor(theirs, name)
+            pairs[f"{part}/{name}" if part else name] = _weight(mine, name), _weight(theirs, name)
     return pairs
 
 
-def _tensor(component: Component | None, name: str) -> StoredTensor | None:
-    """The tensor, or the one it is tied to: a head that one model stores and the other does not is no difference."""
+def _weight(component: Component | None, name: str) -> Parameter | None:
+    """The weight, or the one it is tied to: a head that one model stores and the other does not is no difference."""
     if component is None:
         return None
-    return component.tensors.get(name) or component.tensors.get(component.aliases.get(name, ""))
+    return component.parameters.get(name) or component.parameters.get(component.aliases.get(name, ""))
 
 
-def _header(tensor: StoredTensor | None) -> TensorHeader | None:
-    return None if tensor is None else TensorHeader(tensor.dtype.label, tensor.shape)
+def _header(weight: Parameter | None) -> TensorHeader | None:
+    return None if weight is None else TensorHeader(weight.storage.kind, weight.sizes)
 
 
 def _pair(
     name: str,
-    mine: StoredTensor,
-    theirs: StoredTensor,
+    mine: Parameter,
+    theirs: Parameter,
     *,
     header: bool,
     spectrum: bool,
     tolerance: float | None,
     totals: _DiffTotals,
 ) -> TensorDiff:
-    one = TensorDiff(name, "equal", _header(mine), _header(theirs))
-    if mine.shape != theirs.shape:
-        return replace(one, status="shape")
-    status: TensorStatus = "equal" if mine.dtype is theirs.dtype else "dtype"
+    diff = TensorDiff(name, "equal", _header(mine), _header(theirs))
+    if mine.sizes != theirs.sizes:
+        return replace(diff, status="shape")
+    status: TensorStatus = "equal" if mine.storage.kind == theirs.storage.kind else "dtype"
     if header:
-        return replace(one, status=status)
+        return replace(diff, status=status)
     if not (_numeric(mine) and _numeric(theirs)):
         if status == "equal" and not _same_bytes(mine, theirs):
             status = "values"
-        return replace(one, status=status, note="compared as bytes: there is no arithmetic for this type")
+        return replace(diff, status=status, note="compared as bytes: there is no arithmetic for this type")
     if status == "equal" and _same_bytes(mine, theirs):
-        if mine.dtype.is_float:
+        if mine.storage.is_float:
             totals.numel += mine.numel
-        return one
-    values = _measure(mine, theirs)
-    if mine.dtype.is_float:
+        return diff
+    sides = _matrix(mine), _matrix(theirs)
+    values = _measure(*sides)
+    if mine.storage.is_float:
         totals.numel += mine.numel
         totals.norm += values.norm**2
         totals.difference += values.difference**2
         totals.moved += values.moved * mine.numel
     if status == "equal" and not _within(values, tolerance):
         status = "values"
-    if spectrum and values.difference and min(mine.matrix) > 1:
+    if spectrum and values.difference and min(sides[0].shape) > 1:
         from surgery.comparison.spectrum import profile_of_difference
 
-        profile, note = profile_of_difference(mine, theirs)
-        return replace(one, status=status, values=replace(values, profile=profile), note=note)
-    return replace(one, status=status, values=values)
+        profile, note = profile_of_difference(*sides)
+        return replace(diff, status=status, values=replace(values, profile=profile), note=note)
+    return replace(diff, status=status, values=values)
 
 
 def _within(values: Values, tolerance: float | None) -> bool:
@@ -130,11 +136,17 @@ def _within(values: Values, tolerance: float | None) -> bool:
     return tolerance is not None and not values.not_finite and values.relative <= tolerance
 
 
-def _numeric(tensor: StoredTensor) -> bool:
-    return tensor.dtype.torch_name is not None and tensor.dtype is not DType.C64
+def _numeric(weight: Parameter) -> bool:
+    return weight.storage.dtype.torch_name is not None and weight.storage.dtype is not DType.C64
 
 
-def _same_bytes(mine: StoredTensor, theirs: StoredTensor) -> bool:
+def _same_bytes(mine: Parameter, theirs: Parameter) -> bool:
+    if len(mine.sources) != len(theirs.sources):
+        return False
+    return all(_same_tensor(one, other) for one, other in zip(mine.sources, theirs.sources, strict=True))
+
+
+def _same_tensor(mine: StoredTensor, theirs: StoredTensor) -> bool:
     if mine.strides is not None or theirs.strides is not None or mine.nbytes != theirs.nbytes:
         return False
     if mine.place == theirs.place:
@@ -146,7 +158,12 @@ def _same_bytes(mine: StoredTensor, theirs: StoredTensor) -> bool:
     return True
 
 
-def _measure(mine: StoredTensor, theirs: StoredTensor) -> Values:
+def _matrix(weight: Parameter) -> Storage:
+    """The weight flattened after its first axis, stacks of experts too."""
+    return Plain.of(weight.storage.tensor) if isinstance(weight.storage, Plain) else weight.storage
+
+
+def _measure(mine: Storage, theirs: Storage) -> Values:
     """One pass over both, in float32 where that holds every value of the types, sums in float64."""
     import torch
 
@@ -171,7 +188,9 @@ def _measure(mine: StoredTensor, theirs: StoredTensor) -> Values:
             greatest = max(greatest, float(apart.abs().max()))
         difference, norm = math.hypot(difference, _norm(apart)), math.hypot(norm, size)
     relative = difference / norm if norm else (0.0 if difference == 0 else math.inf)
-    return Values(greatest, relative, moved / mine.numel if mine.numel else 0.0, strange, difference, norm)
+    return Values(
+        greatest, relative, moved / numel if (numel := math.prod(mine.shape)) else 0.0, strange, difference, norm
+    )
 
 
 def _norm(values: torch.Tensor) -> float:

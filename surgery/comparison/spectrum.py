@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.comparison.added import SHARES
 from surgery.comparison.results import Profile
-from surgery.comparison.sums import SHARES
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.svd import truncated_svd
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.storage.base import Storage, is_contiguous, read_block
 
 __all__ = ["LOOKED_AT", "blocks", "profile_of_difference"]
 
@@ -24,23 +24,19 @@ LOOKED_AT = 256
 _ACCURACY = 1.01  # of the error of those; a count of directions needs no more
 
 
-def blocks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Rows as `dtype`, flattened after the first axis, each block at most `_BLOCK` elements where rows allow."""
-    if not tensor.shape:
-        yield tensor.read().to(dtype).reshape(1, 1)
-        return
-    rows, width = tensor.matrix
+def blocks(weight: Storage, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Rows as `dtype`, each block at most `_BLOCK` elements where rows allow."""
+    rows, width = weight.shape
     step = max(1, _BLOCK // max(width, 1))
-    whole = tensor.read().to(dtype) if tensor.strides is not None else None
+    whole = None if is_contiguous(weight) else read_block(weight, 0, rows)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        block = whole[start:stop] if whole is not None else tensor.read(start, stop).to(dtype)
-        yield block.reshape(stop - start, width)
+        yield (read_block(weight, start, stop) if whole is None else whole[start:stop]).to(dtype)
 
 
-def profile_of_difference(mine: StoredTensor, theirs: StoredTensor) -> tuple[Profile | None, str]:
+def profile_of_difference(mine: Storage, theirs: Storage) -> tuple[Profile | None, str]:
     """Ranks of ``theirs - mine``, and a note where something cannot be told."""
-    short = min(mine.matrix)
+    short = min(mine.shape)
     if short > _SHORT_SIDE:
         return _by_krylov(_Difference(mine, theirs))
     gram = _gram(mine, theirs)
@@ -54,21 +50,21 @@ def profile_of_difference(mine: StoredTensor, theirs: StoredTensor) -> tuple[Pro
 class _Difference:
     """``theirs - mine``, read when it is asked for."""
 
-    mine: StoredTensor
-    theirs: StoredTensor
+    mine: Storage
+    theirs: Storage
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.mine.matrix
+        return self.mine.shape
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        left, right = (t.read(start, stop).to(torch.float64) for t in (self.mine, self.theirs))
-        return (right - left).reshape(stop - start, -1)
+        left, right = (read_block(weight, start, stop).double() for weight in (self.mine, self.theirs))
+        return right - left
 
 
-def _gram(mine: StoredTensor, theirs: StoredTensor) -> torch.Tensor:
+def _gram(mine: Storage, theirs: Storage) -> torch.Tensor:
     """Of the difference's short side, float64, summed over blocks of the long one."""
-    rows, cols = mine.matrix
+    rows, cols = mine.shape
     short = min(rows, cols)
     gram = torch.zeros((short, short), dtype=torch.float64)
     if rows >= cols:
@@ -87,10 +83,10 @@ def _gram(mine: StoredTensor, theirs: StoredTensor) -> torch.Tensor:
 
 def _by_krylov(difference: _Difference) -> tuple[Profile | None, str]:
     try:
-        found = truncated_svd(difference, rank=LOOKED_AT, energy=max(SHARES), accuracy=_ACCURACY)
+        svd = truncated_svd(difference, rank=LOOKED_AT, energy=max(SHARES), accuracy=_ACCURACY)
     except FitError:
         return None, "no spectrum: NaN or Inf"
-    return _profile(found.S.double().square(), found.total**2, LOOKED_AT), ""
+    return _profile(svd.S.double().square(), svd.total**2, LOOKED_AT), ""
 
 
 def _profile(energies: torch.Tensor, whole: float, most: int) -> Profile:

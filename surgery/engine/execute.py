@@ -13,10 +13,11 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from surgery.engine.ledger import Ledger, Measurement
 from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile
@@ -26,7 +27,19 @@ from surgery_formats.files.output.folder import FileRecord, OutputFile, OutputFo
 from surgery_formats.files.raw import File, open_file
 from surgery_formats.text import nbytes as human
 
-__all__ = ["Run", "default_workers", "execute", "still_good", "write_side_file", "write_weights"]
+__all__ = [
+    "ComputeWeight",
+    "Engine",
+    "Run",
+    "ThisProcess",
+    "Write",
+    "default_workers",
+    "execute",
+    "remembered",
+    "still_good",
+    "write_side_file",
+    "write_weights",
+]
 
 _COPY_CHUNK = 64 << 20
 _MAX_DEFAULT_WORKERS = 8  # beyond, memory bandwidth is the limit
@@ -66,8 +79,46 @@ def default_workers() -> int:
     )
 
 
+Write = Callable[[int, int, memoryview], None]
+ComputeWeight = Callable[[str, Compute, Write, Callable[[], bool], str], tuple[Measurement, ...]]
+"""As `surgery.engine.arithmetic.compute`: hands the bytes of one weight to a `Write`, and returns what was measured."""
+
+
+class Engine(Protocol):
+    """Where weights are computed; copies, proofs and the commit are always of this process."""
+
+    def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
+        """What computes a weight of `plan`, until the output is committed or given up.
+
+        Raises:
+            FitError, ProofError: this engine cannot run this plan.
+        """
+        ...
+
+
+class ThisProcess:
+    """The engine of one process: its threads compute."""
+
+    @contextlib.contextmanager
+    def computing(self, plan: Plan, output: Path) -> Iterator[ComputeWeight]:
+        """The arithmetic itself; torch is imported when the first weight is computed."""
+        yield _compute_here
+
+
+def _compute_here(
+    label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str
+) -> tuple[Measurement, ...]:
+    from surgery.engine.arithmetic import compute
+
+    return compute(label, step, write, stop, device)
+
+
 def execute(
-    plan: Plan, output: str | os.PathLike[str], run: Run, finish: Callable[[Ledger], Mapping[str, bytes]]
+    plan: Plan,
+    output: str | os.PathLike[str],
+    run: Run,
+    finish: Callable[[Ledger], Mapping[str, bytes]],
+    engine: Engine | None = None,
 ) -> Ledger:
     """Write the output of `plan`, all or nothing.
 
@@ -76,6 +127,7 @@ def execute(
         output: Folder that must not exist yet (see `Run.overwrite`).
         run: How.
         finish: Called with the measured ledger before the commit; returns further small files. It may raise to undo everything.
+        engine: Where weights are computed; None is this process.
 
     Returns:
         The plan with what was measured.
@@ -83,8 +135,9 @@ def execute(
     Raises:
         OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
     """
-    with output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=still_good) as folder:
-        measured = write_weights(plan, folder, run)
+    staged = output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=still_good)
+    with (engine or ThisProcess()).computing(plan, Path(output)) as compute, staged as folder:
+        measured = write_weights(plan, folder, run, compute)
         ledger = Ledger(plan, measured)
         for side in plan.side_files:
             write_side_file(side, folder)
@@ -117,7 +170,9 @@ def write_side_file(side: SideFile, folder: OutputFolder) -> None:
         out.finish({})
 
 
-def write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measurement]:
+def write_weights(
+    plan: Plan, folder: OutputFolder, run: Run, compute: ComputeWeight = _compute_here
+) -> dict[str, Measurement]:
     """The weight files of `plan` in `folder`, but for those an interrupted run finished; what was measured of each computed tensor.
 
     Raises:
@@ -128,7 +183,7 @@ def write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measu
     jobs: list[_FileJob] = []
     for file in plan.files:
         if (record := folder.finished.get(file.name)) is not None:
-            measured |= _remembered(record)
+            measured |= remembered(record.record)
         else:
             jobs.append(_FileJob(file))
     meter = _ByteMeter(sum(job.file.nbytes for job in jobs), run.progress)
@@ -140,7 +195,9 @@ def write_weights(plan: Plan, folder: OutputFolder, run: Run) -> dict[str, Measu
                 futures += job.start(folder, copiers, run, stop, meter)
             if any(job.computed for job in jobs):
                 with _compute_pool(_affordable(plan, run), stop) as pool:
-                    computing = [pool.submit(weight.compute, run, stop, meter) for weight in _weights_in_turn(jobs)]
+                    computing = [
+                        pool.submit(weight.compute, compute, run, stop, meter) for weight in _weights_in_turn(jobs)
+                    ]
                     _wait([*futures, *computing], stop)
             _wait(futures, stop)
             _wait([job.synced for job in jobs], stop)
@@ -337,10 +394,8 @@ class _WeightJob:
     def __init__(self) -> None:
         self.outputs: dict[int, tuple[_FileJob, PlannedTensor]] = {}
 
-    def compute(self, run: Run, stop: threading.Event, meter: _ByteMeter) -> None:
+    def compute(self, compute: ComputeWeight, run: Run, stop: threading.Event, meter: _ByteMeter) -> None:
         """All of it, block by block."""
-        from surgery.engine.arithmetic import compute
-
         _, tensor = next(iter(self.outputs.values()))
         assert isinstance(tensor.step, Compute)
         checks: dict[int, bytearray] = {}
@@ -383,8 +438,9 @@ def _as_record(found: Measurement) -> dict[str, Any]:
     return {name: getattr(found, name) for name in Measurement.__slots__}
 
 
-def _remembered(record: FileRecord) -> dict[str, Measurement]:
-    return {label: Measurement(**fields) for label, fields in record.record["tensors"].items()}
+def remembered(record: Mapping[str, Any]) -> dict[str, Measurement]:
+    """What was measured of the tensors of a finished file, by label."""
+    return {label: Measurement(**fields) for label, fields in record["tensors"].items()}
 
 
 def still_good(path: Path, record: FileRecord) -> bool:

@@ -21,14 +21,14 @@ __all__ = ["approximation_errors", "distance", "relative", "scale_error", "setti
 
 def settings(update: Update) -> dict[str, Any]:
     """Everything but the trained numbers: scales, sizes, switches, and the shapes of factors."""
-    found: dict[str, Any] = {"kind": update.kind}
+    facts: dict[str, Any] = {"kind": update.kind}
     for field in fields(update):  # type: ignore[arg-type]
         value = getattr(update, field.name)
         if isinstance(value, Factor):
-            found[field.name] = value.shape
+            facts[field.name] = value.shape
         elif value is None or isinstance(value, bool | int | float | str | Seed) or _is_numbers(value):
-            found[field.name] = value
-    return found
+            facts[field.name] = value
+    return facts
 
 
 def _is_numbers(value: object) -> bool:

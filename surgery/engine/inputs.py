@@ -35,9 +35,9 @@ __all__ = [
     "as_checkpoint",
     "as_list",
     "as_opened",
-    "as_output",
     "as_path",
     "as_weighted",
+    "local_path",
     "open",
     "output_path",
 ]
@@ -47,7 +47,7 @@ CheckpointLike = StrPath | Checkpoint
 Openable: TypeAlias = "StrPath | Checkpoint | Adapter"
 AdapterLike: TypeAlias = "StrPath | Adapter"
 WeightedLike: TypeAlias = "AdapterLike | WeightedAdapter | tuple[AdapterLike, float]"
-AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[StrPath, float]"
+AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[Any, float]"
 
 Item = TypeVar("Item")
 
@@ -110,9 +110,7 @@ def as_path(value: StrPath, argument: str) -> Path:
     """
     if isinstance(value, str):
         return resolve(value)
-    if isinstance(value, os.PathLike):
-        return Path(value)
-    raise _wrong_type(value, argument, "a path")
+    return local_path(value, argument)
 
 
 def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
@@ -150,7 +148,7 @@ def as_adapter(value: AdapterLike, argument: str = "adapter") -> Adapter:
     if isinstance(value, Checkpoint):
         raise FitError("a full model where an adapter was expected", file=value.path)
     if isinstance(value, WeightedAdapter | tuple):
-        raise UsageError(f"{argument} has no weight here", hint="surgery.combine writes a scaled adapter")
+        raise UsageError(f"{argument} takes no weight here", hint="surgery.combine writes a scaled adapter")
     raise _wrong_type(value, argument, "a path or an Adapter")
 
 
@@ -187,18 +185,18 @@ def output_path(output: StrPath | None, *, dry_run: bool = False) -> Path | None
         return None
     if output is None:
         raise UsageError("output is required", hint="or ask for a dry run")
-    return as_output(output)
+    return local_path(output, "output")
 
 
-def as_output(output: StrPath) -> Path:
-    """Where to write.
+def local_path(value: StrPath, argument: str) -> Path:
+    """A path that is no reference: it is never fetched.
 
     Raises:
         UsageError: no path.
     """
-    if not isinstance(output, str | os.PathLike):
-        raise _wrong_type(output, "output", "a path")
-    return Path(output)
+    if not isinstance(value, str | os.PathLike):
+        raise _wrong_type(value, argument, "a path")
+    return Path(value)
 
 
 def _is_adapter(value: object) -> bool:

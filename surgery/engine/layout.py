@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome
@@ -19,7 +19,7 @@ from surgery_formats.storage.base import Encoding, Storage, is_contiguous
 from surgery_formats.storage.plain import Elements, Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["WeightLayout", "lay_out", "model_dtype", "planned_file"]
+__all__ = ["WeightLayout", "lay_out", "planned_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,6 @@ class _WeightPlanner:
         self._component = component
         self._edits = edits
         self._dtype = dtype
-        self._model_dtype = model_dtype(component)
         self._planned: dict[str, dict[str, PlannedTensor]] = {}
 
     def outputs(self, tensor: StoredTensor, weight: Storage) -> list[PlannedTensor]:
@@ -125,6 +124,8 @@ class _WeightPlanner:
     def weight(self, name: str, base: Storage) -> tuple[PlannedTensor, ...]:
         """The output tensors of one weight, without their offsets."""
         edit = self._edits.get(name)
+        if edit is None and is_contiguous(base) and (self._dtype is None or not base.is_float):
+            return self._copies(base)
         source = base if edit is None else edit.source
         target = self._encoding(base, source, edit)
         operations = edit.operations if edit else ()
@@ -147,6 +148,26 @@ class _WeightPlanner:
             for i, (part, step) in enumerate(zip(parts, steps, strict=True))
         )
 
+    def _copies(self, weight: Storage) -> tuple[PlannedTensor, ...]:
+        """The stored tensors of a weight as they are."""
+        component, name = self._component.name, weight.name
+        return tuple(
+            PlannedTensor(
+                stored.name,
+                component,
+                name,
+                stored.dtype,
+                stored.shape,
+                Copy(stored, weight),
+                "copied",
+                0,
+                stored.nbytes,
+                "",
+                i,
+            )
+            for i, stored in enumerate(weight.sources)
+        )
+
     def _encoding(self, base: Storage, source: Storage, edit: Edit | None) -> Encoding:
         """The base's own storage, also for what replaces its weight; what the base lacks is stored like its embedding (or first matrix)."""
         if not source.is_float:
@@ -154,7 +175,7 @@ class _WeightPlanner:
         if self._dtype is not None:
             return _elements(source, self._dtype)
         if edit is not None and edit.added:
-            return _elements(source, self._model_dtype) if isinstance(source, Plain) else source
+            return _elements(source, self._component.dtype) if isinstance(source, Plain) else source
         if base is source or not base.is_float:
             return source
         return _elements(source, base.dtype) if isinstance(base, Plain) else base
@@ -165,14 +186,6 @@ def _elements(source: Storage, dtype: DType) -> Encoding:
     if isinstance(source, Plain) and source.dtype is dtype:
         return source
     return Elements(source.sizes, source.shape, dtype)
-
-
-def model_dtype(component: Component) -> DType:
-    """The type of a model's embedding, else of its first weight of numbers."""
-    if component.embedding:
-        return component.parameters[component.embedding].storage.dtype
-    weights = component.owners.values()
-    return next((weight.dtype for weight in weights if weight.is_float), DType.F32)
 
 
 def planned_file(
@@ -200,7 +213,20 @@ def planned_file(
 
 
 def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:
-    return replace(tensor, offset=offset, nbytes=nbytes)
+    one = tensor  # `dataclasses.replace` would take as long as the rest of the plan of a model of 50,000 tensors
+    return PlannedTensor(
+        one.name,
+        one.component,
+        one.weight,
+        one.dtype,
+        one.shape,
+        one.step,
+        one.outcome,
+        offset,
+        nbytes,
+        one.why,
+        one.part,
+    )
 
 
 def _resharded(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from surgery_formats.storage.base import Encoding, Storage
 
 __all__ = [
+    "SHARE_FILE",
+    "SHARE_MAGIC",
     "Account",
     "Compute",
     "Copy",
@@ -34,6 +36,8 @@ __all__ = [
     "TensorOutcome",
     "check_conservation",
 ]
+
+SHARE_FILE, SHARE_MAGIC = "weights", b"surgery share 1\n"  # the one file of a share, and its first bytes
 
 TensorOutcome = Literal[
     "copied", "cast", "updated", "replaced", "added", "source", "alias", "derivable", "superseded", "referenced"
@@ -204,6 +208,33 @@ class Plan:
     def computed(self) -> tuple[PlannedTensor, ...]:
         """The first tensor of every weight that is not copied as it is."""
         return tuple(tensor for tensor in self.weights if isinstance(tensor.step, Compute))
+
+    def share(self, index: int, count: int) -> Plan:
+        """What the worker `index` of `count` computes, as a plan of one file that holds it.
+
+        Every computed weight is in one share; shares are about equally large. Equal plans have equal shares, wherever they were made.
+
+        Raises:
+            FitError: there is no such share.
+        """
+        if not 0 <= index < count:
+            raise FitError(f"there is no share {index} of {count}", hint="shares are counted from 0")
+        weights: dict[int, list[PlannedTensor]] = {}
+        for tensor in self.tensors:
+            if isinstance(tensor.step, Compute):
+                weights.setdefault(id(tensor.step), []).append(tensor)
+        sized = sorted((-sum(t.nbytes for t in tensors), tensors[0].label, tensors) for tensors in weights.values())
+        loads = [0] * count
+        tensors: list[PlannedTensor] = []
+        offset = len(SHARE_MAGIC)
+        for negative, _, weight in sized:
+            worker = loads.index(min(loads))
+            loads[worker] -= negative
+            for tensor in weight if worker == index else ():
+                tensors.append(replace(tensor, offset=offset))
+                offset += tensor.nbytes
+        file = PlannedFile(SHARE_FILE, SHARE_MAGIC, offset, tuple(tensors))
+        return replace(self, files=(file,), side_files=(), accounts=())
 
 
 def check_conservation(binding: Binding, plan: Plan) -> None:

@@ -139,15 +139,15 @@ def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[
         ProofError: they touch different weights, or in different ways.
     """
     if binding is None:
-        meant, found = dict(_unbound(source.updates)), dict(_unbound(written.updates))
+        expected, actual = dict(_unbound(source.updates)), dict(_unbound(written.updates))
     else:
-        meant, found = _bound(binding), _bound(bind([(written, 1.0)], binding.checkpoint))
-    if meant.keys() != found.keys():
-        lost, new = sorted(meant.keys() - found.keys()), sorted(found.keys() - meant.keys())
+        expected, actual = _bound(binding), _bound(bind([(written, 1.0)], binding.checkpoint))
+    if expected.keys() != actual.keys():
+        lost, new = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
         raise ProofError(
             f"{len(lost)} weights are missing ({listing(lost)}), {len(new)} are new ({listing(new)})", file=written.path
         )
-    return {name: _error(name, meant[name], found[name], written) for name in sorted(meant)}
+    return {name: _error(name, expected[name], actual[name], written) for name in sorted(expected)}
 
 
 def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
@@ -188,21 +188,21 @@ def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, 
         yield str(site), _ProofTarget(shape, rest, value)
 
 
-def _error(name: str, meant: _ProofTarget, found: _ProofTarget, written: Adapter) -> float:
-    magnitudes = [_magnitudes(target) for target in (meant, found)]
-    if meant.shape != found.shape or [key for key, _ in magnitudes[0]] != [key for key, _ in magnitudes[1]]:
+def _error(name: str, expected: _ProofTarget, actual: _ProofTarget, written: Adapter) -> float:
+    magnitudes = [_magnitudes(target) for target in (expected, actual)]
+    if expected.shape != actual.shape or [key for key, _ in magnitudes[0]] != [key for key, _ in magnitudes[1]]:
         raise ProofError("the written update is of a different kind than the source's", file=written.path, tensor=name)
     error = 0.0
     for (_, mine), (_, theirs) in zip(*magnitudes, strict=True):
         error = max(error, relative(float((mine - theirs).abs().max()), float(mine.abs().max())))
-    if (meant.value is None) != (found.value is None):
+    if (expected.value is None) != (actual.value is None):
         raise ProofError(
             "one of source and output replaces this weight, the other does not", file=written.path, tensor=name
         )
     for by_factors in (_tensor_error, _scale_error):
-        if (known := by_factors(meant, found)) is not None:
+        if (known := by_factors(expected, actual)) is not None:
             return max(error, known)
-    return max(error, _delta_error(meant, found))
+    return max(error, _delta_error(expected, actual))
 
 
 def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Tensor]]:
@@ -218,14 +218,14 @@ def _added(update: Update) -> Update:
     return low_rank_part(update) or update
 
 
-def _tensor_error(meant: _ProofTarget, found: _ProofTarget) -> float | None:
+def _tensor_error(expected: _ProofTarget, actual: _ProofTarget) -> float | None:
     """The error of the stored tensors, where the delta of an update is neither low-rank nor stored in full; else None."""
-    if all(_has_plain_delta(update) for target in (meant, found) for update, _ in target.pieces):
+    if all(_has_plain_delta(update) for target in (expected, actual) for update, _ in target.pieces):
         return None
-    pairs = list(zip(meant.pieces, found.pieces, strict=False))
-    if len(meant.pieces) == len(found.pieces) and all(_alike(*pair) for pair in pairs):
+    pairs = list(zip(expected.pieces, actual.pieces, strict=False))
+    if len(expected.pieces) == len(actual.pieces) and all(_alike(*pair) for pair in pairs):
         return max(tensor_error(mine, theirs) for (mine, _), (theirs, _) in pairs)
-    known = (update.effect != "maps" and all(update.shape) for t in (meant, found) for update, _ in t.pieces)
+    known = (update.effect != "maps" and all(update.shape) for t in (expected, actual) for update, _ in t.pieces)
     return None if all(known) else math.inf
 
 
@@ -239,21 +239,21 @@ def _alike(piece: tuple[Update, View], other: tuple[Update, View]) -> bool:
     return type(mine) is type(theirs) and view == seen and settings(mine) == settings(theirs)
 
 
-def _scale_error(meant: _ProofTarget, found: _ProofTarget) -> float | None:
+def _scale_error(expected: _ProofTarget, actual: _ProofTarget) -> float | None:
     """The error of the scale, where both are one low-rank update with equal factors; else None."""
-    if len(meant.pieces) != 1 or len(found.pieces) != 1 or meant.value or found.value:
+    if len(expected.pieces) != 1 or len(actual.pieces) != 1 or expected.value or actual.value:
         return None
-    (mine, view), (theirs, seen) = meant.pieces[0], found.pieces[0]
+    (mine, view), (theirs, seen) = expected.pieces[0], actual.pieces[0]
     return scale_error(_added(mine), _added(theirs)) if view == seen else None
 
 
-def _delta_error(meant: _ProofTarget, found: _ProofTarget) -> float:
+def _delta_error(expected: _ProofTarget, actual: _ProofTarget) -> float:
     worst = largest = 0.0
-    mine, theirs = _applied(meant), _applied(found)
-    step = max(1, _BLOCK_ELEMENTS // max(meant.shape[1], 1))
-    for start in range(0, meant.shape[0], step):
-        stop = min(start + step, meant.shape[0])
-        a, b = _block(meant, mine, start, stop), _block(found, theirs, start, stop)
+    mine, theirs = _applied(expected), _applied(actual)
+    step = max(1, _BLOCK_ELEMENTS // max(expected.shape[1], 1))
+    for start in range(0, expected.shape[0], step):
+        stop = min(start + step, expected.shape[0])
+        a, b = _block(expected, mine, start, stop), _block(actual, theirs, start, stop)
         worst = max(worst, float((a - b).abs().max()))
         largest = max(largest, float(a.abs().max()))
     return relative(worst, largest)

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.extraction.factorise import TargetFactors
+from surgery.extraction.pairing import Delta
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via
 from surgery.extraction.stream.scratch import ScratchSlot
 from surgery.extraction.targets import Form, LowRankTarget
 from surgery_formats.adapters.format import Scaling
-from surgery_formats.adapters.peft.keys import HEADS
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.storage.base import read_rows
+from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.computed import ComputedTensor, computed
-from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.tensors.tensor import StoredTensor, all_finite
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, TokenRows, Update
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def extracted_adapter(
         kind="LORA",
         updates=dict(sorted(updates.items())),
         tensors=tuple(dict.fromkeys(tensors)),
-        new_modules=HEADS | storage.saved_modules,
+        new_modules=frozenset(storage.saved_modules),
         copied_modules=frozenset(storage.saved_modules),
         base_name=base.path.resolve().name,
         base_id=base_id,
@@ -147,8 +149,7 @@ def _computed(
     index: int,
     read: Callable[[], torch.Tensor],
 ) -> ComputedTensor:
-    strips = target.deltas[index].strips
-    return computed(name, shape, (side.tensor for strip in strips for side in (strip.tuned, strip.base)), read, dtype)
+    return computed(name, shape, _sources(target.deltas[index]), read, dtype)
 
 
 def _rounded(factor: torch.Tensor, dtype: DType, target: LowRankTarget) -> torch.Tensor:
@@ -157,34 +158,38 @@ def _rounded(factor: torch.Tensor, dtype: DType, target: LowRankTarget) -> torch
     Raises:
         FitError: a value that the type cannot hold.
     """
-    import torch
-
     stored = factor.to(dtype.torch)
-    if dtype is DType.F16 and not bool(torch.isfinite(stored).all()):
+    if dtype is DType.F16 and not all_finite(stored):
         raise FitError(
             f"a value is too large for {dtype.label}", tensor=target.names[0], hint="--adapter-dtype bf16 or fp32"
         )
     return stored
 
 
+def _sources(delta: Delta) -> tuple[StoredTensor, ...]:
+    return tuple(source for strip in delta.strips for side in (strip.tuned, strip.base) for source in side.sources)
+
+
 def _dense(dense: DenseTensor) -> Update:
-    tensor: Tensor = dense.tensor
+    weight = dense.weight
     if dense.via == "token rows":
-        shape = (len(dense.rows), *dense.tensor.shape[1:])
-        rows = computed(f"{dense.path}.rows", shape, (tensor,), lambda: _some_rows(dense), tensor.dtype)
+        shape = (len(dense.rows), *weight.sizes[1:])
+        rows = computed(f"{dense.path}.rows", shape, weight.sources, lambda: _some_rows(dense), weight.dtype)
         return TokenRows(Factor.of(rows), dense.rows)
-    if dense.shift is not None:
-        tensor = computed(dense.path, tensor.shape, (tensor,), lambda: shifted(dense), tensor.dtype)
+    if isinstance(weight, Plain) and dense.shift is None:
+        tensor = weight.tensor
+    else:
+        tensor = computed(dense.path, weight.sizes, weight.sources, lambda: shifted(dense), weight.dtype)
     return Replacement(Factor.of(tensor), _HELD[dense.via])
 
 
 def shifted(dense: DenseTensor) -> torch.Tensor:
     """TUNED's values, plus the shift where there is one, rounded once to the stored type."""
-    values = dense.tensor.read()
+    values = read_rows(dense.weight)
     return values if dense.shift is None else (values.double() + dense.shift().double()).to(values.dtype)
 
 
 def _some_rows(dense: DenseTensor) -> torch.Tensor:
     import torch
 
-    return torch.cat([dense.tensor.read(row, row + 1) for row in dense.rows])
+    return torch.cat([read_rows(dense.weight, row, row + 1) for row in dense.rows])

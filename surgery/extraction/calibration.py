@@ -28,7 +28,7 @@ from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.findings import CalibrationFacts
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan
 from surgery.extraction.stream.lanes import in_threads
-from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
+from surgery.extraction.stream.scratch import ScratchSlot, Workspace
 from surgery.extraction.targets import LowRankTarget, TunedParameter
 from surgery_formats.containers.sharded import open_shards
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
@@ -193,9 +193,7 @@ def calibrate(
     parameters: Iterable[TunedParameter],
     factored: Mapping[str, TargetFactors],
     ranks: Mapping[str, int],
-    scratch: ScratchFile,
-    device: str,
-    workers: int,
+    workspace: Workspace,
     *,
     biases: bool,
 ) -> CalibrationChanges:
@@ -207,9 +205,7 @@ def calibrate(
         parameters: Every compared tensor.
         factored: Plain factors, by target path.
         ranks: By target path.
-        scratch: Receives new factors.
-        device: Where to compute.
-        workers: Number of threads.
+        workspace: Where new factors are computed and kept.
         biases: Whether biases may change.
 
     Raises:
@@ -220,23 +216,17 @@ def calibrate(
     }
     stored = {dense.path for dense in storage.dense_tensors if dense.via != "bias"}
     free_biases = {path for path in bias_parameters if path not in stored} if biases else set()
-    results: dict[str, _CalibratedFactors] = {}
+    results: dict[str, _WeightedTarget] = {}
 
     def work(target: LowRankTarget, parts: Mapping[str, StoredTensor], stop: Callable[[], bool]) -> None:
         if not stop():
             bias = f"{target.path.rpartition('.')[0]}.bias"
-            results[target.path] = _weighted(
-                target,
-                parts,
-                factored[target.path],
-                ranks[target.path],
-                scratch,
-                device,
-                bias if bias in free_biases else "",
-            )
+            chosen = bias if bias in free_biases else ""
+            plain, rank = factored[target.path], ranks[target.path]
+            results[target.path] = _weighted(target, parts, plain, rank, workspace, chosen)
 
     known_inputs = [(target, parts) for target in storage.targets if (parts := calibration.of(target)) is not None]
-    in_threads([partial(work, target, parts) for target, parts in known_inputs], workers)
+    in_threads([partial(work, target, parts) for target, parts in known_inputs], workspace.workers)
     ordered = {target.path: results[target.path] for target, _ in known_inputs}
     return CalibrationChanges(
         {path: result.facts for path, result in ordered.items()},
@@ -246,7 +236,7 @@ def calibrate(
 
 
 @dataclass(frozen=True, slots=True)
-class _CalibratedFactors:
+class _WeightedTarget:
     facts: CalibrationFacts
     factored: TargetFactors | None
     bias: str
@@ -291,10 +281,9 @@ def _weighted(
     parts: Mapping[str, StoredTensor],
     plain: TargetFactors,
     rank: int,
-    scratch: ScratchFile,
-    device: str,
+    workspace: Workspace,
     bias: str,
-) -> _CalibratedFactors:
+) -> _WeightedTarget:
     from surgery_formats.linalg.whitening import output_energy, weighted_factors
 
     try:
@@ -307,7 +296,7 @@ def _weighted(
     total = output_energy(delta, judging_moment)
     left, right = plain.factors(0, rank)
     rest = delta - (left @ right).to(delta.dtype)
-    B, A = (factor.cpu() for factor in weighted_factors(delta.to(device), moment, rank))
+    B, A = (factor.cpu() for factor in weighted_factors(delta.to(workspace.device), moment, rank))
     weighted_rest = delta - B @ A
     if mean is not None and output_energy(rest, judging_moment, mean) >= output_energy(rest, judging_moment):
         mean = None  # the mean of other inputs is another
@@ -323,16 +312,16 @@ def _weighted(
         "weighted" if better else "plain", weighted_error, plain_error, total, bias if mean is not None else ""
     )
     remaining = weighted_rest if better else rest
-    shift = None if mean is None else scratch.put((remaining.double() @ mean)[None])
+    shift = None if mean is None else workspace.scratch.put((remaining.double() @ mean)[None])
     if not better:
-        return _CalibratedFactors(facts, None, bias, shift)
+        return _WeightedTarget(facts, None, bias, shift)
     (matrix,) = plain.matrices
     left_energy, least_energy = float(weighted_rest.double().square().sum()), matrix.residual(rank)
     values = tuple((B.norm(dim=0) * A.norm(dim=1)).tolist())
     bound = matrix.bound * math.sqrt(left_energy / least_energy) if least_energy > 0 else 1.0
-    slots = scratch.put(B.T), scratch.put(A)
+    slots = workspace.scratch.put(B.T), workspace.scratch.put(A)
     weighted_matrix = replace(
         matrix, left=slots[0], right=slots[1], values=values, rest=left_energy, bound=max(bound, 1.0), fold=1.0
     )
     weighted_matrix = replace(weighted_matrix, left_energy=None)
-    return _CalibratedFactors(facts, TargetFactors(target, (weighted_matrix,)), bias, shift)
+    return _WeightedTarget(facts, TargetFactors(target, (weighted_matrix,)), bias, shift)

@@ -18,11 +18,11 @@ import torch
 
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
 from surgery.extraction.findings import Kind, KindFacts
-from surgery.extraction.noise import at_rows, read_rows, sample_runs
-from surgery.extraction.pairing import Delta, Strip
+from surgery.extraction.noise import at_rows, read_runs, sample_runs
+from surgery.extraction.pairing import Delta, Strip, path_of
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scan import HELD
-from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
+from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot, Workspace
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -30,6 +30,7 @@ from surgery_formats.linalg.dora import DoRAFit, HeldPair, Magnitudes, PairSourc
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import read_values
+from surgery_formats.storage.plain import Plain
 
 __all__ = ["KindDecision", "Magnitude", "choose_kind", "lora_decision"]
 
@@ -97,9 +98,7 @@ def choose_kind(
     factored: Mapping[str, TargetFactors],
     ranks: Mapping[str, int],
     lora_ranks: Mapping[str, int],
-    scratch: ScratchFile,
-    device: str,
-    workers: int,
+    workspace: Workspace,
     tuned: Path,
 ) -> KindDecision:
     """Choose between LoRA and DoRA.
@@ -110,9 +109,7 @@ def choose_kind(
         factored: The LoRA's factors, by target path.
         ranks: Of a DoRA, by target path.
         lora_ranks: Of a LoRA, by target path; higher under a budget, of which a DoRA spends a part on magnitudes.
-        scratch: Receives new factors.
-        device: Where to compute.
-        workers: Number of threads.
+        workspace: Where new factors are computed and kept.
         tuned: TUNED's path, for messages.
 
     Raises:
@@ -128,13 +125,17 @@ def choose_kind(
     lora = _relative(able, factored, (factored[target.path].residual(lora_ranks[target.path]) for target in able))
     share, survivals = math.nan, dict[str, Survival]()
     if kind == "auto":
-        share, survivals = _row_share(able, factored, lora_ranks, workers)
+        share, survivals = _row_share(able, factored, lora_ranks, workspace.workers)
         if share < _WORTH_A_LOOK:
             why = f"rescaling rows would take away {max(share, 0):.1%} of what a LoRA leaves"
             return lora_decision(why, survivals, lora=lora, rows=share)
     try:
-        candidates = _alternated(able, ranks, device, workers, scratch, factored)
-        rest = {u.path: _beside(u, factored[u.path], ranks[u.path], scratch) for u in targets if u.form == "embedding"}
+        candidates = _alternated(able, ranks, factored, workspace)
+        rest = {
+            u.path: _beside(u, factored[u.path], ranks[u.path], workspace.scratch)
+            for u in targets
+            if u.form == "embedding"
+        }
     except FitError as error:
         if kind == "dora":
             raise
@@ -194,8 +195,9 @@ def _row_share(
         change = at_rows(left, runs) @ right
         along, energy = row_share((tuned - base) - change.to(base.dtype), base + change)
         shares[target.path] = along / energy if energy > 0 else 0.0
-        if not target.deltas[0].transposed:
-            survivals[target.path] = survival(base, change, target.deltas[0].strips[0].base.tensor.dtype)
+        stored = target.deltas[0].strips[0].base
+        if not target.deltas[0].transposed and isinstance(stored, Plain):
+            survivals[target.path] = survival(base, change, stored.dtype)
 
     in_threads([partial(work, target) for target in targets], workers)
     left = {target.path: factored[target.path].residual(ranks[target.path]) for target in targets}
@@ -210,7 +212,7 @@ def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.T
     if isinstance(pair, HeldPair):
         return runs, at_rows(pair.base, runs), at_rows(pair.tuned, runs)
     (strip,) = delta.strips
-    base, tuned = (read_rows(side, strip.first, runs) for side in (strip.base, strip.tuned))
+    base, tuned = (read_runs(side, strip.first, runs) for side in (strip.base, strip.tuned))
     exact = torch.promote_types(base.dtype, tuned.dtype)
     return runs, base.to(exact), tuned.to(exact)
 
@@ -255,10 +257,8 @@ class _DoraCandidate:
 def _alternated(
     targets: Sequence[LowRankTarget],
     ranks: Mapping[str, int],
-    device: str,
-    workers: int,
-    scratch: ScratchFile,
     factored: Mapping[str, TargetFactors],
+    workspace: Workspace,
 ) -> dict[str, _DoraCandidate]:
     candidates: dict[str, _DoraCandidate] = {}
 
@@ -270,17 +270,17 @@ def _alternated(
         if isinstance(pair, _StoredRows) and math.prod(pair.shape) <= HELD["cpu"]:
             pair = _held(pair, turned=False)
         try:
-            alternated = alternate(pair, ranks[target.path], device=device)
+            alternated = alternate(pair, ranks[target.path], device=workspace.device)
         except FitError as error:
             raise FitError(error.message, file=_file(delta), tensor=target.names[0]) from error
-        candidates[target.path] = _stored(target, alternated, factored[target.path], scratch)
+        candidates[target.path] = _stored(target, alternated, factored[target.path], workspace.scratch)
 
-    in_threads([partial(work, target) for target in targets], workers)
+    in_threads([partial(work, target) for target in targets], workspace.workers)
     return {target.path: candidates[target.path] for target in targets}
 
 
 def _file(delta: Delta) -> Path | None:
-    return delta.strips[0].tuned.tensor.path
+    return path_of(delta.strips[0].tuned)
 
 
 def _stored(target: LowRankTarget, alternated: DoRAFit, lora: TargetFactors, scratch: ScratchFile) -> _DoraCandidate:
@@ -293,7 +293,7 @@ def _stored(target: LowRankTarget, alternated: DoRAFit, lora: TargetFactors, scr
 
 
 def _magnitude(target: LowRankTarget, fit: DoRAFit | Magnitudes, size: float, scratch: ScratchFile) -> Magnitude:
-    step = _NORM_ROUNDING.get(target.deltas[0].strips[0].base.tensor.dtype, 0.0)
+    step = _NORM_ROUNDING.get(target.deltas[0].strips[0].base.dtype, 0.0)
     slots = scratch.put(fit.magnitude[None]), scratch.put(fit.gain[None])
     return Magnitude(*slots, target.form != "embedding", size, (step * size) ** 2)
 

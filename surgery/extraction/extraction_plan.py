@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery._version import __version__
@@ -16,18 +16,15 @@ from surgery.extraction.adapter import FactorSettings, extracted_adapter, fold_o
 from surgery.extraction.calibration import Calibration, CalibrationChanges, calibrate
 from surgery.extraction.choose_kind import KindDecision, choose_kind, lora_decision
 from surgery.extraction.factorise import StoredFactorSpec, TargetFactors
-from surgery.extraction.findings import CalibrationTotals, Kind
+from surgery.extraction.findings import Kind
 from surgery.extraction.noise import NoiseReport, noise_report
 from surgery.extraction.pairing import differing_settings
-from surgery.extraction.ranks import RankGoal, rank_table, ranks_of
-from surgery.extraction.result import ExtractResult, RankChoice
-from surgery.extraction.rows import check_losses, ledger_rows, rows_with_residuals
-from surgery.extraction.storage_plan import StorageOptions, StoragePlan, dense_size, plan_storage
+from surgery.extraction.ranks import RankGoal, ranks_of
+from surgery.extraction.storage_plan import StorageOptions, StoragePlan, check_losses, plan_storage
 from surgery.extraction.stream.scan import Layout, ScanResult
-from surgery.extraction.stream.scratch import ScratchFile
+from surgery.extraction.stream.scratch import Workspace
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.adapters.format import Format, Rendering, Scaled, Scaling
-from surgery_formats.adapters.peft.known_issues import combination_issues
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.safetensors import reference_order
@@ -39,7 +36,7 @@ from surgery_formats.models.identity import content_id, fingerprint
 from surgery_formats.text import listing
 
 if TYPE_CHECKING:
-    from surgery.extraction.proof import Residual
+    pass
 
 __all__ = [
     "CheckpointPair",
@@ -97,15 +94,6 @@ class CheckpointPair:
             )
         return checkpoint.main
 
-    def check_unchanged(self) -> None:
-        """Check that neither has changed since it was opened.
-
-        Raises:
-            ProofError: one has changed.
-        """
-        self.base.check_unchanged()
-        self.tuned.check_unchanged()
-
 
 def stored_factor_specs(
     goal: RankGoal, scaling: Scaling, dtype: DType
@@ -132,11 +120,10 @@ class ExtractionRequest:
         scaling: Alpha and rsLoRA.
         dtype: Type of the factors.
         coding: Codes of the factors, if they are stored as codes.
+        table: Whether to tabulate other ranks.
         kind: LoRA, DoRA, or the better one.
         calibration: Inputs of modules.
-        scratch: Holds factors until they are written.
-        device: Where to compute.
-        workers: Number of threads.
+        workspace: Where factors are computed and kept.
     """
 
     goal: RankGoal
@@ -144,11 +131,15 @@ class ExtractionRequest:
     scaling: Scaling
     dtype: DType
     coding: Coding | None
+    table: bool
     kind: Kind
     calibration: Calibration | None
-    scratch: ScratchFile
-    device: str
-    workers: int
+    workspace: Workspace
+
+    @property
+    def stored(self) -> DType | Coding:
+        """Type or codes of the factors."""
+        return self.coding or self.dtype
 
 
 @dataclass(frozen=True)
@@ -157,12 +148,12 @@ class ExtractionPlan:
 
     Attributes:
         checkpoints: BASE and TUNED.
+        request: The user's options.
         layout: The paired tensors.
-        scan: Measurements and factors.
+        scan: Measurements and factors of the differences.
         storage: The form of every change.
         ranks: By target path.
-        dtype: Type of the factors.
-        coding: Codes of the factors, if they are stored as codes.
+        factored: The factors that will be stored, by target path.
         adapter: The extraction in the canonical form.
         peft: The PEFT format, with the user's scaling.
         rendering: `adapter` in the PEFT format.
@@ -170,20 +161,16 @@ class ExtractionPlan:
         noise: The share of rounding in the change.
         decision: LoRA or DoRA.
         calibrated: What changed because of calibration inputs.
-        calibration: The calibration inputs.
-        asked: Whether the user gave the rank.
-        workers: Number of threads.
         warnings: Facts that the user should know.
-        table: Other ranks and what they would leave.
     """
 
     checkpoints: CheckpointPair
+    request: ExtractionRequest
     layout: Layout
     scan: ScanResult
     storage: StoragePlan
     ranks: Mapping[str, int]
-    dtype: DType
-    coding: Coding | None
+    factored: Mapping[str, TargetFactors]
     adapter: Adapter
     peft: Format
     rendering: Rendering
@@ -191,87 +178,12 @@ class ExtractionPlan:
     noise: NoiseReport
     decision: KindDecision
     calibrated: CalibrationChanges
-    calibration: Calibration | None
-    asked: bool
-    workers: int
-    warnings: tuple[str, ...] = ()
-    table: tuple[RankChoice, ...] = ()
-
-    @property
-    def factored(self) -> Mapping[str, TargetFactors]:
-        """The factors that will be stored, by target path."""
-        return {**self.scan.factored, **self.decision.factored, **self.calibrated.factored}
+    warnings: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
         """Size of the PEFT tensor file."""
         return rendered_size(self.rendering)
-
-    def rank_table(self) -> tuple[RankChoice, ...]:
-        """What other ranks, and fewer layers, would cost and leave."""
-        dense = [dense_size(tensor) for tensor in self.storage.dense_tensors]
-        stored = sum(numbers for numbers, _ in dense), sum(nbytes for _, nbytes in dense)
-        return rank_table(self.storage, self.scan.factored, self.scan.measures, stored, self.coding or self.dtype)
-
-    def result(self) -> ExtractResult:
-        """The result as the spectra predict it."""
-        rows = ledger_rows(
-            self.layout.pairs,
-            self.scan.measures,
-            self.factored,
-            self.storage,
-            self.ranks,
-            self.coding or self.dtype,
-            self.noise.signals,
-            {path: magnitude.count for path, magnitude in self.decision.magnitudes.items()},
-            self.calibrated.facts,
-            asked=self.asked,
-        )
-        return ExtractResult(
-            None,
-            "peft",
-            self.adapter.base_id,
-            rows,
-            self.coding.name if self.coding else self.dtype.label,
-            sum(row.nbytes for row in rows) if self.coding else self.nbytes,
-            self.checkpoints.tuned.nbytes,
-            self.warnings,
-            self.table,
-            self.noise.survival,
-            self.noise.merged,
-            self.decision.facts,
-            CalibrationTotals.of(self.calibrated.facts.values()) if self.calibration is not None else None,
-        )
-
-    def proved(self, adapter: Adapter) -> ExtractResult:
-        """The result as measured on `adapter`: this extraction, read back or about to be rendered.
-
-        Raises:
-            ProofError: it differs from what was measured.
-        """
-        known = {target.path: self.factored[target.path] for target in self.storage.targets}
-        residuals, result = self._residuals(adapter, known), self.result()
-        sizes = {path: magnitude.size for path, magnitude in self.decision.magnitudes.items()}
-        rows = rows_with_residuals(result.rows, residuals, self.storage, self.factored, self.ranks, self.dtype, sizes)
-        return replace(result, rows=rows)
-
-    def coded(self, adapter: Adapter) -> ExtractResult:
-        """The result as measured on codes that were read back; the conversion has proved that their error is the stated one."""
-        residuals, result = self._residuals(adapter, {}), self.result()
-        rows = (replace(r, residual=residuals[r.name].relative) if r.name in residuals else r for r in result.rows)
-        return replace(result, rows=tuple(rows))
-
-    def _residuals(self, adapter: Adapter, known: Mapping[str, TargetFactors]) -> dict[str, Residual]:
-        from surgery.extraction.proof import prove
-
-        measures = self.scan.measures
-        shifted = {dense.name for dense in self.storage.dense_tensors if dense.shift is not None}
-        changed = [
-            pair
-            for pair in self.layout.pairs
-            if pair.match == "pair" and (measures[pair.name].changed or pair.name in shifted)
-        ]
-        return prove(adapter, self.checkpoints.base, changed, known, measures, self.storage.dropped, self.workers)
 
     def check_unchanged(self) -> None:
         """Check that no input has changed since it was opened.
@@ -279,9 +191,10 @@ class ExtractionPlan:
         Raises:
             ProofError: one has changed.
         """
-        self.checkpoints.check_unchanged()
-        if self.calibration is not None:
-            self.calibration.check_unchanged()
+        self.checkpoints.base.check_unchanged()
+        self.checkpoints.tuned.check_unchanged()
+        if self.request.calibration is not None:
+            self.request.calibration.check_unchanged()
 
 
 def plan_extraction(
@@ -313,7 +226,7 @@ def plan_extraction(
     def formed(ranks: Mapping[str, int]) -> StoragePlan:
         return plan_storage(layout.parameters, layout.targets, scan.measures, old, new, request.options, ranks)
 
-    ranks: Mapping[str, int] = ranks_of(goal, layout.targets, scan.factored, formed, request.coding or dtype)
+    ranks: Mapping[str, int] = ranks_of(goal, layout.targets, scan.factored, formed, request.stored)
     stopwatch.lap("settling")
     decision, dora_ranks = _decide_kind(checkpoints, layout, scan, request, formed, ranks)
     stopwatch.lap("kind")
@@ -328,9 +241,7 @@ def plan_extraction(
             layout.parameters,
             scan.factored,
             ranks,
-            request.scratch,
-            request.device,
-            request.workers,
+            request.workspace,
             biases="bias" in request.options.dense,
         )
         calibrated.into(storage, layout.parameters)
@@ -355,9 +266,7 @@ def plan_extraction(
     peft = peft.with_scaling(scaling)
     rendering = peft.render(adapter, None)
     (config,) = rendering.small_files.values()
-    # Other formats are given what a reader of the PEFT folder would know: its fields, which `compact` keeps, and its known issues.
-    fields = json.loads(config)
-    adapter = replace(adapter, config=fields, stated_issues=tuple(combination_issues(fields)))
+    adapter = peft.described(adapter)  # other formats are given what a reader of the PEFT folder would know
     order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors)
     facts = {
         "version": __version__,
@@ -372,21 +281,19 @@ def plan_extraction(
     targets = [scan.factored[target.path] for target in storage.targets]
     gains = {path: magnitude.load_gains for path, magnitude in decision.magnitudes.items()}
     stopwatch.lap("settling")
-    noise = noise_report(targets, factored, ranks, scan.measures, request.workers, gains, decision.survivals)
+    noise = noise_report(targets, factored, ranks, scan.measures, request.workspace.workers, gains, decision.survivals)
     stopwatch.lap("noise")
     warnings = differing_settings(old, new)
-    calibration = request.calibration
-    if calibration is not None and (unused := calibration.unused(storage.targets)):
+    if request.calibration is not None and (unused := request.calibration.unused(storage.targets)):
         warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
-    asked = goal.rank is not None
     return ExtractionPlan(
         checkpoints,
+        request,
         layout,
         scan,
         storage,
         ranks,
-        dtype,
-        request.coding,
+        factored,
         adapter,
         peft,
         rendering,
@@ -394,9 +301,6 @@ def plan_extraction(
         noise,
         decision,
         calibrated,
-        calibration,
-        asked,
-        request.workers,
         warnings,
     )
 
@@ -422,23 +326,13 @@ def _decide_kind(
     dora_ranks = ranks
     if request.kind != "lora" and goal.budget is not None:
         try:
-            dora_ranks = ranks_of(
-                goal, layout.targets, scan.factored, formed, request.coding or request.dtype, magnitudes=True
-            )
+            dora_ranks = ranks_of(goal, layout.targets, scan.factored, formed, request.stored, magnitudes=True)
         except FitError as error:
             if request.kind == "dora":
                 raise
             return lora_decision(error.message), ranks
     targets = formed(dora_ranks).targets
     decision = choose_kind(
-        request.kind,
-        targets,
-        scan.factored,
-        dora_ranks,
-        ranks,
-        request.scratch,
-        request.device,
-        request.workers,
-        checkpoints.tuned.path,
+        request.kind, targets, scan.factored, dora_ranks, ranks, request.workspace, checkpoints.tuned.path
     )
     return decision, dora_ranks

@@ -23,7 +23,7 @@ from surgery_formats.linalg.survival import Survival
 if TYPE_CHECKING:
     import torch
 
-    from surgery_formats.storage.plain import Plain
+    from surgery_formats.storage.base import Storage
 
 __all__ = [
     "NoiseReport",
@@ -31,7 +31,7 @@ __all__ = [
     "at_rows",
     "looks_merged",
     "noise_report",
-    "read_rows",
+    "read_runs",
     "remark",
     "sample_runs",
     "survivals",
@@ -194,7 +194,7 @@ def survivals(
     workers: int,
     gains: Mapping[str, Callable[[], torch.Tensor]],
 ) -> dict[str, Survival]:
-    """What a merge of the factors into BASE's stored type would keep, by target path.
+    """What a merge of the factors into BASE's stored type would keep, by target path; not known of a quantised BASE.
 
     Args:
         factored: Factors of the targets.
@@ -216,6 +216,7 @@ def survivals(
 
 def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Survival]:
     from surgery_formats.linalg.noise import survival
+    from surgery_formats.storage.plain import Plain
 
     gain = None if gains is None else gains()
     by_column = factors.target.form == "embedding" or factors.target.deltas[0].transposed
@@ -230,28 +231,29 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tenso
             runs = list(sample_runs(height, delta.stored_shape[1], share))
             rows = [(at + start, at + stop) for start, stop in runs]
             change = at_rows(rows_side, rows) @ cols_side
-            base = read_rows(strip.base, strip.first, runs)
+            base = read_runs(strip.base, strip.first, runs)
             if gain is not None:  # g (W + BA) - W
                 scale = gain if by_column else at_rows(gain, rows)[:, None]
                 change = scale * change + (scale - 1) * base
-            yield survival(base, change, strip.base.tensor.dtype)
+            if isinstance(strip.base, Plain):
+                yield survival(base, change, strip.base.dtype)
             at += height
 
 
-def read_rows(plain: Plain, first: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Runs of rows of a stored matrix, stacked, in float32 (or float64 where it is stored so).
 
     Args:
-        plain: The matrix.
+        weight: The matrix.
         first: Row that the runs count from.
         runs: ``(start, stop)`` of each run.
     """
     import torch
 
     count = sum(stop - start for start, stop in runs)
-    block, at = torch.empty((count, plain.shape[1]), dtype=plain.tensor.dtype.torch), 0
+    block, at = torch.empty((count, weight.shape[1]), dtype=weight.dtype.torch), 0
     for start, stop in runs:
-        plain.read_into(block[at : at + stop - start], first + start)
+        weight.read_into(block[at : at + stop - start], first + start)
         at += stop - start
     return block if block.dtype == torch.float64 else block.float()
 

@@ -13,7 +13,7 @@ from surgery.engine.conversion import plan_conversion, write_conversion
 from surgery.engine.convert_result import ConvertResult
 from surgery.extraction.extraction_plan import ExtractionPlan, Stopwatch
 from surgery.extraction.result import ExtractResult
-from surgery.extraction.rows import rows_without
+from surgery.extraction.rows import coded_result, predicted_result, proved_result, rows_without
 from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.registry import read_adapter
@@ -54,7 +54,7 @@ def write_extraction(
     """
     written = _Progress(stopwatch, progress)
     inputs = [plan.checkpoints.base.path, plan.checkpoints.tuned.path]
-    inputs += [] if plan.calibration is None else [plan.calibration.path]
+    inputs += [] if plan.request.calibration is None else [plan.request.calibration.path]
     options = WriteOptions(out, tuple(inputs), _side_files(plan), overwrite, written)
     if target.name == plan.peft.name:
         result = _write_peft(plan, options, written)
@@ -88,14 +88,14 @@ class _Progress:
 def _write_peft(plan: ExtractionPlan, options: WriteOptions, progress: _Progress) -> ExtractResult:
     from surgery_formats.linalg.matrix import one_thread
 
-    result, stopwatch = plan.result(), progress.stopwatch
+    result, stopwatch = predicted_result(plan), progress.stopwatch
 
     def prove(folder: Path) -> Mapping[str, Any]:
         nonlocal result
         stopwatch.lap("syncing")
         if progress.callback is not None:
             progress.callback(Progress(plan.nbytes, plan.nbytes, "proving"))
-        result = plan.proved(read_adapter(folder))
+        result = proved_result(plan, read_adapter(folder))
         stopwatch.lap("proving")
         plan.check_unchanged()
         return result.as_manifest()
@@ -116,13 +116,13 @@ def _write_converted(
     allow_loss: bool,
 ) -> ExtractResult:
     """Rendered by `target`, with the proof of a conversion besides: what it writes is compared with what was proved here."""
-    base, result = plan.checkpoints.base, plan.proved(plan.adapter)
+    base, result = plan.checkpoints.base, proved_result(plan, plan.adapter)
     progress.stopwatch.lap("proving")
 
     def check(path: Path, conversion: ConvertResult) -> Mapping[str, Any]:
         nonlocal result
-        if plan.coding is not None:
-            result = plan.coded(target.read(path))
+        if plan.request.coding is not None:
+            result = coded_result(plan, target.read(path))
         files = [path] if path.is_file() else list(path.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         dropped = (entry for entry in conversion.entries if entry.outcome == "dropped")

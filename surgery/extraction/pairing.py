@@ -9,47 +9,76 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.storage.base import read_values
+from surgery_formats.storage.base import Storage, read_values
+from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import matrix_of
 from surgery_formats.text import closest, listing, show
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BLOCK_ELEMENTS", "Delta", "Pair", "StoredDelta", "Strip", "differing_settings", "pair_up"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "Delta",
+    "Pair",
+    "StoredDelta",
+    "Strip",
+    "differing_settings",
+    "flattened",
+    "nbytes_of",
+    "pair_up",
+    "path_of",
+    "with_columns",
+]
 
 Match = Literal["pair", "alias", "derivable"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A tensor of TUNED and the tensor of BASE that it was tuned from.
+    """A weight of TUNED and the weight of BASE that it was tuned from.
 
     Attributes:
         name: TUNED's name for it. An untied head has its own name even where BASE stores none.
-        base: BASE's tensor; for a head that only TUNED stores apart, BASE's embedding.
-        tuned: TUNED's tensor.
-        match: ``pair`` if the two are compared, ``alias`` if it is another name of a tensor that is compared, ``derivable`` if the model
+        base: BASE's weight; for a head that only TUNED stores apart, BASE's embedding.
+        tuned: TUNED's weight.
+        match: ``pair`` if the two are compared, ``alias`` if it is another name of a weight that is compared, ``derivable`` if the model
             computes it when it is built.
         why: Remark for the ledger.
     """
 
     name: str
-    base: StoredTensor
-    tuned: StoredTensor
+    base: Storage
+    tuned: Storage
     match: Match = "pair"
     why: str = ""
 
     @property
+    def numel(self) -> int:
+        """Number of TUNED's values."""
+        return math.prod(self.tuned.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what TUNED stores."""
+        return nbytes_of(self.tuned)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether both hold numbers that can be subtracted."""
+        return self.base.is_float and self.tuned.is_float
+
+    @property
     def grown(self) -> int:
         """Number of rows that TUNED has and BASE lacks."""
-        return self.tuned.shape[0] - self.base.shape[0] if self.tuned.shape else 0
+        return self.tuned.sizes[0] - self.base.sizes[0] if self.tuned.sizes else 0
 
 
 def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
@@ -59,54 +88,52 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
         FitError: the architectures or shapes differ, or one of them lacks a tensor.
     """
     _check_kind(base, tuned)
+    _check_storages(tuned)
     pairs, lacking, matched = [], [], set()
-    for name, tensor in tuned.tensors.items():
-        source = tuned.aliases.get(name)
-        if source and source in tuned.tensors and tuned.tensors[source].place == tensor.place:
-            pairs.append(Pair(name, tensor, tensor, "alias", f"tied to {source}"))
+    originals, weights = base.parameters, tuned.parameters
+    for name, parameter in weights.items():
+        weight, source = parameter.storage, tuned.aliases.get(name)
+        if source and source in weights and _places(weights[source].storage) == _places(weight):
+            pairs.append(Pair(name, weight, weight, "alias", f"tied to {source}"))
             continue
         if any(f".{name}".endswith(f".{leaf}") for leaf in tuned.family.derivable):
-            pairs.append(Pair(name, tensor, tensor, "derivable", "computed when the model is built"))
+            pairs.append(Pair(name, weight, weight, "derivable", "computed when the model is built"))
             continue
-        source_tensor = (
-            base.tensors.get(name) or base.tensors.get(base.aliases.get(name, "")) or _elsewhere(name, base, tensor)
-        )
-        if source_tensor is None:
+        original = originals.get(name) or originals.get(base.aliases.get(name, "")) or _elsewhere(name, base, weight)
+        if original is None:
             lacking.append(name)
             continue
-        matched.add(source_tensor.name)
-        pairs.append(Pair(name, source_tensor, tensor))
+        matched.add(original.name)
+        pairs.append(Pair(name, original.storage, weight))
     if lacking:
         raise FitError(
-            f"BASE lacks {len(lacking)} of TUNED's {len(tuned.tensors)} tensors: {listing(lacking)}",
+            f"BASE lacks {len(lacking)} of TUNED's {len(weights)} tensors: {listing(lacking)}",
             file=tuned.folder,
             tensor=lacking[0],
-            hint=(closest(lacking[0], base.tensors) if len(lacking) == 1 else "")
-            or "is this the base it was tuned from?",
+            hint=(closest(lacking[0], originals) if len(lacking) == 1 else "") or "is this the base it was tuned from?",
         )
     missing = [
         name
-        for name in base.tensors
+        for name in originals
         if name not in matched
-        and name not in tuned.tensors
-        and base.aliases.get(name, tuned.aliases.get(name)) not in tuned.tensors
+        and name not in weights
+        and base.aliases.get(name, tuned.aliases.get(name)) not in weights
         and not any(f".{name}".endswith(f".{leaf}") for leaf in base.family.derivable)
     ]
     if missing:
         raise FitError(
-            f"TUNED lacks {len(missing)} of BASE's {len(base.tensors)} tensors: {listing(missing)}",
+            f"TUNED lacks {len(missing)} of BASE's {len(originals)} tensors: {listing(missing)}",
             file=tuned.folder,
             tensor=missing[0],
-            hint=(closest(missing[0], tuned.tensors) if len(missing) == 1 else "")
-            or "is this the base it was tuned from?",
+            hint=(closest(missing[0], weights) if len(missing) == 1 else "") or "is this the base it was tuned from?",
         )
-    mismatched = [pair for pair in pairs if pair.base.shape != pair.tuned.shape and not _may_grow(pair, tuned)]
+    mismatched = [pair for pair in pairs if pair.base.sizes != pair.tuned.sizes and not _may_grow(pair, tuned)]
     if mismatched:
         pair = mismatched[0]
         raise FitError(
-            f"{list(pair.tuned.shape)} in TUNED, {list(pair.base.shape)} in BASE ({len(mismatched)} tensors differ in shape: "
+            f"{list(pair.tuned.sizes)} in TUNED, {list(pair.base.sizes)} in BASE ({len(mismatched)} tensors differ in shape: "
             f"{listing(pair.name for pair in mismatched)})",
-            file=pair.tuned.file.path,
+            file=path_of(pair.tuned),
             tensor=pair.name,
             hint="is this the base it was tuned from?",
         )
@@ -115,30 +142,77 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
+def _check_storages(tuned: Component) -> None:
+    """Refuse a quantised fine-tune: the rounding in its change is not known, and no copy of a weight can be put into an adapter."""
+    for weight in tuned.owners.values():
+        if not isinstance(weight, Plain):
+            raise FitError(
+                f"is stored as {weight.kind} in TUNED: an adapter is extracted from plain numbers",
+                file=path_of(weight),
+                tensor=weight.name,
+                hint="take TUNED in a plain floating-point type: F32, F16 or BF16",
+            )
+
+
 def _check_types(pair: Pair) -> None:
     """Quantised codes cannot be subtracted from plain numbers, and no adapter can replace one by the other."""
-    base_dtype, tuned_dtype = pair.base.dtype, pair.tuned.dtype
-    if base_dtype is not tuned_dtype and not (base_dtype.is_float and tuned_dtype.is_float):
+    if pair.base.dtype is not pair.tuned.dtype and not pair.is_float:
         raise FitError(
-            f"{tuned_dtype.label} in TUNED, {base_dtype.label} in BASE, which cannot be subtracted",
-            file=pair.tuned.file.path,
+            f"{pair.tuned.kind} in TUNED, {pair.base.kind} in BASE, which cannot be subtracted",
+            file=path_of(pair.tuned),
             tensor=pair.name,
             hint="take both in a plain floating-point type: F32, F16 or BF16",
         )
 
 
-def _elsewhere(name: str, base: Component, tensor: StoredTensor) -> StoredTensor | None:
+def _places(storage: Storage) -> list[object]:
+    return [source.place for source in storage.sources]
+
+
+def nbytes_of(storage: Storage) -> int:
+    """Size of what is stored of a weight."""
+    return sum(source.nbytes for source in storage.sources)
+
+
+def path_of(storage: Storage) -> Path | None:
+    """The file of a weight, for messages."""
+    return storage.sources[0].path if storage.sources else None
+
+
+def with_columns(storage: Storage, columns: int) -> Storage:
+    """A weight as a matrix of so many columns.
+
+    Raises:
+        FitError: it is stored in a way that knows its matrix in another shape only.
+    """
+    if storage.shape[1] == columns:
+        return storage
+    if not isinstance(storage, Plain):
+        raise FitError(
+            f"{storage.kind} holds {list(storage.sizes)} as {list(storage.shape)}, not in rows of {columns}",
+            file=path_of(storage),
+            tensor=storage.name,
+        )
+    return Plain(storage.tensor, (math.prod(storage.sizes) // max(columns, 1), columns))
+
+
+def flattened(storage: Storage) -> Storage:
+    """A weight flattened after its first axis."""
+    return with_columns(storage, matrix_of(storage.sizes)[1])
+
+
+def _elsewhere(name: str, base: Component, weight: Storage) -> Parameter | None:
     """The same weight under another spelling: names of another era, or another prefix."""
     places = base.names.resolve(name)
     if len(places) != 1:
         return None
-    stored = base.tensors.get(places[0].parameter.name)
-    return stored if stored is not None and stored.shape == tensor.shape else None
+    original = base.parameters.get(places[0].parameter.name)
+    return original if original is not None and original.sizes == weight.sizes else None
 
 
 def _may_grow(pair: Pair, tuned: Component) -> bool:
     """Only the embedding and the head that goes with it may have more rows than in BASE."""
-    same = len(pair.base.shape) == 2 == len(pair.tuned.shape) and pair.base.shape[1] == pair.tuned.shape[1]
+    same = len(pair.base.sizes) == 2 == len(pair.tuned.sizes) and pair.base.sizes[1] == pair.tuned.sizes[1]
     return same and pair.grown > 0 and pair.name in (tuned.embedding, tuned.head)
 
 
@@ -182,8 +256,8 @@ BLOCK_ELEMENTS = 1 << 19
 class Strip:
     """Rows ``[first, last)`` of a pair, seen as matrices ``(rows, cols)``."""
 
-    base: Plain
-    tuned: Plain
+    base: Storage
+    tuned: Storage
     first: int
     last: int
 
@@ -218,7 +292,7 @@ class Delta:
         """Precision of the subtraction: float64 if either side is stored so, else float32."""
         import torch
 
-        wide = any(side.tensor.dtype is DType.F64 for strip in self.strips for side in (strip.base, strip.tuned))
+        wide = any(side.dtype is DType.F64 for strip in self.strips for side in (strip.base, strip.tuned))
         return torch.float64 if wide else torch.float32
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
@@ -278,10 +352,10 @@ def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.
     if difference.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(difference))).all()):
         for side in (strip.base, strip.tuned):
             if not bool(torch.isfinite(read_values(side, start, stop, dtype)).all()):
-                raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
+                raise FitError("holds NaN or Inf", file=path_of(side), tensor=side.name)
         raise FitError(
             "values or differences too large: their squares overflow float32",
-            file=strip.tuned.tensor.path,
-            tensor=strip.tuned.tensor.name,
+            file=path_of(strip.tuned),
+            tensor=strip.tuned.name,
         )
     return difference

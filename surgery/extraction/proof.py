@@ -4,26 +4,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from surgery.extraction.extraction_plan import ExtractionPlan
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
-from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
+from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip, with_columns
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
-from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.binding.bind import bind
 from surgery_formats.binding.edits import Edit
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
-from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.storage.base import Storage, read_values
-from surgery_formats.storage.plain import Plain
+from surgery_formats.storage.base import read_values
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View
 from surgery_formats.updates import LoRA
@@ -57,52 +55,45 @@ class Residual:
         return math.sqrt(self.left / self.energy) if self.energy > 0 else (math.inf if self.left else 0.0)
 
 
-def prove(
-    adapter: Adapter,
-    base: Checkpoint,
-    pairs: Iterable[Pair],
-    factored: Mapping[str, TargetFactors],
-    measures: Mapping[str, PairMeasure],
-    dropped: Mapping[str, str],
-    workers: int = 1,
-) -> dict[str, Residual]:
-    """What an adapter leaves of every change.
+def prove(plan: ExtractionPlan, adapter: Adapter, *, recognise: bool = True) -> dict[str, Residual]:
+    """What an adapter leaves of every change, by TUNED's names.
 
     Factors that were measured when they were computed must be the same bit by bit, and act on the rows where they were measured.
     Everything else is applied to BASE and compared with TUNED, block by block.
 
     Args:
+        plan: What was decided.
         adapter: The extraction, read back or about to be rendered.
-        base: BASE.
-        pairs: Everything that changed, including a tied head that is stored apart.
-        factored: The stored factors, by target path.
-        measures: Of every pair.
-        dropped: Names that no form holds.
-        workers: Number of threads.
+        recognise: Whether its factors are those that were measured; codes are not.
 
     Raises:
         ProofError: a change is missing, or differs from what was measured.
     """
     check_consumed(adapter, ProofError)
-    edits = {edit.name: edit for edit in bind([(adapter, 1.0)], base).edits.values()}
+    edits = {edit.name: edit for edit in bind([(adapter, 1.0)], plan.checkpoints.base).edits.values()}
+    measures, shifted = plan.scan.measures, {d.name for d in plan.storage.dense_tensors if d.shift is not None}
+    measured: dict[str, list[_ProvedPart]] = {}
+    for target in plan.storage.targets if recognise else ():
+        measured |= _parts(plan.factored[target.path])
     residuals: dict[str, Residual] = {}
     jobs: list[Callable[[Callable[[], bool]], None]] = []
-    parts_by_name = {name: parts for factors in factored.values() for name, parts in _parts(factors).items()}
-    for pair in pairs:
+    for pair in plan.layout.pairs:
+        if pair.match != "pair" or not (measures[pair.name].changed or pair.name in shifted):
+            continue
         edit = edits.get(pair.name) or edits.get(pair.base.name)
-        if pair.name in dropped:
+        if pair.name in plan.storage.dropped:
             continue
         if edit is None:
             raise ProofError(
                 "changed, but nothing that was written changes it", file=adapter.path.name, tensor=pair.name
             )
-        parts = parts_by_name.get(pair.name)
+        parts = measured.get(pair.name)
         if parts is None or not all(isinstance(operation.update, LoRA) for operation in edit.operations):
             jobs.append(partial(_measure, residuals, pair, edit))
             continue
         residuals[pair.name] = Residual(measures[pair.name].energy, math.fsum(part.left for part in parts))
         jobs.append(partial(_recognise, parts, edit, pair))
-    in_threads(jobs, workers)
+    in_threads(jobs, plan.request.workspace.workers)
     return residuals
 
 
@@ -133,7 +124,7 @@ def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
             return {}
         at = 0
         for strip, left in zip(delta.strips, matrix.left_energy, strict=True):
-            parts.setdefault(strip.tuned.tensor.name, []).append(_ProvedPart(matrix, strip, at, delta.transposed, left))
+            parts.setdefault(strip.tuned.name, []).append(_ProvedPart(matrix, strip, at, delta.transposed, left))
             at += strip.last - strip.first
     return parts
 
@@ -202,7 +193,7 @@ def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -
 def _residual(pair: Pair, edit: Edit) -> Residual:
     """Apply an edit to BASE and compare the result with TUNED."""
     source = edit.source
-    base, tuned = Plain(pair.base, _flat(pair, source, old=True)), Plain(pair.tuned, _flat(pair, source, old=False))
+    base, tuned = with_columns(pair.base, source.shape[1]), with_columns(pair.tuned, source.shape[1])
     if source.shape != tuned.shape:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
     # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger values.
@@ -227,8 +218,3 @@ def _residual(pair: Pair, edit: Edit) -> Residual:
         energy += float(difference.square().sum(dtype=torch.float64))
         left += float((difference if added else tuned_rows).sub_(block).square_().sum(dtype=torch.float64))
     return Residual(energy, left)
-
-
-def _flat(pair: Pair, source: Storage, *, old: bool) -> tuple[int, int]:
-    tensor = pair.base if old else pair.tuned
-    return tensor.numel // max(source.shape[1], 1), source.shape[1]

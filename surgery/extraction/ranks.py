@@ -191,7 +191,6 @@ def rank_table(
     storage: StoragePlan,
     factored: Mapping[str, TargetFactors],
     measures: Mapping[str, PairMeasure],
-    stored: tuple[int, int],
     dtype: DType | Coding,
     ranks: Iterable[int] = TABLE_RANKS,
 ) -> tuple[RankChoice, ...]:
@@ -201,12 +200,13 @@ def rank_table(
         storage: The form of every change.
         factored: Spectra, known up to the largest of `ranks`.
         measures: Of every tensor.
-        stored: ``(numbers, bytes)`` of the dense tensors.
         dtype: Type or codes of the factors.
         ranks: Ranks to tabulate.
     """
     total = math.fsum(entry.energy for entry in measures.values())
     dropped = math.fsum(measures[name].energy for name in storage.dropped)
+    dense = [dense_size(tensor) for tensor in storage.dense_tensors]
+    dense_numbers, dense_bytes = sum(numbers for numbers, _ in dense), sum(nbytes for _, nbytes in dense)
     rows = []
     for rank in ranks:
         for layers, roles in _LAYERS.items():
@@ -219,6 +219,6 @@ def rank_table(
                 left += entry.residual(rank)
                 numbers += target.cost * min(rank, entry.rank)
             residual = math.sqrt(left / total) if total else 0.0
-            nbytes = dtype.nbytes(numbers) + stored[1]
-            rows.append(RankChoice(rank, layers, residual, numbers + stored[0], nbytes))
+            nbytes = dtype.nbytes(numbers) + dense_bytes
+            rows.append(RankChoice(rank, layers, residual, numbers + dense_numbers, nbytes))
     return tuple(rows)

@@ -6,26 +6,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery.extraction.adapter import shifted
-from surgery.extraction.factorise import TargetFactors
-from surgery.extraction.findings import CalibrationFacts, Signal
+from surgery.extraction.extraction_plan import ExtractionPlan
+from surgery.extraction.findings import CalibrationTotals
 from surgery.extraction.noise import remark
 from surgery.extraction.pairing import Pair
-from surgery.extraction.result import ExtractClass, ExtractRow
+from surgery.extraction.proof import Residual, agrees, prove
+from surgery.extraction.ranks import rank_table
+from surgery.extraction.result import ExtractClass, ExtractResult, ExtractRow
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via, dense_size
 from surgery.extraction.stream.tally import PairMeasure
-from surgery_formats.dtypes import DType
+from surgery.extraction.targets import LowRankTarget
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.linalg.coding import Coding
-from surgery_formats.text import listing, show
+from surgery_formats.storage.base import read_rows
+from surgery_formats.text import listing
 
-if TYPE_CHECKING:
-    from surgery.extraction.proof import Residual
-
-__all__ = ["check_losses", "ledger_rows", "rows_with_residuals", "rows_without"]
+__all__ = ["coded_result", "predicted_result", "proved_result", "rows_without"]
 
 _CLASS: Mapping[Via, ExtractClass] = {
     "modules_to_save": "dense",
@@ -35,87 +34,106 @@ _CLASS: Mapping[Via, ExtractClass] = {
 }
 
 
-def check_losses(storage: StoragePlan, measures: Mapping[str, PairMeasure], tuned: Path, *, allow_loss: bool) -> None:
-    """Refuse changes that no form holds, unless the user allowed their loss.
-
-    Raises:
-        FitError: there are such changes.
-    """
-    if not storage.dropped or allow_loss:
-        return
-    total = math.fsum(measure.energy for measure in measures.values())
-    share = math.fsum(measures[name].energy for name in storage.dropped) / total if total else 0.0
-    reasons = "; ".join(f"'{show(name)}' ({why})" for name, why in list(storage.dropped.items())[:3])
-    more = f"; and {len(storage.dropped) - 3} more" if len(storage.dropped) > 3 else ""
-    raise FitError(
-        f"{len(storage.dropped)} changed tensors, {share:.2%} of the change, would be lost: {reasons}{more}",
-        file=tuned,
-        tensor=next(iter(storage.dropped)),
-        hint="--allow-loss leaves them out",
-    )
-
-
-def ledger_rows(
-    pairs: Iterable[Pair],
-    measures: Mapping[str, PairMeasure],
-    factored: Mapping[str, TargetFactors],
-    storage: StoragePlan,
-    ranks: Mapping[str, int],
-    dtype: DType | Coding,
-    signals: Mapping[str, Signal],
-    magnitudes: Mapping[str, int],
-    calibrated: Mapping[str, CalibrationFacts],
-    *,
-    asked: bool,
-) -> tuple[ExtractRow, ...]:
-    """Rows with the residuals that the spectra predict.
-
-    Args:
-        pairs: Every tensor of TUNED.
-        measures: By TUNED's names.
-        factored: The stored factors, by target path.
-        storage: The form of every change.
-        ranks: By target path.
-        dtype: Type or codes of the factors.
-        signals: By target path.
-        magnitudes: Number of magnitudes that a DoRA has beside its factors, by target path.
-        calibrated: Effect of calibration inputs, by target path.
-        asked: Whether the user gave the rank.
+def predicted_result(plan: ExtractionPlan) -> ExtractResult:
+    """The result as the spectra predict it.
 
     Raises:
         FitError: a changed tensor is in no class.
     """
-    targets = {name: target for target in storage.targets for name in target.names}
+    request, rows = plan.request, _predicted_rows(plan)
+    return ExtractResult(
+        None,
+        plan.peft.name,
+        plan.adapter.base_id,
+        rows,
+        request.coding.name if request.coding else request.dtype.label,
+        sum(row.nbytes for row in rows) if request.coding else plan.nbytes,
+        plan.checkpoints.tuned.nbytes,
+        plan.warnings,
+        rank_table(plan.storage, plan.scan.factored, plan.scan.measures, request.stored) if request.table else (),
+        plan.noise.survival,
+        plan.noise.merged,
+        plan.decision.facts,
+        CalibrationTotals.of(plan.calibrated.facts.values()) if request.calibration is not None else None,
+    )
+
+
+def proved_result(plan: ExtractionPlan, adapter: Adapter) -> ExtractResult:
+    """The result as measured on `adapter`: the extraction, read back or about to be rendered.
+
+    Raises:
+        ProofError: it differs from what was measured.
+    """
+    residuals, result = prove(plan, adapter), predicted_result(plan)
+    for target in plan.storage.targets:
+        _check_residual(plan, target, [residuals[name] for name in target.names if name in residuals])
+    dense = {tensor.name: tensor for tensor in plan.storage.dense_tensors}
+    rows = (_proved_row(row, residuals.get(row.name), dense.get(row.name)) for row in result.rows)
+    return replace(result, rows=tuple(rows))
+
+
+def coded_result(plan: ExtractionPlan, adapter: Adapter) -> ExtractResult:
+    """The result as measured on codes that were read back; the conversion has proved that their error is the stated one."""
+    residuals, result = prove(plan, adapter, recognise=False), predicted_result(plan)
+    rows = (replace(r, residual=residuals[r.name].relative) if r.name in residuals else r for r in result.rows)
+    return replace(result, rows=tuple(rows))
+
+
+def _check_residual(plan: ExtractionPlan, target: LowRankTarget, residuals: list[Residual]) -> None:
+    energy = math.fsum(residual.energy for residual in residuals)
+    left = math.fsum(residual.left for residual in residuals)
+    factors, magnitude = plan.factored[target.path], plan.decision.magnitudes.get(target.path)
+    predicted = math.sqrt(factors.residual(plan.ranks[target.path]) / factors.energy)
+    measured = math.sqrt(left / energy) if energy else 0.0
+    whole = magnitude.size / math.sqrt(energy) if energy and magnitude is not None else 0.0
+    if not agrees(measured, predicted, plan.request.dtype, whole):
+        raise ProofError(
+            f"read back, {measured:.4%} of the change is missing; {predicted:.4%} was expected", tensor=target.names[0]
+        )
+
+
+def _proved_row(row: ExtractRow, residual: Residual | None, dense: DenseTensor | None) -> ExtractRow:
+    if residual is None:
+        return row
+    if row.kind == "corrected" and dense is not None:
+        return _corrected(row, residual, dense)
+    if row.kind in ("dense", "rows", "new rows") and residual.left:
+        raise ProofError(
+            f"read back, it is not what TUNED has ({residual.relative:.1e} of the change)", tensor=row.name
+        )
+    return replace(row, residual=residual.relative)
+
+
+def _predicted_rows(plan: ExtractionPlan) -> tuple[ExtractRow, ...]:
+    targets = {name: target for target in plan.storage.targets for name in target.names}
     dense_by_name: dict[str, list[DenseTensor]] = {}
-    for dense in storage.dense_tensors:
+    for dense in plan.storage.dense_tensors:
         dense_by_name.setdefault(dense.name, []).append(dense)
-    total = math.fsum(measure.energy for measure in measures.values())
+    total = math.fsum(measure.energy for measure in plan.scan.measures.values())
     rows, unclassified = [], []
-    for pair in pairs:
+    for pair in plan.layout.pairs:
         if pair.match != "pair":
             stored = dense_by_name.pop(pair.name, [])
-            row = ExtractRow(pair.name, pair.match, shape=pair.tuned.shape, why=pair.why)
+            row = ExtractRow(pair.name, pair.match, shape=pair.tuned.sizes, why=pair.why)
             rows.append(_stored(row, stored) if stored else row)
             continue
-        row = _measured(pair, measures[pair.name], total, storage.why.get(pair.name, ""))
-        if pair.name in storage.dropped:
-            row = replace(row, kind="dropped", residual=1.0, why=storage.dropped[pair.name])
+        row = _measured(pair, plan.scan.measures[pair.name], total, plan.storage.why.get(pair.name, ""))
+        if pair.name in plan.storage.dropped:
+            row = replace(row, kind="dropped", residual=1.0, why=plan.storage.dropped[pair.name])
         elif pair.name in dense_by_name:
             stored = dense_by_name.pop(pair.name)
-            kind: ExtractClass = _CLASS[stored[0].via] if measures[pair.name].changed else "unchanged"
+            kind: ExtractClass = _CLASS[stored[0].via] if plan.scan.measures[pair.name].changed else "unchanged"
             if stored[0].shift is not None:
                 kind = "corrected"
                 row = replace(row, why="makes up for the mean of what its module's factors leave out")
             row = _stored(replace(row, kind=kind), stored)
             if kind == "unchanged":
                 row = replace(row, why="PEFT stores its module whole")
-        elif not measures[pair.name].changed:
+        elif not plan.scan.measures[pair.name].changed:
             row = replace(row, kind="unchanged")
         elif pair.name in targets:
             target = targets[pair.name]
-            row = _low_rank(row, factored[target.path], ranks[target.path], dtype, magnitudes.get(target.path, 0))
-            row = _with_signal(row, signals[target.path], asked=asked)
-            row = replace(row, calibration=calibrated.get(target.path))
+            row = _low_rank(plan, row, target)
         else:
             unclassified.append(pair.name)
         rows.append(row)
@@ -132,7 +150,7 @@ def _measured(pair: Pair, measure: PairMeasure, total: float, why: str) -> Extra
     return ExtractRow(
         pair.name,
         "dropped",
-        shape=pair.tuned.shape,
+        shape=pair.tuned.sizes,
         energy=measure.energy,
         share=measure.energy / total if total else 0.0,
         moved=measure.moved_share,
@@ -155,37 +173,33 @@ def _corrected(row: ExtractRow, measured: Residual, dense: DenseTensor) -> Extra
     Raises:
         ProofError: the bias is not TUNED's plus the shift.
     """
-    meant = float((shifted(dense).double() - dense.tensor.read().double()).square().sum())
+    meant = float((shifted(dense).double() - read_rows(dense.weight).double()).square().sum())
     if not math.isclose(measured.left, meant, rel_tol=1e-6, abs_tol=1e-30):
         raise ProofError("read back, it is not the corrected bias that was meant", tensor=row.name)
     return replace(row, residual=measured.relative if measured.energy > 0 else 0.0)
 
 
-def _with_signal(row: ExtractRow, signal: Signal, *, asked: bool) -> ExtractRow:
-    notes = (row.why, remark(row.rank, signal, asked=asked))
-    return replace(row, signal=signal, why="; ".join(note for note in notes if note))
-
-
-def _low_rank(row: ExtractRow, factors: TargetFactors, rank: int, dtype: DType | Coding, magnitudes: int) -> ExtractRow:
-    target = factors.target
-    position = target.names.index(row.name)
-    numbers = target.cost * rank
-    own_numbers = numbers // len(target.names) + (
-        numbers % len(target.names) if position == 0 else 0
-    )  # experts share factors; nothing is counted twice
-    left = factors.residual(rank) / factors.energy if factors.energy else 0.0
-    notes = [row.why] if row.why else []
-    notes += [f"experts of '{target.path}' in one pair of factors"] if len(target.names) > 1 else []
+def _low_rank(plan: ExtractionPlan, row: ExtractRow, target: LowRankTarget) -> ExtractRow:
+    """The row of a tensor whose change is held by factors; experts share their cost, so that nothing is counted twice."""
+    factors, rank, signal = plan.factored[target.path], plan.ranks[target.path], plan.noise.signals[target.path]
+    magnitude = plan.decision.magnitudes.get(target.path)
+    magnitudes = 0 if magnitude is None else magnitude.count
+    numbers, count = target.cost * rank, len(target.names)
+    own_numbers = numbers // count + (numbers % count if row.name == target.names[0] else 0)
+    notes = [row.why, f"experts of '{target.path}' in one pair of factors" if count > 1 else ""]
+    notes.append(remark(rank, signal, asked=plan.request.goal.rank is not None))
     return replace(
         row,
         kind="low-rank",
         form="DoRA" if magnitudes else "LoRA",
         rank=rank,
-        residual=math.sqrt(left),
+        residual=math.sqrt(factors.residual(rank) / factors.energy if factors.energy else 0.0),
         bound=max(matrix.bound for matrix in factors.matrices),
         parameters=own_numbers + magnitudes,
-        nbytes=dtype.nbytes(own_numbers) + magnitudes * 4,
-        why="; ".join(notes),
+        nbytes=plan.request.stored.nbytes(own_numbers) + magnitudes * 4,
+        signal=signal,
+        calibration=plan.calibrated.facts.get(target.path),
+        why="; ".join(note for note in notes if note),
     )
 
 
@@ -206,49 +220,3 @@ def rows_without(rows: Iterable[ExtractRow], storage: StoragePlan, lost: Mapping
         else row
         for row in rows
     )
-
-
-def rows_with_residuals(
-    rows: Iterable[ExtractRow],
-    residuals: Mapping[str, Residual],
-    storage: StoragePlan,
-    factored: Mapping[str, TargetFactors],
-    ranks: Mapping[str, int],
-    dtype: DType,
-    sizes: Mapping[str, float],
-) -> tuple[ExtractRow, ...]:
-    """The rows with measured residuals; `sizes` is ``||TUNED||_F`` of DoRA targets, by path.
-
-    Raises:
-        ProofError: a residual is not the predicted one, or a copy differs from TUNED.
-    """
-    from surgery.extraction.proof import agrees
-
-    for target in storage.targets:
-        energy = math.fsum(residuals[name].energy for name in target.names if name in residuals)
-        left = math.fsum(residuals[name].left for name in target.names if name in residuals)
-        reported = math.sqrt(factored[target.path].residual(ranks[target.path]) / factored[target.path].energy)
-        measured = math.sqrt(left / energy) if energy else 0.0
-        whole = sizes.get(target.path, 0.0) / math.sqrt(energy) if energy else 0.0
-        if not agrees(measured, reported, dtype, whole):
-            raise ProofError(
-                f"read back, {measured:.4%} of the change is missing; {reported:.4%} was expected",
-                tensor=target.names[0],
-            )
-    measured_rows = []
-    for row in rows:
-        left_over = residuals.get(row.name)
-        if left_over is None:
-            measured_rows.append(row)
-            continue
-        if row.kind == "corrected":
-            measured_rows.append(
-                _corrected(row, left_over, next(dense for dense in storage.dense_tensors if dense.name == row.name))
-            )
-            continue
-        if row.kind in ("dense", "rows", "new rows") and left_over.left:
-            raise ProofError(
-                f"read back, it is not what TUNED has ({left_over.relative:.1e} of the change)", tensor=row.name
-            )
-        measured_rows.append(replace(row, residual=left_over.relative))
-    return tuple(measured_rows)

@@ -7,20 +7,34 @@ biases as absolute values (``bias="all"``); rows of an embedding; a resized embe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from surgery.extraction.pairing import path_of
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget, TunedParameter, tree_name
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.storage.base import Storage
+from surgery_formats.tensors.tensor import matrix_of
+from surgery_formats.text import show
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MOST_ROWS", "DenseTensor", "StorageOptions", "StoragePlan", "Via", "dense_size", "plan_storage"]
+__all__ = [
+    "MOST_ROWS",
+    "DenseTensor",
+    "StorageOptions",
+    "StoragePlan",
+    "Via",
+    "check_losses",
+    "dense_size",
+    "plan_storage",
+]
 
 RESIZABLE = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
 """Modules whose whole weight PEFT (and every reader here) takes under its plain name: a vocabulary that was resized."""
@@ -50,7 +64,7 @@ class DenseTensor:
 
     Attributes:
         path: Parameter path in the model's tree.
-        tensor: TUNED's tensor.
+        weight: TUNED's weight.
         via: How an adapter holds it.
         name: Its name in the ledger; for a tied head, the embedding's.
         rows: Numbers of the stored rows; empty for all.
@@ -58,7 +72,7 @@ class DenseTensor:
     """
 
     path: str
-    tensor: StoredTensor
+    weight: Storage
     via: Via
     name: str
     rows: tuple[int, ...] = ()
@@ -179,7 +193,7 @@ def _vocabulary(
         name = parameter.pair.name
         target = next((candidate for candidate in targets if name in candidate.names), None)
         rows = measures[name].rows
-        full = parameter.pair.tuned.matrix
+        full = matrix_of(parameter.pair.tuned.sizes)
         if (
             parameter.form == "embedding"
             and rows
@@ -206,13 +220,13 @@ def _resized(plan: StoragePlan, changed: list[TunedParameter]) -> set[str]:
         if last not in RESIZABLE:
             raise FitError(
                 f"its vocabulary grew by {parameter.pair.grown} rows, and PEFT takes no resized '{last}'",
-                file=parameter.pair.tuned.file.path,
+                file=path_of(parameter.pair.tuned),
                 tensor=parameter.pair.name,
             )
         plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "resized", parameter.pair.name))
         plan.why[parameter.pair.name] = (
             f"{parameter.pair.grown} new rows, stored whole: "
-            f"resize the base's embedding to {parameter.pair.tuned.shape[0]} before PEFT loads it"
+            f"resize the base's embedding to {parameter.pair.tuned.sizes[0]} before PEFT loads it"
         )
     return {parameter.pair.name for parameter in changed}
 
@@ -250,9 +264,9 @@ def _tied(
         return settled
     head = own_head.pair.tuned if own_head else embedding.pair.tuned
     path = tree_name(base.head, base)
-    for where, tensor, name in ((embedding.path, embedding.pair.tuned, tuned.embedding), (path, head, tuned.head)):
+    for where, weight, name in ((embedding.path, embedding.pair.tuned, tuned.embedding), (path, head, tuned.head)):
         plan.saved_modules.add(where.rpartition(".")[0])
-        plan.dense_tensors.append(DenseTensor(where, tensor, "modules_to_save", name))
+        plan.dense_tensors.append(DenseTensor(where, weight, "modules_to_save", name))
     plan.why[tuned.embedding] = "tied to the head: copies of both are the form in which PEFT attached and merged agree"
     return settled
 
@@ -262,7 +276,7 @@ def _shared_rows(plan: StoragePlan, parameter: TunedParameter, measure: PairMeas
     name = parameter.pair.name
     plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "token rows", name, measure.rows))
     plan.why[name] = (
-        f"tied: {len(measure.rows)} of {parameter.pair.tuned.shape[0]} rows as TUNED has them, "
+        f"tied: {len(measure.rows)} of {parameter.pair.tuned.sizes[0]} rows as TUNED has them, "
         "the form in which PEFT attached and merged agree"
     )
 
@@ -277,8 +291,8 @@ def _may_be_tied(parameter: TunedParameter, parameters: Iterable[TunedParameter]
     )
     if parameter.form != "embedding" or not model:
         return False
-    vocabulary = parameter.pair.base.shape[0] == base.config.get("vocab_size")
-    stored = any(other.form == "linear" and other.pair.base.shape == parameter.pair.base.shape for other in parameters)
+    vocabulary = parameter.pair.base.sizes[0] == base.config.get("vocab_size")
+    stored = any(other.form == "linear" and other.pair.base.sizes == parameter.pair.base.sizes for other in parameters)
     return vocabulary and not stored and base.config.get("tie_word_embeddings") is not False
 
 
@@ -346,5 +360,26 @@ def _refuse_nests(plan: StoragePlan) -> None:
 
 def dense_size(dense: DenseTensor) -> tuple[int, int]:
     """``(numbers, bytes)`` of what is stored."""
-    numbers = len(dense.rows) * dense.tensor.matrix[1] if dense.rows else dense.tensor.numel
-    return numbers, numbers * dense.tensor.dtype.bits // 8
+    columns, numel = matrix_of(dense.weight.sizes)[1], math.prod(dense.weight.sizes)
+    numbers = len(dense.rows) * columns if dense.rows else numel
+    return numbers, dense.weight.dtype.nbytes(numbers)
+
+
+def check_losses(storage: StoragePlan, measures: Mapping[str, PairMeasure], tuned: Path, *, allow_loss: bool) -> None:
+    """Refuse changes that no form holds, unless the user allowed their loss.
+
+    Raises:
+        FitError: there are such changes.
+    """
+    if not storage.dropped or allow_loss:
+        return
+    total = math.fsum(measure.energy for measure in measures.values())
+    share = math.fsum(measures[name].energy for name in storage.dropped) / total if total else 0.0
+    reasons = "; ".join(f"'{show(name)}' ({why})" for name, why in list(storage.dropped.items())[:3])
+    more = f"; and {len(storage.dropped) - 3} more" if len(storage.dropped) > 3 else ""
+    raise FitError(
+        f"{len(storage.dropped)} changed tensors, {share:.2%} of the change, would be lost: {reasons}{more}",
+        file=tuned,
+        tensor=next(iter(storage.dropped)),
+        hint="--allow-loss leaves them out",
+    )

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from surgery.extraction.pairing import Delta, Pair, Strip
+from surgery.extraction.pairing import Delta, Pair, Strip, flattened, with_columns
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.family import Fused
-from surgery_formats.storage.plain import Plain
 
 __all__ = ["Form", "LowRankTarget", "TunedParameter", "low_rank_targets", "tree_name", "tuned_parameters"]
 
@@ -120,14 +119,14 @@ def tree_name(name: str, base: Component, prefix: str = "") -> str:
 def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[str]) -> Form:
     module, _, leaf = pair.name.rpartition(".")
     last = module.rpartition(".")[2]
-    shape = pair.tuned.shape
-    if not pair.tuned.dtype.is_float or not pair.base.dtype.is_float:
+    shape = pair.tuned.sizes
+    if not pair.is_float:
         return "whole" if module else "owner"
     if len(shape) == 3 and leaf != "weight" and last == "experts" and not base.family.experts_transposed:
         return "experts"
     if leaf == "bias" and len(shape) == 1:
         weight = known.get(f"{module}.weight")
-        return "norm" if weight is not None and len(weight.tuned.shape) == 1 else "bias"
+        return "norm" if weight is not None and len(weight.tuned.sizes) == 1 else "bias"
     if leaf != "weight" or not module:
         # what batch norms keep beside their weight belongs to them; anything else to its module as a whole
         return (
@@ -155,7 +154,7 @@ def low_rank_targets(parameters: Iterable[TunedParameter], base: Component) -> t
     apart: dict[str, dict[tuple[int, int], TunedParameter]] = {}
     fused_by_path: dict[str, Fused] = {}
     for parameter in parameters:
-        if not parameter.pair.tuned.numel:
+        if not parameter.pair.numel:
             continue  # without values, thus without a change
         place = _expert_part(parameter, base)
         if place is not None:
@@ -173,24 +172,24 @@ def low_rank_targets(parameters: Iterable[TunedParameter], base: Component) -> t
 
 def _single(parameter: TunedParameter, base: Component) -> LowRankTarget:
     pair = parameter.pair
-    turned = len(pair.tuned.shape) == 2 and base.family.stores_transposed(pair.name)
+    turned = len(pair.tuned.sizes) == 2 and base.family.stores_transposed(pair.name)
     delta = Delta((_strip(pair),), turned, (pair.name,))
-    shape = delta.shape if len(pair.tuned.shape) == 2 else pair.tuned.shape
+    shape = delta.shape if len(pair.tuned.sizes) == 2 else pair.tuned.sizes
     return LowRankTarget(parameter.path, parameter.form, (delta,), shape, (pair.name,))
 
 
 def _strip(pair: Pair) -> Strip:
-    base, tuned = Plain.of(pair.base), Plain.of(pair.tuned)
+    base, tuned = flattened(pair.base), flattened(pair.tuned)
     return Strip(base, tuned, 0, min(base.shape[0], tuned.shape[0]))
 
 
 def _stack(parameter: TunedParameter) -> LowRankTarget:
     """The target of a 3-D tensor ``(E, out, in)``, with one difference per expert."""
     pair = parameter.pair
-    base, tuned = Plain.of(pair.base, stacked=True), Plain.of(pair.tuned, stacked=True)
-    count, height, _ = pair.tuned.shape
+    count, height, columns = pair.tuned.sizes
+    base, tuned = with_columns(pair.base, columns), with_columns(pair.tuned, columns)
     deltas = tuple(Delta((Strip(base, tuned, e * height, (e + 1) * height),), names=(pair.name,)) for e in range(count))
-    return LowRankTarget(parameter.path, "experts", deltas, pair.tuned.shape[1:], (pair.name,))
+    return LowRankTarget(parameter.path, "experts", deltas, pair.tuned.sizes[1:], (pair.name,))
 
 
 def _expert_part(parameter: TunedParameter, base: Component) -> tuple[str, int, int, Fused] | None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's logits ought to be, computed from config.json and weights alone, slowly and plainly.
+"""The logits that a model should give, computed from config.json and weights alone, slowly and plainly.
 
-It shares the recipe's record with the graph exporter and not one line of arithmetic: a fault in rotary frequencies, masks, norms or
-layouts would have to be made twice, in two ways, to go unseen. Weights are read layer by layer; the model is never whole in memory.
+It shares the recipe with the graph exporter but not one line of arithmetic: a fault in rotary frequencies, masks, norms
+or layouts would have to be made twice, in two ways, to go unnoticed. Weights are read layer by layer; the model is
+never whole in memory.
 """
 
 from surgery.reference.generate import Greedy, greedy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with an explicit mask: every query's scores are made, and those it may not see are struck out."""
+"""Attention with an explicit mask: all scores are computed, and those of invisible keys are removed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ __all__ = ["Mask", "attend"]
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Who sees whom.
+    """The keys that each query may see.
 
     Attributes:
-        real: ``(B, T)``: tokens, past and new, that are no padding.
-        places: ``(B, T)``: how many real tokens stand before each; windows are counted in these, so that padding between does not matter.
+        real: ``(B, T)``: which past and new tokens are not padding.
+        places: ``(B, T)``: number of real tokens before each token; windows are counted in these, so that padding in
+            between does not matter.
         positions: ``(B, S)``: positions of the new tokens.
-        causal: Whether tokens see only what stands before them, and themselves.
+        causal: Whether tokens see only earlier tokens and themselves.
     """
 
     real: torch.Tensor
@@ -33,14 +34,14 @@ class Mask:
     def allowed(self, window: int | None) -> torch.Tensor:
         """``(B, 1, S, T)``: whether the query may see the key."""
         keys, queries = self.real.shape[1], self.positions.shape[1]
-        seen = self.real[:, None, :].expand(-1, queries, -1)
+        visible = self.real[:, None, :].expand(-1, queries, -1)
         if self.causal:
             order = torch.arange(keys)
-            seen = seen & (order[None, :] <= order[keys - queries :, None])
+            visible = visible & (order[None, :] <= order[keys - queries :, None])
         if window is not None:
             distance = self.places[:, keys - queries :, None] - self.places[:, None, :]
-            seen = seen & (distance < window)
-        return seen[:, None]
+            visible = visible & (distance < window)
+        return visible[:, None]
 
 
 def attend(
@@ -50,14 +51,14 @@ def attend(
     mask: Mask,
     past: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """``softmax(scale q k^T + mask) v`` and its projection.
+    """``softmax(scale q k^T + mask) v``, projected.
 
     Args:
         values: ``(B, S, D)``.
-        attention: Its record.
-        load: Gives its weights.
-        mask: Who sees whom.
-        past: Keys, rotated, and values ``(B, kv_heads, P, head_dim)``; or None.
+        attention: The recipe's attention.
+        load: Loads its weights.
+        mask: Visible keys.
+        past: Rotated keys, and values, ``(B, kv_heads, P, head_dim)``; or None.
 
     Returns:
         ``(B, S, D)``, and keys and values ``(B, kv_heads, P + S, head_dim)``.
@@ -79,28 +80,28 @@ def attend(
     top = scores.amax(-1, keepdim=True)
     weights = (scores - torch.where(top.isinf(), 0.0, top)).exp()
     total = weights.sum(-1, keepdim=True)
-    mixed = weights / torch.where(total == 0, 1.0, total) @ v[:, :, None]  # padding that sees nobody gets zeros
+    mixed = weights / torch.where(total == 0, 1.0, total) @ v[:, :, None]  # padding that sees no key gets zeros
     joined = mixed.reshape(batch, attention.heads, count, attention.head_dim).transpose(1, 2).reshape(batch, count, -1)
     return project(joined, attention.output, load), (k, v)
 
 
 def _heads(values: torch.Tensor, attention: Attention, load: Load) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries ``(B, heads, S, head_dim)``, keys and values ``(B, kv_heads, S, head_dim)``, normalised, not yet rotated."""
+    """Queries ``(B, heads, S, head_dim)``, keys and values ``(B, kv_heads, S, head_dim)``, normed but not rotated."""
     batch, count = values.shape[:2]
     dim, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
-    made = [project(values, one, load) for one in attention.inputs]
+    projected = [project(values, projection, load) for projection in attention.inputs]
     if attention.layout == "separate":
-        q, k, v = made
+        q, k, v = projected
     elif attention.layout == "concatenated":
-        q, k, v = torch.split(made[0], [heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+        q, k, v = torch.split(projected[0], [heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
     else:
-        q, k, v = made[0].reshape(batch, count, heads, 3, dim).unbind(3)
+        q, k, v = projected[0].reshape(batch, count, heads, 3, dim).unbind(3)
     if attention.norm_over == "width":
         q, k = normalise(q, attention.q_norm, load), normalise(k, attention.k_norm, load)
     q = q.reshape(batch, count, heads, dim)
     k = k.reshape(batch, count, kv_heads, dim)
     if attention.norm_over != "width":
-        each = attention.norm_over == "heads"
-        q = normalise(q, attention.q_norm, load, heads if each else 0)
-        k = normalise(k, attention.k_norm, load, kv_heads if each else 0)
+        per_head = attention.norm_over == "heads"
+        q = normalise(q, attention.q_norm, load, heads if per_head else 0)
+        k = normalise(k, attention.k_norm, load, kv_heads if per_head else 0)
     return q.transpose(1, 2), k.transpose(1, 2), v.reshape(batch, count, kv_heads, dim).transpose(1, 2)

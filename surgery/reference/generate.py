@@ -15,11 +15,11 @@ __all__ = ["Greedy", "greedy"]
 
 @dataclass(frozen=True)
 class Greedy:
-    """What was generated.
+    """Generated tokens.
 
     Attributes:
         tokens: ``(B, steps)``.
-        logits: ``(B, steps, V)``: what each token was chosen by.
+        logits: ``(B, steps, V)``: the logits that each token was chosen by.
     """
 
     tokens: torch.Tensor
@@ -34,23 +34,23 @@ def greedy(
     real: torch.Tensor | None = None,
     past: Cache | None = None,
 ) -> Greedy:
-    """The most likely token, `steps` times.
+    """Generate the most likely token, `steps` times.
 
-    Where rotary factors change with the length (``longrope``), the whole sequence is computed anew once it passes the trained length, as
-    keys rotated by one set do not fit queries rotated by the other.
+    If rotary factors change with the length (``longrope``), the whole sequence is recomputed once it passes the trained
+    length, because keys rotated by one set do not fit queries rotated by the other.
 
     Args:
         reference: A decoder.
         ids: ``(B, S)``, padded on either side.
-        steps: Tokens to make.
-        real: ``(B, S)``: which are no padding.
-        past: A soft prompt's.
+        steps: Number of tokens.
+        real: ``(B, S)``: which tokens are not padding.
+        past: Cache of a soft prompt.
 
     Raises:
         FitError: not a decoder.
     """
     if reference.model.kind != "decoder":
-        raise FitError("an encoder generates nothing")
+        raise FitError("an encoder cannot generate")
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
     prompt = past
     output = forward(reference, ids, real=real, past=past)
@@ -73,12 +73,12 @@ def greedy(
 
 
 def _trained_length(reference: Reference) -> int | None:
-    """Length beyond which another set of rotary factors holds, or None."""
-    found = (layer.attention.rope for layer in reference.model.layers)
+    """Length beyond which another set of rotary factors applies, or None."""
+    ropes = (layer.attention.rope for layer in reference.model.layers)
     return next(
         (
             int(rope.parameters["original_max_position_embeddings"])
-            for rope in found
+            for rope in ropes
             if rope is not None and rope.parameters["rope_type"] == "longrope"
         ),
         None,

@@ -13,16 +13,18 @@ __all__ = ["run_layer"]
 
 
 def _mlp(values: torch.Tensor, mlp: MLP, load: Load) -> torch.Tensor:
-    made = [project(values, one, load) for one in mlp.inputs]
-    if mlp.gated and len(made) == 1:
-        made = list(made[0].chunk(2, dim=-1))
-    inner = activate(made[0], mlp.activation) * made[1] if mlp.gated else activate(made[0], mlp.activation)
+    projected = [project(values, projection, load) for projection in mlp.inputs]
+    if mlp.gated and len(projected) == 1:
+        projected = list(projected[0].chunk(2, dim=-1))
+    inner = (
+        activate(projected[0], mlp.activation) * projected[1] if mlp.gated else activate(projected[0], mlp.activation)
+    )
     return project(inner, mlp.output, load)
 
 
-def _joined(values: torch.Tensor, made: torch.Tensor, branch: Branch, load: Load) -> torch.Tensor:
-    made = normalise(made, branch.after, load) * branch.multiplier
-    return normalise(values + made, branch.on_sum, load)
+def _residual(values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load) -> torch.Tensor:
+    added = normalise(added, branch.after, load) * branch.multiplier
+    return normalise(values + added, branch.on_sum, load)
 
 
 def run_layer(
@@ -32,25 +34,25 @@ def run_layer(
     mask: Mask,
     past: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """One layer.
+    """Compute one layer.
 
     Args:
         values: ``(B, S, D)``.
-        layer: Its record.
-        load: Gives its weights.
-        mask: Who sees whom, and where everybody is.
+        layer: The recipe's layer.
+        load: Loads its weights.
+        mask: Visible keys, and positions.
         past: Keys and values ``(B, kv_heads, P, head_dim)`` of earlier tokens, or None.
 
     Returns:
         ``(B, S, D)``, and keys and values of all tokens so far.
     """
-    own, other = layer.attention_branch, layer.mlp_branch
-    read = normalise(values, own.before, load)
-    attended, cache = attend(read, layer.attention, load, mask, past)
+    first, second = layer.attention_branch, layer.mlp_branch
+    normed = normalise(values, first.before, load)
+    attended, cache = attend(normed, layer.attention, load, mask, past)
     if layer.parallel:
-        beside = read if other == Branch() else normalise(values, other.before, load)
-        added = normalise(_mlp(beside, layer.mlp, load), other.after, load) * other.multiplier
-        return _joined(values, attended, own, load) + added, cache
-    values = _joined(values, attended, own, load)
-    made = _mlp(normalise(values, other.before, load), layer.mlp, load)
-    return _joined(values, made, other, load), cache
+        mlp_input = normed if second == Branch() else normalise(values, second.before, load)
+        added = normalise(_mlp(mlp_input, layer.mlp, load), second.after, load) * second.multiplier
+        return _residual(values, attended, first, load) + added, cache
+    values = _residual(values, attended, first, load)
+    transformed = _mlp(normalise(values, second.before, load), layer.mlp, load)
+    return _residual(values, transformed, second, load), cache

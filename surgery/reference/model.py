@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Cache", "Output", "Reference", "forward", "open_reference", "prefix_cache", "prompt_cache"]
 
-_BLOCK = 1 << 24  # elements of the head's matrix at a time
+_BLOCK = 1 << 24  # elements of the head's matrix per step
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model to be computed.
+    """A model to compute.
 
     Attributes:
-        model: What it computes.
+        model: Its recipe.
         weights: Its tensors.
-        dtype: Precision of the arithmetic: float32, or float64.
+        dtype: Precision of the arithmetic: float32 or float64.
     """
 
     model: Model
@@ -41,24 +41,24 @@ class Reference:
     dtype: torch.dtype = torch.float32
 
     def load(self, name: str) -> torch.Tensor:
-        """A whole tensor in that precision; exact for every type a checkpoint stores."""
+        """Load a whole tensor in the reference's precision; exact for all stored types."""
         return self.weights.load(name).to(self.dtype)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What earlier tokens left behind.
+    """Keys and values of earlier tokens.
 
     Attributes:
         layers: Keys and values ``(B, kv_heads, P, head_dim)`` of every layer.
-        real: ``(B, P)``: which of them are no padding.
+        real: ``(B, P)``: which tokens are not padding.
     """
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     real: torch.Tensor
 
     def expand(self, batch: int) -> Cache:
-        """The same past for `batch` rows."""
+        """Repeat the cache for `batch` rows."""
         return Cache(
             tuple((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.layers),
             self.real.expand(batch, -1),
@@ -67,11 +67,12 @@ class Cache:
 
 @dataclass(frozen=True)
 class Output:
-    """What a call gave.
+    """The results of a call.
 
     Attributes:
-        logits: ``(B, S, V)``, ``(B, labels)`` or ``(B, S, labels)`` by head; ``(B, S, D)``, the last hidden state, of a bare encoder.
-        cache: Of a decoder: with the tokens of this call.
+        logits: ``(B, S, V)``, ``(B, labels)`` or ``(B, S, labels)``, depending on the head; for a bare encoder the last
+            hidden state ``(B, S, D)``.
+        cache: The cache of a decoder, including the tokens of this call.
         pooled: ``(B, D)`` of an encoder with a pooler.
     """
 
@@ -81,7 +82,7 @@ class Output:
 
 
 def open_reference(component: Component, plan: Plan | None = None, dtype: torch.dtype = torch.float32) -> Reference:
-    """The reference of a checkpoint's network, or of what `plan` would make of it.
+    """Open the reference of a checkpoint's network, or of the network that `plan` would write.
 
     Raises:
         FitError: no recipe for the model.
@@ -110,42 +111,42 @@ def forward(
 
     Args:
         reference: The model.
-        ids: ``(B, S)``; S may be 0 where `virtual` is given.
-        real: ``(B, S)``: which tokens are no padding; None for all. Padding may stand on either side.
-        past: Of earlier calls, or of a soft prompt.
-        virtual: ``(n, D)``: embeddings of a soft prompt, put before the tokens of every row; the output holds them too.
+        ids: ``(B, S)``; S may be 0 with `virtual`.
+        real: ``(B, S)``: which tokens are not padding, on either side; None for all.
+        past: Cache of earlier calls, or of a soft prompt.
+        virtual: ``(n, D)``: embeddings of a soft prompt, placed before the tokens of every row and part of the output.
         types: ``(B, S)``: token types; None for 0.
 
     Raises:
-        FitError: an id beyond the vocabulary, a sequence longer than the position table, a tensor the weights lack.
+        FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
     """
     model = reference.model
     batch = ids.shape[0]
     front = 0 if virtual is None else virtual.shape[0]
-    here = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
-    here = torch.cat((torch.ones(batch, front, dtype=torch.bool), here), dim=1)
-    whole = here if past is None else torch.cat((past.real, here), dim=1)
-    places = whole.long().cumsum(1) - 1
-    new = places.shape[1] - here.shape[1]
+    real_new = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
+    real_new = torch.cat((torch.ones(batch, front, dtype=torch.bool), real_new), dim=1)
+    real_all = real_new if past is None else torch.cat((past.real, real_new), dim=1)
+    places = real_all.long().cumsum(1) - 1
+    offset = places.shape[1] - real_new.shape[1]
     causal = model.kind == "decoder"
-    positions = places[:, new:].clamp(min=0) if causal else torch.arange(here.shape[1]).expand(batch, -1)
+    positions = places[:, offset:].clamp(min=0) if causal else torch.arange(real_new.shape[1]).expand(batch, -1)
     values = _embed(
-        reference, ids, virtual, types, _rows(model.embedding, ids, here, places[:, new:], positions, front)
+        reference, ids, virtual, types, _rows(model.embedding, ids, real_new, places[:, offset:], positions, front)
     )
-    mask = Mask(whole, places, positions, causal)
-    kept = []
+    mask = Mask(real_all, places, positions, causal)
+    caches = []
     for index, layer in enumerate(model.layers):
         values, cache = run_layer(values, layer, reference.load, mask, None if past is None else past.layers[index])
-        kept.append(cache)
+        caches.append(cache)
     values = normalise(values, model.final_norm, reference.load)
     logits, pooled = _head(reference, values)
-    return Output(logits, Cache(tuple(kept), whole), pooled)
+    return Output(logits, Cache(tuple(caches), real_all), pooled)
 
 
 def _rows(
     embedding: Embedding,
     ids: torch.Tensor,
-    here: torch.Tensor,
+    real_new: torch.Tensor,
     places: torch.Tensor,
     positions: torch.Tensor,
     front: int,
@@ -154,11 +155,11 @@ def _rows(
     if embedding.position_rule == "absolute":
         return positions + embedding.position_offset
     if embedding.position_rule == "mask":
-        return torch.where(here, places, -1) + embedding.position_offset
-    if front:  # of embeddings nobody can tell which are padding, so transformers counts them all
-        return torch.arange(here.shape[1]).expand(len(ids), -1) + embedding.position_offset
-    told = ids != embedding.padding_token
-    return torch.where(told, told.long().cumsum(1) - 1, -1) + embedding.position_offset
+        return torch.where(real_new, places, -1) + embedding.position_offset
+    if front:  # padding among embeddings cannot be recognised, so transformers counts them all
+        return torch.arange(real_new.shape[1]).expand(len(ids), -1) + embedding.position_offset
+    is_token = ids != embedding.padding_token
+    return torch.where(is_token, is_token.long().cumsum(1) - 1, -1) + embedding.position_offset
 
 
 def _embed(
@@ -190,18 +191,18 @@ def _embed(
 def _lookup(
     reference: Reference, name: str, ids: torch.Tensor, scale: float = 1.0, rounded: bool = False
 ) -> torch.Tensor:
-    """Rows `ids` of a table, only those being read."""
-    wanted, where = torch.unique(ids, return_inverse=True)
-    if not len(wanted):
+    """Look up rows `ids` of a table, reading only those rows."""
+    unique_ids, index = torch.unique(ids, return_inverse=True)
+    if not len(unique_ids):
         width = reference.weights.load(name, 0, 1).shape[1]
         return torch.empty(*ids.shape, width, dtype=reference.dtype)
-    rows = [reference.weights.load(name, row, row + 1) for row in wanted.tolist()]
+    rows = [reference.weights.load(name, row, row + 1) for row in unique_ids.tolist()]
     if any(len(row) != 1 for row in rows):
-        raise FitError(f"row {int(wanted[-1])} is asked of a table that ends before it", tensor=name)
+        raise FitError(f"the table has no row {int(unique_ids[-1])}", tensor=name)
     table = torch.cat(rows)
     factor = torch.tensor(scale, dtype=torch.float64)
     factor = factor.to(table.dtype) if rounded else factor
-    return table.to(reference.dtype)[where] * factor.to(reference.dtype)
+    return table.to(reference.dtype)[index] * factor.to(reference.dtype)
 
 
 def _head(reference: Reference, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -219,23 +220,23 @@ def _head(reference: Reference, values: torch.Tensor) -> tuple[torch.Tensor, tor
 def _logits(reference: Reference, values: torch.Tensor, head: LanguageHead) -> torch.Tensor:
     if head.before is not None:
         values = project(values, head.before, reference.load)
-    last = head.projection
-    height = max(1, _BLOCK // last.inputs)
-    made = torch.cat(
+    output = head.projection
+    height = max(1, _BLOCK // output.inputs)
+    logits = torch.cat(
         [
-            values @ reference.weights.load(last.weight, start, start + height).to(reference.dtype).T
-            for start in range(0, last.outputs, height)
+            values @ reference.weights.load(output.weight, start, start + height).to(reference.dtype).T
+            for start in range(0, output.outputs, height)
         ],
         dim=-1,
     )
-    if last.bias:
-        made = made + reference.load(last.bias)
-    made = made / head.divisor
-    return made if head.softcap is None else head.softcap * torch.tanh(made / head.softcap)
+    if output.bias:
+        logits = logits + reference.load(output.bias)
+    logits = logits / head.divisor
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def prompt_cache(reference: Reference, embeddings: torch.Tensor) -> Cache:
-    """What a soft prompt ``(n, D)`` leaves behind (prompt tuning, arXiv:2104.08691; P-tuning, arXiv:2103.10385), for one row."""
+    """The cache of a soft prompt ``(n, D)`` for one row (prompt tuning, arXiv:2104.08691; P-tuning, 2103.10385)."""
     return forward(reference, torch.empty(1, 0, dtype=torch.long), virtual=embeddings).cache
 
 
@@ -244,8 +245,8 @@ def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
 
     Args:
         reference: The model.
-        flat: ``(n, layers * 2 * kv_heads * head_dim)``: for every token the key and the value of each layer in turn. Keys are taken as
-            they are: no rotation.
+        flat: ``(n, layers * 2 * kv_heads * head_dim)``: for every token the key and the value of each layer in turn.
+            Keys are used as they are, without rotation.
 
     Raises:
         FitError: the width is not that of the model.
@@ -253,11 +254,11 @@ def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
     layers = reference.model.layers
     sizes = [layer.attention.kv_heads * layer.attention.head_dim for layer in layers for _ in "kv"]
     if flat.ndim != 2 or flat.shape[1] != sum(sizes):
-        raise FitError(f"the prefix has the shape {tuple(flat.shape)}, the model needs (tokens, {sum(sizes)})")
+        raise FitError(f"the prefix has the shape {tuple(flat.shape)}, but the model needs (tokens, {sum(sizes)})")
     parts = torch.split(flat.to(reference.dtype), sizes, dim=1)
-    made = []
+    caches = []
     for index, layer in enumerate(layers):
         heads, dim = layer.attention.kv_heads, layer.attention.head_dim
         k, v = (part.reshape(-1, heads, dim).transpose(0, 1)[None] for part in parts[2 * index : 2 * index + 2])
-        made.append((k, v))
-    return Cache(tuple(made), torch.ones(1, len(flat), dtype=torch.bool))
+        caches.append((k, v))
+    return Cache(tuple(caches), torch.ones(1, len(flat), dtype=torch.bool))

@@ -13,18 +13,18 @@ from surgery_formats.models.families.recipe import Activation, Norm, Projection
 __all__ = ["Load", "activate", "normalise", "project"]
 
 Load = Callable[[str], torch.Tensor]
-"""From a name to the whole tensor in the precision of the reference."""
+"""Loads a whole tensor by name, in the precision of the reference."""
 
 
-def project(values: torch.Tensor, one: Projection, load: Load) -> torch.Tensor:
+def project(values: torch.Tensor, projection: Projection, load: Load) -> torch.Tensor:
     """``x W^T + b``."""
-    weight = load(one.weight)
-    made = values @ (weight if one.transposed else weight.T)
-    return made + load(one.bias) if one.bias else made
+    weight = load(projection.weight)
+    result = values @ (weight if projection.transposed else weight.T)
+    return result + load(projection.bias) if projection.bias else result
 
 
 def normalise(values: torch.Tensor, norm: Norm | None, load: Load, heads: int = 0) -> torch.Tensor:
-    """`norm` over the last axis; `values` are ``(..., heads, dim)`` where every head has parameters of its own."""
+    """Apply `norm` over the last axis; `values` are ``(..., heads, dim)`` if every head has its own parameters."""
     if norm is None:
         return values
     if norm.kind == "layer":
@@ -37,12 +37,12 @@ def normalise(values: torch.Tensor, norm: Norm | None, load: Load, heads: int = 
 
 
 def _of_heads(name: str, heads: int, load: Load) -> torch.Tensor:
-    """The parameter `name`, or ``(heads, dim)`` of one per head."""
+    """The parameter `name`, or ``(heads, dim)`` with one per head."""
     return torch.stack([load(name.format(h=head)) for head in range(heads)]) if heads else load(name)
 
 
 def activate(values: torch.Tensor, kind: Activation | None) -> torch.Tensor:
-    """The activation function of a recipe; None is none."""
+    """Apply the activation function of a recipe; None leaves `values` unchanged."""
     if kind is None:
         return values
     if kind == "silu":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the reference takes its weights from: a checkpoint, or the plan of an operation that was not (or need not be) carried out."""
+"""Weights of the reference: from a checkpoint, or from a plan that has not been executed."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ __all__ = ["ReferenceWeights", "planned_weights", "stored_weights", "tensor_weig
 
 
 class ReferenceWeights(Protocol):
-    """Named tensors, read when asked for."""
+    """Named tensors, read on demand."""
 
     @property
     def names(self) -> Collection[str]:
-        """Every name there is."""
+        """All names."""
         ...
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows ``[start, stop)`` in the stored type, in memory of the caller's own.
+        """Load rows ``[start, stop)`` in the stored type, into new memory.
 
         Raises:
-            FitError: no tensor of that name.
+            FitError: there is no such tensor.
         """
         ...
 
 
-class _FromCheckpoint:
-    """Weights of a checkpoint; those of another era are found by the family's renames."""
+class _StoredWeights:
+    """Weights of a checkpoint; names of other versions are resolved by the family's renames."""
 
     def __init__(self, weights: Mapping[str, Storage], names: Names | None = None) -> None:
         self._weights = weights
@@ -53,17 +53,17 @@ class _FromCheckpoint:
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         weight = self._weights.get(name)
-        if weight is None and self._resolver is not None and len(places := self._resolver.resolve(name)) == 1:
-            weight = self._weights.get(places[0].parameter.name)
+        if weight is None and self._resolver is not None and len(slices := self._resolver.resolve(name)) == 1:
+            weight = self._weights.get(slices[0].parameter.name)
         if weight is None:
-            raise FitError("the model needs a tensor that the checkpoint does not have", tensor=name)
+            raise FitError("the model needs a tensor that the checkpoint lacks", tensor=name)
         if not weight.is_float:
-            raise FitError(f"weights of type {weight.kind} need scales to be read", tensor=name)
+            raise FitError(f"weights of type {weight.kind} cannot be read without scales", tensor=name)
         return read_rows(weight, start, stop)
 
 
-class _Planned:
-    """Weights of a plan: copied ones from the base, computed ones by the updates, as they would be stored."""
+class _PlannedWeights:
+    """Weights of a plan: copied ones from the base, computed ones from the updates, rounded as stored."""
 
     def __init__(self, plan: Plan, component: str) -> None:
         self._steps = {tensor.weight: tensor.step for tensor in plan.weights if tensor.component == component}
@@ -75,16 +75,16 @@ class _Planned:
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         if (step := self._steps.get(name)) is None:
-            raise FitError("the model needs a tensor that the plan does not have", tensor=name)
+            raise FitError("the model needs a tensor that the plan lacks", tensor=name)
         if isinstance(step, Copy):
-            return _FromCheckpoint({name: step.weight}).load(name, start, stop)
+            return _StoredWeights({name: step.weight}).load(name, start, stop)
         if self._last is None or self._last[0] != name:
             self._last = (name, _computed(name, step))
         return self._last[1][start:stop].clone()
 
 
-class _Recorded:
-    """An encoding that remembers the values a reader would get, instead of a file that holds the bytes."""
+class _RecordingEncoding:
+    """An encoding that records the values a reader would get, instead of writing bytes to a file."""
 
     def __init__(self, target: Encoding) -> None:
         self.sizes, self.shape, self.dtype, self.group = target.sizes, target.shape, target.dtype, target.group
@@ -99,21 +99,21 @@ class _Recorded:
 
 
 def _computed(name: str, step: Compute) -> torch.Tensor:
-    target = _Recorded(step.target)
+    target = _RecordingEncoding(step.target)
     compute(name, replace(step, target=target), lambda *_: None, lambda: False)
     return target.values.reshape(target.sizes)
 
 
 def stored_weights(component: Component) -> ReferenceWeights:
-    """The weights of a checkpoint's network as they are."""
-    return _FromCheckpoint({name: one.storage for name, one in component.parameters.items()}, component.names)
+    """The weights of a checkpoint's network as stored."""
+    return _StoredWeights({name: weight.storage for name, weight in component.parameters.items()}, component.names)
 
 
 def tensor_weights(tensors: Mapping[str, StoredTensor], names: Names) -> ReferenceWeights:
     """Tensors of any origin, under the names that `names` resolves."""
-    return _FromCheckpoint({name: Plain.of(tensor) for name, tensor in tensors.items()}, names)
+    return _StoredWeights({name: Plain.of(tensor) for name, tensor in tensors.items()}, names)
 
 
 def planned_weights(plan: Plan, component: str = "") -> ReferenceWeights:
-    """The weights that `plan` would write for one network, rounded as it would round them."""
-    return _Planned(plan, component)
+    """The weights that `plan` would write for one network, including its rounding."""
+    return _PlannedWeights(plan, component)

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from surgery.engine.inputs import StrPath
+from surgery.engine.inputs import StrPath, local_path
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
-from surgery.onnx.run.opening import Opened, open_graph
+from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Note, Table
@@ -149,7 +149,7 @@ class Bound:
     """
 
     model: str
-    opened: Opened
+    opened: GraphSession
     decoder: Decoder | None
     load_seconds: float
     memory_nbytes: int
@@ -187,7 +187,8 @@ def bench(
         FitError: longer than a graph takes, or a device that is not here.
         ProofError: weights that a graph was not made for.
     """
-    models = [model] if against is None else [model, against]
+    models = [local_path(model, "model")]
+    models += [] if against is None else [local_path(against, "against")]
     length = cache or cache_length(prompt_length, new_tokens)
     sides = [
         bind(one, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)
@@ -297,7 +298,7 @@ def step_nbytes(path: Path) -> int:
     return sum(found.values())
 
 
-def _vocabulary(opened: Opened) -> int:
+def _vocabulary(opened: GraphSession) -> int:
     from surgery.onnx.run.encoder import vocabulary
 
     return opened.contract.vocabulary or vocabulary(opened)

@@ -89,30 +89,30 @@ def combine(
     _check_options(recipe, density)
     stored, target = float_type(dtype), None if to is None else format_named(to)
     destination = output_path(output, dry_run=dry_run)
-    given = as_weighted(adapters)
-    if not given:
+    terms = as_weighted(adapters)
+    if not terms:
         raise FitError("no adapter was named")
-    given, left = _chosen(given, Selection(tuple(as_list(only)), tuple(as_list(without))))
-    if len(given) == 1 and given[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
-        raise NothingChangedError("one adapter with weight 1 is what it was", file=given[0].adapter.path)
-    combination = combine_adapters(given, recipe, None if base is None else as_checkpoint(base), left)
-    plan = plan_combination(combination, target or format_named(given[0].adapter.format), stored, "combine")
+    terms, left = _chosen(terms, Selection(tuple(as_list(only)), tuple(as_list(without))))
+    if len(terms) == 1 and terms[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
+        raise NothingChangedError("one adapter with weight 1 is what it was", file=terms[0].adapter.path)
+    combination = combine_adapters(terms, recipe, None if base is None else as_checkpoint(base), left)
+    plan = plan_combination(combination, target or format_named(terms[0].adapter.format), stored, "combine")
     if destination is None:
         return plan.result
     options = WriteOptions(destination, overwrite=overwrite, progress=progress)
     return write_combination(plan, options)
 
 
-def _chosen(given: Sequence[WeightedAdapter], selection: Selection) -> tuple[list[WeightedAdapter], tuple[str, ...]]:
+def _chosen(terms: Sequence[WeightedAdapter], selection: Selection) -> tuple[list[WeightedAdapter], tuple[str, ...]]:
     """What is kept of every adapter, and the names of what none of them keeps."""
-    check_patterns(selection, [one.adapter for one in given])
+    check_patterns(selection, [term.adapter for term in terms])
     kept: list[WeightedAdapter] = []
     left: dict[str, None] = {}
-    for one in given:
-        adapter, out = selection.of(one.adapter)
+    for term in terms:
+        adapter, out = selection.of(term.adapter)
         left |= dict.fromkeys(map(str, out))
         if adapter.updates or not out:
-            kept.append(replace(one, adapter=adapter))
+            kept.append(replace(term, adapter=adapter))
     if not kept:
         raise NothingChangedError("no module is left", hint="widen the patterns")
     return kept, tuple(left)

@@ -8,7 +8,6 @@ from functools import partial
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.checks import float_type
 from surgery.engine.conversion import (
-    Check,
     bound_source,
     coded_as,
     placed,
@@ -41,7 +40,6 @@ def convert(
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-    check: Check | None = None,
     progress: Callback | None = None,
 ) -> ConvertResult:
     """Write an adapter in another format and prove it.
@@ -59,8 +57,6 @@ def convert(
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
-        check: Called with where it was written and with the result, once it is proved and before it appears; what it returns goes into the
-            manifest of a folder.
         progress: Called with every step.
 
     Raises:
@@ -75,10 +71,10 @@ def convert(
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="--factors chooses the codes")
     destination = output_path(output, dry_run=dry_run)
-    given = as_adapter(adapter)
+    original = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
-    given, left = placed(given, checkpoint, component)
-    source, named, also = given, checkpoint, None
+    original, left = placed(original, checkpoint, component)
+    source, named, also = original, checkpoint, None
     if projections is not None:
         from surgery.algebra.projections import change_layout, prove_layout
 
@@ -86,23 +82,23 @@ def convert(
             raise FitError(
                 f"{to} keeps names as they are", hint="convert with --projections to peft first, then to compact"
             )
-        change = change_layout(given, projections, target, checkpoint)
-        also = partial(prove_layout, given=given, target=target, change=change, tolerance=tolerance_of(stored))
+        change = change_layout(original, projections, target, checkpoint)
+        also = partial(prove_layout, original=original, target=target, change=change, tolerance=tolerance_of(stored))
         source = change.adapter
-        if change.held:  # the base has the given names, and none of the new ones
-            bound_source(given, checkpoint)
+        if change.held:  # the base has the old names, and none of the new ones
+            bound_source(original, checkpoint)
             named = None
     binding = bound_source(source, named)
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss)
     entries = (*plan.rendering.entries, *left)
-    result = ConvertResult(None, given.format, target.name, entries, {}, given.known_issues(), given.path)
+    result = ConvertResult(None, original.format, target.name, entries, {}, original.known_issues(), original.path)
     if destination is None:
         return result
     options = WriteOptions(
         destination,
-        (given.path, *(() if checkpoint is None else (checkpoint.path,))),
-        {path.name: path for path in given.side_files},
+        (original.path, *(() if checkpoint is None else (checkpoint.path,))),
+        {path.name: path for path in original.side_files},
         overwrite,
         progress,
     )
-    return write_conversion(plan, options, result, projections=projections, check=check, also=also)
+    return write_conversion(plan, options, result, projections=projections, also=also)

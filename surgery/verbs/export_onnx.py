@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from surgery._version import __version__
 from surgery.engine.execute import Run
-from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_list, as_output
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_list, local_path
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
-from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, place
+from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompts import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
-from surgery.onnx.graph.build import Built, GraphOptions
+from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
 from surgery.reports.result import timed
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import File
@@ -33,7 +32,7 @@ from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
 
 if TYPE_CHECKING:
-    from surgery.onnx.export.merged import Merged
+    from surgery.onnx.export.merged import MergedWeights
     from surgery.onnx.export.slots import Swappable
     from surgery_formats.binding.bind import Binding
 
@@ -50,7 +49,7 @@ def export_onnx(
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
     bake_prompt: str | Sequence[str] = (),
-    form: str = "auto",
+    prompt_form: str = "auto",
     merge_to: str = "delta",
     target: str = "cpu",
     dtype: str = "auto",
@@ -70,7 +69,7 @@ def export_onnx(
         swap: Adapters for slots: the graph is the base until one is given to a run.
         prefix: Soft prompts; the first one is the default.
         bake_prompt: Texts that stand in front, read once, now.
-        form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``: behind the vocabulary.
+        prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``: behind the vocabulary.
         merge_to: ``delta``: changed tensors in a file beside the base's; ``full``: all weights anew, laid out for graphs.
         target: ``cuda``, ``cpu`` or ``portable``.
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
@@ -89,18 +88,20 @@ def export_onnx(
         NothingChangedError: the merge would change nothing.
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
-    where = as_output(output)
+    where = local_path(output, "output")
     checkpoint = as_checkpoint(base)
     wanted = sort_adapters(adapters, merge, swap, prefix)
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
-    assembly = _assembly(checkpoint, wanted, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), form)
+    assembly = _assembly(
+        checkpoint, wanted, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form
+    )
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     warnings = _warnings(chosen, wanted, checkpoint, binding) + _graph_warnings(assembly, draft)
-    built: list[Built] = []
+    built: list[GraphSet] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
         files, made, graphs = assembly.files(here)
@@ -129,14 +130,14 @@ def export_onnx(
         id=_id(draft, assembly),
     )
     run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
-    placed = place(parcel, where, chosen, checkpoint.main.folder, run)
+    placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
     done = built[-1]
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
 
 
-def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tuple[Binding | None, Merged | None]:
+def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tuple[Binding | None, MergedWeights | None]:
     """What is merged; imported only where there are adapters, which cost a plain export as much as all the rest."""
     if not wanted.adapters:
         return None, None
@@ -154,7 +155,7 @@ def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tupl
 def _assembly(
     checkpoint: Checkpoint,
     wanted: AdapterRoles,
-    merged: Merged | None,
+    merged: MergedWeights | None,
     target: str,
     dtype: str,
     max_length: int | None,
@@ -163,8 +164,8 @@ def _assembly(
 ) -> Assembly:
     component = merged.component if merged else checkpoint.main
     overrides = merged.overrides if merged else {}
-    io = io_type(target, dtype, _stored_type(checkpoint.main))
-    model = merged.model if merged else model_of(component.config, frozenset(component.tensors))
+    io = io_type(target, dtype, checkpoint.main.dtype)
+    model = merged.model if merged else model_of(component.config, frozenset(component.parameters))
     prompts = [of_adapter(one.name, one.adapter, model) for one in wanted.prefix]
     for text in texts:
         if model.kind != "decoder":
@@ -200,15 +201,8 @@ def _ids(folder: Path, text: str) -> tuple[int, ...]:
     return ids
 
 
-def _stored_type(component: Component) -> DType:
-    """Of the embedding, else of the first matrix."""
-    if component.embedding:
-        return component.tensors[component.embedding].dtype
-    return next((one.dtype for one in component.tensors.values() if one.dtype.is_float), DType.F32)
-
-
 def _mode(
-    asked: str, output: Path, base: Component, sources: Sequence[File], merged: Merged | None, *, full: bool
+    asked: str, output: Path, base: Component, sources: Sequence[File], merged: MergedWeights | None, *, full: bool
 ) -> Mode:
     """How weights get there.
 
@@ -233,7 +227,7 @@ def _mode(
     return chosen
 
 
-def _check_same_sides(merged: Merged, base: Component) -> None:
+def _check_same_sides(merged: MergedWeights, base: Component) -> None:
     """In the base's own folder its configuration and tokenizer stay; whether head and embedding are tied only the graph needs to know."""
     differing = {key: value for key, value in merged.component.config.items() if key != "tie_word_embeddings"}
     same = differing == {key: value for key, value in base.config.items() if key != "tie_word_embeddings"}
@@ -246,7 +240,7 @@ def _check_same_sides(merged: Merged, base: Component) -> None:
         )
 
 
-def _side_files(checkpoint: Checkpoint, merged: Merged | None, taken: set[str]) -> list[SideFile]:
+def _side_files(checkpoint: Checkpoint, merged: MergedWeights | None, taken: set[str]) -> list[SideFile]:
     """Tokenizer, configuration and the like, but for names that the export itself takes."""
     if merged is not None:
         found = list(merged.side_files)
@@ -257,7 +251,7 @@ def _side_files(checkpoint: Checkpoint, merged: Merged | None, taken: set[str]) 
     return [side for side in found if side.name not in taken]
 
 
-def _facts(draft: Built, mode: Mode) -> dict[str, Any]:
+def _facts(draft: GraphSet, mode: Mode) -> dict[str, Any]:
     contract = draft.contract
     return {
         "target": contract.target,
@@ -269,7 +263,7 @@ def _facts(draft: Built, mode: Mode) -> dict[str, Any]:
     }
 
 
-def _id(draft: Built, assembly: Assembly) -> str:
+def _id(draft: GraphSet, assembly: Assembly) -> str:
     """Digest of everything that decides the files: the draft's graphs name weights and adapters by content."""
     state = hashlib.sha256(json.dumps([__version__, assembly.form]).encode())
     for name, graph in draft.graphs.items():
@@ -277,7 +271,7 @@ def _id(draft: Built, assembly: Assembly) -> str:
     return state.hexdigest()
 
 
-def _graph_warnings(assembly: Assembly, draft: Built) -> list[str]:
+def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     """What is slow, and what onnxruntime-genai does otherwise than the graph's own contract says."""
     contract, found = draft.contract, []
     if contract.kind != "decoder":

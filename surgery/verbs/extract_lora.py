@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extract: the least adapter that makes of a base what a full fine-tune made of it, with an account of every tensor.
+"""Extract the smallest adapter that turns a base model into its fine-tune, with an account of every tensor.
 
-Both checkpoints are streamed once. Every difference is factorised optimally while it is there, and what is left of it beside the factors
-as they will be written is measured. What is no matrix is stored as the fine-tune has it. The written folder is read back and must hold
-what was measured, where it was measured, before it gets its name.
+Both checkpoints are streamed once. Each difference is factorised optimally while it is in memory, and what the factors leave of it, as they
+will be stored, is measured. What is not a matrix is stored as the fine-tune has it. The written adapter is read back before it appears and
+must hold what was measured, where it was measured.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from surgery.extraction.findings import KINDS, Kind
 from surgery.extraction.output import write_extraction
 from surgery.extraction.ranks import rank_goal
 from surgery.extraction.result import ExtractResult
+from surgery.extraction.rows import predicted_result
 from surgery.extraction.storage_plan import StorageOptions
 from surgery.extraction.stream.lanes import Lanes, default_lanes
 from surgery.extraction.stream.scan import layout_of, scan, warm
-from surgery.extraction.stream.scratch import ScratchFile
+from surgery.extraction.stream.scratch import ScratchFile, Workspace
 from surgery.extraction.targets import tree_name
 from surgery.progress import Callback
 from surgery.rank import Rank
@@ -125,9 +126,8 @@ def extract_lora(
     try:
         threads = workers or default_lanes(devices)
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
-        request = ExtractionRequest(
-            goal, options, scaling, stored, coding, chosen, inputs, scratch, devices[0], threads
-        )
+        workspace = Workspace(scratch, devices[0], threads)
+        request = ExtractionRequest(goal, options, scaling, stored, coding, table, chosen, inputs, workspace)
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
         goal.check_patterns(layout.targets)
         if inputs is not None:
@@ -140,9 +140,8 @@ def extract_lora(
         stopwatch.lap("starting", scanned.began)
         stopwatch.lap("reading")
         plan = plan_extraction(pair, layout, scanned, request, stopwatch, allow_loss=allow_loss)
-        plan = replace(plan, table=plan.rank_table() if table else ())
         if folder is None:
-            return replace(plan.result(), format=adapter_format.name, timings=stopwatch.parts)
+            return replace(predicted_result(plan), format=adapter_format.name, timings=stopwatch.parts)
         result = write_extraction(
             plan,
             adapter_format,

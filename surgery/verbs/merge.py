@@ -6,19 +6,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from surgery.engine.checks import float_type
-from surgery.engine.execute import Run, execute
-from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_weighted, output_path
+from surgery.engine.devices import device_of
+from surgery.engine.execute import Engine, Run, execute
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, output_path
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge_result import MergeResult
 from surgery.engine.model_card import merge_card
-from surgery.engine.model_output import judge, plan_merge
+from surgery.engine.model_output import judge
 from surgery.engine.preview import obstacles, preview
+from surgery.engine.shares import planned_merge
 from surgery.progress import Callback
 from surgery.reports.result import timed
-from surgery_formats.binding.bind import bind
 from surgery_formats.errors import FitError
-from surgery_formats.text import show
 
 __all__ = ["MergeResult", "merge"]
 
@@ -38,6 +37,7 @@ def merge(
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    engine: Engine | None = None,
     progress: Callback | None = None,
 ) -> MergeResult:
     """Merge adapters into a base and write the result as a folder of its own.
@@ -48,7 +48,7 @@ def merge(
             ``{path: 0.7}``.
         output: Folder to make. Its parent must exist.
         dtype: ``keep`` (each tensor its own), or a type for every floating-point tensor (``bf16``, ``fp16``, ``fp32``).
-        device: Where arithmetic runs (``cpu``, ``cuda``, ``cuda:1``).
+        device: Where arithmetic runs (``cpu``, ``cuda``, ``cuda:1``, ``auto``).
         workers: Computing threads; None is one per core, at most eight. Never changes the result.
         memory_limit: Bytes the computed tensors may take together.
         shard_size: Most bytes per weight file; None keeps the base's shards.
@@ -56,6 +56,7 @@ def merge(
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
+        engine: Where weights are computed: None is this process; `surgery.engine.shares.Shares` takes what workers have computed.
         progress: Called with every step.
 
     Returns:
@@ -72,14 +73,9 @@ def merge(
         value is not None and (not isinstance(value, int) or value < 1) for value in (workers, shard_size, memory_limit)
     ):
         raise FitError("workers, shard_size and memory_limit are whole numbers of at least 1")
-    if layout not in ("keep", "packed"):
-        raise FitError(f"layout is 'keep' or 'packed', not '{show(layout)}'")
+    device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
-    weighted = as_weighted(adapters)
-    if not weighted:
-        raise FitError("no adapter was named")
-    found = bind([(one.adapter, one.weight) for one in weighted], as_checkpoint(base))
-    plan = plan_merge(found, dtype=float_type(dtype, "weights"), shard_size=shard_size, packed=layout == "packed")
+    found, plan = planned_merge(base, adapters, dtype, shard_size, layout)
     if folder is None:
         ahead = preview(plan, None if output is None else Path(output), workers)
         return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
@@ -90,5 +86,5 @@ def merge(
         warnings.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
         return {"README.md": merge_card(found, ledger)}
 
-    ledger = execute(plan, folder, run, finish)
+    ledger = execute(plan, folder, run, finish, engine)
     return MergeResult(folder, ledger, tuple(warnings))

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.engine.inputs import StrPath, as_list
+from surgery.engine.inputs import StrPath, as_list, local_path
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
-from surgery.onnx.run.encoder import Encoded, encode, labels
+from surgery.onnx.run.encoder import EncoderOutput, encode, labels
 from surgery.onnx.run.generate import generate
-from surgery.onnx.run.opening import Opened, open_graph
+from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.tokenizer import TextStream, Tokenizer, open_tokenizer, stop_tokens
 from surgery.reports.result import summarised
@@ -132,7 +132,7 @@ class RunResult:
 
 
 def prepare_decoder(
-    opened: Opened,
+    opened: GraphSession,
     *,
     batch: int,
     max_length: int,
@@ -202,6 +202,7 @@ def run(
         ProofError: the weights are not those the graph was made for.
     """
     batch = _inputs(inputs)
+    model = local_path(model, "model")
     began = time.perf_counter()
     opened = open_graph(model, device=device, weights=weights, threads=threads)
     load = time.perf_counter() - began
@@ -256,7 +257,7 @@ def _is_row(item: Any) -> bool:
 
 
 def _generated(
-    opened: Opened,
+    opened: GraphSession,
     rows: list[list[int]],
     tokenizer: Tokenizer | None,
     load: float,
@@ -314,7 +315,9 @@ def _generated(
     )
 
 
-def _encoder_result(opened: Opened, rows: list[list[int]], encoded: Encoded, load: float, seconds: float) -> RunResult:
+def _encoder_result(
+    opened: GraphSession, rows: list[list[int]], encoded: EncoderOutput, load: float, seconds: float
+) -> RunResult:
     names = labels(opened)
     texts = tuple(RunText(tuple(row), scores=encoded.scores(number, names)) for number, row in enumerate(rows))
     return RunResult(
@@ -329,7 +332,7 @@ def _can() -> bool:
     return importlib.util.find_spec("tokenizers") is not None
 
 
-def _check(rows: list[list[int]], opened: Opened) -> None:
+def _check(rows: list[list[int]], opened: GraphSession) -> None:
     """Ids beyond the table read memory that is not the table's, or fail without saying which; negative ones count from its end."""
     contract = opened.contract
     first, virtual = contract.vocabulary_rows or (contract.vocabulary, 0)

@@ -265,12 +265,12 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
     from surgery.verification.onnx import compare_decoder, compare_encoder, compare_slots
     from surgery.verification.prompts import compare_prompt
     from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
-    from surgery.verification.slots import filled
+    from surgery.verification.slots import random_slots
 
     if graph.contract.kind != reference.model.kind:
         raise ProofError(f"the graph is a {graph.contract.kind}, the model a {reference.model.kind}", file=graph.path)
     check_sizes(graph, reference.model)
-    slots = filled(graph, reference)
+    slots = random_slots(graph, reference)
     session, past, front = Session(graph), None, None
     if graph.contract.kind == "encoder":
         front = prompt_in_front(graph)
@@ -281,7 +281,7 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
     if prompt is not None:
         found.append(compare_prompt(graph.path, prompt, reference, past, front))
     if slots is not None:
-        session.given, changed = slots
+        session.slot_arrays, changed = slots
         found.append(compare_slots(session, changed, past, front))
     return found
 

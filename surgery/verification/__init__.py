@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `surgery.verify` is made of: bytes by the manifest, graphs by the reference."""
+"""The checks of `surgery.verify`: bytes against the manifest, graphs against the reference."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the bytes of a folder those that were written, and those of the base where they should be?"""
+"""Check that the bytes of a folder are those that were written, and those of the base where they were copied."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def _digest(tensor: StoredTensor) -> str:
 
 
 def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
-    """Compare every computed tensor with the hash that was taken when it was written.
+    """Compare every computed tensor with the hash taken when it was written.
 
     Args:
-        folder: Of the manifest.
-        manifest: Its contents, its files already checked.
+        folder: Folder of the manifest.
+        manifest: The manifest; its files have been checked already.
 
     Returns:
-        How many there were.
+        Number of tensors compared.
 
     Raises:
-        ProofError: a tensor's bytes changed, or it is gone.
+        ProofError: a tensor has changed or is missing.
     """
     checked = 0
     for name, entry in sorted(manifest["files"].items()):
@@ -56,22 +56,22 @@ def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
             continue
         stored = {tensor.name: tensor for tensor in open_shard(folder / name).tensors}
         for key, facts in sorted(tensors.items()):
-            wanted = facts.get("xxh3") if isinstance(facts, Mapping) else None
-            if wanted is None:
+            expected = facts.get("xxh3") if isinstance(facts, Mapping) else None
+            if expected is None:
                 continue
             if key not in stored:
-                raise ProofError("was written and is gone", file=folder / name, tensor=key)
-            if _digest(stored[key]) != wanted:
-                raise ProofError("its bytes changed since it was written", file=folder / name, tensor=key)
+                raise ProofError("was written but is missing", file=folder / name, tensor=key)
+            if _digest(stored[key]) != expected:
+                raise ProofError("its bytes have changed since it was written", file=folder / name, tensor=key)
             checked += 1
     return checked
 
 
 def compare_copied(folder: Checkpoint, base: Checkpoint, manifest: Mapping[str, Any]) -> int:
-    """Compare every tensor that the ledger calls copied with the base's.
+    """Compare every tensor that the ledger lists as copied with the base's.
 
     Returns:
-        How many there were.
+        Number of tensors compared.
 
     Raises:
         MalformedError: the manifest has no ledger.
@@ -81,7 +81,7 @@ def compare_copied(folder: Checkpoint, base: Checkpoint, manifest: Mapping[str, 
     tensors = ledger.get("tensors") if isinstance(ledger, Mapping) else None
     if not isinstance(tensors, Mapping):
         raise MalformedError("the manifest has no ledger of tensors", file=folder.path)
-    ours, theirs = _labelled(folder), _labelled(base)
+    written, originals = _labelled(folder), _labelled(base)
     checked = 0
     for label, entry in sorted(tensors.items()):
         if not isinstance(entry, Mapping) or entry.get("class") != "copied":
@@ -89,11 +89,11 @@ def compare_copied(folder: Checkpoint, base: Checkpoint, manifest: Mapping[str, 
         source = entry.get("source")
         origin = source.get("tensor", label) if isinstance(source, Mapping) else label
         prefix = label.rpartition(":")[0]
-        there = theirs.get(label) or theirs.get(f"{prefix}:{origin}" if prefix else str(origin))
-        if label not in ours or there is None:
+        original = originals.get(label) or originals.get(f"{prefix}:{origin}" if prefix else str(origin))
+        if label not in written or original is None:
             raise ProofError("is not in both", file=folder.path, tensor=label)
-        if ours[label].nbytes != there.nbytes or _digest(ours[label]) != _digest(there):
-            raise ProofError("was copied, and is not the base's", file=folder.path, tensor=label)
+        if written[label].nbytes != original.nbytes or _digest(written[label]) != _digest(original):
+            raise ProofError("was copied, but differs from the base's", file=folder.path, tensor=label)
         checked += 1
     return checked
 
@@ -107,36 +107,36 @@ def _labelled(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 
 
 def compare_files(folder: Path, names: list[str], base: Checkpoint) -> list[str]:
-    """Compare weight files with the base's of the same name, byte by byte; one that is the base's own needs no comparison.
+    """Compare weight files with the base's files of the same name, byte by byte; the base's own files are skipped.
 
     Returns:
-        Names of those that the base has too.
+        Names of the files that the base has too.
 
     Raises:
         ProofError: a file differs.
     """
-    theirs = {shard.path.name: shard.file for component in base.components.values() for shard in component.shards}
-    found = []
+    originals = {shard.path.name: shard.file for component in base.components.values() for shard in component.shards}
+    shared = []
     for name in names:
-        if name not in theirs:
+        if name not in originals:
             continue
         try:
-            ours = open_file(folder / name)
+            written = open_file(folder / name)
         except NotFoundError as error:
             raise ProofError("the weight file is missing", file=folder / name) from error
-        found.append(name)
-        if ours.identity == theirs[name].identity:
+        shared.append(name)
+        if written.identity == originals[name].identity:
             continue
-        if ours.size != theirs[name].size:
-            raise ProofError(f"{ours.size} bytes, the base's has {theirs[name].size}", file=folder / name)
-        place = 0
-        both = zip(_blocks(ours, 0, ours.size), _blocks(theirs[name], 0, ours.size), strict=True)
-        for one, other in both:
-            if one != other:
+        if written.size != originals[name].size:
+            raise ProofError(f"has {written.size} bytes, but the base's has {originals[name].size}", file=folder / name)
+        position = 0
+        blocks = zip(_blocks(written, 0, written.size), _blocks(originals[name], 0, written.size), strict=True)
+        for block, original_block in blocks:
+            if block != original_block:
                 raise ProofError(
-                    f"differs from the base's between bytes {place} and {place + len(one)}",
+                    f"differs from the base's between bytes {position} and {position + len(block)}",
                     file=folder / name,
                     hint=f"the base is {show(base.path, 200)}",
                 )
-            place += len(one)
-    return found
+            position += len(block)
+    return shared

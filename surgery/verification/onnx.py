@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a graph compute what its model is? Every logit of a prefill, of decode steps and of a padded batch against the reference."""
+"""Compare every logit of a graph with the reference: prefill, decode steps, and a padded batch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class LogitDifference:
     """One comparison.
 
     Attributes:
-        name: What was run.
+        name: Description of the run.
         difference: Greatest absolute difference of a logit.
         size: Greatest absolute logit of the reference.
-        wrong_tokens: Greedy tokens that differ although the reference was not undecided between them.
+        wrong_tokens: Differing greedy tokens, except near ties of the reference.
     """
 
     name: str
@@ -40,7 +40,7 @@ class LogitDifference:
     wrong_tokens: int = 0
 
     def within(self, tolerance: float) -> bool:
-        """Whether the difference is at most `tolerance` of the larger of 1 and `size`; NaN is not."""
+        """Whether the difference is at most `tolerance` times the larger of 1 and `size`; NaN never is."""
         return self.difference <= tolerance * max(1.0, self.size) and not self.wrong_tokens
 
 
@@ -55,9 +55,9 @@ def _prompts(reference: Reference, contract: Contract, rows: int, steps: int) ->
 
 
 def _real(lengths: list[int], width: int, side: str) -> Ids:
-    places = np.arange(width)[None]
+    indices = np.arange(width)[None]
     counts = np.array(lengths)[:, None]
-    return (places < counts) if side == "right" else (places >= width - counts)
+    return (indices < counts) if side == "right" else (indices >= width - counts)
 
 
 def _sides(contract: Contract) -> tuple[str, ...]:
@@ -65,23 +65,23 @@ def _sides(contract: Contract) -> tuple[str, ...]:
 
 
 def compare_decoder(session: Session, reference: Reference, default: Cache | None = None) -> Iterator[LogitDifference]:
-    """Prefill and decode steps with greedy tokens, of one row; a batch padded on every side that the contract allows.
+    """Compare prefill and decode steps with greedy tokens, of one row, and of batches padded on every permitted side.
 
     Args:
         session: The graph.
         reference: The model.
-        default: Past that the graph brings along (a soft prompt), for one row.
+        default: The graph's own past (a soft prompt), for one row.
     """
     contract = session.contract
     steps = _steps(contract)
     ids, lengths = _prompts(reference, contract, 3, steps)
     yield from _generated(session, reference, ids[:1], np.ones((1, ids.shape[1]), bool), steps, default, "")
-    if default is not None:  # several rows on top of a past are the runner's affair
+    if default is not None:  # several rows on top of a past are tested by the runner
         return
     for side in _sides(contract):
         real = _real(lengths, ids.shape[1], side)
         yield from _generated(session, reference, ids, real, steps, None, side)
-    crosses = ids.shape[1] // 2 <= contract.rope_switch < ids.shape[1]  # keys of the first part would keep other angles
+    crosses = ids.shape[1] // 2 <= contract.rope_switch < ids.shape[1]  # keys of the first part would have other angles
     if contract.prefill_batch and ids.shape[1] > 1 and not crosses:
         yield _in_two_parts(session, reference, ids)
 
@@ -89,7 +89,7 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
 def compare_slots(
     session: Session, reference: Reference, default: Cache | None = None, front: torch.Tensor | None = None
 ) -> LogitDifference:
-    """A row through a session whose slots are filled against the reference with the same added; see the others."""
+    """Compare a row through a session with filled slots with the reference plus the same factors."""
     ids, _ = _prompts(reference, session.contract, 1, 0)
     if session.contract.kind == "encoder":
         name, measure = "encoder", next(compare_encoder(session, reference, front))
@@ -100,7 +100,7 @@ def compare_slots(
 
 
 def _steps(contract: Contract) -> int:
-    """Decode steps, not across the length where LongRoPE changes its angles: a runner prefills anew there."""
+    """Number of decode steps, ending before LongRoPE changes its angles: there a runner prefills again."""
     switch = contract.rope_switch
     length = min(_PROMPT, contract.max_length - contract.virtual_tokens)
     steps = min(_STEPS, max(0, contract.max_length - contract.virtual_tokens - length))
@@ -115,55 +115,56 @@ def _generated(
     ids = np.where(real, ids, 0)
     front = 0 if default is None else default.real.shape[1]
     mask = np.concatenate([np.ones((batch, front), np.int64), real.astype(np.int64)], 1)
-    found = _step(session, ids, mask, session.past(batch) if default is None else {})
+    outputs = _step(session, ids, mask, session.past(batch) if default is None else {})
     last = real.shape[1] - 1 - real[:, ::-1].argmax(1)
-    chosen = [found["logits"][np.arange(batch), last].argmax(-1)]
-    given = [found["logits"]]
+    chosen = [outputs["logits"][np.arange(batch), last].argmax(-1)]
+    logits = [outputs["logits"]]
     for _ in range(steps):
         mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], 1)
         counted = (np.arange(mask.shape[1])[None] < mask.sum(1, keepdims=True)).astype(np.int64)
-        seen = counted if session.contract.padding == "right" else mask  # GroupQueryAttention counts, it does not look
-        found = _step(session, chosen[-1][:, None], seen, _present(found))
-        given.append(found["logits"][:, -1:])
-        chosen.append(given[-1][:, -1].argmax(-1))
-    whole = np.concatenate([ids, np.stack(chosen, 1)[:, :steps]], 1)
-    told = np.concatenate([real, np.ones((batch, steps), bool)], 1)
+        # GroupQueryAttention uses only the number of ones
+        fed_mask = counted if session.contract.padding == "right" else mask
+        outputs = _step(session, chosen[-1][:, None], fed_mask, _present(outputs))
+        logits.append(outputs["logits"][:, -1:])
+        chosen.append(logits[-1][:, -1].argmax(-1))
+    all_ids = np.concatenate([ids, np.stack(chosen, 1)[:, :steps]], 1)
+    real_all = np.concatenate([real, np.ones((batch, steps), bool)], 1)
     past = default
-    wanted = forward(reference, torch.from_numpy(whole), real=torch.from_numpy(told), past=past).logits.numpy()
-    where = f", padded on the {side}" if side else ""
+    expected = forward(reference, torch.from_numpy(all_ids), real=torch.from_numpy(real_all), past=past).logits.numpy()
+    padded = f", padded on the {side}" if side else ""
     rows = "one row" if batch == 1 else f"{batch} rows"
-    yield _measured(f"prefill of {rows}{where}", given[0][real], wanted[:, :width][real])
+    yield _measured(f"prefill of {rows}{padded}", logits[0][real], expected[:, :width][real])
     if steps:
-        ours, theirs = np.concatenate(given[1:], 1), wanted[:, width:]
-        undecided = 2 * float(np.abs(ours - theirs).max(initial=0))
-        before = np.concatenate([wanted[np.arange(batch), last][:, None], theirs], 1)
+        computed, reference_logits = np.concatenate(logits[1:], 1), expected[:, width:]
+        undecided = 2 * float(np.abs(computed - reference_logits).max(initial=0))
+        before = np.concatenate([expected[np.arange(batch), last][:, None], reference_logits], 1)
         wrong = _wrong_tokens(np.stack(chosen, 1), before, undecided)
-        yield _measured(f"{steps} decode steps of {rows}{where}", ours, theirs, wrong)
+        yield _measured(f"{steps} decode steps of {rows}{padded}", computed, reference_logits, wrong)
 
 
-def _wrong_tokens(chosen: Ids, wanted: Ids, undecided: float) -> int:
-    """Tokens that the reference does not choose, near ties aside."""
-    picked = np.take_along_axis(wanted, chosen[..., None], -1)[..., 0]
-    return int((wanted.max(-1) - picked > undecided).sum())
+def _wrong_tokens(chosen: Ids, expected: Ids, undecided: float) -> int:
+    """Count tokens that the reference does not choose, except near ties."""
+    picked = np.take_along_axis(expected, chosen[..., None], -1)[..., 0]
+    return int((expected.max(-1) - picked > undecided).sum())
 
 
 def _in_two_parts(session: Session, reference: Reference, ids: Ids) -> LogitDifference:
-    """A prefill of several rows on top of a past."""
+    """Compare a prefill of several rows on top of a past."""
     half = ids.shape[1] // 2
-    found = _step(session, ids[:, :half], np.ones((len(ids), half), np.int64), session.past(len(ids)))
-    found = _step(session, ids[:, half:], np.ones(ids.shape, np.int64), _present(found))
-    wanted = forward(reference, torch.from_numpy(ids)).logits.numpy()[:, half:]
-    return _measured(f"prefill of {len(ids)} rows on top of a past", found["logits"], wanted)
+    outputs = _step(session, ids[:, :half], np.ones((len(ids), half), np.int64), session.past(len(ids)))
+    outputs = _step(session, ids[:, half:], np.ones(ids.shape, np.int64), _present(outputs))
+    expected = forward(reference, torch.from_numpy(ids)).logits.numpy()[:, half:]
+    return _measured(f"prefill of {len(ids)} rows on top of a past", outputs["logits"], expected)
 
 
 def _step(session: Session, ids: Ids, mask: Ids, past: Arrays) -> Arrays:
     return session.run({"input_ids": ids, "attention_mask": mask, **past})
 
 
-def _present(found: Arrays) -> Arrays:
+def _present(outputs: Arrays) -> Arrays:
     return {
         f"past_key_values.{name.removeprefix('present.')}": value
-        for name, value in found.items()
+        for name, value in outputs.items()
         if name.startswith("present.")
     }
 
@@ -171,12 +172,12 @@ def _present(found: Arrays) -> Arrays:
 def compare_encoder(
     session: Session, reference: Reference, front: torch.Tensor | None = None
 ) -> Iterator[LogitDifference]:
-    """A batch without padding, and one padded on every side that the contract allows; token types where the model has them.
+    """Compare a batch without padding and batches padded on every permitted side, with token types if supported.
 
     Args:
         session: The graph.
         reference: The model.
-        front: Embeddings ``(n, D)`` of a soft prompt, which the graph puts before every row and leaves out of what it gives.
+        front: Embeddings ``(n, D)`` of a soft prompt, which the graph puts before every row and omits from its output.
     """
     ids, lengths = _prompts(reference, session.contract, 3, 0)
     embedding = reference.model.embedding
@@ -189,27 +190,27 @@ def compare_encoder(
         if "token_type_ids" in session.inputs:
             types = (np.arange(ids.shape[1])[None] >= ids.shape[1] // 2).astype(np.int64).repeat(len(ids), 0)
             feed["token_type_ids"] = types
-        found = session.run(feed)
-        wanted = forward(
+        outputs = session.run(feed)
+        expected = forward(
             reference,
             torch.from_numpy(fed),
             real=torch.from_numpy(real),
             types=None if types is None else torch.from_numpy(types),
             virtual=front,
         )
-        where = f", padded on the {side}" if side else ""
-        logits = found["logits"] if "logits" in found else found["last_hidden_state"]
-        theirs = wanted.logits.numpy()
+        padded = f", padded on the {side}" if side else ""
+        logits = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+        expected_logits = expected.logits.numpy()
         if logits.ndim == 3:
-            theirs = theirs if front is None else theirs[:, len(front) :]
-            logits, theirs = logits[real], theirs[real]
-        yield _measured(f"{len(ids)} rows{where}", logits, theirs)
-        if wanted.pooled is not None and "pooler_output" in found:
-            yield _measured(f"pooled output{where}", found["pooler_output"], wanted.pooled.numpy())
+            expected_logits = expected_logits if front is None else expected_logits[:, len(front) :]
+            logits, expected_logits = logits[real], expected_logits[real]
+        yield _measured(f"{len(ids)} rows{padded}", logits, expected_logits)
+        if expected.pooled is not None and "pooler_output" in outputs:
+            yield _measured(f"pooled output{padded}", outputs["pooler_output"], expected.pooled.numpy())
 
 
-def _measured(name: str, ours: Ids, theirs: Ids, wrong: int = 0) -> LogitDifference:
-    if ours.shape != theirs.shape:
-        return LogitDifference(f"{name}: shape {ours.shape} instead of {theirs.shape}", float("inf"), 0.0, wrong)
-    difference = np.abs(ours.astype(np.float64) - theirs)
-    return LogitDifference(name, float(difference.max(initial=0)), float(np.abs(theirs).max(initial=0)), wrong)
+def _measured(name: str, computed: Ids, expected: Ids, wrong: int = 0) -> LogitDifference:
+    if computed.shape != expected.shape:
+        return LogitDifference(f"{name}: shape {computed.shape} instead of {expected.shape}", float("inf"), 0.0, wrong)
+    difference = np.abs(computed.astype(np.float64) - expected)
+    return LogitDifference(name, float(difference.max(initial=0)), float(np.abs(expected).max(initial=0)), wrong)

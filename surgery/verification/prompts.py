@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is the soft prompt that a graph brings along what its adapter makes of the model?"""
+"""Compare a graph's own soft prompt with that of its adapter."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ __all__ = ["compare_prompt"]
 def compare_prompt(
     graph: Path, adapter: Adapter, reference: Reference, past: Cache | None, front: torch.Tensor | None
 ) -> LogitDifference:
-    """The graph's default past, or its embeddings in front of an encoder, against those of `adapter`.
+    """Compare the graph's default past, or its embeddings in front of an encoder, with those of `adapter`.
 
     Args:
-        graph: Its file, for messages.
-        adapter: With a soft prompt.
-        reference: What the prompt was run through.
-        past: Of the graph; None where it has none.
-        front: Of the graph; None where it has none.
+        graph: The graph's file, for messages.
+        adapter: An adapter with a soft prompt.
+        reference: The model that the prompt was computed with.
+        past: The graph's default past, or None.
+        front: The graph's embeddings in front, or None.
 
     Raises:
-        FitError: the graph has no soft prompt of its own.
-        ProofError: it has another number of virtual tokens.
+        FitError: the graph has no soft prompt.
+        ProofError: the number of virtual tokens differs.
     """
     prompt = adapter.prompt
     assert prompt is not None
     if past is None and front is None:
-        raise FitError("the graph has no soft prompt of its own to compare with", file=graph)
+        raise FitError("the graph has no soft prompt to compare with", file=graph)
     if past is not None:
-        ours = [part for layer in past.layers for part in layer]
+        computed = [part for layer in past.layers for part in layer]
         if prompt.prefix is None:
-            theirs = [part for layer in prompt_cache(reference, prompt.embeddings().float()).layers for part in layer]
+            expected = [part for layer in prompt_cache(reference, prompt.embeddings().float()).layers for part in layer]
         else:
             pairs = [prompt.key_values(layer) for layer in range(prompt.prefix.layers)]
-            theirs = [part.float()[None] for pair in pairs for part in pair]
+            expected = [part.float()[None] for pair in pairs for part in pair]
     else:
         assert front is not None
-        ours, theirs = [front], [prompt.embeddings().float()]
-    if [part.shape for part in ours] != [part.shape for part in theirs]:
-        raise ProofError(f"the graph's soft prompt is of another size than that of {adapter.path.name}", file=graph)
-    pairs_of = list(zip(ours, theirs, strict=True))
-    difference = max(float((one.double() - other.double()).abs().max()) for one, other in pairs_of)
-    return LogitDifference("soft prompt", difference, max(float(other.abs().max()) for _, other in pairs_of))
+        computed, expected = [front], [prompt.embeddings().float()]
+    if [part.shape for part in computed] != [part.shape for part in expected]:
+        raise ProofError(f"the graph's soft prompt and that of {adapter.path.name} differ in size", file=graph)
+    pairs_of_parts = list(zip(computed, expected, strict=True))
+    difference = max(float((a.double() - b.double()).abs().max()) for a, b in pairs_of_parts)
+    return LogitDifference("soft prompt", difference, max(float(b.abs().max()) for _, b in pairs_of_parts))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GraphFile", "Session", "check_sizes", "check_weights", "default_past", "prompt_in_front", "read_graph"]
 
-_LIMIT = (1 << 31) - 1  # of a protocol buffer
+_LIMIT = (1 << 31) - 1  # bytes of a protocol buffer
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
@@ -37,9 +37,9 @@ class GraphFile:
     """A graph and its contract.
 
     Attributes:
-        path: Of the file.
-        model: Its contents, weights not read.
-        contract: What it asks of whoever runs it.
+        path: Path of the file.
+        model: The graph, without reading its weights.
+        contract: Its contract.
     """
 
     path: Path
@@ -48,18 +48,21 @@ class GraphFile:
 
     @property
     def weight_files(self) -> tuple[WeightFile, ...]:
-        """Files of the contract that the graph reads; none where the weights are inside."""
+        """Files of the contract that the graph reads; none if the weights are inside."""
         read = {
-            part.value for one in self.model.graph.initializer for part in one.external_data if part.key == "location"
+            field.value
+            for tensor in self.model.graph.initializer
+            for field in tensor.external_data
+            if field.key == "location"
         }
-        return tuple(one for one in self.contract.weights if one.name in read)
+        return tuple(weight_file for weight_file in self.contract.weights if weight_file.name in read)
 
     @property
     def rounded(self) -> bool:
-        """Whether it holds scalars of 16 bits, which no twin makes exact again."""
+        """Whether it holds 16-bit scalars, whose rounding no float32 twin can undo."""
         return any(
-            one.data_type in SHORT_TYPES and not one.external_data and math.prod(one.dims) == 1
-            for one in self.model.graph.initializer
+            tensor.data_type in SHORT_TYPES and not tensor.external_data and math.prod(tensor.dims) == 1
+            for tensor in self.model.graph.initializer
         )
 
 
@@ -67,33 +70,33 @@ def read_graph(path: Path) -> GraphFile:
     """Read a graph that this toolkit exported.
 
     Raises:
-        InputError: no such file, or no graph.
-        FitError: a graph without a contract, or with operators of others.
+        InputError: no such file, or not a graph.
+        FitError: a graph without a contract, or with operators of other domains.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
-    opened = open_file(path)
-    if opened.size > _LIMIT:
-        raise MalformedError(f"{opened.size} bytes are no graph", file=path)
+    source = open_file(path)
+    if source.size > _LIMIT:
+        raise MalformedError(f"has {source.size} bytes, more than a graph can have", file=path)
     try:
-        model = onnx.ModelProto.FromString(bytes(opened.read(0, opened.size)))
+        model = onnx.ModelProto.FromString(bytes(source.read(0, source.size)))
     except DecodeError as error:
         raise MalformedError("not an ONNX graph", file=path) from error
-    contract = from_metadata({one.key: one.value for one in model.metadata_props}, path)
+    contract = from_metadata({prop.key: prop.value for prop in model.metadata_props}, path)
     if contract is None:
-        raise FitError("the graph has no contract: it is not of `surgery export-onnx`", file=path)
+        raise FitError("the graph has no contract: it was not written by surgery export-onnx", file=path)
     foreign = sorted({node.domain for node in model.graph.node} - set(_DOMAINS))
     if foreign or model.functions:
-        raise FitError(f"operators of '{show(foreign[0] if foreign else 'local functions')}'", file=path)
+        raise FitError(f"has operators of '{show(foreign[0] if foreign else 'local functions')}'", file=path)
     return GraphFile(path, model, contract)
 
 
 def default_past(graph: GraphFile) -> Cache | None:
-    """Keys and values that the graph takes where it is given none: those of a soft prompt.
+    """The graph's default keys and values, those of a soft prompt.
 
     Raises:
-        ProofError: the contract promises virtual tokens, and the graph does not have them.
+        ProofError: the contract promises virtual tokens that the graph lacks.
     """
     import onnx
     import torch
@@ -103,84 +106,80 @@ def default_past(graph: GraphFile) -> Cache | None:
     contract = graph.contract
     if not contract.virtual_tokens:
         return None
-    given = {tensor.name: tensor for tensor in graph.model.graph.initializer if not tensor.external_data}
+    defaults = {tensor.name: tensor for tensor in graph.model.graph.initializer if not tensor.external_data}
     shape = (1, contract.kv_heads, contract.virtual_tokens, contract.head_dim)
-    found = []
+    layers = []
     for layer in range(contract.layers):
         pair = []
         for part in ("key", "value"):
-            tensor = given.get(f"past_key_values.{layer}.{part}")
+            tensor = defaults.get(f"past_key_values.{layer}.{part}")
             if tensor is None or tuple(tensor.dims) != shape:
                 raise ProofError(
-                    f"the contract promises {contract.virtual_tokens} virtual tokens, and the graph lacks their past",
+                    f"the contract promises {contract.virtual_tokens} virtual tokens, but the graph lacks their past",
                     file=graph.path,
                     tensor=f"past_key_values.{layer}.{part}",
                 )
             pair.append(torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32")))
-        found.append((pair[0], pair[1]))
-    return Cache(tuple(found), torch.ones(1, contract.virtual_tokens, dtype=torch.bool))
+        layers.append((pair[0], pair[1]))
+    return Cache(tuple(layers), torch.ones(1, contract.virtual_tokens, dtype=torch.bool))
 
 
 def prompt_in_front(graph: GraphFile) -> torch.Tensor | None:
-    """Embeddings ``(n, D)`` that an encoder's graph puts before every row; None where it puts none.
+    """The embeddings ``(n, D)`` that an encoder's graph puts before every row, or None.
 
     Raises:
-        ProofError: the contract promises virtual tokens, and the graph does not have them.
+        ProofError: the contract promises virtual tokens that the graph lacks.
     """
     import onnx
     import torch
 
     if not graph.contract.virtual_tokens:
         return None
-    held = next((one for one in graph.model.graph.initializer if one.name == "soft_prompt"), None)
-    if held is None or held.external_data or list(held.dims[:1]) != [graph.contract.virtual_tokens]:
+    prompt = next((tensor for tensor in graph.model.graph.initializer if tensor.name == "soft_prompt"), None)
+    if prompt is None or prompt.external_data or list(prompt.dims[:1]) != [graph.contract.virtual_tokens]:
         raise ProofError(
-            f"the contract promises {graph.contract.virtual_tokens} virtual tokens, and the graph lacks them",
+            f"the contract promises {graph.contract.virtual_tokens} virtual tokens, but the graph lacks them",
             file=graph.path,
         )
-    return torch.from_numpy(onnx.numpy_helper.to_array(held).astype("float32"))
+    return torch.from_numpy(onnx.numpy_helper.to_array(prompt).astype("float32"))
 
 
 def check_sizes(graph: GraphFile, model: Model) -> None:
-    """Compare the numbers of a contract with the model's: a runner makes its buffers by them.
+    """Compare the numbers of a contract with the model's: a runner allocates its buffers by them.
 
     Raises:
-        ProofError: one differs.
+        ProofError: a number differs.
     """
     contract = graph.contract
-    wanted: dict[str, Any] = {"vocabulary": model.vocabulary}
+    expected: dict[str, Any] = {"vocabulary": model.vocabulary}
     if model.kind == "decoder":
         attention = [layer.attention for layer in model.layers]
-        ropes = [one.rope.parameters for one in attention if one.rope is not None]
-        switches = [int(one["original_max_position_embeddings"]) for one in ropes if one["rope_type"] == "longrope"]
-        wanted |= {
+        ropes = [layer.rope.parameters for layer in attention if layer.rope is not None]
+        switches = [int(rope["original_max_position_embeddings"]) for rope in ropes if rope["rope_type"] == "longrope"]
+        expected |= {
             "layers": len(attention),
             "rope_switch": max((n for n in switches if n < contract.max_length), default=0),
         }
-        wanted |= {"kv_heads": attention[0].kv_heads, "head_dim": attention[0].head_dim} if attention else {}
+        expected |= {"kv_heads": attention[0].kv_heads, "head_dim": attention[0].head_dim} if attention else {}
     types = {"fp32": 1, "fp16": 10, "bf16": 16}
-    outputs = {one.name: one.type.tensor_type.elem_type for one in graph.model.graph.output}
+    outputs = {port.name: port.type.tensor_type.elem_type for port in graph.model.graph.output}
     if any(kind != types[contract.dtype] for kind in outputs.values()):
-        raise ProofError(
-            f"the contract says {contract.dtype}, the graph's outputs are of another type", file=graph.path
-        )
-    for name, size in wanted.items():
+        raise ProofError(f"the contract has {contract.dtype}, but the graph's outputs differ", file=graph.path)
+    for name, size in expected.items():
         if getattr(contract, name) != size:
-            raise ProofError(
-                f"the contract says {name} {getattr(contract, name)}, the model has {size}", file=graph.path
-            )
+            text = f"the contract has {name} {getattr(contract, name)}, but the model has {size}"
+            raise ProofError(text, file=graph.path)
     if model.embedding.positions and contract.max_length > model.max_positions:
-        raise ProofError(
-            f"the contract says {contract.max_length} tokens, the model has {model.max_positions}", file=graph.path
-        )
+        text = f"the contract has {contract.max_length} tokens, but the model has {model.max_positions}"
+        raise ProofError(text, file=graph.path)
 
 
 def check_weights(graph: GraphFile) -> None:
-    """Compare the weight files with what the contract says of them, and every byte range of the graph with their sizes.
+    """Compare the weight files with the contract, and all byte ranges of the graph with their sizes.
 
     Raises:
-        ProofError: a file is missing, has another size or another header, or the graph reads beyond it.
-        MalformedError: a range that is none.
+        ProofError: a file is missing, has another size or header, or the graph reads beyond it.
+        MalformedError: an invalid byte range.
     """
     try:
         sizes = check_weight_files(graph.weight_files, graph.path.parent)
@@ -193,10 +192,10 @@ def check_weights(graph: GraphFile) -> None:
         try:
             name, start, length = entry["location"], int(entry["offset"]), int(entry["length"])
         except (KeyError, ValueError) as error:
-            raise MalformedError("a byte range that is none", file=graph.path, tensor=tensor.name) from error
+            raise MalformedError("invalid byte range", file=graph.path, tensor=tensor.name) from error
         if name not in sizes:
             raise ProofError(
-                f"the graph reads '{show(name)}', which its contract does not name",
+                f"the graph reads '{show(name)}', which is not in its contract",
                 file=graph.path,
                 tensor=tensor.name,
             )
@@ -208,14 +207,14 @@ class Session:
     """A graph in onnxruntime, in float32, on the CPU.
 
     Raises:
-        ProofError: onnxruntime refuses it.
+        ProofError: onnxruntime cannot load the graph.
     """
 
     def __init__(self, graph: GraphFile) -> None:
         import onnxruntime
 
-        self.given: Mapping[str, Any] = {}
-        """Fed to every run besides: what fills slots."""
+        self.slot_arrays: Mapping[str, Any] = {}
+        """Arrays for slots, passed to every run."""
         self.contract = graph.contract
         self._path = graph.path
         model = graph.model if graph.contract.dtype == "fp32" else float32_twin(graph.model, graph.contract.head_dim)
@@ -229,22 +228,22 @@ class Session:
             self._session = onnxruntime.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime has a dozen of its own, without a common name
+        except Exception as error:  # onnxruntime has a dozen types without a common base
             raise self._refused(error) from error
-        self.inputs = {one.name for one in self._session.get_inputs()}
-        self._outputs = [one.name for one in self._session.get_outputs()]
+        self.inputs = {port.name for port in self._session.get_inputs()}
+        self._outputs = [port.name for port in self._session.get_outputs()]
 
     def _refused(self, error: Exception) -> ProofError:
-        return ProofError(f"onnxruntime does not run the graph: {show(str(error), 300)}", file=self._path)
+        return ProofError(f"onnxruntime cannot run the graph: {show(str(error), 300)}", file=self._path)
 
     def run(self, feed: Mapping[str, Any]) -> Arrays:
-        """Every output by name.
+        """Run the graph; returns all outputs by name.
 
         Raises:
             ProofError: onnxruntime fails.
         """
         try:
-            return dict(zip(self._outputs, self._session.run(None, {**self.given, **feed}), strict=True))
+            return dict(zip(self._outputs, self._session.run(None, {**self.slot_arrays, **feed}), strict=True))
         except Exception as error:
             raise self._refused(error) from error
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A graph with its LoRA slots filled, and the reference that it must equal: the same weights with ``A B`` added.
+"""A graph with filled LoRA slots, and the reference that it must equal: the same weights with ``A B`` added.
 
-The factors are random: a slot that is wired to another weight, scaled or left out shows at once.
+The factors are random: a slot that is connected to another weight, scaled or missing shows at once.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from surgery.reference.weights import ReferenceWeights
     from surgery.verification.session import Arrays, GraphFile
 
-__all__ = ["filled"]
+__all__ = ["random_slots"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
 _OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask")
 
 
-def filled(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] | None:
+def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] | None:
     """Random factors for every slot, by input, and the reference with them; None for a graph without slots.
 
     Raises:
-        ProofError: slots and inputs of the graph are not the same, or a slot is for a weight the model does not have.
+        ProofError: slots and inputs of the graph differ, or a slot is for a weight that the model lacks.
     """
     slots = graph.contract.slots
     sizes = {
-        one.name: [dim.dim_value for dim in one.type.tensor_type.shape.dim]
-        for one in graph.model.graph.input
-        if one.name not in _OTHERS and not one.name.startswith("past_key_values.")
+        port.name: [dim.dim_value for dim in port.type.tensor_type.shape.dim]
+        for port in graph.model.graph.input
+        if port.name not in _OTHERS and not port.name.startswith("past_key_values.")
     }
-    named = [name for slot in slots for name in (slot.A, slot.B)]
-    if sorted(named) != sorted(sizes):
-        other = min(set(named) ^ set(sizes), default=min(named, default=""))
-        raise ProofError("inputs of the graph and slots of its contract differ", file=graph.path, tensor=other)
+    slot_inputs = [name for slot in slots for name in (slot.A, slot.B)]
+    if sorted(slot_inputs) != sorted(sizes):
+        differing = min(set(slot_inputs) ^ set(sizes), default=min(slot_inputs, default=""))
+        raise ProofError("inputs of the graph and slots of its contract differ", file=graph.path, tensor=differing)
     if not slots:
         return None
     model, weights = _own_head(reference.model, {slot.weight for slot in slots}, reference.weights)
@@ -54,73 +54,74 @@ def filled(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] |
     for slot in slots:
         if slot.weight not in shapes:
             raise ProofError(
-                f"a slot of the graph is for '{show(slot.weight)}', which the model does not have", file=graph.path
+                f"a slot of the graph is for '{show(slot.weight)}', which the model lacks", file=graph.path
             )
         inputs, outputs, stored_by_input = shapes[slot.weight]
         if slot.weight == model.embedding.tokens and _is_rounded(model, weights):
             continue
         if [sizes[slot.A][:1], sizes[slot.B][1:]] != [[inputs], [outputs]]:
-            raise ProofError(
-                f"a slot for {outputs} x {inputs} values is of another size", file=graph.path, tensor=slot.A
-            )
+            raise ProofError(f"the size of the slot differs from {outputs} x {inputs}", file=graph.path, tensor=slot.A)
         A = (draw.normal(size=(inputs, _RANK)) / np.sqrt(inputs)).astype(np.float32)
         B = (draw.normal(size=(_RANK, outputs)) * _SIZE).astype(np.float32)
         arrays |= {slot.A: A, slot.B: B}
         product = torch.from_numpy(A @ B)
         added[slot.weight] = product if stored_by_input else product.T
-    return arrays, replace(reference, model=model, weights=_Added(weights, added))
+    return arrays, replace(reference, model=model, weights=_SummedWeights(weights, added))
 
 
 def _own_head(model: Model, slots: Collection[str], weights: ReferenceWeights) -> tuple[Model, ReferenceWeights]:
-    """A tied head under a name of its own, its slot's if it has one: what is added to the table is not added to it."""
+    """Give a tied head its own name, that of its slot if it has one, so that the table's additions do not affect it."""
     head, known = model.head, _matrices(model)
     if not isinstance(head, LanguageHead) or head.projection.weight != model.embedding.tokens:
         return model, weights
     name = next((name for name in sorted(slots) if name not in known), f"{model.embedding.tokens} of the head")
     own = replace(head, projection=replace(head.projection, weight=name))
-    return replace(model, head=own), _Renamed(weights, {name: head.projection.weight})
+    return replace(model, head=own), _RenamedWeights(weights, {name: head.projection.weight})
 
 
 def _is_rounded(model: Model, weights: ReferenceWeights) -> bool:
-    """Whether the table's scale is rounded to the type of its values, which those of a sum are not."""
+    """Whether the table's scale is rounded to the type of its values, which does not hold for a sum."""
     table = model.embedding
     return table.scale_rounded and weights.load(table.tokens, 0, 1).dtype is not torch.float32
 
 
 def _matrices(model: Model) -> dict[str, tuple[int, int, bool]]:
-    """By name of a weight: inputs, outputs, and whether its rows are inputs."""
-    found = {one.weight: (one.inputs, one.outputs, one.transposed) for one in _projections(model)}
+    """Inputs, outputs, and whether rows are inputs, by name of the weight."""
+    shapes = {
+        projection.weight: (projection.inputs, projection.outputs, projection.transposed)
+        for projection in _projections(model)
+    }
     table = model.embedding
     width = table.projection.inputs if table.projection else model.hidden
-    return found | {table.tokens: (model.vocabulary, width, True)}
+    return shapes | {table.tokens: (model.vocabulary, width, True)}
 
 
 def _projections(part: Any) -> Iterator[Projection]:
     if isinstance(part, Projection):
         yield part
     elif isinstance(part, tuple):
-        for one in part:
-            yield from _projections(one)
+        for item in part:
+            yield from _projections(item)
     elif is_dataclass(part) and not isinstance(part, type):
         for field in fields(part):
             yield from _projections(getattr(part, field.name))
 
 
 @dataclass(frozen=True)
-class _Renamed:
+class _RenamedWeights:
     inner: ReferenceWeights
-    others: Mapping[str, str]
+    renames: Mapping[str, str]
 
     @property
     def names(self) -> Collection[str]:
-        return {*self.inner.names, *self.others}
+        return {*self.inner.names, *self.renames}
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return self.inner.load(self.others.get(name, name), start, stop)
+        return self.inner.load(self.renames.get(name, name), start, stop)
 
 
 @dataclass(frozen=True)
-class _Added:
+class _SummedWeights:
     inner: ReferenceWeights
     added: Mapping[str, torch.Tensor]
 
@@ -129,5 +130,5 @@ class _Added:
         return self.inner.names
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        found = self.inner.load(name, start, stop)
-        return found.float() + self.added[name][start:stop] if name in self.added else found
+        values = self.inner.load(name, start, stop)
+        return values.float() + self.added[name][start:stop] if name in self.added else values

@@ -42,6 +42,7 @@ WEIGHTED: dict[str, Callable[[Path], Any]] = {
     "list": lambda path: [(path, 0.5)],
     "generator": lambda path: (pair for pair in [(path, 0.5)]),
     "mapping": lambda path: {path: 0.5},
+    "mapping of adapters": lambda path: {surgery.open(path): 0.5},
     "mapping of text": lambda path: {str(path): 0.5},
 }
 
@@ -119,8 +120,13 @@ WRONG: list[tuple[str, Callable[[Path, Path], Any], str]] = [
     ("text of a weight", lambda base, style: surgery.merge(base, {style: "0.5"}, dry_run=True), "is a number, not str"),
     ("output", lambda base, style: surgery.merge(base, style), "output is required"),
     ("output of a wrong type", lambda base, style: surgery.convert(style, "mlx", output=3), "output is a path, not int"),
-    ("no weight here", lambda base, style: surgery.convert(surgery.open(style) * 2, "mlx", dry_run=True), "no weight here"),
+    ("takes no weight here", lambda base, style: surgery.convert(surgery.open(style) * 2, "mlx", dry_run=True), "takes no weight here"),
     ("dtype", lambda base, style: surgery.merge(base, style, dtype=16, dry_run=True), "dtype is a name"),
+    ("format", lambda base, style: surgery.convert(style, None, dry_run=True), "a format is named, .* not NoneType"),
+    ("device", lambda base, style: surgery.merge(base, style, device=0, dry_run=True), "device is a name such as 'cuda:0', not int"),
+    ("graph", lambda base, style: surgery.run(5, "text"), "model is a path, not int"),
+    ("graphs", lambda base, style: surgery.bench(base, 5), "against is a path, not int"),
+    ("token", lambda base, style: surgery.run(base, [1.5]), r"inputs\[0\] is neither a text nor a row of token ids"),
     ("inputs of run", lambda base, style: surgery.run(base, 5), "inputs are texts or rows of token ids, not int"),
 ]  # fmt: skip
 
@@ -138,3 +144,11 @@ def test_an_opened_adapter_is_no_base_and_a_model_no_adapter(base: Path, style: 
         surgery.merge(surgery.open(style), style, dry_run=True)
     with pytest.raises(surgery.FitError, match="a full model where an adapter was expected"):
         surgery.merge(base, surgery.open(base), dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("cudda", "'cudda' is no device"), ("cpu,cpu", "more than one device")]
+)
+def test_a_device_is_checked_before_anything_is_read(tmp_path: Path, device: str, message: str):
+    with pytest.raises(surgery.FitError, match=message):
+        surgery.merge(tmp_path / "never", tmp_path / "read", device=device, dry_run=True)

@@ -29,7 +29,7 @@ OTHERWISE: dict[str, dict[str, str | None]] = {
     "diff": {"fail_on": None},
     "report": {"markdown": None, "overwrite": None},
 }
-CALLBACKS = {"progress", "on_text", "check"}
+CALLBACKS = {"progress", "on_text", "engine"}
 
 VERBS = [name for name in COMMANDS if name not in ONLY_A_COMMAND]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loud where others are silent: a faulty adapter or base is refused with one message that names it, and nothing is written."""
+"""A faulty adapter or base is refused with one message that names it, and nothing is written."""
 
 from __future__ import annotations
 

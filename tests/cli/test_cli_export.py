@@ -22,7 +22,7 @@ def test_a_graph_beside_the_weights_as_a_clone_that_was_not_installed(tmp_path):
     assert "used where they lie" in done.stdout
     assert (tmp_path / "base/model.onnx").stat().st_size < 100_000
     again = spawn("export-onnx", tmp_path / "base", "-o", tmp_path / "base")
-    assert (again.returncode, again.stderr.count("already there")) == (2, 1)
+    assert (again.returncode, again.stderr.count("already exists")) == (2, 1)
 
 
 def test_neither_torch_nor_transformers_is_imported_for_a_plain_export(tmp_path):
@@ -57,11 +57,11 @@ def test_where_adapters_go(run, tmp_path, words, modes):
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        ((f"{LORA}=0.5", "--mode", "swappable"), 4, "a weight of 0.5 for what is not merged"),
+        ((f"{LORA}=0.5", "--mode", "swappable"), 4, "has the weight 0.5 but is not merged"),
         ((PROMPT, "--mode", "merged"), 4, "virtual tokens"),
-        ((LORA, "--mode", "prefix"), 4, "trains no virtual tokens"),
+        ((LORA, "--mode", "prefix"), 4, "has no virtual tokens"),
         (("--target", "cpu", "--dtype", "bf16"), 4, "cannot run bf16"),
-        (("--weights", "reference"), 4, "its own folder only"),
+        (("--weights", "reference"), 4, "only to weights in its own folder"),
         (("--swap", "examples/dora"), 4, "DoRA for"),
     ],
 )

@@ -50,7 +50,7 @@ def write(tmp_path: Path) -> Callable[[bytes], Path]:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def test_layout_golden_bytes() -> None:
+def test_the_layout_matches_golden_bytes() -> None:
     head, ranges = layout([("b", DType.F32, (2, 1)), ("ä", DType.BF16, ())], {"z": "1", "a": "é"})
     body = (
         b'{"__metadata__":{"a":"\\u00e9","z":"1"},"b":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},'
@@ -61,11 +61,11 @@ def test_layout_golden_bytes() -> None:
     assert ranges == {"b": (len(head), 8), "ä": (len(head) + 8, 2)}
 
 
-def test_layout_of_nothing() -> None:
+def test_the_layout_of_no_tensors_is_an_empty_header() -> None:
     assert layout([], {}) == (b"\x08\0\0\0\0\0\0\0{}      ", {})
 
 
-def test_layout_equals_the_reference_header() -> None:
+def test_the_layout_equals_the_header_of_the_reference() -> None:
     tensors = {
         f"t{i:02}": torch.zeros(8, dtype=dtype.torch)
         for i, dtype in enumerate(d for d in DType if d.torch_name is not None)
@@ -92,7 +92,7 @@ def test_layout_equals_the_reference_header() -> None:
         ([("a", DType.U8, (1,))], {"\udfff": "v"}),
     ],
 )
-def test_layout_refuses(entries: list[TensorSpec], metadata: dict[str, str]) -> None:
+def test_invalid_layouts_are_refused(entries: list[TensorSpec], metadata: dict[str, str]) -> None:
     with pytest.raises(FitError):
         layout(entries, metadata)
 
@@ -109,7 +109,7 @@ storable = [d for d in DType if d.torch_name is not None]
     st.dictionaries(names, names, max_size=3),
     st.randoms(use_true_random=False),
 )
-def test_round_trip_and_the_reference_reads_it(
+def test_files_round_trip_and_the_reference_reads_them(
     tmp_path: Path, wanted: dict[str, tuple[DType, list[int]]], metadata: dict[str, str], rng: random.Random
 ) -> None:
     entries = [(name, dtype, tuple(shape)) for name, (dtype, shape) in wanted.items()]
@@ -137,7 +137,7 @@ def test_round_trip_and_the_reference_reads_it(
         assert read.reshape(-1).view(torch.uint8).tolist() == list(other["data"])
 
 
-def test_rows_and_order(write: Callable[[bytes], Path]) -> None:
+def test_rows_are_read_and_tensors_keep_file_order(write: Callable[[bytes], Path]) -> None:
     data = torch.arange(12, dtype=torch.int16).reshape(4, 3)
     raw = pack({"z": entry("I16", [4, 3], 2, 26), "a": entry("I16", [1], 0, 2)}, b"\x07\0" + data.numpy().tobytes())
     header = open_safetensors(write(raw))
@@ -206,7 +206,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_header(case: str, write: Callable[[bytes], Path]) -> None:
+def test_a_hostile_header_is_refused(case: str, write: Callable[[bytes], Path]) -> None:
     raw, what = HOSTILE[case]
     path = write(raw)
     with pytest.raises(MalformedError, match=what) as caught:
@@ -216,7 +216,7 @@ def test_hostile_header(case: str, write: Callable[[bytes], Path]) -> None:
     assert len(str(caught.value)) < 700
 
 
-def test_error_names_the_tensor(write: Callable[[bytes], Path]) -> None:
+def test_the_error_names_the_tensor(write: Callable[[bytes], Path]) -> None:
     with pytest.raises(MalformedError) as caught:
         open_safetensors(write(pack({"ok": entry("U8", [1], 0, 1), "bad\x1b[31m": entry("F32", [1], 1, 2)}, b"xy")))
     assert caught.value.tensor == "bad\x1b[31m"
@@ -236,7 +236,7 @@ def test_error_names_the_tensor(write: Callable[[bytes], Path]) -> None:
         pack({"a-0": entry("U8", [0], 0, 0)}),
     ],
 )
-def test_odd_but_valid(raw: bytes, write: Callable[[bytes], Path]) -> None:
+def test_odd_but_valid_headers_are_read(raw: bytes, write: Callable[[bytes], Path]) -> None:
     header = open_safetensors(write(raw))
     assert (
         header.file.read(0, header.header_nbytes) + b"".join(t.file.read(t.offset, t.nbytes) for t in header.tensors)
@@ -257,7 +257,7 @@ def test_disguised_files_get_a_hint(head: bytes, hint: str, write: Callable[[byt
         open_shard(write(head))
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_missing_and_special_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MalformedError, match="regular"):
         open_safetensors(tmp_path)
     with pytest.raises(NotFoundError):
@@ -320,7 +320,7 @@ TOKENS = [
 
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_we_accept_no_more_than_the_reference(tmp_path: Path, data: st.DataObject) -> None:
+def test_the_reader_accepts_no_more_than_the_reference(tmp_path: Path, data: st.DataObject) -> None:
     raw = bytearray(SEED)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(8, len(raw)))
@@ -344,7 +344,7 @@ def test_we_accept_no_more_than_the_reference(tmp_path: Path, data: st.DataObjec
         assert bytes(tensor.file.read(tensor.offset, tensor.nbytes)) == bytes(theirs[tensor.name]["data"])
 
 
-def test_the_oracle_does_accept_some_mutants(write: Callable[[bytes], Path]) -> None:
+def test_the_reference_accepts_some_mutants(write: Callable[[bytes], Path]) -> None:
     """Guards the test above against passing because everything is rejected."""
     renamed = SEED.replace(b"a.weight", b"A.weight")
     assert reference_reads(renamed) is not None

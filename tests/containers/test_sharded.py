@@ -44,7 +44,7 @@ def sharded(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------- choosing
 
 
-def test_shards_and_index(sharded: Path) -> None:
+def test_shards_are_opened_through_their_index(sharded: Path) -> None:
     found = open_folder_tensors(sharded)
     assert [shard.path.name for shard in found.shards] == [ONE, TWO]
     assert list(found.tensors) == ["a", "b", "c"]
@@ -55,7 +55,7 @@ def test_shards_and_index(sharded: Path) -> None:
     assert found.tensors["c"].read().tolist() == [1, 1]
 
 
-def test_index_without_metadata(sharded: Path) -> None:
+def test_an_index_without_metadata_is_read(sharded: Path) -> None:
     index(sharded / INDEX, {"c": TWO, "a": ONE, "b": ONE})
     assert len(open_folder_tensors(sharded).tensors) == 3
 
@@ -87,7 +87,7 @@ CHOICES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", CHOICES)
-def test_choice(case: str, tmp_path: Path) -> None:
+def test_the_right_file_of_a_folder_is_chosen(case: str, tmp_path: Path) -> None:
     names, chosen = CHOICES[case]
     for name in names:
         put(tmp_path / name, name)
@@ -104,7 +104,7 @@ def test_stems_choose_the_adapter(tmp_path: Path) -> None:
     assert list(open_folder_tensors(tmp_path).tensors) == ["m"]
 
 
-def test_indexed_pickles(tmp_path: Path) -> None:
+def test_pickles_are_opened_through_their_index(tmp_path: Path) -> None:
     put(tmp_path / "pytorch_model-00001-of-00002.bin", "a")
     torch.save({"b": torch.ones(1).t(), "step": 3}, tmp_path / "pytorch_model-00002-of-00002.bin")
     names = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
@@ -115,7 +115,7 @@ def test_indexed_pickles(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["unet.safetensors.index.json", "model.safetensors.index.fp16.json"])
-def test_another_index(name: str, sharded: Path) -> None:
+def test_an_index_under_another_name_is_used(name: str, sharded: Path) -> None:
     (sharded / INDEX).rename(sharded / name)
     found = open_folder_tensors(sharded)
     assert (len(found.tensors), found.index_path) == (3, sharded / name)
@@ -130,7 +130,7 @@ def test_open_shards_takes_files_too(sharded: Path) -> None:
         open_shards(sharded / "notes.txt")
 
 
-def test_nothing_to_open(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "training_args.bin").write_bytes(b"x")
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(NotFoundError, match="no weights"):
@@ -139,7 +139,7 @@ def test_nothing_to_open(tmp_path: Path) -> None:
         open_folder_tensors(tmp_path / "nowhere")
 
 
-def test_several_files_without_an_index(sharded: Path) -> None:
+def test_several_files_without_an_index_are_refused(sharded: Path) -> None:
     (sharded / INDEX).unlink()
     with pytest.raises(MalformedError, match=r"2 files of weights.*name one"):
         open_folder_tensors(sharded)
@@ -157,38 +157,38 @@ def refused(folder: Path, what: str, tensor: str | None = None) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_tensor_that_is_nowhere(sharded: Path) -> None:
+def test_a_tensor_in_no_shard_is_refused(sharded: Path) -> None:
     index(sharded / INDEX, {"c": TWO, "a": ONE, "b": ONE, "d": TWO})
     refused(sharded, "1 of its 4 tensors", "d")
 
 
-def test_a_tensor_the_index_does_not_name(sharded: Path) -> None:
+def test_a_tensor_missing_from_the_index_is_refused(sharded: Path) -> None:
     index(sharded / INDEX, {"c": TWO, "a": ONE})
     refused(sharded, "not in the index", "b")
 
 
-def test_a_tensor_named_elsewhere(sharded: Path) -> None:
+def test_a_tensor_in_another_shard_than_the_index_names_is_refused(sharded: Path) -> None:
     index(sharded / INDEX, {"c": TWO, "a": ONE, "b": TWO})
     refused(sharded, "but the index says", "b")
 
 
-def test_a_tensor_in_two_shards(sharded: Path) -> None:
+def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
     put(sharded / TWO, "c", "a", value=2.0)
     refused(sharded, "is in .* and in", "a")
 
 
-def test_a_stale_index_beside_a_single_file(sharded: Path) -> None:
+def test_a_stale_index_beside_a_single_file_is_refused(sharded: Path) -> None:
     put(sharded / "model.safetensors", "a")
     (sharded / TWO).unlink()
     refused(sharded, "is missing.*left over")
 
 
-def test_two_models(sharded: Path) -> None:
+def test_two_models_in_a_folder_are_refused(sharded: Path) -> None:
     put(sharded / "model.safetensors", "a")
     refused(sharded, "two models")
 
 
-def test_an_index_of_the_single_file(tmp_path: Path) -> None:
+def test_an_index_of_a_single_file_is_read(tmp_path: Path) -> None:
     put(tmp_path / "model.safetensors", "a")
     index(tmp_path / INDEX, {"a": "model.safetensors"})
     found = open_folder_tensors(tmp_path)
@@ -240,7 +240,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_names_in_an_index(case: str, tmp_path: Path) -> None:
+def test_unsafe_names_in_an_index_are_refused(case: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     put(tmp_path / "x.safetensors", "a")
     put(folder / "sub" / "x.safetensors", "a")
@@ -249,7 +249,7 @@ def test_names_in_an_index(case: str, tmp_path: Path) -> None:
     refused(folder, "file name|does not end in|is not a string")
 
 
-def test_names_that_differ_in_case(tmp_path: Path) -> None:
+def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "A.safetensors", "a")
     put(tmp_path / "a.safetensors", "b")
     index(tmp_path / INDEX, {"a": "A.safetensors", "b": "a.safetensors"})
@@ -257,24 +257,24 @@ def test_names_that_differ_in_case(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x"])
-def test_no_weight_map(weight_map: Any, tmp_path: Path) -> None:
+def test_an_index_without_a_weight_map_is_refused(weight_map: Any, tmp_path: Path) -> None:
     index(tmp_path / INDEX, weight_map)
     refused(tmp_path, "no weight_map")
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{", b'{"weight_map":{"a":"x","a":"y"}}', b'{"weight_map":NaN}', b"\xff"])
-def test_not_an_index(raw: bytes, tmp_path: Path) -> None:
+def test_an_index_that_is_not_json_is_refused(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_bytes(raw)
     refused(tmp_path, "JSON|twice")
 
 
-def test_a_giant_index(tmp_path: Path) -> None:
+def test_a_giant_index_is_refused(tmp_path: Path) -> None:
     with open(tmp_path / INDEX, "wb") as file:
         file.truncate((64 << 20) + 1)
     refused(tmp_path, "bytes of JSON")
 
 
-def test_a_missing_shard(sharded: Path) -> None:
+def test_a_missing_shard_is_named(sharded: Path) -> None:
     (sharded / TWO).unlink()
     refused(sharded, f"'{TWO}' is missing")
 
@@ -285,23 +285,23 @@ def link(sharded: Path, target: Path) -> None:
     (sharded / TWO).symlink_to(os.path.relpath(target, sharded))
 
 
-def test_a_link_out_of_the_folder(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_link_out_of_the_folder_is_refused(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     link(sharded, tmp_path_factory.mktemp("else") / "secret.safetensors")
     refused(sharded, "leads out of the folder")
 
 
-def test_a_link_inside_the_folder(sharded: Path) -> None:
+def test_a_link_inside_the_folder_is_followed(sharded: Path) -> None:
     link(sharded, sharded / "real.safetensors")
     assert len(open_folder_tensors(sharded).tensors) == 3
 
 
-def test_a_loop_of_links(sharded: Path) -> None:
+def test_a_cycle_of_links_is_refused(sharded: Path) -> None:
     (sharded / TWO).unlink()
     (sharded / TWO).symlink_to(TWO)
     refused(sharded, "leads out of the folder")
 
 
-def test_a_link_to_nothing(sharded: Path) -> None:
+def test_a_broken_link_is_not_found(sharded: Path) -> None:
     (sharded / TWO).unlink()
     (sharded / TWO).symlink_to("nothing.safetensors")
     with pytest.raises(NotFoundError):
@@ -331,9 +331,9 @@ def hub_cache(root: Path, inner: str, outside: Mapping[str, str] = {}) -> Path:
 
 
 @pytest.mark.parametrize("inner", ["", "unet"])
-def test_a_hugging_face_cache(inner: str, tmp_path: Path) -> None:
+def test_links_within_a_hub_cache_are_followed(inner: str, tmp_path: Path) -> None:
     assert list(open_folder_tensors(hub_cache(tmp_path, inner)).tensors) == ["a", "b"]
 
 
-def test_a_hugging_face_cache_with_a_link_elsewhere(tmp_path: Path) -> None:
+def test_links_out_of_a_hub_cache_are_refused(tmp_path: Path) -> None:
     refused(hub_cache(tmp_path, "", {TWO: "secret.safetensors"}), "leads out of the folder")

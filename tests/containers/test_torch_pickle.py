@@ -50,7 +50,7 @@ SAVED_DTYPES = [d for d in DType if d.torch_name is not None]
 
 @BOTH
 @pytest.mark.parametrize("dtype", SAVED_DTYPES, ids=lambda d: d.label)
-def test_every_dtype(dtype: DType, new: bool, save: Callable[[Any, bool], Path]) -> None:
+def test_tensors_of_every_dtype_are_read(dtype: DType, new: bool, save: Callable[[Any, bool], Path]) -> None:
     raw = torch.arange(48, dtype=torch.uint8)
     tensor = (raw % 2).bool() if dtype is DType.BOOL else raw.view(dtype.torch)
     found = state_dict(open_torch(save({"a": tensor.reshape(2, -1), "empty": tensor[:0]}, new)))
@@ -85,7 +85,7 @@ def test_views_keep_their_strides(new: bool, save: Callable[[Any, bool], Path]) 
 
 
 @BOTH
-def test_ties_share_a_place(new: bool, save: Callable[[Any, bool], Path]) -> None:
+def test_tied_tensors_share_a_location(new: bool, save: Callable[[Any, bool], Path]) -> None:
     weight = torch.randn(4, 3)
     found = state_dict(open_torch(save({"a": weight, "b": weight, "c": weight.clone(), "d": weight[:2]}, new)))
     assert found["a"].place == found["b"].place
@@ -94,7 +94,7 @@ def test_ties_share_a_place(new: bool, save: Callable[[Any, bool], Path]) -> Non
 
 
 @BOTH
-def test_a_module_with_parameters_and_metadata(new: bool, save: Callable[[Any, bool], Path]) -> None:
+def test_a_module_state_dict_with_metadata_is_read(new: bool, save: Callable[[Any, bool], Path]) -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     whole = {
@@ -114,7 +114,7 @@ def test_a_module_with_parameters_and_metadata(new: bool, save: Callable[[Any, b
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
-def test_every_pickle_protocol(protocol: int, tmp_path: Path) -> None:
+def test_every_pickle_protocol_is_read(protocol: int, tmp_path: Path) -> None:
     tree = {
         "a": torch.arange(6.0).reshape(2, 3),
         "é": torch.ones(300),
@@ -155,7 +155,7 @@ def test_plain_values_round_trip(tmp_path: Path, tree: Any, new: bool, protocol:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_views_of_one_storage(tmp_path: Path, data: st.DataObject) -> None:
+def test_views_of_one_storage_are_read(tmp_path: Path, data: st.DataObject) -> None:
     base = torch.arange(64, dtype=torch.int32)
     tree = {}
     for name in "abc":
@@ -173,14 +173,14 @@ def test_views_of_one_storage(tmp_path: Path, data: st.DataObject) -> None:
     assert all(t.offset + t.nbytes <= t.file.size for t in inside)
 
 
-def test_size_and_dtype_values(save: Callable[..., Path]) -> None:
+def test_sizes_and_dtypes_become_plain_values(save: Callable[..., Path]) -> None:
     assert open_torch(save({"shape": torch.Size([2, 3]), "dtype": torch.bfloat16})) == {
         "shape": (2, 3),
         "dtype": DType.BF16,
     }
 
 
-def test_nothing_imports_torch(save: Callable[..., Path]) -> None:
+def test_reading_a_pickle_does_not_import_torch(save: Callable[..., Path]) -> None:
     path = save({"a": torch.ones(2)})
     code = (
         "import sys; from surgery_formats.containers.torch.pickle_file import *\n"
@@ -195,7 +195,7 @@ def test_nothing_imports_torch(save: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "module"])
-def test_wrappers(wrapper: str, save: Callable[..., Path]) -> None:
+def test_a_wrapped_state_dict_is_found(wrapper: str, save: Callable[..., Path]) -> None:
     opened = open_torch(save({wrapper: {"a": torch.ones(1), "step": 7}, "epoch": 1}))
     assert list(state_dict(opened)) == ["a"]
 
@@ -211,6 +211,6 @@ def test_wrappers(wrapper: str, save: Callable[..., Path]) -> None:
         ({"a": torch.ones(1), "\ud800": torch.ones(1)}, "surrogate"),
     ],
 )
-def test_no_state_dict(tree: Any, what: str, save: Callable[..., Path]) -> None:
+def test_a_pickle_without_a_state_dict_is_refused(tree: Any, what: str, save: Callable[..., Path]) -> None:
     with pytest.raises(MalformedError, match=what):
         state_dict(open_torch(save(tree, False)))

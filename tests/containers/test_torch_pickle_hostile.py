@@ -69,7 +69,7 @@ def test_a_payload_does_not_run(new: bool, protocol: int, tmp_path: Path) -> Non
     assert marker.exists(), "the payload is no payload"
 
 
-def test_a_bare_pickle_with_a_payload(tmp_path: Path) -> None:
+def test_a_payload_in_a_bare_pickle_does_not_run(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(pickle.dumps(Runs("exit 1")))
     with pytest.raises(MalformedError, match="system"):
         open_torch(tmp_path / "x.bin")
@@ -98,7 +98,7 @@ def long(value: int) -> bytes:
     return b"\x8a" + bytes([len(raw)]) + raw
 
 
-def test_the_hand_made_tensor_is_good(archive: Write) -> None:
+def test_the_hand_made_pickle_is_valid_before_it_is_spoiled(archive: Write) -> None:
     found = open_torch(archive(b"\x80\x02" + tensor() + b".", s0=struct.pack("<2f", 1, 2)))
     assert isinstance(found, StoredTensor)
     assert found.read().tolist() == [1, 2]
@@ -221,7 +221,7 @@ PROGRAMS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", PROGRAMS)
-def test_hostile_pickle(case: str, archive: Write) -> None:
+def test_a_hostile_pickle_is_refused(case: str, archive: Write) -> None:
     program, what = PROGRAMS[case]
     path = archive(b"\x80\x02" + program, s0=bytes(8))
     with pytest.raises(MalformedError, match=what) as caught:
@@ -257,13 +257,13 @@ def test_quadratic_ordered_dicts_are_cut_off(archive: Write, monkeypatch: pytest
         open_torch(archive(b"\x80\x02" + pairs + again + b"."))
 
 
-def test_too_many_opcodes(archive: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_opcodes_are_refused(archive: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgery_formats.containers.torch.pickle_ops._STEP_LIMIT", 99)
     with pytest.raises(MalformedError, match="steps"):
         open_torch(archive(b"N0" * 50 + b"N."))
 
 
-def test_ordered_dict_of_python_2(archive: Write) -> None:
+def test_an_ordered_dict_of_python_2_is_read(archive: Write) -> None:
     pairs = b"](](K\x01K\x02e](K\x03K\x04ee"  # [[1, 2], [3, 4]]
     assert open_torch(archive(b"ccollections\nOrderedDict\n" + pairs + b"\x85R.")) == {1: 2, 3: 4}
 
@@ -298,13 +298,13 @@ def refused(path: Path, what: str) -> None:
     assert caught.value.file == str(path)
 
 
-def test_a_zip_bomb(archive: Write) -> None:
+def test_a_zip_bomb_is_refused(archive: Write) -> None:
     path = archive(b"\x80\x02" + tensor(numel=1 << 24) + b".", s0=bytes(1 << 26), compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1 << 20
     refused(path, "compressed")
 
 
-def test_a_size_that_lies(archive: Write) -> None:
+def test_a_false_size_is_refused(archive: Write) -> None:
     path = archive(b"N.", s0=bytes(8))
     raw = path.read_bytes()
     at = raw.rindex(b"archive/data/0") - 46 + 20
@@ -313,34 +313,34 @@ def test_a_size_that_lies(archive: Write) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_duplicate_members(tmp_path: Path) -> None:
+def test_duplicate_members_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
         zipped.writestr("archive/data.pkl", b"N.")
         zipped.writestr("archive/data.pkl", b"cos\nsystem\n.")
     refused(tmp_path / "x.pt", "twice")
 
 
-def test_two_pickles(tmp_path: Path) -> None:
+def test_two_pickles_in_an_archive_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
         zipped.writestr("a/data.pkl", b"N.")
         zipped.writestr("b/data.pkl", b"N.")
     refused(tmp_path / "x.pt", "2 members")
 
 
-def test_no_pickle(tmp_path: Path) -> None:
+def test_an_archive_without_a_pickle_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
         zipped.writestr("a/constants.pkl", b"N.")
     refused(tmp_path / "x.pt", "0 members")
 
 
-def test_big_endian(tmp_path: Path) -> None:
+def test_a_big_endian_archive_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
         zipped.writestr("a/data.pkl", b"N.")
         zipped.writestr("a/byteorder", b"big")
     refused(tmp_path / "x.pt", "little-endian")
 
 
-def test_overlapping_members(archive: Write) -> None:
+def test_overlapping_members_are_refused(archive: Write) -> None:
     path = archive(b"N.", s0=bytes(8), s1=bytes(8))
     raw = bytearray(path.read_bytes())
     first, second = (raw.rindex(b"archive/data/%d" % i) - 46 + 42 for i in (0, 1))
@@ -349,14 +349,14 @@ def test_overlapping_members(archive: Write) -> None:
     refused(path, "another name")
 
 
-def test_a_local_header_with_another_name(archive: Write) -> None:
+def test_a_local_header_with_another_name_is_refused(archive: Write) -> None:
     path = archive(b"N.")
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"archive/data.pkl", b"archive/else.pkl", 1))
     refused(path, "another name")
 
 
-def test_encrypted(archive: Write) -> None:
+def test_encrypted_members_are_refused(archive: Write) -> None:
     path = archive(b"N.")
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"PK\x01\x02") + 8] |= 1
@@ -365,7 +365,7 @@ def test_encrypted(archive: Write) -> None:
 
 
 @pytest.mark.parametrize("where", ["before", "after", "comment", "cut", "hidden"])
-def test_bytes_around_the_archive(where: str, archive: Write) -> None:
+def test_bytes_around_the_archive_are_refused(where: str, archive: Write) -> None:
     path = archive(b"N.", s0=bytes(8))
     raw = path.read_bytes()
     end = raw.index(b"PK\x01\x02")
@@ -392,7 +392,7 @@ def test_bytes_around_the_archive(where: str, archive: Write) -> None:
         (b"PK\x03\x04", "too short"),
     ],
 )
-def test_other_files(raw: bytes, what: str, tmp_path: Path) -> None:
+def test_files_that_are_not_pickles_are_refused(raw: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(raw)
     with pytest.raises(MalformedError, match=what) as caught:
         open_shard(tmp_path / "x.bin")
@@ -414,7 +414,7 @@ def test_other_files(raw: bytes, what: str, tmp_path: Path) -> None:
     ],
     ids=["longer", "shorter", "count", "cut", "endian", "magic"],
 )
-def test_damaged_legacy_files(change: Callable[[bytes], bytes], what: str, tmp_path: Path) -> None:
+def test_damaged_legacy_files_are_refused(change: Callable[[bytes], bytes], what: str, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     raw = path.read_bytes()
@@ -424,7 +424,7 @@ def test_damaged_legacy_files(change: Callable[[bytes], bytes], what: str, tmp_p
     refused(path, what)
 
 
-def test_zip64(tmp_path: Path) -> None:
+def test_a_zip64_archive_is_read(tmp_path: Path) -> None:
     """Sizes and positions in the extra field, as in archives beyond 4 GB."""
     path = tmp_path / "x.pt"
     pickled = b"\x80\x02" + tensor() + b"."

@@ -52,7 +52,7 @@ def _inside(scenario: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scenario", ["fresh", "resumed", "overwrite", "two-step"])
-def test_every_call_killed_and_failed(scenario: str, tmp_path: Path) -> None:
+def test_a_kill_or_failure_at_any_call_leaves_all_or_nothing(scenario: str, tmp_path: Path) -> None:
     report = _inside(scenario, tmp_path)
     assert report["failures"] == []
     assert report["lint"] == []
@@ -68,7 +68,7 @@ def test_every_call_killed_and_failed(scenario: str, tmp_path: Path) -> None:
 
 
 @needs_strace
-def test_every_system_call_killed_and_failed(tmp_path: Path) -> None:
+def test_a_kill_or_failure_at_any_system_call_leaves_all_or_nothing(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(50_000))
     work = tmp_path / "work"
@@ -84,7 +84,7 @@ def test_every_system_call_killed_and_failed(tmp_path: Path) -> None:
 
 
 @needs_strace
-def test_the_matrix_catches_a_writer_that_is_not_safe(tmp_path: Path) -> None:
+def test_the_matrix_catches_an_unsafe_writer(tmp_path: Path) -> None:
     def check(folder: Path) -> None:
         assert sorted(os.listdir(folder)) == ["a", "b"]
 
@@ -117,5 +117,5 @@ def test_the_matrix_catches_a_writer_that_is_not_safe(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_lint_finds(events: list[Event], issue: str) -> None:
+def test_the_lint_finds_unsafe_calls(events: list[Event], issue: str) -> None:
     assert lint(events) == [issue]

@@ -88,7 +88,7 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_descriptors_are_given_back(tmp_path: Path) -> None:
+def test_descriptors_are_closed(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     write_output(tmp_path / "one")
 
@@ -104,7 +104,7 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_finished_file_is_durable_before_the_journal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_file_is_durable_before_its_journal_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     sync, rename, write = os.fsync, os.rename, os.pwrite
 
@@ -151,7 +151,7 @@ class TestProof:
             ([(0, b"12345"), (2, b"345"), (6, b"7890")], "bytes 5 to 6"),
         ],
     )
-    def test_bytes_nobody_wrote_are_found(self, writes: list[tuple[int, bytes]], gap: str, tmp_path: Path) -> None:
+    def test_unwritten_bytes_are_found(self, writes: list[tuple[int, bytes]], gap: str, tmp_path: Path) -> None:
         with output_folder(tmp_path / "out", PLAN) as folder:
             made = folder.create("a", 10)
             for offset, data in writes:
@@ -227,7 +227,7 @@ def test_a_name_is_used_once(tmp_path: Path) -> None:
 
 class TestCopy:
     @pytest.mark.parametrize("fault", [None, "EXDEV", "ENOSYS", "EINVAL", "EOPNOTSUPP", "zero", "missing"])
-    def test_every_way_gives_the_same_bytes(
+    def test_every_copy_method_gives_the_same_bytes(
         self, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         data = os.urandom(300_000)
@@ -289,7 +289,7 @@ def test_many_threads_write_and_finish_at_once(tmp_path: Path) -> None:
 
 
 class TestVerifyFolder:
-    def test_finds_every_difference(self, tmp_path: Path) -> None:
+    def test_every_difference_is_found(self, tmp_path: Path) -> None:
         def spoiled(what: str) -> Path:
             out = tmp_path / what
             with output_folder(out, PLAN) as folder:
@@ -317,7 +317,7 @@ class TestVerifyFolder:
     @pytest.mark.parametrize(
         "manifest", ["[]", "{}", '{"format": "surgery-manifest/1"}', '{"format": "other", "files": {}}', "{"]
     )
-    def test_refuses_what_is_no_manifest(self, manifest: str, tmp_path: Path) -> None:
+    def test_an_invalid_manifest_is_refused(self, manifest: str, tmp_path: Path) -> None:
         (tmp_path / MANIFEST).write_text(manifest)
         with pytest.raises(MalformedError):
             verify_folder(tmp_path)

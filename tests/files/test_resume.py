@@ -16,7 +16,7 @@ from tests.support.folder_jobs import OTHER, PLAN, leave_stage
 
 
 class TestResume:
-    def test_finished_files_are_used_again_and_the_rest_is_gone(self, tmp_path: Path) -> None:
+    def test_finished_files_are_reused_and_the_rest_is_deleted(self, tmp_path: Path) -> None:
         out = tmp_path / "out"
         stage = leave_stage(out, {"a.safetensors": "aaa", "unet/b.safetensors": "bbb"})
         inode = (stage / "unet/b.safetensors").stat().st_ino
@@ -49,7 +49,7 @@ class TestResume:
         verify_folder(out)
 
     @pytest.mark.parametrize("spoil", ["size", "link", "gone"])
-    def test_a_file_that_is_not_there_as_noted_is_not_offered(self, spoil: str, tmp_path: Path) -> None:
+    def test_a_file_that_differs_from_its_record_is_not_reused(self, spoil: str, tmp_path: Path) -> None:
         stage = leave_stage(tmp_path / "out", {"a.safetensors": "aaa"})
         victim = stage / "a.safetensors"
         victim.unlink()
@@ -62,7 +62,7 @@ class TestResume:
             assert not folder.finished
             assert os.listdir(stage) == [".surgery-journal"]
 
-    def test_what_the_run_does_not_ask_for_is_not_in_the_output(self, tmp_path: Path) -> None:
+    def test_files_never_looked_up_are_not_in_the_output(self, tmp_path: Path) -> None:
         out = tmp_path / "out"
         leave_stage(out, {"a.safetensors": "aaa", "unet/b.safetensors": "bbb"})
         with output_folder(out, PLAN) as folder:
@@ -70,7 +70,7 @@ class TestResume:
             folder.commit({})
         assert sorted(os.listdir(out)) == ["a.safetensors", MANIFEST]
 
-    def test_the_caller_may_judge_for_itself(self, tmp_path: Path) -> None:
+    def test_a_custom_check_decides_about_reuse(self, tmp_path: Path) -> None:
         stage = leave_stage(tmp_path / "out", {"a.safetensors": "aaa"})
         asked: list[tuple[Path, FileRecord]] = []
 
@@ -88,14 +88,14 @@ class TestResume:
             )
         ]
 
-    def test_without_a_hash_or_a_judge_nothing_is_trusted(self, tmp_path: Path) -> None:
+    def test_without_a_hash_or_check_nothing_is_reused(self, tmp_path: Path) -> None:
         stage = leave_stage(tmp_path / "out", {"a.safetensors": "aaa"})
         entry = {"plan": PLAN, "name": "a.safetensors", "size": 3, "record": {}}
         (stage / ".surgery-journal").write_text(json.dumps(entry) + "\n")
         with output_folder(tmp_path / "out", PLAN) as folder:
             assert not folder.finished
 
-    def test_another_plan_does_not_see_it(self, tmp_path: Path) -> None:
+    def test_another_plan_does_not_see_the_stage(self, tmp_path: Path) -> None:
         stage = leave_stage(tmp_path / "out", {"a.safetensors": "aaa"})
         with output_folder(tmp_path / "out", OTHER) as folder:
             assert not folder.finished
@@ -115,7 +115,7 @@ class TestResume:
             json.dumps({"plan": PLAN, "name": "a", "size": 3, "record": 3}).encode(),
         ],
     )
-    def test_a_journal_full_of_rubbish_is_ignored(self, line: bytes, tmp_path: Path) -> None:
+    def test_a_corrupt_journal_is_ignored(self, line: bytes, tmp_path: Path) -> None:
         stage = tmp_path / f".out.surgery-{PLAN[:16]}"
         stage.mkdir()
         (stage / ".surgery-journal").write_bytes(line)

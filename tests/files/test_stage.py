@@ -146,7 +146,7 @@ except SurgeryError as error:
 """
 
 
-def test_of_four_processes_one_writes(tmp_path: Path) -> None:
+def test_exactly_one_of_four_processes_writes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     running = [
         subprocess.Popen([sys.executable, "-c", _RACE, str(out)], stderr=subprocess.PIPE, text=True, env=env())
@@ -174,14 +174,12 @@ class TestRace:
 
         monkeypatch.setattr(fcntl, "flock", flock)
 
-    def test_a_stage_that_was_removed_meanwhile_is_made_anew(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_stage_removed_meanwhile_is_created_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._when_locking((tmp_path / f".out.surgery-{PLAN[:16]}").rmdir, monkeypatch)
         verify_folder(write_output(tmp_path / "out"))
         assert os.listdir(tmp_path) == ["out"]
 
-    def test_an_output_that_was_finished_meanwhile_is_seen_before_the_work(
+    def test_an_output_finished_meanwhile_is_noticed_before_the_work(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def finish() -> None:
@@ -230,7 +228,7 @@ class TestFullDisk:
         finally:
             subprocess.run(["umount", mount], check=True)
 
-    def test_the_preflight_says_how_much(self, tmp_path: Path) -> None:
+    def test_the_preflight_error_gives_both_sizes(self, tmp_path: Path) -> None:
         check_disk(tmp_path, 1)
         check_disk(tmp_path / "not/there/yet", 1)
         with pytest.raises(ResourceError, match=r"not enough disk: 1e\+06 TB needed, .* free"):
@@ -246,7 +244,7 @@ def test_a_stage_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "victim/precious").read_text() == "p"
 
 
-def test_a_sync_that_fails_at_the_end_takes_the_output_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_final_sync_removes_the_output_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = write_output(tmp_path / "out", b"old")
     real = kernel_copy.sync_folder
 

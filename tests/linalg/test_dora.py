@@ -56,7 +56,7 @@ def test_rescaled_rows_plus_rank_8_are_recovered_exactly(shape: tuple[int, int],
         assert lora(pair, 8)[2] > 0.3
 
 
-def test_a_dense_change_gains_nothing_and_the_cheap_test_says_so() -> None:
+def test_a_dense_change_gains_nothing_and_row_share_predicts_it() -> None:
     generator = torch.Generator().manual_seed(2)
     base = 0.02 * torch.randn(256, 192, generator=generator)
     pair = HeldPair(base, base + 2e-4 * torch.randn(256, 192, generator=generator).sign())
@@ -69,7 +69,7 @@ def test_a_dense_change_gains_nothing_and_the_cheap_test_says_so() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.005, 0.02])
-def test_the_cheap_test_sees_a_rescaling_even_of_rows_that_resemble_each_other(spread: float) -> None:
+def test_row_share_detects_a_rescaling_of_similar_rows(spread: float) -> None:
     generator = torch.Generator().manual_seed(3)
     U, _ = torch.linalg.qr(torch.randn(256, 192, generator=generator))
     V, _ = torch.linalg.qr(torch.randn(192, 192, generator=generator))
@@ -81,7 +81,7 @@ def test_the_cheap_test_sees_a_rescaling_even_of_rows_that_resemble_each_other(s
     assert alternate(pair, 8).residual < 1e-4 * float((pair.tuned - pair.base).norm())
 
 
-def test_magnitudes_are_those_of_least_squares() -> None:
+def test_magnitudes_are_the_least_squares_solution() -> None:
     pair = made((64, 48), 0.02)
     B, A, _ = lora(pair, 3)
     rows = best_rows(pair, B, A)
@@ -92,7 +92,7 @@ def test_magnitudes_are_those_of_least_squares() -> None:
     torch.testing.assert_close(rows.magnitude, rows.gain * v.norm(dim=1))
 
 
-def test_read_by_blocks_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_in_blocks_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = made((300, 64), 0.02)
     held = alternate(pair, 8)
     monkeypatch.setattr("surgery_formats.linalg.dora._BLOCK", 64 * 7)
@@ -100,7 +100,7 @@ def test_read_by_blocks_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(applied(pair, held), applied(pair, streamed), atol=1e-7, rtol=1e-5)
 
 
-def test_a_zero_row_has_no_direction() -> None:
+def test_a_zero_row_is_refused() -> None:
     pair = made((32, 24), 0.02)
     pair.base[3], pair.tuned[3] = 0, 0
     with pytest.raises(FitError, match="zero"):

@@ -38,7 +38,7 @@ def sums(draw: st.DrawFn) -> tuple[Terms, list[float]]:
 
 @settings(max_examples=120, deadline=None)
 @given(sums(), st.integers(1, 20))
-def test_exact_before_truncation_and_optimal_after(made: tuple[Terms, list[float]], rank: int) -> None:
+def test_sums_are_exact_and_reranking_is_optimal(made: tuple[Terms, list[float]], rank: int) -> None:
     terms, weights = made
     dense = exact_sum(terms, weights)
     B, A = concatenated(terms, weights)
@@ -55,7 +55,7 @@ def test_exact_before_truncation_and_optimal_after(made: tuple[Terms, list[float
     assert abs(found.lost - error) <= 1e-6 * size
 
 
-def test_combined_adapters_at_full_size() -> None:
+def test_full_size_adapters_add_up_exactly() -> None:
     """Two of rank 16 and 8, weights .7 and -.3, in a 512 x 384 layer."""
     g = torch.Generator().manual_seed(0)
     terms = [(torch.randn(512, r, generator=g) * 0.01, torch.randn(r, 384, generator=g) * 0.02) for r in (16, 8)]
@@ -84,21 +84,21 @@ def test_norms_of_small_differences_do_not_cancel() -> None:
     assert relative_error((B, A), (B, A)) <= 1e-14
 
 
-def test_inner_products() -> None:
+def test_the_inner_product_equals_that_of_the_full_matrices() -> None:
     g = torch.Generator().manual_seed(1)
     B, A, D, C = (torch.randn(*s, generator=g) for s in ((9, 3), (3, 7), (9, 5), (5, 7)))
     expected = float(((B.double() @ A.double()) * (D.double() @ C.double())).sum())
     assert factored_inner(B, A, D, C) == pytest.approx(expected, rel=1e-12)
 
 
-def test_zeros() -> None:
+def test_errors_relative_to_zero_are_zero_or_infinite() -> None:
     B, A = torch.zeros(5, 2), torch.ones(2, 4)
     assert relative_error((B, A), (B, A)) == 0.0
     assert relative_error((B, A), (B + 1, A)) == math.inf
     assert rerank(B, A, 1).lost == 0.0
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_factors_of_different_shapes_are_refused() -> None:
     one, other = (torch.ones(5, 2), torch.ones(2, 4)), (torch.ones(5, 2), torch.ones(2, 3))
     with pytest.raises(FitError, match="different shapes"):
         concatenated([one, other])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage rounding: its map is exact, its edge bounds it, survival is what a merge does, a merged LoRA is told from a fine-tune."""
+"""Storage rounding: its spacing is exact, its edge is a bound, and a merged LoRA is told apart from a fine-tune."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_spacing_of_float16_down_to_its_subnormals() -> None:
 
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("rounded", [1, 2])
-def test_noise_energy_is_what_rounding_does_on_one_side_or_both(dtype: DType, rounded: int) -> None:
+def test_noise_energy_is_the_measured_rounding_of_one_side_or_both(dtype: DType, rounded: int) -> None:
     parent = 0.02 * torch.randn(400, 300, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     base = parent if rounded == 2 else stored(parent, dtype)
     tuned = base + low_rank(400, 300, 8, 20 * float(spacing(base, dtype).median()))
@@ -71,7 +71,7 @@ def test_noise_energy_is_what_rounding_does_on_one_side_or_both(dtype: DType, ro
 
 
 @pytest.mark.parametrize("rms", [0.1, 0.2, 0.5, 1.0, 4.0])
-def test_survival_is_what_a_merge_keeps_of_the_values_at_hand(rms: float) -> None:
+def test_survival_is_the_measured_share_kept_by_a_merge(rms: float) -> None:
     base = weight(512, 512, DType.BF16)
     delta = low_rank(512, 512, 16, rms * float(spacing(base, DType.BF16).median()))
     kept = survival(base, delta, DType.BF16)
@@ -83,11 +83,11 @@ def test_survival_is_what_a_merge_keeps_of_the_values_at_hand(rms: float) -> Non
     assert low < kept.survival < high
 
 
-def test_survival_of_nothing_is_not_a_number() -> None:
+def test_survival_of_a_zero_update_is_nan() -> None:
     assert math.isnan(survival(torch.ones(2, 2), torch.zeros(2, 2), DType.BF16).survival)
 
 
-def test_directions_that_float32_cannot_see_are_no_signal() -> None:
+def test_directions_below_float32_resolution_are_not_signal() -> None:
     assert signal_count([1.0, 1e-3, 1e-8], 0.0) == 2
     assert signal_count([1.0, 1e-3, 1e-4], 5e-4) == 2
     assert signal_count([], 0.0) == 0
@@ -109,9 +109,7 @@ SIZES = [(768, 768), (1024, 256), (256, 512)]
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("rms", [1.0, 2.0, 16.0])
 @pytest.mark.parametrize("known", [None, 8])
-def test_a_merged_lora_is_known_from_one_unit_in_the_last_place_upwards(
-    dtype: DType, rms: float, known: int | None
-) -> None:
+def test_a_merged_lora_is_recognised_from_one_ulp_upwards(dtype: DType, rms: float, known: int | None) -> None:
     found = []
     for m, n in SIZES:
         base = weight(m, n, dtype)
@@ -124,7 +122,7 @@ def test_a_merged_lora_is_known_from_one_unit_in_the_last_place_upwards(
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("rms", [0.1, 0.2, 0.5, 0.8, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("low", [0.0, 0.5, 0.9])
-def test_a_full_fine_tune_is_not_taken_for_one(dtype: DType, rms: float, low: float) -> None:
+def test_a_full_fine_tune_is_not_taken_for_a_merged_lora(dtype: DType, rms: float, low: float) -> None:
     """A bulk of independent changes with a decaying spectrum on it: what Adam leaves."""
     found = []
     for m, n in SIZES[1:]:
@@ -140,7 +138,7 @@ def test_a_full_fine_tune_is_not_taken_for_one(dtype: DType, rms: float, low: fl
     assert looks_merged(found) is None
 
 
-def test_layers_have_to_agree() -> None:
+def test_a_merged_lora_is_reported_only_if_layers_agree() -> None:
     one = Spectrum([3.0, 2.0, 0.1], (100, 100), 13.01, 0.9, 0.5, 1.0, 2)
     other = Spectrum([3.0, 2.0, 1.0, 0.1], (100, 100), 14.01, 0.9, 0.5, 1.0, 3)
     assert looks_merged([one] * 20) == MergedLoRA(2, 20, 20)
@@ -149,7 +147,7 @@ def test_layers_have_to_agree() -> None:
     assert looks_merged([]) is None
 
 
-def test_what_is_said() -> None:
+def test_remarks_suggest_a_rank_without_noise() -> None:
     signal = Signal(0.0023, 50, 384, True, 0.93)
     assert remark(64, signal) == "rank 64 asked: 14 directions are rounding noise; suggest <= 50"
     assert remark(51, signal, asked=False) == "rank 51: 1 direction is rounding noise; suggest <= 50"

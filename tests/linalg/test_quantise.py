@@ -33,7 +33,7 @@ def _steps(codes: Codes, coding: Coding) -> torch.Tensor:
 @every_coding
 @settings(max_examples=60, deadline=None)
 @given(_numbers())
-def test_no_value_is_further_than_half_a_step_unless_clipped(coding: Coding, values: torch.Tensor) -> None:
+def test_values_are_within_half_a_step_unless_clipped(coding: Coding, values: torch.Tensor) -> None:
     codes = quantise(values, coding)
     error = (dequantise(codes, coding).double() - values).abs()
     inside = codes.values.abs() < coding.largest
@@ -57,7 +57,7 @@ def _at_largest(values: torch.Tensor, coding: Coding) -> torch.Tensor:
 @every_coding
 @settings(max_examples=60, deadline=None)
 @given(_numbers())
-def test_what_codes_decode_to_decodes_to_itself(coding: Coding, values: torch.Tensor) -> None:
+def test_coding_decoded_values_again_changes_nothing(coding: Coding, values: torch.Tensor) -> None:
     decoded = dequantise(quantise(values, coding), coding)
     assert torch.equal(dequantise(quantise(decoded, coding), coding), decoded)
 
@@ -80,7 +80,7 @@ def _product(rank: int, out: int = 96, inputs: int = 160) -> tuple[torch.Tensor,
 
 @every_coding
 @pytest.mark.parametrize("rank", [1, 3, 16, 40])
-def test_a_product_is_nearer_than_its_rounded_factors(coding: Coding, rank: int) -> None:
+def test_a_coded_product_is_nearer_than_its_rounded_factors(coding: Coding, rank: int) -> None:
     B, A = _product(rank)
     found = quantise_product(B, A, coding)
     decoded = dequantise(found.B, coding).double(), dequantise(found.A, coding).double().T
@@ -93,7 +93,7 @@ def test_a_product_is_nearer_than_its_rounded_factors(coding: Coding, rank: int)
 
 
 @every_coding
-def test_the_same_codes_every_time_and_from_what_they_decode_to(coding: Coding) -> None:
+def test_codes_are_deterministic_and_stable_under_recoding(coding: Coding) -> None:
     B, A = _product(16)
     one, other = (quantise_product(B, A, coding) for _ in range(2))
     assert torch.equal(one.B.values, other.B.values)
@@ -105,7 +105,7 @@ def test_the_same_codes_every_time_and_from_what_they_decode_to(coding: Coding) 
 
 
 @every_coding
-def test_nothing_stays_nothing_and_more_rank_than_a_matrix_has_is_cut(coding: Coding) -> None:
+def test_zeros_stay_zero_and_redundant_rank_is_dropped(coding: Coding) -> None:
     nothing = quantise_product(torch.zeros(5, 3), torch.ones(3, 4), coding)
     assert nothing.error == 0.0
     B, A = _product(16, 6, 9)

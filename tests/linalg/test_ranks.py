@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from surgery_formats.linalg.ranks import allocate, auto_rank, checked_rank, rank_for_energy, rank_for_error
 
 
-def test_ranks_are_cut_and_said() -> None:
+def test_a_capped_rank_comes_with_a_sentence() -> None:
     assert checked_rank(4, (8, 16)) == (4, None)
     rank, note = checked_rank(64, (8, 16))
     assert rank == 8
@@ -23,7 +23,7 @@ def test_ranks_are_cut_and_said() -> None:
             checked_rank(wrong, (8, 16))  # type: ignore[arg-type]
 
 
-def test_energy_and_error_say_the_same() -> None:
+def test_energy_and_error_criteria_agree() -> None:
     values = torch.tensor([3.0, 2.0, 1.0, 0.0])
     assert [rank_for_energy(values, e) for e in (0.5, 9 / 14, 0.65, 13 / 14, 1.0)] == [1, 1, 2, 2, 3]
     assert rank_for_error(values, (5 / 14) ** 0.5 + 1e-12) == 1
@@ -35,7 +35,7 @@ def test_energy_and_error_say_the_same() -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_the_budget_is_kept_and_spent_as_well_as_can_be(data: st.DataObject) -> None:
+def test_the_budget_is_kept_and_spent_optimally(data: st.DataObject) -> None:
     """Equal costs: exactly the optimum of all allocations."""
     spectra = [
         torch.tensor(sorted(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)), reverse=True)).float()
@@ -49,7 +49,7 @@ def test_the_budget_is_kept_and_spent_as_well_as_can_be(data: st.DataObject) -> 
     assert found.lost == best
 
 
-def test_dear_directions_wait() -> None:
+def test_expensive_directions_are_chosen_last() -> None:
     spectra = [torch.tensor([4.0, 3.0]), torch.tensor([5.0, 1.0])]
     assert allocate(spectra, [10, 30], 20).ranks == (2, 0)  # 25/30 is less than 9/10
     assert allocate(spectra, [10, 30], 50).ranks == (2, 1)
@@ -62,7 +62,7 @@ def test_dear_directions_wait() -> None:
         allocate(spectra, [10], 39)
 
 
-def test_auto() -> None:
+def test_auto_rank_counts_values_above_the_edge_within_the_budget() -> None:
     values = torch.tensor([9.0, 5.0, 2.0, 1.0])
     assert auto_rank(values, 1.5) == 3
     assert auto_rank(values, 1.5, budget=2) == 2

@@ -19,7 +19,7 @@ from tests.support.spectra import KINDS, check, made, true_error
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(64, 64), (512, 512), (2048, 256), (256, 2048), (1024, 1024)])
 @pytest.mark.parametrize("rank", [1, 4, 16, 64])
-def test_within_a_thousandth_of_the_optimum(shape: tuple[int, int], kind: str, rank: int) -> None:
+def test_the_error_is_within_a_thousandth_of_the_optimum(shape: tuple[int, int], kind: str, rank: int) -> None:
     d, s = made(*shape, kind)
     check(d, s, truncated_svd(d * 2.0**-12, rank=rank)._replace(**_unscaled(d, rank)), rank)
 
@@ -37,14 +37,16 @@ def _unscaled(d: torch.Tensor, rank: int) -> dict[str, object]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 1024), (2048, 4096)])
 @pytest.mark.parametrize("rank", [8, 16, 64, 256])
-def test_within_a_thousandth_of_the_optimum_large(shape: tuple[int, int], kind: str, rank: int) -> None:
+def test_the_error_of_a_large_matrix_is_within_a_thousandth_of_the_optimum(
+    shape: tuple[int, int], kind: str, rank: int
+) -> None:
     d, s = made(*shape, kind)
     check(d, s, truncated_svd(d, rank=rank), rank)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(512, 512), (1024, 512)])
-def test_the_difference_of_a_bf16_pair(shape: tuple[int, int], kind: str) -> None:
+def test_the_difference_of_a_bf16_pair_is_near_its_optimum(shape: tuple[int, int], kind: str) -> None:
     delta, _ = made(*shape, kind)
     base = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.02).bfloat16()
     tuned = (base.float() + delta * (1e-4 / delta.square().mean().sqrt())).bfloat16()
@@ -64,7 +66,7 @@ def test_ranks_beyond_the_true_one_add_nothing(rank: int) -> None:
     assert float(found.S[12:].max()) <= 1e-6 * found.total
 
 
-def test_what_float32_cannot_resolve_is_resolved() -> None:
+def test_residuals_below_float32_resolution_are_resolved() -> None:
     d, s = made(1024, 1024, "fast")
     found = truncated_svd(
         d, rank=100
@@ -77,7 +79,7 @@ def test_what_float32_cannot_resolve_is_resolved() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99])
-def test_the_least_rank_that_holds_the_energy(kind: str, energy: float) -> None:
+def test_the_rank_is_the_least_that_holds_the_energy(kind: str, energy: float) -> None:
     d, s = made(512, 1024, kind)
     share = torch.cumsum(s.square(), 0) / s.square().sum()
     needed = int((share < energy).sum()) + 1
@@ -89,7 +91,7 @@ def test_the_least_rank_that_holds_the_energy(kind: str, energy: float) -> None:
     assert truncated_svd(d, energy=energy, rank=3).rank == min(3, found.rank)
 
 
-def test_all_the_energy_is_the_true_rank() -> None:
+def test_all_of_the_energy_gives_the_true_rank() -> None:
     d, _ = made(512, 512, "low")
     assert truncated_svd(d, max_error=1e-5).rank == 12
     assert truncated_svd(d, energy=1 - 1e-9).rank == 12
@@ -107,7 +109,7 @@ def test_all_the_energy_is_the_true_rank() -> None:
 @example(m=1, n=40, rank=1, inner=1, seed=0)
 @example(m=40, n=1, rank=3, inner=1, seed=0)
 @example(m=30, n=30, rank=1, inner=1, seed=0)
-def test_any_shape_and_rank(m: int, n: int, rank: int, inner: int, seed: int) -> None:
+def test_the_bound_holds_for_any_shape_and_rank(m: int, n: int, rank: int, inner: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     d = torch.randn(m, inner, generator=g) @ torch.randn(inner, n, generator=g)
     found, s = truncated_svd(d, rank=rank), torch.linalg.svdvals(d.double())
@@ -120,7 +122,7 @@ def test_any_shape_and_rank(m: int, n: int, rank: int, inner: int, seed: int) ->
     torch.testing.assert_close(found.V.T @ found.V, torch.eye(found.rank), rtol=0, atol=1e-5)
 
 
-def test_equal_singular_values() -> None:
+def test_equal_singular_values_are_found() -> None:
     d = torch.eye(600)
     found = truncated_svd(d, rank=16)
     check(d, torch.ones(600, dtype=torch.float64), found, 16)
@@ -143,7 +145,7 @@ class Rows:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_source_is_streamed(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_is_read_in_blocks(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgery_formats.linalg.matrix._BLOCK", 100_000)
     d, _ = made(4096, 512, "power")
     d = (d.T if turned else d).bfloat16().contiguous()
@@ -158,7 +160,7 @@ def test_a_source_is_streamed(turned: bool, monkeypatch: pytest.MonkeyPatch) -> 
     check(d.float(), torch.linalg.svdvals(d.double()), truncated_svd(Rows(d), rank=200), 200)
 
 
-def test_the_same_bits_in_any_number_of_threads() -> None:
+def test_any_number_of_threads_gives_the_same_bits() -> None:
     d, _ = made(1024, 512, "spiked")
     before, runs = torch.get_num_threads(), []
     try:
@@ -189,7 +191,7 @@ def test_signs_are_chosen_and_seeds_agree() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("size", [5, 600])
-def test_what_is_no_number_is_refused(bad: float, size: int) -> None:
+def test_nan_and_infinity_are_refused(bad: float, size: int) -> None:
     d = torch.randn(size, size)
     d[2, 3] = bad
     with pytest.raises(FitError, match="NaN or infinity"):
@@ -199,14 +201,14 @@ def test_what_is_no_number_is_refused(bad: float, size: int) -> None:
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-18, 1e18, 1e30])
-def test_sizes_whose_squares_leave_float32(factor: float) -> None:
+def test_values_whose_squares_leave_float32_are_handled(factor: float) -> None:
     d, s = made(512, 512, "power")
     found = truncated_svd(d * factor, rank=8)
     assert found.residual / found.total == pytest.approx(float(s[8:].norm() / s.norm()), rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (48, 64), (700, 500), (500, 700)])
-def test_rows_and_columns_that_hold_nothing_get_nothing(shape: tuple[int, int]) -> None:
+def test_zero_rows_and_columns_stay_exactly_zero(shape: tuple[int, int]) -> None:
     """Exactly: weights that were not trained keep their bits when the factors are merged."""
     d, rows, cols = torch.randn(shape), torch.arange(3, shape[0], 5), torch.arange(1, shape[1], 7)
     d[rows], d[:, cols] = 0, 0
@@ -222,7 +224,7 @@ def test_rows_and_columns_that_hold_nothing_get_nothing(shape: tuple[int, int]) 
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((1, 50), 1), ((40, 64), 3), ((700, 600), 2)], ids=str)
-def test_a_norm_beside_a_power_of_two(shape: tuple[int, int], rank: int) -> None:
+def test_a_norm_near_a_power_of_two_does_not_change_the_scale(shape: tuple[int, int], rank: int) -> None:
     """Rounding decides on which side it lies, in float32 and float64 apart: the scale must be one for both."""
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
@@ -235,7 +237,7 @@ def test_a_norm_beside_a_power_of_two(shape: tuple[int, int], rank: int) -> None
             assert found.relative < 1e-6
 
 
-def test_zeros() -> None:
+def test_a_zero_matrix_has_no_residual_and_bound_one() -> None:
     found = truncated_svd(torch.zeros(7, 5), rank=3)
     assert (found.rank, found.residual, found.total, found.bound, found.relative) == (3, 0.0, 0.0, 1.0, 0.0)
     assert truncated_svd(torch.zeros(7, 5), energy=0.9).rank == 0
@@ -244,13 +246,13 @@ def test_zeros() -> None:
 @pytest.mark.parametrize(
     "wrong", [{}, {"rank": 0}, {"rank": -1}, {"energy": 0.0}, {"energy": 1.5}, {"max_error": 1.0}, {"max_error": -0.1}]
 )
-def test_criteria_are_checked(wrong: dict[str, float]) -> None:
+def test_invalid_criteria_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"rank|energy|error"):
         truncated_svd(torch.eye(3), **wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2, 2), (0, 4)])
-def test_only_matrices(shape: tuple[int, ...]) -> None:
+def test_tensors_that_are_not_matrices_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(FitError, match="matrix"):
         truncated_svd(torch.ones(shape), rank=1)
 
@@ -258,7 +260,7 @@ def test_only_matrices(shape: tuple[int, ...]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_on_a_gpu(kind: str) -> None:
+def test_a_gpu_gives_the_same_result(kind: str) -> None:
     d, s = made(1024, 2048, kind)
     found = truncated_svd(d, rank=16, device="cuda")
     assert found.U.is_cuda

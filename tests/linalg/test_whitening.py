@@ -39,7 +39,7 @@ def formed(moment: Moment) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("n", [10, 32, 500])
-def test_inputs_and_their_gram_are_the_same_moment(n: int) -> None:
+def test_inputs_and_their_gram_matrix_give_the_same_moment(n: int) -> None:
     x = inputs(n, 32)
     one = moment_of(x)
     gram = x.double().T @ x.double() / n
@@ -57,7 +57,7 @@ def test_inputs_and_their_gram_are_the_same_moment(n: int) -> None:
     assert output_energy(d, other, other.mean) == pytest.approx(float(rest.square().sum() / n))
 
 
-def test_powers_are_those_of_the_damped_matrix() -> None:
+def test_times_power_uses_the_damped_moment() -> None:
     moment = moment_of(inputs(10, 32))
     damped = formed(moment) + 0.01 * moment.energies.sum() / 32 * torch.eye(32, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(damped)
@@ -68,7 +68,7 @@ def test_powers_are_those_of_the_damped_matrix() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
-def test_whitened_factors_are_best_for_these_inputs_half_whitened_ones_between(rank: int) -> None:
+def test_whitened_factors_are_best_and_half_whitened_ones_lie_between(rank: int) -> None:
     moment = moment_of(inputs(400, 32))
     d = delta()
     errors = []
@@ -81,7 +81,7 @@ def test_whitened_factors_are_best_for_these_inputs_half_whitened_ones_between(r
     assert errors[0] == pytest.approx(output_energy(d - plain[0] @ plain[1], moment), rel=1e-3)
 
 
-def test_at_full_rank_nothing_is_left() -> None:
+def test_full_rank_leaves_no_error() -> None:
     B, A = weighted_factors(delta(), moment_of(inputs(10, 32)), 32)
     assert float((delta() - B @ A).norm() / delta().norm()) < 1e-4
 
@@ -95,26 +95,26 @@ NO_MOMENTS = {
 
 
 @pytest.mark.parametrize("fault", NO_MOMENTS)
-def test_what_is_no_second_moment_is_refused(fault: str) -> None:
+def test_a_matrix_that_is_not_a_second_moment_is_refused(fault: str) -> None:
     gram, words = NO_MOMENTS[fault]
     with pytest.raises(FitError, match=words):
         moment_of_gram(gram)
 
 
-def test_a_mean_that_no_inputs_have_is_refused() -> None:
+def test_an_impossible_mean_is_refused() -> None:
     with pytest.raises(FitError, match="not a possible mean"):
         moment_of_gram(torch.eye(4), torch.full((4,), 2.0))
     assert moment_of_gram(torch.eye(4), torch.full((4,), 0.5)).mean is not None
 
 
 @pytest.mark.parametrize("values", [torch.zeros(3, 4), torch.zeros(0, 4), torch.full((3, 4), float("inf"))])
-def test_inputs_that_say_nothing_are_refused(values: torch.Tensor) -> None:
+def test_zero_or_missing_inputs_are_refused(values: torch.Tensor) -> None:
     with pytest.raises(FitError):
         moment_of(values)
 
 
 @pytest.mark.parametrize("count", [10, 32, 500])
-def test_inputs_may_come_in_parts(count: int) -> None:
+def test_inputs_in_blocks_give_the_same_moment(count: int) -> None:
     x = inputs(count, 32)
     one, other = moment_of(x), moment_of_inputs(iter(x.split(7)), count)
     for power in (0.25, 0.5):

@@ -37,13 +37,13 @@ def _tables(name: str, **changes: Any) -> Model:
 
 
 @pytest.mark.parametrize("kind", KNOWN)
-def test_a_missing_key_means_what_it_means_to_transformers(kind: str) -> None:
+def test_missing_keys_have_the_defaults_of_transformers(kind: str) -> None:
     full = json.loads(transformers.CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
     assert model_of({"model_type": kind}, HEAD) == model_of({**full, "architectures": None}, HEAD)
 
 
 @pytest.mark.parametrize("name", [n for n in DECODERS if "rope_parameters" in _config(n) and "gemma3" not in n])
-def test_both_eras_of_rotary_parameters_say_the_same(name: str) -> None:
+def test_rotary_parameters_of_both_versions_give_the_same_recipe(name: str) -> None:
     config = _config(name)
     new = model_of(config, HEAD)
     rope = dict(config.pop("rope_parameters"))
@@ -61,7 +61,7 @@ def test_both_eras_of_rotary_parameters_say_the_same(name: str) -> None:
         assert model_of(old, HEAD) == new
 
 
-def test_gemma_3_of_the_old_era() -> None:
+def test_gemma_3_configurations_of_transformers_4_are_read() -> None:
     config = _config("gemma3_scaled")
     new = model_of(config, HEAD)
     del config["rope_parameters"]
@@ -75,7 +75,7 @@ def test_gemma_3_of_the_old_era() -> None:
     assert [rope and rope.parameters["rope_type"] for rope in ropes] == ["linear", "default", "linear"]
 
 
-def test_the_first_phi_3_calls_longrope_su() -> None:
+def test_su_in_the_first_phi_3_means_longrope() -> None:
     config = _config("phi3_longrope_long")
     scaling = {"type": "su", "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.5, 2.0, 3.0, 4.0]}
     del config["rope_parameters"]
@@ -126,7 +126,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize(("name", "key", "value"), SWITCHES, ids=[f"{n}-{k}" for n, k, _ in SWITCHES])
-def test_a_switch_that_changes_the_arithmetic_is_refused_by_name(name: str, key: str, value: Any) -> None:
+def test_an_unsupported_setting_is_refused_by_name(name: str, key: str, value: Any) -> None:
     with pytest.raises(FitError, match=key):
         _tables(name, **{key: value})
 
@@ -159,7 +159,7 @@ def test_a_switch_that_changes_the_arithmetic_is_refused_by_name(name: str, key:
         ("llama", "model_type", ["llama"], "no recipe"),
     ],
 )
-def test_what_makes_no_model_is_refused(name: str, key: str, value: Any, words: str) -> None:
+def test_invalid_configurations_are_refused(name: str, key: str, value: Any, words: str) -> None:
     with pytest.raises(FitError, match=words):
         _tables(name, **{key: value})
 
@@ -173,14 +173,14 @@ _JSON = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(CASES)), value=_JSON)
-def test_no_value_of_any_key_brings_another_error(data: st.DataObject, name: str, value: Any) -> None:
+def test_malformed_config_values_raise_fit_error(data: st.DataObject, name: str, value: Any) -> None:
     config = _config(name)
     key = data.draw(st.sampled_from(sorted(config)))
     with contextlib.suppress(FitError):
         model_of({**config, key: value}, HEAD)
 
 
-def test_examples_have_recipes_that_take_every_tensor() -> None:
+def test_recipes_of_the_examples_use_every_tensor() -> None:
     from surgery_formats.models.checkpoint import open_checkpoint
 
     component = open_checkpoint(Path("examples/base")).main

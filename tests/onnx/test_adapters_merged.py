@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A graph with adapters merged is what PEFT computes with them attached, for every kind; the base's file stays as it is."""
+"""A graph with merged adapters computes what PEFT computes, for every kind; the base's file is unchanged."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CASES = [(name, "cpu") for name in trained.MERGED] + [
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)
-def test_every_kind_is_what_peft_computes(base, adapters, name, target, tmp_path):
+def test_every_merged_kind_gives_the_logits_of_peft(base, adapters, name, target, tmp_path):
     export_onnx(base, [adapters[name]], output=tmp_path / "out", target=target, dtype="fp32")
     expected = trained.logits(trained.attached("llama", base, (adapters[name], 1.0)), IDS)
     plain = trained.logits(recipes.load("llama", base), IDS)
@@ -93,7 +93,7 @@ def test_the_ledger_accounts_for_every_tensor_of_the_base(base, adapters, tmp_pa
     assert {one["class"] for one in ledger["without_output"].values()} == {"referenced"}
 
 
-def test_beside_the_base_only_files_are_added(base, adapters, tmp_path):
+def test_an_export_into_the_base_folder_only_adds_files(base, adapters, tmp_path):
     folder = recipes.build("llama", tmp_path / "base", hidden_size=64)
     before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.iterdir()}
     result = export_onnx(folder, [adapters["lora q v"]], output=folder)
@@ -110,7 +110,7 @@ def test_beside_the_base_only_files_are_added(base, adapters, tmp_path):
         export_onnx(folder, [adapters["lora q v"]], output=folder)
 
 
-def test_what_fails_late_leaves_nothing_in_the_folder_of_the_base(base, adapters, tmp_path, monkeypatch):
+def test_a_late_failure_leaves_nothing_in_the_base_folder(base, adapters, tmp_path, monkeypatch):
     folder = recipes.build("llama", tmp_path / "base", hidden_size=64)
     before = {path.name for path in folder.iterdir()}
 
@@ -124,7 +124,7 @@ def test_what_fails_late_leaves_nothing_in_the_folder_of_the_base(base, adapters
 
 
 @pytest.mark.parametrize("moves", [0, 2, 4])
-def test_what_a_killed_export_left_in_the_folder_of_the_base_is_completed(base, adapters, tmp_path, moves):
+def test_leftovers_of_a_killed_export_are_completed(base, adapters, tmp_path, moves):
     """The graph is the last file to get its name: until then the same command goes on, and any other is refused."""
     folder = recipes.build("llama", tmp_path / "base", hidden_size=64)
     before = {path.name for path in folder.iterdir()}
@@ -152,14 +152,14 @@ export_onnx({str(folder)!r}, [{str(adapters["lora q v"])!r}], output={str(folder
     surgery.verify(folder)
 
 
-def test_changed_matrices_that_are_read_together_lie_together(base, adapters, tmp_path):
+def test_changed_matrices_that_are_read_together_are_adjacent(base, adapters, tmp_path):
     export_onnx(base, [adapters["lora all-linear"]], output=tmp_path / "out")
     joint = {name for name, entry in initializers(tmp_path / "out").items() if entry["location"] == DELTA}
     assert "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight" in joint
     assert "model.layers.0.mlp.gate_proj+up_proj.weight" in joint
 
 
-def test_a_base_that_is_packed_stays_packed_where_only_a_part_changes(base, adapters, tmp_path):
+def test_a_packed_base_stays_packed_if_only_a_part_changes(base, adapters, tmp_path):
     merge(base, adapters["lora all-linear"], output=tmp_path / "packed", layout="packed")
     export_onnx(tmp_path / "packed", [adapters["lora q v"]], output=tmp_path / "out")
     joint = initializers(tmp_path / "out")
@@ -171,7 +171,7 @@ def test_a_base_that_is_packed_stays_packed_where_only_a_part_changes(base, adap
 
 @pytest.mark.parametrize("layout", ["delta", "full"])
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
-def test_tied_embeddings_part_as_in_a_merge(module, layout, tmp_path):
+def test_tied_embeddings_are_untied_as_in_a_merge(module, layout, tmp_path):
     base = recipes.build("qwen2", tmp_path / "base", tie_word_embeddings=True)
     adapter = trained.train("qwen2", base, trained._lora(target_modules=["q_proj", module]), tmp_path / "adapter")
     export_onnx(base, [adapter], output=tmp_path / "out", merge_to=layout)
@@ -185,7 +185,7 @@ def test_tied_embeddings_part_as_in_a_merge(module, layout, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "gemma2"])
-def test_fused_and_transposed_weights(name, tmp_path):
+def test_fused_and_transposed_weights_are_merged(name, tmp_path):
     base = recipes.build(name, tmp_path / "base")
     targets = {"gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj", "gate_up_proj"]}
     adapter = trained.train(
@@ -211,20 +211,20 @@ def test_an_encoder_gets_the_classifier_that_was_trained_beside_the_adapter(tmp_
     assert np.abs(feed_encoder(session, IDS, np.ones_like(IDS))["logits"] - expected).max() <= TOLERANCE
 
 
-def test_what_changes_nothing_is_refused(base, adapters, tmp_path):
+def test_a_merge_without_effect_is_refused(base, adapters, tmp_path):
     with pytest.raises(NothingChangedError):
         export_onnx(base, merge=[(adapters["lora all-linear"], 0.0)], output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bias_the_base_lacks_is_the_graphs_and_no_checkpoints(base, adapters, tmp_path):
+def test_a_new_bias_goes_into_a_graph_but_not_into_a_checkpoint(base, adapters, tmp_path):
     pair = [(adapters["lora_bias"], 0.5), (adapters["lora all-linear"], 1.0), (adapters["lora_bias"], 0.25)]
     export_onnx(base, merge=pair, output=tmp_path / "out")
     trained_bias = load_file(adapters["lora_bias"] / "adapter_model.safetensors")
     name = "model.layers.1.mlp.down_proj"
     expected = 0.75 * 6 / 4 * trained_bias[f"base_model.model.{name}.lora_B.bias"]
     assert load_file(tmp_path / "out" / DELTA)[f"{name}.bias"].allclose(expected, rtol=1e-6, atol=1e-7)
-    with pytest.raises(FitError, match="no checkpoint can hold it"):
+    with pytest.raises(FitError, match="but not a checkpoint"):
         export_onnx(base, merge=pair, output=tmp_path / "full", merge_to="full")
     with pytest.raises(FitError, match="no parameter"):
         merge(base, adapters["lora_bias"], output=tmp_path / "merged")
@@ -238,14 +238,14 @@ def test_a_bias_the_base_lacks_is_the_graphs_and_no_checkpoints(base, adapters, 
         ({"merge_to": "full", "weights": "link"}, "writes its weights itself"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_written(base, adapters, options, words, tmp_path):
+def test_impossible_options_are_refused_and_nothing_is_written(base, adapters, options, words, tmp_path):
     with pytest.raises(FitError, match=words):
         export_onnx(base, [adapters["lora all-linear"]], output=tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_without_virtual_tokens_is_no_prefix(base, adapters, tmp_path):
-    with pytest.raises(FitError, match="trains no virtual tokens"):
+    with pytest.raises(FitError, match="has no virtual tokens"):
         export_onnx(base, prefix=adapters["lora all-linear"], output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

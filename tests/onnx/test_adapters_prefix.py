@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft prompts as keys and values, as rows, and in front of an encoder: what PEFT computes for an unpadded row, at no cost per token."""
+"""Soft prompts as keys and values, as rows, and in front of an encoder give the logits of PEFT."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def assert_like(graph, model, ids=IDS):
 @pytest.mark.parametrize("target", ["cuda", "cpu", "portable"])
 @pytest.mark.parametrize("kind", trained.PROMPTS)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_the_default_past_is_what_peft_computes(case, name, kind, target, tmp_path):
+def test_the_default_past_gives_the_logits_of_peft(case, name, kind, target, tmp_path):
     one = case(name)
     result = export_onnx(one.base, [one.adapter(kind)], output=tmp_path / "out", target=target, dtype="fp32")
     assert (result.contract.virtual_tokens, result.contract.prompt_kind) == (
@@ -108,14 +108,14 @@ def test_the_default_past_is_what_peft_computes(case, name, kind, target, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_learned_positions_go_on_behind_the_prompt(case, kind, tmp_path):
+def test_learned_positions_continue_after_the_prompt(case, kind, tmp_path):
     one = case("gpt2")
     export_onnx(one.base, [one.adapter(kind)], output=tmp_path / "out")
     assert_like(Unaware(tmp_path / "out" / "model.onnx"), one.model(kind))
 
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
-def test_prompts_are_swapped_in_one_session(case, target, tmp_path):
+def test_prompts_can_be_swapped_within_a_session(case, target, tmp_path):
     one = case("llama")
     prompts = {kind: one.adapter(kind) for kind in trained.PROMPTS}
     result = export_onnx(one.base, prefix=list(prompts.values()), output=tmp_path / "out", target=target)
@@ -133,7 +133,7 @@ def test_prompts_are_swapped_in_one_session(case, target, tmp_path):
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_the_runner_generates_what_peft_generates(case, kind, target, tmp_path):
-    """With a shared buffer (cpu) the runner writes the prefix itself; rows of several lengths are what they are alone."""
+    """With a shared buffer (cpu) the runner writes the prefix itself; rows of different lengths stay independent."""
     one = case("llama")
     other = {"prompt": "prefix", "prefix": "prompt"}[kind]
     out = tmp_path / "out"
@@ -163,11 +163,11 @@ def test_a_shared_buffer_is_never_mistaken_for_uncounted_tokens(case, tokens, tm
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "granite"])
 @pytest.mark.parametrize("target", ["cpu", "portable"])
-def test_rows_behind_the_vocabulary(name, target, tmp_path):
+def test_rows_after_the_vocabulary_give_the_logits_of_peft(name, target, tmp_path):
     """Families whose table scales its rows, and one that scales whatever comes, too."""
     base = recipes.build(name, tmp_path / "base", **MODELS.get(name, {}))
     adapter = trained.train(name, base, trained.PROMPTS["prompt"], tmp_path / "adapter")
-    result = export_onnx(base, [adapter], output=tmp_path / "out", form="rows", target=target)
+    result = export_onnx(base, [adapter], output=tmp_path / "out", prompt_form="rows", target=target)
     assert result.contract.vocabulary_rows == (recipes.VOCAB, trained.TOKENS)
     assert result.contract.virtual_tokens == 0
     model = trained.attached(name, base, (adapter, 1.0))
@@ -187,7 +187,7 @@ def test_rows_behind_the_vocabulary(name, target, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "granite"])
-def test_keys_and_values_where_embeddings_are_scaled(name, tmp_path):
+def test_keys_and_values_follow_the_scale_of_embeddings(name, tmp_path):
     base = recipes.build(name, tmp_path / "base")
     adapter = trained.train(name, base, trained.PROMPTS["prompt"], tmp_path / "adapter")
     export_onnx(base, [adapter], output=tmp_path / "out")
@@ -195,7 +195,7 @@ def test_keys_and_values_where_embeddings_are_scaled(name, tmp_path):
 
 
 @pytest.mark.parametrize("own_folder", [False, True])
-def test_a_prompt_runs_through_what_was_merged(case, own_folder, tmp_path):
+def test_a_prompt_is_computed_with_the_merged_weights(case, own_folder, tmp_path):
     base = recipes.build("llama", tmp_path / "base", **MODELS["llama"])
     lora = trained.train("llama", base, trained._lora(), tmp_path / "lora")
     prompt = trained.train("llama", base, trained.PROMPTS["prompt"], tmp_path / "prompt")
@@ -222,7 +222,7 @@ def test_several_rows_on_the_prompt_go_through_the_prefill_graph(case, tmp_path)
         assert np.abs(found[row] - expected[0]).max() <= TOLERANCE
 
 
-def test_half_precision_keys_are_the_caches_type(case, tmp_path):
+def test_half_precision_keys_have_the_type_of_the_cache(case, tmp_path):
     one = case("llama")
     export_onnx(one.base, [one.adapter("prompt")], output=tmp_path / "out", target="portable", dtype="fp16")
     past = read_adapter_file(tmp_path / "out" / "prompts" / "prompt.onnx_adapter")
@@ -233,7 +233,7 @@ def test_half_precision_keys_are_the_caches_type(case, tmp_path):
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 def test_a_text_is_read_once(target, tmp_path):
-    """What is generated is what the model says after the text and the input, the input without a beginning of its own."""
+    """Generated text continues the baked text and the input, which has no beginning token of its own."""
     import transformers
 
     base = ROOT / "examples" / "base"
@@ -264,8 +264,8 @@ ENCODERS = {
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
 @pytest.mark.parametrize("name", ENCODERS)
-def test_a_prompt_tuned_classifier(name, kind, target, tmp_path):
-    """Virtual tokens in front within the graph, the classifier that was trained beside them merged; padding as the contract says."""
+def test_a_prompt_tuned_classifier_gives_the_logits_of_peft(name, kind, target, tmp_path):
+    """Virtual tokens inside the graph, a classifier trained beside them merged, padding as in the contract."""
     base = recipes.build(name, tmp_path / "base")
     config, fields = trained.PROMPTS[kind]
     if name.startswith("distilbert"):  # PEFT does not find these in its config
@@ -297,14 +297,14 @@ def test_a_prompt_tuned_classifier(name, kind, target, tmp_path):
 
 
 REFUSED = {
-    "rows of keys and values": ("prefix", {"form": "rows"}, "belong to no token"),
+    "rows of keys and values": ("prefix", {"prompt_form": "rows"}, "are not tokens"),
     "no room": ("prompt", {"max_length": 5}, "leave no room"),
-    "no such form": ("prompt", {"form": "other"}, "no form"),
+    "no such form": ("prompt", {"prompt_form": "other"}, "not a form"),
 }
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_what_cannot_be_is_refused_and_nothing_written(case, why, tmp_path):
+def test_impossible_options_are_refused_and_nothing_is_written(case, why, tmp_path):
     kind, options, words = REFUSED[why]
     one = case("llama")
     with pytest.raises(FitError, match=words):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters in the slots of one graph: none active is the base, each active is what PEFT computes, what a slot cannot hold is refused."""
+"""Adapters in the slots of a graph: without one it is the base, with one it computes what PEFT computes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def swapped(plain, *files):
 
 
 @pytest.mark.parametrize("target", ["cuda", "cpu", "portable"])
-def test_three_adapters_take_turns_in_one_session(base, adapters, target, tmp_path):
+def test_three_adapters_can_be_swapped_within_a_session(base, adapters, target, tmp_path):
     out = tmp_path / "out"
     result = export_onnx(base, swap=list(adapters.values()), output=out, target=target, dtype="fp32")
     plain = Plain(out / "model.onnx")
@@ -66,7 +66,7 @@ def test_three_adapters_take_turns_in_one_session(base, adapters, target, tmp_pa
 
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
-def test_the_runner_adds_up_several(base, adapters, target, tmp_path):
+def test_the_runner_adds_up_several_adapters(base, adapters, target, tmp_path):
     export_onnx(base, swap=list(adapters.values()), output=tmp_path / "out", target=target)
     files = [tmp_path / "out" / "adapters" / f"{name}.onnx_adapter" for name in THREE]
     for chosen in ([], [0], [1, 2], [0, 1, 2]):
@@ -87,7 +87,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fused_transposed_and_embedding_targets(name, tmp_path):
+def test_fused_transposed_and_embedding_weights_have_slots(name, tmp_path):
     base = recipes.build(name, tmp_path / "base")
     adapter = trained.train(name, base, trained._lora(target_modules=CASES[name]), tmp_path / "adapter")
     export_onnx(base, swap=[adapter], output=tmp_path / "out")
@@ -98,7 +98,7 @@ def test_fused_transposed_and_embedding_targets(name, tmp_path):
 
 
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]])
-def test_head_and_embedding_have_slots_of_their_own_where_they_are_tied(modules, tmp_path):
+def test_a_tied_head_has_its_own_slot(modules, tmp_path):
     base = recipes.build("qwen2", tmp_path / "base", tie_word_embeddings=True)
     adapter = trained.train("qwen2", base, trained._lora(target_modules=modules), tmp_path / "adapter")
     export_onnx(base, swap=[adapter], output=tmp_path / "out")
@@ -107,7 +107,7 @@ def test_head_and_embedding_have_slots_of_their_own_where_they_are_tied(modules,
     assert np.abs(swapped(plain, tmp_path / "out" / "adapters" / "adapter.onnx_adapter") - expected).max() <= TOLERANCE
 
 
-def test_one_adapter_merged_another_swapped(base, adapters, tmp_path):
+def test_one_adapter_can_be_merged_and_another_swapped(base, adapters, tmp_path):
     export_onnx(base, merge=[adapters["all"]], swap=[adapters["qv"]], output=tmp_path / "out")
     plain = Plain(tmp_path / "out" / "model.onnx")
     both = trained.logits(trained.attached("llama", base, (adapters["all"], 1.0), (adapters["qv"], 1.0)), IDS)
@@ -116,7 +116,7 @@ def test_one_adapter_merged_another_swapped(base, adapters, tmp_path):
     assert np.abs(swapped(plain) - one).max() <= TOLERANCE
 
 
-def test_the_scale_is_in_B_and_half_precision_is_the_graphs(base, adapters, tmp_path):
+def test_the_scale_is_folded_into_B_in_the_type_of_the_graph(base, adapters, tmp_path):
     export_onnx(base, swap=[adapters["rs"]], output=tmp_path / "out", target="portable", dtype="fp16")
     arrays = read_adapter_file(tmp_path / "out" / "adapters" / "rs.onnx_adapter")
     assert {array.dtype.name for array in arrays.values()} == {"float16"}

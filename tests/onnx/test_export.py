@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export writes, where, and what it refuses: weights stay where they are, every tensor has a use, nothing half done."""
+"""Exports: weights stay in place, every tensor is used, and a failing export leaves nothing."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -43,7 +44,7 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_into_the_folder_of_the_weights_files_are_only_added(base):
+def test_an_export_into_the_weights_folder_only_adds_files(base):
     before = files_of(base)
     result = export_onnx(base, output=base)
     after = files_of(base)
@@ -57,7 +58,7 @@ def test_into_the_folder_of_the_weights_files_are_only_added(base):
 
 
 @pytest.mark.parametrize("taken", ["model.onnx", "prefill.onnx", "genai_config.json"])
-def test_what_is_already_there_is_never_replaced(base, taken):
+def test_existing_files_are_never_replaced(base, taken):
     (base / taken).write_text("mine")
     before = files_of(base)
     with pytest.raises(OutputExistsError) as caught:
@@ -131,11 +132,25 @@ def test_the_graph_names_no_folder_of_this_machine(base, tmp_path):
         assert not [one for one in onnx.load(path, load_external_data=False).graph.node if one.doc_string]
 
 
-def test_the_same_inputs_give_the_same_bytes(base, tmp_path):
-    for name in ("one", "two"):
+@pytest.mark.parametrize("mode", ["copy", "link", "embed"])
+def test_copies_of_the_same_base_give_the_same_bytes(base, tmp_path, mode):
+    copies = [base, shutil.copytree(base, tmp_path / "elsewhere", copy_function=shutil.copyfile)]
+    outputs = [tmp_path / f"out{number}" for number in range(2)]
+    for copy, output in zip(copies, outputs, strict=True):
+        export_onnx(copy, output=output, weights=mode)
+    first, second = ({path.name: path.read_bytes() for path in output.iterdir()} for output in outputs)
+    assert {"model.onnx", "prefill.onnx", "genai_config.json", "surgery_manifest.json"} <= first.keys()
+    assert first == second
+
+
+def test_other_values_in_the_base_give_another_plan(base, tmp_path):
+    def plan(name):
         export_onnx(base, output=tmp_path / name)
-    for name in ("model.onnx", "prefill.onnx", "genai_config.json", "surgery_manifest.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        return json.loads((tmp_path / name / "surgery_manifest.json").read_text())["plan"]
+
+    before = plan("before")
+    rewrite(base, lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert plan("after") != before
 
 
 def test_the_contract_identifies_the_weight_file(base):
@@ -176,7 +191,7 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(base, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_derived_tensors_of_old_files_have_no_use_and_are_excused(base):
+def test_derivable_tensors_of_old_files_may_be_unused(base):
     rewrite(base, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     export_onnx(base, output=base)
 
@@ -191,14 +206,14 @@ def configured(base, **fields):
     [{"temperature": "x"}, {"top_k": [1]}, {"top_p": {}}, {"eos_token_id": {"a": 1}}, {"eos_token_id": ["2"]}],
     ids=str,
 )
-def test_nonsense_in_generation_config_is_named_and_nothing_is_written(base, tmp_path, said):
+def test_an_invalid_generation_config_is_named_and_nothing_is_written(base, tmp_path, said):
     (base / "generation_config.json").write_text(json.dumps(said))
     with pytest.raises(MalformedError, match=next(iter(said))):
         export_onnx(base, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_no_padding_token_is_minus_one_in_old_configurations(base, tmp_path):
+def test_minus_one_in_old_configurations_means_no_padding_token(base, tmp_path):
     (base / "generation_config.json").write_text('{"pad_token_id": -1, "eos_token_id": [7, 9]}')
     export_onnx(base, output=tmp_path / "out")
     model = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
@@ -223,22 +238,22 @@ def test_a_type_the_target_cannot_run_is_refused(base, target, dtype):
     [
         ({"target": "tpu"}, "no target 'tpu'"),
         ({"dtype": "fp8"}, "no type 'fp8'"),
-        ({"weights": "steal"}, "no way 'steal'"),
-        ({"max_length": 0}, "0 tokens"),
-        ({"weights": "copy"}, "in this folder already"),
+        ({"weights": "steal"}, "'steal' is not a way"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"weights": "copy"}, "already in this folder"),
     ],
 )
-def test_options_that_make_no_sense(base, options, says):
+def test_invalid_options_are_refused(base, options, says):
     with pytest.raises(FitError, match=says):
         export_onnx(base, output=base, **options)
 
 
 def test_a_graph_cannot_refer_to_weights_of_another_folder(base, tmp_path):
-    with pytest.raises(FitError, match="its own folder only"):
+    with pytest.raises(FitError, match="only to weights in its own folder"):
         export_onnx(base, output=tmp_path / "out", weights="reference")
 
 
-def test_weights_behind_a_link_that_onnxruntime_refuses(base, tmp_path):
+def test_weights_behind_a_link_out_of_the_folder_are_refused(base, tmp_path):
     (tmp_path / "snapshots/abc").mkdir(parents=True)
     (tmp_path / "blobs").mkdir()
     for path in base.iterdir():
@@ -253,14 +268,14 @@ def test_weights_behind_a_link_that_onnxruntime_refuses(base, tmp_path):
 
 def test_positions_end_where_the_model_ends(tmp_path):
     gpt2 = recipes.build("gpt2", tmp_path / "gpt2")
-    with pytest.raises(FitError, match="64 positions, 65 were asked for"):
+    with pytest.raises(FitError, match="64 positions, but 65 were requested"):
         export_onnx(gpt2, output=gpt2, max_length=65)
     dynamic = recipes.build("llama_dynamic", tmp_path / "dynamic")
     with pytest.raises(FitError, match="dynamic rotary positions"):
         export_onnx(dynamic, output=dynamic, max_length=11)
 
 
-def test_positions_without_end_are_refused_but_for_as_many_as_are_asked_for(tmp_path):
+def test_rotary_tables_beyond_memory_need_a_max_length(tmp_path):
     """Tables of cosines are made when a graph is loaded: 2 ** 31 rows of them would take all memory there is."""
     base = recipes.build("llama", tmp_path / "base", hidden_size=64, max_position_embeddings=(1 << 31) - 1)
     with pytest.raises(FitError, match="max-length"):
@@ -272,7 +287,7 @@ def test_positions_without_end_are_refused_but_for_as_many_as_are_asked_for(tmp_
 def test_pickled_weights_are_not_referenced(base):
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     os.unlink(base / "model.safetensors")
-    with pytest.raises(FitError, match="safetensors files only"):
+    with pytest.raises(FitError, match="only to safetensors files"):
         export_onnx(base, output=base)
 
 
@@ -288,14 +303,14 @@ def test_a_bf16_checkpoint_in_fp32_is_the_same_model(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("auto", "bf16"), ("fp16", "fp16"), ("bf16", "bf16")])
-def test_types_of_graphs_for_cuda(tmp_path, dtype, kind):
+def test_graphs_for_cuda_have_the_requested_type(tmp_path, dtype, kind):
     base = recipes.build("gemma2", tmp_path / "base", dtype=torch.bfloat16)
     result = export_onnx(base, output=base, target="cuda", dtype=dtype)
     assert result.contract.dtype == kind
     onnx.checker.check_model(str(base / "model.onnx"))
 
 
-def test_a_packed_merge_needs_one_multiplication_where_there_were_three(tmp_path):
+def test_a_packed_merge_replaces_three_multiplications_by_one(tmp_path):
     plain = merge("examples/base", "examples/lora", output=tmp_path / "plain")
     packed = merge("examples/base", "examples/lora", output=tmp_path / "packed", layout="packed")
     assert (

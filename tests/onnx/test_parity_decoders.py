@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every decoder family, on every target, computes what transformers computes: prefill, decode steps, greedy tokens, padded batches."""
+"""Every decoder family, on every target, matches transformers: prefill, decode steps, greedy tokens, padded batches."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Exported:
 
     @functools.cache  # noqa: B019
     def greedy(self, prompt):
-        """Greedy tokens and the logits they were chosen from, by transformers, one row at a time and without a cache."""
+        """Greedy tokens of transformers and their logits, one row at a time and without a cache."""
         tokens, logits = torch.tensor([prompt]), []
         with torch.no_grad():
             for _ in range(STEPS + 1):
@@ -70,7 +70,7 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", CASES)
-def test_prefill_decode_steps_and_greedy_tokens_are_those_of_transformers(exported, case, target):
+def test_prefill_decode_steps_and_greedy_tokens_match_transformers(exported, case, target):
     one = exported(case)
     tokens, logits = one.greedy(tuple(PROMPT[0]))
     path, built = one.graph(target)
@@ -89,13 +89,14 @@ def test_prefill_decode_steps_and_greedy_tokens_are_those_of_transformers(export
     assert (built.contract.padding, built.contract.cache) == (("right", "shared") if grouped else ("any", "growing"))
 
 
-# LongRoPE looks at the longest row of a batch, so that there a short row beside a long one is not what it is alone, in transformers either.
+# LongRoPE depends on the longest row of a batch: a short row beside a long one differs from the row alone, in
+# transformers too.
 BATCHED = [case for case in CASES if case != "phi3_longrope_long"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", BATCHED)
-def test_rows_of_a_batch_padded_on_the_right_are_what_they_are_alone(exported, case, target):
+def test_right_padded_rows_give_the_same_as_alone(exported, case, target):
     """Rows of different lengths, then decode steps where each row's new token stands right behind its own tokens."""
     one = exported(case)
     path, built = one.graph(target)
@@ -103,7 +104,7 @@ def test_rows_of_a_batch_padded_on_the_right_are_what_they_are_alone(exported, c
 
 
 @pytest.mark.parametrize("case", BATCHED)
-def test_rows_padded_on_the_left_are_what_they_are_alone_where_the_contract_allows_it(exported, case):
+def test_left_padded_rows_give_the_same_as_alone_if_permitted(exported, case):
     one = exported(case)
     _assert_batch(one, Plain(one.graph("portable")[0], 2), "left")
 

@@ -17,7 +17,7 @@ from tests.support.sessions import feed_encoder, open_session
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", recipes.ENCODERS)
-def test_outputs_are_those_of_transformers(tmp_path, name, target):
+def test_outputs_match_transformers(tmp_path, name, target):
     folder = recipes.build(name, tmp_path)
     built = build(open_checkpoint(folder).main, GraphOptions(TARGETS[target], DType.F32))
     (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())

@@ -56,7 +56,7 @@ def test_prompts_and_adapters_are_chosen_per_run(tmp_path, attention):
     assert len({str(one) for one in seen}) == len(cases)  # each of them makes a difference
 
 
-def test_the_command_takes_them_too(tmp_path):
+def test_the_command_takes_prompts_and_adapters(tmp_path):
     path = decoder(tmp_path, prefix=prefix(1, 4), slots=True)
     write_adapter_file(tmp_path / "one", factors(3, 2))
     write_adapter_file(tmp_path / "prompt", prefix(2, 7))
@@ -82,15 +82,15 @@ def test_soft_prompts_as_vocabulary_rows_go_in_front(tmp_path):
     assert tokens(path, prompt=False) == [greedy(path, row) for row in ROWS]
 
 
-def test_a_prompt_the_graph_speaks_of_but_lacks_is_an_error(tmp_path):
+def test_a_missing_default_prompt_is_an_error(tmp_path):
     path = decoder(tmp_path, contract=replace(CONTRACT, virtual_tokens=3))
     with pytest.raises(FitError, match="has no default"):
         tokens(path)
 
 
 @pytest.mark.parametrize("said", [2, 3, 5])
-def test_a_prompt_of_another_length_than_the_graph_says_is_an_error(tmp_path, said):
+def test_a_default_prompt_of_another_length_is_an_error(tmp_path, said):
     path = decoder(tmp_path, prefix=prefix(1, 4))
     path.write_bytes(path.read_bytes().replace(b'"virtual_tokens":4', f'"virtual_tokens":{said}'.encode()))
-    with pytest.raises(FitError, match=rf"shape \[1, 2, 4, 16\].*makes it \[1, 2, {said}, 16\]"):
+    with pytest.raises(FitError, match=rf"shape \[1, 2, 4, 16\].*implies \[1, 2, {said}, 16\]"):
         tokens(path)

@@ -43,7 +43,7 @@ def logits(decoder, rows, steps):
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["one", "three lengths"])
-def test_recorded_steps_are_those_of_the_float32_twin(graph, rows):
+def test_recorded_steps_match_the_float32_twin(graph, rows):
     twin = logits(make_decoder(open_graph(graph / "twin.onnx", device="cpu"), batch=len(rows)), rows, 8)
     for recorded in (True, False):
         decoder = make_decoder(open_graph(graph, device="cuda", cuda_graph=recorded), batch=len(rows), max_length=64)

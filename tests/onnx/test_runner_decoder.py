@@ -70,7 +70,7 @@ def test_rows_on_a_soft_prompt_share_a_run_where_the_graph_takes_positions(tmp_p
 
 
 @pytest.mark.parametrize("attention", ["grouped", "plain"])
-def test_the_graph_s_own_soft_prompt_is_found_and_can_be_left_out_or_swapped(tmp_path, attention):
+def test_the_default_prompt_can_be_used_omitted_or_swapped(tmp_path, attention):
     path = decoder(tmp_path, attention, prefix=prefix(1, 4))
     opened = open_graph(path, device="cpu")
     past = default_past(opened)
@@ -93,7 +93,7 @@ def test_a_text_read_once_stands_before_every_row(tmp_path, attention):
         assert np.abs(found - plain_logits(path, text + row)[-1]).max() < EXACT
 
 
-def test_a_graph_with_grouped_attention_and_a_growing_cache(tmp_path):
+def test_grouped_attention_with_a_growing_cache_runs(tmp_path):
     from dataclasses import replace
 
     from tests.support.graphs import CONTRACT
@@ -117,9 +117,9 @@ def test_shared_buffers_stay_where_they_are(tmp_path):
     decode = make_decoder(open_graph(path, device="cpu"), max_length=32)
     decode.prefill(ROWS[:1])
     binding, addresses = decode._step, [buffer.address for buffer in decode._cache.values()]
-    before = decode._opened.memory.read(addresses[0], decode._row).copy()
+    before = decode._graph.memory.read(addresses[0], decode._row).copy()
     decode.step([5])
-    after = decode._opened.memory.read(addresses[0], decode._row)
+    after = decode._graph.memory.read(addresses[0], decode._row)
     assert decode._step is binding
     assert [buffer.address for buffer in decode._cache.values()] == addresses
     changed = (before.reshape(2, 32, -1) != after.reshape(2, 32, -1)).any((0, 2))
@@ -155,7 +155,7 @@ def test_a_full_cache_is_an_error_and_not_an_overrun(tmp_path):
         decode.prefill(ROWS[2:])
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_adapters_and_prompts_that_do_not_fit_are_refused(tmp_path):
     opened = open_graph(decoder(tmp_path, slots=True), device="cpu")
     with pytest.raises(FitError, match="positions end at 64"):
         make_decoder(opened, max_length=LONGEST + 1)
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     wrong["past_key_values.0.key"] = wrong["past_key_values.0.key"][:, :1]
     with pytest.raises(FitError, match=r"\[1, 2, tokens, 16\]"):
         prompt_past(wrong, opened.contract, file="wrong")
-    with pytest.raises(FitError, match=r"nothing for past_key_values\.1\.value"):
+    with pytest.raises(FitError, match=r"no array for past_key_values\.1\.value"):
         prompt_past(dict(list(prefix(1, 4).items())[:-1]), opened.contract, file="half")
     with pytest.raises(FitError, match="other half"):
         fill_slots([("half", {"q0.lora_A": factors(3, 2)["q0.lora_A"]})], opened.contract, opened.inputs)

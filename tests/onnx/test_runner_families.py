@@ -1,4 +1,5 @@
-"""Whole generations of other families through export and runner, in batches, equal transformers' own; encoders give its scores."""
+# SPDX-License-Identifier: Apache-2.0
+"""Generations of other families through export and runner, in batches, match transformers; so do encoder scores."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ NEW = 10
     ],
     ids=["qwen2", "gpt2", "gemma2", "LongRoPE, growing into the long angles"],
 )
-def test_a_batch_says_what_each_row_says_alone_in_transformers(tmp_path, name, fields, target):
+def test_batches_match_single_rows_in_transformers(tmp_path, name, fields, target):
     folder = recipes.build(name, tmp_path / "base", **fields)
     model = recipes.load(name, folder)
     export_onnx(folder, output=folder, target=target, dtype="fp32")
@@ -52,7 +53,7 @@ def test_a_batch_says_what_each_row_says_alone_in_transformers(tmp_path, name, f
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 @pytest.mark.parametrize("name", ["bert_sequence", "roberta_token", "roberta_sentence"])
-def test_encoders_give_the_scores_of_transformers(tmp_path, name, target):
+def test_encoder_scores_match_transformers(tmp_path, name, target):
     folder = recipes.build(name, tmp_path / "base")
     model = recipes.load(name, folder)
     export_onnx(folder, output=folder, target=target, dtype="fp32")
@@ -82,7 +83,7 @@ def test_encoders_give_the_scores_of_transformers(tmp_path, name, target):
         ({"problem_type": "single_label_classification"}, lambda logits: logits.softmax(-1)),
     ],
 )
-def test_scores_are_those_of_the_problem(tmp_path, fields, scores):
+def test_scores_follow_the_problem_type(tmp_path, fields, scores):
     base = recipes.build("bert_sequence", tmp_path / "base", **fields)
     export_onnx(base, output=base)
     ids = [5, 17, 3, 88]
@@ -93,7 +94,7 @@ def test_scores_are_those_of_the_problem(tmp_path, fields, scores):
 
 @pytest.mark.parametrize("name", ["bert_sequence", "llama"])
 @pytest.mark.parametrize("row", [[5, -3], [5, recipes.VOCAB], []])
-def test_ids_that_are_none_are_refused(tmp_path, name, row):
+def test_out_of_range_token_ids_are_refused(tmp_path, name, row):
     """A negative index counts from the end of a table, in silence."""
     base = recipes.build(name, tmp_path / "base")
     export_onnx(base, output=base)

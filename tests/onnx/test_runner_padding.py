@@ -26,7 +26,7 @@ def test_unpadding_is_the_inverse_of_padding(rows, side):
 def test_a_mask_on_the_wrong_side_is_refused(side):
     other = {"left": "right", "right": "left"}[side]
     ids, mask = pad([[1, 2, 3], [4]], other)
-    with pytest.raises(FitError, match=f"padded on the {other}, this graph takes padding on the {side}"):
+    with pytest.raises(FitError, match=f"padded on the {other}, but this graph takes padding on the {side}"):
         unpad(ids, mask, side)
 
 
@@ -38,7 +38,7 @@ def test_a_mask_with_holes_or_other_numbers_is_refused():
 
 
 @pytest.mark.parametrize(("attention", "wrong"), [("grouped", "left"), ("plain", "right")])
-def test_why_the_wrong_side_is_refused(tmp_path, attention, wrong):
+def test_the_wrong_padding_side_would_change_logits(tmp_path, attention, wrong):
     """Run against its contract a graph is wrong without a word: this is what the runner stands before."""
     path = decoder(tmp_path, attention)
     session = open_graph(path, device="cpu").session

@@ -25,7 +25,7 @@ def test_greedy_of_16_bit_floats_is_their_argmax(logits, sign):
             assert np.array_equal(greedy(wide), wide.argmax(-1))
 
 
-def test_probabilities_are_those_of_transformers():
+def test_probabilities_match_transformers():
     import torch
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -49,7 +49,7 @@ def test_draws_follow_the_probabilities_and_the_seed():
     assert 2 not in drawn
 
 
-def test_nonsense_is_refused():
+def test_invalid_sampling_options_are_refused():
     for values in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(FitError):
             Sampling(**values)
@@ -78,7 +78,7 @@ def test_streamed_text_is_the_whole_text_and_never_half_a_character(text, width)
 
 @given(st.text(st.sampled_from("a \u00e9\u4f60\u597d\U0001f600"), min_size=1, max_size=12), st.integers(0, 3))
 def test_streaming_survives_decoders_that_show_a_whole_run_of_bytes_as_broken(text, broken):
-    """ByteFallback, as in Llama 2's and Gemma's tokenizers: a run of byte tokens is right as a whole or broken byte by byte."""
+    """ByteFallback (Llama 2, Gemma): a run of byte tokens decodes as a whole, or is broken byte by byte."""
     raw = text.encode() + b"\xff" * broken
 
     def decode(ids):

@@ -1,4 +1,5 @@
-"""From text to text: the shipped example through our exporter and runner says what transformers says, token by token."""
+# SPDX-License-Identifier: Apache-2.0
+"""From text to text: the shipped example through exporter and runner matches transformers, token by token."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def expected() -> list[tuple[str, list[int]]]:
 
 
 @pytest.mark.parametrize("which", [[0], [0, 1, 2]], ids=["one", "a batch"])
-def test_greedy_text_is_that_of_transformers(folder, expected, which):
+def test_greedy_text_matches_transformers(folder, expected, which):
     heard: list[str] = [""] * len(which)
 
     def on_text(row, text):
@@ -89,7 +90,7 @@ def test_a_stop_token_ends_its_row_only(folder, tmp_path):
         assert one.tokens == (tokens[: tokens.index(stop)] if stop in tokens else tokens)
 
 
-def test_what_is_not_there_is_said(folder, tmp_path):
+def test_missing_files_and_oversized_requests_are_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
@@ -114,7 +115,7 @@ def test_a_text_ends_where_the_positions_end(folder):
     assert len(one.tokens) <= 3
 
 
-def test_text_without_tokenizers_says_what_to_install(folder, monkeypatch):
+def test_text_without_tokenizers_hints_at_the_package(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(FitError, match="pip install tokenizers"):
         surgery.run(folder, ["text"], device="cpu")
@@ -160,7 +161,7 @@ def test_the_bench_measures_two_graphs_in_turns(folder):
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
 
 
-def test_generation_asks_the_decoder_for_nothing_after_the_last_token():
+def test_generation_makes_no_step_after_the_last_token():
     class Counting:
         steps, room, switch = 0, 9, 0
 

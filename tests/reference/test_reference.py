@@ -50,7 +50,7 @@ def _gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", [*recipes.DECODERS, *recipes.ENCODERS])
-def test_every_tensor_of_the_checkpoint_has_a_part_in_the_recipe(name: str, pair: Pair) -> None:
+def test_recipes_use_every_tensor_of_the_checkpoint(name: str, pair: Pair) -> None:
     _, reference = pair(name)
     model, asked = reference.model, parameters(reference.model)
     stored = {key: tuple(reference.weights.load(key).shape) for key in reference.weights.names}
@@ -61,7 +61,7 @@ def test_every_tensor_of_the_checkpoint_has_a_part_in_the_recipe(name: str, pair
 
 @pytest.mark.parametrize("name", recipes.DECODERS)
 @torch.no_grad()
-def test_prefill_and_decode_steps(name: str, pair: Pair) -> None:
+def test_prefill_and_decode_steps_match_transformers(name: str, pair: Pair) -> None:
     (model, reference), ids = pair(name), _ids(2, PROMPT + STEPS)
     theirs, ours = model(ids[:, :PROMPT], use_cache=True), forward(reference, ids[:, :PROMPT])
     gaps = [_gap(ours.logits, theirs.logits)]
@@ -76,7 +76,7 @@ def test_prefill_and_decode_steps(name: str, pair: Pair) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", recipes.DECODERS)
 @torch.no_grad()
-def test_padded_batch(name: str, side: str, pair: Pair) -> None:
+def test_a_padded_batch_matches_transformers(name: str, side: str, pair: Pair) -> None:
     (model, reference), ids = pair(name), _ids(3, PROMPT)
     real = torch.ones_like(ids)
     for row, pads in enumerate((0, 2, 6)):
@@ -93,7 +93,7 @@ def test_padded_batch(name: str, side: str, pair: Pair) -> None:
 
 @pytest.mark.parametrize("name", [name for name in recipes.DECODERS if name != "phi3_longrope_long"])
 @torch.no_grad()
-def test_greedy_tokens_of_a_left_padded_batch(name: str, pair: Pair) -> None:
+def test_greedy_tokens_of_a_left_padded_batch_match_transformers(name: str, pair: Pair) -> None:
     (model, reference), ids = pair(name), _ids(2, PROMPT)
     real = torch.ones_like(ids)
     real[1, :4] = 0
@@ -103,7 +103,7 @@ def test_greedy_tokens_of_a_left_padded_batch(name: str, pair: Pair) -> None:
 
 
 @torch.no_grad()
-def test_greedy_tokens_across_the_trained_length_of_longrope(tmp_path: Path) -> None:
+def test_greedy_tokens_across_the_longrope_switch_match_transformers(tmp_path: Path) -> None:
     folder = recipes.build("phi3_longrope_long", tmp_path / "m", original_max_position_embeddings=PROMPT + 3)
     model, ids = recipes.load("phi3_longrope_long", folder), _ids(1, PROMPT)
     theirs = model.generate(ids, max_new_tokens=STEPS, do_sample=False, num_beams=1)
@@ -113,7 +113,7 @@ def test_greedy_tokens_across_the_trained_length_of_longrope(tmp_path: Path) -> 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("name", recipes.ENCODERS)
 @torch.no_grad()
-def test_encoders(name: str, side: str, pair: Pair) -> None:
+def test_encoder_outputs_match_transformers(name: str, side: str, pair: Pair) -> None:
     (model, reference), ids = pair(name), _ids(3, PROMPT)
     real = torch.ones_like(ids)
     if side != "none":
@@ -135,7 +135,7 @@ def test_encoders(name: str, side: str, pair: Pair) -> None:
         assert _gap(ours.pooled, theirs.pooler_output) <= LIMIT
 
 
-def test_the_trained_example() -> None:
+def test_the_trained_example_matches_transformers() -> None:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained("examples/base", dtype=torch.float32).eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference with what adapters add: virtual tokens, trained keys and values, merged weights; and with stored types of 16 bits."""
+"""The reference with virtual tokens, trained keys and values, merged weights, and 16-bit stored types."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _prompted(name: str, folder: Path, config: Any) -> tuple[Any, torch.Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_prompt_tuning(name: str, tmp_path: Path) -> None:
+def test_prompt_tuning_matches_peft(name: str, tmp_path: Path) -> None:
     recipes.build(name, tmp_path)
     model, embeddings = _prompted(
         name, tmp_path, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS)
@@ -59,7 +59,7 @@ def test_prompt_tuning(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 @torch.no_grad()
-def test_prefix_tuning(name: str, tmp_path: Path) -> None:
+def test_prefix_tuning_matches_peft(name: str, tmp_path: Path) -> None:
     recipes.build(name, tmp_path)
     model, flat = _prompted(name, tmp_path, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS))
     reference, ids = open_reference(open_checkpoint(tmp_path).main), _ids()
@@ -77,7 +77,7 @@ def test_prefix_tuning(name: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_virtual_tokens_of_encoders(tmp_path: Path) -> None:
+def test_virtual_tokens_of_encoders_match_peft(tmp_path: Path) -> None:
     for name in ("bert_sequence", "roberta_sequence"):
         folder = recipes.build(name, tmp_path / name)
         model, embeddings = _prompted(
@@ -89,7 +89,7 @@ def test_virtual_tokens_of_encoders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_merged_in_memory_is_the_merge_on_disk(adapter: str, tmp_path: Path) -> None:
+def test_a_merge_in_memory_equals_the_merge_on_disk(adapter: str, tmp_path: Path) -> None:
     base = open_checkpoint("examples/base")
     plan = plan_merge(bind([(read_adapter(f"examples/{adapter}"), 0.7)], base))
     ids = _ids()

@@ -202,7 +202,7 @@ def test_a_sum_without_low_rank_names_what_is_missing(name: str, why: str, way: 
     assert way in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("name", ["loha", "lokr", "oft", "vera"])
+@pytest.mark.parametrize("name", ["ia3", "loha", "lokr", "oft", "vera"])
 def test_with_a_base_and_a_rank_any_change_is_combined(name: str, tmp_path: Path) -> None:
     """At full rank the combination changes every weight as the two adapters do, one after the other with half its weight."""
     base, one = made(name, tmp_path)

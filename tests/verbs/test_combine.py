@@ -22,6 +22,7 @@ from surgery import combine, convert, diff
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError
 from tests.support.adapter_files import (
+    GOLDEN,
     assert_close,
     config_of,
     draw,
@@ -137,6 +138,7 @@ CASES = {
         {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "r": 2},
     ),
     "bias": ("bert", {"target_modules": ["query"], "lora_bias": True}, {"target_modules": ["query"], "lora_bias": True, "r": 2}),
+    "attention": ("torch_module", {"target_modules": ["attention"]}, {"target_modules": ["attention"], "r": 2}),
     "saved": ("llama", {"modules_to_save": ["norm"]}, {"target_modules": ["k_proj"], "r": 2}),
 }  # fmt: skip
 
@@ -175,6 +177,15 @@ def test_peft_loads_the_sum(case: str, rank: int | None, tmp_path: Path) -> None
         lost = math.hypot(*((m.norm or 0.0) * (m.error or 0.0) for m in result.modules))
         assert math.sqrt(sum(squares.values())) == pytest.approx(lost, rel=1e-3)
         assert lost > 0.1
+
+
+def test_stacks_of_mlx_are_combined_expert_by_expert(tmp_path: Path) -> None:
+    source = GOLDEN / "mlx" / "mixtral" / "lora"
+    combine([(source, 0.7), (source, 0.3)], output=tmp_path / "sum")
+    assert diff(source, tmp_path / "sum").equal
+    result = combine([(source, 1.0), (source, -0.5)], rank=1, output=tmp_path / "cut")
+    assert {module.rank for module in result.modules} == {1}
+    assert not diff(source, tmp_path / "cut").equal
 
 
 def test_a_single_adapter_is_scaled_without_touching_its_factors(tmp_path: Path) -> None:

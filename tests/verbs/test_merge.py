@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError, ResourceError
 from surgery_formats.files.output.folder import verify_folder
+from tests.support.hand_made import write_adapter, write_model
 from tests.support.kit import environment, make_base, make_lora, spawn
 
 
@@ -295,3 +297,66 @@ def test_a_large_side_file_is_carried_whole(pair: tuple[Path, Path], tmp_path: P
     surgery.merge(*pair, output=tmp_path / "out")
     assert (tmp_path / "out" / "merges.txt").read_bytes() == (pair[0] / "merges.txt").read_bytes()
     verify_folder(tmp_path / "out")
+
+
+def test_an_index_has_the_name_that_loaders_expect(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    halves = {f"model-0000{i}-of-000002.safetensors": dict(list(tensors.items())[i - 1 :: 2]) for i in (1, 2)}
+    for name, half in halves.items():
+        save_file(half, base / name)
+    weight_map = {key: name for name, half in halves.items() for key in half}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    surgery.merge(base, make_lora(tmp_path / "lora"), output=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_integers_of_a_pickle_are_copied_exactly(tmp_path: Path) -> None:
+    big = (torch.arange(12).reshape(3, 4) + (1 << 40)).T
+    tensors = {"model.layers.0.self_attn.q_proj.weight": torch.randn(4, 4), "ids": big}
+    base = write_model(tmp_path / "base", tensors, pickled=True, model_type="llama")
+    stem = "model.layers.0.self_attn.q_proj"
+    lora = {f"{stem}.lora_A.weight": torch.randn(2, 4), f"{stem}.lora_B.weight": torch.randn(4, 2)}
+    surgery.merge(base, write_adapter(tmp_path / "lora", lora), output=tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["ids"], big)
+
+
+def test_a_change_of_type_alone_is_refused(tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora", strength=0.0)
+    with pytest.raises(NothingChangedError):
+        surgery.merge(base, lora, output=tmp_path / "out", dtype="fp32")
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"dtype": "banana"}, {"workers": -1}, {"shard_size": -5}])
+def test_invalid_options_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+    with pytest.raises(FitError):
+        surgery.merge(base, lora, output=tmp_path / "out", **wrong)
+
+
+def test_subfolders_are_carried(tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text("{}")
+    surgery.merge(base, lora, output=tmp_path / "out")
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
+
+
+def test_a_folder_that_surgery_did_not_write_is_never_replaced(tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("years")
+    with pytest.raises(OutputExistsError, match="not written by surgery"):
+        surgery.merge(base, lora, output=tmp_path / "work", overwrite=True)
+    assert (tmp_path / "work" / "thesis.tex").read_text() == "years"
+
+
+def test_small_blocks_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real matrices are many blocks; test models are one."""
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+    surgery.merge(base, lora, output=tmp_path / "one")
+    monkeypatch.setattr("surgery.engine.arithmetic.BLOCK_ELEMENTS", 100)
+    surgery.merge(base, lora, output=tmp_path / "many")
+    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
+    assert all(torch.equal(one[name], many[name]) for name in one)

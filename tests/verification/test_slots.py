@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``surgery verify`` fills the slots of a graph: one that is wired, scaled or named wrongly is seen without any adapter."""
+"""``surgery verify`` fills the slots of a graph: a wrong weight, scale or name is found without an adapter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export(case: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_filled_slots_are_what_the_weights_would_be(case: str, tmp_path: Path) -> None:
+def test_filled_slots_equal_merged_weights(case: str, tmp_path: Path) -> None:
     out = export(case, tmp_path)
     assert any("slots filled" in check.name for check in surgery.verify(out).checks)
 
@@ -77,7 +77,7 @@ def renamed(model: onnx.ModelProto, slots: list[dict[str, str]]) -> None:
 
 
 @pytest.mark.parametrize("fault", [scaled, crossed, unnamed, renamed])
-def test_a_slot_that_is_not_what_it_says(fault: Any, tmp_path: Path) -> None:
+def test_a_wrong_slot_is_caught(fault: Any, tmp_path: Path) -> None:
     out = export("llama", tmp_path)
     model = onnx.load(out / "model.onnx", load_external_data=False)
     entry = next(one for one in model.metadata_props if one.key == "surgery.contract")
@@ -94,12 +94,12 @@ def test_a_slot_that_is_not_what_it_says(fault: Any, tmp_path: Path) -> None:
     [{"vocabulary": 98}, {"layers": 2}, {"kv_heads": 4}, {"head_dim": 8}, {"rope_switch": 3}, {"dtype": "bf16"}],
     ids=str,
 )
-def test_a_contract_whose_numbers_are_not_the_models(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_contract_with_other_sizes_than_the_model_is_caught(change: dict[str, Any], tmp_path: Path) -> None:
     base = recipes.build("llama", tmp_path / "base", hidden_size=64)
     export_onnx(base, output=base)
     model = onnx.load(base / "model.onnx", load_external_data=False)
     entry = next(one for one in model.metadata_props if one.key == "surgery.contract")
     entry.value = json.dumps(json.loads(entry.value) | change)
     (base / "model.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(ProofError, match="the contract says"):
+    with pytest.raises(ProofError, match="the contract has"):
         surgery.verify(base)

@@ -24,8 +24,8 @@ _MIXTRAL = re.compile(r"\.block_sparse_moe\.|\.experts\.\d+\.w[123]\.")
 
 def fused_of(site: Site, base: Checkpoint | None) -> tuple[Fused, ...]:
     """How the experts of the weight `site` are named: by the base's family, or by the spelling of the path."""
-    if base is not None and (found := component_of(site, base).family.fused):
-        return found
+    if base is not None and (records := component_of(site, base).family.fused):
+        return records
     return mixtral.FAMILY.fused if _MIXTRAL.search(site.path) else qwen_moe.FAMILY.fused
 
 
@@ -53,6 +53,6 @@ def one_expert(path: str, fused: Iterable[Fused]) -> tuple[str, int] | None:
     for record in fused:
         if f".{record.whole}".startswith(SWITCH):
             pattern = re.escape(record.parts[0]).replace(r"\{e\}", r"(\d{1,5})")
-            if found := re.fullmatch(rf"(.*\.){pattern}", path):
-                return f"{found[1]}{record.whole}", int(found[2])
+            if match := re.fullmatch(rf"(.*\.){pattern}", path):
+                return f"{match[1]}{record.whole}", int(match[2])
     return None

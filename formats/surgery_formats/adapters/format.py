@@ -168,8 +168,11 @@ class Coded(Format, Protocol):
 class Scaled(Format, Protocol):
     """A format whose configuration states ranks and scales, in more than one way."""
 
-    def with_scaling(self, scaling: Scaling) -> Format:
+    def with_scaling(self, scaling: Scaling) -> Scaled:
         """The same format, stating them as `scaling` says wherever an update's scale allows it."""
+
+    def described(self, adapter: Adapter) -> Adapter:
+        """`adapter` with all that a file of this format would tell of it beside its updates: configuration, modules, known issues."""
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import MalformedError, NotFoundError
+from surgery_formats.errors import MalformedError, NotFoundError, UsageError
 from surgery_formats.plugins import with_plugins
 from surgery_formats.text import closest, listing
 
@@ -35,8 +35,11 @@ def format_named(name: str) -> Format:
     """The format called `name`.
 
     Raises:
+        UsageError: not a name.
         NotFoundError: no such format.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"a format is named, as in 'peft', not {type(name).__name__}")
     if name not in formats():
         hint = closest(name, formats()) or f"known: {listing(formats(), 20)}"
         raise NotFoundError(f"no adapter format '{name}'", hint=hint)

@@ -28,7 +28,7 @@ __all__ = [
     "component_of",
     "copied",
     "factor_dtype",
-    "made",
+    "factor_tensor",
     "places_of",
     "row_slice",
     "surviving_metadata",
@@ -80,7 +80,7 @@ def factor_dtype(factors: Iterable[Factor], *, folded: bool) -> DType:
     return widest if exact and (widest.bits > 16 or not folded) else (DType.F64 if widest is DType.F64 else DType.F32)
 
 
-def made(
+def factor_tensor(
     name: str, factor: Factor, shape: tuple[int, ...], change: Change | None = None, *, times: float = 1.0
 ) -> NewTensor:
     """A factor as a tensor: changed (transposed, padded), then scaled. A product of several tensors counts as folded.
@@ -149,20 +149,20 @@ def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tupl
         FitError: it has no such weight.
     """
     component = component_of(site, base)
-    found = component.names.resolve(site.path, flat=site.flat)
-    if not found:
+    slices = component.names.resolve(site.path, flat=site.flat)
+    if not slices:
         raise FitError(
             f"the base has no parameter '{site}'",
             file=tensors[0].path,
             tensor=tensors[0].name,
             hint="is this the base it was trained on?",
         )
-    return found
+    return slices
 
 
-def whole_place(found: tuple[WeightSlice, ...]) -> tuple[str, tuple[int, ...]] | None:
+def whole_place(slices: tuple[WeightSlice, ...]) -> tuple[str, tuple[int, ...]] | None:
     """``(stored name, shape as stored)`` of a weight that the base holds in one tensor of its own; None otherwise."""
-    place = found[0]
-    if len(found) != 1 or not place.parameter.is_whole:
+    place = slices[0]
+    if len(slices) != 1 or not place.parameter.is_whole:
         return None
     return place.alias or place.parameter.name, place.parameter.sizes

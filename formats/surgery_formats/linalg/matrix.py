@@ -22,11 +22,7 @@ _SAFE = (1e-15, 1e15)
 
 
 class MatrixSource(Protocol):
-    """A matrix that is not necessarily in memory.
-
-    Attributes:
-        shape: ``(m, n)``.
-    """
+    """A matrix that is not necessarily in memory."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,8 +37,7 @@ class MatrixSource(Protocol):
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Limit this thread to one core: QR and gemm round differently when split over different numbers of threads."""
-    before = torch.get_num_threads()
-    if before == 1:
+    if (before := torch.get_num_threads()) == 1:
         yield
         return
     torch.set_num_threads(1)
@@ -107,8 +102,8 @@ class Operator:
         """Yield ``(start, stop, rows start:stop of D)`` from row `first`, unscaled; one block if unconverted."""
         m, n = self.shape
         dtype = dtype or self.dtype
-        whole = isinstance(self._matrix, torch.Tensor) and self._matrix.dtype == dtype
-        step = m if whole else max(1, _BLOCK // max(1, n))
+        in_memory = isinstance(self._matrix, torch.Tensor) and self._matrix.dtype == dtype
+        step = m if in_memory else max(1, _BLOCK // max(1, n))
         for start in range(first, m, step):
             stop = min(m, start + step)
             block = (
@@ -139,12 +134,9 @@ class Operator:
         return gram
 
     def left_over(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Squared norm of every row of ``D / scale - left right``, ``(m,)``, float64, with each element formed.
+        """Squared norm of every row of ``D / scale - left right``, ``(m,)``, float64, with each element formed in `dtype`.
 
-        Args:
-            left: ``(m, r)``.
-            right: ``(r, n)``.
-            dtype: Type of the difference.
+        `left` is ``(m, r)``, `right` ``(r, n)``.
         """
         left, right = left.to(dtype), right.to(dtype)
         step = max(1, _BLOCK // max(1, self.shape[1])) if self.device.type == "cpu" else self.shape[0]

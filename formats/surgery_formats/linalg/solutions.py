@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Solutions that are expensive to find and are asked for again at once: the factors of one update are written one after the other."""
+"""A small memory of solutions that are expensive to find, because factors of one update are written one by one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Solution = TypeVar("Solution")
 
 
 class RecentSolutions(Generic[Solution]):
-    """The last solutions, as far as memory goes, and the errors of all.
+    """The last solutions, as far as memory allows, and the errors of all.
 
     Attributes:
-        errors: By key; kept for every solution that was ever found.
+        errors: Errors by key, of every solution ever found.
     """
 
     def __init__(self, nbytes: Callable[[Solution], int], limit: int = _LIMIT) -> None:
-        """Remember up to `limit` bytes, but always the last solution; `nbytes` is the size of one."""
+        """Remember up to `limit` bytes, but always the last solution; `nbytes` measures one."""
         self._recent: dict[str, Solution] = {}
         self._nbytes, self._limit = nbytes, limit
         self.errors: dict[str, float] = {}
 
     def of(self, key: str, solve: Callable[[], tuple[Solution, float]]) -> Solution:
-        """The solution called `key`; `solve` returns it and its error, and is called if it is not remembered."""
+        """Return the solution `key`, calling `solve` for it and its error unless it is remembered."""
         if key not in self._recent:
             solution, self.errors[key] = solve()
             self._recent[key] = solution

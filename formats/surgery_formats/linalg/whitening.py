@@ -106,13 +106,13 @@ def moment_of_gram(gram: torch.Tensor, mean: torch.Tensor | None = None) -> Mome
     _check_finite(gram)
     if mean is not None:
         _check_finite(mean)
-    whole = gram.double()
-    size = float(whole.abs().max()) if whole.numel() else 0.0
+    exact = gram.double()
+    size = float(exact.abs().max()) if exact.numel() else 0.0
     if not size:
         raise FitError("holds no input other than zero")
-    if float((whole - whole.T).abs().max()) > _UNSYMMETRIC * size:
+    if float((exact - exact.T).abs().max()) > _UNSYMMETRIC * size:
         raise FitError("is not a second moment: it is not symmetric")
-    moment = _moment((whole + whole.T) / 2, None if mean is None else mean.double())
+    moment = _moment((exact + exact.T) / 2, None if mean is None else mean.double())
     if moment.mean is not None:
         along = moment.basis.T @ moment.mean
         beside = float((moment.mean - moment.basis @ along).square().sum())

@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery_formats.containers.base import Shard, ShardSet
 from surgery_formats.containers.registry import open_weights
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
@@ -91,6 +92,13 @@ class Component:
         return self._stored(f"{self.family.embedding}.weight") if self.family.embedding else ""
 
     @cached_property
+    def dtype(self) -> DType:
+        """The type of the token embedding, else of the first weight of numbers."""
+        if self.embedding:
+            return self.parameters[self.embedding].storage.dtype
+        return next((weight.dtype for weight in self.owners.values() if weight.is_float), DType.F32)
+
+    @cached_property
     def head(self) -> str:
         """Name of the head's weight, stored or tied; empty for a model without one."""
         name = f"{self.family.head}.weight"
@@ -111,7 +119,8 @@ class Component:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """Names that share another's bytes: ``lm_head.weight`` -> ``model.embed_tokens.weight``."""
-        aliases = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(self.tensors))
+        whole = {name: one.sources[0] for name, one in self.parameters.items() if len(one.sources) == 1}
+        aliases = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(whole))
         if self.tied and self.head and self.head not in self.parameters:
             aliases[self.head] = self.embedding
         aliases |= {
@@ -128,7 +137,7 @@ class Component:
     @cached_property
     def names(self) -> Names:
         """Resolves an adapter's names."""
-        own = {name: parameter for name, parameter in self.parameters.items() if name not in self.aliases}
+        own = {name: one for name, one in self.parameters.items() if name not in self.aliases}
         return Names(own, self.aliases, self.family, self.name)
 
     def _stored(self, name: str) -> str:

@@ -9,10 +9,8 @@ def test_the_container_conforms(check, tmp_path):
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +20,7 @@ from surgery_formats.containers.weight_files import output_container
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
+from surgery_formats.testing.foreign import foreign_paths
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +52,8 @@ def detects_its_own(case: ContainerCase, folder: Path) -> None:
 
 def is_silent_about_foreign_files(case: ContainerCase, folder: Path) -> None:
     """`detect` is False, and raises nothing, for what is missing, empty, garbage or no file at all."""
-    for path in _foreign(folder, case.container):
+    suffixes = case.container.suffixes if isinstance(case.container, FileContainer) else (".safetensors.index.json",)
+    for path in foreign_paths(folder, ("file", *(f"model{suffix}" for suffix in suffixes))):
         assert case.container.detect(path) is False, path
 
 
@@ -189,31 +189,3 @@ def _assert_same(tensor: StoredTensor, expected: torch.Tensor) -> None:
     assert tensor.dtype.torch == expected.dtype, tensor.name
     assert tensor.shape == tuple(expected.shape), tensor.name
     assert tensor.read().equal(expected), tensor.name
-
-
-def _foreign(folder: Path, container: Container) -> Iterator[Path]:
-    """Files and folders that are of no container, one after the other under every name the container knows."""
-    suffixes = container.suffixes if isinstance(container, FileContainer) else (".safetensors.index.json",)
-    draw = random.Random(1)
-    contents = (b"", b"\0", b"{}", b"not weights\n", b"\xff" * 64, draw.randbytes(8), draw.randbytes(5000))
-    for name in ("file", *(f"model{suffix}" for suffix in suffixes)):
-        path = folder / name
-        yield path
-        for content in contents:
-            path.write_bytes(content)
-            yield path
-        path.unlink()
-        path.mkdir()
-        yield path
-        (path / "README.md").write_text("# Nothing here\n")
-        yield path
-        shutil.rmtree(path)
-        path.symlink_to(path)
-        yield path
-        path.unlink()
-        if hasattr(os, "mkfifo"):
-            os.mkfifo(path)
-            yield path
-            path.unlink()
-    yield folder / "a\0name"
-    yield folder / ("x" * 5000)

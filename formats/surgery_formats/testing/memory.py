@@ -48,20 +48,20 @@ def in_memory(adapter: Adapter, *, keep_terms: bool = False) -> Adapter:
         keep_terms: Whether factors that were computed from others stay so.
     """
     names = (f"tensor {number}" for number in count())
-    known: dict[int, object] = {}
+    known: dict[object, object] = {}
     return adapter_of(
         {s: tuple(_rebuilt(update, names, known, keep_terms) for update in c) for s, c in adapter.updates.items()},
         adapter,
     )
 
 
-def _rebuilt(value: T, names: Iterator[str], known: dict[int, object], keep_terms: bool) -> T:
+def _rebuilt(value: T, names: Iterator[str], known: dict[object, object], keep_terms: bool) -> T:
     """`value` with its factors rebuilt; the same factor twice becomes the same new one."""
-    if id(value) in known:
-        return cast(T, known[id(value)])
     new: object = value
     if isinstance(value, Factor):
-        new = _factor(value, names, known, keep_terms)
+        if value in known:
+            return cast(T, known[value])
+        known[value] = new = _factor(value, names, known, keep_terms)
     elif isinstance(value, Stacked):  # how it would be held transposed is a matter of its file
         new = Stacked(_rebuilt(value.experts, names, known, keep_terms))
     elif isinstance(value, tuple):
@@ -71,11 +71,10 @@ def _rebuilt(value: T, names: Iterator[str], known: dict[int, object], keep_term
         changed = {name: _rebuilt(part, names, known, keep_terms) for name, part in parts.items()}
         changed |= {"noted": ()} if "noted" in parts else {}
         new = replace(value, **changed)  # type: ignore[type-var]
-    known[id(value)] = new
     return cast(T, new)
 
 
-def _factor(factor: Factor, names: Iterator[str], known: dict[int, object], keep_terms: bool) -> Factor:
+def _factor(factor: Factor, names: Iterator[str], known: dict[object, object], keep_terms: bool) -> Factor:
     import torch
 
     dtype = factor_dtype([factor], folded=bool(factor.terms) or len(factor.tensors) > 1)

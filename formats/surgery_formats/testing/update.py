@@ -111,17 +111,17 @@ def any_block_is_a_part_of_the_whole(case: UpdateCase) -> None:
 def has_the_effect_it_states(case: UpdateCase) -> None:
     """What is added is the same for every weight, what is set too; what depends on the weight is not."""
     for update in case.pieces:
-        one, other = _weight(update.shape), _weight(update.shape, seed=1)
-        after, beside = _applied(update, one), _applied(update, other)
-        assert not after.equal(one), "does nothing"
+        weight, other = _weight(update.shape), _weight(update.shape, seed=1)
+        after, beside = _applied(update, weight), _applied(update, other)
+        assert not after.equal(weight), "does nothing"
         if update.effect == "adds":
-            _assert_close(after - one, beside - other, one)
+            _assert_close(after - weight, beside - other, weight)
         elif update.effect == "sets":
-            kept = after == one
-            _assert_close(after[~kept], beside[~kept], one)
+            kept = after == weight
+            _assert_close(after[~kept], beside[~kept], weight)
             assert beside[kept].equal(other[kept])
         else:
-            assert float((after - one - (beside - other)).abs().max()) > 1e-6, "adds the same to every weight"
+            assert float((after - weight - (beside - other)).abs().max()) > 1e-6, "adds the same to every weight"
 
 
 def is_linear_if_it_adds(case: UpdateCase) -> None:

@@ -53,8 +53,8 @@ class LoHa:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of all four factors."""
-        found = (*self.A1.tensors, *self.B1.tensors, *self.A2.tensors, *self.B2.tensors)
-        return tuple(dict.fromkeys(found))
+        tensors = (*self.A1.tensors, *self.B1.tensors, *self.A2.tensors, *self.B2.tensors)
+        return tuple(dict.fromkeys(tensors))
 
     def scaled(self, weight: float) -> LoHa:
         """The same addition, `weight` times as far."""

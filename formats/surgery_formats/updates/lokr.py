@@ -84,17 +84,17 @@ class LoKr:
         def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
             p = torch.tensor(list(rows), device=block.device)
             # p = A c + C, and columns B d + D with the kernel inside; crossed p = C a + A, columns (D b + B) kernel + K
-            one, other = (C[p % a], D[p // a]) if self.crossed else (C[p // c], D[p % c])
+            left, right = (C[p % a], D[p // a]) if self.crossed else (C[p // c], D[p % c])
             if cols == range(b * dk):  # whole rows: outer products
                 sizes = (len(p), dk // kernel, b, kernel) if self.crossed else (len(p), 1, b, dk)
-                one = one.reshape(len(p), 1, b, 1)
-                other = other.reshape(len(p), sizes[1], 1, sizes[3])
-                return torch.addcmul(block.reshape(sizes), one, other).reshape(block.shape)
+                left = left.reshape(len(p), 1, b, 1)
+                right = right.reshape(len(p), sizes[1], 1, sizes[3])
+                return torch.addcmul(block.reshape(sizes), left, right).reshape(block.shape)
             q = torch.tensor(list(cols), device=block.device)
             if self.crossed:
-                one, other = one[:, q // kernel % b], other[:, q // (kernel * b) * kernel + q % kernel]
+                left, right = left[:, q // kernel % b], right[:, q // (kernel * b) * kernel + q % kernel]
             else:
-                one, other = one[:, q // dk], other[:, q % dk]
-            return block.addcmul_(one, other)
+                left, right = left[:, q // dk], right[:, q % dk]
+            return block.addcmul_(left, right)
 
         return apply

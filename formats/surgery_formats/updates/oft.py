@@ -111,8 +111,8 @@ class OFT:
         """Make the blocks of R in float64 once; each block of the weight costs `block` multiplications per element."""
         import torch
 
-        found = self.rotations(weight.device).to(weight.dtype)  # (blocks, n, n)
-        turned = found if self.embedding else found.transpose(1, 2)
+        rotations = self.rotations(weight.device).to(weight.dtype)  # (blocks, n, n)
+        turned = rotations if self.embedding else rotations.transpose(1, 2)
 
         def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
             if not isinstance(cols, range):
@@ -143,13 +143,17 @@ class OFT:
             limit = self.radius / math.sqrt(len(Q))
             norms = torch.linalg.matrix_norm(Q, keepdim=True)
             Q = torch.where(norms <= limit, Q, limit * (Q / norms))
-        one = torch.eye(n, dtype=torch.float64, device=device).expand_as(Q)
-        return _series(Q, one, self.terms) if self.terms else torch.linalg.solve(one + Q, one - Q, left=False)
+        identity = torch.eye(n, dtype=torch.float64, device=device).expand_as(Q)
+        return (
+            _series(Q, identity, self.terms)
+            if self.terms
+            else torch.linalg.solve(identity + Q, identity - Q, left=False)
+        )
 
 
-def _series(Q: torch.Tensor, one: torch.Tensor, terms: int) -> torch.Tensor:
+def _series(Q: torch.Tensor, identity: torch.Tensor, terms: int) -> torch.Tensor:
     """PEFT's Cayley-Neumann series; with three terms it is that of four (its loop adds the last power always)."""
-    R = one.clone()
+    R = identity.clone()
     if terms > 1:
         R += 2 * Q
     if terms > 2:

@@ -84,9 +84,9 @@ class VeRA:
     def fitted(self, fit: Fit) -> VeRA:
         """The width of the weight; where projections are drawn, their sizes."""
         drawn = self.projections
-        made = Seed(drawn.key, fit.widest) if isinstance(drawn, Seed) else drawn
+        projections = Seed(drawn.key, fit.widest) if isinstance(drawn, Seed) else drawn
         width = fit.widest[1] if isinstance(drawn, Seed) else drawn[0].shape[1]
-        return replace(self, projections=made, inputs=min(fit.shape[1], width))
+        return replace(self, projections=projections, inputs=min(fit.shape[1], width))
 
     @property
     def untrained(self) -> tuple[Tensor, ...]:
@@ -124,9 +124,9 @@ class VeRA:
         out, inputs = self.shape
         if isinstance(self.projections, Seed):
             whole_a, whole_b = _drawn(self.projections.key, self.rank, self.projections.widest)
-            A, B = (one.to(weight.device, weight.dtype) for one in (whole_a[:, :inputs], whole_b[:out]))
+            A, B = (factor.to(weight.device, weight.dtype) for factor in (whole_a[:, :inputs], whole_b[:out]))
         else:
-            A, B = (one.load(weight.dtype, weight.device) for one in self.projections)
+            A, B = (factor.load(weight.dtype, weight.device) for factor in self.projections)
         A = A[:, :inputs] * self.d.load(weight.dtype, weight.device)[:, None]
         B = B[:out] * self.b.load(weight.dtype, weight.device).mul_(self.scale)[:, None]
 

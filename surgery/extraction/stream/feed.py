@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from surgery_formats.storage.base import Storage, read_block
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
@@ -48,7 +49,7 @@ class Feed(Protocol):
     """Brings rows to a device."""
 
     def pairs(
-        self, base: Plain, tuned: Plain, start: int, stop: int, observe: ByteObserver | None = None
+        self, base: Storage, tuned: Storage, start: int, stop: int, observe: ByteObserver | None = None
     ) -> Iterator[RowPair]:
         """Yield rows ``[start, stop)`` in order; each block is valid until the next one is requested.
 
@@ -66,15 +67,13 @@ class DirectFeed:
     """Reads into CPU memory, in the calling thread."""
 
     def pairs(
-        self, base: Plain, tuned: Plain, start: int, stop: int, observe: ByteObserver | None = None
+        self, base: Storage, tuned: Storage, start: int, stop: int, observe: ByteObserver | None = None
     ) -> Iterator[RowPair]:
         """See `Feed`."""
         import torch
 
         height = min(stop - start, max(1, HOST_BLOCK // max(tuned.shape[1], 1)))
-        base_rows, tuned_rows = (
-            torch.empty((height, side.shape[1]), dtype=side.tensor.dtype.torch) for side in (base, tuned)
-        )
+        base_rows, tuned_rows = (torch.empty((height, side.shape[1]), dtype=side.dtype.torch) for side in (base, tuned))
         for at in range(start, stop, max(height, 1)):
             count = min(height, stop - at)
             base.read_into(base_rows[:count], at)
@@ -125,7 +124,7 @@ class StagedFeed:
         self._pool.shutdown(cancel_futures=True)
 
     def pairs(
-        self, base: Plain, tuned: Plain, start: int, stop: int, observe: ByteObserver | None = None
+        self, base: Storage, tuned: Storage, start: int, stop: int, observe: ByteObserver | None = None
     ) -> Iterator[RowPair]:
         """See `Feed`."""
         import torch
@@ -134,13 +133,13 @@ class StagedFeed:
         for at in range(start, stop, height):
             count = min(height, stop - at)
             base_rows, tuned_rows = (
-                torch.empty((count, side.shape[1]), dtype=side.tensor.dtype.torch, device=self._device)
+                torch.empty((count, side.shape[1]), dtype=side.dtype.torch, device=self._device)
                 for side in (base, tuned)
             )
             self._fill([(base, base_rows), (tuned, tuned_rows)], at, observe)
             yield RowPair(at, base_rows, tuned_rows)
 
-    def _fill(self, sides: list[tuple[Plain, torch.Tensor]], start: int, observe: ByteObserver | None) -> None:
+    def _fill(self, sides: list[tuple[Storage, torch.Tensor]], start: int, observe: ByteObserver | None) -> None:
         """Fill both sides alternately, so that neither waits for all of the other."""
         waiting = deque(_chunks(sides, start))
         running: deque[tuple[Future[None], _PinnedBuffer, _ReadRange]] = deque()
@@ -176,12 +175,12 @@ class StagedFeed:
 class _ReadRange(NamedTuple):
     """A range of bytes of one side: its offset in the tensor, and its destination."""
 
-    side: Plain
+    side: Storage
     offset: int
     place: torch.Tensor
 
 
-def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[_ReadRange]:
+def _chunks(sides: list[tuple[Storage, torch.Tensor]], start: int) -> Iterator[_ReadRange]:
     import torch
 
     flat = [
@@ -196,11 +195,14 @@ def _chunks(sides: list[tuple[Plain, torch.Tensor]], start: int) -> Iterator[_Re
 
 def _read(buffer: _PinnedBuffer, chunk: _ReadRange) -> None:
     buffer.wait()
-    tensor, into = chunk.side.tensor, buffer.bytes[: chunk.place.numel()]
+    side, into = chunk.side, buffer.bytes[: chunk.place.numel()]
+    tensor = side.tensor if isinstance(side, Plain) else None
     if isinstance(tensor, StoredTensor) and tensor.strides is None and tensor.shape:
         tensor.file.read_into(as_bytes(into), tensor.offset + chunk.offset)
-    else:  # a pickle's transposed tensor: rare, and read whole
+    else:  # a quantised weight, or a pickle's transposed tensor
         import torch
 
-        flat = tensor.read().reshape(-1)
-        into.copy_(flat.view(torch.uint8)[chunk.offset : chunk.offset + len(into)])
+        row = side.shape[1] * side.dtype.bits // 8
+        first, last = chunk.offset // row, -(-(chunk.offset + len(into)) // row)
+        flat = read_block(side, first, last).reshape(-1).view(torch.uint8)
+        into.copy_(flat[chunk.offset - first * row :][: len(into)])

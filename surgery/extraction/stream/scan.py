@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
-from surgery.extraction.pairing import Delta, Pair, pair_up
+from surgery.extraction.pairing import Delta, Pair, flattened, nbytes_of, pair_up, with_columns
 from surgery.extraction.storage_plan import MOST_ROWS
 from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, Feed, RowPair
 from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
@@ -25,7 +25,9 @@ from surgery.progress import Callback, Progress
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.identity import Digests
+from surgery_formats.storage.base import Storage
 from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["Layout", "ScanResult", "layout_of", "scan", "warm"]
 
@@ -108,7 +110,7 @@ def scan(
         FitError: NaN or Inf.
         ResourceError: a device has too little memory.
     """
-    meter = _ReadMeter(sum(parameter.pair.tuned.nbytes for parameter in layout.parameters), progress)
+    meter = _ReadMeter(sum(parameter.pair.nbytes for parameter in layout.parameters), progress)
     stream_jobs = _Work(
         {parameter.pair.name: parameter for parameter in layout.parameters},
         criterion_of,
@@ -126,9 +128,9 @@ def scan(
             jobs.append((max(delta.numel for delta in target.deltas), partial(stream_jobs.target, target)))
     inside = {name for target in layout.targets for name in target.names}
     lone += [parameter.pair.name for parameter in layout.parameters if parameter.pair.name not in inside]
-    small = [name for name in lone if stream_jobs.parameters[name].pair.tuned.numel <= _SMALL]
+    small = [name for name in lone if stream_jobs.parameters[name].pair.numel <= _SMALL]
     jobs += [
-        (stream_jobs.parameters[name].pair.tuned.numel, partial(stream_jobs.alone, (name,)))
+        (stream_jobs.parameters[name].pair.numel, partial(stream_jobs.alone, (name,)))
         for name in lone
         if name not in set(small)
     ]
@@ -153,8 +155,8 @@ def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
     strips = [strip for target in layout.targets[:1] for strip in target.deltas[0].strips[:1]]
     for strip in strips:
         shape = _WARM[lane.device.type]
-        old = torch.zeros(shape, dtype=strip.base.tensor.dtype.torch, device=lane.device)
-        new = torch.ones(shape, dtype=strip.tuned.tensor.dtype.torch, device=lane.device).tril()
+        old = torch.zeros(shape, dtype=strip.base.dtype.torch, device=lane.device)
+        new = torch.ones(shape, dtype=strip.tuned.dtype.torch, device=lane.device).tril()
         difference = lane.space(*shape, layout.targets[0].deltas[0].dtype)
         tally, noise = Tally(strip.base, strip.tuned, shape[0]), NoiseTally()
         tally.subtract(0, old, new, difference, noise)
@@ -181,14 +183,16 @@ class _Work:
             if stop():
                 return
             pair = self.parameters[name].pair
-            with lane.memory.reserve(_need(min(pair.tuned.numel, DEVICE_BLOCK))):
+            with lane.memory.reserve(_need(min(pair.numel, DEVICE_BLOCK))):
                 self.result.measures[name] = _compare(pair, self._limit(name), lane, self.result.digests)
-            self.meter.add(pair.tuned.nbytes)
+            self.meter.add(pair.nbytes)
 
     def target(self, target: LowRankTarget, lane: Lane, stop: Stop) -> None:
         """Compare and factorise the tensors of one target."""
         tallies = {name: _tally(self.parameters[name].pair, self._limit(name), target) for name in target.names}
-        seen = {tally: self.result.digests.claim(self.parameters[name].pair.base) for name, tally in tallies.items()}
+        seen = {
+            tally: _observer(self.result.digests, self.parameters[name].pair.base) for name, tally in tallies.items()
+        }
         matrices: list[FactorisedMatrix] = []
         with lane.memory.reserve(_need(max(delta.numel for delta in target.deltas))):
             for delta in target.deltas:
@@ -221,7 +225,7 @@ class _Work:
         noise, moved, at = NoiseTally(), False, 0
         energies: list[float] = []
         for strip in delta.strips:
-            tally = tallies[strip.tuned.tensor.name]
+            tally = tallies[strip.tuned.name]
             for rows in lane.feed.pairs(strip.base, strip.tuned, strip.first, strip.last, seen[tally]):
                 count = len(rows.tuned)
                 shape = rows.tuned.shape
@@ -231,9 +235,7 @@ class _Work:
             energy, differs = tally.news()
             energies, moved = [*energies, energy], moved or differs
         self.meter.add(
-            sum(
-                strip.tuned.tensor.nbytes // strip.tuned.shape[0] * (strip.last - strip.first) for strip in delta.strips
-            )
+            sum(nbytes_of(strip.tuned) // strip.tuned.shape[0] * (strip.last - strip.first) for strip in delta.strips)
         )
         if not moved and len(target.deltas) == 1:
             return None
@@ -260,22 +262,30 @@ def _need(numel: int) -> int:
 
 def _tally(pair: Pair, row_limit: int, target: LowRankTarget | None) -> Tally:
     stacked = target is not None and target.form == "experts"
-    base, tuned = Plain.of(pair.base, stacked=stacked), Plain.of(pair.tuned, stacked=stacked)
+    base, tuned = (
+        with_columns(side, side.sizes[-1]) if stacked else flattened(side) for side in (pair.base, pair.tuned)
+    )
     return Tally(base, tuned, min(base.shape[0], tuned.shape[0]), row_limit)
+
+
+def _observer(digests: Digests, weight: Storage) -> ByteObserver | None:
+    """Digests the bytes of a weight as they are read; only of one tensor that is read as it is stored."""
+    tensor = weight.tensor if isinstance(weight, Plain) else None
+    return digests.claim(tensor) if isinstance(tensor, StoredTensor) else None
 
 
 def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMeasure:
     """Compare a pair that is not factorised; of a grown vocabulary, the rows that both have."""
     import torch
 
-    base, tuned = Plain.of(pair.base), Plain.of(pair.tuned)
+    base, tuned = flattened(pair.base), flattened(pair.tuned)
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
-    observe = digests.claim(pair.base)
-    if not (pair.tuned.dtype.is_float and pair.base.dtype.is_float):
+    observe = _observer(digests, pair.base)
+    if not pair.is_float:
         return PairMeasure(
             any(list(map(_differs, DirectFeed().pairs(base, tuned, 0, rows, observe)))), numel=rows * cols
         )
-    feed: Feed = lane.feed if pair.tuned.numel > _SMALL else DirectFeed()
+    feed: Feed = lane.feed if pair.numel > _SMALL else DirectFeed()
     wide = DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     tally = _tally(pair, row_limit, None)
     for rows_read in feed.pairs(base, tuned, 0, rows, observe):

@@ -18,7 +18,7 @@ from surgery_formats.tensors.tensor import as_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ScratchFile", "ScratchSlot", "digest"]
+__all__ = ["ScratchFile", "ScratchSlot", "Workspace", "digest"]
 
 
 class ScratchFile:
@@ -86,3 +86,18 @@ class ScratchSlot:
 def digest(values: torch.Tensor) -> str:
     """xxh3-128 of a contiguous matrix in memory."""
     return xxhash.xxh3_128_hexdigest(as_bytes(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Where factors are computed and kept.
+
+    Attributes:
+        scratch: Holds them until they are written.
+        device: Device of SVDs.
+        workers: Number of threads.
+    """
+
+    scratch: ScratchFile
+    device: str
+    workers: int

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgery.extraction.pairing import path_of
 from surgery_formats.errors import FitError
-from surgery_formats.storage.base import read_block
-from surgery_formats.storage.plain import Plain
+from surgery_formats.storage.base import Storage, read_block
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +68,9 @@ class Tally:
         row_limit: Greatest number of differing rows to name; 0 names none.
     """
 
-    def __init__(self, base: Plain, tuned: Plain, rows: int, row_limit: int = 0) -> None:
+    def __init__(self, base: Storage, tuned: Storage, rows: int, row_limit: int = 0) -> None:
         self._sides, self._rows, self._limit = (base, tuned), rows, row_limit
-        self._dtype = tuned.tensor.dtype
+        self._dtype = tuned.dtype
         self._step = _SAMPLE if rows * tuned.shape[1] > _LARGE else 1
         self._numel = self._told = 0
         self._sums: list[torch.Tensor] = []
@@ -179,13 +179,13 @@ class Tally:
         """Raise an error that names the side with NaN or Inf."""
         for side in self._sides:
             check_finite(side, 0, side.shape[0])
-        tensor = self._sides[1].tensor
+        tuned = self._sides[1]
         raise FitError(
-            "values or differences too large: their squares overflow float32", file=tensor.path, tensor=tensor.name
+            "values or differences too large: their squares overflow float32", file=path_of(tuned), tensor=tuned.name
         )
 
 
-def check_finite(side: Plain, start: int, stop: int) -> None:
+def check_finite(side: Storage, start: int, stop: int) -> None:
     """Check rows ``[start, stop)`` of a tensor.
 
     Raises:
@@ -196,7 +196,7 @@ def check_finite(side: Plain, start: int, stop: int) -> None:
     step = max(1, _LARGE // max(side.shape[1], 1))
     for at in range(start, stop, step):
         if not bool(torch.isfinite(read_block(side, at, min(at + step, stop)).float()).all()):
-            raise FitError("holds NaN or Inf", file=side.tensor.path, tensor=side.tensor.name)
+            raise FitError("holds NaN or Inf", file=path_of(side), tensor=side.name)
 
 
 _FRACTION = {4: 23, 8: 52}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export: where adapters go in a graph, and where graphs and weights go on disk."""
+"""Exports: the adapters in a graph, and the graphs and weights on disk."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter goes where in an export: merged into weights, into slots, or in front of the text."""
+"""The role of each adapter in an export: merged into weights, in slots, or in front of the text."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from surgery_formats.models.identity import fingerprint
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter
 
-__all__ = ["AdapterRoles", "Named", "entry", "sort_adapters"]
+__all__ = ["AdapterRoles", "NamedAdapter", "entry", "sort_adapters"]
 
 _GENERIC = frozenset(
     {"adapter_model", "adapters", "pytorch_lora_weights", "model"}
-)  # names that every adapter's file has
+)  # file names shared by all adapters
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """An adapter and what it is called in the export.
+class NamedAdapter:
+    """An adapter and its name in the export.
 
     Attributes:
-        name: Of its file, unlike all others.
+        name: From its file, and unique.
         adapter: The adapter.
-        weight: It is merged with.
+        weight: The weight it is merged with.
     """
 
     name: str
@@ -40,32 +40,32 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRoles:
-    """All adapters of an export, by where they go; the order is the caller's.
+    """All adapters of an export by role, in the caller's order.
 
     Attributes:
-        merge: Into weights.
-        swap: Into slots.
-        prefix: In front of the text.
+        merge: Adapters merged into weights.
+        swap: Adapters for slots.
+        prefix: Soft prompts in front of the text.
     """
 
-    merge: tuple[Named, ...] = ()
-    swap: tuple[Named, ...] = ()
-    prefix: tuple[Named, ...] = ()
+    merge: tuple[NamedAdapter, ...] = ()
+    swap: tuple[NamedAdapter, ...] = ()
+    prefix: tuple[NamedAdapter, ...] = ()
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
-        """All of them."""
-        return tuple(one.adapter for one in (*self.merge, *self.swap, *self.prefix))
+        """All adapters."""
+        return tuple(named.adapter for named in (*self.merge, *self.swap, *self.prefix))
 
     @property
     def merged(self) -> list[tuple[Adapter, float]]:
-        """What changes weights: merged adapters, and the heads that were trained beside soft prompts."""
+        """The adapters that change weights, with their weights: merged ones, and heads trained beside soft prompts."""
         heads = [
-            replace(one, prompt=None, tensors=tuple(tensor for tensor in one.tensors if tensor is not one.prompt.table))
-            for one in (named.adapter for named in self.prefix)
-            if one.prompt is not None and one.updates
+            replace(adapter, prompt=None, tensors=tuple(t for t in adapter.tensors if t is not adapter.prompt.table))
+            for adapter in (named.adapter for named in self.prefix)
+            if adapter.prompt is not None and adapter.updates
         ]
-        return [*((one.adapter, one.weight) for one in self.merge), *((one, 1.0) for one in heads)]
+        return [*((named.adapter, named.weight) for named in self.merge), *((head, 1.0) for head in heads)]
 
 
 def sort_adapters(
@@ -74,50 +74,48 @@ def sort_adapters(
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
 ) -> AdapterRoles:
-    """Read all adapters.
+    """Read all adapters and assign their roles.
 
     Args:
-        adapters: To be placed by kind: a soft prompt goes in front, all else is merged.
-        merge: To merge, with weights.
-        swap: For slots.
-        prefix: In front.
+        adapters: Adapters whose kind decides: soft prompts go in front, all others are merged.
+        merge: Adapters to merge, with weights.
+        swap: Adapters for slots.
+        prefix: Adapters in front of the text.
 
     Raises:
-        InputError: one cannot be read.
-        FitError: a weight where none is of use.
+        InputError: an adapter cannot be read.
+        FitError: a weight for an adapter that is not merged.
     """
-    placed: dict[str, list[Named]] = {"merged": [], "swappable": [], "prefix": []}
-    roles = (
+    roles: dict[str, list[NamedAdapter]] = {"merged": [], "swappable": [], "prefix": []}
+    groups = (
         (adapters, "adapters", None),
         (merge, "merge", "merged"),
         (swap, "swap", "swappable"),
         (prefix, "prefix", "prefix"),
     )
     names: set[str] = set()
-    for weighted, role in [(one, role) for given, name, role in roles if given for one in as_weighted(given, name)]:
+    for weighted, role in [(item, role) for group, name, role in groups if group for item in as_weighted(group, name)]:
         adapter, weight = weighted.adapter, weighted.weight
-        place = role or ("prefix" if adapter.prompt is not None else "merged")
-        if place != "merged" and weight != 1.0:
-            raise FitError(
-                f"a weight of {weight:g} for what is not merged", file=adapter.path, hint="merge it: --merge"
-            )
+        chosen = role or ("prefix" if adapter.prompt is not None else "merged")
+        if chosen != "merged" and weight != 1.0:
+            raise FitError(f"has the weight {weight:g} but is not merged", file=adapter.path, hint="merge it: --merge")
         name = unique(names, _name(adapter.path))
         names.add(name)
-        placed[place].append(Named(name, adapter, weight))
-    return AdapterRoles(tuple(placed["merged"]), tuple(placed["swappable"]), tuple(placed["prefix"]))
+        roles[chosen].append(NamedAdapter(name, adapter, weight))
+    return AdapterRoles(tuple(roles["merged"]), tuple(roles["swappable"]), tuple(roles["prefix"]))
 
 
 def _name(path: Path) -> str:
     """``adapters/sql/adapter_model.safetensors`` -> ``sql``; only letters, digits and ``._-``."""
-    whole = path.resolve()
-    name = whole.name if whole.is_dir() else whole.stem
-    if not whole.is_dir() and name in _GENERIC:
-        name = whole.parent.name
+    resolved = path.resolve()
+    name = resolved.name if resolved.is_dir() else resolved.stem
+    if not resolved.is_dir() and name in _GENERIC:
+        name = resolved.parent.name
     return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name).lstrip(".") or "adapter"
 
 
-def entry(one: Named, mode: str, **more: Any) -> dict[str, Any]:
-    """What the contract and the manifest say of an adapter; no paths."""
-    files = sorted({fingerprint(file) for file in one.adapter.files})
+def entry(named: NamedAdapter, mode: str, **fields: Any) -> dict[str, Any]:
+    """The entry of an adapter in the contract and the manifest; without paths."""
+    files = sorted({fingerprint(file) for file in named.adapter.files})
     digest = files[0] if len(files) == 1 else hashlib.sha256("".join(files).encode()).hexdigest()
-    return {"name": one.name, "mode": mode, "kind": one.adapter.kind, "id": digest, **more}
+    return {"name": named.name, "mode": mode, "kind": named.adapter.kind, "id": digest, **fields}

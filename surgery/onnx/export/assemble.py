@@ -15,7 +15,7 @@ import numpy.typing as npt
 from surgery.onnx.export.adapters import AdapterRoles, entry
 from surgery.onnx.export.genai import genai_config
 from surgery.onnx.export.prompts import Prompt, WeightLocation, computed_past, empty_past, stored_past
-from surgery.onnx.graph.build import Built, GraphOptions, build
+from surgery.onnx.graph.build import GraphOptions, GraphSet, build
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.virtual import Virtual
 from surgery_formats.errors import FitError
@@ -31,109 +31,111 @@ if TYPE_CHECKING:
 __all__ = ["ROWS", "Assembly", "Form", "prompt_form"]
 
 ROWS = "rows.onnx"
-"""Beside a graph with keys and values: one over the same weights with rows behind the vocabulary, for onnxruntime-genai."""
+"""A second graph beside one with keys and values: same weights, rows after the vocabulary, for onnxruntime-genai."""
 
 Array = npt.NDArray[Any]
 
 Form = str
-"""``kv``: keys and values as the default past; ``rows``: behind the vocabulary; ``front``: before an encoder's tokens; empty: none."""
+"""``kv``: keys and values as the default past; ``rows``: rows after the vocabulary; ``front``: before an encoder's
+tokens; empty: no prompt."""
 
 
-def prompt_form(asked: str, prompts: tuple[Prompt, ...], model: Model) -> Form:
-    """How soft prompts go into the graph.
+def prompt_form(requested: str, prompts: tuple[Prompt, ...], model: Model) -> Form:
+    """Choose how soft prompts enter the graph.
 
     Raises:
-        FitError: they cannot go as was asked.
+        FitError: the prompts do not support the requested form.
     """
-    if asked not in ("auto", "kv", "rows"):
-        raise FitError(f"no form '{asked}' of a prompt", hint="auto, kv or rows")
+    if requested not in ("auto", "kv", "rows"):
+        raise FitError(f"'{requested}' is not a form of a prompt", hint="auto, kv or rows")
     if not prompts:
         return ""
-    without = next((one for one in prompts if one.embeddings is None), None)
+    no_embeddings = next((prompt for prompt in prompts if prompt.embeddings is None), None)
     if model.kind == "encoder":
-        if asked != "auto" or len(prompts) > 1 or without is not None:
-            what = "keys and values" if without is not None else "rows or keys and values, or several prompts"
-            raise FitError(f"an encoder takes one prompt of embeddings in front of its text, no {what}")
+        if requested != "auto" or len(prompts) > 1 or no_embeddings is not None:
+            what = "keys and values" if no_embeddings is not None else "rows or keys and values, or several prompts"
+            raise FitError(f"an encoder takes one prompt of embeddings in front of its text, not {what}")
         return "front"
-    if asked == "rows" and without is not None:
-        why = "a text has token ids already" if without.kind == TEXT else "its keys and values belong to no token"
+    if requested == "rows" and no_embeddings is not None:
+        reason = "a text has token ids already" if no_embeddings.kind == TEXT else "its keys and values are not tokens"
         raise FitError(
-            f"{without.kind} cannot be rows of the vocabulary: {why}",
-            file=without.adapter.path if without.adapter else None,
+            f"{no_embeddings.kind} cannot be rows of the vocabulary: {reason}",
+            file=no_embeddings.adapter.path if no_embeddings.adapter else None,
             hint="--prompt-form kv",
         )
-    return "rows" if asked == "rows" else "kv"
+    return "rows" if requested == "rows" else "kv"
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """All that decides the small files.
+    """Everything that determines the small files.
 
     Attributes:
-        component: The base, with the configuration of what was merged.
+        component: The base, with the merged configuration.
         model: Its recipe.
-        options: How to build; soft prompts and the contract's fields about adapters come from here.
-        wanted: Adapters.
-        slots: Swappable ones, as in `wanted`.
-        prompts: In order; the first one is the default.
-        form: Of the prompts.
+        options: How to build; soft prompts and the contract's fields about adapters are added here.
+        roles: The adapters.
+        slots: The swappable adapters, in the order of `roles`.
+        prompts: The prompts; the first one is the default.
+        form: Form of the prompts.
     """
 
     component: Component
     model: Model
     options: GraphOptions
-    wanted: AdapterRoles
+    roles: AdapterRoles
     slots: tuple[Swappable, ...] = ()
     prompts: tuple[Prompt, ...] = ()
     form: Form = ""
 
     @property
     def slot_names(self) -> frozenset[str]:
-        """Union of the targets."""
-        return frozenset(name for one in self.slots for name in one.additions)
+        """The weights that need a slot for any adapter."""
+        return frozenset(name for adapter in self.slots for name in adapter.additions)
 
-    def draft(self) -> Built:
-        """The graphs with nothing computed: refuses what cannot be built; contract and file names are final.
+    def draft(self) -> GraphSet:
+        """Build the graphs without computing anything; contract and file names are final.
 
         Raises:
             FitError: see `surgery.onnx.graph.build.build`.
         """
         built = self._built(empty_past(self.model) if self.form == "kv" else {})
-        longest = max((one.tokens for one in self.prompts), default=0)
+        longest = max((prompt.tokens for prompt in self.prompts), default=0)
         if longest and built.contract.max_length < (1 if self.form == "front" else longest + 1):
             raise FitError(
-                f"{longest} virtual tokens leave no room in {built.contract.max_length}", hint="a larger --max-length"
+                f"{longest} virtual tokens leave no room in {built.contract.max_length}",
+                hint="use a larger --max-length",
             )
         return built
 
-    def names(self, draft: Built) -> tuple[str, ...]:
-        """Of all small files."""
-        named = [self._adapter_file(one.name) for one in self.wanted.swap]
+    def names(self, draft: GraphSet) -> tuple[str, ...]:
+        """Names of all small files."""
+        names = [self._adapter_file(named_adapter.name) for named_adapter in self.roles.swap]
         if self.form == "kv":
-            named += [self._prompt_file(one) for one in self.prompts]
-        return (*named, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
+            names += [self._prompt_file(prompt) for prompt in self.prompts]
+        return (*names, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
 
-    def files(self, place: WeightLocation) -> tuple[dict[str, bytes], Built, dict[str, onnx.ModelProto]]:
-        """All small files but the graphs, the graphs not yet serialised.
+    def files(self, location: WeightLocation) -> tuple[dict[str, bytes], GraphSet, dict[str, onnx.ModelProto]]:
+        """Create all small files; the graphs are not yet serialised.
 
         Args:
-            place: Where the weights lie by now.
+            location: Where the weights lie now.
 
         Raises:
             FitError, ProofError: see `computed_past` and `write_adapter_file`.
         """
-        pasts = self._pasts(place) if self.form == "kv" else []
+        pasts = self._pasts(location) if self.form == "kv" else []
         built = self._built(pasts[0] if pasts else {})
         kind = _numpy_type(self.options)
         files: dict[str, bytes] = {}
         sizes = _slot_sizes(built)
-        for named, one in zip(self.wanted.swap, self.slots, strict=True):
+        for named, adapter in zip(self.roles.swap, self.slots, strict=True):
             from surgery.onnx.export.slots import slot_arrays
 
-            arrays = slot_arrays(one, built.contract.slots, sizes, kind)
+            arrays = slot_arrays(adapter, built.contract.slots, sizes, kind)
             files[self._adapter_file(named.name)] = _adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
-            files[self._prompt_file(prompt)] = _adapter_bytes({name: one.astype(kind) for name, one in past.items()})
+            files[self._prompt_file(prompt)] = _adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
         if genai := self.for_genai(built):
             folder = self.component.folder
             generation = folder / "generation_config.json"
@@ -146,23 +148,24 @@ class Assembly:
             )
         return files, built, dict(built.graphs)
 
-    def for_genai(self, built: Built) -> str:
-        """The graph for onnxruntime-genai, or empty: it feeds a past of its own, so that a default one would be ignored in silence."""
+    def for_genai(self, built: GraphSet) -> str:
+        """The graph for onnxruntime-genai, or empty. It always passes its own past, so a default past has no effect."""
         if built.contract.kind != "decoder":
             return ""
         if self.form != "kv":
             return "model.onnx"
         return ROWS if ROWS in built.graphs else ""
 
-    def _pasts(self, place: WeightLocation) -> list[dict[str, Array]]:
-        stored = {one.name: stored_past(one, len(self.model.layers)) for one in self.prompts if _is_stored(one)}
-        others = [one for one in self.prompts if one.name not in stored]
-        computed = computed_past(others, self.component, self.model, self.options, place)
-        found = {**stored, **{one.name: past for one, past in zip(others, computed, strict=True)}}
-        return [found[one.name] for one in self.prompts]
+    def _pasts(self, location: WeightLocation) -> list[dict[str, Array]]:
+        layers = len(self.model.layers)
+        stored = {prompt.name: stored_past(prompt, layers) for prompt in self.prompts if _is_stored(prompt)}
+        uncomputed = [prompt for prompt in self.prompts if prompt.name not in stored]
+        computed = computed_past(uncomputed, self.component, self.model, self.options, location)
+        pasts = {**stored, **{prompt.name: past for prompt, past in zip(uncomputed, computed, strict=True)}}
+        return [pasts[prompt.name] for prompt in self.prompts]
 
-    def _built(self, past: Mapping[str, Array]) -> Built:
-        rows = [one.embeddings for one in self.prompts if one.embeddings is not None]
+    def _built(self, past: Mapping[str, Array]) -> GraphSet:
+        rows = [prompt.embeddings for prompt in self.prompts if prompt.embeddings is not None]
         table = np.concatenate(rows) if rows else None
         front = len(table) if table is not None and self.form == "front" else 0
         virtual = Virtual(past, None if self.form == "kv" else table, front)
@@ -170,35 +173,35 @@ class Assembly:
         built = build(self.component, options, self.model)
         if self.form != "kv" or self.prompts[0].embeddings is None:
             return built
-        theirs = replace(options, prefill=False, virtual=Virtual(rows=table), contract=self._contract("rows"))
-        graph = build(self.component, theirs, self.model).graphs["model.onnx"]
+        rows_options = replace(options, prefill=False, virtual=Virtual(rows=table), contract=self._contract("rows"))
+        graph = build(self.component, rows_options, self.model).graphs["model.onnx"]
         return replace(built, graphs={ROWS: graph, **built.graphs})
 
     def _contract(self, form: Form = "") -> dict[str, Any]:
         form = form or self.form
-        entries = [entry(one, "merged", weight=one.weight) for one in self.wanted.merge]
-        entries += [entry(one, "swapped", file=self._adapter_file(one.name)) for one in self.wanted.swap]
-        names = {id(one.adapter): one for one in self.wanted.prefix}
+        entries = [entry(named, "merged", weight=named.weight) for named in self.roles.merge]
+        entries += [entry(named, "swapped", file=self._adapter_file(named.name)) for named in self.roles.swap]
+        names = {id(named.adapter): named for named in self.roles.prefix}
         first = self.model.vocabulary
         for prompt in self.prompts:
-            more: dict[str, Any] = {"virtual_tokens": prompt.tokens}
+            details: dict[str, Any] = {"virtual_tokens": prompt.tokens}
             if self.form == "kv":
-                more["file"] = self._prompt_file(prompt)
+                details["file"] = self._prompt_file(prompt)
             if form != "front" and prompt.embeddings is not None:
-                more["rows"] = [first, prompt.tokens]
+                details["rows"] = [first, prompt.tokens]
                 first += prompt.tokens
             if prompt.adapter is None:
-                entries.append({"name": prompt.name, "mode": "prefix", "kind": TEXT, "ids": [*prompt.ids], **more})
+                entries.append({"name": prompt.name, "mode": "prefix", "kind": TEXT, "ids": [*prompt.ids], **details})
             else:
-                entries.append(entry(names[id(prompt.adapter)], "prefix", **more))
-        found: dict[str, Any] = {"adapters": tuple(entries)}
+                entries.append(entry(names[id(prompt.adapter)], "prefix", **details))
+        fields: dict[str, Any] = {"adapters": tuple(entries)}
         if self.prompts:
-            found["prompt_kind"] = self.prompts[0].kind
+            fields["prompt_kind"] = self.prompts[0].kind
             if form == "rows":
-                found["vocabulary_rows"] = (self.model.vocabulary, self.prompts[0].tokens)
+                fields["vocabulary_rows"] = (self.model.vocabulary, self.prompts[0].tokens)
             else:
-                found["virtual_tokens"] = self.prompts[0].tokens
-        return found
+                fields["virtual_tokens"] = self.prompts[0].tokens
+        return fields
 
     @staticmethod
     def _adapter_file(name: str) -> str:
@@ -219,20 +222,20 @@ def _numpy_type(options: GraphOptions) -> np.dtype[Any]:
     return Graph().numpy_type(options.io)
 
 
-def _slot_sizes(built: Built) -> dict[str, tuple[int, int]]:
-    """By slot, rows of A and columns of B."""
+def _slot_sizes(built: GraphSet) -> dict[str, tuple[int, int]]:
+    """Rows of A and columns of B, by slot."""
     shapes = {
-        one.name: [dim.dim_value for dim in one.type.tensor_type.shape.dim]
-        for one in built.graphs["model.onnx"].graph.input
+        port.name: [dim.dim_value for dim in port.type.tensor_type.shape.dim]
+        for port in built.graphs["model.onnx"].graph.input
     }
     return {slot.weight: (shapes[slot.A][0], shapes[slot.B][1]) for slot in built.contract.slots}
 
 
 def _adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
-    """An ``.onnx_adapter`` file, read back where it was written."""
+    """Create an ``.onnx_adapter`` file."""
     from surgery.onnx.run.adapter_file import write_adapter_file
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "one.onnx_adapter"
+        path = Path(folder) / "adapter.onnx_adapter"
         write_adapter_file(path, arrays)
         return path.read_bytes()

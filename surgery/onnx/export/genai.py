@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``genai_config.json``: what onnxruntime-genai (0.18) wants to know to run a folder as it is."""
+"""``genai_config.json``: the configuration with which onnxruntime-genai (0.18) runs a folder as it is."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _TYPES = frozenset(
         "smollm3",
     )
 )
-"""Decoders it knows by name (models/model_type.h); any other one that takes these inputs is a ``decoder``. Its ``gpt2`` takes others."""
+"""Decoders it knows by name (models/model_type.h); others with these inputs are ``decoder``, but ``gpt2`` differs."""
 
 
 def genai_config(
     config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int, graph: str
 ) -> bytes:
-    """The file for a decoder's graph.
+    """Create the file for a decoder's graph.
 
     Args:
         config: config.json.
-        generation: generation_config.json, or empty; its token ids go first.
-        contract: Of the graph.
-        heads: Of queries.
-        graph: Its file.
+        generation: generation_config.json, or empty; its token ids take precedence.
+        contract: The graph's contract.
+        heads: Number of query heads.
+        graph: File name of the graph.
     """
     kind = config.get("model_type")
     decoder = {
@@ -80,7 +80,7 @@ def genai_config(
         "context_length": contract.max_length,
         "decoder": decoder,
         "eos_token_id": eos,
-        "pad_token_id": next((one for one in (pad, first) if one is not None), 0),
+        "pad_token_id": next((token for token in (pad, first) if token is not None), 0),
         "type": kind if kind in _TYPES else "decoder",
         "vocab_size": contract.vocabulary,
     }
@@ -96,39 +96,39 @@ def genai_config(
         "top_k": int(_number(generation, "top_k", 50)),
         "top_p": _number(generation, "top_p", 1.0),
     }
-    kept = {"model": {key: value for key, value in model.items() if value is not None}, "search": search}
-    return json.dumps(kept, indent=2).encode() + b"\n"
+    document = {"model": {key: value for key, value in model.items() if value is not None}, "search": search}
+    return json.dumps(document, indent=2).encode() + b"\n"
 
 
 def _session(contract: Contract) -> dict[str, Any]:
-    """Weights are used where they lie: onnxruntime would otherwise copy them to pack them anew."""
+    """Use weights where they lie: onnxruntime would otherwise copy them to repack them."""
     cuda = [{"cuda": {"enable_cuda_graph": "0"}}] if contract.target == "cuda" else []
     return {"log_id": "onnxruntime-genai", "session.disable_prepacking": "1", "provider_options": cuda}
 
 
 def _number(generation: Mapping[str, Any], key: str, default: float) -> float:
-    """A setting of sampling.
+    """Read a sampling setting.
 
     Raises:
-        MalformedError: it is no number.
+        MalformedError: it is not a number.
     """
-    found = generation.get(key)
-    if found is None:
+    value = generation.get(key)
+    if value is None:
         return default
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise MalformedError(f"{key} is {show(found, 40)}; it must be a number", file="generation_config.json")
-    return float(found) or default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MalformedError(f"{key} is {show(value, 40)}; it must be a number", file="generation_config.json")
+    return float(value) or default
 
 
 def _token(config: Mapping[str, Any], generation: Mapping[str, Any], key: str) -> Any:
-    """A token id, or several; None where there is none, which old configurations write as -1.
+    """Read one or several token ids; None if missing, which old configurations write as -1.
 
     Raises:
-        MalformedError: it is something else.
+        MalformedError: it is not a token id.
     """
-    found = generation.get(key)
-    found = config.get(key) if found is None else found
-    ids = found if isinstance(found, list) else [found]
-    if found is not None and not all(type(one) is int for one in ids):
-        raise MalformedError(f"{key} is {show(found, 40)}; it must be a token id", file="config.json")
-    return None if found == -1 else found
+    value = generation.get(key)
+    value = config.get(key) if value is None else value
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(token) is int for token in ids):
+        raise MalformedError(f"{key} is {show(value, 40)}; it must be a token id", file="config.json")
+    return None if value == -1 else value

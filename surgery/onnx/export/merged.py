@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merged weights of a graph: the plan of `surgery merge`, of which only what it computes is written, beside the base that stays as it is.
+"""Merged weights of a graph: the plan of `surgery merge`, reduced to the tensors that it computes, beside the base.
 
-The graph reads changed tensors out of one file and all others out of the base. Everything else about it (which update meets which bytes,
-the arithmetic, the proof of every block, the account of every tensor) is the merge's own.
+The graph reads changed tensors from one file and all others from the base. Everything else (matching updates to bytes,
+the arithmetic, the proof of every block, the account of every tensor) is that of merge.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model, Projection
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 
-__all__ = ["DELTA", "Layout", "Merged", "merged_weights"]
+__all__ = ["DELTA", "Layout", "MergedWeights", "merged_weights"]
 
 DELTA = "delta.safetensors"
-"""Name of the file of changed tensors."""
+"""File name of the changed tensors."""
 
 Layout = Literal["delta", "full"]
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What a graph is built from once adapters are merged.
+class MergedWeights:
+    """The weights from which a graph is built after merging adapters.
 
     Attributes:
-        plan: What is to be written.
-        component: The base with the configuration the merge made true.
-        overrides: Tensors to read instead of the base's, by name.
-        side_files: Of the output folder, but for an index that the folder does not need.
-        model: The recipe; layers that have got a bias add it.
+        plan: The plan of the files to write.
+        component: The base with the merged configuration.
+        overrides: Tensors that replace the base's, by name.
+        side_files: Side files of the output folder, except an index that it does not need.
+        model: The recipe, with the biases that the merge added.
     """
 
     plan: Plan
@@ -54,45 +54,47 @@ class Merged:
     model: Model
 
 
-def merged_weights(binding: Binding, layout: Layout) -> Merged:
-    """Plan the weights of a graph with the bound adapters merged.
+def merged_weights(binding: Binding, layout: Layout) -> MergedWeights:
+    """Plan the weights of a graph with merged adapters.
 
     Args:
-        binding: Adapters and their base, a single model.
-        layout: ``delta``: only changed tensors are written; ``full``: all of them, laid out for graphs.
+        binding: Adapters bound to their base, a single model.
+        layout: ``delta``: only changed tensors are written; ``full``: all tensors, laid out for graphs.
 
     Raises:
         FitError: see `surgery.engine.model_output.plan_merge`.
     """
     component = binding.checkpoint.main
-    if layout == "full" and (grown := [edit.name for edit in binding.edits.values() if not edit.source.sources]):
+    if layout == "full" and (new_biases := [edit.name for edit in binding.edits.values() if not edit.source.sources]):
         raise FitError(
-            "the adapter adds a bias where this architecture has none: no checkpoint can hold it, a graph can",
-            tensor=grown[0],
+            "the adapter adds a bias that this architecture lacks: a graph can hold it, but not a checkpoint",
+            tensor=new_biases[0],
             hint="--merge-to delta",
         )
-    whole = plan_merge(binding, packed=layout == "full")
-    plan = whole if layout == "full" else _delta(binding, whole, component)
+    merge_plan = plan_merge(binding, packed=layout == "full")
+    plan = merge_plan if layout == "full" else _delta(binding, merge_plan, component)
     overrides: dict[str, GraphTensor] = {}
     for file in plan.files:
         unwritten = UnwrittenFile(Path(file.name), file.nbytes, file.header)
         overrides |= {
-            one.name: UnwrittenTensor(one.name, one.dtype, one.shape, unwritten, one.offset, one.nbytes)
-            for one in file.tensors
+            tensor.name: UnwrittenTensor(
+                tensor.name, tensor.dtype, tensor.shape, unwritten, tensor.offset, tensor.nbytes
+            )
+            for tensor in file.tensors
         }
-    for one in whole.tensors:  # a head that was tied and keeps the embedding's values: the same bytes by another name
-        if isinstance(one.step, Copy) and one.name not in overrides and one.step.source.name != one.name:
-            overrides[one.name] = replace(one.step.source, name=one.name)
-    kept = tuple(side for side in whole.side_files if layout == "full" or side.name != component.index_name)
-    changed = replace(component, config=_config(component, kept))
-    model = model_of(changed.config, frozenset(changed.tensors) | frozenset(overrides))
-    return Merged(plan, changed, overrides, kept, _with_biases(model, overrides))
+    for tensor in merge_plan.tensors:  # a formerly tied head with the embedding's values: the same bytes, another name
+        if isinstance(tensor.step, Copy) and tensor.name not in overrides and tensor.step.source.name != tensor.name:
+            overrides[tensor.name] = replace(tensor.step.source, name=tensor.name)
+    side_files = tuple(side for side in merge_plan.side_files if layout == "full" or side.name != component.index_name)
+    changed = replace(component, config=_config(component, side_files))
+    model = model_of(changed.config, frozenset(changed.parameters) | frozenset(overrides))
+    return MergedWeights(plan, changed, overrides, side_files, _with_biases(model, overrides))
 
 
 def _with_biases(part: Any, names: Collection[str]) -> Any:
-    """`part` of a recipe, every projection without a bias given the one of its name."""
+    """Add biases in `names` to the projections in a recipe's `part` that lack them."""
     if isinstance(part, tuple):
-        return tuple(_with_biases(one, names) for one in part)
+        return tuple(_with_biases(item, names) for item in part)
     if not is_dataclass(part) or isinstance(part, type):
         return part
     if isinstance(part, Projection):
@@ -102,35 +104,35 @@ def _with_biases(part: Any, names: Collection[str]) -> Any:
 
 
 def _config(component: Component, side_files: Collection[SideFile]) -> Mapping[str, object]:
-    made = next((side for side in side_files if side.name == "config.json" and side.data), None)
-    return json.loads(made.data) if made else component.config
+    written = next((side for side in side_files if side.name == "config.json" and side.data), None)
+    return json.loads(written.data) if written else component.config
 
 
-def _delta(binding: Binding, whole: Plan, component: Component) -> Plan:
-    """The part of a merge that is computed, and what graphs read together with it."""
+def _delta(binding: Binding, merge_plan: Plan, component: Component) -> Plan:
+    """The computed part of a merge, and the tensors that graphs read together with it."""
     groups = packing_groups(component)
-    planned = [one for one in whole.tensors if isinstance(one.step, Compute)]
-    if any(file.name == DELTA for file in whole.files):
-        raise FitError("the base has a weight file of this name", file=component.folder / DELTA, hint="rename it")
+    planned = [tensor for tensor in merge_plan.tensors if isinstance(tensor.step, Compute)]
+    if any(file.name == DELTA for file in merge_plan.files):
+        raise FitError("the base has a weight file with this name", file=component.folder / DELTA, hint="rename it")
     carried = _torn(planned, groups, component)
-    planned += [one for one in whole.tensors if one.name in carried]
+    planned += [tensor for tensor in merge_plan.tensors if tensor.name in carried]
     file = planned_file(DELTA, packing_order(planned, groups), alignment=PAGE)
-    there = {one.name for one in file.tensors}
+    stored = {tensor.name for tensor in file.tensors}
     accounts = [
         Account(tensor, "referenced", f"used where it lies in {tensor.file.path.name}")
         for tensor in component.tensors.values()
-        if tensor.name not in there
+        if tensor.name not in stored
     ]
-    known = {account.tensor.name for account in accounts}
-    accounts += [account for account in whole.accounts if account.tensor.name not in known]
-    digest = hashlib.sha256(f"{whole.id} delta".encode()).hexdigest()
+    accounted = {account.tensor.name for account in accounts}
+    accounts += [account for account in merge_plan.accounts if account.tensor.name not in accounted]
+    digest = hashlib.sha256(f"{merge_plan.id} delta".encode()).hexdigest()
     plan = replace(
-        whole,
+        merge_plan,
         verb="export-onnx",
         files=(file,),
         side_files=(),
         accounts=tuple(accounts),
-        warnings=binding.warnings,  # a graph carries no other file along, wherever it is written
+        warnings=binding.warnings,  # warnings about other files do not apply: a graph comes without them
         id=digest,
     )
     check_conservation(binding, plan)
@@ -138,13 +140,13 @@ def _delta(binding: Binding, whole: Plan, component: Component) -> Plan:
 
 
 def _torn(planned: Collection[PlannedTensor], groups: Mapping[str, tuple[str, ...]], component: Component) -> set[str]:
-    """Unchanged matrices that lie beside changed ones in the base, so that a graph reads them as one: they come along."""
-    changed = {one.name for one in planned}
-    found: set[str] = set()
+    """Unchanged matrices adjacent to changed ones in the base: graphs read them as one, so they are written too."""
+    changed = {tensor.name for tensor in planned}
+    torn: set[str] = set()
     for group in set(groups.values()):
         if not changed & set(group) or changed >= set(group) or any(name not in component.tensors for name in group):
             continue
         stored = [component.tensors[name] for name in group]
-        if all(one.file is other.file and one.offset + one.nbytes == other.offset for one, other in pairwise(stored)):
-            found |= set(group) - changed
-    return found
+        if all(a.file is b.file and a.offset + a.nbytes == b.offset for a, b in pairwise(stored)):
+            torn |= set(group) - changed
+    return torn

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft prompts, and texts read once, as what a graph holds of them: keys and values, or rows.
+"""Soft prompts, and texts read in advance, in the form that a graph holds: keys and values, or rows.
 
-Keys and values of embeddings are what the graph itself makes of them: it is built once more over the same weights, in float32 for the CPU,
-taking embeddings instead of ids, and run once. Those of prefix tuning are stored as they stand in the cache (`SoftPrompt.key_values`).
+Keys and values of embeddings are computed by the graph itself: it is built once more over the same weights, in float32
+for the CPU and with embeddings instead of ids as input, and run once. Those of prefix tuning are stored as in the cache
+(`SoftPrompt.key_values`).
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ Past = dict[str, Array]
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt, by what it is known.
+    """One prompt.
 
     Attributes:
-        name: Of its file.
+        name: From its file.
         kind: PEFT's name, or ``TEXT``.
-        tokens: How many.
-        adapter: It comes from, or None for a text.
+        tokens: Number of virtual tokens.
+        adapter: The adapter it comes from, or None for a text.
         embeddings: ``(tokens, width)`` float32, or None.
-        ids: Of a text, or empty.
+        ids: Token ids of a text, or empty.
     """
 
     name: str
@@ -58,27 +59,28 @@ class Prompt:
 
 
 def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
-    """The soft prompt of an adapter.
+    """Read the soft prompt of an adapter.
 
     Raises:
         FitError: it has none, or one for a model of other sizes.
     """
     prompt = adapter.prompt
     if prompt is None:
-        raise FitError(f"{adapter.kind} trains no virtual tokens", file=adapter.path, hint="--merge or --swap")
+        raise FitError(f"{adapter.kind} has no virtual tokens", file=adapter.path, hint="--merge or --swap")
     file, tensor = prompt.table.path, prompt.table.name
     if prompt.submodules != 1:
-        raise FitError("a soft prompt for an encoder and its decoder", file=file, tensor=tensor)
+        raise FitError("the soft prompt is for an encoder and its decoder", file=file, tensor=tensor)
     if prompt.prefix is not None:
         layers = model.layers if model.kind == "decoder" else ()
         sizes = {(layer.attention.kv_heads, layer.attention.head_dim) for layer in layers}
-        found = (prompt.prefix.kv_heads, prompt.prefix.head_dim)
+        size = (prompt.prefix.kv_heads, prompt.prefix.head_dim)
         if not layers:
-            raise FitError("keys and values for an encoder, which has no cache", file=file, tensor=tensor)
-        if prompt.prefix.layers != len(layers) or sizes != {found}:
-            wanted = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
+            raise FitError("the prompt holds keys and values, but an encoder has no cache", file=file, tensor=tensor)
+        if prompt.prefix.layers != len(layers) or sizes != {size}:
+            expected = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
             raise FitError(
-                f"made for {prompt.prefix.layers} layers with {found[0]} heads of {found[1]}, the model has {len(layers)} with {wanted}",
+                f"was made for {prompt.prefix.layers} layers with {size[0]} heads of {size[1]}, "
+                f"but the model has {len(layers)} with {expected}",
                 file=file,
                 tensor=tensor,
                 hint="is this the base it was trained on?",
@@ -87,7 +89,7 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
     width = model.embedding.projection.inputs if model.embedding.projection else model.hidden
     if prompt.dim != width:
         raise FitError(
-            f"embeddings of {prompt.dim} values, the model's have {width}",
+            f"the embeddings have {prompt.dim} values, but the model's have {width}",
             file=file,
             tensor=tensor,
             hint="is this the base it was trained on?",
@@ -100,15 +102,15 @@ def stored_past(prompt: Prompt, layers: int) -> Past:
     """Keys and values of prefix tuning, float32."""
     assert prompt.adapter is not None
     assert prompt.adapter.prompt is not None
-    found: Past = {}
+    past: Past = {}
     for layer in range(layers):
         for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer), strict=True):
-            found[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values.float().numpy()[None])
-    return found
+            past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values.float().numpy()[None])
+    return past
 
 
 def empty_past(model: Model) -> Past:
-    """A past of no tokens: the default where none of the prompts is."""
+    """A past without tokens."""
     return {
         f"past_key_values.{number}.{part}": np.zeros((1, layer.attention.kv_heads, 0, layer.attention.head_dim), "f4")
         for number, layer in enumerate(model.layers)
@@ -118,12 +120,12 @@ def empty_past(model: Model) -> Past:
 
 @dataclass(frozen=True, slots=True)
 class WeightLocation:
-    """Where the weights of a graph lie while it is being exported.
+    """Where the weights of a graph lie during the export.
 
     Attributes:
-        folder: Of the weight files.
-        below: Folder in it that holds those just written, or empty.
-        written: Names of those.
+        folder: Folder of the weight files.
+        below: Folder in it with the files just written, or empty.
+        written: Names of those files.
     """
 
     folder: Path
@@ -136,22 +138,22 @@ class WeightLocation:
 
 
 def computed_past(
-    prompts: Sequence[Prompt], component: Component, model: Model, options: GraphOptions, place: WeightLocation
+    prompts: Sequence[Prompt], component: Component, model: Model, options: GraphOptions, location: WeightLocation
 ) -> list[Past]:
-    """Keys and values, float32, of embeddings and texts.
+    """Compute keys and values, float32, of embeddings and texts.
 
     Args:
-        prompts: With embeddings or ids, which go through one graph each.
-        component: What the graph is built from.
+        prompts: Prompts with embeddings or ids; each of the two kinds has a graph of its own.
+        component: The model from which the graph is built.
         model: Its recipe.
-        options: Of the export; the weights it overrides are written already.
-        place: Where.
+        options: Options of the export; overriding weights have been written already.
+        location: Where the weights lie.
 
     Raises:
         FitError: onnxruntime is not installed, or cannot run the graph.
     """
     sessions: dict[bool, Any] = {}
-    found = []
+    pasts = []
     for prompt in prompts:
         embedded = prompt.embeddings is not None
         if embedded not in sessions:
@@ -159,23 +161,21 @@ def computed_past(
                 options,
                 target=twin(TARGETS["cpu"]),
                 io=DType.F32,
-                max_length=max(
-                    one.tokens for one in prompts
-                ),  # rotary tables are made in memory: no longer than needed
+                max_length=max(p.tokens for p in prompts),  # keeps the rotary tables small
                 prefill=False,
                 slotted=frozenset(),
                 virtual=Virtual(embedded=embedded),
             )
             graph = build(component, plain, model).graphs["model.onnx"]
-            sessions[embedded] = _session(graph, place, component)
+            sessions[embedded] = _session(graph, location, component)
         feed = _feed(prompt, model)
         names = [name.replace("past_key_values", "present") for name in empty_past(model)]
         try:
             values = sessions[embedded].run(names, feed)
         except Exception as error:  # onnxruntime's own types
             raise FitError(f"onnxruntime cannot run the prompt: {show(error, 500)}", file=component.folder) from error
-        found.append(dict(zip(empty_past(model), values, strict=True)))
-    return found
+        pasts.append(dict(zip(empty_past(model), values, strict=True)))
+    return pasts
 
 
 def _feed(prompt: Prompt, model: Model) -> dict[str, Array]:
@@ -185,34 +185,34 @@ def _feed(prompt: Prompt, model: Model) -> dict[str, Array]:
     return feed | {"input_ids": np.array([prompt.ids], np.int64)}
 
 
-def _session(graph: onnx.ModelProto, place: WeightLocation, component: Component) -> Any:
-    """A session over weights that lie where they are."""
+def _session(graph: onnx.ModelProto, location: WeightLocation, component: Component) -> Any:
+    """Open a session over the weights where they lie."""
     try:
         import onnxruntime
     except ImportError as error:
         raise FitError(
-            "keys and values of a prompt are computed by onnxruntime",
+            "onnxruntime is needed to compute keys and values of a prompt",
             hint="pip install onnxruntime, or --prompt-form rows",
         ) from error
     for tensor in graph.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
-                entry.value = place.location(entry.value)
+                entry.value = location.location(entry.value)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
     key = "session.model_external_initializers_file_folder_path"
-    options.add_session_config_entry(key, os.fspath(place.folder.resolve()))
+    options.add_session_config_entry(key, os.fspath(location.folder.resolve()))
     try:
         return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own types
         raise FitError(f"onnxruntime cannot load it: {show(error, 500)}", file=component.folder) from error
 
 
-def unique(names: Collection[str], wanted: str) -> str:
-    """`wanted`, or with a number behind it where `names` has it already."""
-    found, number = wanted, 1
-    while found in names:
+def unique(names: Collection[str], name: str) -> str:
+    """Return `name`, with a number appended if `names` contains it."""
+    candidate, number = name, 1
+    while candidate in names:
         number += 1
-        found = f"{wanted}-{number}"
-    return found
+        candidate = f"{name}-{number}"
+    return candidate

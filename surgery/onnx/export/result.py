@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `surgery.export_onnx` returns."""
+"""The result of `surgery.export_onnx`."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _WEIGHTS = {
 @summarised
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export did.
+    """The result of an export.
 
     Attributes:
         output: The folder.
-        contract: Of ``model.onnx``.
+        contract: The contract of ``model.onnx``.
         files: Written graphs and small files with their sizes.
-        weights: How weights got there.
+        weights: How the weights were placed.
         nbytes: Bytes written.
-        nodes: Of ``model.onnx``.
-        warnings: What the user should know.
-        ledger: Of merged weights, or None.
-        seconds: How long it took.
+        nodes: Number of nodes of ``model.onnx``.
+        warnings: Warnings for the user.
+        ledger: The ledger of merged weights, or None.
+        seconds: Duration of the export.
     """
 
     output: Path
@@ -68,8 +68,8 @@ class ExportResult:
             "max_length": contract.max_length,
             "files": dict(self.files),
             "weights": self.weights,
-            "weight_files": [one.name for one in contract.weights],
-            "adapters": [dict(one) for one in contract.adapters],
+            "weight_files": [file.name for file in contract.weights],
+            "adapters": [dict(adapter) for adapter in contract.adapters],
             "virtual_tokens": contract.virtual_tokens,
             "vocabulary_rows": contract.vocabulary_rows,
             "slots": [slot.weight for slot in contract.slots],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters as what goes into a graph's slots: exact, or refused by name.
+"""LoRA adapters as contents of a graph's slots: exact, or refused by name.
 
-A slot adds ``x A B`` to what a weight makes of ``x``. It can hold a low-rank addition to a linear map or to the token table, and nothing
-else: no magnitude, no rotation, no bias, no new values.
+A slot adds ``x A B`` to the result of a weight for ``x``. It holds a low-rank addition to a linear map or to the token
+table, but no magnitude, rotation, bias or new values.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _HINT = "merge it instead: --merge"
 
 @dataclass(frozen=True)
 class Swappable:
-    """One adapter bound to slots.
+    """An adapter bound to slots.
 
     Attributes:
         adapter: The adapter.
-        additions: By slot, as `Context` calls them, the LoRAs that are added to it and where.
+        additions: The LoRAs of each slot with their views, by slot, named as in `Context`.
         tables: Slots whose weight is a table of rows.
     """
 
@@ -50,10 +50,10 @@ class Swappable:
 
 
 def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappable:
-    """Find the slots of an adapter. A copy of the base's own values, which PEFT saves beside a LoRA on an embedding, does nothing.
+    """Find the slots of an adapter. PEFT's copy of the base's values, saved beside a LoRA on an embedding, is ignored.
 
     Raises:
-        FitError: it does something that no slot can hold, or does not fit the base.
+        FitError: an update that no slot can hold, or an adapter that does not fit the base.
     """
     if adapter.prompt is not None:
         raise FitError(
@@ -63,16 +63,16 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
         )
     binding = bind([(adapter, 1.0)], checkpoint, new_biases=True)
     component = checkpoint.main
-    named = _by_stored_name(component, model)
+    recipe = _by_stored_name(component, model)
     additions: dict[str, Additions] = {}
     tables = set()
     for edit in binding.edits.values():
         if edit.added and not edit.operations and edit.replaced is None:
-            continue  # a head that was tied and keeps the embedding's values: slots leave it alone anyway
+            continue  # a formerly tied head with the embedding's values, which slots do not change
         loras = _additions(edit, adapter, component)
         if not loras:
             continue
-        weight = component.head if component.tied and edit.name == component.head else named.get(edit.name, edit.name)
+        weight = component.head if component.tied and edit.name == component.head else recipe.get(edit.name, edit.name)
         additions[weight] = loras
         if weight == model.embedding.tokens:
             tables.add(weight)
@@ -84,25 +84,25 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
 
 
 def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
-    """From stored names to the recipe's."""
-    found = {}
+    """Map stored names to the recipe's names."""
+    names = {}
     for name in parameters(model):
-        places = () if name in component.parameters else component.names.resolve(name)
-        found[places[0].parameter.name if len(places) == 1 else name] = name
-    return found
+        slices = () if name in component.parameters else component.names.resolve(name)
+        names[slices[0].parameter.name if len(slices) == 1 else name] = name
+    return names
 
 
 def _head_follows(binding: Binding, component: Component, embedding: Edit) -> bool:
-    """Whether what was trained for the embedding is meant for a head that shares its tensor too."""
+    """Whether updates of the embedding also apply to a tied head."""
     follows = component.tied and component.head and component.name not in binding.untied
     return bool(follows) and embedding.name == component.embedding
 
 
 def _additions(edit: Edit, adapter: Adapter, component: Component) -> Additions:
-    """What is added to one weight, as LoRAs.
+    """Return the LoRAs that are added to one weight.
 
     Raises:
-        FitError: something is done to it that no slot can hold.
+        FitError: an update that no slot can hold.
     """
     base = component.parameters.get(component.aliases.get(edit.name, edit.name))
     if edit.replaced is not None and (base is None or not same_values(base.storage, edit.source)):
@@ -130,23 +130,23 @@ def _refused(what: str, edit: Edit, operation: Operation, adapter: Adapter) -> F
 
 
 def slot_arrays(
-    one: Swappable, slots: Iterable[Slot], sizes: Mapping[str, tuple[int, int]], dtype: Any
+    adapter: Swappable, slots: Iterable[Slot], sizes: Mapping[str, tuple[int, int]], dtype: Any
 ) -> dict[str, Array]:
-    """The arrays that fill an adapter's slots; the scale is folded into B.
+    """The arrays that fill an adapter's slots, with the scale folded into B.
 
     Args:
-        one: The adapter.
-        slots: Of the graph.
-        sizes: By slot, rows of A and columns of B.
-        dtype: Of the graph's numbers.
+        adapter: The adapter.
+        slots: The graph's slots.
+        sizes: Rows of A and columns of B, by slot.
+        dtype: Type of the graph.
 
     Raises:
         FitError: a factor is not finite.
     """
     arrays: dict[str, Array] = {}
     for slot in slots:
-        size, table = sizes[slot.weight], slot.weight in one.tables
-        parts = [_factors(lora, view, size, table=table) for lora, view in one.additions.get(slot.weight, ())]
+        size, table = sizes[slot.weight], slot.weight in adapter.tables
+        parts = [_factors(lora, view, size, table=table) for lora, view in adapter.additions.get(slot.weight, ())]
         if parts:
             arrays[slot.A] = np.concatenate([A for A, _ in parts], 1).astype(dtype)
             arrays[slot.B] = np.concatenate([B for _, B in parts], 0).astype(dtype)
@@ -154,7 +154,7 @@ def slot_arrays(
 
 
 def _factors(lora: LoRA, view: View, size: tuple[int, int], *, table: bool) -> tuple[Array, Array]:
-    """``(inputs, rank)`` and ``(rank, outputs)``, float32, of one addition, zero where its view is not."""
+    """``(inputs, rank)`` and ``(rank, outputs)``, float32, of one addition; zero outside its view."""
     import torch
 
     rows, cols = view.shape

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graph: an ONNX graph built from a recipe, and the contract it carries."""
+"""Graphs: an ONNX graph built from a recipe, with the contract it carries."""

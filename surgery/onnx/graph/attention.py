@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a decoder layer, by GroupQueryAttention or by the standard operator."""
+"""Attention of a decoder layer, as GroupQueryAttention or the standard operator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery_formats.models.families.recipe import Attention, Norm
 
 __all__ = ["CacheValues", "cached_attention", "project", "split"]
 
-_ROTATED = 16  # GroupQueryAttention rotates a multiple of this many values itself
+_ROTATED = 16  # GroupQueryAttention can rotate only a multiple of this many values
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ def cached_attention(
     """Attention of new tokens to past and new ones.
 
     Args:
-        ctx: Where it goes.
+        ctx: The graph under construction.
         record: The layer's attention.
         x: Hidden states.
-        frame: What all layers share.
+        frame: Values that all layers share.
         cache: The layer's past and present.
-        alpha: A factor of the result.
+        alpha: Factor on the result.
     """
     at = module_of(module_of(record.output.weight))
     if ctx.target.attention == "gqa":
@@ -52,22 +52,22 @@ def cached_attention(
 
 
 def project(ctx: Context, record: Attention, x: str, at: str) -> tuple[str, ...]:
-    """Queries, keys and values: one value with all three side by side, or three; hidden states' rank."""
+    """Queries, keys and values as one value side by side, or as three; in the rank of the hidden states."""
     if record.layout == "separate":
         packed = joined(ctx, record.inputs, x)
-        return (packed,) if packed else tuple(linear(ctx, one, x) for one in record.inputs)
+        return (packed,) if packed else tuple(linear(ctx, projection, x) for projection in record.inputs)
     value = linear(ctx, record.inputs[0], x)
     if record.layout == "by_head":  # head by head q, k, v -> all q, all k, all v
-        rows = (-1,) if ctx.flat else (0, 0)  # the last size stays known: operators behind would infer a wrong one
+        rows = (-1,) if ctx.flat else (0, 0)  # the last size stays explicit: shape inference would get it wrong
         last = len(rows)
-        apart = ctx.reshaped(value, (*rows, record.heads, 3, record.head_dim), at)
-        turned = ctx.graph.node("Transpose", [apart], at, perm=[*range(last), last + 1, last, last + 2])
+        heads = ctx.reshaped(value, (*rows, record.heads, 3, record.head_dim), at)
+        turned = ctx.graph.node("Transpose", [heads], at, perm=[*range(last), last + 1, last, last + 2])
         value = ctx.reshaped(turned, (*rows, 3 * record.heads * record.head_dim), at)
     return (value,)
 
 
 def split(ctx: Context, record: Attention, parts: tuple[str, ...], at: str) -> tuple[str, str, str]:
-    """Three values out of what `project` made."""
+    """Split the result of `project` into queries, keys and values."""
     if len(parts) == 3:
         return parts[0], parts[1], parts[2]
     keys = record.kv_heads * record.head_dim
@@ -79,23 +79,23 @@ def split(ctx: Context, record: Attention, parts: tuple[str, ...], at: str) -> t
 def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
     parts = project(ctx, record, x, at)
     rows = frame.table(record.rope) if record.rope else None
-    inside = rows is not None and record.rope is not None and record.rope.dims % _ROTATED == 0 and not rows.original
+    fused = rows is not None and record.rope is not None and record.rope.dims % _ROTATED == 0 and not rows.original
     norms = ["", ""]
     epsilon = {}
     if record.q_norm or record.k_norm:
-        if _norms_inside(ctx, record) and (inside or record.rope is None):
-            norms = [_gain_inside(ctx, one, record.head_dim) for one in (record.q_norm, record.k_norm)]
+        if _norms_inside(ctx, record) and (fused or record.rope is None):
+            norms = [_fused_gain(ctx, head_norm, record.head_dim) for head_norm in (record.q_norm, record.k_norm)]
             assert record.q_norm is not None
             epsilon = {"qk_norm_epsilon": record.q_norm.epsilon}
         else:
             parts = _normed(ctx, record, split(ctx, record, parts, at), at)
-    if rows is not None and not inside:
+    if rows is not None and not fused:
         parts = _rotated(ctx, record, split(ctx, record, parts, at), frame, at)
     elif ctx.flat:
-        parts = tuple(ctx.batched(one, at) for one in parts)
-    tables = [rows.cos, rows.sin] if inside and rows is not None else ["", ""]
+        parts = tuple(ctx.batched(part, at) for part in parts)
+    tables = [rows.cos, rows.sin] if fused and rows is not None else ["", ""]
     options: dict[str, Any] = {"scale": float(record.scale), **epsilon}
-    if inside:
+    if fused:
         options["do_rotary"] = 1
     if record.window is not None:
         options["local_window_size"] = record.window
@@ -117,14 +117,14 @@ def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache
 
 
 def _norms_inside(ctx: Context, record: Attention) -> bool:
-    """Whether the operator has these norms: RMS of every head, one gain for all, one epsilon."""
+    """Whether the operator supports these norms: RMS of every head, one gain for all heads, one epsilon."""
     q, k = record.q_norm, record.k_norm
     if ctx.target.qk_norm != "fused" or q is None or k is None or record.norm_over != "head":
         return False
     return q.kind == k.kind == "rms" and q.epsilon == k.epsilon and bool(q.weight and k.weight)
 
 
-def _gain_inside(ctx: Context, record: Norm | None, width: int) -> str:
+def _fused_gain(ctx: Context, record: Norm | None, width: int) -> str:
     assert record is not None
     return gain(ctx, record, width)
 
@@ -136,7 +136,7 @@ def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cach
     if record.rope is not None:
         q, k, v = _rotated(ctx, record, parts, frame, at)
     else:
-        q, k, v = (ctx.batched(one, at) if ctx.flat else one for one in parts)
+        q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
     options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
     return ctx.graph.several(
         "Attention",
@@ -153,10 +153,10 @@ def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cach
 def _rotated(
     ctx: Context, record: Attention, parts: tuple[str, str, str], frame: Frame, at: str
 ) -> tuple[str, str, str]:
-    """Queries and keys rotated, all three ``(B, S, ...)``."""
+    """Rotate queries and keys; all three results are ``(B, S, ...)``."""
     assert record.rope is not None
     rows = frame.table(record.rope)
-    q, k, v = (ctx.batched(one, at) if ctx.flat else one for one in parts)
+    q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
     positions = frame.shifted_positions(rows)
     partial: dict[str, Any] = {} if record.rope.dims == record.head_dim else {"rotary_embedding_dim": record.rope.dims}
     inputs = [rows.cos, rows.sin, positions]
@@ -174,16 +174,18 @@ def _normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: st
     return q, k, v
 
 
-def _head_norm(ctx: Context, record: Attention, one: Norm, x: str, heads: int, at: str) -> str:
-    """A norm of queries or keys: over all heads at once, or over each."""
+def _head_norm(ctx: Context, record: Attention, head_norm: Norm, x: str, heads: int, at: str) -> str:
+    """Normalise queries or keys, over all heads at once or over each."""
     width = heads * record.head_dim
     if record.norm_over == "width":
-        return norm(ctx, one, x, width, at)
+        return norm(ctx, head_norm, x, width, at)
     if record.norm_over == "head":
-        y = norm(ctx, one, ctx.reshaped(x, (-1, record.head_dim), at), record.head_dim, at)
+        y = norm(ctx, head_norm, ctx.reshaped(x, (-1, record.head_dim), at), record.head_dim, at)
     else:
-        y = norm(ctx, replace(one, weight=""), ctx.reshaped(x, (-1, heads, record.head_dim), at), record.head_dim, at)
-        gains = [ctx.weights.value(one.weight.replace("{h}", str(h)), (record.head_dim,)) for h in range(heads)]
+        y = norm(
+            ctx, replace(head_norm, weight=""), ctx.reshaped(x, (-1, heads, record.head_dim), at), record.head_dim, at
+        )
+        gains = [ctx.weights.value(head_norm.weight.replace("{h}", str(h)), (record.head_dim,)) for h in range(heads)]
         rows = [ctx.graph.node("Unsqueeze", [gain, ctx.graph.ints(0)], at) for gain in gains]
         y = ctx.graph.node("Mul", [y, ctx.graph.node("Concat", rows, at, axis=0)], at)
     flat = ctx.reshaped(y, (-1, width), at)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe's record and tensor headers to finished graphs with their contract. Nothing is read of the weights, nothing is written."""
+"""Build finished graphs with contracts from a recipe and tensor headers; no weights are read, no files written."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from surgery_formats.tensors.unwritten import UnwrittenFile
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Built", "GraphOptions", "build", "weight_file"]
+__all__ = ["GraphOptions", "GraphSet", "build", "weight_file"]
 
-_HEAD_UNIT = 8  # GroupQueryAttention takes heads of a multiple of this many values
+_HEAD_UNIT = 8  # GroupQueryAttention needs heads of a multiple of this many values
 _LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
 
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """How to build.
+    """Options for building a graph.
 
     Attributes:
-        target: Operators.
+        target: The operators to use.
         io: Type of arithmetic, logits and cache.
-        max_length: Positions to reach to; None for as many as the model was made for.
-        prefill: Whether to build the second graph that takes several rows on top of a past, where the first one refuses them.
-        overrides: Tensors to use instead of the checkpoint's, by stored name: what a merge changed.
+        max_length: Number of positions; None for as many as the model supports.
+        prefill: Whether to build a second graph for several rows on top of a past, if the first one does not take them.
+        overrides: Tensors that replace the checkpoint's, by stored name: those that a merge changed.
         slotted: Weights that get a slot for a LoRA, see `Context`.
         virtual: Soft prompts.
         contract: Further fields of the contract.
@@ -61,15 +61,15 @@ class GraphOptions:
 
 
 @dataclass(frozen=True)
-class Built:
-    """Graphs by file name, the main one last.
+class GraphSet:
+    """The graphs by file name, the main one last.
 
     Attributes:
-        graphs: ``model.onnx``, and ``prefill.onnx`` before it where there is one.
-        contract: Of the main graph.
-        model: What was built.
-        nodes: Of the main graph.
-        files: Weight files its initializers lie in.
+        graphs: ``model.onnx``, preceded by ``prefill.onnx`` if there is one.
+        contract: Contract of the main graph.
+        model: The recipe that was built.
+        nodes: Number of nodes of the main graph.
+        files: Weight files that hold its initializers.
     """
 
     graphs: Mapping[str, onnx.ModelProto]
@@ -79,13 +79,13 @@ class Built:
     files: tuple[File | UnwrittenFile, ...]
 
 
-def build(component: Component, options: GraphOptions, model: Model | None = None) -> Built:
+def build(component: Component, options: GraphOptions, model: Model | None = None) -> GraphSet:
     """Build the graphs of a checkpoint.
 
     Raises:
-        FitError: an unknown architecture; a tensor that is missing, left over, misshapen or of a type that is not computed with.
+        FitError: an unknown architecture, or a tensor that is missing, left over, misshapen or of an unsupported type.
     """
-    model = model or model_of(component.config, frozenset(component.tensors) | frozenset(options.overrides))
+    model = model or model_of(component.config, frozenset(component.parameters) | frozenset(options.overrides))
     if options.virtual.front:
         model = front_model(model)
     if any(layer.attention.head_dim % _HEAD_UNIT for layer in model.layers):
@@ -97,18 +97,18 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
         contract = replace(contract, prefill_batch=False)
         if options.prefill:
             contract = replace(contract, prefill="prefill.onnx")
-            other = replace(options, target=standard(options.target))
-            ctx = _context(component, model, other, length)
-            theirs = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
-            graphs["prefill.onnx"] = ctx.graph.model(replace(theirs, **_found(ctx)).as_metadata())
+            standard_options = replace(options, target=standard(options.target))
+            ctx = _context(component, model, standard_options, length)
+            prefill_contract = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
+            graphs["prefill.onnx"] = ctx.graph.model(replace(prefill_contract, **_built_parts(ctx)).as_metadata())
     ctx = _context(component, model, options, length)
-    contract = replace(contract, **_found(ctx))
+    contract = replace(contract, **_built_parts(ctx))
     graphs["model.onnx"] = ctx.graph.model(contract.as_metadata())
-    return Built(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files))
+    return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files))
 
 
-def _found(ctx: Context) -> dict[str, Any]:
-    """Parts of the contract that only building tells."""
+def _built_parts(ctx: Context) -> dict[str, Any]:
+    """Parts of the contract that are known only after building."""
     return {"slots": tuple(ctx.slots), "weights": tuple(weight_file(file) for file in ctx.weights.files)}
 
 
@@ -129,9 +129,9 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
     else:
         encoder(ctx, model)
     weights.check(model.unused)
-    if lacking := options.slotted - {slot.weight for slot in ctx.slots}:
+    if missing := options.slotted - {slot.weight for slot in ctx.slots}:
         raise FitError(
-            "a graph has no slot for this weight", tensor=min(lacking), hint="merge the adapter instead: --merge"
+            "the graph has no slot for this weight", tensor=min(missing), hint="merge the adapter instead: --merge"
         )
     return ctx
 
@@ -139,10 +139,10 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
 def _length(model: Model, options: GraphOptions) -> int:
     limit = model.max_positions
     if options.max_length is not None and options.max_length < 1:
-        raise FitError(f"a graph for {options.max_length} tokens", hint="--max-length is at least 1")
+        raise FitError(f"max_length is {options.max_length}", hint="--max-length must be at least 1")
     if model.embedding.positions and options.max_length is not None and options.max_length > limit:
         raise FitError(
-            f"the model has {limit} positions, {options.max_length} were asked for",
+            f"the model has {limit} positions, but {options.max_length} were requested",
             tensor=model.embedding.positions,
             hint=f"--max-length {limit} or less",
         )
@@ -153,7 +153,7 @@ def _length(model: Model, options: GraphOptions) -> int:
 def _contract(component: Component, model: Model, options: GraphOptions, length: int) -> Contract:
     first = model.layers[0].attention if model.layers else None
     grouped = options.target.attention == "gqa"
-    found = Contract(
+    contract = Contract(
         kind=model.kind,
         task=_task(model),
         target=options.target.name,
@@ -167,11 +167,11 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
         max_length=length - options.virtual.front,
         rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )
-    return replace(found, **options.contract)
+    return replace(contract, **options.contract)
 
 
 def _switch(rope: Rope | None, length: int) -> int:
-    """Tokens up to which LongRoPE has other angles than beyond; 0 where a graph never sees the others."""
+    """Number of tokens beyond which LongRoPE uses other angles; 0 if the graph never gets there."""
     if rope is None or rope.parameters["rope_type"] != "longrope":
         return 0
     original = int(rope.parameters["original_max_position_embeddings"])
@@ -179,7 +179,7 @@ def _switch(rope: Rope | None, length: int) -> int:
 
 
 def _wants_right(model: Model, target: OperatorSet) -> bool:
-    """GroupQueryAttention counts tokens from the left; so do an encoder's positions by place, and a head that reads the first token."""
+    """Whether padding must be on the right: for GroupQueryAttention, positions by index, first-token heads."""
     if model.kind == "decoder":
         return target.attention == "gqa"
     head = model.head
@@ -199,12 +199,12 @@ def _task(model: Model) -> str:
 
 
 def weight_file(file: File | UnwrittenFile) -> WeightFile:
-    """What identifies a weight file when a graph is loaded."""
+    """The identity of a weight file, which is checked when a graph is loaded."""
     return WeightFile(file.path.name, file.size, xxhash.xxh3_128_hexdigest(_header(file)))
 
 
 def _header(file: File | UnwrittenFile) -> bytes:
-    """The safetensors header, its length included."""
+    """The safetensors header, including its length."""
     if isinstance(file, UnwrittenFile):
         return file.header
     return bytes(file.read(0, int.from_bytes(file.read(0, 8), "little") + 8))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every component of a graph under construction needs, and the few values that all layers share.
+"""What all components of a graph under construction need, and the few values that all layers share.
 
-Hidden states are rows ``(B*S, D)`` where linear maps are Gemm, else ``(B, S, D)``: either way nothing is reshaped around a linear map.
+Hidden states are rows ``(B*S, D)`` if linear maps are Gemm, otherwise ``(B, S, D)``; no linear map needs a reshape.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Context", "ResidualStream", "module_of"]
 
 @dataclass(frozen=True, slots=True)
 class ResidualStream:
-    """The residual stream: ``value + pending``, summed by whoever reads it, which may be a norm that does it in passing.
+    """The residual stream: ``value + pending``, summed by its reader, which may be a norm that adds in passing.
 
     Attributes:
         value: Hidden states.
@@ -35,18 +35,18 @@ class ResidualStream:
 
 @dataclass
 class Context:
-    """A graph, its weights, and how it is built.
+    """A graph under construction, its weights, and how it is built.
 
     Attributes:
-        graph: Under construction.
-        weights: Of the checkpoint.
-        target: Operators to use.
+        graph: The graph.
+        weights: The checkpoint's weights.
+        target: The operators to use.
         io: Type of hidden states, logits and cache.
         ids: Input of token ids ``(B, S)``.
-        slotted: Weights that get a slot for a LoRA: as the recipe names them, but a tied head by `head`.
-        head: Name of the head where it is tied: its weight is the embedding, its slot is not.
+        slotted: Weights that get a slot for a LoRA, under the recipe's names, except that a tied head is called `head`.
+        head: Name of a tied head: it shares the embedding's weight but not its slot.
         virtual: Soft prompts.
-        slots: Those made so far.
+        slots: The slots made so far.
     """
 
     graph: Graph
@@ -71,15 +71,15 @@ class Context:
         return self.graph.node("Concat", [shape, self.graph.ints(-1)], "", axis=0)
 
     def batched(self, value: str, at: str, *, out: str = "*") -> str:
-        """Rows, or anything with ``B*S`` rows, as ``(B, S, ...)``."""
+        """Reshape rows, or anything with ``B*S`` rows, to ``(B, S, ...)``."""
         return self.graph.node("Reshape", [value, self._batch_shape], at, out=out)
 
     def reshaped(self, value: str, shape: Sequence[int], at: str) -> str:
-        """`value` in another shape; at most one -1."""
+        """Reshape `value`; at most one size is -1."""
         return self.graph.node("Reshape", [value, self.graph.ints(*shape)], at)
 
-    def settled(self, stream: ResidualStream, at: str) -> str:
-        """The stream's sum."""
+    def total(self, stream: ResidualStream, at: str) -> str:
+        """Add the pending branch."""
         return self.graph.node("Add", [stream.value, stream.pending], at) if stream.pending else stream.value
 
 

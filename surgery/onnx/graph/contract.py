@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a graph asks of whoever runs it, written into the file itself: padding, cache, virtual tokens, the weights it points at.
+"""The contract of a graph with its runner, stored in the file: padding, cache, virtual tokens, and its weight files.
 
-A graph that is run against its contract is wrong without a word (the wrong side of padding: logits off by 3 to 7), so the runner reads
-this and nothing else, and `verify` checks it.
+A graph that is run against its contract silently gives wrong results (padding on the wrong side: logits off by 3 to 7),
+so the runner relies on the contract alone, and `verify` checks it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from surgery_formats.text import show
 __all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "from_metadata"]
 
 TEXT = "TEXT"
-"""Kind of a prompt that is a text: what follows goes on with it, and has no token of a beginning."""
+"""Kind of a prompt given as text: the input continues it and gets no beginning-of-sequence token."""
 
 PAD_SWITCH = "pad_attention_mask"
-"""Optional input of graphs with a default past; fed as an empty vector it says that the mask counts virtual tokens already."""
+"""Optional input of graphs with a default past; an empty vector means that the mask already counts virtual tokens."""
 
 _KEY = "surgery.contract"
 _SCHEMA = 1
-_LARGEST = 1 << 48  # of a number, sizes of files among them
+_LARGEST = 1 << 48  # bound on numbers, including file sizes
 _LAYERS = 4096
 _PAIR = 2
 _DTYPES = ("fp32", "fp16", "bf16")
@@ -36,12 +36,13 @@ _TEXTS = ("task", "target", "prefill", "prompt_kind", "base")
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """A file whose byte ranges the graph's initializers are.
+    """A file that holds initializers of the graph.
 
     Attributes:
-        name: Relative to the graph's folder.
-        size: Bytes.
-        header: xxh3-128 of the safetensors header (its eight bytes of length included), hexadecimal: names, types, shapes and places.
+        name: Name, relative to the graph's folder.
+        size: Size in bytes.
+        header: xxh3-128 of the safetensors header with its eight bytes of length, in hexadecimal; it covers names,
+            types, shapes and offsets.
     """
 
     name: str
@@ -51,12 +52,12 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Optional inputs of rank 0 by default: an adapter that can be swapped in.
+    """Optional inputs, of rank 0 by default, through which an adapter can be swapped in.
 
     Attributes:
-        weight: Stored name of the weight it adds to.
-        A: Input ``(in, rank)``; of an embedding ``(V, rank)``.
-        B: Input ``(rank, out)``, the scale folded in.
+        weight: Stored name of the weight that the slot adds to.
+        A: Input ``(in, rank)``; ``(V, rank)`` for an embedding.
+        B: Input ``(rank, out)``, with the scale folded in.
     """
 
     weight: str
@@ -72,29 +73,30 @@ class Contract:
         kind: ``decoder`` or ``encoder``.
         task: ``text-generation``, ``text-classification``, ``token-classification``, ``feature-extraction``.
         target: ``cuda``, ``cpu`` or ``portable``.
-        dtype: Of logits and cache: ``fp32``, ``fp16``, ``bf16``.
-        padding: Side on which rows of a batch are padded: ``right`` (GroupQueryAttention), ``left`` (Attention-23 with positions by place),
-            ``any`` (encoders).
-        cache: ``shared``: past and present may be one buffer of `max_length`; ``growing``: present is past with the new tokens behind it;
-            ``none``.
-        layers: With a cache.
-        kv_heads: Per layer.
-        head_dim: Per head.
+        dtype: Type of logits and cache: ``fp32``, ``fp16``, ``bf16``.
+        padding: Side on which the rows of a batch are padded: ``right`` (GroupQueryAttention), ``left`` (Attention-23
+            with positions by index), ``any`` (encoders).
+        cache: ``shared``: past and present may be one buffer of `max_length`; ``growing``: present is past plus the new
+            tokens; ``none``.
+        layers: Number of layers with a cache.
+        kv_heads: Key and value heads per layer.
+        head_dim: Values per head.
         vocabulary: Width of the logits.
-        max_length: Positions the rotary tables (or learned positions) reach to.
-        rope_switch: Tokens beyond which rotary positions have other angles (LongRoPE); a sequence that grows past them must be prefilled
-            anew, or its cached keys keep the old ones. 0 for none.
-        prefill_batch: Whether several rows may be prefilled at once on top of a past; else rows go one by one, or through `prefill`.
+        max_length: Number of positions of the rotary tables (or learned positions).
+        rope_switch: Number of tokens beyond which rotary angles change (LongRoPE), or 0. A sequence that grows past it
+            must be prefilled again, because cached keys keep the old angles.
+        prefill_batch: Whether several rows may be prefilled at once on top of a past; otherwise rows go one by one, or
+            through `prefill`.
         prefill: File of a graph over the same weights that takes several rows with a past, or empty.
-        virtual_tokens: Default past of a soft prompt: tokens that every call stands on; of an encoder: put in front within the graph; 0 for
-            none.
+        virtual_tokens: Tokens of a soft prompt: a default past before every call, or, in an encoder, tokens that the
+            graph itself puts in front; 0 for none.
         prompt_kind: ``PREFIX_TUNING``, ``PROMPT_TUNING``, ``P_TUNING``, ``TEXT``, or empty.
-        vocabulary_rows: First id and number of soft prompt rows behind the vocabulary, or None.
-        slots: Where LoRA adapters go in.
-        weights: Files the initializers lie in.
+        vocabulary_rows: First id and number of the soft prompt's rows after the vocabulary, or None.
+        slots: Slots for LoRA adapters.
+        weights: Files that hold the initializers.
         base: Content id of the base.
-        adapters: What was merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, by mode, ``weight``, ``file``,
-            ``virtual_tokens``, ``rows`` (first id and number).
+        adapters: The adapters merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, depending on the
+            mode, ``weight``, ``file``, ``virtual_tokens``, ``rows`` (first id and number).
     """
 
     kind: Literal["decoder", "encoder"]
@@ -120,74 +122,76 @@ class Contract:
     adapters: tuple[Mapping[str, Any], ...] = ()
 
     def as_metadata(self) -> dict[str, str]:
-        """``metadata_props`` of the graph."""
+        """Render the contract as ``metadata_props`` of a graph."""
         return {_KEY: json.dumps({"schema": _SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))}
 
 
 def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "model.onnx") -> Contract | None:
-    """The contract of a graph's ``metadata_props``; None if it has none (another exporter's graph).
+    """Read the contract in a graph's ``metadata_props``; None for a graph of another exporter.
 
-    It is text of a stranger's file: whoever gets it from here need not look at types and ranges again.
+    The file is untrusted; types and ranges of the result have been checked.
 
     Args:
-        props: Of the graph.
+        props: The graph's metadata.
         file: For messages.
 
     Raises:
-        MalformedError: it has one that cannot be read, or with a part that is none.
+        MalformedError: the contract cannot be read, or one of its fields is invalid.
     """
     if (text := props.get(_KEY)) is None:
         return None
-    found = parse_object(text.encode("utf-8", "surrogatepass"), file=file)
+    entries = parse_object(text.encode("utf-8", "surrogatepass"), file=file)
     try:
-        if found.pop("schema") != _SCHEMA:
-            raise MalformedError("the graph's contract is of another version", file=file, hint="export it again")
+        if entries.pop("schema") != _SCHEMA:
+            raise MalformedError("the graph's contract has another version", file=file, hint="export it again")
         known = {field.name for field in fields(Contract)}
-        if unknown := sorted(set(found) - known):
-            raise MalformedError(f"the graph's contract has an unknown part '{show(unknown[0], 60)}'", file=file)
-        found["slots"] = tuple(Slot(**slot) for slot in found.get("slots", ()))
-        found["weights"] = tuple(WeightFile(**one) for one in found.get("weights", ()))
-        found["adapters"] = tuple(found.get("adapters", ()))
-        rows = found.get("vocabulary_rows")
-        found["vocabulary_rows"] = None if rows is None else tuple(rows)
-        made = Contract(**found)
+        if unknown := sorted(set(entries) - known):
+            raise MalformedError(f"the graph's contract has an unknown field '{show(unknown[0], 60)}'", file=file)
+        entries["slots"] = tuple(Slot(**slot) for slot in entries.get("slots", ()))
+        entries["weights"] = tuple(WeightFile(**weight_file) for weight_file in entries.get("weights", ()))
+        entries["adapters"] = tuple(entries.get("adapters", ()))
+        rows = entries.get("vocabulary_rows")
+        entries["vocabulary_rows"] = None if rows is None else tuple(rows)
+        contract = Contract(**entries)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise MalformedError("the graph's contract cannot be read", file=file, hint="export it again") from error
-    if (fault := _fault(made)) is not None:
+    if (fault := _fault(contract)) is not None:
         raise MalformedError(f"the graph's contract has no valid '{fault}'", file=file, hint="export it again")
-    return made
+    return contract
 
 
-def _fault(made: Contract) -> str | None:
-    """The first part whose type or range is not what the class says; None if there is none."""
+def _fault(contract: Contract) -> str | None:
+    """Return the name of the first field with an invalid type or range, or None."""
     hints = get_type_hints(Contract)
-    numbers = {name: getattr(made, name) for name, kind in hints.items() if kind is int}
-    numbers |= {f"weights[{n}].size": one.size for n, one in enumerate(made.weights)}
+    numbers = {name: getattr(contract, name) for name, kind in hints.items() if kind is int}
+    numbers |= {f"weights[{n}].size": entry.size for n, entry in enumerate(contract.weights)}
     for name, value in numbers.items():
         if type(value) is not int or not 0 <= value < (_LAYERS + 1 if name == "layers" else _LARGEST):
             return name
     for name in ("kind", "padding", "cache"):
-        if getattr(made, name) not in get_args(hints[name]):
+        if getattr(contract, name) not in get_args(hints[name]):
             return name
-    if made.dtype not in _DTYPES:
+    if contract.dtype not in _DTYPES:
         return "dtype"
-    if type(made.prefill_batch) is not bool:
+    if type(contract.prefill_batch) is not bool:
         return "prefill_batch"
-    if made.kind == "decoder" and (made.cache == "none" or not all((made.kv_heads, made.head_dim, made.vocabulary))):
+    if contract.kind == "decoder" and (
+        contract.cache == "none" or not all((contract.kv_heads, contract.head_dim, contract.vocabulary))
+    ):
         return "cache"
-    texts: dict[str, tuple[Any, ...]] = {name: (getattr(made, name),) for name in _TEXTS}
-    texts["slots"] = tuple(text for slot in made.slots for text in (slot.weight, slot.A, slot.B))
-    texts["weights"] = tuple(text for one in made.weights for text in (one.name, one.header))
+    texts: dict[str, tuple[Any, ...]] = {name: (getattr(contract, name),) for name in _TEXTS}
+    texts["slots"] = tuple(text for slot in contract.slots for text in (slot.weight, slot.A, slot.B))
+    texts["weights"] = tuple(text for entry in contract.weights for text in (entry.name, entry.header))
     for name, values in texts.items():
         if not all(isinstance(text, str) for text in values):
             return name
-    if not all(isinstance(one, Mapping) for one in made.adapters):
+    if not all(isinstance(entry, Mapping) for entry in contract.adapters):
         return "adapters"
-    rows = made.vocabulary_rows
+    rows = contract.vocabulary_rows
     if rows is not None:
         first, count = (*rows, None, None)[:2]
         if len(rows) != _PAIR or type(first) is not int or type(count) is not int:
             return "vocabulary_rows"
-        if not (0 <= first < _LARGEST and 0 < count <= made.max_length):
+        if not (0 <= first < _LARGEST and 0 < count <= contract.max_length):
             return "vocabulary_rows"
     return None

@@ -20,21 +20,21 @@ __all__ = ["decoder"]
 
 
 def decoder(ctx: Context, model: Model, max_length: int) -> None:
-    """Build all of it.
+    """Build the graph.
 
-    Inputs ``input_ids (B, S)``, ``attention_mask (B, T)`` and past keys and values ``(B, kv_heads, T - S, head_dim)``; outputs ``logits
-    (B, S, V)`` and present ones ``(B, kv_heads, T, head_dim)``.
+    Inputs are ``input_ids (B, S)``, ``attention_mask (B, T)`` and past keys and values
+    ``(B, kv_heads, T - S, head_dim)``; outputs are ``logits (B, S, V)`` and the present ``(B, kv_heads, T, head_dim)``.
 
     Args:
         ctx: An empty graph.
-        model: What to build.
-        max_length: Positions to reach to.
+        model: The recipe.
+        max_length: Number of positions.
 
     Raises:
         FitError: a tensor is missing or misshapen.
     """
     if not isinstance(model.head, LanguageHead):
-        raise FitError("a decoder with a head for another task than language modelling", file="config.json")
+        raise FitError("this decoder has a head for a task other than language modelling", file="config.json")
     graph = ctx.graph
     if ctx.virtual.embedded:
         width = model.embedding.projection.inputs if model.embedding.projection else model.hidden
@@ -53,7 +53,7 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         at = module_of(model.final_norm.weight) or "norm"
         x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
     else:
-        x = ctx.settled(stream, "")
+        x = ctx.total(stream, "")
     tied = model.head.projection.weight == model.embedding.tokens
     language_head(ctx, model.head, x, ctx.head if tied else "")
     for layer, cache in zip(model.layers, caches, strict=True):

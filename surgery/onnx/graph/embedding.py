@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids to the first hidden states."""
+"""From token ids to the first hidden states."""
 
 from __future__ import annotations
 
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.linear import lora_slot
-from surgery.onnx.graph.virtual import rows_behind, types_in_front
+from surgery.onnx.graph.virtual import rows_after, types_in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Embedding, Model
 
@@ -13,9 +13,9 @@ __all__ = ["encoder_rows", "token_rows"]
 
 
 def token_rows(ctx: Context, model: Model) -> str:
-    """Rows of the token table, scaled; hidden states' rank.
+    """Look up rows of the token table and scale them; in the rank of the hidden states.
 
-    Virtual rows are scaled where the model scales whatever comes (Granite), not where its table does it (Gemma).
+    Virtual rows are scaled if the model scales all inputs (Granite), not if the scale belongs to its table (Gemma).
     """
     record = model.embedding
     at = module_of(record.tokens)
@@ -35,7 +35,7 @@ def token_rows(ctx: Context, model: Model) -> str:
     if record.scale_rounded:
         x = _scaled(ctx, model, x, width, at)
     if rows is not None:
-        x = rows_behind(ctx.graph, x, ids, model.vocabulary, rows, ctx.io, at)
+        x = rows_after(ctx.graph, x, ids, model.vocabulary, rows, ctx.io, at)
     return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
 
 
@@ -56,7 +56,7 @@ def _scale(ctx: Context, record: Embedding, shape: tuple[int, int]) -> float:
 
 
 def encoder_rows(ctx: Context, model: Model) -> ResidualStream:
-    """Token rows, learned positions and token types of an encoder; the last sum is left to the norm after it."""
+    """Token rows, learned positions and token types of an encoder; the last sum is left to the following norm."""
     record = model.embedding
     x = token_rows(ctx, model)
     rows = []
@@ -70,7 +70,7 @@ def encoder_rows(ctx: Context, model: Model) -> ResidualStream:
 
 
 def _position_rows(ctx: Context, model: Model) -> str:
-    """Rows of the position table: by place, or counted over tokens that are not padding (which stays at its own position)."""
+    """Rows of the position table, by index, or counted over non-padding tokens (padding keeps its own position)."""
     record, graph = model.embedding, ctx.graph
     at = module_of(record.positions)
     table = ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.hidden))
@@ -78,21 +78,21 @@ def _position_rows(ctx: Context, model: Model) -> str:
         padding = graph.node("Equal", [ctx.ids, graph.number(record.padding_token, DType.I64)], at)
         tokens = graph.cast(graph.node("Not", [padding], at), DType.I64, at)
         counted = graph.node("CumSum", [tokens, graph.number(1, DType.I64)], at)
-        places = graph.node("Mul", [counted, tokens], at)
+        positions = graph.node("Mul", [counted, tokens], at)
         shift = record.position_offset - 1
     else:
         shape = graph.node("Shape", [ctx.ids], at)
         length = graph.node("Squeeze", [graph.node("Shape", [ctx.ids], at, start=1, end=2)], at)
         row = graph.node("Range", [graph.number(0, DType.I64), length, graph.number(1, DType.I64)], at)
-        places = graph.node("Expand", [row, shape], at)
+        positions = graph.node("Expand", [row, shape], at)
         shift = record.position_offset
     if shift:
-        places = graph.node("Add", [places, graph.ints(shift)], at)
-    return _rows(ctx, table, places, at)
+        positions = graph.node("Add", [positions, graph.ints(shift)], at)
+    return _rows(ctx, table, positions, at)
 
 
 def _type_rows(ctx: Context, model: Model) -> str:
-    """Rows of the token types; where there is only one type, that one, and no input for it."""
+    """Rows of the token types; a single type needs no input."""
     record = model.embedding
     at = module_of(record.types)
     number = ctx.weights.rows(record.types)
@@ -106,7 +106,7 @@ def _type_rows(ctx: Context, model: Model) -> str:
     return _rows(ctx, table, zeros, at)
 
 
-def _rows(ctx: Context, table: str, places: str, at: str) -> str:
+def _rows(ctx: Context, table: str, indices: str, at: str) -> str:
     if ctx.flat:
-        places = ctx.reshaped(places, (-1,), at)
-    return ctx.graph.node("Gather", [table, places], at, axis=0)
+        indices = ctx.reshaped(indices, (-1,), at)
+    return ctx.graph.node("Gather", [table, indices], at, axis=0)

@@ -19,14 +19,14 @@ __all__ = ["encoder"]
 
 
 def encoder(ctx: Context, model: Model) -> None:
-    """Build all of it.
+    """Build the graph.
 
-    Inputs ``input_ids``, ``attention_mask`` and, where the model has several token types, ``token_type_ids``, each ``(B, S)``; outputs are
-    those of the head.
+    Inputs are ``input_ids``, ``attention_mask`` and, if the model has several token types, ``token_type_ids``, each
+    ``(B, S)``; outputs are those of the head.
 
     Args:
         ctx: An empty graph.
-        model: What to build.
+        model: The recipe.
 
     Raises:
         FitError: a tensor is missing or misshapen.
@@ -42,7 +42,7 @@ def encoder(ctx: Context, model: Model) -> None:
     allowed = _allowed(ctx, mask)
     for layer in model.layers:
         stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, allowed))
-    x = ctx.settled(stream, "")
+    x = ctx.total(stream, "")
     if model.final_norm is not None:
         x = norm(ctx, model.final_norm, x, model.hidden, module_of(model.final_norm.weight))
     match model.head:
@@ -51,11 +51,11 @@ def encoder(ctx: Context, model: Model) -> None:
         case HiddenHead():
             hidden_head(ctx, model.head, x, model.hidden)
         case _:
-            raise FitError("an encoder with a language-modelling head", file="config.json")
+            raise FitError("this encoder has a language-modelling head", file="config.json")
 
 
 def _allowed(ctx: Context, mask: str) -> str:
-    """Which keys a query sees ``(B, 1, S, S)``, bool: all tokens. What padding sees nobody reads, but it must see something."""
+    """Visible keys ``(B, 1, S, S)``, bool: all tokens. Padding is never read, but it must see something."""
     token = ctx.graph.cast(mask, DType.BOOL, "")
     keys = ctx.graph.node("Unsqueeze", [token, ctx.graph.ints(1, 2)], "")
     padding = ctx.graph.node("Unsqueeze", [ctx.graph.node("Not", [token], ""), ctx.graph.ints(1, 3)], "")
@@ -67,7 +67,7 @@ def _attention(ctx: Context, record: Attention, allowed: str) -> Body:
 
     def attend(x: str, alpha: float) -> str:
         parts = split(ctx, record, project(ctx, record, x, at), at)
-        q, k, v = (ctx.batched(one, at) if ctx.flat else one for one in parts)
+        q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
         y = ctx.graph.node(
             "Attention",
             [q, k, v, allowed],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all layers of a decoder read besides hidden states: lengths, positions, masks and rotary tables, each made when first asked for.
+"""Values that all layers of a decoder share: lengths, positions, masks and rotary tables, each built when first needed.
 
 ``B`` batch, ``S`` new tokens, ``T`` past and new tokens.
 """
@@ -15,14 +15,14 @@ from surgery_formats.models.families.recipe import Rope
 
 __all__ = ["Frame"]
 
-_ALL = 2**62  # an end of Slice that is behind any length
+_ALL = 2**62  # an end of Slice beyond any length
 
 
 class Frame:
     """The shared values of one decoder graph.
 
-    Where attention is GroupQueryAttention the mask only tells how many tokens each row has, and rows are padded on the right. Where it is
-    the standard operator, positions count the ones of the mask, so that padding may be anywhere.
+    With GroupQueryAttention the mask only gives the number of tokens of each row, and rows are padded on the right.
+    With the standard operator, positions count the ones of the mask, so that padding may be anywhere.
 
     Attributes:
         mask: Input of ones and zeros ``(B, T)``, int64.
@@ -38,13 +38,13 @@ class Frame:
         self._masks: dict[int | None, str] = {}
 
     def table(self, rope: Rope) -> RotaryTable:
-        """Cosines and sines; layers of the same parameters share them."""
-        for known, made in self._tables:
+        """Cosines and sines; layers with equal parameters share them."""
+        for known, tables in self._tables:
             if known == rope:
-                return made
-        made = table(self._graph, rope, self.max_length, self._ctx.io)
-        self._tables.append((rope, made))
-        return made
+                return tables
+        tables = table(self._graph, rope, self.max_length, self._ctx.io)
+        self._tables.append((rope, tables))
+        return tables
 
     @cached_property
     def _new_tokens(self) -> str:
@@ -53,7 +53,7 @@ class Frame:
 
     @cached_property
     def _tokens(self) -> str:
-        """Tokens of every row, past ones included: ``(B, 1)``, int64."""
+        """Number of tokens in every row, including past ones: ``(B, 1)``, int64."""
         return self._graph.node("ReduceSum", [self.mask, self._graph.ints(1)], "", keepdims=1)
 
     @cached_property
@@ -70,13 +70,13 @@ class Frame:
         """Position of every new token ``(B, S)``, int64."""
         graph = self._graph
         if self._ctx.target.attention == "gqa":
-            # Rows are padded on the right: the first new token stands behind the past, which is what the mask has beyond S.
+            # Rows are padded on the right: new tokens follow the past, whose length is what the mask has beyond S.
             past = graph.node("Max", [graph.node("Sub", [self._tokens, self._new_tokens], ""), graph.ints(0)], "")
-            return graph.node("Add", [past, self._places(self._new_tokens)], "")
+            return graph.node("Add", [past, self._range(self._new_tokens)], "")
         return graph.node("Max", [self._new_positions, graph.ints(0)], "")
 
     def shifted_positions(self, rows: RotaryTable) -> str:
-        """Rows of a rotary table: positions, in the second half of the table for long sequences."""
+        """Row indices into a rotary table: positions, or the second half of the table for long sequences."""
         if not rows.original:
             return self.positions
         graph = self._graph
@@ -85,28 +85,28 @@ class Frame:
         shift = graph.node("Mul", [graph.cast(is_long, DType.I64, ""), graph.number(rows.rows, DType.I64)], "")
         return graph.node("Add", [self.positions, shift], "")
 
-    def _places(self, length: str) -> str:
+    def _range(self, length: str) -> str:
         """``0 ... length - 1`` for a length ``[n]``."""
-        zero, one = (self._graph.number(n, DType.I64) for n in (0, 1))
-        return self._graph.node("Range", [zero, self._graph.node("Squeeze", [length], ""), one], "")
+        zero, step = (self._graph.number(n, DType.I64) for n in (0, 1))
+        return self._graph.node("Range", [zero, self._graph.node("Squeeze", [length], ""), step], "")
 
     @cached_property
     def _key_positions(self) -> str:
-        """Position of every key ``(B, T)``: how many tokens of the mask stand before it."""
+        """Position of every key ``(B, T)``: the number of tokens in the mask before it."""
         counted = self._graph.node("CumSum", [self.mask, self._graph.number(1, DType.I64)], "")
         return self._graph.node("Sub", [counted, self._graph.ints(1)], "")
 
     @cached_property
     def _new_positions(self) -> str:
-        """The last S of them; -1 for padding before the first token."""
+        """The last S key positions; -1 for padding before the first token."""
         graph = self._graph
         start = graph.node("Neg", [self._new_tokens], "")
         return graph.node("Slice", [self._key_positions, start, graph.ints(_ALL), graph.ints(1)], "")
 
     def allowed(self, window: int | None) -> str:
-        """Which keys a query sees ``(B, 1, S, T)``, bool: tokens up to itself, the last `window` of them.
+        """Visible keys ``(B, 1, S, T)``, bool: tokens up to the query, the last `window` of them.
 
-        A query always sees its own key, so that padding before a sequence has something to attend to and never becomes NaN.
+        A query always sees its own key, so that padding before a sequence attends to something and never becomes NaN.
         """
         if window not in self._masks:
             self._masks[window] = self._allowed(window)
@@ -115,13 +115,13 @@ class Frame:
     def _allowed(self, window: int | None) -> str:
         graph = self._graph
         key, query = self._columns
-        seen: list[str] = [self._causal]
+        conditions: list[str] = [self._causal]
         if window is not None:
             first = graph.node("Sub", [query, graph.number(window, DType.I64)], "")
-            seen.append(graph.node("Greater", [key, first], ""))
-        value = seen[0]
-        for other in seen[1:]:
-            value = graph.node("And", [value, other], "")
+            conditions.append(graph.node("Greater", [key, first], ""))
+        value = conditions[0]
+        for condition in conditions[1:]:
+            value = graph.node("And", [value, condition], "")
         return graph.node("Unsqueeze", [graph.node("Or", [value, self._self_seen], ""), graph.ints(1)], "")
 
     @cached_property
@@ -134,7 +134,7 @@ class Frame:
 
     @cached_property
     def _causal(self) -> str:
-        """Whether a key is a token, and not after the query ``(B, S, T)``."""
+        """Whether a key is a token at or before the query ``(B, S, T)``."""
         graph = self._graph
         key, query = self._columns
         is_token = graph.cast(graph.node("Unsqueeze", [self.mask, graph.ints(1)], ""), DType.BOOL, "")
@@ -142,10 +142,10 @@ class Frame:
 
     @cached_property
     def _self_seen(self) -> str:
-        """Whether key and query are the same place ``(S, T)``."""
+        """Whether key and query have the same index ``(S, T)``."""
         graph = self._graph
         total = graph.node("Shape", [self.mask], "", start=1, end=2)
-        keys = self._places(total)
+        keys = self._range(total)
         start = graph.node("Neg", [self._new_tokens], "")
         queries = graph.node("Slice", [keys, start, graph.ints(_ALL), graph.ints(0)], "")
         return graph.node("Equal", [keys, graph.node("Unsqueeze", [queries, graph.ints(1)], "")], "")

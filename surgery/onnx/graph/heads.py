@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes after the last layer: a head and the graph's outputs."""
+"""Heads, and the outputs of the graph."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, L
 
 __all__ = ["classifier_head", "hidden_head", "language_head"]
 
-_ALL = 2**62  # an end of Slice that is behind any length
+_ALL = 2**62  # an end of Slice beyond any length
 
 
 def language_head(ctx: Context, record: LanguageHead, x: str, slot: str = "") -> None:
-    """The output ``logits (B, S, V)``; `slot` is what a slot is called after, if not after the weight."""
+    """Add the output ``logits (B, S, V)``; `slot` names the slot if the weight does not."""
     at = module_of(record.projection.weight)
     if record.before is not None:
         x = linear(ctx, record.before, x)
@@ -28,7 +28,7 @@ def language_head(ctx: Context, record: LanguageHead, x: str, slot: str = "") ->
 
 
 def classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
-    """The output ``logits``: ``(B, labels)`` of the first token, or ``(B, S, labels)``."""
+    """Add the output ``logits``: ``(B, labels)`` of the first token, or ``(B, S, labels)``."""
     if record.tokens == "first":
         x = _first_token(ctx, x, "classifier")
     for projection, activation in record.steps:
@@ -44,7 +44,7 @@ def classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
 
 
 def hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
-    """The outputs ``last_hidden_state (B, S, D)`` and, with a pooler, ``pooler_output (B, D)``."""
+    """Add the outputs ``last_hidden_state (B, S, D)`` and, with a pooler, ``pooler_output (B, D)``."""
     _every_token(ctx, x, "", "last_hidden_state", width)
     if record.pooler is not None:
         at = module_of(record.pooler.weight)
@@ -62,9 +62,9 @@ def _first_token(ctx: Context, x: str, at: str) -> str:
 
 
 def _every_token(ctx: Context, x: str, at: str, name: str, width: int) -> None:
-    if ctx.virtual.front:  # nobody asked for what virtual tokens come to
+    if ctx.virtual.front:  # results at virtual tokens are not part of the output
         x = ctx.batched(x, at) if ctx.flat else x
-        ends = [ctx.graph.ints(one) for one in (ctx.virtual.front, _ALL, 1)]
+        ends = [ctx.graph.ints(bound) for bound in (ctx.virtual.front, _ALL, 1)]
         y = ctx.graph.node("Slice", [x, *ends], at, out=name)
     else:
         y = ctx.batched(x, at, out=name) if ctx.flat else ctx.graph.rename(x, name)

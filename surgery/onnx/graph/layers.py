@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The residual steps of a layer, whatever its bodies are."""
+"""The residual steps of a layer, for any attention and MLP."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from surgery_formats.models.families.recipe import Branch, Layer, Model
 __all__ = ["Body", "layer_steps"]
 
 Body = Callable[[str, float], str]
-"""From hidden states and a factor to what the body makes of them, times the factor."""
+"""Maps hidden states and a factor to the body's result times the factor."""
 
 
 def layer_steps(ctx: Context, model: Model, layer: Layer, stream: ResidualStream, attend: Body) -> ResidualStream:
-    """Attention and MLP of one layer; the last sum is left to whoever reads the stream."""
+    """Attention and MLP of one layer; the last sum is left to the reader of the stream."""
 
-    def think(x: str, alpha: float) -> str:
+    def transform(x: str, alpha: float) -> str:
         return mlp(ctx, layer.mlp, x, alpha=alpha)
 
     at = module_of(module_of(module_of(layer.attention.output.weight)))
     if layer.parallel:
-        return _parallel(ctx, model, layer, stream, attend, think, at)
+        return _parallel(ctx, model, layer, stream, attend, transform, at)
     stream = _branch(ctx, model, layer.attention_branch, stream, attend, at)
-    return _branch(ctx, model, layer.mlp_branch, stream, think, at)
+    return _branch(ctx, model, layer.mlp_branch, stream, transform, at)
 
 
 def _branch(ctx: Context, model: Model, branch: Branch, stream: ResidualStream, body: Body, at: str) -> ResidualStream:
-    """``x + multiplier * after(body(before(x)))``, then `on_sum`; the sum is left to whoever reads it."""
+    """``x + multiplier * after(body(before(x)))``, then `on_sum`; the sum is left to the reader of the stream."""
     x, stream = _before(ctx, model, branch, stream, at)
     stream = ResidualStream(stream.value, _after(ctx, model, branch, body, x, at))
     if branch.on_sum is None:
@@ -41,7 +41,7 @@ def _branch(ctx: Context, model: Model, branch: Branch, stream: ResidualStream, 
 
 def _before(ctx: Context, model: Model, branch: Branch, stream: ResidualStream, at: str) -> tuple[str, ResidualStream]:
     if branch.before is None:
-        total = ctx.settled(stream, at)
+        total = ctx.total(stream, at)
         return total, ResidualStream(total)
     return residual_norm(ctx, branch.before, stream, model.hidden, module_of(branch.before.weight) or at)
 
@@ -56,13 +56,13 @@ def _after(ctx: Context, model: Model, branch: Branch, body: Body, x: str, at: s
 
 
 def _parallel(
-    ctx: Context, model: Model, layer: Layer, stream: ResidualStream, attend: Body, think: Body, at: str
+    ctx: Context, model: Model, layer: Layer, stream: ResidualStream, attend: Body, transform: Body, at: str
 ) -> ResidualStream:
-    """Both bodies read the layer's input; an MLP without a norm reads what the attention reads."""
+    """Both bodies read the layer's input; an MLP without a norm reads the attention's normalised input."""
     x, stream = _before(ctx, model, layer.attention_branch, stream, at)
     y = x
     if layer.mlp_branch.before is not None:
         y, _ = _before(ctx, model, layer.mlp_branch, stream, at)
     attended = _after(ctx, model, layer.attention_branch, attend, x, at)
-    thought = _after(ctx, model, layer.mlp_branch, think, y, at)
-    return ResidualStream(stream.value, ctx.graph.node("Add", [attended, thought], at))
+    transformed = _after(ctx, model, layer.mlp_branch, transform, y, at)
+    return ResidualStream(stream.value, ctx.graph.node("Add", [attended, transformed], at))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear maps over weights as checkpoints store them: transposed by the multiplication, never by a copy."""
+"""Linear maps over weights as they are stored: transposed in the multiplication, never by a copy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, 
     """``alpha (x W^T + b)``.
 
     Args:
-        ctx: Where it goes.
+        ctx: The graph under construction.
         projection: W and b.
         x: Hidden states.
-        alpha: A factor the multiplication takes along at no cost.
-        slot: What its slot is called after, if not after the weight.
+        alpha: Factor that the multiplication applies for free.
+        slot: Name of the slot if not that of the weight.
     """
     stored = (
         (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
@@ -36,23 +36,23 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, 
 
 
 def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | None:
-    """Several maps of the same input as one, outputs side by side; None where their weights do not lie side by side.
+    """Several maps of the same input as one, outputs side by side; None if their weights are not adjacent in the file.
 
-    Their biases are vectors, and are joined by a Concat that runtimes fold.
+    Biases are joined by a Concat that runtimes fold.
     """
-    if ctx.target.packed == "none" or any(one.transposed or one.weight in ctx.slotted for one in projections):
+    if ctx.target.packed == "none" or any(part.transposed or part.weight in ctx.slotted for part in projections):
         return None
     weight = ctx.weights.adjacent(
-        [one.weight for one in projections], [(one.outputs, one.inputs) for one in projections]
+        [part.weight for part in projections], [(part.outputs, part.inputs) for part in projections]
     )
-    if weight is None or len({bool(one.bias) for one in projections}) > 1:
+    if weight is None or len({bool(part.bias) for part in projections}) > 1:
         return None
     at = module_of(weight)
     bias = ""
     if projections[0].bias:
-        names, shapes = [one.bias for one in projections], [(one.outputs,) for one in projections]
+        names, shapes = [part.bias for part in projections], [(part.outputs,) for part in projections]
         bias = ctx.weights.adjacent(names, shapes) or ctx.graph.node(
-            "Concat", [ctx.weights.value(*one) for one in zip(names, shapes, strict=True)], at, axis=0
+            "Concat", [ctx.weights.value(name, shape) for name, shape in zip(names, shapes, strict=True)], at, axis=0
         )
     return _multiply(ctx, x, weight, bias, at)
 
@@ -75,13 +75,13 @@ def _multiply(
 def lora_slot(
     ctx: Context, weight: str, x: str, y: str, inputs: int, outputs: int, alpha: float = 1.0, *, rows: bool = False
 ) -> str:
-    """``y + alpha x A B`` with A and B as inputs of rank 0 unless given.
+    """``y + alpha x A B``, with A and B as inputs of rank 0 by default.
 
     Args:
-        ctx: Where it goes.
-        weight: The slot is called after it.
-        x: What the weight is multiplied with; with `rows` ids, which choose rows of A.
-        y: What came out without the slot.
+        ctx: The graph under construction.
+        weight: Name of the weight, which names the slot.
+        x: Input of the weight; with `rows`, ids that select rows of A.
+        y: The result without the slot.
         inputs: Rows of A.
         outputs: Columns of B.
         alpha: Factor of `y`.
@@ -99,7 +99,7 @@ def lora_slot(
         ctx.graph.input(name, ctx.io, shape)
         ctx.graph.initializer(name, np.zeros(empty, dtype))
     ctx.slots.append(Slot(weight, a, b))
-    low = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
+    projected = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
     if alpha != 1.0:
-        low = ctx.graph.node("Mul", [low, ctx.graph.number(alpha, ctx.io)], at)
-    return ctx.graph.node("Add", [y, ctx.graph.node("MatMul", [low, b], at)], at)
+        projected = ctx.graph.node("Mul", [projected, ctx.graph.number(alpha, ctx.io)], at)
+    return ctx.graph.node("Add", [y, ctx.graph.node("MatMul", [projected, b], at)], at)

@@ -18,19 +18,19 @@ def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
         inner = activate(ctx, record.activation, linear(ctx, record.inputs[0], x), at)
         return linear(ctx, record.output, inner, alpha=alpha)
     if len(record.inputs) == 1:
-        both: str | None = linear(ctx, record.inputs[0], x)
+        gate_up: str | None = linear(ctx, record.inputs[0], x)
     else:
-        both = joined(ctx, record.inputs, x) if ctx.target.packed == "all" else None
-    if both is not None:
-        gate, up = ctx.graph.several("Split", [both], at, ("*", "*"), axis=-1, num_outputs=2)
+        gate_up = joined(ctx, record.inputs, x) if ctx.target.packed == "all" else None
+    if gate_up is not None:
+        gate, up = ctx.graph.several("Split", [gate_up], at, ("*", "*"), axis=-1, num_outputs=2)
     else:
-        gate, up = (linear(ctx, one, x) for one in record.inputs)
+        gate, up = (linear(ctx, projection, x) for projection in record.inputs)
     inner = ctx.graph.node("Mul", [activate(ctx, record.activation, gate, at), up], at)
     return linear(ctx, record.output, inner, alpha=alpha)
 
 
 def activate(ctx: Context, kind: Activation, x: str, at: str) -> str:
-    """An activation function."""
+    """Apply an activation function."""
     if kind == "silu":
         if ctx.target.activation == "fused":  # x sigmoid(alpha x)
             return ctx.graph.node("QuickGelu", [x], at, domain=MICROSOFT, alpha=1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms, with the residual sum before them in the same operator where the target has one."""
+"""Norms, fused with the preceding residual sum if the target supports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["gain", "norm", "residual_norm"]
 
 
 def norm(ctx: Context, record: Norm, x: str, width: int, at: str) -> str:
-    """``x`` normalised over its last axis of `width` values."""
+    """Normalise ``x`` over its last axis of `width` values."""
     scale = gain(ctx, record, width)
     if record.kind == "layer":
         return ctx.graph.node(
@@ -24,22 +24,22 @@ def norm(ctx: Context, record: Norm, x: str, width: int, at: str) -> str:
 def residual_norm(
     ctx: Context, record: Norm, stream: ResidualStream, width: int, at: str, *, keep: bool = True
 ) -> tuple[str, ResidualStream]:
-    """The stream's sum normalised, and the stream as it goes on; with `keep` false nobody reads that one."""
+    """Normalise the stream's sum; also returns the stream for its next reader, if there is one (`keep`)."""
     if ctx.target.norm == "standard" or not stream.pending:
-        total = ctx.settled(stream, at)
-        return norm(ctx, record, total, width, at), ResidualStream(total)
+        summed = ctx.total(stream, at)
+        return norm(ctx, record, summed, width, at), ResidualStream(summed)
     inputs = [stream.value, stream.pending, gain(ctx, record, width)]
     op = "SkipSimplifiedLayerNormalization"
     if record.kind == "layer":
         op = "SkipLayerNormalization"
         inputs.append(_bias(ctx, record, width))
     outputs = ("*", "", "", "*") if keep else ("*",)
-    made = ctx.graph.several(op, inputs, at, outputs, domain=MICROSOFT, epsilon=record.epsilon)
-    return made[0], ResidualStream(made[-1])
+    values = ctx.graph.several(op, inputs, at, outputs, domain=MICROSOFT, epsilon=record.epsilon)
+    return values[0], ResidualStream(values[-1])
 
 
 def gain(ctx: Context, record: Norm, width: int) -> str:
-    """The vector of factors, in the graph's type."""
+    """The gain as a vector of the graph's type."""
     if not record.weight:
         return ctx.graph.ones(width, ctx.io)
     if not record.plus_one:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions: frequencies out of a family's parameters, tables out of frequencies.
+"""Rotary positions: frequencies from a family's parameters, and tables from frequencies.
 
-A graph holds the frequencies, ``dims / 2`` numbers, and computes the tables of cosines and sines from them; runtimes do that once, when
-they load it. Written out, the tables of one model take up to 67 MB.
+A graph holds the frequencies, ``dims / 2`` numbers, and computes the tables of cosines and sines from them; runtimes do
+that once, at load time. Written out, the tables of one model take up to 67 MB.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Frequencies", "RotaryTable", "frequencies", "longest", "table"]
 
 _ROWS = 1 << 24
-"""Positions: more than any model was made for; a config.json may say anything."""
+"""Greatest number of positions; more than any model supports, but config.json may contain anything."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Frequencies:
 
     Attributes:
         usual: Radians per position, ``(dims / 2,)``, float32.
-        long: Those for sequences of more than `original` tokens (LongRoPE), or None.
-        original: Tokens up to which `usual` holds.
+        long: The same for sequences of more than `original` tokens (LongRoPE), or None.
+        original: Number of tokens up to which `usual` applies.
         scaling: Factor of cosines and sines.
     """
 
@@ -50,8 +50,8 @@ class RotaryTable:
     Attributes:
         cos: Cosines.
         sin: Sines.
-        original: Sequences of more tokens use the rows from `rows` on; 0 where there are no such rows.
-        rows: Positions.
+        original: Longer sequences use the rows from `rows` on; 0 if there are no such rows.
+        rows: Number of positions.
     """
 
     cos: str
@@ -60,37 +60,37 @@ class RotaryTable:
     rows: int
 
 
-def longest(rope: Rope, wanted: int | None, limit: int) -> int:
-    """How many positions a graph reaches to.
+def longest(rope: Rope, requested: int | None, limit: int) -> int:
+    """Return the number of positions of a graph.
 
     Args:
-        rope: Of any layer.
-        wanted: By the user; None for as many as the model was made for.
-        limit: Positions the model was made for.
+        rope: Rotary parameters of any layer.
+        requested: Set by the user; None for as many as the model supports.
+        limit: Number of positions that the model supports.
 
     Raises:
-        FitError: more than can be done by a table.
+        FitError: more positions than a table can hold.
     """
-    if (wanted or limit) > _ROWS:
+    if (requested or limit) > _ROWS:
         raise FitError(
-            f"rotary tables of {wanted or limit} positions do not fit into memory",
+            f"rotary tables of {requested or limit} positions do not fit into memory",
             file="config.json",
             hint=f"--max-length {_ROWS} or less; a table takes 4 bytes per position and value of a head",
         )
-    if wanted is not None and wanted > rope.max_positions and rope.parameters["rope_type"] == "dynamic":
+    if requested is not None and requested > rope.max_positions and rope.parameters["rope_type"] == "dynamic":
         raise FitError(
-            f"dynamic rotary positions change with every token beyond {rope.max_positions}, which a graph cannot do",
+            f"dynamic rotary positions change with every token beyond {rope.max_positions}, so no graph has them",
             file="config.json",
             hint=f"--max-length {rope.max_positions} or less",
         )
-    return wanted or limit
+    return requested or limit
 
 
 def frequencies(rope: Rope) -> Frequencies:
     """Angles per position of a model's rotary embedding.
 
-    ``default``: arXiv:2104.09864; ``linear``: arXiv:2306.15595; ``dynamic``: as default up to `Rope.max_positions`; ``llama3``: Llama 3.1,
-    arXiv:2407.21783; ``yarn``: arXiv:2309.00071; ``longrope``: arXiv:2402.13753.
+    ``default``: arXiv:2104.09864; ``linear``: arXiv:2306.15595; ``dynamic``: as default up to `Rope.max_positions`;
+    ``llama3``: Llama 3.1, arXiv:2407.21783; ``yarn``: arXiv:2309.00071; ``longrope``: arXiv:2402.13753.
     """
     import numpy as np
 
@@ -109,11 +109,11 @@ def frequencies(rope: Rope) -> Frequencies:
         original = int(p["original_max_position_embeddings"])
         short, long = (plain / np.array(p[key], np.float64) for key in ("short_factor", "long_factor"))
         return Frequencies(short.astype(np.float32), long.astype(np.float32), original, _longrope_scaling(p, original))
-    raise FitError(f"rotary positions of type '{kind}' are not known", file="config.json")
+    raise FitError(f"rotary positions of type '{kind}' are not supported", file="config.json")
 
 
 def _llama3(plain: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
-    """Low frequencies are divided by the factor, high ones kept, those between blended."""
+    """Low frequencies are divided by the factor, high ones kept, and those between blended."""
     import numpy as np
 
     original, low, high = (
@@ -163,26 +163,25 @@ def _longrope_scaling(p: Mapping[str, Any], original: int) -> float:
 
 
 def table(graph: Graph, rope: Rope, rows: int, io: DType) -> RotaryTable:
-    """The tables of `rows` positions in type `io`; of twice as many rows where long sequences have angles of their own."""
+    """Tables of `rows` positions in type `io`; twice as many rows if long sequences have their own angles."""
     import numpy as np
 
-    found = frequencies(rope)
+    angles_per_position = frequencies(rope)
     at = "rotary"
-    positions = graph.node(
-        "Range", [graph.number(n, DType.I64) for n in (0, rows, 1)], at
-    )  # in whole numbers: exact at any length
+    # integers, to be exact at any length
+    positions = graph.node("Range", [graph.number(n, DType.I64) for n in (0, rows, 1)], at)
     column = graph.node("Unsqueeze", [graph.cast(positions, DType.F32, at), graph.ints(1)], at)
-    angles = graph.node("Mul", [column, graph.constant(found.usual[None])], at)
+    angles = graph.node("Mul", [column, graph.constant(angles_per_position.usual[None])], at)
     original = 0
-    if found.long is not None and rows > found.original:
-        original = found.original
-        long = graph.node("Mul", [column, graph.constant(found.long[None])], at)
+    if angles_per_position.long is not None and rows > angles_per_position.original:
+        original = angles_per_position.original
+        long = graph.node("Mul", [column, graph.constant(angles_per_position.long[None])], at)
         angles = graph.node("Concat", [angles, long], at, axis=0)
 
     def wave(op: str) -> str:
         value = graph.node(op, [angles], at)
-        if found.scaling != 1.0:
-            value = graph.node("Mul", [value, graph.constant(np.array(found.scaling, np.float32))], at)
+        if angles_per_position.scaling != 1.0:
+            value = graph.node("Mul", [value, graph.constant(np.array(angles_per_position.scaling, np.float32))], at)
         return value if io is DType.F32 else graph.node("Cast", [value], at, to=ONNX_TYPES[io])
 
     return RotaryTable(wave("Cos"), wave("Sin"), original, rows)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which operators a graph is made of: a choice per kind of step, so that a benchmark can compare any two of them."""
+"""The operators of a graph: one choice per kind of step, so that a benchmark can compare any two."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ class OperatorSet:
 
     Attributes:
         name: As in ``--target``.
-        linear: ``gemm``: Gemm over rows ``(B*S, D)``, which every runtime has; ``fused``: com.microsoft.FusedMatMul over ``(B, S, D)``,
-            without a Reshape around it. Both read weights as checkpoints store them.
-        attention: ``gqa``: com.microsoft.GroupQueryAttention, its cache in one buffer, padding on the right; ``standard``: Attention of
+        linear: ``gemm``: Gemm over rows ``(B*S, D)``, which every runtime has; ``fused``: com.microsoft.FusedMatMul
+            over ``(B, S, D)``, without a Reshape. Both read weights as they are stored.
+        attention: ``gqa``: com.microsoft.GroupQueryAttention, with its cache in one buffer and padding on the right;
+            ``standard``: Attention of opset 23.
+        norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of
             opset 23.
-        norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of opset 23.
         activation: ``fused``: SiLU is one com.microsoft.QuickGelu; ``standard``: Sigmoid and Mul.
-        packed: Whether weights that lie one after the other in the file become one: ``all``; ``attention``: those of an MLP stay apart,
-            which takes a multiplication more and a Split less; ``none``.
-        qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: operators of their own.
+        packed: Which adjacent weights of a file are joined: ``all``; ``attention``: those of an MLP stay separate,
+            which costs a multiplication and saves a Split; ``none``.
+        qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: as separate
+            operators.
     """
 
     name: str
@@ -51,16 +53,16 @@ _WHY = {"cpu": "the CPU provider computes in fp32 (it converts fp16 back and for
 
 
 def io_type(target: str, dtype: str, stored: DType) -> DType:
-    """The type of logits, cache and arithmetic.
+    """Choose the type of logits, cache and arithmetic.
 
     Args:
-        target: Name.
-        dtype: ``auto``, ``fp32``, ``fp16`` or ``bf16``. ``auto`` is the stored type where the target runs it everywhere it may go, else
-            fp32.
-        stored: Of the checkpoint's embedding.
+        target: Name of the target.
+        dtype: ``auto``, ``fp32``, ``fp16`` or ``bf16``. ``auto`` is the stored type if all runtimes of the target
+            support it, otherwise fp32.
+        stored: Type of the checkpoint's embedding.
 
     Raises:
-        FitError: the target cannot run it.
+        FitError: the target does not support it.
     """
     if target not in TARGETS:
         raise FitError(f"no target '{show(target)}'", hint=f"one of {', '.join(TARGETS)}")
@@ -75,16 +77,16 @@ def io_type(target: str, dtype: str, stored: DType) -> DType:
 
 
 def choose(target: str, io: DType) -> OperatorSet:
-    """The operators for a target and a type: GroupQueryAttention on CUDA has kernels for 16 bits only."""
-    found = TARGETS[target]
-    return standard(found) if target == "cuda" and io is DType.F32 else found
+    """Choose the operators for a target and a type: on CUDA, GroupQueryAttention has kernels for 16 bits only."""
+    operators = TARGETS[target]
+    return standard(operators) if target == "cuda" and io is DType.F32 else operators
 
 
 def standard(target: OperatorSet) -> OperatorSet:
-    """The same with Attention of opset 23: for prefill of several rows on top of a past, which GroupQueryAttention refuses."""
+    """Replace GroupQueryAttention, which cannot prefill several rows on top of a past, by Attention of opset 23."""
     return replace(target, attention="standard")
 
 
 def twin(target: OperatorSet) -> OperatorSet:
-    """The same operators as far as the CPU provider has them, to prove a graph for CUDA in fp32 where there is no GPU."""
+    """The operators that the CPU provider supports too, to prove a graph for CUDA in fp32 without a GPU."""
     return replace(target, qk_norm="standard")

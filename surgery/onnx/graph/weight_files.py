@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the weight files beside a graph are those it was made for. onnxruntime checks no offset: with another file logits are garbage."""
+"""Check that the weight files beside a graph are those it was exported with.
+
+onnxruntime checks no offsets: with another file the logits are garbage.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +27,28 @@ def check_weight_files(files: Iterable[WeightFile], folder: Path) -> dict[str, i
     """Compare size and header of every file with the contract.
 
     Args:
-        files: As the contract names them.
-        folder: Where they lie.
+        files: The files in the contract.
+        folder: Folder of the graph.
 
     Returns:
-        Bytes by name.
+        Size in bytes by name.
 
     Raises:
         NotFoundError: a file is missing.
-        MalformedError: a name that is none of a file in the folder.
-        ProofError: another file than the graph was made for.
+        MalformedError: the name is not that of a file in the folder.
+        ProofError: the file differs from the one the graph was exported with.
     """
     sizes: dict[str, int] = {}
-    for one in files:
-        if not is_safe_name(one.name) or "/" in one.name:
-            raise MalformedError(f"the graph names the weight file '{show(one.name)}'", file=folder)
-        opened = open_file(folder / one.name)
-        if opened.size != one.size:
-            raise ProofError(f"{opened.size} bytes, not {one.size}", file=opened.path, hint=_HINT)
+    for record in files:
+        if not is_safe_name(record.name) or "/" in record.name:
+            raise MalformedError(f"the graph refers to the weight file '{show(record.name)}'", file=folder)
+        opened = open_file(folder / record.name)
+        if opened.size != record.size:
+            raise ProofError(f"has {opened.size} bytes instead of {record.size}", file=opened.path, hint=_HINT)
         length = int.from_bytes(opened.read(0, 8), "little") if opened.size >= 8 else 0
         if length > min(_HEADER_LIMIT, opened.size - 8):
             raise ProofError("not a safetensors file", file=opened.path, hint=_HINT)
-        if xxhash.xxh3_128_hexdigest(bytes(opened.read(0, 8 + length))) != one.header:
-            raise ProofError("its header is not the one the graph was made for", file=opened.path, hint=_HINT)
-        sizes[one.name] = opened.size
+        if xxhash.xxh3_128_hexdigest(bytes(opened.read(0, 8 + length))) != record.header:
+            raise ProofError("its header differs from the graph's contract", file=opened.path, hint=_HINT)
+        sizes[record.name] = opened.size
     return sizes

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run: sessions, caches, sampling and adapters of exported graphs."""
+"""Running exported graphs: sessions, caches, sampling and adapters."""

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``.onnx_adapter``: named arrays that take the place of inputs with a default. LoRA factors and soft prompts alike.
+"""``.onnx_adapter`` files: named arrays that replace inputs with a default, used for LoRA factors and soft prompts.
 
 The container is onnxruntime's (core/session/lora_adapters, ``adapter_schema.fbs``), a flatbuffer:
 
-    Adapter    {format_version: int32; adapter_version: int32; model_version: int32; parameters: [Parameter]}   file id "TORT"
-    Parameter  {name: string; dims: [int64]; data_type: int32 (TensorProto.DataType); raw_data: [uint8]}
+    Adapter    {format_version: int32; adapter_version: int32; model_version: int32; parameters: [Parameter]}   file id
+    "TORT" Parameter  {name: string; dims: [int64]; data_type: int32 (TensorProto.DataType); raw_data: [uint8]}
 
-onnxruntime writes it, and keeps only the addresses of the arrays it is given: from arrays that are gone by then it writes garbage
-without a word. So they are kept here, and the file is read back by a reader of our own, which shares nothing with the writer.
+onnxruntime writes the file but keeps only the addresses of the arrays: if they are freed too early, it silently writes
+garbage. So they are kept alive here, and the file is read back by an independent reader.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Array = npt.NDArray[Any]
 
 _IDENTIFIER = b"TORT"
 _FORMAT_VERSION = 1
-_LIMIT = (1 << 31) - 1  # of a flatbuffer: its offsets are signed 32-bit integers
+_LIMIT = (1 << 31) - 1  # bytes of a flatbuffer: its offsets are signed 32-bit integers
 _PARAMETERS = 1_000_000
 _DIMENSIONS = 64
 
@@ -40,13 +40,13 @@ _DIMENSIONS = 64
 def write_adapter_file(
     path: str | os.PathLike[str], arrays: Mapping[str, Array], *, adapter_version: int = 1, model_version: int = 1
 ) -> int:
-    """Write `arrays` to `path`, in order of their names, and read them back.
+    """Write `arrays` to `path`, ordered by name, and read them back.
 
-    The file is written in place: whoever wants it to appear at once writes it to a staging folder.
+    The file is written in place; write it to a staging folder to make it appear atomically.
 
     Args:
-        path: Of the file, which must not exist.
-        arrays: By the name of the input whose place they take.
+        path: The file, which must not exist.
+        arrays: Arrays by the name of the input they replace.
         adapter_version: For the user.
         model_version: For the user.
 
@@ -54,45 +54,47 @@ def write_adapter_file(
         Bytes written.
 
     Raises:
-        FitError: nothing to write, a type ONNX does not know, more than a flatbuffer holds.
-        FileExistsError: the file is there.
-        ProofError: what was read back is not what was given.
+        FitError: no arrays, a type that ONNX lacks, or more data than a flatbuffer holds.
+        FileExistsError: the file exists.
+        ProofError: the arrays read back differ.
     """
     import onnxruntime
 
     if not arrays:
-        raise FitError("an adapter without a single array", file=path)
-    kept = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}  # alive until the file is written
-    if sum(array.nbytes + len(name.encode()) + 256 for name, array in kept.items()) > _LIMIT:
+        raise FitError("the adapter has no arrays", file=path)
+    contiguous = {
+        name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)
+    }  # alive until the file is written
+    if sum(array.nbytes + len(name.encode()) + 256 for name, array in contiguous.items()) > _LIMIT:
         raise FitError("more than 2 GB do not fit into an .onnx_adapter file", file=path)
     values = {}
-    for name, array in kept.items():
+    for name, array in contiguous.items():
         raw = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-        made = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, element(array.dtype))
-        values[name] = made
+        value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, element(array.dtype))
+        values[name] = value
     writer = onnxruntime.AdapterFormat()
     writer.set_adapter_version(adapter_version)
     writer.set_model_version(model_version)
     writer.set_parameters(values)
     with open(path, "xb"):
-        pass  # the name is ours now: onnxruntime itself would replace what is there
+        pass  # reserves the name: onnxruntime itself would overwrite an existing file
     writer.export_adapter(os.fspath(path))
-    found = read_adapter_file(path)
-    if list(found) != list(kept):
-        raise ProofError("the adapter read back holds other names than were written", file=path)
-    for name, array in kept.items():
-        back = found[name]
-        if back.dtype != array.dtype or back.shape != array.shape or back.tobytes() != array.tobytes():
-            raise ProofError("read back it is not what was written", file=path, tensor=name)
+    written = read_adapter_file(path)
+    if list(written) != list(contiguous):
+        raise ProofError("the adapter read back has other names than were written", file=path)
+    for name, array in contiguous.items():
+        copy = written[name]
+        if copy.dtype != array.dtype or copy.shape != array.shape or copy.tobytes() != array.tobytes():
+            raise ProofError("the array read back differs from what was written", file=path, tensor=name)
     return Path(path).stat().st_size
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Array]:
-    """The arrays of an ``.onnx_adapter`` file, in file order.
+    """Read the arrays of an ``.onnx_adapter`` file, in file order.
 
     Raises:
         NotFoundError: no such file.
-        MalformedError: not such a file, an offset that leads out of it, sizes that do not fit, a name twice.
+        MalformedError: not such a file, an offset outside the file, sizes that do not fit, or a repeated name.
     """
     file = open_file(path)
     if file.size > _LIMIT:
@@ -102,16 +104,16 @@ def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Array]:
         raise MalformedError("not an .onnx_adapter file", file=path)
     root = reader.follow(0)
     if (version := reader.number(root, 0, "<i")) != _FORMAT_VERSION:
-        raise MalformedError(f"version {version} of the format is not known", file=path)
-    found: dict[str, Array] = {}
+        raise MalformedError(f"format version {version} is not supported", file=path)
+    arrays: dict[str, Array] = {}
     for table in reader.tables(root, 3, _PARAMETERS):
         name, array = _parameter(reader, table)
-        if name in found:
+        if name in arrays:
             raise MalformedError("this name appears twice", file=path, tensor=name)
-        found[name] = array
-    if not found:
-        raise MalformedError("an adapter without a single array", file=path)
-    return found
+        arrays[name] = array
+    if not arrays:
+        raise MalformedError("the adapter has no arrays", file=path)
+    return arrays
 
 
 def _parameter(reader: _Flatbuffer, table: int) -> tuple[str, Array]:
@@ -120,21 +122,21 @@ def _parameter(reader: _Flatbuffer, table: int) -> tuple[str, Array]:
     try:
         name = bytes(reader.vector(table, 0, 1)).decode()
     except UnicodeDecodeError as error:
-        raise MalformedError("a name that is not UTF-8", file=reader.path) from error
+        raise MalformedError("a name is not UTF-8", file=reader.path) from error
     dims = tuple(int(size) for size in np.frombuffer(reader.vector(table, 1, 8), "<i8"))
     kinds: dict[int, Any] = {element(np.dtype(kind)): np.dtype(kind) for kind in _KINDS}
     kinds[element(np.dtype(ml_dtypes.bfloat16))] = np.dtype(ml_dtypes.bfloat16)
     number = reader.number(table, 2, "<i")
     if number not in kinds:
-        raise MalformedError(f"type {number} is not known", file=reader.path, tensor=name)
+        raise MalformedError(f"type {number} is not supported", file=reader.path, tensor=name)
     raw = reader.vector(table, 3, 1)
     if len(dims) > _DIMENSIONS or any(size < 0 for size in dims):
-        raise MalformedError("a shape that is none", file=reader.path, tensor=name)
+        raise MalformedError("the shape is invalid", file=reader.path, tensor=name)
     expected = kinds[number].itemsize
     for size in dims:
         expected *= size
     if expected != len(raw):
-        raise MalformedError(f"{len(raw)} bytes for the shape {list(dims)}", file=reader.path, tensor=name)
+        raise MalformedError(f"has {len(raw)} bytes for the shape {list(dims)}", file=reader.path, tensor=name)
     return name, np.frombuffer(raw, kinds[number]).reshape(dims)
 
 
@@ -142,7 +144,7 @@ _KINDS = (np.float32, np.float16, np.float64, np.int64, np.int32, np.int8, np.ui
 
 
 class _Flatbuffer:
-    """Tables and vectors of a flatbuffer (flatbuffers.dev, "Internals"), every offset checked."""
+    """Tables and vectors of a flatbuffer (flatbuffers.dev, "Internals"), with every offset checked."""
 
     def __init__(self, data: bytes, path: str | os.PathLike[str]) -> None:
         self.data, self.path = memoryview(data), path
@@ -150,16 +152,16 @@ class _Flatbuffer:
     def read(self, at: int, form: str) -> int:
         size = struct.calcsize(form)
         if at < 0 or at + size > len(self.data):
-            raise MalformedError("an offset leads out of the file", file=self.path)
-        found: int = struct.unpack_from(form, self.data, at)[0]
-        return found
+            raise MalformedError("an offset points outside the file", file=self.path)
+        number: int = struct.unpack_from(form, self.data, at)[0]
+        return number
 
     def follow(self, at: int) -> int:
-        """Where the offset at `at` leads."""
+        """Follow the offset stored at `at`."""
         return at + self.read(at, "<I")
 
     def field(self, table: int, index: int) -> int:
-        """Where field `index` of a table lies; 0 if it is left out."""
+        """Offset of field `index` of a table; 0 if it is absent."""
         vtable = table - self.read(table, "<i")
         if 4 + 2 * index + 2 > self.read(vtable, "<H"):
             return 0
@@ -178,16 +180,16 @@ class _Flatbuffer:
         begin = self.follow(at)
         nbytes = self.read(begin, "<I") * size
         if begin + 4 + nbytes > len(self.data):
-            raise MalformedError("a vector ends behind the file", file=self.path)
+            raise MalformedError("a vector ends after the file", file=self.path)
         return self.data[begin + 4 : begin + 4 + nbytes]
 
     def tables(self, table: int, index: int, limit: int) -> list[int]:
-        """Where the tables of a vector lie."""
+        """Offsets of the tables in a vector."""
         at = self.field(table, index)
         if not at:
             return []
         begin = self.follow(at)
         count = len(self.vector(table, index, 4)) // 4
         if count > limit:
-            raise MalformedError(f"{show(count)} arrays", file=self.path)
-        return [self.follow(begin + 4 + 4 * one) for one in range(count)]
+            raise MalformedError(f"has {show(count)} arrays", file=self.path)
+        return [self.follow(begin + 4 + 4 * position) for position in range(count)]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters for one run: LoRA factors for the slots of a graph, and a soft prompt for its cache.
 
-onnxruntime feeds an active adapter's arrays as inputs; so do we, from buffers that stay where they are (runs by binding, which CUDA graphs
-need, do not look at active adapters). Several LoRA adapters add up by laying their ranks side by side: ``[A1 | A2] [B1 ; B2]``.
+onnxruntime feeds the arrays of an active adapter as inputs. So does this module, from buffers that do not move: runs
+with a binding, which CUDA graphs need, ignore active adapters. LoRA adapters are added by concatenating their ranks:
+``[A1 | A2] [B1 ; B2]``.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """Keys and values that every sequence begins with.
+    """Keys and values at the start of every sequence.
 
     Attributes:
-        tokens: How many virtual tokens.
+        tokens: Number of virtual tokens.
         arrays: ``past_key_values.N.key|value`` -> ``(1, kv_heads, tokens, head_dim)``.
     """
 
@@ -43,10 +44,10 @@ def past_names(layers: int) -> list[str]:
 
 
 def prompt_past(arrays: Mapping[str, Array], contract: Contract, *, file: str) -> Past:
-    """The soft prompt in an adapter file.
+    """Read the soft prompt in an adapter file.
 
     Raises:
-        FitError: an array too many, missing, or of another shape or type than the cache's.
+        FitError: an extra or missing array, or a shape or type that differs from the cache's.
     """
     names = past_names(contract.layers)
     if extra := sorted(set(arrays) - set(names)):
@@ -54,56 +55,60 @@ def prompt_past(arrays: Mapping[str, Array], contract: Contract, *, file: str) -
     lengths = set()
     for name in names:
         if name not in arrays:
-            raise FitError(f"the soft prompt has nothing for {name}", file=file)
+            raise FitError(f"the soft prompt has no array for {name}", file=file)
         shape = arrays[name].shape
         if len(shape) != 4 or (shape[0], shape[1], shape[3]) != (1, contract.kv_heads, contract.head_dim):
-            wanted = f"[1, {contract.kv_heads}, tokens, {contract.head_dim}]"
-            raise FitError(f"shape {list(shape)}, the cache takes {wanted}", file=file, tensor=name)
+            expected = f"[1, {contract.kv_heads}, tokens, {contract.head_dim}]"
+            raise FitError(f"has the shape {list(shape)}, but the cache takes {expected}", file=file, tensor=name)
         lengths.add(shape[2])
     if len(lengths) != 1 or not (tokens := lengths.pop()):
-        raise FitError("a soft prompt whose layers differ in length, or without any token", file=file)
+        raise FitError("the layers of the soft prompt differ in length, or have no tokens", file=file)
     return Past(tokens, {name: arrays[name] for name in names})
 
 
 def fill_slots(
     adapters: Sequence[tuple[str, Mapping[str, Array]]], contract: Contract, inputs: Mapping[str, Port]
 ) -> dict[str, Array]:
-    """The inputs that LoRA adapters fill, of one adapter or of several added up.
+    """Combine LoRA adapters into arrays for the graph's inputs; several adapters add up.
 
     Args:
-        adapters: File (for messages) and its arrays.
-        contract: Names the slots.
-        inputs: Of the graph.
+        adapters: File (for messages) and arrays of each adapter.
+        contract: The graph's contract, which lists the slots.
+        inputs: The graph's inputs.
 
     Raises:
-        FitError: the graph has no such slot, half of a slot is missing, or a shape or type does not fit.
+        FitError: the graph lacks a slot, half of a slot is missing, or a shape or type does not fit.
     """
     pairs = {slot.A: slot.B for slot in contract.slots}
-    found: dict[str, list[Array]] = {}
+    arrays_by_input: dict[str, list[Array]] = {}
     for file, arrays in adapters:
-        known = {*pairs, *pairs.values()}
-        if extra := sorted(set(arrays) - known):
-            why = "the graph has no such slot" if contract.slots else "the graph was exported without slots"
-            hint = closest(extra[0], known) or "export it with --swap"
-            raise FitError(why, file=file, tensor=extra[0], hint=hint)
+        inputs_of_slots = {*pairs, *pairs.values()}
+        if extra := sorted(set(arrays) - inputs_of_slots):
+            reason = "the graph has no such slot" if contract.slots else "the graph was exported without slots"
+            hint = closest(extra[0], inputs_of_slots) or "export it with --swap"
+            raise FitError(reason, file=file, tensor=extra[0], hint=hint)
         for a, b in pairs.items():
             if (a in arrays) != (b in arrays):
                 raise FitError("the other half of this slot is missing", file=file, tensor=a if a in arrays else b)
             if a in arrays:
                 _check(file, arrays, a, b, inputs)
-                found.setdefault(a, []).append(arrays[a])
-                found.setdefault(b, []).append(arrays[b])
-    side = {**dict.fromkeys(pairs, 1), **dict.fromkeys(pairs.values(), 0)}
-    return {name: parts[0] if len(parts) == 1 else np.concatenate(parts, side[name]) for name, parts in found.items()}
+                arrays_by_input.setdefault(a, []).append(arrays[a])
+                arrays_by_input.setdefault(b, []).append(arrays[b])
+    axis = {**dict.fromkeys(pairs, 1), **dict.fromkeys(pairs.values(), 0)}
+    return {
+        name: parts[0] if len(parts) == 1 else np.concatenate(parts, axis[name])
+        for name, parts in arrays_by_input.items()
+    }
 
 
 def _check(file: str, arrays: Mapping[str, Array], a: str, b: str, inputs: Mapping[str, Port]) -> None:
     for name in (a, b):
         if arrays[name].dtype != inputs[name].dtype:
-            text = f"{arrays[name].dtype}, the graph takes {inputs[name].dtype}"
+            text = f"is {arrays[name].dtype}, but the graph takes {inputs[name].dtype}"
             raise FitError(text, file=file, tensor=name, hint="write the adapter for this graph's type")
     A, B = arrays[a], arrays[b]
     inner, outer = inputs[a].shape[0], inputs[b].shape[1]
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[0] or A.shape[0] != inner or B.shape[1] != outer:
-        text = f"shapes {list(A.shape)} and {list(B.shape)}, the slot takes [{show(inner)}, rank] and [rank, {show(outer)}]"
+        slot = f"the slot takes [{show(inner)}, rank] and [rank, {show(outer)}]"
+        text = f"the shapes are {list(A.shape)} and {list(B.shape)}, but {slot}"
         raise FitError(text, file=file, tensor=a)

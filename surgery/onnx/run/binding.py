@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of a run, and values that onnxruntime made."""
+"""Options of a run, and access to values of onnxruntime."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from surgery.onnx.run.ports import Port
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["as_array", "execute", "not_recorded", "recorded"]
+__all__ = ["as_array", "captured", "execute", "uncaptured"]
 
 
 def execute(session: Any, binding: Any, options: Any) -> None:
-    """Run what is bound.
+    """Run the session with its binding.
 
     Raises:
-        FitError: onnxruntime refuses; a kernel's demands show only now.
+        FitError: onnxruntime fails; some requirements of kernels show only at run time.
     """
     try:
         session.run_with_iobinding(binding, options)
@@ -29,20 +29,20 @@ def execute(session: Any, binding: Any, options: Any) -> None:
 
 
 def as_array(value: Any, port: Port) -> npt.NDArray[Any]:
-    """A value on the cpu as an array, of types too that numpy itself lacks."""
+    """Return a value on the cpu as an array, including types that numpy itself lacks."""
     shape = tuple(value.shape())
     nbytes = port.dtype.itemsize * int(np.prod(shape))
     raw = ctypes.string_at(value.data_ptr(), nbytes) if nbytes else b""
     return np.frombuffer(raw, port.dtype).reshape(shape)
 
 
-def not_recorded() -> Any:
-    """Options of a run that no CUDA graph is made of."""
+def uncaptured() -> Any:
+    """Options of a run without a CUDA graph."""
     return _options(-1)
 
 
-def recorded(number: int) -> Any:
-    """Options of runs that are captured as CUDA graph `number` the first time, and replayed."""
+def captured(number: int) -> Any:
+    """Options of runs that are captured as CUDA graph `number` the first time, and then replayed."""
     return _options(number)
 
 

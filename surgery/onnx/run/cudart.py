@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device memory through the CUDA runtime that onnxruntime itself has loaded, by ctypes: no torch, no other package.
+"""Device memory through the CUDA runtime that onnxruntime has loaded, by ctypes, without torch or other packages.
 
-Functions and their meaning: CUDA Runtime API, "Memory Management", "Stream Management". One stream is made, and given to the session as
-``user_compute_stream``, so that copies and runs are in order without waiting for each other.
+Functions: CUDA Runtime API, "Memory Management", "Stream Management". A single stream, also given to the session as
+``user_compute_stream``, keeps copies and runs in order without waiting.
 """
 
 from __future__ import annotations
@@ -45,37 +45,37 @@ _SIGNATURES = {
 
 @cache
 def _preloaded() -> str:
-    """Let onnxruntime load what it needs from the folders of the nvidia packages, or of torch; what it printed meanwhile."""
+    """Let onnxruntime load its libraries from the folders of the nvidia packages, or of torch; returns its output."""
     import onnxruntime
 
-    said = io.StringIO()
+    output = io.StringIO()
     if hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             onnxruntime.preload_dlls()
-    return said.getvalue()
+    return output.getvalue()
 
 
 @cache
 def _library() -> Any | None:
-    """The CUDA runtime; None where there is none."""
+    """The CUDA runtime, or None."""
     if not sys.platform.startswith("linux"):
         return None
     _preloaded()
     for name in _SONAMES:
         try:
-            found = ctypes.CDLL(name)
+            library = ctypes.CDLL(name)
         except OSError:
             continue
         for function, arguments in _SIGNATURES.items():
-            getattr(found, function).argtypes = arguments
-            getattr(found, function).restype = ctypes.c_int
-        found.cudaGetErrorString.restype = ctypes.c_char_p
-        return found
+            getattr(library, function).argtypes = arguments
+            getattr(library, function).restype = ctypes.c_int
+        library.cudaGetErrorString.restype = ctypes.c_char_p
+        return library
     return None
 
 
 def device_count() -> int:
-    """CUDA devices that can be used; 0 without a driver."""
+    """Number of usable CUDA devices; 0 without a driver."""
     library, number = _library(), ctypes.c_int(0)
     if library is None or library.cudaGetDeviceCount(ctypes.byref(number)) != 0:
         return 0
@@ -94,7 +94,7 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 class CudaMemory:
-    """Memory of one CUDA device, and the stream that everything on it runs in."""
+    """Memory of one CUDA device, and its stream for copies and runs."""
 
     device = "cuda"
 
@@ -103,49 +103,49 @@ class CudaMemory:
         _call("cudaSetDevice", index)
         handle = ctypes.c_void_p()
         _call("cudaStreamCreateWithFlags", ctypes.byref(handle), _NON_BLOCKING)
-        self.stream: int = handle.value or 0  # lives as long as the process, as sessions may outlive this object
+        self.stream: int = handle.value or 0  # never destroyed, because sessions may outlive this object
 
     def allocate(self, nbytes: int) -> Buffer:
-        """`nbytes` zeros."""
-        place = ctypes.c_void_p()
-        _call("cudaMalloc", ctypes.byref(place), max(nbytes, 1))
-        address = place.value or 0
+        """Allocate `nbytes` zeros."""
+        pointer = ctypes.c_void_p()
+        _call("cudaMalloc", ctypes.byref(pointer), max(nbytes, 1))
+        address = pointer.value or 0
         buffer = Buffer(address, nbytes, owner := _Owner())
         weakref.finalize(owner, _free, address)
         _call("cudaMemsetAsync", address, 0, nbytes, self.stream)
         return buffer
 
     def write(self, buffer: Buffer, values: npt.NDArray[Any], offset: int = 0) -> None:
-        """Copy `values` to byte `offset` of `buffer`; they may be changed at once, pageable memory is staged."""
+        """Copy `values` to byte `offset` of `buffer`; pageable memory is staged, so they may change afterwards."""
         source = raw(values)
         if offset < 0 or offset + source.size > buffer.nbytes:
-            raise IndexError("behind the end of a buffer")
+            raise IndexError("beyond the end of the buffer")
         if source.size:
             _call("cudaMemcpyAsync", buffer.address + offset, source.ctypes.data, source.size, _TO_DEVICE, self.stream)
 
     def read(self, address: int, nbytes: int) -> Bytes:
-        """A copy of `nbytes` bytes at `address`, once everything before is done."""
-        found = np.empty(nbytes, np.uint8)
+        """Copy `nbytes` bytes at `address` to the host, after all earlier work."""
+        copy = np.empty(nbytes, np.uint8)
         if nbytes:
-            _call("cudaMemcpyAsync", found.ctypes.data, address, nbytes, _TO_HOST, self.stream)
+            _call("cudaMemcpyAsync", copy.ctypes.data, address, nbytes, _TO_HOST, self.stream)
         self.wait()
-        return found
+        return copy
 
     def copy(self, source: Buffer, target: Buffer, nbytes: int) -> None:
-        """Copy on the device."""
+        """Copy from buffer to buffer on the device."""
         _call("cudaMemcpyAsync", target.address, source.address, nbytes, _ON_DEVICE, self.stream)
 
     def wait(self) -> None:
-        """Until everything so far is done."""
+        """Wait until all work is done."""
         _call("cudaStreamSynchronize", self.stream)
 
     def free(self) -> int:
-        """Bytes that are free on the device."""
+        """Free memory of the device in bytes."""
         return _memory_info(self.index)[0]
 
 
 def used(index: int = 0) -> int:
-    """Bytes taken on a device, by whomever."""
+    """Used memory of the device in bytes, by all processes."""
     free, total = _memory_info(index)
     return total - free
 
@@ -168,7 +168,7 @@ def _free(address: int) -> None:
 
 
 def copy_bandwidth(memory: CudaMemory, nbytes: int, repeats: int = 20) -> float:
-    """Bytes per second that a copy of `nbytes` moves on the device: each byte is read once and written once. The median of `repeats`."""
+    """Median bytes per second moved by a copy of `nbytes` on the device; every byte is read once and written once."""
     source, target = memory.allocate(nbytes), memory.allocate(nbytes)
     seconds = []
     for _ in range(repeats + 3):

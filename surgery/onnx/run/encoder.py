@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.run.binding import as_array, execute, not_recorded
-from surgery.onnx.run.opening import Opened
+from surgery.onnx.run.binding import as_array, execute, uncaptured
+from surgery.onnx.run.opening import GraphSession
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 
-__all__ = ["Encoded", "encode", "labels", "vocabulary"]
+__all__ = ["EncoderOutput", "encode", "labels", "vocabulary"]
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """Outputs of one run.
+class EncoderOutput:
+    """The outputs of one run.
 
     Attributes:
-        arrays: By name, as the graph gives them; what stands behind a row's length is padding.
-        lengths: Of the rows.
+        arrays: Outputs by name, as the graph returns them; values beyond a row's length are padding.
+        lengths: Length of each row.
         problem: ``problem_type`` of config.json, or empty.
     """
 
@@ -36,87 +36,89 @@ class Encoded:
     def scores(self, row: int, names: Sequence[str]) -> tuple[dict[str, float], ...]:
         """Scores by label, of the text or of each of its tokens; empty for an encoder without labels.
 
-        They are what transformers' pipeline gives: the value itself of a regression, a probability of its own for each of several labels
-        or for a single one (a softmax of one is always 1), else probabilities that sum up to 1.
+        As in transformers' pipeline: the value itself for a regression, independent probabilities for multiple labels
+        or a single one (a softmax over one is always 1), otherwise probabilities that sum to 1.
         """
         if "logits" not in self.arrays:
             return ()
         logits = self.arrays["logits"][row].astype(np.float64)
-        each = logits[None] if logits.ndim == 1 else logits[: self.lengths[row]]
+        tokens = logits[None] if logits.ndim == 1 else logits[: self.lengths[row]]
         if self.problem == "regression":
-            shares = each
-        elif logits.ndim == 1 and (self.problem == "multi_label_classification" or each.shape[-1] == 1):
-            shares = 0.5 * (1 + np.tanh(each / 2))
+            shares = tokens
+        elif logits.ndim == 1 and (self.problem == "multi_label_classification" or tokens.shape[-1] == 1):
+            shares = 0.5 * (1 + np.tanh(tokens / 2))
         else:
-            weights = np.exp(each - each.max(-1, keepdims=True))
+            weights = np.exp(tokens - tokens.max(-1, keepdims=True))
             shares = weights / weights.sum(-1, keepdims=True)
-        known = names if len(names) == shares.shape[-1] else [str(n) for n in range(shares.shape[-1])]
-        return tuple(dict(zip(known, map(float, one), strict=True)) for one in shares)
+        labels_of_columns = names if len(names) == shares.shape[-1] else [str(n) for n in range(shares.shape[-1])]
+        return tuple(dict(zip(labels_of_columns, map(float, row_of_shares), strict=True)) for row_of_shares in shares)
 
 
-def labels(opened: Opened) -> list[str]:
-    """``id2label`` of config.json, in order; empty if it does not say."""
+def labels(graph: GraphSession) -> list[str]:
+    """``id2label`` of config.json, in order; empty if it is missing or incomplete."""
     try:
-        found = read_object(opened.folder / "config.json").get("id2label")
+        labels_by_id = read_object(graph.folder / "config.json").get("id2label")
     except NotFoundError:
         return []
-    if not isinstance(found, dict) or sorted(found) != sorted(str(n) for n in range(len(found))):
+    if not isinstance(labels_by_id, dict) or sorted(labels_by_id) != sorted(str(n) for n in range(len(labels_by_id))):
         return []
-    return [str(found[str(n)]) for n in range(len(found))]
+    return [str(labels_by_id[str(n)]) for n in range(len(labels_by_id))]
 
 
-def vocabulary(opened: Opened) -> int:
+def vocabulary(graph: GraphSession) -> int:
     """``vocab_size`` of config.json.
 
     Raises:
-        NotFoundError: there is none beside the graph.
-        FitError: it does not say.
+        NotFoundError: there is no config.json beside the graph.
+        FitError: it has no vocabulary size.
     """
-    found = read_object(opened.folder / "config.json").get("vocab_size")
-    if not isinstance(found, int) or found < 1:
-        raise FitError("config.json beside the graph does not say how large the vocabulary is", file=opened.path)
-    return found
+    size = read_object(graph.folder / "config.json").get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise FitError("config.json beside the graph has no vocabulary size", file=graph.path)
+    return size
 
 
-def encode(opened: Opened, rows: Rows) -> Encoded:
+def encode(graph: GraphSession, rows: Rows) -> EncoderOutput:
     """Run an encoder on rows of token ids, which are padded on the right.
 
     Raises:
-        FitError: not an encoder, an empty row, a row longer than the graph takes, an input that the runner does not know.
+        FitError: not an encoder, an empty row, a row longer than the graph takes, or an unsupported input.
     """
-    contract = opened.contract
+    contract = graph.contract
     if contract.kind != "encoder":
-        raise FitError("this graph is a decoder", file=opened.path)
-    ids, mask = pad(rows, "right", _filler(opened))
+        raise FitError("this graph is a decoder", file=graph.path)
+    ids, mask = pad(rows, "right", _padding_token(graph))
     if contract.max_length and ids.shape[1] > contract.max_length:
-        raise FitError(f"{ids.shape[1]} tokens, the graph's positions end at {contract.max_length}", file=opened.path)
+        raise FitError(
+            f"{ids.shape[1]} tokens, but the graph's positions end at {contract.max_length}", file=graph.path
+        )
     known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    binding = opened.session.io_binding()
-    for name, port in opened.inputs.items():
+    binding = graph.session.io_binding()
+    for name, port in graph.inputs.items():
         if name in known:
             binding.bind_cpu_input(name, known[name].astype(port.dtype))
-        elif name not in opened.optional:
-            raise FitError(f"the runner does not know the input '{name}'", file=opened.path)
-    for name in opened.outputs:
+        elif name not in graph.optional:
+            raise FitError(f"the runner does not support the input '{name}'", file=graph.path)
+    for name in graph.outputs:
         binding.bind_output(name, "cpu")
-    execute(opened.session, binding, not_recorded())
-    values = dict(zip(opened.outputs, binding.get_outputs(), strict=True))
-    arrays = {name: as_array(value, opened.outputs[name]) for name, value in values.items()}
-    return Encoded(arrays, tuple(len(row) for row in rows), _problem(opened))
+    execute(graph.session, binding, uncaptured())
+    values = dict(zip(graph.outputs, binding.get_outputs(), strict=True))
+    arrays = {name: as_array(value, graph.outputs[name]) for name, value in values.items()}
+    return EncoderOutput(arrays, tuple(len(row) for row in rows), _problem(graph))
 
 
-def _problem(opened: Opened) -> str:
+def _problem(graph: GraphSession) -> str:
     try:
-        found = read_object(opened.folder / "config.json").get("problem_type")
+        value = read_object(graph.folder / "config.json").get("problem_type")
     except NotFoundError:
         return ""
-    return found if isinstance(found, str) else ""
+    return value if isinstance(value, str) else ""
 
 
-def _filler(opened: Opened) -> int:
-    """The padding token: RoBERTa's positions leave it out."""
+def _padding_token(graph: GraphSession) -> int:
+    """The padding token, which RoBERTa's positions skip."""
     try:
-        found = read_object(opened.folder / "config.json").get("pad_token_id")
+        value = read_object(graph.folder / "config.json").get("pad_token_id")
     except NotFoundError:
         return 0
-    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0

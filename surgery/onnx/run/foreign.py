@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graphs of other exporters: what their contract would say, from their inputs, their nodes and the files beside them.
+"""Graphs of other exporters: a contract inferred from their inputs, their nodes and the files beside them.
 
-The names are those that optimum, onnxruntime-genai's builder and this project agree on.
+The names are common to optimum, onnxruntime-genai's builder and this project.
 """
 
 from __future__ import annotations
@@ -23,37 +23,47 @@ _NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 def guessed_contract(
     path: Path, inputs: Mapping[str, Port], outputs: Mapping[str, Port], device: Literal["cpu", "cuda"] | str
 ) -> Contract:
-    """What the graph `path` would say of itself.
+    """Infer the contract of the graph `path`.
 
     Raises:
-        FitError: the inputs are not those of a language model, or nothing says how long its sequences may be.
+        FitError: the inputs are not those of a language model, or the length limit is unknown.
     """
     if "input_ids" not in inputs:
-        raise FitError("no input 'input_ids': not a language model, or one with other names", file=path)
+        raise FitError("there is no input 'input_ids': not a language model, or one with other names", file=path)
     config = _beside(path, "config.json")
     genai = _object(_beside(path, "genai_config.json"), "model")
     keys = [name for name in inputs if name.startswith("past_key_values.") and name.endswith(".key")]
     if not keys:
         first = next(iter(outputs.values()))
+        limit = config.get("max_position_embeddings")
         return Contract(
-            "encoder", "feature-extraction", device, _NAMES.get(first.dtype.name, ""), "any", "none", 0, 0, 0, 0,
-            length if isinstance(length := config.get("max_position_embeddings"), int) and length > 0 else 0,
-        )  # fmt: skip
+            kind="encoder",
+            task="feature-extraction",
+            target=device,
+            dtype=_NAMES.get(first.dtype.name, ""),
+            padding="any",
+            cache="none",
+            layers=0,
+            kv_heads=0,
+            head_dim=0,
+            vocabulary=0,
+            max_length=limit if isinstance(limit, int) and limit > 0 else 0,
+        )
     key, logits = inputs[keys[0]], outputs.get("logits")
     length = genai.get("context_length") or config.get("max_position_embeddings")
     if logits is None or len(key.shape) != 4 or not isinstance(key.shape[1], int):
-        raise FitError("a cache that is not [batch, heads, past, size], or no output 'logits'", file=path)
-    size = key.shape[3]  # onnxruntime-genai's builder leaves it free
+        raise FitError("the cache is not [batch, heads, past, size], or there is no output 'logits'", file=path)
+    size = key.shape[3]  # onnxruntime-genai's builder leaves it symbolic
     if not isinstance(size, int):
         size = _object(genai, "decoder").get("head_size")
     if not isinstance(size, int) or size < 1:
-        raise FitError("neither the graph nor genai_config.json beside it says how large a head is", file=path)
+        raise FitError("neither the graph nor genai_config.json gives the size of a head", file=path)
     if not isinstance(length, int) or length < 1:
-        raise FitError("neither genai_config.json nor config.json beside it says how long a sequence may be", file=path)
+        raise FitError("neither genai_config.json nor config.json gives the greatest sequence length", file=path)
     grouped = _has_grouped_attention(path)
     width = logits.shape[-1] if isinstance(logits.shape[-1], int) else config.get("vocab_size")
     if not isinstance(width, int) or width < 1:
-        raise FitError("neither the graph nor config.json beside it says how large the vocabulary is", file=path)
+        raise FitError("neither the graph nor config.json gives the size of the vocabulary", file=path)
     return Contract(
         kind="decoder",
         task="text-generation",
@@ -77,14 +87,14 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
         return {}
 
 
-def _object(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The object under `key`; an empty one where there is none."""
-    inner = found.get(key)
+def _object(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under `key`, or an empty one."""
+    inner = parent.get(key)
     return inner if isinstance(inner, Mapping) else {}
 
 
 def _has_grouped_attention(path: Path) -> bool:
-    """Whether its attention keeps past and present in one buffer."""
+    """Whether attention keeps past and present in one buffer."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph

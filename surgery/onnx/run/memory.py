@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that a session's inputs and outputs are bound to by address: of the host here, of a CUDA device in `cudart`."""
+"""Memory bound by address to a session's inputs and outputs: host memory here, CUDA memory in `cudart`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Buffer:
-    """Bytes at a fixed address, zero at first.
+    """Bytes at a fixed address, initially zero.
 
     Attributes:
-        address: Of the first byte, on its device.
-        nbytes: How many.
-        owner: Frees them when it goes.
+        address: Address of the first byte on its device.
+        nbytes: Size in bytes.
+        owner: Frees the memory when it is released.
     """
 
     address: int
@@ -30,7 +30,7 @@ class Buffer:
 
 
 class Memory(Protocol):
-    """Where buffers lie. Copies are in order with the runs of a session on the same memory."""
+    """A place for buffers. Copies are in order with the runs of a session on the same memory."""
 
     @property
     def device(self) -> str:
@@ -38,20 +38,20 @@ class Memory(Protocol):
 
     @property
     def index(self) -> int:
-        """Of the device."""
+        """Index of the device."""
 
     @property
     def stream(self) -> int:
-        """Address of the stream that runs and copies are in order on; 0 where there is none."""
+        """Address of the stream that orders runs and copies; 0 for none."""
 
     def allocate(self, nbytes: int) -> Buffer:
-        """`nbytes` zeros."""
+        """Allocate `nbytes` zeros."""
 
     def write(self, buffer: Buffer, values: npt.NDArray[Any], offset: int = 0) -> None:
         """Copy `values` to byte `offset` of `buffer`."""
 
     def read(self, address: int, nbytes: int) -> Bytes:
-        """A copy of `nbytes` bytes at `address`, once everything before is done."""
+        """Copy `nbytes` bytes at `address` to the host, after all earlier work."""
 
 
 def raw(values: npt.NDArray[Any]) -> Bytes:
@@ -60,14 +60,14 @@ def raw(values: npt.NDArray[Any]) -> Bytes:
 
 
 class HostMemory:
-    """Memory of this process."""
+    """Host memory."""
 
     device = "cpu"
     index = 0
     stream = 0
 
     def allocate(self, nbytes: int) -> Buffer:
-        """`nbytes` zeros, which take no memory until they are touched."""
+        """Allocate `nbytes` zeros, which use no memory until they are touched."""
         owner = np.zeros(max(nbytes, 1), np.uint8)
         return Buffer(owner.ctypes.data, nbytes, owner)
 
@@ -75,7 +75,7 @@ class HostMemory:
         """Copy `values` to byte `offset` of `buffer`."""
         source = raw(values)
         if offset < 0 or offset + source.size > buffer.nbytes:
-            raise IndexError("behind the end of a buffer")
+            raise IndexError("beyond the end of the buffer")
         buffer.owner[offset : offset + source.size] = source
 
     def read(self, address: int, nbytes: int) -> Bytes:
@@ -86,16 +86,16 @@ class HostMemory:
 
 
 class DeviceScratch:
-    """Named buffers that are kept and only grow: what a prefill needs, whatever its length was before."""
+    """Named buffers that are reused and only grow, for prefills of any length."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._kept: dict[str, Buffer] = {}
+        self._buffers: dict[str, Buffer] = {}
 
     def get(self, name: str, nbytes: int) -> Buffer:
-        """At least `nbytes` bytes under `name`; what they held is not kept."""
-        found = self._kept.get(name)
-        if found is None or found.nbytes < nbytes:
-            self._kept.pop(name, None)  # freed before the larger one is made
-            found = self._kept[name] = self._memory.allocate(nbytes)
-        return found
+        """Return at least `nbytes` bytes under `name`; their content is undefined."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.nbytes < nbytes:
+            self._buffers.pop(name, None)  # free the old one before allocating the larger one
+            buffer = self._buffers[name] = self._memory.allocate(nbytes)
+        return buffer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs and outputs of a session: name, type, shape; and how bytes of such a type are seen by numpy."""
+"""Inputs and outputs of a session: name, type, shape, and the numpy view of their bytes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Port:
     """An input or output.
 
     Attributes:
-        name: In the graph.
-        element: Number of its type in ONNX.
-        dtype: Of numpy.
-        shape: Sizes; names or None where they are free.
+        name: Name in the graph.
+        element: ONNX's number of its type.
+        dtype: Numpy's type.
+        shape: Sizes; a name or None for a free one.
     """
 
     name: str
@@ -49,26 +49,26 @@ class Port:
 
 
 def element(dtype: np.dtype[Any]) -> int:
-    """ONNX's number of a numpy type.
+    """Return ONNX's number of a numpy type.
 
     Raises:
-        FitError: it has none here.
+        FitError: the type is not supported.
     """
     if dtype not in _ELEMENTS:
-        raise FitError(f"arrays of {dtype} are not known to the runner")
+        raise FitError(f"the runner does not support arrays of {dtype}")
     return _ELEMENTS[dtype]
 
 
 def ports(nodes: Iterable[Any]) -> dict[str, Port]:
-    """By name.
+    """Describe nodes, by name.
 
     Raises:
-        FitError: a type that the runner does not know.
+        FitError: a type that the runner does not support.
     """
-    found = {}
+    result = {}
     for node in nodes:
         if node.type not in _TYPES:
-            raise FitError(f"'{show(node.name)}' is a {show(node.type)}, which the runner does not know")
+            raise FitError(f"'{show(node.name)}' is a {show(node.type)}, which the runner does not support")
         number, kind = _TYPES[node.type]
-        found[node.name] = Port(node.name, number, np.dtype(kind), tuple(node.shape))
-    return found
+        result[node.name] = Port(node.name, number, np.dtype(kind), tuple(node.shape))
+    return result

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of several graphs in one process, in turns of a few steps, so that they can be compared to a fraction of a percent.
+"""Timing several graphs in one process, in alternating blocks, to compare them to a fraction of a percent.
 
-A device's clock wanders by more than graphs differ. So what is compared are pairs of blocks that follow each other at once, and the
-figure is the median of their ratios, never a ratio of two medians taken minutes apart.
+A device's clock drifts by more than graphs differ. So adjacent blocks are compared in pairs, and the figure is the
+median of their ratios, never a ratio of medians taken minutes apart.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from surgery.onnx.run.shared import SharedDecoder
 __all__ = ["BLOCK", "PREFILLS", "Ratio", "Timing", "cache_length", "compare", "measure"]
 
 PREFILLS = 5
-BLOCK = 5  # steps of one side before it is the next one's turn
-_LEAD = 1  # steps of a block that are not counted: caches hold the data of the other sides
-_WARM = 3  # steps of every side before anything is counted: the first one records the CUDA graph
+BLOCK = 5  # steps of one side before the next side's turn
+_LEAD = 1  # uncounted first steps of a block: caches still hold data of the other sides
+_WARM = 3  # uncounted first steps of every side: the first one records the CUDA graph
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One side.
+    """The times of one side.
 
     Attributes:
-        prefills: Seconds of each prefill, up to the first token's logits; of an encoder, of each run.
+        prefills: Seconds of each prefill, up to the first token's logits; for an encoder, of each run.
         blocks: Seconds of the steps of each block.
     """
 
@@ -44,19 +44,19 @@ class Timing:
 
     @property
     def token(self) -> float | None:
-        """Median seconds of a step; None where there are none."""
+        """Median seconds of a step; None if there are none."""
         return float(np.median(np.concatenate(self.blocks))) if self.blocks else None
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """How much longer one side takes than another, from pairs measured one after the other.
+    """The ratio of one side's time to another's, from pairs of adjacent measurements.
 
     Attributes:
-        median: Of the pairs' ratios.
-        low: A quarter of the pairs is below.
-        high: A quarter of the pairs is above.
-        pairs: How many there are.
+        median: Median of the ratios.
+        low: Lower quartile.
+        high: Upper quartile.
+        pairs: Number of pairs.
     """
 
     median: float
@@ -65,22 +65,22 @@ class Ratio:
     pairs: int
 
 
-def compare(one: Timing, other: Timing) -> tuple[Ratio, Ratio | None]:
-    """Ratios of prefill and of step, `one` to `other`, of the same `measure`."""
+def compare(first: Timing, second: Timing) -> tuple[Ratio, Ratio | None]:
+    """Ratios of prefills and of steps, `first` to `second`, from the same `measure`."""
     steps = None
-    if one.blocks and other.blocks:
-        steps = _ratio(*([float(np.median(block)) for block in side.blocks] for side in (one, other)))
-    return _ratio(one.prefills, other.prefills), steps
+    if first.blocks and second.blocks:
+        steps = _ratio(*([float(np.median(block)) for block in side.blocks] for side in (first, second)))
+    return _ratio(first.prefills, second.prefills), steps
 
 
-def _ratio(one: Sequence[float], other: Sequence[float]) -> Ratio:
-    pairs = np.array(one) / np.array(other)
+def _ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
+    pairs = np.array(first) / np.array(second)
     low, median, high = np.percentile(pairs, (25, 50, 75))
     return Ratio(float(median), float(low), float(high), len(pairs))
 
 
 def cache_length(prompt: int, new_tokens: int) -> int:
-    """Tokens that a row has at the end of `measure`."""
+    """Number of tokens of a row at the end of `measure`."""
     return prompt + _WARM + _rounds(new_tokens) * (_LEAD + BLOCK)
 
 
@@ -98,16 +98,16 @@ def measure(
     """Measure sides in turns.
 
     Args:
-        prefills: What begins a side's sequence anew, or all that an encoder does.
-        decoders: Of each side, None for an encoder.
-        new_tokens: Steps to measure of each, in whole blocks.
-        batch: Rows.
-        repeats: Prefills to measure of each.
+        prefills: Starts a side's sequence over; the whole run for an encoder.
+        decoders: The side's decoder; None for an encoder.
+        new_tokens: Steps to measure per side, in whole blocks.
+        batch: Number of rows.
+        repeats: Prefills to measure per side.
     """
     firsts: list[list[float]] = [[] for _ in prefills]
     blocks: list[list[tuple[float, ...]]] = [[] for _ in prefills]
     advances = [_advance(decoder) for decoder in decoders]
-    tokens = np.ones(batch, np.int64)  # what they are costs nothing
+    tokens = np.ones(batch, np.int64)  # their values do not affect the time
     for number in range(-1, repeats):  # the first round warms up
         for side in _turn(len(prefills), number):
             seconds = _seconds(prefills[side])
@@ -120,13 +120,13 @@ def measure(
     for number in range(_rounds(new_tokens)):
         for side in _turn(len(prefills), number):
             if advance := advances[side]:
-                taken = [_seconds(advance, tokens) for _ in range(_LEAD + BLOCK)]
-                blocks[side].append(tuple(taken[_LEAD:]))
-    return [Timing(tuple(first), tuple(each)) for first, each in zip(firsts, blocks, strict=True)]
+                times = [_seconds(advance, tokens) for _ in range(_LEAD + BLOCK)]
+                blocks[side].append(tuple(times[_LEAD:]))
+    return [Timing(tuple(first), tuple(side_blocks)) for first, side_blocks in zip(firsts, blocks, strict=True)]
 
 
 def _turn(sides: int, number: int) -> list[int]:
-    """Each round begins with another side, so that none always follows the same one."""
+    """Start each round with another side, so that no side always follows the same one."""
     return [(number + side) % sides for side in range(sides)]
 
 
@@ -137,7 +137,7 @@ def _seconds(work: Callable[..., Any], *arguments: Any) -> float:
 
 
 def _advance(decoder: Decoder | None) -> Callable[[Any], Any] | None:
-    """A step without fetching its logits, where they can be left on the device."""
+    """A step that leaves its logits on the device, if possible."""
     if decoder is None:
         return None
     return decoder.advance if isinstance(decoder, SharedDecoder) else decoder.step

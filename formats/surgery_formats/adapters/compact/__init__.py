@@ -11,6 +11,7 @@ from surgery_formats.adapters.compact.write import render_compact
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
+from surgery_formats.files.raw import first_bytes
 from surgery_formats.linalg.coding import CODINGS, Coding
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
@@ -28,11 +29,7 @@ class _Compact:
 
     def detect(self, path: Path) -> bool:
         """A folder whose compact.json says it is one."""
-        config = path / CONFIG_FILE
-        if not config.is_file():
-            return False
-        with open(config, "rb") as file:
-            return MARK.encode() in file.read(1 << 12)
+        return MARK.encode() in (first_bytes(path / CONFIG_FILE, 1 << 12) or b"")
 
     def read(self, path: Path) -> Adapter:
         """See `read_compact`."""

@@ -150,10 +150,10 @@ class _Object:
 
     def objects(self, key: str) -> list[_Object]:
         """A list of objects."""
-        found = self.get(key, list)
-        if not all(isinstance(one, dict) for one in found):
+        records = self.get(key, list)
+        if not all(isinstance(record, dict) for record in records):
             raise MalformedError(f"'{key}' is not a list of objects", file=self.file)
-        return [_Object(one, self.file) for one in found]
+        return [_Object(record, self.file) for record in records]
 
 
 def _coding(raw: _Object) -> Coding:
@@ -278,9 +278,9 @@ def _quantised(
     name: str, side: Any, sizes: tuple[int, int, int], shape: tuple[int, ...], state: _CompactReader
 ) -> CodedTensor:
     codes, scales = state.take(f"{name}.codes"), state.take(f"{name}.scales")
-    made = quantised(name, codes, scales, state.coding, side, sizes, shape)
-    state.used.append(made)
-    return made
+    factor = quantised(name, codes, scales, state.coding, side, sizes, shape)
+    state.used.append(factor)
+    return factor
 
 
 def _stacked(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, held_by_name, leaves, stem_of
 from surgery_formats.adapters.format import NewTensor, Rendering
-from surgery_formats.adapters.writing import ConversionLedger, copied, made, surviving_metadata
+from surgery_formats.adapters.writing import ConversionLedger, copied, factor_tensor, surviving_metadata
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -93,14 +93,14 @@ def _update(site: Site, source: Update, update: Update, state: _CompactWriter) -
     if lora is not None:
         error = _low_rank(stem, update, lora, wrapped, site, state)
     elif isinstance(update, Offset):
-        state.add(made(f"{stem}.offset", update.value, update.value.shape))
+        state.add(factor_tensor(f"{stem}.offset", update.value, update.value.shape))
         _record(site, {"kind": "offset", "scale": update.scale}, state)
     elif isinstance(update, Replacement):
         state.add(copied(f"{stem}.value", update.stored))
         told = held_by_name(site, state.new_modules) == update.held
         _record(site, {"kind": "replacement"} | ({} if told else {"held": update.held}), state)
     elif isinstance(update, TokenRows):
-        state.add(made(f"{stem}.rows", update.value, update.value.shape))
+        state.add(factor_tensor(f"{stem}.rows", update.value, update.value.shape))
         rows = {"kind": "token rows", "indices": list(update.indices), "vocabulary": update.vocabulary}
         _record(site, rows, state)
     else:
@@ -119,9 +119,9 @@ def _record(site: Site, record: dict[str, Any], state: _CompactWriter) -> None:
 
 
 def _first_lora(update: Update) -> LoRA | None:
-    found = update.experts[0] if isinstance(update, Stacked) else update
-    found = found.direction if isinstance(found, DoRA) else found
-    return found if isinstance(found, LoRA) else None
+    inner = update.experts[0] if isinstance(update, Stacked) else update
+    inner = inner.direction if isinstance(inner, DoRA) else inner
+    return inner if isinstance(inner, LoRA) else None
 
 
 def _low_rank(
@@ -134,7 +134,7 @@ def _low_rank(
     kept = _kept(loras, state.coding)
     rank = kept[0].sizes[2] if kept else min(max(lora.rank for lora in loras), out, inputs)
     if isinstance(update, DoRA):
-        state.add(made(f"{stem}.lora_magnitude_vector", update.magnitude, update.magnitude.shape))
+        state.add(factor_tensor(f"{stem}.lora_magnitude_vector", update.magnitude, update.magnitude.shape))
     names = dict(zip("AB", (f"{stem}.{leaf}" for leaf in leaves(embedding)), strict=True))
 
     def coded() -> Coded:
@@ -168,9 +168,9 @@ def _load(coded: Callable[[], Coded], name: str) -> Callable[[], torch.Tensor]:
 
 def _kept(loras: list[LoRA], coding: Coding) -> tuple[CodedTensor, CodedTensor] | None:
     """The two factors, where they are such codes already, and all of them."""
-    found = {factor.tensors for lora in loras for factor in (lora.A, lora.B)}
+    used = {factor.tensors for lora in loras for factor in (lora.A, lora.B)}
     first = loras[0].A.tensors[0], loras[0].B.tensors[0]
-    if found != {first[:1], first[1:]} or len({lora.scale for lora in loras}) > 1:
+    if used != {first[:1], first[1:]} or len({lora.scale for lora in loras}) > 1:
         return None
     a, b = first
     if not (isinstance(a, CodedTensor) and isinstance(b, CodedTensor)) or a.coding != coding or b.coding != coding:
@@ -192,7 +192,7 @@ def _solved(loras: list[LoRA], rank: int, scale: float, coding: Coding) -> tuple
     from surgery_formats.linalg.factored import factored_norm
     from surgery_formats.linalg.quantise import quantise_product
 
-    found, lost, whole = [], [], []
+    products, lost, whole = [], [], []
     for lora in loras:
         B, A = lora.B.load(torch.float64), lora.A.load(torch.float64)
         if lora.scale != scale:
@@ -200,16 +200,16 @@ def _solved(loras: list[LoRA], rank: int, scale: float, coding: Coding) -> tuple
         if (missing := rank - lora.rank) > 0:  # experts of several ranks
             B, A = torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
         product = quantise_product(B, A, coding)
-        found.append(product)
+        products.append(product)
         whole.append(factored_norm(B, A) * abs(scale))
         lost.append(product.error * whole[-1])
-    made: Coded = {}
+    coded: Coded = {}
     for side in "AB":
-        codes = [getattr(product, side) for product in found]
-        made[f"{side}.codes"] = pack(torch.stack([one.values for one in codes]), coding)
-        made[f"{side}.scales"] = torch.stack([one.scales for one in codes])
+        codes = [getattr(product, side) for product in products]
+        coded[f"{side}.codes"] = pack(torch.stack([code.values for code in codes]), coding)
+        coded[f"{side}.scales"] = torch.stack([code.scales for code in codes])
     total = math.hypot(*whole)
-    return made, math.hypot(*lost) / total if total else 0.0
+    return coded, math.hypot(*lost) / total if total else 0.0
 
 
 def _config(adapter: Adapter, state: _CompactWriter) -> dict[str, Any]:

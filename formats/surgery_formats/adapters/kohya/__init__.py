@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class _Kohya:
 
     def detect(self, path: Path) -> bool:
         """A file of weights with a key that begins like ``lora_unet_``."""
-        if not path.is_file() or not is_weight_file(path.name):
+        if not os.path.isfile(path) or not is_weight_file(path.name):
             return False
         try:
             names = open_shards(path).tensors

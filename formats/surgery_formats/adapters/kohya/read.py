@@ -60,8 +60,8 @@ def read_kohya(path: Path) -> Adapter:
         NotFoundError, MalformedError: not such a file, or a module that lacks a factor.
         FitError: a kind that is not read yet.
     """
-    found = open_shards(path)
-    tensors = tuple(found.tensors.values())
+    shards = open_shards(path)
+    tensors = tuple(shards.tensors.values())
     modules: dict[tuple[str, str], dict[str, StoredTensor]] = {}
     for tensor in tensors:
         component, module, leaf = _split(tensor)
@@ -77,7 +77,7 @@ def read_kohya(path: Path) -> Adapter:
             updates[site] = (*updates.get(site, ()), update)
         if "alpha" in parts and "lora_down.weight" not in parts:
             ignored.append(Ignored(parts["alpha"], "an alpha without low-rank factors scales nothing"))
-    metadata = dict(found.shards[0].metadata)
+    metadata = dict(shards.shards[0].metadata)
     return Adapter(
         path=path,
         format="kohya",

@@ -17,7 +17,7 @@ from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
     component_of,
-    made,
+    factor_tensor,
     places_of,
     surviving_metadata,
     whole_place,
@@ -62,15 +62,15 @@ def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
                 fitting[mark] = _Fitting(site, source, update, component.name, namer.key(where[0]), *where)
     alphas = {} if adapter.format == "kohya" else _common_alphas(fitting.values())
     tensors: dict[str, NewTensor] = {}
-    for one in fitting.values():
-        new, folded = _tensors(one, alphas.get(one.component))
+    for entry in fitting.values():
+        new, folded = _tensors(entry, alphas.get(entry.component))
         tensors |= {tensor.name: tensor for tensor in new}
-        if one.update is not one.source:
-            folded = ", ".join(filter(None, [f"{one.source.kind} as LoRA", folded]))
-        ledger.keep(one.site, one.source, "folded" if folded else "exact", folded or one.key)
+        if entry.update is not entry.source:
+            folded = ", ".join(filter(None, [f"{entry.source.kind} as LoRA", folded]))
+        ledger.keep(entry.site, entry.source, "folded" if folded else "exact", folded or entry.key)
     ledger.drop_prompt(adapter)
     metadata = surviving_metadata(adapter)
-    loras = [lora for one in fitting.values() if (lora := _lora_of(one.update))]
+    loras = [lora for entry in fitting.values() if (lora := _lora_of(entry.update))]
     if loras:
         alpha = commonest(alphas.values()) or commonest(lora.scale * lora.rank for lora in loras)
         lycoris = any(name.endswith((".dora_scale", ".diff", ".diff_b")) for name in tensors)
@@ -95,16 +95,18 @@ class _Fitting:
 
 def _common_alphas(fitting: Iterable[_Fitting]) -> dict[str, float]:
     """One alpha for each part. The format allows one per module, but diffusers (0.42) loses those that differ from the commonest."""
-    found: dict[str, list[float]] = {}
-    for one in fitting:
-        if lora := _lora_of(one.update):
-            found.setdefault(one.component, []).append(lora.scale * lora.rank)
-    return {component: alpha for component, alphas in found.items() if (alpha := commonest(a for a in alphas if a))}
+    by_component: dict[str, list[float]] = {}
+    for entry in fitting:
+        if lora := _lora_of(entry.update):
+            by_component.setdefault(entry.component, []).append(lora.scale * lora.rank)
+    return {
+        component: alpha for component, alphas in by_component.items() if (alpha := commonest(a for a in alphas if a))
+    }
 
 
 def _lora_of(update: Update) -> LoRA | None:
-    found = update.direction if isinstance(update, DoRA) else update
-    return found if isinstance(found, LoRA) else None
+    inner = update.direction if isinstance(update, DoRA) else update
+    return inner if isinstance(inner, LoRA) else None
 
 
 def _leaf(name: str, update: Update) -> str:
@@ -178,18 +180,18 @@ def _fault(
     return ""
 
 
-def _tensors(one: _Fitting, alpha: float | None) -> tuple[list[NewTensor], str]:
+def _tensors(entry: _Fitting, alpha: float | None) -> tuple[list[NewTensor], str]:
     """The tensors of one update, and what was multiplied into which.
 
     Args:
-        one: The update.
+        entry: The update.
         alpha: What its part's alphas shall be; None to keep each as it is.
     """
-    update, key, shape = one.update, one.key, one.shape
+    update, key, shape = entry.update, entry.key, entry.shape
     if isinstance(update, Offset):
-        leaf = _leaf(one.name, update)
+        leaf = _leaf(entry.name, update)
         folded = f"its scale {update.scale:g} is in '{leaf}'" if update.scale != 1.0 else ""
-        return [made(f"{key}.{leaf}", update.value, shape, times=update.scale)], folded
+        return [factor_tensor(f"{key}.{leaf}", update.value, shape, times=update.scale)], folded
     lora = _lora_of(update)
     assert lora is not None
     rank, ones = lora.rank, (1,) * (len(shape) - 2)
@@ -197,13 +199,13 @@ def _tensors(one: _Fitting, alpha: float | None) -> tuple[list[NewTensor], str]:
     written = own if alpha is None else alpha
     times = 1.0 if abs(own - written) <= 1e-12 * abs(written) else own / written
     new = [
-        made(f"{key}.lora_down.weight", lora.A, (rank, *shape[1:])),
-        made(f"{key}.lora_up.weight", lora.B, (shape[0], rank, *ones), times=times),
+        factor_tensor(f"{key}.lora_down.weight", lora.A, (rank, *shape[1:])),
+        factor_tensor(f"{key}.lora_up.weight", lora.B, (shape[0], rank, *ones), times=times),
         _alpha(f"{key}.alpha", written),
     ]
     if isinstance(update, DoRA):
         size = (shape[0], 1, *ones) if update.per_row else (1, shape[1], *ones)
-        new.append(made(f"{key}.dora_scale", update.magnitude, size))
+        new.append(factor_tensor(f"{key}.dora_scale", update.magnitude, size))
     notes = ["its core is in 'lora_down'"] if len(lora.A.tensors) > 1 else []
     if times != 1.0:
         notes.append(f"{times:g} of its scale is in 'lora_up'")

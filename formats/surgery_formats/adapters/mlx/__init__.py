@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.mlx.read import TENSOR_FILE, read_mlx
 from surgery_formats.adapters.mlx.write import render_mlx
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.files.raw import first_bytes
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["MLX"]
@@ -24,14 +26,11 @@ class _Mlx:
 
     def detect(self, path: Path) -> bool:
         """A folder whose adapter_config.json speaks mlx-lm's language, or with mlx-lm's file names."""
-        config = path / "adapter_config.json"
-        if not config.is_file():
-            return (path / TENSOR_FILE).is_file() or (path / "adapters.npz").is_file()
-        with open(config, "rb") as file:
-            head = file.read(1 << 20)
-        return b'"peft_type"' not in head and (
-            b'"fine_tune_type"' in head or b'"lora_parameters"' in head or (path / TENSOR_FILE).is_file()
-        )
+        head = first_bytes(path / "adapter_config.json", 1 << 20)
+        tensors = os.path.isfile(path / TENSOR_FILE)
+        if head is None:
+            return tensors or os.path.isfile(path / "adapters.npz")
+        return b'"peft_type"' not in head and (b'"fine_tune_type"' in head or b'"lora_parameters"' in head or tensors)
 
     def read(self, path: Path) -> Adapter:
         """See `read_mlx`."""

@@ -21,7 +21,7 @@ from surgery_formats.adapters.writing import (
     commonest,
     component_of,
     factor_dtype,
-    made,
+    factor_tensor,
     places_of,
     surviving_metadata,
     whole_place,
@@ -76,10 +76,10 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
             for path, lora in _apart(site, update, base):
                 _stack(stacks, path, lora, fused_of(site, base))
                 noted.append((site, source, lora))
-        elif isinstance(update, LoRA) and (found := one_expert(site.path, fused_of(site, base))):
-            stack = stacks.setdefault(found[0], _Stack())
-            stack.experts[found[1]] = update
-            stack.count = max(stack.count, found[1] + 1, _experts_of(site, base))
+        elif isinstance(update, LoRA) and (place := one_expert(site.path, fused_of(site, base))):
+            stack = stacks.setdefault(place[0], _Stack())
+            stack.experts[place[1]] = update
+            stack.count = max(stack.count, place[1] + 1, _experts_of(site, base))
             noted.append((site, source, update))
         else:
             module = _module_name(site, update, base)
@@ -99,8 +99,8 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         folded += [f"{update.kind} as LoRA" for _ in range(not isinstance(update, LoRA | DoRA | Stacked))]
         ledger.keep(site, update, "folded" if folded else "exact", ", ".join(folded))
     tensors: list[NewTensor] = []
-    for module, one in sorted(plain.items()):
-        tensors += _linear(module, one, scale, rank, embedding=is_embedding(module, base))
+    for module, update in sorted(plain.items()):
+        tensors += _linear(module, update, scale, rank, embedding=is_embedding(module, base))
     for path, stack in sorted(stacks.items()):
         tensors += _switch(path.removesuffix(".weight"), stack, scale, rank)
     ledger.drop_prompt(adapter)
@@ -184,9 +184,9 @@ def _stack(stacks: dict[str, _Stack], path: str, lora: LoRA, fused: Iterable[Any
 
 def _experts_of(site: Site, base: Checkpoint | None) -> int:
     """How many experts the base has where `site` is one of them; 0 if no base was given."""
-    if base is None or not (found := one_expert(site.path, fused_of(site, base))):
+    if base is None or not (place := one_expert(site.path, fused_of(site, base))):
         return 0
-    return len(component_of(site, base).names.resolve(found[0]))
+    return len(component_of(site, base).names.resolve(place[0]))
 
 
 def _direction(update: LoRA | DoRA) -> LoRA:
@@ -220,14 +220,14 @@ def _parted(site: Site, update: Update, base: Checkpoint | None, tie: _TiedHead)
 
 
 def _stored_name(site: Site, update: Update, base: Checkpoint) -> str:
-    found = whole_place(places_of(site, base, update.tensors))
-    return found[0] if found else ""
+    place = whole_place(places_of(site, base, update.tensors))
+    return place[0] if place else ""
 
 
 def _module_name(site: Site, update: Update, base: Checkpoint | None) -> str:
     """mlx-lm keeps the names of the checkpoint; without a base, the adapter's own."""
-    found = _stored_name(site, update, base) if base is not None else ""
-    return (found or site.path).removesuffix(".weight")
+    name = _stored_name(site, update, base) if base is not None else ""
+    return (name or site.path).removesuffix(".weight")
 
 
 def _is_convolution(site: Site, update: LoRA | DoRA, base: Checkpoint | None) -> bool:
@@ -242,16 +242,16 @@ def _linear(module: str, update: LoRA | DoRA, scale: float, rank: int, *, embedd
     times = lora.scale / scale if lora.scale != scale else 1.0
     if embedding:  # dW = s a b, without a transpose
         new = [
-            made(f"{module}.lora_a", lora.B, (out, rank), lambda t: _pad(t, 1, rank)),
-            made(f"{module}.lora_b", lora.A, (rank, inputs), lambda t: _pad(t, 0, rank), times=times),
+            factor_tensor(f"{module}.lora_a", lora.B, (out, rank), lambda t: _pad(t, 1, rank)),
+            factor_tensor(f"{module}.lora_b", lora.A, (rank, inputs), lambda t: _pad(t, 0, rank), times=times),
         ]
     else:
         new = [
-            made(f"{module}.lora_a", lora.A, (inputs, rank), lambda t: _pad(t, 0, rank).T),
-            made(f"{module}.lora_b", lora.B, (rank, out), lambda t: _pad(t, 1, rank).T, times=times),
+            factor_tensor(f"{module}.lora_a", lora.A, (inputs, rank), lambda t: _pad(t, 0, rank).T),
+            factor_tensor(f"{module}.lora_b", lora.B, (rank, out), lambda t: _pad(t, 1, rank).T, times=times),
         ]
     if isinstance(update, DoRA):
-        new.append(made(f"{module}.m", update.magnitude, (out,)))
+        new.append(factor_tensor(f"{module}.m", update.magnitude, (out,)))
     return new
 
 

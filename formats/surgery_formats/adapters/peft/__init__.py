@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 from surgery_formats.adapters.format import Rendering, Scaling
 from surgery_formats.adapters.peft.configuration import inherited
 from surgery_formats.adapters.peft.read import read_peft
-from surgery_formats.adapters.peft.write import render_peft
+from surgery_formats.adapters.peft.write import described, render_peft
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.files.raw import first_bytes
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import Update
 
@@ -36,10 +38,9 @@ class _Peft:
     def detect(self, path: Path) -> bool:
         """A folder whose adapter_config.json mentions a peft_type, or that holds PEFT's weights."""
         config = path / "adapter_config.json"
-        if not config.is_file():
-            return config.exists() and path.is_dir()  # a pipe of that name: the reader refuses it by name
-        with open(config, "rb") as file:
-            head = file.read(1 << 20)
+        head = first_bytes(config, 1 << 20)
+        if head is None:
+            return os.path.isdir(path) and os.path.exists(config)  # a pipe of that name: the reader refuses it by name
         return b'"peft_type"' in head or (b"fine_tune_type" not in head and b"lora_parameters" not in head)
 
     def read(self, path: Path) -> Adapter:
@@ -53,6 +54,10 @@ class _Peft:
     def with_scaling(self, scaling: Scaling) -> _Peft:
         """The same format, stating ranks and scales as `scaling` says."""
         return replace(self, scaling=scaling)
+
+    def described(self, adapter: Adapter) -> Adapter:
+        """See `write.described`."""
+        return described(adapter, self.scaling)
 
     def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
         """See `configuration.inherited`."""

@@ -297,7 +297,7 @@ class _Reader:
     def indices(self, key: str, value: object) -> tuple[int, ...]:
         if not isinstance(value, list):
             raise self.fail(key, value, "a list of token ids")
-        found = tuple(self.check_integer(key, entry, 0) for entry in value)
-        if len(set(found)) != len(found):
+        ids = tuple(self.check_integer(key, entry, 0) for entry in value)
+        if len(set(ids)) != len(ids):
             raise self.fail(key, value, "a list of distinct token ids")
-        return found
+        return ids

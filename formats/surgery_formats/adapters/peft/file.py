@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from surgery_formats.adapters.format import NewTensor, Scaling
 from surgery_formats.adapters.peft.config import PeftConfig
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION, PREFIX
-from surgery_formats.adapters.writing import ConversionLedger, made, places_of, whole_place
+from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -73,8 +73,8 @@ class PeftFile:
         *,
         times: float = 1.0,
     ) -> None:
-        """Store a factor, see `made`; in its own shape unless another is given."""
-        self.add(made(key, factor, factor.shape if shape is None else shape, change, times=times))
+        """Store a factor, see `factor_tensor`; in its own shape unless another is given."""
+        self.add(factor_tensor(key, factor, factor.shape if shape is None else shape, change, times=times))
 
     def add(self, tensor: NewTensor) -> None:
         """Store a tensor.
@@ -94,9 +94,9 @@ class PeftFile:
         out, inputs = update.shape
         path, kernel = site.path.removesuffix(".weight"), site.kernel
         shape = (out, inputs // math.prod(kernel), *kernel) if all(kernel) else (out, inputs)
-        if self.base is not None and (found := whole_place(places_of(site, self.base, update.tensors))):
-            shape = found[1] if len(found[1]) > 2 else (out, inputs)
-            path = found[0].removesuffix(".weight") if site.flat else path
+        if self.base is not None and (place := whole_place(places_of(site, self.base, update.tensors))):
+            shape = place[1] if len(place[1]) > 2 else (out, inputs)
+            path = place[0].removesuffix(".weight") if site.flat else path
         if site.module_kind == "attention output":
             path = f"{path.removesuffix('.out_proj')}{INSIDE_ATTENTION}"
         return path, shape

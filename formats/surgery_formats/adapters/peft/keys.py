@@ -10,9 +10,12 @@ from surgery_formats.canonical.adapter import Ignored
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["HEADS", "INSIDE_ATTENTION", "PREFIX", "Sorted", "sort_tensors", "unwrapped"]
+__all__ = ["HEADS", "INSIDE_ATTENTION", "PREFIX", "ROOT", "Sorted", "sort_tensors", "unwrapped"]
 
-PREFIX = "base_model.model."
+ROOT = "base_model."
+"""What the names of tensors of the whole adapter begin with, and those beside a soft prompt."""
+PREFIX = f"{ROOT}model."
+"""What the names of a module's tensors begin with."""
 HEADS = frozenset(("score", "classifier", "qa_outputs"))  # added by PEFT itself for classification tasks
 INSIDE_ATTENTION = ".base_layer.out_proj"
 """Where PEFT holds the output projection of a ``torch.nn.MultiheadAttention`` that it wrapped."""
@@ -50,21 +53,21 @@ def sort_tensors(
     Raises:
         MalformedError: one thing is there twice.
     """
-    found = Sorted()
+    contents = Sorted()
     for tensor in tensors:
-        general = tensor.name.removeprefix("base_model.").partition(".")[0]
+        general = tensor.name.removeprefix(ROOT).partition(".")[0]
         if general in shared:
-            _once(found.shared, general, tensor, f"'{general}' twice")
+            _once(contents.shared, general, tensor, f"'{general}' twice")
             continue
         name = tensor.name.removeprefix(prefix)
         module, factor = _split(name, factors)
         if factor:
-            _once(found.modules.setdefault(module, {}), factor, tensor, f"'{factor}' twice for module '{module}'")
+            _once(contents.modules.setdefault(module, {}), factor, tensor, f"'{factor}' twice for module '{module}'")
         elif ".original_module." in name:
-            found.ignored.append(Ignored(tensor, "the base's own copy of a module trained in full"))
+            contents.ignored.append(Ignored(tensor, "the base's own copy of a module trained in full"))
         else:
-            _whole(name, tensor, found)
-    return found
+            _whole(name, tensor, contents)
+    return contents
 
 
 def _once(where: dict[str, StoredTensor], key: str, tensor: StoredTensor, twice: str) -> None:
@@ -73,17 +76,17 @@ def _once(where: dict[str, StoredTensor], key: str, tensor: StoredTensor, twice:
     where[key] = tensor
 
 
-def _whole(name: str, tensor: StoredTensor, found: Sorted) -> None:
+def _whole(name: str, tensor: StoredTensor, contents: Sorted) -> None:
     """PEFT trains the copy under modules_to_save, and stores the module it was copied from too."""
     clean = _whole_parameter(name)
     saved = f".{_SAVED}." in name
-    other = found.plain.get(clean)
-    if other is not None and saved == (f".{_SAVED}." in other.name):
+    twin = contents.plain.get(clean)
+    if twin is not None and saved == (f".{_SAVED}." in twin.name):
         raise MalformedError(f"'{clean}' twice", file=tensor.file.path, tensor=tensor.name)
-    if other is not None:
-        found.ignored.append(Ignored(other if saved else tensor, "the copy in modules_to_save takes its place"))
-    if other is None or saved:
-        found.plain[clean] = tensor
+    if twin is not None:
+        contents.ignored.append(Ignored(twin if saved else tensor, "the copy in modules_to_save takes its place"))
+    if twin is None or saved:
+        contents.plain[clean] = tensor
 
 
 def unwrapped(module: str) -> str:

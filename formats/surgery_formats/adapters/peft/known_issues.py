@@ -63,8 +63,8 @@ def _like_combined(config: Mapping[str, Any]) -> bool:
 
 def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Of PEFT, which writes it since 0.18."""
-    found = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version") or "0.0"))
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version") or "0.0"))
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _values(tensor: StoredTensor) -> np.ndarray[Any, Any] | None:

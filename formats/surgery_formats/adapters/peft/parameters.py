@@ -164,9 +164,9 @@ def put_parameters(file: PeftFile, stacks: Sequence[StackedParameter]) -> None:
     by_module: dict[str, list[StackedParameter]] = {}
     for stack in stacks:
         by_module.setdefault(stack.module, []).append(stack)
-    for module, found in by_module.items():
-        order = innermost_first([stack.name for stack in found], found[0].update.tensors[0].path)
-        outermost_first = sorted(found, key=lambda stack: order.index(stack.name), reverse=True)
+    for module, stacked in by_module.items():
+        order = innermost_first([stack.name for stack in stacked], stacked[0].update.tensors[0].path)
+        outermost_first = sorted(stacked, key=lambda stack: order.index(stack.name), reverse=True)
         for depth, stack in enumerate(outermost_first):
             key = f"{file.prefix}{module}{'.base_layer' * depth}"
             _put_stack(file, key, stack.experts.experts)

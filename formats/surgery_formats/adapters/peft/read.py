@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from surgery_formats.adapters.peft.config import PeftConfig, parse_config
-from surgery_formats.adapters.peft.keys import HEADS, PREFIX, Sorted, sort_tensors, unwrapped
+from surgery_formats.adapters.peft.keys import HEADS, PREFIX, ROOT, Sorted, sort_tensors, unwrapped
 from surgery_formats.adapters.peft.kinds import kinds, switches
 from surgery_formats.adapters.peft.kinds.kind import Module
 from surgery_formats.adapters.peft.known_issues import issues_by_value
@@ -70,12 +70,12 @@ def read_peft(path: Path) -> Adapter:
     if config.kind in PROMPTS:
         return _soft_prompt(whole, tensors, config)
     kind = kinds()[config.kind]
-    found = sort_tensors(tensors, kind.factors, kind.shared)
-    updates = _whole_parameters(found, config)
+    contents = sort_tensors(tensors, kind.factors, kind.shared)
+    updates = _whole_parameters(contents, config)
     optional: set[Site] = set()
-    wrappers = wrappers_of(found.modules)
-    for module, parts in found.modules.items():
-        read = kind.read(Module(unwrapped(module), module, parts, found.shared, config, wrappers))
+    wrappers = wrappers_of(contents.modules)
+    for module, parts in contents.modules.items():
+        read = kind.read(Module(unwrapped(module), module, parts, contents.shared, config, wrappers))
         optional |= read.optional
         for site, chain in read.updates.items():
             updates[site] = (*updates.pop(site, ()), *chain)  # under the site that knows its kind of module
@@ -83,7 +83,7 @@ def read_peft(path: Path) -> Adapter:
     return replace(
         whole,
         updates=dict(sorted(updates.items())),
-        ignored=tuple(found.ignored),
+        ignored=tuple(contents.ignored),
         optional=frozenset(optional),
         stated_issues=(*issues, *kind.issues(config.raw, tensors)),
         examine=partial(issues_by_value, config.kind, config.raw, tensors),
@@ -96,7 +96,7 @@ def _text(value: object) -> str:
 
 def _prefixed(tensors: Iterable[StoredTensor]) -> bool:
     names = [tensor.name for tensor in tensors]
-    return not names or any(name.startswith("base_model.") for name in names)
+    return not names or any(name.startswith(ROOT) for name in names)
 
 
 def _metadata(shards: Iterable[Shard]) -> dict[str, str]:
@@ -110,19 +110,19 @@ def _soft_prompt(adapter: Adapter, tensors: Sequence[StoredTensor], config: Peft
     """Virtual tokens, and what was trained in full beside them."""
     prompt = read_prompt(tensors, config)
     beside = (tensor for tensor in tensors if tensor is not prompt.table)
-    rest = sort_tensors(beside, frozenset(), prefix="base_model.")
+    rest = sort_tensors(beside, frozenset(), prefix=ROOT)
     updates = dict(sorted(_whole_parameters(rest, config).items()))
     return replace(adapter, updates=updates, ignored=tuple(rest.ignored), prompt=prompt)
 
 
-def _whole_parameters(found: Sorted, config: PeftConfig) -> dict[Site, tuple[Update, ...]]:
+def _whole_parameters(contents: Sorted, config: PeftConfig) -> dict[Site, tuple[Update, ...]]:
     """Parameters that the file has in full.
 
     Raises:
         MalformedError: one is not a parameter that PEFT stores whole, but somebody else's tensor.
     """
     updates: dict[Site, tuple[Update, ...]] = {}
-    for name, tensor in found.plain.items():
+    for name, tensor in contents.plain.items():
         _check_plain(name, tensor, config)
         updates[Site(name)] = (Replacement(Factor.of(tensor), _held(name, config)),)
     return updates

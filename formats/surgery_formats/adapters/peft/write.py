@@ -7,12 +7,15 @@ does not matter; `Site.module_kind`, `Site.kernel` and `Replacement.held` say wh
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 
 from surgery_formats.adapters.format import Rendering, Scaling
 from surgery_formats.adapters.peft.config import PeftConfig, parse_config
 from surgery_formats.adapters.peft.configuration import adapter_config
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.keys import HEADS, ROOT
 from surgery_formats.adapters.peft.kinds import kinds, switches
 from surgery_formats.adapters.peft.kinds.kind import PeftKind
 from surgery_formats.adapters.writing import copied, surviving_metadata
@@ -21,7 +24,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing
 
-__all__ = ["TENSOR_FILE", "render_peft"]
+__all__ = ["TENSOR_FILE", "described", "render_peft"]
 
 TENSOR_FILE = "adapter_model.safetensors"
 
@@ -42,7 +45,7 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
     kind = _kind(adapter, own)
     file = PeftFile(kind.name, adapter, base, own, scaling, has_biases="bias" in kind.switches.understood)
     if adapter.prompt is not None and own is not None:
-        file.prefix = "base_model."
+        file.prefix = ROOT
     updates = [(site, update) for site, chain in adapter.updates.items() for update in chain]
     if kind is not kinds()["LORA"]:
         file.targets = {site.path.rpartition(".")[0] for site, update in updates if update.kind in kind.writes}
@@ -59,6 +62,18 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
         {"adapter_config.json": adapter_config(file)},
         tuple(file.ledger.entries),
         file.ledger.held_in_order(adapter),
+    )
+
+
+def described(adapter: Adapter, scaling: Scaling | None = None) -> Adapter:
+    """`adapter` with the configuration of its folder, and what a reader of the folder would know besides."""
+    (written,) = render_peft(adapter, None, scaling).small_files.values()
+    config = json.loads(written)
+    return replace(
+        adapter,
+        config=config,
+        new_modules=adapter.new_modules | HEADS | set(config["modules_to_save"] or ()),
+        stated_issues=tuple(kinds()[config["peft_type"]].issues(config, ())),
     )
 
 

@@ -177,7 +177,11 @@ class Stage:
     def _lock(self) -> None:
         """Take the exclusive lock on the folder now at `path`, not on one renamed or removed meanwhile."""
         for _ in range(_ATTEMPTS):
-            is_new = self._make()
+            is_new = True
+            try:
+                os.mkdir(self.path)
+            except FileExistsError:
+                is_new = False
             try:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,13 +206,6 @@ class Stage:
                 return
             self._fd = _close(self._fd)
         raise ResourceError("other processes keep writing it", file=self.shown)
-
-    def _make(self) -> bool:
-        try:
-            os.mkdir(self.path)
-        except FileExistsError:
-            return False
-        return True
 
     def _exists(self) -> OutputExistsError:
         if self._overwrite:
@@ -236,19 +233,19 @@ class Stage:
         final = Path(os.path.realpath(self._final))
         for named in self._inputs:
             source = Path(os.path.realpath(named))
-            mine, theirs = _identity(final), _identity(source)
+            output_id, input_id = _identity(final), _identity(source)
             hint = "write to a folder outside the inputs"
-            if source == final or (mine is not None and mine == theirs):
+            if source == final or (output_id is not None and output_id == input_id):
                 raise FitError("the output is one of the inputs", file=self.shown, hint=hint)
-            if mine is not None and mine in map(_identity, source.parents):
+            if output_id is not None and output_id in map(_identity, source.parents):
                 raise FitError(f"the output holds the input {show(named, 200)}", file=self.shown, hint=hint)
-            if theirs is not None and theirs in map(_identity, final.parents):
+            if input_id is not None and input_id in map(_identity, final.parents):
                 raise FitError(f"the output lies in the input {show(named, 200)}", file=self.shown, hint=hint)
-        mine = _identity(final)
-        if self._overwrite and mine is not None:
+        output_id = _identity(final)
+        if self._overwrite and output_id is not None:
             for name in (os.curdir, os.path.expanduser("~")):
                 protected = Path(os.path.realpath(name))
-                if mine in map(_identity, (protected, *protected.parents)):
+                if output_id in map(_identity, (protected, *protected.parents)):
                     raise FitError(
                         "this folder contains the working folder or a home folder",
                         file=self.shown,
@@ -267,10 +264,9 @@ def _identity(path: Path) -> _Identity | None:
 def _names(path: Path, fd: int) -> bool:
     """Whether `path` is still the folder open as `fd`."""
     try:
-        named, opened = os.lstat(path), os.fstat(fd)
+        return os.path.samestat(os.lstat(path), os.fstat(fd))
     except OSError:
         return False
-    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _is_folder(path: Path) -> bool:

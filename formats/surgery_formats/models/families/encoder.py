@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 from surgery_formats.models.families.decoder import plain_mlp, projection
 from surgery_formats.models.families.recipe import (
@@ -20,189 +21,110 @@ from surgery_formats.models.families.recipe import (
     Norm,
     Projection,
 )
-from surgery_formats.models.families.settings import LAYERS, ModelSettings
+from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
 from surgery_formats.text import show
 
-__all__ = [
-    "EncoderSizes",
-    "bert_layers",
-    "encoder",
-    "encoder_only",
-    "labels",
-    "named_norm",
-    "post_norm_layer",
-    "read_encoder_sizes",
-]
-
-Steps = tuple[tuple[Projection, Activation | None], ...]
+__all__ = ["BERT_NAMES", "LayerNames", "bert_embedding", "encoder", "post_norm_layers", "read_encoder_sizes"]
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderSizes:
-    """The validated sizes of an encoder.
+class LayerNames(NamedTuple):
+    """Modules of an encoder's layer, below its path: attention, norm of the sum, MLP, norm of the sum."""
 
-    Attributes:
-        hidden: ``D``.
-        inner: Width of the MLP.
-        layers: Number of layers.
-        heads: Number of attention heads; divides `hidden`.
-        vocabulary: ``V``.
-        positions: Rows of the position table.
-    """
-
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    vocabulary: int
-    positions: int
+    query: str
+    key: str
+    value: str
+    output: str
+    attention_norm: str
+    up: str
+    down: str
+    mlp_norm: str
 
 
-def read_encoder_sizes(settings: ModelSettings, *, vocabulary: int = 30522) -> EncoderSizes:
-    """Read sizes under BERT's keys, with BERT's defaults.
+BERT_NAMES = LayerNames(
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "attention.output.LayerNorm",
+    "intermediate.dense",
+    "output.dense",
+    "output.LayerNorm",
+)
 
-    Args:
-        settings: The model's settings.
-        vocabulary: The family's ``vocab_size``.
 
-    Raises:
-        FitError: a size is invalid, or the heads do not divide.
-    """
-    sizes = EncoderSizes(
-        hidden=settings.count("hidden_size", default=768),
-        inner=settings.count("intermediate_size", default=3072),
-        layers=settings.count("num_hidden_layers", default=12, most=LAYERS),
-        heads=settings.count("num_attention_heads", default=12),
-        vocabulary=settings.count("vocab_size", default=vocabulary),
-        positions=settings.count("max_position_embeddings", default=512),
+read_encoder_sizes = partial(
+    read_sizes, vocabulary=30522, max_positions=512, hidden=768, inner=3072, layers=12, heads=12, grouped=False
+)
+"""`read_sizes` with BERT's defaults."""
+
+
+def _norm(settings: ModelSettings, at: str, epsilon: float) -> Norm:
+    """The layer norm of module `at`; files converted from TensorFlow name its parameters ``gamma`` and ``beta``."""
+    old = f"{at}.weight" not in settings.names and f"{at}.gamma" in settings.names
+    weight, bias = ("gamma", "beta") if old else ("weight", "bias")
+    return Norm("layer", f"{at}.{weight}", epsilon, f"{at}.{bias}")
+
+
+def bert_embedding(
+    settings: ModelSettings, root: str, epsilon: float, *, types: bool = True, **positions: Any
+) -> Embedding:
+    """BERT's embedding below `root`, with token types if `types`; `positions` are fields of `Embedding`."""
+    at = f"{root}embeddings"
+    return Embedding(
+        f"{at}.word_embeddings.weight",
+        positions=f"{at}.position_embeddings.weight",
+        types=f"{at}.token_type_embeddings.weight" if types else "",
+        norm=_norm(settings, f"{at}.LayerNorm", epsilon),
+        **positions,
     )
-    if sizes.hidden % sizes.heads:
-        raise settings.fault(f"hidden_size {sizes.hidden} is not a multiple of num_attention_heads {sizes.heads}")
-    return sizes
 
 
-def encoder_only(settings: ModelSettings) -> None:
-    """Refuse everything but a plain encoder.
+def post_norm_layers(
+    settings: ModelSettings, sizes: Sizes, stack: str, names: LayerNames, activation: Activation, epsilon: float
+) -> Iterator[Layer]:
+    """The layers in module `stack`: attention, norm of the sum, MLP, norm of the sum; every projection has a bias."""
+    for index in range(sizes.layers):
+        at = LayerNames(*(f"{stack}.{index}.{name}" for name in names))
+        q, k, v, output = (projection(name, sizes.hidden, sizes.hidden, True) for name in at[:4])
+        yield Layer(
+            Attention((q, k, v), output, sizes.heads, sizes.heads, sizes.head_dim, sizes.head_dim**-0.5),
+            Branch(on_sum=_norm(settings, at.attention_norm, epsilon)),
+            plain_mlp(at.up, at.down, sizes, activation),
+            Branch(on_sum=_norm(settings, at.mlp_norm, epsilon)),
+        )
+
+
+def encoder(
+    settings: ModelSettings,
+    sizes: Sizes,
+    embedding: Embedding,
+    layers: Iterator[Layer],
+    *,
+    before: tuple[Projection, Activation],
+    classifier: str = "classifier",
+    pooler: Projection | None = None,
+) -> Model:
+    """Assemble the encoder, with the head chosen by ``architectures``, then check the settings that nobody read.
+
+    `before` is the first step of a sequence classifier, `classifier` the module of its last; `pooler` is the family's,
+    whether the file has it or not, None if the family has none.
 
     Raises:
-        FitError: a decoder, attention to another encoder, non-absolute positions, or a quantised checkpoint.
+        FitError: a decoder, another task's head, non-absolute positions, a quantised checkpoint, or an unread setting
+            that may change the computation.
     """
     settings.only("is_decoder", False)
     settings.only("add_cross_attention", False)
     settings.only("position_embedding_type", "absolute")
     settings.only("quantization_config")
-
-
-def named_norm(names: Collection[str], at: str, epsilon: float) -> Norm:
-    """The layer norm of module `at`; files converted from TensorFlow name its parameters ``gamma`` and ``beta``."""
-    old = f"{at}.weight" not in names and f"{at}.gamma" in names
-    weight, bias = ("gamma", "beta") if old else ("weight", "bias")
-    return Norm("layer", f"{at}.{weight}", epsilon, f"{at}.{bias}")
-
-
-def post_norm_layer(
-    sizes: EncoderSizes,
-    qkv: tuple[str, str, str],
-    output: str,
-    up: str,
-    down: str,
-    norms: tuple[Norm, Norm],
-    activation: Activation,
-) -> Layer:
-    """Attention, norm of the sum, MLP, norm of the sum; every projection has a bias.
-
-    Args:
-        sizes: The model's sizes.
-        qkv: Modules of queries, keys and values.
-        output: Module after the attention.
-        up: First module of the MLP.
-        down: Second module of the MLP.
-        norms: Norms after the attention and after the MLP.
-        activation: Activation of the MLP.
-    """
-    head_dim = sizes.hidden // sizes.heads
-    q, k, v = (projection(name, sizes.hidden, sizes.hidden, True) for name in qkv)
-    return Layer(
-        Attention(
-            inputs=(q, k, v),
-            output=projection(output, sizes.hidden, sizes.hidden, True),
-            heads=sizes.heads,
-            kv_heads=sizes.heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-        ),
-        Branch(on_sum=norms[0]),
-        plain_mlp(up, down, sizes.hidden, sizes.inner, activation),
-        Branch(on_sum=norms[1]),
-    )
-
-
-def bert_layers(
-    settings: ModelSettings, names: Collection[str], sizes: EncoderSizes, root: str, epsilon: float
-) -> list[Layer]:
-    """The layers under BERT's names, below `root`."""
-    activation = settings.activation("hidden_act", default="gelu")
-
-    def layer(index: int) -> Layer:
-        at = f"{root}encoder.layer.{index}"
-        return post_norm_layer(
-            sizes,
-            (f"{at}.attention.self.query", f"{at}.attention.self.key", f"{at}.attention.self.value"),
-            f"{at}.attention.output.dense",
-            f"{at}.intermediate.dense",
-            f"{at}.output.dense",
-            (
-                named_norm(names, f"{at}.attention.output.LayerNorm", epsilon),
-                named_norm(names, f"{at}.output.LayerNorm", epsilon),
-            ),
-            activation,
-        )
-
-    return [layer(index) for index in range(sizes.layers)]
-
-
-def labels(settings: ModelSettings) -> int:
-    """Number of labels: the length of ``id2label``, else ``num_labels``, else 2."""
-    named = settings.mapping("id2label")
-    return len(named) if named else settings.count("num_labels", default=2)
-
-
-def encoder(
-    settings: ModelSettings,
-    names: Collection[str],
-    sizes: EncoderSizes,
-    embedding: Embedding,
-    layers: Iterable[Layer],
-    *,
-    sequence: Callable[[int], Steps],
-    token: Callable[[int], Steps],
-    pooler: Projection | None,
-    max_positions: int,
-) -> Model:
-    """Assemble the encoder, with the head chosen by ``architectures``, then check the settings that nobody read.
-
-    Args:
-        settings: The model's settings; the rest must have been read.
-        names: Tensor names of the checkpoint.
-        sizes: The model's sizes.
-        embedding: The token embedding.
-        layers: The layers, in order.
-        sequence: Maps the number of labels to the steps of a sequence classifier.
-        token: The same for a token classifier.
-        pooler: The family's pooler, whether the file has it or not; None if the family has none.
-        max_positions: Longest sequence.
-
-    Raises:
-        FitError: another task's head, or an unread setting that may change the computation.
-    """
     classes = settings.architectures()
-    has_pooler = pooler is not None and pooler.weight in names
+    has_pooler = pooler is not None and pooler.weight in settings.names
     head: Head
     if any(name.endswith("ForSequenceClassification") for name in classes):
-        head = ClassifierHead("first", sequence(labels(settings)))
+        head = ClassifierHead("first", (before, (projection(classifier, sizes.hidden, _labels(settings), True), None)))
     elif any(name.endswith("ForTokenClassification") for name in classes):
-        head = ClassifierHead("every", token(labels(settings)))
-    elif any(name.endswith("Model") for name in classes) or (not classes and "classifier.weight" not in names):
+        head = ClassifierHead("every", ((projection("classifier", sizes.hidden, _labels(settings), True), None),))
+    elif any(name.endswith("Model") for name in classes) or (not classes and "classifier.weight" not in settings.names):
         head = HiddenHead(pooler if has_pooler else None)
     else:
         raise settings.fault(
@@ -212,7 +134,8 @@ def encoder(
     used = {head.pooler} if isinstance(head, HiddenHead) else {step for step, _ in head.steps}
     unused = {}
     if pooler is not None and has_pooler and pooler not in used:
-        unused = {name: "the head does not read the pooler" for name in (pooler.weight, pooler.bias) if name in names}
+        stored = (name for name in (pooler.weight, pooler.bias) if name in settings.names)
+        unused = dict.fromkeys(stored, "the head does not read the pooler")
     settings.finish()
     return Model(
         kind="encoder",
@@ -222,6 +145,11 @@ def encoder(
         layers=tuple(layers),
         final_norm=None,
         head=head,
-        max_positions=max_positions,
+        max_positions=sizes.max_positions - embedding.position_offset,
         unused=unused,
     )
+
+
+def _labels(settings: ModelSettings) -> int:
+    named = settings.mapping("id2label")
+    return len(named) if named else settings.count("num_labels", default=2)

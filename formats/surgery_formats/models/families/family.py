@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from surgery_formats.models.families.recipe import Recipe
+from surgery_formats.models.families.recipe import Model
+from surgery_formats.models.families.settings import ModelSettings
 
-__all__ = ["Family", "Fused", "Rename", "role_of"]
+__all__ = ["Family", "Fused", "Recipe", "Rename", "fused_experts", "role_of"]
+
+Recipe = Callable[[ModelSettings], Model]
+"""Maps config.json and the checkpoint's tensor names to what the model computes. Raises `FitError` for a setting that the
+recipe does not support."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,18 @@ class Fused:
 
     whole: str
     parts: tuple[str, ...]
+
+
+def fused_experts(gate: str, up: str, down: str) -> tuple[Fused, ...]:
+    """How experts that are stored one by one are stacked by transformers 5, and by MLX (``switch_mlp``)."""
+    w1, w3, w2 = (f"experts.{{e}}.{name}.weight" for name in (gate, up, down))
+    return (
+        Fused("experts.gate_up_proj", (w1, w3)),
+        Fused("experts.down_proj", (w2,)),
+        Fused("switch_mlp.gate_proj.weight", (w1,)),
+        Fused("switch_mlp.up_proj.weight", (w3,)),
+        Fused("switch_mlp.down_proj.weight", (w2,)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +83,7 @@ class Family:
     conv1d: tuple[str, ...] = ()
     experts_transposed: bool = False
     renames: tuple[Rename, ...] = ()
-    fused: tuple[Fused, ...] = field(default=())
+    fused: tuple[Fused, ...] = ()
     derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
     other_flat: Callable[[Collection[str]], Iterator[tuple[str, str]]] | None = None
     recipe: Recipe | None = None

@@ -3,25 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import partial
-from typing import Any
-
-from surgery_formats.models.families.decoder import attention, causal_only, llama_like, read_sizes, rms
+from surgery_formats.models.families.decoder import attention, llama_layer, llama_named, rms_norms
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import Attention, Model
 from surgery_formats.models.families.rope import read_rope
-from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.settings import ModelSettings, read_sizes
 
 __all__ = ["FAMILY"]
 
 
-def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
+def recipe(settings: ModelSettings) -> Model:
     """A window of 4096 by default, and none if it is ``null`` (arXiv:2310.06825)."""
-    settings = ModelSettings(config)
-    causal_only(settings)
     sizes = read_sizes(settings, vocabulary=32000, max_positions=4096 * 32, kv_heads=8, inner=14336)
-    rope = read_rope(settings, sizes.head_dim, sizes.max_positions)
+    rope, norm = read_rope(settings, sizes), rms_norms(settings)
     window = settings.optional_count("sliding_window", 4096)
     expected = "full_attention" if window is None else "sliding_attention"
     # a model with layers of both types has another architecture (Ministral)
@@ -30,14 +24,7 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
     def attend(at: str, index: int) -> Attention:
         return attention(at, sizes, rope, window=window)
 
-    return llama_like(
-        settings,
-        names,
-        sizes,
-        attend,
-        partial(rms, epsilon=settings.positive("rms_norm_eps", default=1e-6)),
-        activation=settings.activation("hidden_act", default="silu"),
-    )
+    return llama_named(settings, sizes, llama_layer(settings, sizes, attend, norm), norm)
 
 
 FAMILY = Family(names=("mistral",), embedding="model.embed_tokens", head="lm_head", recipe=recipe)

@@ -3,33 +3,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
 from surgery_formats.models.families.decoder import (
     attention,
-    causal_only,
     decoder,
     layer_norm,
     plain_mlp,
     pre_norm,
     projection,
-    read_sizes,
     root_of,
 )
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import Branch, Embedding, Layer, Model
-from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.settings import ModelSettings, read_sizes
 
 __all__ = ["FAMILY"]
 
 
-def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
+def recipe(settings: ModelSettings) -> Model:
     """Learned positions, counted from the mask; 350m has post-norm and a narrow embedding (arXiv:2205.01068)."""
-    settings = ModelSettings(config)
-    causal_only(settings)
     sizes = read_sizes(
-        settings, inner_key="ffn_dim", vocabulary=50272, max_positions=2048, hidden=768, inner=3072, layers=12, heads=12
+        settings,
+        vocabulary=50272,
+        max_positions=2048,
+        hidden=768,
+        inner=3072,
+        layers=12,
+        heads=12,
+        inner_keys=("ffn_dim",),
     )
     if sizes.kv_heads != sizes.heads or sizes.head_dim * sizes.heads != sizes.hidden:
         raise settings.fault("num_key_value_heads and head_dim are fixed in this family")
@@ -39,26 +39,25 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
     affine = settings.flag("layer_norm_elementwise_affine", default=True)
     bare = settings.flag("_remove_final_layer_norm", default=False)
     activation = settings.activation("activation_function", default="relu")
-    root = root_of(names, "model.", "decoder.embed_tokens.weight") + "decoder."
+    root = root_of(settings, "model.", "decoder.embed_tokens.weight") + "decoder."
 
     def branch(name: str) -> Branch:
         norm = layer_norm(name, 1e-5, affine=affine)
         return pre_norm(norm) if before else Branch(on_sum=norm)
 
-    def layer(index: int) -> Layer:
-        at = f"{root}layers.{index}"
+    def layer(at: str, index: int) -> Layer:
         return Layer(
-            attention(f"{at}.self_attn", sizes, None, bias=bias, output_bias=bias, output="out_proj"),
+            attention(f"{at}.self_attn", sizes, None, bias=bias, output="out_proj"),
             branch(f"{at}.self_attn_layer_norm"),
-            plain_mlp(f"{at}.fc1", f"{at}.fc2", sizes.hidden, sizes.inner, activation, bias=bias),
+            plain_mlp(f"{at}.fc1", f"{at}.fc2", sizes, activation, bias=bias),
             branch(f"{at}.final_layer_norm"),
         )
 
     return decoder(
         settings,
-        names,
         sizes,
-        map(layer, range(sizes.layers)),
+        f"{root}layers",
+        layer,
         layer_norm(f"{root}final_layer_norm", 1e-5, affine=affine) if before and not bare else None,
         Embedding(
             f"{root}embed_tokens.weight",

@@ -18,6 +18,7 @@ from surgery_formats.models.families.recipe import (
     Projection,
 )
 from surgery_formats.models.families.registry import FAMILIES, family_of
+from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.text import show
 
 __all__ = ["model_of", "parameters"]
@@ -47,7 +48,7 @@ def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
             file="config.json",
             hint=f"supported are {', '.join(known)}",
         )
-    return family.recipe(config, names)
+    return family.recipe(ModelSettings(config, names))
 
 
 def parameters(model: Model) -> dict[str, tuple[int, ...]]:

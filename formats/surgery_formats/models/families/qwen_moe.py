@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen-MoE and models with its names: gate_proj, up_proj, down_proj per expert on disk, fused in transformers 5."""
 
-from surgery_formats.models.families.family import Family, Fused
+from surgery_formats.models.families.family import Family, fused_experts
 
 __all__ = ["FAMILY"]
 
@@ -24,11 +24,5 @@ FAMILY = Family(
     ),
     embedding="model.embed_tokens",
     head="lm_head",
-    fused=(
-        Fused("experts.gate_up_proj", ("experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight")),
-        Fused("experts.down_proj", ("experts.{e}.down_proj.weight",)),
-        Fused("switch_mlp.gate_proj.weight", ("experts.{e}.gate_proj.weight",)),  # as MLX stacks them
-        Fused("switch_mlp.up_proj.weight", ("experts.{e}.up_proj.weight",)),
-        Fused("switch_mlp.down_proj.weight", ("experts.{e}.down_proj.weight",)),
-    ),
+    fused=fused_experts("gate_proj", "up_proj", "down_proj"),
 )

@@ -11,7 +11,7 @@ Shapes in this module: ``B`` batch, ``S`` new tokens, ``T`` past and new tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +29,6 @@ __all__ = [
     "Model",
     "Norm",
     "Projection",
-    "Recipe",
     "Rope",
 ]
 
@@ -283,8 +282,3 @@ class Model:
     head: Head
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
-
-
-Recipe = Callable[[Mapping[str, Any], Collection[str]], Model]
-"""``recipe(config, names)``: `names` are the checkpoint's tensor names, for parts that only the file reveals (an
-optional bias, a prefix missing in bare models). Raises `FitError` for a setting that the recipe does not support."""

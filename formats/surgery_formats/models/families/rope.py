@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery_formats.models.families.recipe import Rope
-from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.settings import ModelSettings, Sizes
 from surgery_formats.text import show
 
 __all__ = ["read_rope", "rope_of"]
@@ -37,8 +37,7 @@ _KNOWN = frozenset(
 
 def read_rope(
     settings: ModelSettings,
-    head_dim: int,
-    max_positions: int,
+    sizes: Sizes,
     *,
     theta: float = 10000.0,
     partial: float | None = None,
@@ -47,14 +46,9 @@ def read_rope(
 ) -> Rope:
     """Read the rotary positions of a model with the same ones in every layer.
 
-    Args:
-        settings: The model's settings.
-        head_dim: Values per head.
-        max_positions: ``max_position_embeddings``.
-        theta: The family's default of ``rope_theta``.
-        partial: The family's default of ``partial_rotary_factor``; None if the family rotates whole heads.
-        original: The family's ``original_max_position_embeddings``, if it stores one beside the rotary parameters.
-        longrope_names: The family's former names for ``longrope``.
+    The family's defaults are `theta` of ``rope_theta`` and `partial` of ``partial_rotary_factor``, None if it rotates
+    whole heads. `original` is its ``original_max_position_embeddings`` if it stores one beside the rotary parameters,
+    `longrope_names` its former names for ``longrope``.
 
     Raises:
         FitError: parameters of an unknown kind, missing, or of a wrong type.
@@ -76,20 +70,20 @@ def read_rope(
         )
     if _kind(parameters) in longrope_names:
         parameters["rope_type"] = "longrope"
-    return rope_of(settings, parameters, head_dim, max_positions)
+    return rope_of(settings, parameters, sizes)
 
 
 def _kind(parameters: Mapping[str, Any]) -> Any:
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
-def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
+def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], sizes: Sizes) -> Rope:
     """Fill in the defaults of one set of rotary parameters.
 
     Raises:
         FitError: as `read_rope`.
     """
-    kind = _kind(parameters)
+    kind, head_dim, max_positions = _kind(parameters), sizes.head_dim, sizes.max_positions
     if not isinstance(kind, str) or kind not in _NEEDS:
         raise settings.fault(f"rope_type is '{show(kind, 40)}', supported are {', '.join(_NEEDS)}")
     if any(isinstance(value, Mapping) for value in parameters.values()):
@@ -112,17 +106,12 @@ def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], head_dim: in
         )
         if values["original_max_position_embeddings"] < 2:
             raise settings.fault("original_max_position_embeddings must be above 1")
-    if "factor" in needs:
-        factor = inner.raw("factor")
-        if factor is None and kind not in ("yarn", "longrope"):
-            raise settings.fault(f"factor is missing in the rotary parameters of type '{kind}'")
-        ratio = max_positions / values.get("original_max_position_embeddings", max_positions)
-        values["factor"] = inner.positive("factor", default=ratio)
-    for key in ("low_freq_factor", "high_freq_factor"):
+    ratio = max_positions / values.get("original_max_position_embeddings", max_positions)
+    for key in ("factor", "low_freq_factor", "high_freq_factor"):
         if key in needs:
-            if inner.raw(key) is None:
+            if inner.raw(key) is None and kind not in ("yarn", "longrope"):
                 raise settings.fault(f"{key} is missing in the rotary parameters of type '{kind}'")
-            values[key] = inner.positive(key, default=1.0)
+            values[key] = inner.positive(key, default=ratio)
     if kind == "llama3" and values["high_freq_factor"] == values["low_freq_factor"]:
         raise settings.fault("high_freq_factor must differ from low_freq_factor")
     for key in _LISTS:
@@ -138,10 +127,10 @@ def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], head_dim: in
     return Rope(dims, values, max_positions)
 
 
-def _factors(settings: ModelSettings, found: Any, key: str, length: int) -> tuple[float, ...]:
-    numbers = isinstance(found, list) and all(
-        isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e30 for x in found
+def _factors(settings: ModelSettings, value: Any, key: str, length: int) -> tuple[float, ...]:
+    numbers = isinstance(value, list) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e30 for x in value
     )
-    if not numbers or len(found) != length:
+    if not numbers or len(value) != length:
         raise settings.fault(f"{key} must be a list of {length} numbers above 0")
-    return tuple(float(x) for x in found)
+    return tuple(float(x) for x in value)

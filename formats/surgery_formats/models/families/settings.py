@@ -8,17 +8,20 @@ refused: ignoring it would silently compute a different model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Activation
 from surgery_formats.text import show
 
-__all__ = ["LAYERS", "ModelSettings"]
+__all__ = ["ModelSettings", "Sizes", "read_sizes"]
+
+T = TypeVar("T")
 
 _LARGEST = 1 << 31  # bound on a size; keeps products of two sizes within the range of a graph
-LAYERS = 4096  # bound on the number of layers, each of which costs memory here
+_LAYERS = 4096  # bound on the number of layers, each of which costs memory here
 _REQUIRED: Any = object()
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -45,14 +48,16 @@ _HARMLESS = re.compile(
 
 
 class ModelSettings:
-    """Typed access to the fields of a config.json.
+    """Typed access to the fields of a config.json, and the names of the checkpoint's tensors.
 
-    Methods take all names a field has had; messages use the first one. A wrong type raises `FitError`. ``null`` counts
-    as missing unless a method documents otherwise.
+    The names tell what only the file reveals: an optional bias, a prefix that bare models lack. Methods take all names
+    a field has had; messages use the first one. A wrong type raises `FitError`. ``null`` counts as missing unless a
+    method documents otherwise.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], names: Collection[str] = ()) -> None:
         self._config = config
+        self.names = names
         self._read: set[str] = set()
 
     def raw(self, *keys: str) -> Any:
@@ -60,7 +65,7 @@ class ModelSettings:
         self._read.update(keys)
         return next((value for key in keys if (value := self._config.get(key)) is not None), None)
 
-    def given(self, key: str) -> bool:
+    def has(self, key: str) -> bool:
         """Whether `key` is present, even if ``null``."""
         self._read.add(key)
         return key in self._config
@@ -83,9 +88,7 @@ class ModelSettings:
 
     def optional_count(self, key: str, default: int | None = None) -> int | None:
         """Read a size; ``null`` gives None and a missing key gives `default`."""
-        if self.given(key) and self._config[key] is None:
-            return None
-        return self.count(key) if self.given(key) else default
+        return default if not self.has(key) else None if self._config[key] is None else self.count(key)
 
     def number(self, *keys: str, default: float) -> float:
         """Read a finite number."""
@@ -105,27 +108,24 @@ class ModelSettings:
 
     def optional_positive(self, key: str, default: float | None = None) -> float | None:
         """Read a number above 0; ``null`` gives None and a missing key gives `default`."""
-        if self.given(key) and self._config[key] is None:
-            return None
-        return self.positive(key, default=1.0) if self.given(key) else default
+        return default if not self.has(key) else None if self._config[key] is None else self.positive(key, default=1.0)
+
+    def _typed(self, keys: tuple[str, ...], default: T, what: str) -> T:
+        """Read a value of the type of `default`."""
+        value = self.raw(*keys)
+        if value is None:
+            return default
+        if not isinstance(value, type(default)):
+            raise self.fault(f"{keys[0]} is {show(value, 40)}; it must be {what}")
+        return value
 
     def flag(self, *keys: str, default: bool) -> bool:
         """Read true or false."""
-        value = self.raw(*keys)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.fault(f"{keys[0]} is {show(value, 40)}; it must be true or false")
-        return value
+        return self._typed(keys, default, "true or false")
 
     def text(self, *keys: str, default: str) -> str:
         """Read a string."""
-        value = self.raw(*keys)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise self.fault(f"{keys[0]} is {show(value, 40)}; it must be text")
-        return value
+        return self._typed(keys, default, "text")
 
     def mapping(self, *keys: str) -> dict[str, Any] | None:
         """Read an object, or None."""
@@ -185,3 +185,83 @@ class ModelSettings:
         return FitError(
             what, file="config.json", hint=f"the recipe is of model_type '{show(self._config.get('model_type'), 40)}'"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The validated sizes of a model.
+
+    Attributes:
+        hidden: ``D``.
+        inner: Width of the MLP.
+        layers: Number of layers.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads; divides `heads`.
+        head_dim: Values per head.
+        vocabulary: ``V``.
+        max_positions: ``max_position_embeddings``.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_positions: int
+
+
+_SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "hidden": ("hidden_size",),
+    "inner": ("intermediate_size",),
+    "layers": ("num_hidden_layers",),
+    "heads": ("num_attention_heads",),
+    "max_positions": ("max_position_embeddings",),
+}
+
+
+def read_sizes(
+    settings: ModelSettings,
+    *,
+    vocabulary: int,
+    max_positions: int,
+    hidden: int = 4096,
+    inner: int | None = 11008,
+    layers: int = 32,
+    heads: int = 32,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    grouped: bool = True,
+    **keys: tuple[str, ...],
+) -> Sizes:
+    """Read `Sizes`; the numbers are the family's defaults.
+
+    `inner` is four times ``hidden`` if None. `kv_heads` and `head_dim` hold where the key is missing: None for as many as
+    heads, as ``null`` always means, and for ``hidden / heads``; unless `grouped`, the family has neither key. `keys` are
+    its own keys of a size where they are not Llama's: ``hidden_keys=("n_embd", "hidden_size")``.
+
+    Raises:
+        FitError: a size is invalid, or the heads do not divide.
+    """
+    named = {size: keys.get(f"{size}_keys", own) for size, own in _SIZE_KEYS.items()}
+    width = settings.count(*named["hidden"], default=hidden)
+    queries = settings.count(*named["heads"], default=heads)
+    groups = (settings.optional_count("num_key_value_heads", kv_heads) if grouped else None) or queries
+    per_head = settings.optional_count("head_dim", head_dim) if grouped else None
+    if per_head is None:
+        if width % queries:
+            raise settings.fault(f"{named['hidden'][0]} {width} is not a multiple of {named['heads'][0]} {queries}")
+        per_head = width // queries
+    if queries % groups:
+        raise settings.fault(f"{named['heads'][0]} {queries} is not a multiple of num_key_value_heads {groups}")
+    return Sizes(
+        hidden=width,
+        inner=settings.count(*named["inner"], default=4 * width if inner is None else inner),
+        layers=settings.count(*named["layers"], default=layers, most=_LAYERS),
+        heads=queries,
+        kv_heads=groups,
+        head_dim=per_head,
+        vocabulary=settings.count("vocab_size", default=vocabulary),
+        max_positions=settings.count(*named["max_positions"], default=max_positions),
+    )

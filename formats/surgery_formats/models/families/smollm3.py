@@ -3,25 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import partial
-from typing import Any
-
-from surgery_formats.models.families.decoder import attention, causal_only, llama_like, read_sizes, rms, windows
+from surgery_formats.models.families.decoder import attention, llama_layer, llama_named, rms_norms, windows
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import Attention, Model
 from surgery_formats.models.families.rope import read_rope
-from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.settings import ModelSettings, read_sizes
 
 __all__ = ["FAMILY"]
 
 
-def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
+def recipe(settings: ModelSettings) -> Model:
     """Layers without positions after arXiv:2501.18795."""
-    settings = ModelSettings(config)
-    causal_only(settings)
     sizes = read_sizes(settings, vocabulary=128256, max_positions=32768, kv_heads=4, hidden=2048, layers=36, heads=16)
-    rope = read_rope(settings, sizes.head_dim, sizes.max_positions, theta=2_000_000.0)
+    rope, norm = read_rope(settings, sizes, theta=2_000_000.0), rms_norms(settings)
     rotated = _rotated(settings, sizes.layers)
     window = settings.optional_count("sliding_window")
     window = window if settings.flag("use_sliding_window", default=False) else None
@@ -30,19 +24,10 @@ def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
     bias = settings.flag("attention_bias", default=False)
 
     def attend(at: str, index: int) -> Attention:
-        own = rope if rotated[index] else None
-        return attention(at, sizes, own, bias=bias, output_bias=bias, window=by_layer[index])
+        return attention(at, sizes, rope if rotated[index] else None, bias=bias, window=by_layer[index])
 
-    return llama_like(
-        settings,
-        names,
-        sizes,
-        attend,
-        partial(rms, epsilon=settings.positive("rms_norm_eps", default=1e-6)),
-        activation=settings.activation("hidden_act", default="silu"),
-        mlp_bias=settings.flag("mlp_bias", default=False),
-        tied=True,
-    )
+    layer = llama_layer(settings, sizes, attend, norm, mlp_bias=settings.flag("mlp_bias", default=False))
+    return llama_named(settings, sizes, layer, norm, tied=True)
 
 
 def _rotated(settings: ModelSettings, layers: int) -> tuple[bool, ...]:

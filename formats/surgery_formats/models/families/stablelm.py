@@ -3,65 +3,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
-from typing import Any
+from functools import partial
 
-from surgery_formats.models.families.decoder import (
-    attention,
-    causal_only,
-    decoder,
-    gated_mlp,
-    layer_norm,
-    pre_norm,
-    read_sizes,
-    root_of,
-)
+from surgery_formats.models.families.decoder import attention, gated_mlp, layer_norm, llama_named, pre_norm
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import Branch, Embedding, Layer, Model
+from surgery_formats.models.families.recipe import Branch, Layer, Model
 from surgery_formats.models.families.rope import read_rope
-from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.settings import ModelSettings, read_sizes
 
 __all__ = ["FAMILY"]
 
 
-def recipe(config: Mapping[str, Any], names: Collection[str]) -> Model:
+def recipe(settings: ModelSettings) -> Model:
     """arXiv:2402.17834, with norms of queries and keys that have a gain per head."""
-    settings = ModelSettings(config)
-    causal_only(settings)
     sizes = read_sizes(settings, vocabulary=50304, max_positions=4096, kv_heads=32, hidden=2560, inner=6912)
-    rope = read_rope(settings, sizes.head_dim, sizes.max_positions, partial=0.25)
-    epsilon = settings.positive("layer_norm_eps", default=1e-5)
+    rope = read_rope(settings, sizes, partial=0.25)
+    norm = partial(layer_norm, epsilon=settings.positive("layer_norm_eps", default=1e-5))
     bias = settings.flag("use_qkv_bias", default=False)
     normed = settings.flag("qk_layernorm", default=False)
     parallel = settings.flag("use_parallel_residual", default=False)
     activation = settings.activation("hidden_act", default="silu")
-    root = root_of(names, "model.", "embed_tokens.weight")
 
-    def layer(index: int) -> Layer:
-        at = f"{root}layers.{index}"
+    def layer(at: str, index: int) -> Layer:
         q_norm, k_norm = (
-            layer_norm(f"{at}.self_attn.{which}_layernorm.norms.{{h}}", epsilon, bias=False) if normed else None
-            for which in "qk"
+            norm(f"{at}.self_attn.{which}_layernorm.norms.{{h}}", bias=False) if normed else None for which in "qk"
         )
-        attend = attention(f"{at}.self_attn", sizes, rope, bias=bias, q_norm=q_norm, k_norm=k_norm)
-        after = Branch() if parallel else pre_norm(layer_norm(f"{at}.post_attention_layernorm", epsilon))
+        attend = partial(attention, q_norm=q_norm, k_norm=k_norm, norm_over="heads")
         return Layer(
-            replace(attend, norm_over="heads"),
-            pre_norm(layer_norm(f"{at}.input_layernorm", epsilon)),
+            attend(f"{at}.self_attn", sizes, rope, bias=bias, output_bias=False),
+            pre_norm(norm(f"{at}.input_layernorm")),
             gated_mlp(f"{at}.mlp", sizes, activation),
-            after,
+            Branch() if parallel else pre_norm(norm(f"{at}.post_attention_layernorm")),
             parallel=parallel,
         )
 
-    return decoder(
-        settings,
-        names,
-        sizes,
-        map(layer, range(sizes.layers)),
-        layer_norm(f"{root}norm", epsilon),
-        Embedding(f"{root}embed_tokens.weight"),
-    )
+    return llama_named(settings, sizes, layer, norm)
 
 
 FAMILY = Family(names=("stablelm",), embedding="model.embed_tokens", head="lm_head", recipe=recipe)

@@ -54,17 +54,17 @@ class Module:
 
     def matrix(self, name: str) -> StoredTensor:
         """The tensor `name`, which must be a matrix."""
-        found = self.part(name)
-        if len(found.shape) != 2 or not found.numel:
-            raise malformed(found, "not a matrix")
-        return found
+        tensor = self.part(name)
+        if len(tensor.shape) != 2 or not tensor.numel:
+            raise malformed(tensor, "not a matrix")
+        return tensor
 
     def vector(self, name: str) -> StoredTensor:
         """The tensor `name`, which must be a vector."""
-        found = self.part(name)
-        if len(found.shape) != 1 or not found.numel:
-            raise malformed(found, "not a vector")
-        return found
+        tensor = self.part(name)
+        if len(tensor.shape) != 1 or not tensor.numel:
+            raise malformed(tensor, "not a vector")
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)

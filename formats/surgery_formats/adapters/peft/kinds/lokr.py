@@ -75,19 +75,19 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
             file.hold_other(site, update)
     factor = -1 if file.own else _decompose_factor(placed)
     cores = set()
-    for one in placed:
-        stored = one.update if file.own else one.as_peft_stores(factor)
+    for target in placed:
+        stored = target.update if file.own else target.as_peft_stores(factor)
         if stored is None:
-            sizes = f"{list(one.update.C.shape)} and {list(one.update.D.shape)}"
-            file.drop(one.site, one.update, f"PEFT would build factors of other shapes than {sizes}")
+            sizes = f"{list(target.update.C.shape)} and {list(target.update.D.shape)}"
+            file.drop(target.site, target.update, f"PEFT would build factors of other shapes than {sizes}")
             continue
-        key = f"{file.prefix}{one.module}"
-        cores.add(_put(file, key, stored, one.site.kernel))
+        key = f"{file.prefix}{target.module}"
+        cores.add(_put(file, key, stored, target.site.kernel))
         rank = stored.rank or 1
-        file.settings[one.module] = (rank, file.alpha_of(rank, stored.scale))
-        same = (stored.C.terms, stored.D.terms) == (one.update.C.terms, one.update.D.terms)
+        file.settings[target.module] = (rank, file.alpha_of(rank, stored.scale))
+        same = (stored.C.terms, stored.D.terms) == (target.update.C.terms, target.update.D.terms)
         leaf = "lokr_w1_a" if stored.C.terms else "lokr_w1"
-        file.ledger.keep(one.site, one.update, "exact" if same else "folded", f"{key}.{leaf}")
+        file.ledger.keep(target.site, target.update, "exact" if same else "folded", f"{key}.{leaf}")
     file.defaults = {"module_dropout": 0.0, "rank_dropout": 0.0, "rank_dropout_scale": False, "init_weights": True}
     file.fields = {
         **ranks_and_alphas(file, "alpha"),
@@ -148,8 +148,8 @@ class _Placed:
 
 def _decompose_factor(placed: Sequence[_Placed]) -> int:
     """The value with which PEFT builds the factors of most updates."""
-    candidates = [-1, *sorted({size for one in placed for size in one.update.C.shape})]
-    return max(candidates, key=lambda factor: sum(one.fits(factor) for one in placed))
+    candidates = [-1, *sorted({size for target in placed for size in target.update.C.shape})]
+    return max(candidates, key=lambda factor: sum(target.fits(factor) for target in placed))
 
 
 @cache

@@ -118,10 +118,12 @@ def _read(module: Module) -> ModuleUpdates:
     kernel = parts[a].shape[2:]
     kind: ModuleKind = "embedding" if embedding else "convolution" if kernel else "linear"
     site = Site(f"{clean}.weight", module_kind="attention output" if in_attention else kind, kernel=kernel)
-    found: dict[Site, tuple[Update, ...]] = {site: (*tokens, _with_magnitude(lora, parts, config, embedding=embedding))}
+    updates: dict[Site, tuple[Update, ...]] = {
+        site: (*tokens, _with_magnitude(lora, parts, config, embedding=embedding))
+    }
     if "lora_B.bias" in parts:
-        found[replace(site, path=f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
-    return ModuleUpdates(found)
+        updates[replace(site, path=f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
+    return ModuleUpdates(updates)
 
 
 def _lora(pattern_path: str, a: StoredTensor, b: StoredTensor, config: PeftConfig, *, embedding: bool) -> LoRA:
@@ -262,7 +264,14 @@ def _put_low_rank(
     if why:
         file.drop(site, update, why)
         return
-    _put_factors(file, key, lora, shape, embedding=embedding)
+    inside = module.endswith(INSIDE_ATTENTION)  # configured with its attention, and applied twice (`_read`)
+    path, alpha = module.removesuffix(INSIDE_ATTENTION), file.alpha_of(lora.rank, lora.scale / (2 if inside else 1))
+    rank, stated = file.settings.get(path, (lora.rank, alpha))
+    if rank != lora.rank or (alpha and not stated):
+        file.drop(site, update, f"the rest of its attention has rank {rank} and alpha {stated:g}, it has other ones")
+        return
+    file.settings[path] = (rank, stated)
+    _put_factors(file, key, lora, shape, embedding=embedding, times=1.0 if alpha == stated else alpha / stated)
     if isinstance(update, DoRA):
         ones = (1,) * (len(shape) - 2)
         magnitude = (1, shape[0], *ones) if ones else update.magnitude.shape
@@ -270,12 +279,7 @@ def _put_low_rank(
     else:
         plain[site] = _Written(key, lora.scale)
         _put_tied_head(file, site, lora)
-    if module.endswith(INSIDE_ATTENTION):  # configured with its attention, and applied twice (`_read`)
-        alpha = file.alpha_of(lora.rank, lora.scale / 2)
-        file.settings[module.removesuffix(INSIDE_ATTENTION)] = (lora.rank, alpha)
-    else:
-        file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
-    same = isinstance(update, LoRA | DoRA) and len(lora.A.tensors) + len(lora.B.tensors) == 2
+    same = isinstance(update, LoRA | DoRA) and len(lora.A.tensors) + len(lora.B.tensors) == 2 and alpha == stated
     file.ledger.keep(site, update, "exact" if same else "folded", key)
 
 
@@ -285,22 +289,25 @@ def _put_tied_head(file: PeftFile, site: Site, lora: LoRA) -> None:
     if base is None or base.is_pipeline or not file.adapter.keeps_ties:
         return
     main = base.main
-    found = whole_place(places_of(site, base, lora.tensors))
-    if main.tied and main.head and found and found[0] == main.embedding and Site(main.head) not in file.adapter.updates:
+    place = whole_place(places_of(site, base, lora.tensors))
+    if main.tied and main.head and place and place[0] == main.embedding and Site(main.head) not in file.adapter.updates:
         module = main.head.removesuffix(".weight")
         _put_factors(file, f"{file.prefix}{module}", lora, lora.shape, embedding=False)
         file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
 
 
-def _put_factors(file: PeftFile, key: str, lora: LoRA, shape: tuple[int, ...], *, embedding: bool) -> None:
+def _put_factors(
+    file: PeftFile, key: str, lora: LoRA, shape: tuple[int, ...], *, embedding: bool, times: float = 1.0
+) -> None:
+    """The two factors, `times` multiplied into B."""
     rank = lora.rank
     if embedding:  # delta = (B A)^T
-        file.put(f"{key}.lora_embedding_A", lora.B, (rank, lora.shape[0]), lambda t: t.T)
+        file.put(f"{key}.lora_embedding_A", lora.B, (rank, lora.shape[0]), lambda t: t.T, times=times)
         file.put(f"{key}.lora_embedding_B", lora.A, (lora.shape[1], rank), lambda t: t.T)
     else:
         ones = (1,) * (len(shape) - 2)
         file.put(f"{key}.lora_A.weight", lora.A, (rank, *shape[1:]))
-        file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones))
+        file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones), times=times)
 
 
 def _put_bias(file: PeftFile, site: Site, update: Offset, plain: Mapping[Site, _Written]) -> None:

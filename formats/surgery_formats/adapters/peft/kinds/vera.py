@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.peft.config import COMMON, Switches
 from surgery_formats.adapters.peft.configuration import targets
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.keys import ROOT
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, Seed, Update, VeRA
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["VERA"]
 
@@ -33,7 +37,7 @@ def _read(module: Module) -> ModuleUpdates:
             raise malformed(d, f"the shared projections have the ranks {A.shape[0]} and {B.shape[1]}")
         if B.shape[0] < b.numel:
             raise malformed(b, f"the shared 'vera_B' has only {B.shape[0]} rows")
-        projections = Factor((A,), A.shape, lambda t: t), Factor((B,), B.shape, lambda t: t)
+        projections = Factor((A,), A.shape, _shared), Factor((B,), B.shape, _shared)
     elif A is not None or B is not None or config.flag("save_projection", default=True):
         raise MalformedError(
             "'base_model.vera_A' or 'base_model.vera_B' is missing", file=b.file.path, hint="was the file cut down?"
@@ -43,6 +47,11 @@ def _read(module: Module) -> ModuleUpdates:
             raise malformed(d, "its size is not 'r', with which the projections were drawn")
         projections = Seed(config.integer("projection_prng_key", 0, low=-(1 << 31)))
     return ModuleUpdates({module.site(): (VeRA(Factor.of(b), Factor.of(d), projections),)})
+
+
+def _shared(stored: torch.Tensor) -> torch.Tensor:
+    """A projection as it is stored: with a view, so that all modules read it once, and one view, so that they know it is one."""
+    return stored
 
 
 def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
@@ -64,7 +73,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     drawn = shared.projections if shared else Seed(0)
     if not isinstance(drawn, Seed):
         for name, factor in zip(_SHARED, drawn, strict=True):
-            file.put(f"base_model.{name}", factor)
+            file.put(f"{ROOT}{name}", factor)
     file.defaults = {"d_initial": 0.1, "fan_in_fan_out": False, "init_weights": True, "vera_dropout": 0.0}
     file.fields = {
         "projection_prng_key": drawn.key if isinstance(drawn, Seed) else 0,

@@ -13,10 +13,10 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing
 
-__all__ = ["check_inputs"]
+__all__ = ["check_compatible"]
 
 
-def check_inputs(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> list[str]:
+def check_compatible(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> list[str]:
     """Refuse adapters without deltas, or of different bases.
 
     Returns:

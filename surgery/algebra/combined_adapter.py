@@ -12,10 +12,12 @@ from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.updates import Update
 from surgery_formats.updates.low_rank_part import low_rank_part
 
-__all__ = ["as_adapter", "side_files"]
+__all__ = ["combined_adapter", "side_files"]
 
 
-def as_adapter(terms: Sequence[WeightedAdapter], updates: Mapping[Site, tuple[Update, ...]], target: Format) -> Adapter:
+def combined_adapter(
+    terms: Sequence[WeightedAdapter], updates: Mapping[Site, tuple[Update, ...]], target: Format
+) -> Adapter:
     """An adapter that does `updates` and was made from `terms`, for the writer of the format `target`.
 
     Raises:

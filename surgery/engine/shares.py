@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge in shares: workers that share a file system with the inputs compute parts of it, in any order, each by itself.
+
+Neither open files nor closures travel: a worker gets a `MergeRequest` (references and options), plans again, and compares the plan's id.
+Its share is a folder beside the output, which appears complete or not at all and which a rerun of a killed worker resumes, as any output:
+
+    .OUT.surgery-<job>.share-<i>-of-<n>/    weights, surgery_manifest.json
+
+Then one process merges as ever, with an engine that takes computed weights from the shares. It copies, proves and commits, so the result
+has the bytes that a single process writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from surgery.engine.checks import float_type
+from surgery.engine.execute import ComputeWeight, Run, Write, remembered, write_weights
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
+from surgery.engine.ledger import Measurement
+from surgery.engine.model_output import plan_merge
+from surgery.engine.plan import SHARE_FILE, Compute, Plan, PlannedTensor
+from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.manifest import MANIFEST, verify_folder
+from surgery_formats.files.raw import File, open_file
+from surgery_formats.text import listing, show
+
+__all__ = ["MergeRequest", "Shares", "merge_share", "planned_merge"]
+
+_BLOCK = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRequest:
+    """All that decides a merge, as plain values that can be sent.
+
+    Attributes:
+        base: Reference of the base.
+        adapters: References with their weights, in order.
+        dtype: As `surgery.merge` takes it.
+        shard_size: As `surgery.merge` takes it.
+        layout: ``keep`` or ``packed``.
+    """
+
+    base: str
+    adapters: tuple[tuple[str, float], ...]
+    dtype: str = "keep"
+    shard_size: int | None = None
+    layout: str = "keep"
+
+    def planned(self) -> tuple[Binding, Plan]:
+        """What meets what, and the plan; the inputs are opened here.
+
+        Raises:
+            FitError, InputError: see `surgery.merge`.
+        """
+        return planned_merge(self.base, self.adapters, self.dtype, self.shard_size, self.layout)
+
+
+def planned_merge(
+    base: CheckpointLike, adapters: AdaptersLike, dtype: str, shard_size: int | None, layout: str
+) -> tuple[Binding, Plan]:
+    """What meets what, and the plan of a merge.
+
+    Raises:
+        FitError, InputError: see `surgery.merge`.
+    """
+    if layout not in ("keep", "packed"):
+        raise FitError(f"layout is 'keep' or 'packed', not '{show(layout)}'")
+    weighted = as_weighted(adapters)
+    if not weighted:
+        raise FitError("no adapter was named")
+    binding = bind([(one.adapter, one.weight) for one in weighted], as_checkpoint(base))
+    stored = float_type(dtype, "weights")
+    return binding, plan_merge(binding, dtype=stored, shard_size=shard_size, packed=layout == "packed")
+
+
+def merge_share(
+    request: MergeRequest,
+    plan_id: str,
+    index: int,
+    count: int,
+    output: str | os.PathLike[str],
+    run: Run | None = None,
+) -> Path:
+    """Compute the share `index` of `count` of a merge into `output`, unless that was done before.
+
+    Args:
+        request: The merge.
+        plan_id: Of the plan that the other workers have (``ledger.plan.id`` of a dry run).
+        index: Which share, from 0.
+        count: How many there are.
+        output: The output of the whole merge; the share is written beside it.
+        run: How.
+
+    Returns:
+        The folder of the share.
+
+    Raises:
+        ProofError: planned here, it is another merge.
+        FitError, InputError, OutputExistsError, ResourceError: as `surgery.merge`; nothing is left behind.
+    """
+    _, plan = request.planned()
+    if plan.id != plan_id:
+        raise ProofError(
+            f"planned here, it is another merge ({plan.id[:16]} instead of {plan_id[:16]})",
+            hint="inputs, options and the version of surgery must be the same everywhere",
+        )
+    share, folder = plan.share(index, count), _folder(plan, Path(output), index, count)
+    if not (folder / MANIFEST).exists():
+        with output_folder(folder, _id(plan), inputs=plan.roots) as staged:
+            write_weights(share, staged, run or Run())
+            for file in plan.inputs:
+                file.check_unchanged()
+            staged.commit({"share": [index, count]})
+    return folder
+
+
+def _folder(plan: Plan, output: Path, index: int, count: int) -> Path:
+    """Named after the plan on these very files, so that shares of another merge are never taken for it."""
+    return output.parent / f".{output.name}.surgery-{_id(plan)[:16]}.share-{index}-of-{count}"
+
+
+def _id(plan: Plan) -> str:
+    """Digest of the plan, and of the inputs' sizes and times: unlike an inode, these are the same on every machine of a file system."""
+    inputs = sorted((file.path.name, *file.identity[2:]) for file in plan.inputs)
+    return hashlib.sha256(json.dumps([plan.id, inputs]).encode()).hexdigest()
+
+
+class _Piece(NamedTuple):
+    """A computed tensor, where its share holds it."""
+
+    file: File
+    tensor: PlannedTensor
+    measured: Measurement
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The engine that takes computed weights from `count` shares, and removes these when the output is committed."""
+
+    count: int
+
+    @contextlib.contextmanager
+    def computing(self, plan: Plan, output: Path) -> Iterator[ComputeWeight]:
+        """Read a weight from its share.
+
+        Raises:
+            FitError: a share is missing.
+            ProofError: a share is not what its worker wrote.
+        """
+        folders = [_folder(plan, output, index, self.count) for index in range(self.count)]
+        if missing := [str(index) for index, folder in enumerate(folders) if not (folder / MANIFEST).exists()]:
+            raise FitError(f"of {self.count} shares these are missing: {listing(missing)}", hint="run them again")
+        pieces: dict[str, list[_Piece]] = {}
+        for index, folder in enumerate(folders):
+            measured = remembered(verify_folder(folder)["files"][SHARE_FILE])
+            file = open_file(folder / SHARE_FILE)
+            for tensor in plan.share(index, self.count).tensors:
+                pieces.setdefault(tensor.weight_label, []).append(_Piece(file, tensor, measured[tensor.label]))
+
+        def read(
+            label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str
+        ) -> tuple[Measurement, ...]:
+            parts = sorted(pieces[label], key=lambda piece: piece.tensor.part)
+            for piece in parts:
+                _copy(piece, write, stop)
+            return tuple(piece.measured for piece in parts)
+
+        yield read
+        for folder in folders:
+            shutil.rmtree(folder)
+
+
+def _copy(piece: _Piece, write: Write, stop: Callable[[], bool]) -> None:
+    """The bytes of a tensor, which must be those that its worker measured."""
+    tensor, digest = piece.tensor, xxhash.xxh3_128()
+    for at in range(0, tensor.nbytes, _BLOCK):
+        if stop():
+            return
+        block = piece.file.read(tensor.offset + at, min(_BLOCK, tensor.nbytes - at))
+        digest.update(block)
+        write(tensor.part, at, memoryview(block))
+    if digest.hexdigest() != piece.measured.xxh3:
+        raise ProofError("is not what the worker computed", file=piece.file.path, tensor=tensor.label)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every adapter format passes the public conformance suite, for every kind of update it has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from surgery_formats.adapters.compact import COMPACT
+from surgery_formats.adapters.kohya import KOHYA
+from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.peft import PEFT
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.testing.format import FORMAT_CHECKS, FormatCase, save
+from surgery_formats.testing.memory import in_memory
+from tests.support.adapter_files import GOLDEN, draw, write_peft
+
+M = "base_model.model.model"
+Q, UP, EMBED = f"{M}.layers.0.self_attn.q_proj", f"{M}.layers.0.mlp.up_proj", f"{M}.embed_tokens"
+
+
+def _pair(module: str, out: int = 24, inputs: int = 40, rank: int = 3) -> dict[str, np.ndarray]:
+    return {f"{module}.lora_A.weight": draw(1, rank, inputs), f"{module}.lora_B.weight": draw(2, out, rank)}
+
+
+def _magnitude(module: str, size: int = 24) -> dict[str, np.ndarray]:
+    return {f"{module}.lora_magnitude_vector": draw(3, size) + 5}
+
+
+def _hada(module: str, rank: int = 2) -> dict[str, np.ndarray]:
+    shapes = {"w1_a": (24, rank), "w1_b": (rank, 40), "w2_a": (24, rank), "w2_b": (rank, 40)}
+    return {f"{module}.hada_{name}": draw(4, *shape) for name, shape in shapes.items()}
+
+
+_ROTATION = {"peft_version": "0.21.0", "use_cayley_neumann": False}
+PEFT_FILES: dict[str, tuple[dict[str, np.ndarray], dict[str, object]]] = {
+    "lora": ({**_pair(Q), **_pair(UP, rank=2)}, {"r": 3, "rank_pattern": {"up_proj": 2}, "lora_alpha": 6}),
+    "dora": ({**_pair(Q), **_magnitude(Q)}, {"r": 3, "use_dora": True}),
+    "lora on an embedding": (
+        {f"{EMBED}.lora_embedding_A": draw(5, 3, 32), f"{EMBED}.lora_embedding_B": draw(6, 40, 3)},
+        {"r": 3},
+    ),
+    "lora on a convolution": (
+        {
+            "base_model.model.conv.lora_A.weight": draw(7, 2, 4, 3, 3),
+            "base_model.model.conv.lora_B.weight": draw(8, 6, 2, 1, 1),
+        },
+        {"r": 2},
+    ),
+    "lora_bias": ({**_pair(Q), f"{Q}.lora_B.bias": draw(9, 24)}, {"r": 3, "lora_bias": True}),
+    "biases": ({**_pair(Q), f"{Q}.base_layer.bias": draw(10, 24), f"{UP}.bias": draw(11, 24)}, {"r": 3, "bias": "all"}),
+    "a carried embedding": (
+        {
+            f"{EMBED}.lora_embedding_A": draw(5, 3, 32),
+            f"{EMBED}.lora_embedding_B": draw(6, 40, 3),
+            f"{EMBED}.base_layer.weight": draw(25, 32, 40),
+        },
+        {"r": 3},
+    ),
+    "a resized vocabulary": ({**_pair(Q), f"{EMBED}.weight": draw(25, 36, 40)}, {"r": 3}),
+    "experts": (
+        {
+            f"{M}.layers.0.mlp.experts.base_layer.lora_A.weight": draw(26, 8, 40),
+            f"{M}.layers.0.mlp.experts.base_layer.lora_B.weight": draw(27, 24, 8),
+            f"{M}.layers.0.mlp.experts.lora_A.weight": draw(28, 8, 12),
+            f"{M}.layers.0.mlp.experts.lora_B.weight": draw(29, 40, 8),
+        },
+        {
+            "r": 2,
+            "peft_version": "0.21.0",
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "target_modules": [],
+        },
+    ),
+    "saved modules": ({**_pair(Q), f"{M}.norm.weight": draw(12, 40)}, {"r": 3, "modules_to_save": ["norm"]}),
+    "token rows": (
+        {**_pair(Q), f"{EMBED}.token_adapter.trainable_tokens_delta": draw(13, 2, 40)},
+        {"r": 3, "trainable_token_indices": {"embed_tokens": [1, 7]}},
+    ),
+    "wrapped attention": (_pair("base_model.model.attn.base_layer.out_proj"), {"r": 3, "lora_alpha": 6}),
+    "ia3": (
+        {f"{Q}.ia3_l": draw(14, 24, 1) + 2, f"{UP}.ia3_l": draw(15, 1, 40) + 2},
+        {"peft_type": "IA3", "feedforward_modules": ["up_proj"]},
+    ),
+    "loha": ({**_hada(Q), **_hada(UP, 4)}, {"peft_type": "LOHA", "r": 2, "alpha": 4, "rank_pattern": {"up_proj": 4}}),
+    "lokr": (
+        {f"{Q}.lokr_w1": draw(16, 4, 5), f"{Q}.lokr_w2_a": draw(17, 6, 2), f"{Q}.lokr_w2_b": draw(18, 2, 8)},
+        {"peft_type": "LOKR", "r": 2, "alpha": 4},
+    ),
+    "oft": ({f"{Q}.oft_R.weight": draw(19, 5, 28)}, {"peft_type": "OFT", "oft_block_size": 8, "r": 0, **_ROTATION}),
+    "vera": (
+        {
+            f"{Q}.vera_lambda_b": draw(20, 24),
+            f"{Q}.vera_lambda_d": draw(21, 3),
+            "base_model.vera_A": draw(22, 3, 40),
+            "base_model.vera_B": draw(23, 24, 3),
+        },
+        {"peft_type": "VERA", "r": 3, "projection_prng_key": 1},
+    ),
+    "vera, drawn": (
+        {f"{Q}.vera_lambda_b": draw(20, 24), f"{Q}.vera_lambda_d": draw(21, 3)},
+        {"peft_type": "VERA", "r": 3, "projection_prng_key": 1, "save_projection": False},
+    ),
+    "ln tuning": ({f"{M}.norm.ln_tuning_layers.weight": draw(24, 40)}, {"peft_type": "LN_TUNING"}),
+}
+
+
+def _peft(name: str) -> FormatCase:
+    tensors, config = PEFT_FILES[name]
+    return FormatCase(PEFT, lambda folder: write_peft(folder / "peft", tensors, **config))
+
+
+def _copied(path: Path) -> Callable[[Path], Path]:
+    """Golden files, away from what lies beside them."""
+
+    def write(folder: Path) -> Path:
+        target = folder / f"copy{path.suffix}"
+        if path.is_dir():
+            shutil.copytree(path, target, dirs_exist_ok=True)
+        else:
+            shutil.copy(path, target)
+        return target
+
+    return write
+
+
+def _compact(name: str) -> FormatCase:
+    def write(folder: Path) -> Path:
+        tensors, config = PEFT_FILES[name]
+        source = read_adapter(write_peft(folder / "source", tensors, **config))
+        return save(COMPACT.render(source, None), COMPACT, folder)
+
+    return FormatCase(COMPACT, write, tolerance=0.1)
+
+
+def _with_base(fmt, path: Path, base: Path, tolerance: float = 1e-6) -> FormatCase:
+    return FormatCase(fmt, _copied(path), open_checkpoint(base), tolerance)
+
+
+CASES: dict[str, Callable[[], FormatCase]] = {
+    **{f"peft {name}": lambda name=name: _peft(name) for name in PEFT_FILES},
+    **{
+        f"compact {name}": lambda name=name: _compact(name)
+        for name in (
+            "lora",
+            "dora",
+            "lora on an embedding",
+            "lora on a convolution",
+            "biases",
+            "saved modules",
+            "token rows",
+        )
+    },
+    **{
+        f"mlx {name}": lambda name=name: FormatCase(MLX, _copied(GOLDEN / "mlx/llama" / name))
+        for name in ("lora-keys", "dora-embed", "full")
+    },
+    "mlx experts": lambda: _with_base(MLX, GOLDEN / "mlx/mixtral/lora", GOLDEN / "mlx/mixtral/base"),
+    **{
+        f"kohya {name}": lambda name=name: _with_base(
+            KOHYA, GOLDEN / "kohya/sd1" / name / "adapter.safetensors", GOLDEN / "kohya/sd1/base"
+        )
+        for name in ("mixed", "conv", "mid", "dora-in")
+    },
+}
+
+
+@pytest.mark.parametrize("check", FORMAT_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", CASES)
+def test_the_format_conforms(name: str, check: Callable[[FormatCase, Path], None], tmp_path: Path) -> None:
+    check(CASES[name](), tmp_path)
+
+
+@pytest.mark.parametrize("name", PEFT_FILES)
+def test_a_peft_folder_is_written_again_as_it_is(name: str, tmp_path: Path) -> None:
+    """Keys, types, values and configuration, though no key of the source is looked at."""
+    tensors, _ = PEFT_FILES[name]
+    path = _peft(name).write(tmp_path)
+    rendering = PEFT.render(PEFT.read(path), None)
+    assert {tensor.name: tensor.shape for tensor in rendering.tensors} == {k: v.shape for k, v in tensors.items()}
+    for tensor in rendering.tensors:
+        assert np.array_equal(tensor.load().to(tensor.dtype.torch).numpy(), tensors[tensor.name]), tensor.name
+    assert json.loads(rendering.small_files["adapter_config.json"]) == json.loads(
+        (path / "adapter_config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PEFT_FILES if name != "ln tuning"]
+)  # a saved module, once it has no file
+def test_a_configuration_made_from_memory_names_what_is_there(name: str, tmp_path: Path) -> None:
+    """PEFT builds what the configuration names: factors of modules, and of parameters."""
+    adapter = in_memory(_peft(name).read(tmp_path))
+    config = json.loads(PEFT.render(adapter, None).small_files["adapter_config.json"])
+    factored = [s for s, chain in adapter.updates.items() if {u.kind for u in chain} - {"replacement", "token rows"}]
+    modules = {site.path.rpartition(".")[0] for site in factored if site.module_kind != "experts"}
+    assert config["peft_type"] == PEFT_FILES[name][1].get("peft_type", "LORA")
+    assert set(config["target_modules"]) == {module.removesuffix(".out_proj") for module in modules}
+    assert set(config.get("target_parameters", [])) == {s.path for s in factored if s.module_kind == "experts"}

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Updates meet the right weights of a base, in the right orientation, or the merge is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import surgery
+from surgery_formats.errors import FitError
+from tests.support.hand_made import write_adapter, write_model
+
+
+@pytest.mark.parametrize("side", ["embedding", "head"])
+def test_an_untied_pickle_keeps_head_and_embedding(side: str, tmp_path: Path) -> None:
+    shared = torch.randn(16, 8)
+    tensors = {"model.embed_tokens.weight": shared, "lm_head.weight": shared}
+    base = write_model(
+        tmp_path / "base",
+        tensors,
+        pickled=True,
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        tie_word_embeddings=True,
+    )
+    a, b = torch.randn(2, 16), torch.randn(8, 2)
+    if side == "embedding":
+        lora = {"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b}
+    else:
+        lora = {"lm_head.lora_A.weight": b.T.contiguous(), "lm_head.lora_B.weight": a.T.contiguous()}
+    surgery.merge(base, write_adapter(tmp_path / "lora", lora), output=tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}[side]
+    other = ({*tensors} - {changed}).pop()
+    torch.testing.assert_close(merged[changed], shared + a.T @ b.T, rtol=0, atol=1e-5)
+    assert torch.equal(merged[other], shared)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_weighted_conv1d_replacement_is_not_transposed(tmp_path: Path) -> None:
+    name = "transformer.h.0.attn.c_proj.weight"
+    base = write_model(tmp_path / "base", {name: torch.randn(8, 8)}, model_type="gpt2")
+    saved = torch.randn(8, 8)
+    path = write_adapter(tmp_path / "lora", {name: saved}, modules_to_save=["c_proj"])
+    surgery.merge(base, (path, 0.5), output=tmp_path / "out")
+    before = load_file(base / "model.safetensors")[name]
+    merged = load_file(tmp_path / "out" / "model.safetensors")[name]
+    torch.testing.assert_close(merged, (before + saved) / 2, rtol=0, atol=1e-6)
+
+
+def test_a_weighted_longer_vocabulary_is_refused(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"model.embed_tokens.weight": torch.randn(10, 4)}, model_type="llama")
+    path = write_adapter(
+        tmp_path / "lora", {"model.embed_tokens.weight": torch.randn(12, 4)}, modules_to_save=["embed_tokens"]
+    )
+    with pytest.raises(FitError, match="nothing to blend"):
+        surgery.merge(base, (path, 0.5), output=tmp_path / "out")
+
+
+def test_a_possibly_tied_embedding_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    name = "decoder.words.weight"
+    config = {"model_type": "nobody-knows", "vocab_size": 10}
+    base = write_model(tmp_path / "base", {name: torch.randn(10, 4)}, **config)
+    stem = name.removesuffix(".weight")
+    lora = {f"{stem}.lora_embedding_A": torch.randn(2, 10), f"{stem}.lora_embedding_B": torch.randn(4, 2)}
+    with pytest.raises(FitError, match="tied to another"):
+        surgery.merge(base, write_adapter(tmp_path / "lora", lora), output=tmp_path / "out")
+
+
+def test_a_layer_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"transformer.h.0.ln_1.weight": torch.ones(4)}, model_type="gpt2")
+    path = write_adapter(tmp_path / "lora", {"transformer.h.7.ln_1.weight": torch.zeros(4)}, modules_to_save=["ln_1"])
+    with pytest.raises(FitError, match="has no parameter"):
+        surgery.merge(base, path, output=tmp_path / "out")
+
+
+def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"model.layers.0.q_proj.weight": torch.randn(4, 4)}, model_type="llama")
+    a, b = torch.randn(2, 4), torch.randn(4, 2)
+    lora = {
+        f"{stem}.lora_{k}.weight": v.clone()
+        for stem in ("layers.0.q_proj", "model.layers.0.q_proj")
+        for k, v in (("A", a), ("B", b))
+    }
+    with pytest.raises(FitError, match="same weight"):
+        surgery.merge(base, write_adapter(tmp_path / "lora", lora), output=tmp_path / "out")

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof of a written adapter finds every difference that matters, whatever kinds of updates stand for the same delta."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from surgery.engine.factor_proof import distance, scale_error
+from surgery.engine.proof import check_errors, compare, restricted
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.containers.safetensors import open_safetensors
+from surgery_formats.errors import ProofError
+from surgery_formats.updates import DoRA, Factor, LoRA, Offset, TokenRows, Update
+from tests.support.toy_kinds import adapter_of, gained_lora, outer_sine, row_gain
+
+
+def stored(file: Path, **values: torch.Tensor) -> dict[str, Factor]:
+    save_file({name: value.contiguous() for name, value in values.items()}, file)
+    return {tensor.name: Factor.of(tensor) for tensor in open_safetensors(file).tensors}
+
+
+def error(source: Update, written: Update) -> float:
+    (found,) = compare(adapter_of(source), adapter_of(written), None).values()
+    return found
+
+
+def test_two_kinds_that_add_the_same_are_equal(tmp_path: Path) -> None:
+    toy = gained_lora(tmp_path / "toy.safetensors")
+    factors = stored(tmp_path / "a.safetensors", delta=toy.low_rank().delta(torch.float64))
+    assert error(toy, toy.low_rank()) == 0
+    assert error(toy, Offset(factors["delta"])) < 1e-12
+    assert error(toy, Offset(factors["delta"], 1.01)) == pytest.approx(0.01)
+
+
+def test_equal_factors_are_told_apart_by_their_scale(tmp_path: Path) -> None:
+    lora = gained_lora(tmp_path / "toy.safetensors").low_rank()
+    assert error(lora, replace(lora, scale=lora.scale * 1.5)) == pytest.approx(0.5)
+    assert scale_error(lora, lora) == 0
+    assert scale_error(lora, LoRA(lora.A, Factor(lora.B.tensors, lora.B.shape, lambda b, gain: b), 1.5)) is None
+
+
+def test_factors_that_are_transformed_into_each_other_are_equal_by_their_delta(tmp_path: Path) -> None:
+    lora = gained_lora(tmp_path / "toy.safetensors").low_rank()
+    A, B = lora.A.load(torch.float64), lora.B.load(torch.float64)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    factors = stored(tmp_path / "a.safetensors", A=turn.T @ A, B=B @ turn)
+    assert error(lora, LoRA(factors["A"], factors["B"], lora.scale)) < 1e-12
+
+
+def test_what_depends_on_the_base_is_compared_by_its_factors(tmp_path: Path) -> None:
+    gain, same, other = (row_gain(tmp_path / f"{n}.safetensors", seed) for n, seed in enumerate((1, 1, 2)))
+    assert error(gain, same) == 0
+    assert error(gain, other) > 0.1
+    assert error(gain, outer_sine(tmp_path / "sine.safetensors")) == math.inf
+
+
+def test_magnitudes_and_direction_of_a_dora_both_count(tmp_path: Path) -> None:
+    lora = gained_lora(tmp_path / "toy.safetensors").low_rank()
+    factors = stored(tmp_path / "m.safetensors", m=torch.ones(32), other=torch.full((32,), 1.25))
+    dora = DoRA(lora, factors["m"])
+    assert error(dora, DoRA(lora, factors["m"])) == 0
+    assert error(dora, DoRA(lora, factors["other"])) == pytest.approx(0.25)
+    assert error(dora, DoRA(replace(lora, scale=lora.scale * 2), factors["m"])) == pytest.approx(1.0)
+    with pytest.raises(ProofError, match="of a different kind than the source's"):
+        error(dora, lora)
+
+
+def test_a_weight_that_is_missing_or_new_is_named(tmp_path: Path) -> None:
+    toy = gained_lora(tmp_path / "toy.safetensors")
+    here, there = adapter_of(toy), adapter_of(toy, "model.layers.1.self_attn.q_proj")
+    with pytest.raises(ProofError, match=r"1 weights are missing \(model.layers.0.*1 are new \(model.layers.1"):
+        compare(here, there, None)
+
+
+def test_errors_above_the_tolerance_and_nan_are_refused() -> None:
+    check_errors({"a": 1e-7, "b": 0.0}, 1e-6, Path("out"))
+    for worst in (1e-5, math.nan, math.inf):
+        with pytest.raises(ProofError, match="1 of 2 weights differ, 'b'"):
+            check_errors({"a": 1e-7, "b": worst}, 1e-6, Path("out"))
+
+
+def test_the_distance_of_approximations_is_relative_to_the_change(tmp_path: Path) -> None:
+    toy, other = gained_lora(tmp_path / "toy.safetensors"), outer_sine(tmp_path / "sine.safetensors")
+    assert distance(toy, toy.scaled(0.9)) == pytest.approx(0.1)
+    assert distance(toy, other) == math.inf
+    assert distance(other, other) == 0
+    assert distance(other, other.scaled(0.9)) == math.inf  # not of low rank: equal or nothing
+    rows = stored(tmp_path / "rows.safetensors", value=torch.ones(2, 4))["value"]
+    assert distance(TokenRows(rows, (1, 2)), TokenRows(rows, (1, 2))) == 0
+    assert distance(TokenRows(rows, (1, 2)), TokenRows(rows, (2, 1))) == math.inf
+
+
+def test_a_restricted_adapter_has_the_tensors_of_what_it_keeps(tmp_path: Path) -> None:
+    first, second = gained_lora(tmp_path / "a.safetensors"), outer_sine(tmp_path / "b.safetensors")
+    both = {Site("x.weight"): (first,), Site("y.weight"): (second,)}
+    whole = Adapter(tmp_path, "toy", "TOY", both, (*first.tensors, *second.tensors))
+    part = restricted(whole, {Site("y.weight"): (second,)})
+    assert part.tensors == second.tensors
+    assert list(part.updates) == [Site("y.weight")]
