@@ -95,7 +95,7 @@ def cases(base: Path, folder: Path, target: str) -> Any:
         model = trained.attached("llama", base, (adapter, 1.0))
         for form in ("kv", "rows"):  # beside keys and values the folder holds rows.onnx for it
             out = folder / f"{kind} {form}"
-            export_onnx(base, [adapter], output=out, target=target, form=form)
+            export_onnx(base, [adapter], output=out, target=target, prompt_form=form)
             yield f"in front: {kind}, exported as {form}", out, [(ahead + IDS, "")], [model]
 
 

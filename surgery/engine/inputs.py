@@ -47,7 +47,7 @@ CheckpointLike = StrPath | Checkpoint
 Openable: TypeAlias = "StrPath | Checkpoint | Adapter"
 AdapterLike: TypeAlias = "StrPath | Adapter"
 WeightedLike: TypeAlias = "AdapterLike | WeightedAdapter | tuple[AdapterLike, float]"
-AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[StrPath, float]"
+AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[Any, float]"
 
 Item = TypeVar("Item")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgery.reports.targets import site_role
-from surgery_formats.binding.bind import fit_of
+from surgery_formats.binding.sizes import fit_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component

@@ -49,7 +49,7 @@ def export_onnx(
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
     bake_prompt: str | Sequence[str] = (),
-    form: str = "auto",
+    prompt_form: str = "auto",
     merge_to: str = "delta",
     target: str = "cpu",
     dtype: str = "auto",
@@ -69,7 +69,7 @@ def export_onnx(
         swap: Adapters for slots: the graph is the base until one is given to a run.
         prefix: Soft prompts; the first one is the default.
         bake_prompt: Texts that stand in front, read once, now.
-        form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``: behind the vocabulary.
+        prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``: behind the vocabulary.
         merge_to: ``delta``: changed tensors in a file beside the base's; ``full``: all weights anew, laid out for graphs.
         target: ``cuda``, ``cpu`` or ``portable``.
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
@@ -94,7 +94,9 @@ def export_onnx(
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
-    assembly = _assembly(checkpoint, wanted, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), form)
+    assembly = _assembly(
+        checkpoint, wanted, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form
+    )
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")

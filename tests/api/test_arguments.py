@@ -42,6 +42,7 @@ WEIGHTED: dict[str, Callable[[Path], Any]] = {
     "list": lambda path: [(path, 0.5)],
     "generator": lambda path: (pair for pair in [(path, 0.5)]),
     "mapping": lambda path: {path: 0.5},
+    "mapping of adapters": lambda path: {surgery.open(path): 0.5},
     "mapping of text": lambda path: {str(path): 0.5},
 }
 

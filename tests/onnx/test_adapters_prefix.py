@@ -167,7 +167,7 @@ def test_rows_after_the_vocabulary_give_the_logits_of_peft(name, target, tmp_pat
     """Families whose table scales its rows, and one that scales whatever comes, too."""
     base = recipes.build(name, tmp_path / "base", **MODELS.get(name, {}))
     adapter = trained.train(name, base, trained.PROMPTS["prompt"], tmp_path / "adapter")
-    result = export_onnx(base, [adapter], output=tmp_path / "out", form="rows", target=target)
+    result = export_onnx(base, [adapter], output=tmp_path / "out", prompt_form="rows", target=target)
     assert result.contract.vocabulary_rows == (recipes.VOCAB, trained.TOKENS)
     assert result.contract.virtual_tokens == 0
     model = trained.attached(name, base, (adapter, 1.0))
@@ -297,9 +297,9 @@ def test_a_prompt_tuned_classifier_gives_the_logits_of_peft(name, kind, target, 
 
 
 REFUSED = {
-    "rows of keys and values": ("prefix", {"form": "rows"}, "are not tokens"),
+    "rows of keys and values": ("prefix", {"prompt_form": "rows"}, "are not tokens"),
     "no room": ("prompt", {"max_length": 5}, "leave no room"),
-    "no such form": ("prompt", {"form": "other"}, "not a form"),
+    "no such form": ("prompt", {"prompt_form": "other"}, "not a form"),
 }
 
 

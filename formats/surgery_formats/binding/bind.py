@@ -6,27 +6,27 @@ Updates are grouped by the weight they change, so that ties and overlaps are see
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from surgery_formats.binding.checks import check_family, check_fit, check_mergeable, check_missing, check_overlap
 from surgery_formats.binding.edits import Edit, Operation
+from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.binding.tied_edits import settle_tie
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
-from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
-from surgery_formats.models.names import WeightSlice, extent
-from surgery_formats.storage.base import Storage, is_stacked
+from surgery_formats.models.names import WeightSlice
+from surgery_formats.storage.base import is_stacked
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import Tensor, ZeroTensor
-from surgery_formats.tensors.views import View, rows, whole
-from surgery_formats.text import closest, listing, show
-from surgery_formats.updates import Fit, Linear, Offset, Replacement, Stacked, TokenRows, Unsized, Update
+from surgery_formats.tensors.views import rows, whole
+from surgery_formats.text import listing
+from surgery_formats.updates import Linear, Offset, Replacement, Stacked, TokenRows, Update
 
-__all__ = ["Binding", "bind", "component_of", "fit_of", "warn_of_other_base", "widest_of"]
+__all__ = ["Binding", "bind", "warn_of_other_base"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
     """
     bound: dict[tuple[str, str], list[_BoundOperation]] = {}
     for number, (adapter, weight) in enumerate(adapters):
-        _check_mergeable(adapter)
-        chains, missing = _locate(adapter, checkpoint, new_biases=new_biases)
-        for chain in _sized(chains, adapter, checkpoint):
+        check_mergeable(adapter)
+        chains, missing = _locate(sized(adapter, checkpoint), checkpoint, new_biases=new_biases)
+        for chain in chains:
             for operation in _operate(chain, adapter, number, weight):
                 bound.setdefault(operation.key, []).append(operation)
-        _check_missing(missing, adapter, checkpoint)
+        check_missing(missing, adapter, checkpoint)
     edits = {key: _edit(key, found, checkpoint.components[key[0]], adapters) for key, found in bound.items()}
     settled, untied = _settle_ties(edits, adapters, checkpoint)
     dropped = {t for edit in edits.values() for t in _trained(edit)} - {
@@ -129,18 +129,6 @@ def _locate(
     return tuple(chains), tuple(missing)
 
 
-def _sized(chains: Sequence[_LocatedChain], adapter: Adapter, checkpoint: Checkpoint) -> Iterator[_LocatedChain]:
-    """`chains` with the sizes that their files do not tell, taken from the weights they meet."""
-    kinds = {update.kind for chain in chains for update in chain.updates if isinstance(update, Unsized)}
-    widest = {kind: widest_of(kind, adapter, checkpoint) for kind in kinds}
-    for chain in chains:
-        updates = (
-            update.fitted(fit_of(chain.slices, widest[update.kind])) if isinstance(update, Unsized) else update
-            for update in chain.updates
-        )
-        yield replace(chain, updates=tuple(updates))
-
-
 def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float) -> Iterator[_BoundOperation]:
     """A chain as operations on the weights of the base, each update oriented and scaled."""
     slices = chain.slices
@@ -166,46 +154,10 @@ def _settle_ties(
     return settled, frozenset(untied)
 
 
-def _warnings(
-    adapters: Sequence[tuple[Adapter, float]], untied: frozenset[str], checkpoint: Checkpoint
-) -> tuple[str, ...]:
-    issues = [f"{adapter.path.name}: {issue}" for adapter, _ in adapters for issue in adapter.known_issues()]
-    other_base = warn_of_other_base([adapter for adapter, _ in adapters], checkpoint)
-    return (*issues, *_warn_of_parting(untied, checkpoint), *other_base)
-
-
 def _trained(edit: Edit) -> Iterator[Tensor]:
     """The adapters' tensors that make an edit."""
     for operation in (*edit.operations, *((edit.replaced,) if edit.replaced else ())):
         yield from operation.update.tensors
-
-
-def _check_mergeable(adapter: Adapter) -> None:
-    check_consumed(adapter)
-    if adapter.prompt is not None:
-        raise FitError(
-            f"{adapter.kind} trains virtual tokens: no weight can hold them",
-            file=adapter.path,
-            hint="keep it beside the model: `surgery export-onnx` puts it in front of the input",
-        )
-    if not adapter.updates:
-        raise FitError("the adapter holds no tensors", file=adapter.path)
-
-
-def component_of(site: Site, adapter: Adapter, checkpoint: Checkpoint) -> Component:
-    """The part of a base that a site of an adapter means; an adapter without parts fits a base without parts.
-
-    Raises:
-        FitError: the base has no such part.
-    """
-    if site.component in checkpoint.components:
-        return checkpoint.components[site.component]
-    if not checkpoint.is_pipeline and len({other.component for other in adapter.updates}) == 1:
-        return checkpoint.main
-    raise FitError(
-        f"the adapter changes '{site.component or 'one model'}', the base has {listing(sorted(checkpoint.components)) or 'one model'}",
-        file=adapter.path,
-    )
 
 
 def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component: Component) -> tuple[WeightSlice, ...]:
@@ -231,24 +183,6 @@ def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tu
         return ()
     zeros = ZeroTensor(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1])
     return (WeightSlice(Parameter.of(zeros, component.name)),)
-
-
-def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int]) -> Fit:
-    """What an update may need to know of the weight at `places`."""
-    storage = places[0].parameter.storage
-    sizes = storage.sizes
-    kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
-    return Fit(extent(places), kernel, widest)
-
-
-def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
-    """``(out, in)``, each the greatest of all weights for which `adapter` has updates of `kind`."""
-    shapes = [(0, 0)]
-    for site, chain in adapter.updates.items():
-        if any(update.kind == kind for update in chain):
-            names = component_of(site, adapter, checkpoint).names
-            shapes += [extent(found)] if (found := names.resolve(site.path, flat=site.flat)) else []
-    return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
 
 
 def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
@@ -300,7 +234,7 @@ def _operations(
     update: Update, places: tuple[WeightSlice, ...], site: Site, number: int, share: float
 ) -> Iterator[_BoundOperation]:
     """`update` cut to the pieces of the base that hold its weight."""
-    _check_fit(update, places)
+    check_fit(update, places)
     if isinstance(update, Replacement):  # as the parameter is stored, whatever its orientation
         everything = whole(places[0].parameter.storage.shape)
         yield _BoundOperation(Operation(update, everything, site, number, share), places[0])
@@ -317,35 +251,6 @@ def _operations(
                 yield _BoundOperation(Operation(part, piece, site, number, share), place)
 
 
-def _check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
-    """Shapes agree, and the base's values are numbers that can be added to."""
-    parameter = places[0].parameter
-    tensor = update.tensors[0]
-    if isinstance(update, Replacement):
-        return
-    if not parameter.storage.is_float:
-        raise FitError(
-            f"'{parameter.name}' is stored as {parameter.storage.kind}: a quantised base cannot be merged into",
-            file=parameter.sources[0].path,
-            tensor=tensor.name,
-            hint="merge into the base it was quantised from",
-        )
-    height, width = extent(places)
-    if isinstance(update, TokenRows) and update.shape[1] == width:
-        if (last := max(update.indices, default=-1)) < height:
-            return
-        raise FitError(
-            f"token id {last}, but '{parameter.name}' has {height} rows", file=tensor.path, tensor=tensor.name
-        )
-    if update.shape != (height, width):
-        raise FitError(
-            f"made for a weight of {list(update.shape)}, but '{parameter.name}' is {[height, width]}",
-            file=tensor.path,
-            tensor=tensor.name,
-            hint="is this the base it was trained on?",
-        )
-
-
 def _edit(
     key: tuple[str, str],
     bound: Sequence[_BoundOperation],
@@ -360,8 +265,8 @@ def _edit(
         names = sorted({str(adapters[operation.adapter][0].path.name) for operation in operations})
         raise FitError(f"is trained in full by one adapter and changed by another ({listing(names)})", tensor=key[1])
     storage = bound[0].place.parameter.storage
-    _check_overlap(key[1], operations, adapters)
-    _check_family(key[1], storage, component)
+    check_overlap(key[1], operations, adapters)
+    check_family(key[1], storage, component)
     is_new = component.aliases.get(key[1], key[1]) not in component.names.parameters
     first = operations[0]
     if isinstance(first.update, Replacement) and first.share == 1.0:
@@ -371,51 +276,12 @@ def _edit(
     return Edit(*key, storage, operations, added=is_new, why=why)
 
 
-def _check_overlap(name: str, operations: Sequence[Operation], adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Two names of one adapter for the same rows: adding both would double what was trained once."""
-    for position, one in enumerate(operations):
-        for other in operations[:position]:
-            if one.adapter == other.adapter and one.site != other.site and _meet(one.view, other.view):
-                raise FitError(
-                    f"'{one.site}' and '{other.site}' are the same weight of the base",
-                    file=adapters[one.adapter][0].path,
-                    tensor=name,
-                )
-
-
-def _meet(one: View, other: View) -> bool:
-    return bool(set(one.rows) & set(other.rows)) and bool(set(one.cols) & set(other.cols))
-
-
-def _check_family(name: str, storage: Storage, component: Component) -> None:
-    """In a model of unknown family an embedding may be tied to a head by a name nobody here knows."""
-    config = component.config
-    text = config.get("text_config")
-    vocabulary = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
-    if component.family.known or not config.get("model_type") or config.get("tie_word_embeddings") is False:
-        return
-    if len(storage.sizes) == 2 and storage.sizes[0] == vocabulary:
-        raise FitError(
-            f"models of type '{show(config['model_type'])}' are not known: whether this weight is tied to another cannot be told",
-            tensor=name,
-            hint="keep the adapter unmerged, or set tie_word_embeddings to false in the base's config.json if it is not tied",
-        )
-
-
-def _check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpoint) -> None:
-    if not missing:
-        return
-    site = missing[0]
-    known = checkpoint.components[
-        site.component if site.component in checkpoint.components else next(iter(checkpoint.components))
-    ]
-    tensor = adapter.updates[site][0].tensors[0]
-    raise FitError(
-        f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
-        file=tensor.path,
-        tensor=tensor.name,
-        hint=closest(site.path, known.parameters) or "is this the base it was trained on?",
-    )
+def _warnings(
+    adapters: Sequence[tuple[Adapter, float]], untied: frozenset[str], checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    issues = [f"{adapter.path.name}: {issue}" for adapter, _ in adapters for issue in adapter.known_issues()]
+    other_base = warn_of_other_base([adapter for adapter, _ in adapters], checkpoint)
+    return (*issues, *_warn_of_parting(untied, checkpoint), *other_base)
 
 
 def _warn_of_parting(untied: frozenset[str], checkpoint: Checkpoint) -> list[str]:

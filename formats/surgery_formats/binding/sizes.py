@@ -1,16 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives updates the sizes that their files do not tell and a base does."""
+"""Sizes that an adapter's files do not tell and a base does."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from surgery_formats.binding.bind import component_of, fit_of, widest_of
 from surgery_formats.canonical.adapter import Adapter, Site
-from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.updates import Unsized, Update
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.names import WeightSlice, extent
+from surgery_formats.text import listing
+from surgery_formats.updates import Fit, Unsized, Update
 
-__all__ = ["sized"]
+__all__ = ["component_of", "fit_of", "sized", "widest_of"]
+
+
+def component_of(site: Site, adapter: Adapter, checkpoint: Checkpoint) -> Component:
+    """The part of a base that a site of an adapter means; an adapter without parts fits a base without parts.
+
+    Raises:
+        FitError: the base has no such part.
+    """
+    if site.component in checkpoint.components:
+        return checkpoint.components[site.component]
+    if not checkpoint.is_pipeline and len({other.component for other in adapter.updates}) == 1:
+        return checkpoint.main
+    raise FitError(
+        f"the adapter changes '{site.component or 'one model'}', the base has {listing(sorted(checkpoint.components)) or 'one model'}",
+        file=adapter.path,
+    )
+
+
+def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int]) -> Fit:
+    """What an update may need to know of the weight at `places`."""
+    storage = places[0].parameter.storage
+    sizes = storage.sizes
+    kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
+    return Fit(extent(places), kernel, widest)
+
+
+def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
+    """``(out, in)``, each the greatest of all weights for which `adapter` has updates of `kind`."""
+    shapes = [(0, 0)]
+    for site, chain in adapter.updates.items():
+        if any(update.kind == kind for update in chain):
+            names = component_of(site, adapter, checkpoint).names
+            shapes += [extent(found)] if (found := names.resolve(site.path, flat=site.flat)) else []
+    return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
 
 
 def sized(adapter: Adapter, base: Checkpoint) -> Adapter:

@@ -109,6 +109,9 @@ class Adapter:
     def __repr__(self) -> str:
         return f"<Adapter {str(self.path)!r}: {self.format} {self.kind}, {len(self.updates)} updates>"
 
+    def __hash__(self) -> int:
+        return hash((self.path, self.format, self.kind))  # so that it can be the key of a weight
+
     def __mul__(self, weight: float) -> WeightedAdapter:
         """This adapter at `weight` times its strength: ``adapter * 0.7``, ``-0.3 * adapter``, ``-adapter``."""
         return WeightedAdapter(self, 1.0).__mul__(weight)

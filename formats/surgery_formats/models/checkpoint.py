@@ -119,7 +119,8 @@ class Component:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """Names that share another's bytes: ``lm_head.weight`` -> ``model.embed_tokens.weight``."""
-        aliases = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(self.tensors))
+        whole = {name: one.sources[0] for name, one in self.parameters.items() if len(one.sources) == 1}
+        aliases = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(whole))
         if self.tied and self.head and self.head not in self.parameters:
             aliases[self.head] = self.embedding
         aliases |= {

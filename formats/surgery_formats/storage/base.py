@@ -81,7 +81,7 @@ class Encoding(Protocol):
         """The stored tensors that hold the weight if it is called `name`, in the order of `Storage.sources`."""
 
     def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
-        """The bytes of the rows from `start`, rounded once.
+        """The bytes of the rows from `start`, rounded once; blocks in order give the bytes of every part in order.
 
         Args:
             start: A multiple of `group`.

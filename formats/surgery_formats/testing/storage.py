@@ -205,20 +205,20 @@ def _put(weight: Storage, values: torch.Tensor, heights: Iterable[int]) -> tuple
 
     parts = weight.parts(weight.name)
     data = [bytearray(part.nbytes) for part in parts]
-    times = [bytearray(part.nbytes) for part in parts]
+    reached = [0 for _ in parts]
     rounded = torch.empty(weight.shape, dtype=weight.dtype.torch)
     start = 0
     for height in heights:
         before = bytes(as_bytes(values))
         encoded, block = _put_block(weight, values, start, start + height)
         for part, offset, raw in encoded:
+            assert offset == reached[part], "bytes that are put twice, out of order, or not at all"
             data[part][offset : offset + len(raw)] = raw
-            for at in range(offset, offset + len(raw)):
-                times[part][at] += 1
+            reached[part] += len(raw)
         rounded[start : start + height] = block
         assert bytes(as_bytes(values)) == before, "the block was written to"
         start += height
-    assert all(set(count) == {1} for count in times), "bytes that were put twice, or not at all"
+    assert reached == [part.nbytes for part in parts], "bytes that are not put at all"
     return data, rounded
 
 

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What binding refuses, each with the file and the tensor to blame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from surgery_formats.binding.edits import Operation
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.consumption import check_consumed
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.names import WeightSlice, extent
+from surgery_formats.storage.base import Storage
+from surgery_formats.tensors.views import View
+from surgery_formats.text import closest, show
+from surgery_formats.updates import Replacement, TokenRows, Update
+
+__all__ = ["check_family", "check_fit", "check_mergeable", "check_missing", "check_overlap"]
+
+
+def check_mergeable(adapter: Adapter) -> None:
+    """Every tensor of the adapter is used, and all of it can become part of weights."""
+    check_consumed(adapter)
+    if adapter.prompt is not None:
+        raise FitError(
+            f"{adapter.kind} trains virtual tokens: no weight can hold them",
+            file=adapter.path,
+            hint="keep it beside the model: `surgery export-onnx` puts it in front of the input",
+        )
+    if not adapter.updates:
+        raise FitError("the adapter holds no tensors", file=adapter.path)
+
+
+def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
+    """Shapes agree, and the base's values are numbers that can be added to."""
+    parameter = places[0].parameter
+    tensor = update.tensors[0]
+    if isinstance(update, Replacement):
+        return
+    if not parameter.storage.is_float:
+        raise FitError(
+            f"'{parameter.name}' is stored as {parameter.storage.kind}: a quantised base cannot be merged into",
+            file=parameter.sources[0].path,
+            tensor=tensor.name,
+            hint="merge into the base it was quantised from",
+        )
+    height, width = extent(places)
+    if isinstance(update, TokenRows) and update.shape[1] == width:
+        if (last := max(update.indices, default=-1)) < height:
+            return
+        raise FitError(
+            f"token id {last}, but '{parameter.name}' has {height} rows", file=tensor.path, tensor=tensor.name
+        )
+    if update.shape != (height, width):
+        raise FitError(
+            f"made for a weight of {list(update.shape)}, but '{parameter.name}' is {[height, width]}",
+            file=tensor.path,
+            tensor=tensor.name,
+            hint="is this the base it was trained on?",
+        )
+
+
+def check_overlap(name: str, operations: Sequence[Operation], adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Two names of one adapter for the same rows: adding both would double what was trained once."""
+    for position, one in enumerate(operations):
+        for other in operations[:position]:
+            if one.adapter == other.adapter and one.site != other.site and _meet(one.view, other.view):
+                raise FitError(
+                    f"'{one.site}' and '{other.site}' are the same weight of the base",
+                    file=adapters[one.adapter][0].path,
+                    tensor=name,
+                )
+
+
+def _meet(one: View, other: View) -> bool:
+    return bool(set(one.rows) & set(other.rows)) and bool(set(one.cols) & set(other.cols))
+
+
+def check_family(name: str, storage: Storage, component: Component) -> None:
+    """In a model of unknown family an embedding may be tied to a head by a name nobody here knows."""
+    config = component.config
+    text = config.get("text_config")
+    vocabulary = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+    if component.family.known or not config.get("model_type") or config.get("tie_word_embeddings") is False:
+        return
+    if len(storage.sizes) == 2 and storage.sizes[0] == vocabulary:
+        raise FitError(
+            f"models of type '{show(config['model_type'])}' are not known: whether this weight is tied to another cannot be told",
+            tensor=name,
+            hint="keep the adapter unmerged, or set tie_word_embeddings to false in the base's config.json if it is not tied",
+        )
+
+
+def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """Refuse an adapter with updates of parameters that the base lacks; the error names the first of them."""
+    if not missing:
+        return
+    site = missing[0]
+    known = checkpoint.components[
+        site.component if site.component in checkpoint.components else next(iter(checkpoint.components))
+    ]
+    tensor = adapter.updates[site][0].tensors[0]
+    raise FitError(
+        f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
+        file=tensor.path,
+        tensor=tensor.name,
+        hint=closest(site.path, known.parameters) or "is this the base it was trained on?",
+    )
