@@ -28,16 +28,7 @@ _PATH_LIMIT = 500  # characters; a path is worth showing whole
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is told about an exception.
-
-    Attributes:
-        exit_code: Of the process.
-        code: Stable name for machines.
-        message: What is wrong.
-        hint: What to do next.
-        file: Where.
-        tensor: Where in it.
-    """
+    """What is told about an exception; `code` is a stable name for machines, `hint` what to do next."""
 
     exit_code: int
     code: str

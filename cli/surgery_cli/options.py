@@ -35,6 +35,7 @@ __all__ = [
     "output",
     "overwrite",
     "rank_of",
+    "reference",
     "runtime_device_option",
     "share",
     "size",
@@ -111,6 +112,11 @@ def subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
 def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """References are mostly files and folders: the shell completes those itself."""
     return [CompletionItem(incomplete, type="file")]
+
+
+def reference(name: str, *, metavar: str, help: str) -> Callable[[F], F]:
+    """An option that names a model or an adapter."""
+    return click.option(name, metavar=metavar, shell_complete=complete_files, help=help)
 
 
 def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:

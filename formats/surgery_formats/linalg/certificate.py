@@ -68,9 +68,8 @@ class Convergence:
 def outside_norm(small: torch.Tensor, beyond: torch.Tensor) -> float:
     """Estimate ``|M M^T|`` outside the basis.
 
-    Args:
-        small: ``K^T M M^T K`` of the last two blocks (or the only one), float64.
-        beyond: ``W^T W``, ``(b, b)``, float64, where `W` is what the next product adds outside the basis.
+    `small` is ``K^T M M^T K`` of the last two blocks (or the only one), `beyond` ``W^T W``, ``(b, b)``, where `W` is what the
+    next product adds outside the basis; both float64.
     """
     b = len(beyond)
     last = float(torch.linalg.eigvalsh(small[-b:, -b:])[-1])

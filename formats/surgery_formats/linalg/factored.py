@@ -82,19 +82,14 @@ def factored_inner(B: torch.Tensor, A: torch.Tensor, other_B: torch.Tensor, othe
 
 
 def relative_error(exact: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """``||B A - B' A'||_F / ||B A||_F`` of ``exact = (B, A)`` and ``other = (B', A')``, in float64.
-
-    Returns:
-        0 if both are zero, infinite if only the first is.
+    """``||B A - B' A'||_F / ||B A||_F`` of ``exact = (B, A)`` and ``other = (B', A')``, in float64; infinite if only B A is zero.
 
     Raises:
         FitError: the matrices' shapes differ.
     """
     error = factored_norm(*concatenated([(B.double(), A.double()) for B, A in (exact, other)], [1.0, -1.0]))
     size = factored_norm(*exact)
-    if size == 0:
-        return 0.0 if error == 0 else math.inf
-    return error / size
+    return error / size if size else math.inf if error else 0.0
 
 
 def rerank(B: torch.Tensor, A: torch.Tensor, rank: int) -> LowRankProduct:

@@ -59,9 +59,8 @@ def spacing(values: torch.Tensor, dtype: DType) -> torch.Tensor:
 def variance(*sides: Side) -> torch.Tensor:
     """Variance of the rounding error of each element of a difference.
 
-    Args:
-        sides: The rounded values, of equal shape: only those of TUNED if tuning started from BASE as stored; both if
-            BASE was rounded from the same parent.
+    `sides` are the rounded values, of equal shape: only those of TUNED if tuning started from BASE as stored; both if BASE
+    was rounded from the same parent.
     """
     total = spacing(*sides[0]).square_()
     for values, dtype in sides[1:]:

@@ -94,11 +94,7 @@ def moment_of_inputs(blocks: Iterable[torch.Tensor], count: int) -> Moment:
 
 
 def moment_of_gram(gram: torch.Tensor, mean: torch.Tensor | None = None) -> Moment:
-    """Moment from ``E x x^T``.
-
-    Args:
-        gram: ``(in, in)``, symmetric, positive semidefinite.
-        mean: ``E x``, ``(in,)``.
+    """Moment from `gram` ``E x x^T``, ``(in, in)``, symmetric, positive semidefinite, and the mean ``E x``, ``(in,)``.
 
     Raises:
         FitError: `gram` is not such a matrix, or no inputs have this mean and this second moment.
@@ -136,12 +132,9 @@ def _check_finite(values: torch.Tensor) -> None:
 
 
 def output_energy(matrix: torch.Tensor, moment: Moment, away: torch.Tensor | None = None) -> float:
-    """``E ||matrix (x - away)||^2`` over the inputs, with `matrix` ``(out, in)``.
+    """``E ||matrix (x - away)||^2`` over the inputs, with `matrix` ``(out, in)``, usually what factors leave of a difference.
 
-    Args:
-        matrix: Usually what factors leave of a difference.
-        moment: Moment of the inputs.
-        away: ``(in,)``: the mean that a bias removes, possibly from other inputs. Used only if the moment has a mean.
+    `away`, ``(in,)``, is the mean that a bias removes, possibly from other inputs. It is used only if the moment has a mean.
     """
     with one_thread():
         exact = matrix.to("cpu", torch.float64)
