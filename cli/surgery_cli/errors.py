@@ -65,15 +65,9 @@ def fault_of(error: BaseException) -> Fault:
 
 
 def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) -> int:
-    """Do `work`; tell what went wrong, if anything did.
+    """Do `work`, tell what went wrong, if anything did, and return the exit code.
 
-    Args:
-        work: Raises whatever it wants to.
-        settings: As far as parsing came.
-        words: The command line: where parsing failed, `settings` may not have seen its ``--json`` yet.
-
-    Returns:
-        The exit code.
+    The command line's `words` count too: where parsing failed, `settings` may not have seen its ``--json`` yet.
     """
     try:
         work()

@@ -53,14 +53,7 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNOREC
 
 @dataclass
 class Settings:
-    """What the global options say; the same object before and after the sub-command.
-
-    Attributes:
-        json: Data for machines instead of text for people.
-        verbose: How often ``-v`` was given.
-        quiet: Neither progress, nor summaries, nor hints.
-        debug: Show tracebacks.
-    """
+    """The values of `global_options`; the same object before and after the sub-command."""
 
     json: bool = False
     verbose: int = 0

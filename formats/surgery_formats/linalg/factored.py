@@ -38,9 +38,7 @@ def concatenated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``sum_i w_i B_i A_i`` as one exact product: ``[w_1 B_1, w_2 B_2, ...]`` and ``[A_1; A_2; ...]``, same dtype.
 
-    Args:
-        terms: ``(B_i (m, r_i), A_i (r_i, n))``; ranks may differ.
-        weights: One per term, of either sign; 1 by default.
+    Terms are ``(B_i (m, r_i), A_i (r_i, n))``, of any ranks; weights, one per term, of either sign, are 1 by default.
 
     Raises:
         ValueError: no terms, or not one weight per term.

@@ -56,11 +56,9 @@ class Moment:
 
 
 def moment_of_inputs(blocks: Iterable[torch.Tensor], count: int) -> Moment:
-    """Moment of raw activations, in blocks; holds one block and one matrix of the module's width at most.
+    """Moment of `count` raw activations, in blocks ``(n_i, in)``, one input of the module per row.
 
-    Args:
-        blocks: ``(n_i, in)``, one input of the module per row.
-        count: Total number of rows.
+    Holds one block and one matrix of the module's width at most.
 
     Raises:
         FitError: NaN or infinity, no rows, or only zeros.
@@ -148,14 +146,9 @@ def output_energy(matrix: torch.Tensor, moment: Moment, away: torch.Tensor | Non
 def weighted_factors(
     delta: torch.Tensor, moment: Moment, rank: int, *, power: float = HALF, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``B (out, r)`` and ``A (r, in)`` that minimise ``||(D - B A) (C + damping)^power||_F``.
+    """``B (out, r)`` and ``A (r, in)`` that minimise ``||(D - B A) (C + damping)^power||_F`` for a `delta` D, ``(out, in)``.
 
-    Args:
-        delta: D, ``(out, in)``.
-        moment: Moment of the module's inputs.
-        rank: Rank, capped at ``min(out, in)``.
-        power: 1/2 minimises the error on the inputs at hand; 1/4 by default.
-        seed: Seed of the SVD.
+    The rank is capped at ``min(out, in)``. A `power` of 1/2 minimises the error on the inputs at hand.
     """
     with torch.no_grad(), one_thread():
         svd = truncated_svd(moment.times_power(delta, power), rank=rank, seed=seed)

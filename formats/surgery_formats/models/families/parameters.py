@@ -17,11 +17,7 @@ __all__ = ["model_of", "parameters"]
 
 
 def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Return what the model of a config.json computes.
-
-    Args:
-        config: config.json.
-        names: Tensor names of the checkpoint.
+    """Return what the model of a config.json computes, given the checkpoint's tensor names.
 
     Raises:
         FitError: there is no recipe for this ``model_type``, or it does not support a setting.
