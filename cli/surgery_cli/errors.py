@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import click
 
@@ -120,13 +120,8 @@ def _tell_human(fault: Fault, trace: str | None) -> None:
 
 
 def _tell_machine(fault: Fault, trace: str | None) -> None:
-    error = {
-        "code": fault.code,
-        "message": clean(fault.message),
-        "hint": clean(fault.hint) if fault.hint else None,
-        "file": fault.file,
-        "tensor": fault.tensor,
-    }
+    error = {**asdict(fault), "message": clean(fault.message), "hint": clean(fault.hint) if fault.hint else None}
+    del error["exit_code"]
     if trace is not None:
         error["traceback"] = trace
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}), err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,24 +21,26 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Settings",
+    "adapters",
+    "choice",
     "complete_files",
     "device",
     "device_option",
     "devices",
     "devices_option",
-    "dry_run_option",
-    "dtype_option",
+    "dry_run",
+    "dtype",
     "global_options",
     "number",
-    "output_option",
-    "overwrite_option",
+    "output",
+    "overwrite",
     "rank_of",
     "runtime_device_option",
     "share",
     "size",
     "subcommand",
     "true_share",
-    "verify_option",
+    "verify",
     "weighted",
 ]
 
@@ -98,10 +100,8 @@ def subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """A sub-command: it takes the global options and gets `Settings` as its first argument."""
 
     def wrap(function: Callable[..., None]) -> click.Command:
-        settings = {
-            "help_option_names": ["-h", "--help"]
-        }  # of its own: click keeps the first it makes, whatever the context
-        made = click.command(name, context_settings=settings)(click.pass_obj(function))
+        help_names = {"help_option_names": ["-h", "--help"]}  # click keeps the first option it makes for a context
+        made = click.command(name, context_settings=help_names)(click.pass_obj(function))
         made.params += global_options()
         return made
 
@@ -113,7 +113,7 @@ def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) 
     return [CompletionItem(incomplete, type="file")]
 
 
-def output_option(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
+def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
     """``-o/--output``: required, but for a dry run where the command has `rehearsed` ones."""
     needed = f"{help}  [required, but for --dry-run]" if rehearsed else help
     return click.option(
@@ -127,7 +127,7 @@ def output_option(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
     )
 
 
-def dry_run_option(help: str) -> Callable[[F], F]:
+def dry_run(help: str) -> Callable[[F], F]:
     """``--dry-run``; eager, for ``--output`` to look at."""
     return click.option("--dry-run", is_flag=True, is_eager=True, help=help)
 
@@ -138,69 +138,36 @@ def _needed(ctx: click.Context, param: click.Parameter, value: Path | None) -> P
     return value
 
 
-def overwrite_option(what: str = "OUT") -> Callable[[F], F]:
+def overwrite(what: str = "OUT") -> Callable[[F], F]:
     """``--overwrite``."""
     return click.option("--overwrite", is_flag=True, help=f"Replace {what} if it is there, atomically.")
 
 
-def verify_option(help: str) -> Callable[[F], F]:
+def verify(help: str) -> Callable[[F], F]:
     """``--verify fast|full``, as whether copies are compared byte by byte."""
-    return click.option(
+    return choice(
         "--verify",
         "verify_copies",
-        type=click.Choice(["fast", "full"]),
-        default="fast",
-        show_default=True,
-        callback=lambda ctx, param, value: value == "full",
+        values=("fast", "full"),
         help=help,
+        callback=lambda ctx, param, value: value == "full",
     )
 
 
-def dtype_option(function: F) -> F:
-    """``--dtype``."""
-    return click.option(
-        "--dtype",
-        type=click.Choice(["keep", "bf16", "fp16", "fp32", "fp64"], case_sensitive=False),
-        default="keep",
-        show_default=True,
-        help="Stored type of floating-point tensors.",
-    )(function)
+def choice(
+    *names: str, values: Sequence[str], help: str, default: str | None = None, case_sensitive: bool = True, **more: Any
+) -> Callable[[F], F]:
+    """One of `values`, by default the first."""
+    kind = click.Choice(values, case_sensitive=case_sensitive)
+    return click.option(*names, type=kind, default=default or values[0], show_default=True, help=help, **more)
 
 
-def device_option(function: F) -> F:
-    """``--device``, checked before anything is read."""
-    return click.option(
-        "--device",
-        default="cpu",
-        show_default=True,
-        type=device,
-        metavar="cpu|cuda[:N]|auto",
-        help="Where the arithmetic runs.",
-    )(function)
-
-
-def devices_option(function: F) -> F:
-    """``--device`` of a command that shares its work out over several GPUs."""
-    return click.option(
-        "--device",
-        default="cpu",
-        show_default=True,
-        type=devices,
-        metavar="cpu|cuda[:N[,N...]]|cuda:all|auto",
-        help="Where the arithmetic runs; several GPUs share it.",
-    )(function)
-
-
-def runtime_device_option(function: F) -> F:
-    """``--device`` of onnxruntime: whether it is there is looked up by the library, without torch."""
-    return click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="auto|cpu|cuda[:N]",
-        callback=_runtime_device,
-        help="Where it runs; auto: what the graph was made for, if it is here.",
-    )(function)
+dtype = choice(
+    "--dtype",
+    values=("keep", "bf16", "fp16", "fp32", "fp64"),
+    help="Stored type of floating-point tensors.",
+    case_sensitive=False,
+)
 
 
 def _runtime_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -240,6 +207,24 @@ def device(text: str) -> str:
     from surgery.engine.devices import devices_of
 
     return devices_of(text)[0]
+
+
+def _device_option(metavar: str, help: str, default: str = "cpu", **check: Any) -> Callable[[F], F]:
+    return click.option("--device", default=default, show_default=True, metavar=metavar, help=help, **check)
+
+
+device_option = _device_option("cpu|cuda[:N]|auto", "Where the arithmetic runs.", type=device)
+"""Checked before anything is read."""
+devices_option = _device_option(
+    "cpu|cuda[:N[,N...]]|cuda:all|auto", "Where the arithmetic runs; several GPUs share it.", type=devices
+)
+runtime_device_option = _device_option(
+    "auto|cpu|cuda[:N]",
+    "Where it runs; auto: what the graph was made for, if it is here.",
+    "auto",
+    callback=_runtime_device,
+)
+"""The device of onnxruntime: whether it is there is looked up by the library, without torch."""
 
 
 def size(text: str) -> int:
@@ -328,3 +313,11 @@ def weighted(text: str) -> tuple[str, float]:
     if not math.isfinite(weight) or not reference:
         raise click.BadParameter(f"neither is '{show(given)}' a weight, nor is there a file or folder '{show(text)}'")
     return reference, weight
+
+
+def adapters(*, required: bool = True) -> Callable[[F], F]:
+    """``ADAPTER[=WEIGHT]...``."""
+    metavar = "ADAPTER[=WEIGHT]..." if required else "[ADAPTER[=WEIGHT]]..."
+    return click.argument(
+        "adapters", nargs=-1, required=required, type=weighted, metavar=metavar, shell_complete=complete_files
+    )

@@ -22,7 +22,7 @@ from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.single import write_single
 from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint, fingerprint_of
-from surgery_formats.tensors.tensor import as_bytes
+from surgery_formats.tensors.tensor import all_finite, as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -187,12 +187,10 @@ def _rounded(tensor: NewTensor) -> torch.Tensor:
     Raises:
         FitError: a value is too large for the stored type.
     """
-    import torch
-
     values = tensor.load()
     if tuple(values.shape) != tensor.shape:
         raise ProofError(f"made with shape {list(values.shape)} instead of {list(tensor.shape)}", tensor=tensor.name)
     stored = values.to(tensor.dtype.torch).contiguous().reshape(-1)
-    if tensor.dtype.is_float and not bool(torch.isfinite(stored).all()):
+    if tensor.dtype.is_float and not all_finite(stored):
         raise FitError(f"NaN, Inf, or a value too large for {tensor.dtype.label}", tensor=tensor.name)
     return stored

@@ -22,7 +22,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import read_rows
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.computed import ComputedTensor, computed
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, all_finite
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, TokenRows, Update
 
 if TYPE_CHECKING:
@@ -158,10 +158,8 @@ def _rounded(factor: torch.Tensor, dtype: DType, target: LowRankTarget) -> torch
     Raises:
         FitError: a value that the type cannot hold.
     """
-    import torch
-
     stored = factor.to(dtype.torch)
-    if dtype is DType.F16 and not bool(torch.isfinite(stored).all()):
+    if dtype is DType.F16 and not all_finite(stored):
         raise FitError(
             f"a value is too large for {dtype.label}", tensor=target.names[0], hint="--adapter-dtype bf16 or fp32"
         )

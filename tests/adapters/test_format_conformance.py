@@ -18,6 +18,7 @@ from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.testing.format import FORMAT_CHECKS, FormatCase, save
+from surgery_formats.testing.memory import in_memory
 from tests.support.adapter_files import GOLDEN, draw, write_peft
 
 M = "base_model.model.model"
@@ -54,6 +55,29 @@ PEFT_FILES: dict[str, tuple[dict[str, np.ndarray], dict[str, object]]] = {
     ),
     "lora_bias": ({**_pair(Q), f"{Q}.lora_B.bias": draw(9, 24)}, {"r": 3, "lora_bias": True}),
     "biases": ({**_pair(Q), f"{Q}.base_layer.bias": draw(10, 24), f"{UP}.bias": draw(11, 24)}, {"r": 3, "bias": "all"}),
+    "a carried embedding": (
+        {
+            f"{EMBED}.lora_embedding_A": draw(5, 3, 32),
+            f"{EMBED}.lora_embedding_B": draw(6, 40, 3),
+            f"{EMBED}.base_layer.weight": draw(25, 32, 40),
+        },
+        {"r": 3},
+    ),
+    "a resized vocabulary": ({**_pair(Q), f"{EMBED}.weight": draw(25, 36, 40)}, {"r": 3}),
+    "experts": (
+        {
+            f"{M}.layers.0.mlp.experts.base_layer.lora_A.weight": draw(26, 8, 40),
+            f"{M}.layers.0.mlp.experts.base_layer.lora_B.weight": draw(27, 24, 8),
+            f"{M}.layers.0.mlp.experts.lora_A.weight": draw(28, 8, 12),
+            f"{M}.layers.0.mlp.experts.lora_B.weight": draw(29, 40, 8),
+        },
+        {
+            "r": 2,
+            "peft_version": "0.21.0",
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "target_modules": [],
+        },
+    ),
     "saved modules": ({**_pair(Q), f"{M}.norm.weight": draw(12, 40)}, {"r": 3, "modules_to_save": ["norm"]}),
     "token rows": (
         {**_pair(Q), f"{EMBED}.token_adapter.trainable_tokens_delta": draw(13, 2, 40)},
@@ -153,21 +177,29 @@ def test_the_format_conforms(name: str, check: Callable[[FormatCase, Path], None
     check(CASES[name](), tmp_path)
 
 
-def test_a_configuration_made_from_memory_names_every_module(tmp_path: Path) -> None:
-    """PEFT builds what the configuration names, so that it must name what is there and nothing else."""
-    from surgery_formats.testing.memory import in_memory
+@pytest.mark.parametrize("name", PEFT_FILES)
+def test_a_peft_folder_is_written_again_as_it_is(name: str, tmp_path: Path) -> None:
+    """Keys, types, values and configuration, though no key of the source is looked at."""
+    tensors, _ = PEFT_FILES[name]
+    path = _peft(name).write(tmp_path)
+    rendering = PEFT.render(PEFT.read(path), None)
+    assert {tensor.name: tensor.shape for tensor in rendering.tensors} == {k: v.shape for k, v in tensors.items()}
+    for tensor in rendering.tensors:
+        assert np.array_equal(tensor.load().to(tensor.dtype.torch).numpy(), tensors[tensor.name]), tensor.name
+    assert json.loads(rendering.small_files["adapter_config.json"]) == json.loads(
+        (path / "adapter_config.json").read_text()
+    )
 
-    for name, (_, config) in PEFT_FILES.items():
-        case = _peft(name)
-        (tmp_path / name).mkdir()
-        made = in_memory(case.read(tmp_path / name))
-        written = json.loads(case.format.render(made, None).small_files["adapter_config.json"])
-        expected = config.get("peft_type", "LORA")
-        assert written["peft_type"] == ("LORA" if name == "ln tuning" else expected), name
-        if expected not in ("LN_TUNING",):
-            modules = {
-                site.path.rpartition(".")[0]
-                for site, c in made.updates.items()
-                if c[0].kind not in ("replacement", "token rows")
-            }
-            assert set(written["target_modules"]) == {m.removesuffix(".out_proj") for m in modules}, name
+
+@pytest.mark.parametrize(
+    "name", [name for name in PEFT_FILES if name != "ln tuning"]
+)  # a saved module, once it has no file
+def test_a_configuration_made_from_memory_names_what_is_there(name: str, tmp_path: Path) -> None:
+    """PEFT builds what the configuration names: factors of modules, and of parameters."""
+    adapter = in_memory(_peft(name).read(tmp_path))
+    config = json.loads(PEFT.render(adapter, None).small_files["adapter_config.json"])
+    factored = [s for s, chain in adapter.updates.items() if {u.kind for u in chain} - {"replacement", "token rows"}]
+    modules = {site.path.rpartition(".")[0] for site in factored if site.module_kind != "experts"}
+    assert config["peft_type"] == PEFT_FILES[name][1].get("peft_type", "LORA")
+    assert set(config["target_modules"]) == {module.removesuffix(".out_proj") for module in modules}
+    assert set(config.get("target_parameters", [])) == {s.path for s in factored if s.module_kind == "experts"}

@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dora": ("llama", "Lora", {"target_modules": ["q_proj", "up_proj"], "r": 3, "use_dora": True}),
     "embedding": ("llama", "Lora", {"target_modules": ["embed_tokens", "q_proj"], "r": 3}),
     "convolution": ("torch_module", "Lora", {"target_modules": ["conv1", "conv2"], "r": 3}),
+    "other convolutions": ("torch_module", "Lora", {"target_modules": ["conv2_point", "conv3"], "r": 3}),
+    "wrapped attention": ("torch_module", "Lora", {"target_modules": ["attention", "head"], "r": 3, "lora_alpha": 5}),
     "conv1d": ("gpt2", "Lora", {"target_modules": ["c_attn", "c_proj"], "r": 3}),
     "lora_bias": ("gpt2", "Lora", {"target_modules": ["c_attn"], "r": 3, "lora_bias": True}),
     "token rows": (
@@ -42,6 +44,8 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LoHa",
         {"target_modules": ["q_proj", "up_proj"], "r": 3, "rank_pattern": {"up_proj": 2}},
     ),
+    "loha of kernels": ("torch_module", "LoHa", {"target_modules": ["conv2"], "r": 3, "use_effective_conv2d": True}),
+    "lokr of kernels": ("torch_module", "LoKr", {"target_modules": ["conv2"], "r": 1, "use_effective_conv2d": True}),
     "lokr": ("llama", "LoKr", {"target_modules": ["q_proj", "up_proj"], "r": 3, "alpha": 5}),
     "lokr in both": ("llama", "LoKr", {"target_modules": ["q_proj", "up_proj"], "r": 1, "decompose_both": True}),
     "lokr by a factor": ("llama", "LoKr", {"target_modules": ["q_proj", "up_proj"], "r": 30, "decompose_factor": 2}),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Only a stored tensor has bytes in a file: the others give their own values, and are never taken for each other."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from surgery_formats.storage.base import read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import apply_chain
 from surgery_formats.tensors.computed import ComputedTensor, computed
-from surgery_formats.tensors.tensor import StoredTensor, Tensor, ZeroTensor, origin
+from surgery_formats.tensors.tensor import StoredTensor, Tensor, ZeroTensor, all_finite, origin
 from surgery_formats.tensors.unwritten import UnwrittenTensor
 from surgery_formats.tensors.views import View, expert, interleaved, permute, rows, transpose, whole
 from surgery_formats.updates import Factor, LoRA
@@ -107,3 +108,11 @@ def test_a_chain_on_blocks_of_any_height_is_the_chain_on_the_whole(view: View, h
     for start in range(0, 8, height):
         apply_chain(chain, matrix[start : start + height], start, min(start + height, 8))
     assert torch.equal(matrix, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_found_and_a_sum_that_overflows_is_none(dtype: torch.dtype, value: float) -> None:
+    assert all_finite(torch.full((8, 8), torch.finfo(dtype).max, dtype=dtype))
+    assert not all_finite(torch.tensor([1.0, value, -value, 2.0], dtype=dtype))
+    assert all_finite(torch.empty(0, dtype=dtype))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from surgery_cli.options import Settings, complete_files, runtime_device_option, subcommand
@@ -25,18 +27,7 @@ __all__ = ["command"]
 @click.option("--no-cuda-graph", is_flag=True, help="Launch every step anew instead of replaying a recording.")
 @click.option("--threads", type=click.IntRange(min=1), help="On the cpu; by default one per core.")
 @runtime_device_option
-def command(
-    settings: Settings,
-    model: str,
-    against: str | None,
-    prompt_length: int,
-    new_tokens: int,
-    batch: int,
-    cache: int | None,
-    no_cuda_graph: bool,
-    threads: int | None,
-    device: str,
-) -> None:
+def command(settings: Settings, model: str, against: str | None, no_cuda_graph: bool, **options: Any) -> None:
     """Measure an exported model: load, prefill, time per token, memory.
 
     Medians over random tokens. With --against both graphs are measured in turns, so that a busy machine hurts both alike. On
@@ -51,15 +42,5 @@ def command(
     """
     from surgery.verbs.bench import bench
 
-    result = bench(
-        model,
-        against,
-        prompt_length=prompt_length,
-        new_tokens=new_tokens,
-        batch=batch,
-        cache=cache,
-        device=device,
-        cuda_graph=not no_cuda_graph,
-        threads=threads,
-    )
+    result = bench(model, against, cuda_graph=not no_cuda_graph, **options)
     show_result("bench", result, settings, data=True)

@@ -8,18 +8,8 @@ from typing import Any
 
 import click
 
-from surgery_cli.options import (
-    Settings,
-    complete_files,
-    dry_run_option,
-    dtype_option,
-    output_option,
-    overwrite_option,
-    rank_of,
-    share,
-    subcommand,
-    weighted,
-)
+from surgery_cli import options as option
+from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
 from surgery_cli.progress import bar
 
@@ -29,21 +19,17 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 
 
 @subcommand("combine")
-@click.argument(
-    "adapters", nargs=-1, required=True, type=weighted, metavar="ADAPTER[=WEIGHT]...", shell_complete=complete_files
-)
-@output_option("Folder to make, or file where the format is a single file.")
+@option.adapters()
+@option.output("Folder to make, or file where the format is a single file.")
 @click.option("--rank", type=click.IntRange(min=1), help="Greatest rank; without it nothing is lost.")
-@click.option("--energy", type=share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
-@click.option(
+@click.option("--energy", type=option.share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
+@option.choice(
     "--method",
-    type=click.Choice(["exact", "svd", *_DENSE]),
-    default="exact",
-    show_default=True,
+    values=("exact", "svd", *_DENSE),
     help="How deltas are combined; all but exact and svd are approximate by design.",
 )
 @click.option(
-    "--density", type=share, metavar="SHARE", help="Share of the values TIES, DARE and pruning keep, e.g. .2."
+    "--density", type=option.share, metavar="SHARE", help="Share of the values TIES, DARE and pruning keep, e.g. .2."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of DARE's random drops.")
 @click.option(
@@ -54,15 +40,10 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 )
 @click.option("--to", metavar="FORMAT", help="Format to write; by default the first adapter's.")
 @click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model, if names come from it.")
-@dtype_option
-@dry_run_option("Show ranks and errors; write nothing.")
-@overwrite_option()
-def command(
-    settings: Settings,
-    adapters: tuple[tuple[str, float], ...],
-    output: Path | None,
-    **options: Any,
-) -> None:
+@option.dtype
+@option.dry_run("Show ranks and errors; write nothing.")
+@option.overwrite()
+def command(settings: Settings, adapters: tuple[tuple[str, float], ...], output: Path | None, **options: Any) -> None:
     """Combine adapters into one.
 
     OUT does to a model what all ADAPTERs do together, each WEIGHT times: factors side by side, cut to the best of a lower rank if one is
@@ -78,7 +59,7 @@ def command(
     from surgery.verbs.combine import combine
 
     _check(options)
-    rank = rank_of(options.pop("rank"), options.pop("energy"))
+    rank = option.rank_of(options.pop("rank"), options.pop("energy"))
     with bar(settings, "combining") as progress:
         result = combine(adapters, output=output, rank=rank, progress=progress, **options)
     show_output("combine", result, settings, output)

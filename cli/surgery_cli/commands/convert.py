@@ -8,15 +8,8 @@ from typing import Any
 
 import click
 
-from surgery_cli.options import (
-    Settings,
-    complete_files,
-    dry_run_option,
-    dtype_option,
-    output_option,
-    overwrite_option,
-    subcommand,
-)
+from surgery_cli import options as option
+from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
 from surgery_cli.progress import bar
 from surgery_formats.text import show
@@ -46,7 +39,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 @click.option(
     "--to", required=True, type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'."
 )
-@output_option("Folder to make, or file where FORMAT is a single file.")
+@option.output("Folder to make, or file where FORMAT is a single file.")
 @click.option(
     "--base",
     metavar="BASE",
@@ -60,14 +53,14 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     help="Make qkv_proj and gate_up_proj of their parts, or parts of them.",
 )
 @click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
-@dtype_option
+@option.dtype
 @click.option(
     "--factors",
     type=click.Choice(["int8", "int4"]),
     help="Codes of compact's factors; default int8.",
 )
-@dry_run_option("Show what would become of every part; write nothing.")
-@overwrite_option()
+@option.dry_run("Show what would become of every part; write nothing.")
+@option.overwrite()
 def command(settings: Settings, adapter: str, to: str, output: Path | None, **options: Any) -> None:
     """Convert an adapter to another format.
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from surgery_cli.options import Settings, complete_files, number, subcommand
@@ -31,9 +33,7 @@ FINDINGS = 6
     type=click.Choice(["any", "structure"]),
     help="End with exit code 6 on any difference, or on one of names, types or shapes.",
 )
-def command(
-    settings: Settings, a: str, b: str, header: bool, spectrum: bool, tolerance: float | None, fail_on: str | None
-) -> None:
+def command(settings: Settings, a: str, b: str, fail_on: str | None, **options: Any) -> None:
     """Show what differs between two models or two adapters.
 
     Models are compared tensor by tensor. Adapters are compared by what they add to each weight, whatever their format, rank and
@@ -48,7 +48,7 @@ def command(
     from surgery.verbs.diff import diff
 
     with bar(settings, "comparing") as progress:
-        result = diff(a, b, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)
+        result = diff(a, b, progress=progress, **options)
     show_result("diff", result, settings, data=True)
     if (fail_on == "any" and not result.equal) or (fail_on == "structure" and not result.same_structure):
         raise click.exceptions.Exit(FINDINGS)

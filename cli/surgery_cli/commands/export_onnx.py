@@ -7,15 +7,8 @@ from typing import Any
 
 import click
 
-from surgery_cli.options import (
-    Settings,
-    complete_files,
-    output_option,
-    overwrite_option,
-    subcommand,
-    verify_option,
-    weighted,
-)
+from surgery_cli import options as option
+from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
 from surgery_cli.progress import bar
 
@@ -24,27 +17,22 @@ __all__ = ["command"]
 
 @subcommand("export-onnx")
 @click.argument("base", shell_complete=complete_files)
-@click.argument("adapters", nargs=-1, type=weighted, metavar="[ADAPTER[=WEIGHT]]...", shell_complete=complete_files)
-@output_option("Folder to make, or BASE's own folder, to which files are only added.", rehearsed=False)
-@click.option(
+@option.adapters(required=False)
+@option.output("Folder to make, or BASE's own folder, to which files are only added.", rehearsed=False)
+@option.choice(
     "--target",
-    type=click.Choice(["cuda", "cpu", "portable"]),
+    values=("cuda", "cpu", "portable"),
     default="cpu",
-    show_default=True,
     help="Where it will run; portable: operators of ONNX only.",
 )
-@click.option(
+@option.choice(
     "--dtype",
-    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
-    default="auto",
-    show_default=True,
+    values=("auto", "fp32", "fp16", "bf16"),
     help="Type of arithmetic, logits and cache; auto: BASE's where the target has it.",
 )
-@click.option(
+@option.choice(
     "--weights",
-    type=click.Choice(["auto", "reference", "link", "copy", "embed"]),
-    default="auto",
-    show_default=True,
+    values=("auto", "reference", "link", "copy", "embed"),
     help="auto: reference if OUT is BASE's folder, else copy (blocks are shared where the file system can).",
 )
 @click.option(
@@ -52,33 +40,25 @@ __all__ = ["command"]
     type=click.Choice(["merged", "swappable", "prefix"]),
     help="Where every ADAPTER goes; by default a soft prompt goes in front, all else is merged.",
 )
-@click.option("--merge", multiple=True, type=weighted, metavar="A[=W]", help="Merge an adapter; repeatable.")
+@click.option("--merge", multiple=True, type=option.weighted, metavar="A[=W]", help="Merge an adapter; repeatable.")
 @click.option("--swap", multiple=True, metavar="B", help="An adapter for slots: the graph is the base without it.")
 @click.option("--prefix", multiple=True, metavar="C", help="A soft prompt in front; the first one is the default.")
 @click.option("--bake-prompt", multiple=True, metavar="TEXT", help="A text in front, read once, now.")
-@click.option(
+@option.choice(
     "--prompt-form",
-    type=click.Choice(["auto", "kv", "rows"]),
-    default="auto",
-    show_default=True,
+    values=("auto", "kv", "rows"),
     help="kv: keys and values, the default past; rows: token ids behind the vocabulary, for onnxruntime-genai.",
 )
-@click.option(
+@option.choice(
     "--merge-to",
-    type=click.Choice(["delta", "full"]),
-    default="delta",
-    show_default=True,
+    values=("delta", "full"),
     help="delta: changed tensors beside BASE's file; full: all weights anew, laid out for graphs.",
 )
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
-@verify_option("full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.")
-@overwrite_option()
+@option.verify("full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.")
+@option.overwrite()
 def command(
-    settings: Settings,
-    base: str,
-    adapters: tuple[tuple[str, float], ...],
-    mode: str | None,
-    **options: Any,
+    settings: Settings, base: str, adapters: tuple[tuple[str, float], ...], mode: str | None, **options: Any
 ) -> None:
     """Export a model as ONNX graphs that use its weight files as they are.
 

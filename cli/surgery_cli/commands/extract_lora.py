@@ -8,18 +8,8 @@ from typing import Any
 
 import click
 
-from surgery_cli.options import (
-    Settings,
-    complete_files,
-    devices_option,
-    dry_run_option,
-    number,
-    output_option,
-    overwrite_option,
-    rank_of,
-    subcommand,
-    true_share,
-)
+from surgery_cli import options as option
+from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
 from surgery_cli.progress import bar
 from surgery_formats.errors import FitError
@@ -65,7 +55,7 @@ def _dense(text: str) -> tuple[str, ...]:
 @subcommand("extract-lora")
 @click.argument("base", shell_complete=complete_files)
 @click.argument("tuned", shell_complete=complete_files)
-@output_option("Folder to make, or file where FORMAT is a single file.")
+@option.output("Folder to make, or file where FORMAT is a single file.")
 @click.option("--rank", type=_rank, metavar="N|auto", help="Directions per matrix; 16 if nothing else is said.")
 @click.option(
     "--rank-pattern",
@@ -75,19 +65,20 @@ def _dense(text: str) -> tuple[str, ...]:
     help="Another rank for some modules: 'mlp.*=32'; the first that matches holds.",
 )
 @click.option(
-    "--energy", type=true_share, metavar="SHARE", help="Instead: share of each matrix' squared change to hold."
+    "--energy", type=option.true_share, metavar="SHARE", help="Instead: share of each matrix' squared change to hold."
 )
 @click.option(
-    "--max-error", type=true_share, metavar="SHARE", help="Instead: most that may be missing of each matrix' change."
+    "--max-error",
+    type=option.true_share,
+    metavar="SHARE",
+    help="Instead: most that may be missing of each matrix' change.",
 )
 @click.option(
     "--budget", type=_budget, metavar="SIZE", help="Instead: 20MB, or 2M parameters, shared out where it helps most."
 )
-@click.option(
+@option.choice(
     "--kind",
-    type=click.Choice(["auto", "lora", "dora"]),
-    default="auto",
-    show_default=True,
+    values=("auto", "lora", "dora"),
     help="auto: DoRA where it leaves clearly less than a LoRA of as many parameters.",
 )
 @click.option(
@@ -96,7 +87,7 @@ def _dense(text: str) -> tuple[str, ...]:
     metavar="FILE",
     help="Inputs of modules (safetensors), for factors that are best on them.",
 )
-@click.option("--alpha", type=number(above=0), metavar="NUMBER", help="lora_alpha; default: the rank.")
+@click.option("--alpha", type=option.number(above=0), metavar="NUMBER", help="lora_alpha; default: the rank.")
 @click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
 @click.option(
     "--dense",
@@ -106,33 +97,25 @@ def _dense(text: str) -> tuple[str, ...]:
     metavar="norm,bias|none",
     help="One-dimensional changes to keep.",
 )
-@click.option(
-    "--embeddings",
-    type=click.Choice(["lora", "full"]),
-    default="lora",
-    show_default=True,
-    help="Form of embedding and head.",
-)
-@click.option(
+@option.choice("--embeddings", values=("lora", "full"), help="Form of embedding and head.")
+@option.choice(
     "--adapter-dtype",
     "dtype",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
+    values=("auto", "fp32", "bf16", "fp16"),
     help="Stored type of the factors; auto: as TUNED.",
 )
 @click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="See 'surgery formats'.")
 @click.option("--factors", type=click.Choice(["int8", "int4"]), help="Store factors as codes: format compact.")
 @click.option("--allow-loss", is_flag=True, help="Leave out what no form can hold.")
-@devices_option
+@option.devices_option
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
     help="Computing threads; by default one per core, at most 8; 3 for each GPU.",
 )
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
-@dry_run_option("Compare and factorise; write nothing.")
-@overwrite_option()
+@option.dry_run("Compare and factorise; write nothing.")
+@option.overwrite()
 def command(settings: Settings, base: str, tuned: str, output: Path | None, **options: Any) -> None:
     """Extract a LoRA from a full fine-tune.
 
@@ -159,6 +142,6 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, **op
         raise click.UsageError("--rank-pattern goes with a number as --rank")
     chosen = {name: options.pop(name) for name in ("rank", "energy", "max_error", "budget")}
     with bar(settings, "extracting") as progress:
-        rank = rank_of(**chosen, patterns=patterns)
+        rank = option.rank_of(**chosen, patterns=patterns)
         result = extract_lora(base, tuned, output=output, rank=rank, progress=progress, **options)
     show_output("extract-lora", result, settings, output)

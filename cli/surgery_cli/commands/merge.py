@@ -7,19 +7,8 @@ from typing import Any
 
 import click
 
-from surgery_cli.options import (
-    Settings,
-    complete_files,
-    device_option,
-    dry_run_option,
-    dtype_option,
-    output_option,
-    overwrite_option,
-    size,
-    subcommand,
-    verify_option,
-    weighted,
-)
+from surgery_cli import options as option
+from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
 from surgery_cli.progress import bar
 
@@ -28,31 +17,23 @@ __all__ = ["command"]
 
 @subcommand("merge")
 @click.argument("base", shell_complete=complete_files)
-@click.argument(
-    "adapters", nargs=-1, required=True, type=weighted, metavar="ADAPTER[=WEIGHT]...", shell_complete=complete_files
-)
-@output_option("Folder to make; it must not exist yet.")
-@dtype_option
-@device_option
+@option.adapters()
+@option.output("Folder to make; it must not exist yet.")
+@option.dtype
+@option.device_option
 @click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
-@click.option("--memory-limit", type=size, metavar="SIZE", help="Most memory for tensors being computed, e.g. 2GB.")
-@click.option("--shard-size", type=size, metavar="SIZE", help="Most bytes per weight file, e.g. 5GB; default: as BASE.")
 @click.option(
-    "--layout",
-    type=click.Choice(["keep", "packed"]),
-    default="keep",
-    show_default=True,
-    help="packed: matrices that export-onnx joins lie side by side.",
+    "--memory-limit", type=option.size, metavar="SIZE", help="Most memory for tensors being computed, e.g. 2GB."
 )
-@verify_option("full: compare what was copied byte by byte too.")
-@dry_run_option("Show what would be done; write nothing.")
-@overwrite_option()
+@click.option(
+    "--shard-size", type=option.size, metavar="SIZE", help="Most bytes per weight file, e.g. 5GB; default: as BASE."
+)
+@option.choice("--layout", values=("keep", "packed"), help="packed: matrices that export-onnx joins lie side by side.")
+@option.verify("full: compare what was copied byte by byte too.")
+@option.dry_run("Show what would be done; write nothing.")
+@option.overwrite()
 def command(
-    settings: Settings,
-    base: str,
-    adapters: tuple[tuple[str, float], ...],
-    dry_run: bool,
-    **options: Any,
+    settings: Settings, base: str, adapters: tuple[tuple[str, float], ...], dry_run: bool, **options: Any
 ) -> None:
     """Merge adapters into a base model.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import click
 
-from surgery_cli.options import Settings, complete_files, overwrite_option, subcommand
+from surgery_cli import options as option
+from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
 
 __all__ = ["command"]
@@ -26,14 +28,9 @@ __all__ = ["command"]
     help="Numbers of tasks to compare; may be repeated.",
 )
 @click.option("--md", "markdown", metavar="FILE", type=click.Path(path_type=Path), help="Write it as Markdown too.")
-@overwrite_option("FILE")
+@option.overwrite("FILE")
 def command(
-    settings: Settings,
-    references: tuple[str, ...],
-    base: str | None,
-    tasks: tuple[int, ...],
-    markdown: Path | None,
-    overwrite: bool,
+    settings: Settings, references: tuple[str, ...], markdown: Path | None, overwrite: bool, **options: Any
 ) -> None:
     """Report what adapters save in parameters and storage.
 
@@ -48,19 +45,14 @@ def command(
     from surgery.reports.sections import Note
     from surgery.reports.values import Name
     from surgery.verbs.report import report
-
-    result = report(references, base=base, tasks=tasks)
-    summary = result.summary()
-    if markdown is not None:
-        inputs = [cost.path for cost in (result.base, *result.adapters) if cost is not None]
-        _write(summary.as_markdown(), markdown, inputs, overwrite)
-        summary = summary.plus(Note(("wrote ", Name(markdown, 500))))
-    show_result("report", result, settings, summary=summary, data=True)
-
-
-def _write(text: str, path: Path, inputs: list[Path], overwrite: bool) -> None:
     from surgery_formats.files.output.single import write_single
 
-    data = text.encode()
-    job = hashlib.sha256(data).hexdigest()
-    write_single(path, job, len(data), lambda file: file.pwrite(data, 0), overwrite=overwrite, inputs=tuple(inputs))
+    result = report(references, **options)
+    summary = result.summary()
+    if markdown is not None:
+        inputs = tuple(cost.path for cost in (result.base, *result.adapters) if cost is not None)
+        data = summary.as_markdown().encode()
+        job = hashlib.sha256(data).hexdigest()
+        write_single(markdown, job, len(data), lambda file: file.pwrite(data, 0), overwrite=overwrite, inputs=inputs)
+        summary = summary.plus(Note(("wrote ", Name(markdown, 500))))
+    show_result("report", result, settings, summary=summary, data=True)

@@ -8,17 +8,8 @@ from typing import Any
 
 import click
 
-from surgery_cli.options import (
-    Settings,
-    complete_files,
-    dry_run_option,
-    dtype_option,
-    output_option,
-    overwrite_option,
-    rank_of,
-    share,
-    subcommand,
-)
+from surgery_cli import options as option
+from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
 from surgery_cli.progress import bar
 
@@ -27,15 +18,15 @@ __all__ = ["command"]
 
 @subcommand("resize")
 @click.argument("adapter", shell_complete=complete_files)
-@output_option("Folder to make, or file where the format is a single file.")
+@option.output("Folder to make, or file where the format is a single file.")
 @click.option("--rank", type=click.IntRange(min=1), help="Greatest rank of a module.")
-@click.option("--energy", type=share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
-@click.option("--max-error", type=share, metavar="SHARE", help="Greatest relative error of a module, e.g. .05.")
+@click.option("--energy", type=option.share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
+@click.option("--max-error", type=option.share, metavar="SHARE", help="Greatest relative error of a module, e.g. .05.")
 @click.option("--to", metavar="FORMAT", help="Format to write; by default ADAPTER's.")
 @click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model, if names come from it.")
-@dtype_option
-@dry_run_option("Show ranks and errors; write nothing.")
-@overwrite_option()
+@option.dtype
+@option.dry_run("Show ranks and errors; write nothing.")
+@option.overwrite()
 def command(settings: Settings, adapter: str, output: Path | None, **options: Any) -> None:
     """Lower the rank of an adapter.
 
@@ -51,7 +42,7 @@ def command(settings: Settings, adapter: str, output: Path | None, **options: An
 
     if all(options[name] is None for name in ("rank", "energy", "max_error")):
         raise click.UsageError("give --rank, --energy or --max-error")
-    rank = rank_of(**{name: options.pop(name) for name in ("rank", "energy", "max_error")})
+    rank = option.rank_of(**{name: options.pop(name) for name in ("rank", "energy", "max_error")})
     with bar(settings, "resizing") as progress:
         result = resize(adapter, output=output, rank=rank, progress=progress, **options)
     show_output("resize", result, settings, output)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -49,17 +50,8 @@ def command(
     model: str,
     texts: tuple[str, ...],
     ids: tuple[tuple[int, ...], ...],
-    max_new: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    adapters: tuple[str, ...],
-    prompt_adapter: str | None,
     no_prompt: bool,
-    weights: Path | None,
-    threads: int | None,
-    device: str,
+    **options: Any,
 ) -> None:
     """Run an exported model: generate text, or classify it.
 
@@ -80,7 +72,7 @@ def command(
     inputs: list[str | tuple[int, ...]] = [*texts, *ids]
     if not inputs:
         raise click.UsageError("nothing to run on; give -p TEXT or --ids", click.get_current_context())
-    if prompt_adapter is not None and no_prompt:
+    if options["prompt_adapter"] is not None and no_prompt:
         raise click.UsageError("--prompt-adapter and --no-prompt exclude each other", click.get_current_context())
     single = len(inputs) == 1 and not settings.json
 
@@ -89,19 +81,8 @@ def command(
         if single:
             click.echo(verbatim(text), nl=False)
 
-    result = run(
-        model,
-        inputs,
-        device=device,
-        max_new=max_new,
-        sampling=Sampling(temperature, top_k, top_p, seed),
-        adapters=adapters,
-        prompt_adapter=prompt_adapter,
-        prompt=not no_prompt,
-        weights=weights,
-        threads=threads,
-        on_text=on_text,
-    )
+    sampling = Sampling(*(options.pop(name) for name in ("temperature", "top_k", "top_p", "seed")))
+    result = run(model, inputs, sampling=sampling, prompt=not no_prompt, on_text=on_text, **options)
     summary = result.summary(verbose=settings.verbose > 0)
     if single and result.texts[0].text is not None and result.texts[0].reason:  # it is on the screen already
         click.echo()

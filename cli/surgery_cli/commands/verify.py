@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from surgery_cli.options import Settings, complete_files, number, subcommand, weighted
@@ -31,13 +33,7 @@ __all__ = ["command"]
     metavar="X",
     help="Greatest difference of a logit, relative to the greatest logit; default: 1e-4, 1e-2 for graphs of 16 bits.",
 )
-def command(
-    settings: Settings,
-    output: str,
-    against: str | None,
-    adapters: tuple[tuple[str, float], ...],
-    tolerance: float | None,
-) -> None:
+def command(settings: Settings, output: str, **options: Any) -> None:
     """Verify an output: its bytes, and what a graph computes.
 
     A folder of weights is compared with what its manifest recorded. A graph is run on the CPU in fp32 (prefill, decode steps, a padded
@@ -52,5 +48,4 @@ def command(
     """
     from surgery.verbs.verify import verify
 
-    result = verify(output, against=against, adapters=adapters, tolerance=tolerance)
-    show_result("verify", result, settings)
+    show_result("verify", verify(output, **options), settings)

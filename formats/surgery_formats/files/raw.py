@@ -11,7 +11,7 @@ from pathlib import Path
 
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError, SurgeryError
 
-__all__ = ["File", "first_bytes", "open_file", "stays_inside"]
+__all__ = ["File", "first_bytes", "open_file", "read_all", "stays_inside"]
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -46,14 +46,9 @@ class File:
         Raises:
             MalformedError: the file ends too early.
         """
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self.fd, [buffer[done:]], offset + done)
-            if count == 0:
-                raise MalformedError(
-                    f"the file ends at byte {offset + done}, {len(buffer) - done} bytes early", file=self.path
-                )
-            done += count
+        done = read_all(self.fd, buffer, offset)
+        if early := len(buffer) - done:
+            raise MalformedError(f"the file ends at byte {offset + done}, {early} bytes early", file=self.path)
 
     def check_unchanged(self) -> None:
         """Check that the file is still the one opened: this proves the ranges copied from it.
@@ -67,6 +62,14 @@ class File:
             raise ProofError("the input disappeared while it was read", file=self.path, hint="run again") from error
         if by_name != self.identity or _identity(os.fstat(self.fd)) != self.identity:
             raise ProofError("the input changed while it was read", file=self.path, hint="run again")
+
+
+def read_all(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset`, continuing after short reads; the number of bytes read, less only at the end."""
+    done = 0
+    while done < len(buffer) and (count := os.preadv(fd, [buffer[done:]], offset + done)):
+        done += count
+    return done
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

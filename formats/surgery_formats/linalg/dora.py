@@ -13,6 +13,7 @@ All differences are formed before they are scaled, so that float32 loses nothing
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -139,20 +140,14 @@ def alternate(pair: PairSource, rank: int, *, seed: int = 0, device: torch.devic
 
 
 def best_rows(pair: PairSource, B: torch.Tensor, A: torch.Tensor) -> Magnitudes:
-    """Fit magnitudes to fixed factors by least squares, and the scales of the next step.
-
-    Args:
-        pair: W and W'.
-        B: ``(out, r)``.
-        A: ``(r, in)``.
+    """Fit magnitudes to fixed factors ``B (out, r)`` and ``A (r, in)`` by least squares, and the next step's scales.
 
     Raises:
         FitError: a row of ``W + B A`` is zero.
     """
     scales, magnitudes, gains, error = [], [], [], 0.0
-    for start, stop in _blocks(pair):
-        base, tuned = pair.rows(start, stop)
-        change = B[start:stop].to(base.dtype) @ A.to(base.dtype)
+    for at, base, tuned in _blocks(pair):
+        change = B[at].to(base.dtype) @ A.to(base.dtype)
         adapted = base + change
         inner, squares = _dots(adapted, tuned), _dots(adapted, adapted)
         if not bool((squares > 0).all()):
@@ -176,17 +171,15 @@ def best_columns(pair: PairSource, B: torch.Tensor, A: torch.Tensor) -> Magnitud
     """
     inner = torch.zeros(pair.shape[1], dtype=torch.float64)
     squares = torch.zeros(pair.shape[1], dtype=torch.float64)
-    for start, stop in _blocks(pair):
-        base, tuned = pair.rows(start, stop)
-        adapted = base + B[start:stop].to(base.dtype) @ A.to(base.dtype)
+    for at, base, tuned in _blocks(pair):
+        adapted = base + B[at].to(base.dtype) @ A.to(base.dtype)
         inner += (adapted * tuned).sum(dim=0, dtype=torch.float64)
         squares += adapted.square().sum(dim=0, dtype=torch.float64)
     if not bool((squares > 0).all()):
         raise FitError("a column of the weight is zero, so it has no direction for a magnitude to scale")
     gain, error = inner / squares, 0.0
-    for start, stop in _blocks(pair):
-        base, tuned = pair.rows(start, stop)
-        change = B[start:stop].to(base.dtype) @ A.to(base.dtype)
+    for at, base, tuned in _blocks(pair):
+        change = B[at].to(base.dtype) @ A.to(base.dtype)
         rest = (tuned - base) + (1 - gain).to(base.dtype) * base - gain.to(base.dtype) * change
         error += float(rest.double().square().sum())
     return Magnitudes(gain * squares.sqrt(), gain, math.sqrt(error), gain.new_zeros(0))
@@ -232,26 +225,24 @@ def _scaled(pair: PairSource, scales: torch.Tensor, device: torch.device | str) 
 
 def _aligned(pair: PairSource) -> torch.Tensor:
     """Return the row scales for zero factors."""
-    scales = []
-    for start, stop in _blocks(pair):
-        base, tuned = pair.rows(start, stop)
-        scales.append(_ratio(_dots(base, tuned), _dots(tuned, tuned)))
-    return torch.cat(scales)
+    return torch.cat([_ratio(_dots(base, tuned), _dots(tuned, tuned)) for _, base, tuned in _blocks(pair)])
 
 
 def _norms(pair: PairSource) -> tuple[float, float]:
     total = size = 0.0
-    for start, stop in _blocks(pair):
-        base, tuned = pair.rows(start, stop)
+    for _, base, tuned in _blocks(pair):
         total += float((tuned - base).double().square().sum())
         size += float(tuned.double().square().sum())
     return math.sqrt(total), math.sqrt(size)
 
 
-def _blocks(pair: PairSource) -> list[tuple[int, int]]:
+def _blocks(pair: PairSource) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Some rows at a time, with W and W' in them."""
     rows, cols = pair.shape
     step = max(1, _BLOCK // max(cols, 1))
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield slice(start, stop), *pair.rows(start, stop)
 
 
 def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -98,15 +98,9 @@ def relative_error(exact: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.
 
 
 def rerank(B: torch.Tensor, A: torch.Tensor, rank: int) -> LowRankProduct:
-    """Return the product of rank `rank` nearest to ``B A`` (Eckart and Young).
+    """Return the product nearest to ``B (m, r)`` times ``A (r, n)`` (Eckart and Young).
 
-    Args:
-        B: ``(m, r)``.
-        A: ``(r, n)``.
-        rank: Rank of the result, capped at ``min(m, n, r)``.
-
-    Returns:
-        Factors in the inputs' dtype, computed in float64.
+    Its rank is `rank`, capped at ``min(m, n, r)``; the factors, in the inputs' dtype, are computed in float64.
 
     Raises:
         ValueError: the rank is below 1.

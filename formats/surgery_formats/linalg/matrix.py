@@ -22,11 +22,7 @@ _SAFE = (1e-15, 1e15)
 
 
 class MatrixSource(Protocol):
-    """A matrix that is not necessarily in memory.
-
-    Attributes:
-        shape: ``(m, n)``.
-    """
+    """A matrix that is not necessarily in memory."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,8 +37,7 @@ class MatrixSource(Protocol):
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Limit this thread to one core: QR and gemm round differently when split over different numbers of threads."""
-    before = torch.get_num_threads()
-    if before == 1:
+    if (before := torch.get_num_threads()) == 1:
         yield
         return
     torch.set_num_threads(1)
@@ -139,12 +134,9 @@ class Operator:
         return gram
 
     def left_over(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Squared norm of every row of ``D / scale - left right``, ``(m,)``, float64, with each element formed.
+        """Squared norm of every row of ``D / scale - left right``, ``(m,)``, float64, with each element formed in `dtype`.
 
-        Args:
-            left: ``(m, r)``.
-            right: ``(r, n)``.
-            dtype: Type of the difference.
+        `left` is ``(m, r)``, `right` ``(r, n)``.
         """
         left, right = left.to(dtype), right.to(dtype)
         step = max(1, _BLOCK // max(1, self.shape[1])) if self.device.type == "cpu" else self.shape[0]

@@ -107,12 +107,7 @@ class NoiseTally:
 
 
 def signal_count(values: Sequence[float], edge: float) -> int:
-    """Count the singular values above the noise of storage and of the arithmetic.
-
-    Args:
-        values: Singular values, descending.
-        edge: Largest singular value of storage noise (`NoiseTally.edge`).
-    """
+    """Count the singular `values` (descending) above the noise of the arithmetic and of storage (`NoiseTally.edge`)."""
     least = max(edge, values[0] * _RELATIVE) if values else edge
     return sum(value > least for value in values)
 
@@ -126,13 +121,7 @@ def measure_survival(exact: torch.Tensor, stored: torch.Tensor) -> Survival:
 
 
 def survival(base: torch.Tensor, delta: torch.Tensor, dtype: DType) -> Survival:
-    """Measure what survives when `delta` is added to `base` and the sum is rounded once to `dtype`.
-
-    Args:
-        base: The stored values, as float32 or float64.
-        delta: The exact update, as float32 or float64.
-        dtype: The stored type.
-    """
+    """Measure what survives when `delta` is added to `base`, both float32 or float64, and the sum is rounded once to `dtype`."""
     exact = torch.promote_types(base.dtype, delta.dtype)
     before, update = base.to(exact), delta.to(exact)
     return measure_survival(update, (before + update).to(dtype.torch).to(exact).sub_(before))

@@ -62,11 +62,7 @@ def quantise(values: torch.Tensor, coding: Coding) -> Codes:
     """Nearest codes, under the scales of least squared error.
 
     Values that are not clipped are within half a step of their code; clipping is used where it helps the rest of the
-    group. Coding decoded values again gives the same numbers.
-
-    Args:
-        values: Any shape, finite.
-        coding: Bits and group size.
+    group. Coding decoded values again gives the same numbers. `values` are finite, of any shape.
     """
     with torch.no_grad(), one_thread():
         flat = values.double().reshape(-1)
@@ -82,12 +78,9 @@ def dequantise(codes: Codes, coding: Coding) -> torch.Tensor:
 
 
 def quantise_product(B: torch.Tensor, A: torch.Tensor, coding: Coding) -> CodedProduct:
-    """Codes whose product is near ``B A``. The factors change, and redundant directions are dropped.
+    """Codes whose product is near ``B A``, with `B` ``(out, rank)`` and `A` ``(rank, in)``.
 
-    Args:
-        B: ``(out, rank)``.
-        A: ``(rank, in)``.
-        coding: Coding of both factors.
+    The factors change, and redundant directions are dropped.
 
     Raises:
         FitError: a value is not finite.
@@ -96,10 +89,8 @@ def quantise_product(B: torch.Tensor, A: torch.Tensor, coding: Coding) -> CodedP
         B, A = B.double(), A.double()
         even = rerank(B, A, B.shape[1])
         factors = (B, A) if even.B.shape[1] == B.shape[1] else (even.B, even.A)
-        best = (
-            quantise(factors[0], coding),
-            quantise(factors[1].T.contiguous(), coding),
-        )  # codes of decoded values stay the same
+        # codes of decoded values stay the same
+        best = quantise(factors[0], coding), quantise(factors[1].T.contiguous(), coding)
         left = _distance(even.B, even.A, best, coding)
         for pair in _rounds(even.B, even.A, coding) if left > 1e-14 else ():
             if (distance := _distance(even.B, even.A, pair, coding)) < left:
@@ -187,11 +178,9 @@ def _scales(flat: torch.Tensor, coding: Coding, candidates: list[float]) -> torc
     """One scale per group of `flat`: float64 values that bfloat16 represents exactly."""
     short = -flat.numel() % coding.group
     groups = torch.nn.functional.pad(flat, (0, short)).reshape(-1, coding.group)
-    return (
-        torch.cat([_search(chunk, coding, candidates) for chunk in torch.split(groups, _CHUNK)])
-        if len(groups)
-        else flat
-    )
+    if not len(groups):
+        return flat
+    return torch.cat([_search(chunk, coding, candidates) for chunk in torch.split(groups, _CHUNK)])
 
 
 def _search(groups: torch.Tensor, coding: Coding, candidates: list[float]) -> torch.Tensor:

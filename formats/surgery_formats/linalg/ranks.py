@@ -130,12 +130,6 @@ def allocate(
 
 
 def auto_rank(values: torch.Tensor, edge: float, budget: int | None = None) -> int:
-    """Count the directions above the rounding noise, at most `budget`.
-
-    Args:
-        values: Singular values, descending.
-        edge: Largest singular value of noise alone (`surgery_formats.linalg.noise`).
-        budget: Greatest rank for this matrix.
-    """
+    """Count the singular `values` (descending) above `edge`, the largest of noise alone; at most `budget`."""
     signal = int((values > edge).sum())
     return signal if budget is None else min(signal, budget)

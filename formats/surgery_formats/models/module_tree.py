@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.family import role_of
@@ -102,11 +102,12 @@ def module_graph(component: Component) -> Node:
         shared = bool(tied) and _places(weight) == _places(component.parameters[tied])
         numbers = 0 if tied or computed else weight.numel
         kept = 0 if shared else weight.nbytes
-        root.at(name).leaf = _Leaf(weight.sizes, weight.storage.kind, numbers, kept, tied, computed)
+        role = "buffer" if computed else ""
+        root.at(name).leaf = Node("", role, numbers, kept, (weight.storage.kind,), weight.sizes, tied=tied)
     for alias, source in ties.items():
         if alias not in component.parameters and source in component.parameters:
             stored = component.parameters[source]
-            root.at(alias).leaf = _Leaf(stored.sizes, stored.storage.kind, 0, 0, source)
+            root.at(alias).leaf = Node("", "", 0, 0, (stored.storage.kind,), stored.sizes, tied=source)
     root.sign({})
     children = tuple(_children(root, None, 1))
     return _sum("", "model", children, 1)
@@ -129,19 +130,9 @@ def role_totals(nodes: Iterable[Node]) -> Mapping[str, Totals]:
     return {role: found[role] for role in _ORDER if role in found}
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    shape: tuple[int, ...]
-    dtype: str
-    parameters: int
-    nbytes: int
-    tied: str
-    computed: bool = False
-
-
 @dataclass(slots=True)
 class _ModuleBranch:
-    leaf: _Leaf | None = None
+    leaf: Node | None = None  # without its name, and with a role only if that is no matter of its name
     below: dict[str, _ModuleBranch] = field(default_factory=dict)
     signature: int = 0
 
@@ -153,7 +144,7 @@ class _ModuleBranch:
 
     def sign(self, known: dict[object, int]) -> int:
         """Number branches so that equal ones have equal numbers; names are part of it, this branch's own is not."""
-        leaf = self.leaf and (self.leaf.shape, self.leaf.dtype, self.leaf.nbytes, bool(self.leaf.tied))
+        leaf = self.leaf and (self.leaf.shape, self.leaf.dtypes, self.leaf.nbytes, bool(self.leaf.tied))
         content = (leaf, tuple(sorted((segment, branch.sign(known)) for segment, branch in self.below.items())))
         self.signature = known.setdefault(content, len(known))
         return self.signature
@@ -186,10 +177,9 @@ def _node(branch: _ModuleBranch, path: str, times: int) -> Node:
     return _sum(path, role, tuple(children), times)
 
 
-def _tensor(leaf: _Leaf, path: str, times: int) -> Node:
-    role = "buffer" if leaf.computed else role_of(path)
-    size = leaf.parameters * times, leaf.nbytes * times
-    return Node(path, role, *size, (leaf.dtype,), leaf.shape, times, leaf.tied)
+def _tensor(leaf: Node, path: str, times: int) -> Node:
+    numbers, kept = leaf.parameters * times, leaf.nbytes * times
+    return replace(leaf, name=path, role=leaf.role or role_of(path), parameters=numbers, nbytes=kept, repeated=times)
 
 
 def _sum(path: str, role: str, children: tuple[Node, ...], times: int) -> Node:

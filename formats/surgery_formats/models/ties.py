@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
 
-__all__ = ["Tie", "alias_of", "ties_by_place"]
+__all__ = ["Tie", "ties_by_place"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,6 @@ class Tie:
 
     alias: str
     source: str
-
-
-def alias_of(name: str, ties: Iterable[Tie]) -> str:
-    """The name whose bytes hold parameter `name`: itself, unless it is tied."""
-    return next((tie.source for tie in ties if tie.alias == name), name)
 
 
 def ties_by_place(tensors: Mapping[str, Tensor]) -> tuple[Tie, ...]:

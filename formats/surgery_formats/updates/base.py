@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.apply import Apply
-from surgery_formats.tensors.tensor import StoredTensor, Tensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor, all_finite
 from surgery_formats.tensors.views import Index
 
 if TYPE_CHECKING:
@@ -88,12 +88,10 @@ class Factor:
 
 def _read(tensor: Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """All values of a trained tensor, checked."""
-    import torch
-
     if not tensor.dtype.is_float and tensor.dtype not in (DType.F8_E4M3, DType.F8_E5M2):
         raise FitError(f"trained values of type {tensor.dtype.label}", file=tensor.path, tensor=tensor.name)
     values = tensor.read() if dtype is None else tensor.read().to(dtype)
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise FitError("holds NaN or Inf", file=tensor.path, tensor=tensor.name, hint="train it again")
     return values
 

@@ -10,9 +10,12 @@ from surgery_formats.canonical.adapter import Ignored
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["HEADS", "INSIDE_ATTENTION", "PREFIX", "Sorted", "sort_tensors", "unwrapped"]
+__all__ = ["HEADS", "INSIDE_ATTENTION", "PREFIX", "ROOT", "Sorted", "sort_tensors", "unwrapped"]
 
-PREFIX = "base_model.model."
+ROOT = "base_model."
+"""What the names of tensors of the whole adapter begin with, and those beside a soft prompt."""
+PREFIX = f"{ROOT}model."
+"""What the names of a module's tensors begin with."""
 HEADS = frozenset(("score", "classifier", "qa_outputs"))  # added by PEFT itself for classification tasks
 INSIDE_ATTENTION = ".base_layer.out_proj"
 """Where PEFT holds the output projection of a ``torch.nn.MultiheadAttention`` that it wrapped."""
@@ -52,7 +55,7 @@ def sort_tensors(
     """
     contents = Sorted()
     for tensor in tensors:
-        general = tensor.name.removeprefix("base_model.").partition(".")[0]
+        general = tensor.name.removeprefix(ROOT).partition(".")[0]
         if general in shared:
             _once(contents.shared, general, tensor, f"'{general}' twice")
             continue

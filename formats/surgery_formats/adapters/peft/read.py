@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from surgery_formats.adapters.peft.config import PeftConfig, parse_config
-from surgery_formats.adapters.peft.keys import HEADS, PREFIX, Sorted, sort_tensors, unwrapped
+from surgery_formats.adapters.peft.keys import HEADS, PREFIX, ROOT, Sorted, sort_tensors, unwrapped
 from surgery_formats.adapters.peft.kinds import kinds, switches
 from surgery_formats.adapters.peft.kinds.kind import Module
 from surgery_formats.adapters.peft.known_issues import issues_by_value
@@ -96,7 +96,7 @@ def _text(value: object) -> str:
 
 def _prefixed(tensors: Iterable[StoredTensor]) -> bool:
     names = [tensor.name for tensor in tensors]
-    return not names or any(name.startswith("base_model.") for name in names)
+    return not names or any(name.startswith(ROOT) for name in names)
 
 
 def _metadata(shards: Iterable[Shard]) -> dict[str, str]:
@@ -110,7 +110,7 @@ def _soft_prompt(adapter: Adapter, tensors: Sequence[StoredTensor], config: Peft
     """Virtual tokens, and what was trained in full beside them."""
     prompt = read_prompt(tensors, config)
     beside = (tensor for tensor in tensors if tensor is not prompt.table)
-    rest = sort_tensors(beside, frozenset(), prefix="base_model.")
+    rest = sort_tensors(beside, frozenset(), prefix=ROOT)
     updates = dict(sorted(_whole_parameters(rest, config).items()))
     return replace(adapter, updates=updates, ignored=tuple(rest.ignored), prompt=prompt)
 

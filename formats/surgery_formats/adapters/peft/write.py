@@ -15,7 +15,7 @@ from surgery_formats.adapters.format import Rendering, Scaling
 from surgery_formats.adapters.peft.config import PeftConfig, parse_config
 from surgery_formats.adapters.peft.configuration import adapter_config
 from surgery_formats.adapters.peft.file import PeftFile
-from surgery_formats.adapters.peft.keys import HEADS
+from surgery_formats.adapters.peft.keys import HEADS, ROOT
 from surgery_formats.adapters.peft.kinds import kinds, switches
 from surgery_formats.adapters.peft.kinds.kind import PeftKind
 from surgery_formats.adapters.writing import copied, surviving_metadata
@@ -45,7 +45,7 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
     kind = _kind(adapter, own)
     file = PeftFile(kind.name, adapter, base, own, scaling, has_biases="bias" in kind.switches.understood)
     if adapter.prompt is not None and own is not None:
-        file.prefix = "base_model."
+        file.prefix = ROOT
     updates = [(site, update) for site, chain in adapter.updates.items() for update in chain]
     if kind is not kinds()["LORA"]:
         file.targets = {site.path.rpartition(".")[0] for site, update in updates if update.kind in kind.writes}

@@ -180,7 +180,7 @@ class OutputFolder:
             self._close_journal()
             os.unlink(self._stage.path / _JOURNAL)
             for folder in sorted({Path(name).parent for name in files} - {Path()}):
-                _sync_folder(self._stage.path / folder)
+                sync_folder(self._stage.path / folder)
             return self._stage.publish()
 
     def _claim(self, name: str) -> Path:
@@ -218,7 +218,7 @@ class OutputFolder:
         target = self._stage.path / output.name
         os.rename(output.path, target)
         if target.parent != self._stage.path:
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         self._stage.sync()
         with self._lock:
             write_all(self._journal, memoryview(line), os.fstat(self._journal).st_size)
@@ -276,11 +276,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync_folder(fd)
-    finally:
-        os.close(fd)

@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from surgery_formats.files.raw import File
@@ -118,14 +119,20 @@ def start_writeback(fd: int, offset: int, nbytes: int) -> None:
         _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
-def sync_folder(fd: int) -> None:
-    """Make the entries of an open folder durable, where the file system supports it.
+def sync_folder(folder: int | Path) -> None:
+    """Make the entries of a folder, open or not, durable, where the file system supports it.
 
     Raises:
         OSError: the device failed.
     """
+    if isinstance(folder, Path):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return sync_folder(fd)
+        finally:
+            os.close(fd)
     try:
-        os.fsync(fd)
+        os.fsync(folder)
     except OSError as error:
         # some network file systems sync folders by themselves
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):

@@ -191,15 +191,12 @@ def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
 
 def _files_below(folder: Path) -> set[str]:
     """Return the names of everything below `folder` except folders, with ``/``; links are not followed."""
-    names: set[str] = set()
-    waiting = [""]
-    while waiting:
-        prefix = waiting.pop()
-        try:
-            with os.scandir(folder / prefix) as entries:
-                listed = [(prefix + entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-        except OSError as error:
-            raise NotFoundError(error.strerror or "cannot be listed", file=folder / prefix) from error
-        names.update(name for name, is_folder in listed if not is_folder)
-        waiting += [name + "/" for name, is_folder in listed if is_folder]
-    return names
+
+    def fail(error: OSError) -> None:
+        raise NotFoundError(error.strerror or "cannot be listed", file=error.filename) from error
+
+    paths: set[Path] = set()
+    for at, folders, files in os.walk(folder, onerror=fail):
+        paths.update(Path(at, name) for name in files)
+        paths.update(link for name in folders if (link := Path(at, name)).is_symlink())
+    return {path.relative_to(folder).as_posix() for path in paths}

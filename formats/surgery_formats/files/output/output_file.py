@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from surgery_formats.errors import ProofError, ResourceError, SurgeryError
 from surgery_formats.files.output.kernel_copy import copy_range, reserve, start_writeback, write_all
-from surgery_formats.files.raw import File
+from surgery_formats.files.raw import File, read_all
 from surgery_formats.text import nbytes as readable
 
 __all__ = ["OutputFile", "check_disk", "output_faults"]
@@ -55,11 +56,8 @@ def _fault(error: OSError, path: Path, needed: int | None) -> ResourceError:
 def _free(path: Path) -> int:
     """Return the bytes that an ordinary user can still write where `path` is or will be."""
     for ancestor in (path, *path.absolute().parents):
-        try:
-            status = os.statvfs(ancestor)
-        except OSError:
-            continue
-        return status.f_bavail * status.f_frsize
+        with suppress(OSError):
+            return shutil.disk_usage(ancestor).free
     return 0
 
 
@@ -129,7 +127,13 @@ class OutputFile:
         self._inside(offset, len(view))
         with output_faults(self._shown, self.nbytes):
             write_all(self.fd, view, offset)
-            self._written(offset, len(view))
+            self._note(offset, len(view))
+            with self._lock:
+                self._unsynced += len(view)
+                if start := self._unsynced >= _WRITEBACK_STEP:
+                    self._unsynced = 0
+            if start:
+                start_writeback(self.fd, 0, 0)  # 0 bytes means to the end: only dirty pages cost anything
 
     def copy_from(self, source: File, src_offset: int, dst_offset: int, nbytes: int) -> None:
         """Copy `nbytes` bytes of `source`, in the kernel where possible.
@@ -160,13 +164,10 @@ class OutputFile:
             ProofError: as `readback`.
         """
         self._inside(offset, len(view))
-        done = 0
         with output_faults(self._shown):
-            while done < len(view):
-                count = os.preadv(self.fd, [view[done:]], offset + done)
-                if count == 0:
-                    raise ProofError(f"ends at byte {offset + done} while it is written", file=self._shown)
-                done += count
+            done = read_all(self.fd, view, offset)
+        if done < len(view):
+            raise ProofError(f"ends at byte {offset + done} while it is written", file=self._shown)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Make the file durable, rename it to its final name, and record it for resumed runs.
@@ -208,16 +209,6 @@ class OutputFile:
                 self._spans[-1][1] += nbytes
             else:
                 self._spans.append([offset, offset + nbytes])
-
-    def _written(self, offset: int, nbytes: int) -> None:
-        self._note(offset, nbytes)
-        with self._lock:
-            self._unsynced += nbytes
-            start = self._unsynced >= _WRITEBACK_STEP
-            if start:
-                self._unsynced = 0
-        if start:
-            start_writeback(self.fd, 0, 0)  # 0 bytes means to the end: only dirty pages cost anything
 
     def _gap(self) -> tuple[int, int] | None:
         """Return the first range never written. Its reserved blocks would read as zeros, like a zero tensor."""

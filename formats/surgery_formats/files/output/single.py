@@ -89,11 +89,7 @@ def write_single(
             raise
         finally:
             os.close(fd)
-        folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sync_folder(folder)
-        finally:
-            os.close(folder)
+        sync_folder(parent)
     return shown
 
 
@@ -125,8 +121,7 @@ def _open_hidden(hidden: Path, shown: Path) -> int:
     fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        opened, named = os.fstat(fd), os.lstat(hidden)
-        if (opened.st_dev, opened.st_ino) != (named.st_dev, named.st_ino):  # its writer finished between the two calls
+        if not os.path.samestat(os.fstat(fd), os.lstat(hidden)):  # its writer finished between the two calls
             raise BlockingIOError
         os.ftruncate(fd, 0)
     except (BlockingIOError, FileNotFoundError) as error:

@@ -177,7 +177,11 @@ class Stage:
     def _lock(self) -> None:
         """Take the exclusive lock on the folder now at `path`, not on one renamed or removed meanwhile."""
         for _ in range(_ATTEMPTS):
-            is_new = self._make()
+            is_new = True
+            try:
+                os.mkdir(self.path)
+            except FileExistsError:
+                is_new = False
             try:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,13 +206,6 @@ class Stage:
                 return
             self._fd = _close(self._fd)
         raise ResourceError("other processes keep writing it", file=self.shown)
-
-    def _make(self) -> bool:
-        try:
-            os.mkdir(self.path)
-        except FileExistsError:
-            return False
-        return True
 
     def _exists(self) -> OutputExistsError:
         if self._overwrite:
@@ -267,10 +264,9 @@ def _identity(path: Path) -> _Identity | None:
 def _names(path: Path, fd: int) -> bool:
     """Whether `path` is still the folder open as `fd`."""
     try:
-        named, opened = os.lstat(path), os.fstat(fd)
+        return os.path.samestat(os.lstat(path), os.fstat(fd))
     except OSError:
         return False
-    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _is_folder(path: Path) -> bool:

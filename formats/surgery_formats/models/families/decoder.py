@@ -179,19 +179,9 @@ def decoder(
 ) -> Model:
     """Assemble the decoder, then check the settings that nobody read.
 
-    Args:
-        settings: The model's settings; the rest must have been read.
-        sizes: The model's sizes.
-        stack: Module of the layers.
-        layer: Maps the module of a layer, and its index, to its record.
-        final_norm: Norm after the layers.
-        embedding: The token embedding.
-        classes: Accepted endings of the names in ``architectures``.
-        tied: The family's default of ``tie_word_embeddings``.
-        head: Module of the head.
-        before: Projection before the head.
-        softcap: Soft cap of the logits.
-        divisor: Divisor of the logits.
+    `layer` maps the module of a layer (below `stack`) and its index to its record. `classes` are the accepted endings of
+    the names in ``architectures``, `tied` is the family's default of ``tie_word_embeddings``, `head` the head's module;
+    `before`, `softcap` and `divisor` are those of `LanguageHead`.
 
     Raises:
         FitError: another task's head, bidirectional attention, attention to an encoder, a quantised checkpoint, or an

@@ -106,14 +106,8 @@ def encoder(
 ) -> Model:
     """Assemble the encoder, with the head chosen by ``architectures``, then check the settings that nobody read.
 
-    Args:
-        settings: The model's settings; the rest must have been read.
-        sizes: The model's sizes.
-        embedding: The token embedding.
-        layers: The layers, in order.
-        before: First step of a sequence classifier.
-        classifier: Module of its last step.
-        pooler: The family's pooler, whether the file has it or not; None if the family has none.
+    `before` is the first step of a sequence classifier, `classifier` the module of its last; `pooler` is the family's,
+    whether the file has it or not, None if the family has none.
 
     Raises:
         FitError: a decoder, another task's head, non-absolute positions, a quantised checkpoint, or an unread setting

@@ -46,13 +46,9 @@ def read_rope(
 ) -> Rope:
     """Read the rotary positions of a model with the same ones in every layer.
 
-    Args:
-        settings: The model's settings.
-        sizes: Its sizes.
-        theta: The family's default of ``rope_theta``.
-        partial: The family's default of ``partial_rotary_factor``; None if the family rotates whole heads.
-        original: The family's ``original_max_position_embeddings``, if it stores one beside the rotary parameters.
-        longrope_names: The family's former names for ``longrope``.
+    The family's defaults are `theta` of ``rope_theta`` and `partial` of ``partial_rotary_factor``, None if it rotates
+    whole heads. `original` is its ``original_max_position_embeddings`` if it stores one beside the rotary parameters,
+    `longrope_names` its former names for ``longrope``.
 
     Raises:
         FitError: parameters of an unknown kind, missing, or of a wrong type.
@@ -110,17 +106,12 @@ def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], sizes: Sizes
         )
         if values["original_max_position_embeddings"] < 2:
             raise settings.fault("original_max_position_embeddings must be above 1")
-    if "factor" in needs:
-        factor = inner.raw("factor")
-        if factor is None and kind not in ("yarn", "longrope"):
-            raise settings.fault(f"factor is missing in the rotary parameters of type '{kind}'")
-        ratio = max_positions / values.get("original_max_position_embeddings", max_positions)
-        values["factor"] = inner.positive("factor", default=ratio)
-    for key in ("low_freq_factor", "high_freq_factor"):
+    ratio = max_positions / values.get("original_max_position_embeddings", max_positions)
+    for key in ("factor", "low_freq_factor", "high_freq_factor"):
         if key in needs:
-            if inner.raw(key) is None:
+            if inner.raw(key) is None and kind not in ("yarn", "longrope"):
                 raise settings.fault(f"{key} is missing in the rotary parameters of type '{kind}'")
-            values[key] = inner.positive(key, default=1.0)
+            values[key] = inner.positive(key, default=ratio)
     if kind == "llama3" and values["high_freq_factor"] == values["low_freq_factor"]:
         raise settings.fault("high_freq_factor must differ from low_freq_factor")
     for key in _LISTS:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Activation
 from surgery_formats.text import show
 
 __all__ = ["ModelSettings", "Sizes", "read_sizes"]
+
+T = TypeVar("T")
 
 _LARGEST = 1 << 31  # bound on a size; keeps products of two sizes within the range of a graph
 _LAYERS = 4096  # bound on the number of layers, each of which costs memory here
@@ -108,23 +110,22 @@ class ModelSettings:
         """Read a number above 0; ``null`` gives None and a missing key gives `default`."""
         return default if not self.has(key) else None if self._config[key] is None else self.positive(key, default=1.0)
 
-    def flag(self, *keys: str, default: bool) -> bool:
-        """Read true or false."""
+    def _typed(self, keys: tuple[str, ...], default: T, what: str) -> T:
+        """Read a value of the type of `default`."""
         value = self.raw(*keys)
         if value is None:
             return default
-        if not isinstance(value, bool):
-            raise self.fault(f"{keys[0]} is {show(value, 40)}; it must be true or false")
+        if not isinstance(value, type(default)):
+            raise self.fault(f"{keys[0]} is {show(value, 40)}; it must be {what}")
         return value
+
+    def flag(self, *keys: str, default: bool) -> bool:
+        """Read true or false."""
+        return self._typed(keys, default, "true or false")
 
     def text(self, *keys: str, default: str) -> str:
         """Read a string."""
-        value = self.raw(*keys)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise self.fault(f"{keys[0]} is {show(value, 40)}; it must be text")
-        return value
+        return self._typed(keys, default, "text")
 
     def mapping(self, *keys: str) -> dict[str, Any] | None:
         """Read an object, or None."""
@@ -234,20 +235,11 @@ def read_sizes(
     grouped: bool = True,
     **keys: tuple[str, ...],
 ) -> Sizes:
-    """Read sizes; the numbers are the family's defaults.
+    """Read `Sizes`; the numbers are the family's defaults.
 
-    Args:
-        settings: The model's settings.
-        vocabulary: ``vocab_size``.
-        max_positions: Rows of the position table, or the longest sequence.
-        hidden: ``D``.
-        inner: Width of the MLP; None for four times `hidden`.
-        layers: Number of layers.
-        heads: Number of query heads.
-        kv_heads: ``num_key_value_heads`` if the key is missing; None for as many as heads, as ``null`` always means.
-        head_dim: ``head_dim`` if the key is missing; None for ``hidden / heads``.
-        grouped: Whether the family has the keys ``num_key_value_heads`` and ``head_dim``.
-        **keys: The family's own keys of a size where they are not Llama's: ``hidden_keys=("n_embd", "hidden_size")``.
+    `inner` is four times ``hidden`` if None. `kv_heads` and `head_dim` hold where the key is missing: None for as many as
+    heads, as ``null`` always means, and for ``hidden / heads``; unless `grouped`, the family has neither key. `keys` are
+    its own keys of a size where they are not Llama's: ``hidden_keys=("n_embd", "hidden_size")``.
 
     Raises:
         FitError: a size is invalid, or the heads do not divide.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from surgery_formats.adapters.peft.config import COMMON, Switches
 from surgery_formats.adapters.peft.configuration import targets
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.keys import ROOT
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import MalformedError
@@ -72,7 +73,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     drawn = shared.projections if shared else Seed(0)
     if not isinstance(drawn, Seed):
         for name, factor in zip(_SHARED, drawn, strict=True):
-            file.put(f"base_model.{name}", factor)
+            file.put(f"{ROOT}{name}", factor)
     file.defaults = {"d_initial": 0.1, "fan_in_fan_out": False, "init_weights": True, "vera_dropout": 0.0}
     file.fields = {
         "projection_prng_key": drawn.key if isinstance(drawn, Seed) else 0,
