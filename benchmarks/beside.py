@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """This checkout beside another one: merge, extraction and export, as whole processes and in turn.
 
-    python benchmarks/beside.py OTHER [--rounds 5] [--pause 3] [--jobs merge,extract,export,help] [--folder DIR]
+    python benchmarks/beside.py OTHER [--rounds 5] [--pause 3] [--jobs merge,extract,export,help] [--device cuda]
+        [--folder DIR]
 
 OTHER is a checkout of the same project, such as a git worktree of an earlier commit; both run with this interpreter. The merge is that of
 benchmarks/merge.py (rank 16 on all linear layers of a 1.24 B bf16 Llama shape), the extraction that of benchmarks/extract.py (rank 16, one
@@ -67,19 +68,21 @@ def python_path(tree: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(str(tree / folder) for folder in ("", "formats", "cli"))}
 
 
-def make_jobs(work: Path, names: Sequence[str]) -> list[Job]:
+def make_jobs(work: Path, names: Sequence[str], device: str) -> list[Job]:
     """Inputs on disk, and the commands over them."""
     jobs = []
+    where = [] if device == "cpu" else ["--device", device]
     if "merge" in names:
         write_base(LARGE, work / "base")
         write_adapter(LARGE, work / "adapter")
         out = work / "merged"
-        jobs.append(Job("merge", ["merge", str(work / "base"), str(work / "adapter"), "-o", str(out)], out))
+        words = ["merge", str(work / "base"), str(work / "adapter"), "-o", str(out)]
+        jobs.append(Job("merge", [*words, *where], out))
     if "extract" in names:
         write_pair(LAYER, work / "before", work / "tuned")
         out = work / "lora"
         words = ["extract-lora", str(work / "before"), str(work / "tuned"), "-o", str(out), "--rank", "16"]
-        jobs.append(Job("extract-lora", [*words, "--kind", "lora"], out))
+        jobs.append(Job("extract-lora", [*words, "--kind", "lora", *where], out))
     if "export" in names:
         out = work / "one-shard"
         write_base(LARGE, out, shards=1)
@@ -122,6 +125,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pause", type=float, default=3.0, help="seconds before each run")
     parser.add_argument("--jobs", default="merge,extract,export,help")
+    parser.add_argument("--device", default="cpu", help="of merge and extract-lora")
     parser.add_argument("--folder", type=Path, help="where to work; needs 12 GB")
     options = parser.parse_args()
     trees = {"other": options.other.resolve(), "this": ROOT}
@@ -130,7 +134,7 @@ def main() -> None:
     print("\n| job | wall, s: other | this | ratio (min) | ratio (median) | processor ratio | peak MB: other | this |")
     print("|---|---|---|---|---|---|---|---|")
     try:
-        for job in make_jobs(work, options.jobs.split(",")):
+        for job in make_jobs(work, options.jobs.split(","), options.device):
             samples = compare(job, trees, work, options.rounds, options.pause)
             other, this = samples["other"], samples["this"]
             walls = [[sample.wall for sample in side] for side in (other, this)]
