@@ -107,7 +107,7 @@ def compare(job: Job, trees: dict[str, Path], work: Path, rounds: int, pause: fl
     for number in range(rounds + 1):
         for name in sorted(trees, reverse=bool(number % 2)):
             time.sleep(pause)
-            command = [sys.executable, "-m", "surgery_cli", *(["-q"] if job.name != "--help" else []), *job.words]
+            command = [sys.executable, "-P", "-m", "surgery_cli", *(["-q"] if job.name != "--help" else []), *job.words]
             sample = run(command, work / "log", python_path(trees[name]))
             job.move_to(work / "written" / name)
             if number:

@@ -28,16 +28,7 @@ _PATH_LIMIT = 500  # characters; a path is worth showing whole
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is told about an exception.
-
-    Attributes:
-        exit_code: Of the process.
-        code: Stable name for machines.
-        message: What is wrong.
-        hint: What to do next.
-        file: Where.
-        tensor: Where in it.
-    """
+    """What is told about an exception; `code` is a stable name for machines, `hint` what to do next."""
 
     exit_code: int
     code: str
@@ -74,15 +65,9 @@ def fault_of(error: BaseException) -> Fault:
 
 
 def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) -> int:
-    """Do `work`; tell what went wrong, if anything did.
+    """Do `work`, tell what went wrong, if anything did, and return the exit code.
 
-    Args:
-        work: Raises whatever it wants to.
-        settings: As far as parsing came.
-        words: The command line: where parsing failed, `settings` may not have seen its ``--json`` yet.
-
-    Returns:
-        The exit code.
+    The command line's `words` count too: where parsing failed, `settings` may not have seen its ``--json`` yet.
     """
     try:
         work()

@@ -35,6 +35,7 @@ __all__ = [
     "output",
     "overwrite",
     "rank_of",
+    "reference",
     "runtime_device_option",
     "share",
     "size",
@@ -52,14 +53,7 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNOREC
 
 @dataclass
 class Settings:
-    """What the global options say; the same object before and after the sub-command.
-
-    Attributes:
-        json: Data for machines instead of text for people.
-        verbose: How often ``-v`` was given.
-        quiet: Neither progress, nor summaries, nor hints.
-        debug: Show tracebacks.
-    """
+    """The values of `global_options`; the same object before and after the sub-command."""
 
     json: bool = False
     verbose: int = 0
@@ -111,6 +105,11 @@ def subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
 def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """References are mostly files and folders: the shell completes those itself."""
     return [CompletionItem(incomplete, type="file")]
+
+
+def reference(name: str, *, metavar: str, help: str) -> Callable[[F], F]:
+    """An option that names a model or an adapter."""
+    return click.option(name, metavar=metavar, shell_complete=complete_files, help=help)
 
 
 def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:

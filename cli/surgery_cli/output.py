@@ -31,12 +31,7 @@ def show_result(
 ) -> None:
     """What came out: a JSON document, or the summary; warnings in any case.
 
-    Args:
-        command: Its name.
-        result: What the library returned.
-        settings: Of the command.
-        summary: Where it is not the one that ``result.summary(verbose=...)`` gives.
-        data: Whether the summary is what was asked for, so that ``-q`` leaves out hints alone.
+    `summary` is by default ``result.summary(verbose=...)``. Where it is the `data` asked for, ``-q`` leaves out hints alone.
     """
     summary = summary or result.summary(verbose=settings.verbose > 0)
     shown: Iterable[Section] = summary.sections

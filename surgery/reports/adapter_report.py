@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,8 @@ def _groups(targets: tuple[TargetGroup, ...]) -> Table:
         Column("parameters like", "name"), Column("times", "integer"), Column("role"), Column("kind"),
         Column("rank", "spread", 6), Column("scale", "spread", 6), Column("parameters", "count"),
     )  # fmt: skip
-    rows = ((one.pattern, one.count, one.role, one.kind, one.ranks, one.scales, one.parameters) for one in targets)
-    return Table(columns, tuple(rows))
+    row = attrgetter("pattern", "count", "role", "kind", "ranks", "scales", "parameters")
+    return Table(columns, tuple(map(row, targets)))
 
 
 def _every_parameter(modules: tuple[TargetedParameter, ...]) -> Table:
@@ -183,7 +184,5 @@ def _every_parameter(modules: tuple[TargetedParameter, ...]) -> Table:
         Column("parameter", "name"), Column("role"), Column("kind"), Column("shape", "shape"), Column("rank", "integer"),
         Column("alpha", "number", 6), Column("scale", "number", 6), Column("parameters", "count"),
     )  # fmt: skip
-    rows = (
-        (one.name, one.role, one.kind, one.shape, one.rank, one.alpha, one.scale, one.parameters) for one in modules
-    )
-    return Table(columns, tuple(rows))
+    row = attrgetter("name", "role", "kind", "shape", "rank", "alpha", "scale", "parameters")
+    return Table(columns, tuple(map(row, modules)))

@@ -105,12 +105,7 @@ class CheckpointReport:
         return {"type": "checkpoint", **plain(self)}
 
     def summary(self, *, verbose: bool = False, depth: int | None = _DEPTH) -> Summary:
-        """Files, then the modules of every component and totals by role.
-
-        Args:
-            verbose: Every level of modules.
-            depth: Levels shown otherwise; None for all.
-        """
+        """Files, then `depth` levels of modules of every component, all if None or `verbose`, and totals by role."""
         files = [file for component in self.components for file in component.files]
         rows: list[tuple[str, Phrase]] = [
             ("model", Name(self.path, _PATH)),

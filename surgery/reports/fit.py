@@ -72,12 +72,11 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
             file=adapter.path,
             hint=_hint(odd[0], base),
         )
-    warnings = (
-        [f"{len(odd)} of {len(adapter.updates)} parameters do not fit the base: {listing(map(str, odd))}"]
-        if odd
-        else []
-    )
-    return FitReport(roles, heads + sum(sizes.values()), (*warnings, *_prompt(adapter, base)))
+    warnings = _prompt(adapter, base)
+    if odd:
+        count = f"{len(odd)} of {len(adapter.updates)} parameters"
+        warnings = (f"{count} do not fit the base: {listing(map(str, odd))}", *warnings)
+    return FitReport(roles, heads + sum(sizes.values()), warnings)
 
 
 def _component(site: Site, base: Checkpoint) -> Component | None:

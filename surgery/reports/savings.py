@@ -16,8 +16,6 @@ from surgery.reports.values import Cell, Name, Phrase, Value
 
 __all__ = ["AdapterCost", "BaseCost", "SavingsReport", "Split", "TaskCost"]
 
-_MLP = ("mlp", "expert")
-
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -35,11 +33,8 @@ class Split:
 
     def plus(self, role: str, number: int) -> Split:
         """With `number` more of `role`."""
-        if role == "attention":
-            return replace(self, attention=self.attention + number)
-        if role in _MLP:
-            return replace(self, mlp=self.mlp + number)
-        return replace(self, rest=self.rest + number)
+        part = {"attention": "attention", "mlp": "mlp", "expert": "mlp"}.get(role, "rest")
+        return replace(self, **{part: getattr(self, part) + number})
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +167,12 @@ class SavingsReport:
         return Summary("Savings", (*sections, *warnings))
 
     def _tasks(self) -> Iterator[tuple[Cell, ...]]:
-        for cost in self.adapters:
-            for task in cost.tasks:
-                yield _task(task, Name(cost.name))
-        if self.together is not None:
-            yield _task(self.together, "these adapters together")
+        costs: list[tuple[Phrase, TaskCost]] = [
+            (Name(cost.name), task) for cost in self.adapters for task in cost.tasks
+        ]
+        costs += [("these adapters together", self.together)] if self.together else []
+        for name, cost in costs:
+            yield cost.tasks, name, cost.copies_nbytes, cost.shared_nbytes, cost.saved_nbytes, cost.times
 
 
 _ADAPTERS = (
@@ -200,7 +196,3 @@ def _split(name: str, split: Split, total: int) -> tuple[Cell, ...]:
 
 def _part(number: int, total: int) -> Phrase:
     return (Value(number, "count"), " (", Value(number / total, "share", 1), ")") if total else "0"
-
-
-def _task(cost: TaskCost, name: Phrase) -> tuple[Cell, ...]:
-    return cost.tasks, name, cost.copies_nbytes, cost.shared_nbytes, cost.saved_nbytes, cost.times

@@ -73,8 +73,6 @@ class TargetGroup:
 
     Attributes:
         pattern: ``model.layers.*.self_attn.q_proj``.
-        role: Their role.
-        kind: Their kind of update.
         count: How many there are.
         ranks: How many have which rank.
         scales: How many have which scale.
@@ -96,10 +94,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
     """Every parameter the adapter has an update for, in the adapter's order.
 
     A stored tensor that serves several parameters is counted for the first. Biases that the base need not have are left out.
-
-    Args:
-        adapter: Unbound.
-        role: Tells roles better than names alone can, when the base is known.
+    `role` tells roles better than names alone can, when the base is known.
     """
     seen: set[Tensor] = set()
     found = []

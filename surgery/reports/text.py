@@ -32,13 +32,7 @@ def as_text(sections: Iterable[Section], width: int | None = None) -> str:
 
 
 def section_lines(section: Section, width: int | None = None, strong: Style = str) -> list[str]:
-    """Render one section.
-
-    Args:
-        section: The section.
-        width: Columns of the terminal; None folds nothing.
-        strong: Styles labels and headings, padding included.
-    """
+    """Render a section for a terminal of `width` columns, None to fold nothing; `strong` styles labels and headings."""
     match section:
         case Facts(rows):
             labels = [phrase_text(label) for label, _ in rows]

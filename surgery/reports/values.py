@@ -158,8 +158,9 @@ def _number(value: Any, type: Type, digits: int) -> str:
             return f"{value:.{digits}g}"
         case "fixed":
             return f"{value:.{digits}f}"
-        case "spread" if len(value) != 1:
-            return ", ".join(f"{key:.{digits}g} ({times} times)" for key, times in value.items())
         case "spread":
-            return f"{next(iter(value)):.{digits}g}"
+            single = len(value) == 1
+            return ", ".join(
+                f"{key:.{digits}g}" + ("" if single else f" ({times} times)") for key, times in value.items()
+            )
     return str(value)

@@ -207,9 +207,11 @@ def test_values_whose_squares_leave_float32_are_handled(factor: float) -> None:
     assert found.residual / found.total == pytest.approx(float(s[8:].norm() / s.norm()), rel=1e-3)
 
 
+@pytest.mark.parametrize("seed", [0, 38, 43, 53])  # directions of no weight came out skew for the last three
 @pytest.mark.parametrize("shape", [(64, 48), (48, 64), (700, 500), (500, 700)])
-def test_zero_rows_and_columns_stay_exactly_zero(shape: tuple[int, int]) -> None:
+def test_zero_rows_and_columns_stay_exactly_zero(shape: tuple[int, int], seed: int) -> None:
     """Exactly: weights that were not trained keep their bits when the factors are merged."""
+    torch.manual_seed(seed)
     d, rows, cols = torch.randn(shape), torch.arange(3, shape[0], 5), torch.arange(1, shape[1], 7)
     d[rows], d[:, cols] = 0, 0
     found = truncated_svd(d, rank=12)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, runtime_device_option, subcommand
 from surgery_cli.output import show_result
 
@@ -15,9 +16,7 @@ __all__ = ["command"]
 
 @subcommand("bench")
 @click.argument("model", shell_complete=complete_files)
-@click.option(
-    "--against", metavar="OTHER", shell_complete=complete_files, help="Another graph, measured in turns with MODEL."
-)
+@option.reference("--against", metavar="OTHER", help="Another graph, measured in turns with MODEL.")
 @click.option("--prompt-length", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a row.")
 @click.option("--new-tokens", type=click.IntRange(min=0), default=100, show_default=True, help="Steps to measure.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows.")

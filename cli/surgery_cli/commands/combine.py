@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from surgery_cli import options as option
-from surgery_cli.options import Settings, complete_files, subcommand
+from surgery_cli.options import Settings, subcommand
 from surgery_cli.output import show_output
 from surgery_cli.progress import bar
 
@@ -39,7 +39,7 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
     "--without", multiple=True, metavar="PATTERN", help="Leave modules of this name out. Both may be repeated."
 )
 @click.option("--to", metavar="FORMAT", help="Format to write; by default the first adapter's.")
-@click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model, if names come from it.")
+@option.reference("--base", metavar="BASE", help="The model, if names come from it.")
 @option.dtype
 @option.dry_run("Show ranks and errors; write nothing.")
 @option.overwrite()

@@ -40,12 +40,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     "--to", required=True, type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'."
 )
 @option.output("Folder to make, or file where FORMAT is a single file.")
-@click.option(
-    "--base",
-    metavar="BASE",
-    shell_complete=complete_files,
-    help="The model it was trained on, if FORMAT needs its names.",
-)
+@option.reference("--base", metavar="BASE", help="The model it was trained on, if FORMAT needs its names.")
 @click.option("--component", metavar="NAME", help="The part of a pipeline, e.g. unet.")
 @click.option(
     "--projections",

@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 @subcommand("report")
 @click.argument("references", nargs=-1, required=True, metavar="REF...", shell_complete=complete_files)
-@click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model the adapters were trained on.")
+@option.reference("--base", metavar="BASE", help="The model the adapters were trained on.")
 @click.option(
     "--tasks",
     type=click.IntRange(min=1),

@@ -23,7 +23,7 @@ __all__ = ["command"]
 @click.option("--energy", type=option.share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
 @click.option("--max-error", type=option.share, metavar="SHARE", help="Greatest relative error of a module, e.g. .05.")
 @click.option("--to", metavar="FORMAT", help="Format to write; by default ADAPTER's.")
-@click.option("--base", metavar="BASE", shell_complete=complete_files, help="The model, if names come from it.")
+@option.reference("--base", metavar="BASE", help="The model, if names come from it.")
 @option.dtype
 @option.dry_run("Show ranks and errors; write nothing.")
 @option.overwrite()

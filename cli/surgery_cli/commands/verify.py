@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, number, subcommand, weighted
 from surgery_cli.output import show_result
 
@@ -15,9 +16,7 @@ __all__ = ["command"]
 
 @subcommand("verify")
 @click.argument("output", metavar="OUT", shell_complete=complete_files)
-@click.option(
-    "--against", metavar="BASE", shell_complete=complete_files, help="Compare with this base what came of it."
-)
+@option.reference("--against", metavar="BASE", help="Compare with this base what came of it.")
 @click.option(
     "--adapter",
     "adapters",

@@ -102,7 +102,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
 
 
 def first_bytes(path: str | os.PathLike[str], size: int) -> bytes | None:
-    """Up to `size` bytes from the start of a regular file; None, whatever the reason, if it cannot be read. For detecting formats."""
+    """The first `size` bytes of a regular file, to detect its format; None if it cannot be read for any reason."""
     try:
         file = open_file(path)
         return bytes(file.read(0, min(file.size, size)))

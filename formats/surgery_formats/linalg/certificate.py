@@ -45,11 +45,7 @@ class Convergence:
         """Record a basis and bound from above what larger ones can still add; infinite if unknown.
 
         Gains per column fall geometrically or faster; the slowest recent rate is extrapolated and the result doubled.
-
-        Args:
-            kept: Ritz values kept; a change starts a new record.
-            columns: Columns of the basis.
-            energy: Sum of the kept values.
+        `energy` is the sum of the `kept` Ritz values of a basis of `columns`; another number of them starts a new record.
         """
         self._seen = [*(seen for seen in self._seen[-3:] if seen[0] == kept), (kept, columns, energy)]
         if len(self._seen) < 4:
@@ -68,9 +64,8 @@ class Convergence:
 def outside_norm(small: torch.Tensor, beyond: torch.Tensor) -> float:
     """Estimate ``|M M^T|`` outside the basis.
 
-    Args:
-        small: ``K^T M M^T K`` of the last two blocks (or the only one), float64.
-        beyond: ``W^T W``, ``(b, b)``, float64, where `W` is what the next product adds outside the basis.
+    `small` is ``K^T M M^T K`` of the last two blocks (or the only one), `beyond` ``W^T W``, ``(b, b)``, where `W` is what the
+    next product adds outside the basis; both float64.
     """
     b = len(beyond)
     last = float(torch.linalg.eigvalsh(small[-b:, -b:])[-1])
@@ -81,12 +76,9 @@ def outside_norm(small: torch.Tensor, beyond: torch.Tensor) -> float:
 def excess_energy(ritz: torch.Tensor, coupling: torch.Tensor, kept: int, outside: float, enough: float) -> float:
     """Bound ``sum_{i <= kept} sigma_i^2 - sum_{i <= kept} theta_i^2`` from above.
 
-    Args:
-        ritz: ``theta^2`` of the whole basis, ``(d,)``, float64, descending, `d` > `kept`.
-        coupling: ``C^T C`` of the whole basis, ``(d, d)``, float64.
-        kept: Number of Ritz vectors kept.
-        outside: Norm of ``M M^T`` outside the basis, see `outside_norm`.
-        enough: A bound below this is not improved further; if it is out of reach, the result is infinite.
+    `ritz` is ``theta^2`` of the whole basis, ``(d,)``, descending, `d` > `kept`; `coupling` its ``C^T C``, ``(d, d)``; both
+    float64. `outside` is the norm of ``M M^T`` outside the basis (`outside_norm`). A bound below `enough` is not improved
+    further; if it is out of reach, the result is infinite.
     """
     if kept == 0:
         return 0.0

@@ -47,12 +47,7 @@ class PairSource(Protocol):
 
 
 class HeldPair(NamedTuple):
-    """A pair in memory.
-
-    Attributes:
-        base: W, ``(out, in)``.
-        tuned: W'.
-    """
+    """W and W' in memory, both ``(out, in)``."""
 
     base: torch.Tensor
     tuned: torch.Tensor
@@ -188,12 +183,8 @@ def best_columns(pair: PairSource, B: torch.Tensor, A: torch.Tensor) -> Magnitud
 def row_share(rest: torch.Tensor, adapted: torch.Tensor) -> tuple[float, float]:
     """Measure how much of a LoRA's residual is a rescaling of rows, which tells whether alternation can win.
 
-    Args:
-        rest: Some rows of ``W' - W - B A``, ``(rows, in)``.
-        adapted: The same rows of ``W + B A``.
-
-    Returns:
-        ``(energy along W + B A, energy)``: the first is what row scales alone would remove, less chance alignment.
+    From some rows `rest` of ``W' - W - B A``, ``(rows, in)``, and the same rows of ``W + B A``: ``(energy along W + B A,
+    energy)``, of which the first is what row scales alone would remove, less chance alignment.
     """
     along = _ratio(_dots(rest, adapted).square(), _dots(adapted, adapted), nothing=0.0)
     energy = float(_dots(rest, rest).sum())

@@ -38,9 +38,7 @@ def concatenated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``sum_i w_i B_i A_i`` as one exact product: ``[w_1 B_1, w_2 B_2, ...]`` and ``[A_1; A_2; ...]``, same dtype.
 
-    Args:
-        terms: ``(B_i (m, r_i), A_i (r_i, n))``; ranks may differ.
-        weights: One per term, of either sign; 1 by default.
+    Terms are ``(B_i (m, r_i), A_i (r_i, n))``, of any ranks; weights, one per term, of either sign, are 1 by default.
 
     Raises:
         ValueError: no terms, or not one weight per term.
@@ -82,19 +80,14 @@ def factored_inner(B: torch.Tensor, A: torch.Tensor, other_B: torch.Tensor, othe
 
 
 def relative_error(exact: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """``||B A - B' A'||_F / ||B A||_F`` of ``exact = (B, A)`` and ``other = (B', A')``, in float64.
-
-    Returns:
-        0 if both are zero, infinite if only the first is.
+    """``||B A - B' A'||_F / ||B A||_F`` of ``exact = (B, A)`` and ``other = (B', A')``, in float64; infinite if only B A is zero.
 
     Raises:
         FitError: the matrices' shapes differ.
     """
     error = factored_norm(*concatenated([(B.double(), A.double()) for B, A in (exact, other)], [1.0, -1.0]))
     size = factored_norm(*exact)
-    if size == 0:
-        return 0.0 if error == 0 else math.inf
-    return error / size
+    return error / size if size else math.inf if error else 0.0
 
 
 def rerank(B: torch.Tensor, A: torch.Tensor, rank: int) -> LowRankProduct:

@@ -61,18 +61,10 @@ def krylov(
     target: float,
     seed: int,
 ) -> CertifiedBasis | None:
-    """Extend a basis until it is certified.
+    """Extend a basis by `block` columns per step until it is certified; None if `most` columns were not enough.
 
-    Args:
-        op: The matrix.
-        choose: ``(theta^2 descending, ||M||_F^2) -> number to keep``, or None if the basis holds too few.
-        block: Columns per step.
-        most: Number of columns at which to give up.
-        target: Greatest acceptable ratio to the optimum.
-        seed: Seed of the start block.
-
-    Returns:
-        None if `most` columns were not enough. If float32 is too coarse for the target, float64 is used.
+    `choose` maps ``(theta^2 descending, ||M||_F^2)`` to the number to keep, None if the basis holds too few. `target` is the
+    greatest acceptable ratio to the optimum; if float32 is too coarse for it, float64 is used.
     """
     rounding = (_ROUNDING * torch.finfo(op.dtype).eps) ** 2 * op.norm2
     basis = torch.empty(min(most, 8 * block) + block, op.short, dtype=op.dtype, device=op.device)  # rows are vectors

@@ -44,9 +44,8 @@ Side = tuple[torch.Tensor, DType]
 def spacing(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """Distance between each value and its neighbours in `dtype`: ``2^(floor(log2 |x|) - bits)``, in the same shape.
 
-    Args:
-        values: Any floating dtype; the result is float64 for float64, otherwise float32, limited to its normal range.
-        dtype: BF16, F16, F32 or F64.
+    The result is float64 for float64 values, otherwise float32, limited to its normal range; `dtype` is a float of 16 bits
+    or more.
     """
     bits, smallest = MANTISSA[dtype]
     wide = values if values.dtype in _POWER else values.float()
@@ -59,9 +58,8 @@ def spacing(values: torch.Tensor, dtype: DType) -> torch.Tensor:
 def variance(*sides: Side) -> torch.Tensor:
     """Variance of the rounding error of each element of a difference.
 
-    Args:
-        sides: The rounded values, of equal shape: only those of TUNED if tuning started from BASE as stored; both if
-            BASE was rounded from the same parent.
+    `sides` are the rounded values, of equal shape: only those of TUNED if tuning started from BASE as stored; both if BASE
+    was rounded from the same parent.
     """
     total = spacing(*sides[0]).square_()
     for values, dtype in sides[1:]:

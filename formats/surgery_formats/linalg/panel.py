@@ -27,14 +27,9 @@ def noise(shape: tuple[int, int], seed: int, dtype: torch.dtype, device: torch.d
 
 
 def orthonormal(rows: torch.Tensor, filler: torch.Tensor) -> torch.Tensor:
-    """Return an orthonormal basis of the row space, to float64 rounding.
+    """Return an orthonormal basis ``(b, n)``, float64, of the row space of `rows` ``(b, n)``, ``b <= n``, to rounding.
 
-    Args:
-        rows: ``(b, n)``, ``b <= n``.
-        filler: ``(b, n)``, noise that completes a rank-deficient panel.
-
-    Returns:
-        ``(b, n)``, float64.
+    `filler`, ``(b, n)``, is noise that completes a rank-deficient panel.
     """
     basis = rows.double()
     size = torch.linalg.vector_norm(basis) / basis.shape[0] ** 0.5 / basis.shape[1] ** 0.5

@@ -44,15 +44,9 @@ def checked_rank(rank: int, shape: Sequence[int]) -> tuple[int, str | None]:
 
 
 def rank_holding(squares: torch.Tensor, norm2: float, share: float) -> int | None:
-    """Return the least rank whose tail holds at most `share` of the energy.
+    """Return the least rank whose tail holds at most `share` of the energy; None if the known values hold too little.
 
-    Args:
-        squares: ``sigma^2``, ``(k,)``, descending; may be only the leading ones.
-        norm2: ``||D||_F^2`` of the whole matrix.
-        share: Share of the energy that may be lost.
-
-    Returns:
-        None if the known values hold too little.
+    `squares` are ``sigma^2``, ``(k,)``, descending, perhaps only the leading ones; `norm2` is ``||D||_F^2`` of the whole.
     """
     if norm2 <= 0:
         return 0
@@ -66,12 +60,9 @@ def rank_holding(squares: torch.Tensor, norm2: float, share: float) -> int | Non
 
 
 def rank_for_energy(values: torch.Tensor, energy: float, total: float | None = None) -> int | None:
-    """Return the least rank that holds the share `energy` of ``||D||_F^2``.
+    """Return the least rank that holds the share `energy`, in (0, 1], of ``||D||_F^2``.
 
-    Args:
-        values: Singular values, ``(k,)``, descending.
-        energy: In (0, 1].
-        total: ``||D||_F``; that of `values` by default.
+    `values` are singular values, ``(k,)``, descending; `total` is ``||D||_F``, by default theirs.
     """
     squares = values.double().square()
     return rank_holding(squares, float(squares.sum()) if total is None else total**2, 1 - energy)

@@ -32,6 +32,7 @@ _MEASURED = 0.05
 """Relative residual below which it is measured on the matrix; above, ``||D||^2 - sum S^2`` is right to 1e-4 of it."""
 _FINE = 1e-3
 """Relative residual below which float32 cannot measure it."""
+_SKEW = 1e-5  # of products of unit vectors that ought to be orthogonal; float32 bases come within a few units of 1e-7
 _SLACK = 1e-4  # added to the bound for the rounding of float32 bases
 _NOTHING = 1e-6
 """Relative residual below which the matrix has exactly this rank, up to rounding."""
@@ -199,7 +200,7 @@ def _finished(op: Operator, certified: CertifiedBasis, dtype: torch.dtype, seed:
     """Make both sides orthonormal by a small SVD in float64, fix the signs, and measure the residual."""
     basis = orthonormal(certified.right, noise((len(certified.right), op.long), seed, op.dtype, op.device))
     turn, values, back = torch.linalg.svd((certified.right.double() @ basis.T).cpu())
-    left = turn.T.to(op.device) @ certified.left.double()
+    left = _straight(turn.T.to(op.device) @ certified.left.double(), seed)
     right = within(back.to(op.device) @ basis, (certified.right != 0).any(0))
     if op.turned:
         left, right = right, left
@@ -216,6 +217,15 @@ def _finished(op: Operator, certified: CertifiedBasis, dtype: torch.dtype, seed:
     return TruncatedSVD(
         left.T, on_device * op.scale, right.T, math.sqrt(rest) * op.scale, total, bound, certified.steps
     )
+
+
+def _straight(rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """Make `rows` orthonormal, first to last, if they are not: directions without any weight can come out skew."""
+    gram = rows @ rows.T
+    gram.diagonal().sub_(1)
+    if float(gram.abs().max()) <= _SKEW:
+        return rows
+    return orthonormal(rows, noise((len(rows), rows.shape[1]), seed, torch.float32, rows.device) * (rows != 0).any(0))
 
 
 def _zero(op: Operator, rank: int | None, dtype: torch.dtype) -> TruncatedSVD:

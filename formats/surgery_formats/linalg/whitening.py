@@ -56,11 +56,9 @@ class Moment:
 
 
 def moment_of_inputs(blocks: Iterable[torch.Tensor], count: int) -> Moment:
-    """Moment of raw activations, in blocks; holds one block and one matrix of the module's width at most.
+    """Moment of `count` raw activations, in blocks ``(n_i, in)``, one input of the module per row.
 
-    Args:
-        blocks: ``(n_i, in)``, one input of the module per row.
-        count: Total number of rows.
+    Holds one block and one matrix of the module's width at most.
 
     Raises:
         FitError: NaN or infinity, no rows, or only zeros.
@@ -94,11 +92,7 @@ def moment_of_inputs(blocks: Iterable[torch.Tensor], count: int) -> Moment:
 
 
 def moment_of_gram(gram: torch.Tensor, mean: torch.Tensor | None = None) -> Moment:
-    """Moment from ``E x x^T``.
-
-    Args:
-        gram: ``(in, in)``, symmetric, positive semidefinite.
-        mean: ``E x``, ``(in,)``.
+    """Moment from `gram` ``E x x^T``, ``(in, in)``, symmetric, positive semidefinite, and the mean ``E x``, ``(in,)``.
 
     Raises:
         FitError: `gram` is not such a matrix, or no inputs have this mean and this second moment.
@@ -136,12 +130,9 @@ def _check_finite(values: torch.Tensor) -> None:
 
 
 def output_energy(matrix: torch.Tensor, moment: Moment, away: torch.Tensor | None = None) -> float:
-    """``E ||matrix (x - away)||^2`` over the inputs, with `matrix` ``(out, in)``.
+    """``E ||matrix (x - away)||^2`` over the inputs, with `matrix` ``(out, in)``, usually what factors leave of a difference.
 
-    Args:
-        matrix: Usually what factors leave of a difference.
-        moment: Moment of the inputs.
-        away: ``(in,)``: the mean that a bias removes, possibly from other inputs. Used only if the moment has a mean.
+    `away`, ``(in,)``, is the mean that a bias removes, possibly from other inputs. It is used only if the moment has a mean.
     """
     with one_thread():
         exact = matrix.to("cpu", torch.float64)
@@ -155,14 +146,9 @@ def output_energy(matrix: torch.Tensor, moment: Moment, away: torch.Tensor | Non
 def weighted_factors(
     delta: torch.Tensor, moment: Moment, rank: int, *, power: float = HALF, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``B (out, r)`` and ``A (r, in)`` that minimise ``||(D - B A) (C + damping)^power||_F``.
+    """``B (out, r)`` and ``A (r, in)`` that minimise ``||(D - B A) (C + damping)^power||_F`` for a `delta` D, ``(out, in)``.
 
-    Args:
-        delta: D, ``(out, in)``.
-        moment: Moment of the module's inputs.
-        rank: Rank, capped at ``min(out, in)``.
-        power: 1/2 minimises the error on the inputs at hand; 1/4 by default.
-        seed: Seed of the SVD.
+    The rank is capped at ``min(out, in)``. A `power` of 1/2 minimises the error on the inputs at hand.
     """
     with torch.no_grad(), one_thread():
         svd = truncated_svd(moment.times_power(delta, power), rank=rank, seed=seed)

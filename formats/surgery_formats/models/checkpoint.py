@@ -30,6 +30,8 @@ from surgery_formats.tensors.views import transpose, whole
 
 __all__ = ["Checkpoint", "Component", "open_checkpoint"]
 
+_WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining")
+
 
 @dataclass(frozen=True)
 class Component:
@@ -109,12 +111,8 @@ class Component:
     @property
     def _has_head(self) -> bool:
         architectures = self.config.get("architectures")
-        names = [str(name) for name in architectures] if isinstance(architectures, list) else []
-        return any(
-            mark in name
-            for name in names
-            for mark in ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining")
-        )
+        names = architectures if isinstance(architectures, list) else []
+        return any(mark in str(name) for name in names for mark in _WITH_HEAD)
 
     @cached_property
     def aliases(self) -> dict[str, str]:
@@ -123,12 +121,8 @@ class Component:
         aliases = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(whole))
         if self.tied and self.head and self.head not in self.parameters:
             aliases[self.head] = self.embedding
-        aliases |= {
-            alias: source
-            for alias, source in self.family.ties
-            if source in self.parameters and alias not in self.parameters
-        }
-        return aliases
+        own = self.parameters
+        return aliases | {alias: to for alias, to in self.family.ties if to in own and alias not in own}
 
     def _preferred(self, alias: str, source: str) -> tuple[str, str]:
         """Of two names of the same bytes the embedding's is the source, whichever was stored first."""
@@ -220,10 +214,6 @@ def _component(name: str, path: Path, weights: ShardSet) -> Component:
     return Component(name, weights.folder, weights.shards, weights.index, index_name, config)
 
 
-def _is_adapter_file(shard: Shard) -> bool:
-    return shard.path.name.startswith("adapter_model")
-
-
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a model in any container: a weight file, a Hugging Face folder, a diffusers pipeline. Only headers are read.
 
@@ -236,12 +226,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     components = {name: _component(name, where, weights) for name, weights in open_weights(where).items()}
     if not where.is_dir():
         return Checkpoint(where, components, ())
-    plain = components.get("")
-    if (where / "adapter_config.json").exists() and plain is not None and all(map(_is_adapter_file, plain.shards)):
+    files = [shard.path for component in components.values() for shard in component.shards]
+    only_adapter = "" in components and all(file.name.startswith("adapter_model") for file in files)
+    if only_adapter and (where / "adapter_config.json").exists():
         raise FitError(
             "an adapter where a full model was expected",
             file=where,
             hint="`surgery merge` makes a full model of an adapter and its base",
         )
-    used = {shard.path for component in components.values() for shard in component.shards}
-    return Checkpoint(where, components, *side_files(where, used))
+    return Checkpoint(where, components, *side_files(where, set(files)))

@@ -81,11 +81,7 @@ class Digests:
 def content_id(checkpoint: Checkpoint, digest: Callable[[StoredTensor], str] | None = None) -> str:
     """sha256 over the sorted ``(component, name, dtype, shape, xxh3-128 of the bytes)`` of all tensors.
 
-    Independent of sharding, order, metadata and place. Reads every byte once.
-
-    Args:
-        checkpoint: The model.
-        digest: Where digests are known already (`Digests.of`).
+    Independent of sharding, order, metadata and place. Reads every byte once, unless `digest` knows better (`Digests.of`).
     """
     digest = digest or tensor_digest
     lines = [

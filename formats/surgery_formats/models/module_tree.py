@@ -63,13 +63,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """A sum over tensors.
-
-    Attributes:
-        tensors: How many.
-        parameters: Their numbers.
-        nbytes: Their bytes.
-    """
+    """How many tensors, with how many numbers and bytes."""
 
     tensors: int = 0
     parameters: int = 0
@@ -152,12 +146,12 @@ class _ModuleBranch:
 
 def _children(branch: _ModuleBranch, path: str | None, times: int) -> list[Node]:
     """Nodes below `branch`; numbered ones that are alike become one."""
+    prefix = "" if path is None else f"{path}."
     groups: dict[tuple[str, int], list[str]] = {}
     for segment, below in branch.below.items():
         groups.setdefault(("", below.signature) if _numbered(segment) else (segment, -1), []).append(segment)
     found = [
-        _node(branch.below[members[0]], _join(path, _ranges(members)), times * len(members))
-        for members in groups.values()
+        _node(branch.below[members[0]], prefix + _ranges(members), times * len(members)) for members in groups.values()
     ]
     if branch.leaf is not None and path is not None:  # a tensor whose name is also a module's
         found.append(_tensor(branch.leaf, path, times))
@@ -210,10 +204,6 @@ def _ranges(members: list[str]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-
-
-def _join(path: str | None, segment: str) -> str:
-    return segment if path is None else f"{path}.{segment}"
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

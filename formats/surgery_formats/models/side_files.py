@@ -22,13 +22,8 @@ Files = list[tuple[str, Path]]
 def side_files(model: Path, shards: Collection[Path]) -> tuple[tuple[tuple[str, Path], ...], tuple[str, ...]]:
     """Side files of the model's folder and of the folders in it (in a pipeline: those that its index names).
 
-    Args:
-        model: The folder.
-        shards: The model's weight files.
-
-    Returns:
-        ``(relative name, path)`` of files to carry along, and the names of what is not: weights that were not read, deeper folders, and
-        links that lead out of their folder.
+    ``(relative name, path)`` of files to carry along, and the names of what is not: weights that are no `shards` of the
+    model, deeper folders, and links that lead out of their folder.
     """
     carried, left = _beside(model)
     if PIPELINE.detect(model):

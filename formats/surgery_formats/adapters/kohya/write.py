@@ -120,7 +120,7 @@ class _Namer:
 
     def __init__(self, component: Component, base: Checkpoint) -> None:
         self._component = component
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in component.tensors)
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in component.parameters)
         self._original: dict[str, str] = {}
         if component.family.other_flat and "add_embedding.linear_1" in modules:  # SDXL
             self._original = {module: flat for flat, module in component.family.other_flat(modules)}
@@ -142,7 +142,7 @@ def _prefix(component: Component, base: Checkpoint) -> str:
     if not component.name and "UNet2DConditionModel" in component.family.names:
         return "lora_unet"
     if not component.name and "clip_text_model" in component.family.names:
-        return "lora_te2" if "text_projection.weight" in component.tensors else "lora_te"
+        return "lora_te2" if "text_projection.weight" in component.parameters else "lora_te"
     return ""
 
 

@@ -117,11 +117,7 @@ class OutputFolder:
         return self._stage.path
 
     def create(self, name: str, nbytes: int) -> OutputFile:
-        """Create a file of `nbytes` bytes and reserve its space.
-
-        Args:
-            name: ``file`` or ``folder/file``.
-            nbytes: Exact size.
+        """Create the file `name` (``file`` or ``folder/file``) of exactly `nbytes` bytes, and reserve its space.
 
         Raises:
             FitError: the name is unsafe or already taken.

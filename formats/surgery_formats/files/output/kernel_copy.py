@@ -146,12 +146,8 @@ def rename_new(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None
         FileExistsError: `new` exists.
         OSError: any other fault.
     """
-    if _renameat2 is not None:
-        if _renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE) == 0:
-            return
-        fault = ctypes.get_errno()
-        if fault not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise OSError(fault, os.strerror(fault), os.fspath(new))
+    if _rename_with(_RENAME_NOREPLACE, old, new):
+        return
     if os.path.lexists(new):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(new))
     os.rename(old, new)
@@ -163,11 +159,16 @@ def exchange(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> b
     Raises:
         OSError: any other fault.
     """
+    return _rename_with(_RENAME_EXCHANGE, first, second)
+
+
+def _rename_with(flag: int, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> bool:
+    """Whether the system and the file system know `flag`, and the rename is done."""
     if _renameat2 is None:
         return False
-    if _renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+    if _renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flag) == 0:
         return True
     fault = ctypes.get_errno()
     if fault in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
-    raise OSError(fault, os.strerror(fault), os.fspath(second))
+    raise OSError(fault, os.strerror(fault), os.fspath(new))

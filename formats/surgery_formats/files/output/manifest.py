@@ -158,12 +158,9 @@ def verify_folder(path: str | os.PathLike[str], *, added: Collection[str] = ()) 
 
 
 def verify_files(folder: Path, entries: Mapping[str, Any], source: Path) -> None:
-    """Check that the files of `entries` are in `folder`, with their sizes and recorded hashes.
+    """Check that the files of `entries` (`FileRecord.as_json` by name) are in `folder`, with their sizes and hashes.
 
-    Args:
-        folder: The folder to check.
-        entries: Entries by file name, as `FileRecord.as_json`.
-        source: The file that holds the entries, for messages.
+    `source`, named in messages, is the file that holds the entries.
 
     Raises:
         MalformedError: an entry is not valid.

@@ -226,7 +226,7 @@ def llama_named(
     softcap: float | None = None,
     divisor: float = 1.0,
 ) -> Model:
-    """A decoder whose embedding, layers and final norm have Llama's names; arguments as of `decoder` and `Embedding`."""
+    """A decoder with Llama's names of embedding, layers and final norm; arguments as in `decoder` and `Embedding`."""
     root = root_of(settings, "model.", "embed_tokens.weight")
     embedding = Embedding(f"{root}embed_tokens.weight", scale=scale, scale_rounded=scale_rounded)
     final = norm(f"{root}norm")

@@ -38,11 +38,9 @@ _BLOCK = re.compile(
 
 
 def original_flat(modules: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield ``(flattened original name, module)`` for every module of a UNet.
+    """Yield ``(flattened original name, module)`` for every module of a UNet, by its path in diffusers.
 
-    Args:
-        modules: Paths in diffusers: ``down_blocks.1.resnets.0.conv1`` is ``input_blocks_4_0_in_layers_2`` if there are
-            two resnets per level.
+    ``down_blocks.1.resnets.0.conv1`` is ``input_blocks_4_0_in_layers_2`` if there are two resnets per level.
     """
     per_level = {side: _resnets(modules, f"{side}_blocks.0.resnets.") for side in ("down", "up")}
     with_attention = {name.partition(".attentions.")[0] for name in modules if ".attentions." in name}

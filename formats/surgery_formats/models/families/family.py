@@ -12,8 +12,8 @@ from surgery_formats.models.families.settings import ModelSettings
 __all__ = ["Family", "Fused", "Recipe", "Rename", "fused_experts", "role_of"]
 
 Recipe = Callable[[ModelSettings], Model]
-"""Maps config.json and the checkpoint's tensor names to what the model computes. Raises `FitError` for a setting that the
-recipe does not support."""
+"""Maps config.json and the checkpoint's tensor names to what the model computes. Raises `FitError` for an unsupported
+setting."""
 
 
 @dataclass(frozen=True, slots=True)

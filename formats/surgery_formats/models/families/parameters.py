@@ -3,20 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import (
-    Attention,
-    Branch,
-    ClassifierHead,
-    HiddenHead,
-    Layer,
-    Model,
-    Norm,
-    Projection,
-)
+from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, Model, Norm, Projection
 from surgery_formats.models.families.registry import FAMILIES, family_of
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.text import show
@@ -25,11 +17,7 @@ __all__ = ["model_of", "parameters"]
 
 
 def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
-    """Return what the model of a config.json computes.
-
-    Args:
-        config: config.json.
-        names: Tensor names of the checkpoint.
+    """Return what the model of a config.json computes, given the checkpoint's tensor names.
 
     Raises:
         FitError: there is no recipe for this ``model_type``, or it does not support a setting.
@@ -56,62 +44,39 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
 
     A tied head is listed once, as the embedding.
     """
-    embedding = model.embedding
+    embedding, head = model.embedding, model.head
     width = embedding.projection.inputs if embedding.projection else model.hidden
     shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, width)}
-    for table in (embedding.positions, embedding.types):
-        if table:
-            shapes[table] = (-1, model.hidden)
-    parts: list[Iterator[tuple[str, tuple[int, ...]]]] = [
-        _projection(embedding.projection),
-        _norm(embedding.norm, model.hidden),
-        _norm(model.final_norm, model.hidden),
-        *(_layer(layer, model.hidden) for layer in model.layers),
-    ]
-    head = model.head
+    shapes |= {table: (-1, model.hidden) for table in (embedding.positions, embedding.types) if table}
+
+    def project(*projections: Projection | None) -> None:
+        for each in filter(None, projections):
+            shape = each.outputs, each.inputs
+            shapes[each.weight] = shape[::-1] if each.transposed else shape
+            if each.bias:
+                shapes[each.bias] = (each.outputs,)
+
+    def normalise(width: int, *norms: Norm | None) -> None:
+        for each in filter(None, norms):
+            shapes.update((name, (width,)) for name in (each.weight, each.bias) if name)
+
+    project(embedding.projection)
+    normalise(model.hidden, embedding.norm, model.final_norm)
+    for layer in model.layers:
+        attend, mlp = layer.attention, layer.mlp
+        for branch in (layer.attention_branch, layer.mlp_branch):
+            normalise(model.hidden, branch.before, branch.after, branch.on_sum)
+        project(*attend.inputs, attend.output, *mlp.inputs, mlp.output)
+        for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
+            if norm is not None and attend.norm_over == "heads":
+                own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))
+                normalise(attend.head_dim, *own)
+            else:
+                normalise(attend.head_dim * (heads if attend.norm_over == "width" else 1), norm)
     if isinstance(head, ClassifierHead):
-        parts += [_projection(step) for step, _ in head.steps]
+        project(*(step for step, _ in head.steps))
     elif isinstance(head, HiddenHead):
-        parts.append(_projection(head.pooler))
+        project(head.pooler)
     else:
-        parts += [_projection(head.before), _projection(head.projection)]
-    for part in parts:
-        shapes |= dict(part)
+        project(head.before, head.projection)
     return shapes
-
-
-def _projection(projection: Projection | None) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if projection is not None:
-        shape = projection.outputs, projection.inputs
-        yield projection.weight, shape[::-1] if projection.transposed else shape
-        if projection.bias:
-            yield projection.bias, (projection.outputs,)
-
-
-def _norm(norm: Norm | None, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if norm is not None:
-        yield from ((name, (width,)) for name in (norm.weight, norm.bias) if name)
-
-
-def _branch(branch: Branch, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for norm in (branch.before, branch.after, branch.on_sum):
-        yield from _norm(norm, width)
-
-
-def _layer(layer: Layer, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from _branch(layer.attention_branch, width)
-    yield from _attention(layer.attention)
-    yield from _branch(layer.mlp_branch, width)
-    for projection in (*layer.mlp.inputs, layer.mlp.output):
-        yield from _projection(projection)
-
-
-def _attention(attention: Attention) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for projection in (*attention.inputs, attention.output):
-        yield from _projection(projection)
-    for norm, heads in ((attention.q_norm, attention.heads), (attention.k_norm, attention.kv_heads)):
-        if attention.norm_over == "heads" and norm is not None:
-            for head in range(heads):
-                yield from ((name.format(h=head), (attention.head_dim,)) for name in (norm.weight, norm.bias) if name)
-        else:
-            yield from _norm(norm, attention.head_dim * (heads if attention.norm_over == "width" else 1))

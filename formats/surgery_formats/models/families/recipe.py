@@ -42,8 +42,6 @@ class Projection:
 
     Attributes:
         weight: Tensor ``(outputs, inputs)``, or ``(inputs, outputs)`` if `transposed` (Conv1D).
-        inputs: Number of inputs.
-        outputs: Number of outputs.
         bias: Tensor ``(outputs,)``, or empty.
         transposed: Whether the weight is stored ``(inputs, outputs)``.
     """
@@ -164,13 +162,9 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Attention and MLP.
+    """Attention and MLP, each in its branch.
 
     Attributes:
-        attention: The attention.
-        attention_branch: Norms around the attention.
-        mlp: The MLP.
-        mlp_branch: Norms around the MLP.
         parallel: Whether both read the layer's input and are added to it (GPT-NeoX). A `mlp_branch` without norms then
             reads the attention's normalised input (StableLM).
     """
@@ -265,10 +259,7 @@ class Model:
         kind: ``decoder``: causal, with a cache of keys and values; ``encoder``: every token sees every other.
         hidden: ``D``.
         vocabulary: ``V``, the rows of the token table.
-        embedding: The embedding.
-        layers: The layers, in order.
         final_norm: Norm after the last layer, or None.
-        head: The head.
         max_positions: Longest sequence the model supports.
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
     """

@@ -189,18 +189,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The validated sizes of a model.
-
-    Attributes:
-        hidden: ``D``.
-        inner: Width of the MLP.
-        layers: Number of layers.
-        heads: Number of query heads.
-        kv_heads: Number of key and value heads; divides `heads`.
-        head_dim: Values per head.
-        vocabulary: ``V``.
-        max_positions: ``max_position_embeddings``.
-    """
+    """The validated sizes of a model: `hidden` is ``D``, `inner` the width of the MLP; `kv_heads` divides `heads`."""
 
     hidden: int
     inner: int
