@@ -8,9 +8,19 @@ from dataclasses import replace
 import pytest
 
 from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.peft.kinds import kinds
 from surgery_formats.adapters.registry import BUILT_IN, ENTRY_POINTS, formats
+from surgery_formats.containers.registry import containers
 from surgery_formats.errors import SurgeryError
+from surgery_formats.storage.registry import storage_kinds
 from surgery_formats.testing.plugins import installed
+
+REGISTRIES = {
+    "containers": containers,
+    "storages": storage_kinds,
+    "adapter_formats": formats,
+    "peft_kinds": kinds,
+}
 
 
 def test_a_plugin_is_registered_after_the_built_in_ones_while_it_is_installed() -> None:
@@ -34,6 +44,15 @@ def test_a_plugin_is_imported_from_where_its_entry_point_says() -> None:
 def test_a_plugin_must_not_take_a_built_in_name() -> None:
     with installed(ENTRY_POINTS, "thief", replace(MLX, title="another")), pytest.raises(SurgeryError, match="taken"):
         formats()
+
+
+@pytest.mark.parametrize("group", ["containers", "storages", "adapter_formats", "peft_kinds"])
+def test_a_plugin_without_a_name_is_named_by_its_entry_point(group: str) -> None:
+    with (
+        installed(f"surgery.{group}", "nameless", object()),
+        pytest.raises(SurgeryError, match=r"plugin 'nameless' is not a .* has no name"),
+    ):
+        REGISTRIES[group]()
 
 
 def test_a_plugin_that_cannot_be_imported_is_named() -> None:

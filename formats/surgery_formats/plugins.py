@@ -33,7 +33,7 @@ def with_plugins(group: str, built_in: Iterable[T], noun: str) -> dict[str, T]:
         noun: What a plugin adds, for messages (``format``).
 
     Raises:
-        SurgeryError: a plugin cannot be imported, or its name is taken.
+        SurgeryError: a plugin cannot be imported, has no name, or one that is taken.
     """
     known = {item.name: item for item in built_in}
     for entry, plugin in _loaded(group, noun):
@@ -47,9 +47,12 @@ def _loaded(group: str, noun: str) -> tuple[tuple[str, Any], ...]:
     loaded = []
     for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
         try:
-            loaded.append((entry.name, entry.load()))
+            plugin = entry.load()
         except Exception as error:
             raise SurgeryError(f"the {noun} plugin '{entry.name}' cannot be imported: {error}") from error
+        if not isinstance(getattr(plugin, "name", None), str):
+            raise SurgeryError(f"the {noun} plugin '{entry.name}' is not a {noun}: {entry.value} has no name")
+        loaded.append((entry.name, plugin))
     return tuple(loaded)
 
 

@@ -124,7 +124,7 @@ def merge_share(
             write_weights(share, staged, run or Run())
             for file in plan.inputs:
                 file.check_unchanged()
-            staged.commit({"share": [index, count]})
+            staged.commit({"share": [index, count], "job": _id(plan)})
     return folder
 
 
@@ -153,6 +153,10 @@ class Shares:
 
     count: int
 
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise FitError(f"there is no merge in {self.count} shares")
+
     @contextlib.contextmanager
     def computing(self, plan: Plan, output: Path) -> Iterator[ComputeWeight]:
         """Read a weight from its share.
@@ -166,7 +170,14 @@ class Shares:
             raise FitError(f"of {self.count} shares these are missing: {listing(missing)}", hint="run them again")
         pieces: dict[str, list[_Piece]] = {}
         for index, folder in enumerate(folders):
-            measured = remembered(verify_folder(folder)["files"][SHARE_FILE])
+            manifest = verify_folder(folder)
+            if (manifest.get("share"), manifest.get("job")) != ([index, self.count], _id(plan)):
+                raise ProofError(
+                    "holds another share, or one of another merge",
+                    file=folder,
+                    hint="remove it and run the share again",
+                )
+            measured = remembered(manifest["files"][SHARE_FILE])
             file = open_file(folder / SHARE_FILE)
             for tensor in plan.share(index, self.count).tensors:
                 pieces.setdefault(tensor.weight_label, []).append(_Piece(file, tensor, measured[tensor.label]))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import field, replace
 from functools import wraps
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from surgery.reports.summary import Summary
 
@@ -18,6 +18,7 @@ R = TypeVar("R")
 Kind = TypeVar("Kind", bound="Result")
 
 
+@runtime_checkable
 class Result(Protocol):
     """What a verb returns: a frozen record that can be shown and sent."""
 

@@ -197,11 +197,16 @@ def run(
         on_text: Called with the input's number and new text as it comes.
 
     Raises:
+        UsageError: an argument of a wrong type.
         InputError: something cannot be read.
         FitError: something does not fit the graph or this machine.
         ProofError: the weights are not those the graph was made for.
     """
     batch = _inputs(inputs)
+    if isinstance(max_new, bool) or not isinstance(max_new, int):
+        raise UsageError(f"max_new is a whole number, not {type(max_new).__name__}")
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise UsageError(f"sampling is a surgery.Sampling, not {type(sampling).__name__}")
     model = local_path(model, "model")
     began = time.perf_counter()
     opened = open_graph(model, device=device, weights=weights, threads=threads)

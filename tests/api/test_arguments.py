@@ -128,6 +128,8 @@ WRONG: list[tuple[str, Callable[[Path, Path], Any], str]] = [
     ("graph", lambda base, style: surgery.run(5, "text"), "model is a path, not int"),
     ("graphs", lambda base, style: surgery.bench(base, 5), "against is a path, not int"),
     ("token", lambda base, style: surgery.run(base, [1.5]), r"inputs\[0\] is neither a text nor a row of token ids"),
+    ("new tokens", lambda base, style: surgery.run(base, "text", max_new="5"), "max_new is a whole number, not str"),
+    ("sampling", lambda base, style: surgery.run(base, "text", sampling=0.5), "sampling is a surgery.Sampling, not float"),
     ("inputs of run", lambda base, style: surgery.run(base, 5), "inputs are texts or rows of token ids, not int"),
 ]  # fmt: skip
 

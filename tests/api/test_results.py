@@ -36,6 +36,7 @@ LOOKERS: dict[str, Callable[[], Any]] = {
 
 
 def check(result: Any) -> None:
+    assert isinstance(result, surgery.Result)
     assert isinstance(result.warnings, tuple)
     assert all(isinstance(text, str) for text in result.warnings)
     assert result.seconds > 0

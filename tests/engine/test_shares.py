@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import surgery
 from surgery.engine.plan import Compute
 from surgery.engine.shares import MergeRequest, Shares, merge_share
 from surgery_formats.errors import FitError, ProofError
-from tests.support.kit import ROOT, environment, make_base, make_lora
+from tests.support.kit import HIDDEN, ROOT, environment, make_base, make_lora
 
 EXAMPLES = ROOT / "examples"
 WORKER = """
@@ -111,6 +113,26 @@ def test_a_damaged_share_is_noticed(job: MergeRequest, tmp_path: Path):
         merge(job, output=tmp_path / "out", engine=Shares(1))
     assert not (tmp_path / "out").exists()
     assert folder.exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_share_of_another_base_under_this_name_is_noticed(job: MergeRequest, tmp_path: Path, count: int):
+    other = replace(job, base=str(make_base(tmp_path / "other", **{"lm_head.weight": torch.ones(64, HIDDEN)})))
+    shares = [
+        [merge_share(request, request.planned()[1].id, index, count, tmp_path / name) for index in range(count)]
+        for name, request in (("out", job), ("elsewhere", other))
+    ]
+    shutil.rmtree(shares[0][-1])
+    shares[1][-1].rename(shares[0][-1])
+    with pytest.raises(ProofError, match="one of another merge"):
+        merge(job, output=tmp_path / "out", engine=Shares(count))
+    assert not (tmp_path / "out").exists()
+    assert shares[0][-1].exists()
+
+
+def test_there_is_no_merge_in_no_shares():
+    with pytest.raises(FitError, match="no merge in 0 shares"):
+        Shares(0)
 
 
 def test_shares_of_the_shipped_example_are_one_merge(tmp_path: Path):

@@ -156,6 +156,27 @@ def test_a_tensor_that_two_weights_claim_is_refused(tmp_path: Path) -> None:
             claimed_weights(tensors, {})
 
 
+def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from surgery_formats.containers.safetensors import open_safetensors
+
+    encoded = {**toy(1).encode("v", VALUES), **toy(1).encode("w", VALUES)}
+    save_file(encoded, tmp_path / "w.safetensors")
+    tensors = {tensor.name: tensor for tensor in open_safetensors(tmp_path / "w.safetensors").tensors}
+
+    @dataclass(frozen=True)
+    class SameName:
+        name: str = "same"
+        title: str = ""
+
+        def claim(self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[ToyWeight]:
+            return (replace(weight, name="w") for weight in TOY4.claim(tensors, config))
+
+    with installed("surgery.storages", "same", SameName()), pytest.raises(MalformedError, match="'w' is claimed twice"):
+        claimed_weights(tensors, {})
+
+
 def test_a_weight_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

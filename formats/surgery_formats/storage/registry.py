@@ -32,11 +32,18 @@ def claimed_weights(tensors: Mapping[str, StoredTensor], config: Mapping[str, An
     """From every stored tensor that is part of a weight to that weight.
 
     Raises:
-        MalformedError: two weights claim a tensor, or one has a name that another tensor has.
+        MalformedError: two weights claim a tensor or have one name, or a weight has the name of another tensor.
     """
     owners: dict[str, Storage] = {}
+    named: dict[str, Storage] = {}
     for kind in storage_kinds().values():
         for weight in kind.claim(tensors, config):
+            if named.setdefault(weight.name, weight) is not weight:
+                raise MalformedError(
+                    f"'{show(weight.name)}' is claimed twice, as {named[weight.name].kind} and as {weight.kind}",
+                    file=weight.sources[0].path,
+                    tensor=weight.sources[0].name,
+                )
             for source in weight.sources:
                 if owners.setdefault(source.name, weight) is not weight:
                     raise MalformedError(
