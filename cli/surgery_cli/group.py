@@ -57,8 +57,8 @@ class SurgeryGroup(click.Group):
         """Import the command called `cmd_name`, if the table has it."""
         if cmd_name not in COMMANDS:
             return None
-        found: click.Command = importlib.import_module(f"surgery_cli.commands.{cmd_name.replace('-', '_')}").command
-        return found
+        command: click.Command = importlib.import_module(f"surgery_cli.commands.{cmd_name.replace('-', '_')}").command
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -135,23 +135,25 @@ class CombineResult:
         if self.output is not None:
             facts.append(("wrote", wrote(self.output, self.seconds)))
         sections: list[Section] = [Facts(tuple(facts))]
-        worst = sorted((one for one in self.modules if one.outcome == "approximated" and one.error), key=_error)
+        worst = sorted(
+            (module for module in self.modules if module.outcome == "approximated" and module.error), key=_error
+        )
         shown = self.modules if verbose else worst[:_LISTED]
         if shown:
             rows = (
                 (
-                    one.site,
-                    one.outcome,
-                    "+".join(map(str, one.ranks)),
-                    one.rank or None,
-                    one.norm,
-                    one.error,
-                    one.optimum,
+                    module.site,
+                    module.outcome,
+                    "+".join(map(str, module.ranks)),
+                    module.rank or None,
+                    module.norm,
+                    module.error,
+                    module.optimum,
                 )
-                for one in shown
+                for module in shown
             )
             sections.append(Table(_COLUMNS, tuple(rows)))
-        hidden = outcomes["approximated"] - sum(one.outcome == "approximated" for one in shown)
+        hidden = outcomes["approximated"] - sum(module.outcome == "approximated" for module in shown)
         if hidden > 0:
             sections.append(Note(f"... and {hidden} more", "omitted"))
         if self.output is None:

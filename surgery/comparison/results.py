@@ -108,12 +108,15 @@ class AdapterDiff:
     @property
     def equal(self) -> bool:
         """Whether the two do the same to every weight."""
-        return all(one.status == "equal" for one in self.modules)
+        return all(entry.status == "equal" for entry in self.modules)
 
     @property
     def same_structure(self) -> bool:
         """Whether they touch the same weights, by the same kinds of updates."""
-        return all(one.a and one.b and (one.a.kind, one.a.shape) == (one.b.kind, one.b.shape) for one in self.modules)
+        return all(
+            entry.a and entry.b and (entry.a.kind, entry.a.shape) == (entry.b.kind, entry.b.shape)
+            for entry in self.modules
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -216,12 +219,12 @@ class CheckpointDiff:
     @property
     def equal(self) -> bool:
         """Whether every tensor is."""
-        return all(one.status == "equal" for one in self.tensors)
+        return all(entry.status == "equal" for entry in self.tensors)
 
     @property
     def same_structure(self) -> bool:
         """Whether the same tensors are there, of the same types and shapes."""
-        return all(one.status in ("equal", "values") for one in self.tensors)
+        return all(entry.status in ("equal", "values") for entry in self.tensors)
 
     @property
     def warnings(self) -> tuple[str, ...]:

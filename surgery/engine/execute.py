@@ -263,9 +263,9 @@ def _affordable(plan: Plan, run: Run) -> int:
     """
     from surgery.engine.arithmetic import block_bytes
 
-    wanted = run.workers or default_workers()
+    workers = run.workers or default_workers()
     if run.memory_limit is None:
-        return wanted
+        return workers
     largest = max((block_bytes(tensor), tensor.label) for tensor in plan.computed())
     if largest[0] > run.memory_limit:
         raise ResourceError(
@@ -273,7 +273,7 @@ def _affordable(plan: Plan, run: Run) -> int:
             tensor=largest[1],
             hint=f"raise the limit to {human(largest[0])}",
         )
-    return max(1, min(wanted, run.memory_limit // largest[0]))
+    return max(1, min(workers, run.memory_limit // largest[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +381,9 @@ class _FileJob:
 
     def _sync(self) -> None:
         try:
-            self.out.finish({"tensors": {label: _as_record(found) for label, found in sorted(self.measured.items())}})
+            self.out.finish(
+                {"tensors": {label: _as_record(measurement) for label, measurement in sorted(self.measured.items())}}
+            )
         except BaseException as error:
             self.synced.set_exception(error)
         else:
@@ -434,8 +436,8 @@ class _ByteMeter:
                 self._callback(Progress(self._done, self._total, "writing" if self._done < self._total else "syncing"))
 
 
-def _as_record(found: Measurement) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in Measurement.__slots__}
+def _as_record(measurement: Measurement) -> dict[str, Any]:
+    return {name: getattr(measurement, name) for name in Measurement.__slots__}
 
 
 def remembered(record: Mapping[str, Any]) -> dict[str, Measurement]:

@@ -28,20 +28,20 @@ def packing_groups(component: Component) -> dict[str, tuple[str, ...]]:
         FitError: the architecture has no recipe.
     """
     model = model_of(component.config, frozenset(component.parameters))
-    found: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, tuple[str, ...]] = {}
     for layer in model.layers:
         for inputs in (layer.attention.inputs, layer.mlp.inputs):
             for names in _joint(inputs):
                 stored = tuple(_stored(component, name) for name in names)
-                found |= dict.fromkeys(stored, stored)
-    return found
+                groups |= dict.fromkeys(stored, stored)
+    return groups
 
 
 def _joint(inputs: Sequence[Projection]) -> list[list[str]]:
     """Weights of several projections, and their biases."""
-    if len(inputs) < 2 or any(one.transposed for one in inputs):
+    if len(inputs) < 2 or any(projection.transposed for projection in inputs):
         return []
-    weights, biases = [one.weight for one in inputs], [one.bias for one in inputs]
+    weights, biases = [projection.weight for projection in inputs], [projection.bias for projection in inputs]
     return [weights, biases] if all(biases) else [weights]
 
 

@@ -82,7 +82,7 @@ def planned_merge(
     weighted = as_weighted(adapters)
     if not weighted:
         raise FitError("no adapter was named")
-    binding = bind([(one.adapter, one.weight) for one in weighted], as_checkpoint(base))
+    binding = bind([(entry.adapter, entry.weight) for entry in weighted], as_checkpoint(base))
     stored = float_type(dtype, "weights")
     return binding, plan_merge(binding, dtype=stored, shard_size=shard_size, packed=layout == "packed")
 

@@ -266,7 +266,9 @@ class ExtractResult:
             if len(layers) < len(changed):
                 sections.append(Note("like-named layers are taken together", "omitted"))
         if self.table:
-            choices = ((one.rank, one.layers, one.residual, one.parameters, one.nbytes) for one in self.table)
+            choices = (
+                (choice.rank, choice.layers, choice.residual, choice.parameters, choice.nbytes) for choice in self.table
+            )
             sections.append(Table(_CHOICES, tuple(choices)))
         if self.output is None:
             sections.append(DRY_RUN)

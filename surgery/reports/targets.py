@@ -97,13 +97,13 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
     `role` tells roles better than names alone can, when the base is known.
     """
     seen: set[Tensor] = set()
-    found = []
+    parameters = []
     for site, chain in adapter.updates.items():
         for update in () if site in adapter.optional else chain:
             own = set(update.tensors) - set(update.untrained) - seen
             seen |= own
             stacked = isinstance(update, Stacked)
-            found.append(
+            parameters.append(
                 TargetedParameter(
                     name=str(site),
                     pattern=pattern_of(str(site)),
@@ -118,7 +118,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
                     held=update.held if isinstance(update, Replacement) else "added",
                 )
             )
-    return tuple(found)
+    return tuple(parameters)
 
 
 def pattern_of(name: str) -> str:

@@ -96,8 +96,8 @@ class BenchResult:
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
-        found: dict[str, Any] = plain(self)
-        return found
+        record: dict[str, Any] = plain(self)
+        return record
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """A row per graph, then at what they were measured."""
@@ -191,8 +191,8 @@ def bench(
     models += [] if against is None else [local_path(against, "against")]
     length = cache or cache_length(prompt_length, new_tokens)
     sides = [
-        bind(one, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)
-        for one in models
+        bind(path, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)
+        for path in models
     ]
     if len({side.opened.memory.device for side in sides}) > 1:
         raise FitError("one graph runs on the cpu, the other on CUDA", hint="name the device: --device cpu")
@@ -288,14 +288,14 @@ def step_nbytes(path: Path) -> int:
         for index, name in enumerate(node.input)
         if not (node.op_type == "Gather" and index == 0) and node.output[0] not in cast
     }
-    found: dict[tuple[str, int], int] = {}
+    sizes: dict[tuple[str, int], int] = {}
     for tensor in graph.initializer:
         if tensor.name in whole:
             place = {entry.key: entry.value for entry in tensor.external_data}
             inside = len(tensor.raw_data) or tensor.ByteSize()
             key = (place["location"], int(place.get("offset", 0))) if place else (tensor.name, -1)
-            found[key] = max(found.get(key, 0), int(place["length"]) if place else inside)
-    return sum(found.values())
+            sizes[key] = max(sizes.get(key, 0), int(place["length"]) if place else inside)
+    return sum(sizes.values())
 
 
 def _vocabulary(opened: GraphSession) -> int:

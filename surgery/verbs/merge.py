@@ -75,7 +75,7 @@ def merge(
         raise FitError("workers, shard_size and memory_limit are whole numbers of at least 1")
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
-    found, plan = planned_merge(base, adapters, dtype, shard_size, layout)
+    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout)
     if folder is None:
         ahead = preview(plan, None if output is None else Path(output), workers)
         return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
@@ -83,8 +83,8 @@ def merge(
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        warnings.extend(check_output(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
-        return {"README.md": merge_card(found, ledger)}
+        warnings.extend(check_output(ledger, binding.checkpoint, [weight for _, weight in binding.adapters]))
+        return {"README.md": merge_card(binding, ledger)}
 
     ledger = execute(plan, folder, run, finish, engine)
     return MergeResult(folder, ledger, tuple(warnings))
