@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of sub-commands. Nothing of a command is imported until it is the one asked for, so that help and completion are quick."""
+"""The table of sub-commands.
+
+Nothing of a command is imported until it is the one asked for, so that help and completion are quick.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def show_result(
 ) -> None:
     """What came out: a JSON document, or the summary; warnings in any case.
 
-    `summary` is by default ``result.summary(verbose=...)``. Where it is the `data` asked for, ``-q`` leaves out hints alone.
+    `summary` is by default ``result.summary(verbose=...)``. Where it is the `data` asked for, ``-q`` leaves out hints
+    alone.
     """
     summary = summary or result.summary(verbose=settings.verbose > 0)
     shown: Iterable[Section] = summary.sections

@@ -43,12 +43,13 @@ class Combined:
 
     Attributes:
         site: As the first adapter names it.
-        outcome: ``exact``, ``approximated`` (directions dropped, or codes in the place of factors), ``kept`` (taken over as it was,
-            perhaps with another scale) or ``left out`` (not chosen).
+        outcome: ``exact``, ``approximated`` (directions dropped, or codes in the place of factors), ``kept`` (taken
+            over as it was, perhaps with another scale) or ``left out`` (not chosen).
         ranks: Of the terms.
         rank: Of the result; 0 for what is not low-rank.
         norm: Frobenius norm of the exact delta; None where it was not worked out.
-        error: Relative Frobenius error of what was written, read back; for a dry run of what would be written, where it is known.
+        error: Relative Frobenius error of what was written, read back; for a dry run of what would be written, where it
+            is known.
         optimum: Error of the best factors of this rank; None where it was not worked out.
     """
 

@@ -99,6 +99,7 @@ def _check_spellings(terms: Sequence[WeightedAdapter], seen: Sequence[set[tuple[
                 other = next((i for i, keys in enumerate(seen) if i != owner and (component, rest) in keys), None)
                 if other is not None and (component, path) not in seen[other]:
                     raise FitError(
-                        f"'{show(path)}' of {show(terms[owner].name)} may be '{show(rest)}' of {show(terms[other].name)}",
+                        f"'{show(path)}' of {show(terms[owner].name)} may be '{show(rest)}' of "
+                        f"{show(terms[other].name)}",
                         hint="give the model with --base, which knows its weights",
                     )

@@ -28,7 +28,8 @@ TOLERANCE = 1e-6
 """Error of a sum that is stored in full, relative to the norms of its terms: what float32 factors allow."""
 OPTIMAL = 1.0001
 """Error of a sum that was cut, relative to the best of its rank."""
-# Rounding both factors: relative errors of half a unit in the last place, twice, and they add up like noise, not like this bound.
+# Rounding both factors: relative errors of half a unit in the last place, twice, and they add up like noise, not like
+# this bound.
 _ROUNDING = {DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
 _ELEMENTS = 8  # of one element, relative to the greatest: products of few terms do not average out
 

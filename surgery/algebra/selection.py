@@ -16,7 +16,9 @@ __all__ = ["Selection", "check_patterns"]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which modules to keep. Patterns are those of a shell (``*``, ``?``, ``[ab]``), and match from any dot on to the end.
+    """Which modules to keep.
+
+    Patterns are those of a shell (``*``, ``?``, ``[ab]``), and match from any dot on to the end.
 
     ``q_proj``, ``self_attn.*`` and ``layers.[01].*`` all match ``model.layers.0.self_attn.q_proj``.
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The delta that a combination makes of one weight, and its best factors of a given rank.
 
-A sum of low-rank terms is never formed: its norm, spectrum and best factors come from QR of its stacked factors and an SVD of the small
-core between them, exactly, in float64. A delta merged by TIES, DARE or pruning has full rank and is formed when it is needed.
+A sum of low-rank terms is never formed: its norm, spectrum and best factors come from QR of its stacked factors and an
+SVD of the small core between them, exactly, in float64. A delta merged by TIES, DARE or pruning has full rank and is
+formed when it is needed.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def combine_weight(
     present = [shares for shares in of.values() if shares]
     if (of[Stacked] or recipe.method in DENSE_METHODS) and len(present) > 1:
         raise FitError(
-            f"is changed by a {present[0][0].update.kind} and by a {present[1][0].update.kind}, which '{recipe.method}' does not combine",
+            f"is changed by a {present[0][0].update.kind} and by a {present[1][0].update.kind}, which "
+            f"'{recipe.method}' does not combine",
             tensor=site.path,
         )
     combined_kinds = [

@@ -161,7 +161,8 @@ class Values:
         max_abs: Greatest difference of two finite values.
         relative: ``||B - A||_F / ||A||_F``.
         moved: Share of the values that differ.
-        not_finite: Values that are NaN or infinite in one of the two; they are in `moved` where they differ, and in nothing else.
+        not_finite: Values that are NaN or infinite in one of the two; they are in `moved` where they differ, and in
+            nothing else.
         difference: ``||B - A||_F``.
         norm: ``||A||_F``.
         profile: Of the singular values of ``B - A``, where it was asked for.
@@ -182,7 +183,8 @@ class TensorDiff:
 
     Attributes:
         name: With its component in a pipeline.
-        status: ``equal`` (or, by header, alike); ``values``; ``dtype`` (values were compared all the same); ``shape``; or who lacks it.
+        status: ``equal`` (or, by header, alike); ``values``; ``dtype`` (values were compared all the same); ``shape``;
+            or who lacks it.
         a: A's header.
         b: B's header.
         values: Of tensors that are not equal, where they were compared.

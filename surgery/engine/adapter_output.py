@@ -54,7 +54,10 @@ class WriteOptions:
 
 
 def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
-    """`rendering` with its matrices stored as `dtype`. Scalars (kohya's alpha) keep theirs: rounding one would change every delta."""
+    """`rendering` with its matrices stored as `dtype`.
+
+    Scalars (kohya's alpha) keep theirs: rounding one would change every delta.
+    """
     if dtype is None:
         return rendering
     cast = (replace(t, dtype=dtype) if t.shape and t.dtype.is_float else t for t in rendering.tensors)

@@ -55,7 +55,8 @@ def compute(
         device: Where the arithmetic runs.
 
     Returns:
-        What was measured of each stored tensor, in the order of `Encoding.parts`; what concerns the values is with the first.
+        What was measured of each stored tensor, in the order of `Encoding.parts`; what concerns the values is with the
+        first.
 
     Raises:
         FitError: a value is NaN or Inf, in the base or after the update.

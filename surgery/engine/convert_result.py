@@ -31,8 +31,8 @@ class ConvertResult:
         source: Format it was read from.
         target: Format it was written in.
         entries: What became of every update.
-        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a
-            dry run.
+        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest
+            value; empty for a dry run.
         warnings: What the user should know.
         adapter: What was converted.
         seconds: How long it took.

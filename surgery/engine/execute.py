@@ -126,7 +126,8 @@ def execute(
         plan: What to do.
         output: Folder that must not exist yet (see `Run.overwrite`).
         run: How.
-        finish: Called with the measured ledger before the commit; returns further small files. It may raise to undo everything.
+        finish: Called with the measured ledger before the commit; returns further small files. It may raise to undo
+            everything.
         engine: Where weights are computed; None is this process.
 
     Returns:

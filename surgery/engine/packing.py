@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order of tensors in which a graph can use several matrices as one without a copy.
 
-Matrices of the same input (queries, keys and values; gate and up) are one matrix if their rows lie one after the other. safetensors
-files are sorted by name, which tears them apart. Vectors go to the end, so that matrices, whose sizes are mostly multiples of a page,
-begin where pages begin.
+Matrices of the same input (queries, keys and values; gate and up) are one matrix if their rows lie one after the other.
+safetensors files are sorted by name, which tears them apart. Vectors go to the end, so that matrices, whose sizes are
+mostly multiples of a page, begin where pages begin.
 """
 
 from __future__ import annotations

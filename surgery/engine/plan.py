@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an operation will do, as data: every output tensor with its source, its step and its outcome.
 
-``--dry-run`` prints a plan, the executor runs it, the ledger is the plan plus what was measured, so the three cannot drift apart.
+``--dry-run`` prints a plan, the executor runs it, the ledger is the plan plus what was measured, so the three cannot
+drift apart.
 """
 
 from __future__ import annotations
@@ -212,7 +213,8 @@ class Plan:
     def share(self, index: int, count: int) -> Plan:
         """What the worker `index` of `count` computes, as a plan of one file that holds it.
 
-        Every computed weight is in one share; shares are about equally large. Equal plans have equal shares, wherever they were made.
+        Every computed weight is in one share; shares are about equally large. Equal plans have equal shares, wherever
+        they were made.
 
         Raises:
             FitError: there is no such share.
@@ -241,8 +243,8 @@ def check_conservation(binding: Binding, plan: Plan) -> None:
     """Law 1, on the plan: nothing of the base and nothing of an adapter ends nowhere, or twice.
 
     Raises:
-        FitError: a tensor of the base that is neither an output of its name nor accounted for; two outputs of one name; a weight of which
-            only some tensors would be written; a tensor of an adapter that no step uses.
+        FitError: a tensor of the base that is neither an output of its name nor accounted for; two outputs of one name;
+            a weight of which only some tensors would be written; a tensor of an adapter that no step uses.
     """
     labels = [(tensor.component, tensor.name) for tensor in plan.tensors]
     if len(set(labels)) != len(labels):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The proof of a written adapter: it is read back and must do to every weight what its source does.
 
-Low-rank parts are compared as the dense deltas they stand for, in float64, a few rows at a time; magnitudes, replaced values and
-token rows as they are. With a base both adapters are bound to it, so that one name for a fused weight and two for its parts meet
-at the same bytes. What a format only approximates is compared by factors (`surgery.engine.factor_proof`).
+Low-rank parts are compared as the dense deltas they stand for, in float64, a few rows at a time; magnitudes, replaced
+values and token rows as they are. With a base both adapters are bound to it, so that one name for a fused weight and
+two for its parts meet at the same bytes. What a format only approximates is compared by factors
+(`surgery.engine.factor_proof`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose between LoRA and DoRA: compute the DoRA where it may hold more of the change than a LoRA of as many numbers.
 
-PEFT's ``use_dora`` holds for every module of an adapter. Linear layers and convolutions get factors and magnitudes by alternation;
-embeddings keep their factors and get the magnitudes that fit best. PEFT has no DoRA for experts stacked in one parameter, so a model with
-such a change stays a LoRA. Copies, biases and token rows are the same in both.
+PEFT's ``use_dora`` holds for every module of an adapter. Linear layers and convolutions get factors and magnitudes by
+alternation; embeddings keep their factors and get the magnitudes that fit best. PEFT has no DoRA for experts stacked in
+one parameter, so a model with such a change stays a LoRA. Copies, biases and token rows are the same in both.
 """
 
 from __future__ import annotations

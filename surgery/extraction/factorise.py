@@ -89,8 +89,8 @@ class FactorisedMatrix:
         bound: The error is at most this many times the least possible one.
         edge: Largest singular value that rounding alone would have.
         fold: Number that either side was multiplied by.
-        left_energy: ``||D - left^T right / fold^2||_F^2``, measured for each tensor of the matrix; None where the factors
-            are not yet those that will be stored.
+        left_energy: ``||D - left^T right / fold^2||_F^2``, measured for each tensor of the matrix; None where the
+            factors are not yet those that will be stored.
     """
 
     left: ScratchSlot

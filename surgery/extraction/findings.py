@@ -27,8 +27,10 @@ class KindFacts:
         lora: ``||W' - (W + BA)|| / ||W' - W||`` over the modules that could be either.
         equal: Lower bound of what a LoRA with the DoRA's numbers leaves; NaN without a DoRA.
         dora: What the DoRA leaves; NaN without one.
-        rows: Share of the LoRA's error that rescaling rows would remove, the test that comes first; NaN if it was not done.
-        rounding: Error that PEFT's rounding of norms adds to the DoRA, relative to the change, in a model of the stored type.
+        rows: Share of the LoRA's error that rescaling rows would remove, the test that comes first; NaN if it was not
+            done.
+        rounding: Error that PEFT's rounding of norms adds to the DoRA, relative to the change, in a model of the stored
+            type.
     """
 
     kind: Literal["lora", "dora"]
@@ -58,7 +60,8 @@ class CalibrationFacts:
 
     Attributes:
         kept: Which factors are stored.
-        weighted: Error of the outputs on these inputs, relative to what the whole change does to them, with weighted factors.
+        weighted: Error of the outputs on these inputs, relative to what the whole change does to them, with weighted
+            factors.
         plain: The same with plain ones.
         energy: Mean squared norm of what the whole change does to the outputs.
         bias: Path of the bias that compensates the mean error; empty if there is none.
@@ -126,7 +129,8 @@ class CalibrationTotals:
         """One line."""
         bias = f"; {self.biases} biases make up for mean errors" if self.biases else ""
         return (
-            f"weighted factors in {self.weighted} of {self.modules} modules: on these inputs {self.error:.2%} of what the change "
+            f"weighted factors in {self.weighted} of {self.modules} modules: on these inputs {self.error:.2%} of what "
+            "the change "
             f"does is missing, {self.plain:.2%} with plain factors{bias}"
         )
 
@@ -194,6 +198,7 @@ class MergedLoRA:
     def text(self) -> str:
         """In one line."""
         return (
-            f"looks like a merged rank-{self.rank} LoRA: {self.rank} values above the edge in {self.layers}/{self.of} layers, "
+            f"looks like a merged rank-{self.rank} LoRA: {self.rank} values above the edge in {self.layers}/{self.of} "
+            "layers, "
             "residual equals storage noise"
         )

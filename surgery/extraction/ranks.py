@@ -173,7 +173,8 @@ def _allotted(
 
     if fixed + sum(costs) > budget.limit:
         raise FitError(
-            f"the budget is {budget.limit:,} {budget.measure}; what is stored whole takes {fixed:,}, and one direction of each of "
+            f"the budget is {budget.limit:,} {budget.measure}; what is stored whole takes {fixed:,}, and one direction "
+            "of each of "
             f"{len(factors)} matrices {sum(costs):,}",
             hint="raise it, or use --dense none --allow-loss",
         )

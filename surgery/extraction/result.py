@@ -67,13 +67,14 @@ class ExtractRow:
     Attributes:
         name: TUNED's name for it.
         kind: Its class.
-        form: How the adapter holds it: ``LoRA``, ``DoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``; empty if it does
-            not.
+        form: How the adapter holds it: ``LoRA``, ``DoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``;
+            empty if it does not.
         shape: TUNED's shape.
         rank: Rank of the factors; 0 if there are none.
         energy: ``||TUNED - BASE||_F^2``.
         share: Share of the energy of all tensors.
-        residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||``, measured on what was written (dry run: computed from the spectrum).
+        residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||``, measured on what was written (dry run: computed
+            from the spectrum).
         bound: The residual is at most this many times the least that any matrix of that rank leaves.
         moved: Share of values that differ from BASE.
         rms_ulp: Root mean square of the change, in units of TUNED's median spacing.
@@ -145,11 +146,11 @@ class ExtractResult:
         merged: The LoRA that TUNED seems to contain; None if it does not.
         kind: LoRA or DoRA, and why.
         calibration: Effect of calibration inputs; None without any.
-        timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was asked for;
-            ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA), ``calibrating``, ``identifying``
-            (the content id), ``noise`` (what a merge would keep), ``settling`` (all other decisions), ``writing``, ``syncing``
-            (configuration and factors to the disk), ``proving``, ``committing``, ``converting``; ``first_read_to_synced``: all but
-            ``starting``.
+        timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was
+            asked for; ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA),
+            ``calibrating``, ``identifying`` (the content id), ``noise`` (what a merge would keep), ``settling`` (all
+            other decisions), ``writing``, ``syncing`` (configuration and factors to the disk), ``proving``,
+            ``committing``, ``converting``; ``first_read_to_synced``: all but ``starting``.
         seconds: How long it took.
     """
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the form that every change takes in an adapter, so that the adapter does the same attached and merged in PEFT.
 
-The forms were tried with PEFT 0.21: factors of a module; copies of modules (``modules_to_save``), which need every tensor of the module;
-biases as absolute values (``bias="all"``); rows of an embedding; a resized embedding under its plain name.
+The forms were tried with PEFT 0.21: factors of a module; copies of modules (``modules_to_save``), which need every
+tensor of the module; biases as absolute values (``bias="all"``); rows of an embedding; a resized embedding under its
+plain name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The summary of a result, and its renderings.
 
-A result builds it in ``summary()``; `as_text`, `as_markdown` and `as_json` render it, and another renderer needs nothing of any result.
+A result builds it in ``summary()``; `as_text`, `as_markdown` and `as_json` render it, and another renderer needs
+nothing of any result.
 """
 
 from __future__ import annotations

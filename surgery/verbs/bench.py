@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``surgery bench``: load, prefill, milliseconds per token and memory of a graph, or of two in turns.
 
-Two graphs are measured in turns in one process, so that what disturbs the machine disturbs both. On CUDA the floor is measured beside
-them: no step of one row can be faster than reading its weights once, at the speed at which the device copies.
+Two graphs are measured in turns in one process, so that what disturbs the machine disturbs both. On CUDA the floor is
+measured beside them: no step of one row can be faster than reading its weights once, at the speed at which the device
+copies.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class BenchSide:
         load_seconds: Until the session stands.
         prefill_seconds: Median; up to the first token's logits. Of an encoder: the whole run.
         token_seconds: Median of a decoding step of the whole batch; None for an encoder.
-        memory_nbytes: Taken by session and buffers: of the device on CUDA, else private memory of the process (mapped weights are not).
+        memory_nbytes: Taken by session and buffers: of the device on CUDA, else private memory of the process (mapped
+            weights are not).
         step_nbytes: Weights that a step reads.
         virtual_tokens: Of the soft prompt that every row begins with.
     """
@@ -230,7 +232,10 @@ def bind(
     session_config: Mapping[str, str] | None = None,
     profile: StrPath | None = None,
 ) -> Bound:
-    """Open `model` and make its buffers; `max_length` is without virtual tokens. See `open_graph` and `prepare_decoder`."""
+    """Open `model` and make its buffers; `max_length` is without virtual tokens.
+
+    See `open_graph` and `prepare_decoder`.
+    """
     used = _used(device)
     began = time.perf_counter()
     opened = open_graph(
@@ -276,7 +281,10 @@ def floor_seconds(side: Bound) -> float:
 
 
 def step_nbytes(path: Path) -> int:
-    """Bytes of the weights that a step reads: all but tables of which it looks up a row. A weight used twice is read once."""
+    """Bytes of the weights that a step reads: all but tables of which it looks up a row.
+
+    A weight used twice is read once.
+    """
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph

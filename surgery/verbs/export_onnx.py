@@ -69,12 +69,14 @@ def export_onnx(
         swap: Adapters for slots: the graph is the base until one is given to a run.
         prefix: Soft prompts; the first one is the default.
         bake_prompt: Texts that stand in front, read once, now.
-        prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``: behind the vocabulary.
-        merge_to: ``delta``: changed tensors in a file beside the base's; ``full``: all weights anew, laid out for graphs.
+        prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``:
+            behind the vocabulary.
+        merge_to: ``delta``: changed tensors in a file beside the base's; ``full``: all weights anew, laid out for
+            graphs.
         target: ``cuda``, ``cpu`` or ``portable``.
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
-        weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the file system can;
-            ``reference``, ``link``, ``copy``, ``embed``.
+        weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
+            file system can; ``reference``, ``link``, ``copy``, ``embed``.
         max_length: Longest sequence; None for as long as the model was made for.
         verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
@@ -83,8 +85,8 @@ def export_onnx(
     Raises:
         UsageError: an argument of a wrong type.
         InputError: base or adapter cannot be read.
-        FitError: an architecture without a recipe; a tensor missing, left over or misshapen; a type the target cannot run; an adapter that
-            does not fit, or that a slot or a prompt cannot hold.
+        FitError: an architecture without a recipe; a tensor missing, left over or misshapen; a type the target cannot
+            run; an adapter that does not fit, or that a slot or a prompt cannot hold.
         NothingChangedError: the merge would change nothing.
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
@@ -276,18 +278,21 @@ def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
         return []
     if contract.target == "cuda" and contract.dtype == "fp32":
         warnings.append(
-            "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much faster"
+            "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much "
+            "faster"
         )
     graph = assembly.for_genai(draft)
     if not graph:
         warnings.append(
-            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and values of a prompt"
+            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and "
+            "values of a prompt"
         )
         return warnings
     if graph == ROWS or assembly.form == "rows":
         first = assembly.model.vocabulary
         warnings.append(
-            f"onnxruntime-genai gets {graph}: there the soft prompt is the token ids {first} to {first + assembly.prompts[0].tokens - 1}, "
+            f"onnxruntime-genai gets {graph}: there the soft prompt is the token ids {first} to "
+            f"{first + assembly.prompts[0].tokens - 1}, "
             "to be put in front of a text"
         )
     generation = assembly.component.folder / "generation_config.json"
@@ -306,7 +311,8 @@ def _warnings(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, binding: 
         warnings += [text for text in (*texts, *warn_of_other_base(others, checkpoint)) if text not in warnings]
     if mode == "link":
         warnings.append(
-            "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes into one file "
+            "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes "
+            "into one file "
             "changes both"
         )
     return warnings

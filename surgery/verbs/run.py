@@ -42,7 +42,8 @@ class RunText:
         tokens: New ids.
         text: Of the new ids; None without a tokenizer.
         reason: Why it ended: ``stop``, ``length`` or ``full``; empty for an encoder.
-        scores: Of an encoder that classifies: label to probability (of a regression: value), of the text or of each token.
+        scores: Of an encoder that classifies: label to probability (of a regression: value), of the text or of each
+            token.
     """
 
     prompt: tuple[int, ...]

@@ -120,14 +120,15 @@ def verify(
 ) -> Verification:
     """Verify a folder that this toolkit made.
 
-    A graph is run by onnxruntime on the CPU, in float32, and compared with a reference computed from config.json and weights by
-    arithmetic of its own. A folder of weights is compared with what its manifest recorded.
+    A graph is run by onnxruntime on the CPU, in float32, and compared with a reference computed from config.json and
+    weights by arithmetic of its own. A folder of weights is compared with what its manifest recorded.
 
     Args:
         output: A folder with ``model.onnx`` or a manifest.
-        against: The base: weights that were copied are compared with it, and a graph that holds its weights inside is computed from it.
-        adapters: What was merged into `against`, as `surgery.merge` takes it: a graph must compute what the merge would. A soft prompt
-            among them must be the one the graph brings along.
+        against: The base: weights that were copied are compared with it, and a graph that holds its weights inside is
+            computed from it.
+        adapters: What was merged into `against`, as `surgery.merge` takes it: a graph must compute what the merge
+            would. A soft prompt among them must be the one the graph brings along.
         tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
 
     Raises:
@@ -301,7 +302,8 @@ def _judged(measure: LogitDifference, graph: GraphFile, tolerance: float | None)
         tokens = f", {measure.wrong_tokens} greedy tokens differ" if measure.wrong_tokens else ""
         what = "key or value" if measure.name == "soft prompt" else "logit"
         raise ProofError(
-            f"{measure.name}: a {what} differs by {measure.difference:.3g} from what the model computes (at most {limit:.3g}){tokens}",
+            f"{measure.name}: a {what} differs by {measure.difference:.3g} from what the model computes (at most "
+            f"{limit:.3g}){tokens}",
             file=graph.path,
             hint="graph and weights do not belong together, or one of them is damaged: export again",
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bring rows of both tensors of a pair to the device where they are subtracted.
 
-On a CPU, the thread that subtracts also reads. For a GPU, reader threads fill page-locked buffers, and copies to the device overlap with
-reading. Readers never get ahead by more than the buffers hold, so memory stays bounded.
+On a CPU, the thread that subtracts also reads. For a GPU, reader threads fill page-locked buffers, and copies to the
+device overlap with reading. Readers never get ahead by more than the buffers hold, so memory stays bounded.
 """
 
 from __future__ import annotations
