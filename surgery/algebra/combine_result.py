@@ -170,7 +170,8 @@ class CombineResult:
 
 
 _COLUMNS = (
-    Column("module", "name"), Column("outcome"), Column("ranks"), Column("rank", "integer"), Column("norm", "number", 3),
+    Column("module", "name"), Column("outcome"), Column("ranks"), Column("rank", "integer"),
+    Column("norm", "number", 3),
     Column("error", "number", 3), Column("best", "number", 3),
 )  # fmt: skip
 

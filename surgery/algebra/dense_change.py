@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updates without low-rank factors as one LoRA of a chosen rank, by the change they make to their weight, formed in full.
+"""Updates without low-rank factors as one LoRA of a chosen rank, from the change they make, formed in full.
 
-What an update adds is the same for any weight (LoHa, LoKr). What it makes of a weight only the base tells: of a DoRA that is
-``m / ||W + s B A|| * (W + s B A) - W``, of a rotation ``W R - W``.
+What an update adds is the same for any weight (LoHa, LoKr). What it makes of a weight only the base tells: of a DoRA
+that is ``m / ||W + s B A|| * (W + s B A) - W``, of a rotation ``W R - W``.
 """
 
 from __future__ import annotations

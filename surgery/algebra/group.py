@@ -43,7 +43,10 @@ class Contribution:
 
 
 def key_of(site: Site, *, flat: bool) -> tuple[str, str]:
-    """By what two adapters' names for one weight are recognised; underscores for dots where one of the adapters writes them so."""
+    """The key under which two adapters' names for one weight are recognised as the same.
+
+    Dots become underscores where one of the adapters writes them so.
+    """
     module, _, leaf = site.path.rpartition(".")
     return site.component, f"{module.replace('.', '_')}.{leaf}" if flat else site.path
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof of a combination: the file is read back, and each weight's delta compared with the sum of the sources' deltas, in float64."""
+"""The proof of a combination.
+
+The file is read back, and each weight's delta compared with the sum of the sources' deltas, in float64.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,10 @@ def _matched(meant: Adapter, written: Adapter) -> dict[Site, tuple[Update, ...]]
 def _measure(
     combined: CombinedUpdate, chain: Sequence[Update], lost: float, tolerance: float, slack: float, path: Path
 ) -> SumError:
-    """Norm and error of one weight, all its experts together; `slack` is what codes add to the error, relative to what they stand for."""
+    """Norm and error of one weight, all its experts together.
+
+    `slack` is what codes add to the error, relative to the values they stand for.
+    """
     norms, errors, sizes = [], [], []
     for target, loras in zip(combined.targets, _loras(combined, chain), strict=True):
         compared = target.compare(*stacked(loras))

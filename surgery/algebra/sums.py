@@ -251,7 +251,10 @@ class MergedDelta:
         return max(1, svd.rank)
 
     def solve(self, rank: int) -> Solved:
-        """By truncated SVD, its singular values shared evenly; zeros where the delta has fewer directions than were asked for."""
+        """Factors by truncated SVD, its singular values shared evenly.
+
+        Zeros fill up where the delta has fewer directions than were asked for.
+        """
         svd = truncated_svd(self.formed(), rank=rank, accuracy=_ACCURACY, seed=self.recipe.seed)
         B, A = svd.factors()
         missing = rank - svd.rank

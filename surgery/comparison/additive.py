@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes and differences of what adapters add to a weight, between the deltas and not between the factors: those of one delta are many.
+"""Sizes and differences of additive updates.
+
+Deltas are compared, not factors: many pairs of factors have the same delta.
 
 No delta of low rank is formed: norms, inner products and singular values come from QR of the factors, in float64.
 """

@@ -16,7 +16,8 @@ from surgery.reports.to_json import plain
 from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
-    "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "Side", "TensorDiff", "TensorHeader", "TensorStatus",
+    "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "Side", "TensorDiff", "TensorHeader",
+    "TensorStatus",
     "Values",
 ]  # fmt: skip
 
@@ -255,12 +256,14 @@ class CheckpointDiff:
 
 
 _MODULES = (
-    Column("weight", "name"), Column("status"), Column("difference", "number", 3), Column("cosine", "number", 3), Column("rank", "integer"),
+    Column("weight", "name"), Column("status"), Column("difference", "number", 3), Column("cosine", "number", 3),
+    Column("rank", "integer"),
     Column("scale", "number", 3), Column("norm", "number", 3), Column("90 % in", "figure"), Column("note"),
 )  # fmt: skip
 _TENSORS = (
     Column("tensor", "name"), Column("status"), Column("A"), Column("B"), Column("relative", "number", 3),
-    Column("greatest", "number", 3, spare=2), Column("moved", "share", spare=1), Column("90 % in", "figure"), Column("note"),
+    Column("greatest", "number", 3, spare=2), Column("moved", "share", spare=1), Column("90 % in", "figure"),
+    Column("note"),
 )  # fmt: skip
 
 

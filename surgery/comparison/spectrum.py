@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the difference of two stored matrices spreads over directions, in memory that does not grow with their long side."""
+"""How the difference of two stored matrices spreads over directions.
+
+Memory does not grow with the long side of the matrices.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversion of one adapter: checked against its base, rendered in the new format, written, and proved to change the same weights.
+"""Convert one adapter: check it against its base, render it in the new format, write it and prove it.
 
 The source is bound once, and its binding goes on to the proof.
 """

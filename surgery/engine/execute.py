@@ -151,7 +151,10 @@ def execute(
 
 
 def _job(plan: Plan) -> str:
-    """Names the unfinished work of a plan on these very files: a copied range is worth no more than the identity of its source."""
+    """Name the unfinished work of a plan on exactly these files.
+
+    The identity of every input counts, because a copied range is only valid for the file it was copied from.
+    """
     seen = sorted({(str(file.path.name), *file.identity) for file in plan.inputs})
     return hashlib.sha256(json.dumps([plan.id, seen]).encode()).hexdigest()
 
@@ -174,7 +177,9 @@ def write_side_file(side: SideFile, folder: OutputFolder) -> None:
 def write_weights(
     plan: Plan, folder: OutputFolder, run: Run, compute: ComputeWeight = _compute_here
 ) -> dict[str, Measurement]:
-    """The weight files of `plan` in `folder`, but for those an interrupted run finished; what was measured of each computed tensor.
+    """Write the weight files of `plan` into `folder`, except those an interrupted run finished.
+
+    Returns what was measured of each computed tensor.
 
     Raises:
         ResourceError, FitError, ProofError: as `execute`.
@@ -288,7 +293,10 @@ class _CopyRange:
 
 
 def _chunks(file: PlannedFile) -> list[_CopyRange]:
-    """Neighbours that are neighbours on both sides, as one; then cut so that several threads and Ctrl-C have a chance."""
+    """Join ranges that are adjacent in both source and output.
+
+    The result is then cut into pieces, so that several threads can share it and Ctrl-C is answered soon.
+    """
     runs: list[_CopyRange] = []
     for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
         if not isinstance(tensor.step, Copy) or tensor.nbytes == 0:

@@ -115,7 +115,10 @@ class Ledger:
 
     @property
     def classes(self) -> dict[str, int]:
-        """Number of weights per outcome, and of inputs without an output; the tensors that make a weight count as one."""
+        """Number of weights per outcome, and of inputs without an output.
+
+        The stored tensors that make up a weight count as one.
+        """
         counts = Counter(tensor.outcome for tensor in self.plan.weights)
         counts.update(account.outcome for account in self.plan.accounts if account.outcome != "source")
         return dict(sorted(counts.items()))

@@ -63,7 +63,10 @@ class MergeResult:
         }
 
     def summary(self, *, verbose: bool = False) -> Summary:
-        """What was merged, what became of the tensors, and how much of the update survives; if `verbose`, every tensor or operation."""
+        """What was merged, what became of the tensors, and how much of the update survives.
+
+        With `verbose` also every tensor or operation.
+        """
         facts = [*_inputs(self.ledger.plan), *_tensors(self.ledger)]
         if self.output is None:
             sections = [Facts((*facts, *self._would_write())), *_planned(self.ledger, verbose), DRY_RUN]
@@ -124,7 +127,8 @@ def _poor(ledger: Ledger, verbose: bool) -> list[Section]:
     if not shown:
         return []
     columns = (
-        Column("tensor", "name"), Column("class"), Column("updates"), Column("survives", "share"), Column("rounding", "share"),
+        Column("tensor", "name"), Column("class"), Column("updates"), Column("survives", "share"),
+        Column("rounding", "share"),
     )  # fmt: skip
     table = Table(columns, tuple((*_named(row), *_measured(row)) for row in shown))
     return [

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of an output before it appears: does anything differ from the base, and is the update still there after rounding?"""
+"""Checks of an output before it appears.
+
+Does anything differ from the base, and is the update still there after rounding?
+"""
 
 from __future__ import annotations
 

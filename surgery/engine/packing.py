@@ -53,7 +53,10 @@ def _stored(component: Component, name: str) -> str:
 
 
 def packing_order(planned: Sequence[PlannedTensor], groups: Mapping[str, tuple[str, ...]]) -> list[PlannedTensor]:
-    """The tensors of one file: matrices, then the rest; groups that are in the file as a whole side by side where their first one was."""
+    """The tensors of one file in packed order: matrices, then the rest.
+
+    Groups that are complete in the file lie side by side where their first tensor was.
+    """
     by_name = {tensor.name: tensor for tensor in planned}
     taken: dict[str, PlannedTensor] = {}
     for tensor in sorted(planned, key=lambda tensor: len(tensor.shape) < 2):

@@ -43,7 +43,8 @@ SHARE_FILE, SHARE_MAGIC = "weights", b"surgery share 1\n"  # the one file of a s
 TensorOutcome = Literal[
     "copied", "cast", "updated", "replaced", "added", "source", "alias", "derivable", "superseded", "referenced"
 ]
-"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced or added; the others are inputs without an output."""
+"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced or added; the others are inputs
+without an output."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,12 +215,15 @@ def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Ten
 
 
 def _added(update: Update) -> Update:
-    """What it adds to its weight, as a LoRA if it has that form; the lengths of a DoRA's rows are compared on their own."""
+    """What an update adds to its weight, as a LoRA if it has that form.
+
+    The row lengths of a DoRA are compared on their own.
+    """
     return low_rank_part(update) or update
 
 
 def _tensor_error(expected: _ProofTarget, actual: _ProofTarget) -> float | None:
-    """The error of the stored tensors, where the delta of an update is neither low-rank nor stored in full; else None."""
+    """The error of the stored tensors if the delta is neither low-rank nor stored in full; else None."""
     if all(_has_plain_delta(update) for target in (expected, actual) for update, _ in target.pieces):
         return None
     pairs = list(zip(expected.pieces, actual.pieces, strict=False))

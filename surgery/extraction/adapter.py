@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An extraction as an `Adapter`: factors that are read from the scratch file when a writer asks for them, and TUNED's own tensors."""
+"""An extraction as an `Adapter`.
+
+A writer reads its factors from the scratch file when it needs them, and TUNED's own tensors from TUNED.
+"""
 
 from __future__ import annotations
 

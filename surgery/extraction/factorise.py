@@ -25,7 +25,8 @@ _FINE = 1e-3
 _MUCH = 0.05
 """Relative residual above which ``||D||^2 - 2 <D, BA> + ||BA||^2`` is right to a few 1e-5 of it."""
 MOST = 256
-"""Most singular values looked at where the rank is to be found (budget, auto): beyond, an adapter is no smaller than what it replaces."""
+"""Most singular values looked at where the rank is to be found (budget, auto): beyond, an adapter is no smaller than
+what it replaces."""
 
 
 @dataclass(frozen=True, slots=True)

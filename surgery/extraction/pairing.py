@@ -144,7 +144,10 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
 
 
 def _check_storages(tuned: Component) -> None:
-    """Refuse a quantised fine-tune: the rounding in its change is not known, and no copy of a weight can be put into an adapter."""
+    """Refuse a quantised fine-tune.
+
+    The rounding in its change is not known, and no copy of a weight can be put into an adapter.
+    """
     for weight in tuned.owners.values():
         if not isinstance(weight, Plain):
             raise FitError(
@@ -332,7 +335,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class StoredDelta:
-    """A difference in its stored orientation, read again at every use; a `surgery_formats.linalg.matrix.MatrixSource`."""
+    """A difference in its stored orientation, read again at every use.
+
+    Implements `surgery_formats.linalg.matrix.MatrixSource`.
+    """
 
     delta: Delta
 

@@ -315,10 +315,12 @@ class ExtractResult:
 _LAYERS = (
     Column("layers", "name"), Column("times", "integer", spare=2), Column("rank", "figure"), Column("share", "share"),
     Column("missing", "share"), Column("moved", "share", 1, spare=6), Column("rms/ulp", "number", 2, spare=5),
-    Column("noise", "share", 1, spare=4), Column("signal", "figure"), Column("survives", "share", 1, spare=1), Column("class", spare=3),
+    Column("noise", "share", 1, spare=4), Column("signal", "figure"), Column("survives", "share", 1, spare=1),
+    Column("class", spare=3),
 )  # fmt: skip
 _CHOICES = (
-    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("parameters", "count"), Column("size", "bytes"),
+    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("parameters", "count"),
+    Column("size", "bytes"),
 )  # fmt: skip
 
 
@@ -401,7 +403,7 @@ class Layers:
 
     @property
     def survival(self) -> float:
-        """Share of their factors' update that a merge would keep, weighted by energy; NaN where there are no factors."""
+        """Share of the factors' update that a merge would keep, weighted by energy; NaN without factors."""
         survivals = [(row.energy, row.signal.survival) for row in self.rows if row.signal is not None]
         survivals = [(energy, value) for energy, value in survivals if not math.isnan(value)]
         total = math.fsum(energy for energy, _ in survivals)

@@ -241,7 +241,10 @@ def _tied(
     *,
     inseparable: bool,
 ) -> set[str]:
-    """Choose for a tied head: a merge would add factors on both twice, and factors on one would be missing in the other when attached."""
+    """Choose how to hold the change of a tied head.
+
+    A merge would add factors on both names twice; factors on one name would be missing in the other when attached.
+    """
     by_name = {parameter.pair.name: parameter for parameter in parameters}
     embedding = by_name[tuned.embedding]
     own_head = by_name.get(tuned.head)

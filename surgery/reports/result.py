@@ -32,7 +32,10 @@ class Result(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that were written; of a verb that only looks, of the weight files it looked at, 0 where these are not counted."""
+        """Bytes that were written.
+
+        Of a verb that only reads, the size of the weight files it read; 0 where these are not counted.
+        """
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, as ``--json`` shows them."""

@@ -132,8 +132,10 @@ class BenchResult:
 
 
 _COLUMNS = (
-    Column("model", "name"), Column("load s", "fixed", 2), Column("prefill ms", "fixed", 2), Column("ms/token", "fixed", 3),
-    Column("tokens/s", "fixed", 1), Column("x floor", "fixed", 2), Column("memory", "bytes"), Column("weights", "bytes"),
+    Column("model", "name"), Column("load s", "fixed", 2), Column("prefill ms", "fixed", 2),
+    Column("ms/token", "fixed", 3),
+    Column("tokens/s", "fixed", 1), Column("x floor", "fixed", 2), Column("memory", "bytes"),
+    Column("weights", "bytes"),
 )  # fmt: skip
 
 

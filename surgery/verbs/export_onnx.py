@@ -228,7 +228,10 @@ def _mode(
 
 
 def _check_same_sides(merged: MergedWeights, base: Component) -> None:
-    """In the base's own folder its configuration and tokenizer stay; whether head and embedding are tied only the graph needs to know."""
+    """Refuse to write into the base's folder if configuration or tokenizer would differ.
+
+    A tie of head and embedding is no difference: only the graph needs to know of it.
+    """
     differing = {key: value for key, value in merged.component.config.items() if key != "tie_word_embeddings"}
     same = differing == {key: value for key, value in base.config.items() if key != "tie_word_embeddings"}
     tokenizers = [side.name for side in merged.side_files if side.source and side.source.parent != base.folder]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resize: an adapter with lower ranks, each module's factors the best of their rank (Eckart and Young, by QR of the factors)."""
+"""Resize: lower the ranks of an adapter.
+
+Each module gets the best factors of its new rank (Eckart and Young, by QR of the factors).
+"""
 
 from __future__ import annotations
 

@@ -97,7 +97,10 @@ class RunResult:
         return record | {"arrays": {name: list(array.shape) for name, array in self.arrays.items()}}
 
     def summary(self, *, verbose: bool = False) -> Summary:
-        """The text or the scores of every input, then device and times; what went in and came out of each if `verbose`."""
+        """The text or the scores of every input, then device and times.
+
+        With `verbose` also the input and output tokens of each.
+        """
         lines = [line for number, text in enumerate(self.texts) for line in self._lines(number, text)]
         if not any(text.scores for text in self.texts):
             lines += [f"{show(name)}\t{'x'.join(map(str, array.shape))}" for name, array in self.arrays.items()]
@@ -344,7 +347,10 @@ def _can() -> bool:
 
 
 def _check(rows: list[list[int]], opened: GraphSession) -> None:
-    """Ids beyond the table read memory that is not the table's, or fail without saying which; negative ones count from its end."""
+    """Refuse token ids outside the embedding table.
+
+    Ids beyond its end read foreign memory or fail without a message that names them; negative ids count from the end.
+    """
     contract = opened.contract
     first, virtual = contract.vocabulary_rows or (contract.vocabulary, 0)
     limit = max(contract.vocabulary, first + virtual) or None  # of a foreign encoder nobody knows it

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["ByteObserver", "DirectFeed", "Feed", "RowPair", "StagedFeed"]
 
 HOST_BLOCK = 1 << 17
-"""Elements that are subtracted at a time on a CPU, 512 kB of float32: with what is worked out from them they stay in its cache. Sums
-depend on it: fixed."""
+"""Elements that are subtracted at a time on a CPU, 512 kB of float32: with what is worked out from them they stay in
+its cache. Sums depend on it: fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
 _CHUNK = 8 << 20  # bytes per buffer

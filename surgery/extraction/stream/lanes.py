@@ -211,7 +211,9 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
 
 
 def in_threads(jobs: Sequence[Callable[[Stop], None]], workers: int) -> None:
-    """Run every job with one torch thread each, so that results do not depend on their number; the first failure stops the others.
+    """Run every job with one torch thread each; the first failure stops the others.
+
+    Results then do not depend on the number of threads.
 
     Args:
         jobs: Each is called with a function that tells whether to stop.
