@@ -156,7 +156,7 @@ def test_a_tie_that_tuning_cut(tmp_path: Path) -> None:
     assert_round_trip("qwen2", base, tuned, tmp_path / "out")
 
 
-def test_bf16_pairs(tmp_path: Path) -> None:
+def test_a_bf16_pair_loses_only_the_rounding_of_the_factors(tmp_path: Path) -> None:
     base = models.build_base("llama", tmp_path / "base", dtype="bfloat16")
     tuned = tune(base, tmp_path / "tuned", everything)
     result = surgery.extract_lora(base, tuned, output=tmp_path / "out", rank=WHOLE)
