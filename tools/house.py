@@ -175,11 +175,11 @@ def isinstance_ladders(modules: Mapping[str, Module], kinds: frozenset[str]) -> 
 
 
 def update_kinds(modules: Mapping[str, Module]) -> frozenset[str]:
-    """Classes of the updates room."""
+    """Classes of the updates room, but for the protocols and what every kind is made of."""
     return frozenset(
         node.name
         for name, module in modules.items()
-        if ".updates." in name and not name.endswith(".base")
+        if ".updates." in name and not name.endswith((".base", ".update"))
         for node in module.tree.body
         if isinstance(node, ast.ClassDef)
     )

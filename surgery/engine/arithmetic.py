@@ -11,15 +11,14 @@ import xxhash
 
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, PlannedTensor
+from surgery_formats.binding.edits import prepared
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.noise import measure_survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import PartBytes, Storage, read_block
-from surgery_formats.tensors.apply import Apply, apply_chain
-from surgery_formats.tensors.views import View
-from surgery_formats.updates import Mixing, blend
-from surgery_formats.updates.weights import WeightView
+from surgery_formats.tensors.apply import apply_chain
+from surgery_formats.updates import Mixing
 
 __all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
 
@@ -68,11 +67,7 @@ def compute(
         return _as_stored(step, output)  # strided integers of a pickle: no arithmetic touches them
     exact = torch.float64 if DType.F64 in (source.dtype, target.dtype) else torch.float32
     height = _height(source.shape[1], step)
-    chain: list[tuple[View, Apply]] = []
-    for operation in step.operations:
-        seen = WeightView(source, tuple(chain), operation.view, exact, device, height)
-        apply = operation.update.prepare(seen)
-        chain.append((operation.view, apply if operation.share == 1.0 else blend(apply, operation.share)))
+    chain = prepared(step.operations, source, exact, height, device)
     tally = _UpdateTally()
     buffers = _BlockBuffers(source, height, target.dtype, exact, device)
     rows = source.shape[0]

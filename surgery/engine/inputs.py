@@ -166,7 +166,7 @@ def as_weighted(value: AdaptersLike, argument: str = "adapters") -> list[Weighte
         return [_scaled(_weighted(key, name), weight, name) for key, weight, name in named]
     if _is_adapter(value) or _is_pair(value):
         return [_weighted(value, argument)]
-    if not isinstance(value, Iterable):
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
         raise _wrong_type(value, argument, "a path, an Adapter, (adapter, weight), a list of these, or {path: weight}")
     return [_weighted(item, f"{argument}[{number}]") for number, item in enumerate(value)]
 

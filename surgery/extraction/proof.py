@@ -16,16 +16,14 @@ from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip, with_columns
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
 from surgery_formats.binding.bind import bind
-from surgery_formats.binding.edits import Edit
+from surgery_formats.binding.edits import Edit, prepared
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.storage.base import read_values
-from surgery_formats.tensors.apply import Apply, apply_chain
-from surgery_formats.tensors.views import View
+from surgery_formats.tensors.apply import apply_chain
 from surgery_formats.updates import LoRA
-from surgery_formats.updates.weights import WeightView
 
 __all__ = ["Residual", "agrees", "prove"]
 
@@ -147,10 +145,7 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
             if tuple(stored.shape) != slot.shape or digest(stored) != slot.digest or bool(padding.any()):
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
     source = edit.source
-    chain = [
-        (o.view, o.update.prepare(WeightView(source, (), o.view, torch.float32, "cpu", source.shape[0])))
-        for o in edit.operations
-    ]
+    chain = prepared(edit.operations, source, torch.float32, source.shape[0])
     for part in parts:
         left, right = (slot.read() for slot in (part.matrix.left, part.matrix.right))
         row_side, col_side = (right, left) if part.transposed else (left, right)
@@ -201,10 +196,7 @@ def _residual(pair: Pair, edit: Edit) -> Residual:
     needs_float64 = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     exact = torch.float64 if needs_float64 else torch.float32
     step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
-    chain: list[tuple[View, Apply]] = []
-    for operation in edit.operations:  # a DoRA looks at BASE's rows, a LoRA at nothing
-        weight = WeightView(source, tuple(chain), operation.view, exact, "cpu", step)
-        chain.append((operation.view, operation.update.prepare(weight)))
+    chain = prepared(edit.operations, source, exact, step)  # a DoRA looks at BASE's rows, a LoRA at nothing
     energy = left = 0.0
     for start in range(0, tuned.shape[0], step):
         stop = min(start + step, tuned.shape[0])

@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 import surgery
 from surgery import convert
 from surgery_formats.adapters.format import NewTensor
-from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.errors import FitError, ProofError, SurgeryError
 from surgery_formats.updates import LoRA
+from tests.oracles import models
 from tests.support.adapter_files import (
     GOLDEN,
     Arrays,
@@ -34,6 +35,7 @@ from tests.support.adapter_files import (
     unet,
     write_peft,
 )
+from tests.support.extractions import everything, only, tune
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -207,6 +209,36 @@ def test_peft_loads_biases_norms_and_token_rows_that_went_through(tmp_path: Path
     want = tuned(input_ids=ids).logits
     got = PeftModel.from_pretrained(_model(), str(tmp_path / "p"))(input_ids=ids).logits
     assert float((got - want).abs().max()) < 0.05 * float(want.abs().max())
+
+
+def _replacements(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of parameters stored whole."""
+    parameters = json.loads((folder / "compact.json").read_text())["parameters"]
+    return {p["path"]: r for p in parameters for r in p["updates"] if r["kind"] == "replacement"}
+
+
+def test_the_bias_of_a_head_is_trained_in_place_unless_its_module_is_a_copy(tmp_path: Path) -> None:
+    base = models.build_base("bert", tmp_path / "base")
+    tuned = tune(base, tmp_path / "tuned", everything)
+    surgery.extract_lora(base, tuned, output=tmp_path / "c", rank=2, factors="int8", allow_loss=True)
+    assert _replacements(tmp_path / "c")["classifier.bias"] == {"kind": "replacement"}
+    held = {
+        site.path: u.held for site, (u, *_) in read_adapter(tmp_path / "c").updates.items() if u.kind == "replacement"
+    }
+    assert held["classifier.bias"] == "in place"
+    assert {how for path, how in held.items() if "LayerNorm" in path} == {"copy"}
+
+
+def test_how_a_parameter_is_held_is_recorded_where_the_configuration_does_not_imply_it(tmp_path: Path) -> None:
+    base = models.build_base("llama", tmp_path / "base")
+    tuned = tune(base, tmp_path / "tuned", only("norm"))
+    surgery.extract_lora(base, tuned, output=tmp_path / "p")
+    source = read_adapter(tmp_path / "p")
+    for held, recorded in (("copy", None), ("resized", "resized"), ("in place", "in place")):
+        updates = {site: (replace(chain[0], held=held),) for site, chain in source.updates.items()}
+        rendering = format_named("compact").render(replace(source, updates=updates), None)
+        parameters = json.loads(rendering.small_files["compact.json"])["parameters"]
+        assert {record.get("held") for parameter in parameters for record in parameter["updates"]} == {recorded}
 
 
 def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

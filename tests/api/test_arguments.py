@@ -114,6 +114,7 @@ def test_a_checkpoint_that_changed_since_it_was_opened_is_refused(base: Path, st
 WRONG: list[tuple[str, Callable[[Path, Path], Any], str]] = [
     ("base", lambda base, style: surgery.merge(7, style, dry_run=True), "base is a path or a Checkpoint, not int"),
     ("adapter", lambda base, style: surgery.merge(base, None, dry_run=True), "adapters is a path, an Adapter,.* not NoneType"),
+    ("bytes", lambda base, style: surgery.merge(base, b"lora", dry_run=True), "adapters is a path, an Adapter,.* not bytes"),
     ("one of several", lambda base, style: surgery.merge(base, [style, 5], dry_run=True), r"adapters\[1\] is .* not int"),
     ("weight", lambda base, style: surgery.merge(base, (style, None), dry_run=True), "weight of adapters is a number, not NoneType"),
     ("weight is a flag", lambda base, style: surgery.merge(base, (style, True), dry_run=True), "is a number, not bool"),

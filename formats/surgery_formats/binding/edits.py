@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that happens to one weight of an output, as data."""
+"""All that happens to one weight of an output, as data, and the equations that it comes down to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.storage.base import Storage
+from surgery_formats.tensors.apply import Apply
 from surgery_formats.tensors.views import View
-from surgery_formats.updates import Update
+from surgery_formats.updates import Update, blend
+from surgery_formats.updates.weights import WeightView
 
-__all__ = ["Edit", "Operation"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Edit", "Operation", "prepared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +61,26 @@ class Edit:
     replaced: Operation | None = None
     added: bool = False
     why: str = ""
+
+
+def prepared(
+    operations: Iterable[Operation], source: Storage, dtype: torch.dtype, height: int, device: str = "cpu"
+) -> list[tuple[View, Apply]]:
+    """The equations of `operations` for `apply_chain`, their factors loaded; each looks at `source` as the ones before it leave it.
+
+    Args:
+        operations: In order.
+        source: The weight they begin with.
+        dtype: Precision of the arithmetic.
+        height: Storage rows per block, where an update looks at the weight first.
+        device: Where the arithmetic runs.
+
+    Raises:
+        FitError: a factor holds NaN or Inf.
+    """
+    chain: list[tuple[View, Apply]] = []
+    for operation in operations:
+        weight = WeightView(source, tuple(chain), operation.view, dtype, device, height)
+        apply = operation.update.prepare(weight)
+        chain.append((operation.view, apply if operation.share == 1.0 else blend(apply, operation.share)))
+    return chain

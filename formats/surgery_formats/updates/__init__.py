@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updates: what a small trained part does to one weight of a base. One small file per kind, each with its one equation.
 
-Adding a kind is adding a file with a frozen dataclass that satisfies `base.Update`; `surgery_formats.testing.update` checks one.
+Adding a kind is adding a file with a frozen dataclass that satisfies `update.Update`; `surgery_formats.testing.update` checks one.
 """
 
-from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Linear, Mixing, Unsized, Update, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.blend import blend
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.ia3 import IA3
@@ -16,6 +16,7 @@ from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.replacement import Held, Replacement
 from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.token_rows import TokenRows
+from surgery_formats.updates.update import Linear, Mixing, Unsized, Update
 from surgery_formats.updates.vera import Seed, VeRA
 
 __all__ = [

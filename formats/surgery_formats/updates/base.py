@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kind of update offers, and the factors it is made of."""
+"""What updates are made of: factors, and what they are told of the weight they act on."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -18,11 +18,9 @@ from surgery_formats.tensors.views import Index
 if TYPE_CHECKING:
     import torch
 
-    from surgery_formats.updates.lora import LoRA
-
     View = Callable[..., torch.Tensor]
 
-__all__ = ["Apply", "Effect", "Factor", "Fit", "Linear", "Mixing", "Unsized", "Update", "Weight"]
+__all__ = ["Apply", "Effect", "Factor", "Fit", "Weight"]
 
 Effect = Literal["adds", "sets", "maps"]
 """What an update does to a weight ``W``.
@@ -130,66 +128,6 @@ class Weight(Protocol):
         """``(block, rows, cols)`` in storage order, covering every element once, in memory bounded by the block size."""
 
 
-class Update(Protocol):
-    """What was trained for one weight (or bias) of a base. Implementations are frozen dataclasses.
-
-    Verbs, writers and reports ask an update about itself through these members, and know no list of kinds.
-
-    Attributes:
-        kind: Name in the field: ``LoRA``, ``DoRA`` ...
-        shape: Logical ``(out, in)`` of the weight it fits; ``(n, 1)`` for a bias. 0 is a size that its file does not tell (`Unsized`).
-        tensors: Every stored tensor it consumes.
-        untrained: Those of `tensors` that hold no trained values: alphas, random projections.
-        needs_weight: Whether `prepare` looks at the weight, so that the weight is read twice.
-        effect: Whether it adds to a weight, sets values of it, or maps it.
-        rank: Inner size of its low-rank product; None for a kind without one.
-        alpha: As written in its file; None where the format or the kind has none.
-        scale: Number on what it adds; None for a kind without one.
-    """
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def tensors(self) -> tuple[Tensor, ...]: ...
-    @property
-    def untrained(self) -> tuple[Tensor, ...]: ...
-    @property
-    def needs_weight(self) -> bool: ...
-    @property
-    def effect(self) -> Effect: ...
-    @property
-    def rank(self) -> int | None: ...
-    @property
-    def alpha(self) -> float | None: ...
-    @property
-    def scale(self) -> float | None: ...
-
-    def factors(self) -> Mapping[str, Factor]:
-        """Everything its equation takes from its file, by the names of the equation: ``A``, ``B``, ``magnitude``."""
-
-    def low_rank(self) -> LoRA | None:
-        """The same update as one LoRA, exactly; None if there is none, or sizes are not known yet (`Unsized`).
-
-        A stack of experts has none of its own: ask each of its `parts`.
-        """
-
-    def parts(self) -> tuple[tuple[int, Update], ...]:
-        """``(first logical row, update)`` of which this one is made: itself at row 0 unless it is stacked."""
-
-    def prepare(self, weight: Weight) -> Apply:
-        """Load the factors once and return the equation for blocks of `weight`."""
-
-
-@runtime_checkable
-class Linear(Update, Protocol):
-    """An update that adds something: half of it is half as far."""
-
-    def scaled(self, weight: float) -> Linear:
-        """The update that moves a weight `weight` times as far."""
-
-
 @dataclass(frozen=True, slots=True)
 class Fit:
     """What binding knows of the weight an update meets, and an adapter's file may not.
@@ -203,27 +141,3 @@ class Fit:
     shape: tuple[int, int]
     kernel: int = 1
     widest: tuple[int, int] = (0, 0)
-
-
-@runtime_checkable
-class Unsized(Update, Protocol):
-    """An update whose file does not tell all sizes of its weight: a vector along one axis, one block for a whole diagonal."""
-
-    def fitted(self, fit: Fit) -> Update:
-        """The update with its sizes. Where they contradict the file's, `shape` says so and binding refuses.
-
-        Raises:
-            FitError: it cannot act on such a weight.
-        """
-
-
-@runtime_checkable
-class Mixing(Update, Protocol):
-    """An update that mixes columns in groups: `apply` is given whole groups, even where a weight is stored transposed.
-
-    Attributes:
-        group: Columns per group; groups begin at multiples of it.
-    """
-
-    @property
-    def group(self) -> int: ...

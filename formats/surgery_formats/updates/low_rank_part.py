@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from surgery_formats.updates.base import Update
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.lora import LoRA
+from surgery_formats.updates.update import Update
 
 __all__ = ["low_rank_part"]
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.updates.base import Apply, Effect, Factor, Update, Weight
+from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 from surgery_formats.updates.lora import LoRA
+from surgery_formats.updates.update import Update
 
 __all__ = ["Stacked"]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from surgery_formats.adapters.peft.keys import held_by_config
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
@@ -20,7 +21,7 @@ from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.text import listing, show
 from surgery_formats.updates import DoRA, Factor, Held, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
-__all__ = ["CONFIG_FILE", "MARK", "TENSOR_FILE", "VERSION", "held_by_name", "leaves", "read_compact", "stem_of"]
+__all__ = ["CONFIG_FILE", "MARK", "TENSOR_FILE", "VERSION", "leaves", "read_compact", "stem_of"]
 
 CONFIG_FILE = "compact.json"
 TENSOR_FILE = "adapter.safetensors"
@@ -70,7 +71,7 @@ def read_compact(path: Path) -> Adapter:
     if not all(isinstance(name, str) for name in new_modules):
         raise MalformedError("'new_modules' is not a list of names", file=config)
     tensors = {tensor.name: tensor for tensor in shard.tensors}
-    state = _CompactReader(tensors, _coding(raw), file, frozenset(new_modules))
+    state = _CompactReader(tensors, _coding(raw), file, raw.get("config", dict))
     updates: dict[Site, tuple[Update, ...]] = {}
     for entry in raw.objects("parameters"):
         records = entry.objects("updates")
@@ -93,10 +94,10 @@ def read_compact(path: Path) -> Adapter:
         kind=raw.get("kind", str),
         updates=updates,
         tensors=tuple(state.used),
-        new_modules=state.new_modules,
+        new_modules=frozenset(new_modules),
         base_name=raw.get("base", str),
         base_id=shard.metadata.get("surgery.base", ""),
-        config=raw.get("config", dict),
+        config=state.config,
         metadata=dict(shard.metadata),
         side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
         keeps_ties=raw.get("keeps_ties", bool),
@@ -171,7 +172,7 @@ class _CompactReader:
     left: dict[str, StoredTensor]
     coding: Coding
     file: Path
-    new_modules: frozenset[str] = frozenset()
+    config: Mapping[str, Any] = field(default_factory=dict)
     used: list[Tensor] = field(default_factory=list)
 
     def take(self, name: str) -> StoredTensor:
@@ -195,8 +196,8 @@ def _update(site: Site, position: int, record: _Object, state: _CompactReader) -
     if kind == "offset":
         return Offset(_factor(state.plain(f"{stem}.offset"), (1, 2)), record.number("scale"))
     if kind == "replacement":
-        named = held_by_name(site, state.new_modules)
-        held = record.choice("held", get_args(Held)) if "held" in record.raw else named
+        stated = "held" in record.raw
+        held = record.choice("held", get_args(Held)) if stated else held_by_config(site.path, state.config)
         return Replacement(Factor.of(state.plain(f"{stem}.value")), held)
     if kind == "token rows":
         value = _factor(state.plain(f"{stem}.rows"), (2,))
@@ -209,19 +210,6 @@ def _update(site: Site, position: int, record: _Object, state: _CompactReader) -
             )
         return TokenRows(value, indices, record.size(record.raw.get("vocabulary"), "vocabulary", 0))
     raise FitError(f"updates of kind '{show(kind)}' are not known", file=record.file, tensor=str(site))
-
-
-def held_by_name(site: Site, new_modules: frozenset[str]) -> Held:
-    """Where a parameter's new values live, as far as names tell; else it is recorded.
-
-    A format without modules of its own trains parameters where they are, and a format with them trains whole modules or biases.
-    """
-    module, _, leaf = site.path.rpartition(".")
-    segments = module.split(".")
-    ancestors = [".".join(segments[: i + 1]) for i in range(len(segments))]
-    if any(ancestor.endswith(tuple(new_modules)) for ancestor in ancestors):
-        return "copy"
-    return "carried" if new_modules and leaf != "bias" else "in place"
 
 
 def _module_kind(records: list[_Object]) -> tuple[ModuleKind, tuple[int, ...]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, held_by_name, leaves, stem_of
+from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, leaves, stem_of
 from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.peft.keys import held_by_config
 from surgery_formats.adapters.writing import ConversionLedger, copied, factor_tensor, surviving_metadata
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
@@ -37,7 +38,7 @@ class _CompactWriter:
     """What has been written so far."""
 
     coding: Coding
-    new_modules: frozenset[str]
+    config: Mapping[str, Any]
     ledger: ConversionLedger = field(default_factory=ConversionLedger)
     tensors: dict[str, NewTensor] = field(default_factory=dict)
     records: dict[Site, list[dict[str, Any]]] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class _CompactWriter:
 
 def render_compact(adapter: Adapter, coding: Coding) -> Rendering:
     """adapter.safetensors and compact.json."""
-    state = _CompactWriter(coding, adapter.new_modules)
+    state = _CompactWriter(coding, adapter.config)
     for site, chain in adapter.updates.items():
         for update in chain:
             _update(site, update, update.low_rank() or update, state)
@@ -97,8 +98,8 @@ def _update(site: Site, source: Update, update: Update, state: _CompactWriter) -
         _record(site, {"kind": "offset", "scale": update.scale}, state)
     elif isinstance(update, Replacement):
         state.add(copied(f"{stem}.value", update.stored))
-        told = held_by_name(site, state.new_modules) == update.held
-        _record(site, {"kind": "replacement"} | ({} if told else {"held": update.held}), state)
+        implied = held_by_config(site.path, state.config) == update.held
+        _record(site, {"kind": "replacement"} | ({} if implied else {"held": update.held}), state)
     elif isinstance(update, TokenRows):
         state.add(factor_tensor(f"{stem}.rows", update.value, update.value.shape))
         rows = {"kind": "token rows", "indices": list(update.indices), "vocabulary": update.vocabulary}

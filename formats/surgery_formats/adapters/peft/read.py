@@ -8,13 +8,22 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from surgery_formats.adapters.peft.config import PeftConfig, parse_config
-from surgery_formats.adapters.peft.keys import HEADS, PREFIX, ROOT, Sorted, sort_tensors, unwrapped
+from surgery_formats.adapters.peft.keys import (
+    HEADS,
+    PREFIX,
+    ROOT,
+    Sorted,
+    ancestors,
+    held_by_config,
+    sort_tensors,
+    unwrapped,
+)
 from surgery_formats.adapters.peft.kinds import kinds, switches
 from surgery_formats.adapters.peft.kinds.kind import Module
 from surgery_formats.adapters.peft.known_issues import issues_by_value
 from surgery_formats.adapters.peft.parameters import wrappers_of
 from surgery_formats.adapters.peft.prompt import PROMPTS, read_prompt
+from surgery_formats.adapters.peft.read_config import PeftConfig, parse_config
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.sharded import open_folder_tensors
@@ -22,7 +31,7 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.updates import Factor, Held, Replacement, Update
+from surgery_formats.updates import Factor, Replacement, Update
 
 __all__ = ["read_peft"]
 
@@ -124,13 +133,13 @@ def _whole_parameters(contents: Sorted, config: PeftConfig) -> dict[Site, tuple[
     updates: dict[Site, tuple[Update, ...]] = {}
     for name, tensor in contents.plain.items():
         _check_plain(name, tensor, config)
-        updates[Site(name)] = (Replacement(Factor.of(tensor), _held(name, config)),)
+        updates[Site(name)] = (Replacement(Factor.of(tensor), held_by_config(name, config.raw)),)
     return updates
 
 
 def _check_plain(name: str, tensor: StoredTensor, config: PeftConfig) -> None:
     module, _, leaf = name.rpartition(".")
-    saved = any(ancestor.endswith(config.modules_to_save) for ancestor in _ancestors(module))
+    saved = any(ancestor.endswith(config.modules_to_save) for ancestor in ancestors(module))
     embedding = leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
     bias = leaf == "bias" and (config.bias != "none")
     head = bool(HEADS & set(module.split("."))) and config.raw.get("task_type") in (
@@ -145,19 +154,3 @@ def _check_plain(name: str, tensor: StoredTensor, config: PeftConfig) -> None:
             tensor=tensor.name,
             hint="is this a full model?" if not tensor.name.startswith(PREFIX) else None,
         )
-
-
-def _held(name: str, config: PeftConfig) -> Held:
-    """Where PEFT holds a parameter stored whole: it also saves embeddings that it did not train, when a vocabulary was resized."""
-    module, _, leaf = name.rpartition(".")
-    if any(ancestor.endswith(config.modules_to_save) for ancestor in _ancestors(module)):
-        return "copy"
-    if leaf == "bias":
-        return "in place"
-    return "copy" if HEADS & set(module.split(".")) else "carried"
-
-
-def _ancestors(module: str) -> list[str]:
-    """The module and all that contain it; PEFT matches the ends of such paths, so that ``norm`` takes ``input_layernorm`` too."""
-    segments = module.split(".")
-    return [".".join(segments[: i + 1]) for i in range(len(segments))]
