@@ -14,7 +14,7 @@ from surgery.algebra.group import group
 from surgery.algebra.sums import Recipe
 from surgery.algebra.weight import combine_weight
 from surgery.engine.adapter_output import stored_as
-from surgery.engine.checks import check_nothing_dropped
+from surgery.engine.input_checks import check_nothing_dropped
 from surgery_formats.adapters.format import Coded, Format, Rendering
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.dtypes import DType

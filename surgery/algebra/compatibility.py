@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from surgery.engine.checks import check_base_id
+from surgery.engine.input_checks import check_base_id
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.errors import FitError

@@ -16,7 +16,7 @@ from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import common_rank, solved_lora
 from surgery.algebra.sums import MergedDelta, Recipe
-from surgery.algebra.task_vectors import DENSE_METHODS
+from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.models.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from surgery.algebra.combined_update import CombinedUpdate, Outcome, Solutions
 from surgery.algebra.group import Contribution
 from surgery.algebra.sums import DeltaTarget, LowRankSum, MergedDelta, Recipe, Solved, rank_for
-from surgery.algebra.task_vectors import DENSE_METHODS
+from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import computed

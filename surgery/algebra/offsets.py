@@ -11,7 +11,7 @@ import torch
 from surgery.algebra.combined_update import CombinedUpdate
 from surgery.algebra.group import Contribution
 from surgery.algebra.sums import Recipe
-from surgery.algebra.task_vectors import DENSE_METHODS, merge_deltas
+from surgery.algebra.ties_and_dare import DENSE_METHODS, merge_deltas
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.tensors.computed import computed
 from surgery_formats.updates import Factor, Offset

@@ -11,7 +11,7 @@ from surgery.algebra.combination import CombinationPlan
 from surgery.algebra.combine_result import Combined, CombineResult
 from surgery.algebra.combined_adapter import side_files
 from surgery.algebra.proof import CombinationProof, prove_combination
-from surgery.algebra.task_vectors import DENSE_METHODS
+from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery.engine.adapter_output import WriteOptions, job_id, write_adapter
 from surgery.reports.to_json import plain
 from surgery_formats.errors import NothingChangedError

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from surgery.algebra.task_vectors import merge_deltas
+from surgery.algebra.ties_and_dare import merge_deltas
 from surgery.rank import Rank
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.factored import concatenated, factored_norm, rerank, singular_values
@@ -63,7 +63,7 @@ class Recipe:
     """How deltas are combined, and what rank the result may have.
 
     Attributes:
-        method: ``exact``, ``svd``, or one of `surgery.algebra.task_vectors.DENSE_METHODS`.
+        method: ``exact``, ``svd``, or one of `surgery.algebra.ties_and_dare.DENSE_METHODS`.
         rank: Greatest rank of a module.
         energy: Least share of each module's energy ``||.||_F^2`` that is kept.
         max_error: Greatest error of a module, relative, Frobenius.
@@ -192,7 +192,7 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class MergedDelta:
-    """What TIES, DARE or pruning make of several deltas (`surgery.algebra.task_vectors`): dense, and of full rank.
+    """What TIES, DARE or pruning make of several deltas (`surgery.algebra.ties_and_dare`): dense, and of full rank.
 
     Attributes:
         terms: The deltas, without their weights.

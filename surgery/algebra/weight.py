@@ -13,7 +13,7 @@ from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import combine_loras
 from surgery.algebra.offsets import combine_offsets
 from surgery.algebra.sums import Recipe
-from surgery.algebra.task_vectors import DENSE_METHODS
+from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint

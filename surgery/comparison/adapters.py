@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 
 from surgery.algebra.group import key_of
-from surgery.comparison.added import Chain, Squares, are_sums, blocks_of, compared, measured_side, ratio, side_of
+from surgery.comparison.additive import Chain, Squares, are_sums, blocks_of, compared, measured_side, ratio, side_of
+from surgery.comparison.non_additive import unadded_differences
 from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
-from surgery.comparison.unadded import unadded_differences
 from surgery_formats.canonical.adapter import Adapter, Site
 
 __all__ = ["diff_adapters"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.comparison.added import SHARES
+from surgery.comparison.additive import SHARES
 from surgery.comparison.results import Profile
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.svd import truncated_svd

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write_adapter
-from surgery.engine.checks import check_base_id, check_nothing_dropped
 from surgery.engine.convert_result import ConvertResult
+from surgery.engine.input_checks import check_base_id, check_nothing_dropped
 from surgery_formats.adapters.format import Coded, Entry, Format, Rendering
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.sizes import sized

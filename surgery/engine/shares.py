@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 import xxhash
 
-from surgery.engine.checks import float_type
 from surgery.engine.execute import ComputeWeight, Run, Write, remembered, write_weights
+from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.ledger import Measurement
-from surgery.engine.model_output import plan_merge
+from surgery.engine.merge_plan import plan_merge
 from surgery.engine.plan import SHARE_FILE, Compute, Plan, PlannedTensor
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.errors import FitError, ProofError

@@ -26,7 +26,15 @@ from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot, Workspac
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.dora import DoRAFit, HeldPair, Magnitudes, PairSource, alternate, best_columns, row_share
+from surgery_formats.linalg.fit_dora import (
+    DoRAFit,
+    HeldPair,
+    Magnitudes,
+    PairSource,
+    alternate,
+    best_columns,
+    row_share,
+)
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import read_values
@@ -219,7 +227,7 @@ def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.T
 
 @dataclass(frozen=True)
 class _StoredRows:
-    """A pair of matrices that is read at every use; a `surgery_formats.linalg.dora.PairSource`."""
+    """A pair of matrices that is read at every use; a `surgery_formats.linalg.fit_dora.PairSource`."""
 
     strip: Strip
 

@@ -169,7 +169,7 @@ def _allotted(
 ) -> dict[str, int]:
     import torch
 
-    from surgery_formats.linalg.ranks import allocate
+    from surgery_formats.linalg.rank_criteria import allocate
 
     if fixed + sum(costs) > budget.limit:
         raise FitError(

@@ -15,9 +15,9 @@ from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.output import write_combination
 from surgery.algebra.selection import Selection, check_patterns
 from surgery.algebra.sums import Recipe
-from surgery.algebra.task_vectors import DENSE_METHODS
+from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.checks import float_type
+from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import (
     AdaptersLike,
     CheckpointLike,

@@ -6,7 +6,6 @@ from __future__ import annotations
 from functools import partial
 
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.checks import float_type
 from surgery.engine.conversion import (
     bound_source,
     coded_as,
@@ -16,6 +15,7 @@ from surgery.engine.conversion import (
     write_conversion,
 )
 from surgery.engine.convert_result import ConvertResult
+from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
 from surgery.progress import Callback
 from surgery.reports.result import timed

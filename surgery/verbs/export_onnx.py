@@ -17,7 +17,7 @@ from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
-from surgery.onnx.export.prompts import Prompt, WeightLocation, of_adapter, unique
+from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
 from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
@@ -113,10 +113,10 @@ def export_onnx(
         return files
 
     def check(ledger: Ledger) -> None:
-        from surgery.engine.model_output import judge
+        from surgery.engine.output_checks import check_output
 
         assert binding is not None
-        warnings.extend(judge(ledger, checkpoint, [weight for _, weight in binding.adapters]))
+        warnings.extend(check_output(ledger, checkpoint, [weight for _, weight in binding.adapters]))
 
     names = assembly.names(draft)
     parcel = ExportJob(
@@ -141,7 +141,7 @@ def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tupl
     """What is merged; imported only where there are adapters, which cost a plain export as much as all the rest."""
     if not wanted.adapters:
         return None, None
-    from surgery.engine.checks import check_base_id
+    from surgery.engine.input_checks import check_base_id
     from surgery.onnx.export.merged import merged_weights
     from surgery_formats.binding.bind import bind
 

@@ -12,7 +12,7 @@ from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, output_
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge_result import MergeResult
 from surgery.engine.model_card import merge_card
-from surgery.engine.model_output import judge
+from surgery.engine.output_checks import check_output
 from surgery.engine.preview import obstacles, preview
 from surgery.engine.shares import planned_merge
 from surgery.progress import Callback
@@ -83,7 +83,7 @@ def merge(
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        warnings.extend(judge(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
+        warnings.extend(check_output(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
         return {"README.md": merge_card(found, ledger)}
 
     ledger = execute(plan, folder, run, finish, engine)

@@ -8,7 +8,7 @@ from surgery.algebra.combine_result import CombineResult
 from surgery.algebra.output import write_combination
 from surgery.algebra.sums import Recipe
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.checks import float_type
+from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
 from surgery.progress import Callback
 from surgery.rank import Rank

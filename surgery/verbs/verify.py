@@ -233,7 +233,7 @@ def _graphs(
 
 def _reference(graph: GraphFile, base: Checkpoint | None, wanted: AdapterRoles) -> Reference:
     """The model that the graph should be: base and adapters where named, else what lies beside it."""
-    from surgery.engine.model_output import plan_merge
+    from surgery.engine.merge_plan import plan_merge
     from surgery.reference import open_reference
     from surgery.reference.model import Reference
     from surgery.reference.weights import tensor_weights

@@ -250,7 +250,7 @@ def test_memo_bombs_cost_no_more_than_their_size(program: bytes, archive: Write)
 
 
 def test_quadratic_ordered_dicts_are_cut_off(archive: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery_formats.containers.torch.pickle_ops._STEP_LIMIT", 100_000)
+    monkeypatch.setattr("surgery_formats.containers.torch.pickle_interpreter._STEP_LIMIT", 100_000)
     pairs = b"](" + b"K\x01K\x01\x86" * 5_000 + b"eq\0"
     again = b"ccollections\nOrderedDict\nh\0\x85R0" * 1_000
     with pytest.raises(MalformedError, match="steps"):
@@ -258,7 +258,7 @@ def test_quadratic_ordered_dicts_are_cut_off(archive: Write, monkeypatch: pytest
 
 
 def test_too_many_opcodes_are_refused(archive: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery_formats.containers.torch.pickle_ops._STEP_LIMIT", 99)
+    monkeypatch.setattr("surgery_formats.containers.torch.pickle_interpreter._STEP_LIMIT", 99)
     with pytest.raises(MalformedError, match="steps"):
         open_torch(archive(b"N0" * 50 + b"N."))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery.engine.checks import check_nothing_dropped, float_type
+from surgery.engine.input_checks import check_nothing_dropped, float_type
 from surgery_formats.adapters.format import Entry, Rendering
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.dora import HeldPair, alternate, best_rows, row_share
+from surgery_formats.linalg.fit_dora import HeldPair, alternate, best_rows, row_share
 from surgery_formats.linalg.svd import truncated_svd
 
 
@@ -95,7 +95,7 @@ def test_magnitudes_are_the_least_squares_solution() -> None:
 def test_reading_in_blocks_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = made((300, 64), 0.02)
     held = alternate(pair, 8)
-    monkeypatch.setattr("surgery_formats.linalg.dora._BLOCK", 64 * 7)
+    monkeypatch.setattr("surgery_formats.linalg.fit_dora._BLOCK", 64 * 7)
     streamed = alternate(Streamed(pair), 8)
     torch.testing.assert_close(applied(pair, held), applied(pair, streamed), atol=1e-7, rtol=1e-5)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_formats.linalg.ranks import allocate, auto_rank, checked_rank, rank_for_energy, rank_for_error
+from surgery_formats.linalg.rank_criteria import allocate, auto_rank, checked_rank, rank_for_energy, rank_for_error
 
 
 def test_a_capped_rank_comes_with_a_sentence() -> None:

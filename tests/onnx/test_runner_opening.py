@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from surgery.onnx.graph.contract import Contract, WeightFile, from_metadata
-from surgery.onnx.graph.metadata import initializer_shapes, read_metadata
+from surgery.onnx.graph.read_metadata import initializer_shapes, read_metadata
 from surgery.onnx.run.opening import find_graph, open_graph
 from surgery_formats.containers.safetensors import layout
 from surgery_formats.dtypes import DType

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.dtypes import DType
-from surgery_formats.models.ties import Tie, ties_by_place
+from surgery_formats.models.tied_parameters import Tie, ties_by_place
 from surgery_formats.storage.base import read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import apply_chain

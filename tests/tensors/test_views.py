@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from surgery_formats.containers.safetensors import open_safetensors
-from surgery_formats.models.ties import ties_by_place
+from surgery_formats.models.tied_parameters import ties_by_place
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.engine.model_output import plan_merge
+from surgery.engine.merge_plan import plan_merge
 from surgery.engine.plan import PlannedFile, check_conservation
 from surgery.reference.model import forward, open_reference
 from surgery_formats.adapters.registry import read_adapter

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from surgery_formats.binding.checks import check_family, check_fit, check_mergeable, check_missing, check_overlap
 from surgery_formats.binding.edits import Edit, Operation
+from surgery_formats.binding.fit_checks import check_family, check_fit, check_mergeable, check_missing, check_overlap
 from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.binding.tied_edits import settle_tie
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site

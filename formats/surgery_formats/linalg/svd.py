@@ -20,7 +20,7 @@ from surgery_formats.linalg.certificate import ratio_bound
 from surgery_formats.linalg.krylov import CertifiedBasis, block_size, krylov
 from surgery_formats.linalg.matrix import MatrixSource, Operator, one_thread
 from surgery_formats.linalg.panel import noise, orthonormal, within
-from surgery_formats.linalg.ranks import checked_rank, rank_holding
+from surgery_formats.linalg.rank_criteria import checked_rank, rank_holding
 
 __all__ = ["TruncatedSVD", "left_over", "truncated_svd"]
 

@@ -20,7 +20,7 @@ from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.names import Names
 from surgery_formats.models.side_files import side_files
-from surgery_formats.models.ties import ties_by_place
+from surgery_formats.models.tied_parameters import ties_by_place
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.inputs import AdaptersLike, as_weighted
-from surgery.onnx.export.prompts import unique
+from surgery.onnx.export.prompt_past import unique
 from surgery_formats.errors import FitError
 from surgery_formats.models.identity import fingerprint
 

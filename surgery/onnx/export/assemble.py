@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from surgery.onnx.export.adapters import AdapterRoles, entry
 from surgery.onnx.export.genai import genai_config
-from surgery.onnx.export.prompts import Prompt, WeightLocation, computed_past, empty_past, stored_past
+from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, empty_past, stored_past
 from surgery.onnx.graph.build import GraphOptions, GraphSet, build
 from surgery.onnx.graph.contract import TEXT
-from surgery.onnx.graph.virtual import Virtual
+from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Component

@@ -23,7 +23,7 @@ import xxhash
 from surgery.engine.execute import Run, still_good, write_side_file, write_weights
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
-from surgery.onnx.export.prompts import WeightLocation
+from surgery.onnx.export.prompt_past import WeightLocation
 from surgery_formats.errors import FitError, OutputExistsError, ProofError
 from surgery_formats.files.output.folder import OutputFolder, output_folder
 from surgery_formats.files.output.kernel_copy import rename_new, sync_folder

@@ -16,7 +16,7 @@ from surgery.onnx.graph.encoder import encoder
 from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.rotary import longest
 from surgery.onnx.graph.target import OperatorSet, standard
-from surgery.onnx.graph.virtual import Virtual, front_model
+from surgery.onnx.graph.virtual_tokens import Virtual, front_model
 from surgery.onnx.graph.weights import GraphTensor, GraphWeights
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError

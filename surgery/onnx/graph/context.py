@@ -13,7 +13,7 @@ from functools import cached_property
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.target import OperatorSet
-from surgery.onnx.graph.virtual import Virtual
+from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery.onnx.graph.weights import GraphWeights
 from surgery_formats.dtypes import DType
 

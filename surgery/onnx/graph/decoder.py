@@ -11,7 +11,7 @@ from surgery.onnx.graph.heads import language_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.norm import norm, residual_norm
-from surgery.onnx.graph.virtual import completed_mask
+from surgery.onnx.graph.virtual_tokens import completed_mask
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Attention, LanguageHead, Layer, Model

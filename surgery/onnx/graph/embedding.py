@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.linear import lora_slot
-from surgery.onnx.graph.virtual import rows_after, types_in_front
+from surgery.onnx.graph.virtual_tokens import rows_after, types_in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Embedding, Model
 

@@ -10,7 +10,7 @@ from surgery.onnx.graph.heads import classifier_head, hidden_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.norm import norm, residual_norm
-from surgery.onnx.graph.virtual import in_front
+from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Attention, ClassifierHead, HiddenHead, Model

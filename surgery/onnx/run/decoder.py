@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.graph.metadata import initializer_shapes
+from surgery.onnx.graph.read_metadata import initializer_shapes
 from surgery.onnx.run.adapters import Past, past_names
 from surgery.onnx.run.binding import as_array, execute, uncaptured
 from surgery.onnx.run.growing import GrowingDecoder, RowByRow

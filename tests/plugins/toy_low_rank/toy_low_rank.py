@@ -4,9 +4,9 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.adapters.peft.config import COMMON, Switches
-from surgery_formats.adapters.peft.configuration import ranks_and_alphas, targets
 from surgery_formats.adapters.peft.kinds.kind import ModuleUpdates, PeftKind
+from surgery_formats.adapters.peft.read_config import COMMON, Switches
+from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
 from surgery_formats.updates import Effect, Factor, LoRA
 
 

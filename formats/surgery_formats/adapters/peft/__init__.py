@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.adapters.format import Rendering, Scaling
-from surgery_formats.adapters.peft.configuration import inherited
 from surgery_formats.adapters.peft.read import read_peft
 from surgery_formats.adapters.peft.write import described, render_peft
+from surgery_formats.adapters.peft.write_config import inherited
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.files.raw import first_bytes
 from surgery_formats.models.checkpoint import Checkpoint

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.format import NewTensor, Scaling
-from surgery_formats.adapters.peft.config import PeftConfig
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION, PREFIX
+from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.format import NewTensor
-from surgery_formats.adapters.peft.config import PeftConfig
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import FitError, MalformedError

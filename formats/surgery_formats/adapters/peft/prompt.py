@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from surgery_formats.adapters.peft.config import COMMON, PeftConfig, Switches
+from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
 from surgery_formats.canonical.prompts import Prefix, SoftPrompt
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor

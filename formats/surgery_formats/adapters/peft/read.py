@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from surgery_formats.adapters.peft.config import PeftConfig, parse_config
 from surgery_formats.adapters.peft.keys import (
     HEADS,
     PREFIX,
@@ -24,6 +23,7 @@ from surgery_formats.adapters.peft.kinds.kind import Module
 from surgery_formats.adapters.peft.known_issues import issues_by_value
 from surgery_formats.adapters.peft.parameters import wrappers_of
 from surgery_formats.adapters.peft.prompt import PROMPTS, read_prompt
+from surgery_formats.adapters.peft.read_config import PeftConfig, parse_config
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.sharded import open_folder_tensors

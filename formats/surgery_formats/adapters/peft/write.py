@@ -12,12 +12,12 @@ from collections import Counter
 from dataclasses import replace
 
 from surgery_formats.adapters.format import Rendering, Scaling
-from surgery_formats.adapters.peft.config import PeftConfig, parse_config
-from surgery_formats.adapters.peft.configuration import adapter_config
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import HEADS, ROOT
 from surgery_formats.adapters.peft.kinds import kinds, switches
 from surgery_formats.adapters.peft.kinds.kind import PeftKind
+from surgery_formats.adapters.peft.read_config import PeftConfig, parse_config
+from surgery_formats.adapters.peft.write_config import adapter_config
 from surgery_formats.adapters.writing import copied, surviving_metadata
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError

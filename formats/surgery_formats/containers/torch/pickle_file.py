@@ -4,7 +4,7 @@
 Two containers are read: the zip archive that ``torch.save`` writes since 1.6 (``*/data.pkl`` beside
 ``*/data/<storage key>``), and the older file of five pickles (magic number, version, system, object, storage
 keys) followed by the storages, each behind its 64-bit length. The pickles go through
-`surgery_formats.containers.torch.pickle_ops`, which can call nothing.
+`surgery_formats.containers.torch.pickle_interpreter`, which can call nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from surgery_formats.containers.torch.archive import members
-from surgery_formats.containers.torch.pickle_ops import interpret
+from surgery_formats.containers.torch.pickle_interpreter import interpret
 from surgery_formats.containers.torch.rebuild import PickledStorage
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from surgery_formats.adapters.peft.config import Switches
 from surgery_formats.adapters.peft.kinds.ia3 import IA3
 from surgery_formats.adapters.peft.kinds.kind import PeftKind
 from surgery_formats.adapters.peft.kinds.ln_tuning import LN_TUNING
@@ -15,6 +14,7 @@ from surgery_formats.adapters.peft.kinds.lora import LORA, TRAINABLE_TOKENS
 from surgery_formats.adapters.peft.kinds.oft import OFT
 from surgery_formats.adapters.peft.kinds.vera import VERA
 from surgery_formats.adapters.peft.prompt import PROMPTS
+from surgery_formats.adapters.peft.read_config import Switches
 from surgery_formats.plugins import with_plugins
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "kinds", "switches"]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery_formats.adapters.peft.config import PeftConfig, Switches
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.read_config import PeftConfig, Switches
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from surgery_formats.adapters.peft.configuration import ranks_and_alphas, targets
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
 from surgery_formats.adapters.peft.kinds.lycoris import SWITCHES, alpha_issue, low_rank_pair, put_pair
+from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import LoHa, Update

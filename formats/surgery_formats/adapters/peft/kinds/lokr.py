@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from surgery_formats.adapters.peft.configuration import ranks_and_alphas, targets
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
 from surgery_formats.adapters.peft.kinds.lycoris import SWITCHES, alpha_issue, low_rank_pair, put_pair
+from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor

@@ -9,8 +9,6 @@ from typing import Any
 
 from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
-from surgery_formats.adapters.peft.config import COMMON, PeftConfig, Switches
-from surgery_formats.adapters.peft.configuration import ranks_and_alphas, targets
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind
@@ -21,6 +19,8 @@ from surgery_formats.adapters.peft.parameters import (
     put_parameters,
     targeted_parameters,
 )
+from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
+from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.canonical.adapter import ModuleKind, Site
 from surgery_formats.errors import FitError, MalformedError

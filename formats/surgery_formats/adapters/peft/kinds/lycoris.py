@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery_formats.adapters.peft.config import COMMON, Switches
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.kinds.kind import Module, malformed
+from surgery_formats.adapters.peft.read_config import COMMON, Switches
 from surgery_formats.updates import Factor
 
 if TYPE_CHECKING:

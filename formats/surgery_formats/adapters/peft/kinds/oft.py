@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from surgery_formats.adapters.peft.config import COMMON, Switches
-from surgery_formats.adapters.peft.configuration import targets
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
+from surgery_formats.adapters.peft.read_config import COMMON, Switches
+from surgery_formats.adapters.peft.write_config import targets
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import FitError, SurgeryError
 from surgery_formats.tensors.tensor import StoredTensor

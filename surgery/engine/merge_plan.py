@@ -1,33 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as an output: the plan of its weight files and side files, and the judgement of what was computed."""
+"""The plan of a merge: weight files, side files and configuration of the output."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
-from surgery.engine.checks import check_base_id
+from surgery.engine.input_checks import check_base_id
 from surgery.engine.layout import WeightLayout, lay_out
-from surgery.engine.ledger import Ledger
 from surgery.engine.output_config import corrected_config
-from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile, check_conservation
+from surgery.engine.plan import Plan, SideFile, check_conservation
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit
-from surgery_formats.binding.tied_edits import same_values
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import NothingChangedError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.text import listing
 
-__all__ = ["LOW_SURVIVAL", "judge", "plan_merge"]
-
-LOW_SURVIVAL = 0.9
-"""Below this share of the update surviving its storage type, a merge warns."""
+__all__ = ["plan_merge"]
 
 
 def plan_merge(
@@ -119,39 +112,3 @@ def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not checkpoint.left_behind:
         return ()
     return (f"not carried (other weights, deeper folders, links out of the folder): {listing(checkpoint.left_behind)}",)
-
-
-def _differs(tensor: PlannedTensor, checkpoint: Checkpoint) -> bool:
-    """Whether an added tensor is trained, or a replaced one holds other values than the base's."""
-    if tensor.outcome == "added":
-        files = {shard.file for component in checkpoint.components.values() for shard in component.shards}
-        return all(source.file not in files for source in tensor.step.sources)
-    base = checkpoint.components[tensor.component].parameters.get(tensor.weight)
-    if tensor.outcome != "replaced" or not isinstance(tensor.step, Compute):
-        return False
-    return base is None or not same_values(base.storage, tensor.step.source)
-
-
-def judge(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float]) -> list[str]:
-    """Refuse an output equal to the base; warn of updates lost to rounding.
-
-    Raises:
-        NothingChangedError: no stored value differs from the base's.
-    """
-    moved = any(measured.changed for measured in ledger.measured.values())
-    if not moved and not any(_differs(tensor, checkpoint) for tensor in ledger.plan.weights):
-        if all(weight == 0 for weight in weights):
-            raise NothingChangedError("every adapter has the weight 0", hint="weights are written ADAPTER=0.7")
-        raise NothingChangedError(
-            "no weight of the base would change",
-            hint="the adapter is all zeros, or its update is smaller than the stored type can hold",
-        )
-    warnings = []
-    if ledger.survival < LOW_SURVIVAL:
-        warnings.append(
-            f"only {ledger.survival:.0%} of the update survives in the stored type; --dtype fp32 keeps it all, "
-            "or serve the adapter unmerged"
-        )
-    if unmoved := ledger.unmoved():
-        warnings.append(f"{len(unmoved)} updated tensors did not change: {listing(unmoved)}")
-    return warnings

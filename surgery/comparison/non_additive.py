@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from surgery.comparison.added import Chain, are_sums, ratio
+from surgery.comparison.additive import Chain, are_sums, ratio
 from surgery.engine.factor_proof import settings, tensor_error
 from surgery_formats.updates import TokenRows, Update
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS, twin
-from surgery.onnx.graph.virtual import Virtual
+from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component

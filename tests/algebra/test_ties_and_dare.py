@@ -96,7 +96,7 @@ def test_dare_drops_and_rescales(pair: list[tuple[Path, float]], tmp_path: Path,
 
 def test_dare_keeps_the_mean(tmp_path: Path) -> None:
     """Rescaling makes the expectation of what is left the delta itself."""
-    from surgery.algebra.task_vectors import merge_deltas
+    from surgery.algebra.ties_and_dare import merge_deltas
 
     delta = torch.full((400, 400), 3.0, dtype=torch.float64)
     found = merge_deltas([delta.clone], [1.0], method="dare-linear", density=0.1, seed=0, name="x", owners=[0])
