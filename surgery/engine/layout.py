@@ -116,9 +116,9 @@ class _WeightPlanner:
         planned = self._planned.get(weight.name)
         here: list[PlannedTensor] = []
         if planned is None:
-            planned = self._planned[weight.name] = {one.name: one for one in self.weight(weight.name, weight)}
+            planned = self._planned[weight.name] = {output.name: output for output in self.weight(weight.name, weight)}
             stored = {source.name for source in weight.sources}
-            here = [one for name, one in planned.items() if name not in stored]
+            here = [output for name, output in planned.items() if name not in stored]
         return [*here, planned[tensor.name]] if tensor.name in planned else here
 
     def weight(self, name: str, base: Storage) -> tuple[PlannedTensor, ...]:
@@ -213,19 +213,19 @@ def planned_file(
 
 
 def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:
-    one = tensor  # `dataclasses.replace` would take as long as the rest of the plan of a model of 50,000 tensors
+    # `dataclasses.replace` would take as long as the rest of the plan of a model of 50,000 tensors
     return PlannedTensor(
-        one.name,
-        one.component,
-        one.weight,
-        one.dtype,
-        one.shape,
-        one.step,
-        one.outcome,
+        tensor.name,
+        tensor.component,
+        tensor.weight,
+        tensor.dtype,
+        tensor.shape,
+        tensor.step,
+        tensor.outcome,
         offset,
         nbytes,
-        one.why,
-        one.part,
+        tensor.why,
+        tensor.part,
     )
 
 

@@ -97,8 +97,8 @@ def _update(step: Compute, index: int) -> dict[str, Any]:
     operation = step.operations[index]
     update = operation.update
     scale = update.scale if update.effect == "adds" else None  # of a DoRA it acts before rows get their lengths
-    found = {"kind": update.kind, "site": str(operation.site), "adapter": operation.adapter}
-    return found | {name: value for name, value in (("rank", update.rank), ("scale", scale)) if value is not None}
+    facts = {"kind": update.kind, "site": str(operation.site), "adapter": operation.adapter}
+    return facts | {name: value for name, value in (("rank", update.rank), ("scale", scale)) if value is not None}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Ledger:
     @property
     def kept(self) -> Survival:
         """Of all updates together."""
-        return Survival.total(found.kept for found in self.measured.values())
+        return Survival.total(measured.kept for measured in self.measured.values())
 
     @property
     def survival(self) -> float:
@@ -159,8 +159,8 @@ class Ledger:
             tensor.label
             for tensor in self.plan.weights
             if tensor.outcome == "updated"
-            and (found := self.measured.get(tensor.label)) is not None
-            and not found.changed
+            and (measured := self.measured.get(tensor.label)) is not None
+            and not measured.changed
         )
 
     def as_json(self) -> dict[str, Any]:

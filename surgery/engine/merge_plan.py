@@ -33,13 +33,13 @@ def plan_merge(
     """
     checkpoint = binding.checkpoint
     check_base_id(checkpoint, [adapter for adapter, _ in binding.adapters])
-    laid: dict[str, WeightLayout] = {}
+    layouts: dict[str, WeightLayout] = {}
     for name, component in checkpoint.components.items():
         edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
-        laid[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed)
-    side_files = [SideFile(one.index_name, data=one.index) for one in laid.values() if one.index_name]
+        layouts[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed)
+    side_files = [SideFile(layout.index_name, data=layout.index) for layout in layouts.values() if layout.index_name]
     side_files += _carried(binding)
-    files = tuple(file for one in laid.values() for file in one.files)
+    files = tuple(file for layout in layouts.values() for file in layout.files)
     side_files += corrected_config(binding, [tensor for file in files for tensor in file.tensors], dtype)
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
@@ -49,7 +49,7 @@ def plan_merge(
         verb="merge",
         files=files,
         side_files=tuple(side_files),
-        accounts=tuple(account for one in laid.values() for account in one.accounts),
+        accounts=tuple(account for layout in layouts.values() for account in layout.accounts),
         ignored=binding.ignored,
         inputs=tuple(inputs),
         roots=(checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)),
@@ -63,15 +63,15 @@ def plan_merge(
 
 def _carried(binding: Binding) -> list[SideFile]:
     """The base's side files; the adapter's tokenizer where the vocabulary grew."""
-    found = {name: SideFile(name, source=path) for name, path in binding.checkpoint.side_files}
+    side_files = {name: SideFile(name, source=path) for name, path in binding.checkpoint.side_files}
     grown = [
         edit for edit in binding.edits.values() if edit.replaced and not edit.added and _grew(edit, binding.checkpoint)
     ]
     for edit in grown:
         assert edit.replaced is not None
         for path in binding.adapters[edit.replaced.adapter][0].side_files:
-            found[path.name] = SideFile(path.name, source=path)
-    return [found[name] for name in sorted(found)]
+            side_files[path.name] = SideFile(path.name, source=path)
+    return [side_files[name] for name in sorted(side_files)]
 
 
 def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:
