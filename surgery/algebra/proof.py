@@ -137,7 +137,7 @@ def _measure(
     for mine, theirs in zip(_whole(combined.updates), _whole(chain), strict=True):
         if not float((mine - theirs).norm()) <= tolerance * float(mine.norm()):
             raise ProofError("is not the whole weight it was", file=path.name, tensor=combined.site.path)
-    norm, error, size = (math.hypot(*every) for every in (norms, errors, sizes))
+    norm, error, size = (math.hypot(*values) for values in (norms, errors, sizes))
     if not error <= OPTIMAL * lost + tolerance * size + slack * (norm + lost):
         raise ProofError(
             f"is {error:.1e} away from the sum, {lost:.1e} was intended (its norm is {norm:.1e})",

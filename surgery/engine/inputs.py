@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -37,6 +37,7 @@ __all__ = [
     "as_opened",
     "as_path",
     "as_weighted",
+    "check_counts",
     "local_path",
     "open",
     "output_path",
@@ -197,6 +198,22 @@ def local_path(value: StrPath, argument: str) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise _wrong_type(value, argument, "a path")
     return Path(value)
+
+
+def check_counts(*, least: int = 1, **counts: int | None) -> None:
+    """Check arguments that are whole numbers; None is left to the verb.
+
+    Raises:
+        UsageError: something else than a whole number.
+        FitError: less than `least`.
+    """
+    for argument, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise _wrong_type(value, argument, "a whole number")
+        if value < least:
+            raise FitError(f"{argument} is {value}; it is at least {least}")
 
 
 def _is_adapter(value: object) -> bool:

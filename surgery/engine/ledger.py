@@ -144,7 +144,7 @@ class Ledger:
     @property
     def kept(self) -> Survival:
         """Of all updates together."""
-        return Survival.total(measurement.kept for measurement in self.measured.values())
+        return Survival.total(measured.kept for measured in self.measured.values())
 
     @property
     def survival(self) -> float:
@@ -162,8 +162,8 @@ class Ledger:
             tensor.label
             for tensor in self.plan.weights
             if tensor.outcome == "updated"
-            and (measurement := self.measured.get(tensor.label)) is not None
-            and not measurement.changed
+            and (measured := self.measured.get(tensor.label)) is not None
+            and not measured.changed
         )
 
     def as_json(self) -> dict[str, Any]:

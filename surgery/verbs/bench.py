@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.engine.inputs import StrPath, local_path
+from surgery.engine.inputs import StrPath, check_counts, local_path
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.opening import GraphSession, open_graph
@@ -191,6 +191,8 @@ def bench(
         FitError: longer than a graph takes, or a device that is not here.
         ProofError: weights that a graph was not made for.
     """
+    check_counts(least=0, new_tokens=new_tokens)
+    check_counts(prompt_length=prompt_length, batch=batch, cache=cache, threads=threads)
     models = [local_path(model, "model")]
     models += [] if against is None else [local_path(against, "against")]
     length = cache or cache_length(prompt_length, new_tokens)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of
-from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, output_path
+from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, check_counts, output_path
 from surgery.extraction.calibration import check_modules, open_calibration
 from surgery.extraction.extraction_plan import (
     CheckpointPair,
@@ -48,6 +48,8 @@ from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Component
 
 __all__ = ["ExtractResult", "extract_lora"]
+
+_LEAST_ALPHA, _MOST_ALPHA = 1e-12, 1e12  # factors are divided by its root: beyond, they leave the range of their type
 
 
 @timed
@@ -119,6 +121,7 @@ def extract_lora(
     chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
     adapter_format = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
     coding = _coding(adapter_format, dtype)
+    check_counts(workers=workers)
     devices = devices_of(device)
     folder = output_path(output, dry_run=dry_run)
     pair = CheckpointPair(as_checkpoint(base), as_checkpoint(tuned, "tuned"))
@@ -177,6 +180,8 @@ def _dense(chosen: Sequence[str]) -> tuple[str, ...]:
 def _scaling(alpha: float | None, rslora: bool, rank: int | None) -> Scaling:
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise FitError(f"alpha is {alpha}, not a positive number")
+    if alpha is not None and not _LEAST_ALPHA <= alpha <= _MOST_ALPHA:
+        raise FitError(f"alpha is {alpha:g}; it lies between {_LEAST_ALPHA:g} and {_MOST_ALPHA:g}")
     return Scaling(None if alpha is None else float(alpha), rslora, rank)
 
 

@@ -23,6 +23,8 @@ from surgery_formats.containers.registry import BUILT_IN as MODEL_CONTAINERS
 from surgery_formats.containers.registry import containers
 from surgery_formats.models.families import registry
 from surgery_formats.models.families.family import Family
+from surgery_formats.storage.registry import BUILT_IN as STORAGES
+from surgery_formats.storage.registry import storage_kinds
 
 __all__ = ["AdapterFormat", "Catalogue", "ContainerEntry", "FamilyEntry", "UpdateKind", "formats"]
 
@@ -62,6 +64,21 @@ class ContainerEntry:
     files: str
     reads: bool
     writes: bool
+    built_in: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StorageEntry:
+    """A way to hold a weight in stored tensors, beside plain numbers.
+
+    Attributes:
+        name: As reports call it.
+        title: The tensors of a weight.
+        built_in: Whether it is part of this toolkit; the others are plugins.
+    """
+
+    name: str
+    title: str
     built_in: bool
 
 
@@ -107,6 +124,7 @@ class Catalogue:
     Attributes:
         formats: Adapter formats, all of which are read and written.
         containers: Of models.
+        storages: Of weights that are not plain numbers.
         families: Whose names are known; other models are read by their names alone.
         updates: Kinds of update that can be merged.
         seconds: How long it took.
@@ -114,6 +132,7 @@ class Catalogue:
 
     formats: tuple[AdapterFormat, ...]
     containers: tuple[ContainerEntry, ...]
+    storages: tuple[StorageEntry, ...]
     families: tuple[FamilyEntry, ...]
     updates: tuple[UpdateKind, ...]
     seconds: float = elapsed()
@@ -147,6 +166,9 @@ class Catalogue:
             (entry.name, entry.files + ("" if entry.built_in else " (plugin)"), entry.reads, entry.writes)
             for entry in self.containers
         )
+        storages = (
+            (storage.name, storage.title + ("" if storage.built_in else " (plugin)")) for storage in self.storages
+        )
         families = ((family.name, family.graphs, ", ".join(family.model_types)) for family in self.families)
         updates = ((update.name, update.equation or update.title) for update in self.updates)
         tables = (
@@ -155,6 +177,7 @@ class Catalogue:
                 (Column("container"), Column("files"), Column("read", "flag"), Column("written", "flag")),
                 tuple(containers),
             ),
+            *([Table((Column("storage"), Column("tensors of a weight")), tuple(storages))] if self.storages else []),
             Table((Column("family"), Column("to ONNX", "flag"), Column("model types")), tuple(families)),
             Table((Column("update"), Column("equation")), tuple(updates)),
         )
@@ -189,6 +212,7 @@ def formats() -> Catalogue:
             )
             for container in containers().values()
         ),
+        storages=tuple(StorageEntry(kind.name, kind.title, kind in STORAGES) for kind in storage_kinds().values()),
         families=tuple(sorted(_families(), key=lambda entry: (entry.name, not entry.graphs, entry.model_types))),
         updates=tuple(_updates()),
     )

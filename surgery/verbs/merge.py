@@ -8,7 +8,7 @@ from pathlib import Path
 
 from surgery.engine.devices import device_of
 from surgery.engine.execute import Engine, Run, execute
-from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, output_path
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, check_counts, output_path
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge_result import MergeResult
 from surgery.engine.model_card import merge_card
@@ -17,7 +17,6 @@ from surgery.engine.preview import obstacles, preview
 from surgery.engine.shares import planned_merge
 from surgery.progress import Callback
 from surgery.reports.result import timed
-from surgery_formats.errors import FitError
 
 __all__ = ["MergeResult", "merge"]
 
@@ -71,10 +70,7 @@ def merge(
         NothingChangedError: the output would be the base.
         OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`.
     """
-    if any(
-        value is not None and (not isinstance(value, int) or value < 1) for value in (workers, shard_size, memory_limit)
-    ):
-        raise FitError("workers, shard_size and memory_limit are whole numbers of at least 1")
+    check_counts(workers=workers, shard_size=shard_size, memory_limit=memory_limit)
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
     binding, plan = planned_merge(base, adapters, dtype, shard_size, layout)

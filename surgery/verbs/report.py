@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, as_list, as_opened
+from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, as_list, as_opened, check_counts
 from surgery.reports.fit import fit_report
 from surgery.reports.result import timed
 from surgery.reports.savings import AdapterCost, BaseCost, SavingsReport, Split, TaskCost
@@ -40,8 +40,8 @@ def report(
             number of tasks below one.
     """
     tasks = as_list(tasks)
-    if wrong := [number for number in tasks if number < 1]:
-        raise FitError(f"{wrong[0]} tasks cannot be compared")
+    for number in tasks:
+        check_counts(tasks=number)
     adapters: list[Adapter] = []
     models: list[Checkpoint] = []
     listed: list[Openable] = as_list(references)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.engine.inputs import StrPath, as_list, local_path
+from surgery.engine.inputs import StrPath, as_list, check_counts, local_path
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
@@ -207,8 +207,8 @@ def run(
         ProofError: the weights are not those the graph was made for.
     """
     batch = _inputs(inputs)
-    if isinstance(max_new, bool) or not isinstance(max_new, int):
-        raise UsageError(f"max_new is a whole number, not {type(max_new).__name__}")
+    check_counts(least=0, max_new=max_new)
+    check_counts(threads=threads)
     if sampling is not None and not isinstance(sampling, Sampling):
         raise UsageError(f"sampling is a surgery.Sampling, not {type(sampling).__name__}")
     model = local_path(model, "model")

@@ -82,7 +82,7 @@ def assert_adds(base: Path, merged: Path, wanted: dict[str, torch.Tensor], toler
 
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("check", UPDATE_CHECKS, ids=lambda check: check.__name__)
-def test_the_kind_conforms(check: Callable[[UpdateCase], None], tmp_path: Path) -> None:
+def test_a_plugin_kind_conforms(check: Callable[[UpdateCase], None], tmp_path: Path) -> None:
     chain = next(iter(read_adapter(core_file(tmp_path / "core")).updates.values()))
     check(UpdateCase(chain[0]))
 
@@ -94,7 +94,7 @@ def test_peft_conforms_with_the_kind(check: Callable[[FormatCase, Path], None], 
 
 
 @pytest.mark.usefixtures("kind")
-def test_the_kind_is_merged(base: Path, tmp_path: Path) -> None:
+def test_a_plugin_kind_is_merged(base: Path, tmp_path: Path) -> None:
     adapter = core_file(tmp_path / "core")
     surgery.merge(base, [(adapter, 0.5)], output=tmp_path / "out")
     assert_adds(base, tmp_path / "out", {name: 0.5 * delta for name, delta in deltas(adapter).items()})
@@ -102,7 +102,7 @@ def test_the_kind_is_merged(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize(("target", "kinds"), [("peft", {"Core"}), ("mlx", {"LoRA"}), ("compact", {"LoRA"})])
-def test_the_kind_is_converted(target: str, kinds: set[str], base: Path, tmp_path: Path) -> None:
+def test_a_plugin_kind_is_converted(target: str, kinds: set[str], base: Path, tmp_path: Path) -> None:
     adapter = core_file(tmp_path / "core")
     surgery.convert(adapter, target, output=tmp_path / "out", base=base)
     assert {update.kind for chain in read_adapter(tmp_path / "out").updates.values() for update in chain} == kinds
@@ -140,7 +140,7 @@ def test_the_kind_is_combined_with_itself_and_with_lora(base: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("kind")
-def test_the_kind_is_resized(tmp_path: Path) -> None:
+def test_a_plugin_kind_is_resized(tmp_path: Path) -> None:
     adapter = core_file(tmp_path / "core")
     surgery.resize(adapter, rank=2, output=tmp_path / "out")
     for site, (update,) in read_adapter(tmp_path / "out").updates.items():
@@ -184,7 +184,7 @@ def test_the_kind_is_told_apart_from_another_and_from_the_same(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("kind")
-def test_the_kind_is_reported(base: Path, tmp_path: Path) -> None:
+def test_a_plugin_kind_is_reported(base: Path, tmp_path: Path) -> None:
     adapter = core_file(tmp_path / "core")
     count = sum(value.numel() for value in disk.adapter(adapter)[1].values())
     assert surgery.report(adapter, base=base).adapters[0].trained == count
@@ -195,7 +195,7 @@ def test_the_kind_is_reported(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("format")
 @pytest.mark.parametrize("check", FORMAT_CHECKS, ids=lambda check: check.__name__)
-def test_the_format_conforms(check: Callable[[FormatCase, Path], None], tmp_path: Path) -> None:
+def test_a_plugin_format_conforms(check: Callable[[FormatCase, Path], None], tmp_path: Path) -> None:
     def write(folder: Path) -> Path:
         from safetensors.numpy import save_file
 

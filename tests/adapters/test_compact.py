@@ -117,7 +117,7 @@ def test_to_kohya_and_from_it_with_flat_names_and_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["sd1/mixed", "sd1/dora-in", "sd1/mid", "sdxl/mixed"])
-def test_real_kohya_files(tmp_path: Path, case: str) -> None:
+def test_nothing_of_a_real_kohya_file_is_dropped(tmp_path: Path, case: str) -> None:
     """Differences of weights and biases, magnitudes of columns, several parts of a pipeline: nothing is dropped."""
     source = GOLDEN / "kohya" / case / "adapter.safetensors"
     result = convert(source, "compact", output=tmp_path / "c")
@@ -130,7 +130,7 @@ def test_real_kohya_files(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["mixtral/lora", "qwen3_moe/lora-switch", "llama/dora-embed", "llama/full"])
-def test_real_mlx_folders(tmp_path: Path, case: str) -> None:
+def test_a_real_mlx_folder_survives_the_round_trip(tmp_path: Path, case: str) -> None:
     source = GOLDEN / "mlx" / case
     convert(source, "compact", output=tmp_path / "c")
     back = convert(tmp_path / "c", "mlx", output=tmp_path / "m", base=source.parent / "base")
@@ -359,7 +359,7 @@ _JSON: dict[str, tuple[Callable[[dict[str, Any]], object], int, str]] = {
 
 
 @pytest.mark.parametrize("fault", _JSON)
-def test_a_description_that_lies(tmp_path: Path, fault: str) -> None:
+def test_a_faulty_description_is_refused_with_its_file(tmp_path: Path, fault: str) -> None:
     change, code, words = _JSON[fault]
     folder = _folder(tmp_path)
     _edit_json(folder, change)

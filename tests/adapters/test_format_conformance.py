@@ -173,7 +173,7 @@ CASES: dict[str, Callable[[], FormatCase]] = {
 
 @pytest.mark.parametrize("check", FORMAT_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", CASES)
-def test_the_format_conforms(name: str, check: Callable[[FormatCase, Path], None], tmp_path: Path) -> None:
+def test_a_built_in_format_conforms(name: str, check: Callable[[FormatCase, Path], None], tmp_path: Path) -> None:
     check(CASES[name](), tmp_path)
 
 

@@ -109,7 +109,9 @@ def test_one_alpha_per_part_so_that_diffusers_reads_it(tmp_path: Path) -> None:
         (torch.tensor([1.0]), 0.5),
     ],
 )
-def test_alpha(tmp_path: Path, alpha: torch.Tensor | None, scale: float) -> None:
+def test_the_scale_is_alpha_over_rank_and_one_without_alpha(
+    tmp_path: Path, alpha: torch.Tensor | None, scale: float
+) -> None:
     from safetensors.torch import save_file as save
 
     tensors = {name: torch.from_numpy(value) for name, value in _pair().items()}
@@ -220,7 +222,7 @@ def test_metadata_survives_except_what_is_of_the_file(tmp_path: Path) -> None:
         ({f"{KEY}.lora_down.weight": draw(1, 0, 4), f"{KEY}.lora_up.weight": draw(1, 6, 0)}, "is empty"),
     ],
 )
-def test_refuses(tmp_path: Path, tensors: dict[str, np.ndarray], fault: str) -> None:
+def test_a_malformed_file_is_refused(tmp_path: Path, tensors: dict[str, np.ndarray], fault: str) -> None:
     with pytest.raises((MalformedError, FitError), match=fault):
         read_adapter(_file(tmp_path, tensors))
 

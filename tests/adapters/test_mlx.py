@@ -197,7 +197,9 @@ def test_what_it_cannot_hold_is_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_refuses(tmp_path: Path, tensors: dict[str, np.ndarray], config: dict[str, object], fault: str) -> None:
+def test_a_malformed_folder_is_refused(
+    tmp_path: Path, tensors: dict[str, np.ndarray], config: dict[str, object], fault: str
+) -> None:
     write_mlx(tmp_path / "a", tensors, **{"lora_parameters": {"rank": 2, "scale": 1.0}, **config})
     with pytest.raises((MalformedError, FitError), match=fault):
         read_adapter(tmp_path / "a")

@@ -76,7 +76,7 @@ def test_two_halves_are_the_whole(tmp_path: Path) -> None:
     assert diff(whole, tmp_path / "again").equal
 
 
-def test_other_formats_split_too(tmp_path: Path) -> None:
+def test_mlx_folders_are_split_too(tmp_path: Path) -> None:
     stem = "model.layers.0.self_attn"
     tensors = {f"{stem}.{m}.lora_{x}": draw(i, *shape) for i, (m, x, shape) in enumerate(
         (m, x, s) for m in ("q_proj", "v_proj") for x, s in (("a", (6, 2)), ("b", (2, 6))))}  # fmt: skip
@@ -102,7 +102,7 @@ def test_a_kohya_file_loses_a_block(tmp_path: Path) -> None:
     assert_close(kohya_deltas(tmp_path / "out.safetensors"), wanted)
 
 
-def test_peft_runs_a_part(tmp_path: Path) -> None:
+def test_peft_loads_and_runs_a_selected_part(tmp_path: Path) -> None:
     """A part that lost its norms loads without a word about missing keys, and attached it does what those modules did."""
     base = models.build_base("llama", tmp_path / "base")
     config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["norm"]}
@@ -120,7 +120,7 @@ def test_peft_runs_a_part(tmp_path: Path) -> None:
     assert float((part.attached - models.run("llama", models.load("llama", base, "float64"))).abs().max()) > 1e-2
 
 
-def test_slips_are_caught(tmp_path: Path) -> None:
+def test_a_selection_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     whole = lora(tmp_path / "whole", 1, 3, SHAPES)
     with pytest.raises(FitError, match="no module matches 'q_prj'") as caught:
         combine([(whole, 1.0)], output=tmp_path / "x", only=["q_prj"])

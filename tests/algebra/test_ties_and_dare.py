@@ -54,7 +54,7 @@ def _deltas(pairs: list[tuple[Path, float]]) -> tuple[list[np.ndarray], list[flo
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-def test_ties_is_its_paper(pair: list[tuple[Path, float]], tmp_path: Path, density: float) -> None:
+def test_ties_follows_its_paper(pair: list[tuple[Path, float]], tmp_path: Path, density: float) -> None:
     wanted = ties(*_deltas(pair), density)
     got = _found(pair, tmp_path / "out", method="ties", density=density)
     assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)

@@ -130,6 +130,13 @@ WRONG: list[tuple[str, Callable[[Path, Path], Any], str]] = [
     ("token", lambda base, style: surgery.run(base, [1.5]), r"inputs\[0\] is neither a text nor a row of token ids"),
     ("new tokens", lambda base, style: surgery.run(base, "text", max_new="5"), "max_new is a whole number, not str"),
     ("sampling", lambda base, style: surgery.run(base, "text", sampling=0.5), "sampling is a surgery.Sampling, not float"),
+    ("device of run", lambda base, style: surgery.run(base, "text", device=0), "device is a name such as 'cuda:0', not int"),
+    ("temperature", lambda base, style: surgery.Sampling("hot"), "temperature is a number, not str"),
+    ("seed", lambda base, style: surgery.Sampling(1.0, seed=0.5), "seed is a whole number, not float"),
+    ("workers of merge", lambda base, style: surgery.merge(base, style, workers="2", dry_run=True), "workers is a whole number, not str"),
+    ("workers of an extraction", lambda base, style: surgery.extract_lora(base, base, workers=2.0), "is a whole number, not float"),
+    ("rows", lambda base, style: surgery.bench(base, batch="1"), "batch is a whole number, not str"),
+    ("tasks", lambda base, style: surgery.report(style, tasks=1.5), "tasks is a whole number, not float"),
     ("inputs of run", lambda base, style: surgery.run(base, 5), "inputs are texts or rows of token ids, not int"),
 ]  # fmt: skip
 
@@ -140,6 +147,21 @@ def test_a_wrong_type_is_one_clear_error(base: Path, style: Path, call: Callable
         call(base, style)
     assert isinstance(caught.value, TypeError)
     assert caught.value.exit_code == 2
+
+
+TOO_SMALL: dict[str, Callable[[Path, Path], Any]] = {
+    "workers is 0; it is at least 1": lambda base, style: surgery.merge(base, style, workers=0, dry_run=True),
+    "workers is -1; it is at least 1": lambda base, style: surgery.extract_lora(base, base, rank=1, workers=-1),
+    "tasks is 0; it is at least 1": lambda base, style: surgery.report(style, tasks=(1, 0)),
+    "max_new is -1; it is at least 0": lambda base, style: surgery.run(base, "text", max_new=-1),
+    "batch is 0; it is at least 1": lambda base, style: surgery.bench(base, batch=0),
+}
+
+
+@pytest.mark.parametrize("message", TOO_SMALL)
+def test_a_number_that_is_too_small_is_named(base: Path, style: Path, message: str):
+    with pytest.raises(surgery.FitError, match=message):
+        TOO_SMALL[message](base, style)
 
 
 def test_an_opened_adapter_is_no_base_and_a_model_no_adapter(base: Path, style: Path):

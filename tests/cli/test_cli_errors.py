@@ -41,11 +41,11 @@ HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\nerror: forged\u202e"
         (OSError(errno.EIO, "Input/output error"), 1),
     ],
 )
-def test_the_map(error: BaseException, code: int):
+def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int):
     assert fault_of(error).exit_code == code
 
 
-def test_not_found(run: Run, tmp_path):
+def test_a_missing_adapter_is_named_and_exits_with_3(run: Run, tmp_path):
     result = run("merge", tmp_path / "no", tmp_path / "none", "-o", tmp_path / "out")
     assert result.exit_code == 3
     assert result.stdout == ""
@@ -53,7 +53,7 @@ def test_not_found(run: Run, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_usage(run: Run, base, lora, tmp_path):
+def test_invalid_options_exit_with_2_and_write_nothing(run: Run, base, lora, tmp_path):
     for words in (
         ("--memory-limit", "0"),
         ("--shard-size", "-5"),
@@ -133,7 +133,7 @@ def test_hostile_file_names_are_escaped(run: Run, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--json", "inspect"), ("inspect", "--json")])
-def test_errors_as_json(run: Run, tmp_path, flags):
+def test_json_errors_name_code_message_hint_file_and_tensor(run: Run, tmp_path, flags):
     result = run(*flags, tmp_path / "gone")
     document = json.loads(result.stderr)
     assert document["schema_version"] == 1

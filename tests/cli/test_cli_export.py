@@ -46,7 +46,7 @@ def test_neither_torch_nor_transformers_is_imported_for_a_plain_export(tmp_path)
         (("--swap", LORA, PROMPT), ["swapped", "prefix"]),
     ],
 )
-def test_where_adapters_go(run, tmp_path, words, modes):
+def test_the_words_decide_whether_an_adapter_is_merged_swapped_or_a_prefix(run, tmp_path, words, modes):
     done = run("--json", "export-onnx", BASE, *words, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)["result"]
@@ -65,7 +65,7 @@ def test_where_adapters_go(run, tmp_path, words, modes):
         (("--swap", "examples/dora"), 4, "DoRA for"),
     ],
 )
-def test_what_cannot_be(run, tmp_path, words, code, says):
+def test_an_impossible_export_is_refused_and_writes_nothing(run, tmp_path, words, code, says):
     done = run("export-onnx", BASE, *words, "-o", tmp_path / "out")
     assert done.exit_code == code
     assert says in done.stderr

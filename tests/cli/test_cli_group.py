@@ -80,7 +80,7 @@ def test_global_options_on_either_side(run: Run, base, words):
     assert json.loads(result.stdout)["command"] == "inspect"
 
 
-def test_version_on_either_side(run: Run):
+def test_version_works_before_and_after_the_command(run: Run):
     from surgery._version import __version__
 
     assert run("--version").stdout == run("merge", "--version").stdout == f"surgery {__version__}\n"
@@ -119,7 +119,7 @@ def test_tools_can_generate_forms_from_the_command_tree():
     assert {"memory_limit", "shard_size"} <= {param["name"] for param in info["commands"]["merge"]["params"]}
 
 
-def test_values_are_completed():
+def test_the_shell_completes_formats_and_files():
     words = "surgery convert lora --to "
     done = spawn(_SURGERY_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD="4")
     assert {"plain,peft", "plain,mlx", "plain,kohya"} <= set(done.stdout.split())

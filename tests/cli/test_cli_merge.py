@@ -64,7 +64,7 @@ def test_weights_of_several_adapters(run: Run, base, lora, tmp_path):
     assert_same(load_file(tmp_path / "out/model.safetensors"), expected(base, (lora, 0.25), (other, -2.0)))
 
 
-def test_what_people_see(run: Run, base, lora, tmp_path):
+def test_the_summary_of_a_merge_names_inputs_and_results(run: Run, base, lora, tmp_path):
     result = run("merge", base, lora, "-o", tmp_path / "out")
     for text in (
         str(base),
@@ -95,7 +95,7 @@ def test_an_update_that_is_rounded_away_ends_in_a_warning_with_the_number(run: R
     assert quiet.stderr.splitlines() == [last]
 
 
-def test_fp32_keeps_it(run: Run, base, tmp_path):
+def test_an_fp32_output_keeps_a_small_update(run: Run, base, tmp_path):
     weak = make_lora(tmp_path / "weak", 1e-4)
     result = run("merge", base, weak, "-o", tmp_path / "out", "--dtype", "fp32", "--json")
     ledger = json.loads(result.stdout)["result"]["ledger"]
@@ -143,7 +143,7 @@ def test_the_first_operations_only_unless_asked(run: Run, base, tmp_path):
     assert shown == min(steps, 10)
 
 
-def test_shards_and_overwriting(run: Run, base, lora, tmp_path):
+def test_a_merge_overwrites_with_shards_only_when_asked(run: Run, base, lora, tmp_path):
     out = tmp_path / "out"
     assert run("merge", base, lora, "-o", out).exit_code == 0
     assert run("merge", base, lora, "-o", out, "--shard-size", "10kB").exit_code == 2
@@ -154,7 +154,7 @@ def test_shards_and_overwriting(run: Run, base, lora, tmp_path):
     assert_same(merged, expected(base, (lora, 1.0)))
 
 
-def test_too_little_memory(run: Run, base, lora, tmp_path):
+def test_a_memory_limit_too_small_for_a_tensor_exits_with_7(run: Run, base, lora, tmp_path):
     result = run("merge", base, lora, "-o", tmp_path / "out", "--memory-limit", "1kB")
     assert result.exit_code == 7
     assert "self_attn" in result.stderr

@@ -23,14 +23,14 @@ from surgery_cli.options import device, size, weighted
         ("7B", 7),
     ],
 )
-def test_sizes(text: str, nbytes: int):
+def test_sizes_are_read_with_decimal_and_binary_units(text: str, nbytes: int):
     assert size(text) == nbytes
 
 
 @pytest.mark.parametrize(
     "text", ["0", "-1", "0GB", "0.1", "", "GB", "1XB", "1iB", "nan", "inf", "1e9", "٣", "1_000", "9" * 40]
 )
-def test_no_sizes(text: str):
+def test_a_text_that_is_no_size_is_refused(text: str):
     with pytest.raises(click.BadParameter):
         size(text)
 
@@ -40,7 +40,7 @@ def test_plain_bytes_are_exact(number: int, unit: str):
     assert size(f"{number}{unit}") == number
 
 
-def test_weights(tmp_path, monkeypatch):
+def test_a_weight_follows_the_last_equals_sign(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert weighted("lora") == ("lora", 1.0)
     assert weighted("lora=0.5") == ("lora", 0.5)
@@ -59,14 +59,14 @@ def test_a_path_with_the_whole_name_wins(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["lora=", "lora=much", "lora=nan", "lora=inf", "lora=-inf", "=1"])
-def test_no_weights(text: str, tmp_path, monkeypatch):
+def test_a_weight_that_is_no_finite_number_is_refused(text: str, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(click.BadParameter):
         weighted(text)
 
 
 @pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:-1", "cuda:x", "mps", "cuda:999"])
-def test_no_devices(text: str):
+def test_a_device_that_does_not_exist_is_refused(text: str):
     with pytest.raises(click.BadParameter):
         device(text)
 

@@ -70,7 +70,7 @@ def hub(monkeypatch, tmp_path) -> FakeHub:
         ("org/na.me_1:a b.safetensors", HubName("org/na.me_1", None, "a b.safetensors")),
     ],
 )
-def test_names(text: str, name: HubName):
+def test_a_hub_name_has_a_repository_a_revision_and_a_file(text: str, name: HubName):
     assert parse_hub_name(text) == name
 
 
@@ -79,11 +79,11 @@ def test_names(text: str, name: HubName):
     ["name", "./org/name", "/org/name", "a/b/c", "org/", "/", "", "org/name@", "org/name:", "org/n:../x", "org/n:/etc/x",
      "org/n:a/../../x", "hf://", "hf://-x/y", "or g/name", "org/name\n", "s3://a/b"],
 )  # fmt: skip
-def test_no_names(text: str):
+def test_paths_and_malformed_references_are_no_hub_names(text: str):
     assert parse_hub_name(text) is None
 
 
-def test_what_lies_here_wins(hub: FakeHub):
+def test_a_local_path_wins_over_a_hub_name(hub: FakeHub):
     Path("org/name").mkdir(parents=True)
     Path("hf:").mkdir()
     Path("hf:/file").touch()
@@ -128,7 +128,7 @@ def test_the_way_to_the_hub_is_told(hub: FakeHub):
         resolve("models/mine")
 
 
-def test_without_the_package(monkeypatch, tmp_path):
+def test_a_hub_name_without_the_hub_package_names_what_to_install(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "huggingface_hub", raising=False)
 

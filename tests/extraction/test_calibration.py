@@ -223,7 +223,9 @@ def test_a_hostile_calibration_is_refused(fault: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command(qwen: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+def test_the_command_weights_factors_and_refuses_missing_inputs_and_dora(
+    qwen: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
     base, tuned, x = qwen
     given = saved(x, tmp_path / "x.safetensors")
     done = spawn("extract-lora", base, tuned, "-o", tmp_path / "out", "--rank", "4", "--calibration", given)

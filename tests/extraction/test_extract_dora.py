@@ -215,7 +215,7 @@ def test_other_formats_hold_it_too(tmp_path: Path) -> None:
         torch.testing.assert_close(value, wanted[name], atol=2e-4, rtol=0)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command_suggests_dora_and_refuses_it_where_nothing_fits(tmp_path: Path) -> None:
     base = models.build_base("llama", tmp_path / "base")
     tuned = tune(base, tmp_path / "tuned", rescaled(3))
     done = spawn("extract-lora", base, tuned, "-o", tmp_path / "out", "--rank", "3")

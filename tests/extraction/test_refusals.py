@@ -30,7 +30,7 @@ def test_a_rank_above_a_matrix_is_cut_and_said(llama: tuple[Path, Path], tmp_pat
     assert "cut from 1000 to 16" in row.why
 
 
-def test_nothing_changed(tmp_path: Path) -> None:
+def test_a_fine_tune_equal_to_its_base_is_refused(tmp_path: Path) -> None:
     base = models.build_base("llama", tmp_path / "base")
     with pytest.raises(NothingChangedError):
         surgery.extract_lora(base, tune(base, tmp_path / "tuned", lambda n, v, g: v), output=tmp_path / "out")
@@ -144,7 +144,7 @@ def test_an_output_that_exists_is_kept(llama: tuple[Path, Path], tmp_path: Path)
     ],
     ids=str,
 )
-def test_options_that_mean_nothing(options: dict[str, Any], llama: tuple[Path, Path], tmp_path: Path) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any], llama: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(FitError):
         surgery.extract_lora(*llama, output=tmp_path / "out", **options)
 
@@ -158,7 +158,7 @@ def test_options_that_mean_nothing(options: dict[str, Any], llama: tuple[Path, P
         ("300", 300, "parameters"),
     ],
 )
-def test_budgets(text: str, limit: int, measure: str) -> None:
+def test_a_budget_counts_bytes_or_parameters(text: str, limit: int, measure: str) -> None:
     found = Budget.parse(text)
     assert (found.limit, found.measure) == (limit, measure)
 

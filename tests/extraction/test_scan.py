@@ -222,12 +222,12 @@ def test_the_first_failure_stops_the_others() -> None:
 @pytest.mark.parametrize(
     "text", ["gpu", "cuda:", "cuda:0,", "cuda:0,0", "cuda:99", "cpu,cuda", "cuda:all,0", "", "cuda:-1"]
 )
-def test_what_is_no_device(text: str) -> None:
+def test_a_device_that_does_not_exist_is_refused(text: str) -> None:
     with pytest.raises(FitError, match=r"device|machine"):
         devices_of(text)
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_are_listed_by_number_or_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert devices_of("cpu") == ("cpu",)

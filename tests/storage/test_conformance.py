@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import surgery
+from surgery.verbs.formats import StorageEntry
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.storage.plain import Plain
 from surgery_formats.storage.registry import claimed_weights, storage_kinds
@@ -130,6 +132,9 @@ def test_a_plugin_is_found_while_it_is_installed() -> None:
     assert storage_kinds() == {}
     with installed_project(TOY):
         assert list(storage_kinds()) == ["toy4"]
+        assert surgery.formats().storages == (StorageEntry("toy4", TOY4.title, built_in=False),)
+        assert f"toy4     {TOY4.title} (plugin)" in str(surgery.formats())
+    assert surgery.formats().storages == ()
     with installed("surgery.storages", "thief", "toy_storage:nothing"), pytest.raises(SurgeryError, match="'thief'"):
         storage_kinds()
 

@@ -20,7 +20,7 @@ def _case(name: str) -> UpdateCase:
 
 @pytest.mark.parametrize("check", UPDATE_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", EVERY_KIND)
-def test_the_kind_conforms(name: str, check: Callable[[UpdateCase], None]) -> None:
+def test_a_built_in_kind_conforms(name: str, check: Callable[[UpdateCase], None]) -> None:
     check(_case(name))
 
 

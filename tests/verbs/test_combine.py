@@ -280,7 +280,7 @@ def test_the_configuration_names_every_module_of_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_stored_types(tmp_path: Path, dtype: str) -> None:
+def test_factors_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) -> None:
     pairs = [(simple(tmp_path / "a"), 0.7), (simple(tmp_path / "b", seed=5), -0.3)]
     result = combine(pairs, output=tmp_path / "out", dtype=dtype)
     stored = {tensor.dtype.label for tensor in read_adapter(tmp_path / "out").tensors}

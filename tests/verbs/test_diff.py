@@ -296,7 +296,7 @@ def test_large_tensors_are_read_in_blocks(base: Path, tmp_path: Path, monkeypatc
     assert [one.status for one in pieces.tensors] == [one.status for one in whole.tensors]
 
 
-def test_what_cannot_be_compared(base: Path, tmp_path: Path) -> None:
+def test_inputs_that_cannot_be_compared_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(FitError, match="one is an adapter"):
         diff(base, make_lora(tmp_path / "lora"))
     with pytest.raises(NotFoundError):
@@ -308,7 +308,7 @@ def test_what_cannot_be_compared(base: Path, tmp_path: Path) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------------
 
 
-def test_exit_codes_of_diff(base: Path, tmp_path: Path) -> None:
+def test_fail_on_decides_the_exit_code_of_diff(base: Path, tmp_path: Path) -> None:
     same = changed(base, tmp_path / "same")
     values = changed(base, tmp_path / "values", model__norm__weight=torch.zeros(32, dtype=torch.bfloat16))
     shape = changed(base, tmp_path / "shape", model__norm__weight=None)

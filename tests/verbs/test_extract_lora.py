@@ -65,6 +65,14 @@ def test_the_reported_residual_is_the_least_possible(llama: tuple[Path, Path], t
     assert result.residual == pytest.approx((left / energy) ** 0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("alpha", [1e-300, 1e300])
+def test_an_alpha_that_no_factor_can_make_up_for_is_refused(
+    alpha: float, llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(FitError, match=r"alpha is 1e[-+]300; it lies between 1e-12 and 1e\+12"):
+        surgery.extract_lora(*llama, rank=2, alpha=alpha, output=tmp_path / "out")
+
+
 @pytest.mark.parametrize("options", [{"alpha": 5.0}, {"rslora": True}, {"rslora": True, "alpha": 7.0}, {}], ids=str)
 def test_alpha_never_changes_the_delta(options: dict[str, Any], llama: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = llama
@@ -156,7 +164,7 @@ def test_a_tie_that_tuning_cut(tmp_path: Path) -> None:
     assert_round_trip("qwen2", base, tuned, tmp_path / "out")
 
 
-def test_bf16_pairs(tmp_path: Path) -> None:
+def test_a_bf16_pair_loses_only_the_rounding_of_the_factors(tmp_path: Path) -> None:
     base = models.build_base("llama", tmp_path / "base", dtype="bfloat16")
     tuned = tune(base, tmp_path / "tuned", everything)
     result = surgery.extract_lora(base, tuned, output=tmp_path / "out", rank=WHOLE)

@@ -279,7 +279,7 @@ def test_a_soft_prompt_is_tokens_by_dim(tmp_path: Path) -> None:
         ("kohya/sd1/peft-unet", "peft", {"LoRA"}, {1.5, 1 / 3}),
     ],
 )
-def test_every_format_is_told(path: str, form: str, kinds: set[str], scales: set[float]) -> None:
+def test_every_format_is_recognised(path: str, form: str, kinds: set[str], scales: set[float]) -> None:
     found = adapter(GOLDEN / path)
     assert found.format == form
     assert found.kinds.keys() == kinds

@@ -88,7 +88,7 @@ def test_every_tensor_is_in_the_manifest_with_its_class(pair: tuple[Path, Path],
         assert ("source" in row) == (row["class"] == "copied"), name
 
 
-def test_dtype_and_shard_size(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_sharded_fp32_merge_rounds_to_the_bf16_merge(pair: tuple[Path, Path], tmp_path: Path) -> None:
     exact = surgery.merge(*pair, output=tmp_path / "fp32", dtype="fp32", shard_size=20_000)
     kept = surgery.merge(*pair, output=tmp_path / "kept")
     index = json.loads((tmp_path / "fp32" / "model.safetensors.index.json").read_text())

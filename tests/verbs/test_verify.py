@@ -288,7 +288,7 @@ def test_a_soft_prompt_is_what_its_adapter_makes_of_the_model(
         surgery.verify(tmp_path / "plain", against=base, adapters=[(prompt, 1.0)])
 
 
-def test_folders_of_weights(tmp_path: Path) -> None:
+def test_changed_tensors_and_stray_files_of_a_merged_folder_are_caught(tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     surgery.merge("examples/base", "examples/lora", output=merged)
     found = surgery.verify(merged, against="examples/base")
@@ -309,7 +309,7 @@ def test_folders_of_weights(tmp_path: Path) -> None:
         surgery.verify(merged)
 
 
-def test_what_is_no_output_of_ours(out: Path, tmp_path: Path) -> None:
+def test_only_outputs_of_surgery_are_verified(out: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         surgery.verify(tmp_path / "nothing")
     with pytest.raises(FitError, match="neither"):
@@ -336,7 +336,7 @@ def test_what_is_no_output_of_ours(out: Path, tmp_path: Path) -> None:
         surgery.verify(out)
 
 
-def test_the_command(out: Path, exported: tuple[Path, Path]) -> None:
+def test_the_command_reports_the_checks_and_exits_with_5_on_a_fault(out: Path, exported: tuple[Path, Path]) -> None:
     run = CliRunner().invoke(command, ["--json", "verify", str(out), "--against", str(exported[0])])
     assert run.exit_code == 0, run.output
     told = json.loads(run.stdout)["result"]

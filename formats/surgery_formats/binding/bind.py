@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which update meets which bytes of a base: everything later (plan, ledger, proof, report) is computed from a `Binding`.
+"""Resolve the updates of adapters to the weights of a base.
 
-Updates are grouped by the weight they change, so that ties and overlaps are seen once.
+The plan, the ledger, the proof and the report are all computed from the resulting `Binding`. Updates are grouped by the
+weight they change, so that ties and overlaps are handled once.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ __all__ = ["Binding", "bind", "warn_of_other_base"]
 
 @dataclass(frozen=True)
 class Binding:
-    """The meeting of adapters and a base.
+    """The updates of adapters resolved to the parameters of a base.
 
     Attributes:
         checkpoint: The base.
-        adapters: With their weights.
-        edits: By ``(component, name of the weight)``.
-        untied: Components whose head and embedding part.
-        ignored: Adapter tensors that rightly do nothing.
-        settled: Adapter tensors that say of one side of a tie what was applied for the other.
-        warnings: What the user should know.
+        adapters: The adapters with their weights.
+        edits: Edits by ``(component, name of the weight)``.
+        untied: Components whose tied head and embedding become two tensors.
+        ignored: Adapter tensors that have no effect and are meant to have none.
+        settled: Adapter tensors for one side of a tie that repeat the update applied for the other side.
+        warnings: Warnings for the user.
     """
 
     checkpoint: Checkpoint
@@ -58,11 +59,12 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
     Args:
         adapters: Each with its weight, applied in this order.
         checkpoint: The base.
-        new_biases: Layers without a bias get one where an adapter adds to it: a graph can hold it, a checkpoint of the family cannot.
+        new_biases: Whether a layer without a bias gets one where an adapter adds to it. A graph can hold such a bias,
+            a checkpoint of the family cannot.
 
     Raises:
-        FitError: a parameter the base lacks, a shape that does not fit, a tensor nobody consumes, an adapter that changes no
-            weights, two adapters that replace one parameter.
+        FitError: a parameter is missing from the base, a shape does not fit, a tensor of the adapter is not used, an
+            adapter changes no weights, or two adapters replace one parameter.
     """
     bound: dict[tuple[str, str], list[_BoundOperation]] = {}
     for number, (adapter, weight) in enumerate(adapters):
@@ -72,18 +74,17 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
             for operation in _operate(chain, adapter, number, weight):
                 bound.setdefault(operation.key, []).append(operation)
         check_missing(missing, adapter, checkpoint)
-    edits = {key: _edit(key, found, checkpoint.components[key[0]], adapters) for key, found in bound.items()}
+    edits = {key: _edit(key, operations, checkpoint.components[key[0]], adapters) for key, operations in bound.items()}
     settled, untied = _settle_ties(edits, adapters, checkpoint)
-    dropped = {t for edit in edits.values() for t in _trained(edit)} - {
-        t for e in settled.values() for t in _trained(e)
-    }
+    bound_tensors = {tensor for edit in edits.values() for tensor in _trained(edit)}
+    applied_tensors = {tensor for edit in settled.values() for tensor in _trained(edit)}
     return Binding(
         checkpoint,
         tuple(adapters),
         settled,
         untied,
         ignored=tuple(entry for adapter, _ in adapters for entry in adapter.ignored),
-        settled=tuple(sorted(dropped, key=lambda tensor: tensor.name)),
+        settled=tuple(sorted(bound_tensors - applied_tensors, key=lambda tensor: tensor.name)),
         warnings=_warnings(adapters, untied, checkpoint),
     )
 
@@ -130,10 +131,10 @@ def _locate(
 
 
 def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float) -> Iterator[_BoundOperation]:
-    """A chain as operations on the weights of the base, each update oriented and scaled."""
+    """The operations of a chain on the weights of the base, each update oriented and scaled."""
     slices = chain.slices
-    for given in chain.updates:
-        update = _oriented(given, chain.component, adapter)
+    for stored_update in chain.updates:
+        update = _oriented(stored_update, chain.component, adapter)
         if isinstance(update, Replacement):
             slices = (_replaced(update, slices, weight),)
         linear = isinstance(update, Linear)
@@ -144,7 +145,7 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
 def _settle_ties(
     edits: Mapping[tuple[str, str], Edit], adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint
 ) -> tuple[dict[tuple[str, str], Edit], frozenset[str]]:
-    """The edits once heads and embeddings of every component are settled, and the components where they part."""
+    """The edits after ties are settled, and the components whose head and embedding become two tensors."""
     keeping = frozenset(number for number, (adapter, _) in enumerate(adapters) if adapter.keeps_ties)
     settled, untied = dict(edits), set()
     for component in checkpoint.components.values():
@@ -161,7 +162,7 @@ def _trained(edit: Edit) -> Iterator[Tensor]:
 
 
 def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component: Component) -> tuple[WeightSlice, ...]:
-    """A head that was added for a task has no place in the base; it gets one."""
+    """A new weight for a head that was added for a task and that the base lacks."""
     module = site.path.rpartition(".")[0]
     if not (isinstance(chain[0], Replacement) and len(chain) == 1 and adapter.new_modules & set(module.split("."))):
         return ()
@@ -210,7 +211,7 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
 
 
 def _replaced(update: Replacement, places: tuple[WeightSlice, ...], weight: float) -> WeightSlice:
-    """The place after its values were replaced: a longer vocabulary gives a longer weight."""
+    """The weight slice after its values were replaced: a longer vocabulary gives a longer weight."""
     place = places[0]
     old, new = place.parameter.storage, update.stored
     grows = isinstance(old, Plain) and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
@@ -258,7 +259,7 @@ def _edit(
     adapters: Sequence[tuple[Adapter, float]],
 ) -> Edit:
     """The operations on one weight, its source being the base or the one adapter that replaces it."""
-    operations = tuple(one.operation for one in bound)
+    operations = tuple(bound_operation.operation for bound_operation in bound)
     replacements = [i for i, operation in enumerate(operations) if isinstance(operation.update, Replacement)]
     several = len({operation.adapter for operation in operations}) > 1
     if len(replacements) > 1 or (replacements and (several or replacements[0] != 0)):
@@ -292,11 +293,12 @@ def _warn_of_parting(untied: frozenset[str], checkpoint: Checkpoint) -> list[str
 
 
 def warn_of_other_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> list[str]:
-    """Another recorded name is worth a word, no more: folders are renamed all the time."""
+    """A different recorded base name is only a warning: folders get renamed."""
     config = next(iter(checkpoint.components.values())).config
     names = {checkpoint.path.resolve().name, str(config.get("_name_or_path", "")).rpartition("/")[2]}
     return [
-        f"{adapter.path.name}: was trained on '{adapter.base_name}', the base given is '{checkpoint.path.resolve().name}'"
+        f"{adapter.path.name}: was trained on '{adapter.base_name}', "
+        f"the base given is '{checkpoint.path.resolve().name}'"
         for adapter in adapters
         if adapter.base_name and adapter.base_name.rstrip("/").rpartition("/")[2] not in names
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What binding refuses, each with the file and the tensor to blame."""
+"""Checks of an adapter against its base; every error names the file and the tensor at fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["check_family", "check_fit", "check_mergeable", "check_missing", "che
 
 
 def check_mergeable(adapter: Adapter) -> None:
-    """Every tensor of the adapter is used, and all of it can become part of weights."""
+    """Refuse an adapter with unused tensors, or with parts that cannot be merged into weights."""
     check_consumed(adapter)
     if adapter.prompt is not None:
         raise FitError(
@@ -33,7 +33,7 @@ def check_mergeable(adapter: Adapter) -> None:
 
 
 def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
-    """Shapes agree, and the base's values are numbers that can be added to."""
+    """Refuse an update whose shape differs from its weight's, or a weight that is quantised."""
     parameter = places[0].parameter
     tensor = update.tensors[0]
     if isinstance(update, Replacement):
@@ -62,23 +62,23 @@ def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
 
 
 def check_overlap(name: str, operations: Sequence[Operation], adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Two names of one adapter for the same rows: adding both would double what was trained once."""
-    for position, one in enumerate(operations):
-        for other in operations[:position]:
-            if one.adapter == other.adapter and one.site != other.site and _meet(one.view, other.view):
+    """Refuse two updates of one adapter for the same rows: adding both would apply one trained update twice."""
+    for position, second in enumerate(operations):
+        for first in operations[:position]:
+            if second.adapter == first.adapter and second.site != first.site and _intersect(first.view, second.view):
                 raise FitError(
-                    f"'{one.site}' and '{other.site}' are the same weight of the base",
-                    file=adapters[one.adapter][0].path,
+                    f"'{second.site}' and '{first.site}' are the same weight of the base",
+                    file=adapters[second.adapter][0].path,
                     tensor=name,
                 )
 
 
-def _meet(one: View, other: View) -> bool:
-    return bool(set(one.rows) & set(other.rows)) and bool(set(one.cols) & set(other.cols))
+def _intersect(first: View, second: View) -> bool:
+    return bool(set(first.rows) & set(second.rows)) and bool(set(first.cols) & set(second.cols))
 
 
 def check_family(name: str, storage: Storage, component: Component) -> None:
-    """In a model of unknown family an embedding may be tied to a head by a name nobody here knows."""
+    """Refuse an embedding of an unknown family: it may be tied to a head whose name is not known."""
     config = component.config
     text = config.get("text_config")
     vocabulary = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
@@ -86,9 +86,11 @@ def check_family(name: str, storage: Storage, component: Component) -> None:
         return
     if len(storage.sizes) == 2 and storage.sizes[0] == vocabulary:
         raise FitError(
-            f"models of type '{show(config['model_type'])}' are not known: whether this weight is tied to another cannot be told",
+            f"models of type '{show(config['model_type'])}' are not known: "
+            "whether this weight is tied to another cannot be told",
             tensor=name,
-            hint="keep the adapter unmerged, or set tie_word_embeddings to false in the base's config.json if it is not tied",
+            hint="keep the adapter unmerged, or set tie_word_embeddings to false in the base's config.json "
+            "if it is not tied",
         )
 
 

@@ -27,7 +27,8 @@ def component_of(site: Site, adapter: Adapter, checkpoint: Checkpoint) -> Compon
     if not checkpoint.is_pipeline and len({other.component for other in adapter.updates}) == 1:
         return checkpoint.main
     raise FitError(
-        f"the adapter changes '{site.component or 'one model'}', the base has {listing(sorted(checkpoint.components)) or 'one model'}",
+        f"the adapter changes '{site.component or 'one model'}', "
+        f"the base has {listing(sorted(checkpoint.components)) or 'one model'}",
         file=adapter.path,
     )
 
@@ -46,7 +47,7 @@ def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int,
     for site, chain in adapter.updates.items():
         if any(update.kind == kind for update in chain):
             names = component_of(site, adapter, checkpoint).names
-            shapes += [extent(found)] if (found := names.resolve(site.path, flat=site.flat)) else []
+            shapes += [extent(slices)] if (slices := names.resolve(site.path, flat=site.flat)) else []
     return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
 
 

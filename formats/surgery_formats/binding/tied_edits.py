@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of tied embeddings when one side was trained.
+"""What happens to a tied head and embedding when an adapter changes one of them.
 
-The truth is what the adapter does while attached: a LoRA on the embedding leaves the head alone, though both are one tensor on disk. So
-either both sides get the same update and stay tied (never added twice), or they part and the output stores both.
+The merged model must do what the base does with the adapter attached. A LoRA on the embedding then leaves the head
+alone, though both are one tensor on disk. So either both get the same update and stay tied, or the output stores them
+as two tensors.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ Edits = dict[tuple[str, str], Edit]
 def settle_tie(
     edits: Mapping[tuple[str, str], Edit], component: Component, keeping: frozenset[int] = frozenset()
 ) -> tuple[Edits, bool]:
-    """`edits` with the component's head and embedding settled.
+    """Decide how the tied head and embedding of a component are edited.
 
     Args:
-        edits: By ``(component, tensor)``.
-        component: Of the base.
-        keeping: Numbers of the adapters whose updates of the embedding are meant for a tied head too.
+        edits: Edits by ``(component, tensor)``.
+        component: A component of the base.
+        keeping: Indices of the adapters whose updates of the embedding also apply to a tied head.
 
     Returns:
-        The edits, and whether head and embedding part (``tie_word_embeddings`` becomes false).
+        The edits, and whether head and embedding become two tensors (``tie_word_embeddings`` becomes false).
 
     Raises:
-        FitError: they would have to part, and this family's cannot.
+        FitError: head and embedding would have to become two tensors, and the family does not allow it.
     """
     settled = dict(edits)
     if not (component.tied and component.embedding and component.head):
@@ -47,7 +48,7 @@ def settle_tie(
         return settled, False
     if (
         embedding is not None
-        and (head is None or _same(embedding, head))
+        and (head is None or _same_edit(embedding, head))
         and (head is not None or _head_follows(embedding, component, keeping))
     ):
         settled.pop(head_key, None)
@@ -59,7 +60,8 @@ def settle_tie(
         changed = head or embedding
         assert changed is not None
         raise FitError(
-            f"only one of the tied '{component.head}' and '{component.embedding}' was trained: {component.family.inseparable}",
+            f"only one of the tied '{component.head}' and '{component.embedding}' was trained: "
+            f"{component.family.inseparable}",
             tensor=changed.name,
             hint="keep this adapter unmerged",
         )
@@ -75,7 +77,10 @@ def settle_tie(
 
 
 def _head_follows(embedding: Edit, component: Component, keeping: frozenset[int]) -> bool:
-    """Trained token rows and a resized vocabulary are shared with a tied head (transformers ties them again on load)."""
+    """Whether a tied head gets the edit of the embedding too.
+
+    It does for trained token rows and for a resized vocabulary: transformers ties the weights again on load.
+    """
     if embedding.operations:
         return all(
             isinstance(operation.update, TokenRows) or operation.adapter in keeping
@@ -86,45 +91,46 @@ def _head_follows(embedding: Edit, component: Component, keeping: frozenset[int]
     return embedding.source.sizes[0] != component.parameters[component.embedding].sizes[0]
 
 
-def _same(one: Edit, other: Edit) -> bool:
-    """Whether two edits come to the same values (PEFT's ``ensure_weight_tying`` stores both)."""
-    if len(one.operations) != len(other.operations) or bool(one.replaced) != bool(other.replaced):
+def _same_edit(embedding: Edit, head: Edit) -> bool:
+    """Whether the edits of embedding and head give the same values (PEFT's ``ensure_weight_tying`` stores both)."""
+    if len(embedding.operations) != len(head.operations) or bool(embedding.replaced) != bool(head.replaced):
         return False
-    if one.replaced and not same_values(one.source, other.source):
+    if embedding.replaced and not same_values(embedding.source, head.source):
         return False
-    return all(_same_operation(a, b) for a, b in zip(one.operations, other.operations, strict=True))
+    return all(_same_operation(a, b) for a, b in zip(embedding.operations, head.operations, strict=True))
 
 
-def _same_operation(one: Operation, other: Operation) -> bool:
-    return (one.view, one.adapter, one.share) == (other.view, other.adapter, other.share) and _same_update(
-        one.update, other.update
+def _same_operation(first: Operation, second: Operation) -> bool:
+    return (first.view, first.adapter, first.share) == (second.view, second.adapter, second.share) and _same_update(
+        first.update, second.update
     )
 
 
-def _same_update(one: Update, other: Update) -> bool:
+def _same_update(first: Update, second: Update) -> bool:
     import torch
 
-    if isinstance(one, TokenRows) and isinstance(other, TokenRows):
-        same = one.indices == other.indices and one.value.shape == other.value.shape
-        return same and torch.equal(one.value.load(torch.float64), other.value.load(torch.float64))
+    if isinstance(first, TokenRows) and isinstance(second, TokenRows):
+        same = first.indices == second.indices and first.value.shape == second.value.shape
+        return same and torch.equal(first.value.load(torch.float64), second.value.load(torch.float64))
     if (
-        isinstance(one, LoRA)
-        and isinstance(other, LoRA)
-        and (one.shape, one.rank, one.scale) == (other.shape, other.rank, other.scale)
+        isinstance(first, LoRA)
+        and isinstance(second, LoRA)
+        and (first.shape, first.rank, first.scale) == (second.shape, second.rank, second.scale)
     ):
         return all(
-            torch.equal(a.load(torch.float64), b.load(torch.float64)) for a, b in ((one.A, other.A), (one.B, other.B))
+            torch.equal(mine.load(torch.float64), theirs.load(torch.float64))
+            for mine, theirs in ((first.A, second.A), (first.B, second.B))
         )
     return False
 
 
-def same_values(one: Storage, other: Storage, rows: int = 4096) -> bool:
-    """Whether two weights have the same values, whatever their types; a few rows at a time."""
-    if one.sizes != other.sizes:
+def same_values(first: Storage, second: Storage, rows: int = 4096) -> bool:
+    """Whether two weights have the same values, whatever types they are stored in; reads `rows` rows at a time."""
+    if first.sizes != second.sizes:
         return False
-    count = one.sizes[0] if one.sizes else 1
+    count = first.sizes[0] if first.sizes else 1
     step = max(1, min(rows, count))
     return all(
-        bool((read_rows(one, at, at + step).double() == read_rows(other, at, at + step).double()).all())
-        for at in range(0, count, step)
+        bool((read_rows(first, start, start + step).double() == read_rows(second, start, start + step).double()).all())
+        for start in range(0, count, step)
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model on disk: its tensors by name, its configuration, its ties and everything else that belongs to it. It is only read."""
+"""A model on disk, only read: its tensors by name, its configuration, its ties and its side files."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ class Component:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """Names that share another's bytes: ``lm_head.weight`` -> ``model.embed_tokens.weight``."""
-        whole = {name: one.sources[0] for name, one in self.parameters.items() if len(one.sources) == 1}
+        whole = {
+            name: parameter.sources[0] for name, parameter in self.parameters.items() if len(parameter.sources) == 1
+        }
         aliases = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(whole))
         if self.tied and self.head and self.head not in self.parameters:
             aliases[self.head] = self.embedding
@@ -131,7 +133,7 @@ class Component:
     @cached_property
     def names(self) -> Names:
         """Resolves an adapter's names."""
-        own = {name: one for name, one in self.parameters.items() if name not in self.aliases}
+        own = {name: parameter for name, parameter in self.parameters.items() if name not in self.aliases}
         return Names(own, self.aliases, self.family, self.name)
 
     def _stored(self, name: str) -> str:
@@ -147,7 +149,10 @@ class Component:
 
 
 def _plain(tensor: StoredTensor) -> Plain:
-    """A tensor as a weight of its own. Three axes are a stack of experts, unless it is a convolution: expert stacks are no ``.weight``."""
+    """A tensor as a weight of its own.
+
+    A tensor of three axes is a stack of experts, unless its name ends in ``.weight``: then it is a convolution.
+    """
     return Plain.of(tensor, stacked=not tensor.name.endswith(".weight"))
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's tensors as a tree of modules, equal layers shown once.
+"""A checkpoint's tensors as a tree of modules in which equal layers appear once.
 
-Only names, shapes and types are looked at. Siblings that are numbered and alike in everything below them become one
-node (``model.layers.0-15``, 16 times); layers that differ (dense ones before those with experts) stay apart.
+Only names, shapes and types are read. Numbered siblings with equal contents become one node (``model.layers.0-15``,
+16 times); layers that differ (dense ones before those with experts) stay apart.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ORDER = ("embedding", "attention", "module", "block", "other", "mlp", "expert",
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A module or a tensor; with `repeated` above one, that many equal ones.
+    """A module or a tensor, or with `repeated` above 1 that many equal modules or tensors.
 
     Numbers are totals over all repetitions, so a node's are the sums of its children's.
 
@@ -70,7 +70,7 @@ class Totals:
     nbytes: int = 0
 
     def plus(self, node: Node) -> Totals:
-        """With one leaf more."""
+        """These totals with one more leaf added."""
         return Totals(self.tensors + node.repeated, self.parameters + node.parameters, self.nbytes + node.nbytes)
 
 
@@ -113,15 +113,15 @@ def _places(weight: Parameter) -> list[tuple[int, int, int, int]]:
 
 def leaves(node: Node) -> Iterator[Node]:
     """The tensors at and below `node`."""
-    return (found for _, found in node.walk() if found.shape is not None)
+    return (below for _, below in node.walk() if below.shape is not None)
 
 
 def role_totals(nodes: Iterable[Node]) -> Mapping[str, Totals]:
     """Totals per role over tensors; roles in the order of the forward pass."""
-    found: dict[str, Totals] = {}
+    totals: dict[str, Totals] = {}
     for node in nodes:
-        found[node.role] = found.get(node.role, Totals()).plus(node)
-    return {role: found[role] for role in _ORDER if role in found}
+        totals[node.role] = totals.get(node.role, Totals()).plus(node)
+    return {role: totals[role] for role in _ORDER if role in totals}
 
 
 @dataclass(slots=True)
@@ -131,13 +131,13 @@ class _ModuleBranch:
     signature: int = 0
 
     def at(self, name: str) -> _ModuleBranch:
-        found = self
+        branch = self
         for segment in name.split(".", _DEPTH - 1):
-            found = found.below.setdefault(segment, _ModuleBranch())
-        return found
+            branch = branch.below.setdefault(segment, _ModuleBranch())
+        return branch
 
     def sign(self, known: dict[object, int]) -> int:
-        """Number branches so that equal ones have equal numbers; names are part of it, this branch's own is not."""
+        """Number the branches so that equal ones get equal numbers; the name of a branch itself does not count."""
         leaf = self.leaf and (self.leaf.shape, self.leaf.dtypes, self.leaf.nbytes, bool(self.leaf.tied))
         content = (leaf, tuple(sorted((segment, branch.sign(known)) for segment, branch in self.below.items())))
         self.signature = known.setdefault(content, len(known))
@@ -150,12 +150,12 @@ def _children(branch: _ModuleBranch, path: str | None, times: int) -> list[Node]
     groups: dict[tuple[str, int], list[str]] = {}
     for segment, below in branch.below.items():
         groups.setdefault(("", below.signature) if _numbered(segment) else (segment, -1), []).append(segment)
-    found = [
+    nodes = [
         _node(branch.below[members[0]], prefix + _ranges(members), times * len(members)) for members in groups.values()
     ]
     if branch.leaf is not None and path is not None:  # a tensor whose name is also a module's
-        found.append(_tensor(branch.leaf, path, times))
-    return sorted(found, key=lambda node: (_ORDER.index(node.role), _natural(node.name)))
+        nodes.append(_tensor(branch.leaf, path, times))
+    return sorted(nodes, key=lambda node: (_ORDER.index(node.role), _natural(node.name)))
 
 
 def _node(branch: _ModuleBranch, path: str, times: int) -> Node:

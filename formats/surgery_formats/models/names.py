@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a parameter's name in an adapter to the bytes of a checkpoint.
+"""Resolve a parameter's name in an adapter to weights of a checkpoint.
 
-The same module has several names: transformers' eras, bare models and models with a head, experts one by one or fused, kohya's
-underscores. Names are resolved against the names the base really has; nothing is guessed from the adapter's name alone.
+The same module has several names: they differ between versions of transformers, between bare models and models with a
+head, between single and fused experts, and kohya writes underscores. Names are resolved against those that the base
+has; nothing is guessed from the adapter's name alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class WeightSlice:
     """One piece of the weight a site names.
 
     Attributes:
-        parameter: The piece, its view's origin telling where in the whole weight it lies.
+        parameter: The piece; the origin of its view is its position in the whole weight.
         alias: The tied name that the site used, if it is not the stored one.
     """
 
@@ -38,7 +39,7 @@ class WeightSlice:
 
 
 def extent(places: Sequence[WeightSlice]) -> tuple[int, int]:
-    """``(rows, columns)`` of the whole weight that `places` are the pieces of, one under the other."""
+    """``(rows, columns)`` of the whole weight, whose pieces `places` lie one under the other."""
     pieces = [place.parameter for place in places]
     return max(piece.view.row_origin + piece.shape[0] for piece in pieces), pieces[0].shape[1]
 
@@ -65,28 +66,28 @@ class Names:
 
     @cached_property
     def _prefixes(self) -> tuple[str, ...]:
-        """Leading runs of one or two segments (``transformer``, ``model.language_model``) that a bare adapter may lack."""
-        found: dict[str, None] = {}
+        """Leading segments (``transformer``, ``model.language_model``) that the names of a bare model's adapter lack."""
+        prefixes: dict[str, None] = {}
         for name in self._known:
             segments = name.split(".")
             for depth in (1, 2):
                 if len(segments) > depth + 1 and not segments[depth - 1].isdigit():
-                    found.setdefault(".".join(segments[:depth]))
-        return tuple(sorted(found, key=lambda prefix: (prefix.count("."), prefix)))
+                    prefixes.setdefault(".".join(segments[:depth]))
+        return tuple(sorted(prefixes, key=lambda prefix: (prefix.count("."), prefix)))
 
     @cached_property
     def _flat(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        names: dict[str, list[str]] = {}
         for name in sorted(self._known):
             module, _, leaf = name.rpartition(".")
-            found.setdefault(f"{module.replace('.', '_')}.{leaf}", []).append(name)
+            names.setdefault(f"{module.replace('.', '_')}.{leaf}", []).append(name)
         if self.family.other_flat:
             modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(self._known))
             for flat, module in self.family.other_flat(modules):
                 for leaf in ("weight", "bias"):
                     if f"{module}.{leaf}" in self._known:
-                        found.setdefault(f"{flat}.{leaf}", []).append(f"{module}.{leaf}")
-        return found
+                        names.setdefault(f"{flat}.{leaf}", []).append(f"{module}.{leaf}")
+        return names
 
     def resolve(self, path: str, *, flat: bool = False) -> tuple[WeightSlice, ...]:
         """Every piece of the weight called `path`; empty if the base has no such weight.
@@ -95,8 +96,8 @@ class Names:
             FitError: the name fits several weights of the base.
         """
         for spelling in self._flat_spellings(path) if flat else self._spellings(path):
-            if found := self._places(spelling):
-                return found
+            if slices := self._places(spelling):
+                return slices
         return ()
 
     def _flat_spellings(self, path: str) -> Iterator[str]:
@@ -109,7 +110,7 @@ class Names:
             yield from names
 
     def _spellings(self, path: str) -> Iterator[str]:
-        """`path` itself, then with renames, then with a prefix less or more."""
+        """`path` itself, then renamed, then with a prefix removed or added."""
         renamed = list(_renamings(path, self.family))
         yield from renamed
         shorter = [name.partition(".")[2] for name in renamed if name.count(".") > 1]
@@ -132,14 +133,16 @@ class Names:
         return self._split_here(name) or self._fused_here(name)
 
     def _split_here(self, name: str) -> tuple[WeightSlice, ...]:
-        """`name` stacks experts in the adapter (``experts.gate_up_proj``), the base holds their parts in another way."""
+        """The parts of a stack of experts (``experts.gate_up_proj``) that the base stores in another way."""
         for fused in self.family.fused:
             if not name.endswith(f".{fused.whole}"):
                 continue
             base = name.removesuffix(fused.whole)
             pieces: list[WeightSlice] = []
             row = number = 0
-            while parts := [found for part in fused.parts if (found := self._piece(f"{base}{part.format(e=number)}"))]:
+            while parts := [
+                parameter for part in fused.parts if (parameter := self._piece(f"{base}{part.format(e=number)}"))
+            ]:
                 if len(parts) != len(fused.parts):
                     raise FitError(
                         f"the base has only {len(parts)} of {len(fused.parts)} parts of expert {number} of '{name}'"
@@ -154,14 +157,14 @@ class Names:
         return ()
 
     def _piece(self, name: str) -> Parameter | None:
-        """One expert's part: a tensor of its own, or a slice of a 3-D one."""
+        """The parameter of one expert's part: a tensor of its own, or a slice of a 3-D tensor."""
         if name in self.parameters:
             return self.parameters[name]
-        found = self._fused_here(name)
-        return found[0].parameter if found else None
+        slices = self._fused_here(name)
+        return slices[0].parameter if slices else None
 
     def _fused_here(self, name: str) -> tuple[WeightSlice, ...]:
-        """`name` is one expert's part (``experts.3.w1.weight``), the base holds all experts in one 3-D tensor."""
+        """One expert's part (``experts.3.w1.weight``) of a 3-D tensor in which the base stores all experts."""
         for fused in self.family.fused:
             for position, part in enumerate(fused.parts):
                 number = _expert_number(name, part)
@@ -180,19 +183,21 @@ class Names:
 
 
 def _stacked(storage: Storage) -> Storage:
-    """A storage of experts with one row of its matrix per row of an expert, whatever its name lets suppose."""
+    """The storage read as stacked experts, with one row of its matrix per row of an expert, whatever its name."""
     return Plain.of(storage.tensor, stacked=True) if isinstance(storage, Plain) else storage
 
 
 def _expert_number(name: str, part: str) -> int | None:
     head, _, tail = part.partition("{e}")
-    before, found, after = name.rpartition(f".{head}")
+    before, separator, after = name.rpartition(f".{head}")
     digits, _, rest = after.partition(".")
-    return int(digits) if found and digits.isdecimal() and len(digits) < 6 and f".{rest}" == tail and before else None
+    return (
+        int(digits) if separator and digits.isdecimal() and len(digits) < 6 and f".{rest}" == tail and before else None
+    )
 
 
 def _renamings(path: str, family: Family) -> Iterator[str]:
-    """`path` and everything the family's renames make of it, nearest first."""
+    """`path` and its spellings under the family's renames, fewest renames first."""
     queue, seen = [path], {path}
     while queue and len(seen) < _MAX_SPELLINGS:
         name = queue.pop(0)

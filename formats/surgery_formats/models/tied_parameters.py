@@ -25,14 +25,14 @@ class Tie:
 
 
 def ties_by_place(tensors: Mapping[str, Tensor]) -> tuple[Tie, ...]:
-    """Ties visible in a file: two names of the very same bytes (pickles keep shared storages)."""
+    """Ties visible in a file: two names of the same bytes (pickles keep shared storages)."""
     first: dict[object, str] = {}
-    found = []
+    ties = []
     for name, tensor in tensors.items():
         if not isinstance(tensor, StoredTensor) or tensor.nbytes == 0:
             continue
         key = (tensor.place, tensor.shape, tensor.strides)
         source = first.setdefault(key, name)
         if source != name:
-            found.append(Tie(name, source))
-    return tuple(found)
+            ties.append(Tie(name, source))
+    return tuple(ties)

@@ -172,10 +172,10 @@ def quantised(
         (codes, code_type(coding), code_shape(coding, *sizes)),
         (scales, DType.BF16, (count, coding.scales(length * rank))),
     )
-    for tensor, dtype, wanted in expected:
-        if tensor.dtype is not dtype or tensor.shape != wanted:
+    for tensor, dtype, expected_shape in expected:
+        if tensor.dtype is not dtype or tensor.shape != expected_shape:
             raise MalformedError(
-                f"is {tensor.dtype.label} {list(tensor.shape)} instead of {dtype.label} {list(wanted)}",
+                f"is {tensor.dtype.label} {list(tensor.shape)} instead of {dtype.label} {list(expected_shape)}",
                 file=tensor.path,
                 tensor=tensor.name,
             )

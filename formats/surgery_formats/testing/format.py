@@ -103,10 +103,10 @@ def writes_what_it_reads(case: FormatCase, folder: Path) -> None:
 
 
 def writes_an_adapter_without_a_file(case: FormatCase, folder: Path) -> None:
-    """What was made in memory is written like what was read: names and formats of the source do not matter."""
+    """An adapter built in memory is written like one that was read: names and formats of the source do not matter."""
     adapter = case.read(folder)
-    made = replace(in_memory(adapter), optional=adapter.optional, new_modules=adapter.new_modules)
-    assert_same_effect(adapter, case.written(made, folder), case.tolerance)
+    detached = replace(in_memory(adapter), optional=adapter.optional, new_modules=adapter.new_modules)
+    assert_same_effect(adapter, case.written(detached, folder), case.tolerance)
 
 
 def names_what_it_drops(case: FormatCase, folder: Path) -> None:
@@ -171,8 +171,8 @@ def assert_same_effect(adapter: Adapter, other: Adapter, tolerance: float = 1e-6
     assert (adapter.prompt is None) == (other.prompt is None)
     for site, chain in mine.items():
         weight = _weight(_shape((*chain, *theirs[site])))
-        after, wanted = _applied(theirs[site], weight), _applied(chain, weight)
-        error = float((after - wanted).abs().max()) / float(wanted.abs().max())
+        result, expected = _applied(theirs[site], weight), _applied(chain, weight)
+        error = float((result - expected).abs().max()) / float(expected.abs().max())
         assert error <= tolerance, f"{site}: {error:.1e}"
 
 

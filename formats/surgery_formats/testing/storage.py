@@ -73,10 +73,10 @@ def writes_the_tensors_it_reads(case: StorageCase, folder: Path) -> None:
 
 def reads_what_was_encoded(case: StorageCase, folder: Path) -> None:
     """The values are those that were encoded, as far as the storage can hold them."""
-    found = read_rows(_weight(case, folder)).double()
-    wanted = case.values.double()
-    assert found.shape == wanted.shape
-    assert float((found - wanted).abs().max()) <= case.tolerance * float(wanted.abs().max())
+    values = read_rows(_weight(case, folder)).double()
+    encoded = case.values.double()
+    assert values.shape == encoded.shape
+    assert float((values - encoded).abs().max()) <= case.tolerance * float(encoded.abs().max())
 
 
 def reads_any_rows(case: StorageCase, folder: Path) -> None:
@@ -145,8 +145,8 @@ def leaves_other_weights_alone(case: StorageCase, folder: Path) -> None:
         return  # the storage of single tensors, which has whatever nothing else claims
     others = {"block.0.linear.bias": torch.zeros(4), "embed.weight": torch.zeros(4, 4), "ids": torch.arange(3)}
     assert list(case.claim(_stored(folder, others), case.config)) == []
-    found = list(case.claim(_stored(folder, {**others, **case.encode(_NAME, case.values)}), case.config))
-    assert [weight.name for weight in found] == [_NAME]
+    claimed = list(case.claim(_stored(folder, {**others, **case.encode(_NAME, case.values)}), case.config))
+    assert [weight.name for weight in claimed] == [_NAME]
 
 
 def refuses_a_weight_of_which_a_tensor_is_missing(case: StorageCase, folder: Path) -> None:
@@ -229,5 +229,5 @@ def _put_block(
 
     block = values[start:stop].contiguous()
     rounded = torch.empty(block.shape, dtype=weight.dtype.torch)
-    encoded = [(one.part, one.offset, bytes(one.data)) for one in weight.put(start, block, rounded)]
+    encoded = [(piece.part, piece.offset, bytes(piece.data)) for piece in weight.put(start, block, rounded)]
     return encoded, rounded

@@ -203,7 +203,7 @@ def _applied(update: Update, weight: torch.Tensor) -> torch.Tensor:
     return apply(weight.clone(), range(update.shape[0]), range(update.shape[1]))
 
 
-def _assert_close(found: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> None:
-    assert found.shape == wanted.shape
-    largest = max(float(weight.abs().max()), float(wanted.abs().max()) if wanted.numel() else 0.0)
-    assert not wanted.numel() or float((found - wanted).abs().max()) <= _EXACT * largest
+def _assert_close(values: torch.Tensor, expected: torch.Tensor, weight: torch.Tensor) -> None:
+    assert values.shape == expected.shape
+    largest = max(float(weight.abs().max()), float(expected.abs().max()) if expected.numel() else 0.0)
+    assert not expected.numel() or float((values - expected).abs().max()) <= _EXACT * largest

@@ -20,7 +20,7 @@ from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract
 from surgery.onnx.run.memory import HostMemory, Memory
 from surgery.onnx.run.ports import Port, ports
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, UsageError
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
@@ -111,11 +111,14 @@ def open_graph(
         profile: Prefix of the file that onnxruntime writes the time of each node to; see its ``end_profiling``.
 
     Raises:
+        UsageError: `device` is not a name.
         NotFoundError: the graph or a weight file does not exist.
         MalformedError: not an ONNX file, or a contract that cannot be read.
         ProofError: the weights are not those the graph was exported with.
         FitError: the device is not available, or cannot run the graph.
     """
+    if not isinstance(device, str):
+        raise UsageError(f"device is a name such as 'cuda:0', not {type(device).__name__}")
     path = find_graph(model)
     contract = from_metadata(read_metadata(path), path)
     folder = path.parent if weights is None else Path(weights)

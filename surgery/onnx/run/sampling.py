@@ -7,12 +7,13 @@ Pure functions of logits and a generator, in the order of transformers: temperat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 
 __all__ = ["Sampling", "choose", "greedy", "probabilities"]
 
@@ -36,6 +37,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p", "seed"):
+            value, expected = getattr(self, name), Integral if name in ("top_k", "seed") else Real
+            if isinstance(value, bool) or not isinstance(value, expected):
+                kind = "a whole number" if expected is Integral else "a number"
+                raise UsageError(f"{name} is {kind}, not {type(value).__name__}")
         if not 0 <= self.temperature < float("inf"):
             raise FitError(f"temperature is {self.temperature}", hint="0 is greedy, 1 keeps the model's distribution")
         if self.top_k < 0 or not 0 < self.top_p <= 1:

@@ -164,7 +164,7 @@ class PeftFile:
         if self.own is None or self.scaling is not None:
             return False
         for module, (rank, alpha) in self.settings.items():
-            wanted, scale = alpha / rank, self.own.scale_of(module, rank)
-            if self.own.rank_of(module) != rank or abs(scale - wanted) > 1e-12 * abs(wanted):
+            meant_scale, scale = alpha / rank, self.own.scale_of(module, rank)
+            if self.own.rank_of(module) != rank or abs(scale - meant_scale) > 1e-12 * abs(meant_scale):
                 return False
         return True

@@ -121,9 +121,9 @@ class PeftConfig:
         return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)
 
     def _matches(self, field: str, pattern: str, module: str, *, whole: bool) -> bool:
-        wanted = rf"(?:{pattern})\Z" if whole else rf"(.*\.)?({pattern})$"
+        anchored = rf"(?:{pattern})\Z" if whole else rf"(.*\.)?({pattern})$"
         try:
-            return regex.match(wanted, module, timeout=_REGEX_SECONDS) is not None
+            return regex.match(anchored, module, timeout=_REGEX_SECONDS) is not None
         except TimeoutError as error:
             raise MalformedError(
                 f"{field}: '{show(pattern)}' takes too long to match", file=self.file, hint="simplify it"
@@ -249,8 +249,8 @@ class _Reader:
     raw: Mapping[str, Any]
     file: Path
 
-    def fail(self, key: str, value: object, wanted: str) -> MalformedError:
-        return MalformedError(f"'{show(key)}' is {show(repr(value), 40)}, not {wanted}", file=self.file)
+    def fail(self, key: str, value: object, expected: str) -> MalformedError:
+        return MalformedError(f"'{show(key)}' is {show(repr(value), 40)}, not {expected}", file=self.file)
 
     def check_integer(self, key: str, value: object, low: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 31:

@@ -25,7 +25,7 @@ def test_the_sound_pair_merges(sound: tuple[Path, Path], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
-def test_a_fault_is_refused(fault: Fault, sound: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_faulty_adapter_or_base_is_refused(fault: Fault, sound: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = fault.make(*sound, tmp_path)
     before = set(os.listdir(tmp_path))
     result = CliRunner().invoke(cli, ["merge", str(base), str(adapter), "-o", str(tmp_path / "out")])

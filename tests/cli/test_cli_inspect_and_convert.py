@@ -18,7 +18,7 @@ def names_below(node: dict) -> set[str]:
     return {node["name"]}.union(*map(names_below, node["children"]))
 
 
-def test_a_model(run: Run, base):
+def test_inspect_shows_the_modules_of_a_model(run: Run, base):
     result = run("inspect", base)
     assert result.exit_code == 0, result.stderr
     for text in ("llama", "layers.0-1", "q_proj.weight", f"{HIDDEN}x{HIDDEN}", "attention", "BF16", "tokenizer.json"):
@@ -26,7 +26,7 @@ def test_a_model(run: Run, base):
     assert result.stderr == ""
 
 
-def test_depth(run: Run, base):
+def test_depth_limits_the_tree_and_all_lifts_the_limit(run: Run, base):
     shallow = run("inspect", base, "--depth", "1").stdout
     assert "embed_tokens" not in shallow
     assert "model ..." in shallow
@@ -40,7 +40,7 @@ def test_numbers_of_a_model_are_those_of_its_file(run: Run, base):
     assert found["nbytes"] == (base / "model.safetensors").stat().st_size
 
 
-def test_an_adapter(run: Run, lora):
+def test_inspect_shows_ranks_and_scales_of_an_adapter(run: Run, lora):
     result = run("inspect", lora)
     for text in ("peft", "LORA", "rank", "alpha", "scale", "model.layers.*.self_attn.q_proj"):
         assert text in result.stdout, text
@@ -66,7 +66,7 @@ def test_hostile_names_are_data_not_orders(tmp_path, flags):
         assert "[red]markup[/red]" in done.stdout  # shown, not obeyed
 
 
-def test_hostile_metadata_and_configuration(run: Run, lora):
+def test_hostile_metadata_and_configuration_are_escaped(run: Run, lora):
     tensors = load_file(lora / "adapter_model.safetensors")
     save_file(tensors, lora / "adapter_model.safetensors", {HOSTILE: HOSTILE})
     config = json.loads((lora / "adapter_config.json").read_text())
@@ -83,7 +83,7 @@ def test_names_are_whole_where_no_terminal_says_how_wide_it_is(run: Run, tmp_pat
     assert name in run("inspect", folder, "--all").stdout
 
 
-def test_report(run: Run, base, lora, tmp_path):
+def test_report_compares_an_adapter_with_full_copies(run: Run, base, lora, tmp_path):
     result = run("report", lora, "--base", base, "--md", tmp_path / "r.md")
     assert result.exit_code == 0, result.stderr
     assert "full copies" in result.stdout
@@ -104,13 +104,13 @@ def test_a_report_replaces_nothing_unasked(run: Run, lora, tmp_path):
     assert (tmp_path / "r.md").read_text() != "mine"
 
 
-def test_numbers_of_tasks(run: Run, base, lora):
+def test_report_counts_the_numbers_of_tasks_asked_for(run: Run, base, lora):
     found = json.loads(run("report", base, lora, "--tasks", "7", "--tasks", "3", "--json").stdout)["result"]
     assert [task["tasks"] for task in found["adapters"][0]["tasks"]] == [7, 3]
     assert run("report", lora, "--tasks", "0").exit_code == 2
 
 
-def test_formats(run: Run):
+def test_formats_lists_every_built_in_format(run: Run):
     result = run("formats")
     found = json.loads(run("formats", "--json").stdout)["result"]
     names = [one["name"] for one in found["formats"]]
@@ -120,7 +120,7 @@ def test_formats(run: Run):
     assert "W' = W + s B A" in result.stdout
 
 
-def test_env(run: Run):
+def test_env_lists_the_installed_packages(run: Run):
     result = run("env")
     assert torch.__version__ in result.stdout
     found = json.loads(run("env", "--json").stdout)["result"]
@@ -152,7 +152,7 @@ def test_convert_says_what_codes_cost(run: Run, lora, tmp_path):
     assert run("inspect", tmp_path / "c").exit_code == 0
 
 
-def test_convert_dry_run(run: Run, lora, tmp_path):
+def test_a_dry_run_of_convert_writes_nothing(run: Run, lora, tmp_path):
     result = run("convert", lora, "--to", "mlx", "-o", tmp_path / "mlx", "--dry-run", "-v")
     assert result.exit_code == 0, result.stderr
     assert "model.layers.0.self_attn.q_proj" in result.stdout
