@@ -66,7 +66,7 @@ class SurgeryGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, with a "did you mean" out of the table."""
+        """Resolve a command as click does, with a "did you mean" from the table."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             hint = closest(name, COMMANDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `surgery.combine` and `surgery.resize` return."""
+"""The result of `surgery.combine` and `surgery.resize`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class CombineResult:
 
     @property
     def nbytes(self) -> int:
-        """Of all files written; 0 for a dry run."""
+        """Size of all files written; 0 for a dry run."""
         return 0 if self.output is None else nbytes_of(self.output)
 
     def as_json(self) -> dict[str, Any]:
@@ -109,13 +109,13 @@ class CombineResult:
         return written | self.as_manifest()
 
     def as_manifest(self) -> dict[str, Any]:
-        """What the manifest has: the same for the same inputs and options, without paths and times."""
+        """The record in the manifest: the same for the same inputs and options, without paths and times."""
         facts: dict[str, Any] = plain(replace(self, output=None))
         del facts["output"]
         return {**facts, "error": self.error}
 
     def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
-        """What went in, ranks and errors, and the modules that lost most, or every module if `verbose`.
+        """Sources, ranks and errors, and the modules that lost most; every module if `verbose`.
 
         Args:
             verbose: Every module.

@@ -51,9 +51,9 @@ def combined_adapter(
 
 
 def _is_of_another_kind(updates: Mapping[Site, tuple[Update, ...]]) -> bool:
-    """Whether it has updates of a kind without low-rank factors, and none with them.
+    """Whether some updates have factors that are not low-rank, and none has low-rank ones.
 
-    Its own configuration then still holds.
+    The configuration of such an adapter still holds after combining.
     """
     parts = [part for chain in updates.values() for update in chain for _, part in update.parts()]
     low_rank = any(low_rank_part(part) for part in parts)

@@ -47,11 +47,11 @@ class ChangeTerm:
 
     @property
     def rank(self) -> int:
-        """Of its factors, 0 if it has none of low rank; the change itself has more."""
+        """Rank of the update's factors, 0 without low-rank factors; the change itself has a higher one."""
         return self.update.rank or 0
 
     def delta(self, dtype: torch.dtype) -> torch.Tensor:
-        """What it changes, dense."""
+        """The change of the weight, dense."""
         values = torch.zeros(self.shape, dtype=dtype) if self.weight is None else self.weight.get(dtype).contiguous()
         apply = self.update.prepare(HeldWeight(values))
         return apply(values.clone(), range(self.shape[0]), range(self.shape[1])) - values

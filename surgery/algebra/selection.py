@@ -36,13 +36,13 @@ class Selection:
         return chosen and not any(matches(pattern, site) for pattern in self.without)
 
     def of(self, adapter: Adapter) -> tuple[Adapter, tuple[Site, ...]]:
-        """What is kept of `adapter`, and the sites that are not."""
+        """`adapter` with only the sites that are kept, and the sites that are not."""
         left = tuple(site for site in adapter.updates if not self.keeps(site))
         return (adapter.only(site for site in adapter.updates if self.keeps(site)) if left else adapter), left
 
 
 def matches(pattern: str, site: Site) -> bool:
-    """By the module's path, or the parameter's; the component of a pipeline may stand in front (``unet:*``)."""
+    """Whether a pattern matches the path of the module or parameter, if need be with its component (``unet:*``)."""
     component, colon, pattern = pattern.rpartition(":")
     if colon and component != site.component:
         return False

@@ -123,7 +123,7 @@ class DeltaTarget(Protocol):
         """The best factors of that rank."""
 
     def compare(self, B: torch.Tensor, A: torch.Tensor) -> Compared:
-        """How far ``B A`` is from this delta."""
+        """Compare ``B A`` with this delta."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class LowRankSum:
         return singular_values(*stacked(self.terms))[: self.full_rank]
 
     def least(self, recipe: Recipe) -> int:
-        """From all singular values."""
+        """The least rank, from all singular values."""
         return rank_for(recipe, self.spectrum(), self.full_rank)
 
     def solve(self, rank: int) -> Solved:
@@ -193,7 +193,7 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class MergedDelta:
-    """What TIES, DARE or pruning make of several deltas (`surgery.algebra.ties_and_dare`): dense, and of full rank.
+    """Several deltas merged by TIES, DARE or pruning (`surgery.algebra.ties_and_dare`): dense, and of full rank.
 
     Attributes:
         terms: The deltas, without their weights.
@@ -237,7 +237,7 @@ class MergedDelta:
         )
 
     def least(self, recipe: Recipe) -> int:
-        """By a truncated SVD that stops at what is asked for."""
+        """The least rank, by a truncated SVD that stops where the request is met."""
         if (recipe.energy or 0.0) >= 1.0:
             return self.full_rank
         svd = truncated_svd(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison found, and its summary."""
+"""The results of a comparison, and their summaries."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class AdapterDiff:
 
     @property
     def nbytes(self) -> int:
-        """Not counted."""
+        """0: not counted for this verb."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class CheckpointDiff:
 
     @property
     def nbytes(self) -> int:
-        """Not counted."""
+        """0: not counted for this verb."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
@@ -326,7 +326,7 @@ def _chosen(entries: Sequence[Entry], verbose: bool) -> Sequence[Entry]:
 
 
 def _size(entry: ModuleDiff | TensorDiff) -> float:
-    """What is structure, and has no size, is greater than any difference of values."""
+    """The key to sort by difference; a difference of structure ranks above any difference of values."""
     if isinstance(entry, TensorDiff):
         return math.inf if entry.values is None else entry.values.relative
     return math.inf if entry.difference is None else entry.difference

@@ -66,7 +66,7 @@ class _Difference:
 
 
 def _gram(mine: Storage, theirs: Storage) -> torch.Tensor:
-    """Of the difference's short side, float64, summed over blocks of the long one."""
+    """The Gram matrix of the difference's short side in float64, summed over blocks of the long one."""
     rows, cols = mine.shape
     short = min(rows, cols)
     gram = torch.zeros((short, short), dtype=torch.float64)

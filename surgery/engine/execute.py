@@ -85,10 +85,10 @@ ComputeWeight = Callable[[str, Compute, Write, Callable[[], bool], str], tuple[M
 
 
 class Engine(Protocol):
-    """Where weights are computed; copies, proofs and the commit are always of this process."""
+    """Where weights are computed; this process always does the copies, proofs and commit."""
 
     def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
-        """What computes a weight of `plan`, until the output is committed or given up.
+        """A context with the function that computes a weight of `plan`, open until the output is committed or given up.
 
         Raises:
             FitError, ProofError: this engine cannot run this plan.
@@ -450,7 +450,7 @@ def _as_record(measurement: Measurement) -> dict[str, Any]:
 
 
 def remembered(record: Mapping[str, Any]) -> dict[str, Measurement]:
-    """What was measured of the tensors of a finished file, by label."""
+    """The recorded measurements of a finished file's tensors, by label."""
     return {label: Measurement(**fields) for label, fields in record["tensors"].items()}
 
 

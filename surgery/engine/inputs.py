@@ -103,7 +103,7 @@ def _adapter_file(name: str) -> bool:
 
 
 def as_path(value: StrPath, argument: str) -> Path:
-    """Where a reference lies on this machine.
+    """The local path of a reference.
 
     Raises:
         UsageError: not a reference.
@@ -177,7 +177,7 @@ def as_list(value: Item | Iterable[Item]) -> list[Item]:
 
 
 def output_path(output: StrPath | None, *, dry_run: bool = False) -> Path | None:
-    """Where to write; None for a dry run.
+    """The path to write to; None for a dry run.
 
     Raises:
         UsageError: nowhere, and it is no dry run.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each tensor of an output lies: the base's own shards, order and header wherever nothing changed size."""
+"""The layout of an output: the base's own shards, order and header wherever nothing changed size."""
 
 from __future__ import annotations
 

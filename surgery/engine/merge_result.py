@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `surgery.merge` returns."""
+"""The result of `surgery.merge`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MergeResult:
 
     @property
     def nbytes(self) -> int:
-        """Of all weight files; of a dry run, what they would take."""
+        """Size of all weight files; of a dry run, the size they would have."""
         return self.ledger.plan.nbytes
 
     def as_json(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _measured(row: Row) -> tuple[Cell, ...]:
 
 
 def _survival(row: Row) -> float:
-    """For sorting: what has no update keeps all of it."""
+    """The key to sort rows by survival; a tensor without an update survives in full."""
     return row.measured.survival if row.measured is not None and row.measured.update > 0 else math.inf
 
 

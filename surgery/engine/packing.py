@@ -22,7 +22,7 @@ PAGE = 4096
 
 
 def packing_groups(component: Component) -> dict[str, tuple[str, ...]]:
-    """From a stored name to the names that belong beside it, in order, itself included.
+    """Map each stored name to the names that belong beside it, in order, itself included.
 
     Raises:
         FitError: the architecture has no recipe.

@@ -66,7 +66,7 @@ class Copy:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Sizes of the weight."""
         return self.weight.sizes
 
 
@@ -91,7 +91,7 @@ class Compute:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the weight, as it will be."""
+        """Sizes of the weight as it will be written."""
         return self.target.sizes
 
 
@@ -212,7 +212,7 @@ class Plan:
         return tuple(tensor for tensor in self.weights if isinstance(tensor.step, Compute))
 
     def share(self, index: int, count: int) -> Plan:
-        """What the worker `index` of `count` computes, as a plan of one file that holds it.
+        """The share of worker `index` of `count`, as a plan of one file.
 
         Every computed weight is in one share; shares are about equally large. Equal plans have equal shares, wherever
         they were made.

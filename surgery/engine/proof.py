@@ -165,7 +165,7 @@ def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
 
 
 def _bound(binding: Binding) -> dict[str, _ProofTarget]:
-    """By the base's names, so that fused and separate names of one weight meet."""
+    """Updates by the base's names, so that fused and separate names of one weight meet."""
     targets = {}
     for (component, name), edit in binding.edits.items():
         pieces = tuple((operation.update, operation.view) for operation in edit.operations)
@@ -176,7 +176,7 @@ def _bound(binding: Binding) -> dict[str, _ProofTarget]:
 
 
 def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, _ProofTarget]]:
-    """By the adapter's own names; experts one by one, whatever they are stacked in."""
+    """Updates by the adapter's own names; stacked experts one by one."""
     for site, chain in updates.items():
         if len(chain) == 1 and isinstance(chain[0], Stacked):
             apart: list[tuple[str, Update]] = [*taken_apart(site.path, chain[0], fused_of(site, None))]

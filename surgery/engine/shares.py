@@ -62,7 +62,7 @@ class MergeRequest:
     layout: str = "keep"
 
     def planned(self) -> tuple[Binding, Plan]:
-        """What meets what, and the plan; the inputs are opened here.
+        """The binding and the plan; opens the inputs.
 
         Raises:
             FitError, InputError: see `surgery.merge`.
@@ -73,7 +73,7 @@ class MergeRequest:
 def planned_merge(
     base: CheckpointLike, adapters: AdaptersLike, dtype: str, shard_size: int | None, layout: str
 ) -> tuple[Binding, Plan]:
-    """What meets what, and the plan of a merge.
+    """The binding and the plan of a merge.
 
     Raises:
         FitError, InputError: see `surgery.merge`.

@@ -105,7 +105,7 @@ def extracted_adapter(
 
 
 def fold_of(scaling: Scaling, rank: int) -> float:
-    """What either factor is multiplied by, so that the scale at `rank` changes nothing."""
+    """The number to multiply either factor by, so that the scale at `rank` changes nothing."""
     return 1 / math.sqrt(scaling.scale(rank))
 
 

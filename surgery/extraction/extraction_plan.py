@@ -98,7 +98,7 @@ class CheckpointPair:
 def stored_factor_specs(
     goal: RankGoal, scaling: Scaling, dtype: DType
 ) -> Callable[[LowRankTarget], StoredFactorSpec | None]:
-    """How each target's factors will be stored.
+    """The stored form of each target's factors.
 
     None if that depends on all targets (a budget) or on the rank (a scale).
     """

@@ -42,7 +42,7 @@ class KindFacts:
     rounding: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The finding as plain values, for ``--json`` and the manifest."""
         figures = {
             "lora": self.lora,
             "lora_of_equal_size_at_least": self.equal,
@@ -79,7 +79,7 @@ class CalibrationFacts:
         return min(self.weighted, self.plain)
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The finding as plain values, for ``--json`` and the manifest."""
         return {
             "kept": self.kept,
             "weighted": six_digits(self.weighted),
@@ -135,7 +135,7 @@ class CalibrationTotals:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The finding as plain values, for ``--json`` and the manifest."""
         counts = {"modules": self.modules, "weighted": self.weighted, "biases": self.biases}
         return {**counts, "output_error": six_digits(self.error), "output_error_plain": six_digits(self.plain)}
 
@@ -169,7 +169,7 @@ class Signal:
         return f"{'' if self.complete else '>='}{self.count}/{self.of}"
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The finding as plain values, for ``--json`` and the manifest."""
         survival = None if math.isnan(self.survival) else six_digits(self.survival)
         return {
             "noise_edge": six_digits(self.edge),
@@ -196,7 +196,7 @@ class MergedLoRA:
 
     @property
     def text(self) -> str:
-        """In one line."""
+        """The finding in one line."""
         return (
             f"looks like a merged rank-{self.rank} LoRA: {self.rank} values above the edge in {self.layers}/{self.of} "
             "layers, "

@@ -54,7 +54,7 @@ class Residual:
 
 
 def prove(plan: ExtractionPlan, adapter: Adapter, *, recognise: bool = True) -> dict[str, Residual]:
-    """What an adapter leaves of every change, by TUNED's names.
+    """The residual that an adapter leaves of every change, by TUNED's names.
 
     Factors that were measured when they were computed must be the same bit by bit, and act on the rows where they were
     measured. Everything else is applied to BASE and compared with TUNED, block by block.

@@ -44,7 +44,7 @@ class RankChoice:
     nbytes: int
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The choice as plain values, for ``--json`` and the manifest."""
         residual = six_digits(self.residual)
         return {
             "rank": self.rank,
@@ -105,7 +105,10 @@ class ExtractRow:
     why: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest; figures are rounded, so that equal inputs give equal bytes."""
+        """The row as plain values, for ``--json`` and the manifest.
+
+        Figures are rounded, so that equal inputs give equal bytes.
+        """
         row: dict[str, Any] = {"class": self.kind, "shape": list(self.shape)}
         if self.form:
             row |= {"form": self.form, "parameters": self.parameters, "nbytes": self.nbytes}
@@ -215,7 +218,7 @@ class ExtractResult:
 
     @property
     def nbytes(self) -> int:
-        """Of all files written; 0 for a dry run."""
+        """Size of all files written; 0 for a dry run."""
         return 0 if self.output is None else nbytes_of(self.output)
 
     def as_json(self) -> dict[str, Any]:
@@ -229,7 +232,7 @@ class ExtractResult:
         return written | self.as_manifest()
 
     def as_manifest(self) -> dict[str, Any]:
-        """What the manifest has: the same for the same inputs and options, without paths and times."""
+        """The record in the manifest: the same for the same inputs and options, without paths and times."""
         return {
             "verb": "extract-lora",
             "format": self.format,
@@ -368,7 +371,7 @@ class Layers:
 
     @property
     def residual(self) -> float:
-        """What is left of their change, relative to its norm."""
+        """The residual of all their changes, relative to its norm."""
         return self._norm([row.residual for row in self.rows])
 
     @property

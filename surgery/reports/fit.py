@@ -38,7 +38,7 @@ class FitReport:
     warnings: tuple[str, ...]
 
     def role(self, site: Site) -> str:
-        """By the base's name; by the adapter's where the base has no such parameter."""
+        """The role by the base's name, or by the adapter's where the base has no such parameter."""
         return self.roles.get(site) or site_role(site)
 
 
@@ -84,7 +84,10 @@ def _component(site: Site, base: Checkpoint) -> Component | None:
 
 
 def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
-    """By shape alone. A replacement may have more rows (a larger vocabulary), and what follows it then has too."""
+    """Whether a chain fits by shape.
+
+    A replacement may have more rows (a larger vocabulary); updates after it then have as many.
+    """
     height, width = extent(places)
     for member in chain:
         update = member

@@ -24,7 +24,7 @@ _BRIEF = 200  # characters of a result's repr
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Summary:
-    """What people are shown of a result.
+    """A result as people see it, before it is rendered.
 
     Attributes:
         title: Of the whole.

@@ -93,11 +93,11 @@ class BenchResult:
 
     @property
     def nbytes(self) -> int:
-        """Not counted; `step_nbytes` of a side is what one token reads."""
+        """0: not counted for this verb. `step_nbytes` of a side is what one token reads."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The result as plain values, for ``--json``."""
         record: dict[str, Any] = plain(self)
         return record
 

@@ -111,7 +111,7 @@ def combine(
 
 
 def _chosen(terms: Sequence[WeightedAdapter], selection: Selection) -> tuple[list[WeightedAdapter], tuple[str, ...]]:
-    """What is kept of every adapter, and the names of what none of them keeps."""
+    """Every adapter reduced to the chosen modules, and the names that none of them keeps."""
     check_patterns(selection, [term.adapter for term in terms])
     kept: list[WeightedAdapter] = []
     left: dict[str, None] = {}

@@ -110,7 +110,7 @@ class EnvironmentReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is wrong, each with its cure."""
+        """The findings, each with its remedy."""
         return tuple(f"{finding.what}; {finding.cure}" for finding in self.findings)
 
     @property
@@ -177,7 +177,7 @@ def _version(name: str) -> str | None:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    """From nvidia-smi; a machine without it, or with a driver that does not answer, has none to offer."""
+    """The GPUs that nvidia-smi lists; none if it is missing or its driver does not answer."""
     try:
         answer = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -138,7 +138,10 @@ def export_onnx(
 
 
 def _merged(checkpoint: Checkpoint, roles: AdapterRoles, *, full: bool) -> tuple[Binding | None, MergedWeights | None]:
-    """What is merged; imported only where there are adapters, which cost a plain export as much as all the rest."""
+    """The adapters to merge, bound, and the merged weights.
+
+    Imports only what is needed: adapters would cost a plain export as much as all the rest.
+    """
     if not roles.adapters:
         return None, None
     from surgery.engine.input_checks import check_base_id
@@ -204,7 +207,7 @@ def _ids(folder: Path, text: str) -> tuple[int, ...]:
 def _mode(
     asked: str, output: Path, base: Component, sources: Sequence[File], merged: MergedWeights | None, *, full: bool
 ) -> Mode:
-    """How weights get there.
+    """Choose how the graph gets its weights.
 
     Raises:
         FitError: what was asked for cannot be.
@@ -275,7 +278,7 @@ def _id(draft: GraphSet, assembly: Assembly) -> str:
 
 
 def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
-    """What is slow, and what onnxruntime-genai does otherwise than the graph's own contract says."""
+    """Warn of what is slow, and of where onnxruntime-genai differs from the graph's contract."""
     contract, warnings = draft.contract, []
     if contract.kind != "decoder":
         return []

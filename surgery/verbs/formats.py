@@ -119,7 +119,7 @@ class UpdateKind:
 @summarised
 @dataclass(frozen=True)
 class Catalogue:
-    """What is known.
+    """The formats, containers, storages, families and updates of this installation.
 
     Attributes:
         formats: Adapter formats, all of which are read and written.
@@ -186,7 +186,7 @@ class Catalogue:
 
 @timed
 def formats() -> Catalogue:
-    """What this installation knows, plugins included.
+    """List what this installation can read and write, plugins included.
 
     Raises:
         SurgeryError: a plugin cannot be imported.

@@ -93,7 +93,10 @@ def _component(component: Component) -> ComponentReport:
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, int]:
-    """Whole numbers only; a multimodal model's are those of its text model where it says nothing itself."""
+    """Facts of the configuration that are whole numbers.
+
+    A multimodal model takes those it lacks from its text model.
+    """
     inner = config.get("text_config")
     configs = [config, inner] if isinstance(inner, Mapping) else [config]
     facts = {}
@@ -170,7 +173,7 @@ def _files(adapter: Adapter) -> tuple[WeightFileReport, ...]:
 
 
 def _traps(adapter: Adapter, modules: tuple[TargetedParameter, ...]) -> Iterable[str]:
-    """What the tensors tell; what the format tells comes from its reader."""
+    """Known issues seen in the tensors; those of the format come from its reader."""
     if left := adapter.unconsumed():
         yield f"{len(left)} tensors have no use, a merge refuses them: {listing(tensor.name for tensor in left)}"
     if carried := [entry.name for entry in modules if not entry.trained]:

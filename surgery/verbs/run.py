@@ -35,7 +35,7 @@ _BEST = 3  # labels of an encoder that are shown
 
 @dataclass(frozen=True)
 class RunText:
-    """What came out for one input.
+    """The output for one input.
 
     Attributes:
         prompt: Ids that went in, virtual ones not among them.
@@ -87,11 +87,11 @@ class RunResult:
 
     @property
     def nbytes(self) -> int:
-        """Not counted."""
+        """0: not counted for this verb."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The result as plain values, for ``--json``."""
         record: dict[str, Any] = plain(replace(self, arrays={}))
         del record["inputs"]
         return record | {"arrays": {name: list(array.shape) for name, array in self.arrays.items()}}

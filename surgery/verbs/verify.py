@@ -55,7 +55,7 @@ class Check:
     limit: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The result as plain values, for ``--json``."""
         numbers = {"difference": self.difference, "limit": self.limit} if self.limit is not None else {}
         return {"name": self.name, "detail": self.detail, **numbers}
 
@@ -63,7 +63,7 @@ class Check:
 @summarised
 @dataclass(frozen=True)
 class Verification:
-    """What was verified; what fails is an error.
+    """The checks that passed; one that fails raises an error instead.
 
     Attributes:
         path: The folder.
@@ -91,11 +91,11 @@ class Verification:
 
     @property
     def nbytes(self) -> int:
-        """Not counted."""
+        """0: not counted for this verb."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The result as plain values, for ``--json``."""
         return {
             "path": str(self.path),
             "kind": self.kind,

@@ -67,7 +67,7 @@ def command(settings: Settings, adapters: tuple[tuple[str, float], ...], output:
 
 
 def _check(options: dict[str, Any]) -> None:
-    """What is wrong with the options, before anything is read."""
+    """Check the options before anything is read."""
     dense = options["method"] in _DENSE
     if dense and options["density"] is None:
         raise click.UsageError(f"--method {options['method']} needs --density")
