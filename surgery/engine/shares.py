@@ -196,7 +196,7 @@ class Shares:
 
         yield read
         for folder in folders:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # the merge is complete: what is left is only space
 
 
 def _copy(piece: _Piece, write: Write, stop: Callable[[], bool]) -> None:

@@ -126,6 +126,7 @@ def export_onnx(
         plan=merged.plan if merged else None,
         judge=check,
         side_files=_side_files(checkpoint, merged, {*names, *(file.path.name for file in draft.files)}),
+        inputs=sorted({adapter.path for adapter in roles.adapters}),
         facts=_facts(draft, chosen),
         id=_id(draft, assembly),
     )

@@ -60,6 +60,7 @@ class ExportJob:
         plan: The plan of computed weights, or None.
         judge: Called with their measurements; may refuse the result.
         side_files: Files to carry along: tokenizer, configuration.
+        inputs: Folders and files that are read beside the base; the output may not lie in them.
         facts: Facts for the manifest.
         id: Digest of the graphs and options; it covers headers of weight files, but not their values.
     """
@@ -70,6 +71,7 @@ class ExportJob:
     plan: Plan | None
     judge: Callable[[Ledger], None]
     side_files: Sequence[SideFile]
+    inputs: Sequence[Path]
     facts: Mapping[str, Any]
     id: str
 
@@ -137,7 +139,7 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
     if _same_folder(output, home):
         return _add(job, output, mode, run)
     with output_folder(
-        output, _stage_id(job, mode), overwrite=run.overwrite, inputs=[home], verify=still_good
+        output, _stage_id(job, mode), overwrite=run.overwrite, inputs=[home, *job.inputs], verify=still_good
     ) as folder:
         written = _bring_weights(folder, job, mode, run.verify_copies)
         ledger = _compute(job, folder, run)

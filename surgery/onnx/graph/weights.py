@@ -11,6 +11,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing
@@ -78,10 +79,12 @@ class GraphWeights:
     def _look_up(self, name: str) -> GraphTensor:
         stored = self._stored_name(name)
         self.used.add(stored)
-        tensor = self._overrides.get(stored, self._component.tensors.get(stored))
-        if tensor is None:  # a weight of several tensors
-            weight = self._component.parameters[stored]
-            raise _unsupported_type(weight.storage.kind, stored, weight.sources[0].path)
+        tensor = self._overrides.get(stored)
+        if tensor is None:
+            storage = self._component.parameters[stored].storage
+            if not isinstance(storage, Plain) or not isinstance(storage.tensor, StoredTensor):
+                raise _unsupported_type(storage.kind, stored, storage.sources[0].path)
+            tensor = storage.tensor
         if not tensor.dtype.is_float or tensor.dtype not in ONNX_TYPES:
             raise _unsupported_type(tensor.dtype.label, stored, tensor.path)
         if tensor.path.suffix != ".safetensors":
