@@ -46,10 +46,11 @@ class Entry:
 
     Attributes:
         site: As the source named it.
-        outcome: ``exact`` (same factors), ``folded`` (a scale or a part multiplied into a factor, same delta), ``approximated`` (another
-            delta, as near as the format's type allows), ``dropped``.
+        outcome: ``exact`` (same factors), ``folded`` (same delta, with a scale or a part multiplied into a factor),
+            ``approximated`` (another delta, as near as the format's type allows), or ``dropped``.
         detail: Where it went, or why it was dropped.
-        error: Of what is approximated: ``||delta - written|| / ||delta||`` (Frobenius), measured on what was written; None until then.
+        error: Error of an approximated update, ``||delta - written|| / ||delta||`` (Frobenius), measured on the written
+            tensors; None until then.
     """
 
     site: str
@@ -69,8 +70,9 @@ class Rendering:
         small_files: Whole contents of the other files (configuration).
         entries: What became of every update.
         held: The source's updates that the files hold: everything but what was dropped.
-        stated: For sites with something approximated, the errors that their updates in `held` are to have, in order (0: none). Such a
-            format keeps sites and kinds as they are. Asked before the tensors were loaded, it is the work of loading them.
+        stated: For sites with approximated updates, a function that returns the expected errors of their updates in
+            `held`, in order (0 for an exact one). Such a format keeps sites and kinds as they are. A call before the
+            tensors were loaded loads them.
     """
 
     tensor_file: str
@@ -172,7 +174,7 @@ class Scaled(Format, Protocol):
         """The same format, stating them as `scaling` says wherever an update's scale allows it."""
 
     def described(self, adapter: Adapter) -> Adapter:
-        """`adapter` with all that a file of this format would tell of it beside its updates: configuration, modules, known issues."""
+        """`adapter` with the configuration, modules and known issues that a file of this format would give it."""
 
 
 @runtime_checkable
@@ -180,7 +182,7 @@ class Inheriting(Format, Protocol):
     """A format of which an adapter made from others may keep a part of their configurations."""
 
     def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
-        """The configuration (`Adapter.config`) of an adapter that does `updates` and was made from `adapters`, all of this format.
+        """The configuration (`Adapter.config`) of an adapter with `updates`, made from `adapters` of this format.
 
         Raises:
             FitError: no one configuration describes such an adapter.

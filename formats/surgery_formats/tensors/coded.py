@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors stored as codes and scales that read as the float32 values they stand for, so that every update serves them like any other.
+"""Tensors stored as codes and scales, read as the float32 values they encode; updates use them like any other tensor.
 
-On disk a factor has two tensors: ``NAME.codes``, for int8 ``(count, length, rank)`` of type I8, for int4 ``(count, bytes)`` of type U8
-with the first of two codes in the low half and zero bits where there is no second; and ``NAME.scales``, BF16 ``(count, groups)``.
-`count` is that of stacked experts, 1 otherwise. Each expert's ``length * rank`` numbers lie row by row and are grouped from their first on.
+On disk a factor has two tensors. ``NAME.codes`` is ``(count, length, rank)`` of type I8 for int8. For int4 it is
+``(count, bytes)`` of type U8, with the first of two codes in the low half and zero bits where there is no second.
+``NAME.scales`` is BF16 ``(count, groups)``. `count` is the number of stacked experts, or 1. The ``length * rank``
+numbers of an expert lie row by row, and groups start at the first of them.
 """
 
 from __future__ import annotations

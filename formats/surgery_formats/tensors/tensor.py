@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors: what has a name, a type, a shape, and values that can be read. Nothing is read until asked.
+"""Tensors: a name, a type, a shape, and values that are read on request.
 
-A function that needs values takes a `Tensor`. A function that needs bytes on disk takes a `StoredTensor`, the only one that has a file and
-an offset.
+A function that needs values takes a `Tensor`. A function that needs bytes on disk takes a `StoredTensor`, the only
+tensor with a file and an offset.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Tensor(Protocol):
         """Elements ``[start:stop]`` of the first axis, in memory of the caller's own.
 
         Returns:
-            Shape ``(stop - start, *shape[1:])``; a scalar keeps its shape ``()``. The type is `dtype`, or a wider one where values are
-            computed: whoever stores them rounds once.
+            A tensor of shape ``(stop - start, *shape[1:])``; a scalar keeps its shape ``()``. Its type is `dtype`, or a
+            wider one where values are computed, so that storing rounds them only once.
 
         Raises:
             MalformedError: the file is shorter than its header says.

@@ -37,8 +37,8 @@ class ContainerCase:
 
     Attributes:
         container: The object.
-        write: Writes tensors into a folder as the program does whose files these are, or at least not with `container`; returns what
-            `container` opens.
+        write: Writes tensors into a folder with the format's original program, or at least without `container`, and
+            returns the path that `container` opens.
     """
 
     container: Container
@@ -113,7 +113,7 @@ def survives_damage(case: ContainerCase, folder: Path) -> None:
 
 
 def writes_what_it_opens(case: ContainerCase, folder: Path) -> None:
-    """A file written by `lay_out` opens as what was written; a container that is only read names one that is written."""
+    """A file written by `lay_out` opens with the same contents; a read-only container names one that can be written."""
     container, expected = case.container, _tensors()
     if not isinstance(container, WritableContainer):
         if isinstance(container, FileContainer):

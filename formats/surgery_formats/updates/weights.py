@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights for `Update.prepare` (`surgery_formats.updates.Weight`): stored ones, read block by block, and ones held in memory."""
+"""Weights for `Update.prepare` (`surgery_formats.updates.Weight`): stored, read in blocks, or held in memory."""
 
 from __future__ import annotations
 

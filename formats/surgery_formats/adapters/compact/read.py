@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a compact folder to the canonical form (format: docs/compact.md). Codes stay on disk until a factor is asked for."""
+"""Read a compact folder (docs/compact.md) into the canonical form. Codes stay on disk until a factor is read."""
 
 from __future__ import annotations
 

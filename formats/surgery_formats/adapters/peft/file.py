@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A PEFT folder while it is made: its tensors, the fields of its configuration, and the ledger of what became of every update."""
+"""A PEFT folder under construction: tensors, configuration fields, and the outcome of every update."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class PeftFile:
         self.tensors[tensor.name] = tensor
 
     def module_of(self, site: Site, update: Update) -> tuple[str, tuple[int, ...]]:
-        """``(module path, shape of its weight)``: the path as the adapter has it, or the base's where names are flattened.
+        """``(module path, shape of its weight)``: the adapter's path, or the base's where names are flattened.
 
         The path has the wrapper that PEFT puts around an attention module.
         """
@@ -135,9 +135,10 @@ class PeftFile:
         self.ledger.keep(site, update, "exact", key if by_key else how)
 
     def _replaced(self, site: Site, update: Replacement) -> tuple[str, str]:
-        """``(key, how it is stored)`` of a whole parameter; an empty key and the reason if there is no place for it.
+        """``(key, how it is stored)`` of a whole parameter; an empty key and the reason if the format cannot hold it.
 
-        Its module is saved, or (a bias beside the base's weight) all biases are, or (a vocabulary) it goes by its own name.
+        The parameter is stored with its saved module, as a bias where all biases are stored, or (a vocabulary) under
+        its own name.
         """
         module, _, leaf = site.path.rpartition(".")
         wrapper = "token_adapter." if module in self.rows and self.own and self.own.kind != "TRAINABLE_TOKENS" else ""

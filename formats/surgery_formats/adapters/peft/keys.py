@@ -107,7 +107,10 @@ def unwrapped(module: str) -> str:
 
 
 def ancestors(module: str) -> list[str]:
-    """The module and all that contain it; PEFT matches the ends of such paths, so that ``norm`` takes ``input_layernorm`` too."""
+    """The module and all modules that contain it.
+
+    PEFT matches the ends of such paths, so ``norm`` matches ``input_layernorm`` too.
+    """
     segments = module.split(".")
     return [".".join(segments[: i + 1]) for i in range(len(segments))]
 
