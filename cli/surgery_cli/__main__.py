@@ -41,7 +41,10 @@ def main() -> NoReturn:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """As Ctrl-C: what was begun is taken back on the way out. Remembered, since an import in C may swallow the exception."""
+    """Handle a signal like Ctrl-C: unfinished output is removed on the way out.
+
+    The interruption is remembered, because an import in C may swallow the exception.
+    """
     interruption.remember()
     raise KeyboardInterrupt
 

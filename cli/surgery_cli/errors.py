@@ -39,7 +39,7 @@ class Fault:
 
 
 def fault_of(error: BaseException) -> Fault:
-    """What to tell about `error`."""
+    """The fault to report for `error`."""
     match error:
         case SurgeryError():
             return Fault(error.exit_code, error.code, error.message, error.hint, error.file, error.tensor)

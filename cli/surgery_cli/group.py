@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of sub-commands. Nothing of a command is imported until it is the one asked for, so that help and completion are quick."""
+"""The table of sub-commands.
+
+Nothing of a command is imported until it is the one asked for, so that help and completion are quick.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +60,13 @@ class SurgeryGroup(click.Group):
         """Import the command called `cmd_name`, if the table has it."""
         if cmd_name not in COMMANDS:
             return None
-        found: click.Command = importlib.import_module(f"surgery_cli.commands.{cmd_name.replace('-', '_')}").command
-        return found
+        command: click.Command = importlib.import_module(f"surgery_cli.commands.{cmd_name.replace('-', '_')}").command
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, with a "did you mean" out of the table."""
+        """Resolve a command as click does, with a "did you mean" from the table."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             hint = closest(name, COMMANDS)

@@ -95,9 +95,9 @@ def subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
     def wrap(function: Callable[..., None]) -> click.Command:
         help_names = {"help_option_names": ["-h", "--help"]}  # click keeps the first option it makes for a context
-        made = click.command(name, context_settings=help_names)(click.pass_obj(function))
-        made.params += global_options()
-        return made
+        command = click.command(name, context_settings=help_names)(click.pass_obj(function))
+        command.params += global_options()
+        return command
 
     return wrap
 
@@ -232,10 +232,10 @@ def size(text: str) -> int:
     Raises:
         click.BadParameter: anything else, or less than one byte.
     """
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
         raise click.BadParameter(f"'{show(text)}' is not a size; write 2GB, 512MiB or a number of bytes")
-    number, unit, binary = found.groups()
+    number, unit, binary = match.groups()
     factor: int = (1024 if binary else 1000) ** _UNITS[(unit or "").lower()]
     whole, _, fraction = number.partition(".")  # whole numbers all the way: a double holds 16 digits only
     nbytes: int = int(whole) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
@@ -305,12 +305,12 @@ def weighted(text: str) -> tuple[str, float]:
     Raises:
         click.BadParameter: what follows the last ``=`` is not a finite number.
     """
-    reference, equals, given = text.rpartition("=")
+    reference, equals, suffix = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0
-    weight = _float(given)
+    weight = _float(suffix)
     if not math.isfinite(weight) or not reference:
-        raise click.BadParameter(f"neither is '{show(given)}' a weight, nor is there a file or folder '{show(text)}'")
+        raise click.BadParameter(f"neither is '{show(suffix)}' a weight, nor is there a file or folder '{show(text)}'")
     return reference, weight
 
 

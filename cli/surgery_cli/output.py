@@ -29,9 +29,10 @@ SCHEMA_VERSION = 1
 def show_result(
     command: str, result: Result, settings: Settings, *, summary: Summary | None = None, data: bool = False
 ) -> None:
-    """What came out: a JSON document, or the summary; warnings in any case.
+    """Show a result as a JSON document or a summary; warnings in any case.
 
-    `summary` is by default ``result.summary(verbose=...)``. Where it is the `data` asked for, ``-q`` leaves out hints alone.
+    `summary` is by default ``result.summary(verbose=...)``. Where it is the `data` asked for, ``-q`` leaves out hints
+    alone.
     """
     summary = summary or result.summary(verbose=settings.verbose > 0)
     shown: Iterable[Section] = summary.sections

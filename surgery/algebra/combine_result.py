@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `surgery.combine` and `surgery.resize` return."""
+"""The result of `surgery.combine` and `surgery.resize`."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ class Combined:
 
     Attributes:
         site: As the first adapter names it.
-        outcome: ``exact``, ``approximated`` (directions dropped, or codes in the place of factors), ``kept`` (taken over as it was,
-            perhaps with another scale) or ``left out`` (not chosen).
+        outcome: ``exact``, ``approximated`` (directions dropped, or codes in the place of factors), ``kept`` (taken
+            over as it was, perhaps with another scale) or ``left out`` (not chosen).
         ranks: Of the terms.
         rank: Of the result; 0 for what is not low-rank.
         norm: Frobenius norm of the exact delta; None where it was not worked out.
-        error: Relative Frobenius error of what was written, read back; for a dry run of what would be written, where it is known.
+        error: Relative Frobenius error of what was written, read back; for a dry run of what would be written, where it
+            is known.
         optimum: Error of the best factors of this rank; None where it was not worked out.
     """
 
@@ -95,7 +96,7 @@ class CombineResult:
 
     @property
     def nbytes(self) -> int:
-        """Of all files written; 0 for a dry run."""
+        """Size of all files written; 0 for a dry run."""
         return 0 if self.output is None else nbytes_of(self.output)
 
     def as_json(self) -> dict[str, Any]:
@@ -108,13 +109,13 @@ class CombineResult:
         return written | self.as_manifest()
 
     def as_manifest(self) -> dict[str, Any]:
-        """What the manifest has: the same for the same inputs and options, without paths and times."""
+        """The record in the manifest: the same for the same inputs and options, without paths and times."""
         facts: dict[str, Any] = plain(replace(self, output=None))
         del facts["output"]
         return {**facts, "error": self.error}
 
     def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
-        """What went in, ranks and errors, and the modules that lost most, or every module if `verbose`.
+        """Sources, ranks and errors, and the modules that lost most; every module if `verbose`.
 
         Args:
             verbose: Every module.
@@ -135,23 +136,25 @@ class CombineResult:
         if self.output is not None:
             facts.append(("wrote", wrote(self.output, self.seconds)))
         sections: list[Section] = [Facts(tuple(facts))]
-        worst = sorted((one for one in self.modules if one.outcome == "approximated" and one.error), key=_error)
+        worst = sorted(
+            (module for module in self.modules if module.outcome == "approximated" and module.error), key=_error
+        )
         shown = self.modules if verbose else worst[:_LISTED]
         if shown:
             rows = (
                 (
-                    one.site,
-                    one.outcome,
-                    "+".join(map(str, one.ranks)),
-                    one.rank or None,
-                    one.norm,
-                    one.error,
-                    one.optimum,
+                    module.site,
+                    module.outcome,
+                    "+".join(map(str, module.ranks)),
+                    module.rank or None,
+                    module.norm,
+                    module.error,
+                    module.optimum,
                 )
-                for one in shown
+                for module in shown
             )
             sections.append(Table(_COLUMNS, tuple(rows)))
-        hidden = outcomes["approximated"] - sum(one.outcome == "approximated" for one in shown)
+        hidden = outcomes["approximated"] - sum(module.outcome == "approximated" for module in shown)
         if hidden > 0:
             sections.append(Note(f"... and {hidden} more", "omitted"))
         if self.output is None:
@@ -167,7 +170,8 @@ class CombineResult:
 
 
 _COLUMNS = (
-    Column("module", "name"), Column("outcome"), Column("ranks"), Column("rank", "integer"), Column("norm", "number", 3),
+    Column("module", "name"), Column("outcome"), Column("ranks"), Column("rank", "integer"),
+    Column("norm", "number", 3),
     Column("error", "number", 3), Column("best", "number", 3),
 )  # fmt: skip
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A combination as an `Adapter` for a format's writer: its updates, and whatever else of its sources' files still holds."""
+"""A combination as an `Adapter` for a format's writer.
+
+It has the combined updates, and everything else of its sources' files that still holds.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ def combined_adapter(
 
 
 def _is_of_another_kind(updates: Mapping[Site, tuple[Update, ...]]) -> bool:
-    """Whether it has updates of a kind without low-rank factors and none with them: its own configuration still holds."""
+    """Whether some updates have factors that are not low-rank, and none has low-rank ones.
+
+    The configuration of such an adapter still holds after combining.
+    """
     parts = [part for chain in updates.values() for update in chain for _, part in update.parts()]
     low_rank = any(low_rank_part(part) for part in parts)
     return not low_rank and any(part.effect != "sets" and len(part.factors()) > 0 for part in parts)

@@ -40,7 +40,8 @@ class CombinedUpdate:
         rank: Of the result; 0 if it is not low-rank.
         targets: The deltas that the result stands for: one per expert, one otherwise; empty if it is not low-rank.
         vector: A bias's delta, where there is one.
-        best: ``(norm, residual)`` of the optimum of this rank, added in squares over `targets`; None if it was not worked out.
+        best: ``(norm, residual)`` of the optimum of this rank, added in squares over `targets`; None if it was not
+            worked out.
         solved_as: Keys of its factors in the memory of solutions.
     """
 

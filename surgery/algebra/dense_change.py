@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updates without low-rank factors as one LoRA of a chosen rank, by the change they make to their weight, formed in full.
+"""Updates without low-rank factors as one LoRA of a chosen rank, from the change they make, formed in full.
 
-What an update adds is the same for any weight (LoHa, LoKr). What it makes of a weight only the base tells: of a DoRA that is
-``m / ||W + s B A|| * (W + s B A) - W``, of a rotation ``W R - W``.
+What an update adds is the same for any weight (LoHa, LoKr). What it makes of a weight only the base tells: of a DoRA
+that is ``m / ||W + s B A|| * (W + s B A) - W``, of a rotation ``W R - W``.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class ChangeTerm:
 
     @property
     def rank(self) -> int:
-        """Of its factors, 0 if it has none of low rank; the change itself has more."""
+        """Rank of the update's factors, 0 without low-rank factors; the change itself has a higher one."""
         return self.update.rank or 0
 
     def delta(self, dtype: torch.dtype) -> torch.Tensor:
-        """What it changes, dense."""
+        """The change of the weight, dense."""
         values = torch.zeros(self.shape, dtype=dtype) if self.weight is None else self.weight.get(dtype).contiguous()
         apply = self.update.prepare(HeldWeight(values))
         return apply(values.clone(), range(self.shape[0]), range(self.shape[1])) - values

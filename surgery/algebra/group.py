@@ -43,7 +43,10 @@ class Contribution:
 
 
 def key_of(site: Site, *, flat: bool) -> tuple[str, str]:
-    """By what two adapters' names for one weight are recognised; underscores for dots where one of the adapters writes them so."""
+    """The key under which two adapters' names for one weight are recognised as the same.
+
+    Dots become underscores where one of the adapters writes them so.
+    """
     module, _, leaf = site.path.rpartition(".")
     return site.component, f"{module.replace('.', '_')}.{leaf}" if flat else site.path
 
@@ -99,6 +102,7 @@ def _check_spellings(terms: Sequence[WeightedAdapter], seen: Sequence[set[tuple[
                 other = next((i for i, keys in enumerate(seen) if i != owner and (component, rest) in keys), None)
                 if other is not None and (component, path) not in seen[other]:
                     raise FitError(
-                        f"'{show(path)}' of {show(terms[owner].name)} may be '{show(rest)}' of {show(terms[other].name)}",
+                        f"'{show(path)}' of {show(terms[owner].name)} may be '{show(rest)}' of "
+                        f"{show(terms[other].name)}",
                         hint="give the model with --base, which knows its weights",
                     )

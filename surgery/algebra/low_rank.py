@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The low-rank updates of one weight as one LoRA: the delta it is to stand for, its rank, and factors solved for when they are read."""
+"""The low-rank updates of one weight as one LoRA.
+
+It holds the delta to represent and its rank; the factors are computed when they are read.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differences stored in full, added up: biases of ``lora_bias``, LyCORIS ``diff``. They have no rank, and lose nothing."""
+"""Differences stored in full, added up: biases of ``lora_bias``, LyCORIS ``diff``.
+
+They have no rank, and lose nothing.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ def _cancelling(result: CombineResult) -> list[str]:
         return []
     hint = "; --method svd loses less" if result.method == "exact" else ""
     return [
-        f"the adapters nearly cancel in {len(errors)} weights: rounding of the factors is up to {max(errors):.1%} of what is left{hint}"
+        f"the adapters nearly cancel in {len(errors)} weights: rounding of the factors is up to {max(errors):.1%} of "
+        f"what is left{hint}"
     ]
 
 

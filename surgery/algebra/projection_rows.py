@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updates of some rows of a weight, and the updates of rows under each other as one; exact.
 
-Cutting keeps A and takes rows of B. Joining puts the parts' B on the diagonal of one and their A under each other, which has the ranks'
-sum; where all parts have one A, as after cutting, B goes back under each other and the rank stays.
+Cutting keeps A and takes rows of B. Joining puts the parts' B on the diagonal of one and their A under each other,
+which has the ranks' sum; where all parts have one A, as after cutting, B goes back under each other and the rank stays.
 """
 
 from __future__ import annotations

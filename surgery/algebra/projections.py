@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter of fused projections (``qkv_proj``, ``gate_up_proj``) as one of their parts, and back; nothing is approximated."""
+"""Split and fuse the projections of an adapter (``qkv_proj``, ``gate_up_proj``); nothing is approximated."""
 
 from __future__ import annotations
 

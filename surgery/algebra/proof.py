@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof of a combination: the file is read back, and each weight's delta compared with the sum of the sources' deltas, in float64."""
+"""The proof of a combination.
+
+The file is read back, and each weight's delta compared with the sum of the sources' deltas, in float64.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ TOLERANCE = 1e-6
 """Error of a sum that is stored in full, relative to the norms of its terms: what float32 factors allow."""
 OPTIMAL = 1.0001
 """Error of a sum that was cut, relative to the best of its rank."""
-# Rounding both factors: relative errors of half a unit in the last place, twice, and they add up like noise, not like this bound.
+# Rounding both factors: relative errors of half a unit in the last place, twice, and they add up like noise, not like
+# this bound.
 _ROUNDING = {DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
 _ELEMENTS = 8  # of one element, relative to the greatest: products of few terms do not average out
 
@@ -114,7 +118,10 @@ def _matched(meant: Adapter, written: Adapter) -> dict[Site, tuple[Update, ...]]
 def _measure(
     combined: CombinedUpdate, chain: Sequence[Update], lost: float, tolerance: float, slack: float, path: Path
 ) -> SumError:
-    """Norm and error of one weight, all its experts together; `slack` is what codes add to the error, relative to what they stand for."""
+    """Norm and error of one weight, all its experts together.
+
+    `slack` is what codes add to the error, relative to the values they stand for.
+    """
     norms, errors, sizes = [], [], []
     for target, loras in zip(combined.targets, _loras(combined, chain), strict=True):
         compared = target.compare(*stacked(loras))
@@ -130,7 +137,7 @@ def _measure(
     for mine, theirs in zip(_whole(combined.updates), _whole(chain), strict=True):
         if not float((mine - theirs).norm()) <= tolerance * float(mine.norm()):
             raise ProofError("is not the whole weight it was", file=path.name, tensor=combined.site.path)
-    norm, error, size = (math.hypot(*every) for every in (norms, errors, sizes))
+    norm, error, size = (math.hypot(*values) for values in (norms, errors, sizes))
     if not error <= OPTIMAL * lost + tolerance * size + slack * (norm + lost):
         raise ProofError(
             f"is {error:.1e} away from the sum, {lost:.1e} was intended (its norm is {norm:.1e})",

@@ -16,7 +16,9 @@ __all__ = ["Selection", "check_patterns"]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which modules to keep. Patterns are those of a shell (``*``, ``?``, ``[ab]``), and match from any dot on to the end.
+    """Which modules to keep.
+
+    Patterns are those of a shell (``*``, ``?``, ``[ab]``), and match from any dot on to the end.
 
     ``q_proj``, ``self_attn.*`` and ``layers.[01].*`` all match ``model.layers.0.self_attn.q_proj``.
 
@@ -34,13 +36,13 @@ class Selection:
         return chosen and not any(matches(pattern, site) for pattern in self.without)
 
     def of(self, adapter: Adapter) -> tuple[Adapter, tuple[Site, ...]]:
-        """What is kept of `adapter`, and the sites that are not."""
+        """`adapter` with only the sites that are kept, and the sites that are not."""
         left = tuple(site for site in adapter.updates if not self.keeps(site))
         return (adapter.only(site for site in adapter.updates if self.keeps(site)) if left else adapter), left
 
 
 def matches(pattern: str, site: Site) -> bool:
-    """By the module's path, or the parameter's; the component of a pipeline may stand in front (``unet:*``)."""
+    """Whether a pattern matches the path of the module or parameter, if need be with its component (``unet:*``)."""
     component, colon, pattern = pattern.rpartition(":")
     if colon and component != site.component:
         return False

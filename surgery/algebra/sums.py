@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The delta that a combination makes of one weight, and its best factors of a given rank.
 
-A sum of low-rank terms is never formed: its norm, spectrum and best factors come from QR of its stacked factors and an SVD of the small
-core between them, exactly, in float64. A delta merged by TIES, DARE or pruning has full rank and is formed when it is needed.
+A sum of low-rank terms is never formed: its norm, spectrum and best factors come from QR of its stacked factors and an
+SVD of the small core between them, exactly, in float64. A delta merged by TIES, DARE or pruning has full rank and is
+formed when it is needed.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class DeltaTarget(Protocol):
         """The best factors of that rank."""
 
     def compare(self, B: torch.Tensor, A: torch.Tensor) -> Compared:
-        """How far ``B A`` is from this delta."""
+        """Compare ``B A`` with this delta."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class LowRankSum:
         return singular_values(*stacked(self.terms))[: self.full_rank]
 
     def least(self, recipe: Recipe) -> int:
-        """From all singular values."""
+        """The least rank, from all singular values."""
         return rank_for(recipe, self.spectrum(), self.full_rank)
 
     def solve(self, rank: int) -> Solved:
@@ -192,7 +193,7 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class MergedDelta:
-    """What TIES, DARE or pruning make of several deltas (`surgery.algebra.ties_and_dare`): dense, and of full rank.
+    """Several deltas merged by TIES, DARE or pruning (`surgery.algebra.ties_and_dare`): dense, and of full rank.
 
     Attributes:
         terms: The deltas, without their weights.
@@ -236,7 +237,7 @@ class MergedDelta:
         )
 
     def least(self, recipe: Recipe) -> int:
-        """By a truncated SVD that stops at what is asked for."""
+        """The least rank, by a truncated SVD that stops where the request is met."""
         if (recipe.energy or 0.0) >= 1.0:
             return self.full_rank
         svd = truncated_svd(
@@ -250,7 +251,10 @@ class MergedDelta:
         return max(1, svd.rank)
 
     def solve(self, rank: int) -> Solved:
-        """By truncated SVD, its singular values shared evenly; zeros where the delta has fewer directions than were asked for."""
+        """Factors by truncated SVD, its singular values shared evenly.
+
+        Zeros fill up where the delta has fewer directions than were asked for.
+        """
         svd = truncated_svd(self.formed(), rank=rank, accuracy=_ACCURACY, seed=self.recipe.seed)
         B, A = svd.factors()
         missing = rank - svd.rank

@@ -7,8 +7,9 @@ Every function takes the deltas of one weight. Sources of the formulas:
     DARE            Yu et al. 2023, arXiv:2311.03099: drop with probability p, rescale by 1 / (1 - p)
     magnitude-prune trimming alone, then the weighted sum
 
-The papers' one factor lambda on the merged delta is here a weight per adapter, multiplied in before signs are elected: equal weights give
-the paper's result, and a negative weight takes an adapter away. Trimming is per weight, as every merging tool does it.
+The papers' one factor lambda on the merged delta is here a weight per adapter, multiplied in before signs are elected:
+equal weights give the paper's result, and a negative weight takes an adapter away. Trimming is per weight, as every
+merging tool does it.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def drop_and_rescale(delta: torch.Tensor, density: float, random: np.random.Gene
 def disjoint_mean(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """Elect each value's sign by total mass, and average the deltas that agree with it (TIES, steps 2 and 3).
 
-    Values that are zero take no part in the mean; where the masses cancel exactly nothing is elected, and the result is zero.
+    Values that are zero take no part in the mean; where the masses cancel exactly nothing is elected, and the result is
+    zero.
     """
     import torch
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The combination of one weight: what adds up is added up, what cannot be without a base or a rank is refused by name."""
+"""The combination of one weight.
+
+Updates that add up are added; those that need a base or a rank to be combined are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,8 @@ def combine_weight(
     present = [shares for shares in of.values() if shares]
     if (of[Stacked] or recipe.method in DENSE_METHODS) and len(present) > 1:
         raise FitError(
-            f"is changed by a {present[0][0].update.kind} and by a {present[1][0].update.kind}, which '{recipe.method}' does not combine",
+            f"is changed by a {present[0][0].update.kind} and by a {present[1][0].update.kind}, which "
+            f"'{recipe.method}' does not combine",
             tensor=site.path,
         )
     combined_kinds = [
@@ -116,7 +120,10 @@ def _kept(
     recipe: Recipe,
     base: Checkpoint | None,
 ) -> CombinedUpdate:
-    """An update without low-rank factors survives where nothing is added to it, and where it is scaled only if it adds."""
+    """Keep an update without low-rank factors.
+
+    It survives where nothing is added to it; only an additive one can also be scaled.
+    """
     update, weight = others[0].update, terms[others[0].owner].weight
     owners = sorted({share.owner for share in contributions})
     changed = f"'{show(str(site))}' is changed by"

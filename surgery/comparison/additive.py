@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes and differences of what adapters add to a weight, between the deltas and not between the factors: those of one delta are many.
+"""Sizes and differences of additive updates.
+
+Deltas are compared, not factors: many pairs of factors have the same delta.
 
 No delta of low rank is formed: norms, inner products and singular values come from QR of the factors, in float64.
 """
@@ -43,7 +45,7 @@ class Squares:
     product: float = 0.0
 
     def plus(self, other: Squares) -> Squares:
-        """Of both."""
+        """The sums of both."""
         return Squares(
             self.a + other.a, self.b + other.b, self.difference + other.difference, self.product + other.product
         )
@@ -68,7 +70,7 @@ def blocks_of(chain: Chain) -> list[list[LoRA]]:
 
 
 def side_of(chain: Chain) -> Side:
-    """By the header alone."""
+    """A side from the header alone."""
     blocks = blocks_of(chain)
     scales = {lora.scale for block in blocks for lora in block}
     rank = sum(lora.rank for lora in blocks[0]) if scales else None
@@ -77,7 +79,7 @@ def side_of(chain: Chain) -> Side:
 
 
 def measured_side(chain: Chain) -> Side:
-    """With the norm of the delta and its profile, where it has one."""
+    """A side with the norm of the delta, and its profile if it has one."""
     import torch
 
     from surgery.algebra.sums import stacked
@@ -93,7 +95,7 @@ def measured_side(chain: Chain) -> Side:
 
 
 def _profile(spectra: Sequence[torch.Tensor]) -> Profile:
-    """Of one matrix, or of all experts: the greatest of theirs."""
+    """The profile of one matrix; for stacked experts the greatest of theirs."""
     stable, ranks = 0.0, {f"{share:g}": 0 for share in SHARES}
     for values in spectra:
         squares = values.square()

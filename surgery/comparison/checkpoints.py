@@ -143,7 +143,7 @@ def _numeric(weight: Parameter) -> bool:
 def _same_bytes(mine: Parameter, theirs: Parameter) -> bool:
     if len(mine.sources) != len(theirs.sources):
         return False
-    return all(_same_tensor(one, other) for one, other in zip(mine.sources, theirs.sources, strict=True))
+    return all(_same_tensor(own, other) for own, other in zip(mine.sources, theirs.sources, strict=True))
 
 
 def _same_tensor(mine: StoredTensor, theirs: StoredTensor) -> bool:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differences of what adapters do not add to a weight but set, or what only the base could show: factors are compared as they are."""
+"""Differences of updates that are not additive, or whose delta only the base could show.
+
+Their factors are compared as they are.
+"""
 
 from __future__ import annotations
 

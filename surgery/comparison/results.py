@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison found, and its summary."""
+"""The results of a comparison, and their summaries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from surgery.reports.to_json import plain
 from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
-    "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "Side", "TensorDiff", "TensorHeader", "TensorStatus",
+    "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "Side", "TensorDiff", "TensorHeader",
+    "TensorStatus",
     "Values",
 ]  # fmt: skip
 
@@ -108,12 +109,15 @@ class AdapterDiff:
     @property
     def equal(self) -> bool:
         """Whether the two do the same to every weight."""
-        return all(one.status == "equal" for one in self.modules)
+        return all(entry.status == "equal" for entry in self.modules)
 
     @property
     def same_structure(self) -> bool:
         """Whether they touch the same weights, by the same kinds of updates."""
-        return all(one.a and one.b and (one.a.kind, one.a.shape) == (one.b.kind, one.b.shape) for one in self.modules)
+        return all(
+            entry.a and entry.b and (entry.a.kind, entry.a.shape) == (entry.b.kind, entry.b.shape)
+            for entry in self.modules
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -122,7 +126,7 @@ class AdapterDiff:
 
     @property
     def nbytes(self) -> int:
-        """Not counted."""
+        """0: not counted for this verb."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
@@ -158,7 +162,8 @@ class Values:
         max_abs: Greatest difference of two finite values.
         relative: ``||B - A||_F / ||A||_F``.
         moved: Share of the values that differ.
-        not_finite: Values that are NaN or infinite in one of the two; they are in `moved` where they differ, and in nothing else.
+        not_finite: Values that are NaN or infinite in one of the two; they are in `moved` where they differ, and in
+            nothing else.
         difference: ``||B - A||_F``.
         norm: ``||A||_F``.
         profile: Of the singular values of ``B - A``, where it was asked for.
@@ -179,7 +184,8 @@ class TensorDiff:
 
     Attributes:
         name: With its component in a pipeline.
-        status: ``equal`` (or, by header, alike); ``values``; ``dtype`` (values were compared all the same); ``shape``; or who lacks it.
+        status: ``equal`` (or, by header, alike); ``values``; ``dtype`` (values were compared all the same); ``shape``;
+            or who lacks it.
         a: A's header.
         b: B's header.
         values: Of tensors that are not equal, where they were compared.
@@ -216,12 +222,12 @@ class CheckpointDiff:
     @property
     def equal(self) -> bool:
         """Whether every tensor is."""
-        return all(one.status == "equal" for one in self.tensors)
+        return all(entry.status == "equal" for entry in self.tensors)
 
     @property
     def same_structure(self) -> bool:
         """Whether the same tensors are there, of the same types and shapes."""
-        return all(one.status in ("equal", "values") for one in self.tensors)
+        return all(entry.status in ("equal", "values") for entry in self.tensors)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -230,7 +236,7 @@ class CheckpointDiff:
 
     @property
     def nbytes(self) -> int:
-        """Not counted."""
+        """0: not counted for this verb."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
@@ -250,12 +256,14 @@ class CheckpointDiff:
 
 
 _MODULES = (
-    Column("weight", "name"), Column("status"), Column("difference", "number", 3), Column("cosine", "number", 3), Column("rank", "integer"),
+    Column("weight", "name"), Column("status"), Column("difference", "number", 3), Column("cosine", "number", 3),
+    Column("rank", "integer"),
     Column("scale", "number", 3), Column("norm", "number", 3), Column("90 % in", "figure"), Column("note"),
 )  # fmt: skip
 _TENSORS = (
     Column("tensor", "name"), Column("status"), Column("A"), Column("B"), Column("relative", "number", 3),
-    Column("greatest", "number", 3, spare=2), Column("moved", "share", spare=1), Column("90 % in", "figure"), Column("note"),
+    Column("greatest", "number", 3, spare=2), Column("moved", "share", spare=1), Column("90 % in", "figure"),
+    Column("note"),
 )  # fmt: skip
 
 
@@ -318,7 +326,7 @@ def _chosen(entries: Sequence[Entry], verbose: bool) -> Sequence[Entry]:
 
 
 def _size(entry: ModuleDiff | TensorDiff) -> float:
-    """What is structure, and has no size, is greater than any difference of values."""
+    """The key to sort by difference; a difference of structure ranks above any difference of values."""
     if isinstance(entry, TensorDiff):
         return math.inf if entry.values is None else entry.values.relative
     return math.inf if entry.difference is None else entry.difference

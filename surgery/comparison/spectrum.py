@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the difference of two stored matrices spreads over directions, in memory that does not grow with their long side."""
+"""How the difference of two stored matrices spreads over directions.
+
+Memory does not grow with the long side of the matrices.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ class _Difference:
 
 
 def _gram(mine: Storage, theirs: Storage) -> torch.Tensor:
-    """Of the difference's short side, float64, summed over blocks of the long one."""
+    """The Gram matrix of the difference's short side in float64, summed over blocks of the long one."""
     rows, cols = mine.shape
     short = min(rows, cols)
     gram = torch.zeros((short, short), dtype=torch.float64)

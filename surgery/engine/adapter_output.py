@@ -54,7 +54,10 @@ class WriteOptions:
 
 
 def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
-    """`rendering` with its matrices stored as `dtype`. Scalars (kohya's alpha) keep theirs: rounding one would change every delta."""
+    """`rendering` with its matrices stored as `dtype`.
+
+    Scalars (kohya's alpha) keep theirs: rounding one would change every delta.
+    """
     if dtype is None:
         return rendering
     cast = (replace(t, dtype=dtype) if t.shape and t.dtype.is_float else t for t in rendering.tensors)
@@ -64,9 +67,9 @@ def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
 def job_id(facts: Mapping[str, Any], inputs: Iterable[File | str], rendering: Rendering) -> str:
     """Names a job by the contents of its inputs (files, or fingerprints), its options and what it will write."""
     small = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(rendering.small_files.items())}
-    made = [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in rendering.tensors]
+    tensors = [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in rendering.tensors]
     prints = sorted({entry if isinstance(entry, str) else fingerprint(entry) for entry in inputs})
-    whole = [__version__, dict(facts), small, dict(rendering.metadata), made, prints]
+    whole = [__version__, dict(facts), small, dict(rendering.metadata), tensors, prints]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 

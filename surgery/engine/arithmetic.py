@@ -23,7 +23,8 @@ from surgery_formats.updates import Mixing
 __all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
 
 BLOCK_ELEMENTS = 1 << 19
-"""Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend on nothing else."""
+"""Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend
+on nothing else."""
 _SAMPLE = 8  # one row of eight is measured; all rows of a tensor of one block
 
 Write = Callable[[int, int, memoryview], None]
@@ -55,7 +56,8 @@ def compute(
         device: Where the arithmetic runs.
 
     Returns:
-        What was measured of each stored tensor, in the order of `Encoding.parts`; what concerns the values is with the first.
+        What was measured of each stored tensor, in the order of `Encoding.parts`; what concerns the values is with the
+        first.
 
     Raises:
         FitError: a value is NaN or Inf, in the base or after the update.
@@ -108,7 +110,11 @@ class _PartWriter:
 
 
 def _height(width: int, step: Compute) -> int:
-    """Storage rows per block: a multiple of what can be put alone, and of the columns that are mixed where storage holds them as rows."""
+    """Storage rows per block.
+
+    A multiple of the rows that can be put alone, and of the columns that are mixed where the storage holds them as
+    rows.
+    """
     height = max(1, BLOCK_ELEMENTS // max(width, 1))
     mixed = [operation.update for operation in step.operations if operation.view.transposed]
     group = math.lcm(step.target.group, *(update.group for update in mixed if isinstance(update, Mixing)))
@@ -134,7 +140,7 @@ class _BlockBuffers:
         self._rounded = torch.empty(shape, dtype=dtype.torch)
 
     def load(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows ``[start, end)`` as stored; in the precision of the arithmetic; and room on the CPU for what the output will hold."""
+        """Rows ``[start, end)``: as stored, in the precision of the arithmetic, and a CPU buffer for the output."""
         count = end - start
         stored = self._stored[:count]
         self._storage.read_into(stored, start)
@@ -171,7 +177,10 @@ class _UpdateTally:
         self.kept = Survival()
 
     def note_change(self, stored: torch.Tensor, rounded: torch.Tensor) -> None:
-        """Whether the values of a block on disk differ from those that will be stored; another type alone is no difference."""
+        """Whether the values of a block on disk differ from those that will be stored.
+
+        Another type alone is no difference.
+        """
         if not self.changed:
             same = stored.dtype == rounded.dtype
             self.changed = not torch.equal(stored if same else stored.double(), rounded if same else rounded.double())

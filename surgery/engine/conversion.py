@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversion of one adapter: checked against its base, rendered in the new format, written, and proved to change the same weights.
+"""Convert one adapter: check it against its base, render it in the new format, write it and prove it.
 
 The source is bound once, and its binding goes on to the proof.
 """
@@ -53,7 +53,8 @@ class Conversion:
         source: The adapter that was rendered.
         target: Its new format.
         rendering: What will be written.
-        base: The base that names and shapes were taken from; None if none was given, or if it has other names than `source`.
+        base: The base that names and shapes were taken from; None if none was given, or if it has other names than
+            `source`.
         binding: Of `source` to `base`.
         dtype: Type of the stored matrices; None keeps them.
     """
@@ -196,8 +197,8 @@ def write_conversion(
         result: What is known before it is written.
         projections: Layout of the projections, where it was changed.
         source_id: Names the content of a source that is in no file; that of others is named by their files.
-        check: Called with where it was written and with the result, once it is proved and before it appears; what it returns goes into
-            the manifest of a folder.
+        check: Called with where it was written and with the result, once it is proved and before it appears; what it
+            returns goes into the manifest of a folder.
         also: A second comparison; returns errors by weight.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `surgery.convert` returns."""
+"""The result of `surgery.convert`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ConvertResult:
         source: Format it was read from.
         target: Format it was written in.
         entries: What became of every update.
-        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest value; empty for a
-            dry run.
+        errors: Per weight that is not approximated, the greatest error found by the proof relative to the greatest
+            value; empty for a dry run.
         warnings: What the user should know.
         adapter: What was converted.
         seconds: How long it took.
@@ -59,7 +59,7 @@ class ConvertResult:
 
     @property
     def nbytes(self) -> int:
-        """Of all files written; 0 for a dry run."""
+        """Size of all files written; 0 for a dry run."""
         return 0 if self.output is None else nbytes_of(self.output)
 
     def as_json(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class ConvertResult:
         return written | self.as_manifest()
 
     def as_manifest(self) -> dict[str, Any]:
-        """What the manifest has: the same for the same inputs and options, without paths and times."""
+        """The record in the manifest: the same for the same inputs and options, without paths and times."""
         return {
             "verb": "convert",
             "from": self.source,
@@ -89,7 +89,7 @@ class ConvertResult:
         }
 
     def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
-        """What was converted to what, the proof, and the parts that were dropped, or every part if `verbose`.
+        """The formats, the proof, and the parts that were dropped; every part if `verbose`.
 
         Args:
             verbose: Every part.

@@ -85,10 +85,10 @@ ComputeWeight = Callable[[str, Compute, Write, Callable[[], bool], str], tuple[M
 
 
 class Engine(Protocol):
-    """Where weights are computed; copies, proofs and the commit are always of this process."""
+    """Where weights are computed; this process always does the copies, proofs and commit."""
 
     def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
-        """What computes a weight of `plan`, until the output is committed or given up.
+        """A context with the function that computes a weight of `plan`, open until the output is committed or given up.
 
         Raises:
             FitError, ProofError: this engine cannot run this plan.
@@ -126,7 +126,8 @@ def execute(
         plan: What to do.
         output: Folder that must not exist yet (see `Run.overwrite`).
         run: How.
-        finish: Called with the measured ledger before the commit; returns further small files. It may raise to undo everything.
+        finish: Called with the measured ledger before the commit; returns further small files. It may raise to undo
+            everything.
         engine: Where weights are computed; None is this process.
 
     Returns:
@@ -150,7 +151,10 @@ def execute(
 
 
 def _job(plan: Plan) -> str:
-    """Names the unfinished work of a plan on these very files: a copied range is worth no more than the identity of its source."""
+    """Name the unfinished work of a plan on exactly these files.
+
+    The identity of every input counts, because a copied range is only valid for the file it was copied from.
+    """
     seen = sorted({(str(file.path.name), *file.identity) for file in plan.inputs})
     return hashlib.sha256(json.dumps([plan.id, seen]).encode()).hexdigest()
 
@@ -173,7 +177,9 @@ def write_side_file(side: SideFile, folder: OutputFolder) -> None:
 def write_weights(
     plan: Plan, folder: OutputFolder, run: Run, compute: ComputeWeight = _compute_here
 ) -> dict[str, Measurement]:
-    """The weight files of `plan` in `folder`, but for those an interrupted run finished; what was measured of each computed tensor.
+    """Write the weight files of `plan` into `folder`, except those an interrupted run finished.
+
+    Returns what was measured of each computed tensor.
 
     Raises:
         ResourceError, FitError, ProofError: as `execute`.
@@ -263,9 +269,9 @@ def _affordable(plan: Plan, run: Run) -> int:
     """
     from surgery.engine.arithmetic import block_bytes
 
-    wanted = run.workers or default_workers()
+    workers = run.workers or default_workers()
     if run.memory_limit is None:
-        return wanted
+        return workers
     largest = max((block_bytes(tensor), tensor.label) for tensor in plan.computed())
     if largest[0] > run.memory_limit:
         raise ResourceError(
@@ -273,7 +279,7 @@ def _affordable(plan: Plan, run: Run) -> int:
             tensor=largest[1],
             hint=f"raise the limit to {human(largest[0])}",
         )
-    return max(1, min(wanted, run.memory_limit // largest[0]))
+    return max(1, min(workers, run.memory_limit // largest[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +293,10 @@ class _CopyRange:
 
 
 def _chunks(file: PlannedFile) -> list[_CopyRange]:
-    """Neighbours that are neighbours on both sides, as one; then cut so that several threads and Ctrl-C have a chance."""
+    """Join ranges that are adjacent in both source and output.
+
+    The result is then cut into pieces, so that several threads can share it and Ctrl-C is answered soon.
+    """
     runs: list[_CopyRange] = []
     for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
         if not isinstance(tensor.step, Copy) or tensor.nbytes == 0:
@@ -381,7 +390,9 @@ class _FileJob:
 
     def _sync(self) -> None:
         try:
-            self.out.finish({"tensors": {label: _as_record(found) for label, found in sorted(self.measured.items())}})
+            self.out.finish(
+                {"tensors": {label: _as_record(measurement) for label, measurement in sorted(self.measured.items())}}
+            )
         except BaseException as error:
             self.synced.set_exception(error)
         else:
@@ -434,12 +445,12 @@ class _ByteMeter:
                 self._callback(Progress(self._done, self._total, "writing" if self._done < self._total else "syncing"))
 
 
-def _as_record(found: Measurement) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in Measurement.__slots__}
+def _as_record(measurement: Measurement) -> dict[str, Any]:
+    return {name: getattr(measurement, name) for name in Measurement.__slots__}
 
 
 def remembered(record: Mapping[str, Any]) -> dict[str, Measurement]:
-    """What was measured of the tensors of a finished file, by label."""
+    """The recorded measurements of a finished file's tensors, by label."""
     return {label: Measurement(**fields) for label, fields in record["tensors"].items()}
 
 

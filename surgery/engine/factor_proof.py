@@ -36,7 +36,10 @@ def _is_numbers(value: object) -> bool:
 
 
 def tensor_error(update: Update, other: Update) -> float:
-    """The greatest difference of their stored tensors, relative to the greatest value of each; infinite if shapes differ."""
+    """The greatest difference of their stored tensors, relative to the greatest value of each.
+
+    Infinite if shapes differ.
+    """
     import torch
 
     worst = 0.0
@@ -83,7 +86,10 @@ def approximation_errors(rendering: Rendering, written: Adapter, tolerance: floa
 
 
 def distance(update: Update, twin: Update) -> float:
-    """``||delta - delta'|| / ||delta||`` of two updates of one kind, by their factors; infinite where anything else is not equal."""
+    """``||delta - delta'|| / ||delta||`` of two updates of one kind, computed from their factors.
+
+    Infinite where anything else is not equal.
+    """
     from surgery_formats.linalg.factored import relative_error
 
     if type(update) is not type(twin) or update.shape != twin.shape:
@@ -127,7 +133,10 @@ def _equal(factor: Factor, twin: Factor) -> bool:
 
 
 def scale_error(update: Update, twin: Update) -> float | None:
-    """The relative error of the scale of two updates that differ in nothing else; None where they do, or have no scale."""
+    """The relative error of the scale of two updates that differ in nothing else.
+
+    None where they differ otherwise, or have no scale.
+    """
     if update.rank is None or update.scale is None or twin.scale is None or _unscaled(update) != _unscaled(twin):
         return None
     pairs = zip(update.factors().values(), twin.factors().values(), strict=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the arguments of verbs may be: a path, a name on the hub, or what was opened before; one adapter or several, with weights.
+"""Arguments of verbs: a path, a name on the hub or an opened object; one adapter or several, with weights.
 
-A ``str`` is a reference as the command takes it: a local path wins, and ``org/name`` or ``hf://org/name`` is fetched from the hub where
-nothing local has that name (`surgery_formats.refs`). A ``pathlib.Path`` is always local. What knows adapters is imported when there are
-some: it costs a plain export as much as all the rest.
+A ``str`` is a reference as the command takes it: a local path wins, and ``org/name`` or ``hf://org/name`` is fetched
+from the hub where nothing local has that name (`surgery_formats.refs`). A ``pathlib.Path`` is always local. What knows
+adapters is imported when there are some: it costs a plain export as much as all the rest.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _adapter_file(name: str) -> bool:
 
 
 def as_path(value: StrPath, argument: str) -> Path:
-    """Where a reference lies on this machine.
+    """The local path of a reference.
 
     Raises:
         UsageError: not a reference.
@@ -177,7 +177,7 @@ def as_list(value: Item | Iterable[Item]) -> list[Item]:
 
 
 def output_path(output: StrPath | None, *, dry_run: bool = False) -> Path | None:
-    """Where to write; None for a dry run.
+    """The path to write to; None for a dry run.
 
     Raises:
         UsageError: nowhere, and it is no dry run.

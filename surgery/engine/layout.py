@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each tensor of an output lies: the base's own shards, order and header wherever nothing changed size."""
+"""The layout of an output: the base's own shards, order and header wherever nothing changed size."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ class _WeightPlanner:
         self._planned: dict[str, dict[str, PlannedTensor]] = {}
 
     def outputs(self, tensor: StoredTensor, weight: Storage) -> list[PlannedTensor]:
-        """The tensors that take the place of `tensor` in its file: that of its name, and with the first one of the weight all new names."""
+        """The tensors that take the place of `tensor` in its file.
+
+        That is the tensor of its name; the first stored tensor of a weight also brings all new names.
+        """
         if len(weight.sources) == 1:
             return list(self.weight(weight.name, weight))
         planned = self._planned.get(weight.name)
@@ -169,7 +172,10 @@ class _WeightPlanner:
         )
 
     def _encoding(self, base: Storage, source: Storage, edit: Edit | None) -> Encoding:
-        """The base's own storage, also for what replaces its weight; what the base lacks is stored like its embedding (or first matrix)."""
+        """The storage of the base's weight, also for what replaces it.
+
+        A weight that the base lacks is stored like its embedding (or first matrix).
+        """
         if not source.is_float:
             return source
         if self._dtype is not None:
@@ -213,7 +219,7 @@ def planned_file(
 
 
 def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:
-    # `dataclasses.replace` would take as long as the rest of the plan of a model of 50,000 tensors
+    # Not `dataclasses.replace`: on a model of 50,000 tensors it takes as long as the rest of the plan.
     return PlannedTensor(
         tensor.name,
         tensor.component,

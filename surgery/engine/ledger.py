@@ -65,7 +65,7 @@ class Row:
     measured: Measurement | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest and ``--json``; no paths."""
+        """The row as plain values, without paths, for the manifest and ``--json``."""
         tensor = self.tensor
         row: dict[str, Any] = {
             "class": tensor.outcome,
@@ -110,12 +110,15 @@ class Ledger:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """In file order."""
+        """All rows, in file order."""
         return tuple(Row(tensor, self.measured.get(tensor.label)) for tensor in self.plan.tensors)
 
     @property
     def classes(self) -> dict[str, int]:
-        """Number of weights per outcome, and of inputs without an output; the tensors that make a weight count as one."""
+        """Number of weights per outcome, and of inputs without an output.
+
+        The stored tensors that make up a weight count as one.
+        """
         counts = Counter(tensor.outcome for tensor in self.plan.weights)
         counts.update(account.outcome for account in self.plan.accounts if account.outcome != "source")
         return dict(sorted(counts.items()))
@@ -140,7 +143,7 @@ class Ledger:
 
     @property
     def kept(self) -> Survival:
-        """Of all updates together."""
+        """The survival of all updates together."""
         return Survival.total(measured.kept for measured in self.measured.values())
 
     @property

@@ -80,7 +80,7 @@ def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:
 
 
 def _facts(binding: Binding) -> dict[str, Any]:
-    """What names the inputs by content, not by place."""
+    """Facts that identify the inputs by content, not by path."""
     return {
         "base": {
             (f"{component.name}/" if component.name else "") + shard.path.name: fingerprint(shard.file)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `surgery.merge` returns."""
+"""The result of `surgery.merge`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MergeResult:
 
     @property
     def nbytes(self) -> int:
-        """Of all weight files; of a dry run, what they would take."""
+        """Size of all weight files; of a dry run, the size they would have."""
         return self.ledger.plan.nbytes
 
     def as_json(self) -> dict[str, Any]:
@@ -63,7 +63,10 @@ class MergeResult:
         }
 
     def summary(self, *, verbose: bool = False) -> Summary:
-        """What was merged, what became of the tensors, and how much of the update survives; if `verbose`, every tensor or operation."""
+        """What was merged, what became of the tensors, and how much of the update survives.
+
+        With `verbose` also every tensor or operation.
+        """
         facts = [*_inputs(self.ledger.plan), *_tensors(self.ledger)]
         if self.output is None:
             sections = [Facts((*facts, *self._would_write())), *_planned(self.ledger, verbose), DRY_RUN]
@@ -124,7 +127,8 @@ def _poor(ledger: Ledger, verbose: bool) -> list[Section]:
     if not shown:
         return []
     columns = (
-        Column("tensor", "name"), Column("class"), Column("updates"), Column("survives", "share"), Column("rounding", "share"),
+        Column("tensor", "name"), Column("class"), Column("updates"), Column("survives", "share"),
+        Column("rounding", "share"),
     )  # fmt: skip
     table = Table(columns, tuple((*_named(row), *_measured(row)) for row in shown))
     return [
@@ -179,7 +183,7 @@ def _measured(row: Row) -> tuple[Cell, ...]:
 
 
 def _survival(row: Row) -> float:
-    """For sorting: what has no update keeps all of it."""
+    """The key to sort rows by survival; a tensor without an update survives in full."""
     return row.measured.survival if row.measured is not None and row.measured.update > 0 else math.inf
 
 

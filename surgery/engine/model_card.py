@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of an output: what it was made of and what was measured. No paths, no times: the same bytes every time."""
+"""The model card of an output: what it was made of and what was measured.
+
+No paths, no times: the same bytes every time.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ def merge_card(binding: Binding, ledger: Ledger) -> bytes:
     ]
     if not math.isnan(ledger.survival):
         lines.append(
-            f"- {ledger.survival:.2%} of the update survives in the stored type (rounding noise {ledger.rounding:.2%} of its norm)."
+            f"- {ledger.survival:.2%} of the update survives in the stored type (rounding noise {ledger.rounding:.2%} "
+            "of its norm)."
         )
     lines += [f"- Warning: {show(warning, 500)}" for warning in ledger.plan.warnings]
     lines += ["", f"Made by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]

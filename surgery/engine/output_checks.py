@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of an output before it appears: does anything differ from the base, and is the update still there after rounding?"""
+"""Checks of an output before it appears.
+
+Does anything differ from the base, and is the update still there after rounding?
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def check_output(ledger: Ledger, checkpoint: Checkpoint, weights: Sequence[float
     Raises:
         NothingChangedError: no stored value differs from the base's.
     """
-    moved = any(found.changed for found in ledger.measured.values())
+    moved = any(measurement.changed for measurement in ledger.measured.values())
     if not moved and not any(_differs(tensor, checkpoint) for tensor in ledger.plan.weights):
         if all(weight == 0 for weight in weights):
             raise NothingChangedError("every adapter has the weight 0", hint="weights are written ADAPTER=0.7")

@@ -26,7 +26,7 @@ _HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration
 
 def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: DType | None) -> list[SideFile]:
     """config.json of every component that has one: vocabulary size, tie, stored type and task heads made true."""
-    found = []
+    side_files = []
     for component in binding.checkpoint.components.values():
         if not component.config:
             continue
@@ -41,10 +41,10 @@ def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: 
         _task_head(config, binding, written)
         name = f"{component.name}/config.json" if component.name else "config.json"
         if config == component.config and (component.folder / "config.json").exists():
-            found.append(SideFile(name, source=component.folder / "config.json"))
+            side_files.append(SideFile(name, source=component.folder / "config.json"))
         else:
-            found.append(SideFile(name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
-    return found
+            side_files.append(SideFile(name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
+    return side_files
 
 
 def _holder(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order of tensors in which a graph can use several matrices as one without a copy.
 
-Matrices of the same input (queries, keys and values; gate and up) are one matrix if their rows lie one after the other. safetensors
-files are sorted by name, which tears them apart. Vectors go to the end, so that matrices, whose sizes are mostly multiples of a page,
-begin where pages begin.
+Matrices of the same input (queries, keys and values; gate and up) are one matrix if their rows lie one after the other.
+safetensors files are sorted by name, which tears them apart. Vectors go to the end, so that matrices, whose sizes are
+mostly multiples of a page, begin where pages begin.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ PAGE = 4096
 
 
 def packing_groups(component: Component) -> dict[str, tuple[str, ...]]:
-    """From a stored name to the names that belong beside it, in order, itself included.
+    """Map each stored name to the names that belong beside it, in order, itself included.
 
     Raises:
         FitError: the architecture has no recipe.
     """
     model = model_of(component.config, frozenset(component.parameters))
-    found: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, tuple[str, ...]] = {}
     for layer in model.layers:
         for inputs in (layer.attention.inputs, layer.mlp.inputs):
             for names in _joint(inputs):
                 stored = tuple(_stored(component, name) for name in names)
-                found |= dict.fromkeys(stored, stored)
-    return found
+                groups |= dict.fromkeys(stored, stored)
+    return groups
 
 
 def _joint(inputs: Sequence[Projection]) -> list[list[str]]:
     """Weights of several projections, and their biases."""
-    if len(inputs) < 2 or any(one.transposed for one in inputs):
+    if len(inputs) < 2 or any(projection.transposed for projection in inputs):
         return []
-    weights, biases = [one.weight for one in inputs], [one.bias for one in inputs]
+    weights, biases = [projection.weight for projection in inputs], [projection.bias for projection in inputs]
     return [weights, biases] if all(biases) else [weights]
 
 
@@ -53,7 +53,10 @@ def _stored(component: Component, name: str) -> str:
 
 
 def packing_order(planned: Sequence[PlannedTensor], groups: Mapping[str, tuple[str, ...]]) -> list[PlannedTensor]:
-    """The tensors of one file: matrices, then the rest; groups that are in the file as a whole side by side where their first one was."""
+    """The tensors of one file in packed order: matrices, then the rest.
+
+    Groups that are complete in the file lie side by side where their first tensor was.
+    """
     by_name = {tensor.name: tensor for tensor in planned}
     taken: dict[str, PlannedTensor] = {}
     for tensor in sorted(planned, key=lambda tensor: len(tensor.shape) < 2):

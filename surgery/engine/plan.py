@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an operation will do, as data: every output tensor with its source, its step and its outcome.
 
-``--dry-run`` prints a plan, the executor runs it, the ledger is the plan plus what was measured, so the three cannot drift apart.
+``--dry-run`` prints a plan, the executor runs it, the ledger is the plan plus what was measured, so the three cannot
+drift apart.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ SHARE_FILE, SHARE_MAGIC = "weights", b"surgery share 1\n"  # the one file of a s
 TensorOutcome = Literal[
     "copied", "cast", "updated", "replaced", "added", "source", "alias", "derivable", "superseded", "referenced"
 ]
-"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced or added; the others are inputs without an output."""
+"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced or added; the others are inputs
+without an output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Copy:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Sizes of the weight."""
         return self.weight.sizes
 
 
@@ -89,7 +91,7 @@ class Compute:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the weight, as it will be."""
+        """Sizes of the weight as it will be written."""
         return self.target.sizes
 
 
@@ -210,9 +212,10 @@ class Plan:
         return tuple(tensor for tensor in self.weights if isinstance(tensor.step, Compute))
 
     def share(self, index: int, count: int) -> Plan:
-        """What the worker `index` of `count` computes, as a plan of one file that holds it.
+        """The share of worker `index` of `count`, as a plan of one file.
 
-        Every computed weight is in one share; shares are about equally large. Equal plans have equal shares, wherever they were made.
+        Every computed weight is in one share; shares are about equally large. Equal plans have equal shares, wherever
+        they were made.
 
         Raises:
             FitError: there is no such share.
@@ -241,8 +244,8 @@ def check_conservation(binding: Binding, plan: Plan) -> None:
     """Law 1, on the plan: nothing of the base and nothing of an adapter ends nowhere, or twice.
 
     Raises:
-        FitError: a tensor of the base that is neither an output of its name nor accounted for; two outputs of one name; a weight of which
-            only some tensors would be written; a tensor of an adapter that no step uses.
+        FitError: a tensor of the base that is neither an output of its name nor accounted for; two outputs of one name;
+            a weight of which only some tensors would be written; a tensor of an adapter that no step uses.
     """
     labels = [(tensor.component, tensor.name) for tensor in plan.tensors]
     if len(set(labels)) != len(labels):

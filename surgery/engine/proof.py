@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The proof of a written adapter: it is read back and must do to every weight what its source does.
 
-Low-rank parts are compared as the dense deltas they stand for, in float64, a few rows at a time; magnitudes, replaced values and
-token rows as they are. With a base both adapters are bound to it, so that one name for a fused weight and two for its parts meet
-at the same bytes. What a format only approximates is compared by factors (`surgery.engine.factor_proof`).
+Low-rank parts are compared as the dense deltas they stand for, in float64, a few rows at a time; magnitudes, replaced
+values and token rows as they are. With a base both adapters are bound to it, so that one name for a fused weight and
+two for its parts meet at the same bytes. What a format only approximates is compared by factors
+(`surgery.engine.factor_proof`).
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
 
 
 def _bound(binding: Binding) -> dict[str, _ProofTarget]:
-    """By the base's names, so that fused and separate names of one weight meet."""
+    """Updates by the base's names, so that fused and separate names of one weight meet."""
     targets = {}
     for (component, name), edit in binding.edits.items():
         pieces = tuple((operation.update, operation.view) for operation in edit.operations)
@@ -175,7 +176,7 @@ def _bound(binding: Binding) -> dict[str, _ProofTarget]:
 
 
 def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, _ProofTarget]]:
-    """By the adapter's own names; experts one by one, whatever they are stacked in."""
+    """Updates by the adapter's own names; stacked experts one by one."""
     for site, chain in updates.items():
         if len(chain) == 1 and isinstance(chain[0], Stacked):
             apart: list[tuple[str, Update]] = [*taken_apart(site.path, chain[0], fused_of(site, None))]
@@ -214,12 +215,15 @@ def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Ten
 
 
 def _added(update: Update) -> Update:
-    """What it adds to its weight, as a LoRA if it has that form; the lengths of a DoRA's rows are compared on their own."""
+    """What an update adds to its weight, as a LoRA if it has that form.
+
+    The row lengths of a DoRA are compared on their own.
+    """
     return low_rank_part(update) or update
 
 
 def _tensor_error(expected: _ProofTarget, actual: _ProofTarget) -> float | None:
-    """The error of the stored tensors, where the delta of an update is neither low-rank nor stored in full; else None."""
+    """The error of the stored tensors if the delta is neither low-rank nor stored in full; else None."""
     if all(_has_plain_delta(update) for target in (expected, actual) for update, _ in target.pieces):
         return None
     pairs = list(zip(expected.pieces, actual.pieces, strict=False))

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge in shares: workers that share a file system with the inputs compute parts of it, in any order, each by itself.
+"""A merge in shares: workers with a common file system compute parts of it, in any order, independently.
 
-Neither open files nor closures travel: a worker gets a `MergeRequest` (references and options), plans again, and compares the plan's id.
-Its share is a folder beside the output, which appears complete or not at all and which a rerun of a killed worker resumes, as any output:
+Neither open files nor closures travel: a worker gets a `MergeRequest` (references and options), plans again, and
+compares the plan's id. Its share is a folder beside the output, which appears complete or not at all and which a rerun
+of a killed worker resumes, as any output:
 
     .OUT.surgery-<job>.share-<i>-of-<n>/    weights, surgery_manifest.json
 
-Then one process merges as ever, with an engine that takes computed weights from the shares. It copies, proves and commits, so the result
-has the bytes that a single process writes.
+Then one process merges as ever, with an engine that takes computed weights from the shares. It copies, proves and
+commits, so the result has the bytes that a single process writes.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class MergeRequest:
     layout: str = "keep"
 
     def planned(self) -> tuple[Binding, Plan]:
-        """What meets what, and the plan; the inputs are opened here.
+        """The binding and the plan; opens the inputs.
 
         Raises:
             FitError, InputError: see `surgery.merge`.
@@ -72,7 +73,7 @@ class MergeRequest:
 def planned_merge(
     base: CheckpointLike, adapters: AdaptersLike, dtype: str, shard_size: int | None, layout: str
 ) -> tuple[Binding, Plan]:
-    """What meets what, and the plan of a merge.
+    """The binding and the plan of a merge.
 
     Raises:
         FitError, InputError: see `surgery.merge`.
@@ -82,7 +83,7 @@ def planned_merge(
     weighted = as_weighted(adapters)
     if not weighted:
         raise FitError("no adapter was named")
-    binding = bind([(one.adapter, one.weight) for one in weighted], as_checkpoint(base))
+    binding = bind([(entry.adapter, entry.weight) for entry in weighted], as_checkpoint(base))
     stored = float_type(dtype, "weights")
     return binding, plan_merge(binding, dtype=stored, shard_size=shard_size, packed=layout == "packed")
 
@@ -134,7 +135,10 @@ def _folder(plan: Plan, output: Path, index: int, count: int) -> Path:
 
 
 def _id(plan: Plan) -> str:
-    """Digest of the plan, and of the inputs' sizes and times: unlike an inode, these are the same on every machine of a file system."""
+    """Digest of the plan, and of the inputs' sizes and times.
+
+    Unlike an inode, these are the same on every machine of a file system.
+    """
     inputs = sorted((file.path.name, *file.identity[2:]) for file in plan.inputs)
     return hashlib.sha256(json.dumps([plan.id, inputs]).encode()).hexdigest()
 

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `surgery.extract` is made of: two checkpoints read side by side, their differences factorised, chosen, written and proved."""
+"""The parts of `surgery.extract`.
+
+Two checkpoints are read side by side; their differences are factorised, chosen, written and proved.
+"""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An extraction as an `Adapter`: factors that are read from the scratch file when a writer asks for them, and TUNED's own tensors."""
+"""An extraction as an `Adapter`.
+
+A writer reads its factors from the scratch file when it needs them, and TUNED's own tensors from TUNED.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,7 @@ def extracted_adapter(
 
 
 def fold_of(scaling: Scaling, rank: int) -> float:
-    """What either factor is multiplied by, so that the scale at `rank` changes nothing."""
+    """The number to multiply either factor by, so that the scale at `rank` changes nothing."""
     return 1 / math.sqrt(scaling.scale(rank))
 
 

@@ -4,12 +4,13 @@
 The safetensors file has, for each module (its path in the model, or its weight's name without ``.weight``), either
 
 - ``<module>.activations``, ``(n, in)``: raw inputs, one per row, or
-- ``<module>.gram``, ``(in, in)``: their second moment ``E x x^T``, and, if it is known, ``<module>.mean``, ``(in,)``: ``E x``.
+- ``<module>.gram``, ``(in, in)``: their second moment ``E x x^T``, and, if it is known, ``<module>.mean``, ``(in,)``:
+  ``E x``.
 
-`in` is the module's number of inputs; for a convolution, channels times kernel size, unfolded. Modules that are not in the file get plain
-factors. Half-whitened factors (`surgery_formats.linalg.whitening`) are compared with plain ones by the error of the outputs on these
-inputs, and the better ones are used; one raw input in four is kept for this comparison. Where the mean is known and the module has a bias,
-the bias compensates the mean error if that helps.
+`in` is the module's number of inputs; for a convolution, channels times kernel size, unfolded. Modules that are not in
+the file get plain factors. Half-whitened factors (`surgery_formats.linalg.whitening`) are compared with plain ones by
+the error of the outputs on these inputs, and the better ones are used; one raw input in four is kept for this
+comparison. Where the mean is known and the module has a bias, the bias compensates the mean error if that helps.
 """
 
 from __future__ import annotations
@@ -246,7 +247,8 @@ class _WeightedTarget:
 def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
     """The moments that weight the factors and that judge them.
 
-    Every fourth raw input only judges: weighted factors are good on the inputs they were fitted to, whatever they do to others.
+    Every fourth raw input only judges: weighted factors are good on the inputs they were fitted to, whatever they do to
+    others.
     """
     from surgery_formats.linalg.whitening import moment_of_gram, moment_of_inputs
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose between LoRA and DoRA: compute the DoRA where it may hold more of the change than a LoRA of as many numbers.
 
-PEFT's ``use_dora`` holds for every module of an adapter. Linear layers and convolutions get factors and magnitudes by alternation;
-embeddings keep their factors and get the magnitudes that fit best. PEFT has no DoRA for experts stacked in one parameter, so a model with
-such a change stays a LoRA. Copies, biases and token rows are the same in both.
+PEFT's ``use_dora`` holds for every module of an adapter. Linear layers and convolutions get factors and magnitudes by
+alternation; embeddings keep their factors and get the magnitudes that fit best. PEFT has no DoRA for experts stacked in
+one parameter, so a model with such a change stays a LoRA. Copies, biases and token rows are the same in both.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ from surgery_formats.storage.plain import Plain
 __all__ = ["KindDecision", "Magnitude", "choose_kind", "lora_decision"]
 
 _WORTH_A_LOOK = 0.03
-"""Share of what a LoRA leaves that row scales alone explain, beyond chance. Dense changes: below 0.006; rescaled rows: above 0.09."""
+"""Share of what a LoRA leaves that row scales alone explain, beyond chance. Dense changes: below 0.006; rescaled rows:
+above 0.09."""
 _CLEARLY = 0.9
 """A DoRA is taken where it leaves less than this of what a LoRA of as many numbers leaves."""
 _NORM_ROUNDING = {DType.BF16: 1.66e-3, DType.F16: 2.08e-4}
-"""PEFT rounds row norms to the type of the layer's weight; the relative error this makes in a row, root mean square over a binade."""
+"""PEFT rounds row norms to the type of the layer's weight; the relative error this makes in a row, root mean square
+over a binade."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +309,10 @@ def _magnitude(target: LowRankTarget, fit: DoRAFit | Magnitudes, size: float, sc
 
 
 def _equal(lora: TargetFactors, rank: int, candidate: _DoraCandidate) -> float:
-    """Lower bound of the energy that a LoRA with the DoRA's numbers leaves: it could hold a part of the next direction."""
+    """Lower bound of the energy that a LoRA with as many numbers as the DoRA leaves.
+
+    It could hold a part of the next direction.
+    """
     (matrix,) = lora.matrices
     following = matrix.values[rank : rank + 1] or matrix.values[-1:]
     extra_directions = candidate.magnitude.count / lora.target.cost

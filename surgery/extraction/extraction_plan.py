@@ -98,7 +98,10 @@ class CheckpointPair:
 def stored_factor_specs(
     goal: RankGoal, scaling: Scaling, dtype: DType
 ) -> Callable[[LowRankTarget], StoredFactorSpec | None]:
-    """How each target's factors will be stored, or None if that follows from all targets (a budget) or from the rank (a scale)."""
+    """The stored form of each target's factors.
+
+    None if that depends on all targets (a budget) or on the rank (a scale).
+    """
 
     def spec_of(target: LowRankTarget) -> StoredFactorSpec | None:
         if (asked := goal.rank_of(target)) is not None:

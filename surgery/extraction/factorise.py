@@ -25,7 +25,8 @@ _FINE = 1e-3
 _MUCH = 0.05
 """Relative residual above which ``||D||^2 - 2 <D, BA> + ||BA||^2`` is right to a few 1e-5 of it."""
 MOST = 256
-"""Most singular values looked at where the rank is to be found (budget, auto): beyond, an adapter is no smaller than what it replaces."""
+"""Most singular values looked at where the rank is to be found (budget, auto): beyond, an adapter is no smaller than
+what it replaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,8 @@ class FactorisedMatrix:
         bound: The error is at most this many times the least possible one.
         edge: Largest singular value that rounding alone would have.
         fold: Number that either side was multiplied by.
-        left_energy: ``||D - left^T right / fold^2||_F^2``, measured for each tensor of the matrix; None where the factors
-            are not yet those that will be stored.
+        left_energy: ``||D - left^T right / fold^2||_F^2``, measured for each tensor of the matrix; None where the
+            factors are not yet those that will be stored.
     """
 
     left: ScratchSlot

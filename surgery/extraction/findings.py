@@ -27,8 +27,10 @@ class KindFacts:
         lora: ``||W' - (W + BA)|| / ||W' - W||`` over the modules that could be either.
         equal: Lower bound of what a LoRA with the DoRA's numbers leaves; NaN without a DoRA.
         dora: What the DoRA leaves; NaN without one.
-        rows: Share of the LoRA's error that rescaling rows would remove, the test that comes first; NaN if it was not done.
-        rounding: Error that PEFT's rounding of norms adds to the DoRA, relative to the change, in a model of the stored type.
+        rows: Share of the LoRA's error that rescaling rows would remove, the test that comes first; NaN if it was not
+            done.
+        rounding: Error that PEFT's rounding of norms adds to the DoRA, relative to the change, in a model of the stored
+            type.
     """
 
     kind: Literal["lora", "dora"]
@@ -40,7 +42,7 @@ class KindFacts:
     rounding: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The finding as plain values, for ``--json`` and the manifest."""
         figures = {
             "lora": self.lora,
             "lora_of_equal_size_at_least": self.equal,
@@ -58,7 +60,8 @@ class CalibrationFacts:
 
     Attributes:
         kept: Which factors are stored.
-        weighted: Error of the outputs on these inputs, relative to what the whole change does to them, with weighted factors.
+        weighted: Error of the outputs on these inputs, relative to what the whole change does to them, with weighted
+            factors.
         plain: The same with plain ones.
         energy: Mean squared norm of what the whole change does to the outputs.
         bias: Path of the bias that compensates the mean error; empty if there is none.
@@ -76,7 +79,7 @@ class CalibrationFacts:
         return min(self.weighted, self.plain)
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The finding as plain values, for ``--json`` and the manifest."""
         return {
             "kept": self.kept,
             "weighted": six_digits(self.weighted),
@@ -126,12 +129,13 @@ class CalibrationTotals:
         """One line."""
         bias = f"; {self.biases} biases make up for mean errors" if self.biases else ""
         return (
-            f"weighted factors in {self.weighted} of {self.modules} modules: on these inputs {self.error:.2%} of what the change "
+            f"weighted factors in {self.weighted} of {self.modules} modules: on these inputs {self.error:.2%} of what "
+            "the change "
             f"does is missing, {self.plain:.2%} with plain factors{bias}"
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The finding as plain values, for ``--json`` and the manifest."""
         counts = {"modules": self.modules, "weighted": self.weighted, "biases": self.biases}
         return {**counts, "output_error": six_digits(self.error), "output_error_plain": six_digits(self.plain)}
 
@@ -165,7 +169,7 @@ class Signal:
         return f"{'' if self.complete else '>='}{self.count}/{self.of}"
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The finding as plain values, for ``--json`` and the manifest."""
         survival = None if math.isnan(self.survival) else six_digits(self.survival)
         return {
             "noise_edge": six_digits(self.edge),
@@ -192,8 +196,9 @@ class MergedLoRA:
 
     @property
     def text(self) -> str:
-        """In one line."""
+        """The finding in one line."""
         return (
-            f"looks like a merged rank-{self.rank} LoRA: {self.rank} values above the edge in {self.layers}/{self.of} layers, "
+            f"looks like a merged rank-{self.rank} LoRA: {self.rank} values above the edge in {self.layers}/{self.of} "
+            "layers, "
             "residual equals storage noise"
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding noise in an extraction: the edge below which directions are noise, and how much of the factors a merge would keep.
+"""Rounding noise in an extraction: the edge below which directions are noise, and what a merge would keep.
 
-The edge needs every stored value of TUNED once (`surgery.extraction.stream.tally`). Survival is estimated from some rows of BASE and the
-change that the chosen factors make there, without another pass over the files.
+The edge needs every stored value of TUNED once (`surgery.extraction.stream.tally`). Survival is estimated from some
+rows of BASE and the change that the chosen factors make there, without another pass over the files.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ __all__ = [
 ]
 
 _STANDS_OUT = 1.8
-"""Last value above the edge over the first below it. Merged LoRAs of rank 8 and 16 measured 1.9 to 5 from one unit in the last place
-upwards, fine-tunes at most 1.65, in all stored types (`tests/linalg/test_noise.py` repeats the measurement)."""
+"""Last value above the edge over the first below it. Merged LoRAs of rank 8 and 16 measured 1.9 to 5 from one unit in
+the last place upwards, fine-tunes at most 1.65, in all stored types (`tests/linalg/test_noise.py` repeats the
+measurement)."""
 _LEAST, _MOST = 0.5, 1.1
-"""Of what is left below the edge, over the energy expected of rounding. Merged LoRAs: 0.57 to 1.03 (below 1 where the change is about as
-large as the spacing); fine-tunes whose spectrum stands out like that: above 1.14 or none."""
+"""Of what is left below the edge, over the energy expected of rounding. Merged LoRAs: 0.57 to 1.03 (below 1 where the
+change is about as large as the spacing); fine-tunes whose spectrum stands out like that: above 1.14 or none."""
 _ARITHMETIC = 2.0**-20  # of the norm: what float32 products leave
 _NEARLY_ALL = 0.95  # of the layers agree: a few may have weaker directions
 
@@ -117,7 +118,8 @@ def remark(rank: int, signal: Signal, *, asked: bool = True) -> str:
 
 
 _LOOKED_AT = 1 << 18
-"""Elements of a target that survival is computed from, in `_RUNS` runs of rows: its standard error is then below 1 %."""
+"""Elements of a target that survival is computed from, in `_RUNS` runs of rows: its standard error is then
+below 1 %."""
 _RUNS = 16
 
 

@@ -115,7 +115,10 @@ def _write_converted(
     *,
     allow_loss: bool,
 ) -> ExtractResult:
-    """Rendered by `target`, with the proof of a conversion besides: what it writes is compared with what was proved here."""
+    """Rendered by `target`, with the proof of a conversion besides.
+
+    The written adapter is compared with the one that was proved here.
+    """
     base, result = plan.checkpoints.base, proved_result(plan, plan.adapter)
     progress.stopwatch.lap("proving")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pair the tensors of a fine-tune with those of its base, and read their differences as matrices.
 
-Tensors that do not fit together are refused by name. A difference is never kept: each use reads it again, in blocks of rows.
-Subtraction is done in float32, or in float64 where either side is stored so.
+Tensors that do not fit together are refused by name. A difference is never kept: each use reads it again, in blocks of
+rows. Subtraction is done in float32, or in float64 where either side is stored so.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Pair:
         name: TUNED's name for it. An untied head has its own name even where BASE stores none.
         base: BASE's weight; for a head that only TUNED stores apart, BASE's embedding.
         tuned: TUNED's weight.
-        match: ``pair`` if the two are compared, ``alias`` if it is another name of a weight that is compared, ``derivable`` if the model
-            computes it when it is built.
+        match: ``pair`` if the two are compared, ``alias`` if it is another name of a weight that is compared,
+            ``derivable`` if the model computes it when it is built.
         why: Remark for the ledger.
     """
 
@@ -131,7 +131,8 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
     if mismatched:
         pair = mismatched[0]
         raise FitError(
-            f"{list(pair.tuned.sizes)} in TUNED, {list(pair.base.sizes)} in BASE ({len(mismatched)} tensors differ in shape: "
+            f"{list(pair.tuned.sizes)} in TUNED, {list(pair.base.sizes)} in BASE ({len(mismatched)} tensors differ in "
+            "shape: "
             f"{listing(pair.name for pair in mismatched)})",
             file=path_of(pair.tuned),
             tensor=pair.name,
@@ -143,7 +144,10 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
 
 
 def _check_storages(tuned: Component) -> None:
-    """Refuse a quantised fine-tune: the rounding in its change is not known, and no copy of a weight can be put into an adapter."""
+    """Refuse a quantised fine-tune.
+
+    The rounding in its change is not known, and no copy of a weight can be put into an adapter.
+    """
     for weight in tuned.owners.values():
         if not isinstance(weight, Plain):
             raise FitError(
@@ -242,7 +246,8 @@ def _check_kind(base: Component, tuned: Component) -> None:
 def differing_settings(base: Component, tuned: Component) -> tuple[str, ...]:
     """Warnings about settings that change what the model computes and that no adapter can hold."""
     return tuple(
-        f"'{key}' is {show(repr(tuned.config[key]), 60)} in TUNED and {show(repr(base.config[key]), 60)} in BASE, which no adapter holds"
+        f"'{key}' is {show(repr(tuned.config[key]), 60)} in TUNED and {show(repr(base.config[key]), 60)} in BASE, "
+        "which no adapter holds"
         for key in _DECIDES
         if key in base.config and key in tuned.config and base.config[key] != tuned.config[key]
     )
@@ -330,7 +335,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class StoredDelta:
-    """A difference in its stored orientation, read again at every use; a `surgery_formats.linalg.matrix.MatrixSource`."""
+    """A difference in its stored orientation, read again at every use.
+
+    Implements `surgery_formats.linalg.matrix.MatrixSource`.
+    """
 
     delta: Delta
 

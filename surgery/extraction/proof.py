@@ -54,10 +54,10 @@ class Residual:
 
 
 def prove(plan: ExtractionPlan, adapter: Adapter, *, recognise: bool = True) -> dict[str, Residual]:
-    """What an adapter leaves of every change, by TUNED's names.
+    """The residual that an adapter leaves of every change, by TUNED's names.
 
-    Factors that were measured when they were computed must be the same bit by bit, and act on the rows where they were measured.
-    Everything else is applied to BASE and compared with TUNED, block by block.
+    Factors that were measured when they were computed must be the same bit by bit, and act on the rows where they were
+    measured. Everything else is applied to BASE and compared with TUNED, block by block.
 
     Args:
         plan: What was decided.
@@ -161,7 +161,8 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
                 > _PROBE * float(rows.norm()) * float(col_side.norm()) / part.matrix.fold**2
             ):
                 raise ProofError(
-                    f"read back, rows {part.strip.first + start} to {part.strip.first + last} get another change than was measured",
+                    f"read back, rows {part.strip.first + start} to {part.strip.first + last} get another change than "
+                    "was measured",
                     tensor=pair.name,
                 )
 
@@ -191,7 +192,8 @@ def _residual(pair: Pair, edit: Edit) -> Residual:
     base, tuned = with_columns(pair.base, source.shape[1]), with_columns(pair.tuned, source.shape[1])
     if source.shape != tuned.shape:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
-    # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger values.
+    # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger
+    # values.
     added = edit.replaced is None and all(isinstance(operation.update, LoRA) for operation in edit.operations)
     needs_float64 = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     exact = torch.float64 if needs_float64 else torch.float32

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many directions each matrix gets: by number, share of energy, error, a budget for all, or what is above the rounding noise."""
+"""How many directions each matrix gets.
+
+By number, share of energy, error, a budget for all matrices, or whatever is above the rounding noise.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ __all__ = [
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
-_CODED = 6  # such shares of a compact adapter: codes and scales of two factors, a line of compact.json, and groups that are not full
+_CODED = 6
+"""Headers of a compact adapter per target: codes and scales of two factors, a line of compact.json, groups not full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,8 @@ def _allotted(
 
     if fixed + sum(costs) > budget.limit:
         raise FitError(
-            f"the budget is {budget.limit:,} {budget.measure}; what is stored whole takes {fixed:,}, and one direction of each of "
+            f"the budget is {budget.limit:,} {budget.measure}; what is stored whole takes {fixed:,}, and one direction "
+            "of each of "
             f"{len(factors)} matrices {sum(costs):,}",
             hint="raise it, or use --dense none --allow-loss",
         )

@@ -44,7 +44,7 @@ class RankChoice:
     nbytes: int
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest."""
+        """The choice as plain values, for ``--json`` and the manifest."""
         residual = six_digits(self.residual)
         return {
             "rank": self.rank,
@@ -67,13 +67,14 @@ class ExtractRow:
     Attributes:
         name: TUNED's name for it.
         kind: Its class.
-        form: How the adapter holds it: ``LoRA``, ``DoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``; empty if it does
-            not.
+        form: How the adapter holds it: ``LoRA``, ``DoRA``, ``modules_to_save``, ``bias``, ``token rows``, ``resized``;
+            empty if it does not.
         shape: TUNED's shape.
         rank: Rank of the factors; 0 if there are none.
         energy: ``||TUNED - BASE||_F^2``.
         share: Share of the energy of all tensors.
-        residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||``, measured on what was written (dry run: computed from the spectrum).
+        residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||``, measured on what was written (dry run: computed
+            from the spectrum).
         bound: The residual is at most this many times the least that any matrix of that rank leaves.
         moved: Share of values that differ from BASE.
         rms_ulp: Root mean square of the change, in units of TUNED's median spacing.
@@ -104,7 +105,10 @@ class ExtractRow:
     why: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the manifest; figures are rounded, so that equal inputs give equal bytes."""
+        """The row as plain values, for ``--json`` and the manifest.
+
+        Figures are rounded, so that equal inputs give equal bytes.
+        """
         row: dict[str, Any] = {"class": self.kind, "shape": list(self.shape)}
         if self.form:
             row |= {"form": self.form, "parameters": self.parameters, "nbytes": self.nbytes}
@@ -145,11 +149,11 @@ class ExtractResult:
         merged: The LoRA that TUNED seems to contain; None if it does not.
         kind: LoRA or DoRA, and why.
         calibration: Effect of calibration inputs; None without any.
-        timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was asked for;
-            ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA), ``calibrating``, ``identifying``
-            (the content id), ``noise`` (what a merge would keep), ``settling`` (all other decisions), ``writing``, ``syncing``
-            (configuration and factors to the disk), ``proving``, ``committing``, ``converting``; ``first_read_to_synced``: all but
-            ``starting``.
+        timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was
+            asked for; ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA),
+            ``calibrating``, ``identifying`` (the content id), ``noise`` (what a merge would keep), ``settling`` (all
+            other decisions), ``writing``, ``syncing`` (configuration and factors to the disk), ``proving``,
+            ``committing``, ``converting``; ``first_read_to_synced``: all but ``starting``.
         seconds: How long it took.
     """
 
@@ -214,7 +218,7 @@ class ExtractResult:
 
     @property
     def nbytes(self) -> int:
-        """Of all files written; 0 for a dry run."""
+        """Size of all files written; 0 for a dry run."""
         return 0 if self.output is None else nbytes_of(self.output)
 
     def as_json(self) -> dict[str, Any]:
@@ -228,7 +232,7 @@ class ExtractResult:
         return written | self.as_manifest()
 
     def as_manifest(self) -> dict[str, Any]:
-        """What the manifest has: the same for the same inputs and options, without paths and times."""
+        """The record in the manifest: the same for the same inputs and options, without paths and times."""
         return {
             "verb": "extract-lora",
             "format": self.format,
@@ -266,7 +270,9 @@ class ExtractResult:
             if len(layers) < len(changed):
                 sections.append(Note("like-named layers are taken together", "omitted"))
         if self.table:
-            choices = ((one.rank, one.layers, one.residual, one.parameters, one.nbytes) for one in self.table)
+            choices = (
+                (choice.rank, choice.layers, choice.residual, choice.parameters, choice.nbytes) for choice in self.table
+            )
             sections.append(Table(_CHOICES, tuple(choices)))
         if self.output is None:
             sections.append(DRY_RUN)
@@ -312,10 +318,12 @@ class ExtractResult:
 _LAYERS = (
     Column("layers", "name"), Column("times", "integer", spare=2), Column("rank", "figure"), Column("share", "share"),
     Column("missing", "share"), Column("moved", "share", 1, spare=6), Column("rms/ulp", "number", 2, spare=5),
-    Column("noise", "share", 1, spare=4), Column("signal", "figure"), Column("survives", "share", 1, spare=1), Column("class", spare=3),
+    Column("noise", "share", 1, spare=4), Column("signal", "figure"), Column("survives", "share", 1, spare=1),
+    Column("class", spare=3),
 )  # fmt: skip
 _CHOICES = (
-    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("parameters", "count"), Column("size", "bytes"),
+    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("parameters", "count"),
+    Column("size", "bytes"),
 )  # fmt: skip
 
 
@@ -363,7 +371,7 @@ class Layers:
 
     @property
     def residual(self) -> float:
-        """What is left of their change, relative to its norm."""
+        """The residual of all their changes, relative to its norm."""
         return self._norm([row.residual for row in self.rows])
 
     @property
@@ -398,7 +406,7 @@ class Layers:
 
     @property
     def survival(self) -> float:
-        """Share of their factors' update that a merge would keep, weighted by energy; NaN where there are no factors."""
+        """Share of the factors' update that a merge would keep, weighted by energy; NaN without factors."""
         survivals = [(row.energy, row.signal.survival) for row in self.rows if row.signal is not None]
         survivals = [(energy, value) for energy, value in survivals if not math.isnan(value)]
         total = math.fsum(energy for energy, _ in survivals)

@@ -73,7 +73,10 @@ def proved_result(plan: ExtractionPlan, adapter: Adapter) -> ExtractResult:
 
 
 def coded_result(plan: ExtractionPlan, adapter: Adapter) -> ExtractResult:
-    """The result as measured on codes that were read back; the conversion has proved that their error is the stated one."""
+    """The result as measured on codes that were read back.
+
+    The conversion has proved that their error is the stated one.
+    """
     residuals, result = prove(plan, adapter, recognise=False), predicted_result(plan)
     rows = (replace(r, residual=residuals[r.name].relative) if r.name in residuals else r for r in result.rows)
     return replace(result, rows=tuple(rows))
@@ -180,7 +183,10 @@ def _corrected(row: ExtractRow, measured: Residual, dense: DenseTensor) -> Extra
 
 
 def _low_rank(plan: ExtractionPlan, row: ExtractRow, target: LowRankTarget) -> ExtractRow:
-    """The row of a tensor whose change is held by factors; experts share their cost, so that nothing is counted twice."""
+    """The row of a tensor whose change is held by factors.
+
+    Experts share their cost, so that nothing is counted twice.
+    """
     factors, rank, signal = plan.factored[target.path], plan.ranks[target.path], plan.noise.signals[target.path]
     magnitude = plan.decision.magnitudes.get(target.path)
     magnitudes = 0 if magnitude is None else magnitude.count

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the form that every change takes in an adapter, so that the adapter does the same attached and merged in PEFT.
 
-The forms were tried with PEFT 0.21: factors of a module; copies of modules (``modules_to_save``), which need every tensor of the module;
-biases as absolute values (``bias="all"``); rows of an embedding; a resized embedding under its plain name.
+The forms were tried with PEFT 0.21: factors of a module; copies of modules (``modules_to_save``), which need every
+tensor of the module; biases as absolute values (``bias="all"``); rows of an embedding; a resized embedding under its
+plain name.
 """
 
 from __future__ import annotations
@@ -240,7 +241,10 @@ def _tied(
     *,
     inseparable: bool,
 ) -> set[str]:
-    """Choose for a tied head: a merge would add factors on both twice, and factors on one would be missing in the other when attached."""
+    """Choose how to hold the change of a tied head.
+
+    A merge would add factors on both names twice; factors on one name would be missing in the other when attached.
+    """
     by_name = {parameter.pair.name: parameter for parameter in parameters}
     embedding = by_name[tuned.embedding]
     own_head = by_name.get(tuned.head)

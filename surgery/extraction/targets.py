@@ -19,17 +19,20 @@ from surgery_formats.models.families.family import Fused
 __all__ = ["Form", "LowRankTarget", "TunedParameter", "low_rank_targets", "tree_name", "tuned_parameters"]
 
 Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole", "owner"]
-"""``whole``: a weight that only a copy of its module can hold; ``owner``: a parameter that belongs to a module of several."""
+"""``whole``: a weight that only a copy of its module can hold; ``owner``: a parameter that belongs to a module of
+several."""
 _TABLES = (
-    "embed", "embed_in", "embed_tokens", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding", "token_embeddings",
+    "embed", "embed_in", "embed_tokens", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding",
+    "token_embeddings",
     "word_embeddings", "wpe", "wte",
 )  # fmt: skip  # looked up by index, nothing else: PEFT has a LoRA for them
 _OTHER_TABLES = ("relative_attention_bias",)
-"""Tables of an unusual name or with a forward() of their own (``embed_positions`` computes the positions itself), where a LoRA would be
-missed; whatever has ``emb`` in its name is taken for one."""
+"""Tables of an unusual name or with a forward() of their own (``embed_positions`` computes the positions itself), where
+a LoRA would be missed; whatever has ``emb`` in its name is taken for one."""
 _LINEAR = ("proj", "linear", "dense")  # with ``emb`` in their name, and linear all the same: ``time_emb_proj``
 _BARE_CONVOLUTIONS = {"whisper": ("conv1", "conv2")}
-"""By model type: convolutions whose attributes the model reads (``conv1.stride``), which PEFT's LoRA layer does not pass on."""
+"""By model type: convolutions whose attributes the model reads (``conv1.stride``), which PEFT's LoRA layer does not
+pass on."""
 _ROUTERS = ("gate", "router")  # beside ``experts``: parameters of a router module, which no LoRA layer wraps
 
 

@@ -112,7 +112,10 @@ class AdapterReport:
         return {"type": "adapter", **plain(self)}
 
     def summary(self, *, verbose: bool = False) -> Summary:
-        """Format, kind, ranks, scales and sizes, then what is touched: alike parameters in one row, or each by itself if `verbose`."""
+        """Format, kind, ranks, scales and sizes, then the parameters it changes.
+
+        Alike parameters share a row, unless `verbose`.
+        """
         sections: list[Section] = [Facts((*self._facts(), *(self._metadata() if verbose else ())))]
         if self.targets:
             sections.append(_every_parameter(self.modules) if verbose else _groups(self.targets))
@@ -181,7 +184,8 @@ def _groups(targets: tuple[TargetGroup, ...]) -> Table:
 
 def _every_parameter(modules: tuple[TargetedParameter, ...]) -> Table:
     columns = (
-        Column("parameter", "name"), Column("role"), Column("kind"), Column("shape", "shape"), Column("rank", "integer"),
+        Column("parameter", "name"), Column("role"), Column("kind"), Column("shape", "shape"),
+        Column("rank", "integer"),
         Column("alpha", "number", 6), Column("scale", "number", 6), Column("parameters", "count"),
     )  # fmt: skip
     row = attrgetter("name", "role", "kind", "shape", "rank", "alpha", "scale", "parameters")

@@ -38,7 +38,7 @@ class FitReport:
     warnings: tuple[str, ...]
 
     def role(self, site: Site) -> str:
-        """By the base's name; by the adapter's where the base has no such parameter."""
+        """The role by the base's name, or by the adapter's where the base has no such parameter."""
         return self.roles.get(site) or site_role(site)
 
 
@@ -84,13 +84,16 @@ def _component(site: Site, base: Checkpoint) -> Component | None:
 
 
 def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
-    """By shape alone. A replacement may have more rows (a larger vocabulary), and what follows it then has too."""
+    """Whether a chain fits by shape.
+
+    A replacement may have more rows (a larger vocabulary); updates after it then have as many.
+    """
     height, width = extent(places)
-    for given in chain:
-        update = given
-        if isinstance(given, Unsized):
+    for member in chain:
+        update = member
+        if isinstance(member, Unsized):
             try:
-                update = given.fitted(fit_of(places, (height, width)))
+                update = member.fitted(fit_of(places, (height, width)))
             except FitError:
                 return False
         rows, cols = update.shape
@@ -117,10 +120,10 @@ def _prompt(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
     component = base.components.get("")
     if adapter.prompt is None or adapter.prompt.prefix or not component or not component.embedding:
         return ()
-    found = []
+    problems = []
     width, dim = component.parameters[component.embedding].sizes[-1], adapter.prompt.dim
     if dim != width:
-        found.append(f"its virtual tokens have {dim} numbers, the base's embeddings {width}")
+        problems.append(f"its virtual tokens have {dim} numbers, the base's embeddings {width}")
     if adapter.kind == "P_TUNING":
-        found.append("the encoder that made its virtual tokens is not in the file, so it is not counted as trained")
-    return tuple(found)
+        problems.append("the encoder that made its virtual tokens is not in the file, so it is not counted as trained")
+    return tuple(problems)

@@ -35,7 +35,10 @@ def as_markdown(title: str, sections: Iterable[Section]) -> str:
 
 
 def code(text: str) -> str:
-    """Escaped text as a code span. Backticks and bars are replaced, so that it ends neither the span nor a table cell."""
+    """Escaped text as a code span.
+
+    Backticks and bars are replaced, so that it ends neither the span nor a table cell.
+    """
     bare = text.replace("`", "'").replace("|", "\u00a6").strip()
     return f"`{bare}`" if bare else ""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every verb returns has in common, and how its time gets into it."""
+"""The protocol of all results of verbs, and the decorator that records their time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Result(Protocol):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know."""
+        """Warnings for the user."""
 
     @property
     def seconds(self) -> float:
@@ -32,13 +32,16 @@ class Result(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that were written; of a verb that only looks, of the weight files it looked at, 0 where these are not counted."""
+        """Bytes that were written.
+
+        Of a verb that only reads, the size of the weight files it read; 0 where these are not counted.
+        """
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, as ``--json`` shows them."""
 
     def summary(self, *, verbose: bool = False) -> Summary:
-        """What people are shown; everything if `verbose`."""
+        """The summary for people; everything if `verbose`."""
 
 
 def summarised(result: type[Kind]) -> type[Kind]:

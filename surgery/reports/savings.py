@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapters cost beside their base, and what they save against full copies of it."""
+"""The cost of adapters beside their base, and their savings against full copies of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Split:
     rest: int = 0
 
     def plus(self, role: str, number: int) -> Split:
-        """With `number` more of `role`."""
+        """A copy with `number` more of `role`."""
         part = {"attention": "attention", "mlp": "mlp", "expert": "mlp"}.get(role, "rest")
         return replace(self, **{part: getattr(self, part) + number})
 
@@ -134,12 +134,12 @@ class SavingsReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Those of every adapter, with its name."""
+        """The warnings of every adapter, with its name."""
         return tuple(f"{cost.name}: {text}" for cost in self.adapters for text in cost.warnings)
 
     @property
     def nbytes(self) -> int:
-        """Of the weight files of base and adapters."""
+        """Size of the weight files of base and adapters."""
         return sum(cost.nbytes for cost in (self.base, *self.adapters) if cost is not None)
 
     def as_json(self) -> dict[str, Any]:
@@ -176,12 +176,14 @@ class SavingsReport:
 
 
 _ADAPTERS = (
-    Column("adapter", "name"), Column("kind", "name"), Column("trained", "count"), Column("share", "share", 3), Column("bytes", "bytes"),
+    Column("adapter", "name"), Column("kind", "name"), Column("trained", "count"), Column("share", "share", 3),
+    Column("bytes", "bytes"),
     Column("of a copy", "share", 3),
 )  # fmt: skip
 _SPLITS = Column("where", "name"), Column("attention", "figure"), Column("MLP", "figure"), Column("rest", "figure")
 _TASKS = (
-    Column("tasks", "integer"), Column("with"), Column("full copies", "bytes"), Column("one base and adapters", "bytes"),
+    Column("tasks", "integer"), Column("with"), Column("full copies", "bytes"),
+    Column("one base and adapters", "bytes"),
     Column("saved", "bytes"), Column("times smaller", "number", 3),
 )  # fmt: skip
 

@@ -63,8 +63,8 @@ class Note:
 
     Attributes:
         text: The remark.
-        level: ``hint`` for context and next steps, ``omitted`` for what only ``summary(verbose=True)`` shows, ``warning`` for what the
-            user should know.
+        level: ``hint`` for context and next steps, ``omitted`` for what only ``summary(verbose=True)`` shows,
+            ``warning`` for what the user should know.
     """
 
     text: Phrase

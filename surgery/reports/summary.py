@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The summary of a result, and its renderings.
 
-A result builds it in ``summary()``; `as_text`, `as_markdown` and `as_json` render it, and another renderer needs nothing of any result.
+A result builds it in ``summary()``; `as_text`, `as_markdown` and `as_json` render it, and another renderer needs
+nothing of any result.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _BRIEF = 200  # characters of a result's repr
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Summary:
-    """What people are shown of a result.
+    """A result as people see it, before it is rendered.
 
     Attributes:
         title: Of the whole.
@@ -36,17 +37,17 @@ class Summary:
     @property
     def data(self) -> tuple[Section, ...]:
         """All sections but notes."""
-        return tuple(one for one in self.sections if not isinstance(one, Note))
+        return tuple(section for section in self.sections if not isinstance(section, Note))
 
     @property
     def notes(self) -> tuple[Note, ...]:
         """All notes, warnings included."""
-        return tuple(one for one in self.sections if isinstance(one, Note))
+        return tuple(section for section in self.sections if isinstance(section, Note))
 
     @property
     def warnings(self) -> tuple[Note, ...]:
         """Notes that are warnings."""
-        return tuple(one for one in self.notes if one.level == "warning")
+        return tuple(note for note in self.notes if note.level == "warning")
 
     def plus(self, *sections: Section) -> Summary:
         """A copy with `sections` added at the end."""
@@ -62,12 +63,12 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values. Numbers stay numbers, beside the types that tell how to write them."""
-        sections = [{"section": type(one).__name__.lower(), **plain(one)} for one in self.sections]
+        sections = [{"section": type(section).__name__.lower(), **plain(section)} for section in self.sections]
         return {"title": self.title, "sections": sections}
 
     def brief(self) -> str:
         """The facts on one line, cut to a fixed length."""
-        facts = (row for one in self.sections if isinstance(one, Facts) for row in one.rows)
+        facts = (row for section in self.sections if isinstance(section, Facts) for row in section.rows)
         line = "; ".join(f"{phrase_text(label)}: {phrase_text(text)}" for label, text in facts) or clean(self.title)
         return line if len(line) <= _BRIEF else f"{line[: _BRIEF - 3]}..."
 

@@ -46,7 +46,8 @@ class TargetedParameter:
         experts: How many experts' weights it stacks; 0 if it is a plain weight.
         parameters: Numbers stored for it (alphas and the like, which are not trained, left out).
         held: Where these numbers live while the adapter is attached: ``added`` beside the base's (factors, rows), a
-            trained ``copy`` of a module whose original stays, ``in place`` of the base's, ``resized``, or only ``carried`` along.
+            trained ``copy`` of a module whose original stays, ``in place`` of the base's, ``resized``, or only
+            ``carried`` along.
     """
 
     name: str
@@ -93,17 +94,17 @@ class TargetGroup:
 def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tuple[TargetedParameter, ...]:
     """Every parameter the adapter has an update for, in the adapter's order.
 
-    A stored tensor that serves several parameters is counted for the first. Biases that the base need not have are left out.
-    `role` tells roles better than names alone can, when the base is known.
+    A stored tensor that serves several parameters is counted for the first. Biases that the base need not have are left
+    out. `role` tells roles better than names alone can, when the base is known.
     """
     seen: set[Tensor] = set()
-    found = []
+    parameters = []
     for site, chain in adapter.updates.items():
         for update in () if site in adapter.optional else chain:
             own = set(update.tensors) - set(update.untrained) - seen
             seen |= own
             stacked = isinstance(update, Stacked)
-            found.append(
+            parameters.append(
                 TargetedParameter(
                     name=str(site),
                     pattern=pattern_of(str(site)),
@@ -118,7 +119,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
                     held=update.held if isinstance(update, Replacement) else "added",
                 )
             )
-    return tuple(found)
+    return tuple(parameters)
 
 
 def pattern_of(name: str) -> str:

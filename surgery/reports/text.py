@@ -48,7 +48,10 @@ def section_lines(section: Section, width: int | None = None, strong: Style = st
 
 
 def verbatim(text: str) -> str:
-    """Text made safe for a terminal: line breaks and tabs stay, other control characters and bidirectional overrides are escaped."""
+    """Text made safe for a terminal.
+
+    Line breaks and tabs stay; other control characters and bidirectional overrides are escaped.
+    """
     return "".join(
         ascii(c)[1:-1] if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f" or c in _BIDI else c for c in text
     )

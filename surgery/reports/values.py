@@ -11,7 +11,8 @@ from typing import Any, Literal
 from surgery_formats.text import clean, count, nbytes, show
 
 __all__ = [
-    "NUMERIC", "PLAIN", "Cell", "Dialect", "Name", "NameList", "Phrase", "Piece", "Sides", "Type", "Value", "cell_text", "phrase_text",
+    "NUMERIC", "PLAIN", "Cell", "Dialect", "Name", "NameList", "Phrase", "Piece", "Sides", "Type", "Value",
+    "cell_text", "phrase_text",
 ]  # fmt: skip
 
 Type = Literal[
@@ -20,10 +21,11 @@ Type = Literal[
 ]  # fmt: skip
 """How a value is written.
 
-``text``: our own words. ``name``: text from outside, such as a path or a tensor's name. ``figure``: text aligned like a number
-(``50/384``). ``shape``: ``64x128``. ``flag``: yes or no. ``integer``: all digits. ``count``: ``1.24 B``. ``bytes``: ``2.47 GB``. ``rate``:
-bytes per second. ``seconds``: ``0.52 s``. ``share``: percent. ``number``: significant digits. ``fixed``: decimals. ``spread``: a mapping of
-numbers to how often they occur, ``16`` or ``8 (12 times), 16 (4 times)``.
+``text``: our own words. ``name``: text from outside, such as a path or a tensor's name. ``figure``: text aligned like a
+number (``50/384``). ``shape``: ``64x128``. ``flag``: yes or no. ``integer``: all digits. ``count``: ``1.24 B``.
+``bytes``: ``2.47 GB``. ``rate``: bytes per second. ``seconds``: ``0.52 s``. ``share``: percent. ``number``: significant
+digits. ``fixed``: decimals. ``spread``: a mapping of numbers to how often they occur, ``16`` or ``8 (12 times), 16 (4
+times)``.
 """
 
 NUMERIC = frozenset(("figure", "integer", "count", "bytes", "rate", "seconds", "share", "number", "fixed", "spread"))
@@ -84,9 +86,11 @@ class Sides:
 
 Piece = str | Name | NameList | Value
 Phrase = Piece | tuple[Piece, ...]
-"""A sentence in one or several pieces. A string holds our own words, or a message of the library, whose names are already escaped."""
+"""A sentence in one or several pieces. A string holds our own words, or a message of the library, whose names are
+already escaped."""
 Cell = object
-"""A value of the column's type, None for an empty cell, `Sides`, a `Value` with its own type, or a `Phrase` in columns of words."""
+"""A value of the column's type, None for an empty cell, `Sides`, a `Value` with its own type, or a `Phrase` in columns
+of words."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``surgery bench``: load, prefill, milliseconds per token and memory of a graph, or of two in turns.
 
-Two graphs are measured in turns in one process, so that what disturbs the machine disturbs both. On CUDA the floor is measured beside
-them: no step of one row can be faster than reading its weights once, at the speed at which the device copies.
+Two graphs are measured in turns in one process, so that what disturbs the machine disturbs both. On CUDA the floor is
+measured beside them: no step of one row can be faster than reading its weights once, at the speed at which the device
+copies.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class BenchSide:
         load_seconds: Until the session stands.
         prefill_seconds: Median; up to the first token's logits. Of an encoder: the whole run.
         token_seconds: Median of a decoding step of the whole batch; None for an encoder.
-        memory_nbytes: Taken by session and buffers: of the device on CUDA, else private memory of the process (mapped weights are not).
+        memory_nbytes: Taken by session and buffers: of the device on CUDA, else private memory of the process (mapped
+            weights are not).
         step_nbytes: Weights that a step reads.
         virtual_tokens: Of the soft prompt that every row begins with.
     """
@@ -91,13 +93,13 @@ class BenchResult:
 
     @property
     def nbytes(self) -> int:
-        """Not counted; `step_nbytes` of a side is what one token reads."""
+        """0: not counted for this verb. `step_nbytes` of a side is what one token reads."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
-        found: dict[str, Any] = plain(self)
-        return found
+        """The result as plain values, for ``--json``."""
+        record: dict[str, Any] = plain(self)
+        return record
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """A row per graph, then at what they were measured."""
@@ -130,8 +132,10 @@ class BenchResult:
 
 
 _COLUMNS = (
-    Column("model", "name"), Column("load s", "fixed", 2), Column("prefill ms", "fixed", 2), Column("ms/token", "fixed", 3),
-    Column("tokens/s", "fixed", 1), Column("x floor", "fixed", 2), Column("memory", "bytes"), Column("weights", "bytes"),
+    Column("model", "name"), Column("load s", "fixed", 2), Column("prefill ms", "fixed", 2),
+    Column("ms/token", "fixed", 3),
+    Column("tokens/s", "fixed", 1), Column("x floor", "fixed", 2), Column("memory", "bytes"),
+    Column("weights", "bytes"),
 )  # fmt: skip
 
 
@@ -193,8 +197,8 @@ def bench(
     models += [] if against is None else [local_path(against, "against")]
     length = cache or cache_length(prompt_length, new_tokens)
     sides = [
-        bind(one, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)
-        for one in models
+        bind(path, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)
+        for path in models
     ]
     if len({side.opened.memory.device for side in sides}) > 1:
         raise FitError("one graph runs on the cpu, the other on CUDA", hint="name the device: --device cpu")
@@ -232,7 +236,10 @@ def bind(
     session_config: Mapping[str, str] | None = None,
     profile: StrPath | None = None,
 ) -> Bound:
-    """Open `model` and make its buffers; `max_length` is without virtual tokens. See `open_graph` and `prepare_decoder`."""
+    """Open `model` and make its buffers; `max_length` is without virtual tokens.
+
+    See `open_graph` and `prepare_decoder`.
+    """
     used = _used(device)
     began = time.perf_counter()
     opened = open_graph(
@@ -278,7 +285,10 @@ def floor_seconds(side: Bound) -> float:
 
 
 def step_nbytes(path: Path) -> int:
-    """Bytes of the weights that a step reads: all but tables of which it looks up a row. A weight used twice is read once."""
+    """Bytes of the weights that a step reads: all but tables of which it looks up a row.
+
+    A weight used twice is read once.
+    """
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -290,14 +300,14 @@ def step_nbytes(path: Path) -> int:
         for index, name in enumerate(node.input)
         if not (node.op_type == "Gather" and index == 0) and node.output[0] not in cast
     }
-    found: dict[tuple[str, int], int] = {}
+    sizes: dict[tuple[str, int], int] = {}
     for tensor in graph.initializer:
         if tensor.name in whole:
             place = {entry.key: entry.value for entry in tensor.external_data}
             inside = len(tensor.raw_data) or tensor.ByteSize()
             key = (place["location"], int(place.get("offset", 0))) if place else (tensor.name, -1)
-            found[key] = max(found.get(key, 0), int(place["length"]) if place else inside)
-    return sum(found.values())
+            sizes[key] = max(sizes.get(key, 0), int(place["length"]) if place else inside)
+    return sum(sizes.values())
 
 
 def _vocabulary(opened: GraphSession) -> int:

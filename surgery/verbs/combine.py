@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Combine: several adapters as one, by exact arithmetic on their files. No base is needed where the arithmetic does not need one.
+"""Combine: several adapters as one, by exact arithmetic on their files.
 
-The exact sum of LoRAs is their factors side by side (rank: the sum of theirs); asked for less rank, it is cut by the optimum that QR of the
-factors and a small SVD give (Eckart and Young), never by averaging factors, whose products are not the sum.
+No base is needed where the arithmetic does not need one.
+
+The exact sum of LoRAs is their factors side by side (rank: the sum of theirs); asked for less rank, it is cut by the
+optimum that QR of the factors and a small SVD give (Eckart and Young), never by averaging factors, whose products are
+not the sum.
 """
 
 from __future__ import annotations
@@ -61,11 +64,14 @@ def combine(
     """Write one adapter that does what several do together: ``sum_i w_i delta_i``, or a merge of the deltas.
 
     Args:
-        adapters: One or several, each with its weight, negative ones too, given as `surgery.merge` takes them. One alone is scaled.
+        adapters: One or several, each with its weight, negative ones too, given as `surgery.merge` takes them. One
+            alone is scaled.
         output: File or folder to make. Its parent must exist.
-        rank: Greatest rank of a module, or ``Rank.energy(.99)``, ``Rank.error(.05)``; without it nothing of the sum is lost.
-        method: ``exact``; ``svd`` (the exact sum in its least number of directions); ``ties`` (arXiv:2306.01708), ``dare-ties``,
-            ``dare-linear`` (arXiv:2311.03099), ``magnitude-prune``: dense merges of the deltas, which need a `rank`.
+        rank: Greatest rank of a module, or ``Rank.energy(.99)``, ``Rank.error(.05)``; without it nothing of the sum is
+            lost.
+        method: ``exact``; ``svd`` (the exact sum in its least number of directions); ``ties`` (arXiv:2306.01708),
+            ``dare-ties``, ``dare-linear`` (arXiv:2311.03099), ``magnitude-prune``: dense merges of the deltas, which
+            need a `rank`.
         density: Share of the values that a dense method keeps, in (0, 1].
         seed: Of DARE's random drops.
         only: Patterns of modules to keep (see `surgery.algebra.selection.Selection`); all of them by default.
@@ -80,7 +86,8 @@ def combine(
     Raises:
         UsageError: an argument of a wrong type, or no output.
         InputError: an adapter or the base cannot be read.
-        FitError: the adapters do not fit each other, the sum depends on the base, a format cannot hold the result, an option is wrong.
+        FitError: the adapters do not fit each other, the sum depends on the base, a format cannot hold the result, an
+            option is wrong.
         NothingChangedError: the result would be the one adapter given, or nothing.
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
@@ -104,7 +111,7 @@ def combine(
 
 
 def _chosen(terms: Sequence[WeightedAdapter], selection: Selection) -> tuple[list[WeightedAdapter], tuple[str, ...]]:
-    """What is kept of every adapter, and the names of what none of them keeps."""
+    """Every adapter reduced to the chosen modules, and the names that none of them keeps."""
     check_patterns(selection, [term.adapter for term in terms])
     kept: list[WeightedAdapter] = []
     left: dict[str, None] = {}

@@ -48,11 +48,13 @@ def convert(
         adapter: File or folder of any known format, or an opened Adapter.
         to: Name of a format.
         output: File (kohya) or folder to make. Its parent must exist.
-        base: The model it was trained on; needed where a format's names or shapes come from it, and checked where given.
+        base: The model it was trained on; needed where a format's names or shapes come from it, and checked where
+            given.
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
-        projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as they are. Where
-            only the base knows how high the parts are it is needed; it may have either.
-        dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``, ``bf16``.
+        projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as
+            they are. Where only the base knows how high the parts are it is needed; it may have either.
+        dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``,
+            ``bf16``.
         factors: ``int8`` or ``int4``, for a format that stores factors as codes (``compact``).
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.

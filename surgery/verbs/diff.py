@@ -29,14 +29,17 @@ def diff(
 ) -> AdapterDiff | CheckpointDiff:
     """Compare two files or folders of one sort.
 
-    Adapters are compared by what they add to each weight, whatever their format, rank and factors; checkpoints tensor by tensor.
+    Adapters are compared by what they add to each weight, whatever their format, rank and factors; checkpoints tensor
+    by tensor.
 
     Args:
         a: Adapter or checkpoint: a path, or what was opened.
         b: Another of the same sort.
         header: Compare names, types, shapes (and an adapter's ranks and scales) alone; no value is read.
-        spectrum: Of checkpoints' differing matrices, work out how the difference spreads over directions; adapters always have it.
-        tolerance: Relative difference up to which a weight counts as equal; by default 0 for checkpoints, 1e-6 for adapters.
+        spectrum: Of checkpoints' differing matrices, work out how the difference spreads over directions; adapters
+            always have it.
+        tolerance: Relative difference up to which a weight counts as equal; by default 0 for checkpoints, 1e-6 for
+            adapters.
         progress: Called with every tensor.
 
     Raises:

@@ -110,7 +110,7 @@ class EnvironmentReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is wrong, each with its cure."""
+        """The findings, each with its remedy."""
         return tuple(f"{finding.what}; {finding.cure}" for finding in self.findings)
 
     @property
@@ -152,7 +152,7 @@ def env(*, deep: bool = False) -> EnvironmentReport:
         deep: Import torch and onnxruntime too, to see what they can use (slow).
     """
     required = tuple(Package(name, _version(name)) for name in REQUIRED)
-    runtimes = tuple(found for name in RUNTIMES if (found := Package(name, _version(name))).version)
+    runtimes = tuple(package for name in RUNTIMES if (package := Package(name, _version(name))).version)
     optional = tuple(Package(name, _version(name)) for name in OPTIONAL)
     gpus = _gpus()
     implementation = platform.python_implementation()
@@ -177,17 +177,17 @@ def _version(name: str) -> str | None:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    """From nvidia-smi; a machine without it, or with a driver that does not answer, has none to offer."""
+    """The GPUs that nvidia-smi lists; none if it is missing or its driver does not answer."""
     try:
         answer = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    found = []
+    gpus = []
     for line in answer.splitlines():
         cells = [cell.strip() for cell in line.rsplit(",", 2)]
         if len(cells) == 3 and cells[0]:
-            found.append(Gpu(cells[0], cells[1], int(cells[2]) * _MIB if cells[2].isdecimal() else 0))
-    return tuple(found)
+            gpus.append(Gpu(cells[0], cells[1], int(cells[2]) * _MIB if cells[2].isdecimal() else 0))
+    return tuple(gpus)
 
 
 def _memory() -> int | None:
@@ -206,14 +206,14 @@ def _memory() -> int | None:
 
 
 def _findings(required: tuple[Package, ...], runtimes: tuple[Package, ...], gpus: tuple[Gpu, ...]) -> list[Finding]:
-    found = []
+    findings = []
     if missing := [package.name for package in required if package.version is None]:
-        found.append(Finding(f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}"))
+        findings.append(Finding(f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}"))
     if not runtimes:
-        found.append(Finding("no onnxruntime is installed", "pip install onnxruntime-gpu (or onnxruntime)"))
+        findings.append(Finding("no onnxruntime is installed", "pip install onnxruntime-gpu (or onnxruntime)"))
     if len(runtimes) > 1:
         names = [package.name for package in runtimes]
-        found.append(
+        findings.append(
             Finding(
                 f"{' and '.join(names)} are both installed: they write the same files, what `import onnxruntime` gives "
                 "depends on which came last",
@@ -222,20 +222,20 @@ def _findings(required: tuple[Package, ...], runtimes: tuple[Package, ...], gpus
         )
     torch = next(package.version for package in required if package.name == "torch")
     if gpus and torch and "+cpu" in torch:
-        found.append(
+        findings.append(
             Finding(f"a GPU is here, but torch {torch} is built without CUDA", "install torch from a CUDA index")
         )
-    return found
+    return findings
 
 
 def _deep() -> dict[str, str]:
-    found = {}
+    descriptions = {}
     for name, look in (("torch", _look_at_torch), ("onnxruntime", _look_at_onnxruntime)):
         try:
-            found[name] = look(importlib.import_module(name))
+            descriptions[name] = look(importlib.import_module(name))
         except Exception as error:  # the point of looking: a broken installation raises anything
-            found[name] = f"cannot be used: {type(error).__name__}: {error}"
-    return found
+            descriptions[name] = f"cannot be used: {type(error).__name__}: {error}"
+    return descriptions
 
 
 def _look_at_torch(torch: Any) -> str:

@@ -69,12 +69,14 @@ def export_onnx(
         swap: Adapters for slots: the graph is the base until one is given to a run.
         prefix: Soft prompts; the first one is the default.
         bake_prompt: Texts that stand in front, read once, now.
-        prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``: behind the vocabulary.
-        merge_to: ``delta``: changed tensors in a file beside the base's; ``full``: all weights anew, laid out for graphs.
+        prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``:
+            behind the vocabulary.
+        merge_to: ``delta``: changed tensors in a file beside the base's; ``full``: all weights anew, laid out for
+            graphs.
         target: ``cuda``, ``cpu`` or ``portable``.
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
-        weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the file system can;
-            ``reference``, ``link``, ``copy``, ``embed``.
+        weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
+            file system can; ``reference``, ``link``, ``copy``, ``embed``.
         max_length: Longest sequence; None for as long as the model was made for.
         verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
@@ -83,33 +85,31 @@ def export_onnx(
     Raises:
         UsageError: an argument of a wrong type.
         InputError: base or adapter cannot be read.
-        FitError: an architecture without a recipe; a tensor missing, left over or misshapen; a type the target cannot run; an adapter that
-            does not fit, or that a slot or a prompt cannot hold.
+        FitError: an architecture without a recipe; a tensor missing, left over or misshapen; a type the target cannot
+            run; an adapter that does not fit, or that a slot or a prompt cannot hold.
         NothingChangedError: the merge would change nothing.
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
     where = local_path(output, "output")
     checkpoint = as_checkpoint(base)
-    wanted = sort_adapters(adapters, merge, swap, prefix)
+    roles = sort_adapters(adapters, merge, swap, prefix)
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
-    binding, merged = _merged(checkpoint, wanted, full=merge_to == "full")
-    assembly = _assembly(
-        checkpoint, wanted, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form
-    )
+    binding, merged = _merged(checkpoint, roles, full=merge_to == "full")
+    assembly = _assembly(checkpoint, roles, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form)
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
-    warnings = _warnings(chosen, wanted, checkpoint, binding) + _graph_warnings(assembly, draft)
+    warnings = _warnings(chosen, roles, checkpoint, binding) + _graph_warnings(assembly, draft)
     built: list[GraphSet] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
-        files, made, graphs = assembly.files(here)
+        files, graph_set, graphs = assembly.files(here)
         for name, graph in graphs.items():
             if chosen == "embed":
                 embed(graph, sources)
             files[name] = graph.SerializeToString(deterministic=True)
-        built.append(made)
+        built.append(graph_set)
         return files
 
     def check(ledger: Ledger) -> None:
@@ -137,16 +137,19 @@ def export_onnx(
     )
 
 
-def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tuple[Binding | None, MergedWeights | None]:
-    """What is merged; imported only where there are adapters, which cost a plain export as much as all the rest."""
-    if not wanted.adapters:
+def _merged(checkpoint: Checkpoint, roles: AdapterRoles, *, full: bool) -> tuple[Binding | None, MergedWeights | None]:
+    """The adapters to merge, bound, and the merged weights.
+
+    Imports only what is needed: adapters would cost a plain export as much as all the rest.
+    """
+    if not roles.adapters:
         return None, None
     from surgery.engine.input_checks import check_base_id
     from surgery.onnx.export.merged import merged_weights
     from surgery_formats.binding.bind import bind
 
-    check_base_id(checkpoint, wanted.adapters)
-    if not (pairs := wanted.merged):
+    check_base_id(checkpoint, roles.adapters)
+    if not (pairs := roles.merged):
         return None, None
     binding = bind(pairs, checkpoint, new_biases=True)
     return binding, merged_weights(binding, "full" if full else "delta")
@@ -154,7 +157,7 @@ def _merged(checkpoint: Checkpoint, wanted: AdapterRoles, *, full: bool) -> tupl
 
 def _assembly(
     checkpoint: Checkpoint,
-    wanted: AdapterRoles,
+    roles: AdapterRoles,
     merged: MergedWeights | None,
     target: str,
     dtype: str,
@@ -166,30 +169,30 @@ def _assembly(
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, checkpoint.main.dtype)
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters))
-    prompts = [of_adapter(one.name, one.adapter, model) for one in wanted.prefix]
+    prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
         if model.kind != "decoder":
             raise FitError("a text has nothing to be read into: this model has no cache")
-        name = unique([one.name for one in prompts], "text")
+        name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
     return Assembly(
         component,
         model,
         GraphOptions(choose(target, io), io, max_length, overrides=overrides),
-        wanted,
-        _slots(checkpoint, wanted, model),
+        roles,
+        _slots(checkpoint, roles, model),
         tuple(prompts),
         prompt_form(form, tuple(prompts), model),
     )
 
 
-def _slots(checkpoint: Checkpoint, wanted: AdapterRoles, model: Model) -> tuple[Swappable, ...]:
-    if not wanted.swap:
+def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[Swappable, ...]:
+    if not roles.swap:
         return ()
     from surgery.onnx.export.slots import swappable
 
-    return tuple(swappable(one.adapter, checkpoint, model) for one in wanted.swap)
+    return tuple(swappable(named.adapter, checkpoint, model) for named in roles.swap)
 
 
 def _ids(folder: Path, text: str) -> tuple[int, ...]:
@@ -204,7 +207,7 @@ def _ids(folder: Path, text: str) -> tuple[int, ...]:
 def _mode(
     asked: str, output: Path, base: Component, sources: Sequence[File], merged: MergedWeights | None, *, full: bool
 ) -> Mode:
-    """How weights get there.
+    """Choose how the graph gets its weights.
 
     Raises:
         FitError: what was asked for cannot be.
@@ -228,7 +231,10 @@ def _mode(
 
 
 def _check_same_sides(merged: MergedWeights, base: Component) -> None:
-    """In the base's own folder its configuration and tokenizer stay; whether head and embedding are tied only the graph needs to know."""
+    """Refuse to write into the base's folder if configuration or tokenizer would differ.
+
+    A tie of head and embedding is no difference: only the graph needs to know of it.
+    """
     differing = {key: value for key, value in merged.component.config.items() if key != "tie_word_embeddings"}
     same = differing == {key: value for key, value in base.config.items() if key != "tie_word_embeddings"}
     tokenizers = [side.name for side in merged.side_files if side.source and side.source.parent != base.folder]
@@ -243,12 +249,12 @@ def _check_same_sides(merged: MergedWeights, base: Component) -> None:
 def _side_files(checkpoint: Checkpoint, merged: MergedWeights | None, taken: set[str]) -> list[SideFile]:
     """Tokenizer, configuration and the like, but for names that the export itself takes."""
     if merged is not None:
-        found = list(merged.side_files)
+        side_files = list(merged.side_files)
     else:
         config = checkpoint.main.folder / "config.json"
-        found = [SideFile(name, source=path) for name, path in checkpoint.side_files]
-        found += [SideFile("config.json", source=config)] if config.exists() else []
-    return [side for side in found if side.name not in taken]
+        side_files = [SideFile(name, source=path) for name, path in checkpoint.side_files]
+        side_files += [SideFile("config.json", source=config)] if config.exists() else []
+    return [side for side in side_files if side.name not in taken]
 
 
 def _facts(draft: GraphSet, mode: Mode) -> dict[str, Any]:
@@ -257,7 +263,7 @@ def _facts(draft: GraphSet, mode: Mode) -> dict[str, Any]:
         "target": contract.target,
         "dtype": contract.dtype,
         "weights": mode,
-        "adapters": [dict(one) for one in contract.adapters],
+        "adapters": [dict(facts) for facts in contract.adapters],
         "virtual_tokens": contract.virtual_tokens,
         "slots": [slot.weight for slot in contract.slots],
     }
@@ -272,43 +278,47 @@ def _id(draft: GraphSet, assembly: Assembly) -> str:
 
 
 def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
-    """What is slow, and what onnxruntime-genai does otherwise than the graph's own contract says."""
-    contract, found = draft.contract, []
+    """Warn of what is slow, and of where onnxruntime-genai differs from the graph's contract."""
+    contract, warnings = draft.contract, []
     if contract.kind != "decoder":
         return []
     if contract.target == "cuda" and contract.dtype == "fp32":
-        found.append(
-            "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much faster"
+        warnings.append(
+            "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much "
+            "faster"
         )
     graph = assembly.for_genai(draft)
     if not graph:
-        found.append(
-            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and values of a prompt"
+        warnings.append(
+            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and "
+            "values of a prompt"
         )
-        return found
+        return warnings
     if graph == ROWS or assembly.form == "rows":
         first = assembly.model.vocabulary
-        found.append(
-            f"onnxruntime-genai gets {graph}: there the soft prompt is the token ids {first} to {first + assembly.prompts[0].tokens - 1}, "
+        warnings.append(
+            f"onnxruntime-genai gets {graph}: there the soft prompt is the token ids {first} to "
+            f"{first + assembly.prompts[0].tokens - 1}, "
             "to be put in front of a text"
         )
     generation = assembly.component.folder / "generation_config.json"
     ends = [assembly.component.config, read_object(generation) if generation.exists() else {}]
-    if all(one.get("eos_token_id") is None for one in ends):
-        found.append("the model names no eos_token_id; onnxruntime-genai takes token 0 for the end of a text")
-    return found
+    if all(config.get("eos_token_id") is None for config in ends):
+        warnings.append("the model names no eos_token_id; onnxruntime-genai takes token 0 for the end of a text")
+    return warnings
 
 
-def _warnings(mode: Mode, wanted: AdapterRoles, checkpoint: Checkpoint, binding: Binding | None) -> list[str]:
-    found = list(binding.warnings) if binding else []
-    if others := [one.adapter for one in (*wanted.swap, *wanted.prefix)]:
+def _warnings(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, binding: Binding | None) -> list[str]:
+    warnings = list(binding.warnings) if binding else []
+    if others := [named.adapter for named in (*roles.swap, *roles.prefix)]:
         from surgery_formats.binding.bind import warn_of_other_base
 
         texts = [f"{adapter.path.name}: {trap}" for adapter in others for trap in adapter.known_issues()]
-        found += [text for text in (*texts, *warn_of_other_base(others, checkpoint)) if text not in found]
+        warnings += [text for text in (*texts, *warn_of_other_base(others, checkpoint)) if text not in warnings]
     if mode == "link":
-        found.append(
-            "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes into one file "
+        warnings.append(
+            "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes "
+            "into one file "
             "changes both"
         )
-    return found
+    return warnings

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extract the smallest adapter that turns a base model into its fine-tune, with an account of every tensor.
 
-Both checkpoints are streamed once. Each difference is factorised optimally while it is in memory, and what the factors leave of it, as they
-will be stored, is measured. What is not a matrix is stored as the fine-tune has it. The written adapter is read back before it appears and
-must hold what was measured, where it was measured.
+Both checkpoints are streamed once. Each difference is factorised optimally while it is in memory, and what the factors
+leave of it, as they will be stored, is measured. What is not a matrix is stored as the fine-tune has it. The written
+adapter is read back before it appears and must hold what was measured, where it was measured.
 """
 
 from __future__ import annotations
@@ -82,20 +82,23 @@ def extract_lora(
         base: What was tuned: weight file or folder, or an opened Checkpoint.
         tuned: The full fine-tune.
         output: Folder to make (file, for a format of single files). Its parent must exist.
-        rank: Directions per matrix; or a `surgery.Rank`: by energy, error, a budget for the whole adapter, or above the rounding noise of
-            storage. Of a budget, ``Rank.auto & Rank.budget("20MB")`` spends no more than what is above the noise.
+        rank: Directions per matrix; or a `surgery.Rank`: by energy, error, a budget for the whole adapter, or above the
+            rounding noise of storage. Of a budget, ``Rank.auto & Rank.budget("20MB")`` spends no more than what is
+            above the noise.
         alpha: ``lora_alpha``; by default the rank. Never changes what the adapter does.
         rslora: Scale by ``alpha / sqrt(rank)``.
-        kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA with as many numbers.
-        calibration: Inputs of modules (`surgery.extraction.calibration`), for factors that are best on them; a LoRA's only.
+        kind: ``lora``, ``dora``, or ``auto``: a DoRA where it leaves clearly less of the model's change than a LoRA
+            with as many numbers.
+        calibration: Inputs of modules (`surgery.extraction.calibration`), for factors that are best on them; a LoRA's
+            only.
         dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
         embeddings: ``lora`` or ``full``.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
         to: Format of the adapter.
         factors: ``int8`` or ``int4``: the format is ``compact``, unless `to` names another that stores codes.
         allow_loss: Leave out what no form can hold.
-        device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``, ``auto``. Matrices are
-            shared out over all of them.
+        device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``,
+            ``auto``. Matrices are shared out over all of them.
         workers: Threads; None is one per core, at most eight, and three for each GPU. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
@@ -105,7 +108,8 @@ def extract_lora(
     Raises:
         UsageError: an argument of a wrong type, or no output.
         InputError: an input cannot be read.
-        FitError: another architecture, other shapes, NaN, a change that nothing holds, options that contradict each other.
+        FitError: another architecture, other shapes, NaN, a change that nothing holds, options that contradict each
+            other.
         NothingChangedError: TUNED is BASE.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """

@@ -119,7 +119,7 @@ class UpdateKind:
 @summarised
 @dataclass(frozen=True)
 class Catalogue:
-    """What is known.
+    """The formats, containers, storages, families and updates of this installation.
 
     Attributes:
         formats: Adapter formats, all of which are read and written.
@@ -155,20 +155,22 @@ class Catalogue:
         """A table of each sort."""
         formats = (
             (
-                one.name,
-                one.title + ("" if one.built_in else " (plugin)"),
-                "file" if one.single_file else "folder",
-                "needs --base" if one.needs_base else "",
+                entry.name,
+                entry.title + ("" if entry.built_in else " (plugin)"),
+                "file" if entry.single_file else "folder",
+                "needs --base" if entry.needs_base else "",
             )
-            for one in self.formats
+            for entry in self.formats
         )
         containers = (
             (entry.name, entry.files + ("" if entry.built_in else " (plugin)"), entry.reads, entry.writes)
             for entry in self.containers
         )
-        storages = ((one.name, one.title + ("" if one.built_in else " (plugin)")) for one in self.storages)
-        families = ((one.name, one.graphs, ", ".join(one.model_types)) for one in self.families)
-        updates = ((one.name, one.equation or one.title) for one in self.updates)
+        storages = (
+            (storage.name, storage.title + ("" if storage.built_in else " (plugin)")) for storage in self.storages
+        )
+        families = ((family.name, family.graphs, ", ".join(family.model_types)) for family in self.families)
+        updates = ((update.name, update.equation or update.title) for update in self.updates)
         tables = (
             Table((Column("adapter format"), Column("title"), Column("as"), Column("to write it")), tuple(formats)),
             Table(
@@ -184,15 +186,21 @@ class Catalogue:
 
 @timed
 def formats() -> Catalogue:
-    """What this installation knows, plugins included.
+    """List what this installation can read and write, plugins included.
 
     Raises:
         SurgeryError: a plugin cannot be imported.
     """
     return Catalogue(
         formats=tuple(
-            AdapterFormat(one.name, one.title, one.needs_base, one.single_file, one in BUILT_IN)
-            for one in adapter_formats().values()
+            AdapterFormat(
+                adapter_format.name,
+                adapter_format.title,
+                adapter_format.needs_base,
+                adapter_format.single_file,
+                adapter_format in BUILT_IN,
+            )
+            for adapter_format in adapter_formats().values()
         ),
         containers=tuple(
             ContainerEntry(
@@ -223,15 +231,15 @@ def _families() -> list[FamilyEntry]:
 
 def _updates() -> list[UpdateKind]:
     """Kinds with a name of their own; a share or a stack of another kind has that kind's."""
-    found = []
+    kinds = []
     for name in updates.__all__:
         kind: Any = getattr(updates, name)
         if not isinstance(getattr(kind, "kind", None), str):
             continue
         title = _first_line(sys.modules[kind.__module__])
         equation = re.search(r"``(.+?)``", title)
-        found.append(UpdateKind(kind.kind, equation[1] if equation else "", title, kind.needs_weight))
-    return found
+        kinds.append(UpdateKind(kind.kind, equation[1] if equation else "", title, kind.needs_weight))
+    return kinds
 
 
 def _first_line(room: ModuleType) -> str:

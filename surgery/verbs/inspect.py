@@ -93,23 +93,26 @@ def _component(component: Component) -> ComponentReport:
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, int]:
-    """Whole numbers only; a multimodal model's are those of its text model where it says nothing itself."""
+    """Facts of the configuration that are whole numbers.
+
+    A multimodal model takes those it lacks from its text model.
+    """
     inner = config.get("text_config")
     configs = [config, inner] if isinstance(inner, Mapping) else [config]
-    found = {}
+    facts = {}
     for fact, keys in _FACTS.items():
         values = (holder.get(key) for holder in configs for key in keys)
         value = next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
         if value is not None:
-            found[fact] = value
-    return found
+            facts[fact] = value
+    return facts
 
 
 def _dtypes(nodes: Iterable[Node]) -> dict[str, Totals]:
-    found: dict[str, Totals] = {}
+    totals: dict[str, Totals] = {}
     for node in nodes:
-        found[node.dtypes[0]] = found.get(node.dtypes[0], Totals()).plus(node)
-    return dict(sorted(found.items(), key=lambda entry: (-entry[1].nbytes, entry[0])))
+        totals[node.dtypes[0]] = totals.get(node.dtypes[0], Totals()).plus(node)
+    return dict(sorted(totals.items(), key=lambda entry: (-entry[1].nbytes, entry[0])))
 
 
 def inspect_adapter(adapter: Adapter) -> AdapterReport:
@@ -128,8 +131,8 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         for update in chain
         if isinstance(update, TokenRows)
     }
-    one = adapter.prompt
-    prompt = PromptFacts(one.kind, one.virtual_tokens, one.dim, one.submodules, one.prefix) if one else None
+    soft = adapter.prompt
+    prompt = PromptFacts(soft.kind, soft.virtual_tokens, soft.dim, soft.submodules, soft.prefix) if soft else None
     return AdapterReport(
         path=adapter.path,
         format=adapter.format,
@@ -170,7 +173,7 @@ def _files(adapter: Adapter) -> tuple[WeightFileReport, ...]:
 
 
 def _traps(adapter: Adapter, modules: tuple[TargetedParameter, ...]) -> Iterable[str]:
-    """What the tensors tell; what the format tells comes from its reader."""
+    """Known issues seen in the tensors; those of the format come from its reader."""
     if left := adapter.unconsumed():
         yield f"{len(left)} tensors have no use, a merge refuses them: {listing(tensor.name for tensor in left)}"
     if carried := [entry.name for entry in modules if not entry.trained]:

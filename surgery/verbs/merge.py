@@ -43,19 +43,21 @@ def merge(
 
     Args:
         base: Weight file, Hugging Face folder, diffusers pipeline folder, or an opened Checkpoint.
-        adapters: One or several, applied in this order: a path or an opened Adapter, ``adapter * 0.7``, ``(path, 0.7)``, or a mapping
-            ``{path: 0.7}``.
+        adapters: One or several, applied in this order: a path or an opened Adapter, ``adapter * 0.7``,
+            ``(path, 0.7)``, or a mapping ``{path: 0.7}``.
         output: Folder to make. Its parent must exist.
         dtype: ``keep`` (each tensor its own), or a type for every floating-point tensor (``bf16``, ``fp16``, ``fp32``).
         device: Where arithmetic runs (``cpu``, ``cuda``, ``cuda:1``, ``auto``).
         workers: Computing threads; None is one per core, at most eight. Never changes the result.
         memory_limit: Bytes the computed tensors may take together.
         shard_size: Most bytes per weight file; None keeps the base's shards.
-        layout: ``keep`` the base's order of tensors; ``packed`` puts those that a graph reads together together (`surgery.engine.packing`).
+        layout: ``keep`` the base's order of tensors; ``packed`` puts those that a graph reads together together
+            (`surgery.engine.packing`).
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
-        engine: Where weights are computed: None is this process; `surgery.engine.shares.Shares` takes what workers have computed.
+        engine: Where weights are computed: None is this process; `surgery.engine.shares.Shares` takes what workers have
+            computed.
         progress: Called with every step.
 
     Returns:
@@ -71,7 +73,7 @@ def merge(
     check_counts(workers=workers, shard_size=shard_size, memory_limit=memory_limit)
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
-    found, plan = planned_merge(base, adapters, dtype, shard_size, layout)
+    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout)
     if folder is None:
         ahead = preview(plan, None if output is None else Path(output), workers)
         return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
@@ -79,8 +81,8 @@ def merge(
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        warnings.extend(check_output(ledger, found.checkpoint, [weight for _, weight in found.adapters]))
-        return {"README.md": merge_card(found, ledger)}
+        warnings.extend(check_output(ledger, binding.checkpoint, [weight for _, weight in binding.adapters]))
+        return {"README.md": merge_card(binding, ledger)}
 
     ledger = execute(plan, folder, run, finish, engine)
     return MergeResult(folder, ledger, tuple(warnings))

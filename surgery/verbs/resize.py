@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resize: an adapter with lower ranks, each module's factors the best of their rank (Eckart and Young, by QR of the factors)."""
+"""Resize: lower the ranks of an adapter.
+
+Each module gets the best factors of its new rank (Eckart and Young, by QR of the factors).
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ def resize(
 
     Args:
         adapter: File or folder, or an opened Adapter.
-        rank: Greatest rank of a module; or ``Rank.energy(.99)``, ``Rank.error(.05)``, or several joined by ``&``: all of them hold, a
-            number first.
+        rank: Greatest rank of a module; or ``Rank.energy(.99)``, ``Rank.error(.05)``, or several joined by ``&``: all
+            of them hold, a number first.
         output: File or folder to make. Its parent must exist.
         dtype: ``keep`` (float32 for what was computed), ``fp32``, ``fp16``, ``bf16``.
         to: Format to write; by default the adapter's.

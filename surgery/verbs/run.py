@@ -35,14 +35,15 @@ _BEST = 3  # labels of an encoder that are shown
 
 @dataclass(frozen=True)
 class RunText:
-    """What came out for one input.
+    """The output for one input.
 
     Attributes:
         prompt: Ids that went in, virtual ones not among them.
         tokens: New ids.
         text: Of the new ids; None without a tokenizer.
         reason: Why it ended: ``stop``, ``length`` or ``full``; empty for an encoder.
-        scores: Of an encoder that classifies: label to probability (of a regression: value), of the text or of each token.
+        scores: Of an encoder that classifies: label to probability (of a regression: value), of the text or of each
+            token.
     """
 
     prompt: tuple[int, ...]
@@ -86,17 +87,20 @@ class RunResult:
 
     @property
     def nbytes(self) -> int:
-        """Not counted."""
+        """0: not counted for this verb."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
-        found: dict[str, Any] = plain(replace(self, arrays={}))
-        del found["inputs"]
-        return found | {"arrays": {name: list(array.shape) for name, array in self.arrays.items()}}
+        """The result as plain values, for ``--json``."""
+        record: dict[str, Any] = plain(replace(self, arrays={}))
+        del record["inputs"]
+        return record | {"arrays": {name: list(array.shape) for name, array in self.arrays.items()}}
 
     def summary(self, *, verbose: bool = False) -> Summary:
-        """The text or the scores of every input, then device and times; what went in and came out of each if `verbose`."""
+        """The text or the scores of every input, then device and times.
+
+        With `verbose` also the input and output tokens of each.
+        """
         lines = [line for number, text in enumerate(self.texts) for line in self._lines(number, text)]
         if not any(text.scores for text in self.texts):
             lines += [f"{show(name)}\t{'x'.join(map(str, array.shape))}" for name, array in self.arrays.items()]
@@ -163,8 +167,8 @@ def prepare_decoder(
     elif prompt:
         past = default_past(opened)
     whole = max_length + (past.tokens if past else 0)
-    made = make_decoder(opened, batch=batch, max_length=min(whole, contract.max_length), slots=slots, past=past)
-    return made, past
+    decoder = make_decoder(opened, batch=batch, max_length=min(whole, contract.max_length), slots=slots, past=past)
+    return decoder, past
 
 
 def run(
@@ -211,14 +215,14 @@ def run(
     began = time.perf_counter()
     opened = open_graph(model, device=device, weights=weights, threads=threads)
     load = time.perf_counter() - began
-    texts = any(isinstance(one, str) for one in batch)
+    texts = any(isinstance(entry, str) for entry in batch)
     tokenizer = (
         open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
     )
     begins = opened.contract.prompt_kind != TEXT or not prompt or prompt_adapter is not None  # else a text goes on
     rows = [
-        tokenizer.encode(one, begins=begins) if isinstance(one, str) and tokenizer else [int(i) for i in one]
-        for one in batch
+        tokenizer.encode(entry, begins=begins) if isinstance(entry, str) and tokenizer else [int(i) for i in entry]
+        for entry in batch
     ]
     _check(rows, opened)
     if opened.contract.kind == "encoder":
@@ -231,7 +235,7 @@ def run(
         result = _generated(
             opened, rows, tokenizer, load, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt, on_text
         )
-    return replace(result, inputs=tuple(one if isinstance(one, str) else tuple(one) for one in batch))
+    return replace(result, inputs=tuple(entry if isinstance(entry, str) else tuple(entry) for entry in batch))
 
 
 def _inputs(inputs: str | Sequence[int] | Sequence[str | Sequence[int]]) -> list[str | Sequence[int]]:
@@ -293,7 +297,7 @@ def _generated(
             on_text(row, text)
 
     began = time.perf_counter()
-    found = generate(
+    generations = generate(
         decoder,
         [ahead + row for row in rows],
         max_new=max_new,
@@ -308,15 +312,20 @@ def _generated(
                 on_text(row, text)
     return RunResult(
         tuple(
-            RunText(tuple(row), one.tokens, tokenizer.decode(one.tokens) if tokenizer else None, one.reason)
-            for row, one in zip(rows, found, strict=True)
+            RunText(
+                tuple(row),
+                generation.tokens,
+                tokenizer.decode(generation.tokens) if tokenizer else None,
+                generation.reason,
+            )
+            for row, generation in zip(rows, generations, strict=True)
         ),
         opened.memory.device,
         len(ahead) + (past.tokens if past else 0),
         load,
         (times[0] if times else ended) - began,
         ended - began,
-        sum(len(one.tokens) for one in found),
+        sum(len(generation.tokens) for generation in generations),
     )
 
 
@@ -338,7 +347,10 @@ def _can() -> bool:
 
 
 def _check(rows: list[list[int]], opened: GraphSession) -> None:
-    """Ids beyond the table read memory that is not the table's, or fail without saying which; negative ones count from its end."""
+    """Refuse token ids outside the embedding table.
+
+    Ids beyond its end read foreign memory or fail without a message that names them; negative ids count from the end.
+    """
     contract = opened.contract
     first, virtual = contract.vocabulary_rows or (contract.vocabulary, 0)
     limit = max(contract.vocabulary, first + virtual) or None  # of a foreign encoder nobody knows it

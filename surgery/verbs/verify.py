@@ -55,7 +55,7 @@ class Check:
     limit: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The result as plain values, for ``--json``."""
         numbers = {"difference": self.difference, "limit": self.limit} if self.limit is not None else {}
         return {"name": self.name, "detail": self.detail, **numbers}
 
@@ -63,7 +63,7 @@ class Check:
 @summarised
 @dataclass(frozen=True)
 class Verification:
-    """What was verified; what fails is an error.
+    """The checks that passed; one that fails raises an error instead.
 
     Attributes:
         path: The folder.
@@ -91,11 +91,11 @@ class Verification:
 
     @property
     def nbytes(self) -> int:
-        """Not counted."""
+        """0: not counted for this verb."""
         return 0
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The result as plain values, for ``--json``."""
         return {
             "path": str(self.path),
             "kind": self.kind,
@@ -120,14 +120,15 @@ def verify(
 ) -> Verification:
     """Verify a folder that this toolkit made.
 
-    A graph is run by onnxruntime on the CPU, in float32, and compared with a reference computed from config.json and weights by
-    arithmetic of its own. A folder of weights is compared with what its manifest recorded.
+    A graph is run by onnxruntime on the CPU, in float32, and compared with a reference computed from config.json and
+    weights by arithmetic of its own. A folder of weights is compared with what its manifest recorded.
 
     Args:
         output: A folder with ``model.onnx`` or a manifest.
-        against: The base: weights that were copied are compared with it, and a graph that holds its weights inside is computed from it.
-        adapters: What was merged into `against`, as `surgery.merge` takes it: a graph must compute what the merge would. A soft prompt
-            among them must be the one the graph brings along.
+        against: The base: weights that were copied are compared with it, and a graph that holds its weights inside is
+            computed from it.
+        adapters: What was merged into `against`, as `surgery.merge` takes it: a graph must compute what the merge
+            would. A soft prompt among them must be the one the graph brings along.
         tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
 
     Raises:
@@ -161,11 +162,11 @@ def verify(
             notes.append("copied tensors were not compared with the base: --against BASE does")
     if not has_graph:
         return Verification(where, "folder", tuple(checks), tuple(notes))
-    wanted = sort_adapters(adapters)
-    if len(wanted.prefix) > 1:
-        raise FitError("a graph has one soft prompt of its own, which is the first", file=wanted.prefix[1].adapter.path)
+    roles = sort_adapters(adapters)
+    if len(roles.prefix) > 1:
+        raise FitError("a graph has one soft prompt of its own, which is the first", file=roles.prefix[1].adapter.path)
     hashed = _hashed({**manifest.get("files", {}), **recorded})
-    _graphs(where, base, wanted, hashed, tolerance, checks, notes)
+    _graphs(where, base, roles, hashed, tolerance, checks, notes)
     return Verification(where, "graph", tuple(checks), tuple(notes))
 
 
@@ -202,7 +203,7 @@ def _hashed(entries: Mapping[str, Any]) -> set[str]:
 def _graphs(
     where: Path,
     base: Checkpoint | None,
-    wanted: AdapterRoles,
+    roles: AdapterRoles,
     hashed: Collection[str],
     tolerance: float | None,
     checks: list[Check],
@@ -216,22 +217,22 @@ def _graphs(
         graphs.append(read_graph(where / Path(main.contract.prefill).name))
     for graph in graphs:
         check_weights(graph)
-    names = [one.name for one in main.weight_files]
+    names = [file.name for file in main.weight_files]
     if names:
         checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))
-    if base is not None and not wanted.merged:  # a merge may have put them under the names of the base's files
+    if base is not None and not roles.merged:  # a merge may have put them under the names of the base's files
         same = compare_files(where, names, base)
         if same:
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
     elif base is None and not set(names) <= set(hashed):
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = _reference(main, base, wanted)
-    prompt = next((one.adapter for one in wanted.prefix), None)
+    reference = _reference(main, base, roles)
+    prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
         checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]
 
 
-def _reference(graph: GraphFile, base: Checkpoint | None, wanted: AdapterRoles) -> Reference:
+def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Reference:
     """The model that the graph should be: base and adapters where named, else what lies beside it."""
     from surgery.engine.merge_plan import plan_merge
     from surgery.reference import open_reference
@@ -242,22 +243,22 @@ def _reference(graph: GraphFile, base: Checkpoint | None, wanted: AdapterRoles) 
     from surgery_formats.models.families.parameters import model_of
 
     contract, folder = graph.contract, graph.path.parent
-    if base is not None and wanted.merged:
-        plan = plan_merge(bind(wanted.merged, base))
+    if base is not None and roles.merged:
+        plan = plan_merge(bind(roles.merged, base))
         return open_reference(base.main, plan)
     if not graph.weight_files:
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: --against BASE")
         return open_reference(base.main)
-    merged = any(str(one.get("mode")).startswith("merge") for one in contract.adapters)
+    merged = any(str(facts.get("mode")).startswith("merge") for facts in contract.adapters)
     if base is not None and not merged:
         return open_reference(base.main)
     component = open_checkpoint(folder).main
     tensors = dict(component.tensors)
     known = {shard.path.name for shard in component.shards}
-    for one in graph.weight_files:
-        if one.name not in known:  # what a merge changed lies in a file of its own
-            tensors |= {tensor.name: tensor for tensor in open_shard(folder / one.name).tensors}
+    for file in graph.weight_files:
+        if file.name not in known:  # what a merge changed lies in a file of its own
+            tensors |= {tensor.name: tensor for tensor in open_shard(folder / file.name).tensors}
     return Reference(model_of(component.config, tensors.keys()), tensor_weights(tensors, component.names))
 
 
@@ -274,16 +275,16 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
     session, past, front = Session(graph), None, None
     if graph.contract.kind == "encoder":
         front = prompt_in_front(graph)
-        found = list(compare_encoder(session, reference, front))
+        differences = list(compare_encoder(session, reference, front))
     else:
         past = default_past(graph)
-        found = list(compare_decoder(session, reference, past))
+        differences = list(compare_decoder(session, reference, past))
     if prompt is not None:
-        found.append(compare_prompt(graph.path, prompt, reference, past, front))
+        differences.append(compare_prompt(graph.path, prompt, reference, past, front))
     if slots is not None:
         session.slot_arrays, changed = slots
-        found.append(compare_slots(session, changed, past, front))
-    return found
+        differences.append(compare_slots(session, changed, past, front))
+    return differences
 
 
 def _judged(measure: LogitDifference, graph: GraphFile, tolerance: float | None) -> Check:
@@ -301,7 +302,8 @@ def _judged(measure: LogitDifference, graph: GraphFile, tolerance: float | None)
         tokens = f", {measure.wrong_tokens} greedy tokens differ" if measure.wrong_tokens else ""
         what = "key or value" if measure.name == "soft prompt" else "logit"
         raise ProofError(
-            f"{measure.name}: a {what} differs by {measure.difference:.3g} from what the model computes (at most {limit:.3g}){tokens}",
+            f"{measure.name}: a {what} differs by {measure.difference:.3g} from what the model computes (at most "
+            f"{limit:.3g}){tokens}",
             file=graph.path,
             hint="graph and weights do not belong together, or one of them is damaged: export again",
         )

@@ -29,9 +29,9 @@ __all__ = ["command"]
 def command(settings: Settings, model: str, against: str | None, no_cuda_graph: bool, **options: Any) -> None:
     """Measure an exported model: load, prefill, time per token, memory.
 
-    Medians over random tokens. With --against both graphs are measured in turns, so that a busy machine hurts both alike. On
-    CUDA the floor is measured too: the time to read the weights of a step once. Graphs of other exporters can be measured if
-    their inputs have the usual names.
+    Medians over random tokens. With --against both graphs are measured in turns, so that a busy machine hurts both
+    alike. On CUDA the floor is measured too: the time to read the weights of a step once. Graphs of other exporters can
+    be measured if their inputs have the usual names.
 
     \b
     Examples:

@@ -46,8 +46,9 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 def command(settings: Settings, adapters: tuple[tuple[str, float], ...], output: Path | None, **options: Any) -> None:
     """Combine adapters into one.
 
-    OUT does to a model what all ADAPTERs do together, each WEIGHT times: factors side by side, cut to the best of a lower rank if one is
-    asked for. Weights may be negative; one ADAPTER alone is scaled. No model is needed. What was written is read back and compared.
+    OUT does to a model what all ADAPTERs do together, each WEIGHT times: factors side by side, cut to the best of a
+    lower rank if one is asked for. Weights may be negative; one ADAPTER alone is scaled. No model is needed. What was
+    written is read back and compared.
 
     \b
     Examples:
@@ -66,7 +67,7 @@ def command(settings: Settings, adapters: tuple[tuple[str, float], ...], output:
 
 
 def _check(options: dict[str, Any]) -> None:
-    """What is wrong with the options, before anything is read."""
+    """Check the options before anything is read."""
     dense = options["method"] in _DENSE
     if dense and options["density"] is None:
         raise click.UsageError(f"--method {options['method']} needs --density")

@@ -59,7 +59,8 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 def command(settings: Settings, adapter: str, to: str, output: Path | None, **options: Any) -> None:
     """Convert an adapter to another format.
 
-    What was written is read back, and must change every weight as ADAPTER does. What FORMAT cannot hold is an error that names it.
+    What was written is read back, and must change every weight as ADAPTER does. What FORMAT cannot hold is an error
+    that names it.
 
     \b
     Examples:

@@ -36,8 +36,8 @@ FINDINGS = 6
 def command(settings: Settings, a: str, b: str, fail_on: str | None, **options: Any) -> None:
     """Show what differs between two models or two adapters.
 
-    Models are compared tensor by tensor. Adapters are compared by what they add to each weight, whatever their format, rank and
-    factors: no delta is formed, and no base is needed.
+    Models are compared tensor by tensor. Adapters are compared by what they add to each weight, whatever their format,
+    rank and factors: no delta is formed, and no base is needed.
 
     \b
     Examples:

@@ -62,9 +62,9 @@ def command(
 ) -> None:
     """Export a model as ONNX graphs that use its weight files as they are.
 
-    OUT gets model.onnx, tokenizer and configuration, and genai_config.json, so that onnxruntime-genai runs the folder as it is.
-    Adapters are merged into changed weights beside BASE's, put into slots (adapters/*.onnx_adapter), or stand in front of the
-    text as keys and values (prompts/*.onnx_adapter).
+    OUT gets model.onnx, tokenizer and configuration, and genai_config.json, so that onnxruntime-genai runs the folder
+    as it is. Adapters are merged into changed weights beside BASE's, put into slots (adapters/*.onnx_adapter), or stand
+    in front of the text as keys and values (prompts/*.onnx_adapter).
 
     \b
     Examples:

@@ -119,8 +119,9 @@ def _dense(text: str) -> tuple[str, ...]:
 def command(settings: Settings, base: str, tuned: str, output: Path | None, **options: Any) -> None:
     """Extract a LoRA from a full fine-tune.
 
-    TUNED minus BASE, each matrix by its best factors of the rank asked for, everything else as TUNED has it. What was written is
-    read back and must hold what was measured against TUNED; a change that nothing holds is an error that names it.
+    TUNED minus BASE, each matrix by its best factors of the rank asked for, everything else as TUNED has it. What was
+    written is read back and must hold what was measured against TUNED; a change that nothing holds is an error that
+    names it.
 
     \b
     Examples:

@@ -18,8 +18,8 @@ __all__ = ["command"]
 def command(settings: Settings, reference: str, depth: int, every: bool) -> None:
     """Show what a model or an adapter is made of.
 
-    Of a model: its modules with role, shape, parameters, type and bytes; equal layers are shown once. Of an adapter: format,
-    kind, rank, alpha, scale, what it touches, and what makes it easy to use wrongly. Only headers are read.
+    Of a model: its modules with role, shape, parameters, type and bytes; equal layers are shown once. Of an adapter:
+    format, kind, rank, alpha, scale, what it touches, and what makes it easy to use wrongly. Only headers are read.
 
     \b
     Examples:

@@ -34,8 +34,8 @@ def command(
 ) -> None:
     """Report what adapters save in parameters and storage.
 
-    Trained share of the parameters, bytes against a full copy, N tasks on one base against N copies, and what the numbers are
-    part of. Only headers are read.
+    Trained share of the parameters, bytes against a full copy, N tasks on one base against N copies, and what the
+    numbers are part of. Only headers are read.
 
     \b
     Examples:

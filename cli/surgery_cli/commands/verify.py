@@ -35,9 +35,9 @@ __all__ = ["command"]
 def command(settings: Settings, output: str, **options: Any) -> None:
     """Verify an output: its bytes, and what a graph computes.
 
-    A folder of weights is compared with what its manifest recorded. A graph is run on the CPU in fp32 (prefill, decode steps, a padded
-    batch, greedy tokens) and compared with a reference computed from config.json and weights by arithmetic that shares nothing with the
-    exporter's. Whatever is not as it was meant ends with exit code 5.
+    A folder of weights is compared with what its manifest recorded. A graph is run on the CPU in fp32 (prefill, decode
+    steps, a padded batch, greedy tokens) and compared with a reference computed from config.json and weights by
+    arithmetic that shares nothing with the exporter's. Whatever is not as it was meant ends with exit code 5.
 
     \b
     Examples:

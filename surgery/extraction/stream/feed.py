@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bring rows of both tensors of a pair to the device where they are subtracted.
 
-On a CPU, the thread that subtracts also reads. For a GPU, reader threads fill page-locked buffers, and copies to the device overlap with
-reading. Readers never get ahead by more than the buffers hold, so memory stays bounded.
+On a CPU, the thread that subtracts also reads. For a GPU, reader threads fill page-locked buffers, and copies to the
+device overlap with reading. Readers never get ahead by more than the buffers hold, so memory stays bounded.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["ByteObserver", "DirectFeed", "Feed", "RowPair", "StagedFeed"]
 
 HOST_BLOCK = 1 << 17
-"""Elements that are subtracted at a time on a CPU, 512 kB of float32: with what is worked out from them they stay in its cache. Sums
-depend on it: fixed."""
+"""Elements that are subtracted at a time on a CPU, 512 kB of float32: with what is worked out from them they stay in
+its cache. Sums depend on it: fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
 _CHUNK = 8 << 20  # bytes per buffer

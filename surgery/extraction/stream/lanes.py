@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lanes: threads that each own a device, a stream on it and a feed; every job runs in one lane from start to end.
 
-The result does not depend on which lane runs a job: all lanes of a run are on devices of one type, and each does its arithmetic in one
-thread or one stream.
+The result does not depend on which lane runs a job: all lanes of a run are on devices of one type, and each does its
+arithmetic in one thread or one stream.
 """
 
 from __future__ import annotations
@@ -35,13 +35,17 @@ def default_lanes(devices: Sequence[str]) -> int:
     """The number of lanes that keeps `devices` busy: one per core, at most eight, or three per GPU.
 
     A matrix takes some hundred small calls, and all threads share one interpreter. Measured on an H100, 1.24 B
-    parameters, seconds from the first read to synced: 1 lane 2.27, 2 lanes 1.46, 3 lanes 1.28, 4 lanes 1.58, 8 lanes 2.76, 16 lanes 2.46.
+    parameters, seconds from the first read to synced: 1 lane 2.27, 2 lanes 1.46, 3 lanes 1.28, 4 lanes 1.58, 8 lanes
+    2.76, 16 lanes 2.46.
     """
     return _PER_GPU if any(device != "cpu" for device in devices) else default_workers()
 
 
 class DeviceMemory:
-    """Shares the memory of one device: a job waits until the bytes it needs are free. A job larger than all of it runs alone."""
+    """Shares the memory of one device: a job waits until the bytes it needs are free.
+
+    A job larger than all of it runs alone.
+    """
 
     def __init__(self, nbytes: int | None) -> None:
         self._limit, self._used = nbytes, 0
@@ -96,7 +100,9 @@ Job = Callable[[Lane, Stop], None]
 
 
 class Lanes:
-    """All lanes of a run. Create them before the first byte is read, because devices take time to start; close them at the end.
+    """All lanes of a run.
+
+    Create them before the first byte is read, because devices take time to start; close them at the end.
 
     Args:
         devices: Names of devices.
@@ -205,7 +211,9 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
 
 
 def in_threads(jobs: Sequence[Callable[[Stop], None]], workers: int) -> None:
-    """Run every job with one torch thread each, so that results do not depend on their number; the first failure stops the others.
+    """Run every job with one torch thread each; the first failure stops the others.
+
+    Results then do not depend on the number of threads.
 
     Args:
         jobs: Each is called with a function that tells whether to stop.

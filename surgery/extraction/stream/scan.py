@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over both checkpoints: each pair is read once, measured while it is subtracted, and factorised while in memory.
+"""One pass over both checkpoints.
+
+Each pair is read once, measured while it is subtracted, and factorised while in memory.
 
 A matrix that is too large to hold is read again for every product instead.
 """

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a pair of tensors while their difference is computed, on the same device.
 
-The rounding in the difference is estimated as in `surgery_formats.linalg.noise`, from the rows that differ; equal rows contain none.
+The rounding in the difference is estimated as in `surgery_formats.linalg.noise`, from the rows that differ; equal rows
+contain none.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class ExportResult:
     seconds: float = elapsed()
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The result as plain values, for ``--json``."""
         contract = self.contract
         return {
             "output": str(self.output),
@@ -130,5 +130,5 @@ def _adapter(adapter: Mapping[str, Any]) -> tuple[str, Phrase]:
 
 
 def _quoted(path: Path) -> Name:
-    """As a shell takes it."""
+    """A path quoted for a shell."""
     return Name(shlex.quote(str(path)), PATH)
