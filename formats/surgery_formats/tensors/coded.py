@@ -60,10 +60,10 @@ class CodedTensor:
     """A factor, or the factors of stacked experts, as PEFT has them.
 
     Attributes:
-        name: Of the factor.
-        shape: Of the factor, as PEFT has it.
-        codes: See above.
-        scales: See above.
+        name: Name of the factor.
+        shape: Shape of the factor in PEFT.
+        codes: The tensor ``NAME.codes``.
+        scales: The tensor ``NAME.scales``.
         coding: How codes are read.
         side: A: ``(count * rank, in)``. B: ``(out, rank * count)``, the expert being the fastest. Both up to a reshape.
         sizes: ``(count, length, rank)``.
@@ -79,7 +79,7 @@ class CodedTensor:
 
     @property
     def dtype(self) -> DType:
-        """Of the values it reads as."""
+        """Type of the values that are read."""
         return DType.F32
 
     @property
@@ -109,7 +109,7 @@ class CodedTensor:
 
     @property
     def stored_type(self) -> str:
-        """``I4`` or ``I8``: what it is on disk, whatever it reads as."""
+        """The type on disk, ``I4`` or ``I8``."""
         return f"I{self.coding.bits}"
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -157,16 +157,16 @@ def quantised(
     """The factor that two stored tensors hold.
 
     Args:
-        name: Of the factor.
+        name: Name of the factor.
         codes: Its codes.
         scales: Its scales.
-        coding: How.
-        side: Which factor.
+        coding: How they are coded.
+        side: Whether it is A or B.
         sizes: ``(count, length, rank)``.
-        shape: It is to have, see `CodedTensor.side`.
+        shape: Shape of the factor, see `CodedTensor.side`.
 
     Raises:
-        MalformedError: a type or shape is another.
+        MalformedError: a stored tensor has the wrong type or shape.
     """
     count, length, rank = sizes
     expected = (

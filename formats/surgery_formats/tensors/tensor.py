@@ -78,7 +78,7 @@ def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def origin(tensor: Tensor) -> tuple[object, ...]:
-    """What tells a tensor from those of other files: its name, and the files its values come from."""
+    """The identity of a tensor across files: its name, and the files its values come from."""
     return (tensor.name, *dict.fromkeys(source.file.identity for source in tensor.sources))
 
 
@@ -222,11 +222,12 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 
     if not values.numel():
         return memoryview(b"")
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy has the buffer protocol
+    # numpy arrays have the buffer protocol, which their stubs do not declare.
+    return memoryview(values.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or Inf. A sum that is finite proves it, thirty times as fast as a look at each value."""
+    """Whether no value is NaN or Inf. A finite sum proves it, thirty times faster than testing each value."""
     import torch
 
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())

@@ -46,7 +46,7 @@ class ContainerCase:
 
 
 def detects_its_own(case: ContainerCase, folder: Path) -> None:
-    """`detect` knows what the program wrote."""
+    """`detect` recognises files of the original program."""
     assert case.container.detect(case.write(folder, _tensors()))
 
 
@@ -82,7 +82,7 @@ def reads_rows_as_slices(case: ContainerCase, folder: Path) -> None:
 
 
 def refuses_truncated_files(case: ContainerCase, folder: Path) -> None:
-    """A file that was cut anywhere is malformed, whatever it was cut down to."""
+    """A file that is truncated anywhere is malformed."""
     path = case.write(folder, _tensors())
     for file in _weight_files(case.container, path):
         raw = file.read_bytes()

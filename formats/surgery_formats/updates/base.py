@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What updates are made of: factors, and what they are told of the weight they act on."""
+"""Factors of updates, and the facts about a weight that updates receive."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What binding knows of the weight an update meets, and an adapter's file may not.
+    """Facts about the weight of an update that the base has and the adapter's file may lack.
 
     Attributes:
         shape: Logical ``(out, in)``.

@@ -23,7 +23,7 @@ class Stacked:
     Attributes:
         experts: In order.
         if_transposed: The same factors for a family that stores experts as ``(E, in, out)``: PEFT exchanges A and B
-            there, and only the base can tell. Empty where the format leaves no doubt.
+            there, and only the base decides. Empty where the format is unambiguous.
     """
 
     experts: tuple[LoRA, ...]

@@ -70,7 +70,7 @@ class Update(Protocol):
 
 @runtime_checkable
 class Linear(Update, Protocol):
-    """An update that adds something: half of it is half as far."""
+    """An additive update: it can be scaled, and its deltas can be summed."""
 
     def scaled(self, weight: float) -> Linear:
         """The update that moves a weight `weight` times as far."""
@@ -81,7 +81,7 @@ class Unsized(Update, Protocol):
     """An update whose file lacks sizes of its weight: a vector along one axis, one block for a whole diagonal."""
 
     def fitted(self, fit: Fit) -> Update:
-        """The update with its sizes. Where they contradict the file's, `shape` says so and binding refuses.
+        """The update with its sizes. If they contradict the file's, `shape` shows it and binding refuses.
 
         Raises:
             FitError: it cannot act on such a weight.

@@ -65,7 +65,7 @@ class HeldWeight:
 
     @classmethod
     def zeros(cls, shape: tuple[int, int], dtype: torch.dtype) -> HeldWeight:
-        """A weight of zeros, in the memory of one: what a linear update makes of it is the update's delta."""
+        """A weight of zeros that takes the memory of one element: a linear update turns it into the update's delta."""
         import torch
 
         return cls(torch.zeros((1, 1), dtype=dtype).expand(shape))

@@ -21,8 +21,8 @@ def stated_issues(updates: Collection[Update], metadata: Mapping[str, str]) -> I
     explains each case.
 
     Args:
-        updates: All of the file.
-        metadata: ``ss_*`` and ``modelspec.*``.
+        updates: All updates of the file.
+        metadata: Its metadata, with ``ss_*`` and ``modelspec.*``.
     """
     loras = [u.direction if isinstance(u, DoRA) else u for u in updates if isinstance(u, LoRA | DoRA)]
     alpha, dim = _number(metadata, "ss_network_alpha"), _number(metadata, "ss_network_dim")
@@ -48,7 +48,7 @@ def stated_issues(updates: Collection[Update], metadata: Mapping[str, str]) -> I
 
 
 def _lost(loras: Collection[LoRA], alpha: float | None, dim: float | None) -> str:
-    """What the metadata says the scale was, where nothing in the file has it."""
+    """The trained scale by the metadata, if no alpha in the file has it."""
     if alpha is None or not dim or alpha == dim or any(lora.noted for lora in loras):
         return ""
     scale = f"{alpha / dim:.3g}"
@@ -56,7 +56,7 @@ def _lost(loras: Collection[LoRA], alpha: float | None, dim: float | None) -> st
 
 
 def _number(metadata: Mapping[str, str], key: str) -> float | None:
-    """A positive number; None for ``Dynamic``, ``None`` and all else."""
+    """The value of `key` if it is a positive number; None for ``Dynamic``, ``None`` and other texts."""
     try:
         value = float(metadata.get(key, ""))
     except ValueError:

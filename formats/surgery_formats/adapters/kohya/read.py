@@ -183,7 +183,7 @@ def _with_core(mid: StoredTensor, down: StoredTensor) -> Factor:
 
 
 def _dora(lora: LoRA, scale: StoredTensor, parts: Mapping[str, StoredTensor]) -> DoRA:
-    """The position of the 1 tells the axis: (out, 1, ...) or (1, in, ...). Square layers leave no other way to know."""
+    """A DoRA whose axis follows from the shape of its magnitude: (out, 1, ...) or (1, in, ...)."""
     out, inputs = lora.shape[0], parts["lora_down.weight"].shape[1]
     sizes = scale.shape[:2]
     if sizes == (out, 1) and scale.numel == out:

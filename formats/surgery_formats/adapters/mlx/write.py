@@ -52,7 +52,7 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     """adapters.safetensors and adapter_config.json. Convolutions, biases and single token rows are dropped.
 
     Raises:
-        FitError: only a base can tell how the adapter's experts are held, and none was given; a pipeline.
+        FitError: the adapter has experts and no base is given, or it belongs to a pipeline.
     """
     if base is not None and base.is_pipeline:
         raise FitError("mlx-lm has language models only, the base is a pipeline", file=adapter.path)
@@ -195,11 +195,11 @@ def _direction(update: LoRA | DoRA) -> LoRA:
 
 @dataclass(frozen=True, slots=True)
 class _TiedHead:
-    """What becomes of a head that shares the embedding's tensor: in mlx-lm it follows every update of the embedding.
+    """A head that shares the embedding's tensor: in mlx-lm it follows every update of the embedding.
 
     Attributes:
-        follows: The base ties them, and the adapter does the same to both.
-        parts: The base ties them, and the adapter does not.
+        follows: The base ties them, and the adapter changes both equally.
+        parts: The base ties them, and the adapter changes them differently.
     """
 
     follows: bool = False

@@ -28,11 +28,11 @@ class PeftFile:
 
     Attributes:
         kind: The ``peft_type`` that is written.
-        adapter: What is written.
-        base: The model it is for, if that is known.
+        adapter: The adapter that is written.
+        base: The model it was trained for, if known.
         own: The configuration it came with, if it is a PEFT adapter's of the kind that is written.
-        scaling: How scales are to be stated; None keeps the adapter's own way.
-        prefix: What keys begin with.
+        scaling: How to state scales; None keeps the adapter's own way.
+        prefix: Prefix of all keys.
         has_biases: Whether the kind's configuration has a field ``bias``.
         ledger: What became of every update.
         tensors: By key.
@@ -42,7 +42,7 @@ class PeftFile:
         rows: Token ids by the path of their module.
         saved: Paths of modules stored whole.
         whole_biases: Whether biases are stored whole (``bias="all"``).
-        defaults: Fields that the kind's configuration has where nothing else says otherwise.
+        defaults: Default fields of the kind's configuration.
         fields: Fields that follow from what was written.
     """
 
@@ -116,12 +116,12 @@ class PeftFile:
         self.ledger.drop(site, update, why)
 
     def hold_other(self, site: Site, update: Update, why: str = "", *, by_key: bool = True) -> None:
-        """Store a parameter that was trained in full, which every kind may have; note all else as dropped.
+        """Store a parameter that was trained in full, which every kind may have; drop any other update.
 
         Args:
-            site: Where.
-            update: What.
-            why: The reason, if the kind knows better than "it has none".
+            site: The parameter's site.
+            update: The update of the parameter.
+            why: Why it is dropped, if the kind has a more specific reason than that it holds no such update.
             by_key: Whether the ledger names the key, or else how the parameter is stored.
         """
         if not isinstance(update, Replacement) or why:
@@ -161,7 +161,7 @@ class PeftFile:
         return plain, "modules_to_save"
 
     def kept(self) -> bool:
-        """Whether the configuration that the adapter came with is true of what was written."""
+        """Whether the adapter's own configuration is still true of the written tensors."""
         if self.own is None or self.scaling is not None:
             return False
         for module, (rank, alpha) in self.settings.items():

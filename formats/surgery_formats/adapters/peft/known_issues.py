@@ -31,7 +31,7 @@ _ORTHONORMAL = 0.02  # greatest error of A A^T: bfloat16 rounds each of its sums
 
 
 def combination_issues(config: Mapping[str, Any]) -> Iterable[str]:
-    """Whether a combination by ``add_weighted_adapter`` may be scaled wrongly, as the configuration tells."""
+    """Whether a combination by ``add_weighted_adapter`` may be scaled wrongly, by its configuration."""
     if config.get("use_rslora") is True and _like_combined(config) and _version(config) <= _RSLORA:
         times = math.sqrt(config["r"])
         yield (
