@@ -15,7 +15,8 @@ def lazy(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """``__getattr__``, ``__dir__`` and ``__all__`` of `package`, from the names that each module defines.
 
-    Type checkers do not see these names: the package imports them once more under ``TYPE_CHECKING``, and a test compares both lists.
+    Type checkers do not see these names. The package therefore imports them once more under ``TYPE_CHECKING``, and a
+    test compares both lists.
     """
     home_of = {name: module for module, names in homes.items() for name in names}
     public = sorted(home_of)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules are embeddings: their factors are stored the other way round in several formats."""
+"""Which modules are embeddings: several formats store their factors transposed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EMBEDDINGS = frozenset(
 
 
 def is_embedding(module: str, base: Checkpoint | None = None, site: Site | None = None) -> bool:
-    """Whether `module` is an embedding: as its site knows, as the base says, or by its name."""
+    """Whether `module` is an embedding, by its site, the base, or its name."""
     if site is not None and site.module_kind:
         return site.module_kind == "embedding"
     if base is not None and not base.is_pipeline and base.main.embedding == f"{module}.weight":

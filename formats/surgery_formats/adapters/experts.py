@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts under three names: each (``experts.3.up_proj``), fused (``experts.gate_up_proj``), stacked by MLX (``switch_mlp.up_proj``).
+"""The three spellings of expert weights.
 
-The families' `Fused` records say which is which; without a base the name of the block tells Mixtral's spelling from the others'.
+They are single (``experts.3.up_proj``), fused (``experts.gate_up_proj``) or stacked by MLX (``switch_mlp.up_proj``).
+The families' `Fused` records relate them; without a base, the name of the block distinguishes Mixtral's spelling.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def fused_of(site: Site, base: Checkpoint | None) -> tuple[Fused, ...]:
 
 
 def taken_apart(path: str, update: Stacked, fused: Iterable[Fused]) -> Iterator[tuple[str, LoRA]]:
-    """``(path of one expert's part, its LoRA)`` of an update that stacks experts; nothing if the records do not know its name."""
+    """``(path of one expert's part, its LoRA)`` for every expert of a stacked update.
+
+    Nothing if no record has the name.
+    """
     for record in fused:
         if path.endswith(f".{record.whole}"):
             stem = path.removesuffix(record.whole)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a format is: a reader into the canonical form, a writer out of it, and a way to know its files."""
+"""Formats: each has a reader into the canonical form, a writer out of it, and a detector of its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Outcome = Literal["exact", "folded", "approximated", "dropped"]
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to be written, computed when its turn comes.
+    """A tensor to be written, computed when it is written.
 
     Attributes:
         name: Key in the file.
@@ -46,10 +46,11 @@ class Entry:
 
     Attributes:
         site: As the source named it.
-        outcome: ``exact`` (same factors), ``folded`` (a scale or a part multiplied into a factor, same delta), ``approximated`` (another
-            delta, as near as the format's type allows), ``dropped``.
+        outcome: ``exact`` (same factors), ``folded`` (same delta, with a scale or a part multiplied into a factor),
+            ``approximated`` (another delta, as near as the format's type allows), or ``dropped``.
         detail: Where it went, or why it was dropped.
-        error: Of what is approximated: ``||delta - written|| / ||delta||`` (Frobenius), measured on what was written; None until then.
+        error: Error of an approximated update, ``||delta - written|| / ||delta||`` (Frobenius), measured on the written
+            tensors; None until then.
     """
 
     site: str
@@ -64,13 +65,14 @@ class Rendering:
 
     Attributes:
         tensor_file: Name of the safetensors file.
-        tensors: Its content, in the order it is to have.
-        metadata: Its ``__metadata__``.
+        tensors: Tensors of that file, in order.
+        metadata: ``__metadata__`` of that file.
         small_files: Whole contents of the other files (configuration).
         entries: What became of every update.
-        held: The source's updates that the files hold: everything but what was dropped.
-        stated: For sites with something approximated, the errors that their updates in `held` are to have, in order (0: none). Such a
-            format keeps sites and kinds as they are. Asked before the tensors were loaded, it is the work of loading them.
+        held: The source's updates that the files hold: all but the dropped ones.
+        stated: For sites with approximated updates, a function that returns the expected errors of their updates in
+            `held`, in order (0 for an exact one). Such a format keeps sites and kinds as they are. A call before the
+            tensors were loaded loads them.
     """
 
     tensor_file: str
@@ -84,11 +86,11 @@ class Rendering:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How the scales of an adapter are to be stated: ``scale = alpha / rank``, or ``alpha / sqrt(rank)``.
+    """How to state the scales of an adapter: ``scale = alpha / rank``, or ``alpha / sqrt(rank)``.
 
     Attributes:
-        alpha: One for all; None gives each module its own rank, which makes the scale 1 (rsLoRA: the root of the rank).
-        rslora: Which of the two.
+        alpha: The alpha of all modules; None uses each module's rank, which makes the scale 1 (rsLoRA: its root).
+        rslora: Whether to divide by ``sqrt(rank)``.
         rank: The rank to state for the whole file where a module has it; by default the one that most have.
     """
 
@@ -101,7 +103,7 @@ class Scaling:
         return float(rank) if self.alpha is None else self.alpha
 
     def scale(self, rank: int) -> float:
-        """What ``B A`` is multiplied with."""
+        """The factor on ``B A``."""
         return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -131,14 +133,14 @@ class Format(Protocol):
         """The canonical form. Only headers are read.
 
         Raises:
-            InputError: the files are not what the format says.
+            InputError: the files do not follow the format.
             FitError: the content cannot be expressed (a kind that has no merge).
         """
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """The adapter in this format. What the format cannot hold is an entry with outcome ``dropped``, never silence.
+        """The adapter in this format. Every update that it cannot hold has an entry with outcome ``dropped``.
 
-        Where a base is known, the adapter is given with the sizes that only a base tells (`binding.sizes.sized`).
+        If a base is known, `adapter` already has the sizes that only a base can supply (`binding.sizes.sized`).
 
         Raises:
             FitError: a base is needed and not given, or is the wrong one.
@@ -169,18 +171,18 @@ class Scaled(Format, Protocol):
     """A format whose configuration states ranks and scales, in more than one way."""
 
     def with_scaling(self, scaling: Scaling) -> Scaled:
-        """The same format, stating them as `scaling` says wherever an update's scale allows it."""
+        """The same format, stating them by `scaling` wherever an update's scale allows it."""
 
     def described(self, adapter: Adapter) -> Adapter:
-        """`adapter` with all that a file of this format would tell of it beside its updates: configuration, modules, known issues."""
+        """`adapter` with the configuration, modules and known issues that a file of this format would give it."""
 
 
 @runtime_checkable
 class Inheriting(Format, Protocol):
-    """A format of which an adapter made from others may keep a part of their configurations."""
+    """A format whose adapters can inherit configuration from the adapters they were made from."""
 
     def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
-        """The configuration (`Adapter.config`) of an adapter that does `updates` and was made from `adapters`, all of this format.
+        """The configuration (`Adapter.config`) of an adapter with `updates`, made from `adapters` of this format.
 
         Raises:
             FitError: no one configuration describes such an adapter.

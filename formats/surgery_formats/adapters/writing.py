@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every writer needs: tensors made from factors, a ledger that cannot forget an update, names looked up in the base."""
+"""Shared by all writers: tensors from factors, a ledger of every update, and names looked up in the base."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 
 _Key = TypeVar("_Key", bound=Hashable)
 
-# Hashes of a file's own bytes, and the container's own mark: wrong or meaningless in another file. Tools compute them when absent.
+# Hashes of a file's bytes and the container's mark: wrong in another file. Tools compute them when absent.
 _OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")
 
 
@@ -58,7 +58,10 @@ class ConversionLedger:
         self.entries.append(Entry(str(site), "dropped", f"{update.kind}: {why}"))
 
     def held_in_order(self, adapter: Adapter) -> dict[Site, tuple[Update, ...]]:
-        """What is held, each chain as `adapter` has it, whatever the order it was written in: a replacement comes before what is added."""
+        """The held updates, each chain in the order that `adapter` has.
+
+        The order matters: a replacement comes before the updates that are added to it.
+        """
         kept = {site: {id(update) for update in chain} for site, chain in self.held.items()}
         return {site: tuple(u for u in adapter.updates[site] if id(u) in kept[site]) for site in self.held}
 

@@ -29,8 +29,8 @@ class Operation:
         view: Where its rows and columns lie in the storage.
         site: As the adapter names it.
         adapter: Position of its adapter in the list that was bound.
-        share: How far to go from the weight before to what the update makes of it; other than 1 only for kinds that are not linear in
-            their factors (of the linear ones the update itself is scaled).
+        share: How far to go from the old weight to the updated one. Other than 1 only for kinds that are not linear in
+            their factors; a linear update is scaled itself.
     """
 
     update: Update
@@ -66,7 +66,9 @@ class Edit:
 def prepared(
     operations: Iterable[Operation], source: Storage, dtype: torch.dtype, height: int, device: str = "cpu"
 ) -> list[tuple[View, Apply]]:
-    """The equations of `operations` for `apply_chain`, their factors loaded; each looks at `source` as the ones before it leave it.
+    """The equations of `operations` for `apply_chain`, with their factors loaded.
+
+    Each sees `source` as the operations before it leave it.
 
     Args:
         operations: In order.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes that an adapter's files do not tell and a base does."""
+"""Sizes that an adapter's files lack and its base has."""
 
 from __future__ import annotations
 

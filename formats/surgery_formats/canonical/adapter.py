@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one canonical form of an adapter. Every format is a reader into it and a writer out of it."""
+"""The canonical form of an adapter. Every format is a reader into it and a writer out of it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ class Site:
     """A parameter as an adapter's file names it.
 
     Attributes:
-        path: ``model.layers.0.self_attn.q_proj.weight``, ``...experts.gate_up_proj``; or flattened with underscores, as kohya writes it:
-            ``down_blocks_0_attentions_0_proj_in.weight``.
+        path: ``model.layers.0.self_attn.q_proj.weight``, ``...experts.gate_up_proj``, or a path that kohya flattened
+            with underscores: ``down_blocks_0_attentions_0_proj_in.weight``.
         component: Part of a pipeline (``unet``, ``text_encoder``), or empty.
         flat: Whether the dots of the module path were written as underscores, so that only the base can tell it apart.
-        module_kind: Of the parameter's module. A fact about the site, not a part of its identity.
-        kernel: Sizes of a convolution's kernel, ``(k, k)``; 0 is a size that the file does not tell. Empty for all else.
+        module_kind: Kind of the parameter's module. It is no part of the site's identity.
+        kernel: Sizes of a convolution's kernel, ``(k, k)``; 0 is a size that the file does not have. Empty for other
+            modules.
     """
 
     path: str
@@ -63,7 +64,7 @@ class Ignored:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Adapter:
-    """What was trained, before any base is known.
+    """Everything that was trained for a base, before that base is known.
 
     Attributes:
         path: File or folder it was read from.
@@ -71,20 +72,21 @@ class Adapter:
         kind: What the file says it is (``LORA``, ``PROMPT_TUNING``).
         updates: What happens to each parameter, in order.
         tensors: Every stored tensor of the adapter.
-        ignored: Tensors that rightly do nothing.
+        ignored: Tensors that have no effect and are meant to have none.
         new_modules: Module names that the base may lack: heads added for a task (``score``, ``classifier``).
-        copied_modules: Paths of modules of which a whole trained copy is stored, where they are known: each with all its parameters.
+        copied_modules: Paths of modules that are stored as a trained copy with all their parameters, where known.
         prompt: Virtual tokens; the updates of such an adapter are the heads that were trained beside them.
         base_name: The base it says it was trained on, or empty.
         base_id: Content id of that base, where recorded.
         config: The format's own configuration, for writers and reports; only plain JSON values.
         metadata: Free strings that must survive a conversion (``ss_*``, ``modelspec.*``).
         side_files: Tokenizer files and the like beside the adapter.
-        stated_issues: What its headers and configuration warn of (an alpha that is missing, a version known to write wrong scales).
-        examine: What only a look at its values can warn of; see `known_issues`.
+        stated_issues: Known issues that headers and configuration show (a missing alpha, a version that writes wrong
+            scales).
+        examine: Returns the known issues that only values show; see `known_issues`.
         optional: Sites that a base need not have: biases that follow their weight.
-        keeps_ties: Whether what was trained for the embedding is meant for a head that shares its tensor too (mlx-lm), and not for the
-            embedding alone (PEFT).
+        keeps_ties: Whether updates of the embedding also apply to a tied head (mlx-lm), and not to the embedding alone
+            (PEFT).
     """
 
     path: Path

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft prompts: virtual tokens in front of the input, or keys and values in front of every layer's (PEFT 0.21, ``PeftModel.get_prompt``).
+"""Soft prompts: virtual tokens in front of the input, or keys and values in front of every layer's.
 
-Prompt tuning: Lester et al. 2021, arXiv:2104.08691. P-tuning: Liu et al. 2021, arXiv:2103.10385. Prefix tuning: Li and Liang 2021,
-arXiv:2101.00190. What was trained through an encoder or a projection is stored after it, so neither is needed here.
+Prompt tuning: Lester et al. 2021, arXiv:2104.08691. P-tuning: Liu et al. 2021, arXiv:2103.10385. Prefix tuning: Li and
+Liang 2021, arXiv:2101.00190. Files hold the output of the encoder or projection that a prompt was trained through, so
+neither is needed here. Source: PEFT 0.21, ``PeftModel.get_prompt``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ __all__ = ["Prefix", "SoftPrompt"]
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """How a table of keys and values is laid out: ``(tokens, 2 * layers, kv_heads, head_dim)``, K of layer i at 2 i, V at 2 i + 1.
+    """Layout of a table of keys and values, ``(tokens, 2 * layers, kv_heads, head_dim)``.
+
+    K of layer i is at ``2 i``, V at ``2 i + 1``.
 
     Attributes:
-        layers: Of the model.
-        kv_heads: Heads of keys and values: with grouped-query attention fewer than those of queries.
+        layers: Number of layers of the model.
+        kv_heads: Number of key and value heads, fewer than query heads with grouped-query attention.
         head_dim: Numbers per head.
     """
 
@@ -37,12 +40,13 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class SoftPrompt:
-    """What was trained instead of weights.
+    """Virtual tokens, or keys and values, that were trained instead of weights.
 
     Attributes:
         kind: ``PROMPT_TUNING``, ``P_TUNING``, ``PREFIX_TUNING``, ``CPT``, ``CARTRIDGE``.
-        table: As stored: ``(submodules * tokens, dim)`` embeddings, or ``(tokens, 2 * layers * kv_heads * head_dim)`` keys and values.
-        virtual_tokens: In front of the input of one submodule.
+        table: The stored table: ``(submodules * tokens, dim)`` embeddings, or
+            ``(tokens, 2 * layers * kv_heads * head_dim)`` keys and values.
+        virtual_tokens: Number of virtual tokens in front of the input of one submodule.
         dim: Numbers per token: of an embedding; of all key heads of one layer.
         submodules: 2 for an encoder and its decoder, else 1.
         prefix: Layout of keys and values; None for embeddings.
@@ -61,11 +65,14 @@ class SoftPrompt:
         return self.table.numel
 
     def embeddings(self, submodule: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """``(virtual_tokens, dim)``: rows to put before the embedded input. They are not scaled by a model that scales its embeddings.
+        """The rows ``(virtual_tokens, dim)`` to put before the embedded input.
+
+        A model that scales its embeddings does not scale these.
 
         Args:
-            submodule: 0 for the model, or its encoder; 1 for the decoder, which PEFT stores and never uses when token ids are given.
-            dtype: Of the result; float32 by default, float64 where stored so.
+            submodule: 0 for the model or its encoder; 1 for the decoder, whose rows PEFT stores but does not use when
+                it gets token ids.
+            dtype: Type of the result; float32 by default, float64 where stored so.
 
         Raises:
             FitError: keys and values instead of embeddings, or a value that is not a number.
@@ -76,7 +83,9 @@ class SoftPrompt:
         return values[submodule * self.virtual_tokens : (submodule + 1) * self.virtual_tokens]
 
     def key_values(self, layer: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of `layer`, each ``(kv_heads, virtual_tokens, head_dim)``, as they stand in the cache: no rotary embedding is applied.
+        """K and V of `layer` for the cache, each ``(kv_heads, virtual_tokens, head_dim)``.
+
+        They take no rotary embedding.
 
         With two submodules PEFT doubles the list and takes entries ``4 i`` and ``4 i + 1`` for the decoder's layer i.
 
@@ -95,10 +104,10 @@ class SoftPrompt:
         return values[entry], values[entry + 1]
 
     def check(self) -> SoftPrompt:
-        """Itself.
+        """This prompt, checked.
 
         Raises:
-            FitError: the stored table has another size than these numbers say.
+            FitError: the size of the stored table differs from the configured sizes.
         """
         rows = self.virtual_tokens if self.prefix else self.submodules * self.virtual_tokens
         width = 2 * self.prefix.layers * self.prefix.kv_heads * self.prefix.head_dim if self.prefix else self.dim

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a container is: a way to store a model's tensors in a file or a folder, as safetensors and sharded folders are."""
+"""Containers: ways to store a model's tensors in a file or a folder, such as safetensors and sharded folders."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Container(Protocol):
     def written_as(self) -> str: ...
 
     def detect(self, path: Path) -> bool:
-        """Whether `path` (file or folder) is of this container, by content; cheap, and never raises for foreign files."""
+        """Whether the file or folder `path` is of this container, by content; cheap, never raises for foreign files."""
 
     def open(self, path: Path) -> Mapping[str, ShardSet]:
         """The weights of every component by name; a plain model has one, called "". Only headers are read.
@@ -143,7 +143,7 @@ class WritableContainer(FileContainer, Protocol):
 
         Args:
             tensors: In the order the file is to have.
-            like: The shard that the file replaces. What of it still holds is kept: metadata, and its header if nothing changed size.
+            like: The shard that the file replaces. Its metadata is kept, and its header too if no tensor changed size.
             alignment: The data begins at a multiple of it.
 
         Raises:

@@ -222,7 +222,10 @@ SHARDED = _Sharded()
 
 
 def output_name(name: str, suffix: str) -> str:
-    """The name of a base's file or shard when it is written with another ending: ``pytorch_model-1.bin`` as ``model-1.safetensors``."""
+    """The name of a base's file or shard with another ending.
+
+    ``pytorch_model-1.bin`` becomes ``model-1.safetensors``.
+    """
     return name if name.endswith(suffix) else _plain_stem(name.rpartition(".")[0]) + suffix
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Containers of one file by their endings. A new one is a file with an object like these, and a line in `WEIGHT_FILES`."""
+"""Containers of one file, by file ending. Add one as an object like these and a line in `WEIGHT_FILES`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes two inputs the same: a quick fingerprint of a file, and the content id of a model."""
+"""Identity of inputs: a quick fingerprint of a file, and the content id of a model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ _STEP = 8 << 20
 def fingerprint(file: File) -> str:
     """xxh3-128 of a small file, or of the size, the head and 64 samples spread over a large one.
 
-    It names the job, so that an interrupted run can go on; it is no proof (files are watched for change while they are used).
+    It identifies a job, so that an interrupted run can resume. It is no proof of equality: files are watched for change
+    while they are used.
     """
     return fingerprint_of(file.size, file.read)
 
 
 def fingerprint_of(size: int, read: Callable[[int, int], bytearray]) -> str:
-    """`fingerprint` of a file of `size` bytes that `read` gives ``(offset, nbytes)`` of; it may not exist yet."""
+    """`fingerprint` of a file of `size` bytes, which need not exist yet; ``read(offset, nbytes)`` returns its bytes."""
     state = xxhash.xxh3_128(str(size).encode())
     for offset, nbytes in _ranges(size):
         state.update(read(offset, nbytes))
@@ -46,9 +47,9 @@ def _ranges(size: int) -> Iterable[tuple[int, int]]:
 
 
 class Digests:
-    """`tensor_digest` of tensors whose bytes come by for another reason: they need not be read again.
+    """Computes `tensor_digest` from bytes that are read for another purpose, so that they are not read twice.
 
-    Any thread may use it; the bytes of one tensor come in order.
+    Any thread may use it; the bytes of one tensor must come in order.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,10 @@ class Digests:
         self._lock = threading.Lock()
 
     def claim(self, tensor: StoredTensor) -> Callable[[int, memoryview], None] | None:
-        """What to call with ``(offset in the tensor, bytes)``; None where somebody else does, or the bytes would not be those stored."""
+        """The function to call with ``(offset in the tensor, bytes)``.
+
+        None if another caller has claimed the tensor, or if its bytes are not those stored.
+        """
         if tensor.strides is not None:
             return None
         state, reached = xxhash.xxh3_128(), [0]
@@ -73,7 +77,7 @@ class Digests:
         return seen
 
     def of(self, tensor: StoredTensor) -> str:
-        """The digest, read now where it is not complete."""
+        """The digest; reads the tensor if its bytes have not all been seen."""
         state, reached = self._states.get(tensor.place, (None, [0]))
         return state.hexdigest() if state is not None and reached[0] == tensor.nbytes else tensor_digest(tensor)
 
@@ -81,7 +85,8 @@ class Digests:
 def content_id(checkpoint: Checkpoint, digest: Callable[[StoredTensor], str] | None = None) -> str:
     """sha256 over the sorted ``(component, name, dtype, shape, xxh3-128 of the bytes)`` of all tensors.
 
-    Independent of sharding, order, metadata and place. Reads every byte once, unless `digest` knows better (`Digests.of`).
+    Independent of sharding, order, metadata and place. Reads every byte once, unless `digest` has it already
+    (`Digests.of`).
     """
     digest = digest or tensor_digest
     lines = [

@@ -66,7 +66,7 @@ class Names:
 
     @cached_property
     def _prefixes(self) -> tuple[str, ...]:
-        """Leading segments (``transformer``, ``model.language_model``) that the names of a bare model's adapter lack."""
+        """Leading segments (``transformer``, ``model.language_model``) that a bare model's adapter lacks."""
         prefixes: dict[str, None] = {}
         for name in self._known:
             segments = name.split(".")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a storage is: a way to hold one logical weight in stored tensors, and to read and write it a block of rows at a time."""
+"""Storages: ways to hold a logical weight in stored tensors, read and written a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class Encoding(Protocol):
     """How the values of a weight become bytes of stored tensors.
 
     Attributes:
-        sizes: Of the weight, as the model's code has it: ``(out, in)``, ``(out, in, k, k)``, ``(experts, rows, cols)``, ``(n,)``.
+        sizes: Shape of the weight in the model's code: ``(out, in)``, ``(out, in, k, k)``, ``(experts, rows, cols)``,
+            ``(n,)``.
         shape: ``(rows, cols)`` of the same values as a matrix; blocks are rows of it.
         dtype: Type of the values that a reader gets.
         group: Rows that can only be put together: blocks begin at a multiple of it and end at one, or at the last row.
@@ -86,7 +87,8 @@ class Encoding(Protocol):
         Args:
             start: A multiple of `group`.
             block: ``(n, cols)``, finite, in any floating-point type on any device; never written to.
-            rounded: ``(n, cols)`` of `dtype` on the CPU; filled with the values that a reader will get. The bytes may lie in it.
+            rounded: ``(n, cols)`` of `dtype` on the CPU; filled with the values that a reader will get. The returned
+                bytes may lie in it.
 
         Raises:
             ValueError: rows that cannot be put alone, see `group`.
@@ -100,7 +102,7 @@ class Storage(Encoding, Protocol):
         name: Of the weight, as the model's code has it.
         sources: Every stored tensor it is made of.
         kind: Name of the type it is stored in, for people: ``BF16``, ``NF4``.
-        is_float: Whether its values are numbers that updates can be added to (and not codes or indices without a meaning of their own).
+        is_float: Whether its values are numbers that updates can be added to, not codes or indices.
     """
 
     @property
@@ -113,7 +115,7 @@ class Storage(Encoding, Protocol):
     def is_float(self) -> bool: ...
 
     def read_into(self, block: torch.Tensor, start: int) -> None:
-        """Fill `block` ``(n, cols)``, contiguous, of `dtype` and on the CPU, with the rows from `start`; any rows can be read.
+        """Fill `block` ``(n, cols)``, contiguous, of `dtype` and on the CPU, with any rows from `start` on.
 
         Raises:
             MalformedError: the file ends before, or what is stored is not what the storage says.
@@ -121,7 +123,7 @@ class Storage(Encoding, Protocol):
 
 
 class StorageKind(Protocol):
-    """One way to store weights. Adding one is adding an object like this to `registry.BUILT_IN`, or a plugin's entry point.
+    """One way to store weights. Add one as an object in `registry.BUILT_IN` or as a plugin's entry point.
 
     Attributes:
         name: As reports call it.
@@ -165,7 +167,7 @@ def read_block(storage: Storage, start: int, stop: int) -> torch.Tensor:
 
 
 def read_values(storage: Storage, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Rows ``[start, stop)`` of the matrix in `dtype`: float32, or float64 where stored so, unless another is asked for."""
+    """Rows ``[start, stop)`` of the matrix in `dtype`; by default float32, or float64 if stored as such."""
     import torch
 
     exact = torch.float64 if storage.dtype is DType.F64 else torch.float32

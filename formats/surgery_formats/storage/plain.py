@@ -21,8 +21,9 @@ class Elements:
     """The encoding of a weight as one tensor of elements.
 
     Attributes:
-        sizes: Of the weight, and of the tensor.
-        shape: ``(rows, cols)``; a 3-D expert tensor is ``(E * rows, cols)``, a convolution ``(out, in * k...)``, a vector ``(n, 1)``.
+        sizes: Shape of the weight, and of the tensor.
+        shape: ``(rows, cols)``: ``(E * rows, cols)`` for a 3-D expert tensor, ``(out, in * k...)`` for a convolution,
+            ``(n, 1)`` for a vector.
         dtype: Element type.
     """
 

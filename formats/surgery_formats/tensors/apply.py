@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Apply", "apply_chain", "gather", "scatter"]
 
 Apply = Callable[["torch.Tensor", Index, Index], "torch.Tensor"]
-"""``apply(block, rows, cols) -> block'``: `block` holds the logical elements ``[rows, cols]`` and may be written into."""
+"""``apply(block, rows, cols) -> block'``: `block` holds the elements ``[rows, cols]`` and may be written into."""
 
 
 def apply_chain(chain: Iterable[tuple[View, Apply]], block: torch.Tensor, start: int, stop: int) -> None:

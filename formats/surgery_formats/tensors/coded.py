@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors stored as codes and scales that read as the float32 values they stand for, so that every update serves them like any other.
+"""Tensors stored as codes and scales, read as the float32 values they encode; updates use them like any other tensor.
 
-On disk a factor has two tensors: ``NAME.codes``, for int8 ``(count, length, rank)`` of type I8, for int4 ``(count, bytes)`` of type U8
-with the first of two codes in the low half and zero bits where there is no second; and ``NAME.scales``, BF16 ``(count, groups)``.
-`count` is that of stacked experts, 1 otherwise. Each expert's ``length * rank`` numbers lie row by row and are grouped from their first on.
+On disk a factor has two tensors. ``NAME.codes`` is ``(count, length, rank)`` of type I8 for int8. For int4 it is
+``(count, bytes)`` of type U8, with the first of two codes in the low half and zero bits where there is no second.
+``NAME.scales`` is BF16 ``(count, groups)``. `count` is the number of stacked experts, or 1. The ``length * rank``
+numbers of an expert lie row by row, and groups start at the first of them.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ class CodedTensor:
     """A factor, or the factors of stacked experts, as PEFT has them.
 
     Attributes:
-        name: Of the factor.
-        shape: Of the factor, as PEFT has it.
-        codes: See above.
-        scales: See above.
+        name: Name of the factor.
+        shape: Shape of the factor in PEFT.
+        codes: The tensor ``NAME.codes``.
+        scales: The tensor ``NAME.scales``.
         coding: How codes are read.
         side: A: ``(count * rank, in)``. B: ``(out, rank * count)``, the expert being the fastest. Both up to a reshape.
         sizes: ``(count, length, rank)``.
@@ -78,7 +79,7 @@ class CodedTensor:
 
     @property
     def dtype(self) -> DType:
-        """Of the values it reads as."""
+        """Type of the values that are read."""
         return DType.F32
 
     @property
@@ -108,7 +109,7 @@ class CodedTensor:
 
     @property
     def stored_type(self) -> str:
-        """``I4`` or ``I8``: what it is on disk, whatever it reads as."""
+        """The type on disk, ``I4`` or ``I8``."""
         return f"I{self.coding.bits}"
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -156,16 +157,16 @@ def quantised(
     """The factor that two stored tensors hold.
 
     Args:
-        name: Of the factor.
+        name: Name of the factor.
         codes: Its codes.
         scales: Its scales.
-        coding: How.
-        side: Which factor.
+        coding: How they are coded.
+        side: Whether it is A or B.
         sizes: ``(count, length, rank)``.
-        shape: It is to have, see `CodedTensor.side`.
+        shape: Shape of the factor, see `CodedTensor.side`.
 
     Raises:
-        MalformedError: a type or shape is another.
+        MalformedError: a stored tensor has the wrong type or shape.
     """
     count, length, rank = sizes
     expected = (

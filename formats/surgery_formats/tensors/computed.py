@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are computed when they are read: results of adapter algebra, handed to the writers like those of a file."""
+"""Tensors that are computed when read: results of adapter algebra, which writers treat like those of a file."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ class ComputedTensor:
         return self.dtype.label
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Elements ``[start:stop]`` of the first axis, in float64 and in memory of the caller's own: `make` may remember its result."""
+        """Elements ``[start:stop]`` of the first axis, in float64.
+
+        The caller owns the result: `make` may cache its own.
+        """
         values = self.make().reshape(self.shape)
         return (values[start:stop] if self.shape else values).clone()
 

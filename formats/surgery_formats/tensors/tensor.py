@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors: what has a name, a type, a shape, and values that can be read. Nothing is read until asked.
+"""Tensors: a name, a type, a shape, and values that are read on request.
 
-A function that needs values takes a `Tensor`. A function that needs bytes on disk takes a `StoredTensor`, the only one that has a file and
-an offset.
+A function that needs values takes a `Tensor`. A function that needs bytes on disk takes a `StoredTensor`, the only
+tensor with a file and an offset.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Tensor(Protocol):
         """Elements ``[start:stop]`` of the first axis, in memory of the caller's own.
 
         Returns:
-            Shape ``(stop - start, *shape[1:])``; a scalar keeps its shape ``()``. The type is `dtype`, or a wider one where values are
-            computed: whoever stores them rounds once.
+            A tensor of shape ``(stop - start, *shape[1:])``; a scalar keeps its shape ``()``. Its type is `dtype`, or a
+            wider one where values are computed, so that storing rounds them only once.
 
         Raises:
             MalformedError: the file is shorter than its header says.
@@ -78,7 +78,7 @@ def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def origin(tensor: Tensor) -> tuple[object, ...]:
-    """What tells a tensor from those of other files: its name, and the files its values come from."""
+    """The identity of a tensor across files: its name, and the files its values come from."""
     return (tensor.name, *dict.fromkeys(source.file.identity for source in tensor.sources))
 
 
@@ -222,11 +222,12 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 
     if not values.numel():
         return memoryview(b"")
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy has the buffer protocol
+    # numpy arrays have the buffer protocol, which their stubs do not declare.
+    return memoryview(values.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or Inf. A sum that is finite proves it, thirty times as fast as a look at each value."""
+    """Whether no value is NaN or Inf. A finite sum proves it, thirty times faster than testing each value."""
     import torch
 
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views: which element of a storage is which element of a logical weight, as index maps that compose and touch no bytes.
+"""Views: index maps from elements of a logical weight to elements of a storage. They compose and touch no bytes.
 
 whole                a storage as it is
 rows, window         a slice of a fused projection (q of qkv, gate of gate_up), and a part of a fused update
@@ -61,7 +61,7 @@ class View:
         rows: Storage row (column, if `transposed`) of each logical row.
         cols: Storage column (row, if `transposed`) of each logical column.
         transposed: The storage holds the logical weight transposed.
-        row_origin: Logical row that ``rows[0]`` stands for, when the update's weight is larger than this storage (a fused adapter on a
+        row_origin: Logical row of ``rows[0]`` if the update's weight is larger than this storage (a fused adapter on a
             split checkpoint).
         col_origin: The same for columns.
     """
@@ -141,10 +141,10 @@ def permute(view: View, order: Sequence[int]) -> View:
 
 
 def interleaved(heads: int, dim: int) -> tuple[int, ...]:
-    """Row order of rotary weights stored as pairs (GGUF llama, Meta) for a logical weight stored as halves (Hugging Face).
+    """Row order of rotary weights stored as pairs (GGUF llama, Meta) for a logical weight in halves (Hugging Face).
 
-    Logical row ``(head, half, i)`` lies at stored row ``(head, i, half)``, for `heads` heads of `dim` rows each (llama.cpp
-    ``LlamaModel.permute``).
+    Logical row ``(head, half, i)`` lies at stored row ``(head, i, half)``, for `heads` heads of `dim` rows each
+    (llama.cpp ``LlamaModel.permute``).
     """
     half = dim // 2
     return tuple(h * dim + i * 2 + s for h in range(heads) for s in range(2) for i in range(half))

@@ -37,8 +37,8 @@ class ContainerCase:
 
     Attributes:
         container: The object.
-        write: Writes tensors into a folder as the program does whose files these are, or at least not with `container`; returns what
-            `container` opens.
+        write: Writes tensors into a folder with the format's original program, or at least without `container`, and
+            returns the path that `container` opens.
     """
 
     container: Container
@@ -46,7 +46,7 @@ class ContainerCase:
 
 
 def detects_its_own(case: ContainerCase, folder: Path) -> None:
-    """`detect` knows what the program wrote."""
+    """`detect` recognises files of the original program."""
     assert case.container.detect(case.write(folder, _tensors()))
 
 
@@ -82,7 +82,7 @@ def reads_rows_as_slices(case: ContainerCase, folder: Path) -> None:
 
 
 def refuses_truncated_files(case: ContainerCase, folder: Path) -> None:
-    """A file that was cut anywhere is malformed, whatever it was cut down to."""
+    """A file that is truncated anywhere is malformed."""
     path = case.write(folder, _tensors())
     for file in _weight_files(case.container, path):
         raw = file.read_bytes()
@@ -113,7 +113,7 @@ def survives_damage(case: ContainerCase, folder: Path) -> None:
 
 
 def writes_what_it_opens(case: ContainerCase, folder: Path) -> None:
-    """A file written by `lay_out` opens as what was written; a container that is only read names one that is written."""
+    """A file written by `lay_out` opens with the same contents; a read-only container names one that can be written."""
     container, expected = case.container, _tensors()
     if not isinstance(container, WritableContainer):
         if isinstance(container, FileContainer):

@@ -13,7 +13,7 @@ __all__ = ["foreign_paths"]
 
 
 def foreign_paths(folder: Path, names: Iterable[str]) -> Iterator[Path]:
-    """What is missing, empty, garbage, or no file at all, one after the other under each of `names`, then impossible names."""
+    """Missing, empty, garbage and non-regular files under each of `names` in turn, then impossible names."""
     draw = random.Random(1)
     contents = (b"", b"\0", b"{}", b"not weights\n", b"\xff" * 64, draw.randbytes(8), draw.randbytes(5000))
     for name in names:

@@ -38,8 +38,8 @@ class FormatCase:
 
     Attributes:
         format: The object.
-        write: Writes an adapter into a folder as the program does whose format it is, or at least not with `format`; returns what
-            `format` reads.
+        write: Writes an adapter into a folder with the format's original program, or at least without `format`, and
+            returns the path that `format` reads.
         base: The model it is for, for a format that needs one to write.
         tolerance: Greatest error of what it writes, relative to the greatest value of a weight.
     """

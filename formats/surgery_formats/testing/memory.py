@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters without a file: what algebra and extraction make, and what a writer must take as readily as an adapter that was read."""
+"""Adapters without a file, as algebra and extraction make them: writers must accept them like any other."""
 
 from __future__ import annotations
 

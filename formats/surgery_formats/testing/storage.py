@@ -34,7 +34,7 @@ class StorageCase:
 
     Attributes:
         claim: `StorageKind.claim`.
-        encode: ``encode(name, values)``: the stored tensors of a weight, made as the program does whose files these are.
+        encode: ``encode(name, values)`` returns the stored tensors of a weight as the original program makes them.
         values: Of a weight, float32, with more rows than one group.
         config: config.json of a network with such weights.
         tolerance: How far a value that is read may be from the one that was encoded, relative to the greatest value.
@@ -98,7 +98,7 @@ def puts_back_the_bytes_it_read(case: StorageCase, folder: Path) -> None:
 
 
 def puts_the_same_bytes_in_any_split(case: StorageCase, folder: Path) -> None:
-    """Blocks of any height that `group` allows give the bytes of the whole, each byte once, and leave the block as it is."""
+    """Blocks of any height that `group` allows give every byte of the whole once, and are not written to."""
     weight = _weight(case, folder)
     values = _changed(weight)
     whole, rounded = _put(weight, values, [weight.shape[0]])

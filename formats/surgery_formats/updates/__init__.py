@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updates: what a small trained part does to one weight of a base. One small file per kind, each with its one equation.
 
-Adding a kind is adding a file with a frozen dataclass that satisfies `update.Update`; `surgery_formats.testing.update` checks one.
+Add a kind as a file with a frozen dataclass that satisfies `update.Update`; `surgery_formats.testing.update` checks it.
 """
 
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight

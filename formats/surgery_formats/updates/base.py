@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What updates are made of: factors, and what they are told of the weight they act on."""
+"""Factors of updates, and the facts about a weight that updates receive."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Effect = Literal["adds", "sets", "maps"]
 """What an update does to a weight ``W``.
 
 ``adds``
-    ``W' = W + delta``, and delta is the same whatever ``W`` is. Such updates commute with each other, can be scaled and summed
-    without a base, and satisfy `Linear`.
+    ``W' = W + delta``, and delta is the same whatever ``W`` is. Such updates commute, can be scaled and summed without
+    a base, and satisfy `Linear`.
 ``sets``
     Some elements get new values and the others stay, whatever ``W`` is.
 ``maps``
-    The result depends on ``W``: without the base nobody knows how large the change is.
+    The result depends on ``W``: the size of the change is unknown without the base.
 """
 
 
@@ -43,7 +43,8 @@ class Factor:
         tensors: The stored tensors it is made of.
         shape: As the equation of its update wants it.
         view: From the stored values (float32 or float64) to the factor; None if they are the factor.
-        terms: What the factor was computed from, if a format stores that instead (the two sides of a product, a core and a side).
+        terms: The factors it was computed from, if a format stores those (the two sides of a product, a core and a
+            side).
     """
 
     tensors: tuple[Tensor, ...]
@@ -125,12 +126,12 @@ class Weight(Protocol):
     def device(self) -> str: ...
 
     def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
-        """``(block, rows, cols)`` in storage order, covering every element once, in memory bounded by the block size."""
+        """``(block, rows, cols)`` in storage order, every element once, in memory bounded by the block size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What binding knows of the weight an update meets, and an adapter's file may not.
+    """Facts about the weight of an update that the base has and the adapter's file may lack.
 
     Attributes:
         shape: Logical ``(out, in)``.

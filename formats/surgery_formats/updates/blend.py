@@ -15,7 +15,10 @@ __all__ = ["blend"]
 
 
 def blend(whole: Apply, share: float) -> Apply:
-    """`share` of the way from a block to what `whole` makes of it (scaling only B of a DoRA would still impose its magnitudes)."""
+    """`share` of the way from a block to the result of `whole`.
+
+    Scaling only the B of a DoRA would still impose its magnitudes.
+    """
 
     def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
         before = block.clone()

@@ -23,9 +23,10 @@ class DoRA:
 
     Attributes:
         direction: The low-rank part.
-        magnitude: ``m``: one value per logical row, ``(out,)``, or per logical column, ``(in,)``; for a convolution per input channel, so
-            that the ``k`` columns of one channel share a value and a norm.
-        per_row: Whether `magnitude` belongs to rows (PEFT linear and convolution) or columns (PEFT embeddings, input-axis LyCORIS files).
+        magnitude: ``m``: one value per logical row, ``(out,)``, or per logical column, ``(in,)``. A convolution has one
+            per input channel, so that the ``k`` columns of a channel share a value and a norm.
+        per_row: Whether `magnitude` belongs to rows (PEFT linear and convolution) or columns (PEFT embeddings,
+            input-axis LyCORIS files).
     """
 
     kind: ClassVar[str] = "DoRA"

@@ -51,7 +51,7 @@ class IA3:
         return self.vector.tensors
 
     def fitted(self, fit: Fit) -> IA3:
-        """The axis that the vector does not tell, and the size of a convolution's kernel."""
+        """The update with the size of its other axis and of a convolution's kernel."""
         return replace(self, other=fit.shape[1 if self.per_row else 0], kernel=1 if self.per_row else fit.kernel)
 
     @property

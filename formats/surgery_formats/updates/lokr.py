@@ -27,8 +27,9 @@ class LoKr:
         alpha: As written in the file.
         rank: As configured; the shapes of full matrices do not tell it.
         kernel: 1, unless `crossed`.
-        crossed: The order in which PEFT lays out the delta of a Conv1d whose ``lokr_w2`` is stored whole, ``(c, d, kernel)``: it takes
-            ``kron`` of a matrix and a 3-D tensor, so that the element of `D` is the slow index of rows and columns, not that of `C`.
+        crossed: Whether the delta has the order that PEFT gives a Conv1d whose ``lokr_w2`` is stored whole,
+            ``(c, d, kernel)``: PEFT takes ``kron`` of a matrix and a 3-D tensor, so that the element of `D`, not of
+            `C`, is the slow index of rows and columns.
     """
 
     kind: ClassVar[str] = "LoKr"

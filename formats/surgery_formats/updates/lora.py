@@ -23,7 +23,7 @@ class LoRA:
     Attributes:
         A: ``(rank, in)``; for convolutions the kernel axes are flattened into ``in``.
         B: ``(out, rank)``.
-        scale: ``alpha / rank``, ``alpha / sqrt(rank)`` for rsLoRA (arXiv:2312.03732), or whatever the file's format says.
+        scale: ``alpha / rank``, ``alpha / sqrt(rank)`` for rsLoRA (arXiv:2312.03732), or as the file's format has it.
         alpha: As written in the file, for writers that need it; None where the format has none.
         noted: Stored tensors that `scale` was read from (kohya's ``alpha``).
     """

@@ -20,14 +20,17 @@ __all__ = ["OFT"]
 
 @dataclass(frozen=True, slots=True)
 class OFT:
-    """A rotation of the inputs of a layer, in blocks of `block` neighbours. Every group of columns is mixed, rows stay apart.
+    """A rotation of the inputs of a layer, in blocks of `block` neighbours.
 
-    The facts are PEFT's (``tuners/oft/layer.py``, 0.18 and later): each block is made of a skew-symmetric Q by the Cayley transform
-    ``(I - Q)(I + Q)^-1``, or by a series ``I + 2Q + 2Q^2 + ... + Q^k`` whose last term has weight one. The series tends to the
-    *transpose* of the transform, so the two are not interchangeable.
+    It mixes the columns within a block; rows stay independent.
+
+    As in PEFT 0.18 and later (``tuners/oft/layer.py``), each block is computed from a skew-symmetric Q by the Cayley
+    transform ``(I - Q)(I + Q)^-1``, or by a series ``I + 2Q + 2Q^2 + ... + Q^k`` whose last term has weight one. The
+    series tends to the *transpose* of the transform, so the two are not interchangeable.
 
     Attributes:
-        angles: ``oft_R.weight``: the strictly upper triangles of Q, ``(blocks, block (block - 1) / 2)``; one row if blocks share it.
+        angles: ``oft_R.weight``, the strictly upper triangles of Q, ``(blocks, block (block - 1) / 2)``; one row if the
+            blocks share it.
         block: Side of a block.
         terms: Of the series; 0 for the exact transform.
         radius: COFT: a Q of a greater norm is shortened to it; None without the constraint.
@@ -77,7 +80,8 @@ class OFT:
         stored = self.angles.tensors[0]
         if fit.kernel > 1:
             raise FitError(
-                "OFT on a convolution with a kernel: attached, PEFT rotates overlapping patches, which no weight can do",
+                "OFT on a convolution with a kernel: attached, PEFT rotates overlapping patches, "
+                "which no weight can do",
                 file=stored.path,
                 tensor=stored.name,
             )

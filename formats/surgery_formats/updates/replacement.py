@@ -32,7 +32,7 @@ Held = Literal["in place", "copy", "resized", "carried"]
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """The whole new value, in the orientation of the stored parameter. It may change the first axis (more vocabulary rows).
+    """The whole new value, oriented like the stored parameter. Its first axis may grow (more vocabulary rows).
 
     Attributes:
         value: Any shape; ``value.tensors`` has exactly one tensor.

@@ -22,8 +22,8 @@ class Stacked:
 
     Attributes:
         experts: In order.
-        if_transposed: What the same factors mean for a family that holds experts as ``(E, in, out)``: PEFT gives A and B the other
-            way round there, and only the base can tell. Empty where the format leaves no doubt.
+        if_transposed: The same factors for a family that stores experts as ``(E, in, out)``: PEFT exchanges A and B
+            there, and only the base decides. Empty where the format is unambiguous.
     """
 
     experts: tuple[LoRA, ...]

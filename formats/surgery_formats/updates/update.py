@@ -22,7 +22,8 @@ class Update(Protocol):
 
     Attributes:
         kind: Name in the field: ``LoRA``, ``DoRA`` ...
-        shape: Logical ``(out, in)`` of the weight it fits; ``(n, 1)`` for a bias. 0 is a size that its file does not tell (`Unsized`).
+        shape: Logical ``(out, in)`` of the weight it fits; ``(n, 1)`` for a bias. 0 is a size that its file does not
+            have (`Unsized`).
         tensors: Every stored tensor it consumes.
         untrained: Those of `tensors` that hold no trained values: alphas, random projections.
         needs_weight: Whether `prepare` looks at the weight, so that the weight is read twice.
@@ -69,7 +70,7 @@ class Update(Protocol):
 
 @runtime_checkable
 class Linear(Update, Protocol):
-    """An update that adds something: half of it is half as far."""
+    """An additive update: it can be scaled, and its deltas can be summed."""
 
     def scaled(self, weight: float) -> Linear:
         """The update that moves a weight `weight` times as far."""
@@ -77,10 +78,10 @@ class Linear(Update, Protocol):
 
 @runtime_checkable
 class Unsized(Update, Protocol):
-    """An update whose file does not tell all sizes of its weight: a vector along one axis, one block for a whole diagonal."""
+    """An update whose file lacks sizes of its weight: a vector along one axis, one block for a whole diagonal."""
 
     def fitted(self, fit: Fit) -> Update:
-        """The update with its sizes. Where they contradict the file's, `shape` says so and binding refuses.
+        """The update with its sizes. If they contradict the file's, `shape` shows it and binding refuses.
 
         Raises:
             FitError: it cannot act on such a weight.

@@ -25,7 +25,8 @@ class Seed:
 
     Attributes:
         key: ``projection_prng_key``.
-        widest: ``(out, in)``, each the greatest of all weights the adapter was trained for; (0, 0) until the base is known.
+        widest: ``(out, in)``, each the greatest among the weights that the adapter was trained for; (0, 0) until the
+            base is known.
     """
 
     key: int
@@ -138,7 +139,10 @@ class VeRA:
 
 @lru_cache(maxsize=2)
 def _drawn(key: int, rank: int, widest: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A, then B, from one CPU generator: uniform in ``+-sqrt(6 / columns)`` (PEFT ``tuners/vera/model.py``, ``_kaiming_init``)."""
+    """A, then B, drawn from one CPU generator, uniform in ``+-sqrt(6 / columns)``.
+
+    Source: PEFT ``tuners/vera/model.py``, ``_kaiming_init``.
+    """
     import torch
 
     generator = torch.Generator(device="cpu").manual_seed(key)

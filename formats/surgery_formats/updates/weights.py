@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights for `Update.prepare` (`surgery_formats.updates.Weight`): stored ones, read block by block, and ones held in memory."""
+"""Weights for `Update.prepare` (`surgery_formats.updates.Weight`): stored, read in blocks, or held in memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class HeldWeight:
 
     @classmethod
     def zeros(cls, shape: tuple[int, int], dtype: torch.dtype) -> HeldWeight:
-        """A weight of zeros, in the memory of one: what a linear update makes of it is the update's delta."""
+        """A weight of zeros that takes the memory of one element: a linear update turns it into the update's delta."""
         import torch
 
         return cls(torch.zeros((1, 1), dtype=dtype).expand(shape))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compact: a folder of our own whose factors are codes of 8 or 4 bits (docs/compact.md). It holds LoRA and what goes with it."""
+"""Compact: surgery's own folder format, with LoRA factors stored as 8-bit or 4-bit codes (docs/compact.md)."""
 
 from __future__ import annotations
 

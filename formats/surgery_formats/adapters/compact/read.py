@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a compact folder to the canonical form (format: docs/compact.md). Codes stay on disk until a factor is asked for."""
+"""Read a compact folder (docs/compact.md) into the canonical form. Codes stay on disk until a factor is read."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _Choice = TypeVar("_Choice", bound=str)
 
 
 def leaves(embedding: bool) -> tuple[str, str]:
-    """Names of A and of B; PEFT's, so that an embedding's stay an embedding's (its delta is ``(B A)^T``)."""
+    """PEFT's names of A and B, so that an embedding is recognised as one (its delta is ``(B A)^T``)."""
     return ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_A", "lora_B")
 
 
 def stem_of(site: Site, position: int, *, wrapped: bool = False) -> str:
-    """What the names of an update's tensors begin with.
+    """The prefix of the names of an update's tensors.
 
     Args:
-        site: Of the update.
-        position: In the site's chain.
-        wrapped: The output projection inside a wrapped ``torch.nn.MultiheadAttention``, which PEFT nests.
+        site: The update's site.
+        position: The update's index in the site's chain.
+        wrapped: Whether it is the output projection inside a wrapped ``torch.nn.MultiheadAttention``, which PEFT nests.
     """
     path = str(site)
     if wrapped:
@@ -55,7 +55,7 @@ def read_compact(path: Path) -> Adapter:
 
     Raises:
         NotFoundError: one is missing.
-        MalformedError: what one says, the other does not hold.
+        MalformedError: the two files contradict each other.
     """
     config = path / CONFIG_FILE
     file = path / TENSOR_FILE
@@ -106,7 +106,7 @@ def read_compact(path: Path) -> Adapter:
 
 @dataclass(frozen=True, slots=True)
 class _Object:
-    """An object of compact.json, checked as it is asked."""
+    """An object of compact.json whose fields are checked when they are read."""
 
     raw: Mapping[str, Any]
     file: Path
@@ -167,7 +167,7 @@ def _coding(raw: _Object) -> Coding:
 
 @dataclass
 class _CompactReader:
-    """Tensors of the file that nobody used yet, and what was made of the others."""
+    """The tensors of the file that are not used yet, and the updates read from the others."""
 
     left: dict[str, StoredTensor]
     coding: Coding
@@ -176,7 +176,7 @@ class _CompactReader:
     used: list[Tensor] = field(default_factory=list)
 
     def take(self, name: str) -> StoredTensor:
-        """A tensor of the file, once."""
+        """Take a tensor of the file; each can be taken once."""
         if name not in self.left:
             raise MalformedError(f"no tensor '{show(name)}'", file=self.file)
         return self.left.pop(name)
@@ -213,7 +213,7 @@ def _update(site: Site, position: int, record: _Object, state: _CompactReader) -
 
 
 def _module_kind(records: list[_Object]) -> tuple[ModuleKind, tuple[int, ...]]:
-    """What the records of one parameter tell of its module."""
+    """The module kind that the records of one parameter imply."""
     for record in records:
         if record.get("kind", str) in ("LoRA", "DoRA"):
             if record.get("wrapped", bool, False):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the canonical form to a compact folder: factors as codes, the rest as it is stored (format: docs/compact.md)."""
+"""Write the canonical form to a compact folder: factors as codes, other tensors unchanged (docs/compact.md)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def render_compact(adapter: Adapter, coding: Coding) -> Rendering:
 
 
 def _none() -> float:
-    """The error of what is held as it was."""
+    """The error of an update that is stored unchanged."""
     return 0.0
 
 
@@ -128,7 +128,7 @@ def _first_lora(update: Update) -> LoRA | None:
 def _low_rank(
     stem: str, update: Update, first: LoRA, wrapped: bool, site: Site, state: _CompactWriter
 ) -> Callable[[], float]:
-    """The codes of a LoRA, of a DoRA's direction, or of all experts of a stack; what says their error."""
+    """Store the codes of a LoRA, a DoRA's direction or a stack of experts; returns a function for their error."""
     loras = [*update.experts] if isinstance(update, Stacked) else [first]
     embedding = site.module_kind == "embedding"
     out, inputs = first.shape

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kohya file tells about a scale that is likely not the one that was trained, from its headers, alphas and metadata."""
+"""Signs in the headers, alphas and metadata of a kohya file that its scale is not the one that was trained."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _MERGED_FROM = "modelspec.merged_from"  # written by the merge scripts of sd-scr
 def stated_issues(updates: Collection[Update], metadata: Mapping[str, str]) -> Iterable[str]:
     """Facts worth a warning.
 
-    Sources: sd-scripts ``networks/merge_lora.py`` and ``svd_merge_lora.py``, diffusers' loader; each case is explained in docs/combine.md.
+    Sources: sd-scripts ``networks/merge_lora.py`` and ``svd_merge_lora.py``, and diffusers' loader. docs/combine.md
+    explains each case.
 
     Args:
-        updates: All of the file.
-        metadata: ``ss_*`` and ``modelspec.*``.
+        updates: All updates of the file.
+        metadata: Its metadata, with ``ss_*`` and ``modelspec.*``.
     """
     loras = [u.direction if isinstance(u, DoRA) else u for u in updates if isinstance(u, LoRA | DoRA)]
     alpha, dim = _number(metadata, "ss_network_alpha"), _number(metadata, "ss_network_dim")
@@ -34,25 +35,28 @@ def stated_issues(updates: Collection[Update], metadata: Mapping[str, str]) -> I
     if loras and min(grown, default=1.0) > 1.0 and all(ratio == int(ratio) for ratio in grown):
         low = dim / max(lora.rank for lora in loras) if dim else 1.0
         yield (
-            f"its metadata says dim {dim:g}, its factors have {max(grown):g} times that: merge_lora.py --concat of sd-scripts leaves alpha "
+            f"its metadata says dim {dim:g}, its factors have {max(grown):g} times that: "
+            "merge_lora.py --concat of sd-scripts leaves alpha "
             f"as it was, so that what it joined acts at {low:.2g} of its strength; combine the originals instead"
         )
     elif _MERGED_FROM in metadata:
         yield (
-            f"merged by a script of sd-scripts from {show(metadata[_MERGED_FROM], 100)}: merge_lora.py squares the ratios and adds "
-            "products of one file's up and another's down, svd_merge_lora.py clamps the largest values; combine the originals instead"
+            f"merged by a script of sd-scripts from {show(metadata[_MERGED_FROM], 100)}: "
+            "merge_lora.py squares the ratios and adds products of one file's up and another's down, "
+            "svd_merge_lora.py clamps the largest values; combine the originals instead"
         )
 
 
 def _lost(loras: Collection[LoRA], alpha: float | None, dim: float | None) -> str:
-    """What the metadata says the scale was, where nothing in the file has it."""
+    """The trained scale by the metadata, if no alpha in the file has it."""
     if alpha is None or not dim or alpha == dim or any(lora.noted for lora in loras):
         return ""
-    return f", but its metadata says alpha {alpha:g} for dim {dim:g}: then {alpha / dim:.3g} was trained (combine FILE={alpha / dim:.3g})"
+    scale = f"{alpha / dim:.3g}"
+    return f", but its metadata says alpha {alpha:g} for dim {dim:g}: then {scale} was trained (combine FILE={scale})"
 
 
 def _number(metadata: Mapping[str, str], key: str) -> float | None:
-    """A positive number; None for ``Dynamic``, ``None`` and all else."""
+    """The value of `key` if it is a positive number; None for ``Dynamic``, ``None`` and other texts."""
     try:
         value = float(metadata.get(key, ""))
     except ValueError:

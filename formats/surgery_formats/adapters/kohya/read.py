@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a LoRA file of kohya's sd-scripts (and A1111, LyCORIS, OneTrainer) to the canonical form (format: docs/formats.md).
+"""Read a LoRA file of kohya's sd-scripts (or A1111, LyCORIS, OneTrainer; docs/formats.md) into the canonical form.
 
-A key is ``<prefix>_<module path, dots written as underscores>.<parameter>``: only a base can say which module it means, so sites stay flat.
+A key is ``<prefix>_<module path, dots written as underscores>.<parameter>``. Only a base can tell which module that is,
+so sites stay flat.
 """
 
 from __future__ import annotations
@@ -163,7 +164,10 @@ def _lora(parts: Mapping[str, StoredTensor]) -> LoRA:
 
 
 def _with_core(mid: StoredTensor, down: StoredTensor) -> Factor:
-    """``A = mid x down`` of a convolution in CP form: ``A[m, j, ...] = sum_n mid[m, n, ...] down[n, j]`` (LyCORIS ``lora_mid``)."""
+    """The ``A`` of a convolution in CP form (LyCORIS ``lora_mid``).
+
+    ``A[m, j, ...] = sum_n mid[m, n, ...] down[n, j]``.
+    """
     inputs = down.matrix[1]
     if len(mid.shape) < 3 or mid.shape[1] != down.shape[0] or any(size != 1 for size in down.shape[2:]):
         raise FitError(
@@ -179,7 +183,7 @@ def _with_core(mid: StoredTensor, down: StoredTensor) -> Factor:
 
 
 def _dora(lora: LoRA, scale: StoredTensor, parts: Mapping[str, StoredTensor]) -> DoRA:
-    """The position of the 1 tells the axis: (out, 1, ...) or (1, in, ...). Square layers leave no other way to know."""
+    """A DoRA whose axis follows from the shape of its magnitude: (out, 1, ...) or (1, in, ...)."""
     out, inputs = lora.shape[0], parts["lora_down.weight"].shape[1]
     sizes = scale.shape[:2]
     if sizes == (out, 1) and scale.numel == out:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the canonical form to a LoRA file of kohya's sd-scripts.
+"""Write the canonical form to a LoRA file of kohya's sd-scripts.
 
-Module names and shapes come from the base. UNets of SDXL get the names of the original code, all else diffusers' names: what trainers write
-and every loader reads. The hashes ``sshs_*`` are left out: tools compute them for files that have none.
+Module names and shapes come from the base. UNets of SDXL get the names of the original code, all other models those of
+diffusers, because trainers write them and every loader reads them. The hashes ``sshs_*`` are left out: tools compute
+them for files without.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ _TEXT = "text_model."  # every published text encoder has this level, transforme
 
 
 def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
-    """One file. LoRA and DoRA of linear layers and convolutions, differences of weights and biases; anything else is dropped.
+    """Render an adapter as one kohya file.
+
+    It holds LoRA and DoRA of linear layers and convolutions, and differences of weights and biases. Other updates are
+    dropped.
 
     Raises:
         FitError: no base, or a weight it does not have.
@@ -94,7 +98,10 @@ class _Fitting:
 
 
 def _common_alphas(fitting: Iterable[_Fitting]) -> dict[str, float]:
-    """One alpha for each part. The format allows one per module, but diffusers (0.42) loses those that differ from the commonest."""
+    """One alpha for each part.
+
+    The format allows one per module, but diffusers (0.42) loses those that differ from the commonest.
+    """
     by_component: dict[str, list[float]] = {}
     for entry in fitting:
         if lora := _lora_of(entry.update):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an MLX-LM adapter folder to the canonical form (format: docs/formats.md; facts: mlx-lm 0.32 ``tuner/lora.py``, ``tuner/dora.py``).
+"""Read an MLX-LM adapter folder (docs/formats.md) into the canonical form.
 
-Factors are transposed: ``lora_a`` (in, rank), ``lora_b`` (rank, out), and the scale is absolute: alpha is not divided by the rank.
+Factors are stored transposed, ``lora_a`` (in, rank) and ``lora_b`` (rank, out), and the scale is absolute: alpha is not
+divided by the rank. Source: mlx-lm 0.32, ``tuner/lora.py`` and ``tuner/dora.py``.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def _parse(raw: Mapping[str, Any], file: Path) -> _Config:
     alpha = _number(parameters.get("alpha"), "alpha", file)
     rank = _number(parameters.get("rank"), "rank", file)
     if alpha is not None and "lora_layers" in raw and "num_layers" not in raw and rank:
-        # Up to 2024-03 mlx-lm multiplied alpha / rank in; later versions ignore a stray alpha, and call the layers num_layers.
+        # Up to 2024-03 mlx-lm multiplied alpha / rank in; later versions ignore a stray alpha and use num_layers.
         scale *= alpha / rank
         traps.append("alpha and scale are both given: read as mlx-lm did before 2024-04, scale * alpha / rank")
     elif alpha is not None:

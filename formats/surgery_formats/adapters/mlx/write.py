@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the canonical form to an MLX-LM adapter folder.
+"""Write the canonical form to an MLX-LM adapter folder.
 
-mlx-lm builds every LoRA layer with the one rank and scale of the configuration and refuses tensors of another shape, so smaller ranks are
-padded with zeros and other scales multiplied into ``lora_b``: the deltas stay what they were.
+mlx-lm builds every LoRA layer with the rank and scale of the configuration and refuses tensors of another shape. So
+smaller ranks are padded with zeros and other scales are multiplied into ``lora_b``; the deltas do not change.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     """adapters.safetensors and adapter_config.json. Convolutions, biases and single token rows are dropped.
 
     Raises:
-        FitError: only a base can tell how the adapter's experts are held, and none was given; a pipeline.
+        FitError: the adapter has experts and no base is given, or it belongs to a pipeline.
     """
     if base is not None and base.is_pipeline:
         raise FitError("mlx-lm has language models only, the base is a pipeline", file=adapter.path)
@@ -195,11 +195,11 @@ def _direction(update: LoRA | DoRA) -> LoRA:
 
 @dataclass(frozen=True, slots=True)
 class _TiedHead:
-    """What becomes of a head that shares the embedding's tensor: in mlx-lm it follows every update of the embedding.
+    """A head that shares the embedding's tensor: in mlx-lm it follows every update of the embedding.
 
     Attributes:
-        follows: The base ties them, and the adapter does the same to both.
-        parts: The base ties them, and the adapter does not.
+        follows: The base ties them, and the adapter changes both equally.
+        parts: The base ties them, and the adapter changes them differently.
     """
 
     follows: bool = False
@@ -302,7 +302,8 @@ def _pad(values: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
 def _keys(modules: list[str]) -> tuple[list[str], int]:
     """``keys`` and ``num_layers`` under which mlx-lm finds exactly these modules.
 
-    Names relative to a block mean every block, which is what is meant when all have the same modules; otherwise full paths are used.
+    Names relative to a block apply to every block, so they are used when all blocks have the same modules. Otherwise
+    full paths are used.
     """
     inside: dict[tuple[str, int], set[str]] = {}
     outside: list[str] = []

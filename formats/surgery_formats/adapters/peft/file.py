@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A PEFT folder while it is made: its tensors, the fields of its configuration, and the ledger of what became of every update."""
+"""A PEFT folder under construction: tensors, configuration fields, and the outcome of every update."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class PeftFile:
 
     Attributes:
         kind: The ``peft_type`` that is written.
-        adapter: What is written.
-        base: The model it is for, if that is known.
+        adapter: The adapter that is written.
+        base: The model it was trained for, if known.
         own: The configuration it came with, if it is a PEFT adapter's of the kind that is written.
-        scaling: How scales are to be stated; None keeps the adapter's own way.
-        prefix: What keys begin with.
+        scaling: How to state scales; None keeps the adapter's own way.
+        prefix: Prefix of all keys.
         has_biases: Whether the kind's configuration has a field ``bias``.
         ledger: What became of every update.
         tensors: By key.
@@ -42,7 +42,7 @@ class PeftFile:
         rows: Token ids by the path of their module.
         saved: Paths of modules stored whole.
         whole_biases: Whether biases are stored whole (``bias="all"``).
-        defaults: Fields that the kind's configuration has where nothing else says otherwise.
+        defaults: Default fields of the kind's configuration.
         fields: Fields that follow from what was written.
     """
 
@@ -87,7 +87,7 @@ class PeftFile:
         self.tensors[tensor.name] = tensor
 
     def module_of(self, site: Site, update: Update) -> tuple[str, tuple[int, ...]]:
-        """``(module path, shape of its weight)``: the path as the adapter has it, or the base's where names are flattened.
+        """``(module path, shape of its weight)``: the adapter's path, or the base's where names are flattened.
 
         The path has the wrapper that PEFT puts around an attention module.
         """
@@ -116,12 +116,12 @@ class PeftFile:
         self.ledger.drop(site, update, why)
 
     def hold_other(self, site: Site, update: Update, why: str = "", *, by_key: bool = True) -> None:
-        """Store a parameter that was trained in full, which every kind may have; note all else as dropped.
+        """Store a parameter that was trained in full, which every kind may have; drop any other update.
 
         Args:
-            site: Where.
-            update: What.
-            why: The reason, if the kind knows better than "it has none".
+            site: The parameter's site.
+            update: The update of the parameter.
+            why: Why it is dropped, if the kind has a more specific reason than that it holds no such update.
             by_key: Whether the ledger names the key, or else how the parameter is stored.
         """
         if not isinstance(update, Replacement) or why:
@@ -135,9 +135,10 @@ class PeftFile:
         self.ledger.keep(site, update, "exact", key if by_key else how)
 
     def _replaced(self, site: Site, update: Replacement) -> tuple[str, str]:
-        """``(key, how it is stored)`` of a whole parameter; an empty key and the reason if there is no place for it.
+        """``(key, how it is stored)`` of a whole parameter; an empty key and the reason if the format cannot hold it.
 
-        Its module is saved, or (a bias beside the base's weight) all biases are, or (a vocabulary) it goes by its own name.
+        The parameter is stored with its saved module, as a bias where all biases are stored, or (a vocabulary) under
+        its own name.
         """
         module, _, leaf = site.path.rpartition(".")
         wrapper = "token_adapter." if module in self.rows and self.own and self.own.kind != "TRAINABLE_TOKENS" else ""
@@ -160,7 +161,7 @@ class PeftFile:
         return plain, "modules_to_save"
 
     def kept(self) -> bool:
-        """Whether the configuration that the adapter came with is true of what was written."""
+        """Whether the adapter's own configuration is still true of the written tensors."""
         if self.own is None or self.scaling is not None:
             return False
         for module, (rank, alpha) in self.settings.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of a PEFT file: which are factors of which module, which are parameters stored whole, which do nothing."""
+"""The keys of a PEFT file: factors of modules, parameters stored whole, and tensors without effect."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Sorted:
         modules: Factors by their module's path, then by name.
         plain: Parameters stored whole, by their own path.
         shared: Tensors of the whole adapter, by name.
-        ignored: Those that rightly do nothing.
+        ignored: Tensors that have no effect and are meant to have none.
     """
 
     modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def sort_tensors(
         prefix: What the paths of parameters begin with.
 
     Raises:
-        MalformedError: one thing is there twice.
+        MalformedError: a factor or parameter is stored twice.
     """
     contents = Sorted()
     for tensor in tensors:
@@ -107,7 +107,10 @@ def unwrapped(module: str) -> str:
 
 
 def ancestors(module: str) -> list[str]:
-    """The module and all that contain it; PEFT matches the ends of such paths, so that ``norm`` takes ``input_layernorm`` too."""
+    """The module and all modules that contain it.
+
+    PEFT matches the ends of such paths, so ``norm`` matches ``input_layernorm`` too.
+    """
     segments = module.split(".")
     return [".".join(segments[: i + 1]) for i in range(len(segments))]
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a PEFT folder tells about a scale that is likely not the one that was meant.
+"""Signs in a PEFT folder that its scale is not the one that was meant.
 
 ``add_weighted_adapter`` gives its result ``lora_alpha = r`` and no patterns. Two of its versions made that wrong:
 
     before 0.21        the combinations by SVD multiply each source's ``alpha / r`` in twice
-    until 0.21, rsLoRA ``use_rslora`` is copied from the first source, so that the result is scaled by ``sqrt(r)`` (huggingface/peft#3449)
+    until 0.21, rsLoRA ``use_rslora`` is copied from the first source, which scales the result by ``sqrt(r)``
+                       (huggingface/peft#3449)
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ _ORTHONORMAL = 0.02  # greatest error of A A^T: bfloat16 rounds each of its sums
 
 
 def combination_issues(config: Mapping[str, Any]) -> Iterable[str]:
-    """Whether a combination by ``add_weighted_adapter`` may be scaled wrongly, as the configuration tells."""
+    """Whether a combination by ``add_weighted_adapter`` may be scaled wrongly, by its configuration."""
     if config.get("use_rslora") is True and _like_combined(config) and _version(config) <= _RSLORA:
         times = math.sqrt(config["r"])
         yield (
-            f"rsLoRA with lora_alpha = r: where PEFT's add_weighted_adapter made it, it acts {times:.3g} times too strongly "
+            f"rsLoRA with lora_alpha = r: where PEFT's add_weighted_adapter made it, "
+            f"it acts {times:.3g} times too strongly "
             f"(if so, combine it alone with weight {1 / times:.3g}); where it was trained like this, all is well"
         )
 
 
 def issues_by_value(kind: str, config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> tuple[str, ...]:
-    """Facts that only a look at values brings out: of one factor, with numpy, and only of files that could be concerned."""
+    """Issues that only values show. Reads one factor with numpy, and only of files that may be affected."""
     if kind != "LORA" or not _like_combined(config) or _version(config) >= _FIXED:
         return ()
     factors = [t for t in tensors if t.name.endswith(".lora_A.weight") and 1 < t.shape[0] <= t.matrix[1]]
@@ -50,8 +52,9 @@ def issues_by_value(kind: str, config: Mapping[str, Any], tensors: Sequence[Stor
     if not _orthonormal(values):
         return ()
     return (
-        f"'{show(smallest.name)}' has orthonormal rows and lora_alpha = r, as PEFT's combinations by SVD leave them: before PEFT 0.21 "
-        "these multiplied the alpha / r of every source in twice. Right only if alpha was r in all of them; else combine the originals",
+        f"'{show(smallest.name)}' has orthonormal rows and lora_alpha = r, as PEFT's combinations by SVD leave them: "
+        "before PEFT 0.21 these multiplied the alpha / r of every source in twice. "
+        "Right only if alpha was r in all of them; else combine the originals",
     )
 
 

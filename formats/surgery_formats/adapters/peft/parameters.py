@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's LoRA on parameters instead of modules (``target_parameters``): the experts of a mixture, stacked in one pair of factors."""
+"""PEFT's LoRA on parameters (``target_parameters``): the experts of a mixture, stacked in one pair of factors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PARAMETER_ORDER = ("weight", "gate_up_proj", "gate_proj", "up_proj", "down_proj
 
 
 def innermost_first(names: Sequence[str], file: Path | None) -> list[str]:
-    """Parameters of one module in the order in which PEFT wraps their LoRAs around each other: the first registered is the innermost.
+    """Parameters of a module in the order in which PEFT nests their LoRAs: the first registered is the innermost.
 
     Args:
         names: Without their module.

@@ -52,7 +52,8 @@ PROMPTS = dict.fromkeys(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "C
 def read_prompt(tensors: Sequence[StoredTensor], config: PeftConfig) -> SoftPrompt:
     """The virtual tokens of an adapter.
 
-    ``num_attention_heads`` and ``token_dim`` of a prefix are those of keys and values (PEFT overwrites them for grouped-query attention).
+    ``num_attention_heads`` and ``token_dim`` of a prefix are those of keys and values: PEFT overwrites them for
+    grouped-query attention.
 
     Raises:
         MalformedError: no such tensor, or a field that is missing or odd.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a PEFT folder to the canonical form (format: docs/formats.md; equations: the update files)."""
+"""Read a PEFT folder (docs/formats.md) into the canonical form."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _metadata(shards: Iterable[Shard]) -> dict[str, str]:
 
 
 def _soft_prompt(adapter: Adapter, tensors: Sequence[StoredTensor], config: PeftConfig) -> Adapter:
-    """Virtual tokens, and what was trained in full beside them."""
+    """Virtual tokens, and the parameters trained in full beside them."""
     prompt = read_prompt(tensors, config)
     beside = (tensor for tensor in tensors if tensor is not prompt.table)
     rest = sort_tensors(beside, frozenset(), prefix=ROOT)
@@ -128,7 +128,7 @@ def _whole_parameters(contents: Sorted, config: PeftConfig) -> dict[Site, tuple[
     """Parameters that the file has in full.
 
     Raises:
-        MalformedError: one is not a parameter that PEFT stores whole, but somebody else's tensor.
+        MalformedError: a tensor is not a parameter that PEFT stores whole.
     """
     updates: dict[Site, tuple[Update, ...]] = {}
     for name, tensor in contents.plain.items():

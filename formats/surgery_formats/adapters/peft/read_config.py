@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's adapter_config.json, checked (facts: PEFT 0.21 ``LoraConfig``; formats/adapter kinds documented in docs/formats.md)."""
+"""Read and check PEFT's adapter_config.json (docs/formats.md; source: PEFT 0.21, ``LoraConfig``)."""
 
 from __future__ import annotations
 
@@ -50,12 +50,15 @@ COMMON = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """What each field of a kind's configuration does to the meaning of its tensors; one that is on and not here is refused.
+    """How each field of a kind's configuration affects the meaning of its tensors.
+
+    A field that is set and not listed here is refused.
 
     Attributes:
-        harmless: Without any effect on what the stored tensors mean: training, targets, initial values.
-        understood: Read.
-        refused: Change the arithmetic in a way no merged weight can have, or that the stored tensors alone cannot reproduce; and why.
+        harmless: Fields with no effect on what the stored tensors mean: training, targets, initial values.
+        understood: Fields that the reader applies.
+        refused: Fields, with the reason, that change the arithmetic in a way that no merged weight can have or that the
+            stored tensors alone cannot reproduce.
         alpha: Field that holds alpha.
         least_rank: Smallest value of ``r``; 0 where a kind has another way to give sizes.
     """
@@ -150,7 +153,7 @@ class PeftConfig:
         return _before(self.raw.get("peft_version"), (major, minor))
 
     def selects(self, key: str, module: str) -> bool | None:
-        """Whether the field `key` names `module`: a whole-path pattern, or a list of endings. None if there is no such field."""
+        """Whether field `key`, a whole-path pattern or a list of endings, names `module`; None without such a field."""
         value = self.raw.get(key)
         if value is None:
             return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the canonical form to a PEFT folder: the one writer of adapter_model.safetensors and adapter_config.json.
+"""Write the canonical form to a PEFT folder: the only writer of adapter_model.safetensors and adapter_config.json.
 
-It takes any adapter, whatever made it: read from another format, combined, extracted, or built in memory. What its tensors are called
-does not matter; `Site.module_kind`, `Site.kernel` and `Replacement.held` say what has to be known beside the mathematics.
+It accepts any adapter: read from another format, combined, extracted, or built in memory. The names of its tensors do
+not matter; `Site.module_kind`, `Site.kernel` and `Replacement.held` have what PEFT needs beside the equations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
     Args:
         adapter: What to write.
         base: The model it is for; needed where names are flattened.
-        scaling: How to state ranks and scales; by default as its own configuration of PEFT does, if it has one that still holds.
+        scaling: How to state ranks and scales; by default as the adapter's own PEFT configuration does, if that is
+            still true.
 
     Raises:
         FitError: flattened names and no base, or several parts of a pipeline, of which a PEFT folder can hold one.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes adapter_config.json.
+"""Make adapter_config.json.
 
-Ranks and scales become ``r``, alpha, ``rank_pattern`` and ``alpha_pattern`` with anchored full paths as keys, unless the adapter came
-with a configuration of PEFT that still gives every module its rank and scale: then that stays as it was written.
+Ranks and scales become ``r``, alpha, ``rank_pattern`` and ``alpha_pattern`` with anchored full paths as keys. If the
+adapter has a PEFT configuration that still gives every module its rank and scale, it stays as it was.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def adapter_config(file: PeftFile) -> bytes:
 
 
 def _survivors(file: PeftFile) -> Mapping[str, Any]:
-    """What a configuration of PEFT still says: all of it, or (another format carried it) what no tensor is concerned with."""
+    """The fields of a PEFT configuration that still hold.
+
+    These are all of them, or, if another format carried the configuration, those that concern no tensor.
+    """
     config = file.adapter.config
     if file.own is not None:
         return config

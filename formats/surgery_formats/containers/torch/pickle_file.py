@@ -111,7 +111,10 @@ def _open_legacy(file: File) -> object:
 
 
 def is_torch(file: File) -> bool:
-    """Whether `file` begins as a torch checkpoint does: with the pickle as first member, or with the older format's magic number."""
+    """Whether `file` begins like a torch checkpoint.
+
+    Its first member is then the pickle, or it has the older format's magic number.
+    """
     head = bytes(file.read(0, min(file.size, 128)))
     if head.startswith(b"PK\x03\x04"):
         return b"/data.pkl" in head

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one kind of PEFT adapter is: its tensors, its configuration, its known faults, how it is read and how it is written."""
+"""One kind of PEFT adapter: its tensors, its configuration, its known issues, its reader and its writer."""
 
 from __future__ import annotations
 
@@ -92,9 +92,10 @@ class PeftKind:
         name: The ``peft_type``.
         factors: Names of its tensors after the module's path; with ``.weight`` where the file has it.
         read: From a module's tensors to updates.
-        writes: Kinds of updates (`Update.kind`) that its files hold. A folder is written as the kind that holds most of an adapter.
-        write: Puts updates into a file that is being made, and sets the configuration's fields. It is given everything the adapter
-            does; what it cannot hold goes to `PeftFile.hold_other`.
+        writes: Kinds of updates (`Update.kind`) that its files hold. A folder is written as the kind that holds most of
+            an adapter.
+        write: Adds updates to a file under construction and sets the fields of its configuration. It gets all updates
+            of the adapter and passes those it cannot hold to `PeftFile.hold_other`.
         switches: Fields of its configuration.
         shared: Names of tensors that belong to the whole adapter.
         issues: Facts worth a warning, from configuration and headers.

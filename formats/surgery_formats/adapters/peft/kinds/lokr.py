@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LOKR: Kronecker products of two factors, each stored whole or as a low-rank pair (PEFT 0.21, ``tuners/lokr/layer.py``).
+"""LOKR: Kronecker products of two factors, each stored whole or as a low-rank pair.
 
-PEFT works out the shapes of the factors from the sizes of the weight and ``decompose_factor``, and from the rank whether the second is
-a pair. What was not written by PEFT is therefore given a ``decompose_factor`` and a rank that lead to its factors, if there are any.
+PEFT derives the shapes of the factors from the sizes of the weight and ``decompose_factor``, and from the rank whether
+the second is a pair. An update from elsewhere therefore gets a ``decompose_factor`` and a rank that lead to its
+factors, if such values exist. Source: PEFT 0.21, ``tuners/lokr/layer.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["LOKR"]
 
 
 def _read(module: Module) -> ModuleUpdates:
-    """Each of the two is stored whole or as low-rank factors; where both are whole, only the configuration tells the rank."""
+    """Each factor is stored whole or as a low-rank pair; if both are whole, only the configuration has the rank."""
     ranks = set()
     if "lokr_w1" in module.parts:
         first = module.matrix("lokr_w1")
@@ -134,7 +135,8 @@ class _Placed:
     def as_peft_stores(self, factor: int) -> LoKr | None:
         """The update with the rank and the kinds of factors that PEFT builds; None if it builds others.
 
-        The first factor is whole (no ``decompose_both``), the second a pair where the rank is less than half its greater side.
+        The first factor is whole (no ``decompose_both``); the second is a pair if the rank is less than half its
+        greater side.
         """
         if not self.fits(factor):
             return None
@@ -154,7 +156,10 @@ def _decompose_factor(placed: Sequence[_Placed]) -> int:
 
 @cache
 def _factorised(number: int, factor: int) -> tuple[int, int]:
-    """PEFT's ``factorization``: the first of two numbers is `factor` if that divides `number`, else as near below it as may be."""
+    """PEFT's ``factorization`` of `number` into two factors.
+
+    The first is `factor` if it divides `number`, else the nearest divisor below it.
+    """
     if factor > 0 and number % factor == 0:
         return factor, number // factor
     most = math.isqrt(number) if factor == -1 else min(factor, math.isqrt(number))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LORA and TRAINABLE_TOKENS: LoRA, DoRA, ``lora_bias``, experts, single token rows (PEFT 0.21, ``tuners/lora/layer.py``)."""
+"""LORA and TRAINABLE_TOKENS: LoRA, DoRA, ``lora_bias``, experts, token rows (PEFT 0.21, ``tuners/lora/layer.py``)."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _read(module: Module) -> ModuleUpdates:
     pattern_path = module.wrapped.removesuffix(INSIDE_ATTENTION) if in_attention else clean
     lora = _lora(pattern_path, parts[a], parts[b], config, embedding=embedding)
     if in_attention:
-        # PEFT adds this delta twice, attached as merged (its MultiheadAttention.merge adds it, then calls out_proj.merge):
+        # PEFT adds this delta twice, attached or merged (MultiheadAttention.merge adds it, then calls out_proj.merge):
         # it was trained at twice the scale.
         lora = lora.scaled(2.0)
     kernel = parts[a].shape[2:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LOHA and LOKR share: pairs of low-rank factors, with a core between them where a kernel is decomposed (CP form)."""
+"""Shared by LOHA and LOKR: pairs of low-rank factors, with a core between them for a decomposed kernel (CP form)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ SWITCHES = Switches(
 
 
 def low_rank_pair(module: Module, a: str, b: str, core: str) -> tuple[Factor, Factor]:
-    """``(out, rank)`` and ``(rank, in)``. With a core (CP form of a kernel) they are stored ``(rank, out)`` and ``(rank, in)``."""
+    """The factors ``(out, rank)`` and ``(rank, in)``.
+
+    With a core (CP form of a kernel) they are stored as ``(rank, out)`` and ``(rank, in)``.
+    """
     left, right = module.matrix(a), module.matrix(b)
     if core not in module.parts:
         if left.shape[1] != right.shape[0]:

@@ -50,7 +50,7 @@ def _read(module: Module) -> ModuleUpdates:
 
 
 def _shared(stored: torch.Tensor) -> torch.Tensor:
-    """A projection as it is stored: with a view, so that all modules read it once, and one view, so that they know it is one."""
+    """A projection as it is stored. All modules share its view, so it is read once and recognised as one tensor."""
     return stored
 
 
