@@ -14,7 +14,7 @@ __all__ = ["Registered", "forget_plugins", "with_plugins"]
 
 
 class Registered(Protocol):
-    """What a registry holds."""
+    """An object of a registry."""
 
     @property
     def name(self) -> str:
@@ -29,11 +29,11 @@ def with_plugins(group: str, built_in: Iterable[T], noun: str) -> dict[str, T]:
 
     Args:
         group: Entry point group; each of its entry points is an object like those of `built_in`.
-        built_in: What the registry always holds.
-        noun: What a plugin adds, for messages (``format``).
+        built_in: Objects that the registry always has.
+        noun: The kind of object, for messages (``format``).
 
     Raises:
-        SurgeryError: a plugin cannot be imported, has no name, or one that is taken.
+        SurgeryError: a plugin cannot be imported, has no name, or has a name that is taken.
     """
     known = {item.name: item for item in built_in}
     for entry, plugin in _loaded(group, noun):

@@ -43,18 +43,18 @@ _OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", 
 
 @dataclass
 class ConversionLedger:
-    """What becomes of every update of the source, noted while a writer goes through them."""
+    """Outcomes of every update of the source, recorded by a writer."""
 
     entries: list[Entry] = field(default_factory=list)
     held: dict[Site, tuple[Update, ...]] = field(default_factory=dict)
 
     def keep(self, site: Site, update: Update, outcome: Outcome, detail: str = "") -> None:
-        """`update` is in the files."""
+        """Record that `update` is in the files."""
         self.entries.append(Entry(str(site), outcome, detail))
         self.held[site] = (*self.held.get(site, ()), update)
 
     def drop(self, site: Site, update: Update, why: str) -> None:
-        """`update` is not in the files, and why."""
+        """Record that `update` is not in the files, and why."""
         self.entries.append(Entry(str(site), "dropped", f"{update.kind}: {why}"))
 
     def held_in_order(self, adapter: Adapter) -> dict[Site, tuple[Update, ...]]:
@@ -66,11 +66,11 @@ class ConversionLedger:
         return {site: tuple(u for u in adapter.updates[site] if id(u) in kept[site]) for site in self.held}
 
     def keep_prompt(self, prompt: Tensor) -> None:
-        """Virtual tokens are in the files."""
+        """Record that virtual tokens are in the files."""
         self.entries.append(Entry(prompt.name, "exact", "virtual tokens"))
 
     def drop_prompt(self, adapter: Adapter) -> None:
-        """Virtual tokens, for a format that has none."""
+        """Record that virtual tokens are dropped, for a format that has none."""
         if adapter.prompt is not None:
             self.entries.append(Entry(adapter.prompt.table.name, "dropped", "this format has no virtual tokens"))
 
@@ -128,15 +128,15 @@ def commonest(values: Iterable[_Key]) -> _Key | None:
 
 
 def surviving_metadata(adapter: Adapter) -> dict[str, str]:
-    """The free strings that mean something in any file."""
+    """The metadata strings that are true in any file."""
     return {key: value for key, value in adapter.metadata.items() if key not in _OF_THE_FILE}
 
 
 def component_of(site: Site, base: Checkpoint) -> Component:
-    """The part of the base that a site means.
+    """The component of the base that a site refers to.
 
     Raises:
-        FitError: the base has no such part.
+        FitError: the base has no such component.
     """
     if not base.is_pipeline:
         return base.main

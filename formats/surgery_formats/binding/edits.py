@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that happens to one weight of an output, as data, and the equations that it comes down to."""
+"""The edit of one weight of an output as data, and the equations that apply it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Operation:
     Attributes:
         update: The equation.
         view: Where its rows and columns lie in the storage.
-        site: As the adapter names it.
-        adapter: Position of its adapter in the list that was bound.
+        site: Its site in the adapter.
+        adapter: Index of its adapter in the bound list.
         share: How far to go from the old weight to the updated one. Other than 1 only for kinds that are not linear in
             their factors; a linear update is scaled itself.
     """
@@ -42,7 +42,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """All that happens to one weight of the output.
+    """All operations on one weight of the output.
 
     Attributes:
         component: Part of a pipeline, or empty.
@@ -51,7 +51,7 @@ class Edit:
         operations: In order.
         replaced: The replacement whose values `source` holds, if it is not the base's.
         added: Whether the base has no weight of this name (a head for a task, a head that was tied).
-        why: For the ledger, where it is not plain.
+        why: The reason, for the ledger, where it is not obvious.
     """
 
     component: str
@@ -74,7 +74,7 @@ def prepared(
         operations: In order.
         source: The weight they begin with.
         dtype: Precision of the arithmetic.
-        height: Storage rows per block, where an update looks at the weight first.
+        height: Storage rows per block for updates that read the weight first.
         device: Where the arithmetic runs.
 
     Raises:

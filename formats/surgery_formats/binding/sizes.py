@@ -17,10 +17,10 @@ __all__ = ["component_of", "fit_of", "sized", "widest_of"]
 
 
 def component_of(site: Site, adapter: Adapter, checkpoint: Checkpoint) -> Component:
-    """The part of a base that a site of an adapter means; an adapter without parts fits a base without parts.
+    """The component of a base that a site refers to; an adapter without components fits a base without them.
 
     Raises:
-        FitError: the base has no such part.
+        FitError: the base has no such component.
     """
     if site.component in checkpoint.components:
         return checkpoint.components[site.component]
@@ -34,7 +34,7 @@ def component_of(site: Site, adapter: Adapter, checkpoint: Checkpoint) -> Compon
 
 
 def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int]) -> Fit:
-    """What an update may need to know of the weight at `places`."""
+    """Facts about the weight at `places` that an update may need."""
     storage = places[0].parameter.storage
     sizes = storage.sizes
     kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
@@ -52,7 +52,7 @@ def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int,
 
 
 def sized(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """`adapter` with every update fitted to the weight it meets; what meets none in `base` stays as it is.
+    """`adapter` with every update fitted to its weight; an update without a weight in the base is unchanged.
 
     Raises:
         FitError: an update cannot act on such a weight.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conservation of an adapter's tensors: each one is used by an update, or its format knows why it is not."""
+"""Conservation of an adapter's tensors: each is used by an update, or ignored with a reason."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def check_consumed(adapter: Adapter, error: type[FitError | ProofError] = FitErr
     """Refuse an adapter with tensors that no update uses.
 
     Args:
-        adapter: As it was read.
-        error: What to raise: `ProofError` where the adapter was just written.
+        adapter: The adapter to check.
+        error: The error to raise: `ProofError` for an adapter that was just written.
 
     Raises:
         FitError: tensors are left over (or `error`).

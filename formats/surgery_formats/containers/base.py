@@ -44,7 +44,7 @@ class Shard:
         file: The same file, open.
         tensors: In order of position, where the container has one, else in the order it lists them.
         metadata: Free strings of the file.
-        header_nbytes: Bytes before the data, for a container that keeps a header it finds unchanged; else 0.
+        header_nbytes: Bytes before the data, for a container that keeps an unchanged header; else 0.
     """
 
     path: Path
@@ -99,8 +99,8 @@ class Container(Protocol):
     """One way to store a model.
 
     Attributes:
-        name: As reports and manifests call it.
-        title: What its files are called, for ``surgery formats``.
+        name: Its name in reports and manifests.
+        title: The common name of its files, for ``surgery formats``.
         written_as: Name of the container that outputs take: its own, or another's if this one is only read.
     """
 
@@ -118,7 +118,7 @@ class Container(Protocol):
         """The weights of every component by name; a plain model has one, called "". Only headers are read.
 
         Raises:
-            InputError: the files are not what the container says. No tensor reaches beyond its file.
+            InputError: the files do not follow the container's format. No tensor reaches beyond its file.
         """
 
 
@@ -139,10 +139,10 @@ class WritableContainer(FileContainer, Protocol):
     """A container of one file that can be written."""
 
     def lay_out(self, tensors: Sequence[TensorSpec], like: Shard | None = None, alignment: int = 1) -> FileLayout:
-        """Where the bytes of a file with these tensors belong. The same input gives the same layout.
+        """The layout of a file with these tensors. The same input gives the same layout.
 
         Args:
-            tensors: In the order the file is to have.
+            tensors: Tensors in the order of the file.
             like: The shard that the file replaces. Its metadata is kept, and its header too if no tensor changed size.
             alignment: The data begins at a multiple of it.
 
@@ -152,17 +152,17 @@ class WritableContainer(FileContainer, Protocol):
 
 
 def one_file(shard: Shard, config: Mapping[str, Any] | None = None) -> dict[str, ShardSet]:
-    """What `Container.open` returns for a file that is the whole of a plain model."""
+    """The result of `Container.open` for a file that holds a whole plain model."""
     return {"": ShardSet(shard.path.parent, (shard,), config=config or {})}
 
 
 def stored_tensors(
     file: File, entries: Iterable[tuple[Any, Any, Any, Any]], begin: int = 0
 ) -> tuple[StoredTensor, ...]:
-    """Contiguous tensors as the header of a stranger's file describes them, checked one by one.
+    """Contiguous tensors by the header of an untrusted file, each checked.
 
     Args:
-        file: Where they lie.
+        file: The file that holds them.
         entries: Name, type as safetensors calls it (``BF16``), sizes, and position of the first byte.
         begin: Where the data begins, if positions count from there.
 

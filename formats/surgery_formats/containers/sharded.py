@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder of weights in files of any container: one file, or shards and an index ``{"weight_map": {tensor: shard}}``.
 
-Index and shards must agree in full: loaders that trust one of them load half of a model, or a mixture of two,
-without a word. The names in an index are a stranger's, so they may only name files of this folder (or,
+Index and shards must agree in full: a loader that trusts one of them may load half of a model, or a mixture of two,
+without an error. The names in an index are untrusted, so they may only name files of this folder (or,
 through the links of a Hugging Face cache, of its ``blobs`` folder).
 """
 
@@ -149,7 +149,7 @@ def _pick(folder: Path, names: Sequence[str], stems: Iterable[str]) -> str:
 
 
 def _single_or_index(folder: Path, single: str, index: str, suffix: str) -> str:
-    """Both are there: harmless when the index names just this file; else nobody knows which one is stale."""
+    """Choose between a file and an index beside it: harmless if the index names only that file, else refused."""
     content = read_object(folder / index, INDEX_LIMIT)
     shards = set(_weight_map(folder / index, content, suffix).values())
     if shards != {single}:
@@ -230,7 +230,7 @@ def output_name(name: str, suffix: str) -> str:
 
 
 def shard_names(first: str, suffix: str, count: int) -> list[str]:
-    """Names of `count` files of weights in place of those of which the first is called `first`."""
+    """Names of `count` weight files that replace a set whose first file is `first`."""
     stem = _unnumbered(first.removesuffix(suffix))
     return (
         [f"{stem}{suffix}"] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}{suffix}" for i in range(1, count + 1)]
@@ -243,7 +243,7 @@ def index_name(first: str, suffix: str, base: str) -> str:
     Args:
         first: Name of the first shard.
         suffix: Its ending.
-        base: Name of the base's index, or empty. Whatever loads the base looks for this name.
+        base: Name of the base's index, or empty. Loaders of the base look for this name.
     """
     if match := _INDEX.fullmatch(base):
         return f"{_plain_stem(match['stem'])}{suffix}.index{match['variant'] or ''}.json"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies beside a model's weights: files that outputs carry along, and files that they do not."""
+"""Files beside a model's weights: those that outputs carry along, and those that they do not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Files = list[tuple[str, Path]]
 def side_files(model: Path, shards: Collection[Path]) -> tuple[tuple[tuple[str, Path], ...], tuple[str, ...]]:
     """Side files of the model's folder and of the folders in it (in a pipeline: those that its index names).
 
-    ``(relative name, path)`` of files to carry along, and the names of what is not: weights that are no `shards` of the
+    ``(relative name, path)`` of files to carry along, and the names of the others: weights that are no `shards` of the
     model, deeper folders, and links that lead out of their folder.
     """
     carried, left = _beside(model)

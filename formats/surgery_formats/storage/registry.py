@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stored tensors hold which weights: kinds of storage by name, and the weights they find in a network."""
+"""Kinds of storage by name, and the weights of a network that they claim."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def storage_kinds() -> dict[str, StorageKind]:
 
 
 def claimed_weights(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, Storage]:
-    """From every stored tensor that is part of a weight to that weight.
+    """A mapping from every stored tensor that is part of a weight to that weight.
 
     Raises:
         MalformedError: two weights claim a tensor or have one name, or a weight has the name of another tensor.
