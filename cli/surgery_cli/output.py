@@ -34,6 +34,8 @@ def show_result(
     `summary` is by default ``result.summary(verbose=...)``. Where it is the `data` asked for, ``-q`` leaves out hints
     alone.
     """
+    if settings.quiet and not (settings.json or data or result.warnings):
+        return  # nothing to show, and what would draw it need not be imported
     summary = summary or result.summary(verbose=settings.verbose > 0)
     shown: Iterable[Section] = summary.sections
     if settings.json:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import field, replace
 from functools import wraps
-from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
-from surgery.reports.summary import Summary
+if TYPE_CHECKING:
+    from surgery.reports.summary import Summary
 
 __all__ = ["Result", "elapsed", "summarised", "timed"]
 

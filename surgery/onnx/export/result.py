@@ -7,16 +7,18 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger
 from surgery.onnx.export.place import Mode
 from surgery.onnx.graph.contract import Contract
-from surgery.reports.output import PATH
 from surgery.reports.result import elapsed, summarised
-from surgery.reports.sections import Facts
-from surgery.reports.summary import Summary, warning_notes
-from surgery.reports.values import Name, Phrase, Piece, Value
+
+if (
+    TYPE_CHECKING
+):  # an export takes a quarter of a second, most of it imports: those of a summary wait until one is made
+    from surgery.reports.summary import Summary
+    from surgery.reports.values import Phrase, Piece
 
 __all__ = ["ExportResult"]
 
@@ -82,6 +84,10 @@ class ExportResult:
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """The graph, where adapters and weights went, and how to run it; always all of it."""
+        from surgery.reports.sections import Facts
+        from surgery.reports.summary import Summary, warning_notes
+        from surgery.reports.values import Value
+
         contract = self.contract
         graphs = ", ".join(name for name in self.files if "/" not in name)
         facts: list[tuple[str, Phrase]] = [
@@ -117,6 +123,8 @@ class ExportResult:
 
 
 def _adapter(adapter: Mapping[str, Any]) -> tuple[str, Phrase]:
+    from surgery.reports.values import Name
+
     name, kind = Name(adapter["name"], 60), f" ({adapter['kind']})"
     if adapter["mode"] == "merged":
         return "merged", (name, kind + (f", weight {adapter['weight']:g}" if adapter["weight"] != 1 else ""))
@@ -129,6 +137,9 @@ def _adapter(adapter: Mapping[str, Any]) -> tuple[str, Phrase]:
     return "in front", (name, f"{kind}, {adapter['virtual_tokens']} tokens{where}")
 
 
-def _quoted(path: Path) -> Name:
+def _quoted(path: Path) -> Piece:
+    from surgery.reports.output import PATH
+    from surgery.reports.values import Name
+
     """A path quoted for a shell."""
     return Name(shlex.quote(str(path)), PATH)

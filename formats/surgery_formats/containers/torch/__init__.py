@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch checkpoints, read without executing anything in them; outputs are safetensors."""
+"""Torch checkpoints, read without executing anything in them; outputs are safetensors.
+
+The interpreter of pickles is imported when there is one to read.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.containers.base import Shard, ShardSet, one_file
-from surgery_formats.containers.torch.pickle_file import is_torch, read_torch, state_dict
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.files.raw import open_file
 
@@ -23,6 +25,8 @@ class _Torch:
 
     def detect(self, path: Path) -> bool:
         """A file that begins as ``torch.save`` begins it, now or before torch 1.6."""
+        from surgery_formats.containers.torch.pickle_file import is_torch
+
         try:
             return is_torch(open_file(path))
         except (SurgeryError, OSError):
@@ -30,6 +34,8 @@ class _Torch:
 
     def open(self, path: Path) -> dict[str, ShardSet]:
         """See `read_torch` and `state_dict`."""
+        from surgery_formats.containers.torch.pickle_file import read_torch, state_dict
+
         file = open_file(path)
         try:
             tensors = tuple(state_dict(read_torch(file)).values())
