@@ -43,9 +43,15 @@ def with_plugins(group: str, built_in: Iterable[T], noun: str) -> dict[str, T]:
 
 
 @cache
+def _installed() -> Any:  # EntryPoints; before Python 3.12 SelectableGroups, which has select() too
+    """All entry points: looking through the installed packages once serves every group."""
+    return entry_points()
+
+
+@cache
 def _loaded(group: str, noun: str) -> tuple[tuple[str, Any], ...]:
     loaded = []
-    for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+    for entry in sorted(_installed().select(group=group), key=lambda entry: entry.name):
         try:
             plugin = entry.load()
         except Exception as error:
@@ -58,4 +64,5 @@ def _loaded(group: str, noun: str) -> tuple[tuple[str, Any], ...]:
 
 def forget_plugins() -> None:
     """Look for plugins again: packages were installed or removed while this process ran."""
+    _installed.cache_clear()
     _loaded.cache_clear()
