@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Element types as safetensors names them.
 
-Headers, plans and inspections need only names and sizes, so torch is not imported until values are read.
+Headers, plans and inspections need only names and sizes, so neither numpy nor torch is imported until values are read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as _numpy
     import torch as _torch
 
 __all__ = ["DType"]
@@ -67,9 +68,32 @@ class DType(enum.Enum):
         dtype: _torch.dtype = getattr(torch, self.torch_name)
         return dtype
 
+    @property
+    def numpy(self) -> _numpy.dtype[_numpy.generic]:
+        """The numpy type; bfloat16 and float8 are those of ``ml_dtypes``.
+
+        Raises:
+            TypeError: numpy has no such type (sub-byte floats, which have no whole number of bytes).
+        """
+        import numpy
+
+        if self.torch_name is None:
+            raise TypeError(f"{self.label} has no numpy type")
+        if self.numpy_is_native:
+            return numpy.dtype(self.torch_name)
+        import ml_dtypes
+
+        scalar: type[_numpy.generic] = getattr(ml_dtypes, self.torch_name)
+        return numpy.dtype(scalar)
+
+    @property
+    def numpy_is_native(self) -> bool:
+        """Whether numpy has this type without ``ml_dtypes``."""
+        return self.torch_name is not None and not self.torch_name.startswith(("bfloat", "float8"))
+
     @classmethod
-    def of(cls, dtype: _torch.dtype) -> DType:
-        """Return the stored type of a torch dtype.
+    def of(cls, dtype: object) -> DType:
+        """Return the stored type of a torch or numpy dtype.
 
         Raises:
             TypeError: safetensors has no such type.

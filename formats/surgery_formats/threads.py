@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One core per thread: products and factorisations round differently when split over different numbers of threads."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["one_thread"]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Limit the linear algebra library of numpy to one thread while any caller is inside.
+
+    The limit is the process's, not the calling thread's: it holds from the first entry to the last exit.
+    """
+    _limit.enter()
+    try:
+        yield
+    finally:
+        _limit.leave()
+
+
+class _Limit:
+    """Counts the callers inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._active: Any = None
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._active = _controller().limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._active.restore_original_limits()
+
+
+@functools.cache
+def _controller() -> Any:
+    """The libraries of this process; looking for them takes a millisecond."""
+    import numpy  # noqa: F401 - loads the library to be limited
+    import threadpoolctl
+
+    return threadpoolctl.ThreadpoolController()
+
+
+_limit = _Limit()
