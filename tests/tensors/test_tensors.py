@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from surgery_formats.arrays import all_finite
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.dtypes import DType
@@ -16,7 +17,7 @@ from surgery_formats.storage.base import read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import apply_chain
 from surgery_formats.tensors.computed import ComputedTensor, computed
-from surgery_formats.tensors.tensor import StoredTensor, Tensor, ZeroTensor, all_finite, origin
+from surgery_formats.tensors.tensor import StoredTensor, Tensor, ZeroTensor, origin
 from surgery_formats.tensors.unwritten import UnwrittenTensor
 from surgery_formats.tensors.views import View, expert, interleaved, permute, rows, transpose, whole
 from surgery_formats.updates import Factor, LoRA
