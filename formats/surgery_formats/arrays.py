@@ -12,6 +12,7 @@ Array API functions return new arrays. Where memory is the cost (blocks of a wei
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Array",
+    "add_product",
+    "all_finite",
     "array_of",
+    "as_torch",
+    "assign",
     "cast",
     "device_of",
     "dtype_of",
     "empty",
+    "energy",
     "is_torch",
     "namespace",
     "same_memory",
@@ -34,6 +40,8 @@ __all__ = [
     "to_device",
     "wide",
 ]
+
+_PIECE = 1 << 16  # elements: 256 kB of float32
 
 Array: TypeAlias = Any
 """A ``numpy.ndarray`` or a ``torch.Tensor``. No static type describes both; docstrings give shape and element type."""
@@ -82,21 +90,85 @@ def empty(shape: tuple[int, ...], dtype: DType, device: str = "cpu") -> Array:
 
 
 def array_of(values: Any, dtype: DType, like: Array) -> Array:
-    """Python numbers as an array of the library, and on the device, of `like`."""
+    """Python numbers, or an array, as an array of the library, and on the device, of `like`."""
     if not is_torch(like):
         import numpy
 
         return numpy.asarray(values, dtype.numpy)
     import torch
 
-    return torch.tensor(values, dtype=dtype.torch, device=like.device)
+    return torch.as_tensor(values, dtype=dtype.torch, device=like.device)
 
 
 def cast(array: Array, dtype: DType) -> Array:
     """`array` with elements of `dtype`, rounded to nearest even; `array` itself if they are."""
     if is_torch(array):
         return array.to(dtype.torch)
-    return array.astype(dtype.numpy, copy=False)
+    if array.dtype == dtype.numpy:
+        return array
+    import numpy
+
+    values = numpy.empty_like(array, dtype=dtype.numpy)
+    assign(values, array)
+    return values
+
+
+def assign(target: Array, values: Array) -> None:
+    """Write `values` into `target`, of the same shape, rounded to its type to nearest even; devices may differ."""
+    if is_torch(target):
+        target.copy_(values if is_torch(values) else as_torch(values))
+        return
+    if is_torch(values):
+        as_torch(target).copy_(values)
+        return
+    import numpy
+
+    from surgery_formats.halves import narrow, widen
+
+    types = values.dtype, target.dtype
+    if not (values.flags.c_contiguous and target.flags.c_contiguous):
+        types = None
+    with numpy.errstate(over="ignore", invalid="ignore"):  # callers look for Inf and NaN themselves
+        if types == (numpy.float16, numpy.float32):
+            widen(values.reshape(-1), target.reshape(-1))
+        elif types == (numpy.float32, numpy.float16):
+            narrow(values.reshape(-1), target.reshape(-1))
+        else:
+            numpy.copyto(target, values, casting="unsafe")
+
+
+def add_product(block: Array, left: Array, right: Array) -> Array:
+    """``block += left @ right`` in place, `right` wide and `left` narrow; returns `block`.
+
+    On the CPU a few rows at a time: their product stays in the cache until it is added.
+    """
+    if is_torch(block):
+        return block.addmm_(left, right)
+    if block.strides[0] < block.strides[1]:  # a transposed view: its columns are contiguous
+        return add_product(block.T, right.T, left.T).T
+    rows, cols = block.shape
+    step = max(1, _PIECE // max(cols, 1))
+    product = empty((min(step, rows), cols), dtype_of(block))
+    for start in range(0, rows, step):
+        part = block[start : start + step]
+        part += namespace(block).matmul(left[start : start + step], right, out=product[: len(part)])
+    return block
+
+
+def all_finite(array: Array) -> bool:
+    """Whether no value is NaN or Inf. A finite sum of squares proves it, many times faster than testing each value."""
+    if not dtype_of(array).is_floating_point:
+        return True
+    values = cast(array, wide(dtype_of(array)))
+    return math.isfinite(energy(values)) or bool(namespace(values).isfinite(values).all())
+
+
+def energy(array: Array) -> float:
+    """Sum of squares, in the type of `array`: one fast pass. If it is finite, no value is greater than its root."""
+    import numpy
+
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        return float(array.reshape(-1) @ array.reshape(-1))
 
 
 def wide(dtype: DType) -> DType:
@@ -112,7 +184,7 @@ def to_device(array: Array, device: str, dtype: DType | None = None) -> Array:
     if device == "cpu":
         values = to_cpu(array)
     else:
-        values = (array if is_torch(array) else _as_torch(array)).to(device)
+        values = (array if is_torch(array) else as_torch(array)).to(device)
     return values if dtype is None else cast(values, dtype)
 
 
@@ -130,7 +202,7 @@ def to_cpu(array: Array) -> numpy.ndarray:
     return tensor.view(bits).numpy().view(dtype.numpy)  # type: ignore[no-any-return]
 
 
-def _as_torch(array: numpy.ndarray) -> Array:
+def as_torch(array: numpy.ndarray) -> Array:
     """A torch tensor on the CPU that shares the memory of `array`."""
     import torch
 

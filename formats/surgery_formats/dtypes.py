@@ -50,6 +50,11 @@ class DType(enum.Enum):
         """Whether arithmetic can use weights of this type directly (plain floating point)."""
         return self in (DType.F64, DType.F32, DType.F16, DType.BF16)
 
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether values are floating-point numbers, narrow ones that must be widened first included."""
+        return self.is_float or self in (DType.F8_E4M3, DType.F8_E5M2)
+
     def nbytes(self, numel: int) -> int:
         """Return the size of `numel` elements in bytes."""
         return numel * self.bits // 8

@@ -8,13 +8,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
 from surgery._version import __version__
 from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import Format, NewTensor, Rendering
+from surgery_formats.arrays import Array, all_finite, cast
 from surgery_formats.containers.safetensors import layout, reference_order
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
@@ -22,10 +23,7 @@ from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.single import write_single
 from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint, fingerprint_of
-from surgery_formats.tensors.tensor import all_finite, as_bytes
-
-if TYPE_CHECKING:
-    import torch
+from surgery_formats.tensors.tensor import as_bytes
 
 __all__ = ["Prove", "WriteOptions", "job_id", "rendered_fingerprint", "rendered_size", "stored_as", "write_adapter"]
 
@@ -184,7 +182,7 @@ def rendered_fingerprint(rendering: Rendering) -> str:
     return fingerprint_of(file.size, file.read)
 
 
-def _rounded(tensor: NewTensor) -> torch.Tensor:
+def _rounded(tensor: NewTensor) -> Array:
     """The tensor's values, rounded once.
 
     Raises:
@@ -193,7 +191,7 @@ def _rounded(tensor: NewTensor) -> torch.Tensor:
     values = tensor.load()
     if tuple(values.shape) != tensor.shape:
         raise ProofError(f"made with shape {list(values.shape)} instead of {list(tensor.shape)}", tensor=tensor.name)
-    stored = values.to(tensor.dtype.torch).contiguous().reshape(-1)
+    stored = cast(values, tensor.dtype).reshape(-1)
     if tensor.dtype.is_float and not all_finite(stored):
         raise FitError(f"NaN, Inf, or a value too large for {tensor.dtype.label}", tensor=tensor.name)
     return stored

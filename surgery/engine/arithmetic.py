@@ -6,15 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 import xxhash
 
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, PlannedTensor
+from surgery_formats.arrays import Array, assign, cast, device_of, dtype_of, empty, energy, namespace, to_device
 from surgery_formats.binding.edits import prepared
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.noise import measure_survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import PartBytes, Storage, read_block
 from surgery_formats.tensors.apply import apply_chain
@@ -26,6 +25,9 @@ BLOCK_ELEMENTS = 1 << 19
 """Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend
 on nothing else."""
 _SAMPLE = 8  # one row of eight is measured; all rows of a tensor of one block
+
+_LARGEST = {DType.F64: 1e154, DType.F32: 3e38, DType.BF16: 3e38, DType.F16: 65504.0}
+"""Values up to these fit the type."""
 
 Write = Callable[[int, int, memoryview], None]
 """``write(part, offset within the part, bytes)``; it also proves that the bytes arrived."""
@@ -67,7 +69,7 @@ def compute(
     output = _PartWriter(len(target.parts(label)), write)
     if not source.is_float:
         return _as_stored(step, output)  # strided integers of a pickle: no arithmetic touches them
-    exact = torch.float64 if DType.F64 in (source.dtype, target.dtype) else torch.float32
+    exact = DType.F64 if DType.F64 in (source.dtype, target.dtype) else DType.F32
     height = _height(source.shape[1], step)
     chain = prepared(step.operations, source, exact, height, device)
     tally = _UpdateTally()
@@ -79,7 +81,7 @@ def compute(
             break
         end = min(start + height, rows)
         stored, block, rounded = buffers.load(start, end)
-        before = block[::sampled].clone() if chain else None
+        before = namespace(block).asarray(block[::sampled], copy=True) if chain else None
         apply_chain(chain, block, start, end)
         _check_finite(block, target.dtype, label)
         encoded = target.put(start, block, rounded)
@@ -124,41 +126,44 @@ def _height(width: int, step: Compute) -> int:
 def _as_stored(step: Compute, output: _PartWriter) -> tuple[Measurement, ...]:
     """The stored values, only put in order."""
     values = read_block(step.source, 0, step.source.shape[0])
-    output.write(step.target.put(0, values, torch.empty_like(values)))
+    output.write(step.target.put(0, values, empty(values.shape, dtype_of(values))))
     return output.measured(_UpdateTally())
 
 
 class _BlockBuffers:
     """The buffers of one tensor's blocks, used again for each: fresh memory would cost more than the arithmetic."""
 
-    def __init__(self, storage: Storage, height: int, dtype: DType, exact: torch.dtype, device: str) -> None:
+    def __init__(self, storage: Storage, height: int, dtype: DType, exact: DType, device: str) -> None:
         rows, width = storage.shape
         self._storage = storage
         shape = (min(height, rows), width)
-        self._stored = torch.empty(shape, dtype=storage.dtype.torch)
-        self._block = torch.empty(shape, dtype=exact, device=device)
-        self._rounded = torch.empty(shape, dtype=dtype.torch)
+        self._stored = empty(shape, storage.dtype)
+        self._block = empty(shape, exact, device)
+        self._rounded = empty(shape, dtype)
 
-    def load(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def load(self, start: int, end: int) -> tuple[Array, Array, Array]:
         """Rows ``[start, end)``: as stored, in the precision of the arithmetic, and a CPU buffer for the output."""
         count = end - start
         stored = self._stored[:count]
         self._storage.read_into(stored, start)
-        return stored, self._block[:count].copy_(stored), self._rounded[:count]
+        block = self._block[:count]
+        assign(block, stored)
+        return stored, block, self._rounded[:count]
 
 
-def _check_finite(block: torch.Tensor, dtype: DType, label: str) -> None:
+def _check_finite(block: Array, dtype: DType, label: str) -> None:
     """Refuse NaN, Inf, and finite values that the stored type would turn into Inf.
 
     Raises:
         FitError: one of them.
     """
-    if not block.numel():
+    if energy(block) < _LARGEST.get(dtype, 0.0) ** 2 or not len(block):
         return
-    extremes = torch.stack(torch.aminmax(block))  # one pass; NaN if any value is
-    if bool(torch.isfinite(extremes.to(dtype.torch).double()).all()):
+    xp = namespace(block)
+    extremes = xp.stack([xp.min(block), xp.max(block)])  # NaN if any value is
+    if bool(xp.isfinite(cast(cast(extremes, dtype), DType.F64)).all()):
         return
-    largest = float(extremes.abs().max())
+    largest = float(xp.max(abs(extremes)))
     if math.isfinite(largest):
         raise FitError(
             f"after the update a value of {largest:.3g} does not fit {dtype.label}",
@@ -176,21 +181,22 @@ class _UpdateTally:
         self.sampled = self.moved = 0
         self.kept = Survival()
 
-    def note_change(self, stored: torch.Tensor, rounded: torch.Tensor) -> None:
+    def note_change(self, stored: Array, rounded: Array) -> None:
         """Whether the values of a block on disk differ from those that will be stored.
 
         Another type alone is no difference.
         """
         if not self.changed:
             same = stored.dtype == rounded.dtype
-            self.changed = not torch.equal(stored if same else stored.double(), rounded if same else rounded.double())
+            old, new = (stored, rounded) if same else (cast(stored, DType.F64), cast(rounded, DType.F64))
+            self.changed = bool((old != new).any())
 
-    def note_update(self, before: torch.Tensor, after: torch.Tensor, rounded: torch.Tensor) -> None:
-        """Sampled rows before and after the updates, and as they will be stored. `before` is used up."""
-        stored = rounded.to(before.device, before.dtype).sub(before)
-        self.sampled += stored.numel()
-        self.moved += int(torch.count_nonzero(stored))
-        self.kept = Survival.total((self.kept, measure_survival(after.sub(before), stored)))
+    def note_update(self, before: Array, after: Array, rounded: Array) -> None:
+        """Sampled rows before and after the updates, and as they will be stored."""
+        stored = to_device(rounded, device_of(before), dtype_of(before)) - before
+        self.sampled += math.prod(stored.shape)
+        self.moved += int(namespace(stored).count_nonzero(stored))
+        self.kept = Survival.total((self.kept, Survival.of(after - before, stored)))
 
     def result(self, xxh3: str) -> Measurement:
         """The sums so far."""

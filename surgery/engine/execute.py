@@ -26,6 +26,7 @@ from surgery_formats.errors import ProofError, ResourceError
 from surgery_formats.files.output.folder import FileRecord, OutputFile, OutputFolder, output_folder
 from surgery_formats.files.raw import File, open_file
 from surgery_formats.text import nbytes as human
+from surgery_formats.threads import one_thread
 
 __all__ = [
     "ComputeWeight",
@@ -101,7 +102,7 @@ class ThisProcess:
 
     @contextlib.contextmanager
     def computing(self, plan: Plan, output: Path) -> Iterator[ComputeWeight]:
-        """The arithmetic itself; torch is imported when the first weight is computed."""
+        """The arithmetic itself; its libraries are imported when the first weight is computed."""
         yield _compute_here
 
 
@@ -184,7 +185,7 @@ def write_weights(
     Raises:
         ResourceError, FitError, ProofError: as `execute`.
     """
-    # Copies start at once in threads of their own, while torch is still being imported for the rest.
+    # Copies start at once in threads of their own, while libraries are still being imported for the rest.
     measured: dict[str, Measurement] = {}
     jobs: list[_FileJob] = []
     for file in plan.files:
@@ -245,20 +246,16 @@ def _wait(futures: list[Future[None]], stop: threading.Event) -> None:
 
 @contextlib.contextmanager
 def _compute_pool(workers: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each use one core inside torch (law 6)."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(workers, "surgery-compute", initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    except BaseException:
-        stop.set()  # before waiting for the threads below, so that they end with the block they are at
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+    """Threads that each use one core inside linear algebra (law 6)."""
+    with one_thread():
+        pool = ThreadPoolExecutor(workers, "surgery-compute")
+        try:
+            yield pool
+        except BaseException:
+            stop.set()  # before waiting for the threads below, so that they end with the block they are at
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _affordable(plan: Plan, run: Run) -> int:

@@ -6,15 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery_formats.adapters.format import Rendering
+from surgery_formats.arrays import Array, cast
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.updates import DoRA, Factor, LoRA, Seed, Stacked, Update
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["approximation_errors", "distance", "relative", "scale_error", "settings", "tensor_error"]
 
@@ -40,16 +39,14 @@ def tensor_error(update: Update, other: Update) -> float:
 
     Infinite if shapes differ.
     """
-    import torch
-
     worst = 0.0
     if len(update.tensors) != len(other.tensors):
         return math.inf
     for mine, theirs in zip(update.tensors, other.tensors, strict=True):
         if mine.shape != theirs.shape:
             return math.inf
-        left, right = mine.read().to(torch.float64), theirs.read().to(torch.float64)
-        size, difference = float(left.abs().max()), float((right - left).abs().max())
+        left, right = cast(mine.read(), DType.F64), cast(theirs.read(), DType.F64)
+        size, difference = float(abs(left).max()), float(abs(right - left).max())
         worst = max(worst, math.inf if math.isnan(difference) else difference / size if size else difference)
     return worst
 
@@ -95,7 +92,7 @@ def distance(update: Update, twin: Update) -> float:
     if type(update) is not type(twin) or update.shape != twin.shape:
         return math.inf
     if isinstance(update, DoRA) and isinstance(twin, DoRA):
-        same = update.per_row == twin.per_row and _equal(update.magnitude, twin.magnitude)
+        same = update.per_row == twin.per_row and update.magnitude.same_values(twin.magnitude)
         return distance(update.direction, twin.direction) if same else math.inf
     if isinstance(update, Stacked) and isinstance(twin, Stacked):
         if len(update.if_transposed) != len(twin.if_transposed):
@@ -120,16 +117,8 @@ def _of_experts(experts: Sequence[LoRA], twins: Sequence[LoRA]) -> float:
     return math.hypot(*lost) / whole if whole else max(lost, default=0.0)
 
 
-def _product(lora: LoRA) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    return lora.B.load(torch.float64) * lora.scale, lora.A.load(torch.float64)
-
-
-def _equal(factor: Factor, twin: Factor) -> bool:
-    import torch
-
-    return torch.equal(factor.load(torch.float64), twin.load(torch.float64))
+def _product(lora: LoRA) -> tuple[Array, Array]:
+    return lora.B.load(DType.F64) * lora.scale, lora.A.load(DType.F64)
 
 
 def scale_error(update: Update, twin: Update) -> float | None:
@@ -140,7 +129,7 @@ def scale_error(update: Update, twin: Update) -> float | None:
     if update.rank is None or update.scale is None or twin.scale is None or _unscaled(update) != _unscaled(twin):
         return None
     pairs = zip(update.factors().values(), twin.factors().values(), strict=True)
-    if not all(_equal(factor, other) for factor, other in pairs):
+    if not all(factor.same_values(other) for factor, other in pairs):
         return None
     return relative(abs(update.scale - twin.scale), abs(update.scale))
 

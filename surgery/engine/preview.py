@@ -67,7 +67,7 @@ def _free(output: Path) -> int | None:
 
 def _resident() -> int:
     if sys.platform == "win32":
-        return 300_000_000  # torch and its libraries, as measured elsewhere
+        return 60_000_000  # Python and numpy, as measured elsewhere
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

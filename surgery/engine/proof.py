@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy
 
 from surgery.engine.factor_proof import (
     approximation_errors,
@@ -25,10 +25,12 @@ from surgery.engine.factor_proof import (
 )
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
+from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
@@ -160,8 +162,8 @@ def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
     twin = written.prompt
     if twin is None or twin.table.shape != prompt.table.shape or replace(twin, table=prompt.table) != prompt:
         raise ProofError(f"the virtual tokens {list(prompt.table.shape)} are not in it", file=written.path)
-    mine, theirs = (Factor.of(side.table).load(torch.float64) for side in (prompt, twin))
-    return {prompt.table.name: relative(float((mine - theirs).abs().max()), float(mine.abs().max()))}
+    mine, theirs = (Factor.of(side.table).load(DType.F64) for side in (prompt, twin))
+    return {prompt.table.name: relative(_largest(mine - theirs), _largest(mine))}
 
 
 def _bound(binding: Binding) -> dict[str, _ProofTarget]:
@@ -195,7 +197,7 @@ def _error(name: str, expected: _ProofTarget, actual: _ProofTarget, written: Ada
         raise ProofError("the written update is of a different kind than the source's", file=written.path, tensor=name)
     error = 0.0
     for (_, mine), (_, theirs) in zip(*magnitudes, strict=True):
-        error = max(error, relative(float((mine - theirs).abs().max()), float(mine.abs().max())))
+        error = max(error, relative(_largest(mine - theirs), _largest(mine)))
     if (expected.value is None) != (actual.value is None):
         raise ProofError(
             "one of source and output replaces this weight, the other does not", file=written.path, tensor=name
@@ -206,9 +208,9 @@ def _error(name: str, expected: _ProofTarget, actual: _ProofTarget, written: Ada
     return max(error, _delta_error(expected, actual))
 
 
-def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Tensor]]:
+def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], Array]]:
     return [
-        ((view, update.per_row), update.magnitude.load(torch.float64))
+        ((view, update.per_row), update.magnitude.load(DType.F64))
         for update, view in target.pieces
         if isinstance(update, DoRA)
     ]
@@ -258,23 +260,28 @@ def _delta_error(expected: _ProofTarget, actual: _ProofTarget) -> float:
     for start in range(0, expected.shape[0], step):
         stop = min(start + step, expected.shape[0])
         a, b = _block(expected, mine, start, stop), _block(actual, theirs, start, stop)
-        worst = max(worst, float((a - b).abs().max()))
-        largest = max(largest, float(a.abs().max()))
+        worst = max(worst, _largest(a - b))
+        largest = max(largest, _largest(a))
     return relative(worst, largest)
 
 
 def _applied(target: _ProofTarget) -> list[tuple[View, Apply]]:
-    nothing = HeldWeight.zeros(target.shape, torch.float64)
+    nothing = HeldWeight.zeros(target.shape, DType.F64)
     return [(view, _added(update).prepare(nothing)) for update, view in target.pieces]
 
 
-def _block(target: _ProofTarget, chain: Sequence[tuple[View, Apply]], start: int, stop: int) -> torch.Tensor:
+def _block(target: _ProofTarget, chain: Sequence[tuple[View, Apply]], start: int, stop: int) -> Array:
     """Rows ``[start, stop)`` of what becomes of a weight of zeros, or of the replaced values."""
-    block = torch.zeros((stop - start, target.shape[1]), dtype=torch.float64)
     if target.value is not None:
-        block = read_values(target.value, start, stop, torch.float64)
+        block = read_values(target.value, start, stop, DType.F64)
+    else:
+        block = numpy.zeros((stop - start, target.shape[1]))
     apply_chain(chain, block, start, stop)
     return block
+
+
+def _largest(values: Array) -> float:
+    return float(abs(values).max())
 
 
 def restricted(adapter: Adapter, held: Mapping[Site, tuple[Update, ...]]) -> Adapter:

@@ -23,7 +23,7 @@ def test_a_numpy_array_and_a_torch_tensor_of_one_type_have_the_same_bytes(dtype:
     assert arrays.dtype_of(array) is dtype
     assert arrays.dtype_of(tensor) is dtype
     assert arrays.to_cpu(tensor).tobytes() == array.tobytes()
-    assert arrays._as_torch(array).view(torch.uint8).numpy().tobytes() == raw.tobytes()
+    assert arrays.as_torch(array).view(torch.uint8).numpy().tobytes() == raw.tobytes()
 
 
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F8_E4M3, DType.F8_E5M2], ids=lambda dtype: dtype.label)

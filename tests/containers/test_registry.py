@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from safetensors.numpy import load_file
 
 import surgery
+from surgery_formats.arrays import Array, as_torch, dtype_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.base import FileContainer
 from surgery_formats.containers.pipeline import PIPELINE
@@ -29,22 +32,27 @@ from surgery_formats.testing.plugins import installed, installed_project
 from tests.support.kit import ROOT, make_base, make_lora
 
 TOY = ROOT / "tests" / "plugins" / "toy_container"
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, Array]
+
+
+def in_torch(arrays: Tensors) -> dict[str, torch.Tensor]:
+    """What the original programs save; without the memory of others."""
+    return {name: as_torch(array).clone() for name, array in arrays.items()}
 
 
 def write_safetensors(folder: Path, tensors: Tensors) -> Path:
     path = folder / "model.safetensors"
-    path.write_bytes(safetensors.torch.save(dict(tensors), {"format": "pt", "by": "hand"}))
+    path.write_bytes(safetensors.torch.save(in_torch(tensors), {"format": "pt", "by": "hand"}))
     return path
 
 
 def write_torch(folder: Path, tensors: Tensors) -> Path:
-    torch.save(dict(tensors), folder / "pytorch_model.bin")
+    torch.save(in_torch(tensors), folder / "pytorch_model.bin")
     return folder / "pytorch_model.bin"
 
 
 def write_old_torch(folder: Path, tensors: Tensors) -> Path:
-    torch.save(dict(tensors), folder / "model.ckpt", _use_new_zipfile_serialization=False)
+    torch.save(in_torch(tensors), folder / "model.ckpt", _use_new_zipfile_serialization=False)
     return folder / "model.ckpt"
 
 
@@ -53,7 +61,7 @@ def write_sharded(folder: Path, tensors: Tensors) -> Path:
     weight_map = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         shard = f"model-{number:05d}-of-00002.safetensors"
-        (folder / shard).write_bytes(safetensors.torch.save({name: tensors[name] for name in part}))
+        (folder / shard).write_bytes(safetensors.torch.save(in_torch({name: tensors[name] for name in part})))
         weight_map |= dict.fromkeys(part, shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
@@ -71,10 +79,8 @@ def write_pipeline(folder: Path, tensors: Tensors) -> Path:
 def write_toyz(folder: Path, tensors: Tensors, config: Mapping[str, object] = {}) -> Path:
     entries, data = [], b""
     for name, tensor in tensors.items():
-        label = safetensors.torch._TYPES  # label -> torch type
-        dtype = next(key for key, value in label.items() if value is tensor.dtype)
-        entries.append([name, dtype, list(tensor.shape), len(data)])
-        data += tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        entries.append([name, dtype_of(tensor).label, list(tensor.shape), len(data)])
+        data += tensor.tobytes()
     header = json.dumps({"tensors": entries, "config": config}).encode()
     path = folder / "model.toyz"
     path.write_bytes(b"TOYZ" + struct.pack("<Q", len(header)) + header + data)
@@ -125,7 +131,7 @@ def test_every_container_is_found_where_it_is(toyz: FileContainer, tmp_path: Pat
     for number, case in enumerate(cases.values()):
         folder = tmp_path / str(number)
         folder.mkdir()
-        assert container_at(case.write(folder, {"a": torch.ones(2)})) is case.container
+        assert container_at(case.write(folder, {"a": np.ones(2, np.float32)})) is case.container
     assert container_at(tmp_path / "3" / "model.safetensors.index.json") is SHARDED
 
 
@@ -142,7 +148,7 @@ def test_a_misnamed_file_is_refused_with_its_real_container(toyz: FileContainer,
         (write_torch, ".bin, .pt, .pth or .ckpt"),
         (write_toyz, ".toyz"),
     ):
-        written = write(tmp_path, {"a": torch.ones(2)})
+        written = write(tmp_path, {"a": np.ones(2, np.float32)})
         for other in (".safetensors", ".bin", ".toyz", ".txt"):
             if other != written.suffix:
                 (path := tmp_path / f"misnamed{other}").write_bytes(written.read_bytes())
@@ -164,7 +170,7 @@ def test_of_two_containers_with_one_ending_the_content_decides(tmp_path: Path) -
     with installed(ENTRY_POINTS, "ggml", Ggml()):
         with pytest.raises(MalformedError, match="this one was asked"):
             open_checkpoint(tmp_path / "ggml-model.bin")
-        assert open_checkpoint(write_torch(tmp_path, {"a": torch.ones(2)})).main.tensors.keys() == {"a"}
+        assert open_checkpoint(write_torch(tmp_path, {"a": np.ones(2, np.float32)})).main.tensors.keys() == {"a"}
 
 
 def test_a_plugin_must_not_take_the_name_of_another_container() -> None:
@@ -199,12 +205,12 @@ def test_outputs_of_a_container_that_is_only_read_are_of_the_one_it_names(tmp_pa
 def toy_base(toyz: FileContainer, tmp_path: Path) -> Path:
     """The base of `make_base` in one .toyz file that holds its configuration too."""
     made = make_base(tmp_path / "base")
-    tensors = safetensors.torch.load_file(made / "model.safetensors")
+    tensors = load_file(made / "model.safetensors")
     (tmp_path / "toy").mkdir()
     return write_toyz(tmp_path / "toy", tensors, json.loads((made / "config.json").read_text()))
 
 
-def values(path: Path) -> dict[str, torch.Tensor]:
+def values(path: Path) -> dict[str, np.ndarray]:
     return {name: tensor.read() for name, tensor in open_checkpoint(path).main.tensors.items()}
 
 
@@ -231,7 +237,7 @@ def test_a_merge_into_a_toy_base_is_a_toy_with_the_values_of_any_other(toy_base:
     ]
     merged, usual = values(tmp_path / "merged"), values(tmp_path / "usual")
     assert merged.keys() == usual.keys()
-    assert all(merged[name].equal(usual[name]) for name in usual)
+    assert all(np.array_equal(merged[name], usual[name]) for name in usual)
     assert surgery.diff(tmp_path / "merged", tmp_path / "usual").equal
     assert not surgery.diff(tmp_path / "merged", toy_base).equal
     assert surgery.verify(tmp_path / "merged", against=toy_base).checks
@@ -258,7 +264,7 @@ def test_toys_are_shards_of_a_folder_and_networks_of_a_pipeline(toy_base: Path, 
     assert {file.name for file in again.ledger.plan.files} == {
         path.name for path in (tmp_path / "sharded").glob("*.toyz")
     }
-    write_toyz(write_pipeline(tmp_path, {"a": torch.ones(2)}) / "scheduler", {"b": torch.ones(3)})
+    write_toyz(write_pipeline(tmp_path, {"a": np.ones(2, np.float32)}) / "scheduler", {"b": np.ones(3, np.float32)})
     pipeline = open_checkpoint(tmp_path)
     assert {name: list(component.tensors) for name, component in pipeline.components.items()} == {
         "scheduler": ["b"],
@@ -281,9 +287,7 @@ def test_a_packed_output_is_safetensors_whatever_the_base_is(tmp_path: Path) -> 
 def test_an_adapter_in_a_toy_file_is_read_as_in_any_other(tmp_path: Path) -> None:
     lora = make_lora(tmp_path / "lora")
     usual = surgery.open(lora)
-    write_toyz(lora, safetensors.torch.load_file(lora / "adapter_model.safetensors")).rename(
-        lora / "adapter_model.toyz"
-    )
+    write_toyz(lora, load_file(lora / "adapter_model.safetensors")).rename(lora / "adapter_model.toyz")
     (lora / "adapter_model.safetensors").unlink()
     adapter = surgery.open(lora)
     assert isinstance(adapter, Adapter)

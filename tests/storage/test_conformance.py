@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 import surgery
 from surgery.verbs.formats import StorageEntry
+from surgery_formats.arrays import Array, cast
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.storage.plain import Plain
 from surgery_formats.storage.registry import claimed_weights, storage_kinds
@@ -26,21 +28,21 @@ sys.path.insert(0, str(TOY))
 from toy_storage import CODES, SCALES, TOY4, ToyWeight, quantised  # noqa: E402  # a package of its own
 
 Check = Callable[[StorageCase, Path], None]
-VALUES = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+VALUES = np.random.default_rng(0).standard_normal((24, 32), np.float32)
 
 
-def plain(dtype: torch.dtype, *shape: int) -> StorageCase:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def plain(dtype: DType, *shape: int) -> StorageCase:
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
     stacked = len(shape) == 3
 
     def claim(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[Plain]:
         return (Plain.of(tensor, stacked=stacked) for tensor in tensors.values())
 
-    return StorageCase(claim, lambda name, values: {name: values.to(dtype)}, values, tolerance=2.0**-8)
+    return StorageCase(claim, lambda name, values: {name: cast(values, dtype)}, values, tolerance=2.0**-8)
 
 
 def toy(band: int) -> StorageCase:
-    def encode(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(name: str, values: Array) -> dict[str, Array]:
         codes, scales, _ = quantised(values, len(values) // band, 2)
         return {name + CODES: codes, name + SCALES: scales}
 
@@ -48,11 +50,11 @@ def toy(band: int) -> StorageCase:
 
 
 CASES = {
-    "float32": plain(torch.float32, 24, 32),
-    "bfloat16": plain(torch.bfloat16, 24, 32),
-    "bias": plain(torch.float32, 24),
-    "convolution": plain(torch.float16, 8, 4, 3, 3),
-    "experts": plain(torch.float32, 3, 4, 8),
+    "float32": plain(DType.F32, 24, 32),
+    "bfloat16": plain(DType.BF16, 24, 32),
+    "bias": plain(DType.F32, 24),
+    "convolution": plain(DType.F16, 8, 4, 3, 3),
+    "experts": plain(DType.F32, 3, 4, 8),
     "toy": toy(1),
     "toy in bands of four rows": toy(4),
 }
@@ -70,21 +72,21 @@ class Faulty(ToyWeight):
 
     fault: str = ""
 
-    def read_into(self, block: torch.Tensor, start: int) -> None:
+    def read_into(self, block: Array, start: int) -> None:
         ToyWeight.read_into(self, block, 0 if self.fault == "reads the first rows" else start)
         if self.fault == "reads larger values":
-            block.mul_(1.5)
+            block *= 1.5
 
-    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> Any:
+    def put(self, start: int, block: Array, rounded: Array) -> Any:
         encoded = ToyWeight.put(self, start, block, rounded)
         if self.fault == "puts no scales":
             return encoded[:1]
         if self.fault == "puts all blocks at the front":
             return tuple(replace(one, offset=0) for one in encoded)
         if self.fault == "tells the exact values":
-            rounded.copy_(block)
+            rounded[...] = block
         if self.fault == "writes into the block":
-            block.zero_()
+            block[...] = 0
         return encoded
 
 
@@ -92,11 +94,11 @@ class Faulty(ToyWeight):
 class Loose(ToyWeight):
     """A toy weight that puts any rows, whatever band they belong to."""
 
-    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> Any:
+    def put(self, start: int, block: Array, rounded: Array) -> Any:
         rows = ToyWeight(self.name, self.codes, self.scales)
-        whole = torch.zeros(self.group, self.shape[1])
+        whole = np.zeros((self.group, self.shape[1]), np.float32)
         whole[: len(block)] = block[: self.group]
-        return rows.put(start // self.group * self.group, whole, torch.empty_like(whole))
+        return rows.put(start // self.group * self.group, whole, np.empty_like(whole))
 
 
 FAULTS = {
@@ -140,7 +142,7 @@ def test_a_plugin_is_found_while_it_is_installed() -> None:
 
 
 def test_a_tensor_that_two_weights_claim_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file
 
     from surgery_formats.containers.safetensors import open_safetensors
 
@@ -162,7 +164,7 @@ def test_a_tensor_that_two_weights_claim_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file
 
     from surgery_formats.containers.safetensors import open_safetensors
 
@@ -183,7 +185,7 @@ def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_is_there_twice_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file
 
     from surgery_formats.containers.safetensors import open_safetensors
 

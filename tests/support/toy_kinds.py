@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
+from safetensors.numpy import save_file
 
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.tensors.tensor import StoredTensor
@@ -103,8 +104,8 @@ class OuterSine:
         return ((0, self),)
 
     def prepare(self, weight: Weight) -> Apply:
-        delta = torch.outer(self.u.load(weight.dtype), self.v.load(weight.dtype)).sin_() * self.scale
-        return lambda block, rows, cols: block.add_(take(delta, rows, cols))
+        delta = np.sin(np.outer(self.u.load(weight.dtype), self.v.load(weight.dtype))) * self.scale
+        return lambda block, rows, cols: block + take(delta, rows, cols)
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,15 @@ class RowGain:
     def prepare(self, weight: Weight) -> Apply:
         gain = self.gain.load(weight.dtype)
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-            return block.mul_(positions(gain, 0, rows)[:, None])
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            return block * positions(gain, 0, rows)[:, None]
 
         return apply
 
 
 def _factors(file: Path, seed: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factor]:
-    generator = torch.Generator().manual_seed(seed)
-    save_file({name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}, file)
+    draw = np.random.default_rng(seed)
+    save_file({name: np.float32(0.3 * draw.standard_normal(shape)) for name, shape in shapes.items()}, file)
     return {tensor.name: Factor.of(tensor) for tensor in open_safetensors(file).tensors}
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
-import torch
+import numpy as np
 
+from surgery_formats.arrays import cast
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import computed
@@ -37,8 +38,8 @@ _numbers: Iterator[int] = count()
 def made_factor(*shape: int, scale: float = 0.3, dtype: DType = DType.F32) -> Factor:
     """Seeded normal numbers; every call makes others."""
     number = next(_numbers)
-    values = scale * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
-    values = values.to(dtype.torch).double()
+    drawn = scale * np.random.default_rng(number).standard_normal(shape)
+    values = cast(cast(drawn, dtype), DType.F64)
     return Factor.of(computed(f"made {number}", shape, (), lambda: values, dtype))
 
 

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
+from surgery_formats.arrays import as_torch, is_torch, to_cpu
 from surgery_formats.testing.update import UPDATE_CHECKS, UpdateCase
 from surgery_formats.updates import LoRA, Offset
+from surgery_formats.updates.weights import HeldWeight
 from tests.support.updates import EVERY_KIND
 
 
@@ -82,3 +85,28 @@ def test_the_suite_fails_a_kind_that_answers_wrongly(wrong: type, check: str) ->
     (failing,) = (one for one in UPDATE_CHECKS if one.__name__ == check)
     with pytest.raises(AssertionError):
         failing(case)
+
+
+@dataclass(frozen=True)
+class _Elsewhere(HeldWeight):
+    """A weight on a device of torch's; its own name for the CPU stands in for a GPU."""
+
+    @property
+    def device(self) -> str:
+        return "cpu:0"
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_a_kind_does_the_same_in_both_libraries(name: str) -> None:
+    for update in _case(name).pieces:
+        values = np.random.default_rng(1).standard_normal(update.shape, np.float32)
+        rows, cols = range(update.shape[0]), range(update.shape[1])
+        order = tuple(reversed(rows))
+        for at in (rows, order):
+            block = values[list(at)]
+            expected = update.prepare(HeldWeight(values))(block.copy(), at, cols)
+            there = as_torch(values.copy())
+            result = update.prepare(_Elsewhere(there))(there[list(at)], at, cols)
+            assert is_torch(result)
+            assert not is_torch(expected)
+            np.testing.assert_allclose(to_cpu(result), expected, rtol=1e-5, atol=1e-5)

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from surgery_formats.canonical.adapter import Site
+from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.apply import Apply
 from surgery_formats.tensors.views import View
 from surgery_formats.updates import Update, blend
 from surgery_formats.updates.weights import WeightView
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Edit", "Operation", "prepared"]
 
@@ -64,7 +61,7 @@ class Edit:
 
 
 def prepared(
-    operations: Iterable[Operation], source: Storage, dtype: torch.dtype, height: int, device: str = "cpu"
+    operations: Iterable[Operation], source: Storage, dtype: DType, height: int, device: str = "cpu"
 ) -> list[tuple[View, Apply]]:
     """The equations of `operations` for `apply_chain`, with their factors loaded.
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from surgery_formats.arrays import cast
 from surgery_formats.binding.edits import Edit, Operation
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Storage, read_rows
@@ -107,20 +109,14 @@ def _same_operation(first: Operation, second: Operation) -> bool:
 
 
 def _same_update(first: Update, second: Update) -> bool:
-    import torch
-
     if isinstance(first, TokenRows) and isinstance(second, TokenRows):
-        same = first.indices == second.indices and first.value.shape == second.value.shape
-        return same and torch.equal(first.value.load(torch.float64), second.value.load(torch.float64))
+        return first.indices == second.indices and first.value.same_values(second.value)
     if (
         isinstance(first, LoRA)
         and isinstance(second, LoRA)
         and (first.shape, first.rank, first.scale) == (second.shape, second.rank, second.scale)
     ):
-        return all(
-            torch.equal(mine.load(torch.float64), theirs.load(torch.float64))
-            for mine, theirs in ((first.A, second.A), (first.B, second.B))
-        )
+        return first.A.same_values(second.A) and first.B.same_values(second.B)
     return False
 
 
@@ -131,6 +127,6 @@ def same_values(first: Storage, second: Storage, rows: int = 4096) -> bool:
     count = first.sizes[0] if first.sizes else 1
     step = max(1, min(rows, count))
     return all(
-        bool((read_rows(first, start, start + step).double() == read_rows(second, start, start + step).double()).all())
-        for start in range(0, count, step)
+        bool((cast(read_rows(first, start, end), DType.F64) == cast(read_rows(second, start, end), DType.F64)).all())
+        for start, end in ((start, start + step) for start in range(0, count, step))
     )

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from surgery_formats.arrays import Array, all_finite, cast, dtype_of, namespace, wide
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import Tensor
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Prefix", "SoftPrompt"]
 
@@ -64,7 +62,7 @@ class SoftPrompt:
         """Numbers trained (CPT: stored, its base's embeddings included)."""
         return self.table.numel
 
-    def embeddings(self, submodule: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def embeddings(self, submodule: int = 0, dtype: DType | None = None) -> Array:
         """The rows ``(virtual_tokens, dim)`` to put before the embedded input.
 
         A model that scales its embeddings does not scale these.
@@ -82,7 +80,7 @@ class SoftPrompt:
         values = self._values(dtype)
         return values[submodule * self.virtual_tokens : (submodule + 1) * self.virtual_tokens]
 
-    def key_values(self, layer: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def key_values(self, layer: int, dtype: DType | None = None) -> tuple[Array, Array]:
         """K and V of `layer` for the cache, each ``(kv_heads, virtual_tokens, head_dim)``.
 
         They take no rotary embedding.
@@ -100,7 +98,8 @@ class SoftPrompt:
             raise self._error("holds embeddings, no keys and values")
         entry = 2 * self.submodules * layer % (2 * self.prefix.layers)
         sizes = (self.virtual_tokens, 2 * self.prefix.layers, self.prefix.kv_heads, self.prefix.head_dim)
-        values = self._values(dtype).reshape(sizes).permute(1, 2, 0, 3)
+        values = self._values(dtype)
+        values = namespace(values).permute_dims(values.reshape(sizes), (1, 2, 0, 3))
         return values[entry], values[entry + 1]
 
     def check(self) -> SoftPrompt:
@@ -116,15 +115,13 @@ class SoftPrompt:
             raise self._error(f"is {list(shape)}, but the configuration says {[rows, width]}")
         return self
 
-    def _values(self, dtype: torch.dtype | None) -> torch.Tensor:
+    def _values(self, dtype: DType | None) -> Array:
         """The table as a matrix, read when it is needed."""
-        import torch
-
         stored = self.table.read()
-        if not stored.is_floating_point():
+        if not self.table.dtype.is_floating_point:
             raise self._error(f"trained values of type {self.table.dtype.label}")
-        values = stored.to(dtype or (torch.float64 if stored.dtype == torch.float64 else torch.float32))
-        if not bool(torch.isfinite(values).all()):
+        values = cast(stored, dtype or wide(dtype_of(stored)))
+        if not all_finite(values):
             raise self._error("holds NaN or Inf")
         return values.reshape(-1, values.shape[-1])
 

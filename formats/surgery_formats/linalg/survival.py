@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from surgery_formats.arrays import Array, energy
+
 __all__ = ["Survival"]
 
 
@@ -32,6 +34,13 @@ class Survival(NamedTuple):
     def rounding(self) -> float:
         """Rounding noise relative to the update, ``||D - T|| / ||T||``."""
         return math.sqrt(self.noise / self.update) if self.update > 0 else math.nan
+
+    @classmethod
+    def of(cls, update: Array, stored: Array) -> Survival:
+        """Compare an update with its stored version, of equal shape and type; overwrites `stored`."""
+        inner = float(stored.reshape(-1) @ update.reshape(-1))
+        stored -= update
+        return cls(energy(update), inner, energy(stored))
 
     @classmethod
     def total(cls, parts: Iterable[Survival]) -> Survival:

@@ -6,14 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from surgery_formats.arrays import Array, cast, empty, wide
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import StoredTensor, matrix_of
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "Encoding",
@@ -81,7 +79,7 @@ class Encoding(Protocol):
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """The stored tensors that hold the weight if it is called `name`, in the order of `Storage.sources`."""
 
-    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+    def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """The bytes of the rows from `start`, rounded once; blocks in order give the bytes of every part in order.
 
         Args:
@@ -114,7 +112,7 @@ class Storage(Encoding, Protocol):
     @property
     def is_float(self) -> bool: ...
 
-    def read_into(self, block: torch.Tensor, start: int) -> None:
+    def read_into(self, block: Array, start: int) -> None:
         """Fill `block` ``(n, cols)``, contiguous, of `dtype` and on the CPU, with any rows from `start` on.
 
         Raises:
@@ -147,34 +145,28 @@ class StorageKind(Protocol):
         """
 
 
-def read_block(storage: Storage, start: int, stop: int) -> torch.Tensor:
+def read_block(storage: Storage, start: int, stop: int) -> Array:
     """Rows ``[start, stop)`` of the matrix, in `Storage.dtype`, in memory of the caller's own.
 
     Raises:
-        FitError: torch has no such element type.
+        FitError: neither numpy nor ml_dtypes has such an element type.
     """
-    import torch
-
     rows, cols = storage.shape
     try:
-        dtype = storage.dtype.torch
+        block = empty((max(min(stop, rows) - start, 0), cols), storage.dtype)
     except TypeError as error:
         path = storage.sources[0].path if storage.sources else None
         raise FitError(f"values of type {storage.kind} cannot be read", file=path, tensor=storage.name) from error
-    block = torch.empty((max(min(stop, rows) - start, 0), cols), dtype=dtype)
     storage.read_into(block, start)
     return block
 
 
-def read_values(storage: Storage, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+def read_values(storage: Storage, start: int, stop: int, dtype: DType | None = None) -> Array:
     """Rows ``[start, stop)`` of the matrix in `dtype`; by default float32, or float64 if stored as such."""
-    import torch
-
-    exact = torch.float64 if storage.dtype is DType.F64 else torch.float32
-    return read_block(storage, start, stop).to(dtype or exact)
+    return cast(read_block(storage, start, stop), dtype or wide(storage.dtype))
 
 
-def read_rows(storage: Storage, start: int = 0, stop: int | None = None) -> torch.Tensor:
+def read_rows(storage: Storage, start: int = 0, stop: int | None = None) -> Array:
     """Elements ``[start:stop]`` of the first axis of `Storage.sizes`, in `Storage.dtype`."""
     if not storage.sizes:
         return read_block(storage, 0, 1).reshape(())

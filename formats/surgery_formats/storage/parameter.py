@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from surgery_formats.arrays import Array, cast, dtype_of
+from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage, read_block, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import gather, scatter
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.tensors.views import View, whole
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Parameter"]
 
@@ -71,15 +69,15 @@ class Parameter:
         """Whether it is all that its storage holds."""
         return math.prod(self.shape) == self.numel
 
-    def get(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def get(self, dtype: DType | None = None) -> Array:
         """The whole weight in logical orientation; float32 (float64 where stored so), or `dtype`."""
         rows = self.storage.shape[0]
         return gather(read_values(self.storage, 0, rows, dtype), self.view.locate(0, rows))
 
-    def put(self, weight: torch.Tensor) -> dict[StoredTensor, bytes]:
+    def put(self, weight: Array) -> dict[StoredTensor, bytes]:
         """Bytes of every stored tensor with `weight` in place: ``put(get())`` is the identity."""
         rows = self.storage.shape[0]
         matrix = read_values(self.storage, 0, rows)
-        scatter(matrix, self.view.locate(0, rows), weight.to(matrix.dtype))
+        scatter(matrix, self.view.locate(0, rows), cast(weight, dtype_of(matrix)))
         written = self.storage.put(0, matrix, read_block(self.storage, 0, rows))
         return {self.sources[chunk.part]: bytes(chunk.data) for chunk in written}

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from surgery_formats.arrays import Array, assign
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.tensors.tensor import StoredTensor, Tensor, as_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Elements", "Plain"]
 
@@ -40,9 +37,9 @@ class Elements:
         """One tensor of the weight's name."""
         return (StoredPart(name, self.dtype, self.sizes),)
 
-    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+    def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """The rows rounded to `dtype`: `rounded` is their bytes."""
-        rounded.copy_(block)
+        assign(rounded, block)
         return (PartBytes(0, start * self.shape[1] * self.dtype.bits // 8, as_bytes(rounded)),)
 
 
@@ -104,7 +101,7 @@ class Plain:
         """One tensor of the weight's name."""
         return (StoredPart(name, self.dtype, self.sizes),)
 
-    def read_into(self, block: torch.Tensor, start: int) -> None:
+    def read_into(self, block: Array, start: int) -> None:
         """Fill `block` ``(n, cols)``, contiguous and of `dtype`, with the rows from `start`.
 
         Raises:
@@ -112,11 +109,11 @@ class Plain:
         """
         tensor = self.tensor
         if not isinstance(tensor, StoredTensor) or tensor.strides is not None or not tensor.shape:
-            block.copy_(tensor.read().reshape(self.shape)[start : start + len(block)])
-        elif block.numel():
+            assign(block, tensor.read().reshape(self.shape)[start : start + len(block)])
+        elif block.size:
             row = tensor.nbytes // self.shape[0]
             tensor.file.read_into(as_bytes(block), tensor.offset + start * row)
 
-    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+    def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """See `Elements.put`."""
         return Elements(self.sizes, self.shape, self.dtype).put(start, block, rounded)

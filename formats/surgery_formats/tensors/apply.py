@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
+from surgery_formats.arrays import Array, array_of, same_memory
+from surgery_formats.dtypes import DType
 from surgery_formats.tensors.views import Index, Overlap, View, take
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Apply", "apply_chain", "gather", "scatter"]
 
-Apply = Callable[["torch.Tensor", Index, Index], "torch.Tensor"]
+Apply = Callable[[Array, Index, Index], Array]
 """``apply(block, rows, cols) -> block'``: `block` holds the elements ``[rows, cols]`` and may be written into."""
 
 
-def apply_chain(chain: Iterable[tuple[View, Apply]], block: torch.Tensor, start: int, stop: int) -> None:
+def apply_chain(chain: Iterable[tuple[View, Apply]], block: Array, start: int, stop: int) -> None:
     """Every change of `chain`, in order and in place.
 
     Args:
@@ -32,21 +30,19 @@ def apply_chain(chain: Iterable[tuple[View, Apply]], block: torch.Tensor, start:
             scatter(block, at, apply(gather(block, at), at.rows, at.cols))
 
 
-def gather(block: torch.Tensor, at: Overlap) -> torch.Tensor:
+def gather(block: Array, at: Overlap) -> Array:
     """The logical elements of `block` at `at`; shares its memory where both axes are plain ranges."""
     part = take(block, at.block_rows, at.block_cols)
     return part.T if at.transposed else part
 
 
-def scatter(block: torch.Tensor, at: Overlap, values: torch.Tensor) -> None:
+def scatter(block: Array, at: Overlap, values: Array) -> None:
     """Put logical `values` back where `gather` took them from; costs nothing if they are that memory."""
     values = values.T if at.transposed else values
     if isinstance(at.block_rows, range) and isinstance(at.block_cols, range):
         target = take(block, at.block_rows, at.block_cols)
-        if target.data_ptr() != values.data_ptr():
-            target.copy_(values)
+        if not same_memory(target, values):
+            target[...] = values
         return
-    import torch
-
-    rows, cols = (torch.tensor(list(index), device=block.device) for index in (at.block_rows, at.block_cols))
+    rows, cols = (array_of(list(index), DType.I64, block) for index in (at.block_rows, at.block_cols))
     block[rows[:, None], cols[None, :]] = values

@@ -12,15 +12,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from surgery_formats.arrays import Array, all_finite, cast, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.tensors.tensor import StoredTensor, matrix_of
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["CodedTensor", "code_shape", "code_type", "pack", "quantised"]
 
@@ -37,22 +35,21 @@ def code_shape(coding: Coding, count: int, length: int, rank: int) -> tuple[int,
     return (count, length, rank) if coding.bits == 8 else (count, -(-length * rank // 2))
 
 
-def pack(codes: torch.Tensor, coding: Coding) -> torch.Tensor:
+def pack(codes: Array, coding: Coding) -> Array:
     """int8 codes ``(count, length, rank)`` as they are stored."""
-    import torch
-
     if coding.bits == 8:
         return codes
-    flat = torch.nn.functional.pad(codes.reshape(len(codes), -1), (0, codes[0].numel() % 2)).to(torch.int16) & 15
-    return (flat[:, 0::2] | (flat[:, 1::2] << 4)).to(torch.uint8)
+    xp = namespace(codes)
+    flat = cast(codes, DType.U8).reshape(len(codes), -1) & 15
+    if flat.shape[1] % 2:
+        flat = xp.concat([flat, xp.zeros_like(flat[:, :1])], axis=1)
+    return flat[:, 0::2] | (flat[:, 1::2] << 4)
 
 
-def _unpack(stored: torch.Tensor) -> torch.Tensor:
+def _unpack(stored: Array) -> Array:
     """``(count, bytes)`` to int8 ``(count, 2 * bytes)``."""
-    import torch
-
-    halves = torch.stack([stored & 15, stored >> 4], dim=-1).reshape(len(stored), -1).to(torch.int8)
-    return (halves ^ 8) - 8
+    halves = namespace(stored).stack([stored & 15, stored >> 4], axis=-1).reshape(len(stored), -1)
+    return (cast(halves, DType.I8) ^ 8) - 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +109,13 @@ class CodedTensor:
         """The type on disk, ``I4`` or ``I8``."""
         return f"I{self.coding.bits}"
 
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
         """Elements ``[start:stop]`` of the first axis, float32.
 
         Raises:
             MalformedError: a code outside the symmetric range, or bits behind the last code.
             FitError: a scale is NaN or infinite.
         """
-        import torch
-
         from surgery_formats.linalg.quantise import Codes, dequantise
 
         codes, scales, coding = self.codes, self.scales, self.coding
@@ -133,14 +128,14 @@ class CodedTensor:
             values = values[:, : length * rank]
         if bool((values < -coding.largest).any()):
             raise MalformedError(f"a code below {-coding.largest}", file=codes.path, tensor=codes.name)
-        if not bool(torch.isfinite(steps).all()):
+        if not all_finite(steps):
             raise FitError("holds NaN or Inf", file=scales.path, tensor=scales.name, hint="convert it again")
         rows = [dequantise(Codes(v.reshape(length, rank), s), coding) for v, s in zip(values, steps, strict=True)]
-        stack = torch.stack(rows)
-        turned = stack.transpose(1, 2) if self.side == "A" else stack.permute(1, 2, 0)
-        return turned.reshape(self.shape)[start:stop].contiguous()
+        xp = namespace(values)
+        turned = xp.permute_dims(xp.stack(rows), (0, 2, 1) if self.side == "A" else (1, 2, 0))
+        return xp.asarray(turned.reshape(self.shape)[start:stop], copy=True)
 
-    def coded(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def coded(self) -> tuple[Array, Array]:
         """Codes and scales as stored."""
         return self.codes.read(), self.scales.read()
 

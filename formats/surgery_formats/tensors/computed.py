@@ -7,13 +7,10 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from surgery_formats.arrays import Array, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.tensor import StoredTensor, Tensor, matrix_of
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["ComputedTensor", "computed"]
 
@@ -34,7 +31,7 @@ class ComputedTensor:
     dtype: DType
     shape: tuple[int, ...]
     sources: tuple[StoredTensor, ...]
-    make: Callable[[], torch.Tensor]
+    make: Callable[[], Array]
 
     @property
     def numel(self) -> int:
@@ -61,20 +58,20 @@ class ComputedTensor:
         """Name of the type to store it in."""
         return self.dtype.label
 
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
         """Elements ``[start:stop]`` of the first axis, in float64.
 
         The caller owns the result: `make` may cache its own.
         """
         values = self.make().reshape(self.shape)
-        return (values[start:stop] if self.shape else values).clone()
+        return namespace(values).asarray(values[start:stop] if self.shape else values, copy=True)
 
 
 def computed(
     name: str,
     shape: tuple[int, ...],
     sources: Iterable[Tensor],
-    make: Callable[[], torch.Tensor],
+    make: Callable[[], Array],
     dtype: DType = DType.F32,
 ) -> ComputedTensor:
     """A tensor called `name`, computed from `sources` and to be stored as `dtype`; see `ComputedTensor`."""

@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from surgery_formats.arrays import Array, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["StoredTensor", "Tensor", "ZeroTensor", "all_finite", "as_bytes", "matrix_of", "origin"]
+__all__ = ["StoredTensor", "Tensor", "ZeroTensor", "as_bytes", "matrix_of", "origin"]
 
 
 class Tensor(Protocol):
@@ -59,16 +57,16 @@ class Tensor(Protocol):
     def matrix(self) -> tuple[int, int]:
         """``(rows, cols)``, see `matrix_of`."""
 
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
         """Elements ``[start:stop]`` of the first axis, in memory of the caller's own.
 
         Returns:
-            A tensor of shape ``(stop - start, *shape[1:])``; a scalar keeps its shape ``()``. Its type is `dtype`, or a
+            A numpy array of shape ``(stop - start, *shape[1:])``; a scalar keeps its shape ``()``. Its type is `dtype`, or a
             wider one where values are computed, so that storing rounds them only once.
 
         Raises:
             MalformedError: the file is shorter than its header says.
-            FitError: torch has no such element type.
+            FitError: neither numpy nor ml_dtypes has such an element type.
         """
 
 
@@ -134,7 +132,7 @@ class StoredTensor:
         """``(device, inode, offset, nbytes)``: equal for two names of the same bytes (ties)."""
         return (*self.file.identity[:2], self.offset, self.nbytes)
 
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
         """Elements ``[start:stop]`` of the first axis, in the stored dtype, in memory of the caller's own.
 
         Returns:
@@ -142,33 +140,27 @@ class StoredTensor:
 
         Raises:
             MalformedError: the file is shorter than its header says.
-            FitError: torch has no such element type.
+            FitError: neither numpy nor ml_dtypes has such an element type.
         """
-        import torch
+        import numpy
 
         try:
-            dtype = self.dtype.torch
+            dtype = self.dtype.numpy
         except TypeError as error:
             raise FitError(
                 f"values of type {self.dtype.label} cannot be read", file=self.file.path, tensor=self.name
             ) from error
         if self.strides is not None:
-            flat = self._decode(self.file.read(self.offset, self.nbytes), dtype)
-            return flat.as_strided(self.shape, self.strides)[start:stop].contiguous()
+            steps = [stride * dtype.itemsize for stride in self.strides]
+            whole = numpy.ndarray(self.shape, dtype, self.file.read(self.offset, self.nbytes), strides=steps)
+            return whole[start:stop].copy()
         if not self.shape:
-            return self._decode(self.file.read(self.offset, self.nbytes), dtype).reshape(())
+            return numpy.ndarray((), dtype, self.file.read(self.offset, self.nbytes))
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
         row = self.nbytes // self.shape[0] if self.shape[0] else 0
         rows = max(stop - start, 0)
-        if rows * row == 0:
-            return torch.empty((rows, *self.shape[1:]), dtype=dtype)
-        return self._decode(self.file.read(self.offset + start * row, rows * row), dtype).reshape(rows, *self.shape[1:])
-
-    @staticmethod
-    def _decode(raw: bytearray, dtype: torch.dtype) -> torch.Tensor:
-        import torch
-
-        return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        raw = self.file.read(self.offset + start * row, rows * row)
+        return numpy.ndarray((rows, *self.shape[1:]), dtype, raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,26 +200,16 @@ class ZeroTensor:
         """Name of its type."""
         return self.dtype.label
 
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
         """Zeros of the shape asked for."""
-        import torch
+        import numpy
 
-        zeros = torch.zeros(self.shape, dtype=self.dtype.torch)
+        zeros = numpy.zeros(self.shape, self.dtype.numpy)
         return zeros[start:stop] if self.shape else zeros
 
 
-def as_bytes(values: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy; writing to them writes to the tensor."""
-    import torch
+def as_bytes(values: Array) -> memoryview:
+    """The bytes of a contiguous array on the CPU, without a copy; writing to them writes to the array."""
+    import numpy
 
-    if not values.numel():
-        return memoryview(b"")
-    # numpy arrays have the buffer protocol, which their stubs do not declare.
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-
-
-def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or Inf. A finite sum proves it, thirty times faster than testing each value."""
-    import torch
-
-    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+    return memoryview(to_cpu(values).reshape(-1).view(numpy.uint8)) if math.prod(values.shape) else memoryview(b"")

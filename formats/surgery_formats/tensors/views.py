@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from surgery_formats.arrays import Array, array_of, namespace
+from surgery_formats.dtypes import DType
 
 __all__ = [
     "Index",
@@ -150,22 +149,20 @@ def interleaved(heads: int, dim: int) -> tuple[int, ...]:
     return tuple(h * dim + i * 2 + s for h in range(heads) for s in range(2) for i in range(half))
 
 
-def take(matrix: torch.Tensor, rows: Index, cols: Index | None = None) -> torch.Tensor:
+def take(matrix: Array, rows: Index, cols: Index | None = None) -> Array:
     """``matrix[rows][:, cols]``; shares memory with `matrix` when both are plain ranges."""
     return positions(positions(matrix, 0, rows), 1, cols) if cols is not None else positions(matrix, 0, rows)
 
 
-def positions(tensor: torch.Tensor, axis: int, index: Index) -> torch.Tensor:
-    """`tensor` at `index` along `axis`; a view for ranges, a copy for permutations."""
-    import torch
-
+def positions(array: Array, axis: int, index: Index) -> Array:
+    """`array` at `index` along `axis`; a view for ranges, a copy for permutations."""
     if isinstance(index, range):
-        if len(index) == tensor.shape[axis] and index.start == 0 and index.step == 1:
-            return tensor
+        if len(index) == array.shape[axis] and index.start == 0 and index.step == 1:
+            return array
         if index.step > 0:
             stop = index[-1] + 1 if len(index) else index.start
-            return tensor[(slice(None),) * axis + (slice(index.start, stop, index.step),)]
-    return tensor.index_select(axis, torch.tensor(list(index), dtype=torch.int64, device=tensor.device))
+            return array[(slice(None),) * axis + (slice(index.start, stop, index.step),)]
+    return namespace(array).take(array, array_of(list(index), DType.I64, array), axis=axis)
 
 
 def _inside(index: Index, start: int, stop: int) -> Index:

@@ -12,9 +12,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+import numpy
 
 from surgery_formats.adapters.format import Format, Rendering
+from surgery_formats.arrays import Array, cast
 from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.safetensors import layout
@@ -25,9 +28,6 @@ from surgery_formats.testing.memory import adapter_of, in_memory
 from surgery_formats.testing.update import UpdateCase, accounts_for_its_tensors, answers_every_question
 from surgery_formats.updates import Apply, Effect, Factor, Fit, Unsized, Update, Weight
 from surgery_formats.updates.weights import HeldWeight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["FORMAT_CHECKS", "FormatCase", "assert_same_effect", "save"]
 
@@ -158,7 +158,7 @@ def save(rendering: Rendering, format: Format, folder: Path) -> Path:
         stream.write(header)
         for tensor in rendering.tensors:
             stream.seek(ranges[tensor.name][0])
-            stream.write(as_bytes(tensor.load().to(tensor.dtype.torch).contiguous()))
+            stream.write(as_bytes(numpy.ascontiguousarray(cast(tensor.load(), tensor.dtype))))
     for name, content in rendering.small_files.items():
         (target / name).write_bytes(content)
     return target
@@ -172,7 +172,7 @@ def assert_same_effect(adapter: Adapter, other: Adapter, tolerance: float = 1e-6
     for site, chain in mine.items():
         weight = _weight(_shape((*chain, *theirs[site])))
         result, expected = _applied(theirs[site], weight), _applied(chain, weight)
-        error = float((result - expected).abs().max()) / float(expected.abs().max())
+        error = float(abs(result - expected).max()) / float(abs(expected).max())
         assert error <= tolerance, f"{site}: {error:.1e}"
 
 
@@ -190,23 +190,21 @@ def _shape(chain: tuple[Update, ...]) -> tuple[int, int]:
     return rows or 12, cols or 12
 
 
-def _weight(shape: tuple[int, int]) -> torch.Tensor:
-    import torch
-
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def _weight(shape: tuple[int, int]) -> Array:
+    return numpy.random.default_rng(0).standard_normal(shape)
 
 
-def _applied(chain: tuple[Update, ...], weight: torch.Tensor) -> torch.Tensor:
+def _applied(chain: tuple[Update, ...], weight: Array) -> Array:
     """`weight` after a chain of updates."""
     for update in chain:
         fit = Fit((weight.shape[0], weight.shape[1]), 1, (weight.shape[0], weight.shape[1]))
         fitted = update.fitted(fit) if isinstance(update, Unsized) else update
-        result = weight.clone()
+        result = weight.copy()
         for first, part in fitted.parts():
             rows = range(part.shape[0]) if part.effect != "sets" else range(len(weight))
             block = slice(first, first + len(rows))
             apply = part.prepare(HeldWeight(weight[block]))
-            result[block] = apply(weight[block].clone(), rows, range(weight.shape[1]))
+            result[block] = apply(weight[block].copy(), rows, range(weight.shape[1]))
         weight = result
     return weight
 
@@ -240,4 +238,4 @@ class _Strange:
         return ((0, self),)
 
     def prepare(self, weight: Weight) -> Apply:
-        return lambda block, rows, cols: block.mul_(2)
+        return lambda block, rows, cols: 2 * block

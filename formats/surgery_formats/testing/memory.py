@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import computed
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Factor, Stacked, Update
@@ -75,11 +76,9 @@ def _rebuilt(value: T, names: Iterator[str], known: dict[object, object], keep_t
 
 
 def _factor(factor: Factor, names: Iterator[str], known: dict[object, object], keep_terms: bool) -> Factor:
-    import torch
-
     dtype = factor_dtype([factor], folded=bool(factor.terms) or len(factor.tensors) > 1)
     shape = factor.tensors[0].shape if _is_whole(factor) else factor.shape
-    tensor = computed(next(names), shape, factor.tensors, lambda: factor.load(torch.float64), dtype)
+    tensor = computed(next(names), shape, factor.tensors, lambda: factor.load(DType.F64), dtype)
     terms = _rebuilt(factor.terms, names, known, keep_terms) if keep_terms else ()
     if terms:
         return Factor(tuple(t for term in terms for t in term.tensors), factor.shape, factor.view, terms)

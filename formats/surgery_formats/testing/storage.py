@@ -3,7 +3,7 @@
 
 @pytest.mark.parametrize("check", STORAGE_CHECKS, ids=lambda check: check.__name__)
 def test_the_storage_conforms(check, tmp_path):
-    check(StorageCase(MINE.claim, encode, torch.randn(64, 32)), tmp_path)
+    check(StorageCase(MINE.claim, encode, values), tmp_path)
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy
+
+from surgery_formats.arrays import Array, cast, empty
 from surgery_formats.containers.safetensors import layout, open_safetensors
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import Storage, StoredPart, read_block, read_rows
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["STORAGE_CHECKS", "StorageCase"]
 
@@ -41,8 +42,8 @@ class StorageCase:
     """
 
     claim: Claim
-    encode: Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
-    values: torch.Tensor
+    encode: Callable[[str, Array], Mapping[str, Array]]
+    values: Array
     config: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 0.0
 
@@ -58,7 +59,7 @@ def claims_all_tensors_of_its_weights(case: StorageCase, folder: Path) -> None:
     assert all(source is stored[source.name] for source in claimed)
     for weight in weights:
         assert weight.sizes == tuple(case.values.shape)
-        assert weight.shape[0] * weight.shape[1] == case.values.numel()
+        assert weight.shape[0] * weight.shape[1] == case.values.size
 
 
 def writes_the_tensors_it_reads(case: StorageCase, folder: Path) -> None:
@@ -73,10 +74,10 @@ def writes_the_tensors_it_reads(case: StorageCase, folder: Path) -> None:
 
 def reads_what_was_encoded(case: StorageCase, folder: Path) -> None:
     """The values are those that were encoded, as far as the storage can hold them."""
-    values = read_rows(_weight(case, folder)).double()
-    encoded = case.values.double()
+    values = cast(read_rows(_weight(case, folder)), DType.F64)
+    encoded = cast(case.values, DType.F64)
     assert values.shape == encoded.shape
-    assert float((values - encoded).abs().max()) <= case.tolerance * float(encoded.abs().max())
+    assert float(abs(values - encoded).max()) <= case.tolerance * float(abs(encoded).max())
 
 
 def reads_any_rows(case: StorageCase, folder: Path) -> None:
@@ -86,13 +87,13 @@ def reads_any_rows(case: StorageCase, folder: Path) -> None:
     whole = read_block(weight, 0, rows)
     for start in range(rows + 1):
         for stop in {start, start + 1, (start + rows) // 2, rows}:
-            assert read_block(weight, start, stop).equal(whole[start:stop]), (start, stop)
+            assert numpy.array_equal(read_block(weight, start, stop), whole[start:stop]), (start, stop)
 
 
 def puts_back_the_bytes_it_read(case: StorageCase, folder: Path) -> None:
     """Values that did not change become the bytes that were there."""
     weight = _weight(case, folder)
-    written, _ = _put(weight, read_block(weight, 0, weight.shape[0]).float(), [weight.shape[0]])
+    written, _ = _put(weight, cast(read_block(weight, 0, weight.shape[0]), DType.F32), [weight.shape[0]])
     for source, raw in zip(weight.sources, written, strict=True):
         assert raw == source.file.read(source.offset, source.nbytes), source.name
 
@@ -105,7 +106,7 @@ def puts_the_same_bytes_in_any_split(case: StorageCase, folder: Path) -> None:
     for height in range(weight.group, weight.shape[0] + 1, weight.group):
         parts, same = _put(weight, values, _heights(weight.shape[0], height))
         assert parts == whole, height
-        assert same.equal(rounded), height
+        assert numpy.array_equal(same, rounded), height
 
 
 def says_what_readers_will_get(case: StorageCase, folder: Path) -> None:
@@ -122,7 +123,7 @@ def says_what_readers_will_get(case: StorageCase, folder: Path) -> None:
     path.write_bytes(data)
     tensors = {tensor.name: tensor for tensor in open_safetensors(path).tensors}
     (again,) = case.claim(tensors, case.config)
-    assert read_block(again, 0, again.shape[0]).equal(rounded)
+    assert numpy.array_equal(read_block(again, 0, again.shape[0]), rounded)
 
 
 def refuses_rows_that_cannot_be_put_alone(case: StorageCase, folder: Path) -> None:
@@ -139,11 +140,9 @@ def refuses_rows_that_cannot_be_put_alone(case: StorageCase, folder: Path) -> No
 
 def leaves_other_weights_alone(case: StorageCase, folder: Path) -> None:
     """Tensors of other storages are not claimed, whatever stands beside them."""
-    import torch
-
     if set(case.encode(_NAME, case.values)) == {_NAME}:
         return  # the storage of single tensors, which has whatever nothing else claims
-    others = {"block.0.linear.bias": torch.zeros(4), "embed.weight": torch.zeros(4, 4), "ids": torch.arange(3)}
+    others = {"block.0.linear.bias": numpy.zeros(4), "embed.weight": numpy.zeros((4, 4)), "ids": numpy.arange(3)}
     assert list(case.claim(_stored(folder, others), case.config)) == []
     claimed = list(case.claim(_stored(folder, {**others, **case.encode(_NAME, case.values)}), case.config))
     assert [weight.name for weight in claimed] == [_NAME]
@@ -175,11 +174,11 @@ STORAGE_CHECKS: tuple[Callable[[StorageCase, Path], None], ...] = (
 """Each takes a case and an empty folder, and raises AssertionError."""
 
 
-def _stored(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
-    from safetensors.torch import save_file
+def _stored(folder: Path, tensors: Mapping[str, Array]) -> dict[str, StoredTensor]:
+    from safetensors.numpy import save_file
 
     path = folder / "weights.safetensors"
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
+    save_file({name: numpy.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
     return {tensor.name: tensor for tensor in open_safetensors(path).tensors}
 
 
@@ -188,10 +187,10 @@ def _weight(case: StorageCase, folder: Path) -> Storage:
     return weight
 
 
-def _changed(weight: Storage) -> torch.Tensor:
+def _changed(weight: Storage) -> Array:
     """Other values of the same size, as an update leaves them."""
-    values = read_block(weight, 0, weight.shape[0]).float()
-    return values * 0.75 + values.flip(0) * 0.5
+    values = cast(read_block(weight, 0, weight.shape[0]), DType.F32)
+    return values * 0.75 + values[::-1] * 0.5
 
 
 def _heights(rows: int, height: int) -> Iterator[int]:
@@ -199,14 +198,12 @@ def _heights(rows: int, height: int) -> Iterator[int]:
         yield min(height, rows - start)
 
 
-def _put(weight: Storage, values: torch.Tensor, heights: Iterable[int]) -> tuple[list[bytearray], torch.Tensor]:
+def _put(weight: Storage, values: Array, heights: Iterable[int]) -> tuple[list[bytearray], Array]:
     """The bytes of every part, and the values they stand for; no byte may be put twice or left out."""
-    import torch
-
     parts = weight.parts(weight.name)
     data = [bytearray(part.nbytes) for part in parts]
     reached = [0 for _ in parts]
-    rounded = torch.empty(weight.shape, dtype=weight.dtype.torch)
+    rounded = empty(weight.shape, weight.dtype)
     start = 0
     for height in heights:
         before = bytes(as_bytes(values))
@@ -222,12 +219,8 @@ def _put(weight: Storage, values: torch.Tensor, heights: Iterable[int]) -> tuple
     return data, rounded
 
 
-def _put_block(
-    weight: Storage, values: torch.Tensor, start: int, stop: int
-) -> tuple[list[tuple[int, int, bytes]], torch.Tensor]:
-    import torch
-
-    block = values[start:stop].contiguous()
-    rounded = torch.empty(block.shape, dtype=weight.dtype.torch)
+def _put_block(weight: Storage, values: Array, start: int, stop: int) -> tuple[list[tuple[int, int, bytes]], Array]:
+    block = numpy.ascontiguousarray(values[start:stop])
+    rounded = empty(block.shape, weight.dtype)
     encoded = [(piece.part, piece.offset, bytes(piece.data)) for piece in weight.put(start, block, rounded)]
     return encoded, rounded

@@ -7,18 +7,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
+from surgery_formats.arrays import Array, all_finite, cast, namespace, to_device
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.apply import Apply
-from surgery_formats.tensors.tensor import StoredTensor, Tensor, all_finite
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.tensors.views import Index
 
-if TYPE_CHECKING:
-    import torch
-
-    View = Callable[..., torch.Tensor]
+View = Callable[..., Array]
 
 __all__ = ["Apply", "Effect", "Factor", "Fit", "Weight"]
 
@@ -62,44 +60,48 @@ class Factor:
         """A factor that `equation` computes from the values of `terms`."""
         counts = [len(term.tensors) for term in terms]
 
-        def view(*stored: torch.Tensor) -> torch.Tensor:
+        def view(*stored: Array) -> Array:
             ends = list(accumulate(counts))
             values = (term.show(stored[end - n : end]) for term, n, end in zip(terms, counts, ends, strict=True))
             return equation(*values)
 
         return cls(tuple(tensor for term in terms for tensor in term.tensors), shape, view, tuple(terms))
 
-    def show(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+    def show(self, stored: Sequence[Array]) -> Array:
         """The factor, given the values of `tensors`."""
         return (stored[0] if self.view is None else self.view(*stored)).reshape(self.shape)
 
-    def load(self, dtype: torch.dtype | None, device: str = "cpu") -> torch.Tensor:
+    def load(self, dtype: DType | None, device: str = "cpu") -> Array:
         """The values in `dtype` (None keeps the type they are read in), of `shape`, on `device`.
 
         Raises:
             FitError: a value is not finite, or the stored type is not floating point.
         """
         if self.view is None:
-            return _read(self.tensors[0], dtype).reshape(self.shape).to(device)
+            return to_device(_read(self.tensors[0], dtype).reshape(self.shape), device)
         values = self.view(*(_read_shared(tensor, dtype) for tensor in self.tensors))
-        return values.reshape(self.shape).clone().to(device)
+        return to_device(namespace(values).asarray(values.reshape(self.shape), copy=True), device)
+
+    def same_values(self, other: Factor) -> bool:
+        """Whether `other` has the same shape and values, whatever types the two are stored in."""
+        return self.shape == other.shape and bool((self.load(DType.F64) == other.load(DType.F64)).all())
 
 
-def _read(tensor: Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def _read(tensor: Tensor, dtype: DType | None) -> Array:
     """All values of a trained tensor, checked."""
-    if not tensor.dtype.is_float and tensor.dtype not in (DType.F8_E4M3, DType.F8_E5M2):
+    if not tensor.dtype.is_floating_point:
         raise FitError(f"trained values of type {tensor.dtype.label}", file=tensor.path, tensor=tensor.name)
-    values = tensor.read() if dtype is None else tensor.read().to(dtype)
+    values = tensor.read() if dtype is None else cast(tensor.read(), dtype)
     if not all_finite(values):
         raise FitError("holds NaN or Inf", file=tensor.path, tensor=tensor.name, hint="train it again")
     return values
 
 
-def _read_shared(tensor: Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def _read_shared(tensor: Tensor, dtype: DType | None) -> Array:
     """As `_read`, remembering this thread's last two: the experts of a stack are parts of the same two tensors."""
     place = (tensor.file.identity, tensor.offset, tensor.nbytes) if isinstance(tensor, StoredTensor) else tensor
     key = (place, dtype)
-    kept: dict[object, torch.Tensor] = getattr(_recent, "values", {})
+    kept: dict[object, Array] = getattr(_recent, "values", {})
     if key not in kept:
         last = dict(list(kept.items())[-1:])
         _recent.values = kept = {**last, key: _read(tensor, dtype)}
@@ -121,11 +123,11 @@ class Weight(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> DType: ...
     @property
     def device(self) -> str: ...
 
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+    def blocks(self) -> Iterator[tuple[Array, Index, Index]]:
         """``(block, rows, cols)`` in storage order, every element once, in memory bounded by the block size."""
 
 

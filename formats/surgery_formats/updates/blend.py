@@ -3,13 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from surgery_formats.arrays import Array, namespace
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["blend"]
 
@@ -20,8 +16,9 @@ def blend(whole: Apply, share: float) -> Apply:
     Scaling only the B of a DoRA would still impose its magnitudes.
     """
 
-    def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-        before = block.clone()
-        return before.lerp_(whole(block, rows, cols), share)
+    def apply(block: Array, rows: Index, cols: Index) -> Array:
+        before = namespace(block).asarray(block, copy=True)
+        before += share * (whole(block, rows, cols) - before)
+        return before
 
     return apply

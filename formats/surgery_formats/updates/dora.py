@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from surgery_formats.arrays import Array, cast, namespace
+from surgery_formats.dtypes import DType
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 from surgery_formats.updates.lora import LoRA
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["DoRA"]
 
@@ -80,25 +79,22 @@ class DoRA:
 
     def prepare(self, weight: Weight) -> Apply:
         """One pass over the weight for the norms of V (accumulated in float64), then row blocks."""
-        import torch
-
         add = self.direction.prepare(weight)
-        squares = torch.zeros(weight.shape[0 if self.per_row else 1], dtype=torch.float64, device=weight.device)
+        magnitude = self.magnitude.load(DType.F64, weight.device)
+        xp = namespace(magnitude)
+        squares = xp.zeros(weight.shape[0 if self.per_row else 1], dtype=xp.float64, device=magnitude.device)
         for block, rows, cols in weight.blocks():
             v = add(block, rows, cols)
-            sums = v.square().sum(dim=1 if self.per_row else 0, dtype=torch.float64)
+            sums = xp.sum(v * v, axis=1 if self.per_row else 0, dtype=xp.float64)
             at = rows if self.per_row else cols
-            if isinstance(at, range):
-                squares[at.start : at.stop : at.step] += sums
-            else:
-                squares.index_add_(0, torch.tensor(list(at), device=weight.device), sums)
-        magnitude = self.magnitude.load(torch.float64, weight.device)
+            squares[slice(at.start, at.stop, at.step) if isinstance(at, range) else list(at)] += sums
         shared = len(squares) // len(magnitude)  # columns of one input channel
-        squares = squares.reshape(-1, shared).sum(dim=1)
-        gain = (magnitude / squares.sqrt()).repeat_interleave(shared).to(weight.dtype)
+        lengths = xp.sqrt(xp.sum(squares.reshape(-1, shared), axis=1))
+        gain = cast(xp.repeat(magnitude / lengths, shared), weight.dtype)
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
             v = add(block, rows, cols)
-            return v.mul_(positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :])
+            v *= positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :]
+            return v
 
         return apply

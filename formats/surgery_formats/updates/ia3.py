@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from surgery_formats.arrays import Array, namespace
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["IA3"]
 
@@ -72,9 +70,11 @@ class IA3:
 
     def prepare(self, weight: Weight) -> Apply:
         """Load the vector once."""
-        gain = self.vector.load(weight.dtype, weight.device).repeat_interleave(self.kernel)
+        vector = self.vector.load(weight.dtype, weight.device)
+        gain = namespace(vector).repeat(vector, self.kernel)
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-            return block.mul_(positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :])
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            block *= positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :]
+            return block
 
         return apply

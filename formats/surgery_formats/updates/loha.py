@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from surgery_formats.arrays import Array
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["LoHa"]
 
@@ -78,11 +76,13 @@ class LoHa:
 
     def prepare(self, weight: Weight) -> Apply:
         """Load the factors once; each block costs two rank-r products and one by element."""
-        A1 = self.A1.load(weight.dtype, weight.device).mul_(self.scale)
+        A1 = self.A1.load(weight.dtype, weight.device) * self.scale
         B1, A2, B2 = (factor.load(weight.dtype, weight.device) for factor in (self.B1, self.A2, self.B2))
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-            first = positions(A1, 0, rows) @ positions(B1, 1, cols)
-            return block.addcmul_(first, positions(A2, 0, rows) @ positions(B2, 1, cols))
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            delta = positions(A1, 0, rows) @ positions(B1, 1, cols)
+            delta *= positions(A2, 0, rows) @ positions(B2, 1, cols)
+            block += delta
+            return block
 
         return apply

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from surgery_formats.arrays import Array, array_of
+from surgery_formats.dtypes import DType
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["LoKr"]
 
@@ -76,26 +75,25 @@ class LoKr:
 
     def prepare(self, weight: Weight) -> Apply:
         """Load both once; each element of a block picks one number of each."""
-        import torch
-
-        C = self.C.load(weight.dtype, weight.device).mul_(self.scale)
+        C = self.C.load(weight.dtype, weight.device) * self.scale
         D = self.D.load(weight.dtype, weight.device)
         (a, b), (c, dk), kernel = self.C.shape, self.D.shape, self.kernel
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-            p = torch.tensor(list(rows), device=block.device)
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            p = array_of(list(rows), DType.I64, block)
             # p = A c + C, and columns B d + D with the kernel inside; crossed p = C a + A, columns (D b + B) kernel + K
             left, right = (C[p % a], D[p // a]) if self.crossed else (C[p // c], D[p % c])
             if cols == range(b * dk):  # whole rows: outer products
                 sizes = (len(p), dk // kernel, b, kernel) if self.crossed else (len(p), 1, b, dk)
-                left = left.reshape(len(p), 1, b, 1)
-                right = right.reshape(len(p), sizes[1], 1, sizes[3])
-                return torch.addcmul(block.reshape(sizes), left, right).reshape(block.shape)
-            q = torch.tensor(list(cols), device=block.device)
+                delta = left.reshape(len(p), 1, b, 1) * right.reshape(len(p), sizes[1], 1, sizes[3])
+                block += delta.reshape(block.shape)
+                return block
+            q = array_of(list(cols), DType.I64, block)
             if self.crossed:
                 left, right = left[:, q // kernel % b], right[:, q // (kernel * b) * kernel + q % kernel]
             else:
                 left, right = left[:, q // dk], right[:, q % dk]
-            return block.addcmul_(left, right)
+            block += left * right
+            return block
 
         return apply

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from surgery_formats.arrays import Array, add_product
+from surgery_formats.dtypes import DType
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["LoRA"]
 
@@ -74,16 +73,16 @@ class LoRA:
         """Itself."""
         return ((0, self),)
 
-    def delta(self, dtype: torch.dtype) -> torch.Tensor:
+    def delta(self, dtype: DType) -> Array:
         """``s B A``, shape `shape`, in `dtype`."""
         return (self.B.load(dtype) * self.scale) @ self.A.load(dtype)
 
     def prepare(self, weight: Weight) -> Apply:
         """Load A and ``s B`` once; each block costs one rank-r product."""
         A = self.A.load(weight.dtype, weight.device)
-        B = self.B.load(weight.dtype, weight.device).mul_(self.scale)
+        B = self.B.load(weight.dtype, weight.device) * self.scale
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-            return block.addmm_(positions(B, 0, rows), positions(A, 1, cols))
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            return add_product(block, positions(B, 0, rows), positions(A, 1, cols))
 
         return apply

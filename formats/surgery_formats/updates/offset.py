@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from surgery_formats.arrays import Array
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, take
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Offset"]
 
@@ -68,7 +66,8 @@ class Offset:
         """Load the value once."""
         value = self.value.load(weight.dtype, weight.device).reshape(self.shape) * self.scale
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-            return block.add_(take(value, rows, cols))
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            block += take(value, rows, cols)
+            return block
 
         return apply

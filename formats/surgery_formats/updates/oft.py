@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from surgery_formats.arrays import Array, array_of, cast, namespace
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["OFT"]
 
@@ -113,53 +112,47 @@ class OFT:
 
     def prepare(self, weight: Weight) -> Apply:
         """Make the blocks of R in float64 once; each block of the weight costs `block` multiplications per element."""
-        import torch
+        rotations = cast(self.rotations(weight.device), weight.dtype)  # (blocks, n, n)
+        turned = rotations if self.embedding else rotations.mT
+        xp = namespace(rotations)
 
-        rotations = self.rotations(weight.device).to(weight.dtype)  # (blocks, n, n)
-        turned = rotations if self.embedding else rotations.transpose(1, 2)
-
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
             if not isinstance(cols, range):
                 order = sorted(range(len(cols)), key=cols.__getitem__)
-                at = torch.tensor(order, device=block.device)
-                block[:, at] = apply(block[:, at], rows, range(cols[order[0]], cols[order[-1]] + 1))
+                at = array_of(order, DType.I64, block)
+                block[:, at] = apply(xp.take(block, at, axis=1), rows, range(cols[order[0]], cols[order[-1]] + 1))
                 return block
             if cols.step != 1 or cols.start % self.block or len(cols) % self.block:
                 raise ValueError(f"columns {cols} are not whole groups of {self.block}")
             first, last = cols.start // self.block, cols.stop // self.block
             mixed = turned if self.shared else turned[first:last]
-            parts = block.reshape(len(block), last - first, self.block).transpose(0, 1)
-            return torch.matmul(parts, mixed).transpose(0, 1).reshape(len(block), len(cols))
+            parts = xp.permute_dims(block.reshape(len(block), last - first, self.block), (1, 0, 2))
+            return xp.permute_dims(parts @ mixed, (1, 0, 2)).reshape(len(block), len(cols))
 
         return apply
 
-    def rotations(self, device: str = "cpu") -> torch.Tensor:
+    def rotations(self, device: str = "cpu") -> Array:
         """``(blocks, n, n)`` in float64; one block if it is shared."""
-        import torch
+        import numpy
 
-        angles = self.angles.load(torch.float64, device)
-        n = self.block
-        upper = torch.triu_indices(n, n, 1, device=device)
-        Q = torch.zeros(len(angles), n, n, dtype=torch.float64, device=device)
-        Q[:, upper[0], upper[1]] = angles
-        Q = Q - Q.transpose(1, 2)
+        angles = self.angles.load(DType.F64, device)
+        xp, n = namespace(angles), self.block
+        rows, cols = (array_of(index, DType.I64, angles) for index in numpy.triu_indices(n, 1))
+        Q = xp.zeros((len(angles), n, n), dtype=angles.dtype, device=angles.device)
+        Q[:, rows, cols] = angles
+        Q = Q - Q.mT
         if self.radius is not None:
             limit = self.radius / math.sqrt(len(Q))
-            norms = torch.linalg.matrix_norm(Q, keepdim=True)
-            Q = torch.where(norms <= limit, Q, limit * (Q / norms))
-        identity = torch.eye(n, dtype=torch.float64, device=device).expand_as(Q)
-        return (
-            _series(Q, identity, self.terms)
-            if self.terms
-            else torch.linalg.solve(identity + Q, identity - Q, left=False)
-        )
+            norms = xp.linalg.matrix_norm(Q, keepdims=True)
+            Q = xp.where(norms <= limit, Q, limit * (Q / norms))
+        identity = xp.eye(n, dtype=Q.dtype, device=Q.device)
+        # (I - Q)(I + Q)^-1 is the transpose of (I - Q)^-1 (I + Q), because Q^T = -Q
+        return _series(Q, identity, self.terms) if self.terms else xp.linalg.solve(identity - Q, identity + Q).mT
 
 
-def _series(Q: torch.Tensor, identity: torch.Tensor, terms: int) -> torch.Tensor:
+def _series(Q: Array, identity: Array, terms: int) -> Array:
     """PEFT's Cayley-Neumann series; with three terms it is that of four (its loop adds the last power always)."""
-    R = identity.clone()
-    if terms > 1:
-        R += 2 * Q
+    R = identity + 2 * Q if terms > 1 else identity + 0 * Q
     if terms > 2:
         power = Q @ Q
         R += 2 * power

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from surgery_formats.arrays import Array, namespace
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, take
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Held", "Replacement"]
 
@@ -84,7 +82,7 @@ class Replacement:
         """Values are read whole: what is replaced is a head, an embedding or a norm."""
         value = self.value.load(weight.dtype, weight.device).reshape(self.shape)
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-            return take(value, rows, cols).clone()
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            return namespace(value).asarray(take(value, rows, cols), copy=True)
 
         return apply

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from surgery_formats.arrays import Array
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["TokenRows"]
 
@@ -68,7 +66,7 @@ class TokenRows:
         value = self.value.load(weight.dtype, weight.device)
         place = {token: i for i, token in enumerate(self.indices)}
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
             inside = rows if isinstance(rows, range) else set(rows)
             for at, row in enumerate(rows) if any(token in inside for token in place) else ():
                 if row in place:

@@ -6,15 +6,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from surgery_formats.arrays import Array, add_product, to_device
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.lora import LoRA
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Seed", "VeRA"]
 
@@ -125,30 +123,33 @@ class VeRA:
         out, inputs = self.shape
         if isinstance(self.projections, Seed):
             whole_a, whole_b = _drawn(self.projections.key, self.rank, self.projections.widest)
-            A, B = (factor.to(weight.device, weight.dtype) for factor in (whole_a[:, :inputs], whole_b[:out]))
+            A, B = (to_device(factor, weight.device, weight.dtype) for factor in (whole_a[:, :inputs], whole_b[:out]))
         else:
             A, B = (factor.load(weight.dtype, weight.device) for factor in self.projections)
         A = A[:, :inputs] * self.d.load(weight.dtype, weight.device)[:, None]
-        B = B[:out] * self.b.load(weight.dtype, weight.device).mul_(self.scale)[:, None]
+        B = B[:out] * (self.b.load(weight.dtype, weight.device) * self.scale)[:, None]
 
-        def apply(block: torch.Tensor, rows: Index, cols: Index) -> torch.Tensor:
-            return block.addmm_(positions(B, 0, rows), positions(A, 1, cols))
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            return add_product(block, positions(B, 0, rows), positions(A, 1, cols))
 
         return apply
 
 
 @lru_cache(maxsize=2)
-def _drawn(key: int, rank: int, widest: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A, then B, drawn from one CPU generator, uniform in ``+-sqrt(6 / columns)``.
+def _drawn(key: int, rank: int, widest: tuple[int, int]) -> tuple[Array, Array]:
+    """A, then B, drawn from one CPU generator, uniform in ``+-sqrt(6 / columns)``, float32.
 
-    Source: PEFT ``tuners/vera/model.py``, ``_kaiming_init``.
+    Sources: PEFT ``tuners/vera/model.py``, ``_kaiming_init``; ATen ``TransformationHelper.h``, ``uniform_real``: of each
+    word of torch's Mersenne Twister, which is numpy's with the lower half of the seed, 24 bits, rounded once.
     """
-    import torch
+    import numpy
 
-    generator = torch.Generator(device="cpu").manual_seed(key)
+    words = numpy.random.RandomState(key % 2**32)
 
-    def uniform(rows: int, cols: int) -> torch.Tensor:
+    def uniform(rows: int, cols: int) -> Array:
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(cols))
-        return torch.empty((rows, cols), dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        low, high = numpy.float32(-bound), numpy.float32(bound)
+        drawn = numpy.frombuffer(words.bytes(4 * rows * cols), "<u4") & 0xFFFFFF
+        return (drawn * 2.0**-24 * float(high - low) + float(low)).astype(numpy.float32).reshape(rows, cols)
 
     return uniform(rank, widest[1]), uniform(widest[0], rank)

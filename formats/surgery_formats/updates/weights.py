@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from surgery_formats.arrays import Array, device_of, dtype_of, namespace, to_device
+from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage, read_block
 from surgery_formats.tensors.apply import Apply, apply_chain, gather
 from surgery_formats.tensors.views import Index, View
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["HeldWeight", "WeightView"]
 
@@ -33,7 +31,7 @@ class WeightView:
     storage: Storage
     earlier: tuple[tuple[View, Apply], ...]
     view: View
-    dtype: torch.dtype
+    dtype: DType
     device: str
     height: int
 
@@ -42,13 +40,13 @@ class WeightView:
         """Logical size of what the view covers, from the update's own origin."""
         return self.view.row_origin + self.view.shape[0], self.view.col_origin + self.view.shape[1]
 
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+    def blocks(self) -> Iterator[tuple[Array, Index, Index]]:
         """Blocks in storage order."""
         for start in range(0, self.storage.shape[0], self.height):
             end = min(start + self.height, self.storage.shape[0])
             at = self.view.locate(start, end)
             if at:
-                block = read_block(self.storage, start, end).to(self.device, self.dtype)
+                block = to_device(read_block(self.storage, start, end), self.device, self.dtype)
                 apply_chain(self.earlier, block, start, end)
                 yield gather(block, at), at.rows, at.cols
 
@@ -61,14 +59,14 @@ class HeldWeight:
         values: Logical ``(out, in)``; never written to.
     """
 
-    values: torch.Tensor
+    values: Array
 
     @classmethod
-    def zeros(cls, shape: tuple[int, int], dtype: torch.dtype) -> HeldWeight:
+    def zeros(cls, shape: tuple[int, int], dtype: DType) -> HeldWeight:
         """A weight of zeros that takes the memory of one element: a linear update turns it into the update's delta."""
-        import torch
+        import numpy
 
-        return cls(torch.zeros((1, 1), dtype=dtype).expand(shape))
+        return cls(numpy.broadcast_to(numpy.zeros((1, 1), dtype.numpy), shape))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,15 +74,15 @@ class HeldWeight:
         return self.values.shape[0], self.values.shape[1]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         """Precision of the arithmetic: the values'."""
-        return self.values.dtype
+        return dtype_of(self.values)
 
     @property
     def device(self) -> str:
         """Where the values are."""
-        return str(self.values.device)
+        return device_of(self.values)
 
-    def blocks(self) -> Iterator[tuple[torch.Tensor, Index, Index]]:
+    def blocks(self) -> Iterator[tuple[Array, Index, Index]]:
         """All of it at once, copied."""
-        yield self.values.clone(), range(self.shape[0]), range(self.shape[1])
+        yield namespace(self.values).asarray(self.values, copy=True), range(self.shape[0]), range(self.shape[1])

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from surgery_formats.arrays import Array, cast, to_device
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 CODES, SCALES = ".toy_codes", ".toy_scales"
 
@@ -54,23 +52,23 @@ class ToyWeight:
             StoredPart(name + SCALES, DType.F32, self.scales.shape),
         )
 
-    def read_into(self, block: torch.Tensor, start: int) -> None:
-        import torch
+    def read_into(self, block: Array, start: int) -> None:
+        import numpy
 
         stop = start + len(block)
         packed = self.codes.read(start, stop)
-        numbers = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(block.shape).float() - 8
+        numbers = cast(numpy.stack([packed & 15, packed >> 4], axis=-1), DType.F32).reshape(block.shape) - 8
         first, last = start // self.group, -(-stop // self.group)
-        steps = self.scales.read(first, last).repeat_interleave(self.group, 0)[start - first * self.group :]
+        steps = numpy.repeat(self.scales.read(first, last), self.group, 0)[start - first * self.group :]
         width = self.shape[1] // self.scales.shape[1]
-        block.copy_(numbers * steps[: len(block)].repeat_interleave(width, 1))
+        block[...] = numbers * numpy.repeat(steps[: len(block)], width, 1)
 
-    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+    def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         rows, columns = self.shape
         if start % self.group or (len(block) % self.group and start + len(block) != rows):
             raise ValueError(f"rows {start} to {start + len(block)} are not whole bands of {self.group}")
         codes, scales, values = quantised(block, len(block) // self.group, self.scales.shape[1])
-        rounded.copy_(values)
+        rounded[...] = values
         bands = start // self.group * self.scales.shape[1]
         return (
             PartBytes(0, start * columns // 2, as_bytes(codes)),
@@ -78,17 +76,17 @@ class ToyWeight:
         )
 
 
-def quantised(values: torch.Tensor, bands: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantised(values: Array, bands: int, groups: int) -> tuple[Array, Array, Array]:
     """Codes, scales, and the values they stand for."""
-    import torch
+    import numpy
 
     rows, columns = values.shape
-    blocks = values.to("cpu", torch.float32).reshape(bands, rows // bands, groups, columns // groups)
-    scales = (blocks.abs().amax((1, 3), keepdim=True) / 7).bfloat16().float()
-    numbers = (blocks / torch.where(scales > 0, scales, 1.0)).round().clamp(-7, 7)
-    raw = (numbers + 8).to(torch.uint8).reshape(rows, columns)
-    codes = (raw[:, 0::2] | (raw[:, 1::2] << 4)).contiguous()
-    return codes, scales.reshape(bands, groups).contiguous(), (numbers * scales).reshape(rows, columns)
+    blocks = to_device(values, "cpu", DType.F32).reshape(bands, rows // bands, groups, columns // groups)
+    scales = cast(cast(abs(blocks).max((1, 3), keepdims=True) / 7, DType.BF16), DType.F32)
+    numbers = (blocks / numpy.where(scales > 0, scales, numpy.float32(1))).round().clip(-7, 7)
+    raw = cast(numbers + 8, DType.U8).reshape(rows, columns)
+    codes = raw[:, 0::2] | (raw[:, 1::2] << 4)
+    return codes, scales.reshape(bands, groups), (numbers * scales).reshape(rows, columns)
 
 
 class ToyStorage:
