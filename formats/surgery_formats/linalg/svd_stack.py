@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from surgery_formats.arrays import Array, array_of, cast, empty, device_of, namespace, to_cpu
+from surgery_formats.arrays import Array, array_of, cast, device_of, empty, namespace, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.certificate import Convergence, ratio_bound
 from surgery_formats.linalg.krylov import LOOK, ROUNDING, block_size, missed_energy, next_panel
@@ -66,11 +66,11 @@ class _Matrices:
     """The matrices ``M_i``: each ``D_i``, transposed if `turned` so that its rows are the short side, over ``scale_i``."""
 
     def __init__(self, stack: Array, totals: Sequence[float]) -> None:
-        count, m, n = stack.shape
+        _, m, n = stack.shape
         self.turned = m > n
         self.short, self.long = min(m, n), max(m, n)
         self.rows = stack.mT if self.turned else stack
-        self.scales = [scale_of(total**2) if total else 1.0 for total in totals]
+        self.scales = [scale_of(total**2) if SAFE[0] < total**2 < SAFE[1] else 1.0 for total in totals]
         self.norm2 = [(total / scale) ** 2 for total, scale in zip(totals, self.scales, strict=True)]
         self._inverse = array_of([[[1 / scale]] for scale in self.scales], DType.F32, stack)
 
@@ -157,10 +157,11 @@ def _krylov(matrices: _Matrices, known: Sequence[int], rank: int, block: int, ta
         waiting = [i for i in known if i not in chosen]
         for i, ritz, vectors in zip(waiting, *np.linalg.eigh(small[waiting]), strict=True):
             ritz, vectors, norm2 = ritz[::-1].clip(0), vectors[:, ::-1], matrices.norm2[i]
-            if norm2 - ritz[:rank].sum() < LOOK * norm2:
+            rest = norm2 - float(ritz[:rank].sum())
+            if rest < LOOK * norm2:
                 continue  # nearly of this rank: what is left must be measured
-            rest, missed = missed_energy(
-                small[i], beyond[i], ritz, vectors, rank, norm2, target, progress[i], rounding * norm2
+            missed = missed_energy(
+                small[i], beyond[i], ritz, vectors, rank, rest, target, rounding * norm2, progress[i]
             )
             if ratio_bound(rest, missed) <= target:
                 chosen[i], excess[i] = vectors[:, :rank].T, missed
@@ -193,7 +194,7 @@ def _finished(stack: Array, matrices: _Matrices, bases: _Bases, seed: int) -> SV
     for i, (norm2, scale) in enumerate(zip(matrices.norm2, matrices.scales, strict=True)):
         total, rest = math.sqrt(norm2) * scale, norm2 - kept[i]
         if i not in alone and rest < MEASURED**2 * norm2:
-            how = "fine" if rest < FINE**2 * norm2 else "plain"
+            how: Literal["fine", "plain"] = "fine" if rest < FINE**2 * norm2 else "plain"
             rows = left_over(stack[i, ...], result.U[i, ...] * singular[i, ...], right[i, ...], total=total, how=how)
             rest = float(xp.sum(rows)) / scale**2
         excess = bases.excess.get(i, math.inf) + _EPS**2 * norm2
