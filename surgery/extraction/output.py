@@ -86,7 +86,7 @@ class _Progress:
 
 
 def _write_peft(plan: ExtractionPlan, options: WriteOptions, progress: _Progress) -> ExtractResult:
-    from surgery_formats.linalg.matrix import one_thread
+    from surgery_formats.threads import one_thread
 
     result, stopwatch = predicted_result(plan), progress.stopwatch
 
