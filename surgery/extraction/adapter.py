@@ -96,8 +96,8 @@ def extracted_adapter(
         copied_modules=frozenset(storage.saved_modules),
         base_name=base.path.resolve().name,
         base_id=base_id,
-        config={"peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else None},
         metadata={"surgery.base": base_id},
+        task="text-generation" if causal else "",
     )
 
 

@@ -99,6 +99,7 @@ def writes_what_it_reads(case: FormatCase, folder: Path) -> None:
     assert_same_effect(adapter, written, case.tolerance)
     assert written.optional == adapter.optional
     assert written.keeps_ties == adapter.keeps_ties
+    assert (written.task, written.stored_transposed) == (adapter.task, adapter.stored_transposed)
 
 
 def writes_an_adapter_without_a_file(case: FormatCase, folder: Path) -> None:
