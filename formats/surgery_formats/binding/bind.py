@@ -196,7 +196,7 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     if isinstance(update, Stacked):
         square = update.experts[0].shape[0] == update.experts[0].shape[1]
     doubtful = (isinstance(update, Stacked) and update.if_transposed) or (
-        not isinstance(update, Replacement | TokenRows) and adapter.config.get("fan_in_fan_out") is True
+        not isinstance(update, Replacement | TokenRows) and adapter.stored_transposed
     )
     if doubtful and square and not component.family.known:
         raise FitError(
