@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
+
+import torch
 
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates import Effect, Fit, Linear, LoRA, Mixing, Unsized, Update
 from surgery_formats.updates.weights import HeldWeight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["UPDATE_CHECKS", "UpdateCase"]
 
@@ -83,8 +82,6 @@ def parts_cover_it(case: UpdateCase) -> None:
 
 def any_block_is_a_part_of_the_whole(case: UpdateCase) -> None:
     """Whole rows, whole columns, and positions in any order, as transposed and permuted storage hands them over."""
-    import torch
-
     for update in case.pieces:
         weight = _weight(update.shape)
         whole = _applied(update, weight)
@@ -186,14 +183,10 @@ class _Watched:
 
 
 def _generator() -> torch.Generator:
-    import torch
-
     return torch.Generator().manual_seed(0)
 
 
 def _weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    import torch
-
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
