@@ -18,7 +18,7 @@ from surgery_formats.containers.weight_files import container_of_file
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
-from surgery_formats.updates import Replacement, TokenRows
+from surgery_formats.updates import RowSetting
 
 __all__ = ["AdapterReport", "CheckpointReport", "inspect", "inspect_adapter", "inspect_checkpoint"]
 
@@ -129,7 +129,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         str(site): update.indices
         for site, chain in adapter.updates.items()
         for update in chain
-        if isinstance(update, TokenRows)
+        if isinstance(update, RowSetting)
     }
     soft = adapter.prompt
     prompt = PromptFacts(soft.kind, soft.virtual_tokens, soft.dim, soft.submodules, soft.prefix) if soft else None
@@ -145,7 +145,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         dora=any(entry.kind == "DoRA" for entry in modules),
         targets=group_targets(modules),
         modules=modules,
-        in_full=tuple(entry for entry in modules if entry.kind == Replacement.kind),
+        in_full=tuple(entry for entry in modules if entry.held != "added"),
         token_rows=token_rows,
         prompt=prompt,
         parameters=trained_parameters(adapter, modules),
