@@ -46,6 +46,8 @@ def combined_adapter(
         config=config,
         metadata=_shared([adapter.metadata for adapter in adapters]),
         keeps_ties=first.keeps_ties,
+        task=first.task if same else "",
+        stored_transposed=same and first.stored_transposed,
     )
 
 

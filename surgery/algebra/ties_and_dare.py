@@ -17,11 +17,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+import numpy as np
+import torch
 
 __all__ = ["DENSE_METHODS", "disjoint_mean", "drop_and_rescale", "merge_deltas", "trim"]
 
@@ -85,8 +83,6 @@ def trim(delta: torch.Tensor, density: float) -> None:
 
 def generator(seed: int, name: str, owner: int) -> np.random.Generator:
     """Random numbers of one adapter's one weight: Philox, keyed by what they are for."""
-    import numpy as np
-
     key = hashlib.sha256(f"{seed}\0{owner}\0{name}".encode(errors="surrogatepass")).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
 
@@ -96,8 +92,6 @@ def drop_and_rescale(delta: torch.Tensor, density: float, random: np.random.Gene
 
     Numbers are drawn in the order of the elements, one per element.
     """
-    import torch
-
     if density == 1.0:
         return
     flat = delta.view(-1)
@@ -114,8 +108,6 @@ def disjoint_mean(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     Values that are zero take no part in the mean; where the masses cancel exactly nothing is elected, and the result is
     zero.
     """
-    import torch
-
     total = torch.zeros_like(deltas[0])
     for delta in deltas:
         total += delta

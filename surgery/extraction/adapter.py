@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.pairing import Delta
@@ -27,11 +28,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.computed import ComputedTensor, computed
 from surgery_formats.tensors.tensor import StoredTensor, all_finite
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, TokenRows, Update
-
-if TYPE_CHECKING:
-    import torch
-
-    from surgery_formats.updates.replacement import Held
+from surgery_formats.updates.replacement import Held
 
 __all__ = ["FactorSettings", "extracted_adapter", "fold_of", "shifted"]
 
@@ -99,8 +96,8 @@ def extracted_adapter(
         copied_modules=frozenset(storage.saved_modules),
         base_name=base.path.resolve().name,
         base_id=base_id,
-        config={"peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else None},
         metadata={"surgery.base": base_id},
+        task="text-generation" if causal else "",
     )
 
 
@@ -193,6 +190,4 @@ def shifted(dense: DenseTensor) -> torch.Tensor:
 
 
 def _some_rows(dense: DenseTensor) -> torch.Tensor:
-    import torch
-
     return torch.cat([read_rows(dense.weight, row, row + 1) for row in dense.rows])

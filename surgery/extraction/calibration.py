@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,12 +33,10 @@ from surgery.extraction.targets import LowRankTarget, TunedParameter
 from surgery_formats.containers.sharded import open_shards
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.raw import File
+from surgery_formats.linalg.whitening import Moment, moment_of_gram, moment_of_inputs, output_energy, weighted_factors
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import closest, show
-
-if TYPE_CHECKING:
-    from surgery_formats.linalg.whitening import Moment
 
 __all__ = ["Calibration", "CalibrationChanges", "calibrate", "check_modules", "open_calibration"]
 
@@ -250,8 +247,6 @@ def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
     Every fourth raw input only judges: weighted factors are good on the inputs they were fitted to, whatever they do to
     others.
     """
-    from surgery_formats.linalg.whitening import moment_of_gram, moment_of_inputs
-
     if "gram" in parts:
         moment = moment_of_gram(parts["gram"].read(), parts["mean"].read() if "mean" in parts else None)
         return moment, moment
@@ -286,8 +281,6 @@ def _weighted(
     workspace: Workspace,
     bias: str,
 ) -> _WeightedTarget:
-    from surgery_formats.linalg.whitening import output_energy, weighted_factors
-
     try:
         moment, judging_moment = _moments(parts)
     except FitError as error:

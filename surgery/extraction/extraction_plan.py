@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from surgery._version import __version__
 from surgery.engine.adapter_output import rendered_size
@@ -34,9 +33,6 @@ from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.identity import content_id, fingerprint
 from surgery_formats.text import listing
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "CheckpointPair",

@@ -130,8 +130,7 @@ class CalibrationTotals:
         bias = f"; {self.biases} biases make up for mean errors" if self.biases else ""
         return (
             f"weighted factors in {self.weighted} of {self.modules} modules: on these inputs {self.error:.2%} of what "
-            "the change "
-            f"does is missing, {self.plain:.2%} with plain factors{bias}"
+            f"the change does is missing, {self.plain:.2%} with plain factors{bias}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -199,6 +198,5 @@ class MergedLoRA:
         """The finding in one line."""
         return (
             f"looks like a merged rank-{self.rank} LoRA: {self.rank} values above the edge in {self.layers}/{self.of} "
-            "layers, "
-            "residual equals storage noise"
+            "layers, residual equals storage noise"
         )

@@ -12,18 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+
+import torch
 
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.findings import MergedLoRA, Signal
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.tally import PairMeasure
+from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
-
-if TYPE_CHECKING:
-    import torch
-
-    from surgery_formats.storage.base import Storage
+from surgery_formats.storage.base import Storage
+from surgery_formats.storage.plain import Plain
 
 __all__ = [
     "NoiseReport",
@@ -217,9 +216,6 @@ def survivals(
 
 
 def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Survival]:
-    from surgery_formats.linalg.noise import survival
-    from surgery_formats.storage.plain import Plain
-
     gain = None if gains is None else gains()
     by_column = factors.target.form == "embedding" or factors.target.deltas[0].transposed
 
@@ -250,8 +246,6 @@ def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> t
         first: Row that the runs count from.
         runs: ``(start, stop)`` of each run.
     """
-    import torch
-
     count = sum(stop - start for start, stop in runs)
     block, at = torch.empty((count, weight.shape[1]), dtype=weight.dtype.torch), 0
     for start, stop in runs:
@@ -262,8 +256,6 @@ def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> t
 
 def at_rows(values: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
     """The same rows of a matrix in memory, stacked: one large product keeps threads busier than many small ones."""
-    import torch
-
     return values if len(runs) == 1 and runs[0] == (0, len(values)) else torch.cat([values[a:b] for a, b in runs])
 
 

@@ -18,6 +18,7 @@ from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
+from surgery_formats.linalg.matrix import one_thread
 from surgery_formats.text import show
 
 __all__ = ["write_extraction"]
@@ -86,8 +87,6 @@ class _Progress:
 
 
 def _write_peft(plan: ExtractionPlan, options: WriteOptions, progress: _Progress) -> ExtractResult:
-    from surgery_formats.linalg.matrix import one_thread
-
     result, stopwatch = predicted_result(plan), progress.stopwatch
 
     def prove(folder: Path) -> Mapping[str, Any]:

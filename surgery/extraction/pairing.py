@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -20,9 +22,6 @@ from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import matrix_of
 from surgery_formats.text import closest, listing, show
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -132,8 +131,7 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
         pair = mismatched[0]
         raise FitError(
             f"{list(pair.tuned.sizes)} in TUNED, {list(pair.base.sizes)} in BASE ({len(mismatched)} tensors differ in "
-            "shape: "
-            f"{listing(pair.name for pair in mismatched)})",
+            f"shape: {listing(pair.name for pair in mismatched)})",
             file=path_of(pair.tuned),
             tensor=pair.name,
             hint="is this the base it was tuned from?",
@@ -295,8 +293,6 @@ class Delta:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the subtraction: float64 if either side is stored so, else float32."""
-        import torch
-
         wide = any(side.dtype is DType.F64 for strip in self.strips for side in (strip.base, strip.tuned))
         return torch.float64 if wide else torch.float32
 
@@ -306,8 +302,6 @@ class Delta:
         Raises:
             FitError: NaN or Inf on one side.
         """
-        import torch
-
         parts, at = [], 0
         for strip in self.strips:
             height = strip.last - strip.first
@@ -353,8 +347,6 @@ class StoredDelta:
 
 
 def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    import torch
-
     tuned = read_values(strip.tuned, start, stop, dtype)
     difference = tuned.sub_(read_values(strip.base, start, stop, dtype))
     if difference.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(difference))).all()):

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from surgery.algebra.selection import matches
 from surgery.extraction.factorise import MOST, Criterion, TargetFactors
 from surgery.extraction.result import RankChoice
@@ -21,6 +23,7 @@ from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
+from surgery_formats.linalg.rank_criteria import allocate
 from surgery_formats.models.families.family import role_of
 from surgery_formats.text import closest, show
 
@@ -171,15 +174,10 @@ def magnitude_count(target: LowRankTarget) -> int:
 def _allotted(
     budget: Budget, factors: list[TargetFactors], ranks: Mapping[str, int], costs: list[int], fixed: int
 ) -> dict[str, int]:
-    import torch
-
-    from surgery_formats.linalg.rank_criteria import allocate
-
     if fixed + sum(costs) > budget.limit:
         raise FitError(
             f"the budget is {budget.limit:,} {budget.measure}; what is stored whole takes {fixed:,}, and one direction "
-            "of each of "
-            f"{len(factors)} matrices {sum(costs):,}",
+            f"of each of {len(factors)} matrices {sum(costs):,}",
             hint="raise it, or use --dense none --allow-loss",
         )
     spectra = [torch.tensor(entry.spectrum, dtype=torch.float64) for entry in factors]

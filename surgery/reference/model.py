@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from surgery.engine.plan import Plan
 from surgery.reference.attention import Mask
 from surgery.reference.layers import run_layer
 from surgery.reference.primitives import activate, normalise, project
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import ClassifierHead, Embedding, HiddenHead, LanguageHead, Model
-
-if TYPE_CHECKING:
-    from surgery.engine.plan import Plan
-    from surgery_formats.models.checkpoint import Component
 
 __all__ = ["Cache", "Output", "Reference", "forward", "open_reference", "prefix_cache", "prompt_cache"]
 

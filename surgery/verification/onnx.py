@@ -5,16 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from surgery.onnx.graph.contract import Contract
 from surgery.reference import Cache, Reference, forward
 from surgery.verification.session import Arrays, Session
-
-if TYPE_CHECKING:
-    from surgery.onnx.graph.contract import Contract
 
 __all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_slots"]
 

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from surgery.reference import Cache, Reference, prompt_cache
 from surgery.verification.onnx import LogitDifference
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, ProofError
-
-if TYPE_CHECKING:
-    from surgery_formats.canonical.adapter import Adapter
 
 __all__ = ["compare_prompt"]
 

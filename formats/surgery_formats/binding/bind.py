@@ -194,7 +194,7 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     """
     out, inputs = update.parts()[0][1].shape
     turned = transposed(update)
-    doubtful = turned is not None or (update.effect != "sets" and adapter.config.get("fan_in_fan_out") is True)
+    doubtful = turned is not None or (update.effect != "sets" and adapter.stored_transposed)
     if doubtful and out == inputs and not component.family.known:
         raise FitError(
             "square, and only the base's family could tell rows from columns",

@@ -13,7 +13,8 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from surgery_formats.containers.base import Container, FileContainer, ShardSet, TensorSpec, WritableContainer
 from surgery_formats.containers.weight_files import output_container
@@ -21,9 +22,6 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 from surgery_formats.testing.foreign import foreign_paths
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["CONTAINER_CHECKS", "ContainerCase"]
 
@@ -158,8 +156,6 @@ CONTAINER_CHECKS: tuple[Callable[[ContainerCase, Path], None], ...] = (
 
 def _tensors() -> dict[str, torch.Tensor]:
     """Every common type, and every kind of shape."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(7, 5, generator=generator)
     types = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)

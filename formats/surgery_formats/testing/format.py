@@ -12,7 +12,9 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+import torch
 
 from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.binding.sizes import sized
@@ -25,9 +27,6 @@ from surgery_formats.testing.memory import adapter_of, in_memory
 from surgery_formats.testing.update import UpdateCase, accounts_for_its_tensors, answers_every_question
 from surgery_formats.updates import Apply, Effect, Factor, Fit, Unsized, Update, Weight
 from surgery_formats.updates.weights import HeldWeight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["FORMAT_CHECKS", "FormatCase", "assert_same_effect", "save"]
 
@@ -100,6 +99,7 @@ def writes_what_it_reads(case: FormatCase, folder: Path) -> None:
     assert_same_effect(adapter, written, case.tolerance)
     assert written.optional == adapter.optional
     assert written.keeps_ties == adapter.keeps_ties
+    assert (written.task, written.stored_transposed) == (adapter.task, adapter.stored_transposed)
 
 
 def writes_an_adapter_without_a_file(case: FormatCase, folder: Path) -> None:
@@ -191,8 +191,6 @@ def _shape(chain: tuple[Update, ...]) -> tuple[int, int]:
 
 
 def _weight(shape: tuple[int, int]) -> torch.Tensor:
-    import torch
-
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 

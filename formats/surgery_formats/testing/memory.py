@@ -8,6 +8,8 @@ from dataclasses import fields, replace
 from itertools import count
 from typing import TypeVar, cast
 
+import torch
+
 from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.tensors.computed import computed
@@ -74,8 +76,6 @@ def _rebuilt(value: T, names: Iterator[str], known: dict[object, object], keep_t
 
 
 def _factor(factor: Factor, names: Iterator[str], known: dict[object, object], keep_terms: bool) -> Factor:
-    import torch
-
     dtype = factor_dtype([factor], folded=bool(factor.terms) or len(factor.tensors) > 1)
     shape = factor.tensors[0].shape if _is_whole(factor) else factor.shape
     tensor = computed(next(names), shape, factor.tensors, lambda: factor.load(torch.float64), dtype)

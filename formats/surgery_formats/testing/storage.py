@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from surgery_formats.containers.safetensors import layout, open_safetensors
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import Storage, StoredPart, read_block, read_rows
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["STORAGE_CHECKS", "StorageCase"]
 
@@ -139,8 +139,6 @@ def refuses_rows_that_cannot_be_put_alone(case: StorageCase, folder: Path) -> No
 
 def leaves_other_weights_alone(case: StorageCase, folder: Path) -> None:
     """Tensors of other storages are not claimed, whatever stands beside them."""
-    import torch
-
     if set(case.encode(_NAME, case.values)) == {_NAME}:
         return  # the storage of single tensors, which has whatever nothing else claims
     others = {"block.0.linear.bias": torch.zeros(4), "embed.weight": torch.zeros(4, 4), "ids": torch.arange(3)}
@@ -176,8 +174,6 @@ STORAGE_CHECKS: tuple[Callable[[StorageCase, Path], None], ...] = (
 
 
 def _stored(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
-    from safetensors.torch import save_file
-
     path = folder / "weights.safetensors"
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
     return {tensor.name: tensor for tensor in open_safetensors(path).tensors}
@@ -201,8 +197,6 @@ def _heights(rows: int, height: int) -> Iterator[int]:
 
 def _put(weight: Storage, values: torch.Tensor, heights: Iterable[int]) -> tuple[list[bytearray], torch.Tensor]:
     """The bytes of every part, and the values they stand for; no byte may be put twice or left out."""
-    import torch
-
     parts = weight.parts(weight.name)
     data = [bytearray(part.nbytes) for part in parts]
     reached = [0 for _ in parts]
@@ -225,8 +219,6 @@ def _put(weight: Storage, values: torch.Tensor, heights: Iterable[int]) -> tuple
 def _put_block(
     weight: Storage, values: torch.Tensor, start: int, stop: int
 ) -> tuple[list[tuple[int, int, bytes]], torch.Tensor]:
-    import torch
-
     block = values[start:stop].contiguous()
     rounded = torch.empty(block.shape, dtype=weight.dtype.torch)
     encoded = [(piece.part, piece.offset, bytes(piece.data)) for piece in weight.put(start, block, rounded)]

@@ -10,14 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
+
+import torch
 
 from surgery_formats.tensors.views import Index
-from surgery_formats.updates import Effect, Fit, Linear, LoRA, Mixing, Unsized, Update
+from surgery_formats.updates import (
+    Directed,
+    Effect,
+    Fit,
+    InFull,
+    Linear,
+    Mixing,
+    Replacing,
+    RowSetting,
+    Unsized,
+    Update,
+)
 from surgery_formats.updates.weights import HeldWeight
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["UPDATE_CHECKS", "UpdateCase"]
 
@@ -83,8 +93,6 @@ def parts_cover_it(case: UpdateCase) -> None:
 
 def any_block_is_a_part_of_the_whole(case: UpdateCase) -> None:
     """Whole rows, whole columns, and positions in any order, as transposed and permuted storage hands them over."""
-    import torch
-
     for update in case.pieces:
         weight = _weight(update.shape)
         whole = _applied(update, weight)
@@ -144,12 +152,32 @@ def is_the_lora_it_gives(case: UpdateCase) -> None:
         lora = update.low_rank()
         if lora is None:
             continue
-        assert (lora.kind, lora.low_rank()) == (LoRA.kind, lora)
+        assert lora.low_rank() == lora
+        assert lora.factors().keys() == {"A", "B"}
         assert update.effect == "adds"
         assert lora.shape == update.shape
         assert lora.rank <= min(lora.shape)
         weight = _weight(update.shape)
         _assert_close(_applied(lora, weight), _applied(update, weight), weight)
+
+
+def does_what_its_other_members_say(case: UpdateCase) -> None:
+    """Members that only some updates have agree with what is done to a weight."""
+    update = case.sized
+    if isinstance(update, InFull):
+        weight = _weight(update.shape)
+        _assert_close(_applied(update.in_full(), weight), _applied(update, weight), weight)
+    if isinstance(update, Replacing):
+        weight, stored = _weight(update.shape), update.stored.read().reshape(update.shape)
+        assert update.stored in update.tensors
+        _assert_close(_applied(update, weight), stored.to(weight.dtype), weight)
+    if isinstance(update, RowSetting):
+        weight = _weight(update.shape)
+        changed = (_applied(update, weight) != weight).any(dim=1)
+        assert sorted(set(update.indices)) == sorted(update.indices) == changed.nonzero()[:, 0].tolist()
+    if isinstance(update, Directed):
+        assert update.rebuilt(update.direction, update.magnitude) == update
+        assert update.shape[0 if update.per_row else 1] % update.magnitude.shape[0] == 0
 
 
 def looks_at_the_weight_only_if_it_says_so(case: UpdateCase) -> None:
@@ -168,6 +196,7 @@ UPDATE_CHECKS: tuple[Callable[[UpdateCase], None], ...] = (
     has_the_effect_it_states,
     is_linear_if_it_adds,
     is_the_lora_it_gives,
+    does_what_its_other_members_say,
     looks_at_the_weight_only_if_it_says_so,
 )
 
@@ -186,14 +215,10 @@ class _Watched:
 
 
 def _generator() -> torch.Generator:
-    import torch
-
     return torch.Generator().manual_seed(0)
 
 
 def _weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    import torch
-
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 

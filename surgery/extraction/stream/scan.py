@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
+
 from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
 from surgery.extraction.pairing import Delta, Pair, flattened, nbytes_of, pair_up, with_columns
 from surgery.extraction.storage_plan import MOST_ROWS
@@ -25,6 +27,8 @@ from surgery.extraction.stream.tally import PairMeasure, Tally, check_finite
 from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, tuned_parameters
 from surgery.progress import Callback, Progress
 from surgery_formats.dtypes import DType
+from surgery_formats.linalg.noise import NoiseTally
+from surgery_formats.linalg.svd import left_over, truncated_svd
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.identity import Digests
 from surgery_formats.storage.base import Storage
@@ -149,11 +153,6 @@ def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
 
     This does to a made-up matrix all that `scan` does to a real one; nothing is read.
     """
-    import torch
-
-    from surgery_formats.linalg.noise import NoiseTally
-    from surgery_formats.linalg.svd import left_over, truncated_svd
-
     strips = [strip for target in layout.targets[:1] for strip in target.deltas[0].strips[:1]]
     for strip in strips:
         shape = _WARM[lane.device.type]
@@ -220,8 +219,6 @@ class _Work:
         lane: Lane,
     ) -> FactorisedMatrix | None:
         """Factorise one matrix; None if it is its target's only one and did not change."""
-        from surgery_formats.linalg.noise import NoiseTally
-
         held = delta.numel <= HELD[lane.device.type]
         whole = lane.space(*delta.stored_shape, delta.dtype) if held else None
         noise, moved, at = NoiseTally(), False, 0
@@ -278,8 +275,6 @@ def _observer(digests: Digests, weight: Storage) -> ByteObserver | None:
 
 def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMeasure:
     """Compare a pair that is not factorised; of a grown vocabulary, the rows that both have."""
-    import torch
-
     base, tuned = flattened(pair.base), flattened(pair.tuned)
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
     observe = _observer(digests, pair.base)
@@ -301,8 +296,6 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMe
 
 
 def _differs(rows: RowPair) -> bool:
-    import torch
-
     return rows.base.dtype != rows.tuned.dtype or not torch.equal(rows.base, rows.tuned)
 
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from surgery.extraction.pairing import path_of
 from surgery_formats.errors import FitError
+from surgery_formats.linalg.noise import MANTISSA, NoiseTally
 from surgery_formats.storage.base import Storage, read_block
-
-if TYPE_CHECKING:
-    import torch
-
-    from surgery_formats.linalg.noise import NoiseTally
 
 __all__ = ["PairMeasure", "Tally", "check_finite"]
 
@@ -90,10 +87,6 @@ class Tally:
             difference: ``(n, cols)``, float32 or float64; is filled.
             noise: Tally of the matrix that the rows are part of.
         """
-        import torch
-
-        from surgery_formats.linalg.noise import MANTISSA
-
         self._numel += new.numel()
         if old.dtype == new.dtype and old.device.type == "cpu" and torch.equal(_bits(old), _bits(new)):
             difference.copy_(new).sub_(difference)  # zeros, or NaN where there is one
@@ -124,8 +117,6 @@ class Tally:
             self._hit.append(moved)
 
     def _equal(self, new: torch.Tensor, zeros: torch.Tensor) -> None:
-        import torch
-
         if new.numel() and not math.isfinite(float(zeros.sum())):
             self._refuse()
         if self._limit:
@@ -137,8 +128,6 @@ class Tally:
         Raises:
             FitError: NaN or Inf on one side.
         """
-        import torch
-
         fresh, self._told = self._sums[self._told :], len(self._sums)
         if not fresh:
             return 0.0, False
@@ -153,8 +142,6 @@ class Tally:
         Raises:
             FitError: NaN or Inf on one side.
         """
-        import torch
-
         if not self._sums:
             return PairMeasure(False, numel=self._numel)
         energy, moved, noise = torch.stack(self._sums).sum(0).tolist()
@@ -167,8 +154,6 @@ class Tally:
         return PairMeasure(moved > 0, energy, named, self._numel, int(moved), self._ulp(), noise / 12)
 
     def _ulp(self) -> float:
-        from surgery_formats.linalg.noise import MANTISSA
-
         assert self._exponents is not None
         counts = self._exponents.cpu()
         counts[0] = 0  # rows that do not differ
@@ -192,8 +177,6 @@ def check_finite(side: Storage, start: int, stop: int) -> None:
     Raises:
         FitError: NaN or Inf among them.
     """
-    import torch
-
     step = max(1, _LARGE // max(side.shape[1], 1))
     for at in range(start, stop, step):
         if not bool(torch.isfinite(read_block(side, at, min(at + step, stop)).float()).all()):
@@ -210,6 +193,4 @@ def _exponent_bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    import torch
-
     return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])

@@ -8,13 +8,14 @@ It writes ONNX's own protocol buffers. A graph library on top would take longer 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ml_dtypes
+import numpy as np
+import onnx
+
+from surgery._version import __version__
 from surgery_formats.dtypes import DType
-
-if TYPE_CHECKING:
-    import numpy as np
-    import onnx
 
 __all__ = ["MICROSOFT", "ONNX_TYPES", "Graph"]
 
@@ -30,8 +31,6 @@ class Graph:
     """Nodes in order. Values are strings, as in ONNX."""
 
     def __init__(self) -> None:
-        import onnx
-
         self._onnx = onnx
         self._proto = onnx.GraphProto(name="surgery")
         self._taken: dict[str, int] = {}
@@ -110,20 +109,14 @@ class Graph:
 
     def ints(self, *values: int) -> str:
         """Add a vector of int64."""
-        import numpy as np
-
         return self.constant(np.array(values, np.int64))
 
     def number(self, value: float, io: DType) -> str:
         """Add a scalar of type `io`."""
-        import numpy as np
-
         return self.constant(np.array(value, self.numpy_type(io)))
 
     def ones(self, width: int, io: DType) -> str:
         """Add a vector of ones of type `io`."""
-        import numpy as np
-
         return self.constant(np.ones(width, self.numpy_type(io)))
 
     def cast(self, value: str, io: DType, at: str) -> str:
@@ -132,11 +125,7 @@ class Graph:
 
     def numpy_type(self, io: DType) -> np.dtype[Any]:
         """Return the numpy type."""
-        import numpy as np
-
         if io is DType.BF16:
-            import ml_dtypes
-
             bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
             return bfloat16
         names = {DType.F32: "f4", DType.F16: "f2", DType.I64: "i8", DType.I32: "i4", DType.BOOL: "?"}
@@ -172,8 +161,6 @@ class Graph:
 
     def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """Return the complete model."""
-        from surgery._version import __version__
-
         model = self._onnx.ModelProto(ir_version=_IR, producer_name="surgery", producer_version=__version__)
         model.opset_import.add(domain="", version=_OPSET)
         if any(node.domain == MICROSOFT for node in self._proto.node):

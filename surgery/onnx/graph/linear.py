@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.graph import MICROSOFT
@@ -87,8 +89,6 @@ def lora_slot(
         alpha: Factor of `y`.
         rows: Whether the weight is a table of rows.
     """
-    import numpy as np
-
     at = module_of(weight)
     a, b, rank = f"{at}.lora_A.weight", f"{at}.lora_B.weight", f"rank of {at}"
     dtype = ctx.graph.numpy_type(ctx.io)

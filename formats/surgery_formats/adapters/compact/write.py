@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, leaves, stem_of
 from surgery_formats.adapters.format import NewTensor, Rendering
-from surgery_formats.adapters.peft.keys import held_by_config
+from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.adapters.writing import ConversionLedger, copied, factor_tensor, surviving_metadata
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
@@ -221,6 +221,8 @@ def _config(adapter: Adapter, state: _CompactWriter) -> dict[str, Any]:
         | {"updates": records}
         for site, records in state.records.items()
     ]
+    stated: dict[str, Any] = {"task": adapter.task, "stored_transposed": adapter.stored_transposed}
+    implied = {"task": task_of(adapter.config), "stored_transposed": stored_transposed(adapter.config)}
     return {
         "format": MARK,
         "version": VERSION,
@@ -232,4 +234,5 @@ def _config(adapter: Adapter, state: _CompactWriter) -> dict[str, Any]:
         "new_modules": sorted(adapter.new_modules),
         "config": dict(adapter.config),
         "parameters": sites,
+        **{key: value for key, value in stated.items() if value != implied[key]},
     }

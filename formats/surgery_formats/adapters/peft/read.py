@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.adapters.peft.keys import (
     HEADS,
     PREFIX,
     ROOT,
     Sorted,
     ancestors,
-    held_by_config,
     sort_tensors,
     unwrapped,
 )
@@ -75,6 +75,8 @@ def read_peft(path: Path) -> Adapter:
         config=config.raw,
         metadata=_metadata(opened.shards),
         side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
+        task=task_of(config.raw),
+        stored_transposed=stored_transposed(config.raw),
     )
     if config.kind in PROMPTS:
         return _soft_prompt(whole, tensors, config)

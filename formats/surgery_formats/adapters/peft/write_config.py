@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from surgery_formats.adapters.peft.carried import TASK_TYPES, is_peft
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.writing import commonest
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -51,7 +52,7 @@ def adapter_config(file: PeftFile) -> bytes:
             "inference_mode": True,
             "peft_type": file.kind,
             "revision": None,
-            "task_type": None,
+            "task_type": TASK_TYPES.get(adapter.task),
             **file.defaults,
             **({"bias": "all" if file.whole_biases else "none"} if file.has_biases else {}),
             **_survivors(file),
@@ -73,7 +74,7 @@ def _survivors(file: PeftFile) -> Mapping[str, Any]:
     config = file.adapter.config
     if file.own is not None:
         return config
-    return {key: config[key] for key in _SURVIVING if "peft_type" in config and key in config}
+    return {key: config[key] for key in _SURVIVING if is_peft(config) and key in config}
 
 
 def ranks_and_alphas(file: PeftFile, alpha: str = "lora_alpha") -> dict[str, Any]:
