@@ -85,9 +85,11 @@ def prove_rendering(
     held = {site: chain for site, chain in rendering.held.items() if site not in approximated}
     rest = {site: chain for site, chain in written.updates.items() if site not in approximated}
     if held or (rest and rendering.held):
-        if binding is not None and held != dict(source.updates):  # what was dropped or approximated is bound no more
-            binding = bind([(restricted(source, held), 1.0)], binding.checkpoint)
-        errors |= compare(restricted(source, held), restricted(written, rest), binding)
+        kept_source = restricted(source, held)
+        if binding is not None and held != dict(source.updates):
+            # Without what was dropped or approximated it is another adapter: even a tie may be settled otherwise.
+            binding = bind([(kept_source, 1.0)], binding.checkpoint)
+        errors |= compare(kept_source, restricted(written, rest), binding)
     check_errors(errors, tolerance, path)
     for file in source.files:
         file.check_unchanged()
@@ -140,6 +142,7 @@ def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[
     if binding is None:
         expected, actual = dict(_unbound(source.updates)), dict(_unbound(written.updates))
     else:
+        # The written adapter is bound anew: this proves its names, which the source's binding cannot.
         expected, actual = _bound(binding), _bound(bind([(written, 1.0)], binding.checkpoint))
     if expected.keys() != actual.keys():
         lost, new = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())

@@ -15,10 +15,8 @@ from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
 from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip, with_columns
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
-from surgery_formats.binding.bind import bind
+from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit, prepared
-from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.storage.base import read_values
@@ -52,7 +50,7 @@ class Residual:
         return math.sqrt(self.left / self.energy) if self.energy > 0 else (math.inf if self.left else 0.0)
 
 
-def prove(plan: ExtractionPlan, adapter: Adapter, *, recognise: bool = True) -> dict[str, Residual]:
+def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> dict[str, Residual]:
     """The residual that an adapter leaves of every change, by TUNED's names.
 
     Factors that were measured when they were computed must be the same bit by bit, and act on the rows where they were
@@ -60,14 +58,13 @@ def prove(plan: ExtractionPlan, adapter: Adapter, *, recognise: bool = True) -> 
 
     Args:
         plan: What was decided.
-        adapter: The extraction, read back or about to be rendered.
+        binding: Of the extraction, read back or about to be rendered, to BASE.
         recognise: Whether its factors are those that were measured; codes are not.
 
     Raises:
         ProofError: a change is missing, or differs from what was measured.
     """
-    check_consumed(adapter, ProofError)
-    edits = {edit.name: edit for edit in bind([(adapter, 1.0)], plan.checkpoints.base).edits.values()}
+    edits = {edit.name: edit for edit in binding.edits.values()}
     measures, shifted = plan.scan.measures, {d.name for d in plan.storage.dense_tensors if d.shift is not None}
     measured: dict[str, list[_ProvedPart]] = {}
     for target in plan.storage.targets if recognise else ():
@@ -82,7 +79,9 @@ def prove(plan: ExtractionPlan, adapter: Adapter, *, recognise: bool = True) -> 
             continue
         if edit is None:
             raise ProofError(
-                "changed, but nothing that was written changes it", file=adapter.path.name, tensor=pair.name
+                "changed, but nothing that was written changes it",
+                file=binding.adapters[0][0].path.name,
+                tensor=pair.name,
             )
         parts = measured.get(pair.name)
         if parts is None or not all(operation.update.low_rank() for operation in edit.operations):

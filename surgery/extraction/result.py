@@ -153,7 +153,7 @@ class ExtractResult:
             asked for; ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA),
             ``calibrating``, ``identifying`` (the content id), ``noise`` (what a merge would keep), ``settling`` (all
             other decisions), ``writing``, ``syncing`` (configuration and factors to the disk), ``proving``,
-            ``committing``, ``converting``; ``first_read_to_synced``: all but ``starting``.
+            ``committing``; ``first_read_to_synced``: all but ``starting``.
         seconds: How long it took.
     """
 

@@ -209,7 +209,12 @@ class _TiedHead:
 def _tie(adapter: Adapter, base: Checkpoint | None) -> _TiedHead:
     if base is None or not (base.main.tied and base.main.head) or not adapter.updates:
         return _TiedHead()
-    parts = base.main.name in bind([(adapter, 1.0)], base).untied
+    tied = [
+        site
+        for site, chain in adapter.updates.items()
+        if _stored_name(site, chain[0], base) in (base.main.head, base.main.embedding)
+    ]  # binding these two sites alone tells, and the adapter as a whole is bound by whoever needs that
+    parts = bool(tied) and base.main.name in bind([(adapter.only(tied), 1.0)], base).untied
     return _TiedHead(not parts, parts)
 
 
