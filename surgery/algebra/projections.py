@@ -22,7 +22,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.projections import PROJECTIONS, FusedProjection, heights_by_config
 from surgery_formats.models.names import extent
 from surgery_formats.text import show
-from surgery_formats.updates import LoRA, Offset, Update
+from surgery_formats.updates import Update, in_full
 
 __all__ = ["LAYOUTS", "Layout", "LayoutChange", "change_layout", "prove_layout"]
 
@@ -95,7 +95,8 @@ def _in_original_names(original: Adapter, written: Adapter, change: LayoutChange
     restored, _ = back(written, None, change.heights)
     for site in restored.keys() - original.updates.keys():  # a part that was not trained is rows of zeros
         for update in restored[site]:
-            factor = update.B if isinstance(update, LoRA) else update.value if isinstance(update, Offset) else None
+            lora, offset = update.low_rank(), in_full(update)
+            factor = lora.B if lora else offset.value if offset else None
             if factor is None or bool(factor.load(torch.float64).any()):
                 raise ProofError("was not trained, and changes", file=written.path, tensor=site.path)
     modules = [f".{module}." for whole in change.heights for module in _modules(whole)]

@@ -21,7 +21,6 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.storage.base import read_values
 from surgery_formats.tensors.apply import apply_chain
-from surgery_formats.updates import LoRA
 
 __all__ = ["Residual", "agrees", "prove"]
 
@@ -81,7 +80,7 @@ def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> 
                 tensor=pair.name,
             )
         parts = measured.get(pair.name)
-        if parts is None or not all(isinstance(operation.update, LoRA) for operation in edit.operations):
+        if parts is None or not all(operation.update.low_rank() for operation in edit.operations):
             jobs.append(partial(_measure, residuals, pair, edit))
             continue
         residuals[pair.name] = Residual(measures[pair.name].energy, math.fsum(part.left for part in parts))
@@ -124,7 +123,7 @@ def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
 
 def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
     """Check that the factors are bit by bit those that were measured, and act on the same rows."""
-    loras = [operation.update for operation in edit.operations if isinstance(operation.update, LoRA)]
+    loras = [lora for operation in edit.operations if (lora := operation.update.low_rank())]
     if edit.replaced is not None or len(loras) != len(parts):
         raise ProofError(
             f"read back as {len(loras)} updates, written as {len(parts)} pairs of factors", tensor=pair.name
@@ -178,7 +177,7 @@ def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit) -> None:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
     # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger
     # values.
-    added = edit.replaced is None and all(isinstance(operation.update, LoRA) for operation in edit.operations)
+    added = edit.replaced is None and all(operation.update.low_rank() for operation in edit.operations)
     needs_float64 = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     exact = torch.float64 if needs_float64 else torch.float32
     step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
