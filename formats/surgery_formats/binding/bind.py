@@ -68,7 +68,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
     """
     bound: dict[tuple[str, str], list[_BoundOperation]] = {}
     for number, (adapter, weight) in enumerate(adapters):
-        check_mergeable(adapter)
+        check_mergeable(adapter, checkpoint)
         chains, missing = _locate(sized(adapter, checkpoint), checkpoint, new_biases=new_biases)
         for chain in chains:
             for operation in _operate(chain, adapter, number, weight):
@@ -119,7 +119,7 @@ def _locate(
     chains: list[_LocatedChain] = []
     missing: list[Site] = []
     for site, updates in adapter.updates.items():
-        component = component_of(site, adapter, checkpoint)
+        component = component_of(site, checkpoint)
         slices = component.names.resolve(site.path, flat=site.flat) or _new_head(site, updates, adapter, component)
         if not slices and new_biases and site not in adapter.optional:
             slices = _new_bias(site, updates, component)
