@@ -67,13 +67,7 @@ def extracted_adapter(
 ) -> Adapter:
     """The adapter that makes TUNED of BASE.
 
-    Args:
-        storage: What is held, and how.
-        factored: By target path.
-        settings: How factors are stored.
-        base: BASE; its name is recorded, and its class decides the task.
-        base_id: Content id of BASE, recorded.
-        tuned: For messages.
+    The name of `base` and its content id are recorded, and its class decides the task; `factored` is by target path.
     """
     updates: dict[Site, tuple[Update, ...]] = {}
     for target in storage.targets:

@@ -54,12 +54,8 @@ def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> 
     """The residual that an adapter leaves of every change, by TUNED's names.
 
     Factors that were measured when they were computed must be the same bit by bit, and act on the rows where they were
-    measured. Everything else is applied to BASE and compared with TUNED, block by block.
-
-    Args:
-        plan: What was decided.
-        binding: Of the extraction, read back or about to be rendered, to BASE.
-        recognise: Whether its factors are those that were measured; codes are not.
+    measured. Everything else is applied to BASE and compared with TUNED, block by block. Unless `recognise`, factors
+    are compared with TUNED as well: codes are not what was measured.
 
     Raises:
         ProofError: a change is missing, or differs from what was measured.
@@ -70,7 +66,7 @@ def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> 
     for target in plan.storage.targets if recognise else ():
         measured |= _parts(plan.factored[target.path])
     residuals: dict[str, Residual] = {}
-    jobs: list[Callable[[Callable[[], bool]], None]] = []
+    jobs: list[Callable[[], None]] = []
     for pair in plan.layout.pairs:
         if pair.match != "pair" or not (measures[pair.name].changed or pair.name in shifted):
             continue
@@ -89,7 +85,7 @@ def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> 
             continue
         residuals[pair.name] = Residual(measures[pair.name].energy, math.fsum(part.left for part in parts))
         jobs.append(partial(_recognise, parts, edit, pair))
-    in_threads(jobs, plan.request.workspace.workers)
+    in_threads(lambda job: job(), jobs, plan.request.workspace.workers)
     return residuals
 
 
@@ -125,7 +121,7 @@ def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
     return parts
 
 
-def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[[], bool]) -> None:
+def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
     """Check that the factors are bit by bit those that were measured, and act on the same rows."""
     loras = [lora for operation in edit.operations if (lora := operation.update.low_rank())]
     if edit.replaced is not None or len(loras) != len(parts):
@@ -133,8 +129,6 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
             f"read back as {len(loras)} updates, written as {len(parts)} pairs of factors", tensor=pair.name
         )
     for lora, part in zip(loras, parts, strict=True):
-        if stop():
-            return
         for factor, slot in (
             (lora.B.load(torch.float32).T, part.matrix.left),
             (lora.A.load(torch.float32), part.matrix.right),
@@ -165,26 +159,17 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
                 )
 
 
-def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit, stop: Callable[[], bool]) -> None:
-    if not stop():
-        residuals[pair.name] = _residual(pair, edit)
-
-
 def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -> bool:
     """Whether a residual measured on an adapter is the predicted one.
 
-    Args:
-        measured: Measured residual.
-        reported: Predicted residual.
-        dtype: Type of the stored factors.
-        whole: ``||TUNED|| / ||TUNED - BASE||`` of a DoRA, whose float32 magnitudes and norms multiply whole rows.
+    `whole` is ``||TUNED|| / ||TUNED - BASE||`` of a DoRA, whose float32 magnitudes and norms multiply whole rows.
     """
     slack = _ROUNDING[dtype] + whole * 2.0**-22
     low, high = (1 - _AGREEMENT) * reported, (1 + _AGREEMENT) * reported
     return max(low - slack, 0.0) <= measured <= math.hypot(high, slack) + 2.0**-20
 
 
-def _residual(pair: Pair, edit: Edit) -> Residual:
+def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit) -> None:
     """Apply an edit to BASE and compare the result with TUNED."""
     source = edit.source
     base, tuned = with_columns(pair.base, source.shape[1]), with_columns(pair.tuned, source.shape[1])
@@ -209,4 +194,4 @@ def _residual(pair: Pair, edit: Edit) -> Residual:
         apply_chain(chain, block, start, stop)
         energy += float(difference.square().sum(dtype=torch.float64))
         left += float((difference if added else tuned_rows).sub_(block).square_().sum(dtype=torch.float64))
-    return Residual(energy, left)
+    residuals[pair.name] = Residual(energy, left)

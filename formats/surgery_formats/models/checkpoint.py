@@ -225,18 +225,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header, index or config is not what its format says.
-        FitError: an adapter.
     """
     where = Path(path)
     components = {name: _component(name, where, weights) for name, weights in open_weights(where).items()}
     if not where.is_dir():
         return Checkpoint(where, components, ())
     files = [shard.path for component in components.values() for shard in component.shards]
-    only_adapter = "" in components and all(file.name.startswith("adapter_model") for file in files)
-    if only_adapter and (where / "adapter_config.json").exists():
-        raise FitError(
-            "an adapter where a full model was expected",
-            file=where,
-            hint="`surgery merge` makes a full model of an adapter and its base",
-        )
     return Checkpoint(where, components, *side_files(where, set(files)))

@@ -51,12 +51,7 @@ class Feed(Protocol):
     ) -> Iterator[RowPair]:
         """Yield rows ``[start, stop)`` in order; each block is valid until the next one is requested.
 
-        Args:
-            base: BASE's tensor.
-            tuned: TUNED's tensor.
-            start: First row.
-            stop: Row after the last.
-            observe: Called with the offset and the bytes of each part of `base`, in order.
+        `observe` is called with the offset and the bytes of each part of `base`, in order.
         """
         ...
 

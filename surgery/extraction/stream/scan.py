@@ -103,13 +103,7 @@ def scan(
 ) -> ScanResult:
     """Compare every pair and factorise every target that changed.
 
-    Args:
-        layout: The paired tensors.
-        criterion_of: How the rank of a target is found.
-        spec_of: How a target's factors will be stored, where that is known.
-        scratch: Receives the factors.
-        lanes: Do the work.
-        progress: Called with every tensor.
+    `spec_of` tells how a target's factors will be stored, where that is known.
 
     Raises:
         FitError: NaN or Inf.
