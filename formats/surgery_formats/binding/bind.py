@@ -209,7 +209,7 @@ def _replaced(update: Replacing, places: tuple[WeightSlice, ...], weight: float)
     """The weight slice after its values were replaced: a longer vocabulary gives a longer weight."""
     place = places[0]
     old, new = place.parameter.storage, update.stored
-    grows = isinstance(old, Plain) and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
+    grows = old.elements is not None and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
     if len(places) > 1 or (new.shape != old.sizes and not grows):
         raise FitError(f"shape {list(new.shape)}, but {list(old.sizes)} in the base", file=new.path, tensor=new.name)
     if new.dtype is not old.dtype and not (new.dtype.is_float and old.is_float):
