@@ -65,10 +65,7 @@ def _sides(contract: Contract) -> tuple[str, ...]:
 def compare_decoder(session: Session, reference: Reference, default: Cache | None = None) -> Iterator[LogitDifference]:
     """Compare prefill and decode steps with greedy tokens, of one row, and of batches padded on every permitted side.
 
-    Args:
-        session: The graph.
-        reference: The model.
-        default: The graph's own past (a soft prompt), for one row.
+    `default` is the graph's own past (a soft prompt), for one row.
     """
     contract = session.contract
     steps = _steps(contract)
@@ -172,10 +169,7 @@ def compare_encoder(
 ) -> Iterator[LogitDifference]:
     """Compare a batch without padding and batches padded on every permitted side, with token types if supported.
 
-    Args:
-        session: The graph.
-        reference: The model.
-        front: Embeddings ``(n, D)`` of a soft prompt, which the graph puts before every row and omits from its output.
+    `front` is a soft prompt ``(n, D)``, which the graph puts before every row and omits from its output.
     """
     ids, lengths = _prompts(reference, session.contract, 3, 0)
     embedding = reference.model.embedding

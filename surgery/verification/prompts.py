@@ -18,14 +18,7 @@ __all__ = ["compare_prompt"]
 def compare_prompt(
     graph: Path, adapter: Adapter, reference: Reference, past: Cache | None, front: torch.Tensor | None
 ) -> LogitDifference:
-    """Compare the graph's default past, or its embeddings in front of an encoder, with those of `adapter`.
-
-    Args:
-        graph: The graph's file, for messages.
-        adapter: An adapter with a soft prompt.
-        reference: The model that the prompt was computed with.
-        past: The graph's default past, or None.
-        front: The graph's embeddings in front, or None.
+    """Compare the graph's default past, or its embeddings in front of an encoder, with the soft prompt of `adapter`.
 
     Raises:
         FitError: the graph has no soft prompt.
