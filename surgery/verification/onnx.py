@@ -5,16 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from surgery.onnx.graph.contract import Contract
-from surgery.reference import Cache, Reference, forward
+from surgery.reference import Cache, Reference, forward, prompt_cache
 from surgery.verification.session import Arrays, Session
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import FitError, ProofError
 
-__all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_slots"]
+__all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_prompt", "compare_slots"]
 
 _PROMPT, _STEPS = 13, 8
 _SEED = 20
@@ -206,3 +209,33 @@ def _measured(name: str, computed: Ids, expected: Ids, wrong: int = 0) -> LogitD
         return LogitDifference(f"{name}: shape {computed.shape} instead of {expected.shape}", float("inf"), 0.0, wrong)
     difference = np.abs(computed.astype(np.float64) - expected)
     return LogitDifference(name, float(difference.max(initial=0)), float(np.abs(expected).max(initial=0)), wrong)
+
+
+def compare_prompt(
+    graph: Path, adapter: Adapter, reference: Reference, past: Cache | None, front: torch.Tensor | None
+) -> LogitDifference:
+    """Compare the graph's default past, or its embeddings in front of an encoder, with the soft prompt of `adapter`.
+
+    Raises:
+        FitError: the graph has no soft prompt.
+        ProofError: the number of virtual tokens differs.
+    """
+    prompt = adapter.prompt
+    assert prompt is not None
+    if past is None and front is None:
+        raise FitError("the graph has no soft prompt to compare with", file=graph)
+    if past is not None:
+        computed = [part for layer in past.layers for part in layer]
+        if prompt.prefix is None:
+            expected = [part for layer in prompt_cache(reference, prompt.embeddings().float()).layers for part in layer]
+        else:
+            pairs = [prompt.key_values(layer) for layer in range(prompt.prefix.layers)]
+            expected = [part.float()[None] for pair in pairs for part in pair]
+    else:
+        assert front is not None
+        computed, expected = [front], [prompt.embeddings().float()]
+    if [part.shape for part in computed] != [part.shape for part in expected]:
+        raise ProofError(f"the graph's soft prompt and that of {adapter.path.name} differ in size", file=graph)
+    pairs_of_parts = list(zip(computed, expected, strict=True))
+    difference = max(float((a.double() - b.double()).abs().max()) for a, b in pairs_of_parts)
+    return LogitDifference("soft prompt", difference, max(float(b.abs().max()) for _, b in pairs_of_parts))
