@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from surgery_formats.adapters.writing import component_of, places_of, whole_place
-from surgery_formats.binding.sizes import sized
+from surgery_formats.adapters.writing import places_of, whole_place
+from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show

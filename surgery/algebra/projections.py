@@ -15,7 +15,7 @@ from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.projection_rows import cut_rows, join_rows
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.adapters.format import Format
-from surgery_formats.adapters.writing import component_of
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint

@@ -24,7 +24,6 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import read_rows
-from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.computed import computed
 from surgery_formats.tensors.tensor import StoredTensor, all_finite
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, TokenRows, Update
@@ -165,9 +164,8 @@ def _dense(dense: DenseTensor) -> Update:
 
         rows = computed(f"{dense.path}.rows", shape, weight.sources, load, weight.dtype)
         return TokenRows(Factor.of(rows), dense.rows)
-    if isinstance(weight, Plain) and dense.shift is None:
-        tensor = weight.tensor
-    else:
+    tensor = weight.elements
+    if tensor is None or dense.shift is not None:
         tensor = computed(dense.path, weight.sizes, weight.sources, lambda: shifted(dense), weight.dtype)
     return Replacement(Factor.of(tensor), _HELD[dense.via])
 

@@ -37,7 +37,6 @@ from surgery_formats.linalg.fit_dora import (
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import read_values
-from surgery_formats.storage.plain import Plain
 
 __all__ = ["KindDecision", "Magnitude", "choose_kind", "lora_decision"]
 
@@ -195,7 +194,7 @@ def _row_share(
         change = at_rows(left, runs) @ right
         along, energy = row_share((tuned - base) - change.to(base.dtype), base + change)
         stored = target.deltas[0].strips[0].base
-        if not target.deltas[0].transposed and isinstance(stored, Plain):
+        if not target.deltas[0].transposed and stored.elements is not None:
             survivals[target.path] = survival(base, change, stored.dtype)
         return along / energy if energy > 0 else 0.0
 

@@ -21,7 +21,6 @@ from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import Storage
-from surgery_formats.storage.plain import Plain
 
 __all__ = [
     "NoiseReport",
@@ -203,7 +202,7 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tenso
             if gain is not None:  # g (W + BA) - W
                 scale = gain if by_column else at_rows(gain, rows)[:, None]
                 change = scale * change + (scale - 1) * base
-            if isinstance(strip.base, Plain):
+            if strip.base.elements is not None:
                 yield survival(base, change, strip.base.dtype)
             at += strip.height
 

@@ -13,7 +13,7 @@ from surgery.reports.targets import site_role
 from surgery_formats.binding.sizes import fit_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.family import role_of
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.text import closest, listing, show
@@ -53,7 +53,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     odd: list[Site] = []
     heads = 0
     for site, chain in adapter.updates.items():
-        component = _component(site, base)
+        component = base.component(site.component)
         places = component.names.resolve(site.path, flat=site.flat) if component else ()
         if not places and isinstance(chain[0], Replacing) and adapter.new_modules & set(site.path.split(".")):
             heads += chain[0].stored.numel
@@ -77,10 +77,6 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
         count = f"{len(odd)} of {len(adapter.updates)} parameters"
         warnings = (f"{count} do not fit the base: {listing(map(str, odd))}", *warnings)
     return FitReport(roles, heads + sum(sizes.values()), warnings)
-
-
-def _component(site: Site, base: Checkpoint) -> Component | None:
-    return base.components.get(site.component) or base.components.get("")
 
 
 def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
@@ -111,7 +107,7 @@ def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
 
 
 def _hint(site: Site, base: Checkpoint) -> str:
-    component = _component(site, base) or next(iter(base.components.values()))
+    component = base.component(site.component) or next(iter(base.components.values()))
     return closest(site.path, component.parameters) or "is this the base it was trained on?"
 
 

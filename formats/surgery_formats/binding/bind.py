@@ -68,7 +68,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
     """
     bound: dict[tuple[str, str], list[_BoundOperation]] = {}
     for number, (adapter, weight) in enumerate(adapters):
-        check_mergeable(adapter)
+        check_mergeable(adapter, checkpoint)
         chains, missing = _locate(sized(adapter, checkpoint), checkpoint, new_biases=new_biases)
         for chain in chains:
             for operation in _operate(chain, adapter, number, weight):
@@ -119,7 +119,7 @@ def _locate(
     chains: list[_LocatedChain] = []
     missing: list[Site] = []
     for site, updates in adapter.updates.items():
-        component = component_of(site, adapter, checkpoint)
+        component = component_of(site, checkpoint)
         slices = component.names.resolve(site.path, flat=site.flat) or _new_head(site, updates, adapter, component)
         if not slices and new_biases and site not in adapter.optional:
             slices = _new_bias(site, updates, component)
@@ -209,7 +209,7 @@ def _replaced(update: Replacing, places: tuple[WeightSlice, ...], weight: float)
     """The weight slice after its values were replaced: a longer vocabulary gives a longer weight."""
     place = places[0]
     old, new = place.parameter.storage, update.stored
-    grows = isinstance(old, Plain) and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
+    grows = old.elements is not None and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
     if len(places) > 1 or (new.shape != old.sizes and not grows):
         raise FitError(f"shape {list(new.shape)}, but {list(old.sizes)} in the base", file=new.path, tensor=new.name)
     if new.dtype is not old.dtype and not (new.dtype.is_float and old.is_float):

@@ -192,6 +192,10 @@ class Checkpoint:
             raise FitError("a pipeline of several models where one model was expected", file=self.path)
         return self.components[""]
 
+    def component(self, name: str) -> Component | None:
+        """The component that an adapter calls `name`: a plain model has whatever name it is given."""
+        return self.components.get(name, self.components.get(""))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files."""
