@@ -17,11 +17,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+import numpy as np
+import torch
 
 __all__ = ["DENSE_METHODS", "disjoint_mean", "drop_and_rescale", "merge_deltas", "trim"]
 
@@ -40,19 +38,11 @@ def merge_deltas(
     name: str,
     owners: Sequence[int],
 ) -> torch.Tensor:
-    """One weight's deltas merged by `method`.
+    """One weight's deltas merged by `method`, one of `DENSE_METHODS`, in float64.
 
-    Args:
-        deltas: Each gives a fresh float64 tensor of one common shape; called once, one after the other.
-        weights: One per delta.
-        method: One of `DENSE_METHODS`.
-        density: Share of the values that is kept, in (0, 1].
-        seed: Of the random drops.
-        name: Of the weight: the drops of two weights are independent, and do not depend on the order of work.
-        owners: Number of each delta's adapter, for the same reason.
-
-    Returns:
-        The merged delta, float64.
+    Each of `deltas` gives a fresh float64 tensor of one common shape, and is called once, one after the other.
+    `density` is the share of the values that is kept, in (0, 1]. Random drops depend on `seed`, the weight's name and
+    the number of each delta's adapter, not on the order of work.
     """
     scaled: list[torch.Tensor] = []
     for make, weight, owner in zip(deltas, weights, owners, strict=True):
@@ -85,8 +75,6 @@ def trim(delta: torch.Tensor, density: float) -> None:
 
 def generator(seed: int, name: str, owner: int) -> np.random.Generator:
     """Random numbers of one adapter's one weight: Philox, keyed by what they are for."""
-    import numpy as np
-
     key = hashlib.sha256(f"{seed}\0{owner}\0{name}".encode(errors="surrogatepass")).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
 
@@ -96,8 +84,6 @@ def drop_and_rescale(delta: torch.Tensor, density: float, random: np.random.Gene
 
     Numbers are drawn in the order of the elements, one per element.
     """
-    import torch
-
     if density == 1.0:
         return
     flat = delta.view(-1)
@@ -114,8 +100,6 @@ def disjoint_mean(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     Values that are zero take no part in the mean; where the masses cancel exactly nothing is elected, and the result is
     zero.
     """
-    import torch
-
     total = torch.zeros_like(deltas[0])
     for delta in deltas:
         total += delta

@@ -93,10 +93,13 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
     content = _TensorFile.of(rendering)
 
     def fill(put: Put) -> str:
+        from surgery_formats.linalg.matrix import one_thread
+
         state = xxhash.xxh3_128(content.header)
         put(content.header, 0)
         for name, (offset, _) in content.ranges.items():
-            data = content.bytes_of(name)
+            with one_thread():  # for hundreds of small tensors a team of threads costs more than it does
+                data = content.bytes_of(name)
             put(data, offset)
             state.update(data)
             if progress is not None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from surgery.engine.arithmetic import compute
 from surgery.engine.plan import Compute, Copy, Plan
 from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.names import Names
 from surgery_formats.storage.base import Encoding, PartBytes, Storage, read_rows
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
-
-if TYPE_CHECKING:
-    from surgery_formats.models.checkpoint import Component
-    from surgery_formats.models.names import Names
 
 __all__ = ["ReferenceWeights", "planned_weights", "stored_weights", "tensor_weights"]
 
