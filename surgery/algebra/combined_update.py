@@ -14,7 +14,7 @@ from surgery_formats.linalg.solutions import RecentSolutions
 from surgery_formats.updates import Update
 
 if TYPE_CHECKING:
-    import torch
+    import numpy
 
 __all__ = ["CombinedUpdate", "Outcome", "Solutions", "new_solutions"]
 
@@ -51,7 +51,7 @@ class CombinedUpdate:
     ranks: tuple[int, ...] = ()
     rank: int = 0
     targets: tuple[DeltaTarget, ...] = ()
-    vector: Callable[[], torch.Tensor] | None = None
+    vector: Callable[[], numpy.ndarray] | None = None
     best: tuple[float, float] | None = None
     solved_as: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
+import numpy
 
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution
@@ -19,6 +19,7 @@ from surgery.algebra.sums import MergedDelta, Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.canonical.adapter import Site
+from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.computed import computed
@@ -50,11 +51,11 @@ class ChangeTerm:
         """Rank of the update's factors, 0 without low-rank factors; the change itself has a higher one."""
         return self.update.rank or 0
 
-    def delta(self, dtype: torch.dtype) -> torch.Tensor:
+    def delta(self, dtype: DType) -> numpy.ndarray:
         """The change of the weight, dense."""
-        values = torch.zeros(self.shape, dtype=dtype) if self.weight is None else self.weight.get(dtype).contiguous()
+        values = numpy.zeros(self.shape, dtype.numpy) if self.weight is None else self.weight.get(dtype)
         apply = self.update.prepare(HeldWeight(values))
-        return apply(values.clone(), range(self.shape[0]), range(self.shape[1])) - values
+        return apply(values.copy(), range(self.shape[0]), range(self.shape[1])) - values
 
 
 def combine_changes(
@@ -91,7 +92,7 @@ def combine_changes(
 def _offset(site: Site, target: MergedDelta, sources: Sequence[Update]) -> CombinedUpdate:
     """The change of a bias, which is stored in full and loses nothing."""
 
-    def vector() -> torch.Tensor:
+    def vector() -> numpy.ndarray:
         return target.formed()[:, 0]
 
     tensors = [tensor for source in sources for tensor in source.tensors]

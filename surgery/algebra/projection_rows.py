@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import numpy
 
 from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.canonical.adapter import Site
@@ -44,16 +44,14 @@ def _cut_lora(lora: LoRA, site: Site, start: int, stop: int) -> LoRA:
 
 
 def _copied(name: str, factor: Factor) -> Factor:
-    return Factor.of(
-        computed(name, factor.shape, factor.tensors, lambda: factor.load(torch.float64), _type_of([factor]))
-    )
+    return Factor.of(computed(name, factor.shape, factor.tensors, lambda: factor.load(DType.F64), _type_of([factor])))
 
 
 def _rows(name: str, factor: Factor, start: int, stop: int) -> Factor:
     shape = (stop - start, *factor.shape[1:])
 
-    def values() -> torch.Tensor:
-        return factor.load(torch.float64)[start:stop]
+    def values() -> numpy.ndarray:
+        return factor.load(DType.F64)[start:stop]
 
     return Factor.of(computed(name, shape, factor.tensors, values, _type_of([factor])))
 
@@ -84,7 +82,7 @@ def join_rows(chains: Sequence[tuple[Update, ...] | None], heights: Sequence[int
         f"{site}.magnitude",
         (sum(heights),),
         [tensor for part in magnitudes for tensor in part.tensors],
-        lambda: torch.cat([part.load(torch.float64) for part in magnitudes]),
+        lambda: numpy.concat([part.load(DType.F64) for part in magnitudes]),
         _type_of(magnitudes),
     )
     direction = _join_loras([part.direction for part in directed], heights, site)
@@ -95,14 +93,12 @@ def _join_offsets(offsets: Sequence[Offset | None], heights: Sequence[int], site
     present = [offset for offset in offsets if offset is not None]
     tail = present[0].value.shape[1:]
 
-    def values() -> torch.Tensor:
+    def values() -> numpy.ndarray:
         blocks = [
-            torch.zeros((height, *tail), dtype=torch.float64)
-            if offset is None
-            else offset.value.load(torch.float64) * offset.scale
+            numpy.zeros((height, *tail)) if offset is None else offset.value.load(DType.F64) * offset.scale
             for offset, height in zip(offsets, heights, strict=True)
         ]
-        return torch.cat(blocks)
+        return numpy.concat(blocks)
 
     sources = [tensor for offset in present for tensor in offset.tensors]
     return Offset(Factor.of(computed(f"{site}.value", (sum(heights), *tail), sources, values)))
@@ -120,19 +116,19 @@ def _join_loras(loras: Sequence[LoRA | None], heights: Sequence[int], site: Site
     shared = len(present) == len(loras) and all(equal_factors(first.A, lora.A) for lora in present[1:])
     rank = first.rank if shared else sum(lora.rank for lora in present)
 
-    def up() -> torch.Tensor:
-        whole = torch.zeros((sum(heights), rank), dtype=torch.float64)
+    def up() -> numpy.ndarray:
+        whole = numpy.zeros((sum(heights), rank))
         row = column = 0
         for lora, height, factor in zip(loras, heights, times, strict=True):
             if lora is not None:
                 at = 0 if shared else column
-                whole[row : row + height, at : at + lora.rank] = lora.B.load(torch.float64) * factor
+                whole[row : row + height, at : at + lora.rank] = lora.B.load(DType.F64) * factor
                 column += lora.rank
             row += height
         return whole
 
-    def down() -> torch.Tensor:
-        return torch.cat([lora.A.load(torch.float64) for lora in (present[:1] if shared else present)])
+    def down() -> numpy.ndarray:
+        return numpy.concat([lora.A.load(DType.F64) for lora in (present[:1] if shared else present)])
 
     sources = [tensor for lora in present for tensor in lora.tensors]
     A = computed(f"{site}.A", (rank, first.shape[1]), sources, down, a_type)

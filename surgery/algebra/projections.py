@@ -9,14 +9,13 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.projection_rows import cut_rows, join_rows
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.adapters.format import Format
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.projections import PROJECTIONS, FusedProjection, heights_by_config
@@ -91,7 +90,7 @@ def _in_original_names(original: Adapter, written: Adapter, change: LayoutChange
         for update in restored[site]:
             lora, offset = update.low_rank(), in_full(update)
             factor = lora.B if lora else offset.value if offset else None
-            if factor is None or bool(factor.load(torch.float64).any()):
+            if factor is None or bool(factor.load(DType.F64).any()):
                 raise ProofError("was not trained, and changes", file=written.path, tensor=site.path)
     modules = [f".{module}." for whole in change.heights for module in _modules(whole)]
     moved = {site for site in {*original.updates, *restored} if any(module in f".{site.path}" for module in modules)}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy
 
 from surgery.algebra.combination import CombinationPlan
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
@@ -130,12 +130,12 @@ def _measure(
         sizes.append(compared.size)
     if combined.vector is not None:
         value = combined.vector()
-        stored = sum(o.value.load(torch.float64) * o.scale for u in chain if (o := in_full(u)))
-        norms.append(float(value.norm()))
-        errors.append(float((value - stored).norm()))
+        stored = sum(o.value.load(DType.F64) * o.scale for u in chain if (o := in_full(u)))
+        norms.append(float(numpy.linalg.norm(value)))
+        errors.append(float(numpy.linalg.norm(value - stored)))
         sizes.append(norms[-1])
     for mine, theirs in zip(_whole(combined.updates), _whole(chain), strict=True):
-        if not float((mine - theirs).norm()) <= tolerance * float(mine.norm()):
+        if not numpy.linalg.norm(mine - theirs) <= tolerance * numpy.linalg.norm(mine):
             raise ProofError("is not the whole weight it was", file=path.name, tensor=combined.site.path)
     norm, error, size = (math.hypot(*values) for values in (norms, errors, sizes))
     if not error <= OPTIMAL * lost + tolerance * size + slack * (norm + lost):
@@ -150,9 +150,9 @@ def _measure(
     return SumError(norm, error / norm, lost / norm)
 
 
-def _whole(chain: Sequence[Update]) -> list[torch.Tensor]:
+def _whole(chain: Sequence[Update]) -> list[numpy.ndarray]:
     replacing = (update for update in chain if isinstance(update, Replacing))
-    return [factor.load(torch.float64) for update in replacing for factor in update.factors().values()]
+    return [factor.load(DType.F64) for update in replacing for factor in update.factors().values()]
 
 
 def _loras(combined: CombinedUpdate, chain: Sequence[Update]) -> list[list[LoRA]]:
@@ -172,5 +172,4 @@ def _intended(combined: CombinedUpdate, solutions: Solutions) -> SumError | None
 
 def _norm(target: DeltaTarget) -> float:
     out, inputs = target.shape
-    nothing = torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inputs), dtype=torch.float64)
-    return target.compare(*nothing).norm
+    return target.compare(numpy.zeros((out, 0)), numpy.zeros((0, inputs))).norm

@@ -10,6 +10,7 @@ from surgery.comparison.additive import Chain, Squares, are_sums, blocks_of, com
 from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
 from surgery.engine.factor_proof import tensor_error
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
 from surgery_formats.updates import RowSetting, Update, settings
 
 __all__ = ["diff_adapters"]
@@ -132,10 +133,10 @@ def unadded_differences(mine: Chain, theirs: Chain, limit: float) -> list[str]:
 def _by_norm(update: Update, other: Update, factor: str, called: str, limit: float) -> str:
     if isinstance(update, RowSetting) and isinstance(other, RowSetting) and update.indices != other.indices:
         return "other token rows"
-    import torch
+    import numpy
 
-    left, right = (side.factors()[factor].load(torch.float64) for side in (update, other))
+    left, right = (side.factors()[factor].load(DType.F64) for side in (update, other))
     if left.shape != right.shape:
         return f"{called} of other shapes"
-    by = ratio(float((right - left).norm()), float(left.norm()))
+    by = ratio(float(numpy.linalg.norm(right - left)), float(numpy.linalg.norm(left)))
     return f"{called} differ by {by:.2g}" if by > limit else ""

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from surgery_formats.adapters.format import Entry, NewTensor, Outcome
+from surgery_formats.arrays import Array, namespace
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
@@ -17,11 +18,6 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Factor, LoRA, Update
-
-if TYPE_CHECKING:
-    import torch
-
-    Change = Callable[[torch.Tensor], torch.Tensor]
 
 __all__ = [
     "ConversionLedger",
@@ -33,6 +29,7 @@ __all__ = [
     "row_slice",
     "surviving_metadata",
     "whole_place",
+    "zero_padded",
 ]
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -84,7 +81,12 @@ def factor_dtype(factors: Iterable[Factor], *, folded: bool) -> DType:
 
 
 def factor_tensor(
-    name: str, factor: Factor, shape: tuple[int, ...], change: Change | None = None, *, times: float = 1.0
+    name: str,
+    factor: Factor,
+    shape: tuple[int, ...],
+    change: Callable[[Array], Array] | None = None,
+    *,
+    times: float = 1.0,
 ) -> NewTensor:
     """A factor as a tensor: changed (transposed, padded), then scaled. A product of several tensors counts as folded.
 
@@ -96,17 +98,23 @@ def factor_tensor(
         times: Number to multiply in.
     """
 
-    def load() -> torch.Tensor:
-        import torch
-
+    def load() -> Array:
         moved = times == 1.0 and factor.view is None and factor.tensors[0].dtype.is_float
-        values = factor.load(None if moved else torch.float64)  # values that are only moved need no wider type
+        values = factor.load(None if moved else DType.F64)  # values that are only moved need no wider type
         values = (values if change is None else change(values)).reshape(shape)
         return values if times == 1.0 else values * times
 
     return NewTensor(
         name, factor_dtype([factor], folded=times != 1.0 or len(factor.tensors) > 1 or bool(factor.terms)), shape, load
     )
+
+
+def zero_padded(values: Array, axis: int, size: int) -> Array:
+    """`values` with zeros behind them, up to `size` along `axis`: as further directions they add nothing to a product."""
+    shape = list(values.shape)
+    shape[axis] = size - shape[axis]
+    xp = namespace(values)
+    return xp.concat([values, xp.zeros(shape, dtype=values.dtype)], axis=axis) if shape[axis] else values
 
 
 def copied(name: str, tensor: Tensor) -> NewTensor:

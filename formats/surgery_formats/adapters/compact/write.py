@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, leaves, stem_of
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
-from surgery_formats.adapters.writing import ConversionLedger, copied, factor_tensor, surviving_metadata
+from surgery_formats.adapters.writing import ConversionLedger, copied, factor_tensor, surviving_metadata, zero_padded
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -22,12 +23,9 @@ from surgery_formats.linalg.solutions import RecentSolutions
 from surgery_formats.tensors.coded import CodedTensor, code_shape, code_type, pack
 from surgery_formats.updates import LoRA, Update
 
-if TYPE_CHECKING:
-    import torch
-
-    Coded = dict[str, torch.Tensor]
-
 __all__ = ["render_compact"]
+
+Coded = dict[str, Array]
 
 
 def _size(coded: Coded) -> int:
@@ -159,7 +157,7 @@ def _low_rank(
     return _none if kept else (lambda: (coded(), state.solutions.errors[stem])[1])
 
 
-def _load(coded: Callable[[], Coded], name: str) -> Callable[[], torch.Tensor]:
+def _load(coded: Callable[[], Coded], name: str) -> Callable[[], Array]:
     return lambda: coded()[name]
 
 
@@ -184,18 +182,18 @@ def _columns(site: Site, inputs: int) -> tuple[int, ...]:
 
 def _solved(loras: tuple[LoRA, ...], rank: int, scale: float, coding: Coding) -> tuple[Coded, float]:
     """Codes and scales by side, and the error of all experts together."""
-    import torch
+    import numpy
 
     from surgery_formats.linalg.factored import factored_norm
     from surgery_formats.linalg.quantise import quantise_product
 
     products, lost, whole = [], [], []
     for lora in loras:
-        B, A = lora.B.load(torch.float64), lora.A.load(torch.float64)
+        B, A = lora.B.load(DType.F64), lora.A.load(DType.F64)
         if lora.scale != scale:
             B = B * (lora.scale / scale)
-        if (missing := rank - lora.rank) > 0:  # experts of several ranks
-            B, A = torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
+        if lora.rank < rank:  # experts of several ranks
+            B, A = zero_padded(B, 1, rank), zero_padded(A, 0, rank)
         product = quantise_product(B, A, coding)
         products.append(product)
         whole.append(factored_norm(B, A) * abs(scale))
@@ -203,8 +201,8 @@ def _solved(loras: tuple[LoRA, ...], rank: int, scale: float, coding: Coding) ->
     coded: Coded = {}
     for side in "AB":
         codes = [getattr(product, side) for product in products]
-        coded[f"{side}.codes"] = pack(torch.stack([code.values for code in codes]), coding)
-        coded[f"{side}.scales"] = torch.stack([code.scales for code in codes])
+        coded[f"{side}.codes"] = pack(numpy.stack([code.values for code in codes]), coding)
+        coded[f"{side}.scales"] = numpy.stack([code.scales for code in codes])
     total = math.hypot(*whole)
     return coded, math.hypot(*lost) / total if total else 0.0
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
@@ -23,14 +22,12 @@ from surgery_formats.adapters.writing import (
     surviving_metadata,
     whole_place,
 )
+from surgery_formats.arrays import Array
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["render_kohya"]
 
@@ -212,9 +209,9 @@ def _tensors(entry: _Fitting, alpha: float | None) -> tuple[list[NewTensor], str
 
 
 def _alpha(name: str, value: float) -> NewTensor:
-    def load() -> torch.Tensor:
-        import torch
+    def load() -> Array:
+        import numpy
 
-        return torch.tensor(value, dtype=torch.float64)
+        return numpy.array(value)
 
     return NewTensor(name, DType.F32, (), load)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.embeddings import is_embedding
@@ -25,16 +25,16 @@ from surgery_formats.adapters.writing import (
     places_of,
     surviving_metadata,
     whole_place,
+    zero_padded,
 )
+from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import bind
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import Factor, LoRA, Replacing, Update
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["render_mlx"]
 
@@ -243,13 +243,13 @@ def _linear(module: str, held: Contents, scale: float, rank: int, *, embedding: 
     times = lora.scale / scale if lora.scale != scale else 1.0
     if embedding:  # dW = s a b, without a transpose
         new = [
-            factor_tensor(f"{module}.lora_a", lora.B, (out, rank), lambda t: _pad(t, 1, rank)),
-            factor_tensor(f"{module}.lora_b", lora.A, (rank, inputs), lambda t: _pad(t, 0, rank), times=times),
+            factor_tensor(f"{module}.lora_a", lora.B, (out, rank), lambda t: zero_padded(t, 1, rank)),
+            factor_tensor(f"{module}.lora_b", lora.A, (rank, inputs), lambda t: zero_padded(t, 0, rank), times=times),
         ]
     else:
         new = [
-            factor_tensor(f"{module}.lora_a", lora.A, (inputs, rank), lambda t: _pad(t, 0, rank).T),
-            factor_tensor(f"{module}.lora_b", lora.B, (rank, out), lambda t: _pad(t, 1, rank).T, times=times),
+            factor_tensor(f"{module}.lora_a", lora.A, (inputs, rank), lambda t: zero_padded(t, 0, rank).T),
+            factor_tensor(f"{module}.lora_b", lora.B, (rank, out), lambda t: zero_padded(t, 1, rank).T, times=times),
         ]
     if held.dora:
         new.append(factor_tensor(f"{module}.m", held.dora.magnitude, (out,)))
@@ -262,10 +262,10 @@ def _switch(module: str, stack: _Stack, scale: float, rank: int) -> list[NewTens
     out, inputs = next(iter(loras.values())).shape
     folded = any(lora.scale != scale for lora in loras.values())
 
-    def load_a() -> torch.Tensor:
+    def load_a() -> Array:
         return _experts([(e, loras[e].A, 0, 1.0) for e in sorted(loras)], stack.count, rank, (rank, inputs))
 
-    def load_b() -> torch.Tensor:
+    def load_b() -> Array:
         times = {e: lora.scale / scale if lora.scale != scale else 1.0 for e, lora in loras.items()}
         return _experts([(e, loras[e].B, 1, times[e]) for e in sorted(loras)], stack.count, rank, (out, rank))
 
@@ -277,27 +277,13 @@ def _switch(module: str, stack: _Stack, scale: float, rank: int) -> list[NewTens
     ]
 
 
-def _experts(
-    parts: list[tuple[int, Factor, int, float]], count: int, rank: int, shape: tuple[int, int]
-) -> torch.Tensor:
-    import torch
+def _experts(parts: list[tuple[int, Factor, int, float]], count: int, rank: int, shape: tuple[int, int]) -> Array:
+    import numpy
 
-    whole = torch.zeros((count, *shape), dtype=torch.float64)
+    whole = numpy.zeros((count, *shape))
     for number, factor, axis, times in parts:
-        whole[number] = _pad(factor.load(torch.float64) * times, axis, rank)
+        whole[number] = zero_padded(factor.load(DType.F64) * times, axis, rank)
     return whole
-
-
-def _pad(values: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
-    """Zeros up to `rank` along `axis`: they add nothing to the product."""
-    import torch
-
-    missing = rank - values.shape[axis]
-    if not missing:
-        return values
-    shape = list(values.shape)
-    shape[axis] = missing
-    return torch.cat([values, torch.zeros(shape, dtype=values.dtype)], dim=axis)
 
 
 def _keys(modules: list[str]) -> tuple[list[str], int]:
