@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import ml_dtypes
+import numpy
 from measure import versions
 
+from surgery_formats.arrays import to_device
 from surgery_formats.linalg.svd import truncated_svd
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from tests.support.spectra import made  # matrices of known spectra are the tests'
+from tests.support.spectra import made, norm, true_error  # matrices of known spectra are the tests'
 
 KINDS = {
     "fast": "exponential, 1e-6 at the end",
@@ -46,12 +48,11 @@ class Worst:
     residual: float = 0.0
     seconds: float = 0.0
 
-    def add(self, d: torch.Tensor, s: torch.Tensor, rank: int) -> None:
-        started = time.perf_counter()
-        found = truncated_svd(d, rank=rank)
+    def add(self, d: numpy.ndarray, s: numpy.ndarray, rank: int, device: str) -> None:
+        there, started = to_device(d, device), time.perf_counter()
+        found = truncated_svd(there, rank=rank)
         self.seconds = max(self.seconds, time.perf_counter() - started)
-        error = float((d.double() - (found.U.double() * found.S.double()) @ found.V.double().T).norm())
-        best, total = float(s[rank:].square().sum().sqrt()), float(s.norm())
+        error, best, total = true_error(d, found), norm(s[rank:]), norm(s)
         self.cases += 1
         if error <= 1e-6 * total:
             self.nothing = max(self.nothing, error / total)
@@ -62,15 +63,16 @@ class Worst:
         assert abs(found.residual - error) <= 0.01 * error + 1e-9 * total, (d.shape, rank, found.residual, error)
 
 
-def pairs(d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pairs(d: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     """The change as bf16 checkpoints have it, and its singular values."""
-    base = (torch.randn(d.shape, generator=torch.Generator().manual_seed(3)) * 0.02).bfloat16()
-    moved = (base.float() + d * (1e-3 / d.square().mean().sqrt())).bfloat16().float() - base.float()
-    side = moved.double() if moved.shape[0] <= moved.shape[1] else moved.double().T
-    return moved, torch.linalg.eigvalsh(side @ side.T).clamp_min(0).sqrt().flip(0)
+    base = (numpy.random.default_rng(3).standard_normal(d.shape, numpy.float32) * 0.02).astype(ml_dtypes.bfloat16)
+    tuned = (base.astype(numpy.float32) + d * (1e-3 / numpy.sqrt(numpy.mean(d**2)))).astype(ml_dtypes.bfloat16)
+    moved = tuned.astype(numpy.float32) - base.astype(numpy.float32)
+    side = (moved if moved.shape[0] <= moved.shape[1] else moved.T).astype(numpy.float64)
+    return moved, numpy.sqrt(numpy.linalg.eigvalsh(side @ side.T).clip(min=0))[::-1]
 
 
-def cases(kind: str, largest: int, *, bf16: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def cases(kind: str, largest: int, *, bf16: bool) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
     for shape in SHAPES:
         if max(shape) <= largest:
             d, s = made(*shape, kind)
@@ -94,11 +96,11 @@ def main() -> None:
             for d, s in cases(kind, largest, bf16=bf16):
                 for rank in RANKS:
                     if rank <= min(d.shape):
-                        worst.add(d.to(options.device), s.to(options.device), rank)
+                        worst.add(d, s, rank, options.device)
             title, off = f"{kind}: {words}{', bf16 pair' if bf16 else ''}", f"{worst.residual:.1e}"
             nearest = f"{worst.ratio:.6f} | {worst.nothing:.0e}"
             print(f"| {title} | {worst.cases} | {nearest} | {off} | {worst.seconds:.2f} |", flush=True)
-    print(f"\n{versions('torch')}")
+    print(f"\n{versions('numpy')}")
 
 
 if __name__ == "__main__":

@@ -90,14 +90,14 @@ def empty(shape: tuple[int, ...], dtype: DType, device: str = "cpu") -> Array:
 
 
 def array_of(values: Any, dtype: DType, like: Array) -> Array:
-    """Python numbers as an array of the library, and on the device, of `like`."""
+    """Python numbers, or an array, as an array of the library, and on the device, of `like`."""
     if not is_torch(like):
         import numpy
 
         return numpy.asarray(values, dtype.numpy)
     import torch
 
-    return torch.tensor(values, dtype=dtype.torch, device=like.device)
+    return torch.as_tensor(values, dtype=dtype.torch, device=like.device)
 
 
 def cast(array: Array, dtype: DType) -> Array:

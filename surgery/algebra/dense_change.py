@@ -18,6 +18,7 @@ from surgery.algebra.low_rank import common_rank, solved_lora
 from surgery.algebra.sums import MergedDelta, Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.adapters.writing import places_of, whole_place
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
@@ -51,7 +52,7 @@ class ChangeTerm:
         """Rank of the update's factors, 0 without low-rank factors; the change itself has a higher one."""
         return self.update.rank or 0
 
-    def delta(self, dtype: DType) -> numpy.ndarray:
+    def delta(self, dtype: DType) -> Array:
         """The change of the weight, dense."""
         values = numpy.zeros(self.shape, dtype.numpy) if self.weight is None else self.weight.get(dtype)
         apply = self.update.prepare(HeldWeight(values))
@@ -92,7 +93,7 @@ def combine_changes(
 def _offset(site: Site, target: MergedDelta, sources: Sequence[Update]) -> CombinedUpdate:
     """The change of a bias, which is stored in full and loses nothing."""
 
-    def vector() -> numpy.ndarray:
+    def vector() -> Array:
         return target.formed()[:, 0]
 
     tensors = [tensor for source in sources for tensor in source.tensors]

@@ -99,7 +99,7 @@ def common_rank(targets: Sequence[DeltaTarget], recipe: Recipe) -> tuple[int, tu
         return max(target.least(recipe) for target in targets), None
     spectra = [target.spectrum() for target in sums]
     rank = max(rank_for(recipe, spectrum, full) for spectrum in spectra)
-    lost, whole = (math.sqrt(sum(float(spectrum[at:].square().sum()) for spectrum in spectra)) for at in (rank, 0))
+    lost, whole = (math.sqrt(sum(float((spectrum[at:] ** 2).sum()) for spectrum in spectra)) for at in (rank, 0))
     return rank, (whole, lost)
 
 

@@ -15,6 +15,7 @@ from surgery.algebra.combined_update import CombinedUpdate
 from surgery.algebra.group import Contribution
 from surgery.algebra.sums import Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS, merge_deltas
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import computed
@@ -30,7 +31,7 @@ def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution]
     if len(offsets) == 1 and recipe.method not in DENSE_METHODS:
         return CombinedUpdate(site, (offsets[0].scaled(weights[0]),), "kept")
 
-    def vector() -> numpy.ndarray:
+    def vector() -> Array:
         if recipe.method not in DENSE_METHODS:
             return numpy.stack([_value(o) * w for o, w in zip(offsets, weights, strict=True)]).sum(0)
         return merge_deltas(
@@ -48,5 +49,5 @@ def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution]
     return CombinedUpdate(site, (Offset(Factor.of(tensor)),), "exact", vector=vector)
 
 
-def _value(offset: Offset) -> numpy.ndarray:
+def _value(offset: Offset) -> Array:
     return offset.value.load(DType.F64) * offset.scale

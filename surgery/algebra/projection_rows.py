@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 
 from surgery_formats.adapters.writing import factor_dtype
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -50,7 +51,7 @@ def _copied(name: str, factor: Factor) -> Factor:
 def _rows(name: str, factor: Factor, start: int, stop: int) -> Factor:
     shape = (stop - start, *factor.shape[1:])
 
-    def values() -> numpy.ndarray:
+    def values() -> Array:
         return factor.load(DType.F64)[start:stop]
 
     return Factor.of(computed(name, shape, factor.tensors, values, _type_of([factor])))
@@ -93,7 +94,7 @@ def _join_offsets(offsets: Sequence[Offset | None], heights: Sequence[int], site
     present = [offset for offset in offsets if offset is not None]
     tail = present[0].value.shape[1:]
 
-    def values() -> numpy.ndarray:
+    def values() -> Array:
         blocks = [
             numpy.zeros((height, *tail)) if offset is None else offset.value.load(DType.F64) * offset.scale
             for offset, height in zip(offsets, heights, strict=True)
@@ -116,7 +117,7 @@ def _join_loras(loras: Sequence[LoRA | None], heights: Sequence[int], site: Site
     shared = len(present) == len(loras) and all(equal_factors(first.A, lora.A) for lora in present[1:])
     rank = first.rank if shared else sum(lora.rank for lora in present)
 
-    def up() -> numpy.ndarray:
+    def up() -> Array:
         whole = numpy.zeros((sum(heights), rank))
         row = column = 0
         for lora, height, factor in zip(loras, heights, times, strict=True):
@@ -127,7 +128,7 @@ def _join_loras(loras: Sequence[LoRA | None], heights: Sequence[int], site: Site
             row += height
         return whole
 
-    def down() -> numpy.ndarray:
+    def down() -> Array:
         return numpy.concat([lora.A.load(DType.F64) for lora in (present[:1] if shared else present)])
 
     sources = [tensor for lora in present for tensor in lora.tensors]

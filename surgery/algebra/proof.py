@@ -19,6 +19,7 @@ from surgery.algebra.group import key_of
 from surgery.algebra.sums import DeltaTarget, stacked
 from surgery.engine.factor_proof import approximation_errors
 from surgery.engine.proof import check_errors, compare, read_back, restricted
+from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
@@ -150,7 +151,7 @@ def _measure(
     return SumError(norm, error / norm, lost / norm)
 
 
-def _whole(chain: Sequence[Update]) -> list[numpy.ndarray]:
+def _whole(chain: Sequence[Update]) -> list[Array]:
     replacing = (update for update in chain if isinstance(update, Replacing))
     return [factor.load(DType.F64) for update in replacing for factor in update.factors().values()]
 

@@ -18,6 +18,7 @@ import numpy
 from surgery.algebra.ties_and_dare import merge_deltas
 from surgery.rank import Rank
 from surgery_formats.adapters.writing import zero_padded
+from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.factored import concatenated, factored_norm, rerank, singular_values
@@ -36,8 +37,8 @@ class Solved(NamedTuple):
         lost: Frobenius norm of what the factors leave out; 0 where nothing was left out.
     """
 
-    B: numpy.ndarray
-    A: numpy.ndarray
+    B: Array
+    A: Array
     lost: float = 0.0
 
 
@@ -124,7 +125,7 @@ class DeltaTarget(Protocol):
     def solve(self, rank: int) -> Solved:
         """The best factors of that rank."""
 
-    def compare(self, B: numpy.ndarray, A: numpy.ndarray) -> Compared:
+    def compare(self, B: Array, A: Array) -> Compared:
         """Compare ``B A`` with this delta."""
 
 
@@ -155,7 +156,7 @@ class LowRankSum:
         """All ranks together, but no more than the matrix has."""
         return min(sum(self.ranks), *self.shape)
 
-    def spectrum(self) -> numpy.ndarray:
+    def spectrum(self) -> Array:
         """All ``full_rank`` singular values, float64, descending."""
         return singular_values(*stacked(self.terms))[: self.full_rank]
 
@@ -170,7 +171,7 @@ class LowRankSum:
             return Solved(B, A)
         return Solved(*rerank(B, A, rank))
 
-    def compare(self, B: numpy.ndarray, A: numpy.ndarray) -> Compared:
+    def compare(self, B: Array, A: Array) -> Compared:
         """Neither matrix is formed."""
         mine, theirs = stacked(self.terms)
         error = factored_norm(numpy.hstack([mine, -B]), numpy.vstack([theirs, A]))
@@ -189,7 +190,7 @@ class Term(Protocol):
     def rank(self) -> int:
         """Directions that were trained; the delta itself may have more."""
 
-    def delta(self, dtype: DType) -> numpy.ndarray:
+    def delta(self, dtype: DType) -> Array:
         """A fresh array of `shape`."""
 
 
@@ -226,7 +227,7 @@ class MergedDelta:
         """The matrix's."""
         return min(self.shape)
 
-    def formed(self) -> numpy.ndarray:
+    def formed(self) -> Array:
         """The dense delta, float64."""
         return merge_deltas(
             [partial(term.delta, DType.F64) for term in self.terms],
@@ -261,20 +262,20 @@ class MergedDelta:
         B, A = svd.factors()
         return Solved(zero_padded(B, 1, rank), zero_padded(A, 0, rank), svd.residual)
 
-    def compare(self, B: numpy.ndarray, A: numpy.ndarray) -> Compared:
+    def compare(self, B: Array, A: Array) -> Compared:
         """The delta is formed once more; nothing cancels after that."""
         delta = self.formed()
         norm = float(numpy.linalg.norm(delta))
         return Compared(norm, float(numpy.linalg.norm(delta - B @ A)), norm)
 
 
-def stacked(terms: Sequence[LoRA]) -> tuple[numpy.ndarray, numpy.ndarray]:
+def stacked(terms: Sequence[LoRA]) -> tuple[Array, Array]:
     """``[s_1 B_1, s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, float64: the sum of `terms` as one product, exactly."""
     factors = [(term.B.load(DType.F64), term.A.load(DType.F64)) for term in terms]
     return concatenated(factors, [term.scale for term in terms])
 
 
-def rank_for(recipe: Recipe, spectrum: numpy.ndarray, full_rank: int) -> int:
+def rank_for(recipe: Recipe, spectrum: Array, full_rank: int) -> int:
     """The least rank, at least 1, that keeps what `recipe` asks for; at `full_rank` nothing is lost.
 
     Rank, energy and greatest error all hold if given, the rank being the upper limit.

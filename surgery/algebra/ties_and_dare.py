@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 
 import numpy
 
+from surgery_formats.arrays import Array
+
 __all__ = ["DENSE_METHODS", "disjoint_mean", "drop_and_rescale", "merge_deltas", "trim"]
 
 DENSE_METHODS = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
@@ -28,7 +30,7 @@ _CHUNK = 1 << 20  # random numbers drawn at a time
 
 
 def merge_deltas(
-    deltas: Sequence[Callable[[], numpy.ndarray]],
+    deltas: Sequence[Callable[[], Array]],
     weights: Sequence[float],
     *,
     method: str,
@@ -36,14 +38,14 @@ def merge_deltas(
     seed: int,
     name: str,
     owners: Sequence[int],
-) -> numpy.ndarray:
+) -> Array:
     """One weight's deltas merged by `method`, one of `DENSE_METHODS`, in float64.
 
     Each of `deltas` gives a fresh float64 array of one common shape, and is called once, one after the other.
     `density` is the share of the values that is kept, in (0, 1]. Random drops depend on `seed`, the weight's name and
     the number of each delta's adapter, not on the order of work.
     """
-    scaled: list[numpy.ndarray] = []
+    scaled: list[Array] = []
     for make, weight, owner in zip(deltas, weights, owners, strict=True):
         delta = make()
         if method in _TRIMMED:
@@ -60,7 +62,7 @@ def merge_deltas(
     return merged
 
 
-def trim(delta: numpy.ndarray, density: float) -> None:
+def trim(delta: Array, density: float) -> None:
     """Zero all but the ``ceil(density * n)`` values of greatest magnitude, in place (TIES, step 1).
 
     Values as great as the least one kept are kept too, so that the result does not depend on an order.
@@ -78,7 +80,7 @@ def generator(seed: int, name: str, owner: int) -> numpy.random.Generator:
     return numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(key[:16], "little")))
 
 
-def drop_and_rescale(delta: numpy.ndarray, density: float, random: numpy.random.Generator) -> None:
+def drop_and_rescale(delta: Array, density: float, random: numpy.random.Generator) -> None:
     """Zero each value with probability ``1 - density`` and divide the others by `density`, in place (DARE).
 
     Numbers are drawn in the order of the elements, one per element.
@@ -91,7 +93,7 @@ def drop_and_rescale(delta: numpy.ndarray, density: float, random: numpy.random.
     delta /= density
 
 
-def disjoint_mean(deltas: Sequence[numpy.ndarray]) -> numpy.ndarray:
+def disjoint_mean(deltas: Sequence[Array]) -> Array:
     """Elect each value's sign by total mass, and average the deltas that agree with it (TIES, steps 2 and 3).
 
     Values that are zero take no part in the mean; where the masses cancel exactly nothing is elected, and the result is

@@ -11,14 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from surgery.comparison.results import Profile, Side
+from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
 from surgery_formats.updates import LoRA, Update, in_full, low_rank_part
-
-if TYPE_CHECKING:
-    import numpy
 
 __all__ = ["SHARES", "Chain", "Squares", "are_sums", "blocks_of", "compared", "measured_side", "ratio", "side_of"]
 
@@ -94,7 +91,7 @@ def measured_side(chain: Chain) -> Side:
     return Side(side.kind, side.shape, side.rank, side.scale, norm, _profile(spectra) if spectra else None)
 
 
-def _profile(spectra: Sequence[numpy.ndarray]) -> Profile:
+def _profile(spectra: Sequence[Array]) -> Profile:
     """The profile of one matrix; for stacked experts the greatest of theirs."""
     stable, ranks = 0.0, {f"{share:g}": 0 for share in SHARES}
     for values in spectra:
@@ -136,13 +133,13 @@ def compared(mine: Chain, theirs: Chain) -> Squares:
     return sums
 
 
-def _full(chain: Chain) -> list[numpy.ndarray]:
+def _full(chain: Chain) -> list[Array]:
     """What is stored in full of that which is added to one weight."""
     offsets = [offset for update in chain if (offset := in_full(update))]
     return [offset.value.load(DType.F64) * offset.scale for offset in offsets]
 
 
-def _dense(left: numpy.ndarray, right: numpy.ndarray) -> Squares:
+def _dense(left: Array, right: Array) -> Squares:
     return Squares(
         float((left**2).sum()),
         float((right**2).sum()),

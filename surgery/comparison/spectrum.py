@@ -67,7 +67,7 @@ class _Difference:
         return right - left
 
 
-def _gram(mine: Storage, theirs: Storage) -> numpy.ndarray:
+def _gram(mine: Storage, theirs: Storage) -> Array:
     """The Gram matrix of the difference's short side in float64, summed over blocks of the long one."""
     rows, cols = mine.shape
     short = min(rows, cols)
@@ -94,7 +94,7 @@ def _by_krylov(difference: _Difference) -> tuple[Profile | None, str]:
     return _profile(cast(svd.S, DType.F64) ** 2, svd.total**2, LOOKED_AT), ""
 
 
-def _profile(energies: numpy.ndarray, whole: float, most: int) -> Profile:
+def _profile(energies: Array, whole: float, most: int) -> Profile:
     """Counts of directions; None for a share that more than `most` of them hold."""
     held = energies.cumsum()
 

@@ -4,87 +4,100 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.extraction.findings import MergedLoRA, Signal
 from surgery.extraction.noise import Spectrum, looks_merged, remark
+from surgery_formats.arrays import Array, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import NoiseTally, noise_energy, signal_count, spacing, survival, variance
+from tests.support.libraries import each_library
+from tests.support.spectra import norm
 
+Of = Callable[[numpy.ndarray], Array]
 STORED = [DType.BF16, DType.F16, DType.F32]
 
 
-def stored(values: torch.Tensor, dtype: DType) -> torch.Tensor:
-    return values.to(dtype.torch).double()
+def stored(values: numpy.ndarray, dtype: DType) -> numpy.ndarray:
+    return values.astype(dtype.numpy).astype(numpy.float64)
 
 
-def weight(m: int, n: int, dtype: DType, seed: int = 0) -> torch.Tensor:
+def weight(m: int, n: int, dtype: DType, seed: int = 0) -> numpy.ndarray:
     """Columns of different size, as trained ones have."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = torch.exp(0.3 * torch.randn(n, generator=generator, dtype=torch.float64))
-    return stored(0.02 * torch.randn(m, n, generator=generator, dtype=torch.float64) * columns, dtype)
+    random = numpy.random.default_rng(seed)
+    columns = numpy.exp(0.3 * random.standard_normal(n))
+    return stored(0.02 * random.standard_normal((m, n)) * columns, dtype)
 
 
-def low_rank(m: int, n: int, rank: int, rms: float, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    U, _ = torch.linalg.qr(torch.randn(m, rank, generator=generator, dtype=torch.float64))
-    V, _ = torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64))
-    made = (U * torch.linspace(1, 0.3, rank, dtype=torch.float64)) @ V.T
-    return made * rms / made.square().mean().sqrt()
+def low_rank(m: int, n: int, rank: int, rms: float, seed: int = 1) -> numpy.ndarray:
+    random = numpy.random.default_rng(seed)
+    U, V = (numpy.linalg.qr(random.standard_normal((side, rank)))[0] for side in (m, n))
+    made = (U * numpy.linspace(1, 0.3, rank)) @ V.T
+    return made * (rms / numpy.sqrt(numpy.mean(made**2)))
 
 
-@given(st.floats(min_value=2.0**-100, max_value=2.0**100), st.sampled_from([DType.BF16, DType.F32]))
-def test_spacing_is_the_distance_to_the_next_value(value: float, dtype: DType) -> None:
-    exact = torch.tensor([value]).to(dtype.torch)
-    above = torch.nextafter(exact, torch.tensor([math.inf], dtype=exact.dtype))
-    assert float(spacing(exact, dtype)) == float(above.double() - exact.double())
-    assert torch.equal(spacing(-exact.double(), dtype).float(), spacing(exact, dtype))
+def middle(base: numpy.ndarray, dtype: DType) -> float:
+    return float(numpy.median(spacing(base, dtype)))
 
 
-def test_spacing_of_float16_down_to_its_subnormals() -> None:
-    every = torch.arange(1, 0x7BFF, dtype=torch.int16).view(torch.float16)
-    following = torch.arange(2, 0x7C00, dtype=torch.int16).view(torch.float16)
-    assert torch.equal(spacing(every, DType.F16).double(), following.double() - every.double())
-    assert float(spacing(torch.zeros(1), DType.F16)) == 2.0**-24
+@each_library
+@given(value=st.floats(min_value=2.0**-100, max_value=2.0**100), dtype=st.sampled_from([DType.BF16, DType.F32]))
+def test_spacing_is_the_distance_to_the_next_value(value: float, dtype: DType, of: Of) -> None:
+    exact = numpy.array([value]).astype(dtype.numpy)
+    above = numpy.nextafter(exact, exact.dtype.type(math.inf))
+    assert float(spacing(of(exact), dtype)[0]) == float(above.astype(float)[0]) - float(exact.astype(float)[0])
+    assert float(spacing(of(-exact.astype(numpy.float64)), dtype)[0]) == float(spacing(of(exact), dtype)[0])
 
 
+@each_library
+def test_spacing_of_float16_down_to_its_subnormals(of: Of) -> None:
+    every = numpy.arange(1, 0x7BFF, dtype=numpy.int16).view(numpy.float16)
+    following = numpy.arange(2, 0x7C00, dtype=numpy.int16).view(numpy.float16)
+    found = to_cpu(spacing(of(every), DType.F16))
+    assert numpy.array_equal(found, following.astype(numpy.float64) - every.astype(numpy.float64))
+    assert float(spacing(of(numpy.zeros(1)), DType.F16)[0]) == 2.0**-24
+
+
+@each_library
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("rounded", [1, 2])
-def test_noise_energy_is_the_measured_rounding_of_one_side_or_both(dtype: DType, rounded: int) -> None:
-    parent = 0.02 * torch.randn(400, 300, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+def test_noise_energy_is_the_measured_rounding_of_one_side_or_both(dtype: DType, rounded: int, of: Of) -> None:
+    parent = 0.02 * numpy.random.default_rng(3).standard_normal((400, 300))
     base = parent if rounded == 2 else stored(parent, dtype)
-    tuned = base + low_rank(400, 300, 8, 20 * float(spacing(base, dtype).median()))
+    tuned = base + low_rank(400, 300, 8, 20 * middle(base, dtype))
     noise = (stored(tuned, dtype) - stored(base, dtype)) - (tuned - base)
-    sides = [(stored(tuned, dtype), dtype), (stored(base, dtype), dtype)][:rounded]
-    assert float(noise.square().sum()) == pytest.approx(noise_energy(*sides), rel=0.03)
+    sides = [(of(stored(tuned, dtype)), dtype), (of(stored(base, dtype)), dtype)][:rounded]
+    assert float((noise**2).sum()) == pytest.approx(noise_energy(*sides), rel=0.03)
     tally = NoiseTally()
     for start in range(0, 400, 64):
         tally.add(*((values[start : start + 64], kind) for values, kind in sides))
     assert tally.energy == pytest.approx(noise_energy(*sides), rel=1e-6)
-    assert 0.6 * tally.edge < float(torch.linalg.matrix_norm(noise, 2)) < tally.edge
-    exact = variance(*sides)
-    assert tally.edge == pytest.approx(float(exact.sum(1).max().sqrt() + exact.sum(0).max().sqrt()), rel=1e-6)
+    assert 0.6 * tally.edge < float(numpy.linalg.norm(noise, 2)) < tally.edge
+    exact = to_cpu(variance(*sides))
+    assert tally.edge == pytest.approx(math.sqrt(exact.sum(1).max()) + math.sqrt(exact.sum(0).max()), rel=1e-6)
 
 
+@each_library
 @pytest.mark.parametrize("rms", [0.1, 0.2, 0.5, 1.0, 4.0])
-def test_survival_is_the_measured_share_kept_by_a_merge(rms: float) -> None:
+def test_survival_is_the_measured_share_kept_by_a_merge(rms: float, of: Of) -> None:
     base = weight(512, 512, DType.BF16)
-    delta = low_rank(512, 512, 16, rms * float(spacing(base, DType.BF16).median()))
-    kept = survival(base, delta, DType.BF16)
-    merged = (base + delta).bfloat16().double() - base
-    assert kept.survival == pytest.approx(float((merged * delta).sum() / delta.square().sum()), rel=1e-9)
-    assert kept.rounding == pytest.approx(float((merged - delta).norm() / delta.norm()), rel=1e-9)
+    delta = low_rank(512, 512, 16, rms * middle(base, DType.BF16))
+    kept = survival(of(base), of(delta), DType.BF16)
+    merged = stored(base + delta, DType.BF16) - base
+    assert kept.survival == pytest.approx(float((merged * delta).sum() / (delta**2).sum()), rel=1e-9)
+    assert kept.rounding == pytest.approx(norm(merged - delta) / norm(delta), rel=1e-9)
     expected = {0.1: (0.0, 0.3), 0.2: (0.2, 0.45), 0.5: (0.6, 0.85), 1.0: (0.88, 0.98), 4.0: (0.995, 1.005)}
     low, high = expected[rms]
     assert low < kept.survival < high
 
 
 def test_survival_of_a_zero_update_is_nan() -> None:
-    assert math.isnan(survival(torch.ones(2, 2), torch.zeros(2, 2), DType.BF16).survival)
+    assert math.isnan(survival(numpy.ones((2, 2)), numpy.zeros((2, 2)), DType.BF16).survival)
 
 
 def test_directions_below_float32_resolution_are_not_signal() -> None:
@@ -93,13 +106,13 @@ def test_directions_below_float32_resolution_are_not_signal() -> None:
     assert signal_count([], 0.0) == 0
 
 
-def spectrum(base: torch.Tensor, tuned: torch.Tensor, dtype: DType, known: int | None = None) -> Spectrum:
-    values = torch.linalg.svdvals(tuned - base)
+def spectrum(base: numpy.ndarray, tuned: numpy.ndarray, dtype: DType, known: int | None = None) -> Spectrum:
+    values = numpy.linalg.svdvals(tuned - base)
     tally = NoiseTally()
     tally.add((tuned, dtype))
     few = values[:known].tolist()
-    rest = float(values[known:].square().sum()) if known is not None else 0.0
-    total = float(values.square().sum())
+    rest = float((values[known:] ** 2).sum()) if known is not None else 0.0
+    total = float((values**2).sum())
     return Spectrum(few, tuple(base.shape), total, rest, tally.edge, tally.energy, signal_count(few, tally.edge))
 
 
@@ -113,7 +126,7 @@ def test_a_merged_lora_is_recognised_from_one_ulp_upwards(dtype: DType, rms: flo
     found = []
     for m, n in SIZES:
         base = weight(m, n, dtype)
-        tuned = stored(base + low_rank(m, n, 8, rms * float(spacing(base, dtype).median())), dtype)
+        tuned = stored(base + low_rank(m, n, 8, rms * middle(base, dtype)), dtype)
         found.append(spectrum(base, tuned, dtype, known))
     assert [one.signal for one in found] == [8, 8, 8]
     assert looks_merged(found) == MergedLoRA(8, 3, 3)
@@ -127,13 +140,12 @@ def test_a_full_fine_tune_is_not_taken_for_a_merged_lora(dtype: DType, rms: floa
     found = []
     for m, n in SIZES[1:]:
         base = weight(m, n, dtype)
-        generator = torch.Generator().manual_seed(7)
-        U, _ = torch.linalg.qr(torch.randn(m, 96, generator=generator, dtype=torch.float64))
-        V, _ = torch.linalg.qr(torch.randn(n, 96, generator=generator, dtype=torch.float64))
-        part = (U * torch.arange(1, 97).double().pow(-0.7)) @ V.T
-        part /= part.square().mean().sqrt()
-        bulk = torch.randn(m, n, generator=generator, dtype=torch.float64)
-        change = (math.sqrt(1 - low) * bulk + math.sqrt(low) * part) * rms * float(spacing(base, dtype).median())
+        random = numpy.random.default_rng(7)
+        U, V = (numpy.linalg.qr(random.standard_normal((side, 96)))[0] for side in (m, n))
+        part = (U * numpy.arange(1.0, 97) ** -0.7) @ V.T
+        part /= numpy.sqrt(numpy.mean(part**2))
+        bulk = random.standard_normal((m, n))
+        change = (math.sqrt(1 - low) * bulk + math.sqrt(low) * part) * rms * middle(base, dtype)
         found += [spectrum(base, stored(base + change, dtype), dtype, known) for known in (None, 4, 16)]
     assert looks_merged(found) is None
 

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
+import numpy
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery_formats.arrays import Array
 from surgery_formats.linalg.rank_criteria import allocate, auto_rank, checked_rank, rank_for_energy, rank_for_error
+from tests.support.libraries import each_library
+
+Of = Callable[[numpy.ndarray], Array]
 
 
 def test_a_capped_rank_comes_with_a_sentence() -> None:
@@ -23,14 +28,15 @@ def test_a_capped_rank_comes_with_a_sentence() -> None:
             checked_rank(wrong, (8, 16))  # type: ignore[arg-type]
 
 
-def test_energy_and_error_criteria_agree() -> None:
-    values = torch.tensor([3.0, 2.0, 1.0, 0.0])
+@each_library
+def test_energy_and_error_criteria_agree(of: Of) -> None:
+    values = of(numpy.array([3.0, 2.0, 1.0, 0.0]))
     assert [rank_for_energy(values, e) for e in (0.5, 9 / 14, 0.65, 13 / 14, 1.0)] == [1, 1, 2, 2, 3]
     assert rank_for_error(values, (5 / 14) ** 0.5 + 1e-12) == 1
     assert rank_for_error(values, 0.0) == 3
     assert rank_for_energy(values[:2], 0.9, total=14**0.5) == 2
     assert rank_for_energy(values[:2], 0.95, total=14**0.5) is None
-    assert rank_for_energy(torch.zeros(3), 0.9) == 0
+    assert rank_for_energy(of(numpy.zeros(3)), 0.9) == 0
 
 
 @settings(max_examples=80, deadline=None)
@@ -38,19 +44,20 @@ def test_energy_and_error_criteria_agree() -> None:
 def test_the_budget_is_kept_and_spent_optimally(data: st.DataObject) -> None:
     """Equal costs: exactly the optimum of all allocations."""
     spectra = [
-        torch.tensor(sorted(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)), reverse=True)).float()
+        numpy.array(sorted(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)), reverse=True), numpy.float32)
         for _ in range(data.draw(st.integers(1, 3)))
     ]
     budget = data.draw(st.integers(0, 10))
     found = allocate(spectra, [1] * len(spectra), budget)
     assert found.cost == sum(found.ranks) <= budget
     ways = [w for w in product(*(range(len(s) + 1) for s in spectra)) if sum(w) <= budget]
-    best = min(sum(float(s[r:].square().sum()) for s, r in zip(spectra, way, strict=True)) for way in ways)
+    best = min(sum(float((s[r:] ** 2).sum()) for s, r in zip(spectra, way, strict=True)) for way in ways)
     assert found.lost == best
 
 
-def test_expensive_directions_are_chosen_last() -> None:
-    spectra = [torch.tensor([4.0, 3.0]), torch.tensor([5.0, 1.0])]
+@each_library
+def test_expensive_directions_are_chosen_last(of: Of) -> None:
+    spectra = [of(numpy.array([4.0, 3.0])), of(numpy.array([5.0, 1.0]))]
     assert allocate(spectra, [10, 30], 20).ranks == (2, 0)  # 25/30 is less than 9/10
     assert allocate(spectra, [10, 30], 50).ranks == (2, 1)
     assert allocate(spectra, [10, 30], 35).ranks == (2, 0)  # what does not fit does not stop the cheaper
@@ -62,8 +69,9 @@ def test_expensive_directions_are_chosen_last() -> None:
         allocate(spectra, [10], 39)
 
 
-def test_auto_rank_counts_values_above_the_edge_within_the_budget() -> None:
-    values = torch.tensor([9.0, 5.0, 2.0, 1.0])
+@each_library
+def test_auto_rank_counts_values_above_the_edge_within_the_budget(of: Of) -> None:
+    values = of(numpy.array([9.0, 5.0, 2.0, 1.0]))
     assert auto_rank(values, 1.5) == 3
     assert auto_rank(values, 1.5, budget=2) == 2
     assert auto_rank(values, 1.5, budget=8) == 3

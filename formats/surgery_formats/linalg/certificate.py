@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
+import numpy
 
 __all__ = ["Convergence", "allowed_excess", "excess_energy", "outside_norm", "ratio_bound"]
 
@@ -61,19 +61,19 @@ class Convergence:
         return _MARGIN * gain * math.exp(slowest * (middle - columns)) / slowest if slowest > 0 else math.inf
 
 
-def outside_norm(small: torch.Tensor, beyond: torch.Tensor) -> float:
+def outside_norm(small: numpy.ndarray, beyond: numpy.ndarray) -> float:
     """Estimate ``|M M^T|`` outside the basis.
 
     `small` is ``K^T M M^T K`` of the last two blocks (or the only one), `beyond` ``W^T W``, ``(b, b)``, where `W` is what the
     next product adds outside the basis; both float64.
     """
     b = len(beyond)
-    last = float(torch.linalg.eigvalsh(small[-b:, -b:])[-1])
-    before = float(torch.linalg.svdvals(small[-b:, :-b])[0]) if len(small) > b else 0.0
-    return last + before + math.sqrt(max(float(torch.linalg.eigvalsh(beyond)[-1]), 0.0))
+    last = float(numpy.linalg.eigvalsh(small[-b:, -b:])[-1])
+    before = float(numpy.linalg.svdvals(small[-b:, :-b])[0]) if len(small) > b else 0.0
+    return last + before + math.sqrt(max(float(numpy.linalg.eigvalsh(beyond)[-1]), 0.0))
 
 
-def excess_energy(ritz: torch.Tensor, coupling: torch.Tensor, kept: int, outside: float, enough: float) -> float:
+def excess_energy(ritz: numpy.ndarray, coupling: numpy.ndarray, kept: int, outside: float, enough: float) -> float:
     """Bound ``sum_{i <= kept} sigma_i^2 - sum_{i <= kept} theta_i^2`` from above.
 
     `ritz` is ``theta^2`` of the whole basis, ``(d,)``, descending, `d` > `kept`; `coupling` its ``C^T C``, ``(d, d)``; both
@@ -83,7 +83,7 @@ def excess_energy(ritz: torch.Tensor, coupling: torch.Tensor, kept: int, outside
     if kept == 0:
         return 0.0
     first = max(float(ritz[kept]), outside)
-    if float((first - ritz[:kept]).clamp_min(0).sum()) > enough:
+    if float((first - ritz[:kept]).clip(min=0).sum()) > enough:
         return math.inf
     head, rest = _Form.of(ritz[:kept], coupling[:kept, :kept]), slice(kept, kept + _FULL)
     tail = _Form.of(ritz[rest], coupling[rest, rest])
@@ -104,22 +104,21 @@ def excess_energy(ritz: torch.Tensor, coupling: torch.Tensor, kept: int, outside
 class _Form:
     """``diag(T) + C / t`` for any `t`."""
 
-    ritz: torch.Tensor
-    diagonal: torch.Tensor
-    coupling: torch.Tensor
+    ritz: numpy.ndarray
+    diagonal: numpy.ndarray
+    coupling: numpy.ndarray
     trace: float
 
     @classmethod
-    def of(cls, ritz: torch.Tensor, coupling: torch.Tensor) -> _Form:
-        return cls(ritz, torch.diag(ritz), coupling, max(float(coupling.diagonal().sum()), 0.0))
+    def of(cls, ritz: numpy.ndarray, coupling: numpy.ndarray) -> _Form:
+        return cls(ritz, numpy.diag(ritz), coupling, max(float(coupling.diagonal().sum()), 0.0))
 
     def values(self, t: float) -> list[float]:
         """Return the eigenvalues, or upper bounds of all their leading partial sums; descending."""
         if len(self.ritz) > _FULL:
-            values: list[float] = (self.ritz + self.coupling.abs().sum(1) / t).tolist()
+            values: list[float] = (self.ritz + numpy.abs(self.coupling).sum(axis=1) / t).tolist()
             return sorted(values, reverse=True)
-        form = torch.add(self.diagonal, self.coupling, alpha=1 / t)
-        values = torch.linalg.eigvalsh(form).tolist()
+        values = numpy.linalg.eigvalsh(self.diagonal + self.coupling / t).tolist()
         return values[::-1]
 
 

@@ -11,10 +11,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
+import numpy
 
+from surgery_formats.arrays import Array, array_of, cast, dtype_of, namespace, to_cpu
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.matrix import one_thread
+from surgery_formats.linalg.panel import positive
+from surgery_formats.threads import one_thread
 
 __all__ = ["concatenated", "factored_inner", "factored_norm", "relative_error", "rerank", "singular_values"]
 
@@ -28,14 +31,12 @@ class LowRankProduct(NamedTuple):
         lost: ``||B_0 A_0 - B A||_F``, the least possible at this rank.
     """
 
-    B: torch.Tensor
-    A: torch.Tensor
+    B: Array
+    A: Array
     lost: float
 
 
-def concatenated(
-    terms: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def concatenated(terms: Sequence[tuple[Array, Array]], weights: Sequence[float] | None = None) -> tuple[Array, Array]:
     """``sum_i w_i B_i A_i`` as one exact product: ``[w_1 B_1, w_2 B_2, ...]`` and ``[A_1; A_2; ...]``, same dtype.
 
     Terms are ``(B_i (m, r_i), A_i (r_i, n))``, of any ranks; weights, one per term, of either sign, are 1 by default.
@@ -50,24 +51,24 @@ def concatenated(
     shapes = {_shape(B, A) for B, A in terms}
     if len(shapes) > 1:
         raise FitError(f"matrices of different shapes cannot be added: {sorted(shapes)}")
-    left = torch.cat([B * weight for (B, _), weight in zip(terms, weights, strict=True)], dim=1)
-    return left, torch.cat([A for _, A in terms], dim=0)
+    xp = namespace(*terms[0])
+    left = xp.concat([B * weight for (B, _), weight in zip(terms, weights, strict=True)], axis=1)
+    return left, xp.concat([A for _, A in terms], axis=0)
 
 
-def singular_values(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Singular values of ``B A``, ``(min(m, n, r),)``, float64, descending."""
-    with torch.no_grad(), one_thread():
-        values: torch.Tensor = torch.linalg.svdvals(_core(B, A)[1])
-        return values
+def singular_values(B: Array, A: Array) -> numpy.ndarray:
+    """Singular values of ``B A``, ``(min(m, n, r),)``, float64, descending, on the CPU."""
+    with one_thread():
+        return numpy.linalg.svdvals(_core(B, A)[1])
 
 
-def factored_norm(B: torch.Tensor, A: torch.Tensor) -> float:
+def factored_norm(B: Array, A: Array) -> float:
     """``||B A||_F``."""
-    with torch.no_grad(), one_thread():
-        return float(torch.linalg.matrix_norm(_core(B, A)[1]))
+    with one_thread():
+        return float(numpy.linalg.norm(_core(B, A)[1]))
 
 
-def factored_inner(B: torch.Tensor, A: torch.Tensor, other_B: torch.Tensor, other_A: torch.Tensor) -> float:
+def factored_inner(B: Array, A: Array, other_B: Array, other_A: Array) -> float:
     """``<B A, B' A'>_F = sum_ij (B^T B')_ij (A A'^T)_ij``, in float64.
 
     Raises:
@@ -75,22 +76,25 @@ def factored_inner(B: torch.Tensor, A: torch.Tensor, other_B: torch.Tensor, othe
     """
     if _shape(B, A) != _shape(other_B, other_A):
         raise FitError(f"matrices of shapes {_shape(B, A)} and {_shape(other_B, other_A)} have no inner product")
-    with torch.no_grad(), one_thread():
-        return float(((B.double().T @ other_B.double()) * (A.double() @ other_A.double().T)).sum())
+    with one_thread():
+        B, A, other_B, other_A = (cast(factor, DType.F64) for factor in (B, A, other_B, other_A))
+        return float(((B.T @ other_B) * (A @ other_A.T)).sum())
 
 
-def relative_error(exact: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:
+def relative_error(exact: tuple[Array, Array], other: tuple[Array, Array]) -> float:
     """``||B A - B' A'||_F / ||B A||_F`` of ``exact = (B, A)`` and ``other = (B', A')``, in float64; infinite if only B A is zero.
 
     Raises:
         FitError: the matrices' shapes differ.
     """
-    error = factored_norm(*concatenated([(B.double(), A.double()) for B, A in (exact, other)], [1.0, -1.0]))
+    error = factored_norm(
+        *concatenated([(cast(B, DType.F64), cast(A, DType.F64)) for B, A in (exact, other)], [1.0, -1.0])
+    )
     size = factored_norm(*exact)
     return error / size if size else math.inf if error else 0.0
 
 
-def rerank(B: torch.Tensor, A: torch.Tensor, rank: int) -> LowRankProduct:
+def rerank(B: Array, A: Array, rank: int) -> LowRankProduct:
     """Return the product nearest to ``B (m, r)`` times ``A (r, n)`` (Eckart and Young).
 
     Its rank is `rank`, capped at ``min(m, n, r)``; the factors, in the inputs' dtype, are computed in float64.
@@ -100,27 +104,29 @@ def rerank(B: torch.Tensor, A: torch.Tensor, rank: int) -> LowRankProduct:
     """
     if rank < 1:
         raise ValueError(f"rank {rank} is not positive")
-    with torch.no_grad(), one_thread():
+    with one_thread():
         left, core, right = _core(B, A)
-        u, s, vh = torch.linalg.svd(core, full_matrices=False)
-        root = s[:rank].sqrt()
-        product = left @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ right.T
-        flip = torch.where(product[0].gather(0, product[0].abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
-        lost = math.sqrt(float(s[rank:].square().sum()))
-        return LowRankProduct((product[0] * flip).to(B.dtype), (product[1] * flip.T).to(A.dtype), lost)
+        u, s, vh = numpy.linalg.svd(core, full_matrices=False)
+        root = numpy.sqrt(s[:rank])
+        turn, back = (array_of(side, DType.F64, B) for side in (u[:, :rank] * root, root[:, None] * vh[:rank]))
+        product_B, product_A = left @ turn, back @ right.T
+        flip = positive(product_B.T)
+        lost = math.sqrt(float(numpy.sum(s[rank:] ** 2)))
+        return LowRankProduct(cast(product_B * flip.T, dtype_of(B)), cast(product_A * flip, dtype_of(A)), lost)
 
 
-def _core(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(Q_B, R_B R_A^T, Q_A)``, float64."""
+def _core(B: Array, A: Array) -> tuple[Array, numpy.ndarray, Array]:
+    """``(Q_B, R_B R_A^T, Q_A)``, float64; the core on the CPU, where small decompositions are right and fast."""
     _shape(B, A)
-    if not bool(torch.isfinite(B).all()) or not bool(torch.isfinite(A).all()):
+    xp = namespace(B, A)
+    if not bool(xp.all(xp.isfinite(B))) or not bool(xp.all(xp.isfinite(A))):
         raise FitError("a factor holds NaN or infinity")
-    left, upper = torch.linalg.qr(B.double())
-    right, lower = torch.linalg.qr(A.double().T)
-    return left, upper @ lower.T, right
+    left, upper = xp.linalg.qr(cast(B, DType.F64))
+    right, lower = xp.linalg.qr(cast(A, DType.F64).T)
+    return left, to_cpu(upper @ lower.T), right
 
 
-def _shape(B: torch.Tensor, A: torch.Tensor) -> tuple[int, int]:
+def _shape(B: Array, A: Array) -> tuple[int, int]:
     if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
         raise FitError(f"factors of shapes {list(B.shape)} and {list(A.shape)} have no product")
     return B.shape[0], A.shape[1]

@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
+import numpy
 
+from surgery_formats.arrays import Array, cast, dtype_of, namespace, to_cpu, to_device
 from surgery_formats.errors import FitError
-from surgery_formats.linalg.matrix import MatrixSource, one_thread
+from surgery_formats.linalg.matrix import MatrixSource
 from surgery_formats.linalg.svd import truncated_svd
+from surgery_formats.threads import one_thread
 
 __all__ = ["DoRAFit", "HeldPair", "Magnitudes", "PairSource", "alternate", "best_columns", "best_rows", "row_share"]
 
@@ -31,6 +33,7 @@ _SETTLED = 0.99
 _EXACT = 1e-6
 """Relative residual below which float32 cannot improve further."""
 _BLOCK = 1 << 21
+_TINY = float(numpy.finfo(numpy.float64).tiny)
 
 
 class PairSource(Protocol):
@@ -41,7 +44,7 @@ class PairSource(Protocol):
         """``(out, in)``."""
         ...
 
-    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, start: int, stop: int) -> tuple[Array, Array]:
         """Rows ``start:stop`` of W and W', each ``(stop - start, in)``, float32 or float64; repeatable."""
         ...
 
@@ -49,15 +52,15 @@ class PairSource(Protocol):
 class HeldPair(NamedTuple):
     """W and W' in memory, both ``(out, in)``."""
 
-    base: torch.Tensor
-    tuned: torch.Tensor
+    base: Array
+    tuned: Array
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
         return int(self.base.shape[0]), int(self.base.shape[1])
 
-    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, start: int, stop: int) -> tuple[Array, Array]:
         """Views of rows ``start:stop`` of W and W'."""
         return self.base[start:stop], self.tuned[start:stop]
 
@@ -76,10 +79,10 @@ class DoRAFit(NamedTuple):
         steps: Number of truncated SVDs.
     """
 
-    B: torch.Tensor
-    A: torch.Tensor
-    magnitude: torch.Tensor
-    gain: torch.Tensor
+    B: Array
+    A: Array
+    magnitude: Array
+    gain: Array
     residual: float
     total: float
     size: float
@@ -96,31 +99,31 @@ class Magnitudes(NamedTuple):
         scales: Row scales for the next step; empty for columns.
     """
 
-    magnitude: torch.Tensor
-    gain: torch.Tensor
+    magnitude: Array
+    gain: Array
     residual: float
-    scales: torch.Tensor
+    scales: Array
 
 
-def alternate(pair: PairSource, rank: int, *, seed: int = 0, device: torch.device | str = "cpu") -> DoRAFit:
+def alternate(pair: PairSource, rank: int, *, seed: int = 0, device: str | None = None) -> DoRAFit:
     """Fit a DoRA of rank `rank` to `pair`.
 
     Args:
         pair: W and W'.
         rank: Rank of ``B A``, capped at ``min(out, in)``.
         seed: Seed of the SVDs; equal inputs and seeds give equal bits.
-        device: Where to compute the SVDs.
+        device: Where to compute the SVDs of a pair on the CPU; where the pair is by default.
 
     Raises:
         FitError: a row of ``W + B A`` is zero and has no direction.
     """
-    with torch.no_grad(), one_thread():
+    with one_thread():
         total, size = _norms(pair)
         scales = _aligned(pair)
         best, left, steps = None, math.inf, 0
         while steps < _STEPS:
             svd = truncated_svd(_scaled(pair, scales, device), rank=rank, seed=seed, device=device)
-            B, A = (factor.cpu() for factor in svd.factors())
+            B, A = (factor if device is None else to_cpu(factor) for factor in svd.factors())
             steps += 1
             rows = best_rows(pair, B, A)
             if best is None or rows.residual < best[2].residual:
@@ -134,59 +137,56 @@ def alternate(pair: PairSource, rank: int, *, seed: int = 0, device: torch.devic
         return DoRAFit(B, A, rows.magnitude, rows.gain, rows.residual, total, size, steps)
 
 
-def best_rows(pair: PairSource, B: torch.Tensor, A: torch.Tensor) -> Magnitudes:
+def best_rows(pair: PairSource, B: Array, A: Array) -> Magnitudes:
     """Fit magnitudes to fixed factors ``B (out, r)`` and ``A (r, in)`` by least squares, and the next step's scales.
 
     Raises:
         FitError: a row of ``W + B A`` is zero.
     """
     scales, magnitudes, gains, error = [], [], [], 0.0
+    xp = namespace(B, A)
     for at, base, tuned in _blocks(pair):
-        change = B[at].to(base.dtype) @ A.to(base.dtype)
+        change = _product(B[at], A, base)
         adapted = base + change
         inner, squares = _dots(adapted, tuned), _dots(adapted, adapted)
-        if not bool((squares > 0).all()):
+        if not bool(xp.all(squares > 0)):
             raise FitError("a row of the weight is zero, so it has no direction for a magnitude to scale")
         gain = inner / squares
         scales.append(_ratio(inner, _dots(tuned, tuned)))
-        magnitudes.append(gain * squares.sqrt())
+        magnitudes.append(gain * xp.sqrt(squares))
         gains.append(gain)
-        # W' - g (W + BA) = (W' - W) + (1 - g) W - g BA: three small terms
-        column = gain[:, None]
-        rest = (tuned - base) + (1 - column).to(base.dtype) * base - column.to(base.dtype) * change
-        error += float(rest.double().square().sum())
-    return Magnitudes(torch.cat(magnitudes), torch.cat(gains), math.sqrt(error), torch.cat(scales))
+        error += _missed(base, tuned, change, gain[:, None])
+    return Magnitudes(xp.concat(magnitudes), xp.concat(gains), math.sqrt(error), xp.concat(scales))
 
 
-def best_columns(pair: PairSource, B: torch.Tensor, A: torch.Tensor) -> Magnitudes:
+def best_columns(pair: PairSource, B: Array, A: Array) -> Magnitudes:
     """Like `best_rows`, per column, as PEFT stores the magnitudes of an embedding; two passes.
 
     Raises:
         FitError: a column of ``W + B A`` is zero.
     """
-    inner = torch.zeros(pair.shape[1], dtype=torch.float64)
-    squares = torch.zeros(pair.shape[1], dtype=torch.float64)
+    xp = namespace(B, A)
+    inner = xp.zeros(pair.shape[1], dtype=xp.float64, device=A.device)
+    squares = xp.zeros(pair.shape[1], dtype=xp.float64, device=A.device)
     for at, base, tuned in _blocks(pair):
-        adapted = base + B[at].to(base.dtype) @ A.to(base.dtype)
-        inner += (adapted * tuned).sum(dim=0, dtype=torch.float64)
-        squares += adapted.square().sum(dim=0, dtype=torch.float64)
-    if not bool((squares > 0).all()):
+        adapted = base + _product(B[at], A, base)
+        inner += _dots(adapted.T, tuned.T)
+        squares += _dots(adapted.T, adapted.T)
+    if not bool(xp.all(squares > 0)):
         raise FitError("a column of the weight is zero, so it has no direction for a magnitude to scale")
     gain, error = inner / squares, 0.0
     for at, base, tuned in _blocks(pair):
-        change = B[at].to(base.dtype) @ A.to(base.dtype)
-        rest = (tuned - base) + (1 - gain).to(base.dtype) * base - gain.to(base.dtype) * change
-        error += float(rest.double().square().sum())
-    return Magnitudes(gain * squares.sqrt(), gain, math.sqrt(error), gain.new_zeros(0))
+        error += _missed(base, tuned, _product(B[at], A, base), gain)
+    return Magnitudes(gain * xp.sqrt(squares), gain, math.sqrt(error), gain[:0])
 
 
-def row_share(rest: torch.Tensor, adapted: torch.Tensor) -> tuple[float, float]:
+def row_share(rest: Array, adapted: Array) -> tuple[float, float]:
     """Measure how much of a LoRA's residual is a rescaling of rows, which tells whether alternation can win.
 
     From some rows `rest` of ``W' - W - B A``, ``(rows, in)``, and the same rows of ``W + B A``: ``(energy along W + B A,
     energy)``, of which the first is what row scales alone would remove, less chance alignment.
     """
-    along = _ratio(_dots(rest, adapted).square(), _dots(adapted, adapted), nothing=0.0)
+    along = _ratio(_dots(rest, adapted) ** 2, _dots(adapted, adapted), nothing=0.0)
     energy = float(_dots(rest, rest).sum())
     return float(along.sum()) - energy / max(rest.shape[1], 1), energy
 
@@ -196,38 +196,42 @@ class _Scaled:
     """``diag(c) W' - W``; satisfies `surgery_formats.linalg.matrix.MatrixSource`."""
 
     pair: PairSource
-    scales: torch.Tensor
+    scales: Array
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
         return self.pair.shape
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
+    def rows(self, start: int, stop: int) -> Array:
         """Rows ``start:stop``, formed as differences of nearly equal values."""
         base, tuned = self.pair.rows(start, stop)
-        return (tuned - base) + (self.scales[start:stop, None] - 1).to(base.dtype) * tuned
+        return (tuned - base) + cast(self.scales[start:stop, None] - 1, dtype_of(base)) * tuned
 
 
-def _scaled(pair: PairSource, scales: torch.Tensor, device: torch.device | str) -> torch.Tensor | MatrixSource:
+def _scaled(pair: PairSource, scales: Array, device: str | None) -> Array | MatrixSource:
     source = _Scaled(pair, scales)
-    return source.rows(0, pair.shape[0]).to(device) if isinstance(pair, HeldPair) else source
+    if not isinstance(pair, HeldPair):
+        return source
+    held = source.rows(0, pair.shape[0])
+    return held if device is None else to_device(held, device)
 
 
-def _aligned(pair: PairSource) -> torch.Tensor:
+def _aligned(pair: PairSource) -> Array:
     """Return the row scales for zero factors."""
-    return torch.cat([_ratio(_dots(base, tuned), _dots(tuned, tuned)) for _, base, tuned in _blocks(pair)])
+    scales = [_ratio(_dots(base, tuned), _dots(tuned, tuned)) for _, base, tuned in _blocks(pair)]
+    return namespace(*scales).concat(scales)
 
 
 def _norms(pair: PairSource) -> tuple[float, float]:
     total = size = 0.0
     for _, base, tuned in _blocks(pair):
-        total += float((tuned - base).double().square().sum())
-        size += float(tuned.double().square().sum())
+        total += _energy(tuned - base)
+        size += _energy(tuned)
     return math.sqrt(total), math.sqrt(size)
 
 
-def _blocks(pair: PairSource) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+def _blocks(pair: PairSource) -> Iterator[tuple[slice, Array, Array]]:
     """Some rows at a time, with W and W' in them."""
     rows, cols = pair.shape
     step = max(1, _BLOCK // max(cols, 1))
@@ -236,10 +240,28 @@ def _blocks(pair: PairSource) -> Iterator[tuple[slice, torch.Tensor, torch.Tenso
         yield slice(start, stop), *pair.rows(start, stop)
 
 
-def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _product(B: Array, A: Array, like: Array) -> Array:
+    return cast(B, dtype_of(like)) @ cast(A, dtype_of(like))
+
+
+def _missed(base: Array, tuned: Array, change: Array, gain: Array) -> float:
+    """``||W' - g (W + BA)||^2 = ||(W' - W) + (1 - g) W - g BA||^2``: three small terms; overwrites `change` with BA."""
+    rest = tuned - base
+    rest += cast(1 - gain, dtype_of(base)) * base
+    change *= cast(gain, dtype_of(base))
+    rest -= change
+    return _energy(rest)
+
+
+def _energy(block: Array) -> float:
+    return float(namespace(block).sum(_dots(block, block)))
+
+
+def _dots(left: Array, right: Array) -> Array:
     """Inner products row by row, summed in float64."""
-    return (left * right).sum(dim=1, dtype=torch.float64)
+    xp = namespace(left, right)
+    return xp.sum(left * right, axis=1, dtype=xp.float64)
 
 
-def _ratio(over: torch.Tensor, under: torch.Tensor, nothing: float = 1.0) -> torch.Tensor:
-    return torch.where(under > 0, over / under.clamp_min(torch.finfo(torch.float64).tiny), nothing)
+def _ratio(over: Array, under: Array, nothing: float = 1.0) -> Array:
+    return namespace(under).where(under > 0, over / under.clip(min=_TINY), nothing)

@@ -13,8 +13,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+import numpy
 
+from surgery_formats.arrays import Array, array_of, cast, dtype_of, namespace, to_cpu
+from surgery_formats.dtypes import DType
 from surgery_formats.linalg.certificate import Convergence, allowed_excess, excess_energy, outside_norm, ratio_bound
 from surgery_formats.linalg.matrix import Operator
 from surgery_formats.linalg.panel import noise, orthonormal, within, without
@@ -40,8 +42,8 @@ class CertifiedBasis:
         steps: Blocks in the basis.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
+    left: Array
+    right: Array
     excess: float
     steps: int
 
@@ -55,7 +57,7 @@ def block_size(rank: int | None) -> int:
 
 def krylov(
     op: Operator,
-    choose: Callable[[torch.Tensor, float], int | None],
+    choose: Callable[[numpy.ndarray, float], int | None],
     block: int,
     most: int,
     target: float,
@@ -66,30 +68,32 @@ def krylov(
     `choose` maps ``(theta^2 descending, ||M||_F^2)`` to the number to keep, None if the basis holds too few. `target` is the
     greatest acceptable ratio to the optimum; if float32 is too coarse for it, float64 is used.
     """
-    rounding = (_ROUNDING * torch.finfo(op.dtype).eps) ** 2 * op.norm2
-    basis = torch.empty(min(most, 8 * block) + block, op.short, dtype=op.dtype, device=op.device)  # rows are vectors
-    image = torch.empty(len(basis), op.long, dtype=op.dtype, device=op.device)
-    small = torch.zeros(len(basis), len(basis), dtype=torch.float64)
-    filler = noise((block, op.short), seed + 1, op.dtype, op.device)
-    fresh = op.times(noise((block, op.long), seed, op.dtype, op.device))
-    support = (fresh != 0).any(0)  # non-zero rows of M: zero rows are part of no direction
+    filler = noise((block, op.short), seed + 1, op.dtype, op.like)
+    fresh = op.times(noise((block, op.long), seed, op.dtype, op.like))
+    xp, room = namespace(fresh), min(most, 8 * block) + block
+    rounding = (_ROUNDING * float(xp.finfo(fresh.dtype).eps)) ** 2 * op.norm2
+    support = xp.any(fresh != 0, axis=-2)  # non-zero rows of M: zero rows are part of no direction
+    basis = xp.empty((room, op.short), dtype=fresh.dtype, device=fresh.device)  # rows are vectors
+    image = xp.empty((room, op.long), dtype=fresh.dtype, device=fresh.device)
+    small = numpy.zeros((room, room))
     size, steps, next_check, progress = 0, 0, 0, Convergence()
     while size + block <= most:
         if size + block > len(basis):
-            basis, image = _grown(basis, len(basis)), _grown(image, len(image))
-            small = torch.nn.functional.pad(small, (0, len(small), 0, len(small)))
+            basis, image = _grown(basis), _grown(image)
+            small = numpy.pad(small, (0, len(small)))
         old, at, size, steps = size, slice(size, size + block), size + block, steps + 1
-        basis[at] = _next(fresh, basis[:old], filler.roll(steps, 1))
+        basis[at] = _next(fresh, basis[:old], xp.roll(filler, steps, axis=-1))
         image[at] = op.adjoint(basis[at])
         fresh = without(op.times(image[at]), basis[:size])
-        new, wide = image[at].double() @ image[:size].double().T, fresh.double()
-        new, beyond = torch.split(torch.cat([new, wide @ wide.T], 1).cpu(), [size, block], 1)  # the only wait of a step
+        images, wide = cast(image[:size], DType.F64), cast(fresh, DType.F64)
+        seen = to_cpu(xp.concat([images[at] @ images.mT, wide @ wide.mT], axis=-1))  # the only wait of a step
+        new, beyond = seen[:, :size], seen[:, size:]
         small[at, :size], small[:size, at] = new, new.T
         if size < next_check:
             continue
         next_check = int(size * 1.12)  # the eigenvectors of a large basis cost more than a step
-        ritz, vectors = torch.linalg.eigh(small[:size, :size])
-        ritz, vectors = ritz.flip(0).clamp_min(0), vectors.flip(1)
+        ritz, vectors = numpy.linalg.eigh(small[:size, :size])
+        ritz, vectors = ritz[::-1].clip(min=0), numpy.ascontiguousarray(vectors[:, ::-1])
         keep = choose(ritz, op.norm2)
         if keep is None:
             if _hopeless(ritz, op.norm2, choose, most):
@@ -112,7 +116,7 @@ def krylov(
             rest = residual(op, best) ** 2
             if rest <= _EXACT**2 * op.norm2:
                 return best
-            if ratio_bound(rest, rounding) > target and op.dtype == torch.float32:
+            if ratio_bound(rest, rounding) > target and op.dtype is DType.F32:
                 return krylov(op.in_float64(), choose, block, most, target, seed)
         if ratio_bound(rest, excess) <= target:
             return best or _ritz_vectors(basis[:size], image[:size], vectors[:, :keep], support, excess, steps)
@@ -122,28 +126,29 @@ def krylov(
 def residual(op: Operator, approximation: CertifiedBasis) -> float:
     """``||M - left^T right||_F``, formed element by element."""
     left, right = (approximation.right, approximation.left) if op.turned else (approximation.left, approximation.right)
-    return math.sqrt(float(op.left_over(left.T, right, op.dtype).sum()))
+    return math.sqrt(float(namespace(left).sum(op.left_over(left.T, right, op.dtype))))
 
 
-def _hopeless(ritz: torch.Tensor, norm2: float, choose: Callable[[torch.Tensor, float], int | None], most: int) -> bool:
+def _hopeless(
+    ritz: numpy.ndarray, norm2: float, choose: Callable[[numpy.ndarray, float], int | None], most: int
+) -> bool:
     """Whether even `most` columns, all as large as the smallest converged value so far, would hold too little."""
     typical = float(ritz[len(ritz) // 2])
-    more = max(0, most - len(ritz))
-    imagined = torch.cat([ritz, torch.full((more,), typical, dtype=ritz.dtype)])
+    imagined = numpy.concat([ritz, numpy.full(max(0, most - len(ritz)), typical)])
     return choose(imagined, norm2) is None
 
 
 def _ritz_vectors(
-    basis: torch.Tensor, image: torch.Tensor, vectors: torch.Tensor, support: torch.Tensor, excess: float, steps: int
+    basis: Array, image: Array, vectors: numpy.ndarray, support: Array, excess: float, steps: int
 ) -> CertifiedBasis:
-    chosen = vectors.T.to(basis.device, basis.dtype)
+    chosen = array_of(vectors.T, dtype_of(basis), basis)
     return CertifiedBasis(within(chosen @ basis, support), chosen @ image, excess, steps)
 
 
-def _next(block: torch.Tensor, basis: torch.Tensor, filler: torch.Tensor) -> torch.Tensor:
+def _next(block: Array, basis: Array, filler: Array) -> Array:
     fresh = orthonormal(block, filler)
-    return orthonormal(without(fresh.to(basis.dtype), basis), filler) if len(basis) else fresh
+    return orthonormal(without(cast(fresh, dtype_of(basis)), basis), filler) if len(basis) else fresh
 
 
-def _grown(rows: torch.Tensor, more: int) -> torch.Tensor:
-    return torch.cat([rows, rows.new_empty(more, rows.shape[1])])
+def _grown(rows: Array) -> Array:
+    return namespace(rows).concat([rows, namespace(rows).empty_like(rows)])

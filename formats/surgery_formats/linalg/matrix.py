@@ -3,24 +3,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-import torch
+import numpy
 
+from surgery_formats.arrays import Array, cast, dtype_of, empty, is_torch, namespace, to_device, wide
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.linalg.panel import squares
 
-__all__ = ["MatrixSource", "Operator", "one_thread"]
+__all__ = ["MatrixSource", "Operator", "add_gram"]
 
 _BLOCK = 1 << 23
 """Elements read from a source at a time: 32 MB of float32."""
-_SAFE = (1e-15, 1e15)
-"""Norms whose squares, and those of the elements, are normal numbers in float32."""
+_CACHED = 1 << 17
+"""Elements of a block in memory that is passed over several times on the CPU, or converted for one product."""
+_SAFE = (1e-30, 1e30)
+"""Squared norms that are normal numbers in float32, as are the squares of the elements."""
 
 
+@runtime_checkable
 class MatrixSource(Protocol):
     """A matrix that is not necessarily in memory."""
 
@@ -29,22 +34,9 @@ class MatrixSource(Protocol):
         """``(m, n)``."""
         ...
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
+    def rows(self, start: int, stop: int) -> Array:
         """Rows ``start:stop``, ``(stop - start, n)``, of a floating dtype, on any device; repeatable."""
         ...
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Limit this thread to one core: QR and gemm round differently when split over different numbers of threads."""
-    if (before := torch.get_num_threads()) == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Operator:
@@ -56,35 +48,28 @@ class Operator:
         scale: A power of two, so that scaling is exact; without it the squares of small deltas underflow.
         norm2: ``||M||_F^2``, summed in float64; 0 for a matrix of zeros.
         dtype: Type of the products, float32 or float64.
-        device: Where the products are computed.
+        like: An array of the library, and on the device, that the products are computed with.
     """
 
-    def __init__(
-        self,
-        matrix: torch.Tensor | MatrixSource,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
-        total: float | None = None,
-    ) -> None:
+    def __init__(self, matrix: Array | MatrixSource, device: str | None = None, total: float | None = None) -> None:
         m, n = matrix.shape
         self.shape = (int(m), int(n))
         self.turned = m > n
         self.short, self.long = min(self.shape), max(self.shape)
-        self._matrix = matrix
-        if isinstance(matrix, torch.Tensor):
-            self.device = device or matrix.device
-            self.dtype = dtype or (torch.float64 if matrix.dtype == torch.float64 else torch.float32)
-            stored = matrix if matrix.dtype == torch.float64 else matrix.float()
-            self._matrix = stored.to(self.device)
+        self._matrix: Array = matrix
+        self._source, self._device = isinstance(matrix, MatrixSource), device or "cpu"
+        if self._source:
+            self.dtype, self.like = DType.F32, empty((0,), DType.F32, self._device)
         else:
-            self.device = device or torch.device("cpu")
-            self.dtype = dtype or torch.float32
+            self.dtype = wide(dtype_of(matrix))
+            self._matrix = cast(matrix, self.dtype) if device is None else to_device(matrix, device, self.dtype)
+            self.like = self._matrix[:0]
         self.scale = 1.0
-        norm2 = total**2 if total is not None and _SAFE[0] < total < _SAFE[1] else self._norm2()
+        norm2 = total**2 if total is not None and _SAFE[0] < total**2 < _SAFE[1] else self._norm2()
         if norm2 > 0:
             self.scale = 2.0 ** math.floor(math.log2(norm2) / 2)
             if not 1e-30 < self.scale < 1e30:
-                self.dtype = torch.float64
+                self.dtype = DType.F64
         self.norm2 = norm2 / self.scale / self.scale
 
     def in_float64(self) -> Operator:
@@ -94,93 +79,97 @@ class Operator:
         the two operators are mixed.
         """
         operator = copy.copy(self)
-        operator.dtype = torch.float64
+        operator.dtype = DType.F64
         operator.norm2 = operator._norm2() / self.scale / self.scale
         return operator
 
-    def blocks(self, dtype: torch.dtype | None = None, first: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield ``(start, stop, rows start:stop of D)`` from row `first`, unscaled; one block if unconverted."""
-        m, n = self.shape
-        dtype = dtype or self.dtype
-        in_memory = isinstance(self._matrix, torch.Tensor) and self._matrix.dtype == dtype
-        step = m if in_memory else max(1, _BLOCK // max(1, n))
-        for start in range(first, m, step):
-            stop = min(m, start + step)
-            block = (
-                self._matrix[start:stop] if isinstance(self._matrix, torch.Tensor) else self._matrix.rows(start, stop)
-            )
-            yield start, stop, block.to(self.device, dtype)
+    def blocks(self) -> Iterator[tuple[int, int, Array]]:
+        """Yield ``(start, stop, rows start:stop of D)``, unscaled; one block if unconverted."""
+        held = not self._source and dtype_of(self._matrix) is self.dtype
+        in_cache = not self._source and not is_torch(self.like)
+        return self._blocks(self.dtype, self.shape[0] if held else self._step(_CACHED if in_cache else _BLOCK))
 
-    def times(self, rows: torch.Tensor) -> torch.Tensor:
+    def _blocks(self, dtype: DType | None, step: int, first: int = 0) -> Iterator[tuple[int, int, Array]]:
+        """Yield `step` rows at a time, from row `first`; as they are stored if `dtype` is None."""
+        for start in range(first, self.shape[0], step):
+            stop = min(self.shape[0], start + step)
+            rows = self._matrix.rows(start, stop) if self._source else self._matrix[start:stop]
+            yield start, stop, rows if dtype is None else self._here(rows, dtype)
+
+    def _here(self, rows: Array, dtype: DType) -> Array:
+        return to_device(rows, self._device, dtype) if self._source else cast(rows, dtype)
+
+    def _step(self, elements: int) -> int:
+        """Number of rows with about as many elements."""
+        return max(1, elements // max(1, self.shape[1]))
+
+    def times(self, rows: Array) -> Array:
         """``(M x)^T``, ``(b, short)``, for vectors ``x^T`` as `rows`, ``(b, long)``."""
         return self._adjoint(rows) if self.turned else self._forward(rows)
 
-    def adjoint(self, rows: torch.Tensor) -> torch.Tensor:
+    def adjoint(self, rows: Array) -> Array:
         """``(M^T y)^T``, ``(b, long)``, for vectors ``y^T`` as `rows`, ``(b, short)``."""
         return self._forward(rows) if self.turned else self._adjoint(rows)
 
-    def gram(self) -> torch.Tensor:
+    def gram(self) -> Array:
         """``M M^T``, ``(short, short)``, float64; one pass if rows are the long side."""
-        gram = torch.zeros(self.short, self.short, dtype=torch.float64, device=self.device)
-        for start, stop, rows in self.blocks(torch.float64):
+        xp, step = namespace(self.like), self._step(_BLOCK)
+        gram = xp.zeros((self.short, self.short), dtype=xp.float64, device=self.like.device)
+        for start, stop, rows in self._blocks(DType.F64, step):
             rows = rows / self.scale
             if self.turned:
-                gram.addmm_(rows.T, rows)
+                add_gram(gram, rows)
                 continue
-            for begin, end, others in self.blocks(torch.float64, start):
-                part = rows @ (others / self.scale).T
+            for begin, end, others in self._blocks(DType.F64, step, start):
+                part = rows @ (others / self.scale).T if begin > start else rows @ rows.T
                 gram[start:stop, begin:end] = part
                 gram[begin:end, start:stop] = part.T
         return gram
 
-    def left_over(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def left_over(self, left: Array, right: Array, dtype: DType) -> Array:
         """Squared norm of every row of ``D / scale - left right``, ``(m,)``, float64, with each element formed in `dtype`.
 
         `left` is ``(m, r)``, `right` ``(r, n)``.
         """
-        left, right = left.to(dtype), right.to(dtype)
-        step = max(1, _BLOCK // max(1, self.shape[1])) if self.device.type == "cpu" else self.shape[0]
+        left, right = cast(left, dtype), cast(right, dtype)
+        step = self.shape[0] if is_torch(self.like) else self._step(_CACHED)
         norms = []
-        for start, _, rows in self.blocks(dtype):
-            for offset in range(0, len(rows), step):
-                part = rows[offset : offset + step]
-                rest = torch.addmm(
-                    part, left[start + offset : start + offset + len(part)], right, beta=1 / self.scale, alpha=-1
-                )
-                norms.append(_row_norms(rest).double().square())
-        return torch.cat(norms)
+        for start, stop, rows in self._blocks(None, self._step(_BLOCK) if self._source else self.shape[0]):
+            for at in range(start, stop, step):
+                rest = self._here(rows[at - start : at - start + step], dtype) / self.scale
+                rest -= left[at : min(at + step, stop)] @ right
+                norms.append(cast(squares(rest), DType.F64))
+        return namespace(left).concat(norms)
 
-    def change_of_energy(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def change_of_energy(self, left: Array, right: Array) -> Array:
         """`left_over` minus ``||row of D / scale||^2``, from one product; ``(m,)``, float64; same arguments."""
-        left, right = left.to(self.dtype), right.to(self.dtype)
-        product = self._forward(right).T.double()
-        wide, exact = left.double(), right.double()
-        return (wide * (wide @ (exact @ exact.T) - 2 * product)).sum(1)
+        left, right = cast(left, self.dtype), cast(right, self.dtype)
+        product = cast(self._forward(right).T, DType.F64)
+        exact, other = cast(left, DType.F64), cast(right, DType.F64)
+        return namespace(left).sum(exact * (exact @ (other @ other.T) - 2 * product), axis=1)
 
-    def _forward(self, rows: torch.Tensor) -> torch.Tensor:
-        result = rows.new_empty(self.shape[0], rows.shape[0])
-        columns = (rows / self.scale).T
-        for start, stop, block in self.blocks():
-            torch.mm(block, columns, out=result[start:stop])
-        return result.T
+    def _forward(self, rows: Array) -> Array:
+        scaled = rows / self.scale
+        parts = [scaled @ block.mT for _, _, block in self.blocks()]
+        return parts[0] if len(parts) == 1 else namespace(rows).concat(parts, axis=-1)
 
-    def _adjoint(self, rows: torch.Tensor) -> torch.Tensor:
+    def _adjoint(self, rows: Array) -> Array:
         scaled, result = rows / self.scale, None
         for start, stop, block in self.blocks():
-            part = scaled[:, start:stop]
-            result = torch.mm(part, block) if result is None else result.addmm_(part, block)
-        assert result is not None
+            part = scaled[..., start:stop] @ block
+            if result is None:
+                result = part
+            else:
+                result += part
         return result
 
     def _norm2(self) -> float:
         total = 0.0
         for _, _, rows in self.blocks():
-            norms = _row_norms(rows)
-            largest, energy = torch.stack([norms.max().double(), norms.double().square().sum()]).tolist()
+            largest, energy = _largest_and_sum(rows)
             if not _SAFE[0] < largest < _SAFE[1]:  # also true for NaN
-                norms = _row_norms(rows, torch.float64)
-                energy = float(norms.square().sum())
-                if not math.isfinite(energy) and not bool(torch.isfinite(norms).all()):
+                largest, energy = _largest_and_sum(cast(rows, DType.F64))
+                if not math.isfinite(energy) and not bool(namespace(rows).all(namespace(rows).isfinite(rows))):
                     raise FitError("the matrix contains NaN or infinity", hint="such a difference has no factors")
             total += energy
         if not math.isfinite(total) or 0 < total < 1e-250:
@@ -188,5 +177,20 @@ class Operator:
         return total
 
 
-def _row_norms(rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype) if rows.numel() else rows.new_zeros(1)
+def add_gram(gram: Array, rows: Array) -> None:
+    """Add ``rows^T rows`` to `gram`, ``(n, n)``, some rows at a time: the product of wide `rows` is not held twice."""
+    n = rows.shape[1]
+    step = max(1, _BLOCK // max(1, n))
+    for at in range(0, n, step):
+        gram[at : at + step] += rows[:, at : at + step].T @ rows
+
+
+def _largest_and_sum(rows: Array) -> tuple[float, float]:
+    """Of the squared norms of the rows, which may overflow or vanish."""
+    xp = namespace(rows)
+    if 0 in rows.shape:
+        return 0.0, 0.0
+    with numpy.errstate(over="ignore"):
+        norms = cast(squares(rows), DType.F64)
+    largest, energy = xp.stack([xp.max(norms), xp.sum(norms)]).tolist()
+    return largest, energy

@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
+from surgery_formats.arrays import Array, cast, dtype_of, namespace, wide
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.survival import Survival
 
@@ -32,76 +31,88 @@ __all__ = [
 
 MANTISSA = {DType.BF16: (7, -126), DType.F16: (10, -14), DType.F32: (23, -126), DType.F64: (52, -1022)}
 """Stored fraction bits, and the exponent of the smallest normal number, below which the spacing is constant."""
-_POWER = {torch.float32: (torch.int32, 0x7F800000, -126), torch.float64: (torch.int64, 0x7FF0000000000000, -1022)}
+_POWER = {DType.F32: ("int32", 0x7F800000, -126), DType.F64: ("int64", 0x7FF0000000000000, -1022)}
 """Integer type of the same width, exponent mask, smallest normal exponent."""
 _RELATIVE = 2.0**-20
 """Singular values below this share of the first are arithmetic noise: products are computed in float32."""
 
-Side = tuple[torch.Tensor, DType]
+Side = tuple[Array, DType]
 """Stored values and their stored type (the tensor may be wider)."""
 
 
-def spacing(values: torch.Tensor, dtype: DType) -> torch.Tensor:
+def spacing(values: Array, dtype: DType) -> Array:
     """Distance between each value and its neighbours in `dtype`: ``2^(floor(log2 |x|) - bits)``, in the same shape.
 
     The result is float64 for float64 values, otherwise float32, limited to its normal range; `dtype` is a float of 16 bits
     or more.
     """
     bits, smallest = MANTISSA[dtype]
-    wide = values if values.dtype in _POWER else values.float()
-    integer, mask, lowest = _POWER[wide.dtype]
-    power = wide.view(integer).bitwise_and(mask).view(wide.dtype)  # the exponent alone: 2^floor(log2 |x|)
+    exact = cast(values, wide(dtype_of(values)))
+    integer, mask, lowest = _POWER[dtype_of(exact)]
+    power = (exact.view(getattr(namespace(exact), integer)) & mask).view(
+        exact.dtype
+    )  # the exponent alone: 2^floor(log2 |x|)
     # never below the normal range of the arithmetic's own type
-    return power.clamp_(min=2.0 ** max(smallest, lowest + bits)).mul_(2.0**-bits)
+    power = power.clip(min=2.0 ** max(smallest, lowest + bits))
+    power *= 2.0**-bits
+    return power
 
 
-def variance(*sides: Side) -> torch.Tensor:
+def variance(*sides: Side) -> Array:
     """Variance of the rounding error of each element of a difference.
 
     `sides` are the rounded values, of equal shape: only those of TUNED if tuning started from BASE as stored; both if BASE
     was rounded from the same parent.
     """
-    total = spacing(*sides[0]).square_()
-    for values, dtype in sides[1:]:
-        total += spacing(values, dtype).square_()
-    return total.div_(12)
+    total: Array = 0.0
+    for values, dtype in sides:
+        total = total + spacing(values, dtype) ** 2
+    total /= 12
+    return total
 
 
 def noise_energy(*sides: Side) -> float:
     """Expected squared Frobenius norm of the rounding error of a difference; `sides` as in `variance`."""
-    return float(variance(*sides).sum(dtype=torch.float64))
+    variances = variance(*sides)
+    xp = namespace(variances)
+    return float(xp.sum(variances, dtype=xp.float64))
 
 
 class NoiseTally:
     """Rounding noise of one matrix, collected block by block; no device synchronisation until the figures are read."""
 
     def __init__(self) -> None:
-        self._cols: torch.Tensor | None = None
-        self._rows: list[torch.Tensor] = []
+        self._cols: Array | None = None
+        self._rows: list[Array] = []
 
     def add(self, *sides: Side) -> None:
         """Add rows, ``(rows, cols)``; `sides` as in `variance`."""
         variances = variance(*sides)
-        self.add_sums(variances.sum(dim=1).double(), variances.sum(dim=0).double())
+        xp = namespace(variances)
+        self.add_sums(*(xp.sum(variances, axis=axis, dtype=xp.float64) for axis in (1, 0)))
 
-    def add_sums(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
+    def add_sums(self, rows: Array, cols: Array) -> None:
         """Add rows by their variances: the sum of each row, and of each column over these rows; float64."""
         if len(rows):
             self._cols = cols if self._cols is None else self._cols + cols
-            self._rows.append(torch.stack([rows.max(), rows.sum()]))
+            self._rows.append(namespace(rows).stack([rows.max(), rows.sum()]))
 
     @property
     def energy(self) -> float:
         """Expected ``||noise||_F^2`` of the rows so far."""
-        return float(torch.stack(self._rows)[:, 1].sum()) if self._rows else 0.0
+        return math.fsum(self._figures(1))
 
     @property
     def edge(self) -> float:
         """The largest singular value that rounding alone would have."""
         if self._cols is None or not len(self._cols):
             return 0.0
-        row, col = torch.stack([torch.stack(self._rows)[:, 0].max(), self._cols.max()]).tolist()
-        return math.sqrt(row) + math.sqrt(col)
+        return math.sqrt(max(self._figures(0))) + math.sqrt(float(self._cols.max()))
+
+    def _figures(self, which: int) -> list[float]:
+        """The largest (0) or the sum (1) of the rows' variances in each block; waits for the device once."""
+        figures: list[float] = namespace(*self._rows).stack(self._rows)[:, which].tolist() if self._rows else []
+        return figures
 
 
 def signal_count(values: Sequence[float], edge: float) -> int:
@@ -110,16 +121,17 @@ def signal_count(values: Sequence[float], edge: float) -> int:
     return sum(value > least for value in values)
 
 
-def measure_survival(exact: torch.Tensor, stored: torch.Tensor) -> Survival:
+def measure_survival(exact: Array, stored: Array) -> Survival:
     """Compare an update with its stored version, of equal shape and type; overwrites `stored`."""
-    target, rest = exact.flatten(), stored.flatten()
-    update, inner = float(torch.dot(target, target)), float(torch.dot(rest, target))
-    miss = rest.sub_(target)
-    return Survival(update, inner, float(torch.dot(miss, miss)))
+    target, rest = exact.reshape(-1), stored.reshape(-1)
+    update, inner = float(target @ target), float(rest @ target)
+    rest -= target
+    return Survival(update, inner, float(rest @ rest))
 
 
-def survival(base: torch.Tensor, delta: torch.Tensor, dtype: DType) -> Survival:
+def survival(base: Array, delta: Array, dtype: DType) -> Survival:
     """Measure what survives when `delta` is added to `base`, both float32 or float64, and the sum is rounded once to `dtype`."""
-    exact = torch.promote_types(base.dtype, delta.dtype)
-    before, update = base.to(exact), delta.to(exact)
-    return measure_survival(update, (before + update).to(dtype.torch).to(exact).sub_(before))
+    total = base + delta
+    exact = dtype_of(total)
+    stored = cast(cast(total, dtype), exact) - base
+    return measure_survival(cast(delta, exact), stored)

@@ -19,11 +19,12 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-
+from surgery_formats.arrays import Array, cast, namespace
+from surgery_formats.dtypes import DType
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.linalg.factored import relative_error, rerank
-from surgery_formats.linalg.matrix import one_thread
+from surgery_formats.linalg.panel import squares
+from surgery_formats.threads import one_thread
 
 __all__ = ["CodedProduct", "Codes", "dequantise", "quantise", "quantise_product"]
 
@@ -40,8 +41,8 @@ class Codes(NamedTuple):
         scales: bfloat16, ``(ceil(numel / group),)``; 0 for a group of zeros.
     """
 
-    values: torch.Tensor
-    scales: torch.Tensor
+    values: Array
+    scales: Array
 
 
 class CodedProduct(NamedTuple):
@@ -58,26 +59,26 @@ class CodedProduct(NamedTuple):
     error: float
 
 
-def quantise(values: torch.Tensor, coding: Coding) -> Codes:
+def quantise(values: Array, coding: Coding) -> Codes:
     """Nearest codes, under the scales of least squared error.
 
     Values that are not clipped are within half a step of their code; clipping is used where it helps the rest of the
     group. Coding decoded values again gives the same numbers. `values` are finite, of any shape.
     """
-    with torch.no_grad(), one_thread():
-        flat = values.double().reshape(-1)
+    with one_thread():
+        flat = _exact(values).reshape(-1)
         scales = _scales(flat, coding, _candidates(coding, thorough=True))
-        codes = _nearest(flat, _each(scales, flat.numel(), coding), coding)
-        return Codes(codes.to(torch.int8).reshape(values.shape), scales.bfloat16())
+        codes = _nearest(flat, _each(scales, flat.shape[0], coding), coding)
+        return Codes(cast(codes, DType.I8).reshape(values.shape), cast(scales, DType.BF16))
 
 
-def dequantise(codes: Codes, coding: Coding) -> torch.Tensor:
+def dequantise(codes: Codes, coding: Coding) -> Array:
     """Decode exactly, to float32."""
-    flat = codes.values.reshape(-1).float()
-    return (flat * _each(codes.scales.float(), flat.numel(), coding)).reshape(codes.values.shape)
+    flat = cast(codes.values, DType.F32).reshape(-1)
+    return (flat * _each(cast(codes.scales, DType.F32), flat.shape[0], coding)).reshape(codes.values.shape)
 
 
-def quantise_product(B: torch.Tensor, A: torch.Tensor, coding: Coding) -> CodedProduct:
+def quantise_product(B: Array, A: Array, coding: Coding) -> CodedProduct:
     """Codes whose product is near ``B A``, with `B` ``(out, rank)`` and `A` ``(rank, in)``.
 
     The factors change, and redundant directions are dropped.
@@ -85,25 +86,24 @@ def quantise_product(B: torch.Tensor, A: torch.Tensor, coding: Coding) -> CodedP
     Raises:
         FitError: a value is not finite.
     """
-    with torch.no_grad(), one_thread():
-        B, A = B.double(), A.double()
+    with one_thread():
+        B, A = _exact(B), _exact(A)
         even = rerank(B, A, B.shape[1])
         factors = (B, A) if even.B.shape[1] == B.shape[1] else (even.B, even.A)
         # codes of decoded values stay the same
-        best = quantise(factors[0], coding), quantise(factors[1].T.contiguous(), coding)
+        best = quantise(factors[0], coding), quantise(factors[1].T, coding)
         left = _distance(even.B, even.A, best, coding)
         for pair in _rounds(even.B, even.A, coding) if left > 1e-14 else ():
             if (distance := _distance(even.B, even.A, pair, coding)) < left:
                 best, left = pair, distance
-        decoded = dequantise(best[0], coding).double(), dequantise(best[1], coding).double().T
-        return CodedProduct(*best, relative_error((B, A), decoded))
+        return CodedProduct(*best, relative_error((B, A), _decoded(best, coding)))
 
 
-def _rounds(B: torch.Tensor, A: torch.Tensor, coding: Coding) -> Iterator[tuple[Codes, Codes]]:
+def _rounds(B: Array, A: Array, coding: Coding) -> Iterator[tuple[Codes, Codes]]:
     """Yield pairs of coded factors, each solved against the one before. Inside, directions are rows."""
-    mix = _mixing(B.shape[1])
+    mix = _mixing(B.shape[1], B)
     left, right = mix @ B.T, mix @ A
-    if not bool(left.any()):
+    if not bool(namespace(left).any(left != 0)):
         return
     coded = _fed_back(left, right, coding)
     rounded = _rows(coded, coding)
@@ -117,47 +117,56 @@ def _rounds(B: torch.Tensor, A: torch.Tensor, coding: Coding) -> Iterator[tuple[
             rounded = _rows(coded, coding)
 
 
-def _mixing(rank: int) -> torch.Tensor:
+def _mixing(rank: int, like: Array) -> Array:
     """Hartley's matrix: orthogonal, symmetric, all squares close to ``1 / rank``, for any rank."""
-    steps = torch.arange(rank, dtype=torch.float64)
-    angles = torch.outer(steps, steps).remainder(rank) * (2 * math.pi / rank)
-    return (angles.cos() + angles.sin()) / math.sqrt(rank)
+    xp = namespace(like)
+    steps = xp.arange(rank, dtype=xp.float64, device=like.device)
+    angles = steps[:, None] * steps % rank * (2 * math.pi / rank)
+    return (xp.cos(angles) + xp.sin(angles)) / math.sqrt(rank)
 
 
-def _solved(fixed: torch.Tensor, target: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _solved(fixed: Array, target: Array, other: Array) -> Array:
     """``argmin_X ||target^T other - fixed^T X||``, with directions as rows."""
-    solution: torch.Tensor = torch.linalg.solve(_gram(fixed), (fixed @ target.T) @ other)
-    return solution
+    return namespace(fixed).linalg.solve(_gram(fixed), (fixed @ target.T) @ other)
 
 
-def _gram(rows: torch.Tensor) -> torch.Tensor:
-    gram = rows @ rows.T
-    gram.diagonal().add_(_DAMPING * float(gram.diagonal().mean()) or 1.0)
-    return gram
+def _gram(rows: Array) -> Array:
+    xp, gram = namespace(rows), rows @ rows.T
+    damping = _DAMPING * float(xp.linalg.trace(gram)) / len(rows) or 1.0
+    return gram + damping * xp.eye(len(rows), dtype=xp.float64, device=rows.device)
 
 
-def _fed_back(rows: torch.Tensor, other: torch.Tensor, coding: Coding) -> Codes:
+def _fed_back(rows: Array, other: Array, coding: Coding) -> Codes:
     """Codes of ``rows^T``: each row's error, as seen through `other`, is fed into the rows that follow."""
-    flat = rows.T.reshape(-1)
+    xp, flat = namespace(rows), rows.T.reshape(-1)
     scales = _scales(flat, coding, _candidates(coding, thorough=False))
-    each = _each(scales, flat.numel(), coding).reshape(rows.T.shape).T.contiguous()
-    upper = torch.linalg.cholesky(torch.linalg.inv(_gram(other)), upper=True)
-    rows, codes = rows.clone(), torch.empty(rows.shape, dtype=torch.int8)
+    each = xp.asarray(_each(scales, flat.shape[0], coding).reshape(rows.T.shape).T, copy=True)
+    upper = xp.linalg.cholesky(xp.linalg.inv(_gram(other)), upper=True)
+    rows, codes = xp.asarray(rows, copy=True), []
     for row in range(len(rows)):
         nearest = _nearest(rows[row], each[row], coding)
-        codes[row] = nearest.to(torch.int8)
+        codes.append(cast(nearest, DType.I8))
         error = (rows[row] - nearest * each[row]) / upper[row, row]
         rows[row + 1 :] -= upper[row, row + 1 :, None] * error
-    return Codes(codes.T.contiguous(), scales.bfloat16())
+    return Codes(xp.stack(codes, axis=1), cast(scales, DType.BF16))
 
 
-def _rows(codes: Codes, coding: Coding) -> torch.Tensor:
-    return dequantise(codes, coding).double().T
+def _rows(codes: Codes, coding: Coding) -> Array:
+    return _exact(dequantise(codes, coding)).T
 
 
-def _distance(B: torch.Tensor, A: torch.Tensor, pair: tuple[Codes, Codes], coding: Coding) -> float:
+def _decoded(pair: tuple[Codes, Codes], coding: Coding) -> tuple[Array, Array]:
+    """The factors ``B`` and ``A``, float64."""
+    return _rows(pair[0], coding).T, _rows(pair[1], coding)
+
+
+def _exact(values: Array) -> Array:
+    return cast(values, DType.F64)
+
+
+def _distance(B: Array, A: Array, pair: tuple[Codes, Codes], coding: Coding) -> float:
     """Squared relative error, by inner products; not accurate near 0."""
-    left, right = dequantise(pair[0], coding).double(), dequantise(pair[1], coding).double().T
+    left, right = _decoded(pair, coding)
     size = float(((B.T @ B) * (A @ A.T)).sum())
     inner = float(((B.T @ left) * (A @ right.T)).sum())
     coded = float(((left.T @ left) * (right @ right.T)).sum())
@@ -174,32 +183,37 @@ def _candidates(coding: Coding, *, thorough: bool) -> list[float]:
     return [*map(float, range(largest // 2, largest)), *clipped] if thorough else clipped
 
 
-def _scales(flat: torch.Tensor, coding: Coding, candidates: list[float]) -> torch.Tensor:
+def _scales(flat: Array, coding: Coding, candidates: list[float]) -> Array:
     """One scale per group of `flat`: float64 values that bfloat16 represents exactly."""
-    short = -flat.numel() % coding.group
-    groups = torch.nn.functional.pad(flat, (0, short)).reshape(-1, coding.group)
+    xp, short = namespace(flat), -flat.shape[0] % coding.group
+    groups = xp.concat([flat, xp.zeros(short, dtype=xp.float64, device=flat.device)]).reshape(-1, coding.group)
     if not len(groups):
         return flat
-    return torch.cat([_search(chunk, coding, candidates) for chunk in torch.split(groups, _CHUNK)])
+    chunks = range(0, len(groups), _CHUNK)
+    return xp.concat([_search(groups[at : at + _CHUNK], coding, candidates) for at in chunks])
 
 
-def _search(groups: torch.Tensor, coding: Coding, candidates: list[float]) -> torch.Tensor:
-    largest = groups.abs().amax(dim=1)
-    best, least = torch.zeros_like(largest), groups.square().sum(dim=1)
+def _search(groups: Array, coding: Coding, candidates: list[float]) -> Array:
+    xp = namespace(groups)
+    largest = xp.max(xp.abs(groups), axis=1)
+    best, least = xp.zeros_like(largest), squares(groups)
     for candidate in candidates:
-        scale = (largest / candidate).bfloat16().double()
-        error = (_nearest(groups, scale[:, None], coding) * scale[:, None]).sub_(groups).square_().sum(dim=1)
+        scale = _exact(cast(largest / candidate, DType.BF16))
+        missed = _nearest(groups, scale[:, None], coding)
+        missed *= scale[:, None]
+        missed -= groups
+        error = squares(missed)
         better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        best, least = xp.where(better, scale, best), xp.where(better, error, least)
     return best
 
 
-def _nearest(values: torch.Tensor, scales: torch.Tensor, coding: Coding) -> torch.Tensor:
+def _nearest(values: Array, scales: Array, coding: Coding) -> Array:
     """Codes as float64; 0 where the scale is 0."""
-    steps = torch.where(scales == 0, torch.inf, scales)
-    return (values / steps).round_().clamp_(-coding.largest, coding.largest)
+    xp = namespace(values)
+    return xp.round(values / xp.where(scales == 0, math.inf, scales)).clip(-coding.largest, coding.largest)
 
 
-def _each(scales: torch.Tensor, numel: int, coding: Coding) -> torch.Tensor:
+def _each(scales: Array, numel: int, coding: Coding) -> Array:
     """The scale of each value."""
-    return scales.repeat_interleave(coding.group)[:numel]
+    return namespace(scales).repeat(scales, coding.group)[:numel]

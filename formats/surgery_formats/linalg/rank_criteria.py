@@ -7,7 +7,9 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
+import numpy
+
+from surgery_formats.arrays import Array, to_cpu
 
 __all__ = ["Allocation", "allocate", "auto_rank", "checked_rank", "rank_for_energy", "rank_for_error", "rank_holding"]
 
@@ -43,39 +45,39 @@ def checked_rank(rank: int, shape: Sequence[int]) -> tuple[int, str | None]:
     return limit, f"rank {rank} cut to {limit}: a matrix of {' x '.join(map(str, shape))} has no more"
 
 
-def rank_holding(squares: torch.Tensor, norm2: float, share: float) -> int | None:
+def rank_holding(squares: Array, norm2: float, share: float) -> int | None:
     """Return the least rank whose tail holds at most `share` of the energy; None if the known values hold too little.
 
     `squares` are ``sigma^2``, ``(k,)``, descending, perhaps only the leading ones; `norm2` is ``||D||_F^2`` of the whole.
     """
     if norm2 <= 0:
         return 0
-    known = squares.double()
+    known = to_cpu(squares).astype(numpy.float64)
     beyond = max(norm2 - float(known.sum()), 0.0)
-    tails = known.flip(0).cumsum(0).flip(0) + beyond  # summed from the small end; tails[r] is the loss at rank r
+    tails = known[::-1].cumsum()[::-1] + beyond  # summed from the small end; tails[r] is the loss at rank r
     allowed = share * norm2 + _ROUNDING * len(known) * norm2
     if beyond > allowed:
         return None
     return int((tails > allowed).sum())
 
 
-def rank_for_energy(values: torch.Tensor, energy: float, total: float | None = None) -> int | None:
+def rank_for_energy(values: Array, energy: float, total: float | None = None) -> int | None:
     """Return the least rank that holds the share `energy`, in (0, 1], of ``||D||_F^2``.
 
     `values` are singular values, ``(k,)``, descending; `total` is ``||D||_F``, by default theirs.
     """
-    squares = values.double().square()
+    squares = _squares(values)
     return rank_holding(squares, float(squares.sum()) if total is None else total**2, 1 - energy)
 
 
-def rank_for_error(values: torch.Tensor, max_error: float, total: float | None = None) -> int | None:
+def rank_for_error(values: Array, max_error: float, total: float | None = None) -> int | None:
     """Return the least rank with ``||D - D_r||_F <= max_error ||D||_F``; arguments as in `rank_for_energy`."""
-    squares = values.double().square()
+    squares = _squares(values)
     return rank_holding(squares, float(squares.sum()) if total is None else total**2, max_error**2)
 
 
 def allocate(
-    spectra: Sequence[torch.Tensor],
+    spectra: Sequence[Array],
     costs: Sequence[int],
     budget: int,
     *,
@@ -100,7 +102,7 @@ def allocate(
         raise ValueError("one spectrum, one cost and one limit per matrix")
     if any(cost <= 0 for cost in costs):
         raise ValueError("a rank must cost something")
-    squares = [spectrum.double().square().tolist() for spectrum in spectra]
+    squares = [_squares(spectrum).tolist() for spectrum in spectra]
     limits = [min(len(s), len(s) if most is None else most[i]) for i, s in enumerate(squares)]
     ranks = [min(least, limit) for limit in limits]
     spent = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
@@ -120,7 +122,12 @@ def allocate(
     return Allocation(tuple(ranks), spent, lost)
 
 
-def auto_rank(values: torch.Tensor, edge: float, budget: int | None = None) -> int:
+def auto_rank(values: Array, edge: float, budget: int | None = None) -> int:
     """Count the singular `values` (descending) above `edge`, the largest of noise alone; at most `budget`."""
     signal = int((values > edge).sum())
     return signal if budget is None else min(signal, budget)
+
+
+def _squares(values: Array) -> numpy.ndarray:
+    exact: numpy.ndarray = to_cpu(values).astype(numpy.float64)
+    return exact**2

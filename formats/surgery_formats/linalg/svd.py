@@ -13,14 +13,17 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import torch
+import numpy
 
+from surgery_formats.arrays import Array, array_of, cast, dtype_of, namespace, to_cpu, wide
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.certificate import ratio_bound
 from surgery_formats.linalg.krylov import CertifiedBasis, block_size, krylov
-from surgery_formats.linalg.matrix import MatrixSource, Operator, one_thread
-from surgery_formats.linalg.panel import noise, orthonormal, within
+from surgery_formats.linalg.matrix import MatrixSource, Operator
+from surgery_formats.linalg.panel import noise, orthonormal, positive, within
 from surgery_formats.linalg.rank_criteria import checked_rank, rank_holding
+from surgery_formats.threads import one_thread
 
 __all__ = ["TruncatedSVD", "left_over", "truncated_svd"]
 
@@ -52,9 +55,9 @@ class TruncatedSVD(NamedTuple):
         iterations: Block Krylov steps; 0 if all eigenvectors were computed.
     """
 
-    U: torch.Tensor
-    S: torch.Tensor
-    V: torch.Tensor
+    U: Array
+    S: Array
+    V: Array
     residual: float
     total: float
     bound: float
@@ -70,21 +73,21 @@ class TruncatedSVD(NamedTuple):
         """``residual / total``; 0 for a matrix of zeros."""
         return self.residual / self.total if self.total else 0.0
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self) -> tuple[Array, Array]:
         """``B (m, r)`` and ``A (r, n)``, with the square root of `S` in each, so that neither underflows in 16 bits."""
-        root = self.S.sqrt()
+        root = namespace(self.S).sqrt(self.S)
         return self.U * root, (self.V * root).T
 
 
 def truncated_svd(
-    matrix: torch.Tensor | MatrixSource,
+    matrix: Array | MatrixSource,
     *,
     rank: int | None = None,
     energy: float | None = None,
     max_error: float | None = None,
     accuracy: float = 1.001,
     seed: int = 0,
-    device: torch.device | str | None = None,
+    device: str | None = None,
     total: float | None = None,
 ) -> TruncatedSVD:
     """Compute the leading singular vectors of a matrix.
@@ -115,10 +118,9 @@ def truncated_svd(
         raise ValueError(f"accuracy {accuracy} is not above 1")
     choose = _criterion(shape, rank, energy, max_error)
     fine = (energy is not None and 1 - energy < _FINE**2) or (max_error is not None and max_error < _FINE)
-    target = None if device is None else torch.device(device)
-    with torch.no_grad(), one_thread():
-        op = Operator(matrix, target, None, total)
-        result = torch.float64 if isinstance(matrix, torch.Tensor) and matrix.dtype == torch.float64 else torch.float32
+    with one_thread():
+        op = Operator(matrix, device, total)
+        result = wide(dtype_of(op.like))
         if op.norm2 == 0:
             return _zero(op, rank if energy is None and max_error is None else 0, result)
         basis = _solve(op.in_float64() if fine else op, choose, block_size(rank), 1 + _SHARE * (accuracy - 1), seed)
@@ -126,14 +128,14 @@ def truncated_svd(
 
 
 def left_over(
-    matrix: torch.Tensor | MatrixSource,
-    left: torch.Tensor,
-    right: torch.Tensor,
+    matrix: Array | MatrixSource,
+    left: Array,
+    right: Array,
     *,
     total: float | None = None,
     how: Literal["plain", "fine", "sums"] = "plain",
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
+    device: str | None = None,
+) -> Array:
     """``||row of D - row of left right||^2`` for every row, ``(m,)``, float64.
 
     Args:
@@ -145,17 +147,17 @@ def left_over(
             ``sums`` forms none and returns ``||row of D - row of left right||^2 - ||row of D||^2`` from one product.
         device: Where to compute.
     """
-    with torch.no_grad(), one_thread():
-        op = Operator(matrix, None if device is None else torch.device(device), None, total)
+    with one_thread():
+        op = Operator(matrix, device, total)
         if how == "sums":
             return op.change_of_energy(left / op.scale, right) * op.scale**2
-        dtype = torch.float64 if how == "fine" else op.dtype
-        return op.left_over(left.to(dtype) / op.scale, right, dtype) * op.scale**2
+        dtype = DType.F64 if how == "fine" else op.dtype
+        return op.left_over(cast(left, dtype) / op.scale, right, dtype) * op.scale**2
 
 
 def _criterion(
     shape: tuple[int, ...], rank: int | None, energy: float | None, max_error: float | None
-) -> Callable[[torch.Tensor, float], int | None]:
+) -> Callable[[numpy.ndarray, float], int | None]:
     limit = checked_rank(rank, shape)[0] if rank is not None else min(shape)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy {energy} is not in (0, 1]")
@@ -165,7 +167,7 @@ def _criterion(
         raise ValueError("one of rank, energy and max_error is needed")
     share = min(1.0 if energy is None else 1 - energy, 1.0 if max_error is None else max_error**2)
 
-    def choose(squares: torch.Tensor, norm2: float) -> int | None:
+    def choose(squares: numpy.ndarray, norm2: float) -> int | None:
         if energy is None and max_error is None:
             return limit if len(squares) >= limit else None
         rank_needed = rank_holding(squares, norm2, share)
@@ -177,7 +179,7 @@ def _criterion(
 
 
 def _solve(
-    op: Operator, choose: Callable[[torch.Tensor, float], int | None], block: int, target: float, seed: int
+    op: Operator, choose: Callable[[numpy.ndarray, float], int | None], block: int, target: float, seed: int
 ) -> CertifiedBasis:
     if op.short <= _SMALL * block:
         return _all_eigenvectors(op, choose)
@@ -185,53 +187,52 @@ def _solve(
     return _all_eigenvectors(op, choose) if basis is None else basis
 
 
-def _all_eigenvectors(op: Operator, choose: Callable[[torch.Tensor, float], int | None]) -> CertifiedBasis:
-    gram = op.gram()
-    squares, vectors = torch.linalg.eigh(gram)
-    squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-    known = squares.cpu()
+def _all_eigenvectors(op: Operator, choose: Callable[[numpy.ndarray, float], int | None]) -> CertifiedBasis:
+    gram, xp = op.gram(), namespace(op.like)
+    ascending, vectors = xp.linalg.eigh(gram)
+    known = to_cpu(ascending)[::-1].clip(min=0)
     keep = choose(known, float(known.sum()))
-    left = within(vectors[:, : op.short if keep is None else keep].T.contiguous(), gram.diagonal() != 0)
-    exact = op if op.dtype == torch.float64 else op.in_float64()
+    leading = xp.flip(vectors.T, axis=0)[: op.short if keep is None else keep]
+    left = within(leading, xp.linalg.diagonal(gram) != 0)
+    exact = op if op.dtype is DType.F64 else op.in_float64()
     return CertifiedBasis(left, exact.adjoint(left), 0.0, 0)
 
 
-def _finished(op: Operator, certified: CertifiedBasis, dtype: torch.dtype, seed: int) -> TruncatedSVD:
+def _finished(op: Operator, certified: CertifiedBasis, dtype: DType, seed: int) -> TruncatedSVD:
     """Make both sides orthonormal by a small SVD in float64, fix the signs, and measure the residual."""
-    basis = orthonormal(certified.right, noise((len(certified.right), op.long), seed, op.dtype, op.device))
-    turn, values, back = torch.linalg.svd((certified.right.double() @ basis.T).cpu())
-    left = _straight(turn.T.to(op.device) @ certified.left.double(), seed)
-    right = within(back.to(op.device) @ basis, (certified.right != 0).any(0))
+    xp, like = namespace(op.like), op.like
+    basis = orthonormal(certified.right, noise((len(certified.right), op.long), seed, op.dtype, like))
+    # on the CPU: the drivers of GPUs are off by 1e-4, or slow
+    turn, values, back = numpy.linalg.svd(to_cpu(cast(certified.right, DType.F64) @ basis.T))
+    left = _straight(array_of(turn.T, DType.F64, like) @ cast(certified.left, DType.F64), seed)
+    right = within(array_of(back, DType.F64, like) @ basis, xp.any(certified.right != 0, axis=0))
     if op.turned:
         left, right = right, left
-    flip = torch.where(left.gather(1, left.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
-    left, right, values = (left * flip).to(dtype), (right * flip).to(dtype), values.to(dtype)
-    rest = op.norm2 - float(values.double().square().sum())
-    on_device = values.to(op.device)
+    flip = positive(left)
+    left, right, values = cast(left * flip, dtype), cast(right * flip, dtype), values.astype(dtype.numpy)
+    rest = op.norm2 - float(numpy.sum(values.astype(numpy.float64) ** 2))
+    singular = array_of(values, dtype, like)
     if rest < _MEASURED**2 * op.norm2:
-        fine = torch.float64 if rest < _FINE**2 * op.norm2 else op.dtype
-        rest = float(op.left_over(left.T.to(fine) * on_device.to(fine), right, fine).sum())
-    rounding = torch.finfo(dtype).eps ** 2 * op.norm2
+        fine = DType.F64 if rest < _FINE**2 * op.norm2 else op.dtype
+        rest = float(xp.sum(op.left_over(cast(left.T, fine) * cast(singular, fine), right, fine)))
+    rounding = float(xp.finfo(left.dtype).eps) ** 2 * op.norm2
     bound = 1.0 if rest <= _NOTHING**2 * op.norm2 else ratio_bound(rest, certified.excess + rounding) * (1 + _SLACK)
     total = math.sqrt(op.norm2) * op.scale
-    return TruncatedSVD(
-        left.T, on_device * op.scale, right.T, math.sqrt(rest) * op.scale, total, bound, certified.steps
-    )
+    return TruncatedSVD(left.T, singular * op.scale, right.T, math.sqrt(rest) * op.scale, total, bound, certified.steps)
 
 
-def _straight(rows: torch.Tensor, seed: int) -> torch.Tensor:
+def _straight(rows: Array, seed: int) -> Array:
     """Make `rows` orthonormal, first to last, if they are not: directions without any weight can come out skew."""
-    gram = rows @ rows.T
-    gram.diagonal().sub_(1)
-    if float(gram.abs().max()) <= _SKEW:
+    xp = namespace(rows)
+    gram = rows @ rows.T - xp.eye(len(rows), dtype=xp.float64, device=rows.device)
+    if float(xp.max(xp.abs(gram))) <= _SKEW:
         return rows
-    return orthonormal(rows, noise((len(rows), rows.shape[1]), seed, torch.float32, rows.device) * (rows != 0).any(0))
+    return orthonormal(rows, noise(tuple(rows.shape), seed, DType.F32, rows) * xp.any(rows != 0, axis=0))
 
 
-def _zero(op: Operator, rank: int | None, dtype: torch.dtype) -> TruncatedSVD:
+def _zero(op: Operator, rank: int | None, dtype: DType) -> TruncatedSVD:
     """Decompose a matrix of zeros, with arbitrary orthonormal vectors."""
-    m, n = op.shape
+    xp, (m, n) = namespace(op.like), op.shape
     keep = min(rank or 0, m, n)
-    left = torch.eye(m, keep, dtype=dtype, device=op.device)
-    right = torch.eye(n, keep, dtype=dtype, device=op.device)
-    return TruncatedSVD(left, left.new_zeros(keep), right, 0.0, 0.0, 1.0, 0)
+    left, right = (cast(xp.eye(side, keep, device=op.like.device), dtype) for side in (m, n))
+    return TruncatedSVD(left, array_of([0.0] * keep, dtype, op.like), right, 0.0, 0.0, 1.0, 0)

@@ -94,7 +94,7 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
             tensor=tensor,
             hint="is this the base it was trained on?",
         )
-    rows = prompt.embeddings().float().numpy()
+    rows = prompt.embeddings(dtype=DType.F32)
     return Prompt(name, prompt.kind, prompt.virtual_tokens, adapter, rows)
 
 
@@ -104,8 +104,8 @@ def stored_past(prompt: Prompt, layers: int) -> Past:
     assert prompt.adapter.prompt is not None
     past: Past = {}
     for layer in range(layers):
-        for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer), strict=True):
-            past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values.float().numpy()[None])
+        for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer, DType.F32), strict=True):
+            past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values[None])
     return past
 
 

@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery_formats.adapters.format import NewTensor, Scaling
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION, PREFIX
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import Factor, Replacing, Update
-
-if TYPE_CHECKING:
-    from surgery_formats.adapters.writing import Change
 
 __all__ = ["PeftFile"]
 
@@ -69,7 +68,7 @@ class PeftFile:
         key: str,
         factor: Factor,
         shape: tuple[int, ...] | None = None,
-        change: Change | None = None,
+        change: Callable[[Array], Array] | None = None,
         *,
         times: float = 1.0,
     ) -> None:
