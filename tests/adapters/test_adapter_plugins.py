@@ -16,6 +16,7 @@ import torch
 import surgery
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.testing.format import FORMAT_CHECKS, FormatCase
 from surgery_formats.testing.plugins import installed_project
@@ -148,7 +149,7 @@ def test_a_plugin_kind_is_resized(tmp_path: Path) -> None:
         U, S, V = torch.linalg.svd(deltas(adapter)[site.path])
         best = U[:, :2] @ torch.diag(S[:2]) @ V[:2]
         assert update.rank == 2
-        assert measure.relative_error(update.low_rank().delta(torch.float64), best) < 1e-5
+        assert measure.relative_error(torch.from_numpy(update.low_rank().delta(DType.F64)), best) < 1e-5
 
 
 @pytest.mark.usefixtures("kind")
