@@ -41,8 +41,6 @@ __all__ = [
     "wide",
 ]
 
-_PIECE = 1 << 16  # elements: 256 kB of float32
-
 Array: TypeAlias = Any
 """A ``numpy.ndarray`` or a ``torch.Tensor``. No static type describes both; docstrings give shape and element type."""
 
@@ -138,20 +136,12 @@ def assign(target: Array, values: Array) -> None:
 
 
 def add_product(block: Array, left: Array, right: Array) -> Array:
-    """``block += left @ right`` in place, `right` wide and `left` narrow; returns `block`.
-
-    On the CPU a few rows at a time: their product stays in the cache until it is added.
-    """
+    """``block += left @ right``, in place; returns `block`."""
     if is_torch(block):
-        return block.addmm_(left, right)
-    if block.strides[0] < block.strides[1]:  # a transposed view: its columns are contiguous
+        return block.addmm_(left, right)  # one pass over the block less
+    if block.strides[0] < block.strides[1]:  # a transposed view: both terms in the order of its memory
         return add_product(block.T, right.T, left.T).T
-    rows, cols = block.shape
-    step = max(1, _PIECE // max(cols, 1))
-    product = empty((min(step, rows), cols), dtype_of(block))
-    for start in range(0, rows, step):
-        part = block[start : start + step]
-        part += namespace(block).matmul(left[start : start + step], right, out=product[: len(part)])
+    block += left @ right
     return block
 
 

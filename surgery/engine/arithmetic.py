@@ -195,7 +195,7 @@ class _UpdateTally:
         """Sampled rows before and after the updates, and as they will be stored."""
         stored = to_device(rounded, device_of(before), dtype_of(before)) - before
         self.sampled += math.prod(stored.shape)
-        self.moved += int(namespace(stored).count_nonzero(stored))
+        self.moved += int(namespace(stored).count_nonzero(stored != 0))
         self.kept = Survival.total((self.kept, Survival.of(after - before, stored)))
 
     def result(self, xxh3: str) -> Measurement:

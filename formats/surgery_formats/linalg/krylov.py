@@ -21,13 +21,13 @@ from surgery_formats.linalg.certificate import Convergence, allowed_excess, exce
 from surgery_formats.linalg.matrix import Operator
 from surgery_formats.linalg.panel import noise, orthonormal, within, without
 
-__all__ = ["CertifiedBasis", "block_size", "krylov"]
+__all__ = ["LOOK", "ROUNDING", "CertifiedBasis", "block_size", "krylov", "missed_energy", "next_panel"]
 
 _EXACT = 5e-7
 """Residual, relative to the norm, below which a matrix has exactly the requested rank."""
-_ROUNDING = 16.0
+ROUNDING = 16.0
 """Units in the last place, relative to the norm, that products and orthogonalisation may lose."""
-_LOOK = 1e-6
+LOOK = 1e-6
 """Share of the energy below which the residual is measured, because the difference of energies is rounding noise."""
 
 
@@ -71,7 +71,7 @@ def krylov(
     filler = noise((block, op.short), seed + 1, op.dtype, op.like)
     fresh = op.times(noise((block, op.long), seed, op.dtype, op.like))
     xp, room = namespace(fresh), min(most, 8 * block) + block
-    rounding = (_ROUNDING * float(xp.finfo(fresh.dtype).eps)) ** 2 * op.norm2
+    rounding = (ROUNDING * float(xp.finfo(fresh.dtype).eps)) ** 2 * op.norm2
     support = xp.any(fresh != 0, axis=-2)  # non-zero rows of M: zero rows are part of no direction
     basis = xp.empty((room, op.short), dtype=fresh.dtype, device=fresh.device)  # rows are vectors
     image = xp.empty((room, op.long), dtype=fresh.dtype, device=fresh.device)
@@ -82,7 +82,7 @@ def krylov(
             basis, image = _grown(basis), _grown(image)
             small = numpy.pad(small, (0, len(small)))
         old, at, size, steps = size, slice(size, size + block), size + block, steps + 1
-        basis[at] = _next(fresh, basis[:old], xp.roll(filler, steps, axis=-1))
+        basis[at] = next_panel(fresh, basis[:old], xp.roll(filler, steps, axis=-1))
         image[at] = op.adjoint(basis[at])
         fresh = without(op.times(image[at]), basis[:size])
         images, wide = cast(image[:size], DType.F64), cast(fresh, DType.F64)
@@ -101,17 +101,10 @@ def krylov(
             continue
         if keep >= size:
             continue
-        energy = float(ritz[:keep].sum())
-        rest = op.norm2 - energy
-        enough = allowed_excess(rest, target) - rounding
-        excess = progress.expected(keep, size, energy)
-        if excess > enough:  # cheap bounds first
-            last, near = vectors[old:], slice(max(0, old - block), size)
-            edge = outside_norm(small[near, near], beyond)
-            excess = min(excess, excess_energy(ritz, last.T @ (beyond @ last), keep, edge, enough))
-        excess += rounding
+        rest = op.norm2 - float(ritz[:keep].sum())
+        excess = missed_energy(small[:size, :size], beyond, ritz, vectors, keep, rest, target, rounding, progress)
         best = None
-        if rest < _LOOK * op.norm2:
+        if rest < LOOK * op.norm2:
             best = _ritz_vectors(basis[:size], image[:size], vectors[:, :keep], support, excess, steps)
             rest = residual(op, best) ** 2
             if rest <= _EXACT**2 * op.norm2:
@@ -121,6 +114,46 @@ def krylov(
         if ratio_bound(rest, excess) <= target:
             return best or _ritz_vectors(basis[:size], image[:size], vectors[:, :keep], support, excess, steps)
     return None
+
+
+def missed_energy(
+    small: numpy.ndarray,
+    beyond: numpy.ndarray,
+    ritz: numpy.ndarray,
+    vectors: numpy.ndarray,
+    keep: int,
+    rest: float,
+    target: float,
+    rounding: float,
+    progress: Convergence,
+) -> float:
+    """Bound on the energy that the first `keep` Ritz vectors miss, see `surgery_formats.linalg.certificate`.
+
+    Args:
+        small: ``K^T M M^T K`` of the basis, ``(size, size)``.
+        beyond: ``W^T W``, ``(block, block)``, of what the next product adds outside the basis.
+        ritz: Eigenvalues of `small`, descending.
+        vectors: Its eigenvectors, one per column.
+        keep: Number of vectors to keep.
+        rest: Energy outside them.
+        target: The greatest acceptable ratio to the optimum; a bound good enough for it is not improved further.
+        rounding: Energy that rounding may hide; part of the result.
+        progress: The matrix's own; is updated.
+    """
+    size, block = len(small), len(beyond)
+    enough = allowed_excess(rest, target) - rounding
+    excess = progress.expected(keep, size, float(ritz[:keep].sum()))
+    if excess > enough:  # cheap bounds first
+        last, near = vectors[size - block :], slice(max(0, size - 2 * block), size)
+        edge = outside_norm(small[near, near], beyond)
+        excess = min(excess, excess_energy(ritz, last.T @ (beyond @ last), keep, edge, enough))
+    return excess + rounding
+
+
+def next_panel(products: Array, basis: Array, filler: Array) -> Array:
+    """Orthonormal rows ``(..., b, n)``, float64, that extend `basis` ``(..., size, n)`` towards `products`."""
+    panel = orthonormal(products, filler)
+    return orthonormal(without(cast(panel, dtype_of(basis)), basis), filler) if basis.shape[-2] else panel
 
 
 def residual(op: Operator, approximation: CertifiedBasis) -> float:
@@ -143,11 +176,6 @@ def _ritz_vectors(
 ) -> CertifiedBasis:
     chosen = array_of(vectors.T, dtype_of(basis), basis)
     return CertifiedBasis(within(chosen @ basis, support), chosen @ image, excess, steps)
-
-
-def _next(block: Array, basis: Array, filler: Array) -> Array:
-    fresh = orthonormal(block, filler)
-    return orthonormal(without(cast(fresh, dtype_of(basis)), basis), filler) if len(basis) else fresh
 
 
 def _grown(rows: Array) -> Array:

@@ -15,13 +15,13 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.panel import squares
 
-__all__ = ["MatrixSource", "Operator", "add_gram"]
+__all__ = ["SAFE", "MatrixSource", "Operator", "add_gram", "scale_of"]
 
 _BLOCK = 1 << 23
 """Elements read from a source at a time: 32 MB of float32."""
 _CACHED = 1 << 17
 """Elements of a block in memory that is passed over several times on the CPU, or converted for one product."""
-_SAFE = (1e-30, 1e30)
+SAFE = (1e-30, 1e30)
 """Squared norms that are normal numbers in float32, as are the squares of the elements."""
 
 
@@ -37,6 +37,11 @@ class MatrixSource(Protocol):
     def rows(self, start: int, stop: int) -> Array:
         """Rows ``start:stop``, ``(stop - start, n)``, of a floating dtype, on any device; repeatable."""
         ...
+
+
+def scale_of(norm2: float) -> float:
+    """The power of two `s` with ``1 <= norm2 / s^2 < 4``."""
+    return 2.0 ** math.floor(math.log2(norm2) / 2)
 
 
 class Operator:
@@ -65,9 +70,9 @@ class Operator:
             self._matrix = cast(matrix, self.dtype) if device is None else to_device(matrix, device, self.dtype)
             self.like = self._matrix[:0]
         self.scale = 1.0
-        norm2 = total**2 if total is not None and _SAFE[0] < total**2 < _SAFE[1] else self._norm2()
+        norm2 = total**2 if total is not None and SAFE[0] < total**2 < SAFE[1] else self._norm2()
         if norm2 > 0:
-            self.scale = 2.0 ** math.floor(math.log2(norm2) / 2)
+            self.scale = scale_of(norm2)
             if not 1e-30 < self.scale < 1e30:
                 self.dtype = DType.F64
         self.norm2 = norm2 / self.scale / self.scale
@@ -167,7 +172,7 @@ class Operator:
         total = 0.0
         for _, _, rows in self.blocks():
             largest, energy = _largest_and_sum(rows)
-            if not _SAFE[0] < largest < _SAFE[1]:  # also true for NaN
+            if not SAFE[0] < largest < SAFE[1]:  # also true for NaN
                 largest, energy = _largest_and_sum(cast(rows, DType.F64))
                 if not math.isfinite(energy) and not bool(namespace(rows).all(namespace(rows).isfinite(rows))):
                     raise FitError("the matrix contains NaN or infinity", hint="such a difference has no factors")

@@ -21,7 +21,6 @@ __all__ = [
     "MANTISSA",
     "NoiseTally",
     "Side",
-    "measure_survival",
     "noise_energy",
     "signal_count",
     "spacing",
@@ -121,17 +120,9 @@ def signal_count(values: Sequence[float], edge: float) -> int:
     return sum(value > least for value in values)
 
 
-def measure_survival(exact: Array, stored: Array) -> Survival:
-    """Compare an update with its stored version, of equal shape and type; overwrites `stored`."""
-    target, rest = exact.reshape(-1), stored.reshape(-1)
-    update, inner = float(target @ target), float(rest @ target)
-    rest -= target
-    return Survival(update, inner, float(rest @ rest))
-
-
 def survival(base: Array, delta: Array, dtype: DType) -> Survival:
     """Measure what survives when `delta` is added to `base`, both float32 or float64, and the sum is rounded once to `dtype`."""
     total = base + delta
     exact = dtype_of(total)
     stored = cast(cast(total, dtype), exact) - base
-    return measure_survival(cast(delta, exact), stored)
+    return Survival.of(cast(delta, exact), stored)

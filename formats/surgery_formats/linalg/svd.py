@@ -25,19 +25,30 @@ from surgery_formats.linalg.panel import noise, orthonormal, positive, within
 from surgery_formats.linalg.rank_criteria import checked_rank, rank_holding
 from surgery_formats.threads import one_thread
 
-__all__ = ["TruncatedSVD", "left_over", "truncated_svd"]
+__all__ = [
+    "FINE",
+    "MEASURED",
+    "NOTHING",
+    "SHARE",
+    "SKEW",
+    "SLACK",
+    "SMALL",
+    "TruncatedSVD",
+    "left_over",
+    "truncated_svd",
+]
 
-_SMALL = 10
+SMALL = 10
 """Short sides of at most this many blocks: all eigenvectors are as cheap as a Krylov basis."""
-_SHARE = 0.8
+SHARE = 0.8
 """Share of the permitted excess error used by the basis; rounding takes the rest."""
-_MEASURED = 0.05
+MEASURED = 0.05
 """Relative residual below which it is measured on the matrix; above, ``||D||^2 - sum S^2`` is right to 1e-4 of it."""
-_FINE = 1e-3
+FINE = 1e-3
 """Relative residual below which float32 cannot measure it."""
-_SKEW = 1e-5  # of products of unit vectors that ought to be orthogonal; float32 bases come within a few units of 1e-7
-_SLACK = 1e-4  # added to the bound for the rounding of float32 bases
-_NOTHING = 1e-6
+SKEW = 1e-5  # of products of unit vectors that ought to be orthogonal; float32 bases come within a few units of 1e-7
+SLACK = 1e-4  # added to the bound for the rounding of float32 bases
+NOTHING = 1e-6
 """Relative residual below which the matrix has exactly this rank, up to rounding."""
 
 
@@ -117,13 +128,13 @@ def truncated_svd(
     if not accuracy > 1:
         raise ValueError(f"accuracy {accuracy} is not above 1")
     choose = _criterion(shape, rank, energy, max_error)
-    fine = (energy is not None and 1 - energy < _FINE**2) or (max_error is not None and max_error < _FINE)
+    fine = (energy is not None and 1 - energy < FINE**2) or (max_error is not None and max_error < FINE)
     with one_thread():
         op = Operator(matrix, device, total)
         result = wide(dtype_of(op.like))
         if op.norm2 == 0:
             return _zero(op, rank if energy is None and max_error is None else 0, result)
-        basis = _solve(op.in_float64() if fine else op, choose, block_size(rank), 1 + _SHARE * (accuracy - 1), seed)
+        basis = _solve(op.in_float64() if fine else op, choose, block_size(rank), 1 + SHARE * (accuracy - 1), seed)
         return _finished(op, basis, result, seed)
 
 
@@ -181,7 +192,7 @@ def _criterion(
 def _solve(
     op: Operator, choose: Callable[[numpy.ndarray, float], int | None], block: int, target: float, seed: int
 ) -> CertifiedBasis:
-    if op.short <= _SMALL * block:
+    if op.short <= SMALL * block:
         return _all_eigenvectors(op, choose)
     basis = krylov(op, choose, block, op.short // 2, target, seed)
     return _all_eigenvectors(op, choose) if basis is None else basis
@@ -212,11 +223,11 @@ def _finished(op: Operator, certified: CertifiedBasis, dtype: DType, seed: int) 
     left, right, values = cast(left * flip, dtype), cast(right * flip, dtype), values.astype(dtype.numpy)
     rest = op.norm2 - float(numpy.sum(values.astype(numpy.float64) ** 2))
     singular = array_of(values, dtype, like)
-    if rest < _MEASURED**2 * op.norm2:
-        fine = DType.F64 if rest < _FINE**2 * op.norm2 else op.dtype
+    if rest < MEASURED**2 * op.norm2:
+        fine = DType.F64 if rest < FINE**2 * op.norm2 else op.dtype
         rest = float(xp.sum(op.left_over(cast(left.T, fine) * cast(singular, fine), right, fine)))
     rounding = float(xp.finfo(left.dtype).eps) ** 2 * op.norm2
-    bound = 1.0 if rest <= _NOTHING**2 * op.norm2 else ratio_bound(rest, certified.excess + rounding) * (1 + _SLACK)
+    bound = 1.0 if rest <= NOTHING**2 * op.norm2 else ratio_bound(rest, certified.excess + rounding) * (1 + SLACK)
     total = math.sqrt(op.norm2) * op.scale
     return TruncatedSVD(left.T, singular * op.scale, right.T, math.sqrt(rest) * op.scale, total, bound, certified.steps)
 
@@ -225,7 +236,7 @@ def _straight(rows: Array, seed: int) -> Array:
     """Make `rows` orthonormal, first to last, if they are not: directions without any weight can come out skew."""
     xp = namespace(rows)
     gram = rows @ rows.T - xp.eye(len(rows), dtype=xp.float64, device=rows.device)
-    if float(xp.max(xp.abs(gram))) <= _SKEW:
+    if float(xp.max(xp.abs(gram))) <= SKEW:
         return rows
     return orthonormal(rows, noise(tuple(rows.shape), seed, DType.F32, rows) * xp.any(rows != 0, axis=0))
 
