@@ -19,13 +19,14 @@ from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via
 from surgery.extraction.stream.scratch import ScratchSlot
 from surgery.extraction.targets import Form, LowRankTarget
 from surgery_formats.adapters.format import Scaling
+from surgery_formats.arrays import all_finite
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import read_rows
 from surgery_formats.tensors.computed import computed
-from surgery_formats.tensors.tensor import StoredTensor, all_finite
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, TokenRows, Update
 from surgery_formats.updates.replacement import Held
 
