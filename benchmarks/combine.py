@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import ROOT, versions
+from measure import ROOT, Sample, add_against, median, run, trees, versions
 from safetensors.torch import load_file, save_file
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -30,6 +31,7 @@ KEY = "base_model.model.q_proj.lora_"
 PAIRS = ((1.0, 1.0), (0.7, -0.3))
 ALPHA = 2  # times the rank
 EXACT, OPTIMAL = 1e-6, 1.0001
+ROUNDS = 3
 CLAMP = 0.99  # of kohya's scripts
 
 
@@ -38,9 +40,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="without the full SVDs")
+    add_against(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="surgery-bench-") as name:
         bench(Path(name), options.size, options.rank, full=not options.quick)
+        whole_processes(Path(name), options)
 
 
 def bench(folder: Path, size: int, rank: int, *, full: bool) -> None:
@@ -90,6 +94,27 @@ def bench(folder: Path, size: int, rank: int, *, full: bool) -> None:
         if full:
             row("kohya `svd_merge_lora`", lambda w=weights: kohya_svd(sources, w, rank))
     print(f"\n{versions('torch', 'peft', 'safetensors')}")
+
+
+def whole_processes(folder: Path, options: argparse.Namespace) -> None:
+    """The command from its start to its end, on this checkout and the one given by ``--against``, in turn."""
+    checkouts = trees(options)
+    print("\n| whole process | wall, s (median, min-max) | processor, s | peak memory, MB |\n|---|---:|---:|---:|")
+    for title, more in (("combine", []), (f"combine --rank {options.rank}", ["--rank", str(options.rank)])):
+        words = ["combine", f"{folder / 'a'}=0.5", f"{folder / 'b'}=0.5", *more]
+        samples: dict[str, list[Sample]] = {name: [] for name in checkouts}
+        for number in range(ROUNDS + 1):
+            for name in sorted(checkouts, reverse=bool(number % 2)):
+                command = [sys.executable, "-P", "-m", "surgery_cli", "-q", *words, "-o", str(folder / "whole")]
+                sample = run(command, folder / "log", tree=checkouts[name])
+                shutil.rmtree(folder / "whole")
+                if number:  # the first one warms files
+                    samples[name].append(sample)
+        for name, found in samples.items():
+            walls = [sample.wall for sample in found]
+            span = f"{median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f})"
+            cpu, peak = median([sample.cpu for sample in found]), max(sample.peak for sample in found) / 1e6
+            print(f"| `{title}`{name} | {span} | {cpu:.2f} | {peak:.0f} |", flush=True)
 
 
 def made(folder: Path, size: int, rank: int, seed: int) -> Factors:

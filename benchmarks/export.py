@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import ROOT, environment, median, run, versions
+from measure import ROOT, Sample, add_against, environment, median, run, trees, versions
 from shapes import LARGE, Shape, write_base
 
 SHAPES = {"150M": Shape(1024, 8, 16, 4, 2816, 64128), "1.24B": LARGE}
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--peer-rounds", type=int, default=1)
     parser.add_argument("--shapes", default="150M,1.24B,70B")
     parser.add_argument("--folder", type=Path, help="where to work; the peers need 12 GB at 1.24 B")
+    add_against(parser)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="surgery-bench-", dir=options.folder))
     print(versions("onnx", "onnxruntime-gpu", "numpy"))
@@ -83,7 +84,7 @@ def main() -> None:
                 write_base(SHAPES[name], base, shards=1)
                 for file in ("tokenizer.json", "tokenizer_config.json"):  # the builder wants one; any does
                     shutil.copy(ROOT / "examples/base" / file, base)
-            ours(name, base, options.rounds)
+            ours(name, base, options)
             if name == min(SHAPES, key=lambda one: SHAPES[one].parameters):
                 check(base)
             if options.peers and name != HUGE:
@@ -105,23 +106,28 @@ def row(shape: str, label: str, calls: list[float], samples: list, written: floa
     )
 
 
-def ours(shape: str, base: Path, rounds: int) -> None:
+def ours(shape: str, base: Path, options: argparse.Namespace) -> None:
     """``surgery export-onnx --weights reference``, which only adds files; they are removed before each round."""
     log = base.with_suffix(".log")
-    command = [sys.executable, "-m", "surgery_cli", "-q", "export-onnx", str(base), "-o", str(base)]
+    command = [sys.executable, "-P", "-m", "surgery_cli", "-q", "export-onnx", str(base), "-o", str(base)]
+    checkouts = trees(options)
     for target in ("cpu", "cuda"):
-        calls, samples, written = [], [], 0
-        for number in range(rounds + 1):
-            clean(base)
-            sample = run([*command, "--weights", "reference", "--target", target], log)
-            clean(base)
-            run([sys.executable, "-c", CALL, str(base), target], log)
-            if number:  # the first one warms files
-                said = dict(line.split() for line in log.read_text().splitlines())
-                calls.append(float(said["call"]))
-                written = int(said["written"])
-                samples.append(sample)
-        row(shape, f"surgery --target {target}", calls, samples, written)
+        calls: dict[str, list[float]] = {name: [] for name in checkouts}
+        samples: dict[str, list[Sample]] = {name: [] for name in checkouts}
+        written = dict.fromkeys(checkouts, 0)
+        for number in range(options.rounds + 1):
+            for name in sorted(checkouts, reverse=bool(number % 2)):
+                clean(base)
+                sample = run([*command, "--weights", "reference", "--target", target], log, tree=checkouts[name])
+                clean(base)
+                run([sys.executable, "-P", "-c", CALL, str(base), target], log, tree=checkouts[name])
+                if number:  # the first one warms files
+                    said = dict(line.split() for line in log.read_text().splitlines())
+                    calls[name].append(float(said["call"]))
+                    written[name] = int(said["written"])
+                    samples[name].append(sample)
+        for name in checkouts:
+            row(shape, f"surgery --target {target}{name}", calls[name], samples[name], written[name])
     clean(base)
 
 

@@ -2,7 +2,7 @@
 """Extracting a rank-16 LoRA from a full fine-tune, beside mergekit-extract-lora, on a CPU or a GPU.
 
     python benchmarks/extract.py [--mergekit VENV/bin/mergekit-extract-lora] [--rounds 3] [--threads N] [--folder DIR]
-    python benchmarks/extract.py --device cuda [--mergekit ...] [--sizes 1b,8b] [--folder DIR] [--cold-sizes 1b,8b]
+    python benchmarks/extract.py --device cuda [--mergekit ...] [--sizes 1b,8b] [--folder DIR] [--cold-sizes 1b,8b] [--against TREE]
 
 Whole processes, in turn, on files that are in memory; as many threads for either. Then (`--cold-rounds`) ours again on files that were
 dropped from the page cache, beside a plain read of both files that were dropped likewise. On a CPU the pair is one layer of Llama 7B, on a
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import Sample, median, run, versions
+from measure import ROOT, Sample, add_against, median, run, trees, versions
 from pair import write_pair
 from safetensors import safe_open
 from shapes import EIGHT, LARGE, LAYER, LINEAR, Shape
@@ -157,13 +157,13 @@ def bench(size: str, work: Path, options: argparse.Namespace) -> None:
         f"## {TITLES[size]}: {shape.parameters / 1e9:.2f} B parameters, {size_read / 1e9:.2f} GB in both files (made in {made:.0f} s)\n"
     )
     ours, theirs = work / "ours", work / "theirs"
-    commands = {
-        "surgery": [
-            sys.executable, "-m", "surgery_cli", "-q", "--json", "extract-lora", str(base), str(tuned), "-o", str(ours),
-            "--rank", str(RANK), "--device", options.device, "--workers", str(options.workers or options.threads),
-            "--kind", options.kind,
-        ]
-    }  # fmt: skip
+    checkouts = {f"surgery{added}": tree for added, tree in trees(options).items()}
+    command = [
+        sys.executable, "-P", "-m", "surgery_cli", "-q", "--json", "extract-lora", str(base), str(tuned), "-o", str(ours),
+        "--rank", str(RANK), "--device", options.device, "--workers", str(options.workers or options.threads),
+        "--kind", options.kind,
+    ]  # fmt: skip
+    commands = {name: command for name in checkouts}  # noqa: C420 - mergekit's is added
     if options.mergekit:
         commands["mergekit"] = [
             str(options.mergekit), "--model", str(tuned), "--base-model", str(base), "--out-path", str(theirs),
@@ -172,18 +172,20 @@ def bench(size: str, work: Path, options: argparse.Namespace) -> None:
         ]  # fmt: skip
     threads = {} if gpu else {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
     samples: dict[str, list[Sample]] = {name: [] for name in commands}
-    inside: list[dict[str, float]] = []
+    inside: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     errors: dict[str, float] = {}
     names = names_of(shape)
     for number in range(options.rounds):
-        for name, command in commands.items():
+        for name in sorted(commands, reverse=bool(number % 2)):
+            command = commands[name]
             if name == "mergekit" and number >= options.mergekit_rounds:
                 continue
-            samples[name].append(run(command, log, {"HF_HUB_OFFLINE": "1", **threads}))
-            out = ours if name == "surgery" else theirs
-            if name == "surgery":
+            tree = checkouts.get(name, ROOT)
+            samples[name].append(run(command, log, {"HF_HUB_OFFLINE": "1", **threads}, tree))
+            out = ours if name in checkouts else theirs
+            if name in checkouts:
                 told = json.loads(log.read_text())["result"]
-                inside.append(told["timings"])
+                inside[name].append(told["timings"])
             if name not in errors:
                 errors[name] = error(base, tuned, out, names, made_on)
                 if name == "surgery":
@@ -239,7 +241,10 @@ def check(told: dict, base: Path, tuned: Path, out: Path, names: list[str], devi
 
 
 def report(
-    samples: dict[str, list[Sample]], errors: dict[str, float], inside: list[dict[str, float]], reads: list[float]
+    samples: dict[str, list[Sample]],
+    errors: dict[str, float],
+    inside: dict[str, list[dict[str, float]]],
+    reads: list[float],
 ) -> None:
     print(
         "| | wall, s (median, min-max) | first read to synced, s | processor, s | peak memory, MB | missing of the change |"
@@ -250,13 +255,15 @@ def report(
         if not walls:
             continue
         span = f"{median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f})"
-        synced = f"{median([one['first_read_to_synced'] for one in inside]):.2f}" if name == "surgery" else ""
+        own = inside.get(name)
+        synced = f"{median([one['first_read_to_synced'] for one in own]):.2f}" if own else ""
         peak, cpu = max(sample.peak for sample in found) / 1e6, median([sample.cpu for sample in found])
         print(f"| {name} | {span} | {synced} | {cpu:.1f} | {peak:.0f} | {errors[name]:.6f} |")
-    synced_at = median([one["first_read_to_synced"] for one in inside])
     read = median(reads)
-    parts = ", ".join(f"{key} {median([one[key] for one in inside]):.2f}" for key in inside[0])
-    print(f"\nIn the process, s: {parts}.")
+    for name, own in inside.items():
+        parts = ", ".join(f"{key} {median([one[key] for one in own]):.2f}" for key in own[0])
+        print(f"\nIn the process ({name}), s: {parts}.")
+    synced_at = median([one["first_read_to_synced"] for one in inside["surgery"]])
     print(
         f"Reading both files alone: {read:.2f} s ({min(reads):.2f}-{max(reads):.2f}); extraction takes {synced_at / read:.2f}x that."
     )
@@ -265,6 +272,10 @@ def report(
         less = max(s.peak for s in samples["mergekit"]) / max(s.peak for s in samples["surgery"])
         print(f"mergekit takes {ratio:.1f} times as long, and {less:.1f} times the memory.")
         assert errors["surgery"] <= errors["mergekit"] * (1 + 1e-4), errors
+    if "surgery, before" in samples:
+        ratio = median([s.wall for s in samples["surgery"]]) / median([s.wall for s in samples["surgery, before"]])
+        print(f"The process takes {ratio:.2f} of the time it took before.")
+        assert abs(errors["surgery"] - errors["surgery, before"]) <= 1e-5, errors
     print()
 
 
@@ -281,6 +292,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, help="of surgery; by default as many as threads, 3 on a GPU")
     parser.add_argument("--folder", type=Path, help="where to work, made if missing; 8b needs 33 GB")
+    add_against(parser)
     options = parser.parse_args()
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)

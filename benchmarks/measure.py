@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -26,17 +27,36 @@ class Sample:
     peak: int
 
 
-def environment() -> dict[str, str]:
-    """As on a clone that was not installed."""
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "formats", "cli"))
-    return {**os.environ, "PYTHONPATH": path}
+def environment(tree: Path = ROOT) -> dict[str, str]:
+    """As on a clone of `tree` that was not installed; other packages of PYTHONPATH stay."""
+    paths = [str(tree / folder) for folder in ("", "formats", "cli")]
+    kept = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if _is_extra(path)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *kept])}
 
 
-def run(command: Sequence[str], log: Path, extra: Mapping[str, str] | None = None) -> Sample:
-    """Run `command` to its end; its output goes to `log`, which is shown if it fails."""
+def _is_extra(path: str) -> bool:
+    return bool(path) and not any(
+        (Path(path) / name).is_dir() for name in ("surgery", "surgery_formats", "surgery_cli")
+    )
+
+
+def add_against(parser: argparse.ArgumentParser) -> None:
+    """The option to measure another checkout in the same run."""
+    parser.add_argument("--against", type=Path, help="a checkout of an earlier commit to measure in turn with this one")
+
+
+def trees(options: argparse.Namespace) -> dict[str, Path]:
+    """What is measured: this checkout, and the other if there is one; by what the tables add to their names."""
+    return {"": ROOT} | ({} if options.against is None else {", before": options.against.resolve()})
+
+
+def run(command: Sequence[str], log: Path, extra: Mapping[str, str] | None = None, tree: Path = ROOT) -> Sample:
+    """Run `command` on `tree` to its end; its output goes to `log`, which is shown if it fails."""
     with open(log, "wb") as out:
         started = time.perf_counter()
-        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment() | dict(extra or {}))
+        child = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment(tree) | dict(extra or {})
+        )
         peak = 0
         while True:
             peak = max(peak, _high_water(child.pid))

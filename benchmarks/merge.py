@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging a rank-16 LoRA on all linear layers into a 1.24 B bf16 Llama shape, beside copying the folder and beside PEFT.
 
-    python benchmarks/merge.py [--rounds 5] [--peft-rounds 2] [--pause 5] [--folder DIR]
+    python benchmarks/merge.py [--rounds 5] [--peft-rounds 2] [--pause 5] [--folder DIR] [--device cuda] [--against TREE]
 
 Every round runs each contender once, in turn, on warm files, as whole processes. Correctness is asserted inside: sampled
 tensors against float64, and bit equality with PEFT's. The copy is followed by ``sync -f``, because the merge syncs what it writes too;
@@ -20,10 +20,11 @@ import time
 from pathlib import Path
 
 import torch
-from measure import Sample, median, run, versions
+from measure import ROOT, Sample, add_against, median, run, trees, versions
 from safetensors import safe_open
 from shapes import LARGE, LINEAR, SMALL, Shape, write_adapter, write_base
 
+QUARTER = "merge, a quarter the size"
 PEFT = """
 import sys, torch, transformers, peft
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
@@ -64,40 +65,50 @@ def main() -> None:
     parser.add_argument("--peft-rounds", type=int, default=2)
     parser.add_argument("--pause", type=float, default=5.0, help="seconds before each run")
     parser.add_argument("--folder", type=Path, help="where to work; needs 12 GB")
+    parser.add_argument("--device", default="cpu")
+    add_against(parser)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="surgery-bench-", dir=options.folder))
     try:
-        bench(work, options.rounds, options.peft_rounds, options.pause)
+        bench(work, options)
     finally:
         shutil.rmtree(work)
 
 
-def bench(work: Path, rounds: int, peft_rounds: int, pause: float) -> None:
+def bench(work: Path, options: argparse.Namespace) -> None:
     for name, shape in (("large", LARGE), ("small", SMALL)):
         write_base(shape, work / name / "base")
         write_adapter(shape, work / name / "adapter")
-    samples: dict[str, list[Sample]] = {"copy": [], "merge": [], "merge, a quarter the size": [], "PEFT": []}
+    merges = {f"merge{added}": tree for added, tree in trees(options).items()}
+    samples: dict[str, list[Sample]] = {"copy": [], **{name: [] for name in merges}, QUARTER: [], "PEFT": []}
 
     def merge(size: str) -> list[str]:
         base, adapter, out = (str(work / size / part) for part in ("base", "adapter", "out"))
-        return [sys.executable, "-m", "surgery_cli", "-q", "merge", base, adapter, "-o", out]
+        command = [sys.executable, "-P", "-m", "surgery_cli", "-q", "merge", base, adapter, "-o", out]
+        return command if options.device == "cpu" else [*command, "--device", options.device]
 
     def once(name: str, command: list[str], out: Path) -> None:
-        time.sleep(pause)
-        samples[name].append(run(command, work / "log"))
+        time.sleep(options.pause)
+        samples[name].append(run(command, work / "log", tree=merges.get(name, ROOT)))
         shutil.rmtree(out)
 
     copied, peft_out = work / "copy", work / "peft"
     copy = ["sh", "-c", f"cp -r {work}/large/base {copied} && sync -f {copied}"]
     peft = [sys.executable, "-c", PEFT, *(str(work / "large" / part) for part in ("base", "adapter")), str(peft_out)]
     once("copy", copy, copied)  # one round to warm files and memory, not counted
-    once("merge", merge("large"), work / "large" / "out")
+    for name in merges:
+        once(name, merge("large"), work / "large" / "out")
     samples = {name: [] for name in samples}
-    for number in range(rounds):
+    for number in range(options.rounds):
         once("copy", copy, copied)
-        once("merge", merge("large"), work / "large" / "out")
-        once("merge, a quarter the size", merge("small"), work / "small" / "out")
-        if number < peft_rounds:
+        for name in sorted(merges, reverse=bool(number % 2)):
+            once(name, merge("large"), work / "large" / "out")
+        once(QUARTER, merge("small"), work / "small" / "out")
+        if not number:
+            run(merge("large"), work / "log")
+            check(LARGE, *(work / "large" / part for part in ("base", "adapter", "out")), None)
+            shutil.rmtree(work / "large" / "out")
+        if number < options.peft_rounds:
             samples["PEFT"].append(run(peft, work / "log", {"HF_HUB_OFFLINE": "1"}))
             run(merge("large"), work / "log")
             check(LARGE, *(work / "large" / part for part in ("base", "adapter", "out")), peft_out)
@@ -125,9 +136,12 @@ def report(samples: dict[str, list[Sample]]) -> None:
     if samples["PEFT"]:
         ratio = median([s.wall for s in samples["PEFT"]]) / median([s.wall for s in samples["merge"]])
         print(f"\nPEFT takes {ratio:.1f} times as long as the merge.")
-    large, small = (max(s.peak for s in samples[name]) for name in ("merge", "merge, a quarter the size"))
+    large, small = (max(s.peak for s in samples[name]) for name in ("merge", QUARTER))
     print(f"Peak memory of a model four times smaller: {small / large:.2f} of the larger one's.")
-    print(f"\n{versions('torch', 'transformers', 'peft', 'safetensors')}")
+    if samples.get("merge, before"):
+        ratio = median([s.wall for s in samples["merge"]]) / median([s.wall for s in samples["merge, before"]])
+        print(f"The merge takes {ratio:.2f} of the time it took before.")
+    print(f"\n{versions('torch', 'numpy', 'safetensors')}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from surgery_formats.dtypes import DType
@@ -40,6 +41,9 @@ __all__ = [
     "to_device",
     "wide",
 ]
+
+_SCRATCH = 1 << 19  # elements
+_scratches = threading.local()
 
 Array: TypeAlias = Any
 """A ``numpy.ndarray`` or a ``torch.Tensor``. No static type describes both; docstrings give shape and element type."""
@@ -141,8 +145,23 @@ def add_product(block: Array, left: Array, right: Array) -> Array:
         return block.addmm_(left, right)  # one pass over the block less
     if block.strides[0] < block.strides[1]:  # a transposed view: both terms in the order of its memory
         return add_product(block.T, right.T, left.T).T
-    block += left @ right
+    import numpy
+
+    block += numpy.matmul(left, right, out=_scratch(block))
     return block
+
+
+def _scratch(like: numpy.ndarray) -> numpy.ndarray:
+    """This thread's buffer for a product that is added at once: fresh memory for each block costs as much as adding it."""
+    import numpy
+
+    if like.size > _SCRATCH:
+        return numpy.empty_like(like)
+    kept: dict[str, numpy.ndarray] = _scratches.__dict__
+    name = like.dtype.char
+    if name not in kept:
+        kept[name] = numpy.empty(_SCRATCH, like.dtype)
+    return kept[name][: like.size].reshape(like.shape)
 
 
 def all_finite(array: Array) -> bool:
@@ -155,10 +174,13 @@ def all_finite(array: Array) -> bool:
 
 def energy(array: Array) -> float:
     """Sum of squares, in the type of `array`: one fast pass. If it is finite, no value is greater than its root."""
+    flat = array.reshape(-1)
+    if is_torch(flat):
+        return float(flat @ flat)
     import numpy
 
     with numpy.errstate(over="ignore", invalid="ignore"):
-        return float(array.reshape(-1) @ array.reshape(-1))
+        return float(numpy.dot(flat, flat))  # unlike ``@``, it lets other threads run
 
 
 def wide(dtype: DType) -> DType:

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import numpy
 import pytest
-import torch
 
-from surgery_formats.arrays import Array
-from surgery_formats.dtypes import DType
+from surgery_formats.arrays import Array, as_torch
 
 __all__ = ["each_library"]
 
@@ -18,8 +16,7 @@ def _numpy(values: numpy.ndarray) -> Array:
 
 
 def _torch(values: numpy.ndarray) -> Array:
-    dtype, held = DType.of(values.dtype), numpy.ascontiguousarray(values)
-    return torch.from_numpy(held.view({8: "u1", 16: "i2", 32: "i4", 64: "i8"}[dtype.bits])).view(dtype.torch)
+    return as_torch(numpy.ascontiguousarray(values))
 
 
 each_library = pytest.mark.parametrize("of", [_numpy, _torch], ids=["numpy", "torch"])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy
 
-from surgery_formats.arrays import Array, array_of, cast, dtype_of, namespace, to_cpu
+from surgery_formats.arrays import Array, all_finite, array_of, cast, dtype_of, namespace, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.panel import positive
@@ -118,9 +118,9 @@ def rerank(B: Array, A: Array, rank: int) -> LowRankProduct:
 def _core(B: Array, A: Array) -> tuple[Array, numpy.ndarray, Array]:
     """``(Q_B, R_B R_A^T, Q_A)``, float64; the core on the CPU, where small decompositions are right and fast."""
     _shape(B, A)
-    xp = namespace(B, A)
-    if not bool(xp.all(xp.isfinite(B))) or not bool(xp.all(xp.isfinite(A))):
+    if not all_finite(B) or not all_finite(A):
         raise FitError("a factor holds NaN or infinity")
+    xp = namespace(B, A)
     left, upper = xp.linalg.qr(cast(B, DType.F64))
     right, lower = xp.linalg.qr(cast(A, DType.F64).T)
     return left, to_cpu(upper @ lower.T), right

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import numpy
 
-from surgery_formats.arrays import Array, cast, dtype_of, namespace, to_cpu, to_device
+from surgery_formats.arrays import Array, cast, dtype_of, is_torch, namespace, to_cpu, to_device
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.matrix import MatrixSource
 from surgery_formats.linalg.svd import truncated_svd
@@ -33,6 +33,9 @@ _SETTLED = 0.99
 _EXACT = 1e-6
 """Relative residual below which float32 cannot improve further."""
 _BLOCK = 1 << 21
+"""Elements read at a time."""
+_CACHED = 1 << 16
+"""Elements of a block that is passed over several times on the CPU."""
 _TINY = float(numpy.finfo(numpy.float64).tiny)
 
 
@@ -206,7 +209,9 @@ class _Scaled:
     def rows(self, start: int, stop: int) -> Array:
         """Rows ``start:stop``, formed as differences of nearly equal values."""
         base, tuned = self.pair.rows(start, stop)
-        return (tuned - base) + cast(self.scales[start:stop, None] - 1, dtype_of(base)) * tuned
+        change = tuned - base
+        change += cast(self.scales[start:stop, None] - 1, dtype_of(base)) * tuned
+        return change
 
 
 def _scaled(pair: PairSource, scales: Array, device: str | None) -> Array | MatrixSource:
@@ -234,10 +239,13 @@ def _norms(pair: PairSource) -> tuple[float, float]:
 def _blocks(pair: PairSource) -> Iterator[tuple[slice, Array, Array]]:
     """Some rows at a time, with W and W' in them."""
     rows, cols = pair.shape
-    step = max(1, _BLOCK // max(cols, 1))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield slice(start, stop), *pair.rows(start, stop)
+    read, cached = (max(1, size // max(cols, 1)) for size in (_BLOCK, _CACHED))
+    for start in range(0, rows, read):
+        base, tuned = pair.rows(start, min(start + read, rows))
+        step = read if is_torch(base) else cached
+        for at in range(0, len(base), step):
+            part = slice(at, at + step)
+            yield slice(start + at, start + at + len(base[part])), base[part], tuned[part]
 
 
 def _product(B: Array, A: Array, like: Array) -> Array:

@@ -48,13 +48,12 @@ def spacing(values: Array, dtype: DType) -> Array:
     bits, smallest = MANTISSA[dtype]
     exact = cast(values, wide(dtype_of(values)))
     integer, mask, lowest = _POWER[dtype_of(exact)]
-    power = (exact.view(getattr(namespace(exact), integer)) & mask).view(
-        exact.dtype
-    )  # the exponent alone: 2^floor(log2 |x|)
+    exponents = exact.view(getattr(namespace(exact), integer)) & mask  # all other bits 0: 2^floor(log2 |x|)
     # never below the normal range of the arithmetic's own type
-    power = power.clip(min=2.0 ** max(smallest, lowest + bits))
-    power *= 2.0**-bits
-    return power
+    least = max(smallest, lowest + bits) - lowest + 1
+    spacings = exponents.clip(min=least << MANTISSA[dtype_of(exact)][0]).view(exact.dtype)
+    spacings *= 2.0**-bits
+    return spacings
 
 
 def variance(*sides: Side) -> Array:
@@ -88,7 +87,7 @@ class NoiseTally:
         """Add rows, ``(rows, cols)``; `sides` as in `variance`."""
         variances = variance(*sides)
         xp = namespace(variances)
-        self.add_sums(*(xp.sum(variances, axis=axis, dtype=xp.float64) for axis in (1, 0)))
+        self.add_sums(*(cast(xp.sum(variances, axis=axis), DType.F64) for axis in (1, 0)))
 
     def add_sums(self, rows: Array, cols: Array) -> None:
         """Add rows by their variances: the sum of each row, and of each column over these rows; float64."""
@@ -124,5 +123,6 @@ def survival(base: Array, delta: Array, dtype: DType) -> Survival:
     """Measure what survives when `delta` is added to `base`, both float32 or float64, and the sum is rounded once to `dtype`."""
     total = base + delta
     exact = dtype_of(total)
-    stored = cast(cast(total, dtype), exact) - base
+    stored = cast(cast(total, dtype), exact)
+    stored -= base
     return Survival.of(cast(delta, exact), stored)

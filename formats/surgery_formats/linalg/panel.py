@@ -36,6 +36,8 @@ def noise(shape: tuple[int, ...], seed: int, dtype: DType, like: Array) -> Array
 
 def squares(rows: Array) -> Array:
     """Squared norm of every row, ``(..., b)`` for ``(..., b, n)``, in the rows' own type."""
+    if is_torch(rows):
+        return namespace(rows).linalg.vector_norm(rows, axis=-1) ** 2  # `vecdot` forms all products first
     return namespace(rows).linalg.vecdot(rows, rows)
 
 

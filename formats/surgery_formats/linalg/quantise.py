@@ -29,7 +29,7 @@ from surgery_formats.threads import one_thread
 __all__ = ["CodedProduct", "Codes", "dequantise", "quantise", "quantise_product"]
 
 _ROUNDS = 4  # more rounds reduce the error by less than 3 %
-_CHUNK = 1 << 15  # groups per step: bounds the memory of the search
+_CHUNK = 1 << 16  # values per step of the search: they stay in the cache
 _DAMPING = 1e-3  # relative to the mean diagonal: otherwise missing directions would compensate for anything
 
 
@@ -189,8 +189,9 @@ def _scales(flat: Array, coding: Coding, candidates: list[float]) -> Array:
     groups = xp.concat([flat, xp.zeros(short, dtype=xp.float64, device=flat.device)]).reshape(-1, coding.group)
     if not len(groups):
         return flat
-    chunks = range(0, len(groups), _CHUNK)
-    return xp.concat([_search(groups[at : at + _CHUNK], coding, candidates) for at in chunks])
+    step = _CHUNK // coding.group
+    chunks = (groups[at : at + step] for at in range(0, len(groups), step))
+    return xp.concat([_search(chunk, coding, candidates) for chunk in chunks])
 
 
 def _search(groups: Array, coding: Coding, candidates: list[float]) -> Array:
@@ -199,7 +200,8 @@ def _search(groups: Array, coding: Coding, candidates: list[float]) -> Array:
     best, least = xp.zeros_like(largest), squares(groups)
     for candidate in candidates:
         scale = _exact(cast(largest / candidate, DType.BF16))
-        missed = _nearest(groups, scale[:, None], coding)
+        # rounding a scale to bfloat16 changes it by 1/256 at most: only the largest candidates are clipped
+        missed = _nearest(groups, scale[:, None], coding if candidate * (1 + 2**-8) >= coding.largest + 0.5 else None)
         missed *= scale[:, None]
         missed -= groups
         error = squares(missed)
@@ -208,10 +210,11 @@ def _search(groups: Array, coding: Coding, candidates: list[float]) -> Array:
     return best
 
 
-def _nearest(values: Array, scales: Array, coding: Coding) -> Array:
-    """Codes as float64; 0 where the scale is 0."""
+def _nearest(values: Array, scales: Array, clipped: Coding | None) -> Array:
+    """Codes as float64, clipped to the range of a coding; 0 where the scale is 0."""
     xp = namespace(values)
-    return xp.round(values / xp.where(scales == 0, math.inf, scales)).clip(-coding.largest, coding.largest)
+    codes = xp.round(values / xp.where(scales == 0, math.inf, scales))
+    return codes.clip(-clipped.largest, clipped.largest) if clipped else codes
 
 
 def _each(scales: Array, numel: int, coding: Coding) -> Array:

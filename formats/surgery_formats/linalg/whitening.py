@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from surgery_formats.arrays import Array, array_of, cast, dtype_of, namespace, to_cpu
+from surgery_formats.arrays import Array, all_finite, array_of, cast, dtype_of, namespace, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.matrix import add_gram
@@ -131,8 +131,7 @@ def _eigenvectors(gram: Array) -> tuple[Array, Array]:
 
 
 def _check_finite(values: Array) -> None:
-    xp = namespace(values)
-    if not bool(xp.all(xp.isfinite(values))):
+    if not all_finite(values):
         raise FitError("holds NaN or Inf")
 
 
