@@ -7,8 +7,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from surgery.engine.factor_proof import distance, scale_error
