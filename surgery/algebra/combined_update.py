@@ -6,15 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from surgery.algebra.sums import DeltaTarget, Solved
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.linalg.solutions import RecentSolutions
 from surgery_formats.updates import Update
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["CombinedUpdate", "Outcome", "Solutions", "new_solutions"]
 
@@ -51,7 +49,7 @@ class CombinedUpdate:
     ranks: tuple[int, ...] = ()
     rank: int = 0
     targets: tuple[DeltaTarget, ...] = ()
-    vector: Callable[[], torch.Tensor] | None = None
+    vector: Callable[[], Array] | None = None
     best: tuple[float, float] | None = None
     solved_as: tuple[str, ...] = ()
 

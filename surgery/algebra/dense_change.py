@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
+import numpy
 
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution
@@ -18,7 +18,9 @@ from surgery.algebra.low_rank import common_rank, solved_lora
 from surgery.algebra.sums import MergedDelta, Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.adapters.writing import places_of, whole_place
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
+from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.computed import computed
@@ -50,11 +52,11 @@ class ChangeTerm:
         """Rank of the update's factors, 0 without low-rank factors; the change itself has a higher one."""
         return self.update.rank or 0
 
-    def delta(self, dtype: torch.dtype) -> torch.Tensor:
+    def delta(self, dtype: DType) -> Array:
         """The change of the weight, dense."""
-        values = torch.zeros(self.shape, dtype=dtype) if self.weight is None else self.weight.get(dtype).contiguous()
+        values = numpy.zeros(self.shape, dtype.numpy) if self.weight is None else self.weight.get(dtype)
         apply = self.update.prepare(HeldWeight(values))
-        return apply(values.clone(), range(self.shape[0]), range(self.shape[1])) - values
+        return apply(values.copy(), range(self.shape[0]), range(self.shape[1])) - values
 
 
 def combine_changes(
@@ -67,16 +69,7 @@ def combine_changes(
 ) -> CombinedUpdate | None:
     """The changes of one weight as one LoRA, the best of its rank; of a bias as one offset.
 
-    Args:
-        name: Of the weight.
-        site: Where.
-        contributions: All of one shape.
-        base: Their base.
-        recipe: It gives a rank, or how to find one.
-        solutions: Of the whole combination.
-
-    Returns:
-        None if a change depends on the base, and there is none or it holds the weight in pieces.
+    None if a change depends on the base, and there is none or it holds the weight in pieces.
     """
     updates = [share.update for share in contributions]
     weight = None
@@ -100,7 +93,7 @@ def combine_changes(
 def _offset(site: Site, target: MergedDelta, sources: Sequence[Update]) -> CombinedUpdate:
     """The change of a bias, which is stored in full and loses nothing."""
 
-    def vector() -> torch.Tensor:
+    def vector() -> Array:
         return target.formed()[:, 0]
 
     tensors = [tensor for source in sources for tensor in source.tensors]

@@ -27,9 +27,9 @@ def combine_stacks(
     solutions: Solutions,
 ) -> CombinedUpdate:
     """Experts: each combined with its like; one rank for all, as every format has it."""
-    stacks = [share.update for share in contributions if isinstance(share.update, Stacked)]
-    _check_stacks(site, contributions, terms)
-    experts = [[stack.experts[e] for stack in stacks] for e in range(len(stacks[0].experts))]
+    stacks = [stack for share in contributions if (stack := share.stack)]
+    _check_stacks(site, stacks, [terms[share.owner] for share in contributions])
+    experts = list(zip(*(stack.experts for stack in stacks), strict=True))
     targets = tuple(target_of(f"{name}[{e}]", loras, contributions, recipe) for e, loras in enumerate(experts))
     rank, best = common_rank(targets, recipe)
     ranks = targets[0].ranks
@@ -48,15 +48,14 @@ def combine_stacks(
     return CombinedUpdate(site, (stack,), outcome, ranks, rank, targets, best=best, solved_as=keys)
 
 
-def _check_stacks(site: Site, contributions: Sequence[Contribution], terms: Sequence[WeightedAdapter]) -> None:
-    stacks = [share.update for share in contributions if isinstance(share.update, Stacked)]
+def _check_stacks(site: Site, stacks: Sequence[Stacked], owners: Sequence[WeightedAdapter]) -> None:
     if len({len(stack.experts) for stack in stacks}) > 1:
         raise FitError("has another number of experts in each adapter", tensor=site.path)
-    for share, stack in zip(contributions, stacks, strict=True):
+    for owner, stack in zip(owners, stacks, strict=True):
         if SWITCH not in site.path and not stack.if_transposed:
             raise FitError(
                 "stacks its experts as PEFT did before 0.19, in an order of axes that only the base can tell apart",
-                file=terms[share.owner].adapter.path,
+                file=owner.adapter.path,
                 tensor=stack.tensors[0].name,
                 hint="load and save it with a newer PEFT, or merge it into the base",
             )

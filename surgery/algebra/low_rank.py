@@ -34,7 +34,7 @@ def combine_loras(
     name: str, site: Site, contributions: Sequence[Contribution], recipe: Recipe, solutions: Solutions
 ) -> CombinedUpdate:
     """The LoRAs of one weight as one LoRA; a single one that need not change is taken over."""
-    loras = [share.update for share in contributions if isinstance(share.update, LoRA)]
+    loras = [lora for share in contributions if (lora := share.update.low_rank())]
     target = target_of(name, loras, contributions, recipe)
     rank, best = common_rank((target,), recipe)
     if len(loras) == 1 and recipe.method == "exact" and rank == loras[0].rank:
@@ -66,15 +66,7 @@ def solved_lora(
 def computed_lora(
     name: str, target: DeltaTarget, rank: int, solved: Callable[[], Solved], sources: Sequence[Update]
 ) -> LoRA:
-    """A LoRA of scale 1 whose factors are solved for when they are read.
-
-    Args:
-        name: For its tensors; no two of an adapter may have one name.
-        target: The delta.
-        rank: Its rank.
-        solved: Returns its factors.
-        sources: What it is made of.
-    """
+    """A LoRA of scale 1 whose factors are `solved` for when they are read; no two of an adapter may have one name."""
     out, inputs = target.shape
     tensors, dtype = [tensor for source in sources for tensor in source.tensors], stored_type(sources)
     A = computed(f"{name}.A", (rank, inputs), tensors, lambda: solved().A, dtype)
@@ -107,7 +99,7 @@ def common_rank(targets: Sequence[DeltaTarget], recipe: Recipe) -> tuple[int, tu
         return max(target.least(recipe) for target in targets), None
     spectra = [target.spectrum() for target in sums]
     rank = max(rank_for(recipe, spectrum, full) for spectrum in spectra)
-    lost, whole = (math.sqrt(sum(float(spectrum[at:].square().sum()) for spectrum in spectra)) for at in (rank, 0))
+    lost, whole = (math.sqrt(sum(float((spectrum[at:] ** 2).sum()) for spectrum in spectra)) for at in (rank, 0))
     return rank, (whole, lost)
 
 

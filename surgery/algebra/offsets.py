@@ -9,29 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import torch
+import numpy
 
 from surgery.algebra.combined_update import CombinedUpdate
 from surgery.algebra.group import Contribution
 from surgery.algebra.sums import Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS, merge_deltas
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
+from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import computed
-from surgery_formats.updates import Factor, Offset
+from surgery_formats.updates import Factor, Offset, in_full
 
 __all__ = ["combine_offsets"]
 
 
 def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution], recipe: Recipe) -> CombinedUpdate:
     """The offsets of one bias or weight as one."""
-    offsets = [share.update for share in contributions if isinstance(share.update, Offset)]
+    offsets = [offset for share in contributions if (offset := in_full(share.update))]
     weights = [share.weight for share in contributions]
     if len(offsets) == 1 and recipe.method not in DENSE_METHODS:
         return CombinedUpdate(site, (offsets[0].scaled(weights[0]),), "kept")
 
-    def vector() -> torch.Tensor:
+    def vector() -> Array:
         if recipe.method not in DENSE_METHODS:
-            return torch.stack([_value(o) * w for o, w in zip(offsets, weights, strict=True)]).sum(0)
+            return numpy.stack([_value(o) * w for o, w in zip(offsets, weights, strict=True)]).sum(0)
         return merge_deltas(
             [partial(_value, offset) for offset in offsets],
             weights,
@@ -47,5 +49,5 @@ def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution]
     return CombinedUpdate(site, (Offset(Factor.of(tensor)),), "exact", vector=vector)
 
 
-def _value(offset: Offset) -> torch.Tensor:
-    return offset.value.load(torch.float64) * offset.scale
+def _value(offset: Offset) -> Array:
+    return offset.value.load(DType.F64) * offset.scale

@@ -9,20 +9,19 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.projection_rows import cut_rows, join_rows
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.adapters.format import Format
-from surgery_formats.adapters.writing import component_of
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.projections import PROJECTIONS, FusedProjection, heights_by_config
 from surgery_formats.models.names import extent
 from surgery_formats.text import show
-from surgery_formats.updates import LoRA, Offset, Update
+from surgery_formats.updates import Update, in_full
 
 __all__ = ["LAYOUTS", "Layout", "LayoutChange", "change_layout", "prove_layout"]
 
@@ -49,13 +48,7 @@ class LayoutChange:
 
 
 def change_layout(adapter: Adapter, layout: str, target: Format, base: Checkpoint | None) -> LayoutChange:
-    """`adapter` with every projection split or fused.
-
-    Args:
-        adapter: As read.
-        layout: As it is to be.
-        target: Format it will be written in.
-        base: Of either layout, where heights are asked of it.
+    """`adapter` with every projection split or fused; `base`, of either layout, tells heights that nothing else does.
 
     Raises:
         FitError: nothing to split or fuse, a height that nothing tells, or an update that has no rows to cut.
@@ -95,8 +88,9 @@ def _in_original_names(original: Adapter, written: Adapter, change: LayoutChange
     restored, _ = back(written, None, change.heights)
     for site in restored.keys() - original.updates.keys():  # a part that was not trained is rows of zeros
         for update in restored[site]:
-            factor = update.B if isinstance(update, LoRA) else update.value if isinstance(update, Offset) else None
-            if factor is None or bool(factor.load(torch.float64).any()):
+            lora, offset = update.low_rank(), in_full(update)
+            factor = lora.B if lora else offset.value if offset else None
+            if factor is None or bool(factor.load(DType.F64).any()):
                 raise ProofError("was not trained, and changes", file=written.path, tensor=site.path)
     modules = [f".{module}." for whole in change.heights for module in _modules(whole)]
     moved = {site for site in {*original.updates, *restored} if any(module in f".{site.path}" for module in modules)}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy
 
 from surgery.algebra.combination import CombinationPlan
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
@@ -19,11 +19,12 @@ from surgery.algebra.group import key_of
 from surgery.algebra.sums import DeltaTarget, stacked
 from surgery.engine.factor_proof import approximation_errors
 from surgery.engine.proof import check_errors, compare, read_back, restricted
+from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
-from surgery_formats.updates import LoRA, Offset, Replacement, Stacked, Update
+from surgery_formats.updates import LoRA, Replacing, Update, experts_of, in_full
 
 __all__ = ["CombinationProof", "SumError", "prove_combination"]
 
@@ -130,12 +131,12 @@ def _measure(
         sizes.append(compared.size)
     if combined.vector is not None:
         value = combined.vector()
-        stored = sum(u.value.load(torch.float64) * u.scale for u in chain if isinstance(u, Offset))
-        norms.append(float(value.norm()))
-        errors.append(float((value - stored).norm()))
+        stored = sum(o.value.load(DType.F64) * o.scale for u in chain if (o := in_full(u)))
+        norms.append(float(numpy.linalg.norm(value)))
+        errors.append(float(numpy.linalg.norm(value - stored)))
         sizes.append(norms[-1])
     for mine, theirs in zip(_whole(combined.updates), _whole(chain), strict=True):
-        if not float((mine - theirs).norm()) <= tolerance * float(mine.norm()):
+        if not numpy.linalg.norm(mine - theirs) <= tolerance * numpy.linalg.norm(mine):
             raise ProofError("is not the whole weight it was", file=path.name, tensor=combined.site.path)
     norm, error, size = (math.hypot(*values) for values in (norms, errors, sizes))
     if not error <= OPTIMAL * lost + tolerance * size + slack * (norm + lost):
@@ -150,16 +151,15 @@ def _measure(
     return SumError(norm, error / norm, lost / norm)
 
 
-def _whole(chain: Sequence[Update]) -> list[torch.Tensor]:
-    return [update.value.load(torch.float64) for update in chain if isinstance(update, Replacement)]
+def _whole(chain: Sequence[Update]) -> list[Array]:
+    replacing = (update for update in chain if isinstance(update, Replacing))
+    return [factor.load(DType.F64) for update in replacing for factor in update.factors().values()]
 
 
 def _loras(combined: CombinedUpdate, chain: Sequence[Update]) -> list[list[LoRA]]:
     """What was written for each of ``combined.targets``."""
-    stacks = [update for update in chain if isinstance(update, Stacked)]
-    if stacks:
-        return [[stack.experts[e] for stack in stacks] for e in range(len(combined.targets))]
-    return [[lora for update in chain if (lora := update.low_rank())]] if combined.targets else []
+    stacks = [experts for update in chain if (experts := experts_of(update))] or [(update,) for update in chain]
+    return [[lora for s in stacks if (lora := s[e].low_rank())] for e in range(len(combined.targets))]
 
 
 def _intended(combined: CombinedUpdate, solutions: Solutions) -> SumError | None:
@@ -173,5 +173,4 @@ def _intended(combined: CombinedUpdate, solutions: Solutions) -> SumError | None
 
 def _norm(target: DeltaTarget) -> float:
     out, inputs = target.shape
-    nothing = torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inputs), dtype=torch.float64)
-    return target.compare(*nothing).norm
+    return target.compare(numpy.zeros((out, 0)), numpy.zeros((0, inputs))).norm

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
-import torch
+import numpy
 
 from surgery.algebra.ties_and_dare import merge_deltas
 from surgery.rank import Rank
+from surgery_formats.adapters.writing import zero_padded
+from surgery_formats.arrays import Array
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.factored import concatenated, factored_norm, rerank, singular_values
 from surgery_formats.linalg.svd import truncated_svd
@@ -34,8 +37,8 @@ class Solved(NamedTuple):
         lost: Frobenius norm of what the factors leave out; 0 where nothing was left out.
     """
 
-    B: torch.Tensor
-    A: torch.Tensor
+    B: Array
+    A: Array
     lost: float = 0.0
 
 
@@ -122,7 +125,7 @@ class DeltaTarget(Protocol):
     def solve(self, rank: int) -> Solved:
         """The best factors of that rank."""
 
-    def compare(self, B: torch.Tensor, A: torch.Tensor) -> Compared:
+    def compare(self, B: Array, A: Array) -> Compared:
         """Compare ``B A`` with this delta."""
 
 
@@ -153,7 +156,7 @@ class LowRankSum:
         """All ranks together, but no more than the matrix has."""
         return min(sum(self.ranks), *self.shape)
 
-    def spectrum(self) -> torch.Tensor:
+    def spectrum(self) -> Array:
         """All ``full_rank`` singular values, float64, descending."""
         return singular_values(*stacked(self.terms))[: self.full_rank]
 
@@ -168,10 +171,10 @@ class LowRankSum:
             return Solved(B, A)
         return Solved(*rerank(B, A, rank))
 
-    def compare(self, B: torch.Tensor, A: torch.Tensor) -> Compared:
+    def compare(self, B: Array, A: Array) -> Compared:
         """Neither matrix is formed."""
         mine, theirs = stacked(self.terms)
-        error = factored_norm(torch.cat([mine, -B], 1), torch.cat([theirs, A], 0))
+        error = factored_norm(numpy.hstack([mine, -B]), numpy.vstack([theirs, A]))
         size = sum(factored_norm(*stacked((term,))) for term in self.terms)
         return Compared(factored_norm(mine, theirs), error, size)
 
@@ -187,8 +190,8 @@ class Term(Protocol):
     def rank(self) -> int:
         """Directions that were trained; the delta itself may have more."""
 
-    def delta(self, dtype: torch.dtype) -> torch.Tensor:
-        """A fresh tensor of `shape`."""
+    def delta(self, dtype: DType) -> Array:
+        """A fresh array of `shape`."""
 
 
 @dataclass(frozen=True)
@@ -224,10 +227,10 @@ class MergedDelta:
         """The matrix's."""
         return min(self.shape)
 
-    def formed(self) -> torch.Tensor:
+    def formed(self) -> Array:
         """The dense delta, float64."""
         return merge_deltas(
-            [partial(term.delta, torch.float64) for term in self.terms],
+            [partial(term.delta, DType.F64) for term in self.terms],
             self.weights,
             method=self.recipe.method,
             density=self.recipe.density,
@@ -257,31 +260,25 @@ class MergedDelta:
         """
         svd = truncated_svd(self.formed(), rank=rank, accuracy=_ACCURACY, seed=self.recipe.seed)
         B, A = svd.factors()
-        missing = rank - svd.rank
-        if missing:
-            B, A = torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
-        return Solved(B, A, svd.residual)
+        return Solved(zero_padded(B, 1, rank), zero_padded(A, 0, rank), svd.residual)
 
-    def compare(self, B: torch.Tensor, A: torch.Tensor) -> Compared:
+    def compare(self, B: Array, A: Array) -> Compared:
         """The delta is formed once more; nothing cancels after that."""
         delta = self.formed()
-        norm = float(delta.norm())
-        return Compared(norm, float(delta.addmm_(B, A, alpha=-1.0).norm()), norm)
+        norm = float(numpy.linalg.norm(delta))
+        return Compared(norm, float(numpy.linalg.norm(delta - B @ A)), norm)
 
 
-def stacked(terms: Sequence[LoRA]) -> tuple[torch.Tensor, torch.Tensor]:
+def stacked(terms: Sequence[LoRA]) -> tuple[Array, Array]:
     """``[s_1 B_1, s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, float64: the sum of `terms` as one product, exactly."""
-    factors = [(term.B.load(torch.float64), term.A.load(torch.float64)) for term in terms]
+    factors = [(term.B.load(DType.F64), term.A.load(DType.F64)) for term in terms]
     return concatenated(factors, [term.scale for term in terms])
 
 
-def rank_for(recipe: Recipe, spectrum: torch.Tensor, full_rank: int) -> int:
-    """The least rank, at least 1, that keeps what `recipe` asks for.
+def rank_for(recipe: Recipe, spectrum: Array, full_rank: int) -> int:
+    """The least rank, at least 1, that keeps what `recipe` asks for; at `full_rank` nothing is lost.
 
-    Args:
-        recipe: Rank, energy and greatest error; all that are given hold, the rank being the upper limit.
-        spectrum: Singular values, descending.
-        full_rank: Where nothing is lost.
+    Rank, energy and greatest error all hold if given, the rank being the upper limit.
     """
     allowed = []
     if recipe.energy is not None:
@@ -292,6 +289,6 @@ def rank_for(recipe: Recipe, spectrum: torch.Tensor, full_rank: int) -> int:
         allowed.append(_LOSSLESS**2)
     rank = full_rank
     if allowed:
-        tails = spectrum.square().flip(0).cumsum(0).flip(0)  # tails[r]: what rank r loses; small ones are summed first
+        tails = (spectrum**2)[::-1].cumsum()[::-1]  # tails[r]: what rank r loses; small ones are summed first
         rank = int((tails > min(allowed) * tails[0]).sum()) if len(tails) else 1
     return max(1, min(rank, full_rank, recipe.rank or full_rank))

@@ -17,11 +17,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+import numpy
+
+from surgery_formats.arrays import Array
 
 __all__ = ["DENSE_METHODS", "disjoint_mean", "drop_and_rescale", "merge_deltas", "trim"]
 
@@ -31,7 +30,7 @@ _CHUNK = 1 << 20  # random numbers drawn at a time
 
 
 def merge_deltas(
-    deltas: Sequence[Callable[[], torch.Tensor]],
+    deltas: Sequence[Callable[[], Array]],
     weights: Sequence[float],
     *,
     method: str,
@@ -39,29 +38,22 @@ def merge_deltas(
     seed: int,
     name: str,
     owners: Sequence[int],
-) -> torch.Tensor:
-    """One weight's deltas merged by `method`.
+) -> Array:
+    """One weight's deltas merged by `method`, one of `DENSE_METHODS`, in float64.
 
-    Args:
-        deltas: Each gives a fresh float64 tensor of one common shape; called once, one after the other.
-        weights: One per delta.
-        method: One of `DENSE_METHODS`.
-        density: Share of the values that is kept, in (0, 1].
-        seed: Of the random drops.
-        name: Of the weight: the drops of two weights are independent, and do not depend on the order of work.
-        owners: Number of each delta's adapter, for the same reason.
-
-    Returns:
-        The merged delta, float64.
+    Each of `deltas` gives a fresh float64 array of one common shape, and is called once, one after the other.
+    `density` is the share of the values that is kept, in (0, 1]. Random drops depend on `seed`, the weight's name and
+    the number of each delta's adapter, not on the order of work.
     """
-    scaled: list[torch.Tensor] = []
+    scaled: list[Array] = []
     for make, weight, owner in zip(deltas, weights, owners, strict=True):
         delta = make()
         if method in _TRIMMED:
             trim(delta, density)
         else:
             drop_and_rescale(delta, density, generator(seed, name, owner))
-        scaled.append(delta.mul_(weight))
+        delta *= weight
+        scaled.append(delta)
     if method.endswith("ties"):
         return disjoint_mean(scaled)
     merged = scaled[0]
@@ -70,61 +62,51 @@ def merge_deltas(
     return merged
 
 
-def trim(delta: torch.Tensor, density: float) -> None:
+def trim(delta: Array, density: float) -> None:
     """Zero all but the ``ceil(density * n)`` values of greatest magnitude, in place (TIES, step 1).
 
     Values as great as the least one kept are kept too, so that the result does not depend on an order.
     """
-    kept = math.ceil(density * delta.numel())
-    if kept >= delta.numel():
+    dropped = delta.size - math.ceil(density * delta.size)
+    if dropped <= 0:
         return
-    sizes = delta.abs()
-    least = sizes.flatten().kthvalue(delta.numel() - kept + 1).values
-    delta[sizes < least] = 0.0
+    sizes = abs(delta)
+    delta[sizes < numpy.partition(sizes, dropped, axis=None)[dropped]] = 0.0
 
 
-def generator(seed: int, name: str, owner: int) -> np.random.Generator:
+def generator(seed: int, name: str, owner: int) -> numpy.random.Generator:
     """Random numbers of one adapter's one weight: Philox, keyed by what they are for."""
-    import numpy as np
-
     key = hashlib.sha256(f"{seed}\0{owner}\0{name}".encode(errors="surrogatepass")).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+    return numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(key[:16], "little")))
 
 
-def drop_and_rescale(delta: torch.Tensor, density: float, random: np.random.Generator) -> None:
+def drop_and_rescale(delta: Array, density: float, random: numpy.random.Generator) -> None:
     """Zero each value with probability ``1 - density`` and divide the others by `density`, in place (DARE).
 
     Numbers are drawn in the order of the elements, one per element.
     """
-    import torch
-
     if density == 1.0:
         return
-    flat = delta.view(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        part = flat[start : start + _CHUNK]
-        dropped = torch.from_numpy(random.random(part.numel())) >= density
-        part[dropped] = 0.0
-    delta.div_(density)
+    for start in range(0, delta.size, _CHUNK):
+        drawn = random.random(min(_CHUNK, delta.size - start))
+        numpy.put(delta, numpy.flatnonzero(drawn >= density) + start, 0.0)
+    delta /= density
 
 
-def disjoint_mean(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+def disjoint_mean(deltas: Sequence[Array]) -> Array:
     """Elect each value's sign by total mass, and average the deltas that agree with it (TIES, steps 2 and 3).
 
     Values that are zero take no part in the mean; where the masses cancel exactly nothing is elected, and the result is
     zero.
     """
-    import torch
-
-    total = torch.zeros_like(deltas[0])
+    total = numpy.zeros_like(deltas[0])
     for delta in deltas:
         total += delta
-    elected = total.sign()
-    total.zero_()
-    count = torch.zeros_like(total)
+    elected = numpy.sign(total)
+    total[...] = 0.0
+    count = numpy.zeros_like(total)
     for delta in deltas:
-        agrees = delta.sign() == elected
-        agrees &= delta != 0
-        total += torch.where(agrees, delta, 0.0)
+        agrees = (numpy.sign(delta) == elected) & (delta != 0)
+        total += numpy.where(agrees, delta, 0.0)
         count += agrees
-    return total.div_(count.clamp_(min=1.0))
+    return total / count.clip(min=1.0)

@@ -11,14 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from surgery.comparison.results import Profile, Side
-from surgery_formats.updates import LoRA, Offset, Update
-from surgery_formats.updates.low_rank_part import low_rank_part
-
-if TYPE_CHECKING:
-    import torch
+from surgery_formats.arrays import Array
+from surgery_formats.dtypes import DType
+from surgery_formats.updates import LoRA, Update, in_full, low_rank_part
 
 __all__ = ["SHARES", "Chain", "Squares", "are_sums", "blocks_of", "compared", "measured_side", "ratio", "side_of"]
 
@@ -58,7 +55,7 @@ def ratio(part: float, whole: float) -> float:
 
 def are_sums(chain: Chain) -> bool:
     """Whether all that is done to the weight is low-rank terms and full differences, added up."""
-    return all(isinstance(part, Offset) or part.low_rank() for update in chain for _, part in update.parts())
+    return all(in_full(part) or part.low_rank() for update in chain for _, part in update.parts())
 
 
 def blocks_of(chain: Chain) -> list[list[LoRA]]:
@@ -80,30 +77,30 @@ def side_of(chain: Chain) -> Side:
 
 def measured_side(chain: Chain) -> Side:
     """A side with the norm of the delta, and its profile if it has one."""
-    import torch
+    import numpy
 
     from surgery.algebra.sums import stacked
     from surgery_formats.linalg.factored import singular_values
 
     side = side_of(chain)
     spectra = [singular_values(*stacked(block)) for block in blocks_of(chain) if block]
-    offsets = [float(_value(update).norm()) for update in chain if isinstance(update, Offset)]
+    offsets = [float(numpy.linalg.norm(value)) for value in _full(chain)]
     norm = None  # what replaces a weight, or sets its lengths, has a delta only beside the base
     if are_sums(chain):
-        norm = math.hypot(float(torch.cat(spectra).norm()) if spectra else 0.0, *offsets)
+        norm = math.hypot(float(numpy.linalg.norm(numpy.concat(spectra))) if spectra else 0.0, *offsets)
     return Side(side.kind, side.shape, side.rank, side.scale, norm, _profile(spectra) if spectra else None)
 
 
-def _profile(spectra: Sequence[torch.Tensor]) -> Profile:
+def _profile(spectra: Sequence[Array]) -> Profile:
     """The profile of one matrix; for stacked experts the greatest of theirs."""
     stable, ranks = 0.0, {f"{share:g}": 0 for share in SHARES}
     for values in spectra:
-        squares = values.square()
+        squares = values**2
         whole = float(squares.sum())
         if not whole:
             continue
         stable = max(stable, whole / float(squares[0]))
-        held = squares.cumsum(0)
+        held = squares.cumsum()
         for share in SHARES:
             needed = int((held < share * whole * (1 - 1e-12)).sum()) + 1
             ranks[f"{share:g}"] = max(ranks[f"{share:g}"], needed)
@@ -112,7 +109,7 @@ def _profile(spectra: Sequence[torch.Tensor]) -> Profile:
 
 def compared(mine: Chain, theirs: Chain) -> Squares:
     """Everything that is added to one weight by two adapters, expert by expert."""
-    import torch
+    import numpy
 
     from surgery.algebra.sums import stacked
     from surgery_formats.linalg.factored import factored_inner, factored_norm
@@ -122,30 +119,30 @@ def compared(mine: Chain, theirs: Chain) -> Squares:
         if not block and not other:
             continue
         out, inputs = mine[0].shape
-        nothing = torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inputs), dtype=torch.float64)
+        nothing = numpy.zeros((out, 0)), numpy.zeros((0, inputs))
         (B, A), (D, C) = (stacked(loras) if loras else nothing for loras in (block, other))
-        same = B.shape == D.shape and torch.equal(B, D) and torch.equal(A, C)
-        difference = 0.0 if same else factored_norm(torch.cat([B, -D], 1), torch.cat([A, C], 0))
+        same = numpy.array_equal(B, D) and numpy.array_equal(A, C)
+        difference = 0.0 if same else factored_norm(numpy.hstack([B, -D]), numpy.vstack([A, C]))
         squares = factored_norm(B, A) ** 2, factored_norm(D, C) ** 2
         sums = sums.plus(Squares(*squares, difference**2, factored_inner(B, A, D, C)))
-    offsets = [[_value(update) for update in chain if isinstance(update, Offset)] for chain in (mine, theirs)]
+    offsets = [_full(chain) for chain in (mine, theirs)]
     if any(offsets):
         shape = (offsets[0] or offsets[1])[0].shape
-        left, right = (sum(values, torch.zeros(shape, dtype=torch.float64)) for values in offsets)
+        left, right = (sum(values, numpy.zeros(shape)) for values in offsets)
         sums = sums.plus(_dense(left, right))
     return sums
 
 
-def _value(offset: Offset) -> torch.Tensor:
-    import torch
+def _full(chain: Chain) -> list[Array]:
+    """What is stored in full of that which is added to one weight."""
+    offsets = [offset for update in chain if (offset := in_full(update))]
+    return [offset.value.load(DType.F64) * offset.scale for offset in offsets]
 
-    return offset.value.load(torch.float64) * offset.scale
 
-
-def _dense(left: torch.Tensor, right: torch.Tensor) -> Squares:
+def _dense(left: Array, right: Array) -> Squares:
     return Squares(
-        float(left.square().sum()),
-        float(right.square().sum()),
-        float((right - left).square().sum()),
+        float((left**2).sum()),
+        float((right**2).sum()),
+        float(((right - left) ** 2).sum()),
         float((left * right).sum()),
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from surgery.comparison.results import CheckpointDiff, TensorDiff, TensorHeader, TensorStatus, Values
 from surgery.progress import Callback, Progress
+from surgery_formats.arrays import Array, cast, energy
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.storage.base import Storage
@@ -16,12 +16,10 @@ from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["CheckpointDiff", "diff_checkpoints"]
 
 _BYTES = 8 << 20  # compared at a time where only equality is asked
+_CACHED = 1 << 16  # elements that are compared at a time: every pass over them is one over the cache
 
 
 @dataclass(slots=True)
@@ -160,32 +158,33 @@ def _same_tensor(mine: StoredTensor, theirs: StoredTensor) -> bool:
 
 def _matrix(weight: Parameter) -> Storage:
     """The weight flattened after its first axis, stacks of experts too."""
-    return Plain.of(weight.storage.tensor) if isinstance(weight.storage, Plain) else weight.storage
+    elements = weight.storage.elements
+    return weight.storage if elements is None else Plain.of(elements)
 
 
 def _measure(mine: Storage, theirs: Storage) -> Values:
     """One pass over both, in float32 where that holds every value of the types, sums in float64."""
-    import torch
+    import numpy
 
     from surgery.comparison.spectrum import blocks
 
     half = (DType.BF16, DType.F16, DType.F8_E4M3, DType.F8_E5M2)
-    dtype = torch.float32 if mine.dtype in half and theirs.dtype in half else torch.float64
+    dtype = DType.F32 if mine.dtype in half and theirs.dtype in half else DType.F64
     greatest = difference = norm = 0.0
     moved = strange = 0
-    for left, right in zip(blocks(mine, dtype), blocks(theirs, dtype), strict=True):
+    for left, right in zip(blocks(mine, dtype, _CACHED), blocks(theirs, dtype, _CACHED), strict=True):
         differs = left != right
         size = _norm(left)
         if not (math.isfinite(size) and math.isfinite(_norm(right))):
-            finite = torch.isfinite(left) & torch.isfinite(right)
-            differs &= ~(torch.isnan(left) & torch.isnan(right))
-            strange += int((~finite).sum())
-            left, right = torch.where(finite, left, 0.0), torch.where(finite, right, 0.0)
+            finite = numpy.isfinite(left) & numpy.isfinite(right)
+            differs &= ~(numpy.isnan(left) & numpy.isnan(right))
+            strange += finite.size - int(numpy.count_nonzero(finite))
+            left, right = numpy.where(finite, left, 0.0), numpy.where(finite, right, 0.0)
             size = _norm(left)
-        moved += int(differs.sum())
+        moved += int(numpy.count_nonzero(differs))
         apart = right - left
-        if apart.numel():
-            greatest = max(greatest, float(apart.abs().max()))
+        if apart.size:
+            greatest = max(greatest, float(apart.max()), -float(apart.min()))
         difference, norm = math.hypot(difference, _norm(apart)), math.hypot(norm, size)
     relative = difference / norm if norm else (0.0 if difference == 0 else math.inf)
     return Values(
@@ -193,7 +192,5 @@ def _measure(mine: Storage, theirs: Storage) -> Values:
     )
 
 
-def _norm(values: torch.Tensor) -> float:
-    import torch
-
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+def _norm(values: Array) -> float:
+    return math.sqrt(energy(cast(values, DType.F64)))

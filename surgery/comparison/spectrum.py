@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
+import numpy
 
 from surgery.comparison.additive import SHARES
 from surgery.comparison.results import Profile
+from surgery_formats.arrays import Array, cast
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.svd import truncated_svd
-from surgery_formats.storage.base import Storage, is_contiguous, read_block
+from surgery_formats.storage.base import Storage, is_contiguous, read_block, read_values
 
 __all__ = ["LOOKED_AT", "blocks", "profile_of_difference"]
 
@@ -27,14 +29,14 @@ LOOKED_AT = 256
 _ACCURACY = 1.01  # of the error of those; a count of directions needs no more
 
 
-def blocks(weight: Storage, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Rows as `dtype`, each block at most `_BLOCK` elements where rows allow."""
+def blocks(weight: Storage, dtype: DType, elements: int = _BLOCK) -> Iterator[Array]:
+    """Rows as `dtype`, each block at most that many elements where rows allow."""
     rows, width = weight.shape
-    step = max(1, _BLOCK // max(width, 1))
+    step = max(1, elements // max(width, 1))
     whole = None if is_contiguous(weight) else read_block(weight, 0, rows)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        yield (read_block(weight, start, stop) if whole is None else whole[start:stop]).to(dtype)
+        yield cast(read_block(weight, start, stop) if whole is None else whole[start:stop], dtype)
 
 
 def profile_of_difference(mine: Storage, theirs: Storage) -> tuple[Profile | None, str]:
@@ -43,9 +45,9 @@ def profile_of_difference(mine: Storage, theirs: Storage) -> tuple[Profile | Non
     if short > _SHORT_SIDE:
         return _by_krylov(_Difference(mine, theirs))
     gram = _gram(mine, theirs)
-    if not bool(torch.isfinite(gram).all()):
+    if not numpy.isfinite(gram).all():
         return None, "no spectrum: NaN or Inf"
-    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0.0)
+    energies = numpy.linalg.eigvalsh(gram)[::-1].clip(min=0.0)
     return _profile(energies, float(energies.sum()), short), ""
 
 
@@ -60,27 +62,27 @@ class _Difference:
     def shape(self) -> tuple[int, int]:
         return self.mine.shape
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        left, right = (read_block(weight, start, stop).double() for weight in (self.mine, self.theirs))
+    def rows(self, start: int, stop: int) -> Array:
+        left, right = (read_values(weight, start, stop, DType.F64) for weight in (self.mine, self.theirs))
         return right - left
 
 
-def _gram(mine: Storage, theirs: Storage) -> torch.Tensor:
+def _gram(mine: Storage, theirs: Storage) -> Array:
     """The Gram matrix of the difference's short side in float64, summed over blocks of the long one."""
     rows, cols = mine.shape
     short = min(rows, cols)
-    gram = torch.zeros((short, short), dtype=torch.float64)
+    gram = numpy.zeros((short, short))
     if rows >= cols:
-        for left, right in zip(blocks(mine, torch.float64), blocks(theirs, torch.float64), strict=True):
+        for left, right in zip(blocks(mine, DType.F64), blocks(theirs, DType.F64), strict=True):
             apart = right - left
-            gram.addmm_(apart.T, apart)
+            gram += apart.T @ apart
         return gram
     width = max(1, _SLAB // rows)  # all rows of some columns: the file is read once for each slab
     for first in range(0, cols, width):
         part = slice(first, min(first + width, cols))
-        sides = zip(blocks(mine, torch.float64), blocks(theirs, torch.float64), strict=True)
-        slab = torch.cat([right[:, part] - left[:, part] for left, right in sides])
-        gram.addmm_(slab, slab.T)
+        sides = zip(blocks(mine, DType.F64), blocks(theirs, DType.F64), strict=True)
+        slab = numpy.concat([right[:, part] - left[:, part] for left, right in sides])
+        gram += slab @ slab.T
     return gram
 
 
@@ -89,12 +91,12 @@ def _by_krylov(difference: _Difference) -> tuple[Profile | None, str]:
         svd = truncated_svd(difference, rank=LOOKED_AT, energy=max(SHARES), accuracy=_ACCURACY)
     except FitError:
         return None, "no spectrum: NaN or Inf"
-    return _profile(svd.S.double().square(), svd.total**2, LOOKED_AT), ""
+    return _profile(cast(svd.S, DType.F64) ** 2, svd.total**2, LOOKED_AT), ""
 
 
-def _profile(energies: torch.Tensor, whole: float, most: int) -> Profile:
+def _profile(energies: Array, whole: float, most: int) -> Profile:
     """Counts of directions; None for a share that more than `most` of them hold."""
-    held = energies.cumsum(0)
+    held = energies.cumsum()
 
     def needed(share: float) -> int | None:
         count = int((held < share * whole * (1 - 1e-12)).sum()) + 1

@@ -6,7 +6,8 @@ The source is bound once, and its binding goes on to the proof.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
 
@@ -28,13 +30,14 @@ __all__ = [
     "Conversion",
     "bound_source",
     "coded_as",
+    "conversion_id",
     "placed",
     "plan_conversion",
+    "prove_conversion",
     "tolerance_of",
     "write_conversion",
 ]
 
-Check = Callable[[Path, ConvertResult], Mapping[str, Any]]
 Errors = Callable[[Path], Mapping[str, float]]
 
 TOLERANCE = 1e-6
@@ -82,8 +85,12 @@ def coded_as(target: Format, factors: str | None) -> Format:
     return target.with_factors(factors)
 
 
-def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:
-    """The adapter with the component of every site known, or cut to the one chosen; and what that leaves out.
+def placed(
+    adapter: Adapter, base: Checkpoint | None, component: str | None
+) -> tuple[Adapter, tuple[Entry, ...], Binding | None]:
+    """The adapter with the component of every site known, or cut to the one chosen, and what that leaves out.
+
+    The third is its binding to the base, where the component was found by binding it.
 
     Raises:
         FitError: the component is not in the adapter or the base, or cannot be told.
@@ -96,28 +103,26 @@ def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> 
             )
         kept = [site for site in adapter.updates if site.component == component]
         left = sorted(str(site) for site in adapter.updates.keys() - set(kept))
-        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left)
+        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left), None
     if base is None or not base.is_pipeline or named:
-        return adapter, ()
-    fitting = [component] if component is not None else _fitting(adapter, base)
-    if len(fitting) != 1 or fitting[0] not in base.components:
+        return adapter, (), None
+    fitting = {component: None} if component is not None else _fitting(adapter, base)
+    if len(fitting) != 1 or not fitting.keys() <= base.components.keys():
         raise FitError(
             f"which part of the pipeline it belongs to is not known (it fits {listing(fitting) or 'none'})",
             file=adapter.path,
             hint=f"name it with --component; the base has {listing(sorted(base.components))}",
         )
-    return _moved(adapter, fitting[0]), ()
+    ((name, binding),) = fitting.items()
+    return (_moved(adapter, name) if binding is None else binding.adapters[0][0]), (), binding
 
 
-def _fitting(adapter: Adapter, base: Checkpoint) -> list[str]:
-    """Parts of a pipeline that every update of the adapter fits, by names and shapes."""
-    fitting = []
+def _fitting(adapter: Adapter, base: Checkpoint) -> dict[str, Binding | None]:
+    """Parts of a pipeline that every update of the adapter fits, by names and shapes, and its binding to each."""
+    fitting: dict[str, Binding | None] = {}
     for name in sorted(base.components):
-        try:
-            bind([(_moved(adapter, name), 1.0)], base)
-        except FitError:
-            continue
-        fitting.append(name)
+        with contextlib.suppress(FitError):
+            fitting[name] = bind([(_moved(adapter, name), 1.0)], base)
     return fitting
 
 
@@ -126,8 +131,13 @@ def _moved(adapter: Adapter, component: str) -> Adapter:
     return replace(adapter, updates=updates)
 
 
-def bound_source(source: Adapter, base: Checkpoint | None) -> Binding | None:
+def bound_source(source: Adapter, base: Checkpoint | None, known: Binding | None = None) -> Binding | None:
     """The binding of an adapter to its base; None without a base, or without weights to bind.
+
+    Args:
+        source: The adapter.
+        base: The base.
+        known: A binding to `base`, taken if it is one of `source`.
 
     Raises:
         FitError: tensors that no update uses, or a base that the adapter was not made for.
@@ -135,7 +145,8 @@ def bound_source(source: Adapter, base: Checkpoint | None) -> Binding | None:
     check_consumed(source)
     if base is None or not source.updates:
         return None
-    binding = bind([(source, 1.0)], base)
+    bound = known is not None and known.adapters[0][0] is source
+    binding = known if bound else bind([(source, 1.0)], base)
     check_base_id(base, [source])
     return binding
 
@@ -179,14 +190,43 @@ def tolerance_of(dtype: DType | None) -> float:
     return _ROUNDING.get(dtype, TOLERANCE) if dtype else TOLERANCE
 
 
+def conversion_id(conversion: Conversion, source: Iterable[File | str], projections: str | None = None) -> str:
+    """Names a conversion by its options and the content of its source, given as files or as their fingerprints."""
+    facts = {"verb": "convert", "target": conversion.target.name, "projections": projections}
+    return job_id(facts, source, conversion.rendering)
+
+
+def prove_conversion(
+    path: Path, conversion: Conversion, result: ConvertResult, also: Errors | None = None
+) -> ConvertResult:
+    """Read back what was written at `path`, and return `result` with the errors that were found.
+
+    Args:
+        path: The written file or folder, before it has its final name.
+        conversion: What was written.
+        result: What is known before that.
+        also: A second comparison; returns errors by weight.
+
+    Raises:
+        ProofError: it does something else.
+    """
+    from surgery.engine.proof import prove_rendering
+
+    source, tolerance = conversion.source, tolerance_of(conversion.dtype)
+    errors, near = prove_rendering(path, source, conversion.target, conversion.rendering, conversion.binding, tolerance)
+    errors |= also(path) if also is not None else {}
+    if conversion.base is not None:
+        conversion.base.check_unchanged()
+    entries = tuple(replace(e, error=near[e.site]) if e.outcome == "approximated" else e for e in result.entries)
+    return replace(result, entries=entries, errors=errors)
+
+
 def write_conversion(
     conversion: Conversion,
     options: WriteOptions,
     result: ConvertResult,
     *,
     projections: str | None = None,
-    source_id: str | None = None,
-    check: Check | None = None,
     also: Errors | None = None,
 ) -> ConvertResult:
     """Write a planned conversion and prove it.
@@ -196,32 +236,19 @@ def write_conversion(
         options: Where and how.
         result: What is known before it is written.
         projections: Layout of the projections, where it was changed.
-        source_id: Names the content of a source that is in no file; that of others is named by their files.
-        check: Called with where it was written and with the result, once it is proved and before it appears; what it
-            returns goes into the manifest of a folder.
-        also: A second comparison; returns errors by weight.
+        also: As for `prove_conversion`.
 
     Raises:
         FitError: a value does not fit its type.
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    source, target = conversion.source, conversion.target
 
     def prove(path: Path) -> dict[str, Any]:
         nonlocal result
-        from surgery.engine.proof import prove_rendering
+        result = prove_conversion(path, conversion, result, also)
+        return result.as_manifest()
 
-        tolerance = tolerance_of(conversion.dtype)
-        errors, near = prove_rendering(path, source, target, conversion.rendering, conversion.binding, tolerance)
-        errors |= also(path) if also is not None else {}
-        if conversion.base is not None:
-            conversion.base.check_unchanged()
-        entries = tuple(replace(e, error=near[e.site]) if e.outcome == "approximated" else e for e in result.entries)
-        result = replace(result, entries=entries, errors=errors)
-        return {**result.as_manifest(), **(check(path, result) if check is not None else {})}
-
-    facts = {"verb": "convert", "target": target.name, "projections": projections}
-    job = job_id(facts, source.files if source_id is None else [source_id], conversion.rendering)
-    output = write_adapter(conversion.rendering, target, job, prove, options)
+    job = conversion_id(conversion, conversion.source.files, projections)
+    output = write_adapter(conversion.rendering, conversion.target, job, prove, options)
     return replace(result, output=output)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
-from surgery.engine.input_checks import check_base_id
 from surgery.engine.layout import WeightLayout, lay_out
 from surgery.engine.output_config import corrected_config
 from surgery.engine.plan import Plan, SideFile, check_conservation
@@ -29,10 +28,9 @@ def plan_merge(
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
 
     Raises:
-        FitError: the base would lose a tensor, or the adapter was made for another base.
+        FitError: the base would lose a tensor.
     """
     checkpoint = binding.checkpoint
-    check_base_id(checkpoint, [adapter for adapter, _ in binding.adapters])
     layouts: dict[str, WeightLayout] = {}
     for name, component in checkpoint.components.items():
         edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}

@@ -12,14 +12,13 @@ from surgery.engine.plan import PlannedTensor, SideFile
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.storage.plain import Plain
 
 __all__ = ["corrected_config"]
 
 _TASKS = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
+    "text-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
 }
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
@@ -62,7 +61,7 @@ def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[
 
 def _quantisation(config: dict[str, Any], component: Component, dtype: DType | None) -> None:
     """Weights that are written as plain floats are no longer quantised."""
-    if dtype is not None and any(not isinstance(storage, Plain) for storage in component.owners.values()):
+    if dtype is not None and any(storage.elements is None for storage in component.owners.values()):
         config.pop("quantization_config", None)
 
 
@@ -75,16 +74,14 @@ def _task_head(config: dict[str, Any], binding: Binding, outputs: Sequence[Plann
         and tensor.name.split(".")[-2:-1] in (["score"], ["classifier"], ["qa_outputs"])
         and tensor.name.endswith(".weight")
     ]
-    task = next(
-        (str(adapter.config.get("task_type")) for adapter, _ in binding.adapters if adapter.config.get("task_type")), ""
-    )
+    task = next((adapter.task for adapter, _ in binding.adapters if adapter.task), "")
     architectures = config.get("architectures")
     if not heads or task not in _TASKS or not isinstance(architectures, list):
         return
     config["architectures"] = [_renamed(str(name), _TASKS[task]) for name in architectures]
     labels = heads[0].shape[0]
     labelled = config.get("id2label")
-    if task != "QUESTION_ANS" and not (isinstance(labelled, dict) and len(labelled) == labels):
+    if task != "question-answering" and not (isinstance(labelled, dict) and len(labelled) == labels):
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
 

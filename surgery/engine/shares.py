@@ -26,7 +26,7 @@ from typing import NamedTuple
 import xxhash
 
 from surgery.engine.execute import ComputeWeight, Run, Write, remembered, write_weights
-from surgery.engine.input_checks import float_type
+from surgery.engine.input_checks import check_base_id, float_type
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.ledger import Measurement
 from surgery.engine.merge_plan import plan_merge
@@ -83,7 +83,9 @@ def planned_merge(
     weighted = as_weighted(adapters)
     if not weighted:
         raise FitError("no adapter was named")
-    binding = bind([(entry.adapter, entry.weight) for entry in weighted], as_checkpoint(base))
+    checkpoint = as_checkpoint(base)
+    binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
+    check_base_id(checkpoint, [entry.adapter for entry in weighted])
     stored = float_type(dtype, "weights")
     return binding, plan_merge(binding, dtype=stored, shard_size=shard_size, packed=layout == "packed")
 

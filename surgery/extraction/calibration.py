@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,12 +33,10 @@ from surgery.extraction.targets import LowRankTarget, TunedParameter
 from surgery_formats.containers.sharded import open_shards
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.raw import File
+from surgery_formats.linalg.whitening import Moment, moment_of_gram, moment_of_inputs, output_energy, weighted_factors
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import closest, show
-
-if TYPE_CHECKING:
-    from surgery_formats.linalg.whitening import Moment
 
 __all__ = ["Calibration", "CalibrationChanges", "calibrate", "check_modules", "open_calibration"]
 
@@ -151,11 +148,7 @@ def check_modules(
 ) -> None:
     """Check that every module of the file is one of the model, with the right number of inputs.
 
-    Args:
-        calibration: The file.
-        parameters: Every compared tensor.
-        targets: Weights that can become factors.
-        shared: Parameters that share another's tensor, such as a tied head.
+    `shared` are parameters that share another's tensor, such as a tied head.
 
     Raises:
         FitError: a module does not fit.
@@ -172,7 +165,7 @@ def check_modules(
             )
     for target in targets:
         for part, tensor in (calibration.of(target) or {}).items():
-            size = target.deltas[0].shape[1]
+            size = target.deltas[0].logical_shape[1]
             shapes = {
                 "activations": (tensor.shape[0] if tensor.shape else 0, size),
                 "gram": (size, size),
@@ -198,16 +191,9 @@ def calibrate(
     *,
     biases: bool,
 ) -> CalibrationChanges:
-    """Compute weighted factors of every target whose inputs are known.
+    """Compute weighted factors of every target whose inputs are known; `factored` and `ranks` are by target path.
 
-    Args:
-        calibration: The inputs.
-        storage: Tells which targets become factors.
-        parameters: Every compared tensor.
-        factored: Plain factors, by target path.
-        ranks: By target path.
-        workspace: Where new factors are computed and kept.
-        biases: Whether biases may change.
+    Biases change only if `biases`.
 
     Raises:
         FitError: an input is NaN, or a matrix is not a second moment.
@@ -217,18 +203,16 @@ def calibrate(
     }
     stored = {dense.path for dense in storage.dense_tensors if dense.via != "bias"}
     free_biases = {path for path in bias_parameters if path not in stored} if biases else set()
-    results: dict[str, _WeightedTarget] = {}
 
-    def work(target: LowRankTarget, parts: Mapping[str, StoredTensor], stop: Callable[[], bool]) -> None:
-        if not stop():
-            bias = f"{target.path.rpartition('.')[0]}.bias"
-            chosen = bias if bias in free_biases else ""
-            plain, rank = factored[target.path], ranks[target.path]
-            results[target.path] = _weighted(target, parts, plain, rank, workspace, chosen)
+    def weighted(target: LowRankTarget) -> _WeightedTarget:
+        bias = f"{target.path.rpartition('.')[0]}.bias"
+        chosen = bias if bias in free_biases else ""
+        plain, rank = factored[target.path], ranks[target.path]
+        return _weighted(target, calibration.of(target) or {}, plain, rank, workspace, chosen)
 
-    known_inputs = [(target, parts) for target in storage.targets if (parts := calibration.of(target)) is not None]
-    in_threads([partial(work, target, parts) for target, parts in known_inputs], workspace.workers)
-    ordered = {target.path: results[target.path] for target, _ in known_inputs}
+    known = [target for target in storage.targets if calibration.of(target)]
+    results = in_threads(weighted, known, workspace.workers)
+    ordered = {target.path: result for target, result in zip(known, results, strict=True)}
     return CalibrationChanges(
         {path: result.facts for path, result in ordered.items()},
         {path: result.factored for path, result in ordered.items() if result.factored is not None},
@@ -250,8 +234,6 @@ def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
     Every fourth raw input only judges: weighted factors are good on the inputs they were fitted to, whatever they do to
     others.
     """
-    from surgery_formats.linalg.whitening import moment_of_gram, moment_of_inputs
-
     if "gram" in parts:
         moment = moment_of_gram(parts["gram"].read(), parts["mean"].read() if "mean" in parts else None)
         return moment, moment
@@ -286,8 +268,6 @@ def _weighted(
     workspace: Workspace,
     bias: str,
 ) -> _WeightedTarget:
-    from surgery_formats.linalg.whitening import output_energy, weighted_factors
-
     try:
         moment, judging_moment = _moments(parts)
     except FitError as error:

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from surgery._version import __version__
 from surgery.engine.adapter_output import rendered_size
@@ -34,9 +33,6 @@ from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.identity import content_id, fingerprint
 from surgery_formats.text import listing
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "CheckpointPair",
@@ -209,15 +205,7 @@ def plan_extraction(
     *,
     allow_loss: bool,
 ) -> ExtractionPlan:
-    """Decide on forms, ranks and kind, and build the adapter.
-
-    Args:
-        checkpoints: BASE and TUNED.
-        layout: The paired tensors.
-        scan: Measurements and factors.
-        request: The user's options.
-        stopwatch: Takes the laps.
-        allow_loss: Leave out what no form can hold.
+    """Decide on forms, ranks and kind, and build the adapter; with `allow_loss`, leave out what no form can hold.
 
     Raises:
         NothingChangedError: TUNED is BASE.

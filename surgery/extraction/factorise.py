@@ -7,16 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.dtypes import DType
-
-if TYPE_CHECKING:
-    import torch
-
-    from surgery_formats.linalg.matrix import MatrixSource
+from surgery_formats.linalg.matrix import MatrixSource
+from surgery_formats.linalg.noise import signal_count
+from surgery_formats.linalg.svd import left_over, truncated_svd
 
 __all__ = ["Criterion", "FactorisedMatrix", "StoredFactorSpec", "TargetFactors", "factorise"]
 
@@ -72,8 +72,6 @@ class StoredFactorSpec:
 
     def stored(self, factor: torch.Tensor) -> torch.Tensor:
         """The values as they will be stored, in float32, of directions ``(k, n)``."""
-        import torch
-
         return (factor[: self.rank] * self.fold).to(self.dtype.torch).to(torch.float32)
 
 
@@ -107,8 +105,6 @@ class FactorisedMatrix:
     @property
     def signal(self) -> int:
         """Number of singular values above the noise."""
-        from surgery_formats.linalg.noise import signal_count
-
         return signal_count(self.values, self.edge)
 
     def residual(self, rank: int) -> float:
@@ -150,8 +146,6 @@ class TargetFactors:
 
     def factors(self, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """``(left (out, rank), right (rank, in))`` of one matrix, either times `fold`; missing directions are zeros."""
-        import torch
-
         matrix, sides = self.matrices[index], []
         for slot in (matrix.left, matrix.right):
             whole = slot.read()[:rank]
@@ -177,23 +171,11 @@ def factorise(
 ) -> FactorisedMatrix:
     """Factorise one matrix and measure what the stored factors will leave of it.
 
-    Args:
-        matrix: The difference in its stored orientation.
-        criterion: How the rank is found.
-        rank: Greatest rank, if there is one.
-        strips: Number of rows of each tensor in the matrix.
-        scratch: Receives the factors.
-        device: Where to compute.
-        energies: ``||D||_F^2`` of each tensor; zero where it is below what the sum can show.
-        moved: Whether any value differs.
-        edge: See `FactorisedMatrix`.
-        plan: How the factors will be stored; None if that is decided later.
-        transposed: Whether the logical matrix is the transpose of `matrix`.
+    `matrix` is the difference in its stored orientation, the transpose of the logical one if `transposed`; `strips` are
+    the numbers of rows of each tensor in it, and `energies` their ``||D||_F^2``, zero where it is below what the sum
+    can show (`moved` tells whether any value differs). `rank` limits what `criterion` finds; `plan` is None if the
+    stored form of the factors is decided later.
     """
-    import torch
-
-    from surgery_formats.linalg.svd import left_over, truncated_svd
-
     energy = math.fsum(energies)
     total = math.sqrt(energy) if energy or not moved else None
     svd = truncated_svd(

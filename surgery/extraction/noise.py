@@ -11,19 +11,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+
+import torch
 
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.findings import MergedLoRA, Signal
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.tally import PairMeasure
+from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
-
-if TYPE_CHECKING:
-    import torch
-
-    from surgery_formats.storage.base import Storage
+from surgery_formats.storage.base import Storage
 
 __all__ = [
     "NoiseReport",
@@ -100,13 +97,7 @@ def looks_merged(spectra: Iterable[Spectrum]) -> MergedLoRA | None:
 
 
 def remark(rank: int, signal: Signal, *, asked: bool = True) -> str:
-    """A remark if the rank exceeds the directions that are more than noise; else empty.
-
-    Args:
-        rank: Rank of the factors.
-        signal: Directions above the noise.
-        asked: Whether the user gave the rank.
-    """
+    """A remark if the rank, `asked` for by the user, exceeds the directions that are more than noise; else empty."""
     said = f"rank {rank}{' asked' if asked else ''}"
     beyond = rank - signal.count
     if beyond <= 0 or not signal.complete:
@@ -124,15 +115,10 @@ _RUNS = 16
 
 
 def spectra(factors: TargetFactors, noise: float) -> list[Spectrum]:
-    """The spectrum of every matrix of a target.
-
-    Args:
-        factors: The target's factors.
-        noise: Expected energy of rounding in the whole target.
-    """
+    """The spectrum of every matrix of a target; `noise` is the expected energy of rounding in all of it."""
     share = noise / len(factors.matrices)
     return [
-        Spectrum(matrix.values, delta.shape, matrix.total, matrix.rest, matrix.edge, share, matrix.signal)
+        Spectrum(matrix.values, delta.logical_shape, matrix.total, matrix.rest, matrix.edge, share, matrix.signal)
         for delta, matrix in zip(factors.target.deltas, factors.matrices, strict=True)
     ]
 
@@ -163,14 +149,9 @@ def noise_report(
 ) -> NoiseReport:
     """Estimate the noise.
 
-    Args:
-        targets: The factors of the plain differences.
-        chosen: The factors that will be stored, by target path.
-        ranks: By target path.
-        measures: By TUNED's names.
-        workers: Number of threads.
-        gains: Of a DoRA, the factor of each row (or column, of an embedding) of ``W + BA``, by target path.
-        known: Survivals that were computed already, by target path.
+    `targets` have the factors of the plain differences; by target path are those that will be stored (`chosen`),
+    survivals that were computed already (`known`) and, of a DoRA, the factor of each row (or column, of an embedding)
+    of ``W + BA`` (`gains`).
     """
     all_targets = tuple(targets)
     unknown = [chosen[factors.target.path] for factors in all_targets if factors.target.path not in known]
@@ -196,62 +177,38 @@ def survivals(
     workers: int,
     gains: Mapping[str, Callable[[], torch.Tensor]],
 ) -> dict[str, Survival]:
-    """What a merge of the factors into BASE's stored type would keep, by target path; not known of a quantised BASE.
+    """What a merge of the factors into BASE's stored type would keep, by target path; not known of a quantised BASE."""
 
-    Args:
-        factored: Factors of the targets.
-        ranks: By target path.
-        workers: Number of threads.
-        gains: As for `noise_report`.
-    """
-    results: dict[str, Survival] = {}
+    def of(factors: TargetFactors) -> tuple[str, Survival]:
+        path = factors.target.path
+        return path, Survival.total(_survival(factors, ranks[path], gains.get(path)))
 
-    def work(factors: TargetFactors, stop: Callable[[], bool]) -> None:
-        if not stop():
-            results[factors.target.path] = Survival.total(
-                _survival(factors, ranks[factors.target.path], gains.get(factors.target.path))
-            )
-
-    in_threads([partial(work, factors) for factors in factored], workers)
-    return results
+    return dict(in_threads(of, factored, workers))
 
 
 def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Survival]:
-    from surgery_formats.linalg.noise import survival
-    from surgery_formats.storage.plain import Plain
-
     gain = None if gains is None else gains()
     by_column = factors.target.form == "embedding" or factors.target.deltas[0].transposed
-
     for index, delta in enumerate(factors.target.deltas):
         left, right = factors.factors(index, rank)  # (out, rank), (rank, in)
         rows_side, cols_side = (right.T, left.T) if delta.transposed else (left, right)
         at = 0
         for strip in delta.strips:
-            height = strip.last - strip.first
             share = len(factors.target.deltas) * len(delta.strips)
-            runs = list(sample_runs(height, delta.stored_shape[1], share))
+            runs = list(sample_runs(strip.height, delta.shape[1], share))
             rows = [(at + start, at + stop) for start, stop in runs]
             change = at_rows(rows_side, rows) @ cols_side
             base = read_runs(strip.base, strip.first, runs)
             if gain is not None:  # g (W + BA) - W
                 scale = gain if by_column else at_rows(gain, rows)[:, None]
                 change = scale * change + (scale - 1) * base
-            if isinstance(strip.base, Plain):
+            if strip.base.elements is not None:
                 yield survival(base, change, strip.base.dtype)
-            at += height
+            at += strip.height
 
 
 def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Runs of rows of a stored matrix, stacked, in float32 (or float64 where it is stored so).
-
-    Args:
-        weight: The matrix.
-        first: Row that the runs count from.
-        runs: ``(start, stop)`` of each run.
-    """
-    import torch
-
+    """Runs ``(start, stop)`` of rows, counted from `first`, stacked, in float32 (or float64 where it is stored so)."""
     count = sum(stop - start for start, stop in runs)
     block, at = torch.empty((count, weight.shape[1]), dtype=weight.dtype.torch), 0
     for start, stop in runs:
@@ -262,19 +219,11 @@ def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> t
 
 def at_rows(values: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
     """The same rows of a matrix in memory, stacked: one large product keeps threads busier than many small ones."""
-    import torch
-
     return values if len(runs) == 1 and runs[0] == (0, len(values)) else torch.cat([values[a:b] for a, b in runs])
 
 
 def sample_runs(rows: int, cols: int, share: int = 1) -> Iterator[tuple[int, int]]:
-    """Runs of rows, spread evenly; all rows of a small matrix.
-
-    Args:
-        rows: Number of rows.
-        cols: Number of columns.
-        share: Number of such matrices that are sampled together.
-    """
+    """Runs of rows, spread evenly; all rows of a small matrix. `share` such matrices are sampled together."""
     some = max(1, _LOOKED_AT // max(cols * share, 1))
     if some >= rows:
         yield 0, rows

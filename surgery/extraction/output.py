@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write an extraction, in PEFT's format or rendered by another, and prove it before it appears."""
+"""Write an extraction, as it was planned or converted to another format, and prove it before it appears."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.engine.adapter_output import WriteOptions, rendered_fingerprint, write_adapter
-from surgery.engine.conversion import plan_conversion, write_conversion
+from surgery.engine.conversion import conversion_id, plan_conversion, prove_conversion
 from surgery.engine.convert_result import ConvertResult
+from surgery.engine.proof import read_back
 from surgery.extraction.extraction_plan import ExtractionPlan, Stopwatch
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import coded_result, predicted_result, proved_result, rows_without
 from surgery.progress import Callback, Progress
-from surgery_formats.adapters.format import Format
-from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.binding.bind import bind
+from surgery_formats.adapters.format import Format, Rendering
+from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.text import show
 
 __all__ = ["write_extraction"]
@@ -36,17 +37,10 @@ def write_extraction(
     overwrite: bool = False,
     progress: Callback | None = None,
 ) -> ExtractResult:
-    """Write what was decided.
+    """Write what was decided to `out`, in the format `target`.
 
-    Args:
-        plan: What was decided.
-        target: The format.
-        out: File or folder to make.
-        stopwatch: Laps for the timings.
-        budget: Bytes that PEFT's file keeps to; another format's may not, and a warning says so.
-        allow_loss: Leave out what `target` cannot hold.
-        overwrite: Replace what is there, atomically.
-        progress: Called with every step.
+    PEFT's file keeps to `budget` bytes; another format's may not, and a warning says so. What `target` cannot hold is
+    refused unless `allow_loss`.
 
     Raises:
         FitError: `target` cannot hold all of it.
@@ -56,10 +50,21 @@ def write_extraction(
     inputs = [plan.checkpoints.base.path, plan.checkpoints.tuned.path]
     inputs += [] if plan.request.calibration is None else [plan.request.calibration.path]
     options = WriteOptions(out, tuple(inputs), _side_files(plan), overwrite, written)
-    if target.name == plan.peft.name:
-        result = _write_peft(plan, options, written)
-    else:
-        result = _write_converted(plan, target, options, written, budget, allow_loss=allow_loss)
+    planned = _as_planned(plan) if target.name == plan.peft.name else _converted(plan, target, budget, allow_loss)
+    result = predicted_result(plan)
+
+    def prove(path: Path) -> Mapping[str, Any]:
+        nonlocal result
+        stopwatch.lap("syncing")
+        if progress is not None:
+            progress(Progress(plan.nbytes, plan.nbytes, "proving"))
+        result, record = planned.prove(path)
+        stopwatch.lap("proving")
+        plan.check_unchanged()
+        return record
+
+    write_adapter(planned.rendering, target, planned.job, prove, options)
+    stopwatch.lap("committing")
     return replace(result, output=out)
 
 
@@ -85,51 +90,46 @@ class _Progress:
             self.callback(step)
 
 
-def _write_peft(plan: ExtractionPlan, options: WriteOptions, progress: _Progress) -> ExtractResult:
-    from surgery_formats.threads import one_thread
+@dataclass(frozen=True)
+class _PlannedOutput:
+    """An extraction in one format.
 
-    result, stopwatch = predicted_result(plan), progress.stopwatch
-
-    def prove(folder: Path) -> Mapping[str, Any]:
-        nonlocal result
-        stopwatch.lap("syncing")
-        if progress.callback is not None:
-            progress.callback(Progress(plan.nbytes, plan.nbytes, "proving"))
-        result = proved_result(plan, read_adapter(folder))
-        stopwatch.lap("proving")
-        plan.check_unchanged()
-        return result.as_manifest()
-
-    with one_thread():  # a team of threads for every one of hundreds of small tensors costs more than it does
-        write_adapter(plan.rendering, plan.peft, plan.id, prove, options)
-    stopwatch.lap("committing")
-    return result
-
-
-def _write_converted(
-    plan: ExtractionPlan,
-    target: Format,
-    options: WriteOptions,
-    progress: _Progress,
-    budget: int | None,
-    *,
-    allow_loss: bool,
-) -> ExtractResult:
-    """Rendered by `target`, with the proof of a conversion besides.
-
-    The written adapter is compared with the one that was proved here.
+    Attributes:
+        rendering: What will be written.
+        job: Identifies it.
+        prove: Given the path of what was written, returns what was measured on it and the record for the manifest.
     """
-    base, result = plan.checkpoints.base, proved_result(plan, plan.adapter)
-    progress.stopwatch.lap("proving")
 
-    def check(path: Path, conversion: ConvertResult) -> Mapping[str, Any]:
-        nonlocal result
+    rendering: Rendering
+    job: str
+    prove: Callable[[Path], tuple[ExtractResult, Mapping[str, Any]]]
+
+
+def _as_planned(plan: ExtractionPlan) -> _PlannedOutput:
+    """In the format in which it was planned: the factors that are read back are those that were measured."""
+
+    def prove(path: Path) -> tuple[ExtractResult, Mapping[str, Any]]:
+        result = proved_result(plan, _bound(plan, read_back(plan.peft, path)))
+        return result, result.as_manifest()
+
+    return _PlannedOutput(plan.rendering, plan.id, prove)
+
+
+def _converted(plan: ExtractionPlan, target: Format, budget: int | None, allow_loss: bool) -> _PlannedOutput:
+    """Rendered by `target`: the extraction is proved before it is rendered, then what was written of it is compared."""
+    binding = _bound(plan, plan.adapter)
+    conversion = plan_conversion(plan.adapter, target, plan.checkpoints.base, binding, allow_loss=allow_loss)
+    entries = conversion.rendering.entries
+    planned = ConvertResult(None, plan.peft.name, target.name, entries, warnings=plan.adapter.known_issues())
+
+    def prove(path: Path) -> tuple[ExtractResult, Mapping[str, Any]]:
+        result = proved_result(plan, binding)
+        converted = prove_conversion(path, conversion, planned)
         if plan.request.coding is not None:
-            result = coded_result(plan, target.read(path))
+            result = coded_result(plan, _bound(plan, read_back(target, path)))
         files = [path] if path.is_file() else list(path.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
-        dropped = (entry for entry in conversion.entries if entry.outcome == "dropped")
-        lost = {entry.site: f"{target.name} cannot hold it ({entry.detail})" for entry in dropped}
+        lost = {e.site: f"{target.name} cannot hold it ({e.detail})" for e in entries if e.outcome == "dropped"}
         warnings = [*result.warnings, *(f"'{show(site)}': {why}" for site, why in lost.items())]
         if budget is not None and size > budget:
             warnings.append(
@@ -137,14 +137,13 @@ def _write_converted(
             )
         rows = rows_without(result.rows, plan.storage, lost)
         result = replace(result, format=target.name, rows=rows, adapter_nbytes=size, warnings=tuple(warnings))
-        plan.check_unchanged()
-        return {"extract": result.as_manifest()}
+        return result, {**converted.as_manifest(), "extract": result.as_manifest()}
 
-    binding = bind([(plan.adapter, 1.0)], base)
-    conversion = plan_conversion(plan.adapter, target, base, binding, allow_loss=allow_loss)
-    planned = ConvertResult(
-        None, plan.peft.name, target.name, conversion.rendering.entries, warnings=plan.adapter.known_issues()
+    return _PlannedOutput(
+        conversion.rendering, conversion_id(conversion, [rendered_fingerprint(plan.rendering)]), prove
     )
-    write_conversion(conversion, options, planned, source_id=rendered_fingerprint(plan.rendering), check=check)
-    progress.stopwatch.lap("converting")
-    return result
+
+
+def _bound(plan: ExtractionPlan, adapter: Adapter) -> Binding:
+    """`adapter` bound to BASE: once the extraction itself, and anew what is read back, which proves the written file."""
+    return bind([(adapter, 1.0)], plan.checkpoints.base)

@@ -10,29 +10,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.storage.base import Storage, read_values
+from surgery_formats.storage.base import Storage, read_block, read_values
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import matrix_of
 from surgery_formats.text import closest, listing, show
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = [
     "BLOCK_ELEMENTS",
     "Delta",
     "Pair",
-    "StoredDelta",
     "Strip",
+    "check_finite",
     "differing_settings",
     "flattened",
     "nbytes_of",
+    "not_finite",
     "pair_up",
     "path_of",
     "with_columns",
@@ -132,8 +132,7 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
         pair = mismatched[0]
         raise FitError(
             f"{list(pair.tuned.sizes)} in TUNED, {list(pair.base.sizes)} in BASE ({len(mismatched)} tensors differ in "
-            "shape: "
-            f"{listing(pair.name for pair in mismatched)})",
+            f"shape: {listing(pair.name for pair in mismatched)})",
             file=path_of(pair.tuned),
             tensor=pair.name,
             hint="is this the base it was tuned from?",
@@ -149,7 +148,7 @@ def _check_storages(tuned: Component) -> None:
     The rounding in its change is not known, and no copy of a weight can be put into an adapter.
     """
     for weight in tuned.owners.values():
-        if not isinstance(weight, Plain):
+        if weight.elements is None:
             raise FitError(
                 f"is stored as {weight.kind} in TUNED: an adapter is extracted from plain numbers",
                 file=path_of(weight),
@@ -191,13 +190,13 @@ def with_columns(storage: Storage, columns: int) -> Storage:
     """
     if storage.shape[1] == columns:
         return storage
-    if not isinstance(storage, Plain):
+    if storage.elements is None:
         raise FitError(
             f"{storage.kind} holds {list(storage.sizes)} as {list(storage.shape)}, not in rows of {columns}",
             file=path_of(storage),
             tensor=storage.name,
         )
-    return Plain(storage.tensor, (math.prod(storage.sizes) // max(columns, 1), columns))
+    return Plain(storage.elements, (math.prod(storage.sizes) // max(columns, 1), columns))
 
 
 def flattened(storage: Storage) -> Storage:
@@ -266,10 +265,17 @@ class Strip:
     first: int
     last: int
 
+    @property
+    def height(self) -> int:
+        """Number of rows."""
+        return self.last - self.first
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """TUNED minus BASE as one logical matrix ``(out, in)``, stacked from strips.
+
+    Its rows are stored ones, read again at every use: a `surgery_formats.linalg.matrix.MatrixSource`.
 
     Attributes:
         strips: From top to bottom.
@@ -282,21 +288,19 @@ class Delta:
     names: tuple[str, ...] = field(default=())
 
     @property
-    def stored_shape(self) -> tuple[int, int]:
-        """``(rows of all strips, columns)``."""
-        return sum(strip.last - strip.first for strip in self.strips), self.strips[0].tuned.shape[1]
+    def shape(self) -> tuple[int, int]:
+        """Stored ``(rows of all strips, columns)``."""
+        return sum(strip.height for strip in self.strips), self.strips[0].tuned.shape[1]
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def logical_shape(self) -> tuple[int, int]:
         """Logical ``(out, in)``."""
-        rows, cols = self.stored_shape
+        rows, cols = self.shape
         return (cols, rows) if self.transposed else (rows, cols)
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the subtraction: float64 if either side is stored so, else float32."""
-        import torch
-
         wide = any(side.dtype is DType.F64 for strip in self.strips for side in (strip.base, strip.tuned))
         return torch.float64 if wide else torch.float32
 
@@ -306,26 +310,18 @@ class Delta:
         Raises:
             FitError: NaN or Inf on one side.
         """
-        import torch
-
         parts, at = [], 0
         for strip in self.strips:
-            height = strip.last - strip.first
-            low, high = max(start - at, 0), min(stop - at, height)
+            low, high = max(start - at, 0), min(stop - at, strip.height)
             if low < high:
                 parts.append(_subtract(strip, strip.first + low, strip.first + high, self.dtype))
-            at += height
+            at += strip.height
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def whole(self) -> torch.Tensor:
         """The logical matrix in one piece, read now."""
-        stored = self.rows(0, self.stored_shape[0])
+        stored = self.rows(0, self.shape[0])
         return stored.T.contiguous() if self.transposed else stored
-
-    @property
-    def stored(self) -> StoredDelta:
-        """The difference in its stored orientation."""
-        return StoredDelta(self)
 
     @property
     def numel(self) -> int:
@@ -333,37 +329,33 @@ class Delta:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredDelta:
-    """A difference in its stored orientation, read again at every use.
-
-    Implements `surgery_formats.linalg.matrix.MatrixSource`.
-    """
-
-    delta: Delta
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Stored ``(rows, columns)``."""
-        return self.delta.stored_shape
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """See `Delta.rows`."""
-        return self.delta.rows(start, stop)
-
-
 def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    import torch
-
     tuned = read_values(strip.tuned, start, stop, dtype)
     difference = tuned.sub_(read_values(strip.base, start, stop, dtype))
     if difference.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(difference))).all()):
-        for side in (strip.base, strip.tuned):
-            if not bool(torch.isfinite(read_values(side, start, stop, dtype)).all()):
-                raise FitError("holds NaN or Inf", file=path_of(side), tensor=side.name)
-        raise FitError(
-            "values or differences too large: their squares overflow float32",
-            file=path_of(strip.tuned),
-            tensor=strip.tuned.name,
-        )
+        raise not_finite(strip.base, strip.tuned)
     return difference
+
+
+def check_finite(side: Storage, start: int, stop: int) -> None:
+    """Check rows ``[start, stop)`` of a tensor.
+
+    Raises:
+        FitError: NaN or Inf among them.
+    """
+    step = max(1, BLOCK_ELEMENTS // max(side.shape[1], 1))
+    for at in range(start, stop, step):
+        if not bool(torch.isfinite(read_block(side, at, min(at + step, stop)).float()).all()):
+            raise FitError("holds NaN or Inf", file=path_of(side), tensor=side.name)
+
+
+def not_finite(base: Storage, tuned: Storage) -> FitError:
+    """The error for a difference that is not finite.
+
+    Raises:
+        FitError: NaN or Inf on one side, which it names.
+    """
+    for side in (base, tuned):
+        check_finite(side, 0, side.shape[0])
+    text = "values or differences too large: their squares overflow float32"
+    return FitError(text, file=path_of(tuned), tensor=tuned.name)

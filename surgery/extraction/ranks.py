@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from surgery.algebra.selection import matches
 from surgery.extraction.factorise import MOST, Criterion, TargetFactors
 from surgery.extraction.result import RankChoice
@@ -21,6 +23,7 @@ from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
+from surgery_formats.linalg.rank_criteria import allocate
 from surgery_formats.models.families.family import role_of
 from surgery_formats.text import closest, show
 
@@ -132,13 +135,8 @@ def ranks_of(
 ) -> dict[str, int]:
     """The rank of every target, by path.
 
-    Args:
-        goal: How ranks are found.
-        targets: All targets.
-        factored: Factors of those that changed, by path.
-        formed: Plans the storage for given ranks.
-        dtype: Type or codes of the factors.
-        magnitudes: Whether a budget also pays for a DoRA's magnitudes.
+    `factored` has the factors of the targets that changed, and `formed` plans the storage for given ranks. With
+    `magnitudes`, a budget also pays for a DoRA's.
 
     Raises:
         FitError: the budget is too small for the dense tensors and one direction of each target.
@@ -165,21 +163,16 @@ def ranks_of(
 
 def magnitude_count(target: LowRankTarget) -> int:
     """Number of magnitudes that a DoRA has beside the factors: one per row, or per column of an embedding."""
-    return target.deltas[0].shape[1 if target.form == "embedding" else 0]
+    return target.deltas[0].logical_shape[1 if target.form == "embedding" else 0]
 
 
 def _allotted(
     budget: Budget, factors: list[TargetFactors], ranks: Mapping[str, int], costs: list[int], fixed: int
 ) -> dict[str, int]:
-    import torch
-
-    from surgery_formats.linalg.rank_criteria import allocate
-
     if fixed + sum(costs) > budget.limit:
         raise FitError(
             f"the budget is {budget.limit:,} {budget.measure}; what is stored whole takes {fixed:,}, and one direction "
-            "of each of "
-            f"{len(factors)} matrices {sum(costs):,}",
+            f"of each of {len(factors)} matrices {sum(costs):,}",
             hint="raise it, or use --dense none --allow-loss",
         )
     spectra = [torch.tensor(entry.spectrum, dtype=torch.float64) for entry in factors]
@@ -199,15 +192,7 @@ def rank_table(
     dtype: DType | Coding,
     ranks: Iterable[int] = TABLE_RANKS,
 ) -> tuple[RankChoice, ...]:
-    """What each rank would cost and leave, for each group of layers.
-
-    Args:
-        storage: The form of every change.
-        factored: Spectra, known up to the largest of `ranks`.
-        measures: Of every tensor.
-        dtype: Type or codes of the factors.
-        ranks: Ranks to tabulate.
-    """
+    """What each rank would cost and leave, for each group of layers; spectra are known up to the largest of `ranks`."""
     total = math.fsum(entry.energy for entry in measures.values())
     dropped = math.fsum(measures[name].energy for name in storage.dropped)
     dense = [dense_size(tensor) for tensor in storage.dense_tensors]

@@ -19,7 +19,7 @@ from surgery.extraction.result import ExtractClass, ExtractResult, ExtractRow
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget
-from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.binding.bind import Binding
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.storage.base import read_rows
 from surgery_formats.text import listing
@@ -58,13 +58,13 @@ def predicted_result(plan: ExtractionPlan) -> ExtractResult:
     )
 
 
-def proved_result(plan: ExtractionPlan, adapter: Adapter) -> ExtractResult:
-    """The result as measured on `adapter`: the extraction, read back or about to be rendered.
+def proved_result(plan: ExtractionPlan, binding: Binding) -> ExtractResult:
+    """The result as measured on the extraction, read back or about to be rendered, and bound to BASE.
 
     Raises:
         ProofError: it differs from what was measured.
     """
-    residuals, result = prove(plan, adapter), predicted_result(plan)
+    residuals, result = prove(plan, binding), predicted_result(plan)
     for target in plan.storage.targets:
         _check_residual(plan, target, [residuals[name] for name in target.names if name in residuals])
     dense = {tensor.name: tensor for tensor in plan.storage.dense_tensors}
@@ -72,12 +72,12 @@ def proved_result(plan: ExtractionPlan, adapter: Adapter) -> ExtractResult:
     return replace(result, rows=tuple(rows))
 
 
-def coded_result(plan: ExtractionPlan, adapter: Adapter) -> ExtractResult:
-    """The result as measured on codes that were read back.
+def coded_result(plan: ExtractionPlan, binding: Binding) -> ExtractResult:
+    """The result as measured on codes that were read back and bound to BASE.
 
     The conversion has proved that their error is the stated one.
     """
-    residuals, result = prove(plan, adapter, recognise=False), predicted_result(plan)
+    residuals, result = prove(plan, binding, recognise=False), predicted_result(plan)
     rows = (replace(r, residual=residuals[r.name].relative) if r.name in residuals else r for r in result.rows)
     return replace(result, rows=tuple(rows))
 
@@ -210,13 +210,7 @@ def _low_rank(plan: ExtractionPlan, row: ExtractRow, target: LowRankTarget) -> E
 
 
 def rows_without(rows: Iterable[ExtractRow], storage: StoragePlan, lost: Mapping[str, str]) -> tuple[ExtractRow, ...]:
-    """The rows for a format that does not hold everything.
-
-    Args:
-        rows: Rows of the whole extraction.
-        storage: The form of every change.
-        lost: Why the format does not hold a parameter, by its path.
-    """
+    """The rows for a format that does not hold everything; `lost` says why it does not hold a parameter, by its path."""
     why = {dense.name: lost[dense.path] for dense in storage.dense_tensors if dense.path in lost}
     why |= {name: lost[target.path] for target in storage.targets if target.path in lost for name in target.names}
     nothing: dict[str, Any] = {"form": "", "rank": 0, "parameters": 0, "nbytes": 0, "signal": None, "calibration": None}

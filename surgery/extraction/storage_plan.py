@@ -12,7 +12,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from surgery.extraction.pairing import path_of
 from surgery.extraction.stream.tally import PairMeasure
@@ -22,9 +24,6 @@ from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.tensor import matrix_of
 from surgery_formats.text import show
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "MOST_ROWS",
@@ -113,16 +112,7 @@ def plan_storage(
     options: StorageOptions,
     ranks: Mapping[str, int],
 ) -> StoragePlan:
-    """Choose the form of every change.
-
-    Args:
-        parameters: Every compared tensor.
-        targets: Weights that can become factors.
-        measures: By TUNED's name.
-        base: BASE's model.
-        tuned: TUNED's model.
-        options: The user's choice.
-        ranks: By target path.
+    """Choose the form of every change; `measures` are by TUNED's name, `ranks` by target path.
 
     Raises:
         NothingChangedError: TUNED is BASE.

@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from surgery.engine.plan import Plan
 from surgery.reference.attention import Mask
 from surgery.reference.layers import run_layer
 from surgery.reference.primitives import activate, normalise, project
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import ClassifierHead, Embedding, HiddenHead, LanguageHead, Model
-
-if TYPE_CHECKING:
-    from surgery.engine.plan import Plan
-    from surgery_formats.models.checkpoint import Component
 
 __all__ = ["Cache", "Output", "Reference", "forward", "open_reference", "prefix_cache", "prompt_cache"]
 
@@ -243,10 +240,8 @@ def prompt_cache(reference: Reference, embeddings: torch.Tensor) -> Cache:
 def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
     """Trained keys and values (prefix tuning, arXiv:2101.00190), for one row.
 
-    Args:
-        reference: The model.
-        flat: ``(n, layers * 2 * kv_heads * head_dim)``: for every token the key and the value of each layer in turn.
-            Keys are used as they are, without rotation.
+    `flat`, ``(n, layers * 2 * kv_heads * head_dim)``, has for every token the key and the value of each layer in turn.
+    Keys are used as they are, without rotation.
 
     Raises:
         FitError: the width is not that of the model.

@@ -5,20 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from surgery.engine.arithmetic import compute
 from surgery.engine.plan import Compute, Copy, Plan
+from surgery_formats.arrays import Array, as_torch, empty
 from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.names import Names
 from surgery_formats.storage.base import Encoding, PartBytes, Storage, read_rows
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
-
-if TYPE_CHECKING:
-    from surgery_formats.models.checkpoint import Component
-    from surgery_formats.models.names import Names
 
 __all__ = ["ReferenceWeights", "planned_weights", "stored_weights", "tensor_weights"]
 
@@ -59,7 +58,7 @@ class _StoredWeights:
             raise FitError("the model needs a tensor that the checkpoint lacks", tensor=name)
         if not weight.is_float:
             raise FitError(f"weights of type {weight.kind} cannot be read without scales", tensor=name)
-        return read_rows(weight, start, stop)
+        return as_torch(read_rows(weight, start, stop))
 
 
 class _PlannedWeights:
@@ -89,10 +88,10 @@ class _RecordingEncoding:
     def __init__(self, target: Encoding) -> None:
         self.sizes, self.shape, self.dtype, self.group = target.sizes, target.shape, target.dtype, target.group
         self.parts = target.parts
-        self.values = torch.empty(target.shape, dtype=target.dtype.torch)
+        self.values = empty(target.shape, target.dtype)
         self._target = target
 
-    def put(self, start: int, block: torch.Tensor, rounded: torch.Tensor) -> tuple[PartBytes, ...]:
+    def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         encoded = self._target.put(start, block, rounded)
         self.values[start : start + len(block)] = rounded
         return encoded
@@ -101,7 +100,7 @@ class _RecordingEncoding:
 def _computed(name: str, step: Compute) -> torch.Tensor:
     target = _RecordingEncoding(step.target)
     compute(name, replace(step, target=target), lambda *_: None, lambda: False)
-    return target.values.reshape(target.sizes)
+    return as_torch(target.values.reshape(target.sizes))
 
 
 def stored_weights(component: Component) -> ReferenceWeights:

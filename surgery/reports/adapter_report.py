@@ -56,7 +56,7 @@ class AdapterReport:
         ranks: How many parameters have which rank.
         alphas: How many have which alpha; those without one are left out.
         scales: How many have which scale, the factor on ``B A``.
-        rslora: Whether the scale is ``alpha / sqrt(rank)`` by its configuration.
+        rslora: Whether the scale is ``alpha / sqrt(rank)``.
         dora: Whether any direction has a magnitude.
         targets: Parameters touched, those alike in one line.
         modules: Every parameter touched, with rank, alpha and scale of its own.

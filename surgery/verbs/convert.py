@@ -75,7 +75,7 @@ def convert(
     destination = output_path(output, dry_run=dry_run)
     original = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
-    original, left = placed(original, checkpoint, component)
+    original, left, known = placed(original, checkpoint, component)
     source, named, also = original, checkpoint, None
     if projections is not None:
         from surgery.algebra.projections import change_layout, prove_layout
@@ -88,9 +88,9 @@ def convert(
         also = partial(prove_layout, original=original, target=target, change=change, tolerance=tolerance_of(stored))
         source = change.adapter
         if change.held:  # the base has the old names, and none of the new ones
-            bound_source(original, checkpoint)
+            bound_source(original, checkpoint, known)
             named = None
-    binding = bound_source(source, named)
+    binding = bound_source(source, named, known)
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss)
     entries = (*plan.rendering.entries, *left)
     result = ConvertResult(None, original.format, target.name, entries, {}, original.known_issues(), original.path)

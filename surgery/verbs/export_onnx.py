@@ -299,8 +299,7 @@ def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
         first = assembly.model.vocabulary
         warnings.append(
             f"onnxruntime-genai gets {graph}: there the soft prompt is the token ids {first} to "
-            f"{first + assembly.prompts[0].tokens - 1}, "
-            "to be put in front of a text"
+            f"{first + assembly.prompts[0].tokens - 1}, to be put in front of a text"
         )
     generation = assembly.component.folder / "generation_config.json"
     ends = [assembly.component.config, read_object(generation) if generation.exists() else {}]
@@ -319,7 +318,6 @@ def _warnings(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, binding: 
     if mode == "link":
         warnings.append(
             "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes "
-            "into one file "
-            "changes both"
+            "into one file changes both"
         )
     return warnings

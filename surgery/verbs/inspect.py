@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from surgery_formats.containers.weight_files import container_of_file
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
-from surgery_formats.updates import Replacement, TokenRows
+from surgery_formats.updates import Directed, RowSetting
 
 __all__ = ["AdapterReport", "CheckpointReport", "inspect", "inspect_adapter", "inspect_checkpoint"]
 
@@ -129,7 +130,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         str(site): update.indices
         for site, chain in adapter.updates.items()
         for update in chain
-        if isinstance(update, TokenRows)
+        if isinstance(update, RowSetting)
     }
     soft = adapter.prompt
     prompt = PromptFacts(soft.kind, soft.virtual_tokens, soft.dim, soft.submodules, soft.prefix) if soft else None
@@ -141,11 +142,11 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         ranks=distribution(entry.rank for entry in modules),
         alphas=distribution(entry.alpha for entry in modules),
         scales=distribution(entry.scale for entry in modules),
-        rslora=adapter.config.get("use_rslora") is True,
-        dora=any(entry.kind == "DoRA" for entry in modules),
+        rslora=_divides_by_root(adapter),
+        dora=any(isinstance(update, Directed) for chain in adapter.updates.values() for update in chain),
         targets=group_targets(modules),
         modules=modules,
-        in_full=tuple(entry for entry in modules if entry.kind == Replacement.kind),
+        in_full=tuple(entry for entry in modules if entry.held != "added"),
         token_rows=token_rows,
         prompt=prompt,
         parameters=trained_parameters(adapter, modules),
@@ -158,6 +159,20 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         metadata=adapter.metadata,
         ignored={entry.tensor.name: entry.reason for entry in adapter.ignored},
         traps=(*adapter.known_issues(), *_traps(adapter, modules)),
+    )
+
+
+def _divides_by_root(adapter: Adapter) -> bool:
+    """Whether an update's scale is ``alpha / sqrt(rank)``: rsLoRA, in whatever way its format says so."""
+    return any(
+        update.alpha
+        and update.scale
+        and update.rank not in (None, 1)
+        # These are applied twice, which may look the same.
+        and site.module_kind != "attention output"
+        and math.isclose(update.scale * math.sqrt(update.rank), update.alpha)
+        for site, chain in adapter.updates.items()
+        for update in chain
     )
 
 
@@ -180,5 +195,5 @@ def _traps(adapter: Adapter, modules: tuple[TargetedParameter, ...]) -> Iterable
         yield f"holds whole weights that were not trained as such: {listing(carried)}"
     if len({entry.scale for entry in modules if entry.scale is not None}) > 1:
         yield "its scale differs from module to module: tools that read one alpha for the file apply it wrongly"
-    if adapter.config.get("use_rslora") is True:
+    if _divides_by_root(adapter):
         yield "rsLoRA: its scale is alpha / sqrt(rank); tools that take alpha / rank apply it too weakly"

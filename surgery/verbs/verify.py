@@ -234,6 +234,7 @@ def _graphs(
 
 def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Reference:
     """The model that the graph should be: base and adapters where named, else what lies beside it."""
+    from surgery.engine.input_checks import check_base_id
     from surgery.engine.merge_plan import plan_merge
     from surgery.reference import open_reference
     from surgery.reference.model import Reference
@@ -244,8 +245,9 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
 
     contract, folder = graph.contract, graph.path.parent
     if base is not None and roles.merged:
-        plan = plan_merge(bind(roles.merged, base))
-        return open_reference(base.main, plan)
+        binding = bind(roles.merged, base)
+        check_base_id(base, [adapter for adapter, _ in binding.adapters])
+        return open_reference(base.main, plan_merge(binding))
     if not graph.weight_files:
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: --against BASE")
@@ -263,8 +265,7 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
 
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:
-    from surgery.verification.onnx import compare_decoder, compare_encoder, compare_slots
-    from surgery.verification.prompts import compare_prompt
+    from surgery.verification.onnx import compare_decoder, compare_encoder, compare_prompt, compare_slots
     from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
     from surgery.verification.slots import random_slots
 

@@ -7,22 +7,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from google.protobuf.message import DecodeError
 
 from surgery.onnx.graph.contract import Contract, WeightFile, from_metadata
 from surgery.onnx.graph.weight_files import check_weight_files
+from surgery.reference import Cache
 from surgery.verification.twin import SHORT_TYPES, float32_twin
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.raw import open_file
+from surgery_formats.models.families.recipe import Model
 from surgery_formats.text import show
-
-if TYPE_CHECKING:
-    import numpy as np
-    import onnx
-    import torch
-
-    from surgery.reference import Cache
-    from surgery_formats.models.families.recipe import Model
 
 __all__ = ["GraphFile", "Session", "check_sizes", "check_weights", "default_past", "prompt_in_front", "read_graph"]
 
@@ -73,9 +73,6 @@ def read_graph(path: Path) -> GraphFile:
         InputError: no such file, or not a graph.
         FitError: a graph without a contract, or with operators of other domains.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
     source = open_file(path)
     if source.size > _LIMIT:
         raise MalformedError(f"has {source.size} bytes, more than a graph can have", file=path)
@@ -98,11 +95,6 @@ def default_past(graph: GraphFile) -> Cache | None:
     Raises:
         ProofError: the contract promises virtual tokens that the graph lacks.
     """
-    import onnx
-    import torch
-
-    from surgery.reference import Cache
-
     contract = graph.contract
     if not contract.virtual_tokens:
         return None
@@ -130,9 +122,6 @@ def prompt_in_front(graph: GraphFile) -> torch.Tensor | None:
     Raises:
         ProofError: the contract promises virtual tokens that the graph lacks.
     """
-    import onnx
-    import torch
-
     if not graph.contract.virtual_tokens:
         return None
     prompt = next((tensor for tensor in graph.model.graph.initializer if tensor.name == "soft_prompt"), None)
@@ -211,8 +200,6 @@ class Session:
     """
 
     def __init__(self, graph: GraphFile) -> None:
-        import onnxruntime
-
         self.slot_arrays: Mapping[str, Any] = {}
         """Arrays for slots, passed to every run."""
         self.contract = graph.contract
@@ -249,8 +236,6 @@ class Session:
 
     def past(self, batch: int) -> Arrays:
         """An empty cache."""
-        import numpy as np
-
         contract = self.contract
         empty = np.zeros((batch, contract.kv_heads, 0, contract.head_dim), np.float32)
         return {name: empty for name in self.inputs if name.startswith("past_key_values.")}

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from surgery.reference import Reference
+from surgery.reference.weights import ReferenceWeights
+from surgery.verification.session import Arrays, GraphFile
 from surgery_formats.errors import ProofError
 from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
 from surgery_formats.text import show
-
-if TYPE_CHECKING:
-    from surgery.reference.weights import ReferenceWeights
-    from surgery.verification.session import Arrays, GraphFile
 
 __all__ = ["random_slots"]
 

@@ -6,12 +6,10 @@ It is derived from the file to verify, not built anew, so that faults of the fil
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
+import onnx
 
 from surgery_formats.errors import MalformedError
-
-if TYPE_CHECKING:
-    import onnx
 
 __all__ = ["SHORT_TYPES", "float32_twin"]
 
@@ -22,17 +20,11 @@ _Q_NORM, _K_NORM = 14, 15  # inputs of GroupQueryAttention that only CUDA suppor
 
 
 def float32_twin(graph: onnx.ModelProto, head_dim: int) -> onnx.ModelProto:
-    """Convert `graph` so that every 16-bit value is float32.
-
-    Args:
-        graph: The graph; not modified.
-        head_dim: Values per head, for norms inside a CUDA operator.
+    """A copy of `graph` in which every 16-bit value is float32; norms inside a CUDA operator need `head_dim`.
 
     Raises:
         MalformedError: an operator lacks a required part.
     """
-    import onnx
-
     twin = onnx.ModelProto()
     twin.CopyFrom(graph)
     body = twin.graph
@@ -71,9 +63,6 @@ def _retype(node: onnx.NodeProto) -> None:
 
 def _widen(tensor: onnx.TensorProto) -> None:
     """Convert a small tensor to float32, in place."""
-    import numpy as np
-    import onnx
-
     if tensor.data_type in SHORT_TYPES:
         if tensor.external_data:
             raise MalformedError("a constant lies outside the graph", tensor=tensor.name)
@@ -83,8 +72,6 @@ def _widen(tensor: onnx.TensorProto) -> None:
 
 def _unfuse_norms(node: onnx.NodeProto, head_dim: int) -> list[onnx.NodeProto]:
     """Return the node, with norms of queries and keys moved in front of it."""
-    import onnx
-
     if node.op_type != "GroupQueryAttention" or len(node.input) <= _K_NORM or not node.input[_Q_NORM]:
         return [node]
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -122,9 +109,6 @@ def _unfuse_norms(node: onnx.NodeProto, head_dim: int) -> list[onnx.NodeProto]:
 
 
 def _constant(name: str, values: list[int]) -> onnx.NodeProto:
-    import numpy as np
-    import onnx
-
     return onnx.helper.make_node(
         "Constant", [], [name], value=onnx.numpy_helper.from_array(np.array(values, np.int64), name)
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 import surgery
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import format_named, read_adapter
+from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.testing.format import FORMAT_CHECKS, FormatCase
 from surgery_formats.testing.plugins import installed_project
@@ -147,7 +149,7 @@ def test_a_plugin_kind_is_resized(tmp_path: Path) -> None:
         U, S, V = torch.linalg.svd(deltas(adapter)[site.path])
         best = U[:, :2] @ torch.diag(S[:2]) @ V[:2]
         assert update.rank == 2
-        assert measure.relative_error(update.low_rank().delta(torch.float64), best) < 1e-5
+        assert measure.relative_error(torch.from_numpy(update.low_rank().delta(DType.F64)), best) < 1e-5
 
 
 @pytest.mark.usefixtures("kind")
@@ -219,6 +221,19 @@ def test_the_format_takes_the_kind_and_gives_it_to_every_other(base: Path, tmp_p
     surgery.combine([(tmp_path / "toy", 2.0), (tmp_path / "peft", -1.0)], output=tmp_path / "sum", to="toy")
     surgery.merge(base, tmp_path / "sum", output=tmp_path / "sum merged")
     assert_adds(base, tmp_path / "sum merged", deltas(adapter))
+
+
+@pytest.mark.usefixtures("format", "kind")
+def test_a_folder_with_a_model_and_a_plugins_adapter_is_an_adapter(base: Path, tmp_path: Path) -> None:
+    surgery.convert(core_file(tmp_path / "core"), "peft", output=tmp_path / "peft")
+    surgery.convert(tmp_path / "peft", "toy", output=tmp_path / "toy")
+    for file in base.iterdir():
+        shutil.copy(file, tmp_path / "toy")
+    opened = surgery.open(tmp_path / "toy")
+    assert isinstance(opened, surgery.Adapter)
+    assert opened.format == "toy"
+    (tmp_path / "toy" / "toy.safetensors").unlink()
+    assert isinstance(surgery.open(tmp_path / "toy"), surgery.Checkpoint)  # a merged model that kept toy.json
 
 
 def test_a_plugin_is_known_while_it_is_installed() -> None:

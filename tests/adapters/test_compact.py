@@ -184,6 +184,20 @@ def test_what_belongs_to_the_training_survives(tmp_path: Path) -> None:
     assert (tmp_path / "p/tokenizer.json").read_text() == "{}"
 
 
+def test_the_task_and_the_orientation_of_the_base_go_in_and_out(tmp_path: Path) -> None:
+    """By the configuration that is carried along, or, where there is none that says so, by keys of their own."""
+    source = read_adapter(_lora(tmp_path / "a", task_type="SEQ_CLS", fan_in_fan_out=True))
+    assert (source.task, source.stored_transposed) == ("text-classification", True)
+    for name, adapter in {"carried": source, "told": replace(source, format="other", config={})}.items():
+        convert(adapter, "compact", output=tmp_path / name)
+        written = json.loads((tmp_path / name / "compact.json").read_text())
+        assert ("task" in written, "stored_transposed" in written) == (name == "told", name == "told")
+        found = read_adapter(tmp_path / name)
+        assert (found.task, found.stored_transposed) == ("text-classification", True)
+        convert(found, "peft", output=tmp_path / f"{name}-peft")
+        assert config_of(tmp_path / f"{name}-peft")["task_type"] == "SEQ_CLS"
+
+
 def test_peft_loads_biases_norms_and_token_rows_that_went_through(tmp_path: Path) -> None:
     """What only PEFT's own folders could hold before is written for any source, and PEFT computes the same with it."""
     import torch

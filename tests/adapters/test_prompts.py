@@ -65,7 +65,7 @@ def test_embeddings_are_those_peft_puts_before_the_input(arch: str, name: str, t
     model = trained(arch, kind, tmp_path, **fields)
     prompt = prompt_of(tmp_path)
     assert (prompt.virtual_tokens, prompt.dim, prompt.submodules) == (TOKENS, models.HIDDEN, 1)
-    rows = prompt.embeddings()
+    rows = torch.from_numpy(prompt.embeddings())
     assert torch.equal(rows, model.get_prompt(1)[0])
     assert rows.std() > 0.01  # not the zeros of an untrained one
 
@@ -88,7 +88,7 @@ def test_keys_and_values_are_those_in_pefts_cache(arch: str, name: str, tmp_path
     cache = model.get_prompt(1)
     mine = transformers.DynamicCache()
     for layer, entry in enumerate(cache.layers):
-        key, value = prompt.key_values(layer)
+        key, value = map(torch.from_numpy, prompt.key_values(layer))
         assert key.shape == (heads, TOKENS, 8)
         assert torch.equal(key, entry.keys[0])
         assert torch.equal(value, entry.values[0])
@@ -106,21 +106,23 @@ def test_cpt_holds_the_whole_rows(tmp_path: Path) -> None:
     model = trained("llama", "CPTConfig", tmp_path, **CPT)
     prompt = prompt_of(tmp_path)
     assert prompt.virtual_tokens == 3
-    assert torch.equal(prompt.embeddings(), model.get_prompt(1)[0])
+    assert torch.equal(torch.from_numpy(prompt.embeddings()), model.get_prompt(1)[0])
 
 
 def test_an_encoder_and_its_decoder_have_half_of_the_rows_each(tmp_path: Path) -> None:
     model = trained("t5", "PromptTuningConfig", tmp_path, "SEQ_2_SEQ_LM")
     prompt = prompt_of(tmp_path)
     assert (prompt.submodules, prompt.virtual_tokens) == (2, TOKENS)
-    assert torch.equal(torch.cat([prompt.embeddings(0), prompt.embeddings(1)]), model.get_prompt(1)[0])
+    assert torch.equal(
+        torch.cat([torch.from_numpy(prompt.embeddings(part)) for part in (0, 1)]), model.get_prompt(1)[0]
+    )
 
 
 def test_a_prefix_of_a_decoder_takes_the_entries_peft_takes(tmp_path: Path) -> None:
     model = trained("t5", "PrefixTuningConfig", tmp_path, "SEQ_2_SEQ_LM")
     prompt = prompt_of(tmp_path)
     for layer, entry in enumerate(model.get_prompt(1).self_attention_cache.layers):
-        key, value = prompt.key_values(layer)
+        key, value = map(torch.from_numpy, prompt.key_values(layer))
         assert torch.equal(key, entry.keys[0])
         assert torch.equal(value, entry.values[0])
 

@@ -12,6 +12,7 @@ import torch
 import surgery
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.updates import LoRA
 from tests.oracles import disk, recipes
@@ -85,7 +86,7 @@ def test_a_low_rank_kind_fills_the_slot_of_a_lora(base: Path, tmp_path: Path) ->
     (file,) = (tmp_path / "out" / "adapters").glob("*.onnx_adapter")
     arrays = read_adapter_file(file)
     product = arrays[f"{Q}.lora_A.weight"] @ arrays[f"{Q}.lora_B.weight"]
-    assert np.abs(product.T - toy.low_rank().delta(torch.float64).numpy()).max() < 1e-6
+    assert np.abs(product.T - toy.low_rank().delta(DType.F64)).max() < 1e-6
 
 
 # --- not of low rank ----------------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery import Rank
 from surgery.engine.devices import devices_of
+from surgery.engine.proof import read_back
 from surgery.extraction.stream import feed, lanes
 from surgery.extraction.stream.feed import DirectFeed, RowPair, StagedFeed
 from surgery.extraction.stream.lanes import DeviceMemory, Lane, Lanes
 from surgery.extraction.stream.scan import layout_of, warm
 from surgery.extraction.stream.tally import Tally
-from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.adapters.format import Format
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, MalformedError, ProofError
 from surgery_formats.files.raw import File
@@ -297,11 +298,11 @@ def corrupted(folder: Path, what: str) -> None:
 def test_what_is_not_what_was_measured_is_no_output(
     what: str, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def after(folder: Path) -> Adapter:
+    def after(target: Format, folder: Path) -> Adapter:
         corrupted(folder, what)
-        return read_adapter(folder)
+        return read_back(target, folder)
 
-    monkeypatch.setattr("surgery.extraction.output.read_adapter", after)
+    monkeypatch.setattr("surgery.extraction.output.read_back", after)
     with pytest.raises(ProofError):
         surgery.extract_lora(*pair, output=tmp_path / "out", rank=4)
     assert not (tmp_path / "out").exists()

@@ -7,16 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import Update
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Coded", "Entry", "Format", "Inheriting", "NewTensor", "Outcome", "Rendering", "Scaled", "Scaling"]
 
@@ -37,7 +35,7 @@ class NewTensor:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    load: Callable[[], torch.Tensor]
+    load: Callable[[], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +113,8 @@ class Format(Protocol):
         title: One line for ``surgery formats``.
         needs_base: Whether `render` must know the base's names.
         single_file: Whether an adapter is one file rather than a folder.
+        file_stems: Names of its weight files up to the first dot, as patterns of `fnmatch`: a folder with such a file is
+            no plain model, whatever else it holds.
     """
 
     @property
@@ -125,6 +125,8 @@ class Format(Protocol):
     def needs_base(self) -> bool: ...
     @property
     def single_file(self) -> bool: ...
+    @property
+    def file_stems(self) -> tuple[str, ...]: ...
 
     def detect(self, path: Path) -> bool:
         """Whether `path` (file or folder) is of this format, by content; cheap, and never raises for foreign files."""

@@ -6,26 +6,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from surgery_formats.adapters.format import Entry, NewTensor, Outcome
+from surgery_formats.arrays import Array, namespace
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Factor, LoRA, Update
 
-if TYPE_CHECKING:
-    import torch
-
-    Change = Callable[[torch.Tensor], torch.Tensor]
-
 __all__ = [
     "ConversionLedger",
     "commonest",
-    "component_of",
     "copied",
     "factor_dtype",
     "factor_tensor",
@@ -33,6 +29,7 @@ __all__ = [
     "row_slice",
     "surviving_metadata",
     "whole_place",
+    "zero_padded",
 ]
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -84,7 +81,12 @@ def factor_dtype(factors: Iterable[Factor], *, folded: bool) -> DType:
 
 
 def factor_tensor(
-    name: str, factor: Factor, shape: tuple[int, ...], change: Change | None = None, *, times: float = 1.0
+    name: str,
+    factor: Factor,
+    shape: tuple[int, ...],
+    change: Callable[[Array], Array] | None = None,
+    *,
+    times: float = 1.0,
 ) -> NewTensor:
     """A factor as a tensor: changed (transposed, padded), then scaled. A product of several tensors counts as folded.
 
@@ -96,17 +98,23 @@ def factor_tensor(
         times: Number to multiply in.
     """
 
-    def load() -> torch.Tensor:
-        import torch
-
+    def load() -> Array:
         moved = times == 1.0 and factor.view is None and factor.tensors[0].dtype.is_float
-        values = factor.load(None if moved else torch.float64)  # values that are only moved need no wider type
+        values = factor.load(None if moved else DType.F64)  # values that are only moved need no wider type
         values = (values if change is None else change(values)).reshape(shape)
         return values if times == 1.0 else values * times
 
     return NewTensor(
         name, factor_dtype([factor], folded=times != 1.0 or len(factor.tensors) > 1 or bool(factor.terms)), shape, load
     )
+
+
+def zero_padded(values: Array, axis: int, size: int) -> Array:
+    """`values` with zeros behind them, up to `size` along `axis`: as further directions they add nothing to a product."""
+    shape = list(values.shape)
+    shape[axis] = size - shape[axis]
+    xp = namespace(values)
+    return xp.concat([values, xp.zeros(shape, dtype=values.dtype)], axis=axis) if shape[axis] else values
 
 
 def copied(name: str, tensor: Tensor) -> NewTensor:
@@ -130,19 +138,6 @@ def commonest(values: Iterable[_Key]) -> _Key | None:
 def surviving_metadata(adapter: Adapter) -> dict[str, str]:
     """The metadata strings that are true in any file."""
     return {key: value for key, value in adapter.metadata.items() if key not in _OF_THE_FILE}
-
-
-def component_of(site: Site, base: Checkpoint) -> Component:
-    """The component of the base that a site refers to.
-
-    Raises:
-        FitError: the base has no such component.
-    """
-    if not base.is_pipeline:
-        return base.main
-    if site.component not in base.components:
-        raise FitError(f"the base has no '{site.component or 'single model'}'", file=base.path)
-    return base.components[site.component]
 
 
 def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tuple[WeightSlice, ...]:

@@ -17,7 +17,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Storage, read_rows
-from surgery_formats.updates import LoRA, TokenRows, Update
+from surgery_formats.updates import RowSetting, same_update
 
 __all__ = ["same_values", "settle_tie"]
 
@@ -85,7 +85,7 @@ def _head_follows(embedding: Edit, component: Component, keeping: frozenset[int]
     """
     if embedding.operations:
         return all(
-            isinstance(operation.update, TokenRows) or operation.adapter in keeping
+            isinstance(operation.update, RowSetting) or operation.adapter in keeping
             for operation in embedding.operations
         )
     if embedding.replaced is not None and embedding.replaced.adapter in keeping:
@@ -103,21 +103,8 @@ def _same_edit(embedding: Edit, head: Edit) -> bool:
 
 
 def _same_operation(first: Operation, second: Operation) -> bool:
-    return (first.view, first.adapter, first.share) == (second.view, second.adapter, second.share) and _same_update(
-        first.update, second.update
-    )
-
-
-def _same_update(first: Update, second: Update) -> bool:
-    if isinstance(first, TokenRows) and isinstance(second, TokenRows):
-        return first.indices == second.indices and first.value.same_values(second.value)
-    if (
-        isinstance(first, LoRA)
-        and isinstance(second, LoRA)
-        and (first.shape, first.rank, first.scale) == (second.shape, second.rank, second.scale)
-    ):
-        return first.A.same_values(second.A) and first.B.same_values(second.B)
-    return False
+    place = (first.view, first.adapter, first.share) == (second.view, second.adapter, second.share)
+    return place and same_update(first.update, second.update)
 
 
 def same_values(first: Storage, second: Storage, rows: int = 4096) -> bool:

@@ -87,6 +87,9 @@ class Adapter:
         optional: Sites that a base need not have: biases that follow their weight.
         keeps_ties: Whether updates of the embedding also apply to a tied head (mlx-lm), and not to the embedding alone
             (PEFT).
+        task: What the model with the adapter does, as the Hub names it (``text-classification``); empty where the file
+            does not tell.
+        stored_transposed: Whether the file says that its base stores the weights of linear layers as ``(in, out)``.
     """
 
     path: Path
@@ -107,6 +110,8 @@ class Adapter:
     examine: Callable[[], tuple[str, ...]] = tuple
     optional: frozenset[Site] = frozenset()
     keeps_ties: bool = False
+    task: str = ""
+    stored_transposed: bool = False
 
     def __repr__(self) -> str:
         return f"<Adapter {str(self.path)!r}: {self.format} {self.kind}, {len(self.updates)} updates>"

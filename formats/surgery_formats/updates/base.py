@@ -82,10 +82,6 @@ class Factor:
         values = self.view(*(_read_shared(tensor, dtype) for tensor in self.tensors))
         return to_device(namespace(values).asarray(values.reshape(self.shape), copy=True), device)
 
-    def same_values(self, other: Factor) -> bool:
-        """Whether `other` has the same shape and values, whatever types the two are stored in."""
-        return self.shape == other.shape and bool((self.load(DType.F64) == other.load(DType.F64)).all())
-
 
 def _read(tensor: Tensor, dtype: DType | None) -> Array:
     """All values of a trained tensor, checked."""

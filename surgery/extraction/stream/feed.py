@@ -11,14 +11,12 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
+
+import torch
 
 from surgery_formats.storage.base import Storage, read_block
-from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["ByteObserver", "DirectFeed", "Feed", "RowPair", "StagedFeed"]
 
@@ -53,12 +51,7 @@ class Feed(Protocol):
     ) -> Iterator[RowPair]:
         """Yield rows ``[start, stop)`` in order; each block is valid until the next one is requested.
 
-        Args:
-            base: BASE's tensor.
-            tuned: TUNED's tensor.
-            start: First row.
-            stop: Row after the last.
-            observe: Called with the offset and the bytes of each part of `base`, in order.
+        `observe` is called with the offset and the bytes of each part of `base`, in order.
         """
         ...
 
@@ -70,8 +63,6 @@ class DirectFeed:
         self, base: Storage, tuned: Storage, start: int, stop: int, observe: ByteObserver | None = None
     ) -> Iterator[RowPair]:
         """See `Feed`."""
-        import torch
-
         height = min(stop - start, max(1, HOST_BLOCK // max(tuned.shape[1], 1)))
         base_rows, tuned_rows = (torch.empty((height, side.shape[1]), dtype=side.dtype.torch) for side in (base, tuned))
         for at in range(start, stop, max(height, 1)):
@@ -87,8 +78,6 @@ class _PinnedBuffer:
     """A page-locked buffer and the last copy out of it."""
 
     def __init__(self, device: torch.device) -> None:
-        import torch
-
         self.bytes = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -127,8 +116,6 @@ class StagedFeed:
         self, base: Storage, tuned: Storage, start: int, stop: int, observe: ByteObserver | None = None
     ) -> Iterator[RowPair]:
         """See `Feed`."""
-        import torch
-
         height = max(1, DEVICE_BLOCK // max(tuned.shape[1], 1))
         for at in range(start, stop, height):
             count = min(height, stop - at)
@@ -181,8 +168,6 @@ class _ReadRange(NamedTuple):
 
 
 def _chunks(sides: list[tuple[Storage, torch.Tensor]], start: int) -> Iterator[_ReadRange]:
-    import torch
-
     flat = [
         (side, start * side.shape[1] * block.element_size(), block.reshape(-1).view(torch.uint8))
         for side, block in sides
@@ -196,12 +181,10 @@ def _chunks(sides: list[tuple[Storage, torch.Tensor]], start: int) -> Iterator[_
 def _read(buffer: _PinnedBuffer, chunk: _ReadRange) -> None:
     buffer.wait()
     side, into = chunk.side, buffer.bytes[: chunk.place.numel()]
-    tensor = side.tensor if isinstance(side, Plain) else None
+    tensor = side.elements
     if isinstance(tensor, StoredTensor) and tensor.strides is None and tensor.shape:
         tensor.file.read_into(as_bytes(into), tensor.offset + chunk.offset)
     else:  # a quantised weight, or a pickle's transposed tensor
-        import torch
-
         row = side.shape[1] * side.dtype.bits // 8
         first, last = chunk.offset // row, -(-(chunk.offset + len(into)) // row)
         flat = read_block(side, first, last).reshape(-1).view(torch.uint8)

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TypeVar
+
+import torch
 
 from surgery.engine.execute import default_workers
 from surgery.extraction.stream.feed import DirectFeed, Feed, StagedFeed
 from surgery_formats.errors import ResourceError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["DeviceMemory", "Job", "Lane", "Lanes", "default_lanes", "in_threads"]
 
@@ -29,6 +28,8 @@ _PER_GPU = 3
 _SWITCH = 2e-5  # seconds
 _SHARE = 0.7  # of a device's free memory
 Stop = Callable[[], bool]
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 
 def default_lanes(devices: Sequence[str]) -> int:
@@ -85,8 +86,6 @@ class Lane:
 
         On a CPU all jobs of a lane use the same memory: allocating it anew costs as much as reading the files.
         """
-        import torch
-
         if self.device.type != "cpu":
             return torch.empty((rows, cols), dtype=dtype, device=self.device)
         needed = rows * cols
@@ -110,8 +109,6 @@ class Lanes:
     """
 
     def __init__(self, devices: Sequence[str], workers: int) -> None:
-        import torch
-
         self._staged: list[StagedFeed] = []
         by_device = [self._on(torch.device(name), workers, len(devices)) for name in devices]
         self._lanes = [lane for lanes in zip(*by_device, strict=True) for lane in lanes]  # by turns: few jobs reach all
@@ -120,8 +117,6 @@ class Lanes:
         self._pool = ThreadPoolExecutor(len(self._lanes), "surgery-lane", initializer=self._enter)
 
     def _on(self, device: torch.device, workers: int, devices: int) -> list[Lane]:
-        import torch
-
         if device.type == "cpu":
             return [Lane(device, DirectFeed(), DeviceMemory(None)) for _ in range(-(-workers // devices))]
         with torch.cuda.device(device):
@@ -130,8 +125,6 @@ class Lanes:
             return [Lane(device, self._staged[-1], memory) for _ in range(workers)]
 
     def _enter(self) -> None:
-        import torch
-
         torch.set_num_threads(1)
         self._local.lane = self._waiting.pop()
         self._local.stream = _stream(self._local.lane.device)
@@ -147,8 +140,6 @@ class Lanes:
         gpus = [lane for lane in self._lanes if lane.device.type != "cpu"]
         if not gpus:
             return
-        import torch
-
         torch.linalg.inv(
             torch.ones(1, 1, device=gpus[0].device)
         )  # loads a library that two threads must not load at once
@@ -168,7 +159,6 @@ class Lanes:
         Raises:
             ResourceError: a device has too little memory.
         """
-        import torch
 
         def on(job: Job) -> Callable[[Stop], None]:
             def work(stop: Stop) -> None:
@@ -201,8 +191,6 @@ class Lanes:
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:
     """A stream for this thread."""
-    import torch
-
     if device.type == "cpu":
         return nullcontext()
     torch.cuda.set_device(device)
@@ -210,24 +198,20 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
     return stream
 
 
-def in_threads(jobs: Sequence[Callable[[Stop], None]], workers: int) -> None:
-    """Run every job with one torch thread each; the first failure stops the others.
+def in_threads(function: Callable[[Item], Outcome], items: Iterable[Item], workers: int) -> list[Outcome]:
+    """`function` of every item, in order, with one torch thread each; the first failure stops the others.
 
     Results then do not depend on the number of threads.
-
-    Args:
-        jobs: Each is called with a function that tells whether to stop.
-        workers: Threads.
     """
-    import torch
+
+    def job(item: Item) -> Callable[[Stop], Outcome]:
+        return lambda stop: function(item)
 
     with ThreadPoolExecutor(workers, "surgery-factor", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        _all_in(pool, jobs)
+        return _all_in(pool, list(map(job, items)))
 
 
-def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], None]]) -> None:
-    import torch
-
+def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], Outcome]]) -> list[Outcome]:
     stop = threading.Event()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # of OpenMP's, which threads that start now take over
@@ -239,9 +223,7 @@ def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], None]]) ->
         for future in rest:
             future.cancel()
         wait(futures)
-        for future in futures:
-            if future in done:
-                future.result()
+        return [future.result() for future in futures if future in done]
     except BaseException:
         stop.set()
         for future in futures:

@@ -15,20 +15,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
+
 from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
-from surgery.extraction.pairing import Delta, Pair, flattened, nbytes_of, pair_up, with_columns
+from surgery.extraction.pairing import Delta, Pair, check_finite, flattened, nbytes_of, pair_up, with_columns
 from surgery.extraction.storage_plan import MOST_ROWS
 from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, Feed, RowPair
 from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
 from surgery.extraction.stream.scratch import ScratchFile
-from surgery.extraction.stream.tally import PairMeasure, Tally, check_finite
+from surgery.extraction.stream.tally import PairMeasure, Tally
 from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, tuned_parameters
 from surgery.progress import Callback, Progress
 from surgery_formats.dtypes import DType
+from surgery_formats.linalg.noise import NoiseTally
+from surgery_formats.linalg.svd import left_over, truncated_svd
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.identity import Digests
 from surgery_formats.storage.base import Storage
-from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["Layout", "ScanResult", "layout_of", "scan", "warm"]
@@ -100,13 +103,7 @@ def scan(
 ) -> ScanResult:
     """Compare every pair and factorise every target that changed.
 
-    Args:
-        layout: The paired tensors.
-        criterion_of: How the rank of a target is found.
-        spec_of: How a target's factors will be stored, where that is known.
-        scratch: Receives the factors.
-        lanes: Do the work.
-        progress: Called with every tensor.
+    `spec_of` tells how a target's factors will be stored, where that is known.
 
     Raises:
         FitError: NaN or Inf.
@@ -149,11 +146,6 @@ def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
 
     This does to a made-up matrix all that `scan` does to a real one; nothing is read.
     """
-    import torch
-
-    from surgery_formats.linalg.noise import NoiseTally
-    from surgery_formats.linalg.svd import left_over, truncated_svd
-
     strips = [strip for target in layout.targets[:1] for strip in target.deltas[0].strips[:1]]
     for strip in strips:
         shape = _WARM[lane.device.type]
@@ -220,10 +212,8 @@ class _Work:
         lane: Lane,
     ) -> FactorisedMatrix | None:
         """Factorise one matrix; None if it is its target's only one and did not change."""
-        from surgery_formats.linalg.noise import NoiseTally
-
         held = delta.numel <= HELD[lane.device.type]
-        whole = lane.space(*delta.stored_shape, delta.dtype) if held else None
+        whole = lane.space(*delta.shape, delta.dtype) if held else None
         noise, moved, at = NoiseTally(), False, 0
         energies: list[float] = []
         for strip in delta.strips:
@@ -236,17 +226,15 @@ class _Work:
                 at += count
             energy, differs = tally.news()
             energies, moved = [*energies, energy], moved or differs
-        self.meter.add(
-            sum(nbytes_of(strip.tuned) // strip.tuned.shape[0] * (strip.last - strip.first) for strip in delta.strips)
-        )
+        self.meter.add(sum(nbytes_of(strip.tuned) // strip.tuned.shape[0] * strip.height for strip in delta.strips))
         if not moved and len(target.deltas) == 1:
             return None
         criterion = self.criterion_of(target)
         return factorise(
-            delta.stored if whole is None else whole,
+            delta if whole is None else whole,
             criterion,
             criterion.limit(target.cost),
-            [strip.last - strip.first for strip in delta.strips],
+            [strip.height for strip in delta.strips],
             self.scratch,
             lane.device,
             energies=energies,
@@ -272,14 +260,11 @@ def _tally(pair: Pair, row_limit: int, target: LowRankTarget | None) -> Tally:
 
 def _observer(digests: Digests, weight: Storage) -> ByteObserver | None:
     """Digests the bytes of a weight as they are read; only of one tensor that is read as it is stored."""
-    tensor = weight.tensor if isinstance(weight, Plain) else None
-    return digests.claim(tensor) if isinstance(tensor, StoredTensor) else None
+    return digests.claim(weight.elements) if isinstance(weight.elements, StoredTensor) else None
 
 
 def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMeasure:
     """Compare a pair that is not factorised; of a grown vocabulary, the rows that both have."""
-    import torch
-
     base, tuned = flattened(pair.base), flattened(pair.tuned)
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
     observe = _observer(digests, pair.base)
@@ -301,8 +286,6 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMe
 
 
 def _differs(rows: RowPair) -> bool:
-    import torch
-
     return rows.base.dtype != rows.tuned.dtype or not torch.equal(rows.base, rows.tuned)
 
 

@@ -8,15 +8,12 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 import xxhash
 
 from surgery_formats.errors import ResourceError
 from surgery_formats.tensors.tensor import as_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["ScratchFile", "ScratchSlot", "Workspace", "digest"]
 
@@ -36,8 +33,6 @@ class ScratchFile:
 
     def put(self, values: torch.Tensor) -> ScratchSlot:
         """Store a matrix."""
-        import torch
-
         matrix = values.to("cpu", torch.float32).contiguous()
         raw = as_bytes(matrix)
         with self._lock:
@@ -49,8 +44,6 @@ class ScratchFile:
 
     def read(self, slot: ScratchSlot) -> torch.Tensor:
         """The matrix at `slot`, in memory of the caller's own."""
-        import torch
-
         matrix = torch.empty(slot.shape, dtype=torch.float32)
         raw, done = as_bytes(matrix), 0
         while done < len(raw):

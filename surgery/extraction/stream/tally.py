@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from surgery.extraction.pairing import path_of
-from surgery_formats.errors import FitError
-from surgery_formats.storage.base import Storage, read_block
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from surgery.extraction.pairing import not_finite
+from surgery_formats.linalg.noise import MANTISSA, NoiseTally
+from surgery_formats.storage.base import Storage
 
-    from surgery_formats.linalg.noise import NoiseTally
-
-__all__ = ["PairMeasure", "Tally", "check_finite"]
+__all__ = ["PairMeasure", "Tally"]
 
 _SAMPLE = 8  # of a large tensor one row of eight is looked at for the median spacing
 _LARGE = 1 << 19  # elements
@@ -81,19 +77,11 @@ class Tally:
     def subtract(
         self, first: int, old: torch.Tensor, new: torch.Tensor, difference: torch.Tensor, noise: NoiseTally | None
     ) -> None:
-        """Compute rows of the difference and add them to the sums.
+        """Fill `difference`, float32 or float64, with ``new - old``, and add it to the sums.
 
-        Args:
-            first: Number of the first row in the tensor.
-            old: BASE's rows as stored, ``(n, cols)``.
-            new: TUNED's rows.
-            difference: ``(n, cols)``, float32 or float64; is filled.
-            noise: Tally of the matrix that the rows are part of.
+        `old` and `new` are rows as stored, from row `first` of the tensor; `noise` is the tally of the matrix that they
+        are part of.
         """
-        import torch
-
-        from surgery_formats.linalg.noise import MANTISSA
-
         self._numel += new.numel()
         if old.dtype == new.dtype and old.device.type == "cpu" and torch.equal(_bits(old), _bits(new)):
             difference.copy_(new).sub_(difference)  # zeros, or NaN where there is one
@@ -124,10 +112,8 @@ class Tally:
             self._hit.append(moved)
 
     def _equal(self, new: torch.Tensor, zeros: torch.Tensor) -> None:
-        import torch
-
         if new.numel() and not math.isfinite(float(zeros.sum())):
-            self._refuse()
+            raise not_finite(*self._sides)
         if self._limit:
             self._hit.append(torch.zeros(len(new), dtype=torch.bool))
 
@@ -137,14 +123,12 @@ class Tally:
         Raises:
             FitError: NaN or Inf on one side.
         """
-        import torch
-
         fresh, self._told = self._sums[self._told :], len(self._sums)
         if not fresh:
             return 0.0, False
         energy, moved, _ = torch.stack(fresh).sum(0).tolist()
         if not math.isfinite(energy):
-            self._refuse()
+            raise not_finite(*self._sides)
         return energy, moved > 0
 
     def result(self) -> PairMeasure:
@@ -153,13 +137,11 @@ class Tally:
         Raises:
             FitError: NaN or Inf on one side.
         """
-        import torch
-
         if not self._sums:
             return PairMeasure(False, numel=self._numel)
         energy, moved, noise = torch.stack(self._sums).sum(0).tolist()
         if not (math.isfinite(energy) and math.isfinite(noise)):  # squares of values beyond 1e19
-            self._refuse()
+            raise not_finite(*self._sides)
         named: tuple[int, ...] = ()
         if self._limit:
             numbers = torch.nonzero(torch.cat(self._hit).cpu()).flatten()
@@ -167,37 +149,12 @@ class Tally:
         return PairMeasure(moved > 0, energy, named, self._numel, int(moved), self._ulp(), noise / 12)
 
     def _ulp(self) -> float:
-        from surgery_formats.linalg.noise import MANTISSA
-
         assert self._exponents is not None
         counts = self._exponents.cpu()
         counts[0] = 0  # rows that do not differ
         middle = int((counts.cumsum(0) * 2 < counts.sum()).sum())
         bias = 127 if len(counts) == 256 else 1023
         return math.ldexp(1.0, middle - bias - MANTISSA[self._dtype][0]) if int(counts.sum()) else 0.0
-
-    def _refuse(self) -> None:
-        """Raise an error that names the side with NaN or Inf."""
-        for side in self._sides:
-            check_finite(side, 0, side.shape[0])
-        tuned = self._sides[1]
-        raise FitError(
-            "values or differences too large: their squares overflow float32", file=path_of(tuned), tensor=tuned.name
-        )
-
-
-def check_finite(side: Storage, start: int, stop: int) -> None:
-    """Check rows ``[start, stop)`` of a tensor.
-
-    Raises:
-        FitError: NaN or Inf among them.
-    """
-    import torch
-
-    step = max(1, _LARGE // max(side.shape[1], 1))
-    for at in range(start, stop, step):
-        if not bool(torch.isfinite(read_block(side, at, min(at + step, stop)).float()).all()):
-            raise FitError("holds NaN or Inf", file=path_of(side), tensor=side.name)
 
 
 _FRACTION = {4: 23, 8: 52}
@@ -210,6 +167,4 @@ def _exponent_bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    import torch
-
     return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])

@@ -94,7 +94,7 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
             tensor=tensor,
             hint="is this the base it was trained on?",
         )
-    rows = prompt.embeddings().float().numpy()
+    rows = prompt.embeddings(dtype=DType.F32)
     return Prompt(name, prompt.kind, prompt.virtual_tokens, adapter, rows)
 
 
@@ -104,8 +104,8 @@ def stored_past(prompt: Prompt, layers: int) -> Past:
     assert prompt.adapter.prompt is not None
     past: Past = {}
     for layer in range(layers):
-        for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer), strict=True):
-            past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values.float().numpy()[None])
+        for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer, DType.F32), strict=True):
+            past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values[None])
     return past
 
 
@@ -140,14 +140,9 @@ class WeightLocation:
 def computed_past(
     prompts: Sequence[Prompt], component: Component, model: Model, options: GraphOptions, location: WeightLocation
 ) -> list[Past]:
-    """Compute keys and values, float32, of embeddings and texts.
+    """Compute keys and values, float32, of embeddings and texts; each of the two kinds has a graph of its own.
 
-    Args:
-        prompts: Prompts with embeddings or ids; each of the two kinds has a graph of its own.
-        component: The model from which the graph is built.
-        model: Its recipe.
-        options: Options of the export; overriding weights have been written already.
-        location: Where the weights lie.
+    Weights that override those of the checkpoint have been written already, to `location`.
 
     Raises:
         FitError: onnxruntime is not installed, or cannot run the graph.

@@ -19,6 +19,7 @@ from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit, Operation
 from surgery_formats.binding.tied_edits import same_values
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.parameters import parameters
@@ -132,13 +133,7 @@ def _refused(what: str, edit: Edit, operation: Operation, adapter: Adapter) -> F
 def slot_arrays(
     adapter: Swappable, slots: Iterable[Slot], sizes: Mapping[str, tuple[int, int]], dtype: Any
 ) -> dict[str, Array]:
-    """The arrays that fill an adapter's slots, with the scale folded into B.
-
-    Args:
-        adapter: The adapter.
-        slots: The graph's slots.
-        sizes: Rows of A and columns of B, by slot.
-        dtype: Type of the graph.
+    """The arrays that fill an adapter's slots, with the scale folded into B; `sizes` are rows of A and columns of B.
 
     Raises:
         FitError: a factor is not finite.
@@ -155,11 +150,9 @@ def slot_arrays(
 
 def _factors(lora: LoRA, view: View, size: tuple[int, int], *, table: bool) -> tuple[Array, Array]:
     """``(inputs, rank)`` and ``(rank, outputs)``, float32, of one addition; zero outside its view."""
-    import torch
-
     rows, cols = view.shape
-    left = lora.B.load(torch.float32)[view.row_origin : view.row_origin + rows].numpy()
-    right = lora.A.load(torch.float32)[:, view.col_origin : view.col_origin + cols].numpy()
+    left = lora.B.load(DType.F32)[view.row_origin : view.row_origin + rows]
+    right = lora.A.load(DType.F32)[:, view.col_origin : view.col_origin + cols]
     A, B = np.zeros((size[0], lora.rank), np.float32), np.zeros((lora.rank, size[1]), np.float32)
     if table:
         A[list(view.rows)], B[:, list(view.cols)] = left, right

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import onnx
 import xxhash
 
 from surgery.onnx.graph.context import Context
@@ -25,9 +26,6 @@ from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model, Rope
 from surgery_formats.tensors.unwritten import UnwrittenFile
-
-if TYPE_CHECKING:
-    import onnx
 
 __all__ = ["GraphOptions", "GraphSet", "build", "weight_file"]
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.linear import lora_slot
 from surgery.onnx.graph.virtual_tokens import rows_after, types_in_front
@@ -50,8 +52,6 @@ def _scale(ctx: Context, record: Embedding, shape: tuple[int, int]) -> float:
     stored = ctx.weights.find(record.tokens, shape).dtype
     if not record.scale_rounded or stored not in (DType.F16, DType.BF16):
         return record.scale
-    import numpy as np
-
     return float(np.array(record.scale, ctx.graph.numpy_type(stored)))
 
 

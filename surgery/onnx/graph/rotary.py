@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from surgery.onnx.graph.graph import ONNX_TYPES, Graph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Rope
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["Frequencies", "RotaryTable", "frequencies", "longest", "table"]
 
@@ -61,12 +60,7 @@ class RotaryTable:
 
 
 def longest(rope: Rope, requested: int | None, limit: int) -> int:
-    """Return the number of positions of a graph.
-
-    Args:
-        rope: Rotary parameters of any layer.
-        requested: Set by the user; None for as many as the model supports.
-        limit: Number of positions that the model supports.
+    """The number of positions of a graph: `requested`, or as many as the model supports (`limit`).
 
     Raises:
         FitError: more positions than a table can hold.
@@ -92,8 +86,6 @@ def frequencies(rope: Rope) -> Frequencies:
     ``default``: arXiv:2104.09864; ``linear``: arXiv:2306.15595; ``dynamic``: as default up to `Rope.max_positions`;
     ``llama3``: Llama 3.1, arXiv:2407.21783; ``yarn``: arXiv:2309.00071; ``longrope``: arXiv:2402.13753.
     """
-    import numpy as np
-
     p = rope.parameters
     kind, base, dims = p["rope_type"], float(p["rope_theta"]), rope.dims
     plain = base ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
@@ -114,8 +106,6 @@ def frequencies(rope: Rope) -> Frequencies:
 
 def _llama3(plain: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
     """Low frequencies are divided by the factor, high ones kept, and those between blended."""
-    import numpy as np
-
     original, low, high = (
         p[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
     )
@@ -127,7 +117,6 @@ def _llama3(plain: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
 
 def _yarn(plain: np.ndarray, p: Mapping[str, Any], dims: int) -> np.ndarray:
     """As Llama 3, but blended over the index of the frequency."""
-    import numpy as np
 
     def index_of(turns: float) -> float:
         length = p["original_max_position_embeddings"] / (turns * 2 * math.pi)
@@ -164,8 +153,6 @@ def _longrope_scaling(p: Mapping[str, Any], original: int) -> float:
 
 def table(graph: Graph, rope: Rope, rows: int, io: DType) -> RotaryTable:
     """Tables of `rows` positions in type `io`; twice as many rows if long sequences have their own angles."""
-    import numpy as np
-
     angles_per_position = frequencies(rope)
     at = "rotary"
     # integers, to be exact at any length

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from surgery_formats.adapters.peft.keys import held_by_config
+from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
@@ -101,6 +101,8 @@ def read_compact(path: Path) -> Adapter:
         metadata=dict(shard.metadata),
         side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
         keeps_ties=raw.get("keeps_ties", bool),
+        task=raw.get("task", str, task_of(state.config)),
+        stored_transposed=raw.get("stored_transposed", bool, stored_transposed(state.config)),
     )
 
 

@@ -11,9 +11,9 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.kohya.known_issues import stated_issues
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.containers.sharded import open_shards
 from surgery_formats.dtypes import DType
@@ -21,9 +21,6 @@ from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Update
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["PREFIXES", "read_kohya"]
 
@@ -174,10 +171,10 @@ def _with_core(mid: StoredTensor, down: StoredTensor) -> Factor:
             f"'lora_mid' is {list(mid.shape)}, 'lora_down' {list(down.shape)}", file=mid.file.path, tensor=mid.name
         )
 
-    def fold(core: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        import torch
+    def fold(core: Array, factor: Array) -> Array:
+        import numpy
 
-        return torch.einsum("mn...,nj->mj...", core, factor.reshape(down.shape[0], inputs))
+        return numpy.einsum("mn...,nj->mj...", core, factor.reshape(down.shape[0], inputs))
 
     return Factor((mid, down), (mid.shape[0], inputs * math.prod(mid.shape[2:])), fold)
 

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
-from typing import Any
 
 from surgery_formats.canonical.adapter import Ignored
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.updates import Held
 
 __all__ = [
     "HEADS",
@@ -19,7 +17,6 @@ __all__ = [
     "ROOT",
     "Sorted",
     "ancestors",
-    "held_by_config",
     "sort_tensors",
     "unwrapped",
 ]
@@ -113,25 +110,6 @@ def ancestors(module: str) -> list[str]:
     """
     segments = module.split(".")
     return [".".join(segments[: i + 1]) for i in range(len(segments))]
-
-
-def held_by_config(path: str, config: Mapping[str, Any]) -> Held:
-    """Where a parameter stored whole is held, by the configuration of its adapter; in place if that is not one of PEFT.
-
-    PEFT also saves embeddings that it did not train, when a vocabulary was resized.
-
-    Args:
-        path: Of the parameter.
-        config: As it was written, which another format may have carried along.
-    """
-    module, _, leaf = path.rpartition(".")
-    listed = config.get("modules_to_save")
-    saved = tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else ()
-    if any(ancestor.endswith(saved) for ancestor in ancestors(module)):
-        return "copy"
-    if "peft_type" not in config or leaf == "bias":
-        return "in place"
-    return "copy" if HEADS & set(module.split(".")) else "carried"
 
 
 def _whole_parameter(name: str) -> str:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from surgery_formats.arrays import cast
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
@@ -71,16 +72,8 @@ def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _values(tensor: StoredTensor) -> np.ndarray[Any, Any] | None:
-    """Rows as float32, without torch; None for other types than a LoRA has."""
-    import numpy as np
-
-    kinds = {DType.F32: "<f4", DType.F16: "<f2", DType.BF16: "<u2", DType.F64: "<f8"}
-    if tensor.dtype not in kinds or tensor.strides is not None:
-        return None
-    raw = np.frombuffer(tensor.file.read(tensor.offset, tensor.nbytes), kinds[tensor.dtype])
-    if tensor.dtype is DType.BF16:
-        return (raw.astype(np.uint32) << 16).view(np.float32).reshape(tensor.matrix)
-    return raw.astype(np.float32).reshape(tensor.matrix)
+    """Rows as float32; None for other types than a LoRA has."""
+    return cast(tensor.read(), DType.F32).reshape(tensor.matrix) if tensor.dtype.is_float else None
 
 
 def _orthonormal(rows: np.ndarray[Any, Any]) -> bool:

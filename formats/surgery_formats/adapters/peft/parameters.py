@@ -7,20 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.adapters.writing import factor_dtype
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "StackedParameter",
@@ -181,15 +179,15 @@ def _put_stack(file: PeftFile, key: str, experts: Sequence[LoRA]) -> None:
     count, rank = len(experts), experts[0].rank
     out, inputs = experts[0].shape
 
-    def load_a() -> torch.Tensor:
-        import torch
+    def load_a() -> Array:
+        import numpy
 
-        return torch.cat([lora.A.load(torch.float64) for lora in experts])
+        return numpy.concat([lora.A.load(DType.F64) for lora in experts])
 
-    def load_b() -> torch.Tensor:
-        import torch
+    def load_b() -> Array:
+        import numpy
 
-        return torch.stack([lora.B.load(torch.float64) for lora in experts], dim=-1).reshape(out, rank * count)
+        return numpy.stack([lora.B.load(DType.F64) for lora in experts], axis=-1).reshape(out, rank * count)
 
     types = [factor_dtype(factors, folded=False) for factors in zip(*((e.A, e.B) for e in experts), strict=True)]
     file.add(NewTensor(f"{key}.lora_A.weight", types[0], (count * rank, inputs), load_a))

@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.adapters.peft.keys import (
     HEADS,
     PREFIX,
     ROOT,
     Sorted,
     ancestors,
-    held_by_config,
     sort_tensors,
     unwrapped,
 )
@@ -33,7 +33,10 @@ from surgery_formats.files.raw import stays_inside
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, Replacement, Update
 
-__all__ = ["read_peft"]
+__all__ = ["WEIGHTS", "read_peft"]
+
+WEIGHTS = "adapter_model"
+"""What the names of its weight files begin with."""
 
 _EMBEDDINGS = frozenset(
     [
@@ -61,7 +64,7 @@ def read_peft(path: Path) -> Adapter:
         FitError: a kind or a switch that no merged weight can express.
     """
     config = parse_config(read_object(path / "adapter_config.json"), path / "adapter_config.json", switches())
-    opened = open_folder_tensors(path, ("adapter_model",))
+    opened = open_folder_tensors(path, (WEIGHTS,))
     tensors = tuple(opened.tensors.values())
     whole = Adapter(
         path=path,
@@ -75,6 +78,8 @@ def read_peft(path: Path) -> Adapter:
         config=config.raw,
         metadata=_metadata(opened.shards),
         side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
+        task=task_of(config.raw),
+        stored_transposed=stored_transposed(config.raw),
     )
     if config.kind in PROMPTS:
         return _soft_prompt(whole, tensors, config)

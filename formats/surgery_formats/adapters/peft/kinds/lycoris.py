@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.kinds.kind import Module, malformed
 from surgery_formats.adapters.peft.read_config import COMMON, Switches
+from surgery_formats.arrays import Array
 from surgery_formats.updates import Factor
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["SWITCHES", "alpha_issue", "low_rank_pair", "put_pair"]
 
@@ -40,8 +38,8 @@ def low_rank_pair(module: Module, a: str, b: str, core: str) -> tuple[Factor, Fa
         raise malformed(middle, f"a core between {list(left.shape)} and {list(right.shape)}")
     width = right.shape[1] * math.prod(middle.shape[2:])
 
-    def joined(t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return (t.permute(0, 2, 3, 1) @ w).permute(0, 3, 1, 2)  # sum over j of t[i, j, k, l] w[j, in]
+    def joined(t: Array, w: Array) -> Array:
+        return (t.transpose(0, 2, 3, 1) @ w).transpose(0, 3, 1, 2)  # sum over j of t[i, j, k, l] w[j, in]
 
     A = Factor((left,), (left.shape[1], rank), lambda t: t.T)
     return A, Factor.computed((Factor.of(middle), Factor.of(right)), (rank, width), joined)

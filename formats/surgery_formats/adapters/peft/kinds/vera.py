@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import ROOT
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
 from surgery_formats.adapters.peft.read_config import COMMON, Switches
 from surgery_formats.adapters.peft.write_config import targets
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, Seed, Update, VeRA
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["VERA"]
 
@@ -49,7 +47,7 @@ def _read(module: Module) -> ModuleUpdates:
     return ModuleUpdates({module.site(): (VeRA(Factor.of(b), Factor.of(d), projections),)})
 
 
-def _shared(stored: torch.Tensor) -> torch.Tensor:
+def _shared(stored: Array) -> Array:
     """A projection as it is stored. All modules share its view, so it is read once and recognised as one tensor."""
     return stored
 
