@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery_formats.arrays import Array
-from surgery_formats.linalg.rank_criteria import allocate, auto_rank, checked_rank, rank_for_energy, rank_for_error
+from surgery_formats.linalg.rank_criteria import allocate, checked_rank, rank_holding
 from tests.support.libraries import each_library
 
 Of = Callable[[numpy.ndarray], Array]
@@ -29,14 +29,13 @@ def test_a_capped_rank_comes_with_a_sentence() -> None:
 
 
 @each_library
-def test_energy_and_error_criteria_agree(of: Of) -> None:
-    values = of(numpy.array([3.0, 2.0, 1.0, 0.0]))
-    assert [rank_for_energy(values, e) for e in (0.5, 9 / 14, 0.65, 13 / 14, 1.0)] == [1, 1, 2, 2, 3]
-    assert rank_for_error(values, (5 / 14) ** 0.5 + 1e-12) == 1
-    assert rank_for_error(values, 0.0) == 3
-    assert rank_for_energy(values[:2], 0.9, total=14**0.5) == 2
-    assert rank_for_energy(values[:2], 0.95, total=14**0.5) is None
-    assert rank_for_energy(of(numpy.zeros(3)), 0.9) == 0
+def test_the_least_rank_is_found_that_leaves_at_most_a_share(of: Of) -> None:
+    squares = of(numpy.array([9.0, 4.0, 1.0, 0.0]))
+    assert [rank_holding(squares, 14, 1 - e) for e in (0.5, 9 / 14, 0.65, 13 / 14, 1.0)] == [1, 1, 2, 2, 3]
+    assert rank_holding(squares, 14, 5 / 14 + 1e-12) == 1
+    assert rank_holding(squares[:2], 14, 0.1) == 2
+    assert rank_holding(squares[:2], 14, 0.05) is None
+    assert rank_holding(of(numpy.zeros(3)), 0, 0.1) == 0
 
 
 @settings(max_examples=80, deadline=None)
@@ -67,11 +66,3 @@ def test_expensive_directions_are_chosen_last(of: Of) -> None:
         allocate(spectra, [10, 30], 39, least=1)
     with pytest.raises(ValueError, match="cost"):
         allocate(spectra, [10], 39)
-
-
-@each_library
-def test_auto_rank_counts_values_above_the_edge_within_the_budget(of: Of) -> None:
-    values = of(numpy.array([9.0, 5.0, 2.0, 1.0]))
-    assert auto_rank(values, 1.5) == 3
-    assert auto_rank(values, 1.5, budget=2) == 2
-    assert auto_rank(values, 1.5, budget=8) == 3

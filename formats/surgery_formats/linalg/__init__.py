@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear algebra of updates: pure functions on tensors, each with an error bound."""
+"""Linear algebra of updates: pure functions on arrays, each with an error bound."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codings of numbers, without torch: planning and inspecting need only sizes."""
+"""Codings of numbers, without numpy: planning and inspecting need only sizes."""
 
 from __future__ import annotations
 

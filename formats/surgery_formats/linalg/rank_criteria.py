@@ -11,7 +11,7 @@ import numpy
 
 from surgery_formats.arrays import Array, to_cpu
 
-__all__ = ["Allocation", "allocate", "auto_rank", "checked_rank", "rank_for_energy", "rank_for_error", "rank_holding"]
+__all__ = ["Allocation", "allocate", "checked_rank", "rank_holding"]
 
 _ROUNDING = 4e-16
 """Share of the energy that float64 sums may miss."""
@@ -61,21 +61,6 @@ def rank_holding(squares: Array, norm2: float, share: float) -> int | None:
     return int((tails > allowed).sum())
 
 
-def rank_for_energy(values: Array, energy: float, total: float | None = None) -> int | None:
-    """Return the least rank that holds the share `energy`, in (0, 1], of ``||D||_F^2``.
-
-    `values` are singular values, ``(k,)``, descending; `total` is ``||D||_F``, by default theirs.
-    """
-    squares = _squares(values)
-    return rank_holding(squares, float(squares.sum()) if total is None else total**2, 1 - energy)
-
-
-def rank_for_error(values: Array, max_error: float, total: float | None = None) -> int | None:
-    """Return the least rank with ``||D - D_r||_F <= max_error ||D||_F``; arguments as in `rank_for_energy`."""
-    squares = _squares(values)
-    return rank_holding(squares, float(squares.sum()) if total is None else total**2, max_error**2)
-
-
 def allocate(
     spectra: Sequence[Array],
     costs: Sequence[int],
@@ -102,7 +87,7 @@ def allocate(
         raise ValueError("one spectrum, one cost and one limit per matrix")
     if any(cost <= 0 for cost in costs):
         raise ValueError("a rank must cost something")
-    squares = [_squares(spectrum).tolist() for spectrum in spectra]
+    squares = [(to_cpu(spectrum).astype(numpy.float64) ** 2).tolist() for spectrum in spectra]
     limits = [min(len(s), len(s) if most is None else most[i]) for i, s in enumerate(squares)]
     ranks = [min(least, limit) for limit in limits]
     spent = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
@@ -120,14 +105,3 @@ def allocate(
             heapq.heappush(heap, (-squares[i][ranks[i]] / costs[i], i))
     lost = sum(sum(s[rank:]) for s, rank in zip(squares, ranks, strict=True))
     return Allocation(tuple(ranks), spent, lost)
-
-
-def auto_rank(values: Array, edge: float, budget: int | None = None) -> int:
-    """Count the singular `values` (descending) above `edge`, the largest of noise alone; at most `budget`."""
-    signal = int((values > edge).sum())
-    return signal if budget is None else min(signal, budget)
-
-
-def _squares(values: Array) -> numpy.ndarray:
-    exact: numpy.ndarray = to_cpu(values).astype(numpy.float64)
-    return exact**2

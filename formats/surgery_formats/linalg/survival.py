@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of an update the stored values keep, as three sums; no torch, because plans and ledgers hold them too."""
+"""How much of an update the stored values keep, as three sums; imports no numpy, because plans and ledgers hold them too."""
 
 from __future__ import annotations
 
