@@ -161,17 +161,49 @@ def reused_classes(modules: Mapping[str, Module]) -> dict[str, list[str]]:
     return {name: where for name, where in sorted(homes.items()) if len(where) > 1}
 
 
-def isinstance_ladders(modules: Mapping[str, Module], kinds: frozenset[str]) -> Counter[str]:
-    """Number of ``isinstance`` tests on kinds of update, by module outside the updates themselves."""
-    counts: Counter[str] = Counter()
-    for name, module in modules.items():
-        if ".updates" in name:
-            continue
-        for node in ast.walk(module.tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
-                names = {inner.id for inner in ast.walk(node.args[-1]) if isinstance(inner, ast.Name)}
-                counts[name] += bool(names & kinds)
-    return +counts
+def kind_tests(modules: Mapping[str, Module]) -> Counter[str]:
+    """Number of tests for a kind of update, by module outside the updates themselves.
+
+    A test is an ``isinstance``, a comparison with a class or with its name in the field (``update.kind == "LoRA"``), or
+    a ``case`` of a match.
+    """
+    kinds = update_kinds(modules)
+    words = {
+        node.value.value
+        for name, module in modules.items()
+        if ".updates." in name
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "kind"
+        if isinstance(node.value, ast.Constant)
+    }
+
+    def tests(node: ast.AST) -> bool:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("isinstance", "issubclass")
+        ):
+            return _names(node.args[-1], kinds)
+        if isinstance(node, ast.MatchClass):
+            return _names(node.cls, kinds)
+        if not isinstance(node, ast.Compare):
+            return False
+        sides = (node.left, *node.comparators)
+        asks = any(isinstance(side, ast.Attribute) and side.attr == "kind" for side in sides)
+        named = any(isinstance(inner, ast.Constant) and inner.value in words for s in sides for inner in ast.walk(s))
+        return any(_names(side, kinds) for side in sides) or (asks and named)
+
+    return +Counter(
+        {
+            name: sum(map(tests, ast.walk(module.tree)))
+            for name, module in modules.items()
+            if not name.startswith("surgery_formats.updates")
+        }
+    )
+
+
+def _names(node: ast.AST, kinds: frozenset[str]) -> bool:
+    return any(isinstance(inner, ast.Name) and inner.id in kinds for inner in ast.walk(node))
 
 
 def update_kinds(modules: Mapping[str, Module]) -> frozenset[str]:
@@ -203,7 +235,9 @@ def main() -> None:
         edges = sum(len(targets) for targets in inside.values())
         print(f"{room:42} {len(members):7} {lines:6} {levels(inside):6} {edges:7}")
     up, round_trips, reused = upwards(graph, declared_layers(tree)), circles(graph), reused_classes(modules)
-    ladders = isinstance_ladders(modules, update_kinds(modules))
+    tests = kind_tests(modules)
+    inside = {name: count for name, count in tests.items() if ".adapters." in name}
+    outside = {name: count for name, count in tests.items() if name not in inside}
     sizes = sorted(module.lines for module in modules.values())
     print(
         f"\nlines of product code: {sum(sizes):,} in {len(sizes)} modules (median {sizes[len(sizes) // 2]}, largest {sizes[-1]})"
@@ -213,7 +247,12 @@ def main() -> None:
     print(
         f"reused class names: {len(reused)}", *(f"  {n}: {', '.join(where)}" for n, where in reused.items()), sep="\n"
     )
-    print(f"tests for kinds of update by isinstance: {sum(ladders.values())} in {len(ladders)} modules outside updates")
+    print(f"tests for a kind of update in adapters: {sum(inside.values())} in {len(inside)} modules")
+    print(
+        f"outside updates and adapters: {sum(outside.values())}",
+        *(f"  {name}: {n}" for name, n in outside.items()),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from typing import Any
 
 from surgery_formats.adapters.format import Format, Inheriting
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
-from surgery_formats.updates import Update
-from surgery_formats.updates.low_rank_part import low_rank_part
+from surgery_formats.updates import Update, low_rank_part
 
 __all__ = ["combined_adapter", "side_files"]
 

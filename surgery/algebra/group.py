@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from surgery_formats.adapters.writing import component_of, places_of, whole_place
-from surgery_formats.binding.sizes import sized
+from surgery_formats.adapters.writing import places_of, whole_place
+from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
-from surgery_formats.updates import Replacement, Update
+from surgery_formats.updates import LoRA, Replacing, Update, experts_of
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
@@ -39,7 +39,13 @@ class Contribution:
     @property
     def carried(self) -> bool:
         """Whether it is no update at all, but the base's own value: PEFT stores a whole embedding beside its LoRA."""
-        return isinstance(self.update, Replacement) and self.update.held == "carried"
+        return isinstance(self.update, Replacing) and self.update.held == "carried"
+
+    @property
+    def experts(self) -> tuple[LoRA, ...]:
+        """Those of a stack whose experts are all LoRAs, in order; none of another update."""
+        loras = [expert.low_rank() for expert in experts_of(self.update)]
+        return tuple(lora for lora in loras if lora) if all(loras) else ()
 
 
 def key_of(site: Site, *, flat: bool) -> tuple[str, str]:

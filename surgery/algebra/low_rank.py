@@ -34,7 +34,7 @@ def combine_loras(
     name: str, site: Site, contributions: Sequence[Contribution], recipe: Recipe, solutions: Solutions
 ) -> CombinedUpdate:
     """The LoRAs of one weight as one LoRA; a single one that need not change is taken over."""
-    loras = [share.update for share in contributions if isinstance(share.update, LoRA)]
+    loras = [lora for share in contributions if (lora := share.update.low_rank())]
     target = target_of(name, loras, contributions, recipe)
     rank, best = common_rank((target,), recipe)
     if len(loras) == 1 and recipe.method == "exact" and rank == loras[0].rank:

@@ -17,14 +17,14 @@ from surgery.algebra.sums import Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS, merge_deltas
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.tensors.computed import computed
-from surgery_formats.updates import Factor, Offset
+from surgery_formats.updates import Factor, Offset, in_full
 
 __all__ = ["combine_offsets"]
 
 
 def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution], recipe: Recipe) -> CombinedUpdate:
     """The offsets of one bias or weight as one."""
-    offsets = [share.update for share in contributions if isinstance(share.update, Offset)]
+    offsets = [offset for share in contributions if (offset := in_full(share.update))]
     weights = [share.weight for share in contributions]
     if len(offsets) == 1 and recipe.method not in DENSE_METHODS:
         return CombinedUpdate(site, (offsets[0].scaled(weights[0]),), "kept")

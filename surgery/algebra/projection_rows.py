@@ -17,7 +17,7 @@ from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.computed import computed
-from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Update
+from surgery_formats.updates import Directed, Factor, LoRA, Offset, Update, equal_factors, in_full
 
 __all__ = ["cut_rows", "join_rows"]
 
@@ -28,17 +28,19 @@ def cut_rows(update: Update, site: Site, start: int, stop: int, file: Path) -> U
     Raises:
         FitError: its kind has no rows to cut; `file` is the adapter's.
     """
-    lora = update.low_rank()
-    if lora is not None:
-        A, B = _copied(f"{site}.A", lora.A), _rows(f"{site}.B", lora.B, start, stop)
-        return LoRA(A, B, lora.scale, lora.alpha)
-    if isinstance(update, DoRA) and update.per_row:
-        direction = cut_rows(update.direction, site, start, stop, file)
-        assert isinstance(direction, LoRA)
-        return DoRA(direction, _rows(f"{site}.magnitude", update.magnitude, start, stop))
-    if isinstance(update, Offset):
-        return Offset(_rows(f"{site}.value", update.value, start, stop), update.scale)
+    if (lora := update.low_rank()) is not None:
+        return _cut_lora(lora, site, start, stop)
+    if isinstance(update, Directed) and update.per_row:
+        magnitude = _rows(f"{site}.magnitude", update.magnitude, start, stop)
+        return update.rebuilt(_cut_lora(update.direction, site, start, stop), magnitude)
+    if (offset := in_full(update)) is not None:
+        return Offset(_rows(f"{site}.value", offset.value, start, stop), offset.scale)
     raise FitError(f"is changed by a {update.kind}, which has no rows to cut", file=file, tensor=site.path)
+
+
+def _cut_lora(lora: LoRA, site: Site, start: int, stop: int) -> LoRA:
+    A, B = _copied(f"{site}.A", lora.A), _rows(f"{site}.B", lora.B, start, stop)
+    return LoRA(A, B, lora.scale, lora.alpha)
 
 
 def _copied(name: str, factor: Factor) -> Factor:
@@ -76,15 +78,14 @@ def join_rows(chains: Sequence[tuple[Update, ...] | None], heights: Sequence[int
     loras = [None if part is None else part.low_rank() for part in parts]
     if sum(lora is not None for lora in loras) == len(present):
         return _join_loras(loras, heights, site)
-    offsets = [part if isinstance(part, Offset) else None for part in parts]
+    offsets = [None if part is None else in_full(part) for part in parts]
     if any(offsets):
         return _join_offsets(offsets, heights, site)
-    doras = [part for part in parts if isinstance(part, DoRA) and part.per_row]
-    if len(doras) < len(parts):
-        why = "by a DoRA in some of its parts only: the lengths of the others are the base's"
-        how = why if kinds == [DoRA.kind] else f"by a {kinds[0]}"
-        raise FitError(f"is changed {how}", file=file, tensor=site.path)
-    magnitudes = [dora.magnitude for dora in doras]
+    directed = [part for part in parts if isinstance(part, Directed)]
+    if len(directed) < len(parts) or not all(part.per_row for part in directed):
+        some = " in some of its parts only: the lengths of the others are the base's" if directed else ""
+        raise FitError(f"is changed by a {kinds[0]}{some}", file=file, tensor=site.path)
+    magnitudes = [part.magnitude for part in directed]
     magnitude = computed(
         f"{site}.magnitude",
         (sum(heights),),
@@ -92,7 +93,8 @@ def join_rows(chains: Sequence[tuple[Update, ...] | None], heights: Sequence[int
         lambda: torch.cat([part.load(torch.float64) for part in magnitudes]),
         _type_of(magnitudes),
     )
-    return DoRA(_join_loras([dora.direction for dora in doras], heights, site), Factor.of(magnitude))
+    direction = _join_loras([part.direction for part in directed], heights, site)
+    return directed[0].rebuilt(direction, Factor.of(magnitude))
 
 
 def _join_offsets(offsets: Sequence[Offset | None], heights: Sequence[int], site: Site) -> Offset:
@@ -121,7 +123,7 @@ def _join_loras(loras: Sequence[LoRA | None], heights: Sequence[int], site: Site
     a_type, b_type = (_type_of(factors) for factors in zip(*((lora.A, lora.B) for lora in present), strict=True))
     if not one_scale and b_type.bits < 32:
         b_type = DType.F32
-    shared = len(present) == len(loras) and _all_equal([lora.A for lora in present])
+    shared = len(present) == len(loras) and all(equal_factors(first.A, lora.A) for lora in present[1:])
     rank = first.rank if shared else sum(lora.rank for lora in present)
 
     def up() -> torch.Tensor:
@@ -142,13 +144,6 @@ def _join_loras(loras: Sequence[LoRA | None], heights: Sequence[int], site: Site
     A = computed(f"{site}.A", (rank, first.shape[1]), sources, down, a_type)
     B = computed(f"{site}.B", (sum(heights), rank), sources, up, b_type)
     return LoRA(Factor.of(A), Factor.of(B), scale, scale * rank)
-
-
-def _all_equal(factors: Sequence[Factor]) -> bool:
-    if len({factor.shape for factor in factors}) > 1:
-        return False
-    values = factors[0].load(torch.float64)
-    return all(torch.equal(values, other.load(torch.float64)) for other in factors[1:])
 
 
 def _type_of(factors: Sequence[Factor]) -> DType:

@@ -15,14 +15,14 @@ from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.projection_rows import cut_rows, join_rows
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.adapters.format import Format
-from surgery_formats.adapters.writing import component_of
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.projections import PROJECTIONS, FusedProjection, heights_by_config
 from surgery_formats.models.names import extent
 from surgery_formats.text import show
-from surgery_formats.updates import LoRA, Offset, Update
+from surgery_formats.updates import Update, in_full
 
 __all__ = ["LAYOUTS", "Layout", "LayoutChange", "change_layout", "prove_layout"]
 
@@ -95,7 +95,8 @@ def _in_original_names(original: Adapter, written: Adapter, change: LayoutChange
     restored, _ = back(written, None, change.heights)
     for site in restored.keys() - original.updates.keys():  # a part that was not trained is rows of zeros
         for update in restored[site]:
-            factor = update.B if isinstance(update, LoRA) else update.value if isinstance(update, Offset) else None
+            lora, offset = update.low_rank(), in_full(update)
+            factor = lora.B if lora else offset.value if offset else None
             if factor is None or bool(factor.load(torch.float64).any()):
                 raise ProofError("was not trained, and changes", file=written.path, tensor=site.path)
     modules = [f".{module}." for whole in change.heights for module in _modules(whole)]

@@ -23,7 +23,7 @@ from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
-from surgery_formats.updates import LoRA, Offset, Replacement, Stacked, Update
+from surgery_formats.updates import LoRA, Replacing, Update, experts_of, in_full
 
 __all__ = ["CombinationProof", "SumError", "prove_combination"]
 
@@ -130,7 +130,7 @@ def _measure(
         sizes.append(compared.size)
     if combined.vector is not None:
         value = combined.vector()
-        stored = sum(u.value.load(torch.float64) * u.scale for u in chain if isinstance(u, Offset))
+        stored = sum(o.value.load(torch.float64) * o.scale for u in chain if (o := in_full(u)))
         norms.append(float(value.norm()))
         errors.append(float((value - stored).norm()))
         sizes.append(norms[-1])
@@ -151,15 +151,14 @@ def _measure(
 
 
 def _whole(chain: Sequence[Update]) -> list[torch.Tensor]:
-    return [update.value.load(torch.float64) for update in chain if isinstance(update, Replacement)]
+    replacing = (update for update in chain if isinstance(update, Replacing))
+    return [factor.load(torch.float64) for update in replacing for factor in update.factors().values()]
 
 
 def _loras(combined: CombinedUpdate, chain: Sequence[Update]) -> list[list[LoRA]]:
     """What was written for each of ``combined.targets``."""
-    stacks = [update for update in chain if isinstance(update, Stacked)]
-    if stacks:
-        return [[stack.experts[e] for stack in stacks] for e in range(len(combined.targets))]
-    return [[lora for update in chain if (lora := update.low_rank())]] if combined.targets else []
+    stacks = [experts for update in chain if (experts := experts_of(update))] or [(update,) for update in chain]
+    return [[lora for s in stacks if (lora := s[e].low_rank())] for e in range(len(combined.targets))]
 
 
 def _intended(combined: CombinedUpdate, solutions: Solutions) -> SumError | None:

@@ -21,7 +21,7 @@ from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
-from surgery_formats.updates import Linear, LoRA, Offset, Stacked
+from surgery_formats.updates import Linear, in_full
 
 __all__ = ["combine_weight"]
 
@@ -57,12 +57,12 @@ def combine_weight(
         combined = combine_weight(key, rest, terms, recipe, solutions, base)
         return replace(combined, updates=(carried[0].update, *combined.updates))
     name = f"{key[0]}:{key[1]}"
-    of = {
-        kind: [share for share in contributions if isinstance(share.update, kind)] for kind in (LoRA, Stacked, Offset)
-    }
-    others = [share for share in contributions if not isinstance(share.update, (*of,))]
+    low_rank = [share for share in contributions if share.update.low_rank()]
+    stacks = [share for share in contributions if share.experts]
+    full = [share for share in contributions if in_full(share.update)]
+    others = [s for s in contributions if not (s.update.low_rank() or s.experts or in_full(s.update))]
     if others:
-        changes = others + of[LoRA]
+        changes = others + low_rank
         same_shape = len({share.update.shape for share in changes}) == 1
         if recipe.truncates and same_shape and len(changes) == len(contributions) and _all_change(others):
             combined_change = combine_changes(name, site, contributions, base, recipe, solutions)
@@ -70,22 +70,22 @@ def combine_weight(
                 return combined_change
         return _kept(site, contributions, others, terms, recipe, base)
     _check_shapes(site, contributions, terms)
-    present = [shares for shares in of.values() if shares]
-    if (of[Stacked] or recipe.method in DENSE_METHODS) and len(present) > 1:
+    present = [shares for shares in (low_rank, stacks, full) if shares]
+    if (stacks or recipe.method in DENSE_METHODS) and len(present) > 1:
         raise FitError(
             f"is changed by a {present[0][0].update.kind} and by a {present[1][0].update.kind}, which "
             f"'{recipe.method}' does not combine",
             tensor=site.path,
         )
     combined_kinds = [
-        *([combine_loras(name, site, of[LoRA], recipe, solutions)] if of[LoRA] else []),
-        *([combine_stacks(name, site, of[Stacked], terms, recipe, solutions)] if of[Stacked] else []),
-        *([combine_offsets(name, site, of[Offset], recipe)] if of[Offset] else []),
+        *([combine_loras(name, site, low_rank, recipe, solutions)] if low_rank else []),
+        *([combine_stacks(name, site, stacks, terms, recipe, solutions)] if stacks else []),
+        *([combine_offsets(name, site, full, recipe)] if full else []),
     ]
     if len(combined_kinds) == 1:
         return combined_kinds[0]
-    low, full = combined_kinds  # a LoRA and a full difference of one weight add up side by side
-    return replace(low, updates=(*low.updates, *full.updates), vector=full.vector)
+    low, offset = combined_kinds  # a LoRA and a full difference of one weight add up side by side
+    return replace(low, updates=(*low.updates, *offset.updates), vector=offset.vector)
 
 
 def _all_change(contributions: Sequence[Contribution]) -> bool:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.comparison.results import Profile, Side
-from surgery_formats.updates import LoRA, Offset, Update
-from surgery_formats.updates.low_rank_part import low_rank_part
+from surgery_formats.updates import LoRA, Update, in_full, low_rank_part
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +57,7 @@ def ratio(part: float, whole: float) -> float:
 
 def are_sums(chain: Chain) -> bool:
     """Whether all that is done to the weight is low-rank terms and full differences, added up."""
-    return all(isinstance(part, Offset) or part.low_rank() for update in chain for _, part in update.parts())
+    return all(in_full(part) or part.low_rank() for update in chain for _, part in update.parts())
 
 
 def blocks_of(chain: Chain) -> list[list[LoRA]]:
@@ -87,7 +86,7 @@ def measured_side(chain: Chain) -> Side:
 
     side = side_of(chain)
     spectra = [singular_values(*stacked(block)) for block in blocks_of(chain) if block]
-    offsets = [float(_value(update).norm()) for update in chain if isinstance(update, Offset)]
+    offsets = [float(value.norm()) for value in _full(chain)]
     norm = None  # what replaces a weight, or sets its lengths, has a delta only beside the base
     if are_sums(chain):
         norm = math.hypot(float(torch.cat(spectra).norm()) if spectra else 0.0, *offsets)
@@ -128,7 +127,7 @@ def compared(mine: Chain, theirs: Chain) -> Squares:
         difference = 0.0 if same else factored_norm(torch.cat([B, -D], 1), torch.cat([A, C], 0))
         squares = factored_norm(B, A) ** 2, factored_norm(D, C) ** 2
         sums = sums.plus(Squares(*squares, difference**2, factored_inner(B, A, D, C)))
-    offsets = [[_value(update) for update in chain if isinstance(update, Offset)] for chain in (mine, theirs)]
+    offsets = [_full(chain) for chain in (mine, theirs)]
     if any(offsets):
         shape = (offsets[0] or offsets[1])[0].shape
         left, right = (sum(values, torch.zeros(shape, dtype=torch.float64)) for values in offsets)
@@ -136,10 +135,12 @@ def compared(mine: Chain, theirs: Chain) -> Squares:
     return sums
 
 
-def _value(offset: Offset) -> torch.Tensor:
+def _full(chain: Chain) -> list[torch.Tensor]:
+    """What is stored in full of that which is added to one weight."""
     import torch
 
-    return offset.value.load(torch.float64) * offset.scale
+    offsets = [offset for update in chain if (offset := in_full(update))]
+    return [offset.value.load(torch.float64) * offset.scale for offset in offsets]
 
 
 def _dense(left: torch.Tensor, right: torch.Tensor) -> Squares:

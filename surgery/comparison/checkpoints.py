@@ -160,7 +160,8 @@ def _same_tensor(mine: StoredTensor, theirs: StoredTensor) -> bool:
 
 def _matrix(weight: Parameter) -> Storage:
     """The weight flattened after its first axis, stacks of experts too."""
-    return Plain.of(weight.storage.tensor) if isinstance(weight.storage, Plain) else weight.storage
+    elements = weight.storage.elements
+    return weight.storage if elements is None else Plain.of(elements)
 
 
 def _measure(mine: Storage, theirs: Storage) -> Values:

@@ -7,8 +7,8 @@ Their factors are compared as they are.
 from __future__ import annotations
 
 from surgery.comparison.additive import Chain, are_sums, ratio
-from surgery.engine.factor_proof import settings, tensor_error
-from surgery_formats.updates import TokenRows, Update
+from surgery.engine.factor_proof import tensor_error
+from surgery_formats.updates import RowSetting, Update, settings
 
 __all__ = ["unadded_differences"]
 
@@ -36,7 +36,7 @@ def unadded_differences(mine: Chain, theirs: Chain, limit: float) -> list[str]:
 
 
 def _by_norm(update: Update, other: Update, factor: str, called: str, limit: float) -> str:
-    if isinstance(update, TokenRows) and isinstance(other, TokenRows) and update.indices != other.indices:
+    if isinstance(update, RowSetting) and isinstance(other, RowSetting) and update.indices != other.indices:
         return "other token rows"
     import torch
 

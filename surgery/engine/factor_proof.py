@@ -5,34 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import ProofError
-from surgery_formats.updates import DoRA, Factor, LoRA, Seed, Stacked, Update
+from surgery_formats.updates import Directed, LoRA, Update, equal_factors, experts_of, settings, transposed
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["approximation_errors", "distance", "relative", "scale_error", "settings", "tensor_error"]
-
-
-def settings(update: Update) -> dict[str, Any]:
-    """Everything but the trained numbers: scales, sizes, switches, and the shapes of factors."""
-    facts: dict[str, Any] = {"kind": update.kind}
-    for field in fields(update):  # type: ignore[arg-type]
-        value = getattr(update, field.name)
-        if isinstance(value, Factor):
-            facts[field.name] = value.shape
-        elif value is None or isinstance(value, bool | int | float | str | Seed) or _is_numbers(value):
-            facts[field.name] = value
-    return facts
-
-
-def _is_numbers(value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(item, int) for item in value)
+__all__ = ["approximation_errors", "distance", "relative", "scale_error", "tensor_error"]
 
 
 def tensor_error(update: Update, other: Update) -> float:
@@ -94,27 +77,29 @@ def distance(update: Update, twin: Update) -> float:
 
     if type(update) is not type(twin) or update.shape != twin.shape:
         return math.inf
-    if isinstance(update, DoRA) and isinstance(twin, DoRA):
-        same = update.per_row == twin.per_row and _equal(update.magnitude, twin.magnitude)
+    if isinstance(update, Directed) and isinstance(twin, Directed):
+        same = update.per_row == twin.per_row and equal_factors(update.magnitude, twin.magnitude)
         return distance(update.direction, twin.direction) if same else math.inf
-    if isinstance(update, Stacked) and isinstance(twin, Stacked):
-        if len(update.if_transposed) != len(twin.if_transposed):
-            return math.inf
-        return max(_of_experts(update.experts, twin.experts), _of_experts(update.if_transposed, twin.if_transposed))
+    if experts_of(update):
+        stacks = [[experts_of(s) if s else () for s in (side, transposed(side))] for side in (update, twin)]
+        return max(_of_experts(mine, theirs) for mine, theirs in zip(*stacks, strict=True))
     lora, other = update.low_rank(), twin.low_rank()
     if lora is not None and other is not None:
         return relative_error(_product(lora), _product(other))
     return 0.0 if settings(update) == settings(twin) and tensor_error(update, twin) == 0.0 else math.inf
 
 
-def _of_experts(experts: Sequence[LoRA], twins: Sequence[LoRA]) -> float:
-    """All experts together."""
+def _of_experts(experts: Sequence[Update], twins: Sequence[Update]) -> float:
+    """All experts together; of those without low rank, the worst."""
     from surgery_formats.linalg.factored import factored_norm
 
     if len(experts) != len(twins):
         return math.inf
-    norms = [factored_norm(*_product(expert)) for expert in experts]
     errors = [distance(expert, twin) for expert, twin in zip(experts, twins, strict=True)]
+    loras = [lora for expert in experts if (lora := expert.low_rank())]
+    if len(loras) < len(experts):
+        return max(errors)
+    norms = [factored_norm(*_product(lora)) for lora in loras]
     lost = [error * norm if norm else error for error, norm in zip(errors, norms, strict=True)]
     whole = math.hypot(*norms)
     return math.hypot(*lost) / whole if whole else max(lost, default=0.0)
@@ -126,12 +111,6 @@ def _product(lora: LoRA) -> tuple[torch.Tensor, torch.Tensor]:
     return lora.B.load(torch.float64) * lora.scale, lora.A.load(torch.float64)
 
 
-def _equal(factor: Factor, twin: Factor) -> bool:
-    import torch
-
-    return torch.equal(factor.load(torch.float64), twin.load(torch.float64))
-
-
 def scale_error(update: Update, twin: Update) -> float | None:
     """The relative error of the scale of two updates that differ in nothing else.
 
@@ -140,7 +119,7 @@ def scale_error(update: Update, twin: Update) -> float | None:
     if update.rank is None or update.scale is None or twin.scale is None or _unscaled(update) != _unscaled(twin):
         return None
     pairs = zip(update.factors().values(), twin.factors().values(), strict=True)
-    if not all(_equal(factor, other) for factor, other in pairs):
+    if not all(equal_factors(factor, other) for factor, other in pairs):
         return None
     return relative(abs(update.scale - twin.scale), abs(update.scale))
 

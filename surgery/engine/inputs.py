@@ -52,7 +52,7 @@ AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[Any, 
 
 Item = TypeVar("Item")
 
-_ADAPTER_FILE = ("adapter_model", "adapters.", "adapter.")
+_AN_ADAPTER = "an adapter where a full model was expected"
 
 
 def open(reference: StrPath) -> Checkpoint | Adapter:
@@ -66,16 +66,15 @@ def open(reference: StrPath) -> Checkpoint | Adapter:
         MalformedError: a header or a configuration is not what its format says.
         FitError: an adapter of a kind that is not read.
     """
-    from surgery_formats.adapters.registry import formats
+    from surgery_formats.adapters.registry import format_at, is_adapter_file
 
     path = as_path(reference, "reference")
     if not path.exists():
         raise NotFoundError("no such file or folder", file=path)
-    if not (path.is_dir() and _only_a_model(path)):  # a merged model may have kept adapter_config.json
-        for candidate in formats().values():
-            if candidate.detect(path):
-                return candidate.read(path)
-    return open_checkpoint(path)
+    # A merged model may have kept adapter_config.json.
+    only_a_model = _model_files(path) and not any(is_adapter_file(name) for name in _weight_files(path))
+    adapter_format = None if only_a_model else format_at(path)
+    return open_checkpoint(path) if adapter_format is None else adapter_format.read(path)
 
 
 def as_opened(value: Openable, argument: str) -> Checkpoint | Adapter:
@@ -92,14 +91,19 @@ def as_opened(value: Openable, argument: str) -> Checkpoint | Adapter:
     raise _wrong_type(value, argument, "a path, a Checkpoint or an Adapter")
 
 
-def _only_a_model(folder: Path) -> bool:
-    names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
-    of_a_model = [name for name in names if name.startswith(MODEL_STEMS) and (is_weight_file(name) or is_index(name))]
-    return bool(of_a_model) and not any(_adapter_file(name) for name in names if holds_weights(name) or is_index(name))
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files of weights in a folder, of any program, and of their indices; none for a file."""
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file()] if folder.is_dir() else []
+    return [name for name in names if holds_weights(name) or is_index(name)]
 
 
-def _adapter_file(name: str) -> bool:
-    return name.startswith(_ADAPTER_FILE) or "_adapters." in name
+def _model_files(folder: Path) -> list[str]:
+    """Those of them that are a full model's, and can be read."""
+    return [
+        name
+        for name in _weight_files(folder)
+        if name.startswith(MODEL_STEMS) and (is_weight_file(name) or is_index(name))
+    ]
 
 
 def as_path(value: StrPath, argument: str) -> Path:
@@ -125,9 +129,17 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
     if isinstance(value, Checkpoint):
         return value
     if isinstance(value, str | os.PathLike):
-        return open_checkpoint(as_path(value, argument))
+        path = as_path(value, argument)
+        if path.is_dir() and not _model_files(path):
+            from surgery_formats.adapters.registry import format_at
+
+            if format_at(path) is not None:
+                raise FitError(
+                    _AN_ADAPTER, file=path, hint="`surgery merge` makes a full model of an adapter and its base"
+                )
+        return open_checkpoint(path)
     if _is_adapter(value):
-        raise FitError("an adapter where a full model was expected", file=getattr(value, "path", None))
+        raise FitError(_AN_ADAPTER, file=getattr(value, "path", None))
     raise _wrong_type(value, argument, "a path or a Checkpoint")
 
 

@@ -16,7 +16,7 @@ from surgery_formats.containers.weight_files import output_container
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Encoding, Storage, is_contiguous
-from surgery_formats.storage.plain import Elements, Plain
+from surgery_formats.storage.plain import Elements
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["WeightLayout", "lay_out", "planned_file"]
@@ -174,15 +174,15 @@ class _WeightPlanner:
         if self._dtype is not None:
             return _elements(source, self._dtype)
         if edit is not None and edit.added:
-            return _elements(source, self._component.dtype) if isinstance(source, Plain) else source
+            return _elements(source, self._component.dtype) if source.elements is not None else source
         if base is source or not base.is_float:
             return source
-        return _elements(source, base.dtype) if isinstance(base, Plain) else base
+        return _elements(source, base.dtype) if base.elements is not None else base
 
 
 def _elements(source: Storage, dtype: DType) -> Encoding:
     """`source` as one tensor of elements of `dtype`: itself, if it is that."""
-    if isinstance(source, Plain) and source.dtype is dtype:
+    if source.elements is not None and source.dtype is dtype:
         return source
     return Elements(source.sizes, source.shape, dtype)
 

@@ -12,7 +12,6 @@ from surgery.engine.plan import PlannedTensor, SideFile
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.storage.plain import Plain
 
 __all__ = ["corrected_config"]
 
@@ -62,7 +61,7 @@ def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[
 
 def _quantisation(config: dict[str, Any], component: Component, dtype: DType | None) -> None:
     """Weights that are written as plain floats are no longer quantised."""
-    if dtype is not None and any(not isinstance(storage, Plain) for storage in component.owners.values()):
+    if dtype is not None and any(storage.elements is None for storage in component.owners.values()):
         config.pop("quantization_config", None)
 
 

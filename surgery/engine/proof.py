@@ -20,7 +20,6 @@ from surgery.engine.factor_proof import (
     approximation_errors,
     relative,
     scale_error,
-    settings,
     tensor_error,
 )
 from surgery_formats.adapters.experts import fused_of, taken_apart
@@ -35,8 +34,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import DoRA, Factor, Replacement, Stacked, Update
-from surgery_formats.updates.low_rank_part import low_rank_part
+from surgery_formats.updates import Directed, Factor, Replacing, Update, experts_of, low_rank_part, settings
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
@@ -181,13 +179,13 @@ def _bound(binding: Binding) -> dict[str, _ProofTarget]:
 def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, _ProofTarget]]:
     """Updates by the adapter's own names; stacked experts one by one."""
     for site, chain in updates.items():
-        if len(chain) == 1 and isinstance(chain[0], Stacked):
+        if len(chain) == 1 and experts_of(chain[0]):
             apart: list[tuple[str, Update]] = [*taken_apart(site.path, chain[0], fused_of(site, None))]
-            for path, lora in apart or [(f"{site}[{row}]", part) for row, part in chain[0].parts()]:
-                yield path, _ProofTarget(lora.shape, ((lora, whole(lora.shape)),))
+            for path, expert in apart or [(f"{site}[{row}]", part) for row, part in chain[0].parts()]:
+                yield path, _ProofTarget(expert.shape, ((expert, whole(expert.shape)),))
             continue
-        value = next((Plain.of(update.stored) for update in chain if isinstance(update, Replacement)), None)
-        rest = tuple((update, whole(update.shape)) for update in chain if not isinstance(update, Replacement))
+        value = next((Plain.of(update.stored) for update in chain if isinstance(update, Replacing)), None)
+        rest = tuple((update, whole(update.shape)) for update in chain if not isinstance(update, Replacing))
         shape = value.shape if value else (max(u.shape[0] for u, _ in rest), rest[0][0].shape[1])
         yield str(site), _ProofTarget(shape, rest, value)
 
@@ -213,7 +211,7 @@ def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Ten
     return [
         ((view, update.per_row), update.magnitude.load(torch.float64))
         for update, view in target.pieces
-        if isinstance(update, DoRA)
+        if isinstance(update, Directed)
     ]
 
 

@@ -24,7 +24,6 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import read_rows
-from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.computed import ComputedTensor, computed
 from surgery_formats.tensors.tensor import StoredTensor, all_finite
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, TokenRows, Update
@@ -68,13 +67,7 @@ def extracted_adapter(
 ) -> Adapter:
     """The adapter that makes TUNED of BASE.
 
-    Args:
-        storage: What is held, and how.
-        factored: By target path.
-        settings: How factors are stored.
-        base: BASE; its name is recorded, and its class decides the task.
-        base_id: Content id of BASE, recorded.
-        tuned: For messages.
+    The name of `base` and its content id are recorded, and its class decides the task; `factored` is by target path.
     """
     updates: dict[Site, tuple[Update, ...]] = {}
     for target in storage.targets:
@@ -176,9 +169,8 @@ def _dense(dense: DenseTensor) -> Update:
         shape = (len(dense.rows), *weight.sizes[1:])
         rows = computed(f"{dense.path}.rows", shape, weight.sources, lambda: _some_rows(dense), weight.dtype)
         return TokenRows(Factor.of(rows), dense.rows)
-    if isinstance(weight, Plain) and dense.shift is None:
-        tensor = weight.tensor
-    else:
+    tensor = weight.elements
+    if tensor is None or dense.shift is not None:
         tensor = computed(dense.path, weight.sizes, weight.sources, lambda: shifted(dense), weight.dtype)
     return Replacement(Factor.of(tensor), _HELD[dense.via])
 

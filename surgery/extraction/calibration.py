@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -148,11 +148,7 @@ def check_modules(
 ) -> None:
     """Check that every module of the file is one of the model, with the right number of inputs.
 
-    Args:
-        calibration: The file.
-        parameters: Every compared tensor.
-        targets: Weights that can become factors.
-        shared: Parameters that share another's tensor, such as a tied head.
+    `shared` are parameters that share another's tensor, such as a tied head.
 
     Raises:
         FitError: a module does not fit.
@@ -195,16 +191,9 @@ def calibrate(
     *,
     biases: bool,
 ) -> CalibrationChanges:
-    """Compute weighted factors of every target whose inputs are known.
+    """Compute weighted factors of every target whose inputs are known; `factored` and `ranks` are by target path.
 
-    Args:
-        calibration: The inputs.
-        storage: Tells which targets become factors.
-        parameters: Every compared tensor.
-        factored: Plain factors, by target path.
-        ranks: By target path.
-        workspace: Where new factors are computed and kept.
-        biases: Whether biases may change.
+    Biases change only if `biases`.
 
     Raises:
         FitError: an input is NaN, or a matrix is not a second moment.
@@ -214,18 +203,16 @@ def calibrate(
     }
     stored = {dense.path for dense in storage.dense_tensors if dense.via != "bias"}
     free_biases = {path for path in bias_parameters if path not in stored} if biases else set()
-    results: dict[str, _WeightedTarget] = {}
 
-    def work(target: LowRankTarget, parts: Mapping[str, StoredTensor], stop: Callable[[], bool]) -> None:
-        if not stop():
-            bias = f"{target.path.rpartition('.')[0]}.bias"
-            chosen = bias if bias in free_biases else ""
-            plain, rank = factored[target.path], ranks[target.path]
-            results[target.path] = _weighted(target, parts, plain, rank, workspace, chosen)
+    def weighted(target: LowRankTarget) -> _WeightedTarget:
+        bias = f"{target.path.rpartition('.')[0]}.bias"
+        chosen = bias if bias in free_biases else ""
+        plain, rank = factored[target.path], ranks[target.path]
+        return _weighted(target, calibration.of(target) or {}, plain, rank, workspace, chosen)
 
-    known_inputs = [(target, parts) for target in storage.targets if (parts := calibration.of(target)) is not None]
-    in_threads([partial(work, target, parts) for target, parts in known_inputs], workspace.workers)
-    ordered = {target.path: results[target.path] for target, _ in known_inputs}
+    known = [target for target in storage.targets if calibration.of(target)]
+    results = in_threads(weighted, known, workspace.workers)
+    ordered = {target.path: result for target, result in zip(known, results, strict=True)}
     return CalibrationChanges(
         {path: result.facts for path, result in ordered.items()},
         {path: result.factored for path, result in ordered.items() if result.factored is not None},

@@ -9,9 +9,8 @@ one parameter, so a model with such a change stays a LoRA. Copies, biases and to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +37,6 @@ from surgery_formats.linalg.fit_dora import (
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import read_values
-from surgery_formats.storage.plain import Plain
 
 __all__ = ["KindDecision", "Magnitude", "choose_kind", "lora_decision"]
 
@@ -113,14 +111,8 @@ def choose_kind(
 ) -> KindDecision:
     """Choose between LoRA and DoRA.
 
-    Args:
-        kind: The user's choice.
-        targets: Weights that become factors.
-        factored: The LoRA's factors, by target path.
-        ranks: Of a DoRA, by target path.
-        lora_ranks: Of a LoRA, by target path; higher under a budget, of which a DoRA spends a part on magnitudes.
-        workspace: Where new factors are computed and kept.
-        tuned: TUNED's path, for messages.
+    `factored` has the LoRA's factors by target path, `ranks` the ranks of a DoRA, and `lora_ranks` those of a LoRA:
+    higher under a budget, of which a DoRA spends a part on magnitudes.
 
     Raises:
         FitError: a DoRA was asked for, and no module can take one.
@@ -194,25 +186,22 @@ def _row_share(
 
     Also returns what a merge of the LoRA would keep, where these are stored rows: the noise report needs the same rows.
     """
-    shares: dict[str, float] = {}
     survivals: dict[str, Survival] = {}
 
-    def work(target: LowRankTarget, stop: Callable[[], bool]) -> None:
-        if stop():
-            return
+    def share_of(target: LowRankTarget) -> float:
         left, right = factored[target.path].factors(0, ranks[target.path])
         runs, base, tuned = _sampled(target.deltas[0])
         change = at_rows(left, runs) @ right
         along, energy = row_share((tuned - base) - change.to(base.dtype), base + change)
-        shares[target.path] = along / energy if energy > 0 else 0.0
         stored = target.deltas[0].strips[0].base
-        if not target.deltas[0].transposed and isinstance(stored, Plain):
+        if not target.deltas[0].transposed and stored.elements is not None:
             survivals[target.path] = survival(base, change, stored.dtype)
+        return along / energy if energy > 0 else 0.0
 
-    in_threads([partial(work, target) for target in targets], workers)
-    left = {target.path: factored[target.path].residual(ranks[target.path]) for target in targets}
-    total = math.fsum(left.values())
-    return (math.fsum(left[path] * shares[path] for path in left) / total if total > 0 else 0.0), survivals
+    shares = in_threads(share_of, targets, workers)
+    left = [factored[target.path].residual(ranks[target.path]) for target in targets]
+    removed = math.fsum(energy * share for energy, share in zip(left, shares, strict=True))
+    return (removed / math.fsum(left) if any(left) else 0.0), survivals
 
 
 def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
@@ -270,27 +259,19 @@ def _alternated(
     factored: Mapping[str, TargetFactors],
     workspace: Workspace,
 ) -> dict[str, _DoraCandidate]:
-    candidates: dict[str, _DoraCandidate] = {}
-
-    def work(target: LowRankTarget, stop: Callable[[], bool]) -> None:
-        if stop():
-            return
+    def alternated(target: LowRankTarget) -> _DoraCandidate:
         delta = target.deltas[0]
         pair = _pair(delta)
         if isinstance(pair, _StoredRows) and math.prod(pair.shape) <= HELD["cpu"]:
             pair = _held(pair, turned=False)
         try:
-            alternated = alternate(pair, ranks[target.path], device=workspace.device)
+            fit = alternate(pair, ranks[target.path], device=workspace.device)
         except FitError as error:
-            raise FitError(error.message, file=_file(delta), tensor=target.names[0]) from error
-        candidates[target.path] = _stored(target, alternated, factored[target.path], workspace.scratch)
+            raise FitError(error.message, file=path_of(delta.strips[0].tuned), tensor=target.names[0]) from error
+        return _stored(target, fit, factored[target.path], workspace.scratch)
 
-    in_threads([partial(work, target) for target in targets], workspace.workers)
-    return {target.path: candidates[target.path] for target in targets}
-
-
-def _file(delta: Delta) -> Path | None:
-    return path_of(delta.strips[0].tuned)
+    candidates = in_threads(alternated, targets, workspace.workers)
+    return {target.path: candidate for target, candidate in zip(targets, candidates, strict=True)}
 
 
 def _stored(target: LowRankTarget, alternated: DoRAFit, lora: TargetFactors, scratch: ScratchFile) -> _DoraCandidate:

@@ -205,15 +205,7 @@ def plan_extraction(
     *,
     allow_loss: bool,
 ) -> ExtractionPlan:
-    """Decide on forms, ranks and kind, and build the adapter.
-
-    Args:
-        checkpoints: BASE and TUNED.
-        layout: The paired tensors.
-        scan: Measurements and factors.
-        request: The user's options.
-        stopwatch: Takes the laps.
-        allow_loss: Leave out what no form can hold.
+    """Decide on forms, ranks and kind, and build the adapter; with `allow_loss`, leave out what no form can hold.
 
     Raises:
         NothingChangedError: TUNED is BASE.

@@ -171,18 +171,10 @@ def factorise(
 ) -> FactorisedMatrix:
     """Factorise one matrix and measure what the stored factors will leave of it.
 
-    Args:
-        matrix: The difference in its stored orientation.
-        criterion: How the rank is found.
-        rank: Greatest rank, if there is one.
-        strips: Number of rows of each tensor in the matrix.
-        scratch: Receives the factors.
-        device: Where to compute.
-        energies: ``||D||_F^2`` of each tensor; zero where it is below what the sum can show.
-        moved: Whether any value differs.
-        edge: See `FactorisedMatrix`.
-        plan: How the factors will be stored; None if that is decided later.
-        transposed: Whether the logical matrix is the transpose of `matrix`.
+    `matrix` is the difference in its stored orientation, the transpose of the logical one if `transposed`; `strips` are
+    the numbers of rows of each tensor in it, and `energies` their ``||D||_F^2``, zero where it is below what the sum
+    can show (`moved` tells whether any value differs). `rank` limits what `criterion` finds; `plan` is None if the
+    stored form of the factors is decided later.
     """
     energy = math.fsum(energies)
     total = math.sqrt(energy) if energy or not moved else None

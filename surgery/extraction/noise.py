@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -22,7 +21,6 @@ from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import Storage
-from surgery_formats.storage.plain import Plain
 
 __all__ = [
     "NoiseReport",
@@ -99,13 +97,7 @@ def looks_merged(spectra: Iterable[Spectrum]) -> MergedLoRA | None:
 
 
 def remark(rank: int, signal: Signal, *, asked: bool = True) -> str:
-    """A remark if the rank exceeds the directions that are more than noise; else empty.
-
-    Args:
-        rank: Rank of the factors.
-        signal: Directions above the noise.
-        asked: Whether the user gave the rank.
-    """
+    """A remark if the rank, `asked` for by the user, exceeds the directions that are more than noise; else empty."""
     said = f"rank {rank}{' asked' if asked else ''}"
     beyond = rank - signal.count
     if beyond <= 0 or not signal.complete:
@@ -123,12 +115,7 @@ _RUNS = 16
 
 
 def spectra(factors: TargetFactors, noise: float) -> list[Spectrum]:
-    """The spectrum of every matrix of a target.
-
-    Args:
-        factors: The target's factors.
-        noise: Expected energy of rounding in the whole target.
-    """
+    """The spectrum of every matrix of a target; `noise` is the expected energy of rounding in all of it."""
     share = noise / len(factors.matrices)
     return [
         Spectrum(matrix.values, delta.shape, matrix.total, matrix.rest, matrix.edge, share, matrix.signal)
@@ -162,14 +149,9 @@ def noise_report(
 ) -> NoiseReport:
     """Estimate the noise.
 
-    Args:
-        targets: The factors of the plain differences.
-        chosen: The factors that will be stored, by target path.
-        ranks: By target path.
-        measures: By TUNED's names.
-        workers: Number of threads.
-        gains: Of a DoRA, the factor of each row (or column, of an embedding) of ``W + BA``, by target path.
-        known: Survivals that were computed already, by target path.
+    `targets` have the factors of the plain differences; by target path are those that will be stored (`chosen`),
+    survivals that were computed already (`known`) and, of a DoRA, the factor of each row (or column, of an embedding)
+    of ``W + BA`` (`gains`).
     """
     all_targets = tuple(targets)
     unknown = [chosen[factors.target.path] for factors in all_targets if factors.target.path not in known]
@@ -195,30 +177,18 @@ def survivals(
     workers: int,
     gains: Mapping[str, Callable[[], torch.Tensor]],
 ) -> dict[str, Survival]:
-    """What a merge of the factors into BASE's stored type would keep, by target path; not known of a quantised BASE.
+    """What a merge of the factors into BASE's stored type would keep, by target path; not known of a quantised BASE."""
 
-    Args:
-        factored: Factors of the targets.
-        ranks: By target path.
-        workers: Number of threads.
-        gains: As for `noise_report`.
-    """
-    results: dict[str, Survival] = {}
+    def of(factors: TargetFactors) -> tuple[str, Survival]:
+        path = factors.target.path
+        return path, Survival.total(_survival(factors, ranks[path], gains.get(path)))
 
-    def work(factors: TargetFactors, stop: Callable[[], bool]) -> None:
-        if not stop():
-            results[factors.target.path] = Survival.total(
-                _survival(factors, ranks[factors.target.path], gains.get(factors.target.path))
-            )
-
-    in_threads([partial(work, factors) for factors in factored], workers)
-    return results
+    return dict(in_threads(of, factored, workers))
 
 
 def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Survival]:
     gain = None if gains is None else gains()
     by_column = factors.target.form == "embedding" or factors.target.deltas[0].transposed
-
     for index, delta in enumerate(factors.target.deltas):
         left, right = factors.factors(index, rank)  # (out, rank), (rank, in)
         rows_side, cols_side = (right.T, left.T) if delta.transposed else (left, right)
@@ -233,19 +203,13 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tenso
             if gain is not None:  # g (W + BA) - W
                 scale = gain if by_column else at_rows(gain, rows)[:, None]
                 change = scale * change + (scale - 1) * base
-            if isinstance(strip.base, Plain):
+            if strip.base.elements is not None:
                 yield survival(base, change, strip.base.dtype)
             at += height
 
 
 def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Runs of rows of a stored matrix, stacked, in float32 (or float64 where it is stored so).
-
-    Args:
-        weight: The matrix.
-        first: Row that the runs count from.
-        runs: ``(start, stop)`` of each run.
-    """
+    """Runs ``(start, stop)`` of rows, counted from `first`, stacked, in float32 (or float64 where it is stored so)."""
     count = sum(stop - start for start, stop in runs)
     block, at = torch.empty((count, weight.shape[1]), dtype=weight.dtype.torch), 0
     for start, stop in runs:
@@ -260,13 +224,7 @@ def at_rows(values: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tens
 
 
 def sample_runs(rows: int, cols: int, share: int = 1) -> Iterator[tuple[int, int]]:
-    """Runs of rows, spread evenly; all rows of a small matrix.
-
-    Args:
-        rows: Number of rows.
-        cols: Number of columns.
-        share: Number of such matrices that are sampled together.
-    """
+    """Runs of rows, spread evenly; all rows of a small matrix. `share` such matrices are sampled together."""
     some = max(1, _LOOKED_AT // max(cols * share, 1))
     if some >= rows:
         yield 0, rows

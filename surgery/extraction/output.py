@@ -37,17 +37,10 @@ def write_extraction(
     overwrite: bool = False,
     progress: Callback | None = None,
 ) -> ExtractResult:
-    """Write what was decided.
+    """Write what was decided to `out`, in the format `target`.
 
-    Args:
-        plan: What was decided.
-        target: The format.
-        out: File or folder to make.
-        stopwatch: Laps for the timings.
-        budget: Bytes that PEFT's file keeps to; another format's may not, and a warning says so.
-        allow_loss: Leave out what `target` cannot hold.
-        overwrite: Replace what is there, atomically.
-        progress: Called with every step.
+    PEFT's file keeps to `budget` bytes; another format's may not, and a warning says so. What `target` cannot hold is
+    refused unless `allow_loss`.
 
     Raises:
         FitError: `target` cannot hold all of it.

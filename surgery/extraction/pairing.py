@@ -147,7 +147,7 @@ def _check_storages(tuned: Component) -> None:
     The rounding in its change is not known, and no copy of a weight can be put into an adapter.
     """
     for weight in tuned.owners.values():
-        if not isinstance(weight, Plain):
+        if weight.elements is None:
             raise FitError(
                 f"is stored as {weight.kind} in TUNED: an adapter is extracted from plain numbers",
                 file=path_of(weight),
@@ -189,13 +189,13 @@ def with_columns(storage: Storage, columns: int) -> Storage:
     """
     if storage.shape[1] == columns:
         return storage
-    if not isinstance(storage, Plain):
+    if storage.elements is None:
         raise FitError(
             f"{storage.kind} holds {list(storage.sizes)} as {list(storage.shape)}, not in rows of {columns}",
             file=path_of(storage),
             tensor=storage.name,
         )
-    return Plain(storage.tensor, (math.prod(storage.sizes) // max(columns, 1), columns))
+    return Plain(storage.elements, (math.prod(storage.sizes) // max(columns, 1), columns))
 
 
 def flattened(storage: Storage) -> Storage:

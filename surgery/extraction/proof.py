@@ -21,7 +21,6 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.storage.base import read_values
 from surgery_formats.tensors.apply import apply_chain
-from surgery_formats.updates import LoRA
 
 __all__ = ["Residual", "agrees", "prove"]
 
@@ -55,12 +54,8 @@ def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> 
     """The residual that an adapter leaves of every change, by TUNED's names.
 
     Factors that were measured when they were computed must be the same bit by bit, and act on the rows where they were
-    measured. Everything else is applied to BASE and compared with TUNED, block by block.
-
-    Args:
-        plan: What was decided.
-        binding: Of the extraction, read back or about to be rendered, to BASE.
-        recognise: Whether its factors are those that were measured; codes are not.
+    measured. Everything else is applied to BASE and compared with TUNED, block by block. Unless `recognise`, factors
+    are compared with TUNED as well: codes are not what was measured.
 
     Raises:
         ProofError: a change is missing, or differs from what was measured.
@@ -71,7 +66,7 @@ def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> 
     for target in plan.storage.targets if recognise else ():
         measured |= _parts(plan.factored[target.path])
     residuals: dict[str, Residual] = {}
-    jobs: list[Callable[[Callable[[], bool]], None]] = []
+    jobs: list[Callable[[], None]] = []
     for pair in plan.layout.pairs:
         if pair.match != "pair" or not (measures[pair.name].changed or pair.name in shifted):
             continue
@@ -85,12 +80,12 @@ def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> 
                 tensor=pair.name,
             )
         parts = measured.get(pair.name)
-        if parts is None or not all(isinstance(operation.update, LoRA) for operation in edit.operations):
+        if parts is None or not all(operation.update.low_rank() for operation in edit.operations):
             jobs.append(partial(_measure, residuals, pair, edit))
             continue
         residuals[pair.name] = Residual(measures[pair.name].energy, math.fsum(part.left for part in parts))
         jobs.append(partial(_recognise, parts, edit, pair))
-    in_threads(jobs, plan.request.workspace.workers)
+    in_threads(lambda job: job(), jobs, plan.request.workspace.workers)
     return residuals
 
 
@@ -126,16 +121,14 @@ def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
     return parts
 
 
-def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[[], bool]) -> None:
+def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
     """Check that the factors are bit by bit those that were measured, and act on the same rows."""
-    loras = [operation.update for operation in edit.operations if isinstance(operation.update, LoRA)]
+    loras = [lora for operation in edit.operations if (lora := operation.update.low_rank())]
     if edit.replaced is not None or len(loras) != len(parts):
         raise ProofError(
             f"read back as {len(loras)} updates, written as {len(parts)} pairs of factors", tensor=pair.name
         )
     for lora, part in zip(loras, parts, strict=True):
-        if stop():
-            return
         for factor, slot in (
             (lora.B.load(torch.float32).T, part.matrix.left),
             (lora.A.load(torch.float32), part.matrix.right),
@@ -166,26 +159,17 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair, stop: Callable[
                 )
 
 
-def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit, stop: Callable[[], bool]) -> None:
-    if not stop():
-        residuals[pair.name] = _residual(pair, edit)
-
-
 def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -> bool:
     """Whether a residual measured on an adapter is the predicted one.
 
-    Args:
-        measured: Measured residual.
-        reported: Predicted residual.
-        dtype: Type of the stored factors.
-        whole: ``||TUNED|| / ||TUNED - BASE||`` of a DoRA, whose float32 magnitudes and norms multiply whole rows.
+    `whole` is ``||TUNED|| / ||TUNED - BASE||`` of a DoRA, whose float32 magnitudes and norms multiply whole rows.
     """
     slack = _ROUNDING[dtype] + whole * 2.0**-22
     low, high = (1 - _AGREEMENT) * reported, (1 + _AGREEMENT) * reported
     return max(low - slack, 0.0) <= measured <= math.hypot(high, slack) + 2.0**-20
 
 
-def _residual(pair: Pair, edit: Edit) -> Residual:
+def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit) -> None:
     """Apply an edit to BASE and compare the result with TUNED."""
     source = edit.source
     base, tuned = with_columns(pair.base, source.shape[1]), with_columns(pair.tuned, source.shape[1])
@@ -193,7 +177,7 @@ def _residual(pair: Pair, edit: Edit) -> Residual:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
     # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger
     # values.
-    added = edit.replaced is None and all(isinstance(operation.update, LoRA) for operation in edit.operations)
+    added = edit.replaced is None and all(operation.update.low_rank() for operation in edit.operations)
     needs_float64 = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
     exact = torch.float64 if needs_float64 else torch.float32
     step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
@@ -210,4 +194,4 @@ def _residual(pair: Pair, edit: Edit) -> Residual:
         apply_chain(chain, block, start, stop)
         energy += float(difference.square().sum(dtype=torch.float64))
         left += float((difference if added else tuned_rows).sub_(block).square_().sum(dtype=torch.float64))
-    return Residual(energy, left)
+    residuals[pair.name] = Residual(energy, left)

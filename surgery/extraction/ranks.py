@@ -135,13 +135,8 @@ def ranks_of(
 ) -> dict[str, int]:
     """The rank of every target, by path.
 
-    Args:
-        goal: How ranks are found.
-        targets: All targets.
-        factored: Factors of those that changed, by path.
-        formed: Plans the storage for given ranks.
-        dtype: Type or codes of the factors.
-        magnitudes: Whether a budget also pays for a DoRA's magnitudes.
+    `factored` has the factors of the targets that changed, and `formed` plans the storage for given ranks. With
+    `magnitudes`, a budget also pays for a DoRA's.
 
     Raises:
         FitError: the budget is too small for the dense tensors and one direction of each target.
@@ -197,15 +192,7 @@ def rank_table(
     dtype: DType | Coding,
     ranks: Iterable[int] = TABLE_RANKS,
 ) -> tuple[RankChoice, ...]:
-    """What each rank would cost and leave, for each group of layers.
-
-    Args:
-        storage: The form of every change.
-        factored: Spectra, known up to the largest of `ranks`.
-        measures: Of every tensor.
-        dtype: Type or codes of the factors.
-        ranks: Ranks to tabulate.
-    """
+    """What each rank would cost and leave, for each group of layers; spectra are known up to the largest of `ranks`."""
     total = math.fsum(entry.energy for entry in measures.values())
     dropped = math.fsum(measures[name].energy for name in storage.dropped)
     dense = [dense_size(tensor) for tensor in storage.dense_tensors]

@@ -424,12 +424,7 @@ class Layers:
 
 
 def layers_of(rows: Iterable[ExtractRow], *, apart: bool = False) -> tuple[Layers, ...]:
-    """Group rows by pattern and class, in order of first appearance.
-
-    Args:
-        rows: Rows of a ledger.
-        apart: Keep every row by itself, under its own name.
-    """
+    """Group rows by pattern and class, in order of first appearance; `apart` keeps every row by itself."""
     groups: dict[tuple[str, str], list[ExtractRow]] = {}
     for row in rows:
         groups.setdefault((row.name if apart else pattern_of(row.name), row.kind), []).append(row)

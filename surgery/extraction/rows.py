@@ -210,13 +210,7 @@ def _low_rank(plan: ExtractionPlan, row: ExtractRow, target: LowRankTarget) -> E
 
 
 def rows_without(rows: Iterable[ExtractRow], storage: StoragePlan, lost: Mapping[str, str]) -> tuple[ExtractRow, ...]:
-    """The rows for a format that does not hold everything.
-
-    Args:
-        rows: Rows of the whole extraction.
-        storage: The form of every change.
-        lost: Why the format does not hold a parameter, by its path.
-    """
+    """The rows for a format that does not hold everything; `lost` says why it does not hold a parameter, by its path."""
     why = {dense.name: lost[dense.path] for dense in storage.dense_tensors if dense.path in lost}
     why |= {name: lost[target.path] for target in storage.targets if target.path in lost for name in target.names}
     nothing: dict[str, Any] = {"form": "", "rank": 0, "parameters": 0, "nbytes": 0, "signal": None, "calibration": None}

@@ -112,16 +112,7 @@ def plan_storage(
     options: StorageOptions,
     ranks: Mapping[str, int],
 ) -> StoragePlan:
-    """Choose the form of every change.
-
-    Args:
-        parameters: Every compared tensor.
-        targets: Weights that can become factors.
-        measures: By TUNED's name.
-        base: BASE's model.
-        tuned: TUNED's model.
-        options: The user's choice.
-        ranks: By target path.
+    """Choose the form of every change; `measures` are by TUNED's name, `ranks` by target path.
 
     Raises:
         NothingChangedError: TUNED is BASE.

@@ -13,11 +13,11 @@ from surgery.reports.targets import site_role
 from surgery_formats.binding.sizes import fit_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.family import role_of
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.text import closest, listing, show
-from surgery_formats.updates import Replacement, Stacked, TokenRows, Unsized, Update
+from surgery_formats.updates import Replacing, RowSetting, Unsized, Update, experts_of
 
 __all__ = ["FitReport", "fit_report"]
 
@@ -53,9 +53,9 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     odd: list[Site] = []
     heads = 0
     for site, chain in adapter.updates.items():
-        component = _component(site, base)
+        component = base.component(site.component)
         places = component.names.resolve(site.path, flat=site.flat) if component else ()
-        if not places and isinstance(chain[0], Replacement) and adapter.new_modules & set(site.path.split(".")):
+        if not places and isinstance(chain[0], Replacing) and adapter.new_modules & set(site.path.split(".")):
             heads += chain[0].stored.numel
             continue
         if component is None or not places or not _fits(chain, places):
@@ -63,7 +63,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
             continue
         roles[site] = role_of(places[0].parameter.name)
         for update in chain:
-            if isinstance(update, Replacement):
+            if isinstance(update, Replacing):
                 old = places[0].parameter
                 sizes[component.name, old.name] = update.stored.numel - old.numel
     if odd and not roles:
@@ -77,10 +77,6 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
         count = f"{len(odd)} of {len(adapter.updates)} parameters"
         warnings = (f"{count} do not fit the base: {listing(map(str, odd))}", *warnings)
     return FitReport(roles, heads + sum(sizes.values()), warnings)
-
-
-def _component(site: Site, base: Checkpoint) -> Component | None:
-    return base.components.get(site.component) or base.components.get("")
 
 
 def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
@@ -97,21 +93,21 @@ def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
             except FitError:
                 return False
         rows, cols = update.shape
-        if isinstance(update, Replacement):
+        if isinstance(update, Replacing):
             old = places[0].parameter.sizes
             if update.stored.shape[1:] != old[1:] or len(places) > 1:
                 return False
             height = rows if update.stored.shape != old else height
-        elif isinstance(update, Stacked):  # experts may be held either way round
+        elif experts_of(update):  # experts may be held either way round
             if rows * cols != height * width:
                 return False
-        elif cols != width or (rows > height if isinstance(update, TokenRows) else rows != height):
+        elif cols != width or (rows > height if isinstance(update, RowSetting) else rows != height):
             return False
     return True
 
 
 def _hint(site: Site, base: Checkpoint) -> str:
-    component = _component(site, base) or next(iter(base.components.values()))
+    component = base.component(site.component) or next(iter(base.components.values()))
     return closest(site.path, component.parameters) or "is this the base it was trained on?"
 
 

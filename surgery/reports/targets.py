@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.families.family import role_of
 from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.updates import Held, Replacement, Stacked
+from surgery_formats.updates import Held, Replacing, experts_of
 
 __all__ = [
     "TargetGroup",
@@ -103,20 +103,20 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
         for update in () if site in adapter.optional else chain:
             own = set(update.tensors) - set(update.untrained) - seen
             seen |= own
-            stacked = isinstance(update, Stacked)
+            experts = experts_of(update)
             parameters.append(
                 TargetedParameter(
                     name=str(site),
                     pattern=pattern_of(str(site)),
-                    role="expert" if stacked else (role or site_role)(site),
+                    role="expert" if experts else (role or site_role)(site),
                     kind=update.kind,
                     shape=update.shape,
                     rank=update.rank,
                     alpha=update.alpha,
                     scale=update.scale,
-                    experts=len(update.parts()) if stacked else 0,
+                    experts=len(experts),
                     parameters=sum(tensor.numel for tensor in own),
-                    held=update.held if isinstance(update, Replacement) else "added",
+                    held=update.held if isinstance(update, Replacing) else "added",
                 )
             )
     return tuple(parameters)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -219,6 +220,19 @@ def test_the_format_takes_the_kind_and_gives_it_to_every_other(base: Path, tmp_p
     surgery.combine([(tmp_path / "toy", 2.0), (tmp_path / "peft", -1.0)], output=tmp_path / "sum", to="toy")
     surgery.merge(base, tmp_path / "sum", output=tmp_path / "sum merged")
     assert_adds(base, tmp_path / "sum merged", deltas(adapter))
+
+
+@pytest.mark.usefixtures("format", "kind")
+def test_a_folder_with_a_model_and_a_plugins_adapter_is_an_adapter(base: Path, tmp_path: Path) -> None:
+    surgery.convert(core_file(tmp_path / "core"), "peft", output=tmp_path / "peft")
+    surgery.convert(tmp_path / "peft", "toy", output=tmp_path / "toy")
+    for file in base.iterdir():
+        shutil.copy(file, tmp_path / "toy")
+    opened = surgery.open(tmp_path / "toy")
+    assert isinstance(opened, surgery.Adapter)
+    assert opened.format == "toy"
+    (tmp_path / "toy" / "toy.safetensors").unlink()
+    assert isinstance(surgery.open(tmp_path / "toy"), surgery.Checkpoint)  # a merged model that kept toy.json
 
 
 def test_a_plugin_is_known_while_it_is_installed() -> None:

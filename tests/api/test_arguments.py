@@ -171,6 +171,12 @@ def test_an_opened_adapter_is_no_base_and_a_model_no_adapter(base: Path, style: 
         surgery.merge(base, surgery.open(base), dry_run=True)
 
 
+@pytest.mark.parametrize("adapter", ["examples/lora", "tests/golden/mlx/llama/dora"])
+def test_the_folder_of_an_adapter_is_no_base(style: Path, adapter: str):
+    with pytest.raises(surgery.FitError, match="an adapter where a full model was expected"):
+        surgery.merge(adapter, style, dry_run=True)
+
+
 @pytest.mark.parametrize(
     ("device", "message"), [("cudda", "'cudda' is no device"), ("cpu,cpu", "more than one device")]
 )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery_formats.errors import FitError
+from tests.support.adapter_files import GOLDEN
 from tests.support.hand_made import write_adapter, write_model
 
 
@@ -76,6 +77,13 @@ def test_a_layer_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "lora", {"transformer.h.7.ln_1.weight": torch.zeros(4)}, modules_to_save=["ln_1"])
     with pytest.raises(FitError, match="has no parameter"):
         surgery.merge(base, path, output=tmp_path / "out")
+
+
+def test_an_adapter_of_several_models_does_not_fit_one() -> None:
+    """Two text encoders have the same names: both would be added to the one."""
+    mixed = GOLDEN / "kohya/sd1/mixed/adapter.safetensors"
+    with pytest.raises(FitError, match="the adapter changes text_encoder, unet, the base is one model"):
+        surgery.merge(GOLDEN / "kohya/sd1/base/unet", mixed, dry_run=True)
 
 
 def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:

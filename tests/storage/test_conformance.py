@@ -14,10 +14,11 @@ import torch
 
 import surgery
 from surgery.verbs.formats import StorageEntry
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.storage.plain import Plain
 from surgery_formats.storage.registry import claimed_weights, storage_kinds
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, ZeroTensor
 from surgery_formats.testing.plugins import installed, installed_project
 from surgery_formats.testing.storage import STORAGE_CHECKS, StorageCase
 
@@ -180,6 +181,17 @@ def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
 
     with installed("surgery.storages", "same", SameName()), pytest.raises(MalformedError, match="'w' is claimed twice"):
         claimed_weights(tensors, {})
+
+
+def test_a_weight_without_stored_tensors_is_refused() -> None:
+    class Claimer:
+        name, title = "empty", ""
+
+        def claim(self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[Plain]:
+            yield Plain.of(ZeroTensor("w", DType.F32, (2, 2)))
+
+    with installed("surgery.storages", "empty", Claimer()), pytest.raises(MalformedError, match="'empty' claims 'w'"):
+        claimed_weights({}, {})
 
 
 def test_a_weight_that_is_there_twice_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import surgery
 from surgery_formats.binding import bind as binding
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models import identity
-from surgery_formats.models.checkpoint import Component, open_checkpoint
+from surgery_formats.models.checkpoint import Checkpoint, Component, open_checkpoint
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.tensor import StoredTensor
@@ -68,9 +68,9 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, ...]]:
     counts: Counter[tuple[str, ...]] = Counter()
     really_check = binding.check_mergeable
 
-    def counted(adapter: Adapter) -> None:
+    def counted(adapter: Adapter, checkpoint: Checkpoint) -> None:
         counts[str(adapter.path), *map(str, adapter.updates)] += 1
-        really_check(adapter)
+        really_check(adapter, checkpoint)
 
     monkeypatch.setattr(binding, "check_mergeable", counted)
     return counts

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from surgery_formats.adapters.writing import component_of, row_slice
+from surgery_formats.adapters.writing import row_slice
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families import mixtral, qwen_moe
 from surgery_formats.models.families.family import Fused
-from surgery_formats.updates import LoRA, Stacked
+from surgery_formats.updates import LoRA, Update, experts_of
 
 __all__ = ["SWITCH", "fused_of", "one_expert", "taken_apart"]
 
@@ -30,7 +31,7 @@ def fused_of(site: Site, base: Checkpoint | None) -> tuple[Fused, ...]:
     return mixtral.FAMILY.fused if _MIXTRAL.search(site.path) else qwen_moe.FAMILY.fused
 
 
-def taken_apart(path: str, update: Stacked, fused: Iterable[Fused]) -> Iterator[tuple[str, LoRA]]:
+def taken_apart(path: str, update: Update, fused: Iterable[Fused]) -> Iterator[tuple[str, LoRA]]:
     """``(path of one expert's part, its LoRA)`` for every expert of a stacked update.
 
     Nothing if no record has the name.
@@ -38,8 +39,8 @@ def taken_apart(path: str, update: Stacked, fused: Iterable[Fused]) -> Iterator[
     for record in fused:
         if path.endswith(f".{record.whole}"):
             stem = path.removesuffix(record.whole)
-            for number, expert in enumerate(update.experts):
-                if not isinstance(expert, LoRA) or expert.shape[0] % len(record.parts):
+            for number, expert in enumerate(part.low_rank() for part in experts_of(update)):
+                if expert is None or expert.shape[0] % len(record.parts):
                     return
                 height = expert.shape[0] // len(record.parts)
                 for position, part in enumerate(record.parts):

@@ -115,6 +115,8 @@ class Format(Protocol):
         title: One line for ``surgery formats``.
         needs_base: Whether `render` must know the base's names.
         single_file: Whether an adapter is one file rather than a folder.
+        file_stems: Names of its weight files up to the first dot, as patterns of `fnmatch`: a folder with such a file is
+            no plain model, whatever else it holds.
     """
 
     @property
@@ -125,6 +127,8 @@ class Format(Protocol):
     def needs_base(self) -> bool: ...
     @property
     def single_file(self) -> bool: ...
+    @property
+    def file_stems(self) -> tuple[str, ...]: ...
 
     def detect(self, path: Path) -> bool:
         """Whether `path` (file or folder) is of this format, by content; cheap, and never raises for foreign files."""

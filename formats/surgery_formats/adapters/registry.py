@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from surgery_formats.adapters.compact import COMPACT
@@ -16,7 +17,7 @@ from surgery_formats.errors import MalformedError, NotFoundError, UsageError
 from surgery_formats.plugins import with_plugins
 from surgery_formats.text import closest, listing
 
-__all__ = ["BUILT_IN", "ENTRY_POINTS", "format_named", "formats", "read_adapter"]
+__all__ = ["BUILT_IN", "ENTRY_POINTS", "format_at", "format_named", "formats", "is_adapter_file", "read_adapter"]
 
 BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA, COMPACT)
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
@@ -46,6 +47,17 @@ def format_named(name: str) -> Format:
     return formats()[name]
 
 
+def format_at(path: Path) -> Format | None:
+    """The format of a file or folder, by content; None if it is of none."""
+    return next((candidate for candidate in formats().values() if candidate.detect(path)), None)
+
+
+def is_adapter_file(name: str) -> bool:
+    """Whether a file of weights, or an index, has a name that a format gives its own."""
+    stem = name.partition(".")[0]
+    return any(fnmatchcase(stem, pattern) for known in formats().values() for pattern in known.file_stems)
+
+
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """Read an adapter of any known format, found by content.
 
@@ -57,9 +69,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     where = Path(path)
     if not where.exists():
         raise NotFoundError("no such file or folder", file=where)
-    for candidate in formats().values():
-        if candidate.detect(where):
-            return candidate.read(where)
+    if (known := format_at(where)) is not None:
+        return known.read(where)
     if (where / "config.json").is_file():
         raise MalformedError(
             "a full model where an adapter was expected",

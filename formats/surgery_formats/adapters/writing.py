@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from surgery_formats.adapters.format import Entry, NewTensor, Outcome
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Factor, LoRA, Update
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ConversionLedger",
     "commonest",
-    "component_of",
     "copied",
     "factor_dtype",
     "factor_tensor",
@@ -130,19 +130,6 @@ def commonest(values: Iterable[_Key]) -> _Key | None:
 def surviving_metadata(adapter: Adapter) -> dict[str, str]:
     """The metadata strings that are true in any file."""
     return {key: value for key, value in adapter.metadata.items() if key not in _OF_THE_FILE}
-
-
-def component_of(site: Site, base: Checkpoint) -> Component:
-    """The component of the base that a site refers to.
-
-    Raises:
-        FitError: the base has no such component.
-    """
-    if not base.is_pipeline:
-        return base.main
-    if site.component not in base.components:
-        raise FitError(f"the base has no '{site.component or 'single model'}'", file=base.path)
-    return base.components[site.component]
 
 
 def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tuple[WeightSlice, ...]:

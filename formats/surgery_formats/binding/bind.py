@@ -25,7 +25,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import Tensor, ZeroTensor
 from surgery_formats.tensors.views import rows, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import Linear, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import Linear, Replacing, RowSetting, Update, transposed
 
 __all__ = ["Binding", "bind", "warn_of_other_base"]
 
@@ -68,7 +68,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
     """
     bound: dict[tuple[str, str], list[_BoundOperation]] = {}
     for number, (adapter, weight) in enumerate(adapters):
-        check_mergeable(adapter)
+        check_mergeable(adapter, checkpoint)
         chains, missing = _locate(sized(adapter, checkpoint), checkpoint, new_biases=new_biases)
         for chain in chains:
             for operation in _operate(chain, adapter, number, weight):
@@ -119,7 +119,7 @@ def _locate(
     chains: list[_LocatedChain] = []
     missing: list[Site] = []
     for site, updates in adapter.updates.items():
-        component = component_of(site, adapter, checkpoint)
+        component = component_of(site, checkpoint)
         slices = component.names.resolve(site.path, flat=site.flat) or _new_head(site, updates, adapter, component)
         if not slices and new_biases and site not in adapter.optional:
             slices = _new_bias(site, updates, component)
@@ -135,7 +135,7 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
     slices = chain.slices
     for stored_update in chain.updates:
         update = _oriented(stored_update, chain.component, adapter)
-        if isinstance(update, Replacement):
+        if isinstance(update, Replacing):
             slices = (_replaced(update, slices, weight),)
         linear = isinstance(update, Linear)
         scaled = update.scaled(weight) if isinstance(update, Linear) and weight != 1.0 else update
@@ -164,7 +164,7 @@ def _trained(edit: Edit) -> Iterator[Tensor]:
 def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component: Component) -> tuple[WeightSlice, ...]:
     """A new weight for a head that was added for a task and that the base lacks."""
     module = site.path.rpartition(".")[0]
-    if not (isinstance(chain[0], Replacement) and len(chain) == 1 and adapter.new_modules & set(module.split("."))):
+    if not (isinstance(chain[0], Replacing) and len(chain) == 1 and adapter.new_modules & set(module.split("."))):
         return ()
     if any(segment.isdigit() for segment in module.split(".")):  # a layer the base lacks is no new head
         return ()
@@ -174,7 +174,7 @@ def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component
 def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tuple[WeightSlice, ...]:
     """A bias of zeros for a layer that has none; the base must hold its weight whole and apart."""
     module, _, leaf = site.path.rpartition(".")
-    if leaf != "bias" or not all(isinstance(update, Offset) for update in chain):
+    if leaf != "bias" or not all(update.effect == "adds" for update in chain):
         return ()
     weights = component.names.resolve(f"{module}.weight", flat=site.flat)
     if len(weights) != 1 or not (name := weights[0].parameter.name).endswith(".weight"):
@@ -192,29 +192,24 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     Raises:
         FitError: the shapes fit both ways and the family is not known.
     """
-    square = update.shape[0] == update.shape[1]
-    if isinstance(update, Stacked):
-        square = update.experts[0].shape[0] == update.experts[0].shape[1]
-    doubtful = (isinstance(update, Stacked) and update.if_transposed) or (
-        not isinstance(update, Replacement | TokenRows) and adapter.stored_transposed
-    )
-    if doubtful and square and not component.family.known:
+    out, inputs = update.parts()[0][1].shape
+    turned = transposed(update)
+    doubtful = turned is not None or (update.effect != "sets" and adapter.stored_transposed)
+    if doubtful and out == inputs and not component.family.known:
         raise FitError(
             "square, and only the base's family could tell rows from columns",
             file=update.tensors[0].path,
             tensor=update.tensors[0].name,
             hint="give the base as a folder with its config.json",
         )
-    if isinstance(update, Stacked) and update.if_transposed and component.family.experts_transposed:
-        return Stacked(update.if_transposed)
-    return update
+    return turned if turned is not None and component.family.experts_transposed else update
 
 
-def _replaced(update: Replacement, places: tuple[WeightSlice, ...], weight: float) -> WeightSlice:
+def _replaced(update: Replacing, places: tuple[WeightSlice, ...], weight: float) -> WeightSlice:
     """The weight slice after its values were replaced: a longer vocabulary gives a longer weight."""
     place = places[0]
     old, new = place.parameter.storage, update.stored
-    grows = isinstance(old, Plain) and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
+    grows = old.elements is not None and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
     if len(places) > 1 or (new.shape != old.sizes and not grows):
         raise FitError(f"shape {list(new.shape)}, but {list(old.sizes)} in the base", file=new.path, tensor=new.name)
     if new.dtype is not old.dtype and not (new.dtype.is_float and old.is_float):
@@ -236,15 +231,16 @@ def _operations(
 ) -> Iterator[_BoundOperation]:
     """`update` cut to the pieces of the base that hold its weight."""
     check_fit(update, places)
-    if isinstance(update, Replacement):  # as the parameter is stored, whatever its orientation
+    if isinstance(update, Replacing):  # as the parameter is stored, whatever its orientation
         everything = whole(places[0].parameter.storage.shape)
         yield _BoundOperation(Operation(update, everything, site, number, share), places[0])
         return
+    by_number = isinstance(update, RowSetting)
     for first, part in update.parts():
         for place in places:
             view = place.parameter.view
             low, high = max(first, view.row_origin), min(first + part.shape[0], view.row_origin + view.shape[0])
-            if isinstance(part, TokenRows):
+            if by_number:
                 low, high = view.row_origin, view.row_origin + view.shape[0]
             if low < high:
                 piece = rows(view, low - view.row_origin, high - view.row_origin)
@@ -260,7 +256,7 @@ def _edit(
 ) -> Edit:
     """The operations on one weight, its source being the base or the one adapter that replaces it."""
     operations = tuple(bound_operation.operation for bound_operation in bound)
-    replacements = [i for i, operation in enumerate(operations) if isinstance(operation.update, Replacement)]
+    replacements = [i for i, operation in enumerate(operations) if isinstance(operation.update, Replacing)]
     several = len({operation.adapter for operation in operations}) > 1
     if len(replacements) > 1 or (replacements and (several or replacements[0] != 0)):
         names = sorted({str(adapters[operation.adapter][0].path.name) for operation in operations})
@@ -270,7 +266,7 @@ def _edit(
     check_family(key[1], storage, component)
     is_new = component.aliases.get(key[1], key[1]) not in component.names.parameters
     first = operations[0]
-    if isinstance(first.update, Replacement) and first.share == 1.0:
+    if isinstance(first.update, Replacing) and first.share == 1.0:
         source = Plain.of(first.update.stored, stacked=is_stacked(storage))
         return Edit(*key, source, operations[1:], replaced=first, added=is_new)
     why = "the base adds no bias here" if is_new else ""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from surgery_formats.binding.edits import Operation
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.errors import FitError
@@ -13,14 +14,14 @@ from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.views import View
-from surgery_formats.text import closest, show
-from surgery_formats.updates import Replacement, TokenRows, Update
+from surgery_formats.text import closest, listing, show
+from surgery_formats.updates import Replacing, RowSetting, Update
 
 __all__ = ["check_family", "check_fit", "check_mergeable", "check_missing", "check_overlap"]
 
 
-def check_mergeable(adapter: Adapter) -> None:
-    """Refuse an adapter with unused tensors, or with parts that cannot be merged into weights."""
+def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """Refuse an adapter with unused tensors, with parts that cannot be merged into weights, or of several models."""
     check_consumed(adapter)
     if adapter.prompt is not None:
         raise FitError(
@@ -30,13 +31,16 @@ def check_mergeable(adapter: Adapter) -> None:
         )
     if not adapter.updates:
         raise FitError("the adapter holds no tensors", file=adapter.path)
+    components = sorted({site.component for site in adapter.updates})
+    if len(components) > 1 and not checkpoint.is_pipeline:
+        raise FitError(f"the adapter changes {listing(components)}, the base is one model", file=adapter.path)
 
 
 def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
     """Refuse an update whose shape differs from its weight's, or a weight that is quantised."""
     parameter = places[0].parameter
     tensor = update.tensors[0]
-    if isinstance(update, Replacement):
+    if isinstance(update, Replacing):
         return
     if not parameter.storage.is_float:
         raise FitError(
@@ -46,7 +50,7 @@ def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
             hint="merge into the base it was quantised from",
         )
     height, width = extent(places)
-    if isinstance(update, TokenRows) and update.shape[1] == width:
+    if isinstance(update, RowSetting) and update.shape[1] == width:
         if (last := max(update.indices, default=-1)) < height:
             return
         raise FitError(
@@ -99,13 +103,10 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
     if not missing:
         return
     site = missing[0]
-    known = checkpoint.components[
-        site.component if site.component in checkpoint.components else next(iter(checkpoint.components))
-    ]
     tensor = adapter.updates[site][0].tensors[0]
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
         file=tensor.path,
         tensor=tensor.name,
-        hint=closest(site.path, known.parameters) or "is this the base it was trained on?",
+        hint=closest(site.path, component_of(site, checkpoint).parameters) or "is this the base it was trained on?",
     )

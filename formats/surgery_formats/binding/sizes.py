@@ -16,21 +16,16 @@ from surgery_formats.updates import Fit, Unsized, Update
 __all__ = ["component_of", "fit_of", "sized", "widest_of"]
 
 
-def component_of(site: Site, adapter: Adapter, checkpoint: Checkpoint) -> Component:
-    """The component of a base that a site refers to; an adapter without components fits a base without them.
+def component_of(site: Site, base: Checkpoint) -> Component:
+    """The component of a base that a site refers to.
 
     Raises:
         FitError: the base has no such component.
     """
-    if site.component in checkpoint.components:
-        return checkpoint.components[site.component]
-    if not checkpoint.is_pipeline and len({other.component for other in adapter.updates}) == 1:
-        return checkpoint.main
-    raise FitError(
-        f"the adapter changes '{site.component or 'one model'}', "
-        f"the base has {listing(sorted(checkpoint.components)) or 'one model'}",
-        file=adapter.path,
-    )
+    if (component := base.component(site.component)) is None:
+        changed, has = site.component or "one model", listing(sorted(base.components))
+        raise FitError(f"the adapter changes '{changed}', the base has {has}", file=base.path)
+    return component
 
 
 def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int]) -> Fit:
@@ -46,7 +41,7 @@ def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int,
     shapes = [(0, 0)]
     for site, chain in adapter.updates.items():
         if any(update.kind == kind for update in chain):
-            names = component_of(site, adapter, checkpoint).names
+            names = component_of(site, checkpoint).names
             shapes += [extent(slices)] if (slices := names.resolve(site.path, flat=site.flat)) else []
     return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
 
@@ -62,7 +57,7 @@ def sized(adapter: Adapter, base: Checkpoint) -> Adapter:
     def fitted(site: Site, update: Update) -> Update:
         if not isinstance(update, Unsized):
             return update
-        places = component_of(site, adapter, base).names.resolve(site.path, flat=site.flat)
+        places = component_of(site, base).names.resolve(site.path, flat=site.flat)
         if not places:
             return update
         if update.kind not in widest:

@@ -15,7 +15,7 @@ from surgery_formats.binding.edits import Edit, Operation
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Storage, read_rows
-from surgery_formats.updates import LoRA, TokenRows, Update
+from surgery_formats.updates import RowSetting, same_update
 
 __all__ = ["same_values", "settle_tie"]
 
@@ -83,7 +83,7 @@ def _head_follows(embedding: Edit, component: Component, keeping: frozenset[int]
     """
     if embedding.operations:
         return all(
-            isinstance(operation.update, TokenRows) or operation.adapter in keeping
+            isinstance(operation.update, RowSetting) or operation.adapter in keeping
             for operation in embedding.operations
         )
     if embedding.replaced is not None and embedding.replaced.adapter in keeping:
@@ -101,27 +101,8 @@ def _same_edit(embedding: Edit, head: Edit) -> bool:
 
 
 def _same_operation(first: Operation, second: Operation) -> bool:
-    return (first.view, first.adapter, first.share) == (second.view, second.adapter, second.share) and _same_update(
-        first.update, second.update
-    )
-
-
-def _same_update(first: Update, second: Update) -> bool:
-    import torch
-
-    if isinstance(first, TokenRows) and isinstance(second, TokenRows):
-        same = first.indices == second.indices and first.value.shape == second.value.shape
-        return same and torch.equal(first.value.load(torch.float64), second.value.load(torch.float64))
-    if (
-        isinstance(first, LoRA)
-        and isinstance(second, LoRA)
-        and (first.shape, first.rank, first.scale) == (second.shape, second.rank, second.scale)
-    ):
-        return all(
-            torch.equal(mine.load(torch.float64), theirs.load(torch.float64))
-            for mine, theirs in ((first.A, second.A), (first.B, second.B))
-        )
-    return False
+    place = (first.view, first.adapter, first.share) == (second.view, second.adapter, second.share)
+    return place and same_update(first.update, second.update)
 
 
 def same_values(first: Storage, second: Storage, rows: int = 4096) -> bool:

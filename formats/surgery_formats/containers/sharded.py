@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 MODEL_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")  # of a full model's files, in order of preference
-STEMS = (*MODEL_STEMS, "adapter_model")
 _INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.[^.]+)\.index(?P<variant>\.[^.]+)?\.json", re.DOTALL)
 # Files of a training run beside the weights; they hold optimizer states and arguments.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.[^.]+")
@@ -177,7 +176,7 @@ def open_shards(path: str | os.PathLike[str]) -> ShardSet:
     return next(iter(opened.values()))
 
 
-def open_folder_tensors(folder: str | os.PathLike[str], stems: Sequence[str] = STEMS) -> ShardSet:
+def open_folder_tensors(folder: str | os.PathLike[str], stems: Sequence[str] = MODEL_STEMS) -> ShardSet:
     """The weights in `folder`: safetensors before pickles, well-known names before a lone file.
 
     Args:

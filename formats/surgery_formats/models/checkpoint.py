@@ -189,6 +189,10 @@ class Checkpoint:
             raise FitError("a pipeline of several models where one model was expected", file=self.path)
         return self.components[""]
 
+    def component(self, name: str) -> Component | None:
+        """The component that an adapter calls `name`: a plain model has whatever name it is given."""
+        return self.components.get(name, self.components.get(""))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files."""
@@ -222,18 +226,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header, index or config is not what its format says.
-        FitError: an adapter.
     """
     where = Path(path)
     components = {name: _component(name, where, weights) for name, weights in open_weights(where).items()}
     if not where.is_dir():
         return Checkpoint(where, components, ())
     files = [shard.path for component in components.values() for shard in component.shards]
-    only_adapter = "" in components and all(file.name.startswith("adapter_model") for file in files)
-    if only_adapter and (where / "adapter_config.json").exists():
-        raise FitError(
-            "an adapter where a full model was expected",
-            file=where,
-            hint="`surgery merge` makes a full model of an adapter and its base",
-        )
     return Checkpoint(where, components, *side_files(where, set(files)))

@@ -184,7 +184,7 @@ class Names:
 
 def _stacked(storage: Storage) -> Storage:
     """The storage read as stacked experts, with one row of its matrix per row of an expert, whatever its name."""
-    return Plain.of(storage.tensor, stacked=True) if isinstance(storage, Plain) else storage
+    return storage if storage.elements is None else Plain.of(storage.elements, stacked=True)
 
 
 def _expert_number(name: str, part: str) -> int | None:

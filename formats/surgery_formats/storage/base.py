@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor, matrix_of
+from surgery_formats.tensors.tensor import StoredTensor, Tensor, matrix_of
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +102,8 @@ class Storage(Encoding, Protocol):
         name: Of the weight, as the model's code has it.
         sources: Every stored tensor it is made of.
         kind: Name of the type it is stored in, for people: ``BF16``, ``NF4``.
+        elements: The one tensor whose elements are its values, so that it may be reshaped, and stored in another type
+            or with more rows; None where values are coded.
         is_float: Whether its values are numbers that updates can be added to, not codes or indices.
     """
 
@@ -111,6 +113,8 @@ class Storage(Encoding, Protocol):
     def sources(self) -> tuple[StoredTensor, ...]: ...
     @property
     def kind(self) -> str: ...
+    @property
+    def elements(self) -> Tensor | None: ...
     @property
     def is_float(self) -> bool: ...
 

@@ -91,6 +91,11 @@ class Plain:
         return 1
 
     @property
+    def elements(self) -> Tensor:
+        """The tensor."""
+        return self.tensor
+
+    @property
     def is_float(self) -> bool:
         """Whether the elements are floating-point numbers."""
         return self.tensor.dtype.is_float

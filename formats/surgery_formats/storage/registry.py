@@ -32,12 +32,15 @@ def claimed_weights(tensors: Mapping[str, StoredTensor], config: Mapping[str, An
     """A mapping from every stored tensor that is part of a weight to that weight.
 
     Raises:
-        MalformedError: two weights claim a tensor or have one name, or a weight has the name of another tensor.
+        MalformedError: two weights claim a tensor or have one name, a weight has the name of another tensor, or none of
+            its own.
     """
     owners: dict[str, Storage] = {}
     named: dict[str, Storage] = {}
     for kind in storage_kinds().values():
         for weight in kind.claim(tensors, config):
+            if not weight.sources:
+                raise MalformedError(f"'{show(kind.name)}' claims '{show(weight.name)}' without a stored tensor of it")
             if named.setdefault(weight.name, weight) is not weight:
                 raise MalformedError(
                     f"'{show(weight.name)}' is claimed twice, as {named[weight.name].kind} and as {weight.kind}",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import ClassVar
 
@@ -60,10 +61,13 @@ class FormatCase:
 
 
 def detects_its_own(case: FormatCase, folder: Path) -> None:
-    """`detect` knows what the program wrote, and what `render` gives."""
+    """`detect` knows what the program wrote, and what `render` gives; in a folder, `file_stems` match its weights."""
     path = case.write(folder)
     assert case.format.detect(path)
-    assert case.format.detect(save(case.format.render(case.read(folder), case.base), case.format, folder))
+    rendering = case.format.render(case.read(folder), case.base)
+    assert case.format.detect(save(rendering, case.format, folder))
+    stem = rendering.tensor_file.partition(".")[0]
+    assert case.format.single_file or any(fnmatchcase(stem, pattern) for pattern in case.format.file_stems)
 
 
 def is_silent_about_foreign_files(case: FormatCase, folder: Path) -> None:

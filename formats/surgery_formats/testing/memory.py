@@ -14,7 +14,7 @@ from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.tensors.computed import computed
 from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.updates import Factor, Stacked, Update
+from surgery_formats.updates import Factor, Update
 
 __all__ = ["adapter_of", "in_memory"]
 
@@ -64,14 +64,13 @@ def _rebuilt(value: T, names: Iterator[str], known: dict[object, object], keep_t
         if value in known:
             return cast(T, known[value])
         known[value] = new = _factor(value, names, known, keep_terms)
-    elif isinstance(value, Stacked):  # how it would be held transposed is a matter of its file
-        new = Stacked(_rebuilt(value.experts, names, known, keep_terms))
     elif isinstance(value, tuple):
         new = tuple(_rebuilt(item, names, known, keep_terms) for item in value)
     elif hasattr(value, "prepare"):  # an update
         parts = {field.name: getattr(value, field.name) for field in fields(value) if field.init}  # type: ignore[arg-type]
+        # where a scale was read, and how a stack would be held transposed, are matters of a file
+        parts |= dict.fromkeys(parts.keys() & {"noted", "if_transposed"}, ())
         changed = {name: _rebuilt(part, names, known, keep_terms) for name, part in parts.items()}
-        changed |= {"noted": ()} if "noted" in parts else {}
         new = replace(value, **changed)  # type: ignore[type-var]
     return cast(T, new)
 

@@ -15,7 +15,18 @@ from typing import get_args
 import torch
 
 from surgery_formats.tensors.views import Index
-from surgery_formats.updates import Effect, Fit, Linear, LoRA, Mixing, Unsized, Update
+from surgery_formats.updates import (
+    Directed,
+    Effect,
+    Fit,
+    InFull,
+    Linear,
+    Mixing,
+    Replacing,
+    RowSetting,
+    Unsized,
+    Update,
+)
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["UPDATE_CHECKS", "UpdateCase"]
@@ -141,12 +152,32 @@ def is_the_lora_it_gives(case: UpdateCase) -> None:
         lora = update.low_rank()
         if lora is None:
             continue
-        assert isinstance(lora, LoRA)
+        assert lora.low_rank() == lora
+        assert lora.factors().keys() == {"A", "B"}
         assert update.effect == "adds"
         assert lora.shape == update.shape
         assert lora.rank <= min(lora.shape)
         weight = _weight(update.shape)
         _assert_close(_applied(lora, weight), _applied(update, weight), weight)
+
+
+def does_what_its_other_members_say(case: UpdateCase) -> None:
+    """Members that only some updates have agree with what is done to a weight."""
+    update = case.sized
+    if isinstance(update, InFull):
+        weight = _weight(update.shape)
+        _assert_close(_applied(update.in_full(), weight), _applied(update, weight), weight)
+    if isinstance(update, Replacing):
+        weight, stored = _weight(update.shape), update.stored.read().reshape(update.shape)
+        assert update.stored in update.tensors
+        _assert_close(_applied(update, weight), stored.to(weight.dtype), weight)
+    if isinstance(update, RowSetting):
+        weight = _weight(update.shape)
+        changed = (_applied(update, weight) != weight).any(dim=1)
+        assert sorted(set(update.indices)) == sorted(update.indices) == changed.nonzero()[:, 0].tolist()
+    if isinstance(update, Directed):
+        assert update.rebuilt(update.direction, update.magnitude) == update
+        assert update.shape[0 if update.per_row else 1] % update.magnitude.shape[0] == 0
 
 
 def looks_at_the_weight_only_if_it_says_so(case: UpdateCase) -> None:
@@ -165,6 +196,7 @@ UPDATE_CHECKS: tuple[Callable[[UpdateCase], None], ...] = (
     has_the_effect_it_states,
     is_linear_if_it_adds,
     is_the_lora_it_gives,
+    does_what_its_other_members_say,
     looks_at_the_weight_only_if_it_says_so,
 )
 

@@ -7,6 +7,7 @@ Add a kind as a file with a frozen dataclass that satisfies `update.Update`; `su
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.blend import blend
 from surgery_formats.updates.dora import DoRA
+from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, transposed
 from surgery_formats.updates.ia3 import IA3
 from surgery_formats.updates.loha import LoHa
 from surgery_formats.updates.lokr import LoKr
@@ -14,20 +15,34 @@ from surgery_formats.updates.lora import LoRA
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.replacement import Held, Replacement
+from surgery_formats.updates.sameness import equal_factors, same_update, settings
 from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.token_rows import TokenRows
-from surgery_formats.updates.update import Linear, Mixing, Unsized, Update
+from surgery_formats.updates.update import (
+    Directed,
+    EitherWay,
+    InFull,
+    Linear,
+    Mixing,
+    Replacing,
+    RowSetting,
+    Unsized,
+    Update,
+)
 from surgery_formats.updates.vera import Seed, VeRA
 
 __all__ = [
     "IA3",
     "OFT",
     "Apply",
+    "Directed",
     "DoRA",
     "Effect",
+    "EitherWay",
     "Factor",
     "Fit",
     "Held",
+    "InFull",
     "Linear",
     "LoHa",
     "LoKr",
@@ -35,6 +50,8 @@ __all__ = [
     "Mixing",
     "Offset",
     "Replacement",
+    "Replacing",
+    "RowSetting",
     "Seed",
     "Stacked",
     "TokenRows",
@@ -43,4 +60,11 @@ __all__ = [
     "VeRA",
     "Weight",
     "blend",
+    "equal_factors",
+    "experts_of",
+    "in_full",
+    "low_rank_part",
+    "same_update",
+    "settings",
+    "transposed",
 ]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery_formats.tensors.tensor import Tensor
@@ -73,6 +73,10 @@ class DoRA:
 
     def low_rank(self) -> None:
         """None: the lengths of its rows depend on the weight."""
+
+    def rebuilt(self, direction: LoRA, magnitude: Factor) -> DoRA:
+        """A DoRA of the same axis with these parts."""
+        return replace(self, direction=direction, magnitude=magnitude)
 
     def parts(self) -> tuple[tuple[int, DoRA], ...]:
         """Itself."""

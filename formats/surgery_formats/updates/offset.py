@@ -60,6 +60,10 @@ class Offset:
     def low_rank(self) -> None:
         """None: it is stored in full."""
 
+    def in_full(self) -> Offset:
+        """Itself."""
+        return self
+
     def parts(self) -> tuple[tuple[int, Offset], ...]:
         """Itself."""
         return ((0, self),)

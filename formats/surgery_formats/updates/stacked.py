@@ -88,6 +88,10 @@ class Stacked:
             tuple(expert.scaled(weight) for expert in self.if_transposed),
         )
 
+    def transposed(self) -> Stacked | None:
+        """The experts `if_transposed`; None if there are none."""
+        return Stacked(self.if_transposed) if self.if_transposed else None
+
     def parts(self) -> tuple[tuple[int, Update], ...]:
         """Each expert with its first row."""
         starts = accumulate((expert.shape[0] for expert in self.experts[:-1]), initial=0)

@@ -11,8 +11,10 @@ from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 
 if TYPE_CHECKING:
     from surgery_formats.updates.lora import LoRA
+    from surgery_formats.updates.offset import Offset
+    from surgery_formats.updates.replacement import Held
 
-__all__ = ["Linear", "Mixing", "Unsized", "Update"]
+__all__ = ["Directed", "EitherWay", "InFull", "Linear", "Mixing", "Replacing", "RowSetting", "Unsized", "Update"]
 
 
 class Update(Protocol):
@@ -74,6 +76,70 @@ class Linear(Update, Protocol):
 
     def scaled(self, weight: float) -> Linear:
         """The update that moves a weight `weight` times as far."""
+
+
+@runtime_checkable
+class InFull(Linear, Protocol):
+    """An addition of which every number is stored, as for a bias."""
+
+    def in_full(self) -> Offset:
+        """The same update as one offset, exactly."""
+
+
+@runtime_checkable
+class Replacing(Update, Protocol):
+    """A whole new parameter, oriented as the base stores it. Its first axis may be longer than the base's.
+
+    Attributes:
+        stored: The tensor that takes the parameter's place.
+        held: Where the new values live while the adapter is attached.
+    """
+
+    @property
+    def stored(self) -> Tensor: ...
+    @property
+    def held(self) -> Held: ...
+
+
+@runtime_checkable
+class RowSetting(Update, Protocol):
+    """New values for rows that are known by their numbers: it fits every weight that has these rows.
+
+    Attributes:
+        indices: The rows, distinct.
+    """
+
+    @property
+    def indices(self) -> tuple[int, ...]: ...
+
+
+@runtime_checkable
+class Directed(Update, Protocol):
+    """A low-rank addition, after which rows or columns get the lengths that were trained for them.
+
+    Attributes:
+        direction: The low-rank addition.
+        magnitude: The lengths.
+        per_row: Whether they belong to rows, or to columns.
+    """
+
+    @property
+    def direction(self) -> LoRA: ...
+    @property
+    def magnitude(self) -> Factor: ...
+    @property
+    def per_row(self) -> bool: ...
+
+    def rebuilt(self, direction: LoRA, magnitude: Factor) -> Directed:
+        """The update of the same kind with these two parts, for other rows of its weight."""
+
+
+@runtime_checkable
+class EitherWay(Update, Protocol):
+    """A stack of experts whose file does not always tell which axis of an expert is the output."""
+
+    def transposed(self) -> Update | None:
+        """The same factors for a base that stores experts as ``(E, in, out)``; None where the file tells."""
 
 
 @runtime_checkable

@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol
 import torch
 
 from surgery_formats.storage.base import Storage, read_block
-from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
 __all__ = ["ByteObserver", "DirectFeed", "Feed", "RowPair", "StagedFeed"]
@@ -52,12 +51,7 @@ class Feed(Protocol):
     ) -> Iterator[RowPair]:
         """Yield rows ``[start, stop)`` in order; each block is valid until the next one is requested.
 
-        Args:
-            base: BASE's tensor.
-            tuned: TUNED's tensor.
-            start: First row.
-            stop: Row after the last.
-            observe: Called with the offset and the bytes of each part of `base`, in order.
+        `observe` is called with the offset and the bytes of each part of `base`, in order.
         """
         ...
 
@@ -187,7 +181,7 @@ def _chunks(sides: list[tuple[Storage, torch.Tensor]], start: int) -> Iterator[_
 def _read(buffer: _PinnedBuffer, chunk: _ReadRange) -> None:
     buffer.wait()
     side, into = chunk.side, buffer.bytes[: chunk.place.numel()]
-    tensor = side.tensor if isinstance(side, Plain) else None
+    tensor = side.elements
     if isinstance(tensor, StoredTensor) and tensor.strides is None and tensor.shape:
         tensor.file.read_into(as_bytes(into), tensor.offset + chunk.offset)
     else:  # a quantised weight, or a pickle's transposed tensor

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -27,6 +28,8 @@ _PER_GPU = 3
 _SWITCH = 2e-5  # seconds
 _SHARE = 0.7  # of a device's free memory
 Stop = Callable[[], bool]
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 
 def default_lanes(devices: Sequence[str]) -> int:
@@ -195,20 +198,20 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
     return stream
 
 
-def in_threads(jobs: Sequence[Callable[[Stop], None]], workers: int) -> None:
-    """Run every job with one torch thread each; the first failure stops the others.
+def in_threads(function: Callable[[Item], Outcome], items: Iterable[Item], workers: int) -> list[Outcome]:
+    """`function` of every item, in order, with one torch thread each; the first failure stops the others.
 
     Results then do not depend on the number of threads.
-
-    Args:
-        jobs: Each is called with a function that tells whether to stop.
-        workers: Threads.
     """
+
+    def job(item: Item) -> Callable[[Stop], Outcome]:
+        return lambda stop: function(item)
+
     with ThreadPoolExecutor(workers, "surgery-factor", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        _all_in(pool, jobs)
+        return _all_in(pool, list(map(job, items)))
 
 
-def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], None]]) -> None:
+def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], Outcome]]) -> list[Outcome]:
     stop = threading.Event()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # of OpenMP's, which threads that start now take over
@@ -220,9 +223,7 @@ def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], None]]) ->
         for future in rest:
             future.cancel()
         wait(futures)
-        for future in futures:
-            if future in done:
-                future.result()
+        return [future.result() for future in futures if future in done]
     except BaseException:
         stop.set()
         for future in futures:

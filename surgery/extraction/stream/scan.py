@@ -32,7 +32,6 @@ from surgery_formats.linalg.svd import left_over, truncated_svd
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.identity import Digests
 from surgery_formats.storage.base import Storage
-from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["Layout", "ScanResult", "layout_of", "scan", "warm"]
@@ -104,13 +103,7 @@ def scan(
 ) -> ScanResult:
     """Compare every pair and factorise every target that changed.
 
-    Args:
-        layout: The paired tensors.
-        criterion_of: How the rank of a target is found.
-        spec_of: How a target's factors will be stored, where that is known.
-        scratch: Receives the factors.
-        lanes: Do the work.
-        progress: Called with every tensor.
+    `spec_of` tells how a target's factors will be stored, where that is known.
 
     Raises:
         FitError: NaN or Inf.
@@ -269,8 +262,7 @@ def _tally(pair: Pair, row_limit: int, target: LowRankTarget | None) -> Tally:
 
 def _observer(digests: Digests, weight: Storage) -> ByteObserver | None:
     """Digests the bytes of a weight as they are read; only of one tensor that is read as it is stored."""
-    tensor = weight.tensor if isinstance(weight, Plain) else None
-    return digests.claim(tensor) if isinstance(tensor, StoredTensor) else None
+    return digests.claim(weight.elements) if isinstance(weight.elements, StoredTensor) else None
 
 
 def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMeasure:

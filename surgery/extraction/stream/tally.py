@@ -78,14 +78,10 @@ class Tally:
     def subtract(
         self, first: int, old: torch.Tensor, new: torch.Tensor, difference: torch.Tensor, noise: NoiseTally | None
     ) -> None:
-        """Compute rows of the difference and add them to the sums.
+        """Fill `difference`, float32 or float64, with ``new - old``, and add it to the sums.
 
-        Args:
-            first: Number of the first row in the tensor.
-            old: BASE's rows as stored, ``(n, cols)``.
-            new: TUNED's rows.
-            difference: ``(n, cols)``, float32 or float64; is filled.
-            noise: Tally of the matrix that the rows are part of.
+        `old` and `new` are rows as stored, from row `first` of the tensor; `noise` is the tally of the matrix that they
+        are part of.
         """
         self._numel += new.numel()
         if old.dtype == new.dtype and old.device.type == "cpu" and torch.equal(_bits(old), _bits(new)):

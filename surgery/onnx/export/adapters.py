@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterRoles", "NamedAdapter", "entry", "sort_adapters"]
 
-_GENERIC = frozenset(
-    {"adapter_model", "adapters", "pytorch_lora_weights", "model"}
-)  # file names shared by all adapters
-
 
 @dataclass(frozen=True, slots=True)
 class NamedAdapter:
@@ -107,9 +103,11 @@ def sort_adapters(
 
 def _name(path: Path) -> str:
     """``adapters/sql/adapter_model.safetensors`` -> ``sql``; only letters, digits and ``._-``."""
+    from surgery_formats.adapters.registry import is_adapter_file
+
     resolved = path.resolve()
     name = resolved.name if resolved.is_dir() else resolved.stem
-    if not resolved.is_dir() and name in _GENERIC:
+    if not resolved.is_dir() and (name == "model" or is_adapter_file(resolved.name)):  # as many others are called
         name = resolved.parent.name
     return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name).lstrip(".") or "adapter"
 

@@ -11,7 +11,6 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing
@@ -82,9 +81,9 @@ class GraphWeights:
         tensor = self._overrides.get(stored)
         if tensor is None:
             storage = self._component.parameters[stored].storage
-            if not isinstance(storage, Plain) or not isinstance(storage.tensor, StoredTensor):
+            if not isinstance(storage.elements, StoredTensor):
                 raise _unsupported_type(storage.kind, stored, storage.sources[0].path)
-            tensor = storage.tensor
+            tensor = storage.elements
         if not tensor.dtype.is_float or tensor.dtype not in ONNX_TYPES:
             raise _unsupported_type(tensor.dtype.label, stored, tensor.path)
         if tensor.path.suffix != ".safetensors":

@@ -20,6 +20,7 @@ class Toy:
     title: str = "toy folder: LoRA"
     needs_base: bool = False
     single_file: bool = False
+    file_stems: tuple[str, ...] = ("toy",)
 
     def detect(self, path):
         return b'"toy"' in (first_bytes(path / "toy.json", 4096) or b"")

@@ -30,6 +30,7 @@ class ToyWeight:
 
     dtype = DType.F32
     kind = "TOY4"
+    elements = None
     is_float = True
 
     @property

@@ -25,6 +25,7 @@ class _Compact:
     title: str = "compact folder: factors as int8 or int4 codes, everything else as it was"
     needs_base: bool = False
     single_file: bool = False
+    file_stems: tuple[str, ...] = ("adapter",)
     coding: Coding = CODINGS["int8"]
 
     def detect(self, path: Path) -> bool:

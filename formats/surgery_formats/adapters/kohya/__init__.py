@@ -27,6 +27,7 @@ class _Kohya:
     title: str = "kohya sd-scripts file (SD1, SD2, SDXL): LoRA, LoCon, DoRA, differences"
     needs_base: bool = True
     single_file: bool = True
+    file_stems: tuple[str, ...] = ("pytorch_lora_weights",)
 
     def detect(self, path: Path) -> bool:
         """A file of weights with a key that begins like ``lora_unet_``."""

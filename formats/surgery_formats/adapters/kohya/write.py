@@ -17,12 +17,12 @@ from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
-    component_of,
     factor_tensor,
     places_of,
     surviving_metadata,
     whole_place,
 )
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError

@@ -23,14 +23,13 @@ class _Mlx:
     title: str = "MLX-LM folder: LoRA, DoRA, stacked experts, full layers"
     needs_base: bool = False
     single_file: bool = False
+    file_stems: tuple[str, ...] = ("adapters", "*_adapters")
 
     def detect(self, path: Path) -> bool:
         """A folder whose adapter_config.json speaks mlx-lm's language, or with mlx-lm's file names."""
-        head = first_bytes(path / "adapter_config.json", 1 << 20)
-        tensors = os.path.isfile(path / TENSOR_FILE)
-        if head is None:
-            return tensors or os.path.isfile(path / "adapters.npz")
-        return b'"peft_type"' not in head and (b'"fine_tune_type"' in head or b'"lora_parameters"' in head or tensors)
+        head = first_bytes(path / "adapter_config.json", 1 << 20) or b""
+        speaks = b'"fine_tune_type"' in head or b'"lora_parameters"' in head
+        return speaks or any(os.path.isfile(path / name) for name in (TENSOR_FILE, "adapters.npz"))
 
     def read(self, path: Path) -> Adapter:
         """See `read_mlx`."""

@@ -19,7 +19,6 @@ from surgery_formats.adapters.mlx.read import TENSOR_FILE
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
-    component_of,
     factor_dtype,
     factor_tensor,
     places_of,
@@ -27,6 +26,7 @@ from surgery_formats.adapters.writing import (
     whole_place,
 )
 from surgery_formats.binding.bind import bind
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint

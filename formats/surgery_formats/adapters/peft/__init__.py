@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.adapters.format import Rendering, Scaling
-from surgery_formats.adapters.peft.read import read_peft
+from surgery_formats.adapters.peft.read import WEIGHTS, read_peft
 from surgery_formats.adapters.peft.write import described, render_peft
 from surgery_formats.adapters.peft.write_config import inherited
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -33,6 +33,7 @@ class _Peft:
     title: str = "Hugging Face PEFT folder: LoRA, DoRA, (IA)^3, LoHa, LoKr, OFT, VeRA, trained tokens, soft prompts"
     needs_base: bool = False
     single_file: bool = False
+    file_stems: tuple[str, ...] = (f"{WEIGHTS}*",)
     scaling: Scaling | None = None
 
     def detect(self, path: Path) -> bool:
@@ -41,7 +42,7 @@ class _Peft:
         head = first_bytes(config, 1 << 20)
         if head is None:
             return os.path.isdir(path) and os.path.exists(config)  # a pipe of that name: the reader refuses it by name
-        return b'"peft_type"' in head or (b"fine_tune_type" not in head and b"lora_parameters" not in head)
+        return b'"peft_type"' in head or any(path.glob(f"{WEIGHTS}*"))
 
     def read(self, path: Path) -> Adapter:
         """See `read_peft`."""

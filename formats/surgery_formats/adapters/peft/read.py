@@ -33,7 +33,10 @@ from surgery_formats.files.raw import stays_inside
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, Replacement, Update
 
-__all__ = ["read_peft"]
+__all__ = ["WEIGHTS", "read_peft"]
+
+WEIGHTS = "adapter_model"
+"""What the names of its weight files begin with."""
 
 _EMBEDDINGS = frozenset(
     [
@@ -61,7 +64,7 @@ def read_peft(path: Path) -> Adapter:
         FitError: a kind or a switch that no merged weight can express.
     """
     config = parse_config(read_object(path / "adapter_config.json"), path / "adapter_config.json", switches())
-    opened = open_folder_tensors(path, ("adapter_model",))
+    opened = open_folder_tensors(path, (WEIGHTS,))
     tensors = tuple(opened.tensors.values())
     whole = Adapter(
         path=path,

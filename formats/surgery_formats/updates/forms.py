@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forms that some updates have: the answer of a kind, or of one that lacks the member, in one place."""
+
+from __future__ import annotations
+
+from surgery_formats.updates.lora import LoRA
+from surgery_formats.updates.offset import Offset
+from surgery_formats.updates.update import Directed, EitherWay, InFull, Update
+
+__all__ = ["experts_of", "in_full", "low_rank_part", "transposed"]
+
+
+def low_rank_part(update: Update) -> LoRA | None:
+    """All of an update, or what it adds before rows get their lengths, as one LoRA; None where it has no such part."""
+    return update.direction if isinstance(update, Directed) else update.low_rank()
+
+
+def in_full(update: Update) -> Offset | None:
+    """An addition of which every number is stored; None for other updates."""
+    return update.in_full() if isinstance(update, InFull) else None
+
+
+def experts_of(update: Update) -> tuple[Update, ...]:
+    """The updates that a stack is made of, in order; none for an update that is not stacked."""
+    parts = tuple(part for _, part in update.parts())
+    return () if parts[0] is update else parts
+
+
+def transposed(update: Update) -> Update | None:
+    """A stack as it is for a base that stores experts as ``(E, in, out)``; None where the file alone tells the axes."""
+    return update.transposed() if isinstance(update, EitherWay) else None

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether two updates are the same one: equal settings, and equal factors."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from surgery_formats.updates.base import Factor
+from surgery_formats.updates.update import Update
+
+__all__ = ["equal_factors", "same_update", "settings"]
+
+
+def settings(update: Update) -> dict[str, Any]:
+    """Everything but the trained numbers: scales, sizes, switches, and the shapes of factors."""
+    values = {field.name: getattr(update, field.name) for field in fields(update)}  # type: ignore[arg-type]
+    facts = {
+        n: v.shape if isinstance(v, Factor) else v for n, v in values.items() if isinstance(v, Factor) or _plain(v)
+    }
+    return {"kind": update.kind, **facts}
+
+
+def _plain(value: object) -> bool:
+    """Whether it is made of numbers and words alone, so that nothing of it is stored in tensors."""
+    if is_dataclass(value):
+        return all(_plain(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def same_update(update: Update, other: Update) -> bool:
+    """Whether both do the same to every weight, as their settings and the values of their factors show."""
+    if type(update) is not type(other) or settings(update) != settings(other):
+        return False
+    mine, theirs = update.factors(), other.factors()
+    whole = (update.shape, update.scale, mine.keys()) == (other.shape, other.scale, theirs.keys())
+    return whole and all(equal_factors(mine[name], theirs[name]) for name in mine)
+
+
+def equal_factors(factor: Factor, other: Factor) -> bool:
+    """Whether two factors have the same shape and values."""
+    import torch
+
+    exact = torch.float64
+    return factor.shape == other.shape and torch.equal(factor.load(exact), other.load(exact))

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of the house that no linter knows, as ``tools/house.py`` counts them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.house import kind_tests, read_modules
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_only_updates_and_formats_test_for_a_kind_of_update() -> None:
+    tests = kind_tests(read_modules(ROOT))
+    assert {name: count for name, count in tests.items() if ".adapters." not in name} == {}
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "isinstance(update, LoRA)",
+        "isinstance(update, int | LoRA)",
+        "type(update) is LoRA",
+        "update.kind == 'LoRA'",
+        "update.kind == LoRA.kind",
+        "update.kind in ('LoRA', 'DoRA')",
+        "[u for u in chain if isinstance(u, (str, LoRA))]",
+    ],
+)
+def test_a_test_for_a_kind_is_counted(test: str, tmp_path: Path) -> None:
+    updates = "class LoRA:\n    kind: ClassVar[str] = 'LoRA'\n"
+    for name, text in {"formats/surgery_formats/updates/lora.py": updates, "surgery/one.py": f"x = {test}\n"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert kind_tests(read_modules(tmp_path)) == {"surgery.one": 1}
