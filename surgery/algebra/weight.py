@@ -36,13 +36,8 @@ def combine_weight(
 ) -> CombinedUpdate:
     """The combination of one weight.
 
-    Args:
-        key: As `group` made it; names the weight where random numbers are drawn for it.
-        contributions: To this weight.
-        terms: All adapters, for messages.
-        recipe: How.
-        solutions: Of the whole combination.
-        base: If one was given: with it, and a rank, every change is a delta like others.
+    `key`, as `group` made it, names the weight where random numbers are drawn for it. With a base and a rank, every
+    change is a delta like others.
 
     Raises:
         FitError: what the result is depends on the base, or shapes differ.
@@ -58,9 +53,9 @@ def combine_weight(
         return replace(combined, updates=(carried[0].update, *combined.updates))
     name = f"{key[0]}:{key[1]}"
     low_rank = [share for share in contributions if share.update.low_rank()]
-    stacks = [share for share in contributions if share.experts]
+    stacks = [share for share in contributions if share.stack]
     full = [share for share in contributions if in_full(share.update)]
-    others = [s for s in contributions if not (s.update.low_rank() or s.experts or in_full(s.update))]
+    others = [s for s in contributions if not (s.update.low_rank() or s.stack or in_full(s.update))]
     if others:
         changes = others + low_rank
         same_shape = len({share.update.shape for share in changes}) == 1
