@@ -27,14 +27,7 @@ from surgery_formats.linalg.rank_criteria import allocate
 from surgery_formats.models.families.family import role_of
 from surgery_formats.text import closest, show
 
-__all__ = [
-    "TABLE_RANKS",
-    "RankGoal",
-    "magnitude_count",
-    "rank_goal",
-    "rank_table",
-    "ranks_of",
-]
+__all__ = ["TABLE_RANKS", "RankGoal", "magnitude_count", "rank_goal", "rank_table", "ranks_of"]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get

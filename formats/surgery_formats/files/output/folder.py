@@ -39,15 +39,7 @@ from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.raw import File
 from surgery_formats.text import listing, show
 
-__all__ = [
-    "FileRecord",
-    "OutputFile",
-    "OutputFolder",
-    "Verify",
-    "check_disk",
-    "output_folder",
-    "verify_folder",
-]
+__all__ = ["FileRecord", "OutputFile", "OutputFolder", "Verify", "check_disk", "output_folder", "verify_folder"]
 
 Verify = Callable[[Path, FileRecord], bool]
 
