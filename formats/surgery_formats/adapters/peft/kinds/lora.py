@@ -18,6 +18,7 @@ from surgery_formats.adapters.peft.parameters import (
     parameter_lora,
     put_parameters,
     targeted_parameters,
+    todays_order,
 )
 from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
 from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
@@ -215,7 +216,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
             if len({expert.rank for expert in update.experts}) > 1:
                 file.drop(site, update, "its experts have several ranks")
             else:
-                stacks.append(StackedParameter(site, update, update))
+                stacks.append(StackedParameter(site, update, todays_order(file, site, update)))
         elif isinstance(update, Stacked):
             _put_experts(file, site, update)
         elif isinstance(update, Offset):
