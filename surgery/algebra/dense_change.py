@@ -67,16 +67,7 @@ def combine_changes(
 ) -> CombinedUpdate | None:
     """The changes of one weight as one LoRA, the best of its rank; of a bias as one offset.
 
-    Args:
-        name: Of the weight.
-        site: Where.
-        contributions: All of one shape.
-        base: Their base.
-        recipe: It gives a rank, or how to find one.
-        solutions: Of the whole combination.
-
-    Returns:
-        None if a change depends on the base, and there is none or it holds the weight in pieces.
+    None if a change depends on the base, and there is none or it holds the weight in pieces.
     """
     updates = [share.update for share in contributions]
     weight = None

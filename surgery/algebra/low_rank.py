@@ -66,15 +66,7 @@ def solved_lora(
 def computed_lora(
     name: str, target: DeltaTarget, rank: int, solved: Callable[[], Solved], sources: Sequence[Update]
 ) -> LoRA:
-    """A LoRA of scale 1 whose factors are solved for when they are read.
-
-    Args:
-        name: For its tensors; no two of an adapter may have one name.
-        target: The delta.
-        rank: Its rank.
-        solved: Returns its factors.
-        sources: What it is made of.
-    """
+    """A LoRA of scale 1 whose factors are `solved` for when they are read; no two of an adapter may have one name."""
     out, inputs = target.shape
     tensors, dtype = [tensor for source in sources for tensor in source.tensors], stored_type(sources)
     A = computed(f"{name}.A", (rank, inputs), tensors, lambda: solved().A, dtype)

@@ -59,13 +59,7 @@ def _rows(name: str, factor: Factor, start: int, stop: int) -> Factor:
 
 
 def join_rows(chains: Sequence[tuple[Update, ...] | None], heights: Sequence[int], site: Site, file: Path) -> Update:
-    """The updates of parts, of which there may be none, as one of the whole weight `site`.
-
-    Args:
-        chains: By part.
-        heights: Rows of every part.
-        site: The whole.
-        file: The adapter's.
+    """The updates of parts, of which there may be none, as one of the whole weight `site`; `heights` are rows of parts.
 
     Raises:
         FitError: the parts are changed in different ways, or in one that cannot be joined.

@@ -49,13 +49,7 @@ class LayoutChange:
 
 
 def change_layout(adapter: Adapter, layout: str, target: Format, base: Checkpoint | None) -> LayoutChange:
-    """`adapter` with every projection split or fused.
-
-    Args:
-        adapter: As read.
-        layout: As it is to be.
-        target: Format it will be written in.
-        base: Of either layout, where heights are asked of it.
+    """`adapter` with every projection split or fused; `base`, of either layout, tells heights that nothing else does.
 
     Raises:
         FitError: nothing to split or fuse, a height that nothing tells, or an update that has no rows to cut.

@@ -276,12 +276,9 @@ def stacked(terms: Sequence[LoRA]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rank_for(recipe: Recipe, spectrum: torch.Tensor, full_rank: int) -> int:
-    """The least rank, at least 1, that keeps what `recipe` asks for.
+    """The least rank, at least 1, that keeps what `recipe` asks for; at `full_rank` nothing is lost.
 
-    Args:
-        recipe: Rank, energy and greatest error; all that are given hold, the rank being the upper limit.
-        spectrum: Singular values, descending.
-        full_rank: Where nothing is lost.
+    Rank, energy and greatest error all hold if given, the rank being the upper limit.
     """
     allowed = []
     if recipe.energy is not None:

@@ -38,19 +38,11 @@ def merge_deltas(
     name: str,
     owners: Sequence[int],
 ) -> torch.Tensor:
-    """One weight's deltas merged by `method`.
+    """One weight's deltas merged by `method`, one of `DENSE_METHODS`, in float64.
 
-    Args:
-        deltas: Each gives a fresh float64 tensor of one common shape; called once, one after the other.
-        weights: One per delta.
-        method: One of `DENSE_METHODS`.
-        density: Share of the values that is kept, in (0, 1].
-        seed: Of the random drops.
-        name: Of the weight: the drops of two weights are independent, and do not depend on the order of work.
-        owners: Number of each delta's adapter, for the same reason.
-
-    Returns:
-        The merged delta, float64.
+    Each of `deltas` gives a fresh float64 tensor of one common shape, and is called once, one after the other.
+    `density` is the share of the values that is kept, in (0, 1]. Random drops depend on `seed`, the weight's name and
+    the number of each delta's adapter, not on the order of work.
     """
     scaled: list[torch.Tensor] = []
     for make, weight, owner in zip(deltas, weights, owners, strict=True):

@@ -36,13 +36,8 @@ def combine_weight(
 ) -> CombinedUpdate:
     """The combination of one weight.
 
-    Args:
-        key: As `group` made it; names the weight where random numbers are drawn for it.
-        contributions: To this weight.
-        terms: All adapters, for messages.
-        recipe: How.
-        solutions: Of the whole combination.
-        base: If one was given: with it, and a rank, every change is a delta like others.
+    `key`, as `group` made it, names the weight where random numbers are drawn for it. With a base and a rank, every
+    change is a delta like others.
 
     Raises:
         FitError: what the result is depends on the base, or shapes differ.

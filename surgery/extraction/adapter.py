@@ -24,7 +24,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import read_rows
-from surgery_formats.tensors.computed import ComputedTensor, computed
+from surgery_formats.tensors.computed import computed
 from surgery_formats.tensors.tensor import StoredTensor, all_finite
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, TokenRows, Update
 from surgery_formats.updates.replacement import Held
@@ -108,35 +108,26 @@ def _low_rank(factors: TargetFactors, settings: FactorSettings) -> Update:
     if slot is None:
         return loras[0]
     # In float32 whatever the factors are: an error in it is one of the whole row, not of the change alone.
-    magnitude = _computed(f"{target.path}.magnitude", DType.F32, (slot.shape[1],), target, 0, slot.read)
+    sources = _sources(target.deltas[0])
+    magnitude = computed(f"{target.path}.magnitude", (slot.shape[1],), sources, slot.read, DType.F32)
     return DoRA(loras[0], Factor.of(magnitude), per_row=target.form != "embedding")
 
 
 def _lora(factors: TargetFactors, index: int, settings: FactorSettings) -> LoRA:
     """The factors of one matrix of a target."""
     target, rank = factors.target, settings.ranks[factors.target.path]
-    rows, cols = target.deltas[index].shape
+    rows, cols = target.deltas[index].logical_shape
     fold = fold_of(settings.scaling, rank)
 
     def side(number: int) -> Callable[[], torch.Tensor]:
         return lambda: _rounded(factors.factors(index, rank, fold)[number], settings.dtype, target)
 
+    dtype, sources = settings.dtype, _sources(target.deltas[index])
     inputs = target.shape[1:] if target.form == "conv" else (cols,)
-    B = _computed(f"{target.path}.{index}.B", settings.dtype, (rows, rank), target, index, side(0))
-    A = _computed(f"{target.path}.{index}.A", settings.dtype, (rank, *inputs), target, index, side(1))
+    B = computed(f"{target.path}.{index}.B", (rows, rank), sources, side(0), dtype)
+    A = computed(f"{target.path}.{index}.A", (rank, *inputs), sources, side(1), dtype)
     factor = Factor((A,), (rank, cols))
     return LoRA(factor, Factor.of(B), settings.scaling.scale(rank), settings.scaling.alpha_of(rank))
-
-
-def _computed(
-    name: str,
-    dtype: DType,
-    shape: tuple[int, ...],
-    target: LowRankTarget,
-    index: int,
-    read: Callable[[], torch.Tensor],
-) -> ComputedTensor:
-    return computed(name, shape, _sources(target.deltas[index]), read, dtype)
 
 
 def _rounded(factor: torch.Tensor, dtype: DType, target: LowRankTarget) -> torch.Tensor:
@@ -161,7 +152,11 @@ def _dense(dense: DenseTensor) -> Update:
     weight = dense.weight
     if dense.via == "token rows":
         shape = (len(dense.rows), *weight.sizes[1:])
-        rows = computed(f"{dense.path}.rows", shape, weight.sources, lambda: _some_rows(dense), weight.dtype)
+
+        def load() -> torch.Tensor:
+            return torch.cat([read_rows(weight, row, row + 1) for row in dense.rows])
+
+        rows = computed(f"{dense.path}.rows", shape, weight.sources, load, weight.dtype)
         return TokenRows(Factor.of(rows), dense.rows)
     tensor = weight.elements
     if tensor is None or dense.shift is not None:
@@ -173,7 +168,3 @@ def shifted(dense: DenseTensor) -> torch.Tensor:
     """TUNED's values, plus the shift where there is one, rounded once to the stored type."""
     values = read_rows(dense.weight)
     return values if dense.shift is None else (values.double() + dense.shift().double()).to(values.dtype)
-
-
-def _some_rows(dense: DenseTensor) -> torch.Tensor:
-    return torch.cat([read_rows(dense.weight, row, row + 1) for row in dense.rows])

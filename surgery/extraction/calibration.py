@@ -165,7 +165,7 @@ def check_modules(
             )
     for target in targets:
         for part, tensor in (calibration.of(target) or {}).items():
-            size = target.deltas[0].shape[1]
+            size = target.deltas[0].logical_shape[1]
             shapes = {
                 "activations": (tensor.shape[0] if tensor.shape else 0, size),
                 "gram": (size, size),

@@ -225,7 +225,7 @@ class _StoredRows:
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
-        return self.strip.last - self.strip.first, self.strip.tuned.shape[1]
+        return self.strip.height, self.strip.tuned.shape[1]
 
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of both matrices, in the narrowest type that holds both."""

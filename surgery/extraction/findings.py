@@ -7,9 +7,11 @@ Only records of figures; importing them does not import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from surgery.reports.to_json import plain
 
 __all__ = ["KINDS", "CalibrationFacts", "CalibrationTotals", "Kind", "KindFacts", "MergedLoRA", "Signal", "six_digits"]
 
@@ -44,14 +46,15 @@ class KindFacts:
     def as_json(self) -> dict[str, Any]:
         """The finding as plain values, for ``--json`` and the manifest."""
         figures = {
+            "chosen": self.kind,
+            "why": self.why,
             "lora": self.lora,
             "lora_of_equal_size_at_least": self.equal,
             "dora": self.dora,
             "row_scale_share": self.rows,
             "dora_rounding_in_peft": self.rounding,
         }
-        shown = {name: None if math.isnan(value) else six_digits(value) for name, value in figures.items()}
-        return {"chosen": self.kind, "why": self.why, **shown}
+        return six_digits(figures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +83,8 @@ class CalibrationFacts:
 
     def as_json(self) -> dict[str, Any]:
         """The finding as plain values, for ``--json`` and the manifest."""
-        return {
-            "kept": self.kept,
-            "weighted": six_digits(self.weighted),
-            "plain": six_digits(self.plain),
-            "bias": self.bias or None,
-        }
+        errors = {"weighted": self.weighted, "plain": self.plain}
+        return six_digits({"kept": self.kept, **errors, "bias": self.bias or None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +135,13 @@ class CalibrationTotals:
     def as_json(self) -> dict[str, Any]:
         """The finding as plain values, for ``--json`` and the manifest."""
         counts = {"modules": self.modules, "weighted": self.weighted, "biases": self.biases}
-        return {**counts, "output_error": six_digits(self.error), "output_error_plain": six_digits(self.plain)}
+        return six_digits({**counts, "output_error": self.error, "output_error_plain": self.plain})
 
 
-def six_digits(value: float) -> float:
-    """`value` with six significant digits."""
-    return float(f"{value:.6g}")
+def six_digits(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """`figures` as JSON knows them, with six significant digits, so that equal inputs give equal bytes."""
+    rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in figures.items()}
+    return {name: plain(value) for name, value in rounded.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,14 +169,8 @@ class Signal:
 
     def as_json(self) -> dict[str, Any]:
         """The finding as plain values, for ``--json`` and the manifest."""
-        survival = None if math.isnan(self.survival) else six_digits(self.survival)
-        return {
-            "noise_edge": six_digits(self.edge),
-            "signal": self.count,
-            "directions": self.of,
-            "signal_complete": self.complete,
-            "survival": survival,
-        }
+        counts = {"signal": self.count, "directions": self.of, "signal_complete": self.complete}
+        return six_digits({"noise_edge": self.edge, **counts, "survival": self.survival})
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ def spectra(factors: TargetFactors, noise: float) -> list[Spectrum]:
     """The spectrum of every matrix of a target; `noise` is the expected energy of rounding in all of it."""
     share = noise / len(factors.matrices)
     return [
-        Spectrum(matrix.values, delta.shape, matrix.total, matrix.rest, matrix.edge, share, matrix.signal)
+        Spectrum(matrix.values, delta.logical_shape, matrix.total, matrix.rest, matrix.edge, share, matrix.signal)
         for delta, matrix in zip(factors.target.deltas, factors.matrices, strict=True)
     ]
 
@@ -194,9 +194,8 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tenso
         rows_side, cols_side = (right.T, left.T) if delta.transposed else (left, right)
         at = 0
         for strip in delta.strips:
-            height = strip.last - strip.first
             share = len(factors.target.deltas) * len(delta.strips)
-            runs = list(sample_runs(height, delta.stored_shape[1], share))
+            runs = list(sample_runs(strip.height, delta.shape[1], share))
             rows = [(at + start, at + stop) for start, stop in runs]
             change = at_rows(rows_side, rows) @ cols_side
             base = read_runs(strip.base, strip.first, runs)
@@ -205,7 +204,7 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tenso
                 change = scale * change + (scale - 1) * base
             if strip.base.elements is not None:
                 yield survival(base, change, strip.base.dtype)
-            at += height
+            at += strip.height
 
 
 def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:

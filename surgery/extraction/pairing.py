@@ -17,7 +17,7 @@ import torch
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.storage.base import Storage, read_values
+from surgery_formats.storage.base import Storage, read_block, read_values
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import matrix_of
@@ -27,11 +27,12 @@ __all__ = [
     "BLOCK_ELEMENTS",
     "Delta",
     "Pair",
-    "StoredDelta",
     "Strip",
+    "check_finite",
     "differing_settings",
     "flattened",
     "nbytes_of",
+    "not_finite",
     "pair_up",
     "path_of",
     "with_columns",
@@ -264,10 +265,17 @@ class Strip:
     first: int
     last: int
 
+    @property
+    def height(self) -> int:
+        """Number of rows."""
+        return self.last - self.first
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """TUNED minus BASE as one logical matrix ``(out, in)``, stacked from strips.
+
+    Its rows are stored ones, read again at every use: a `surgery_formats.linalg.matrix.MatrixSource`.
 
     Attributes:
         strips: From top to bottom.
@@ -280,14 +288,14 @@ class Delta:
     names: tuple[str, ...] = field(default=())
 
     @property
-    def stored_shape(self) -> tuple[int, int]:
-        """``(rows of all strips, columns)``."""
-        return sum(strip.last - strip.first for strip in self.strips), self.strips[0].tuned.shape[1]
+    def shape(self) -> tuple[int, int]:
+        """Stored ``(rows of all strips, columns)``."""
+        return sum(strip.height for strip in self.strips), self.strips[0].tuned.shape[1]
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def logical_shape(self) -> tuple[int, int]:
         """Logical ``(out, in)``."""
-        rows, cols = self.stored_shape
+        rows, cols = self.shape
         return (cols, rows) if self.transposed else (rows, cols)
 
     @property
@@ -304,22 +312,16 @@ class Delta:
         """
         parts, at = [], 0
         for strip in self.strips:
-            height = strip.last - strip.first
-            low, high = max(start - at, 0), min(stop - at, height)
+            low, high = max(start - at, 0), min(stop - at, strip.height)
             if low < high:
                 parts.append(_subtract(strip, strip.first + low, strip.first + high, self.dtype))
-            at += height
+            at += strip.height
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def whole(self) -> torch.Tensor:
         """The logical matrix in one piece, read now."""
-        stored = self.rows(0, self.stored_shape[0])
+        stored = self.rows(0, self.shape[0])
         return stored.T.contiguous() if self.transposed else stored
-
-    @property
-    def stored(self) -> StoredDelta:
-        """The difference in its stored orientation."""
-        return StoredDelta(self)
 
     @property
     def numel(self) -> int:
@@ -327,35 +329,33 @@ class Delta:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredDelta:
-    """A difference in its stored orientation, read again at every use.
-
-    Implements `surgery_formats.linalg.matrix.MatrixSource`.
-    """
-
-    delta: Delta
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Stored ``(rows, columns)``."""
-        return self.delta.stored_shape
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """See `Delta.rows`."""
-        return self.delta.rows(start, stop)
-
-
 def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
     tuned = read_values(strip.tuned, start, stop, dtype)
     difference = tuned.sub_(read_values(strip.base, start, stop, dtype))
     if difference.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(difference))).all()):
-        for side in (strip.base, strip.tuned):
-            if not bool(torch.isfinite(read_values(side, start, stop, dtype)).all()):
-                raise FitError("holds NaN or Inf", file=path_of(side), tensor=side.name)
-        raise FitError(
-            "values or differences too large: their squares overflow float32",
-            file=path_of(strip.tuned),
-            tensor=strip.tuned.name,
-        )
+        raise not_finite(strip.base, strip.tuned)
     return difference
+
+
+def check_finite(side: Storage, start: int, stop: int) -> None:
+    """Check rows ``[start, stop)`` of a tensor.
+
+    Raises:
+        FitError: NaN or Inf among them.
+    """
+    step = max(1, BLOCK_ELEMENTS // max(side.shape[1], 1))
+    for at in range(start, stop, step):
+        if not bool(torch.isfinite(read_block(side, at, min(at + step, stop)).float()).all()):
+            raise FitError("holds NaN or Inf", file=path_of(side), tensor=side.name)
+
+
+def not_finite(base: Storage, tuned: Storage) -> FitError:
+    """The error for a difference that is not finite.
+
+    Raises:
+        FitError: NaN or Inf on one side, which it names.
+    """
+    for side in (base, tuned):
+        check_finite(side, 0, side.shape[0])
+    text = "values or differences too large: their squares overflow float32"
+    return FitError(text, file=path_of(tuned), tensor=tuned.name)

@@ -117,7 +117,7 @@ def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
         at = 0
         for strip, left in zip(delta.strips, matrix.left_energy, strict=True):
             parts.setdefault(strip.tuned.name, []).append(_ProvedPart(matrix, strip, at, delta.transposed, left))
-            at += strip.last - strip.first
+            at += strip.height
     return parts
 
 
@@ -141,7 +141,7 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
     for part in parts:
         left, right = (slot.read() for slot in (part.matrix.left, part.matrix.right))
         row_side, col_side = (right, left) if part.transposed else (left, right)
-        height = part.strip.last - part.strip.first
+        height = part.strip.height
         for start in sorted({0, height // 2, max(height - _PROBED, 0)}):
             last = min(start + _PROBED, height)
             rows = row_side[:, part.at + start : part.at + last].T

@@ -163,7 +163,7 @@ def ranks_of(
 
 def magnitude_count(target: LowRankTarget) -> int:
     """Number of magnitudes that a DoRA has beside the factors: one per row, or per column of an embedding."""
-    return target.deltas[0].shape[1 if target.form == "embedding" else 0]
+    return target.deltas[0].logical_shape[1 if target.form == "embedding" else 0]
 
 
 def _allotted(

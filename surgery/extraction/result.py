@@ -45,14 +45,7 @@ class RankChoice:
 
     def as_json(self) -> dict[str, Any]:
         """The choice as plain values, for ``--json`` and the manifest."""
-        residual = six_digits(self.residual)
-        return {
-            "rank": self.rank,
-            "layers": self.layers,
-            "residual": residual,
-            "parameters": self.parameters,
-            "nbytes": self.nbytes,
-        }
+        return six_digits(plain(self))
 
 
 ExtractClass = Literal[
@@ -105,29 +98,26 @@ class ExtractRow:
     why: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """The row as plain values, for ``--json`` and the manifest.
-
-        Figures are rounded, so that equal inputs give equal bytes.
-        """
+        """The row as plain values, for ``--json`` and the manifest."""
         row: dict[str, Any] = {"class": self.kind, "shape": list(self.shape)}
         if self.form:
             row |= {"form": self.form, "parameters": self.parameters, "nbytes": self.nbytes}
         if self.energy or self.kind in ("low-rank", "dense", "rows", "new rows", "dropped"):
             row |= {
-                "energy": six_digits(self.energy),
-                "energy_share": six_digits(self.share),
-                "residual": six_digits(self.residual),
-                "moved": six_digits(self.moved),
-                "rms_ulp": six_digits(self.rms_ulp),
-                "storage_noise": six_digits(self.noise),
+                "energy": self.energy,
+                "energy_share": self.share,
+                "residual": self.residual,
+                "moved": self.moved,
+                "rms_ulp": self.rms_ulp,
+                "storage_noise": self.noise,
             }
         if self.rank:
-            row |= {"rank": self.rank, "bound": six_digits(self.bound)}
+            row |= {"rank": self.rank, "bound": self.bound}
         if self.signal is not None:
             row |= self.signal.as_json()
         if self.calibration is not None:
             row["calibration"] = self.calibration.as_json()
-        return row | ({"why": self.why} if self.why else {})
+        return six_digits(row | ({"why": self.why} if self.why else {}))
 
 
 @summarised
@@ -176,25 +166,22 @@ class ExtractResult:
     @property
     def energy(self) -> float:
         """``||TUNED - BASE||_F^2`` over all tensors."""
-        return math.fsum(row.energy for row in self.rows)
+        return Layers("", self.rows).energy
 
     @property
     def residual(self) -> float:
         """``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||`` over all tensors together."""
-        left = math.fsum(row.energy * row.residual**2 for row in self.rows)
-        return math.sqrt(left / self.energy) if self.energy > 0 else 0.0
+        return Layers("", self.rows).residual
 
     @property
     def moved(self) -> float:
         """Share of all compared values that differ from BASE."""
-        sizes = [(math.prod(row.shape), row) for row in self.rows if row.kind not in ("alias", "derivable")]
-        return sum(size * row.moved for size, row in sizes) / max(sum(size for size, _ in sizes), 1)
+        return Layers("", tuple(row for row in self.rows if row.kind not in ("alias", "derivable"))).moved
 
     @property
     def noise(self) -> float:
         """Storage rounding expected in the whole change, relative to its norm."""
-        rounding = math.fsum(row.energy * row.noise**2 for row in self.rows)
-        return math.sqrt(rounding / self.energy) if self.energy > 0 else 0.0
+        return Layers("", self.rows).noise
 
     @property
     def lost(self) -> float:
@@ -233,7 +220,7 @@ class ExtractResult:
 
     def as_manifest(self) -> dict[str, Any]:
         """The record in the manifest: the same for the same inputs and options, without paths and times."""
-        return {
+        facts = {
             "verb": "extract-lora",
             "format": self.format,
             "base": self.base_id,
@@ -241,19 +228,20 @@ class ExtractResult:
             "kind": None if self.kind is None else self.kind.as_json(),
             "calibration": None if self.calibration is None else self.calibration.as_json(),
             "classes": dict(self.classes),
-            "residual": six_digits(self.residual),
-            "energy": six_digits(self.energy),
-            "lost": six_digits(self.lost),
-            "moved": six_digits(self.moved),
-            "storage_noise": six_digits(self.noise),
-            "survival": None if math.isnan(self.survival) else six_digits(self.survival),
+            "residual": self.residual,
+            "energy": self.energy,
+            "lost": self.lost,
+            "moved": self.moved,
+            "storage_noise": self.noise,
+            "survival": self.survival,
             "looks_like": None if self.merged is None else {"kind": "merged LoRA", **plain(self.merged)},
             "parameters": self.parameters,
             "adapter_nbytes": self.adapter_nbytes,
             "tuned_nbytes": self.tuned_nbytes,
             "tensors": {row.name: row.as_json() for row in self.rows},
             "warnings": list(self.warnings),
-        } | ({"table": [choice.as_json() for choice in self.table]} if self.table else {})
+        }
+        return six_digits(facts | ({"table": [choice.as_json() for choice in self.table]} if self.table else {}))
 
     def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
         """The whole in figures, then like-named layers in one row, or each by itself if `verbose`.

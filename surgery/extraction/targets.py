@@ -77,12 +77,12 @@ class LowRankTarget:
     @property
     def cost(self) -> int:
         """Numbers that one rank costs: ``(out + in)`` times the number of experts."""
-        return sum(self.deltas[0].shape) * len(self.deltas)
+        return sum(self.deltas[0].logical_shape) * len(self.deltas)
 
     @property
     def largest_rank(self) -> int:
         """Rank at which factors hold the whole change."""
-        return min(self.deltas[0].shape)
+        return min(self.deltas[0].logical_shape)
 
 
 def tuned_parameters(pairs: Iterable[Pair], base: Component) -> tuple[TunedParameter, ...]:
@@ -177,7 +177,7 @@ def _single(parameter: TunedParameter, base: Component) -> LowRankTarget:
     pair = parameter.pair
     turned = len(pair.tuned.sizes) == 2 and base.family.stores_transposed(pair.name)
     delta = Delta((_strip(pair),), turned, (pair.name,))
-    shape = delta.shape if len(pair.tuned.sizes) == 2 else pair.tuned.sizes
+    shape = delta.logical_shape if len(pair.tuned.sizes) == 2 else pair.tuned.sizes
     return LowRankTarget(parameter.path, parameter.form, (delta,), shape, (pair.name,))
 
 
@@ -220,4 +220,4 @@ def _gathered(path: str, parts: Mapping[tuple[int, int], TunedParameter], width:
         pairs = [parts[number, position].pair for position in range(width)]
         deltas.append(Delta(tuple(_strip(pair) for pair in pairs), names=tuple(pair.name for pair in pairs)))
     names = tuple(name for delta in deltas for name in delta.names)
-    return LowRankTarget(path, "experts", tuple(deltas), deltas[0].shape, names)
+    return LowRankTarget(path, "experts", tuple(deltas), deltas[0].logical_shape, names)

@@ -51,17 +51,9 @@ def attend(
     mask: Mask,
     past: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """``softmax(scale q k^T + mask) v``, projected.
+    """``softmax(scale q k^T + mask) v``, projected, ``(B, S, D)``; and keys and values of all tokens so far.
 
-    Args:
-        values: ``(B, S, D)``.
-        attention: The recipe's attention.
-        load: Loads its weights.
-        mask: Visible keys.
-        past: Rotated keys, and values, ``(B, kv_heads, P, head_dim)``; or None.
-
-    Returns:
-        ``(B, S, D)``, and keys and values ``(B, kv_heads, P + S, head_dim)``.
+    `past` are rotated keys, and values, of earlier tokens, ``(B, kv_heads, P, head_dim)``.
     """
     batch, count = values.shape[:2]
     q, k, v = _heads(values, attention, load)

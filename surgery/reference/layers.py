@@ -34,17 +34,9 @@ def run_layer(
     mask: Mask,
     past: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Compute one layer.
+    """One layer of `values`, ``(B, S, D)``, and keys and values of all tokens so far.
 
-    Args:
-        values: ``(B, S, D)``.
-        layer: The recipe's layer.
-        load: Loads its weights.
-        mask: Visible keys, and positions.
-        past: Keys and values ``(B, kv_heads, P, head_dim)`` of earlier tokens, or None.
-
-    Returns:
-        ``(B, S, D)``, and keys and values of all tokens so far.
+    `past` are those of earlier tokens, ``(B, kv_heads, P, head_dim)``.
     """
     first, second = layer.attention_branch, layer.mlp_branch
     normed = normalise(values, first.before, load)

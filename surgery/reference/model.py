@@ -240,10 +240,8 @@ def prompt_cache(reference: Reference, embeddings: torch.Tensor) -> Cache:
 def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
     """Trained keys and values (prefix tuning, arXiv:2101.00190), for one row.
 
-    Args:
-        reference: The model.
-        flat: ``(n, layers * 2 * kv_heads * head_dim)``: for every token the key and the value of each layer in turn.
-            Keys are used as they are, without rotation.
+    `flat`, ``(n, layers * 2 * kv_heads * head_dim)``, has for every token the key and the value of each layer in turn.
+    Keys are used as they are, without rotation.
 
     Raises:
         FitError: the width is not that of the model.

@@ -15,14 +15,9 @@ __all__ = ["angles", "frequencies", "rotate"]
 
 
 def frequencies(rope: Rope, length: int) -> tuple[torch.Tensor, float]:
-    """Radians per position of each rotated pair, and the factor on cosine and sine.
+    """Radians per position of each rotated pair, and the factor on cosine and sine, 1.0 unless the kind scales.
 
-    Args:
-        rope: The rotary parameters.
-        length: Longest sequence of the call, on which ``dynamic`` and ``longrope`` depend.
-
-    Returns:
-        ``(dims / 2,)`` in float64, and the factor, 1.0 unless the kind scales.
+    ``dynamic`` and ``longrope`` depend on `length`, that of the longest sequence of the call.
     """
     parameters = rope.parameters
     kind, theta = parameters["rope_type"], float(parameters["rope_theta"])

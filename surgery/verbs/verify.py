@@ -265,8 +265,7 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
 
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:
-    from surgery.verification.onnx import compare_decoder, compare_encoder, compare_slots
-    from surgery.verification.prompts import compare_prompt
+    from surgery.verification.onnx import compare_decoder, compare_encoder, compare_prompt, compare_slots
     from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
     from surgery.verification.slots import random_slots
 

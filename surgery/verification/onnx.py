@@ -5,16 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from surgery.onnx.graph.contract import Contract
-from surgery.reference import Cache, Reference, forward
+from surgery.reference import Cache, Reference, forward, prompt_cache
 from surgery.verification.session import Arrays, Session
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import FitError, ProofError
 
-__all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_slots"]
+__all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_prompt", "compare_slots"]
 
 _PROMPT, _STEPS = 13, 8
 _SEED = 20
@@ -65,10 +68,7 @@ def _sides(contract: Contract) -> tuple[str, ...]:
 def compare_decoder(session: Session, reference: Reference, default: Cache | None = None) -> Iterator[LogitDifference]:
     """Compare prefill and decode steps with greedy tokens, of one row, and of batches padded on every permitted side.
 
-    Args:
-        session: The graph.
-        reference: The model.
-        default: The graph's own past (a soft prompt), for one row.
+    `default` is the graph's own past (a soft prompt), for one row.
     """
     contract = session.contract
     steps = _steps(contract)
@@ -172,10 +172,7 @@ def compare_encoder(
 ) -> Iterator[LogitDifference]:
     """Compare a batch without padding and batches padded on every permitted side, with token types if supported.
 
-    Args:
-        session: The graph.
-        reference: The model.
-        front: Embeddings ``(n, D)`` of a soft prompt, which the graph puts before every row and omits from its output.
+    `front` is a soft prompt ``(n, D)``, which the graph puts before every row and omits from its output.
     """
     ids, lengths = _prompts(reference, session.contract, 3, 0)
     embedding = reference.model.embedding
@@ -212,3 +209,33 @@ def _measured(name: str, computed: Ids, expected: Ids, wrong: int = 0) -> LogitD
         return LogitDifference(f"{name}: shape {computed.shape} instead of {expected.shape}", float("inf"), 0.0, wrong)
     difference = np.abs(computed.astype(np.float64) - expected)
     return LogitDifference(name, float(difference.max(initial=0)), float(np.abs(expected).max(initial=0)), wrong)
+
+
+def compare_prompt(
+    graph: Path, adapter: Adapter, reference: Reference, past: Cache | None, front: torch.Tensor | None
+) -> LogitDifference:
+    """Compare the graph's default past, or its embeddings in front of an encoder, with the soft prompt of `adapter`.
+
+    Raises:
+        FitError: the graph has no soft prompt.
+        ProofError: the number of virtual tokens differs.
+    """
+    prompt = adapter.prompt
+    assert prompt is not None
+    if past is None and front is None:
+        raise FitError("the graph has no soft prompt to compare with", file=graph)
+    if past is not None:
+        computed = [part for layer in past.layers for part in layer]
+        if prompt.prefix is None:
+            expected = [part for layer in prompt_cache(reference, prompt.embeddings().float()).layers for part in layer]
+        else:
+            pairs = [prompt.key_values(layer) for layer in range(prompt.prefix.layers)]
+            expected = [part.float()[None] for pair in pairs for part in pair]
+    else:
+        assert front is not None
+        computed, expected = [front], [prompt.embeddings().float()]
+    if [part.shape for part in computed] != [part.shape for part in expected]:
+        raise ProofError(f"the graph's soft prompt and that of {adapter.path.name} differ in size", file=graph)
+    pairs_of_parts = list(zip(computed, expected, strict=True))
+    difference = max(float((a.double() - b.double()).abs().max()) for a, b in pairs_of_parts)
+    return LogitDifference("soft prompt", difference, max(float(b.abs().max()) for _, b in pairs_of_parts))

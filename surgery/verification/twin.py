@@ -20,11 +20,7 @@ _Q_NORM, _K_NORM = 14, 15  # inputs of GroupQueryAttention that only CUDA suppor
 
 
 def float32_twin(graph: onnx.ModelProto, head_dim: int) -> onnx.ModelProto:
-    """Convert `graph` so that every 16-bit value is float32.
-
-    Args:
-        graph: The graph; not modified.
-        head_dim: Values per head, for norms inside a CUDA operator.
+    """A copy of `graph` in which every 16-bit value is float32; norms inside a CUDA operator need `head_dim`.
 
     Raises:
         MalformedError: an operator lacks a required part.

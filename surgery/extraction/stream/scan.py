@@ -18,12 +18,12 @@ from functools import partial
 import torch
 
 from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
-from surgery.extraction.pairing import Delta, Pair, flattened, nbytes_of, pair_up, with_columns
+from surgery.extraction.pairing import Delta, Pair, check_finite, flattened, nbytes_of, pair_up, with_columns
 from surgery.extraction.storage_plan import MOST_ROWS
 from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, Feed, RowPair
 from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
 from surgery.extraction.stream.scratch import ScratchFile
-from surgery.extraction.stream.tally import PairMeasure, Tally, check_finite
+from surgery.extraction.stream.tally import PairMeasure, Tally
 from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, tuned_parameters
 from surgery.progress import Callback, Progress
 from surgery_formats.dtypes import DType
@@ -213,7 +213,7 @@ class _Work:
     ) -> FactorisedMatrix | None:
         """Factorise one matrix; None if it is its target's only one and did not change."""
         held = delta.numel <= HELD[lane.device.type]
-        whole = lane.space(*delta.stored_shape, delta.dtype) if held else None
+        whole = lane.space(*delta.shape, delta.dtype) if held else None
         noise, moved, at = NoiseTally(), False, 0
         energies: list[float] = []
         for strip in delta.strips:
@@ -226,17 +226,15 @@ class _Work:
                 at += count
             energy, differs = tally.news()
             energies, moved = [*energies, energy], moved or differs
-        self.meter.add(
-            sum(nbytes_of(strip.tuned) // strip.tuned.shape[0] * (strip.last - strip.first) for strip in delta.strips)
-        )
+        self.meter.add(sum(nbytes_of(strip.tuned) // strip.tuned.shape[0] * strip.height for strip in delta.strips))
         if not moved and len(target.deltas) == 1:
             return None
         criterion = self.criterion_of(target)
         return factorise(
-            delta.stored if whole is None else whole,
+            delta if whole is None else whole,
             criterion,
             criterion.limit(target.cost),
-            [strip.last - strip.first for strip in delta.strips],
+            [strip.height for strip in delta.strips],
             self.scratch,
             lane.device,
             energies=energies,

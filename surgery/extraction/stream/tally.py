@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.extraction.pairing import path_of
-from surgery_formats.errors import FitError
+from surgery.extraction.pairing import not_finite
 from surgery_formats.linalg.noise import MANTISSA, NoiseTally
-from surgery_formats.storage.base import Storage, read_block
+from surgery_formats.storage.base import Storage
 
-__all__ = ["PairMeasure", "Tally", "check_finite"]
+__all__ = ["PairMeasure", "Tally"]
 
 _SAMPLE = 8  # of a large tensor one row of eight is looked at for the median spacing
 _LARGE = 1 << 19  # elements
@@ -114,7 +113,7 @@ class Tally:
 
     def _equal(self, new: torch.Tensor, zeros: torch.Tensor) -> None:
         if new.numel() and not math.isfinite(float(zeros.sum())):
-            self._refuse()
+            raise not_finite(*self._sides)
         if self._limit:
             self._hit.append(torch.zeros(len(new), dtype=torch.bool))
 
@@ -129,7 +128,7 @@ class Tally:
             return 0.0, False
         energy, moved, _ = torch.stack(fresh).sum(0).tolist()
         if not math.isfinite(energy):
-            self._refuse()
+            raise not_finite(*self._sides)
         return energy, moved > 0
 
     def result(self) -> PairMeasure:
@@ -142,7 +141,7 @@ class Tally:
             return PairMeasure(False, numel=self._numel)
         energy, moved, noise = torch.stack(self._sums).sum(0).tolist()
         if not (math.isfinite(energy) and math.isfinite(noise)):  # squares of values beyond 1e19
-            self._refuse()
+            raise not_finite(*self._sides)
         named: tuple[int, ...] = ()
         if self._limit:
             numbers = torch.nonzero(torch.cat(self._hit).cpu()).flatten()
@@ -156,27 +155,6 @@ class Tally:
         middle = int((counts.cumsum(0) * 2 < counts.sum()).sum())
         bias = 127 if len(counts) == 256 else 1023
         return math.ldexp(1.0, middle - bias - MANTISSA[self._dtype][0]) if int(counts.sum()) else 0.0
-
-    def _refuse(self) -> None:
-        """Raise an error that names the side with NaN or Inf."""
-        for side in self._sides:
-            check_finite(side, 0, side.shape[0])
-        tuned = self._sides[1]
-        raise FitError(
-            "values or differences too large: their squares overflow float32", file=path_of(tuned), tensor=tuned.name
-        )
-
-
-def check_finite(side: Storage, start: int, stop: int) -> None:
-    """Check rows ``[start, stop)`` of a tensor.
-
-    Raises:
-        FitError: NaN or Inf among them.
-    """
-    step = max(1, _LARGE // max(side.shape[1], 1))
-    for at in range(start, stop, step):
-        if not bool(torch.isfinite(read_block(side, at, min(at + step, stop)).float()).all()):
-            raise FitError("holds NaN or Inf", file=path_of(side), tensor=side.name)
 
 
 _FRACTION = {4: 23, 8: 52}

@@ -116,10 +116,7 @@ class Assembly:
         return (*names, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
 
     def files(self, location: WeightLocation) -> tuple[dict[str, bytes], GraphSet, dict[str, onnx.ModelProto]]:
-        """Create all small files; the graphs are not yet serialised.
-
-        Args:
-            location: Where the weights lie now.
+        """Create all small files; the graphs are not yet serialised. `location` is where the weights lie now.
 
         Raises:
             FitError, ProofError: see `computed_past` and `write_adapter_file`.

@@ -42,15 +42,7 @@ _TYPES = frozenset(
 def genai_config(
     config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int, graph: str
 ) -> bytes:
-    """Create the file for a decoder's graph.
-
-    Args:
-        config: config.json.
-        generation: generation_config.json, or empty; its token ids take precedence.
-        contract: The graph's contract.
-        heads: Number of query heads.
-        graph: File name of the graph.
-    """
+    """Create the file for a decoder's graph; token ids of generation_config.json, if there is one, take precedence."""
     kind = config.get("model_type")
     decoder = {
         "session_options": _session(contract),

@@ -92,13 +92,7 @@ class ExportOutcome:
 
 
 def choose_mode(requested: str, output: Path, home: Path, weights: Sequence[File]) -> Mode:
-    """Choose how weights get to `output`.
-
-    Args:
-        requested: One of `MODES`.
-        output: Output folder.
-        home: Folder of the weights.
-        weights: The weight files.
+    """Choose how weights get from `home` to `output`.
 
     Raises:
         FitError: the requested mode is not possible.

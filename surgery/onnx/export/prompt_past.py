@@ -140,14 +140,9 @@ class WeightLocation:
 def computed_past(
     prompts: Sequence[Prompt], component: Component, model: Model, options: GraphOptions, location: WeightLocation
 ) -> list[Past]:
-    """Compute keys and values, float32, of embeddings and texts.
+    """Compute keys and values, float32, of embeddings and texts; each of the two kinds has a graph of its own.
 
-    Args:
-        prompts: Prompts with embeddings or ids; each of the two kinds has a graph of its own.
-        component: The model from which the graph is built.
-        model: Its recipe.
-        options: Options of the export; overriding weights have been written already.
-        location: Where the weights lie.
+    Weights that override those of the checkpoint have been written already, to `location`.
 
     Raises:
         FitError: onnxruntime is not installed, or cannot run the graph.

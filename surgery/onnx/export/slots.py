@@ -132,13 +132,7 @@ def _refused(what: str, edit: Edit, operation: Operation, adapter: Adapter) -> F
 def slot_arrays(
     adapter: Swappable, slots: Iterable[Slot], sizes: Mapping[str, tuple[int, int]], dtype: Any
 ) -> dict[str, Array]:
-    """The arrays that fill an adapter's slots, with the scale folded into B.
-
-    Args:
-        adapter: The adapter.
-        slots: The graph's slots.
-        sizes: Rows of A and columns of B, by slot.
-        dtype: Type of the graph.
+    """The arrays that fill an adapter's slots, with the scale folded into B; `sizes` are rows of A and columns of B.
 
     Raises:
         FitError: a factor is not finite.

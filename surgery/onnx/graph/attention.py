@@ -31,16 +31,7 @@ class CacheValues:
 def cached_attention(
     ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, *, alpha: float = 1.0
 ) -> str:
-    """Attention of new tokens to past and new ones.
-
-    Args:
-        ctx: The graph under construction.
-        record: The layer's attention.
-        x: Hidden states.
-        frame: Values that all layers share.
-        cache: The layer's past and present.
-        alpha: Factor on the result.
-    """
+    """Attention of new tokens to past and new ones, times `alpha`."""
     at = module_of(module_of(record.output.weight))
     if ctx.target.attention == "gqa":
         y = _grouped(ctx, record, x, frame, cache, at)

@@ -131,10 +131,6 @@ def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "mode
 
     The file is untrusted; types and ranges of the result have been checked.
 
-    Args:
-        props: The graph's metadata.
-        file: For messages.
-
     Raises:
         MalformedError: the contract cannot be read, or one of its fields is invalid.
     """

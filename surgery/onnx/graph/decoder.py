@@ -20,15 +20,10 @@ __all__ = ["decoder"]
 
 
 def decoder(ctx: Context, model: Model, max_length: int) -> None:
-    """Build the graph.
+    """Build the graph, for at most `max_length` positions.
 
-    Inputs are ``input_ids (B, S)``, ``attention_mask (B, T)`` and past keys and values
-    ``(B, kv_heads, T - S, head_dim)``; outputs are ``logits (B, S, V)`` and the present ``(B, kv_heads, T, head_dim)``.
-
-    Args:
-        ctx: An empty graph.
-        model: The recipe.
-        max_length: Number of positions.
+    Inputs are ``input_ids (B, S)``, ``attention_mask (B, T)`` and past keys and values ``(B, kv_heads, T - S,
+    head_dim)``; outputs are ``logits (B, S, V)`` and the present ``(B, kv_heads, T, head_dim)``.
 
     Raises:
         FitError: a tensor is missing or misshapen.

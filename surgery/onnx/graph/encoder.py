@@ -24,10 +24,6 @@ def encoder(ctx: Context, model: Model) -> None:
     Inputs are ``input_ids``, ``attention_mask`` and, if the model has several token types, ``token_type_ids``, each
     ``(B, S)``; outputs are those of the head.
 
-    Args:
-        ctx: An empty graph.
-        model: The recipe.
-
     Raises:
         FitError: a tensor is missing or misshapen.
     """

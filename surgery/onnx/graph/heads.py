@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.layers import activate
 from surgery.onnx.graph.linear import linear
-from surgery.onnx.graph.mlp import activate
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead
 

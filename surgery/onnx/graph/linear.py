@@ -17,15 +17,7 @@ __all__ = ["joined", "linear", "lora_slot"]
 
 
 def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, slot: str = "") -> str:
-    """``alpha (x W^T + b)``.
-
-    Args:
-        ctx: The graph under construction.
-        projection: W and b.
-        x: Hidden states.
-        alpha: Factor that the multiplication applies for free.
-        slot: Name of the slot if not that of the weight.
-    """
+    """``alpha (x W^T + b)``; the slot is named after the weight unless `slot` says otherwise."""
     stored = (
         (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
     )
@@ -77,17 +69,9 @@ def _multiply(
 def lora_slot(
     ctx: Context, weight: str, x: str, y: str, inputs: int, outputs: int, alpha: float = 1.0, *, rows: bool = False
 ) -> str:
-    """``y + alpha x A B``, with A and B as inputs of rank 0 by default.
+    """``y + alpha x A B``, with A and B as inputs of rank 0 by default, in the slot of `weight`.
 
-    Args:
-        ctx: The graph under construction.
-        weight: Name of the weight, which names the slot.
-        x: Input of the weight; with `rows`, ids that select rows of A.
-        y: The result without the slot.
-        inputs: Rows of A.
-        outputs: Columns of B.
-        alpha: Factor of `y`.
-        rows: Whether the weight is a table of rows.
+    With `rows` the weight is a table, and `x` the ids that select rows of A.
     """
     at = module_of(weight)
     a, b, rank = f"{at}.lora_A.weight", f"{at}.lora_B.weight", f"rank of {at}"

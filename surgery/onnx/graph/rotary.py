@@ -60,12 +60,7 @@ class RotaryTable:
 
 
 def longest(rope: Rope, requested: int | None, limit: int) -> int:
-    """Return the number of positions of a graph.
-
-    Args:
-        rope: Rotary parameters of any layer.
-        requested: Set by the user; None for as many as the model supports.
-        limit: Number of positions that the model supports.
+    """The number of positions of a graph: `requested`, or as many as the model supports (`limit`).
 
     Raises:
         FitError: more positions than a table can hold.

@@ -53,13 +53,9 @@ _WHY = {"cpu": "the CPU provider computes in fp32 (it converts fp16 back and for
 
 
 def io_type(target: str, dtype: str, stored: DType) -> DType:
-    """Choose the type of logits, cache and arithmetic.
+    """The type of logits, cache and arithmetic: ``fp32``, ``fp16`` or ``bf16`` as asked for by `dtype`.
 
-    Args:
-        target: Name of the target.
-        dtype: ``auto``, ``fp32``, ``fp16`` or ``bf16``. ``auto`` is the stored type if all runtimes of the target
-            support it, otherwise fp32.
-        stored: Type of the checkpoint's embedding.
+    ``auto`` is the stored type of the checkpoint's embedding if all runtimes of the target support it, otherwise fp32.
 
     Raises:
         FitError: the target does not support it.

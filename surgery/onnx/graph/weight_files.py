@@ -24,14 +24,7 @@ _HINT = "the graph was made for another file; export it again"
 
 
 def check_weight_files(files: Iterable[WeightFile], folder: Path) -> dict[str, int]:
-    """Compare size and header of every file with the contract.
-
-    Args:
-        files: The files in the contract.
-        folder: Folder of the graph.
-
-    Returns:
-        Size in bytes by name.
+    """Compare size and header of every file with the contract; sizes in bytes, by name.
 
     Raises:
         NotFoundError: a file is missing.

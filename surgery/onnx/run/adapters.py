@@ -69,12 +69,7 @@ def prompt_past(arrays: Mapping[str, Array], contract: Contract, *, file: str) -
 def fill_slots(
     adapters: Sequence[tuple[str, Mapping[str, Array]]], contract: Contract, inputs: Mapping[str, Port]
 ) -> dict[str, Array]:
-    """Combine LoRA adapters into arrays for the graph's inputs; several adapters add up.
-
-    Args:
-        adapters: File (for messages) and arrays of each adapter.
-        contract: The graph's contract, which lists the slots.
-        inputs: The graph's inputs.
+    """Combine LoRA adapters, each with the name of its file, into arrays for the graph's inputs; several add up.
 
     Raises:
         FitError: the graph lacks a slot, half of a slot is missing, or a shape or type does not fit.

@@ -41,15 +41,9 @@ def generate(
     stop: Collection[int] = (),
     on_token: Callable[[int, int], None] | None = None,
 ) -> tuple[Continuation, ...]:
-    """Continue `rows`.
+    """Continue `rows` by at most `max_new` tokens each; ids in `stop` end a row.
 
-    Args:
-        decoder: A decoder for as many rows.
-        rows: Token ids.
-        max_new: Greatest number of new tokens per row.
-        sampling: How tokens are chosen; one generator draws for all rows, in order.
-        stop: Ids that end a row.
-        on_token: Called with row and token as they are generated.
+    One generator draws for all rows, in order. `on_token` is called with row and token as they are generated.
 
     Raises:
         FitError: an empty row, more tokens than the cache holds, or logits that are not finite.

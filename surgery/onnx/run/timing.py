@@ -95,14 +95,9 @@ def measure(
     batch: int = 1,
     repeats: int = PREFILLS,
 ) -> list[Timing]:
-    """Measure sides in turns.
+    """Measure sides in turns, each by its prefill (an encoder's whole run) and its decoder, None for an encoder.
 
-    Args:
-        prefills: Starts a side's sequence over; the whole run for an encoder.
-        decoders: The side's decoder; None for an encoder.
-        new_tokens: Steps to measure per side, in whole blocks.
-        batch: Number of rows.
-        repeats: Prefills to measure per side.
+    `new_tokens` steps are measured per side, in whole blocks, and `repeats` prefills.
     """
     firsts: list[list[float]] = [[] for _ in prefills]
     blocks: list[list[tuple[float, ...]]] = [[] for _ in prefills]
