@@ -13,7 +13,7 @@ from surgery.algebra.sums import Recipe, Solved
 from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
-from surgery_formats.updates import Linear, Stacked, transposed
+from surgery_formats.updates import Stacked
 
 __all__ = ["combine_stacks"]
 
@@ -27,14 +27,14 @@ def combine_stacks(
     solutions: Solutions,
 ) -> CombinedUpdate:
     """Experts: each combined with its like; one rank for all, as every format has it."""
-    _check_stacks(site, contributions, terms)
-    first = contributions[0]
-    experts = list(zip(*(share.experts for share in contributions), strict=True))
+    stacks = [stack for share in contributions if (stack := share.stack)]
+    _check_stacks(site, stacks, [terms[share.owner] for share in contributions])
+    experts = list(zip(*(stack.experts for stack in stacks), strict=True))
     targets = tuple(target_of(f"{name}[{e}]", loras, contributions, recipe) for e, loras in enumerate(experts))
     rank, best = common_rank(targets, recipe)
     ranks = targets[0].ranks
-    if len(contributions) == 1 and recipe.method == "exact" and rank == ranks[0] and isinstance(first.update, Linear):
-        return CombinedUpdate(site, (first.update.scaled(first.weight),), "kept", ranks, rank, targets)
+    if len(stacks) == 1 and recipe.method == "exact" and rank == ranks[0]:
+        return CombinedUpdate(site, (stacks[0].scaled(contributions[0].weight),), "kept", ranks, rank, targets)
     keys = tuple(f"{name}[{e}]" for e in range(len(targets)))
 
     def solved(e: int) -> Solved:
@@ -43,21 +43,21 @@ def combine_stacks(
     loras = tuple(
         computed_lora(f"{site}.{e}", target, rank, partial(solved, e), experts[e]) for e, target in enumerate(targets)
     )
-    stack = Stacked(loras, tuple(lora.transpose() for lora in loras) if transposed(first.update) else ())
+    stack = Stacked(loras, tuple(lora.transpose() for lora in loras) if stacks[0].if_transposed else ())
     outcome = outcome_of(rank, targets[0], recipe)
     return CombinedUpdate(site, (stack,), outcome, ranks, rank, targets, best=best, solved_as=keys)
 
 
-def _check_stacks(site: Site, contributions: Sequence[Contribution], terms: Sequence[WeightedAdapter]) -> None:
-    if len({len(share.experts) for share in contributions}) > 1:
+def _check_stacks(site: Site, stacks: Sequence[Stacked], owners: Sequence[WeightedAdapter]) -> None:
+    if len({len(stack.experts) for stack in stacks}) > 1:
         raise FitError("has another number of experts in each adapter", tensor=site.path)
-    for share in contributions:
-        if SWITCH not in site.path and transposed(share.update) is None:
+    for owner, stack in zip(owners, stacks, strict=True):
+        if SWITCH not in site.path and not stack.if_transposed:
             raise FitError(
                 "stacks its experts as PEFT did before 0.19, in an order of axes that only the base can tell apart",
-                file=terms[share.owner].adapter.path,
-                tensor=share.update.tensors[0].name,
+                file=owner.adapter.path,
+                tensor=stack.tensors[0].name,
                 hint="convert it to PEFT with its base first",
             )
-    if len({transposed(share.update) is None for share in contributions}) > 1:
+    if len({bool(stack.if_transposed) for stack in stacks}) > 1:
         raise FitError("stacks its experts in two formats", tensor=site.path, hint="convert one adapter first")

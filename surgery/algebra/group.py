@@ -12,7 +12,7 @@ from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
-from surgery_formats.updates import LoRA, Replacing, Update, experts_of
+from surgery_formats.updates import Replacing, Stacked, Update, stack_of_loras
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
@@ -42,10 +42,9 @@ class Contribution:
         return isinstance(self.update, Replacing) and self.update.held == "carried"
 
     @property
-    def experts(self) -> tuple[LoRA, ...]:
-        """Those of a stack whose experts are all LoRAs, in order; none of another update."""
-        loras = [expert.low_rank() for expert in experts_of(self.update)]
-        return tuple(lora for lora in loras if lora) if all(loras) else ()
+    def stack(self) -> Stacked | None:
+        """The update as a stack of LoRAs, if it has that form."""
+        return stack_of_loras(self.update)
 
 
 def key_of(site: Site, *, flat: bool) -> tuple[str, str]:

@@ -53,9 +53,9 @@ def combine_weight(
         return replace(combined, updates=(carried[0].update, *combined.updates))
     name = f"{key[0]}:{key[1]}"
     low_rank = [share for share in contributions if share.update.low_rank()]
-    stacks = [share for share in contributions if share.experts]
+    stacks = [share for share in contributions if share.stack]
     full = [share for share in contributions if in_full(share.update)]
-    others = [s for s in contributions if not (s.update.low_rank() or s.experts or in_full(s.update))]
+    others = [s for s in contributions if not (s.update.low_rank() or s.stack or in_full(s.update))]
     if others:
         changes = others + low_rank
         same_shape = len({share.update.shape for share in changes}) == 1

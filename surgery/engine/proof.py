@@ -207,9 +207,9 @@ def _error(name: str, expected: _ProofTarget, actual: _ProofTarget, written: Ada
     return max(error, _delta_error(expected, actual))
 
 
-def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[View, bool], torch.Tensor]]:
+def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[str, View, bool], torch.Tensor]]:
     return [
-        ((view, update.per_row), update.magnitude.load(torch.float64))
+        ((update.kind, view, update.per_row), update.magnitude.load(torch.float64))
         for update, view in target.pieces
         if isinstance(update, Directed)
     ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from surgery_formats.updates.lora import LoRA
 from surgery_formats.updates.offset import Offset
+from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.update import Directed, EitherWay, InFull, Update
 
-__all__ = ["experts_of", "in_full", "low_rank_part", "transposed"]
+__all__ = ["experts_of", "in_full", "low_rank_part", "stack_of_loras", "transposed"]
 
 
 def low_rank_part(update: Update) -> LoRA | None:
@@ -24,6 +25,16 @@ def experts_of(update: Update) -> tuple[Update, ...]:
     """The updates that a stack is made of, in order; none for an update that is not stacked."""
     parts = tuple(part for _, part in update.parts())
     return () if parts[0] is update else parts
+
+
+def stack_of_loras(update: Update) -> Stacked | None:
+    """A stack whose experts are LoRAs, or are the same as LoRAs; None for other updates."""
+    if isinstance(update, Stacked):
+        return update
+    turned = transposed(update)
+    stacks = [experts_of(update), experts_of(turned) if turned else ()]
+    loras = [tuple(lora for expert in stack if (lora := expert.low_rank())) for stack in stacks]
+    return Stacked(*loras) if loras[0] and list(map(len, loras)) == list(map(len, stacks)) else None
 
 
 def transposed(update: Update) -> Update | None:

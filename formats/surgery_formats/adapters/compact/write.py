@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, leaves, stem_of
+from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.adapters.writing import ConversionLedger, copied, factor_tensor, surviving_metadata
@@ -19,7 +20,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.linalg.solutions import RecentSolutions
 from surgery_formats.tensors.coded import CodedTensor, code_shape, code_type, pack
-from surgery_formats.updates import DoRA, LoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import LoRA, Update
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def render_compact(adapter: Adapter, coding: Coding) -> Rendering:
     state = _CompactWriter(coding, adapter.config)
     for site, chain in adapter.updates.items():
         for update in chain:
-            _update(site, update, update.low_rank() or update, state)
+            _update(site, update, state)
     state.ledger.drop_prompt(adapter)
     config = _config(adapter, state)
     text = json.dumps(config, separators=(",", ":"), ensure_ascii=True, allow_nan=False) + "\n"
@@ -85,57 +86,52 @@ def _together(errors: list[Callable[[], float]]) -> Callable[[], tuple[float, ..
     return lambda: tuple(error() for error in errors)
 
 
-def _update(site: Site, source: Update, update: Update, state: _CompactWriter) -> None:
-    """Store `update`, which is `source` or the same as a LoRA."""
-    lora = _first_lora(update)
-    wrapped = lora is not None and site.module_kind == "attention output"
+def _update(site: Site, update: Update, state: _CompactWriter) -> None:
+    held = contents_of(update)
+    loras = held.stack.experts if held.stack else (held.lora,) if held.lora else ()
+    wrapped = bool(loras) and site.module_kind == "attention output"
     stem = stem_of(site, len(state.records.get(site, ())), wrapped=wrapped)
     error = _none
-    if lora is not None:
-        error = _low_rank(stem, update, lora, wrapped, site, state)
-    elif isinstance(update, Offset):
-        state.add(factor_tensor(f"{stem}.offset", update.value, update.value.shape))
-        _record(site, {"kind": "offset", "scale": update.scale}, state)
-    elif isinstance(update, Replacement):
-        state.add(copied(f"{stem}.value", update.stored))
-        implied = held_by_config(site.path, state.config) == update.held
-        _record(site, {"kind": "replacement"} | ({} if implied else {"held": update.held}), state)
-    elif isinstance(update, TokenRows):
-        state.add(factor_tensor(f"{stem}.rows", update.value, update.value.shape))
-        rows = {"kind": "token rows", "indices": list(update.indices), "vocabulary": update.vocabulary}
-        _record(site, rows, state)
+    if loras:
+        error = _low_rank(stem, held, loras, wrapped, site, state)
+    elif offset := held.offset:
+        state.add(factor_tensor(f"{stem}.offset", offset.value, offset.value.shape))
+        _record(site, {"kind": "offset", "scale": offset.scale}, state)
+    elif whole := held.whole:
+        state.add(copied(f"{stem}.value", whole.stored))
+        implied = held_by_config(site.path, state.config) == whole.held
+        _record(site, {"kind": "replacement"} | ({} if implied else {"held": whole.held}), state)
+    elif rows := held.rows:
+        state.add(factor_tensor(f"{stem}.rows", rows.value, rows.value.shape))
+        record = {"kind": "token rows", "indices": list(rows.indices), "vocabulary": rows.vocabulary}
+        _record(site, record, state)
     else:
-        state.ledger.drop(site, source, f"this format has no {update.kind}")
+        state.ledger.drop(site, update, f"this format has no {update.kind}")
         return
     state.stated.setdefault(site, []).append(error)
     if error is _none:
-        state.ledger.keep(site, source, "exact")
+        state.ledger.keep(site, update, "exact")
     else:
         how = f"{state.coding.name} codes in groups of {state.coding.group}"
-        state.ledger.keep(site, source, "approximated", how)
+        state.ledger.keep(site, update, "approximated", how)
 
 
 def _record(site: Site, record: dict[str, Any], state: _CompactWriter) -> None:
     state.records.setdefault(site, []).append(record)
 
 
-def _first_lora(update: Update) -> LoRA | None:
-    inner = update.experts[0] if isinstance(update, Stacked) else update
-    inner = inner.direction if isinstance(inner, DoRA) else inner
-    return inner if isinstance(inner, LoRA) else None
-
-
 def _low_rank(
-    stem: str, update: Update, first: LoRA, wrapped: bool, site: Site, state: _CompactWriter
+    stem: str, held: Contents, loras: tuple[LoRA, ...], wrapped: bool, site: Site, state: _CompactWriter
 ) -> Callable[[], float]:
     """Store the codes of a LoRA, a DoRA's direction or a stack of experts; returns a function for their error."""
-    loras = [*update.experts] if isinstance(update, Stacked) else [first]
+    first = loras[0]
     embedding = site.module_kind == "embedding"
     out, inputs = first.shape
     kept = _kept(loras, state.coding)
     rank = kept[0].sizes[2] if kept else min(max(lora.rank for lora in loras), out, inputs)
-    if isinstance(update, DoRA):
-        state.add(factor_tensor(f"{stem}.lora_magnitude_vector", update.magnitude, update.magnitude.shape))
+    if held.dora:
+        magnitude = held.dora.magnitude
+        state.add(factor_tensor(f"{stem}.lora_magnitude_vector", magnitude, magnitude.shape))
     names = dict(zip("AB", (f"{stem}.{leaf}" for leaf in leaves(embedding)), strict=True))
 
     def coded() -> Coded:
@@ -152,11 +148,11 @@ def _low_rank(
         for what, dtype, shape in shapes:
             load = _load(coded, f"{side}.{what}")
             state.add(NewTensor(f"{names[side]}.{what}", dtype, shape, load))
-    record: dict[str, Any] = {"kind": "DoRA" if isinstance(update, DoRA) else "LoRA", "scale": first.scale}
+    record: dict[str, Any] = {"kind": "DoRA" if held.dora else "LoRA", "scale": first.scale}
     record |= {"rank": rank, "shape": [out, *_columns(site, inputs)]}
     record |= {"alpha": first.alpha} if first.alpha is not None else {}
-    record |= {"per_row": update.per_row} if isinstance(update, DoRA) else {}
-    record |= {"experts": len(loras), "either_way": bool(update.if_transposed)} if isinstance(update, Stacked) else {}
+    record |= {"per_row": held.dora.per_row} if held.dora else {}
+    record |= {"experts": len(loras), "either_way": bool(held.stack.if_transposed)} if held.stack else {}
     record |= {"embedding": True} if embedding else {}
     record |= {"wrapped": True} if wrapped else {}
     _record(site, record, state)
@@ -167,7 +163,7 @@ def _load(coded: Callable[[], Coded], name: str) -> Callable[[], torch.Tensor]:
     return lambda: coded()[name]
 
 
-def _kept(loras: list[LoRA], coding: Coding) -> tuple[CodedTensor, CodedTensor] | None:
+def _kept(loras: tuple[LoRA, ...], coding: Coding) -> tuple[CodedTensor, CodedTensor] | None:
     """The two factors, where they are such codes already, and all of them."""
     used = {factor.tensors for lora in loras for factor in (lora.A, lora.B)}
     first = loras[0].A.tensors[0], loras[0].B.tensors[0]
@@ -186,7 +182,7 @@ def _columns(site: Site, inputs: int) -> tuple[int, ...]:
     return (inputs // math.prod(site.kernel), *site.kernel) if known else (inputs,)
 
 
-def _solved(loras: list[LoRA], rank: int, scale: float, coding: Coding) -> tuple[Coded, float]:
+def _solved(loras: tuple[LoRA, ...], rank: int, scale: float, coding: Coding) -> tuple[Coded, float]:
     """Codes and scales by side, and the error of all experts together."""
     import torch
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 
+from surgery_formats.adapters.contents import contents_of
 from surgery_formats.text import show
-from surgery_formats.updates import DoRA, LoRA, Update
+from surgery_formats.updates import LoRA, Update
 
 __all__ = ["stated_issues"]
 
@@ -24,12 +25,13 @@ def stated_issues(updates: Collection[Update], metadata: Mapping[str, str]) -> I
         updates: All updates of the file.
         metadata: Its metadata, with ``ss_*`` and ``modelspec.*``.
     """
-    loras = [u.direction if isinstance(u, DoRA) else u for u in updates if isinstance(u, LoRA | DoRA)]
+    contents = [contents_of(update) for update in updates]
+    loras = [held.lora for held in contents if held.lora]
     alpha, dim = _number(metadata, "ss_network_alpha"), _number(metadata, "ss_network_dim")
     lacking = sum(not lora.noted for lora in loras)
     if lacking:
         yield f"{lacking} modules without alpha: their scale is 1" + _lost(loras, alpha, dim)
-    if any(isinstance(update, DoRA) for update in updates):
+    if any(held.dora for held in contents):
         yield "DoRA: diffusers drops its magnitudes when it loads such a file"
     grown = {round(lora.rank / dim, 6) for lora in loras if dim}
     if loras and min(grown, default=1.0) > 1.0 and all(ratio == int(ratio) for ratio in grown):

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.writing import (
     ConversionLedger,
@@ -27,7 +28,6 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
-from surgery_formats.updates import DoRA, LoRA, Offset, Update
 
 if TYPE_CHECKING:
     import torch
@@ -55,26 +55,26 @@ def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         component = component_of(site, base)
         namer = names[component.name]
         for source in chain:
-            update = source.low_rank() or source
-            where = whole_place(places_of(site, base, update.tensors)) if _plain(update) else None
-            why = _fault(update, where, component, namer)
+            held = contents_of(source)
+            form = held.lora or held.offset
+            where = whole_place(places_of(site, base, form.tensors)) if form else None
+            why = _fault(held, where, component, namer)
             if why or where is None:
                 ledger.drop(site, source, why or "the base holds it in several tensors")
-            elif (mark := f"{namer.key(where[0])}.{_leaf(where[0], update)}") in fitting:
+            elif (mark := f"{namer.key(where[0])}.{_leaf(where[0], held)}") in fitting:
                 ledger.drop(site, source, "a second one of this kind on one module")
             else:
-                fitting[mark] = _Fitting(site, source, update, component.name, namer.key(where[0]), *where)
+                fitting[mark] = _Fitting(site, held, component.name, namer.key(where[0]), *where)
     alphas = {} if adapter.format == "kohya" else _common_alphas(fitting.values())
     tensors: dict[str, NewTensor] = {}
     for entry in fitting.values():
         new, folded = _tensors(entry, alphas.get(entry.component))
         tensors |= {tensor.name: tensor for tensor in new}
-        if entry.update is not entry.source:
-            folded = ", ".join(filter(None, [f"{entry.source.kind} as LoRA", folded]))
-        ledger.keep(entry.site, entry.source, "folded" if folded else "exact", folded or entry.key)
+        folded = ", ".join(filter(None, [entry.held.folded, folded]))
+        ledger.keep(entry.site, entry.held.update, "folded" if folded else "exact", folded or entry.key)
     ledger.drop_prompt(adapter)
     metadata = surviving_metadata(adapter)
-    loras = [lora for entry in fitting.values() if (lora := _lora_of(entry.update))]
+    loras = [entry.held.lora for entry in fitting.values() if entry.held.lora]
     if loras:
         alpha = commonest(alphas.values()) or commonest(lora.scale * lora.rank for lora in loras)
         lycoris = any(name.endswith((".dora_scale", ".diff", ".diff_b")) for name in tensors)
@@ -86,11 +86,10 @@ def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
 
 @dataclass(frozen=True, slots=True)
 class _Fitting:
-    """An update that the file will hold, as `update`: where in the base, under which key."""
+    """An update that the file will hold: where in the base, under which key."""
 
     site: Site
-    source: Update
-    update: Update
+    held: Contents
     component: str
     key: str
     name: str
@@ -104,20 +103,15 @@ def _common_alphas(fitting: Iterable[_Fitting]) -> dict[str, float]:
     """
     by_component: dict[str, list[float]] = {}
     for entry in fitting:
-        if lora := _lora_of(entry.update):
+        if lora := entry.held.lora:
             by_component.setdefault(entry.component, []).append(lora.scale * lora.rank)
     return {
         component: alpha for component, alphas in by_component.items() if (alpha := commonest(a for a in alphas if a))
     }
 
 
-def _lora_of(update: Update) -> LoRA | None:
-    inner = update.direction if isinstance(update, DoRA) else update
-    return inner if isinstance(inner, LoRA) else None
-
-
-def _leaf(name: str, update: Update) -> str:
-    if isinstance(update, Offset):
+def _leaf(name: str, held: Contents) -> str:
+    if held.offset:
         return "diff_b" if name.endswith(".bias") else "diff"
     return "lora_down.weight"
 
@@ -153,12 +147,8 @@ def _prefix(component: Component, base: Checkpoint) -> str:
     return ""
 
 
-def _plain(update: Update) -> bool:
-    return isinstance(update, LoRA | DoRA | Offset)
-
-
 def _fault(
-    update: Update,
+    held: Contents,
     where: tuple[str, tuple[int, ...]] | None,
     component: Component,
     namer: _Namer,
@@ -170,19 +160,20 @@ def _fault(
             if component.name
             else "this format names diffusion models only"
         )
-    if not _plain(update):
-        return f"this format has no {update.kind}"
+    lora, dora = held.lora, held.dora
+    if not (lora or held.offset):
+        return f"this format has no {held.update.kind}"
     if where is None:
         return ""
     name, shape = where
     leaf = name.rpartition(".")[2]
     if leaf == "weight" and ("embed" in name.rpartition(".")[0].rpartition(".")[2] and ".embeddings." in f".{name}"):
         return "this format has no embeddings"
-    if leaf not in ("weight", "bias") or (leaf == "bias" and not isinstance(update, Offset)):
+    if leaf not in ("weight", "bias") or (leaf == "bias" and lora):
         return "this format names modules, not parameters"
-    if isinstance(update, LoRA | DoRA) and (len(shape) < 2 or update.shape != (shape[0], math.prod(shape[1:]))):
-        return f"it was made for {list(update.shape)}, the base has {list(shape)}"
-    if isinstance(update, DoRA) and update.magnitude.shape[0] != shape[0 if update.per_row else 1]:
+    if lora and (len(shape) < 2 or lora.shape != (shape[0], math.prod(shape[1:]))):
+        return f"it was made for {list(lora.shape)}, the base has {list(shape)}"
+    if dora and dora.magnitude.shape[0] != shape[0 if dora.per_row else 1]:
         return "its magnitudes belong to kernel columns"
     return ""
 
@@ -194,12 +185,11 @@ def _tensors(entry: _Fitting, alpha: float | None) -> tuple[list[NewTensor], str
         entry: The update.
         alpha: What its part's alphas shall be; None to keep each as it is.
     """
-    update, key, shape = entry.update, entry.key, entry.shape
-    if isinstance(update, Offset):
-        leaf = _leaf(entry.name, update)
-        folded = f"its scale {update.scale:g} is in '{leaf}'" if update.scale != 1.0 else ""
-        return [factor_tensor(f"{key}.{leaf}", update.value, shape, times=update.scale)], folded
-    lora = _lora_of(update)
+    lora, dora, offset, key, shape = entry.held.lora, entry.held.dora, entry.held.offset, entry.key, entry.shape
+    if offset:
+        leaf = _leaf(entry.name, entry.held)
+        folded = f"its scale {offset.scale:g} is in '{leaf}'" if offset.scale != 1.0 else ""
+        return [factor_tensor(f"{key}.{leaf}", offset.value, shape, times=offset.scale)], folded
     assert lora is not None
     rank, ones = lora.rank, (1,) * (len(shape) - 2)
     own = lora.scale * rank
@@ -210,9 +200,9 @@ def _tensors(entry: _Fitting, alpha: float | None) -> tuple[list[NewTensor], str
         factor_tensor(f"{key}.lora_up.weight", lora.B, (shape[0], rank, *ones), times=times),
         _alpha(f"{key}.alpha", written),
     ]
-    if isinstance(update, DoRA):
-        size = (shape[0], 1, *ones) if update.per_row else (1, shape[1], *ones)
-        new.append(factor_tensor(f"{key}.dora_scale", update.magnitude, size))
+    if dora:
+        size = (shape[0], 1, *ones) if dora.per_row else (1, shape[1], *ones)
+        new.append(factor_tensor(f"{key}.dora_scale", dora.magnitude, size))
     notes = ["its core is in 'lora_down'"] if len(lora.A.tensors) > 1 else []
     if times != 1.0:
         notes.append(f"{times:g} of its scale is in 'lora_up'")

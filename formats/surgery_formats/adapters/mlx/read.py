@@ -66,9 +66,8 @@ def read_mlx(path: Path) -> Adapter:
             raise MalformedError("neither lora_a, lora_b nor m", file=file, tensor=tensor.name)
     for module, parts in modules.items():
         update = _module(module, parts, config)
-        kind: ModuleKind = (
-            "experts" if isinstance(update, Stacked) else "embedding" if is_embedding(module) else "linear"
-        )
+        stacked = len(parts["lora_a"].shape) == 3
+        kind: ModuleKind = "experts" if stacked else "embedding" if is_embedding(module) else "linear"
         updates[Site(f"{module}.weight", module_kind=kind)] = (update,)
     return Adapter(
         path=path,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, one_expert, taken_apart
 from surgery_formats.adapters.format import NewTensor, Rendering
@@ -30,7 +31,7 @@ from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, Update
+from surgery_formats.updates import Factor, LoRA, Replacing, Update
 
 if TYPE_CHECKING:
     import torch
@@ -57,50 +58,50 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     if base is not None and base.is_pipeline:
         raise FitError("mlx-lm has language models only, the base is a pipeline", file=adapter.path)
     ledger = ConversionLedger()
-    updates = [(site, update) for site, chain in adapter.updates.items() for update in chain]
-    if updates and all(isinstance(update, Replacement) for _, update in updates):
-        return _full(adapter, ledger)
-    dora = any(isinstance(update, DoRA) for _, update in updates)
-    plain: dict[str, LoRA | DoRA] = {}
+    updates = [(site, contents_of(update)) for site, chain in adapter.updates.items() for update in chain]
+    whole = {site: held.whole for site, held in updates if held.whole}
+    if updates and len(whole) == len(updates):
+        return _full(adapter, whole, ledger)
+    dora = any(held.dora for _, held in updates)
+    plain: dict[str, Contents] = {}
     stacks: dict[str, _Stack] = {}
-    noted: list[tuple[Site, Update, LoRA]] = []
+    noted: list[tuple[Site, Contents, LoRA]] = []
     tie = _tie(adapter, base)
-    for site, source in updates:
-        update = source.low_rank() or source
-        why = _fault(site, update, base, dora=dora) or _parted(site, update, base, tie)
+    for site, held in updates:
+        source, update = held.update, held.lora or held.update
+        why = _fault(site, held, base, dora=dora) or _parted(site, update, base, tie)
         if why:
             ledger.drop(site, source, why)
         elif base is not None and tie.follows and _stored_name(site, update, base) == base.main.head:
             ledger.keep(site, source, "folded", "tied to the embedding, which has the same update")
-        elif isinstance(update, Stacked):
-            for path, lora in _apart(site, update, base):
+        elif held.lora is None:
+            for path, lora in _apart(site, source, base):
                 _stack(stacks, path, lora, fused_of(site, base))
-                noted.append((site, source, lora))
-        elif isinstance(update, LoRA) and (place := one_expert(site.path, fused_of(site, base))):
+                noted.append((site, held, lora))
+        elif not held.dora and (place := one_expert(site.path, fused_of(site, base))):
             stack = stacks.setdefault(place[0], _Stack())
-            stack.experts[place[1]] = update
+            stack.experts[place[1]] = held.lora
             stack.count = max(stack.count, place[1] + 1, _experts_of(site, base))
-            noted.append((site, source, update))
+            noted.append((site, held, held.lora))
         else:
             module = _module_name(site, update, base)
             if module in plain:
                 ledger.drop(site, source, "a second one on one module")
                 continue
-            assert isinstance(update, LoRA | DoRA)
-            plain[module] = update
-            noted.append((site, source, _direction(update)))
+            plain[module] = held
+            noted.append((site, held, held.lora))
     scale = commonest(lora.scale for _, _, lora in noted if lora.scale) or 0.0
     rank = max((lora.rank for _, _, lora in noted), default=1)
-    for site, update in dict.fromkeys((site, update) for site, update, _ in noted):
-        mine = [lora for _, other, lora in noted if other is update]
+    for site, held in dict.fromkeys((site, held) for site, held, _ in noted):
+        mine = [lora for _, other, lora in noted if other is held]
         folded = [f"scale {lora.scale:g} / {scale:g}" for lora in mine[:1] if lora.scale != scale]
         folded += [f"rank {lora.rank} padded to {rank}" for lora in mine[:1] if lora.rank != rank]
-        folded += ["stacked" for _ in range(bool(isinstance(update, Stacked) and SWITCH not in site.path))]
-        folded += [f"{update.kind} as LoRA" for _ in range(not isinstance(update, LoRA | DoRA | Stacked))]
-        ledger.keep(site, update, "folded" if folded else "exact", ", ".join(folded))
+        folded += ["stacked"] if held.stack and SWITCH not in site.path else []
+        folded += [held.folded] if held.folded else []
+        ledger.keep(site, held.update, "folded" if folded else "exact", ", ".join(folded))
     tensors: list[NewTensor] = []
-    for module, update in sorted(plain.items()):
-        tensors += _linear(module, update, scale, rank, embedding=is_embedding(module, base))
+    for module in sorted(plain):
+        tensors += _linear(module, plain[module], scale, rank, embedding=is_embedding(module, base))
     for path, stack in sorted(stacks.items()):
         tensors += _switch(path.removesuffix(".weight"), stack, scale, rank)
     ledger.drop_prompt(adapter)
@@ -113,15 +114,13 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     return _rendering(adapter, tensors, config, ledger)
 
 
-def _full(adapter: Adapter, ledger: ConversionLedger) -> Rendering:
+def _full(adapter: Adapter, whole: Mapping[Site, Replacing], ledger: ConversionLedger) -> Rendering:
     """Whole parameters: what mlx-lm calls ``full``."""
     tensors = []
-    for site, chain in adapter.updates.items():
-        for update in chain:
-            assert isinstance(update, Replacement)
-            stored = update.stored
-            tensors.append(NewTensor(site.path, stored.dtype, stored.shape, stored.read))
-            ledger.keep(site, update, "exact")
+    for site, update in whole.items():
+        stored = update.stored
+        tensors.append(NewTensor(site.path, stored.dtype, stored.shape, stored.read))
+        ledger.keep(site, update, "exact")
     return _rendering(adapter, tensors, _config(adapter, "full") | {"num_layers": -1, "lora_parameters": {}}, ledger)
 
 
@@ -139,39 +138,39 @@ def _rendering(
     return Rendering(TENSOR_FILE, tuple(tensors), metadata, small, tuple(ledger.entries), ledger.held)
 
 
-def _fault(site: Site, update: Update, base: Checkpoint | None, *, dora: bool) -> str:
+def _fault(site: Site, held: Contents, base: Checkpoint | None, *, dora: bool) -> str:
     """Why the format cannot hold an update; empty if it can."""
     if site.flat or site.component:
         return "mlx-lm has language models only"
-    if isinstance(update, Stacked):
+    if stack := held.stack:
         if SWITCH in site.path:
             return "DoRA and stacked experts do not go together" if dora else ""
-        if update.if_transposed and base is None:
+        if stack.if_transposed and base is None:
             raise FitError(
                 f"only the base can tell how the experts of '{site}' are held",
-                file=update.tensors[0].path,
-                tensor=update.tensors[0].name,
+                file=stack.tensors[0].path,
+                tensor=stack.tensors[0].name,
                 hint="give it with --base",
             )
-        if not _apart(site, update, base):
+        if not _apart(site, stack, base):
             return "the names of its experts are not known"
         return "DoRA and stacked experts do not go together" if dora else ""
-    if not isinstance(update, LoRA | DoRA):
-        return f"this format has no {update.kind}"
-    if dora and not isinstance(update, DoRA):
+    if held.lora is None:
+        return f"this format has no {held.update.kind}"
+    if dora and not held.dora:
         return "one file holds either LoRA or DoRA"
     if not site.path.endswith(".weight"):
         return "this format names modules, not parameters"
-    if isinstance(update, DoRA) and not update.per_row:
+    if held.dora and not held.dora.per_row:
         return "its magnitudes belong to columns, this format's to rows"
-    if _is_convolution(site, update, base):
+    if _is_convolution(site, held.lora, base):
         return "this format has no convolutions"
     return ""
 
 
-def _apart(site: Site, update: Stacked, base: Checkpoint | None) -> list[tuple[str, LoRA]]:
+def _apart(site: Site, update: Update, base: Checkpoint | None) -> list[tuple[str, LoRA]]:
     if SWITCH in site.path:
-        return [(site.path, expert) for expert in update.experts if isinstance(expert, LoRA)]
+        return [(site.path, lora) for _, expert in update.parts() if (lora := expert.low_rank())]
     return list(taken_apart(site.path, update, fused_of(site, base)))
 
 
@@ -187,10 +186,6 @@ def _experts_of(site: Site, base: Checkpoint | None) -> int:
     if base is None or not (place := one_expert(site.path, fused_of(site, base))):
         return 0
     return len(component_of(site, base).names.resolve(place[0]))
-
-
-def _direction(update: LoRA | DoRA) -> LoRA:
-    return update.direction if isinstance(update, DoRA) else update
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,14 +230,15 @@ def _module_name(site: Site, update: Update, base: Checkpoint | None) -> str:
     return (name or site.path).removesuffix(".weight")
 
 
-def _is_convolution(site: Site, update: LoRA | DoRA, base: Checkpoint | None) -> bool:
+def _is_convolution(site: Site, update: Update, base: Checkpoint | None) -> bool:
     if base is not None:
         return len(places_of(site, base, update.tensors)[0].parameter.sizes) > 2 and ".experts." not in site.path
     return bool(site.kernel)
 
 
-def _linear(module: str, update: LoRA | DoRA, scale: float, rank: int, *, embedding: bool) -> list[NewTensor]:
-    lora = _direction(update)
+def _linear(module: str, held: Contents, scale: float, rank: int, *, embedding: bool) -> list[NewTensor]:
+    lora = held.lora
+    assert lora is not None
     out, inputs = lora.shape
     times = lora.scale / scale if lora.scale != scale else 1.0
     if embedding:  # dW = s a b, without a transpose
@@ -255,8 +251,8 @@ def _linear(module: str, update: LoRA | DoRA, scale: float, rank: int, *, embedd
             factor_tensor(f"{module}.lora_a", lora.A, (inputs, rank), lambda t: _pad(t, 0, rank).T),
             factor_tensor(f"{module}.lora_b", lora.B, (rank, out), lambda t: _pad(t, 1, rank).T, times=times),
         ]
-    if isinstance(update, DoRA):
-        new.append(factor_tensor(f"{module}.m", update.magnitude, (out,)))
+    if held.dora:
+        new.append(factor_tensor(f"{module}.m", held.dora.magnitude, (out,)))
     return new
 
 

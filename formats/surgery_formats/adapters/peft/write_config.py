@@ -12,12 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.peft.carried import TASK_TYPES, is_peft
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.writing import commonest
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
-from surgery_formats.updates import DoRA, Offset, Replacement, Stacked, TokenRows, Update
+from surgery_formats.updates import Update
 
 __all__ = ["adapter_config", "inherited", "ranks_and_alphas", "targets"]
 
@@ -109,30 +110,30 @@ def inherited(adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, 
         FitError: none of the updates is low-rank.
     """
     configs = [adapter.config for adapter in adapters]
-    pairs = [(site, update) for site, chain in updates.items() for update in chain]
-    low = {site: update for site, update in pairs if isinstance(update, DoRA) or update.low_rank() is not None}
-    stacks = {site: update for site, update in pairs if isinstance(update, Stacked)}
+    pairs = [(site, contents_of(update)) for site, chain in updates.items() for update in chain]
+    low = {site for site, held in pairs if held.lora}
+    stacks = {site for site, held in pairs if held.stack}
     if not low and not stacks:
         raise FitError("none of the adapters holds a LoRA", file=adapters[0].path)
-    rank = commonest(update.rank for _, update in pairs if update.rank is not None) or 8
-    replaced = [f".{site.path}" for site, update in pairs if isinstance(update, Replacement)]
+    rank = commonest(held.update.rank for _, held in pairs if held.update.rank is not None) or 8
+    replaced = [f".{site.path}" for site, held in pairs if held.whole]
     listed = {name for config in configs for name in config.get("modules_to_save") or ()}
     biases = max((str(config.get("bias", "none")) for config in configs), key=_BIAS.index)
-    rows = {site.path.removesuffix(".weight"): list(u.indices) for site, u in pairs if isinstance(u, TokenRows)}
+    rows = {site.path.removesuffix(".weight"): list(held.rows.indices) for site, held in pairs if held.rows}
     fields: dict[str, Any] = {
         **{key: value for key in _INHERITED if (value := _first(configs, key)) is not None},
         "alpha_pattern": {},
         "bias": biases if replaced else "none",
         "init_lora_weights": True,
         "lora_alpha": rank,
-        "lora_bias": any(isinstance(update, Offset) for _, update in pairs),
+        "lora_bias": any(held.offset for _, held in pairs),
         "modules_to_save": sorted(name for name in listed if any(f".{name}." in path for path in replaced)) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {},
         "target_modules": sorted(site.path.removesuffix(".weight") for site in low),
         "trainable_token_indices": rows or None,
-        "use_dora": any(isinstance(update, DoRA) for _, update in pairs),
+        "use_dora": any(held.dora for _, held in pairs),
         "use_rslora": False,
     }
     if stacks:

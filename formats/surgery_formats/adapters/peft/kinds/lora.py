@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
 from surgery_formats.adapters.peft.file import PeftFile
@@ -198,35 +199,35 @@ class _Written:
 
 def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     """LoRAs and DoRAs first, then what goes beside them, then parameters with a LoRA of their own."""
-    dora = any(isinstance(update, DoRA) for _, update in updates)
-    file.rows = {_module(site): update.indices for site, update in updates if isinstance(update, TokenRows)}
+    contents = [(site, contents_of(update)) for site, update in updates]
+    dora = any(held.dora for _, held in contents)
+    file.rows = {_module(site): held.rows.indices for site, held in contents if held.rows}
     plain: dict[Site, _Written] = {}
     stacks: list[StackedParameter] = []
-    rest: list[tuple[Site, Update]] = []
-    for site, update in updates:
-        lora = update.direction if isinstance(update, DoRA) else update.low_rank()
-        if lora is None:
-            rest.append((site, update))
-        elif site.module_kind == "experts" and not isinstance(update, DoRA):
-            stacks.append(StackedParameter(site, update, Stacked((lora,))))
+    rest: list[tuple[Site, Contents]] = []
+    for site, held in contents:
+        if held.lora is None:
+            rest.append((site, held))
+        elif site.module_kind == "experts" and not held.dora:
+            stacks.append(StackedParameter(site, held.update, Stacked((held.lora,))))
         else:
-            _put_low_rank(file, site, update, lora, plain, dora=dora)
-    for site, update in rest:
-        if isinstance(update, Stacked) and SWITCH not in site.path:
-            if len({expert.rank for expert in update.experts}) > 1:
-                file.drop(site, update, "its experts have several ranks")
+            _put_low_rank(file, site, held, held.lora, plain, dora=dora)
+    for site, held in rest:
+        if held.stack and SWITCH not in site.path:
+            if len({expert.rank for expert in held.stack.experts}) > 1:
+                file.drop(site, held.update, "its experts have several ranks")
             else:
-                stacks.append(StackedParameter(site, update, todays_order(file, site, update)))
-        elif isinstance(update, Stacked):
-            _put_experts(file, site, update)
-        elif isinstance(update, Offset):
-            _put_bias(file, site, update, plain)
-        elif isinstance(update, TokenRows):
+                stacks.append(StackedParameter(site, held.update, todays_order(file, site, held.stack)))
+        elif held.stack:
+            _put_experts(file, site, held.update)
+        elif held.offset:
+            _put_bias(file, site, held, held.offset, plain)
+        elif held.rows:
             wrapper = "" if file.own is not None and file.own.kind == "TRAINABLE_TOKENS" else ".token_adapter"
-            file.put(f"{file.prefix}{_module(site)}{wrapper}.trainable_tokens_delta", update.value)
-            file.ledger.keep(site, update, "exact", "trainable tokens")
+            file.put(f"{file.prefix}{_module(site)}{wrapper}.trainable_tokens_delta", held.rows.value)
+            file.ledger.keep(site, held.update, "exact", "trainable tokens")
         else:
-            file.hold_other(site, update, by_key=False)
+            file.hold_other(site, held.update, by_key=False)
     put_parameters(file, stacks)
     file.defaults = {"fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0}
     file.fields = {
@@ -245,43 +246,45 @@ def _module(site: Site) -> str:
 
 
 def _put_low_rank(
-    file: PeftFile, site: Site, update: Update, lora: LoRA, plain: dict[Site, _Written], *, dora: bool
+    file: PeftFile, site: Site, held: Contents, lora: LoRA, plain: dict[Site, _Written], *, dora: bool
 ) -> None:
     """One module's LoRA or DoRA."""
-    why = ""
-    if dora and not isinstance(update, DoRA):
+    why, mine = "", held.dora
+    if dora and not mine:
         why = "use_dora holds for every module of a file"
     module, shape = file.module_of(site, lora)
     key = f"{file.prefix}{module}"
     embedding = is_embedding(module, file.base, site)
-    if isinstance(update, DoRA):
+    if mine:
         size = lora.shape[1 if embedding else 0]
-        if update.per_row == embedding or update.magnitude.shape[0] != size:
-            why = f"its magnitudes belong to {'rows' if update.per_row else 'columns'}, this format's do not"
+        if mine.per_row == embedding or mine.magnitude.shape[0] != size:
+            why = f"its magnitudes belong to {'rows' if mine.per_row else 'columns'}, this format's do not"
     if f"{key}.lora_A.weight" in file.tensors or f"{key}.lora_embedding_A" in file.tensors:
         why = "a second one on one module"
     if not site.path.endswith(".weight"):
         why = "this format names modules, not parameters"
     if why:
-        file.drop(site, update, why)
+        file.drop(site, held.update, why)
         return
     inside = module.endswith(INSIDE_ATTENTION)  # configured with its attention, and applied twice (`_read`)
     path, alpha = module.removesuffix(INSIDE_ATTENTION), file.alpha_of(lora.rank, lora.scale / (2 if inside else 1))
     rank, stated = file.settings.get(path, (lora.rank, alpha))
     if rank != lora.rank or (alpha and not stated):
-        file.drop(site, update, f"the rest of its attention has rank {rank} and alpha {stated:g}, it has other ones")
+        file.drop(
+            site, held.update, f"the rest of its attention has rank {rank} and alpha {stated:g}, it has other ones"
+        )
         return
     file.settings[path] = (rank, stated)
     _put_factors(file, key, lora, shape, embedding=embedding, times=1.0 if alpha == stated else alpha / stated)
-    if isinstance(update, DoRA):
+    if mine:
         ones = (1,) * (len(shape) - 2)
-        magnitude = (1, shape[0], *ones) if ones else update.magnitude.shape
-        file.put(f"{key}.lora_magnitude_vector", update.magnitude, magnitude)
+        magnitude = (1, shape[0], *ones) if ones else mine.magnitude.shape
+        file.put(f"{key}.lora_magnitude_vector", mine.magnitude, magnitude)
     else:
         plain[site] = _Written(key, lora.scale)
         _put_tied_head(file, site, lora)
-    same = isinstance(update, LoRA | DoRA) and len(lora.A.tensors) + len(lora.B.tensors) == 2 and alpha == stated
-    file.ledger.keep(site, update, "exact" if same else "folded", key)
+    same = not held.folded and len(lora.A.tensors) + len(lora.B.tensors) == 2 and alpha == stated
+    file.ledger.keep(site, held.update, "exact" if same else "folded", key)
 
 
 def _put_tied_head(file: PeftFile, site: Site, lora: LoRA) -> None:
@@ -311,18 +314,18 @@ def _put_factors(
         file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones), times=times)
 
 
-def _put_bias(file: PeftFile, site: Site, update: Offset, plain: Mapping[Site, _Written]) -> None:
+def _put_bias(file: PeftFile, site: Site, held: Contents, offset: Offset, plain: Mapping[Site, _Written]) -> None:
     """``lora_bias``: an addition to the bias, scaled like the LoRA of its module."""
     lora = plain.get(replace(site, path=site.path.removesuffix("bias") + "weight"))
     if not site.path.endswith(".bias") or lora is None:
-        file.drop(site, update, "this format adds to a bias only where its module has a LoRA")
+        file.drop(site, held.update, "this format adds to a bias only where its module has a LoRA")
         return
-    times = 1.0 if update.scale == lora.scale else update.scale / lora.scale
-    file.put(f"{lora.key}.lora_B.bias", update.value, times=times)
-    file.ledger.keep(site, update, "exact" if times == 1.0 else "folded", "lora_bias")
+    times = 1.0 if offset.scale == lora.scale else offset.scale / lora.scale
+    file.put(f"{lora.key}.lora_B.bias", offset.value, times=times)
+    file.ledger.keep(site, held.update, "exact" if times == 1.0 else "folded", "lora_bias")
 
 
-def _put_experts(file: PeftFile, site: Site, update: Stacked) -> None:
+def _put_experts(file: PeftFile, site: Site, update: Update) -> None:
     """MLX's stacks, as one LoRA per expert."""
     pieces = list(taken_apart(site.path, update, fused_of(site, file.base)))
     if not pieces:
