@@ -19,6 +19,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
+from surgery.engine.blocks import block_bytes
 from surgery.engine.ledger import Ledger, Measurement
 from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile
 from surgery.progress import Callback, Progress
@@ -267,8 +268,6 @@ def _affordable(plan: Plan, run: Run) -> int:
     Raises:
         ResourceError: not even one does.
     """
-    from surgery.engine.arithmetic import block_bytes
-
     workers = run.workers or default_workers()
     if run.memory_limit is None:
         return workers

@@ -27,14 +27,7 @@ from surgery_formats.linalg.rank_criteria import allocate
 from surgery_formats.models.families.family import role_of
 from surgery_formats.text import closest, show
 
-__all__ = [
-    "TABLE_RANKS",
-    "RankGoal",
-    "magnitude_count",
-    "rank_goal",
-    "rank_table",
-    "ranks_of",
-]
+__all__ = ["TABLE_RANKS", "RankGoal", "magnitude_count", "rank_goal", "rank_table", "ranks_of"]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
@@ -190,15 +183,14 @@ def rank_table(
     factored: Mapping[str, TargetFactors],
     measures: Mapping[str, PairMeasure],
     dtype: DType | Coding,
-    ranks: Iterable[int] = TABLE_RANKS,
 ) -> tuple[RankChoice, ...]:
-    """What each rank would cost and leave, for each group of layers; spectra are known up to the largest of `ranks`."""
+    """What each rank would cost and leave, for each group of layers; spectra are known up to the largest of `TABLE_RANKS`."""
     total = math.fsum(entry.energy for entry in measures.values())
     dropped = math.fsum(measures[name].energy for name in storage.dropped)
     dense = [dense_size(tensor) for tensor in storage.dense_tensors]
     dense_numbers, dense_bytes = sum(numbers for numbers, _ in dense), sum(nbytes for _, nbytes in dense)
     rows = []
-    for rank in ranks:
+    for rank in TABLE_RANKS:
         for layers, roles in _LAYERS.items():
             left, numbers = dropped, 0
             for target in storage.targets:

@@ -97,11 +97,6 @@ class StoragePlan:
     dropped: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def target_modules(self) -> set[str]:
-        """Paths of modules with factors."""
-        return {target.path.rpartition(".")[0] for target in self.targets}
-
 
 def plan_storage(
     parameters: tuple[TunedParameter, ...],

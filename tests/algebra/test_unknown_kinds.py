@@ -17,7 +17,7 @@ from surgery_formats import read_adapter
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.testing.update import UPDATE_CHECKS, UpdateCase
-from surgery_formats.updates import LoRA, Stacked
+from surgery_formats.updates import Factor, LoRA, Stacked
 from tests.oracles import disk, recipes
 from tests.support.toy_kinds import (
     adapter_of,
@@ -217,12 +217,23 @@ def test_what_a_slot_cannot_hold_is_refused_by_its_kind(base: Path, tmp_path: Pa
         surgery.export_onnx(base, swap=[adapter], output=tmp_path / "out")
 
 
-@pytest.mark.parametrize("make", [lengthened, outer_sine, row_gain])
+@pytest.mark.parametrize("make", [outer_sine, row_gain])
 def test_factors_are_compared_where_no_delta_is_known(tmp_path: Path, make) -> None:
     one, same, other = (adapter_of(make(tmp_path / f"{n}.safetensors", seed)) for n, seed in enumerate((1, 1, 2)))
     assert surgery.diff(one, same).equal
     result = surgery.diff(one, other)
     assert f"the factors of its {one.kind} differ" in result.modules[0].note
+
+
+def test_a_direction_is_compared_by_its_delta_and_its_lengths_by_their_norm(tmp_path: Path) -> None:
+    update = lengthened(tmp_path / "a.safetensors")
+    A, B = (factor.tensors[0] for factor in (update.direction.A, update.direction.B))
+    twice, half = Factor((A,), A.shape, lambda t: 2 * t), Factor((B,), B.shape, lambda t: t / 2)
+    same = update.rebuilt(LoRA(twice, half, update.scale), update.magnitude)
+    assert surgery.diff(adapter_of(update), adapter_of(same)).equal
+    longer = Factor(update.magnitude.tensors, update.magnitude.shape, lambda t: 1.5 * t)
+    result = surgery.diff(adapter_of(update), adapter_of(update.rebuilt(update.direction, longer)))
+    assert result.modules[0].note == "magnitudes differ by 0.5"
 
 
 def test_a_kind_is_reported_by_its_own_name(base: Path, tmp_path: Path) -> None:

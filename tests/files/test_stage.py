@@ -21,7 +21,7 @@ from surgery_formats.errors import (
     SurgeryError,
 )
 from surgery_formats.files.output import kernel_copy
-from surgery_formats.files.output.folder import check_disk, output_folder, verify_folder
+from surgery_formats.files.output.folder import output_folder, verify_folder
 from surgery_formats.files.output.manifest import MANIFEST
 from tests.support.folder_jobs import OTHER, PLAN, env, write_output
 
@@ -227,12 +227,6 @@ class TestFullDisk:
             verify_folder(write_output(mount / "out", b"x" * 500_000))
         finally:
             subprocess.run(["umount", mount], check=True)
-
-    def test_the_preflight_error_gives_both_sizes(self, tmp_path: Path) -> None:
-        check_disk(tmp_path, 1)
-        check_disk(tmp_path / "not/there/yet", 1)
-        with pytest.raises(ResourceError, match=r"not enough disk: 1e\+06 TB needed, .* free"):
-            check_disk(tmp_path, 10**18)
 
 
 def test_a_stage_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_formats.linalg.rank_criteria import allocate, auto_rank, checked_rank, rank_for_energy, rank_for_error
+from surgery_formats.linalg.rank_criteria import allocate, checked_rank, rank_holding
 
 
 def test_a_capped_rank_comes_with_a_sentence() -> None:
@@ -23,14 +23,13 @@ def test_a_capped_rank_comes_with_a_sentence() -> None:
             checked_rank(wrong, (8, 16))  # type: ignore[arg-type]
 
 
-def test_energy_and_error_criteria_agree() -> None:
-    values = torch.tensor([3.0, 2.0, 1.0, 0.0])
-    assert [rank_for_energy(values, e) for e in (0.5, 9 / 14, 0.65, 13 / 14, 1.0)] == [1, 1, 2, 2, 3]
-    assert rank_for_error(values, (5 / 14) ** 0.5 + 1e-12) == 1
-    assert rank_for_error(values, 0.0) == 3
-    assert rank_for_energy(values[:2], 0.9, total=14**0.5) == 2
-    assert rank_for_energy(values[:2], 0.95, total=14**0.5) is None
-    assert rank_for_energy(torch.zeros(3), 0.9) == 0
+def test_the_least_rank_is_found_that_leaves_at_most_a_share() -> None:
+    squares = torch.tensor([9.0, 4.0, 1.0, 0.0])
+    assert [rank_holding(squares, 14, 1 - e) for e in (0.5, 9 / 14, 0.65, 13 / 14, 1.0)] == [1, 1, 2, 2, 3]
+    assert rank_holding(squares, 14, 5 / 14 + 1e-12) == 1
+    assert rank_holding(squares[:2], 14, 0.1) == 2
+    assert rank_holding(squares[:2], 14, 0.05) is None
+    assert rank_holding(torch.zeros(3), 0, 0.1) == 0
 
 
 @settings(max_examples=80, deadline=None)
@@ -60,10 +59,3 @@ def test_expensive_directions_are_chosen_last() -> None:
         allocate(spectra, [10, 30], 39, least=1)
     with pytest.raises(ValueError, match="cost"):
         allocate(spectra, [10], 39)
-
-
-def test_auto_rank_counts_values_above_the_edge_within_the_budget() -> None:
-    values = torch.tensor([9.0, 5.0, 2.0, 1.0])
-    assert auto_rank(values, 1.5) == 3
-    assert auto_rank(values, 1.5, budget=2) == 2
-    assert auto_rank(values, 1.5, budget=8) == 3

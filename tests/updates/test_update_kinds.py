@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import surgery
-from surgery.engine import arithmetic
 from surgery.verbs.convert import convert
 from surgery.verbs.inspect import AdapterReport, inspect
 from surgery_formats.adapters.registry import read_adapter
@@ -54,7 +53,7 @@ def test_blocks_of_any_height_give_the_same(
 ) -> None:
     base, adapter = made(name, tmp_path)
     surgery.merge(base, adapter, output=tmp_path / "whole")
-    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", elements)
     surgery.merge(base, adapter, output=tmp_path / "blocks")
     whole, blocks = disk.read_tensors(tmp_path / "whole"), disk.read_tensors(tmp_path / "blocks")
     for key, value in whole.items():
@@ -115,7 +114,7 @@ def test_a_rotation_meets_whole_groups_where_a_weight_is_stored_transposed(
     elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT has no OFT on GPT-2's Conv1D, whose storage rows are the columns that are mixed; blocks of 5 do not divide blocks of rows."""
-    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", elements)
     base = models.build_base("gpt2", tmp_path / "base", n_embd=40, n_head=4)
     angles = 0.3 * torch.randn(8, 10, generator=torch.Generator().manual_seed(1))
     fields = {"peft_type": "OFT", "peft_version": "0.21.2", "use_cayley_neumann": False}

@@ -64,7 +64,7 @@ class SoftPrompt:
         """Numbers trained (CPT: stored, its base's embeddings included)."""
         return self.table.numel
 
-    def embeddings(self, submodule: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def embeddings(self, submodule: int = 0) -> torch.Tensor:
         """The rows ``(virtual_tokens, dim)`` to put before the embedded input.
 
         A model that scales its embeddings does not scale these.
@@ -72,17 +72,16 @@ class SoftPrompt:
         Args:
             submodule: 0 for the model or its encoder; 1 for the decoder, whose rows PEFT stores but does not use when
                 it gets token ids.
-            dtype: Type of the result; float32 by default, float64 where stored so.
 
         Raises:
             FitError: keys and values instead of embeddings, or a value that is not a number.
         """
         if self.prefix is not None:
             raise self._error("holds keys and values, no embeddings")
-        values = self._values(dtype)
+        values = self._values()
         return values[submodule * self.virtual_tokens : (submodule + 1) * self.virtual_tokens]
 
-    def key_values(self, layer: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def key_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `layer` for the cache, each ``(kv_heads, virtual_tokens, head_dim)``.
 
         They take no rotary embedding.
@@ -91,7 +90,6 @@ class SoftPrompt:
 
         Args:
             layer: From 0.
-            dtype: As `embeddings`.
 
         Raises:
             FitError: embeddings instead of keys and values, or a value that is not a number.
@@ -100,7 +98,7 @@ class SoftPrompt:
             raise self._error("holds embeddings, no keys and values")
         entry = 2 * self.submodules * layer % (2 * self.prefix.layers)
         sizes = (self.virtual_tokens, 2 * self.prefix.layers, self.prefix.kv_heads, self.prefix.head_dim)
-        values = self._values(dtype).reshape(sizes).permute(1, 2, 0, 3)
+        values = self._values().reshape(sizes).permute(1, 2, 0, 3)
         return values[entry], values[entry + 1]
 
     def check(self) -> SoftPrompt:
@@ -116,14 +114,14 @@ class SoftPrompt:
             raise self._error(f"is {list(shape)}, but the configuration says {[rows, width]}")
         return self
 
-    def _values(self, dtype: torch.dtype | None) -> torch.Tensor:
-        """The table as a matrix, read when it is needed."""
+    def _values(self) -> torch.Tensor:
+        """The table as a matrix in float32, or float64 where stored so, read when it is needed."""
         import torch
 
         stored = self.table.read()
         if not stored.is_floating_point():
             raise self._error(f"trained values of type {self.table.dtype.label}")
-        values = stored.to(dtype or (torch.float64 if stored.dtype == torch.float64 else torch.float32))
+        values = stored if stored.dtype == torch.float64 else stored.float()
         if not bool(torch.isfinite(values).all()):
             raise self._error("holds NaN or Inf")
         return values.reshape(-1, values.shape[-1])

@@ -23,7 +23,6 @@ __all__ = [
     "NoiseTally",
     "Side",
     "measure_survival",
-    "noise_energy",
     "signal_count",
     "spacing",
     "survival",
@@ -65,11 +64,6 @@ def variance(*sides: Side) -> torch.Tensor:
     for values, dtype in sides[1:]:
         total += spacing(values, dtype).square_()
     return total.div_(12)
-
-
-def noise_energy(*sides: Side) -> float:
-    """Expected squared Frobenius norm of the rounding error of a difference; `sides` as in `variance`."""
-    return float(variance(*sides).sum(dtype=torch.float64))
 
 
 class NoiseTally:

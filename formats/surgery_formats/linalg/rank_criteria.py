@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Allocation", "allocate", "auto_rank", "checked_rank", "rank_for_energy", "rank_for_error", "rank_holding"]
+__all__ = ["Allocation", "allocate", "checked_rank", "rank_holding"]
 
 _ROUNDING = 4e-16
 """Share of the energy that float64 sums may miss."""
@@ -59,21 +59,6 @@ def rank_holding(squares: torch.Tensor, norm2: float, share: float) -> int | Non
     return int((tails > allowed).sum())
 
 
-def rank_for_energy(values: torch.Tensor, energy: float, total: float | None = None) -> int | None:
-    """Return the least rank that holds the share `energy`, in (0, 1], of ``||D||_F^2``.
-
-    `values` are singular values, ``(k,)``, descending; `total` is ``||D||_F``, by default theirs.
-    """
-    squares = values.double().square()
-    return rank_holding(squares, float(squares.sum()) if total is None else total**2, 1 - energy)
-
-
-def rank_for_error(values: torch.Tensor, max_error: float, total: float | None = None) -> int | None:
-    """Return the least rank with ``||D - D_r||_F <= max_error ||D||_F``; arguments as in `rank_for_energy`."""
-    squares = values.double().square()
-    return rank_holding(squares, float(squares.sum()) if total is None else total**2, max_error**2)
-
-
 def allocate(
     spectra: Sequence[torch.Tensor],
     costs: Sequence[int],
@@ -118,9 +103,3 @@ def allocate(
             heapq.heappush(heap, (-squares[i][ranks[i]] / costs[i], i))
     lost = sum(sum(s[rank:]) for s, rank in zip(squares, ranks, strict=True))
     return Allocation(tuple(ranks), spent, lost)
-
-
-def auto_rank(values: torch.Tensor, edge: float, budget: int | None = None) -> int:
-    """Count the singular `values` (descending) above `edge`, the largest of noise alone; at most `budget`."""
-    signal = int((values > edge).sum())
-    return signal if budget is None else min(signal, budget)

@@ -74,6 +74,8 @@ class Tensor(Protocol):
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
     """``(rows, cols)`` when flattened after the first axis; vectors are one column, scalars one element."""
+    if len(shape) == 2:
+        return shape
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 

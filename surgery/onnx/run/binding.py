@@ -13,7 +13,7 @@ from surgery.onnx.run.ports import Port
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["as_array", "captured", "execute", "uncaptured"]
+__all__ = ["as_array", "execute", "run_options"]
 
 
 def execute(session: Any, binding: Any, options: Any) -> None:
@@ -36,17 +36,8 @@ def as_array(value: Any, port: Port) -> npt.NDArray[Any]:
     return np.frombuffer(raw, port.dtype).reshape(shape)
 
 
-def uncaptured() -> Any:
-    """Options of a run without a CUDA graph."""
-    return _options(-1)
-
-
-def captured(number: int) -> Any:
-    """Options of runs that are captured as CUDA graph `number` the first time, and then replayed."""
-    return _options(number)
-
-
-def _options(number: int) -> Any:
+def run_options(number: int = -1) -> Any:
+    """Options of a run without a CUDA graph; with a `number`, of runs captured as that graph once, and then replayed."""
     import onnxruntime
 
     options = onnxruntime.RunOptions()
