@@ -166,8 +166,7 @@ class CombineResult:
 
 _COLUMNS = (
     Column("module", "name"), Column("outcome"), Column("ranks"), Column("rank", "integer"),
-    Column("norm", "number", 3),
-    Column("error", "number", 3), Column("best", "number", 3),
+    Column("norm", "number", 3), Column("error", "number", 3), Column("best", "number", 3),
 )  # fmt: skip
 
 

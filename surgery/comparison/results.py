@@ -17,8 +17,7 @@ from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
     "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "Side", "TensorDiff", "TensorHeader",
-    "TensorStatus",
-    "Values",
+    "TensorStatus", "Values",
 ]  # fmt: skip
 
 AdapterStatus = Literal["equal", "different", "only in A", "only in B"]
