@@ -126,8 +126,9 @@ class BenchResult:
 
 _COLUMNS = (
     Column("model", "name"), Column("load s", "fixed", 2), Column("prefill ms", "fixed", 2),
-    Column("ms/token", "fixed", 3), Column("tokens/s", "fixed", 1), Column("x floor", "fixed", 2),
-    Column("memory", "bytes"), Column("weights", "bytes"),
+    Column("ms/token", "fixed", 3),
+    Column("tokens/s", "fixed", 1), Column("x floor", "fixed", 2), Column("memory", "bytes"),
+    Column("weights", "bytes"),
 )  # fmt: skip
 
 
@@ -203,7 +204,13 @@ def bench(
     times = measure_all(sides, rows, new_tokens)
     ratios = compare(times[0], times[1]) if len(times) > 1 else (None, None)
     return BenchResult(
-        tuple( BenchSide( os.fspath(side.model), side.load_seconds, timing.prefill, timing.token, side.memory_nbytes, step_nbytes(side.opened.path), side.virtual_tokens, ) for side, timing in zip(sides, times, strict=True) ),
+        tuple(
+            BenchSide(
+                os.fspath(side.model), side.load_seconds, timing.prefill, timing.token, side.memory_nbytes,
+                step_nbytes(side.opened.path), side.virtual_tokens,
+            )
+            for side, timing in zip(sides, times, strict=True)
+        ),
         sides[0].opened.memory.device, prompt_length, new_tokens, batch, bandwidth, tuple(floors), *ratios,
     )  # fmt: skip
 
