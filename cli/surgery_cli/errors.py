@@ -60,8 +60,12 @@ def fault_of(error: BaseException) -> Fault:
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, unimported
         hint = "try --workers 1, a --memory-limit or another --device"
         return Fault(RESOURCE, "ResourceError", f"not enough memory: {_first_line(error)}", hint)
-    hint = "run again with --debug for the traceback; please report"
-    return Fault(INTERNAL, "InternalError", f"internal error: {type(error).__name__}: {_first_line(error)}", hint)
+    from surgery_formats.plugins import plugin_behind  # importlib.metadata takes 18 ms
+
+    plugin = plugin_behind(error)
+    where, whom = (f" in the plugin {plugin}", " to its authors") if plugin else ("", "")
+    message = f"internal error{where}: {type(error).__name__}: {_first_line(error)}"
+    return Fault(INTERNAL, "InternalError", message, f"run again with --debug for the traceback; please report{whom}")
 
 
 def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) -> int:

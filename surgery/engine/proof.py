@@ -28,7 +28,7 @@ from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
-from surgery_formats.errors import ProofError
+from surgery_formats.errors import FitError, InputError, ProofError
 from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
@@ -46,9 +46,13 @@ def read_back(target: Format, path: Path) -> Adapter:
     """The adapter that lies at `path`, in its written format.
 
     Raises:
-        ProofError: a tensor was written that no update uses.
+        ProofError: the format does not read it, or a tensor was written that no update uses.
     """
-    written = target.read(path)
+    try:
+        written = target.read(path)
+    except (InputError, FitError) as error:
+        why = f"{target.name} cannot read what was written: {error.message}"
+        raise ProofError(why, file=error.file, tensor=error.tensor, hint=error.hint) from error
     check_consumed(written, ProofError)
     return written
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from surgery_cli.errors import fault_of, guarded
 from surgery_cli.options import Settings
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, OutputExistsError, ProofError, ResourceError
+from surgery_formats.testing.plugins import installed_project
 from tests.support.kit import Run, environment, make_base, make_lora, spawn
 
 HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\nerror: forged\u202e"
@@ -43,6 +45,56 @@ HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\nerror: forged\u202e"
 )
 def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int):
     assert fault_of(error).exit_code == code
+
+
+PLUGIN = """
+class Plugin:
+    name, title, needs_base, single_file, file_stems = "faulty", "", False, False, ()
+    written_as, suffixes = "faulty", (".faulty",)
+
+    def detect(self, path):
+        return {detected!r} and path.name.startswith("faulty")
+
+    def __getattribute__(self, name):
+        return object.__getattribute__(self, name) if name != {broken!r} else self.fail
+
+    def fail(self, *given):
+        raise ZeroDivisionError("oh")
+
+    read = render = open = lay_out = claim = None
+
+
+PLUGIN = Plugin()
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "broken", "words"),
+    [
+        ("adapter_formats", "detect", "inspect FAULTY"),
+        ("adapter_formats", "read", "inspect FAULTY"),
+        ("adapter_formats", "render", "convert LORA --to faulty -o OUT"),
+        ("containers", "detect", "inspect BASE"),
+        ("containers", "open", "inspect FAULTY"),
+        ("storages", "claim", "inspect BASE"),
+    ],
+)
+def test_a_plugin_that_fails_is_named(run: Run, base, lora, tmp_path, group: str, broken: str, words: str):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "faulty_plugin.py").write_text(PLUGIN.format(broken=broken, detected=broken != "render"))
+    entry = f'[project.entry-points."surgery.{group}"]\nfault = "faulty_plugin:PLUGIN"\n'
+    (project / "pyproject.toml").write_text(f'[project]\nname = "faulty"\n{entry}')
+    faulty = tmp_path / "faulty.faulty"
+    faulty.write_bytes(b"faulty")
+    places = {"FAULTY": faulty, "BASE": base, "LORA": lora, "OUT": tmp_path / "out"}
+    with installed_project(project):
+        sys.modules.pop("faulty_plugin", None)
+        result = run(*(places.get(word, word) for word in words.split()))
+    assert result.exit_code == 1
+    name = r"'fault' of surgery_plugin_under_test\w* 0"
+    assert re.search(f"internal error in the plugin {name}: ZeroDivisionError: oh", result.stderr)
+    assert "report to its authors" in result.stderr
 
 
 def test_a_missing_adapter_is_named_and_exits_with_3(run: Run, tmp_path):

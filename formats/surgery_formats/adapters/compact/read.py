@@ -129,7 +129,7 @@ class _Object:
         """A finite number."""
         value = self.raw.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-            raise MalformedError(f"'{key}' is {show(repr(value), 40)}, not a number", file=self.file)
+            raise MalformedError(f"'{key}' is {show(repr(value), 40)}, not a number below 1e300", file=self.file)
         return float(value)
 
     def choice(self, key: str, allowed: tuple[_Choice, ...]) -> _Choice:
