@@ -12,7 +12,7 @@ from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
-from surgery_formats.updates import Replacing, Stacked, Update, stack_of_loras
+from surgery_formats.updates import Replacing, Stacked, Update, plain_form, stack_of_loras
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ class Contribution:
     Attributes:
         owner: Number of the adapter.
         site: Where, spelled as the first adapter spells it.
-        update: As a LoRA, if it has that form.
+        update: As a LoRA, a stack of LoRAs or an offset, if it has such a form.
         weight: On it.
     """
 
@@ -83,7 +83,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
             contributions = groups.setdefault(key, [])
             if contributions:
                 named = replace(named, path=contributions[0].site.path, component=contributions[0].site.component)
-            contributions += [Contribution(owner, named, update.low_rank() or update, term.weight) for update in chain]
+            contributions += [Contribution(owner, named, plain_form(update), term.weight) for update in chain]
             mine.add(key)
         seen.append(mine)
     if base is None:

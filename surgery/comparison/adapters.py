@@ -10,7 +10,7 @@ from surgery.comparison.additive import Chain, Squares, are_sums, blocks_of, com
 from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
 from surgery.engine.factor_proof import tensor_error
 from surgery_formats.canonical.adapter import Adapter, Site
-from surgery_formats.updates import RowSetting, Update, settings
+from surgery_formats.updates import Directed, Factor, Replacing, RowSetting, Update, settings
 
 __all__ = ["diff_adapters"]
 
@@ -106,36 +106,35 @@ def _by_value(name: str, mine: Chain | None, theirs: Chain | None, limit: float)
     return ModuleDiff(name, status, a, b, difference, cosine, "; ".join(notes)), sums
 
 
-_NAMED = {
-    "DoRA": ("magnitude", "magnitudes"),
-    "replacement": ("value", "new values"),
-    "token rows": ("value", "token rows"),
-}
-"""By kind: the factor that is compared by its norm, and what it is called."""
-
-
 def unadded_differences(mine: Chain, theirs: Chain, limit: float) -> list[str]:
     """A note for each pair of updates that differ by more than `limit`; both chains are of the same kinds."""
-    notes = []
-    for kind, (factor, called) in _NAMED.items():
-        pairs = zip(*([update for update in chain if update.kind == kind] for chain in (mine, theirs)), strict=True)
-        notes += [note for update, other in pairs if (note := _by_norm(update, other, factor, called, limit))]
-    others = ([u for u in chain if u.kind not in _NAMED and not are_sums((u,))] for chain in (mine, theirs))
-    for update, other in zip(*others, strict=True):
-        if type(update) is not type(other) or settings(update) != settings(other):
-            notes.append(f"the settings of its {update.kind} differ")
-        elif (by := tensor_error(update, other)) > limit:
-            notes.append(f"the factors of its {update.kind} differ by {by:.2g}")
-    return notes
+    chains = (sorted((u for u in chain if not are_sums((u,))), key=lambda u: u.kind) for chain in (mine, theirs))
+    return [note for update, other in zip(*chains, strict=True) if (note := _difference(update, other, limit))]
 
 
-def _by_norm(update: Update, other: Update, factor: str, called: str, limit: float) -> str:
+def _difference(update: Update, other: Update, limit: float) -> str:
     if isinstance(update, RowSetting) and isinstance(other, RowSetting) and update.indices != other.indices:
         return "other token rows"
     import torch
 
-    left, right = (side.factors()[factor].load(torch.float64) for side in (update, other))
-    if left.shape != right.shape:
-        return f"{called} of other shapes"
-    by = ratio(float((right - left).norm()), float(left.norm()))
+    (called, factor), (_, twin) = _by_norm(update), _by_norm(other)
+    if factor is not None and twin is not None:
+        left, right = factor.load(torch.float64), twin.load(torch.float64)
+        if left.shape != right.shape:
+            return f"{called} of other shapes"
+        by = ratio(float((right - left).norm()), float(left.norm()))
+    elif type(update) is not type(other) or settings(update) != settings(other):
+        return f"the settings of its {update.kind} differ"
+    else:
+        by = tensor_error(update, other)
     return f"{called} differ by {by:.2g}" if by > limit else ""
+
+
+def _by_norm(update: Update) -> tuple[str, Factor | None]:
+    """What an update has beside sums, and its factor if that is compared by its norm, not number by number."""
+    if isinstance(update, Directed):
+        return "magnitudes", update.magnitude
+    if isinstance(update, Replacing | RowSetting):
+        (values,) = update.factors().values()
+        return "new values" if isinstance(update, Replacing) else "token rows", values
+    return f"the factors of its {update.kind}", None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import ProofError
-from surgery_formats.updates import Directed, LoRA, Update, equal_factors, experts_of, settings, transposed
+from surgery_formats.updates import Directed, LoRA, Update, equal_factors, experts_of, plain_form, settings, transposed
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +50,8 @@ def approximation_errors(rendering: Rendering, written: Adapter, tolerance: floa
     """
     errors: dict[Site, float] = {}
     for site, stated in rendering.stated.items():
-        chain = [update.low_rank() or update for update in rendering.held[site]]
-        twins = [update.low_rank() or update for update in written.updates.get(site, ())]
+        chain = [plain_form(update) for update in rendering.held[site]]
+        twins = [plain_form(update) for update in written.updates.get(site, ())]
         if [update.kind for update in chain] != [update.kind for update in twins]:
             raise ProofError(
                 "the written update is of a different kind than the source's", file=written.path, tensor=str(site)

@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Table
@@ -137,15 +137,8 @@ class Catalogue:
     updates: tuple[UpdateKind, ...]
     seconds: float = elapsed()
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    @property
-    def nbytes(self) -> int:
-        """No files were looked at."""
-        return 0
+    warnings: ClassVar[tuple[str, ...]] = ()
+    nbytes: ClassVar[int] = 0  # no files were looked at
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

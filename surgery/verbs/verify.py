@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
@@ -78,6 +78,7 @@ class Verification:
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
     seconds: float = elapsed()
+    nbytes: ClassVar[int] = 0  # not counted for this verb
 
     @property
     def difference(self) -> float | None:
@@ -88,11 +89,6 @@ class Verification:
     def warnings(self) -> tuple[str, ...]:
         """The notes."""
         return self.notes
-
-    @property
-    def nbytes(self) -> int:
-        """0: not counted for this verb."""
-        return 0
 
     def as_json(self) -> dict[str, Any]:
         """The result as plain values, for ``--json``."""

@@ -7,7 +7,7 @@ Add a kind as a file with a frozen dataclass that satisfies `update.Update`; `su
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.blend import blend
 from surgery_formats.updates.dora import DoRA
-from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, stack_of_loras, transposed
+from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
 from surgery_formats.updates.ia3 import IA3
 from surgery_formats.updates.loha import LoHa
 from surgery_formats.updates.lokr import LoKr
@@ -64,6 +64,7 @@ __all__ = [
     "experts_of",
     "in_full",
     "low_rank_part",
+    "plain_form",
     "same_update",
     "settings",
     "stack_of_loras",

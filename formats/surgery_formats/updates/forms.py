@@ -8,7 +8,7 @@ from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.update import Directed, EitherWay, InFull, Update
 
-__all__ = ["experts_of", "in_full", "low_rank_part", "stack_of_loras", "transposed"]
+__all__ = ["experts_of", "in_full", "low_rank_part", "plain_form", "stack_of_loras", "transposed"]
 
 
 def low_rank_part(update: Update) -> LoRA | None:
@@ -35,6 +35,11 @@ def stack_of_loras(update: Update) -> Stacked | None:
     stacks = [experts_of(update), experts_of(turned) if turned else ()]
     loras = [tuple(lora for expert in stack if (lora := expert.low_rank())) for stack in stacks]
     return Stacked(*loras) if loras[0] and list(map(len, loras)) == list(map(len, stacks)) else None
+
+
+def plain_form(update: Update) -> Update:
+    """The update as a LoRA, a stack of LoRAs or an offset, exactly; itself where it has none of these forms."""
+    return update.low_rank() or stack_of_loras(update) or in_full(update) or update
 
 
 def transposed(update: Update) -> Update | None:

@@ -110,7 +110,7 @@ def _update(site: Site, update: Update, state: _CompactWriter) -> None:
         return
     state.stated.setdefault(site, []).append(error)
     if error is _none:
-        state.ledger.keep(site, update, "exact")
+        state.ledger.keep(site, update, "folded" if held.folded else "exact", held.folded)
     else:
         how = f"{state.coding.name} codes in groups of {state.coding.group}"
         state.ledger.keep(site, update, "approximated", how)
