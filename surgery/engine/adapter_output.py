@@ -192,7 +192,7 @@ def rendered_size(rendering: Rendering) -> int:
 def rendered_fingerprint(rendering: Rendering) -> str:
     """`fingerprint` of the tensor file that `rendering` would be: it names an adapter that is in no file yet."""
     file = _TensorFile.of(rendering)
-    return fingerprint_of(file.size, file.read)
+    return fingerprint_of(file.size, lambda offset, nbytes: [file.read(offset, nbytes)])
 
 
 def _rounded(tensor: NewTensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.engine.blocks import block_bytes
 from surgery.engine.ledger import Ledger, Measurement
 from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile
 from surgery.progress import Callback, Progress
@@ -271,6 +270,8 @@ def _affordable(plan: Plan, run: Run) -> int:
     workers = run.workers or default_workers()
     if run.memory_limit is None:
         return workers
+    from surgery.engine.blocks import block_bytes  # it knows updates, which an export without adapters does not need
+
     largest = max((block_bytes(tensor), tensor.label) for tensor in plan.computed())
     if largest[0] > run.memory_limit:
         raise ResourceError(

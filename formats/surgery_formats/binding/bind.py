@@ -22,7 +22,8 @@ from surgery_formats.models.names import WeightSlice
 from surgery_formats.storage.base import is_stacked
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import Tensor, ZeroTensor
+from surgery_formats.tensors.computed import zeros
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import rows, whole
 from surgery_formats.text import listing
 from surgery_formats.updates import Linear, Replacing, RowSetting, Update, transposed
@@ -182,8 +183,8 @@ def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tu
     parameter = weights[0].parameter
     if not parameter.is_whole:
         return ()
-    zeros = ZeroTensor(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1])
-    return (WeightSlice(Parameter.of(zeros, component.name)),)
+    bias = zeros(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1])
+    return (WeightSlice(Parameter.of(bias, component.name)),)
 
 
 def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:

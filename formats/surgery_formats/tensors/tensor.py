@@ -19,7 +19,7 @@ from surgery_formats.files.raw import File
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StoredTensor", "Tensor", "ZeroTensor", "all_finite", "as_bytes", "matrix_of", "origin"]
+__all__ = ["StoredTensor", "Tensor", "all_finite", "as_bytes", "matrix_of", "origin"]
 
 
 class Tensor(Protocol):
@@ -171,51 +171,6 @@ class StoredTensor:
         import torch
 
         return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class ZeroTensor:
-    """Zeros that are stored nowhere: what a layer without a bias adds."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes they would take."""
-        return self.dtype.nbytes(self.numel)
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """``(rows, cols)``, see `matrix_of`."""
-        return matrix_of(self.shape)
-
-    @property
-    def sources(self) -> tuple[StoredTensor, ...]:
-        """None."""
-        return ()
-
-    @property
-    def path(self) -> None:
-        """None."""
-
-    @property
-    def stored_type(self) -> str:
-        """Name of its type."""
-        return self.dtype.label
-
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Zeros of the shape asked for."""
-        import torch
-
-        zeros = torch.zeros(self.shape, dtype=self.dtype.torch)
-        return zeros[start:stop] if self.shape else zeros
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.mlx.read import TENSOR_FILE, read_mlx
-from surgery_formats.adapters.mlx.write import render_mlx
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.files.raw import first_bytes
 from surgery_formats.models.checkpoint import Checkpoint
@@ -36,7 +35,9 @@ class _Mlx:
         return read_mlx(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """See `render_mlx`."""
+        """See `write.render_mlx`, which is imported only to write."""
+        from surgery_formats.adapters.mlx.write import render_mlx
+
         return render_mlx(adapter, base)
 
 
