@@ -23,7 +23,7 @@ from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
-from surgery_formats.updates import LoRA, Replacing, Update, experts_of, in_full
+from surgery_formats.updates import LoRA, Update, experts_of, in_full, is_replacing
 
 __all__ = ["CombinationProof", "SumError", "prove_combination"]
 
@@ -151,7 +151,7 @@ def _measure(
 
 
 def _whole(chain: Sequence[Update]) -> list[torch.Tensor]:
-    replacing = (update for update in chain if isinstance(update, Replacing))
+    replacing = (update for update in chain if is_replacing(update))
     return [factor.load(torch.float64) for update in replacing for factor in update.factors().values()]
 
 

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -277,7 +277,7 @@ class _Safetensors:
 
     def open(self, path: Path) -> dict[str, ShardSet]:
         """See `open_safetensors`."""
-        return one_file(open_safetensors(path))
+        return one_file(replace(open_safetensors(path), container=self.name))
 
     def lay_out(self, tensors: Sequence[TensorSpec], like: Shard | None = None, alignment: int = 1) -> FileLayout:
         """The header of `like` byte for byte if it still describes the content, else one of our own (see `layout`)."""
