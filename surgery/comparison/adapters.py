@@ -10,7 +10,7 @@ from surgery.comparison.additive import Chain, Squares, are_sums, blocks_of, com
 from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
 from surgery.engine.factor_proof import tensor_error
 from surgery_formats.canonical.adapter import Adapter, Site
-from surgery_formats.updates import Directed, Factor, Replacing, RowSetting, Update, settings
+from surgery_formats.updates import Factor, Update, is_directed, is_replacing, is_row_setting, settings
 
 __all__ = ["diff_adapters"]
 
@@ -113,7 +113,7 @@ def unadded_differences(mine: Chain, theirs: Chain, limit: float) -> list[str]:
 
 
 def _difference(update: Update, other: Update, limit: float) -> str:
-    if isinstance(update, RowSetting) and isinstance(other, RowSetting) and update.indices != other.indices:
+    if is_row_setting(update) and is_row_setting(other) and update.indices != other.indices:
         return "other token rows"
     import torch
 
@@ -132,9 +132,9 @@ def _difference(update: Update, other: Update, limit: float) -> str:
 
 def _by_norm(update: Update) -> tuple[str, Factor | None]:
     """What an update has beside sums, and its factor if that is compared by its norm, not number by number."""
-    if isinstance(update, Directed):
+    if is_directed(update):
         return "magnitudes", update.magnitude
-    if isinstance(update, Replacing | RowSetting):
+    if is_replacing(update) or is_row_setting(update):
         (values,) = update.factors().values()
-        return "new values" if isinstance(update, Replacing) else "token rows", values
+        return "new values" if is_replacing(update) else "token rows", values
     return f"the factors of its {update.kind}", None

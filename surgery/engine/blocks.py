@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 from surgery.engine.plan import Compute, PlannedTensor
-from surgery_formats.updates import Mixing
+from surgery_formats.updates import is_mixing
 
 __all__ = ["BLOCK_ELEMENTS", "block_bytes", "block_height"]
 
@@ -23,7 +23,7 @@ def block_height(width: int, step: Compute) -> int:
     """
     height = max(1, BLOCK_ELEMENTS // max(width, 1))
     mixed = [operation.update for operation in step.operations if operation.view.transposed]
-    group = math.lcm(step.target.group, *(update.group for update in mixed if isinstance(update, Mixing)))
+    group = math.lcm(step.target.group, *(update.group for update in mixed if is_mixing(update)))
     return -(-height // group) * group
 
 
@@ -35,5 +35,5 @@ def block_bytes(tensor: PlannedTensor) -> int:
     block = block_height(width, step) * width * 8
     used = {tensor for operation in step.operations for tensor in operation.update.tensors}
     factors = sum(tensor.numel * 8 for tensor in used)
-    mixing = [operation.update for operation in step.operations if isinstance(operation.update, Mixing)]
+    mixing = [operation.update for operation in step.operations if is_mixing(operation.update)]
     return 5 * block + factors + sum(update.shape[1] * update.group * 8 * 5 for update in mixing)

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import ProofError
-from surgery_formats.updates import Directed, LoRA, Update, equal_factors, experts_of, plain_form, settings, transposed
+from surgery_formats.updates import (
+    LoRA,
+    Update,
+    equal_factors,
+    experts_of,
+    is_directed,
+    plain_form,
+    settings,
+    transposed,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +86,7 @@ def distance(update: Update, twin: Update) -> float:
 
     if type(update) is not type(twin) or update.shape != twin.shape:
         return math.inf
-    if isinstance(update, Directed) and isinstance(twin, Directed):
+    if is_directed(update) and is_directed(twin):
         same = update.per_row == twin.per_row and equal_factors(update.magnitude, twin.magnitude)
         return distance(update.direction, twin.direction) if same else math.inf
     if experts_of(update):

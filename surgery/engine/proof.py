@@ -34,7 +34,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import Directed, Factor, Replacing, Update, experts_of, low_rank_part, settings
+from surgery_formats.updates import Factor, Update, experts_of, is_directed, is_replacing, low_rank_part, settings
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
@@ -113,7 +113,7 @@ def check_errors(errors: Mapping[str, float], tolerance: float, path: Path) -> N
             f"{len(wrong)} of {len(errors)} weights differ, '{name}' by {wrong[name]:.1e} of its greatest change "
             f"(at most {tolerance:.1e} is allowed)",
             file=path.name,
-            hint="--dtype fp32 keeps more digits",
+            hint='`dtype="fp32"` keeps more digits',
         )
 
 
@@ -188,8 +188,8 @@ def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, 
             for path, expert in apart or [(f"{site}[{row}]", part) for row, part in chain[0].parts()]:
                 yield path, _ProofTarget(expert.shape, ((expert, whole(expert.shape)),))
             continue
-        value = next((Plain.of(update.stored) for update in chain if isinstance(update, Replacing)), None)
-        rest = tuple((update, whole(update.shape)) for update in chain if not isinstance(update, Replacing))
+        value = next((Plain.of(update.stored) for update in chain if is_replacing(update)), None)
+        rest = tuple((update, whole(update.shape)) for update in chain if not is_replacing(update))
         shape = value.shape if value else (max(u.shape[0] for u, _ in rest), rest[0][0].shape[1])
         yield str(site), _ProofTarget(shape, rest, value)
 
@@ -215,7 +215,7 @@ def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[str, View, bool], torc
     return [
         ((update.kind, view, update.per_row), update.magnitude.load(torch.float64))
         for update, view in target.pieces
-        if isinstance(update, Directed)
+        if is_directed(update)
     ]
 
 

@@ -19,7 +19,7 @@ from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError
 from surgery_formats.refs import resolve
 from surgery_formats.tensors.views import Index
-from surgery_formats.updates import Fit, Linear, Unsized
+from surgery_formats.updates import Fit, is_linear, is_unsized
 from tests.oracles import disk, measure, models, peft_oracle
 
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -80,7 +80,7 @@ def test_any_rows_and_columns_are_those_of_the_whole(name: str, tmp_path: Path) 
     for chain in adapter.updates.values():
         for given in chain:
             height, width = (size or 11 for size in given.shape)
-            update = given.fitted(Fit((height, width))) if isinstance(given, Unsized) else given
+            update = given.fitted(Fit((height, width))) if is_unsized(given) else given
             apply = update.prepare(Weight((height, width)))
             weight = torch.randn(height, width, dtype=torch.float64, generator=generator)
             whole = apply(weight.clone(), range(height), range(width))
@@ -147,7 +147,7 @@ def test_experts_trained_one_by_one_meet_a_fused_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_only_what_is_added_can_be_scaled_in_its_factors(name: str, tmp_path: Path) -> None:
     adapter = read_adapter(made(name, tmp_path)[1])
-    linear = {isinstance(update, Linear) for chain in adapter.updates.values() for update in chain}
+    linear = {is_linear(update) for chain in adapter.updates.values() for update in chain}
     assert linear == {name.partition("-")[0] in ("loha", "lokr", "vera")}
 
 
@@ -184,11 +184,11 @@ def test_other_formats_say_that_they_have_no_such_thing(name: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "why", "way"),
     [
-        ("ia3", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
-        ("oft", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
-        ("loha", "their sum has no low rank", "give a rank (--rank), or merge them"),
-        ("lokr", "their sum has no low rank", "give a rank (--rank), or merge them"),
-        ("vera", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
+        ("ia3", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
+        ("oft", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
+        ("loha", "their sum has no low rank", "give a rank (`rank=`), or merge them"),
+        ("lokr", "their sum has no low rank", "give a rank (`rank=`), or merge them"),
+        ("vera", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
         ("ln", "their sum depends on the base", "merge them"),
     ],
 )
