@@ -109,5 +109,5 @@ def _check_spellings(terms: Sequence[WeightedAdapter], seen: Sequence[set[tuple[
                     raise FitError(
                         f"'{show(path)}' of {show(terms[owner].name)} may be '{show(rest)}' of "
                         f"{show(terms[other].name)}",
-                        hint="give the model with --base, which knows its weights",
+                        hint="give the model with `base=`, which knows its weights",
                     )

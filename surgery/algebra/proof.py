@@ -143,7 +143,7 @@ def _measure(
             f"is {error:.1e} away from the sum, {lost:.1e} was intended (its norm is {norm:.1e})",
             file=path.name,
             tensor=combined.site.path,
-            hint="--dtype fp32 keeps more digits",
+            hint='`dtype="fp32"` keeps more digits',
         )
     if norm <= 1e-12 * size:  # the terms cancel: relative to nothing every error is infinite
         return SumError(0.0, 0.0, 0.0)

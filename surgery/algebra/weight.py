@@ -148,6 +148,6 @@ def _way_out(contributions: Sequence[Contribution], recipe: Recipe, base: Checkp
     if any(share.update.effect == "sets" for share in contributions):
         return "merge"
     known = all(share.update.effect == "adds" and all(share.update.shape) for share in contributions)
-    missing = ["the base (--base)"] if base is None and not known else []
-    missing += [] if recipe.truncates else ["a rank (--rank)"]
+    missing = ["the base (`base=`)"] if base is None and not known else []
+    missing += [] if recipe.truncates else ["a rank (`rank=`)"]
     return f"give {' and '.join(missing)}, or merge" if missing else "merge"

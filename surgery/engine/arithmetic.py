@@ -136,7 +136,7 @@ def _check_finite(block: torch.Tensor, dtype: DType, label: str) -> None:
         raise FitError(
             f"after the update a value of {largest:.3g} does not fit {dtype.label}",
             tensor=label,
-            hint="use --dtype bf16 or fp32",
+            hint='use `dtype="bf16"` or fp32',
         )
     raise FitError(f"after the update a value is {largest}", tensor=label, hint="is the base, or the adapter, damaged?")
 

@@ -113,7 +113,7 @@ def check_errors(errors: Mapping[str, float], tolerance: float, path: Path) -> N
             f"{len(wrong)} of {len(errors)} weights differ, '{name}' by {wrong[name]:.1e} of its greatest change "
             f"(at most {tolerance:.1e} is allowed)",
             file=path.name,
-            hint="--dtype fp32 keeps more digits",
+            hint='`dtype="fp32"` keeps more digits',
         )
 
 

@@ -139,7 +139,7 @@ def _rounded(factor: torch.Tensor, dtype: DType, target: LowRankTarget) -> torch
     stored = factor.to(dtype.torch)
     if dtype is DType.F16 and not all_finite(stored):
         raise FitError(
-            f"a value is too large for {dtype.label}", tensor=target.names[0], hint="--adapter-dtype bf16 or fp32"
+            f"a value is too large for {dtype.label}", tensor=target.names[0], hint="store it as bf16 or fp32"
         )
     return stored
 

@@ -152,7 +152,7 @@ def _allotted(
         raise FitError(
             f"the budget is {budget.limit:,} {budget.measure}; what is stored whole takes {fixed:,}, and one direction "
             f"of each of {len(factors)} matrices {sum(costs):,}",
-            hint="raise it, or use --dense none --allow-loss",
+            hint="raise it, or keep less: `dense=` and `allow_loss=True`",
         )
     spectra = [torch.tensor(entry.spectrum, dtype=torch.float64) for entry in factors]
     most = [ranks[entry.target.path] for entry in factors]

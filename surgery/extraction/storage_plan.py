@@ -370,5 +370,5 @@ def check_losses(storage: StoragePlan, measures: Mapping[str, PairMeasure], tune
         f"{len(storage.dropped)} changed tensors, {share:.2%} of the change, would be lost: {reasons}{more}",
         file=tuned,
         tensor=next(iter(storage.dropped)),
-        hint="--allow-loss leaves them out",
+        hint="`allow_loss=True` leaves them out",
     )

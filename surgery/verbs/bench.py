@@ -194,7 +194,7 @@ def bench(
         for path in models
     ]
     if len({side.opened.memory.device for side in sides}) > 1:
-        raise FitError("one graph runs on the cpu, the other on CUDA", hint="name the device: --device cpu")
+        raise FitError("one graph runs on the cpu, the other on CUDA", hint='name the device: `device="cpu"`')
     width = min(_vocabulary(side.opened) for side in sides)
     rows = np.random.default_rng(0).integers(0, width, (batch, prompt_length)).tolist()
     bandwidth, floors = None, list[float]()

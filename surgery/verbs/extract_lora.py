@@ -184,7 +184,7 @@ def _coding(adapter_format: Format, dtype: str) -> Coding | None:
         return None
     if dtype != "auto":
         raise FitError(
-            f"{adapter_format.name} stores factors as codes, not as {dtype}", hint="--factors chooses the codes"
+            f"{adapter_format.name} stores factors as codes, not as {dtype}", hint="`factors=` chooses the codes"
         )
     return adapter_format.coding
 

@@ -132,13 +132,13 @@ def test_convolutions_get_their_shape_back(tmp_path: Path) -> None:
 
 
 def test_flat_names_need_the_base(tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="--base"):
+    with pytest.raises(FitError, match="`base=`"):
         convert(GOLDEN / "kohya/sd1/conv/adapter.safetensors", "peft", output=tmp_path / "b")
 
 
 def test_several_parts_need_a_choice(tmp_path: Path) -> None:
     source, base = GOLDEN / "kohya/sd1/lora/adapter.safetensors", GOLDEN / "kohya/sd1/base"
-    with pytest.raises(FitError, match="--component"):
+    with pytest.raises(FitError, match="`component=`"):
         convert(source, "peft", output=tmp_path / "b", base=base)
     result = convert(source, "peft", output=tmp_path / "b", base=base, component="text_encoder")
     assert sum(entry.outcome == "exact" for entry in result.entries) == 12
@@ -181,7 +181,7 @@ def test_the_axes_of_an_older_peft_need_the_base(tmp_path: Path) -> None:
     source, _ = _stacked_parameters(tmp_path / "a", "0.18.1")
     convert(source, "compact", output=tmp_path / "compact")
     for old in (source, tmp_path / "compact"):
-        with pytest.raises(FitError, match=r"order of the axes of stacked experts in 0\.19.*--base"):
+        with pytest.raises(FitError, match=r"order of the axes of stacked experts in 0\.19.*`base=`"):
             convert(old, "peft", output=tmp_path / "b")
 
 

@@ -185,7 +185,7 @@ def test_what_depends_on_the_base_is_refused_in_the_words_of_the_verb(tmp_path: 
     with pytest.raises(FitError, match="by one of them as row gain: their sum depends on the base") as caught:
         surgery.combine([one, other], to="peft", output=tmp_path / "out")
     assert caught.value.hint == (
-        "give the base (--base) and a rank (--rank), or merge them into the base and extract a LoRA from the result"
+        "give the base (`base=`) and a rank (`rank=`), or merge them into the base and extract a LoRA from the result"
     )
     with pytest.raises(FitError, match=r"of which 0\.5 times depends on the base"):
         surgery.combine([(one, 0.5)], to="peft", output=tmp_path / "out")
@@ -197,7 +197,7 @@ def test_what_adds_without_low_rank_needs_a_rank_and_no_base(base: Path, tmp_pat
     one, other = (adapter_of(outer_sine(tmp_path / f"{seed}.safetensors", seed)) for seed in (1, 2))
     with pytest.raises(FitError, match="by one of them as outer sine: their sum has no low rank") as caught:
         surgery.combine([one, other], to="peft", output=tmp_path / "out")
-    assert str(caught.value.hint).startswith("give a rank (--rank), or merge them")
+    assert str(caught.value.hint).startswith("give a rank (`rank=`), or merge them")
     surgery.combine([one, other], to="peft", rank=32, output=tmp_path / "sum")
     wanted = change(base, one, tmp_path / "1") + change(base, other, tmp_path / "2")
     torch.testing.assert_close(change(base, tmp_path / "sum", tmp_path / "3"), wanted, atol=4e-6, rtol=0)

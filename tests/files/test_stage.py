@@ -29,7 +29,7 @@ from tests.support.folder_jobs import OTHER, PLAN, env, write_output
 class TestExistingOutput:
     def test_is_refused_with_the_remedy(self, tmp_path: Path) -> None:
         out = write_output(tmp_path / "out")
-        with pytest.raises(OutputExistsError, match="--overwrite"):
+        with pytest.raises(OutputExistsError, match="`overwrite=True`"):
             write_output(out, b"new")
         assert (out / "model.safetensors").read_bytes() == b"weights"
         assert os.listdir(tmp_path) == ["out"]
@@ -205,7 +205,7 @@ class TestFullDisk:
                     folder.create("a", 200_000)
                 # What was reserved is free again when the message says how much is free.
                 assert [path.name for path in tmp_path.rglob("*.part")] == []
-            with pytest.raises(ResourceError, match=r"out/model.safetensors: larger than .*--shard-size"):
+            with pytest.raises(ResourceError, match=r"out/model.safetensors: larger than .*`shard_size=`"):
                 write_output(tmp_path / "out", b"x" * 200_000)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -184,11 +184,11 @@ def test_other_formats_say_that_they_have_no_such_thing(name: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "why", "way"),
     [
-        ("ia3", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
-        ("oft", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
-        ("loha", "their sum has no low rank", "give a rank (--rank), or merge them"),
-        ("lokr", "their sum has no low rank", "give a rank (--rank), or merge them"),
-        ("vera", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
+        ("ia3", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
+        ("oft", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
+        ("loha", "their sum has no low rank", "give a rank (`rank=`), or merge them"),
+        ("lokr", "their sum has no low rank", "give a rank (`rank=`), or merge them"),
+        ("vera", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
         ("ln", "their sum depends on the base", "merge them"),
     ],
 )

@@ -168,7 +168,7 @@ def test_a_pipeline_of_which_no_part_fits_is_refused(tmp_path: Path) -> None:
 
 
 def test_kohya_needs_the_base(tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="--base"):
+    with pytest.raises(FitError, match="`base=`"):
         convert(_simple(tmp_path / "a"), "kohya", output=tmp_path / "x.safetensors")
 
 

@@ -231,7 +231,7 @@ def _session(
 
     if memory.device == "cpu" and contract is not None and contract.dtype == "bf16":
         raise FitError(
-            "a bf16 graph does not run on the cpu", file=path, hint="export with --dtype fp32 or --target cpu"
+            "a bf16 graph does not run on the cpu", file=path, hint='export with `dtype="fp32"` or `target="cpu"`'
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET

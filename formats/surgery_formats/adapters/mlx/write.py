@@ -150,7 +150,7 @@ def _fault(site: Site, held: Contents, base: Checkpoint | None, *, dora: bool) -
                 f"only the base can tell how the experts of '{site}' are held",
                 file=stack.tensors[0].path,
                 tensor=stack.tensors[0].name,
-                hint="give it with --base",
+                hint="give it with `base=`",
             )
         if not _apart(site, stack, base):
             return "the names of its experts are not known"

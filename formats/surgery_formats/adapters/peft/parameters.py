@@ -175,7 +175,7 @@ def todays_order(file: PeftFile, site: Site, update: Stacked) -> Stacked:
             "PEFT changed the order of the axes of stacked experts in 0.19: only the base tells today's from the old one",
             file=update.tensors[0].path,
             tensor=update.tensors[0].name,
-            hint="give it with --base",
+            hint="give it with `base=`",
         )
     return Stacked(tuple(expert.transpose() for expert in update.experts)) if family.experts_transposed else update
 

@@ -48,7 +48,7 @@ def _fault(error: OSError, path: Path, needed: int | None) -> ResourceError:
         )
     if error.errno == errno.EFBIG:
         return ResourceError(
-            "larger than this file system or `ulimit -f` allows", file=path, hint="use a smaller --shard-size"
+            "larger than this file system or `ulimit -f` allows", file=path, hint="use a smaller `shard_size=`"
         )
     return ResourceError(f"cannot be written ({error.strerror or error})", file=path)
 
