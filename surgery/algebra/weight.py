@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
-from surgery.algebra.dense_change import combine_changes
+from surgery.algebra.dense_change import combine_changes, combine_offsets
 from surgery.algebra.experts import combine_stacks
 from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import combine_loras
-from surgery.algebra.offsets import combine_offsets
 from surgery.algebra.sums import Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.canonical.adapter import Site, WeightedAdapter

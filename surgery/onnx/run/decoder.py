@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from surgery.onnx.graph.read_metadata import initializer_shapes
 from surgery.onnx.run.adapters import Past, past_names
-from surgery.onnx.run.binding import as_array, execute, run_options
 from surgery.onnx.run.growing import GrowingDecoder, RowByRow
 from surgery.onnx.run.opening import GraphSession, open_prefill
+from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.shared import SharedDecoder
 from surgery_formats.errors import FitError

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.run.adapters import Past, past_names
-from surgery.onnx.run.binding import as_array, execute, run_options
 from surgery.onnx.run.opening import GraphSession
+from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.graph.contract import Contract, from_metadata
+from surgery.onnx.graph.contract import Contract, check_weight_files, from_metadata
 from surgery.onnx.graph.read_metadata import read_metadata
-from surgery.onnx.graph.weight_files import check_weight_files
 from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract
 from surgery.onnx.run.memory import HostMemory, Memory

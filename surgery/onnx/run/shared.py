@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from surgery.onnx.graph.contract import PAD_SWITCH
 from surgery.onnx.run.adapters import Past, past_names
-from surgery.onnx.run.binding import execute, run_options
 from surgery.onnx.run.growing import GrowingDecoder
 from surgery.onnx.run.memory import Buffer, DeviceScratch
 from surgery.onnx.run.opening import GraphSession
+from surgery.onnx.run.ports import execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError
 
