@@ -122,7 +122,7 @@ def choose_kind(
         return lora_decision("as asked")
     if reason := _obstacle(targets, able):
         if kind == "dora":
-            raise FitError(f"no DoRA can be made: {reason}", file=tuned, hint="--kind lora")
+            raise FitError(f"no DoRA can be made: {reason}", file=tuned, hint='`kind="lora"`')
         return lora_decision(reason)
     lora = _relative(able, factored, (factored[target.path].residual(lora_ranks[target.path]) for target in able))
     share, survivals = math.nan, dict[str, Survival]()

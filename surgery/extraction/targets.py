@@ -23,8 +23,7 @@ Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole"
 several."""
 _TABLES = (
     "embed", "embed_in", "embed_tokens", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding",
-    "token_embeddings",
-    "word_embeddings", "wpe", "wte",
+    "token_embeddings", "word_embeddings", "wpe", "wte",
 )  # fmt: skip  # looked up by index, nothing else: PEFT has a LoRA for them
 _OTHER_TABLES = ("relative_attention_bias",)
 """Tables of an unusual name or with a forward() of their own (``embed_positions`` computes the positions itself), where

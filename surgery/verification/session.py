@@ -15,8 +15,7 @@ import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
 
-from surgery.onnx.graph.contract import Contract, WeightFile, from_metadata
-from surgery.onnx.graph.weight_files import check_weight_files
+from surgery.onnx.graph.contract import Contract, WeightFile, check_weight_files, from_metadata
 from surgery.reference import Cache
 from surgery.verification.twin import SHORT_TYPES, float32_twin
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError

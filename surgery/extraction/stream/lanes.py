@@ -169,7 +169,7 @@ class Lanes:
                 except torch.OutOfMemoryError as error:
                     raise ResourceError(
                         f"{lane.device} has too little memory: {str(error).splitlines()[0][:200]}",
-                        hint="fewer --workers, or --device cpu",
+                        hint='fewer `workers=`, or `device="cpu"`',
                     ) from error
 
             return work

@@ -17,8 +17,9 @@ from functools import partial
 
 import torch
 
-from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
+from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
 from surgery.extraction.pairing import Delta, Pair, check_finite, flattened, nbytes_of, pair_up, with_columns
+from surgery.extraction.ranks import RankGoal
 from surgery.extraction.storage_plan import MOST_ROWS
 from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, Feed, RowPair
 from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
@@ -95,7 +96,7 @@ class ScanResult:
 
 def scan(
     layout: Layout,
-    criterion_of: Callable[[LowRankTarget], Criterion],
+    goal: RankGoal,
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
     scratch: ScratchFile,
     lanes: Lanes,
@@ -112,7 +113,7 @@ def scan(
     meter = _ReadMeter(sum(parameter.pair.nbytes for parameter in layout.parameters), progress)
     stream_jobs = _Work(
         {parameter.pair.name: parameter for parameter in layout.parameters},
-        criterion_of,
+        goal,
         spec_of,
         scratch,
         meter,
@@ -165,7 +166,7 @@ def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
 @dataclass(frozen=True)
 class _Work:
     parameters: Mapping[str, TunedParameter]
-    criterion_of: Callable[[LowRankTarget], Criterion]
+    goal: RankGoal
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None]
     scratch: ScratchFile
     meter: _ReadMeter
@@ -229,11 +230,10 @@ class _Work:
         self.meter.add(sum(nbytes_of(strip.tuned) // strip.tuned.shape[0] * strip.height for strip in delta.strips))
         if not moved and len(target.deltas) == 1:
             return None
-        criterion = self.criterion_of(target)
         return factorise(
             delta if whole is None else whole,
-            criterion,
-            criterion.limit(target.cost),
+            self.goal.rank,
+            self.goal.limit(target),
             [strip.height for strip in delta.strips],
             self.scratch,
             lane.device,

@@ -61,7 +61,7 @@ def prompt_form(requested: str, prompts: tuple[Prompt, ...], model: Model) -> Fo
         raise FitError(
             f"{no_embeddings.kind} cannot be rows of the vocabulary: {reason}",
             file=no_embeddings.adapter.path if no_embeddings.adapter else None,
-            hint="--prompt-form kv",
+            hint='`prompt_form="kv"`',
         )
     return "rows" if requested == "rows" else "kv"
 
@@ -104,7 +104,7 @@ class Assembly:
         if longest and built.contract.max_length < (1 if self.form == "front" else longest + 1):
             raise FitError(
                 f"{longest} virtual tokens leave no room in {built.contract.max_length}",
-                hint="use a larger --max-length",
+                hint="use a larger `max_length=`",
             )
         return built
 

@@ -66,7 +66,7 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
     """
     prompt = adapter.prompt
     if prompt is None:
-        raise FitError(f"{adapter.kind} has no virtual tokens", file=adapter.path, hint="--merge or --swap")
+        raise FitError(f"{adapter.kind} has no virtual tokens", file=adapter.path, hint="`merge=` or `swap=`")
     file, tensor = prompt.table.path, prompt.table.name
     if prompt.submodules != 1:
         raise FitError("the soft prompt is for an encoder and its decoder", file=file, tensor=tensor)
@@ -94,7 +94,7 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
             tensor=tensor,
             hint="is this the base it was trained on?",
         )
-    rows = prompt.embeddings(dtype=DType.F32)
+    rows = prompt.embeddings().astype(np.float32)
     return Prompt(name, prompt.kind, prompt.virtual_tokens, adapter, rows)
 
 
@@ -104,8 +104,8 @@ def stored_past(prompt: Prompt, layers: int) -> Past:
     assert prompt.adapter.prompt is not None
     past: Past = {}
     for layer in range(layers):
-        for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer, DType.F32), strict=True):
-            past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values[None])
+        for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer), strict=True):
+            past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values[None], np.float32)
     return past
 
 
@@ -187,7 +187,7 @@ def _session(graph: onnx.ModelProto, location: WeightLocation, component: Compon
     except ImportError as error:
         raise FitError(
             "onnxruntime is needed to compute keys and values of a prompt",
-            hint="pip install onnxruntime, or --prompt-form rows",
+            hint='pip install onnxruntime, or `prompt_form="rows"`',
         ) from error
     for tensor in graph.graph.initializer:
         for entry in tensor.external_data:
