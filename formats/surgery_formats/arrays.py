@@ -21,6 +21,7 @@ from surgery_formats.dtypes import DType
 
 if TYPE_CHECKING:
     import numpy
+    import torch
 
 __all__ = [
     "Array",
@@ -127,14 +128,12 @@ def assign(target: Array, values: Array) -> None:
 
     from surgery_formats.halves import narrow, widen
 
-    types = values.dtype, target.dtype
-    if not (values.flags.c_contiguous and target.flags.c_contiguous):
-        types = None
+    types = (values.dtype, target.dtype) if target.flags.c_contiguous else None
     with numpy.errstate(over="ignore", invalid="ignore"):  # callers look for Inf and NaN themselves
         if types == (numpy.float16, numpy.float32):
-            widen(values.reshape(-1), target.reshape(-1))
+            widen(values.ravel(), target.reshape(-1))
         elif types == (numpy.float32, numpy.float16):
-            narrow(values.reshape(-1), target.reshape(-1))
+            narrow(values.ravel(), target.reshape(-1))
         else:
             numpy.copyto(target, values, casting="unsafe")
 
@@ -214,7 +213,7 @@ def to_cpu(array: Array) -> numpy.ndarray:
     return tensor.view(bits).numpy().view(dtype.numpy)  # type: ignore[no-any-return]
 
 
-def as_torch(array: numpy.ndarray) -> Array:
+def as_torch(array: numpy.ndarray) -> torch.Tensor:
     """A torch tensor on the CPU that shares the memory of `array`."""
     import torch
 
