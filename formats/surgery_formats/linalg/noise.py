@@ -18,52 +18,12 @@ import torch
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.survival import Survival
 
-__all__ = [
-    "MANTISSA",
-    "NoiseTally",
-    "Side",
-    "measure_survival",
-    "signal_count",
-    "spacing",
-    "survival",
-    "variance",
-]
+__all__ = ["MANTISSA", "NoiseTally", "measure_survival", "signal_count", "survival"]
 
 MANTISSA = {DType.BF16: (7, -126), DType.F16: (10, -14), DType.F32: (23, -126), DType.F64: (52, -1022)}
 """Stored fraction bits, and the exponent of the smallest normal number, below which the spacing is constant."""
-_POWER = {torch.float32: (torch.int32, 0x7F800000, -126), torch.float64: (torch.int64, 0x7FF0000000000000, -1022)}
-"""Integer type of the same width, exponent mask, smallest normal exponent."""
 _RELATIVE = 2.0**-20
 """Singular values below this share of the first are arithmetic noise: products are computed in float32."""
-
-Side = tuple[torch.Tensor, DType]
-"""Stored values and their stored type (the tensor may be wider)."""
-
-
-def spacing(values: torch.Tensor, dtype: DType) -> torch.Tensor:
-    """Distance between each value and its neighbours in `dtype`: ``2^(floor(log2 |x|) - bits)``, in the same shape.
-
-    The result is float64 for float64 values, otherwise float32, limited to its normal range; `dtype` is a float of 16 bits
-    or more.
-    """
-    bits, smallest = MANTISSA[dtype]
-    wide = values if values.dtype in _POWER else values.float()
-    integer, mask, lowest = _POWER[wide.dtype]
-    power = wide.view(integer).bitwise_and(mask).view(wide.dtype)  # the exponent alone: 2^floor(log2 |x|)
-    # never below the normal range of the arithmetic's own type
-    return power.clamp_(min=2.0 ** max(smallest, lowest + bits)).mul_(2.0**-bits)
-
-
-def variance(*sides: Side) -> torch.Tensor:
-    """Variance of the rounding error of each element of a difference.
-
-    `sides` are the rounded values, of equal shape: only those of TUNED if tuning started from BASE as stored; both if BASE
-    was rounded from the same parent.
-    """
-    total = spacing(*sides[0]).square_()
-    for values, dtype in sides[1:]:
-        total += spacing(values, dtype).square_()
-    return total.div_(12)
 
 
 class NoiseTally:
@@ -72,11 +32,6 @@ class NoiseTally:
     def __init__(self) -> None:
         self._cols: torch.Tensor | None = None
         self._rows: list[torch.Tensor] = []
-
-    def add(self, *sides: Side) -> None:
-        """Add rows, ``(rows, cols)``; `sides` as in `variance`."""
-        variances = variance(*sides)
-        self.add_sums(variances.sum(dim=1).double(), variances.sum(dim=0).double())
 
     def add_sums(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
         """Add rows by their variances: the sum of each row, and of each column over these rows; float64."""
