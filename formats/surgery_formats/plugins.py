@@ -64,14 +64,19 @@ def _shown(entry: EntryPoint) -> str:
 
 
 @cache
-def _installed() -> Any:  # EntryPoints; before Python 3.12 SelectableGroups, which has select() too
-    """All entry points: looking through the installed packages once serves every group."""
-    return entry_points()
+def _installed() -> tuple[EntryPoint, ...]:
+    """The entry points of all registries, found by looking through the installed packages once.
+
+    Of the others, most of which belong to strangers, nothing is kept.
+    """
+    found = entry_points()
+    groups = sorted(group for group in found.groups if group.startswith("surgery."))
+    return tuple(entry for group in groups for entry in found.select(group=group))
 
 
 def _load(group: str, noun: str) -> tuple[tuple[EntryPoint, Any], ...]:
     loaded = []
-    for entry in sorted(_installed().select(group=group), key=lambda entry: entry.name):
+    for entry in sorted((entry for entry in _installed() if entry.group == group), key=lambda entry: entry.name):
         try:
             plugin = entry.load()
         except Exception as error:
