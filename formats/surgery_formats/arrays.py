@@ -193,7 +193,7 @@ def to_device(array: Array, device: str, dtype: DType | None = None) -> Array:
     A narrow type crosses to the device as it is and is widened there.
     """
     if device == "cpu":
-        values = to_cpu(array)
+        values: Array = to_cpu(array)
     else:
         values = (array if is_torch(array) else as_torch(array)).to(device)
     return values if dtype is None else cast(values, dtype)

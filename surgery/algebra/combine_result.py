@@ -131,9 +131,8 @@ class CombineResult:
         if self.output is not None:
             facts.append(("wrote", wrote(self.output, self.seconds)))
         sections: list[Section] = [Facts(tuple(facts))]
-        worst = sorted(
-            (module for module in self.modules if module.outcome == "approximated" and module.error), key=_error
-        )
+        lossy = (module for module in self.modules if module.outcome == "approximated" and module.error)
+        worst = sorted(lossy, key=lambda module: -(module.error or 0.0))
         shown = self.modules if verbose else worst[:_LISTED]
         if shown:
             rows = (
@@ -168,10 +167,6 @@ _COLUMNS = (
     Column("module", "name"), Column("outcome"), Column("ranks"), Column("rank", "integer"),
     Column("norm", "number", 3), Column("error", "number", 3), Column("best", "number", 3),
 )  # fmt: skip
-
-
-def _error(module: Combined) -> float:
-    return -(module.error or 0.0)
 
 
 def _spread(ranks: Iterable[int]) -> str:

@@ -54,7 +54,7 @@ def _check_stacks(site: Site, stacks: Sequence[Stacked], owners: Sequence[Weight
     for owner, stack in zip(owners, stacks, strict=True):
         if SWITCH not in site.path and not stack.if_transposed:
             raise FitError(
-                "stacks its experts as PEFT did before 0.19, in an order of axes that only the base can tell apart",
+                "stacks its experts in an order of axes that only the base can tell apart",
                 file=owner.adapter.path,
                 tensor=stack.tensors[0].name,
                 hint="convert it to PEFT with its base first",

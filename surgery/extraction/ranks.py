@@ -86,9 +86,11 @@ def rank_goal(rank: Rank, *, table: bool = False) -> RankGoal:
     """What `rank` asks of an extraction; with `table` at least as many directions are computed as the table shows.
 
     Raises:
-        FitError: more than one way to find the rank, or one that goes with no table.
+        FitError: no way, or more than one way to find the rank, or one that goes with no table.
     """
     choices = rank.choices
+    if not choices:
+        raise FitError("no size was chosen", hint="give a rank, an energy, an error, a budget, or Rank.auto")
     if rank.patterns and choices != ("rank",):
         raise FitError(f"ranks for some modules go with a rank for the others, not with {choices[1]}")
     if len(choices) > 1 and choices != ("auto", "budget"):

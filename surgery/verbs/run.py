@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from surgery.arguments import checked
 from surgery.engine.inputs import StrPath, as_list, check_counts, local_path
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
@@ -164,6 +165,7 @@ def prepare_decoder(
     return decoder, past
 
 
+@checked
 def run(
     model: StrPath,
     inputs: str | Sequence[int] | Sequence[str | Sequence[int]],

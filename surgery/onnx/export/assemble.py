@@ -155,7 +155,8 @@ class Assembly:
 
     def _pasts(self, location: WeightLocation) -> list[dict[str, Array]]:
         layers = len(self.model.layers)
-        stored = {prompt.name: stored_past(prompt, layers) for prompt in self.prompts if _is_stored(prompt)}
+        without = (prompt for prompt in self.prompts if prompt.embeddings is None and not prompt.ids)
+        stored = {prompt.name: stored_past(prompt, layers) for prompt in without}
         uncomputed = [prompt for prompt in self.prompts if prompt.name not in stored]
         computed = computed_past(uncomputed, self.component, self.model, self.options, location)
         pasts = {**stored, **{prompt.name: past for prompt, past in zip(uncomputed, computed, strict=True)}}
@@ -207,10 +208,6 @@ class Assembly:
     @staticmethod
     def _prompt_file(prompt: Prompt) -> str:
         return f"prompts/{prompt.name}.onnx_adapter"
-
-
-def _is_stored(prompt: Prompt) -> bool:
-    return prompt.embeddings is None and not prompt.ids
 
 
 def _numpy_type(options: GraphOptions) -> np.dtype[Any]:

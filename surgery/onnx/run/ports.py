@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +17,7 @@ import numpy.typing as npt
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["Port", "as_array", "element", "execute", "ports", "run_options"]
+__all__ = ["Port", "as_array", "cpu_session", "element", "execute", "ports", "run_options"]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # onnx.proto3, TensorProto.DataType, under onnxruntime's names
@@ -74,6 +76,19 @@ def ports(nodes: Iterable[Any]) -> dict[str, Port]:
         number, kind = _TYPES[node.type]
         result[node.name] = Port(node.name, number, np.dtype(kind), tuple(node.shape))
     return result
+
+
+def cpu_session(graph: bytes, folder: Path) -> Any:
+    """A session on the CPU over the weight files in `folder`, which stay mapped; onnxruntime's own errors are raised."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # failures are raised, so they need not be logged too
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.fspath(folder.resolve())
+    )
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def execute(session: Any, binding: Any, options: Any) -> None:
