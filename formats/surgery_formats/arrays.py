@@ -127,14 +127,12 @@ def assign(target: Array, values: Array) -> None:
 
     from surgery_formats.halves import narrow, widen
 
-    types = values.dtype, target.dtype
-    if not (values.flags.c_contiguous and target.flags.c_contiguous):
-        types = None
+    types = (values.dtype, target.dtype) if target.flags.c_contiguous else None
     with numpy.errstate(over="ignore", invalid="ignore"):  # callers look for Inf and NaN themselves
         if types == (numpy.float16, numpy.float32):
-            widen(values.reshape(-1), target.reshape(-1))
+            widen(values.ravel(), target.reshape(-1))
         elif types == (numpy.float32, numpy.float16):
-            narrow(values.reshape(-1), target.reshape(-1))
+            narrow(values.ravel(), target.reshape(-1))
         else:
             numpy.copyto(target, values, casting="unsafe")
 

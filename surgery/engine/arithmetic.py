@@ -10,7 +10,7 @@ import xxhash
 
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, PlannedTensor
-from surgery_formats.arrays import Array, assign, cast, device_of, dtype_of, empty, energy, namespace, to_device
+from surgery_formats.arrays import Array, assign, cast, dtype_of, empty, energy, namespace
 from surgery_formats.binding.edits import prepared
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -193,7 +193,9 @@ class _UpdateTally:
 
     def note_update(self, before: Array, after: Array, rounded: Array) -> None:
         """Sampled rows before and after the updates, and as they will be stored."""
-        stored = to_device(rounded, device_of(before), dtype_of(before)) - before
+        stored = namespace(before).empty_like(before)
+        assign(stored, rounded)
+        stored -= before
         self.sampled += math.prod(stored.shape)
         self.moved += int(namespace(stored).count_nonzero(stored != 0))
         self.kept = Survival.total((self.kept, Survival.of(after - before, stored)))

@@ -7,21 +7,22 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from surgery.engine.factor_proof import distance, scale_error
 from surgery.engine.proof import check_errors, compare, restricted
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.safetensors import open_safetensors
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, TokenRows, Update
 from tests.support.toy_kinds import adapter_of, gained_lora, outer_sine, row_gain
 
 
-def stored(file: Path, **values: torch.Tensor) -> dict[str, Factor]:
-    save_file({name: value.contiguous() for name, value in values.items()}, file)
+def stored(file: Path, **values: np.ndarray) -> dict[str, Factor]:
+    save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, file)
     return {tensor.name: Factor.of(tensor) for tensor in open_safetensors(file).tensors}
 
 
@@ -32,7 +33,7 @@ def error(source: Update, written: Update) -> float:
 
 def test_two_kinds_that_add_the_same_are_equal(tmp_path: Path) -> None:
     toy = gained_lora(tmp_path / "toy.safetensors")
-    factors = stored(tmp_path / "a.safetensors", delta=toy.low_rank().delta(torch.float64))
+    factors = stored(tmp_path / "a.safetensors", delta=toy.low_rank().delta(DType.F64))
     assert error(toy, toy.low_rank()) == 0
     assert error(toy, Offset(factors["delta"])) < 1e-12
     assert error(toy, Offset(factors["delta"], 1.01)) == pytest.approx(0.01)
@@ -47,8 +48,8 @@ def test_equal_factors_are_told_apart_by_their_scale(tmp_path: Path) -> None:
 
 def test_factors_that_are_transformed_into_each_other_are_equal_by_their_delta(tmp_path: Path) -> None:
     lora = gained_lora(tmp_path / "toy.safetensors").low_rank()
-    A, B = lora.A.load(torch.float64), lora.B.load(torch.float64)
-    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    A, B = lora.A.load(DType.F64), lora.B.load(DType.F64)
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
     factors = stored(tmp_path / "a.safetensors", A=turn.T @ A, B=B @ turn)
     assert error(lora, LoRA(factors["A"], factors["B"], lora.scale)) < 1e-12
 
@@ -62,7 +63,7 @@ def test_what_depends_on_the_base_is_compared_by_its_factors(tmp_path: Path) -> 
 
 def test_magnitudes_and_direction_of_a_dora_both_count(tmp_path: Path) -> None:
     lora = gained_lora(tmp_path / "toy.safetensors").low_rank()
-    factors = stored(tmp_path / "m.safetensors", m=torch.ones(32), other=torch.full((32,), 1.25))
+    factors = stored(tmp_path / "m.safetensors", m=np.ones(32), other=np.full(32, 1.25))
     dora = DoRA(lora, factors["m"])
     assert error(dora, DoRA(lora, factors["m"])) == 0
     assert error(dora, DoRA(lora, factors["other"])) == pytest.approx(0.25)
@@ -91,7 +92,7 @@ def test_the_distance_of_approximations_is_relative_to_the_change(tmp_path: Path
     assert distance(toy, other) == math.inf
     assert distance(other, other) == 0
     assert distance(other, other.scaled(0.9)) == math.inf  # not of low rank: equal or nothing
-    rows = stored(tmp_path / "rows.safetensors", value=torch.ones(2, 4))["value"]
+    rows = stored(tmp_path / "rows.safetensors", value=np.ones((2, 4)))["value"]
     assert distance(TokenRows(rows, (1, 2)), TokenRows(rows, (1, 2))) == 0
     assert distance(TokenRows(rows, (1, 2)), TokenRows(rows, (2, 1))) == math.inf
 

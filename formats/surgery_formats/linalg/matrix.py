@@ -19,7 +19,7 @@ __all__ = ["SAFE", "MatrixSource", "Operator", "add_gram", "scale_of"]
 
 _BLOCK = 1 << 23
 """Elements read from a source at a time: 32 MB of float32."""
-_CACHED = 1 << 17
+_CACHED = 1 << 18
 """Elements of a block in memory that is passed over several times on the CPU, or converted for one product."""
 SAFE = (1e-30, 1e30)
 """Squared norms that are normal numbers in float32, as are the squares of the elements."""

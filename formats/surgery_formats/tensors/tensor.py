@@ -212,4 +212,6 @@ def as_bytes(values: Array) -> memoryview:
     """The bytes of a contiguous array on the CPU, without a copy; writing to them writes to the array."""
     import numpy
 
-    return memoryview(to_cpu(values).reshape(-1).view(numpy.uint8)) if math.prod(values.shape) else memoryview(b"")
+    flat = to_cpu(values).reshape(-1)
+    # numpy arrays have the buffer protocol, which their stubs do not declare.
+    return memoryview(flat.view(numpy.uint8)) if flat.size else memoryview(b"")  # type: ignore[arg-type]
