@@ -34,6 +34,7 @@ __all__ = [
     "Run",
     "ThisProcess",
     "Write",
+    "cores",
     "default_workers",
     "execute",
     "remembered",
@@ -71,13 +72,12 @@ class Run:
 
 def default_workers() -> int:
     """Cores this process may use, at most eight."""
-    return max(
-        1,
-        min(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            _MAX_DEFAULT_WORKERS,
-        ),
-    )
+    return min(cores(), _MAX_DEFAULT_WORKERS)
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 Write = Callable[[int, int, memoryview], None]

@@ -11,15 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.pairing import Delta
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via
 from surgery.extraction.stream.scratch import ScratchSlot
 from surgery.extraction.targets import Form, LowRankTarget
 from surgery_formats.adapters.format import Scaling
-from surgery_formats.arrays import all_finite
+from surgery_formats.arrays import Array, all_finite, cast, dtype_of, namespace
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -120,7 +118,7 @@ def _lora(factors: TargetFactors, index: int, settings: FactorSettings) -> LoRA:
     rows, cols = target.deltas[index].logical_shape
     fold = fold_of(settings.scaling, rank)
 
-    def side(number: int) -> Callable[[], torch.Tensor]:
+    def side(number: int) -> Callable[[], Array]:
         return lambda: _rounded(factors.factors(index, rank, fold)[number], settings.dtype, target)
 
     dtype, sources = settings.dtype, _sources(target.deltas[index])
@@ -137,13 +135,13 @@ def _turned(lora: LoRA) -> LoRA:
     return replace(lora, A=A, B=B)
 
 
-def _rounded(factor: torch.Tensor, dtype: DType, target: LowRankTarget) -> torch.Tensor:
+def _rounded(factor: Array, dtype: DType, target: LowRankTarget) -> Array:
     """The values as they are stored, so that whatever a format makes of them is made of these.
 
     Raises:
         FitError: a value that the type cannot hold.
     """
-    stored = factor.to(dtype.torch)
+    stored = cast(factor, dtype)
     if dtype is DType.F16 and not all_finite(stored):
         raise FitError(
             f"a value is too large for {dtype.label}", tensor=target.names[0], hint="--adapter-dtype bf16 or fp32"
@@ -160,8 +158,9 @@ def _dense(dense: DenseTensor) -> Update:
     if dense.via == "token rows":
         shape = (len(dense.rows), *weight.sizes[1:])
 
-        def load() -> torch.Tensor:
-            return torch.cat([read_rows(weight, row, row + 1) for row in dense.rows])
+        def load() -> Array:
+            rows = [read_rows(weight, row, row + 1) for row in dense.rows]
+            return namespace(*rows).concat(rows)
 
         rows = computed(f"{dense.path}.rows", shape, weight.sources, load, weight.dtype)
         return TokenRows(Factor.of(rows), dense.rows)
@@ -171,7 +170,9 @@ def _dense(dense: DenseTensor) -> Update:
     return Replacement(Factor.of(tensor), _HELD[dense.via])
 
 
-def shifted(dense: DenseTensor) -> torch.Tensor:
+def shifted(dense: DenseTensor) -> Array:
     """TUNED's values, plus the shift where there is one, rounded once to the stored type."""
     values = read_rows(dense.weight)
-    return values if dense.shift is None else (values.double() + dense.shift().double()).to(values.dtype)
+    if dense.shift is None:
+        return values
+    return cast(cast(values, DType.F64) + cast(dense.shift(), DType.F64), dtype_of(values))

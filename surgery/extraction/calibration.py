@@ -22,15 +22,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy
 
-from surgery.extraction.factorise import TargetFactors
+from surgery.extraction.factorise import TargetFactors, row_lengths
 from surgery.extraction.findings import CalibrationFacts
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import ScratchSlot, Workspace
 from surgery.extraction.targets import LowRankTarget, TunedParameter
+from surgery_formats.arrays import Array, cast, dtype_of, energy, to_cpu, to_device
 from surgery_formats.containers.sharded import open_shards
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.raw import File
 from surgery_formats.linalg.whitening import Moment, moment_of_gram, moment_of_inputs, output_energy, weighted_factors
@@ -104,7 +106,7 @@ class CalibrationChanges:
             storage.dropped.pop(parameter.pair.name, None)
 
 
-def _row(slot: ScratchSlot) -> torch.Tensor:
+def _row(slot: ScratchSlot) -> Array:
     return slot.read()[0]
 
 
@@ -211,7 +213,7 @@ def calibrate(
         return _weighted(target, calibration.of(target) or {}, plain, rank, workspace, chosen)
 
     known = [target for target in storage.targets if calibration.of(target)]
-    results = in_threads(weighted, known, workspace.workers)
+    results = in_threads(weighted, known, workspace.lanes)
     ordered = {target.path: result for target, result in zip(known, results, strict=True)}
     return CalibrationChanges(
         {path: result.facts for path, result in ordered.items()},
@@ -249,12 +251,12 @@ def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
     )
 
 
-def _inputs(stored: StoredTensor, *, judging: bool | None = None) -> Iterator[torch.Tensor]:
+def _inputs(stored: StoredTensor, *, judging: bool | None = None) -> Iterator[Array]:
     """Blocks of rows: all of them, or only every `_JUDGING`-th (`judging`), or only the others."""
     step = max(1, _READ // max(stored.shape[1], 1) // _JUDGING) * _JUDGING
     for start in range(0, stored.shape[0], step):
         rows = stored.read(start, min(start + step, stored.shape[0]))
-        last = torch.arange(start, start + len(rows)) % _JUDGING == _JUDGING - 1
+        last = numpy.arange(start, start + len(rows)) % _JUDGING == _JUDGING - 1
         chosen = rows if judging is None else rows[last == judging]
         if len(chosen):
             yield chosen
@@ -277,8 +279,8 @@ def _weighted(
     delta = target.deltas[0].whole()
     total = output_energy(delta, judging_moment)
     left, right = plain.factors(0, rank)
-    rest = delta - (left @ right).to(delta.dtype)
-    B, A = (factor.cpu() for factor in weighted_factors(delta.to(workspace.device), moment, rank))
+    rest = delta - cast(left @ right, dtype_of(delta))
+    B, A = (to_cpu(factor) for factor in weighted_factors(to_device(delta, workspace.device), moment, rank))
     weighted_rest = delta - B @ A
     if mean is not None and output_energy(rest, judging_moment, mean) >= output_energy(rest, judging_moment):
         mean = None  # the mean of other inputs is another
@@ -294,12 +296,12 @@ def _weighted(
         "weighted" if better else "plain", weighted_error, plain_error, total, bias if mean is not None else ""
     )
     remaining = weighted_rest if better else rest
-    shift = None if mean is None else workspace.scratch.put((remaining.double() @ mean)[None])
+    shift = None if mean is None else workspace.scratch.put((cast(remaining, DType.F64) @ mean)[None])
     if not better:
         return _WeightedTarget(facts, None, bias, shift)
     (matrix,) = plain.matrices
-    left_energy, least_energy = float(weighted_rest.double().square().sum()), matrix.residual(rank)
-    values = tuple((B.norm(dim=0) * A.norm(dim=1)).tolist())
+    left_energy, least_energy = energy(cast(weighted_rest, DType.F64)), matrix.residual(rank)
+    values = row_lengths(B.T, A)
     bound = matrix.bound * math.sqrt(left_energy / least_energy) if least_energy > 0 else 1.0
     slots = workspace.scratch.put(B.T), workspace.scratch.put(A)
     weighted_matrix = replace(

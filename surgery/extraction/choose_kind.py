@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy
 
-from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
+from surgery.extraction.factorise import FactorisedMatrix, TargetFactors, row_lengths
 from surgery.extraction.findings import Kind, KindFacts
 from surgery.extraction.noise import at_rows, read_runs, sample_runs
 from surgery.extraction.pairing import Delta, Strip, path_of
@@ -23,6 +23,7 @@ from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scan import HELD
 from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot, Workspace
 from surgery.extraction.targets import LowRankTarget
+from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.fit_dora import (
@@ -73,7 +74,7 @@ class Magnitude:
         """Number of magnitudes."""
         return self.values.shape[1]
 
-    def load_gains(self) -> torch.Tensor:
+    def load_gains(self) -> Array:
         """The gains, ``(rows,)``."""
         return self.gains.read()[0]
 
@@ -192,7 +193,7 @@ def _row_share(
         left, right = factored[target.path].factors(0, ranks[target.path])
         runs, base, tuned = _sampled(target.deltas[0])
         change = at_rows(left, runs) @ right
-        along, energy = row_share((tuned - base) - change.to(base.dtype), base + change)
+        along, energy = row_share((tuned - base) - change.astype(base.dtype, copy=False), base + change)
         stored = target.deltas[0].strips[0].base
         if not target.deltas[0].transposed and stored.elements is not None:
             survivals[target.path] = survival(base, change, stored.dtype)
@@ -204,7 +205,7 @@ def _row_share(
     return (removed / math.fsum(left) if any(left) else 0.0), survivals
 
 
-def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], Array, Array]:
     """Some logical rows: ``(runs of row numbers, rows of W, rows of W')``."""
     pair = _pair(delta)
     runs = list(sample_runs(*pair.shape))
@@ -212,8 +213,8 @@ def _sampled(delta: Delta) -> tuple[list[tuple[int, int]], torch.Tensor, torch.T
         return runs, at_rows(pair.base, runs), at_rows(pair.tuned, runs)
     (strip,) = delta.strips
     base, tuned = (read_runs(side, strip.first, runs) for side in (strip.base, strip.tuned))
-    exact = torch.promote_types(base.dtype, tuned.dtype)
-    return runs, base.to(exact), tuned.to(exact)
+    exact = numpy.result_type(base, tuned)
+    return runs, base.astype(exact, copy=False), tuned.astype(exact, copy=False)
 
 
 @dataclass(frozen=True)
@@ -227,12 +228,12 @@ class _StoredRows:
         """``(out, in)``."""
         return self.strip.height, self.strip.tuned.shape[1]
 
-    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, start: int, stop: int) -> tuple[Array, Array]:
         """Rows of both matrices, in the narrowest type that holds both."""
         low, high = self.strip.first + start, self.strip.first + stop
         base, tuned = read_values(self.strip.base, low, high), read_values(self.strip.tuned, low, high)
-        exact = torch.promote_types(base.dtype, tuned.dtype)
-        return base.to(exact), tuned.to(exact)
+        exact = numpy.result_type(base, tuned)
+        return base.astype(exact, copy=False), tuned.astype(exact, copy=False)
 
 
 def _pair(delta: Delta) -> PairSource:
@@ -244,7 +245,9 @@ def _pair(delta: Delta) -> PairSource:
 
 def _held(pair: _StoredRows, *, turned: bool) -> HeldPair:
     base, tuned = pair.rows(0, pair.shape[0])
-    return HeldPair(base.T.contiguous(), tuned.T.contiguous()) if turned else HeldPair(base, tuned)
+    return (
+        HeldPair(numpy.ascontiguousarray(base.T), numpy.ascontiguousarray(tuned.T)) if turned else HeldPair(base, tuned)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +273,7 @@ def _alternated(
             raise FitError(error.message, file=path_of(delta.strips[0].tuned), tensor=target.names[0]) from error
         return _stored(target, fit, factored[target.path], workspace.scratch)
 
-    candidates = in_threads(alternated, targets, workspace.workers)
+    candidates = in_threads(alternated, targets, workspace.lanes)
     return {target.path: candidate for target, candidate in zip(targets, candidates, strict=True)}
 
 
@@ -278,7 +281,7 @@ def _stored(target: LowRankTarget, alternated: DoRAFit, lora: TargetFactors, scr
     left = scratch.put(alternated.B.T)
     right = scratch.put(alternated.A)
     # the square roots of the singular values are in the factors' lengths; they are known to be all that is kept
-    values = tuple((alternated.B.norm(dim=0) * alternated.A.norm(dim=1)).tolist())
+    values = row_lengths(alternated.B.T, alternated.A)
     matrix = FactorisedMatrix(left, right, values, lora.energy, alternated.residual**2, 1.0, lora.matrices[0].edge)
     return _DoraCandidate(TargetFactors(target, (matrix,)), _magnitude(target, alternated, alternated.size, scratch))
 

@@ -1,24 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factorise the difference of one matrix, and measure what the factors leave of it."""
+"""Factorise differences, one matrix or a stack of one shape, and measure what the factors leave of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Literal
 
-import torch
+import numpy
 
 from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
 from surgery.extraction.targets import LowRankTarget
+from surgery_formats.arrays import Array, cast, namespace, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.matrix import MatrixSource
 from surgery_formats.linalg.noise import signal_count
-from surgery_formats.linalg.svd import left_over, truncated_svd
+from surgery_formats.linalg.svd import TruncatedSVD, left_over, truncated_svd
+from surgery_formats.linalg.svd_stack import SVDStack, energy_left, truncated_svds
 
-__all__ = ["Criterion", "FactorisedMatrix", "StoredFactorSpec", "TargetFactors", "factorise"]
+__all__ = [
+    "Criterion",
+    "FactorisedMatrix",
+    "StoredFactorSpec",
+    "TargetFactors",
+    "factorise",
+    "factorise_stack",
+    "row_lengths",
+]
 
 _FINE = 1e-3
 """Relative residual below which float32 cannot measure it."""
@@ -70,9 +80,15 @@ class StoredFactorSpec:
     fold: float
     dtype: DType
 
-    def stored(self, factor: torch.Tensor) -> torch.Tensor:
-        """The values as they will be stored, in float32, of directions ``(k, n)``."""
-        return (factor[: self.rank] * self.fold).to(self.dtype.torch).to(torch.float32)
+    def stored(self, factor: Array) -> Array:
+        """The values as they will be stored, in float32, of directions ``(..., k, n)``."""
+        return cast(cast(factor[..., : self.rank, :] * self.fold, self.dtype), DType.F32)
+
+    def way(self, relative: float, total: float | None) -> Literal["fine", "plain", "sums"]:
+        """How to measure what the stored factors leave: finely of almost nothing; of much it follows from one product."""
+        if relative < _FINE and self.dtype is DType.F32:
+            return "fine"
+        return "sums" if relative > _MUCH and total else "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,24 +160,24 @@ class TargetFactors:
         """Energy that factors of `rank` leave."""
         return math.fsum(piece.residual(rank) for piece in self.matrices)
 
-    def factors(self, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, index: int, rank: int, fold: float = 1.0) -> tuple[Array, Array]:
         """``(left (out, rank), right (rank, in))`` of one matrix, either times `fold`; missing directions are zeros."""
         matrix, sides = self.matrices[index], []
         for slot in (matrix.left, matrix.right):
             whole = slot.read()[:rank]
             if fold != matrix.fold:
                 whole *= fold / matrix.fold
-            sides.append(torch.nn.functional.pad(whole, (0, 0, 0, rank - len(whole))))
+            sides.append(numpy.pad(whole, ((0, rank - len(whole)), (0, 0))))
         return sides[0].T, sides[1]
 
 
 def factorise(
-    matrix: torch.Tensor | MatrixSource,
+    matrix: Array | MatrixSource,
     criterion: Criterion,
     rank: int | None,
     strips: Sequence[int],
     scratch: ScratchFile,
-    device: torch.device,
+    device: str,
     *,
     energies: Sequence[float],
     moved: bool,
@@ -186,21 +202,16 @@ def factorise(
         device=device,
         total=total,
     )
-    roots, left_energy, fold = svd.S.sqrt(), None, 1.0
-    left, right = ((side * roots).T.to(torch.float32) for side in (svd.U, svd.V))
+    (left, right), left_energy, fold = _directions(svd), None, 1.0
     if plan is not None:
         fold = plan.fold
-        left, right = (plan.stored(side) for side in (left, right))
-        # What is left of almost nothing must be measured finely, what is left of much follows from one product.
-        how: Literal["fine", "plain", "sums"] = "plain"
-        if svd.relative < _FINE and plan.dtype is DType.F32:
-            how = "fine"
-        elif svd.relative > _MUCH and total:
-            how = "sums"
+        left, right = plan.stored(left), plan.stored(right)
+        how = plan.way(svd.relative, total)
         rows = left_over(matrix, left.T / fold, right / fold, total=total, how=how, device=device)
-        parts = [part.sum() for part in torch.split(rows, list(strips))]
+        ends = list(accumulate(strips))
+        parts = [rows[end - height : end].sum() for height, end in zip(strips, ends, strict=True)]
         known = energies if how == "sums" else [0.0] * len(strips)
-        left_energy = tuple(own + part for own, part in zip(known, torch.stack(parts).tolist(), strict=True))
+        left_energy = tuple(own + part for own, part in zip(known, namespace(rows).stack(parts).tolist(), strict=True))
     out_side, in_side = (right, left) if transposed else (left, right)
     return FactorisedMatrix(
         scratch.put(out_side),
@@ -213,3 +224,60 @@ def factorise(
         fold,
         left_energy,
     )
+
+
+def factorise_stack(
+    stack: Array,
+    rank: int,
+    scratch: ScratchFile,
+    *,
+    energies: Sequence[float],
+    edges: Sequence[float],
+    plan: StoredFactorSpec,
+    transposed: bool,
+) -> list[FactorisedMatrix]:
+    """As `factorise`, of the matrices of a stack ``(count, m, n)``, float32: all that changed, one strip each."""
+    totals = [math.sqrt(energy) for energy in energies]
+    svd = truncated_svds(stack, rank=min(rank, *stack.shape[1:]), totals=totals)
+    left, right = (plan.stored(side) for side in _directions(svd))
+    ways = [
+        plan.way(rest / whole if whole else 0.0, total)
+        for rest, whole, total in zip(svd.residual, svd.total, totals, strict=True)
+    ]
+    B, A = left.mT / plan.fold, right / plan.fold
+    sums = to_cpu(energy_left(stack, B, A).sum(-1)).tolist() if "sums" in ways else []
+    out_side, in_side = (to_cpu(side) for side in ((right, left) if transposed else (left, right)))
+    values = to_cpu(svd.S).tolist()
+    matrices = []
+    for i, (how, energy) in enumerate(zip(ways, energies, strict=True)):
+        if how == "sums":
+            left_energy = energy + sums[i]
+        else:
+            left_energy = float(left_over(stack[i], B[i], A[i], total=totals[i] or None, how=how).sum())
+        matrices.append(
+            FactorisedMatrix(
+                scratch.put(out_side[i]),
+                scratch.put(in_side[i]),
+                tuple(values[i]),
+                svd.total[i] ** 2,
+                svd.residual[i] ** 2,
+                svd.bound[i],
+                edges[i],
+                plan.fold,
+                (left_energy,),
+            )
+        )
+    return matrices
+
+
+def _directions(svd: TruncatedSVD | SVDStack) -> tuple[Array, Array]:
+    """``left (..., k, m)`` and ``right (..., k, n)``, float32, with the square roots of the singular values in either."""
+    roots = namespace(svd.S).sqrt(svd.S)[..., None]
+    left, right = (cast(side.mT * roots, DType.F32) for side in (svd.U, svd.V))
+    return left, right
+
+
+def row_lengths(left: Array, right: Array) -> tuple[float, ...]:
+    """Products of the norms of the rows of two matrices ``(k, m)`` and ``(k, n)``."""
+    norms = [namespace(side).linalg.vector_norm(side, axis=1) for side in (left, right)]
+    return tuple((norms[0] * norms[1]).tolist())

@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.findings import MergedLoRA, Signal
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.tally import PairMeasure
+from surgery_formats.arrays import Array, cast, empty, namespace, wide
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import Storage
@@ -144,7 +143,7 @@ def noise_report(
     ranks: Mapping[str, int],
     measures: Mapping[str, PairMeasure],
     workers: int,
-    gains: Mapping[str, Callable[[], torch.Tensor]],
+    gains: Mapping[str, Callable[[], Array]],
     known: Mapping[str, Survival],
 ) -> NoiseReport:
     """Estimate the noise.
@@ -175,7 +174,7 @@ def survivals(
     factored: Iterable[TargetFactors],
     ranks: Mapping[str, int],
     workers: int,
-    gains: Mapping[str, Callable[[], torch.Tensor]],
+    gains: Mapping[str, Callable[[], Array]],
 ) -> dict[str, Survival]:
     """What a merge of the factors into BASE's stored type would keep, by target path; not known of a quantised BASE."""
 
@@ -186,7 +185,7 @@ def survivals(
     return dict(in_threads(of, factored, workers))
 
 
-def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tensor] | None) -> Iterator[Survival]:
+def _survival(factors: TargetFactors, rank: int, gains: Callable[[], Array] | None) -> Iterator[Survival]:
     gain = None if gains is None else gains()
     by_column = factors.target.form == "embedding" or factors.target.deltas[0].transposed
     for index, delta in enumerate(factors.target.deltas):
@@ -207,19 +206,21 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], torch.Tenso
             at += strip.height
 
 
-def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> Array:
     """Runs ``(start, stop)`` of rows, counted from `first`, stacked, in float32 (or float64 where it is stored so)."""
     count = sum(stop - start for start, stop in runs)
-    block, at = torch.empty((count, weight.shape[1]), dtype=weight.dtype.torch), 0
+    block, at = empty((count, weight.shape[1]), weight.dtype), 0
     for start, stop in runs:
         weight.read_into(block[at : at + stop - start], first + start)
         at += stop - start
-    return block if block.dtype == torch.float64 else block.float()
+    return cast(block, wide(weight.dtype))
 
 
-def at_rows(values: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+def at_rows(values: Array, runs: Sequence[tuple[int, int]]) -> Array:
     """The same rows of a matrix in memory, stacked: one large product keeps threads busier than many small ones."""
-    return values if len(runs) == 1 and runs[0] == (0, len(values)) else torch.cat([values[a:b] for a, b in runs])
+    if len(runs) == 1 and runs[0] == (0, len(values)):
+        return values
+    return namespace(values).concat([values[start:stop] for start, stop in runs])
 
 
 def sample_runs(rows: int, cols: int, share: int = 1) -> Iterator[tuple[int, int]]:

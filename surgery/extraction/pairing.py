@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
+import numpy
 
+from surgery_formats.arrays import Array, all_finite, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
@@ -299,12 +300,12 @@ class Delta:
         return (cols, rows) if self.transposed else (rows, cols)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         """Precision of the subtraction: float64 if either side is stored so, else float32."""
         wide = any(side.dtype is DType.F64 for strip in self.strips for side in (strip.base, strip.tuned))
-        return torch.float64 if wide else torch.float32
+        return DType.F64 if wide else DType.F32
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
+    def rows(self, start: int, stop: int) -> Array:
         """Stored rows ``[start, stop)`` of the difference, ``(stop - start, cols)``.
 
         Raises:
@@ -316,12 +317,12 @@ class Delta:
             if low < high:
                 parts.append(_subtract(strip, strip.first + low, strip.first + high, self.dtype))
             at += strip.height
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else namespace(*parts).concat(parts)
 
-    def whole(self) -> torch.Tensor:
+    def whole(self) -> Array:
         """The logical matrix in one piece, read now."""
         stored = self.rows(0, self.shape[0])
-        return stored.T.contiguous() if self.transposed else stored
+        return namespace(stored).asarray(stored.T, copy=True, order="C") if self.transposed else stored
 
     @property
     def numel(self) -> int:
@@ -329,10 +330,11 @@ class Delta:
         return math.prod(self.shape)
 
 
-def _subtract(strip: Strip, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    tuned = read_values(strip.tuned, start, stop, dtype)
-    difference = tuned.sub_(read_values(strip.base, start, stop, dtype))
-    if difference.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(difference))).all()):
+def _subtract(strip: Strip, start: int, stop: int, dtype: DType) -> Array:
+    difference = read_values(strip.tuned, start, stop, dtype)
+    with numpy.errstate(invalid="ignore", over="ignore"):  # seen below
+        difference -= read_values(strip.base, start, stop, dtype)
+    if not all_finite(difference):
         raise not_finite(strip.base, strip.tuned)
     return difference
 
@@ -345,7 +347,7 @@ def check_finite(side: Storage, start: int, stop: int) -> None:
     """
     step = max(1, BLOCK_ELEMENTS // max(side.shape[1], 1))
     for at in range(start, stop, step):
-        if not bool(torch.isfinite(read_block(side, at, min(at + step, stop)).float()).all()):
+        if not all_finite(read_block(side, at, min(at + step, stop))):
             raise FitError("holds NaN or Inf", file=path_of(side), tensor=side.name)
 
 

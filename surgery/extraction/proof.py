@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
+import numpy
 
 from surgery.extraction.extraction_plan import ExtractionPlan
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
 from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip, with_columns
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
+from surgery_formats.arrays import Array, energy
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit, prepared
 from surgery_formats.dtypes import DType
@@ -130,14 +131,14 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
         )
     for lora, part in zip(loras, parts, strict=True):
         for factor, slot in (
-            (lora.B.load(torch.float32).T, part.matrix.left),
-            (lora.A.load(torch.float32), part.matrix.right),
+            (lora.B.load(DType.F32).T, part.matrix.left),
+            (lora.A.load(DType.F32), part.matrix.right),
         ):
-            stored, padding = factor[: slot.shape[0]].contiguous(), factor[slot.shape[0] :]
+            stored, padding = numpy.ascontiguousarray(factor[: slot.shape[0]]), factor[slot.shape[0] :]
             if tuple(stored.shape) != slot.shape or digest(stored) != slot.digest or bool(padding.any()):
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
     source = edit.source
-    chain = prepared(edit.operations, source, torch.float32, source.shape[0])
+    chain = prepared(edit.operations, source, DType.F32, source.shape[0])
     for part in parts:
         left, right = (slot.read() for slot in (part.matrix.left, part.matrix.right))
         row_side, col_side = (right, left) if part.transposed else (left, right)
@@ -146,11 +147,11 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
             last = min(start + _PROBED, height)
             rows = row_side[:, part.at + start : part.at + last].T
             expected = rows @ col_side / part.matrix.fold**2
-            block = torch.zeros_like(expected)
+            block = numpy.zeros_like(expected)
             apply_chain(chain, block, part.strip.first + start, part.strip.first + last)
             if (
-                float((block - expected).norm())
-                > _PROBE * float(rows.norm()) * float(col_side.norm()) / part.matrix.fold**2
+                math.sqrt(energy(block - expected))
+                > _PROBE * math.sqrt(energy(rows) * energy(col_side)) / part.matrix.fold**2
             ):
                 raise ProofError(
                     f"read back, rows {part.strip.first + start} to {part.strip.first + last} get another change than "
@@ -179,19 +180,24 @@ def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit) -> None:
     # values.
     added = edit.replaced is None and all(operation.update.low_rank() for operation in edit.operations)
     needs_float64 = not added or DType.F64 in (pair.base.dtype, pair.tuned.dtype)
-    exact = torch.float64 if needs_float64 else torch.float32
+    exact = DType.F64 if needs_float64 else DType.F32
     step = max(1, BLOCK_ELEMENTS // max(source.shape[1], 1))
     chain = prepared(edit.operations, source, exact, step)  # a DoRA looks at BASE's rows, a LoRA at nothing
-    energy = left = 0.0
+    changed = left = 0.0
     for start in range(0, tuned.shape[0], step):
         stop = min(start + step, tuned.shape[0])
         tuned_rows = read_values(tuned, start, stop, exact)
-        difference = tuned_rows.clone()
+        difference = tuned_rows.copy()
         if start < base.shape[0]:  # of rows that BASE lacks, all is change
             base_rows = read_values(base, start, min(stop, base.shape[0]), exact)
             difference[: len(base_rows)] -= base_rows
-        block = torch.zeros_like(tuned_rows) if added else read_values(source, start, stop, exact)
+        block = numpy.zeros_like(tuned_rows) if added else read_values(source, start, stop, exact)
         apply_chain(chain, block, start, stop)
-        energy += float(difference.square().sum(dtype=torch.float64))
-        left += float((difference if added else tuned_rows).sub_(block).square_().sum(dtype=torch.float64))
-    residuals[pair.name] = Residual(energy, left)
+        changed += _square_sum(difference)
+        left += _square_sum((difference if added else tuned_rows) - block)
+    residuals[pair.name] = Residual(changed, left)
+
+
+def _square_sum(block: Array) -> float:
+    """The squares rounded to the type of `block` and summed in float64."""
+    return float(numpy.sum(block * block, dtype=numpy.float64))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
+import numpy
 
 from surgery.algebra.selection import matches
 from surgery.extraction.factorise import MOST, Criterion, TargetFactors
@@ -175,7 +175,7 @@ def _allotted(
             f"of each of {len(factors)} matrices {sum(costs):,}",
             hint="raise it, or use --dense none --allow-loss",
         )
-    spectra = [torch.tensor(entry.spectrum, dtype=torch.float64) for entry in factors]
+    spectra = [numpy.asarray(entry.spectrum) for entry in factors]
     most = [ranks[entry.target.path] for entry in factors]
     allocation = allocate(spectra, costs, budget.limit - fixed, least=1, most=most)
     return {entry.target.path: max(1, rank) for entry, rank in zip(factors, allocation.ranks, strict=True)}

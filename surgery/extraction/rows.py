@@ -19,7 +19,9 @@ from surgery.extraction.result import ExtractClass, ExtractResult, ExtractRow
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget
+from surgery_formats.arrays import cast, energy
 from surgery_formats.binding.bind import Binding
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.storage.base import read_rows
 from surgery_formats.text import listing
@@ -176,7 +178,7 @@ def _corrected(row: ExtractRow, measured: Residual, dense: DenseTensor) -> Extra
     Raises:
         ProofError: the bias is not TUNED's plus the shift.
     """
-    meant = float((shifted(dense).double() - read_rows(dense.weight).double()).square().sum())
+    meant = energy(cast(shifted(dense), DType.F64) - cast(read_rows(dense.weight), DType.F64))
     if not math.isclose(measured.left, meant, rel_tol=1e-6, abs_tol=1e-30):
         raise ProofError("read back, it is not the corrected bias that was meant", tensor=row.name)
     return replace(row, residual=measured.relative if measured.energy > 0 else 0.0)

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from surgery.extraction.pairing import path_of
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget, TunedParameter, tree_name
+from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Storage
@@ -76,7 +75,7 @@ class DenseTensor:
     via: Via
     name: str
     rows: tuple[int, ...] = ()
-    shift: Callable[[], torch.Tensor] | None = None
+    shift: Callable[[], Array] | None = None
 
 
 @dataclass

@@ -13,11 +13,11 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of
+from surgery.engine.execute import default_workers
 from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, check_counts, output_path
 from surgery.extraction.calibration import check_modules, open_calibration
 from surgery.extraction.extraction_plan import (
@@ -34,7 +34,7 @@ from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import predicted_result
 from surgery.extraction.storage_plan import StorageOptions
 from surgery.extraction.stream.lanes import Lanes, default_lanes
-from surgery.extraction.stream.scan import layout_of, scan, warm
+from surgery.extraction.stream.scan import layout_of, scan, warming
 from surgery.extraction.stream.scratch import ScratchFile, Workspace
 from surgery.extraction.targets import tree_name
 from surgery.progress import Callback
@@ -99,7 +99,8 @@ def extract_lora(
         allow_loss: Leave out what no form can hold.
         device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``,
             ``auto``. Matrices are shared out over all of them.
-        workers: Threads; None is one per core, at most eight, and three for each GPU. Never changes the result.
+        workers: Threads that compute, on GPUs for each of them; None is one per core, at most eight, and three for each
+            GPU. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
         dry_run: Compare and factorise, write nothing.
@@ -133,7 +134,7 @@ def extract_lora(
     try:
         threads = workers or default_lanes(devices)
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
-        workspace = Workspace(scratch, devices[0], threads)
+        workspace = Workspace(scratch, devices[0], threads, threads if devices[0] == "cpu" else default_workers())
         request = ExtractionRequest(goal, options, scaling, stored, coding, table, chosen, inputs, workspace)
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
         goal.check_patterns(layout.targets)
@@ -142,8 +143,9 @@ def extract_lora(
             names = [*shared, *(tree_name(name, pair.old) for name in shared)]
             check_modules(inputs, layout.parameters, layout.targets, names)
         lanes = Lanes(devices, threads)
-        lanes.warm(partial(warm, layout))
-        scanned = scan(layout, goal.criterion_of, stored_factor_specs(goal, scaling, stored), scratch, lanes, progress)
+        specs = stored_factor_specs(goal, scaling, stored)
+        lanes.warm(warming(layout, goal.criterion_of, specs, scratch))
+        scanned = scan(layout, goal.criterion_of, specs, scratch, lanes, progress)
         stopwatch.lap("starting", scanned.began)
         stopwatch.lap("reading")
         plan = plan_extraction(pair, layout, scanned, request, stopwatch, allow_loss=allow_loss)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from surgery_formats.tensors.tensor import StoredTensor
 from tests.oracles import disk, models
@@ -246,11 +247,11 @@ def test_raw_inputs_are_read_in_parts(
     whole = surgery.extract_lora(base, tuned, rank=2, calibration=file, dry_run=True)
     largest, read = 0, StoredTensor.read
 
-    def seen(self: StoredTensor, *rows: int) -> torch.Tensor:
+    def seen(self: StoredTensor, *rows: int) -> Array:
         nonlocal largest
         made = read(self, *rows)
         if self.name.endswith(".activations"):
-            largest = max(largest, made.numel())
+            largest = max(largest, made.size)
         return made
 
     monkeypatch.setattr("surgery.extraction.calibration._READ", 512)

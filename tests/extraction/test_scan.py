@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,13 +21,19 @@ import surgery
 from surgery import Rank
 from surgery.engine.devices import devices_of
 from surgery.engine.proof import read_back
-from surgery.extraction.stream import feed, lanes
+from surgery.extraction.extraction_plan import stored_factor_specs
+from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, factorise, factorise_stack
+from surgery.extraction.ranks import rank_goal
+from surgery.extraction.stream import batch, feed, lanes
 from surgery.extraction.stream.feed import DirectFeed, RowPair, StagedFeed
 from surgery.extraction.stream.lanes import DeviceMemory, Lane, Lanes
-from surgery.extraction.stream.scan import layout_of, warm
-from surgery.extraction.stream.tally import Tally
-from surgery_formats.adapters.format import Format
+from surgery.extraction.stream.scan import layout_of, warming
+from surgery.extraction.stream.scratch import ScratchFile
+from surgery.extraction.stream.tally import PairMeasure, Tally, measure_stack
+from surgery_formats.adapters.format import Format, Scaling
+from surgery_formats.arrays import Array, namespace, to_cpu
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, ProofError
 from surgery_formats.files.raw import File
 from surgery_formats.linalg.noise import NoiseTally
@@ -33,6 +42,7 @@ from surgery_formats.models.identity import content_id
 from surgery_formats.storage.plain import Plain
 from tests.oracles import disk
 from tests.support.kit import make_base
+from tests.support.libraries import each_library
 
 
 @pytest.fixture
@@ -123,13 +133,13 @@ def test_the_same_bytes_on_any_number_of_devices(
 def test_the_same_bytes_through_staging_buffers(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way to a GPU, with buffers so small that every matrix needs several and the lanes compete for them."""
+    """The way to a GPU, with buffers so small that every matrix needs several and readers share it out."""
     surgery.extract_lora(*pair, output=tmp_path / "direct")
     monkeypatch.setattr(feed, "_CHUNK", 256)
     used = []
 
     def staged() -> StagedFeed:
-        used.append(StagedFeed(torch.device("cpu"), 3, 2))
+        used.append(StagedFeed("cpu", 3))
         return used[-1]
 
     monkeypatch.setattr(lanes, "DirectFeed", staged)
@@ -152,31 +162,41 @@ def test_feeds_hand_out_every_row_once(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("HOST_BLOCK", 20), ("DEVICE_BLOCK", 50), ("_CHUNK", 12)):
             patch.setattr(feed, name, value)
-        staged = StagedFeed(torch.device("cpu"), 2, 3)
+        staged = StagedFeed("cpu", 3)
         try:
             for way in (DirectFeed(), staged):
-                got = [RowPair(r.first, r.base.clone(), r.tuned.clone()) for r in way.pairs(one, other, start, stop)]
+                seen = bytearray()
+
+                def observe(offset: int, data: memoryview, seen: bytearray = seen) -> None:
+                    assert offset == start * cols * 4 + len(seen), "in order"
+                    seen += data
+
+                got = [
+                    RowPair(r.first, r.base.copy(), r.tuned.copy()) for r in way.pairs(one, other, start, stop, observe)
+                ]
                 assert [r.first for r in got] == [start + sum(len(r.base) for r in got[:at]) for at in range(len(got))]
-                assert torch.equal(torch.cat([values[:0], *(r.base for r in got)]), values[start:stop])
-                assert torch.equal(
-                    torch.cat([values[:0].bfloat16(), *(r.tuned for r in got)]), -values[start:stop].bfloat16()
-                )
+                read = [np.concatenate([getattr(r, side) for r in got]) for side in ("base", "tuned") if got]
+                expected = [values[start:stop].numpy(), -values[start:stop].bfloat16().float().numpy()]
+                assert [side.astype(np.float32).tolist() for side in read] == [
+                    side.tolist() for side in expected if got
+                ]
+                assert bytes(seen) == values[start:stop].numpy().tobytes()
         finally:
             staged.close()
 
 
 def test_a_file_that_ends_early_ends_the_reading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And every buffer comes back, so that others are not left waiting."""
+    """Without leaving a reader waiting for bytes that never come."""
     monkeypatch.setattr(feed, "_CHUNK", 64)
-    tensors = [open_checkpoint(folder).main.tensors["lm_head.weight"] for folder in pair]
-    staged = StagedFeed(torch.device("cpu"), 2, 4)
+    old, new = (Plain.of(open_checkpoint(folder).main.tensors["lm_head.weight"]) for folder in pair)
+    staged = StagedFeed("cpu", 4)
     try:
-        with open(pair[1] / "model.safetensors", "r+b") as file:
-            file.truncate(tensors[1].offset + 1000)
+        with open(pair[0] / "model.safetensors", "r+b") as file:
+            file.truncate(old.sources[0].offset + 1000)
         for _ in range(3):
             with pytest.raises(MalformedError, match="ends"):
-                list(staged.pairs(Plain.of(tensors[0]), Plain.of(tensors[1]), 0, 64))
-            assert staged._free.qsize() == 4
+                list(staged.pairs(old, new, 0, 64, lambda offset, data: None))
+        assert [len(rows.tuned) for rows in staged.pairs(new, new, 0, 64)] == [64], "and it can be used again"
     finally:
         staged.close()
 
@@ -237,39 +257,164 @@ def test_devices_are_listed_by_number_or_all_at_once(monkeypatch: pytest.MonkeyP
     assert devices_of("cuda:all") == devices_of("auto") == ("cuda:0", "cuda:1", "cuda:2")
 
 
-@pytest.mark.parametrize("height", [1, 3, 8, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_the_tally_is_right_in_blocks_of_any_height(dtype: torch.dtype, height: int, tmp_path: Path) -> None:
-    """Against float64 and the definitions; rows that do not differ have no noise in them."""
-    generator = torch.Generator().manual_seed(0)
+class Compared(NamedTuple):
+    """A pair of matrices: as arrays, as weights in files, and their true difference."""
+
+    arrays: tuple[Array, Array]
+    sides: tuple[Plain, Plain]
+    change: torch.Tensor
+    spacing: torch.Tensor
+
+
+def compared(folder: Path, dtype: torch.dtype, of: Callable[[np.ndarray], Array], seed: int = 0) -> Compared:
+    generator = torch.Generator().manual_seed(seed)
     old = (torch.randn(64, 48, generator=generator, dtype=torch.float64) * 0.02).to(dtype)
     new = (old.double() + 1e-3 * torch.randn(64, 48, generator=generator, dtype=torch.float64)).to(dtype)
     new[10:30] = old[10:30]
     new[:, 7] = old[:, 7]
-    save_file({"a": old, "b": new}, tmp_path / "x.safetensors")
-    found = open_checkpoint(tmp_path / "x.safetensors").main.tensors
-    one, other = Plain.of(found["a"]), Plain.of(found["b"])
-    tally, noise = Tally(one, other, 64, 100), NoiseTally()
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    made = torch.empty(64, 48, dtype=wide)
+    path = folder / f"{seed}.safetensors"
+    save_file({"a": old, "b": new}, path)
+    found = open_checkpoint(path).main.tensors
+    bits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}[dtype]
+    spacing = torch.exp2(torch.frexp(new.double()).exponent.double() - 1 - bits)
+    return Compared(
+        (of(found["a"].read()), of(found["b"].read())),
+        (Plain.of(found["a"]), Plain.of(found["b"])),
+        new.double() - old.double(),
+        spacing,
+    )
+
+
+def assert_right(measure: PairMeasure, edge: float, made: Array, pair: Compared) -> None:
+    """Against float64 and the definitions; rows that do not differ have no noise in them."""
+    hit = (pair.change != 0).any(1)
+    rounding = pair.spacing[hit].square() / 12
+    assert np.array_equal(made, pair.change.numpy().astype(made.dtype))
+    assert measure.changed
+    assert measure.moved == int((pair.change != 0).sum())
+    assert measure.moved_share == measure.moved / pair.change.numel()
+    assert measure.energy == pytest.approx(float(pair.change.square().sum()), rel=1e-6)
+    assert measure.noise == pytest.approx(float(rounding.sum()), rel=1e-5)
+    assert measure.ulp == float(pair.spacing[hit].flatten().sort().values[(rounding.numel() - 1) // 2])
+    assert edge == pytest.approx(float(rounding.sum(1).max().sqrt() + rounding.sum(0).max().sqrt()), rel=1e-5)
+
+
+@each_library
+@pytest.mark.parametrize("height", [1, 3, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_tally_is_right_in_blocks_of_any_height(
+    dtype: torch.dtype, height: int, of: Callable[[np.ndarray], Array], tmp_path: Path
+) -> None:
+    pair = compared(tmp_path, dtype, of)
+    (old, new), tally, noise = pair.arrays, Tally(*pair.sides, 64, 100), NoiseTally()
+    made = of(np.empty((64, 48), np.float64 if dtype == torch.float64 else np.float32))
     for at in range(0, 64, height):
         rows = slice(at, at + height)
         tally.subtract(at, old[rows], new[rows], made[rows], noise)
-    change = new.double() - old.double()
     measure = tally.result()
-    bits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}[dtype]
-    spacing = torch.exp2(torch.frexp(new.double()).exponent.double() - 1 - bits)
-    hit = (change != 0).any(1)
-    rounding = spacing[hit].square() / 12
-    assert torch.equal(made, change.to(wide))
-    assert measure.changed
-    assert measure.rows == tuple(torch.nonzero(hit).flatten().tolist())
-    assert measure.moved == int((change != 0).sum())
-    assert measure.moved_share == measure.moved / change.numel()
-    assert measure.energy == pytest.approx(float(change.square().sum()), rel=1e-6)
-    assert measure.noise == pytest.approx(float(rounding.sum()), rel=1e-5)
-    assert measure.ulp == float(spacing[hit].flatten().sort().values[(rounding.numel() - 1) // 2])
-    assert noise.edge == pytest.approx(float(rounding.sum(1).max().sqrt() + rounding.sum(0).max().sqrt()), rel=1e-5)
+    assert_right(measure, noise.edge, to_cpu(made), pair)
+    assert measure.rows == tuple(torch.nonzero((pair.change != 0).any(1)).flatten().tolist())
+
+
+@each_library
+@pytest.mark.parametrize("together", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_stack_is_measured_as_its_matrices_are(
+    dtype: torch.dtype,
+    together: int,
+    of: Callable[[np.ndarray], Array],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("surgery.extraction.stream.tally.MEASURED", together * 64 * 48)
+    pairs = [compared(tmp_path, dtype, of, seed) for seed in range(5)]
+    xp = namespace(pairs[0].arrays[0])
+    base, tuned = (xp.stack([pair.arrays[side] for pair in pairs]) for side in (0, 1))
+    tuned[2, ...] = base[2, ...]
+    made = of(np.empty((5, 64, 48), np.float32))
+    measures, edges = measure_stack(base, tuned, made, [pair.sides for pair in pairs])
+    assert measures[2] == PairMeasure(False, numel=64 * 48)
+    for number in (0, 1, 3, 4):
+        assert_right(measures[number], edges[number], to_cpu(made)[number], pairs[number])
+    tuned[3, 1, 1] = math.nan
+    with pytest.raises(FitError, match="overflow"):  # of the stored values, none is
+        measure_stack(base, tuned, made, [pair.sides for pair in pairs])
+
+
+@each_library
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F32])
+def test_a_stack_is_factorised_as_its_matrices_are(
+    dtype: DType, transposed: bool, of: Callable[[np.ndarray], Array]
+) -> None:
+    """Among them one of low rank, of which almost nothing is left, and one whose squares vanish in float32."""
+    random = np.random.default_rng(0)
+    values = random.standard_normal((5, 300, 520), np.float32) * 1e-3
+    values[1] = random.standard_normal((300, 4), np.float32) @ random.standard_normal((4, 520), np.float32)
+    values[2] += random.standard_normal((300, 1), np.float32) @ random.standard_normal((1, 520), np.float32)
+    values[4] *= np.float32(1e-25)
+    energies = [float(np.sum(own.astype(np.float64) ** 2)) for own in values[:4]] + [0.0]
+    plan = StoredFactorSpec(6, 1.25, dtype)
+    scratch = ScratchFile(None)
+    try:
+        together = factorise_stack(
+            of(values), 8, scratch, energies=energies, edges=[0.5] * 5, plan=plan, transposed=transposed
+        )
+        assert len(together) == 5
+        for matrix, own, energy in zip(together, values, energies, strict=True):
+            alone = factorise(
+                of(own), Criterion(rank=8), 8, [300], scratch, "cpu",
+                energies=[energy], moved=True, edge=0.5, plan=plan, transposed=transposed,
+            )  # fmt: skip
+            assert matrix.values == pytest.approx(alone.values, rel=0.01, abs=1e-6 * alone.values[0])
+            assert matrix.total == pytest.approx(alone.total, rel=1e-6)
+            assert matrix.rest == pytest.approx(alone.rest, rel=2e-3, abs=1e-9 * alone.total)
+            assert (matrix.edge, matrix.fold) == (alone.edge, alone.fold)
+            assert matrix.bound <= 1.001
+            left, right = (slot.read() for slot in (matrix.left, matrix.right))
+            assert left.shape == ((6, 520) if transposed else (6, 300))
+            product = (right.T @ left if transposed else left.T @ right).astype(np.float64) / plan.fold**2
+            true = float(np.sum((own.astype(np.float64) - product) ** 2))
+            assert matrix.left_energy is not None
+            assert matrix.left_energy[0] == pytest.approx(true, rel=1e-3, abs=1e-12 * alone.total)
+    finally:
+        scratch.close()
+
+
+def test_alike_matrices_are_batched_and_give_the_same(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the same figures up to rounding, whatever number of lanes runs the batches."""
+    tensors = {folder: disk.read_tensors(folder) for folder in pair}
+    same = next(name for name in tensors[pair[1]] if name.endswith("layers.1.self_attn.q_proj.weight"))
+    tensors[pair[1]][same] = tensors[pair[0]][same]
+    save_file(tensors[pair[1]], pair[1] / "model.safetensors", {"format": "pt"})
+    alone = surgery.extract_lora(*pair, output=tmp_path / "alone", rank=4)
+    monkeypatch.setattr(Lanes, "on_gpus", True)
+    monkeypatch.setattr("surgery_formats.linalg.svd_stack.SMALL", 1)
+    monkeypatch.setattr("surgery.extraction.stream.batch._ELEMENTS", 3 * 64 * 64)
+    calls: list[int] = []
+    stacked = batch.factorise_stack
+
+    def counted(stack: Array, *args: Any, **options: Any) -> list[FactorisedMatrix]:
+        calls.append(len(stack))
+        return stacked(stack, *args, **options)
+
+    monkeypatch.setattr(batch, "factorise_stack", counted)
+    for workers in (1, 3):
+        surgery.extract_lora(*pair, output=tmp_path / f"many{workers}", rank=4, workers=workers)
+    together = surgery.extract_lora(*pair, output=tmp_path / "together", rank=4, workers=2)
+    assert max(calls) >= 2
+    assert (
+        adapter_bytes(tmp_path / "many1") == adapter_bytes(tmp_path / "many3") == adapter_bytes(tmp_path / "together")
+    )
+    for one, other in zip(alone.rows, together.rows, strict=True):
+        assert (one.name, one.kind, one.moved) == (other.name, other.kind, other.moved)
+        assert other.residual == pytest.approx(one.residual, rel=1e-3)
+        assert other.noise == pytest.approx(one.noise, rel=1e-6)
+        assert other.bound <= max(one.bound, 1.001)
+    assert next(row.kind for row in together.rows if row.name == same) == "unchanged"
+    assert together.base_id == alone.base_id
 
 
 def corrupted(folder: Path, what: str) -> None:
@@ -330,11 +475,20 @@ def test_a_lane_is_warmed_without_reading(pair: tuple[Path, Path], monkeypatch: 
         done.append(args)
         subtract(self, *args)  # type: ignore[arg-type]
 
+    monkeypatch.setattr("surgery.extraction.stream.scan._WARM", (512, 384))
     monkeypatch.setattr(File, "read_into", refuse)
     monkeypatch.setattr(Tally, "subtract", told)
-    warm(layout, Lane(torch.device("cpu"), DirectFeed(), DeviceMemory(None)), lambda: False)
-    assert len(done) == 1
-    assert layout.targets, "a pair with matrices"
+    monkeypatch.setattr(batch, "_factorised", lambda group, *sides: done.append(group))
+    goal = rank_goal(Rank.of(4))
+    specs = stored_factor_specs(goal, Scaling(None, False, 4), DType.BF16)
+    scratch = ScratchFile(None)
+    warm = warming(layout, goal.criterion_of, specs, scratch)
+    for _ in range(2):
+        warm(Lane("cpu", DirectFeed(), DeviceMemory(None)), lambda: False)
+    scratch.close()
+    shapes = {group.like.shape for group in batch.batches_of(layout, goal.criterion_of, specs)}
+    assert len(shapes) >= 2
+    assert len(done) == 2 + len(shapes), "each lane a matrix, and all of them together one batch of each shape"
 
 
 @pytest.mark.gpu

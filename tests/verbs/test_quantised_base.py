@@ -19,6 +19,7 @@ from surgery.engine.merge_plan import plan_merge
 from surgery.engine.plan import PlannedFile, check_conservation
 from surgery.reference.model import forward, open_reference
 from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.arrays import as_torch
 from surgery_formats.binding.bind import bind
 from surgery_formats.errors import FitError, MalformedError, NothingChangedError
 from surgery_formats.models.checkpoint import open_checkpoint
@@ -39,13 +40,18 @@ def toy() -> Iterator[None]:
         yield
 
 
+def coded(values: torch.Tensor, bands: int) -> list[torch.Tensor]:
+    """Codes, scales and what they stand for."""
+    return [as_torch(part) for part in quantised(values.numpy(), bands, 2)]
+
+
 def quantise(folder: Path, *, band: int = 1, shards: int = 1) -> Path:
     """`make_base` with the projections of its layers stored in 4 bits."""
     make_base(folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if "_proj" in name]:
         values = tensors.pop(name).float()
-        codes, scales, _ = quantised(values, len(values) // band, 2)
+        codes, scales, _ = coded(values, len(values) // band)
         tensors |= {name + CODES: codes, name + SCALES: scales}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "toy4"}}))
@@ -66,7 +72,7 @@ def quantise(folder: Path, *, band: int = 1, shards: int = 1) -> Path:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Every logical weight, as a reader of the folder gets it."""
-    return {name: read_rows(one.storage) for name, one in open_checkpoint(folder).main.parameters.items()}
+    return {name: as_torch(read_rows(one.storage)) for name, one in open_checkpoint(folder).main.parameters.items()}
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,7 +106,7 @@ def test_a_merge_keeps_the_storage_and_is_the_requantised_sum(band: int, shards:
         if weight not in changed:
             assert after[name].equal(before[name]), name
     for name, exact in changed.items():
-        codes, scales, _ = quantised(exact.float(), len(exact) // band, 2)
+        codes, scales, _ = coded(exact.float(), len(exact) // band)
         assert after[name + CODES].equal(codes), name
         assert after[name + SCALES].equal(scales), name
         assert not after[name + CODES].equal(before[name + CODES])
@@ -215,7 +221,7 @@ def test_two_adapters_are_added_before_the_sum_is_rounded(tmp_path: Path) -> Non
     surgery.merge(base, [(one, 0.7), (other, -0.3)], output=tmp_path / "out")
     first, second, before = expected(base, one, 0.7), expected(base, other, -0.3), weights(base)
     for name in first:
-        codes, _, _ = quantised((first[name] + second[name] - before[name]).float(), len(before[name]), 2)
+        codes, _, _ = coded((first[name] + second[name] - before[name]).float(), len(before[name]))
         apart = stored(tmp_path / "out")[name + CODES] != codes
         assert apart.float().mean() < 0.01, name  # where the sum lies halfway between two codes
 
@@ -227,7 +233,7 @@ def test_values_in_place_of_a_quantised_weight_are_quantised(tmp_path: Path) -> 
     trained = torch.randn(weights(base)[name].shape)
     save_file({**factors, f"base_model.model.{name}": trained}, saved / "adapter_model.safetensors")
     surgery.merge(base, saved, output=tmp_path / "out")
-    codes, scales, _ = quantised(trained, len(trained), 2)
+    codes, scales, _ = coded(trained, len(trained))
     assert stored(tmp_path / "out")[name + CODES].equal(codes)
     assert stored(tmp_path / "out")[name + SCALES].equal(scales)
 
@@ -238,7 +244,7 @@ def llama(tmp_path: Path) -> Path:
     folder = shutil.copytree(ROOT / "examples" / "base", tmp_path / "llama")
     tensors = load_file(folder / "model.safetensors")
     values = tensors.pop(QUERY).float()
-    codes, scales, _ = quantised(values, len(values), 2)
+    codes, scales, _ = coded(values, len(values))
     save_file({**tensors, QUERY + CODES: codes, QUERY + SCALES: scales}, folder / "model.safetensors", {"format": "pt"})
     return folder
 

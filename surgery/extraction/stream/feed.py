@@ -1,32 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bring rows of both tensors of a pair to the device where they are subtracted.
+"""Bring rows of stored weights to the device where they are subtracted.
 
-On a CPU, the thread that subtracts also reads. For a GPU, reader threads fill page-locked buffers, and copies to the
-device overlap with reading. Readers never get ahead by more than the buffers hold, so memory stays bounded.
+On a CPU, the thread that subtracts also reads. For a GPU, reader threads share out the files in small chunks: each
+reads into page-locked memory of its own and copies to the device on its own stream, so that reading, copying and
+computing overlap. Memory stays bounded: a reader waits until its buffer has been copied.
 """
 
 from __future__ import annotations
 
-import queue
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, cycle, zip_longest
+from typing import Any, NamedTuple, Protocol
 
-import torch
-
+from surgery_formats.arrays import Array, empty, is_torch
+from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage, read_block
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
-__all__ = ["ByteObserver", "DirectFeed", "Feed", "RowPair", "StagedFeed"]
+__all__ = ["ByteObserver", "DirectFeed", "Feed", "Read", "RowPair", "StagedFeed"]
 
 HOST_BLOCK = 1 << 17
 """Elements that are subtracted at a time on a CPU, 512 kB of float32: with what is worked out from them they stay in
 its cache. Sums depend on it: fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
-_CHUNK = 8 << 20  # bytes per buffer
+_CHUNK = 4 << 20  # bytes per buffer
+_BUFFERS = 2  # per reader: one is read into while the other is copied. Page-locking costs 0.7 ms per MB.
 ByteObserver = Callable[[int, memoryview], None]
+
+
+class Read(NamedTuple):
+    """Rows to read.
+
+    Attributes:
+        side: The weight.
+        first: Number of the first row.
+        into: ``(n, cols)``, contiguous, of the weight's stored type; filled with rows from `first`.
+        observe: Called with the offset and the bytes of each part, in order.
+    """
+
+    side: Storage
+    first: int
+    into: Array
+    observe: ByteObserver | None = None
 
 
 class RowPair(NamedTuple):
@@ -39,12 +57,16 @@ class RowPair(NamedTuple):
     """
 
     first: int
-    base: torch.Tensor
-    tuned: torch.Tensor
+    base: Array
+    tuned: Array
 
 
 class Feed(Protocol):
     """Brings rows to a device."""
+
+    def fill(self, reads: Sequence[Read]) -> None:
+        """Fill all; what is computed with them afterwards, in the calling thread, finds the values."""
+        ...
 
     def pairs(
         self, base: Storage, tuned: Storage, start: int, stop: int, observe: ByteObserver | None = None
@@ -59,37 +81,23 @@ class Feed(Protocol):
 class DirectFeed:
     """Reads into CPU memory, in the calling thread."""
 
+    def fill(self, reads: Sequence[Read]) -> None:
+        """See `Feed`."""
+        for side, first, into, observe in reads:
+            side.read_into(into, first)
+            if observe is not None:
+                observe(first * side.shape[1] * into.itemsize, as_bytes(into))
+
     def pairs(
         self, base: Storage, tuned: Storage, start: int, stop: int, observe: ByteObserver | None = None
     ) -> Iterator[RowPair]:
         """See `Feed`."""
         height = min(stop - start, max(1, HOST_BLOCK // max(tuned.shape[1], 1)))
-        base_rows, tuned_rows = (torch.empty((height, side.shape[1]), dtype=side.dtype.torch) for side in (base, tuned))
+        old, new = (empty((height, side.shape[1]), side.dtype) for side in (base, tuned))
         for at in range(start, stop, max(height, 1)):
             count = min(height, stop - at)
-            base.read_into(base_rows[:count], at)
-            tuned.read_into(tuned_rows[:count], at)
-            if observe is not None:
-                observe(at * base.shape[1] * base_rows.element_size(), as_bytes(base_rows[:count]))
-            yield RowPair(at, base_rows[:count], tuned_rows[:count])
-
-
-class _PinnedBuffer:
-    """A page-locked buffer and the last copy out of it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.bytes = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self.event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def copied(self) -> None:
-        """Note that the current stream's copies out of it have been issued."""
-        if self.event is not None:
-            self.event.record()
-
-    def wait(self) -> None:
-        """Wait until these copies are done."""
-        if self.event is not None:
-            self.event.synchronize()
+            self.fill([Read(base, at, old[:count], observe), Read(tuned, at, new[:count])])
+            yield RowPair(at, old[:count], new[:count])
 
 
 class StagedFeed:
@@ -98,94 +106,233 @@ class StagedFeed:
     Args:
         device: Destination of the rows.
         readers: Number of reader threads.
-        buffers: Number of buffers, 8 MB each.
     """
 
-    def __init__(self, device: torch.device, readers: int, buffers: int) -> None:
+    def __init__(self, device: str, readers: int) -> None:
         self._device = device
-        self._free: queue.Queue[_PinnedBuffer] = queue.Queue()
-        for _ in range(buffers):
-            self._free.put(_PinnedBuffer(device))
-        self._pool = ThreadPoolExecutor(readers, "surgery-read")
+        self._local = threading.local()
+        memory = _page_locked(device, readers * _BUFFERS * _CHUNK)
+        size = _BUFFERS * _CHUNK
+        self._readers = [_Reader(memory[at : at + size], device) for at in range(0, readers * size, size)]
+        self._pool = ThreadPoolExecutor(readers, "surgery-read", initializer=self._enter)
+
+    def _enter(self) -> None:
+        self._local.reader = self._readers.pop()
 
     def close(self) -> None:
         """Stop the readers."""
         self._pool.shutdown(cancel_futures=True)
 
+    def fill(self, reads: Sequence[Read]) -> None:
+        """See `Feed`."""
+        self._start(reads).finish()
+
     def pairs(
         self, base: Storage, tuned: Storage, start: int, stop: int, observe: ByteObserver | None = None
     ) -> Iterator[RowPair]:
-        """See `Feed`."""
+        """See `Feed`; the following block is read while one is used."""
         height = max(1, DEVICE_BLOCK // max(tuned.shape[1], 1))
-        for at in range(start, stop, height):
-            count = min(height, stop - at)
-            base_rows, tuned_rows = (
-                torch.empty((count, side.shape[1]), dtype=side.dtype.torch, device=self._device)
-                for side in (base, tuned)
+        if observe is not None:  # over all blocks
+            observe = _InOrder(observe, start * base.shape[1] * base.dtype.bits // 8)
+
+        def begin(at: int) -> tuple[RowPair, _Fill]:
+            shapes = ((min(height, stop - at), side.shape[1]) for side in (base, tuned))
+            old, new = (
+                empty(shape, side.dtype, self._device) for shape, side in zip(shapes, (base, tuned), strict=True)
             )
-            self._fill([(base, base_rows), (tuned, tuned_rows)], at, observe)
-            yield RowPair(at, base_rows, tuned_rows)
+            return RowPair(at, old, new), self._start([Read(base, at, old, observe), Read(tuned, at, new)])
 
-    def _fill(self, sides: list[tuple[Storage, torch.Tensor]], start: int, observe: ByteObserver | None) -> None:
-        """Fill both sides alternately, so that neither waits for all of the other."""
-        waiting = deque(_chunks(sides, start))
-        running: deque[tuple[Future[None], _PinnedBuffer, _ReadRange]] = deque()
+        started: list[tuple[RowPair, _Fill]] = []
         try:
-            while waiting or running:
-                # Wait for a buffer only with no read under way; otherwise free one first. This rules out a deadlock.
-                while waiting and (buffer := self._take(wait=not running)) is not None:
-                    chunk = waiting.popleft()
-                    running.append((self._pool.submit(_read, buffer, chunk), buffer, chunk))
-                future, buffer, chunk = running[0]
-                future.result()
-                running.popleft()
-                read = buffer.bytes[: chunk.place.numel()]
-                chunk.place.copy_(read, non_blocking=True)
-                buffer.copied()
-                if observe is not None and chunk.side is sides[0][0]:
-                    observe(chunk.offset, as_bytes(read))
-                self._free.put(buffer)
+            for at in range(start, stop, height):
+                started.append(begin(at))
+                if len(started) == 2:
+                    rows, fill = started.pop(0)
+                    fill.finish()
+                    yield rows
+            for rows, fill in started:
+                fill.finish()
+                yield rows
         finally:
-            for future, buffer, _ in running:  # after a failure
-                future.cancel()
-                if not future.cancelled():
-                    future.exception()
-                self._free.put(buffer)
+            for _, fill in started:  # memory may be freed only when nothing is copied into it
+                fill.abandon()
 
-    def _take(self, *, wait: bool) -> _PinnedBuffer | None:
+    def _start(self, reads: Sequence[Read]) -> _Fill:
+        """Have everything read: a chunk of each in turn, so that bytes to be observed in order rarely wait."""
+        chunks = [chunk for chunk in chain(*zip_longest(*map(_chunks, reads))) if chunk is not None]
+        fill = _Fill(len(chunks), self._device)
+        for chunk in chunks:
+            self._pool.submit(self._carry, chunk, fill)
+        return fill
+
+    def _carry(self, chunk: _Chunk, fill: _Fill) -> None:
+        reader: _Reader = self._local.reader
+        failure: BaseException | None = None
         try:
-            return self._free.get(block=wait)
-        except queue.Empty:
-            return None
+            if not fill.failures:
+                reader.carry(chunk, fill.allocated)
+        except BaseException as error:
+            failure = error
+        finally:
+            if chunk.order is not None:
+                chunk.order.passed(chunk.end)
+            fill.one_done(reader, failure)
 
 
-class _ReadRange(NamedTuple):
-    """A range of bytes of one side: its offset in the tensor, and its destination."""
+class _InOrder:
+    """Hands the bytes of one tensor to an observer in order, whichever reader has them.
+
+    Chunks are taken in order, and each is passed even if it could not be read, so that no reader waits in vain; after a
+    failure some bytes may come out of order.
+    """
+
+    def __init__(self, observe: ByteObserver, first: int) -> None:
+        self._observe, self._next = observe, first
+        self._changed = threading.Condition()
+
+    def __call__(self, offset: int, data: memoryview) -> None:
+        """Wait until it is the turn of these bytes, and hand them on."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next >= offset)
+        self._observe(offset, data)
+
+    def passed(self, end: int) -> None:
+        """Let those follow that begin at `end`."""
+        with self._changed:
+            self._next = max(self._next, end)
+            self._changed.notify_all()
+
+
+class _Chunk(NamedTuple):
+    """A range of bytes of a weight: its offset, and its destination, flat bytes."""
 
     side: Storage
     offset: int
-    place: torch.Tensor
+    into: Array
+    order: _InOrder | None
+
+    @property
+    def end(self) -> int:
+        """Offset after the last byte."""
+        return self.offset + len(self.into)
 
 
-def _chunks(sides: list[tuple[Storage, torch.Tensor]], start: int) -> Iterator[_ReadRange]:
-    flat = [
-        (side, start * side.shape[1] * block.element_size(), block.reshape(-1).view(torch.uint8))
-        for side, block in sides
-    ]
-    for at in range(0, max(len(place) for _, _, place in flat), _CHUNK):
-        for side, offset, place in flat:
-            if at < len(place):
-                yield _ReadRange(side, offset + at, place[at : at + _CHUNK])
+def _chunks(read: Read) -> Iterator[_Chunk]:
+    flat = read.into.reshape(-1)
+    if is_torch(flat):
+        import torch  # of a device's memory
+
+        flat = flat.view(torch.uint8)
+    else:
+        flat = flat.view("uint8")
+    first = read.first * read.side.shape[1] * read.side.dtype.bits // 8
+    order = read.observe
+    if order is not None and not isinstance(order, _InOrder):
+        order = _InOrder(order, first)
+    for at in range(0, len(flat), _CHUNK):
+        yield _Chunk(read.side, first + at, flat[at : at + _CHUNK], order)
 
 
-def _read(buffer: _PinnedBuffer, chunk: _ReadRange) -> None:
-    buffer.wait()
-    side, into = chunk.side, buffer.bytes[: chunk.place.numel()]
-    tensor = side.elements
+class _Fill:
+    """Chunks that are being read."""
+
+    def __init__(self, chunks: int, device: str) -> None:
+        self._device, self._left, self._used = device, chunks, set[_Reader]()
+        self._changed = threading.Condition()
+        self.failures: list[BaseException] = []
+        self.allocated = None if device == "cpu" else _event()  # before it, the memory may still be in use
+
+    def one_done(self, reader: _Reader, failure: BaseException | None) -> None:
+        """Count a chunk."""
+        with self._changed:
+            self._left -= 1
+            self._used.add(reader)
+            if failure is not None:
+                self.failures.append(failure)
+            if not self._left:
+                self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Wait until all is read, and have the current stream wait until all is copied."""
+        self.abandon()
+        if self.failures:
+            raise self.failures[0]
+
+    def abandon(self) -> None:
+        """As `finish`, whether it could be read or not."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._left)
+        for reader in self._used:
+            reader.before_current_stream()
+
+
+class _Reader:
+    """The buffers and the stream of one reader thread."""
+
+    def __init__(self, memory: Array, device: str) -> None:
+        self._stream: Any = None
+        if device != "cpu":
+            import torch  # streams are its
+
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        parts = [memory[at : at + _CHUNK] for at in range(0, len(memory), _CHUNK)]
+        self._buffers = cycle([(part, as_bytes(part), None if self._stream is None else _event()) for part in parts])
+
+    def carry(self, chunk: _Chunk, allocated: Any) -> None:
+        """Read a chunk, show it to its observer, and have it copied."""
+        part, raw, copied = next(self._buffers)
+        size = len(chunk.into)
+        if copied is not None:
+            copied.synchronize()
+        _read(chunk, raw[:size])
+        if copied is None:
+            chunk.into[...] = part[:size]
+        else:
+            self._stream.wait_event(allocated)
+            with _on(self._stream):
+                chunk.into.copy_(part[:size], non_blocking=True)
+            copied.record(self._stream)
+        if chunk.order is not None:
+            chunk.order(chunk.offset, raw[:size])
+
+    def before_current_stream(self) -> None:
+        """Have the current stream wait for the copies so far."""
+        if self._stream is not None:
+            import torch
+
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+def _page_locked(device: str, nbytes: int) -> Array:
+    if device == "cpu":
+        return empty((nbytes,), DType.U8)
+    import torch  # page-locked memory is CUDA's
+
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _event() -> Any:
+    """An event at the end of the current stream."""
+    import torch
+
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _on(stream: Any) -> Any:
+    import torch
+
+    return torch.cuda.stream(stream)
+
+
+def _read(chunk: _Chunk, raw: memoryview) -> None:
+    side, tensor = chunk.side, chunk.side.elements
     if isinstance(tensor, StoredTensor) and tensor.strides is None and tensor.shape:
-        tensor.file.read_into(as_bytes(into), tensor.offset + chunk.offset)
+        tensor.file.read_into(raw, tensor.offset + chunk.offset)
     else:  # a quantised weight, or a pickle's transposed tensor
         row = side.shape[1] * side.dtype.bits // 8
-        first, last = chunk.offset // row, -(-(chunk.offset + len(into)) // row)
-        flat = read_block(side, first, last).reshape(-1).view(torch.uint8)
-        into.copy_(flat[chunk.offset - first * row :][: len(into)])
+        first, last = chunk.offset // row, -(-chunk.end // row)
+        flat = as_bytes(read_block(side, first, last))
+        start = chunk.offset - first * row
+        raw[:] = flat[start : start + len(raw)]

@@ -15,16 +15,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
-
-from surgery.engine.execute import default_workers
+from surgery.engine.execute import cores, default_workers
 from surgery.extraction.stream.feed import DirectFeed, Feed, StagedFeed
+from surgery_formats.arrays import Array, dtype_of, empty
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import ResourceError
+from surgery_formats.threads import one_thread
 
 __all__ = ["DeviceMemory", "Job", "Lane", "Lanes", "default_lanes", "in_threads"]
 
-_BUFFERS = 24  # of 8 MB, per device
 _PER_GPU = 3
+_READERS = 16
+"""Threads that read for one GPU: as many read files in memory at 50 GB/s, as fast as they cross to the device."""
 _SWITCH = 2e-5  # seconds
 _SHARE = 0.7  # of a device's free memory
 Stop = Callable[[], bool]
@@ -35,9 +37,7 @@ Outcome = TypeVar("Outcome")
 def default_lanes(devices: Sequence[str]) -> int:
     """The number of lanes that keeps `devices` busy: one per core, at most eight, or three per GPU.
 
-    A matrix takes some hundred small calls, and all threads share one interpreter. Measured on an H100, 1.24 B
-    parameters, seconds from the first read to synced: 1 lane 2.27, 2 lanes 1.46, 3 lanes 1.28, 4 lanes 1.58, 8 lanes
-    2.76, 16 lanes 2.46.
+    On a GPU, while one lane computes the others are read for.
     """
     return _PER_GPU if any(device != "cpu" for device in devices) else default_workers()
 
@@ -76,23 +76,28 @@ class Lane:
         memory: The device's memory, shared with its other lanes.
     """
 
-    device: torch.device
+    device: str
     feed: Feed
     memory: DeviceMemory
-    _kept: list[torch.Tensor] = field(default_factory=list)
+    _kept: list[Array] = field(default_factory=list)
 
-    def space(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its arithmetic runs on a GPU."""
+        return self.device != "cpu"
+
+    def space(self, rows: int, cols: int, dtype: DType) -> Array:
         """Memory for a matrix, for the length of the job.
 
         On a CPU all jobs of a lane use the same memory: allocating it anew costs as much as reading the files.
         """
-        if self.device.type != "cpu":
-            return torch.empty((rows, cols), dtype=dtype, device=self.device)
+        if self.on_gpu:
+            return empty((rows, cols), dtype, self.device)
         needed = rows * cols
-        if not self._kept or self._kept[0].dtype != dtype or self._kept[0].numel() < needed:
+        if not self._kept or dtype_of(self._kept[0]) is not dtype or len(self._kept[0]) < needed:
             self._kept[:] = []
-            self._kept[:] = [torch.empty(needed, dtype=dtype)]
-        return self._kept[0][:needed].view(rows, cols)
+            self._kept[:] = [empty((needed,), dtype)]
+        return self._kept[0][:needed].reshape(rows, cols)
 
 
 Job = Callable[[Lane, Stop], None]
@@ -110,24 +115,30 @@ class Lanes:
 
     def __init__(self, devices: Sequence[str], workers: int) -> None:
         self._staged: list[StagedFeed] = []
-        by_device = [self._on(torch.device(name), workers, len(devices)) for name in devices]
+        by_device = [self._on(name, workers, len(devices)) for name in devices]
         self._lanes = [lane for lanes in zip(*by_device, strict=True) for lane in lanes]  # by turns: few jobs reach all
         self._local = threading.local()
         self._waiting = list(reversed(self._lanes))
         self._pool = ThreadPoolExecutor(len(self._lanes), "surgery-lane", initializer=self._enter)
 
-    def _on(self, device: torch.device, workers: int, devices: int) -> list[Lane]:
-        if device.type == "cpu":
+    @property
+    def on_gpus(self) -> bool:
+        """Whether there is a GPU among the devices."""
+        return any(lane.on_gpu for lane in self._lanes)
+
+    def _on(self, device: str, workers: int, devices: int) -> list[Lane]:
+        if device == "cpu":
             return [Lane(device, DirectFeed(), DeviceMemory(None)) for _ in range(-(-workers // devices))]
+        import torch  # its memory, streams and events
+
         with torch.cuda.device(device):
             memory = DeviceMemory(int(torch.cuda.mem_get_info()[0] * _SHARE))
-            self._staged.append(StagedFeed(device, workers, _BUFFERS))
+            self._staged.append(StagedFeed(device, max(2, min(_READERS, cores() // devices))))
             return [Lane(device, self._staged[-1], memory) for _ in range(workers)]
 
     def _enter(self) -> None:
-        torch.set_num_threads(1)
         self._local.lane = self._waiting.pop()
-        self._local.stream = _stream(self._local.lane.device)
+        self._local.stream = _stream(self._local.lane)
 
     def close(self) -> None:
         """Stop all lanes."""
@@ -137,12 +148,13 @@ class Lanes:
 
     def warm(self, job: Job) -> None:
         """Run `job` in every GPU lane at once, because libraries start at their first use; does nothing on CPUs."""
-        gpus = [lane for lane in self._lanes if lane.device.type != "cpu"]
+        gpus = [lane for lane in self._lanes if lane.on_gpu]
         if not gpus:
             return
-        torch.linalg.inv(
-            torch.ones(1, 1, device=gpus[0].device)
-        )  # loads a library that two threads must not load at once
+        import torch
+
+        # loads a library that two threads must not load at once
+        torch.linalg.inv(torch.ones(1, 1, device=gpus[0].device))
         together = threading.Barrier(len(self._lanes))
 
         def once(lane: Lane, stop: Stop) -> None:
@@ -166,7 +178,9 @@ class Lanes:
                 try:
                     with self._local.stream:
                         job(lane, stop)
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for CPUs
+                        raise
                     raise ResourceError(
                         f"{lane.device} has too little memory: {str(error).splitlines()[0][:200]}",
                         hint="fewer --workers, or --device cpu",
@@ -174,14 +188,14 @@ class Lanes:
 
             return work
 
-        with self._switching():
+        with one_thread(), self._switching():
             _all_in(self._pool, [on(job) for job in jobs])
 
     @contextmanager
     def _switching(self) -> Iterator[None]:
         """With GPU lanes, hand the interpreter on after 20 us instead of 5 ms, which saves a fifth of the time."""
         before = sys.getswitchinterval()
-        if any(lane.device.type != "cpu" for lane in self._lanes):
+        if self.on_gpus:
             sys.setswitchinterval(_SWITCH)
         try:
             yield
@@ -189,17 +203,19 @@ class Lanes:
             sys.setswitchinterval(before)
 
 
-def _stream(device: torch.device) -> AbstractContextManager[object]:
+def _stream(lane: Lane) -> AbstractContextManager[object]:
     """A stream for this thread."""
-    if device.type == "cpu":
+    if not lane.on_gpu:
         return nullcontext()
-    torch.cuda.set_device(device)
-    stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    import torch
+
+    torch.cuda.set_device(lane.device)
+    stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(lane.device))  # type: ignore[no-untyped-call]
     return stream
 
 
 def in_threads(function: Callable[[Item], Outcome], items: Iterable[Item], workers: int) -> list[Outcome]:
-    """`function` of every item, in order, with one torch thread each; the first failure stops the others.
+    """`function` of every item, in order, each in one thread; the first failure stops the others.
 
     Results then do not depend on the number of threads.
     """
@@ -207,14 +223,12 @@ def in_threads(function: Callable[[Item], Outcome], items: Iterable[Item], worke
     def job(item: Item) -> Callable[[Stop], Outcome]:
         return lambda stop: function(item)
 
-    with ThreadPoolExecutor(workers, "surgery-factor", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_thread(), ThreadPoolExecutor(workers, "surgery-factor") as pool:
         return _all_in(pool, list(map(job, items)))
 
 
 def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], Outcome]]) -> list[Outcome]:
     stop = threading.Event()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of OpenMP's, which threads that start now take over
     futures = [pool.submit(job, stop.is_set) for job in jobs]
     try:
         done, rest = wait(futures, return_when=FIRST_EXCEPTION)
@@ -230,5 +244,3 @@ def _all_in(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[Stop], Outcome]])
             future.cancel()
         wait(futures)
         raise
-    finally:
-        torch.set_num_threads(before)

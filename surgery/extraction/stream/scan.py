@@ -15,17 +15,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
+import numpy
 
 from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
 from surgery.extraction.pairing import Delta, Pair, check_finite, flattened, nbytes_of, pair_up, with_columns
 from surgery.extraction.storage_plan import MOST_ROWS
-from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, Feed, RowPair
+from surgery.extraction.stream.batch import Batch, batches_of, factorise_batch, warm_batch
+from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, RowPair
 from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.stream.tally import PairMeasure, Tally
 from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, tuned_parameters
 from surgery.progress import Callback, Progress
+from surgery_formats.arrays import array_of, cast, empty
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import NoiseTally
 from surgery_formats.linalg.svd import left_over, truncated_svd
@@ -34,12 +36,12 @@ from surgery_formats.models.identity import Digests
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["Layout", "ScanResult", "layout_of", "scan", "warm"]
+__all__ = ["Layout", "ScanResult", "layout_of", "scan", "warming"]
 
 HELD = {"cpu": 1 << 27, "cuda": 1 << 30}
 """Elements up to which a difference is held, by type of device: 512 MB of float32 on a CPU, 4 GB on a GPU."""
-_WARM = {"cpu": (512, 384), "cuda": (2048, 2048)}
-"""Shape of the matrix that a lane begins with; on a GPU one that large matrices' products are chosen for."""
+_WARM = (2048, 2048)
+"""Shape of the matrix that a lane begins with, one that large matrices' products are chosen for."""
 _SMALL = 1 << 16  # elements of a vector that is not worth a lane of its own
 _BATCH = 64  # of them in one job
 
@@ -120,19 +122,19 @@ def scan(
     )
     jobs: list[tuple[int, Job]] = []
     lone: list[str] = []
+    batches = batches_of(layout, criterion_of, spec_of) if lanes.on_gpus else ()
+    jobs += [(batch.numel, partial(stream_jobs.batch, batch)) for batch in batches]
+    batched = {target.path for batch in batches for target in batch.targets}
     for target in layout.targets:
         if target.path in layout.whole:
             lone += target.names
-        else:
+        elif target.path not in batched:
             jobs.append((max(delta.numel for delta in target.deltas), partial(stream_jobs.target, target)))
     inside = {name for target in layout.targets for name in target.names}
     lone += [parameter.pair.name for parameter in layout.parameters if parameter.pair.name not in inside]
-    small = [name for name in lone if stream_jobs.parameters[name].pair.numel <= _SMALL]
-    jobs += [
-        (stream_jobs.parameters[name].pair.numel, partial(stream_jobs.alone, (name,)))
-        for name in lone
-        if name not in set(small)
-    ]
+    numel = {name: stream_jobs.parameters[name].pair.numel for name in lone}
+    jobs += [(size, partial(stream_jobs.alone, (name,))) for name, size in numel.items() if size > _SMALL]
+    small = [name for name, size in numel.items() if size <= _SMALL]
     jobs += [(0, partial(stream_jobs.alone, tuple(small[at : at + _BATCH]))) for at in range(0, len(small), _BATCH)]
     # What takes longest begins first; the others as they lie in the files.
     lanes.run(
@@ -141,25 +143,37 @@ def scan(
     return stream_jobs.result
 
 
-def warm(layout: Layout, lane: Lane, stop: Stop) -> None:
-    """Run once what a GPU will be asked to do: its code is loaded at the first use, while all other lanes wait.
+def warming(
+    layout: Layout,
+    criterion_of: Callable[[LowRankTarget], Criterion],
+    spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
+    scratch: ScratchFile,
+) -> Job:
+    """What a GPU's lanes do first: its code is loaded at the first use, while all other lanes wait.
 
-    This does to a made-up matrix all that `scan` does to a real one; nothing is read.
+    Together they do to made-up matrices all that `scan` does to real ones; nothing is read.
     """
+    # one iterator, which the lanes share
+    waiting = iter({batch.like: batch for batch in batches_of(layout, criterion_of, spec_of)}.values())
     strips = [strip for target in layout.targets[:1] for strip in target.deltas[0].strips[:1]]
-    for strip in strips:
-        shape = _WARM[lane.device.type]
-        old = torch.zeros(shape, dtype=strip.base.dtype.torch, device=lane.device)
-        new = torch.ones(shape, dtype=strip.tuned.dtype.torch, device=lane.device).tril()
-        difference = lane.space(*shape, layout.targets[0].deltas[0].dtype)
-        tally, noise = Tally(strip.base, strip.tuned, shape[0]), NoiseTally()
-        tally.subtract(0, old, new, difference, noise)
-        energy, _ = tally.news()
-        energy = max(energy, tally.result().energy, noise.edge)  # asked for, for what they do on the device
-        svd = truncated_svd(difference, rank=16, total=math.sqrt(energy))
-        right = (svd.V * svd.S).T
-        left_over(difference, svd.U, right, total=math.sqrt(energy), how="sums")
-        left_over(difference, svd.U, right, total=math.sqrt(energy), how="plain").sum().item()
+
+    def warm(lane: Lane, stop: Stop) -> None:
+        for strip in strips:
+            difference = lane.space(*_WARM, DType.F32)
+            values = numpy.zeros(_WARM), numpy.tri(*_WARM)
+            old, new = (array_of(value, DType.F32, difference) for value in values)
+            tally, noise = Tally(strip.base, strip.tuned, len(new)), NoiseTally()
+            tally.subtract(0, cast(old, strip.base.dtype), cast(new, strip.tuned.dtype), difference, noise)
+            energy, _ = tally.news()
+            energy = max(energy, tally.result().energy, noise.edge)  # asked for, for what they do on the device
+            svd = truncated_svd(difference, rank=16, total=math.sqrt(energy))
+            right = (svd.V * svd.S).T
+            left_over(difference, svd.U, right, total=math.sqrt(energy), how="sums")
+            left_over(difference, svd.U, right, total=math.sqrt(energy), how="plain").sum().item()
+        for batch in waiting:
+            warm_batch(batch, scratch, lane)
+
+    return warm
 
 
 @dataclass(frozen=True)
@@ -180,6 +194,17 @@ class _Work:
             with lane.memory.reserve(_need(min(pair.numel, DEVICE_BLOCK))):
                 self.result.measures[name] = _compare(pair, self._limit(name), lane, self.result.digests)
             self.meter.add(pair.nbytes)
+
+    def batch(self, batch: Batch, lane: Lane, stop: Stop) -> None:
+        """Compare and factorise targets of one shape together."""
+        observers = [_observer(self.result.digests, strip.base) for strip in batch.strips]
+        measures, matrices = factorise_batch(batch, observers, self.scratch, lane)
+        for target, measure in zip(batch.targets, measures, strict=True):
+            self.result.measures[target.names[0]] = measure
+        for number, matrix in matrices.items():
+            target = batch.targets[number]
+            self.result.factored[target.path] = TargetFactors(target, (matrix,))
+        self.meter.add(sum(nbytes_of(strip.tuned) for strip in batch.strips))
 
     def target(self, target: LowRankTarget, lane: Lane, stop: Stop) -> None:
         """Compare and factorise the tensors of one target."""
@@ -212,7 +237,7 @@ class _Work:
         lane: Lane,
     ) -> FactorisedMatrix | None:
         """Factorise one matrix; None if it is its target's only one and did not change."""
-        held = delta.numel <= HELD[lane.device.type]
+        held = delta.numel <= HELD["cuda" if lane.on_gpu else "cpu"]
         whole = lane.space(*delta.shape, delta.dtype) if held else None
         noise, moved, at = NoiseTally(), False, 0
         energies: list[float] = []
@@ -220,8 +245,7 @@ class _Work:
             tally = tallies[strip.tuned.name]
             for rows in lane.feed.pairs(strip.base, strip.tuned, strip.first, strip.last, seen[tally]):
                 count = len(rows.tuned)
-                shape = rows.tuned.shape
-                into = rows.tuned.new_empty(shape, dtype=delta.dtype) if whole is None else whole[at : at + count]
+                into = empty(rows.tuned.shape, delta.dtype, lane.device) if whole is None else whole[at : at + count]
                 tally.subtract(rows.first, rows.base, rows.tuned, into, noise)
                 at += count
             energy, differs = tally.news()
@@ -246,8 +270,8 @@ class _Work:
 
 
 def _need(numel: int) -> int:
-    """Bytes of device memory for the difference, what is left of it, and a block of both sides with their exponents."""
-    return 8 * numel + 16 * min(numel, DEVICE_BLOCK)
+    """Bytes of device memory for the difference, what is left of it, and two blocks of both sides with their exponents."""
+    return 8 * numel + 24 * min(numel, DEVICE_BLOCK)
 
 
 def _tally(pair: Pair, row_limit: int, target: LowRankTarget | None) -> Tally:
@@ -272,11 +296,11 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMe
         return PairMeasure(
             any(list(map(_differs, DirectFeed().pairs(base, tuned, 0, rows, observe)))), numel=rows * cols
         )
-    feed: Feed = lane.feed if pair.numel > _SMALL else DirectFeed()
-    wide = DType.F64 in (pair.base.dtype, pair.tuned.dtype)
+    feed, device = (lane.feed, lane.device) if pair.numel > _SMALL else (DirectFeed(), "cpu")
+    exact = DType.F64 if DType.F64 in (pair.base.dtype, pair.tuned.dtype) else DType.F32
     tally = _tally(pair, row_limit, None)
     for rows_read in feed.pairs(base, tuned, 0, rows, observe):
-        difference = rows_read.tuned.new_empty(rows_read.tuned.shape, dtype=torch.float64 if wide else torch.float32)
+        difference = empty(rows_read.tuned.shape, exact, device)
         tally.subtract(rows_read.first, rows_read.base, rows_read.tuned, difference, None)
     measure = tally.result()
     if pair.grown > 0:
@@ -286,7 +310,7 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMe
 
 
 def _differs(rows: RowPair) -> bool:
-    return rows.base.dtype != rows.tuned.dtype or not torch.equal(rows.base, rows.tuned)
+    return rows.base.dtype != rows.tuned.dtype or not numpy.array_equal(rows.base, rows.tuned)
 
 
 class _ReadMeter:

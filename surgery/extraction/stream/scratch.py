@@ -9,9 +9,11 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy
 import xxhash
 
+from surgery_formats.arrays import Array, cast, empty, to_cpu
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import ResourceError
 from surgery_formats.tensors.tensor import as_bytes
 
@@ -31,9 +33,9 @@ class ScratchFile:
         self._end = 0
         self._lock = threading.Lock()
 
-    def put(self, values: torch.Tensor) -> ScratchSlot:
+    def put(self, values: Array) -> ScratchSlot:
         """Store a matrix."""
-        matrix = values.to("cpu", torch.float32).contiguous()
+        matrix = numpy.ascontiguousarray(cast(to_cpu(values), DType.F32))
         raw = as_bytes(matrix)
         with self._lock:
             at, self._end = self._end, self._end + len(raw)
@@ -42,9 +44,9 @@ class ScratchFile:
             done += os.pwrite(self._file.fileno(), raw[done:], at + done)
         return ScratchSlot(self, at, (matrix.shape[0], matrix.shape[1]), digest(matrix))
 
-    def read(self, slot: ScratchSlot) -> torch.Tensor:
+    def read(self, slot: ScratchSlot) -> numpy.ndarray:
         """The matrix at `slot`, in memory of the caller's own."""
-        matrix = torch.empty(slot.shape, dtype=torch.float32)
+        matrix: numpy.ndarray = empty(slot.shape, DType.F32)
         raw, done = as_bytes(matrix), 0
         while done < len(raw):
             done += os.preadv(self._file.fileno(), [raw[done:]], slot.offset + done)
@@ -71,12 +73,12 @@ class ScratchSlot:
     shape: tuple[int, int]
     digest: str
 
-    def read(self) -> torch.Tensor:
+    def read(self) -> numpy.ndarray:
         """The matrix, in memory of the caller's own."""
         return self.scratch.read(self)
 
 
-def digest(values: torch.Tensor) -> str:
+def digest(values: numpy.ndarray) -> str:
     """xxh3-128 of a contiguous matrix in memory."""
     return xxhash.xxh3_128_hexdigest(as_bytes(values))
 
@@ -88,9 +90,11 @@ class Workspace:
     Attributes:
         scratch: Holds them until they are written.
         device: Device of SVDs.
-        workers: Number of threads.
+        lanes: Number of threads that use it.
+        workers: Number of threads where all arithmetic runs on the CPU.
     """
 
     scratch: ScratchFile
     device: str
+    lanes: int
     workers: int

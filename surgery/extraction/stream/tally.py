@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a pair of tensors while their difference is computed, on the same device.
+"""Measures pairs of tensors while their differences are computed, on the same device.
 
-The rounding in the difference is estimated as in `surgery_formats.linalg.noise`, from the rows that differ; equal rows
+The rounding in a difference is estimated as in `surgery_formats.linalg.noise`, from the rows that differ; equal rows
 contain none.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
+import numpy
 
 from surgery.extraction.pairing import not_finite
+from surgery_formats.arrays import Array, assign, cast, dtype_of, is_torch, namespace, to_cpu
+from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import MANTISSA, NoiseTally
+from surgery_formats.linalg.panel import squares
 from surgery_formats.storage.base import Storage
 
-__all__ = ["PairMeasure", "Tally"]
+__all__ = ["MEASURED", "PairMeasure", "Tally", "measure_stack"]
 
+MEASURED = 1 << 26
+"""Elements of a stack that are measured at a time: what is worked out from them takes four times their memory."""
 _SAMPLE = 8  # of a large tensor one row of eight is looked at for the median spacing
 _LARGE = 1 << 19  # elements
 
@@ -66,56 +73,40 @@ class Tally:
     """
 
     def __init__(self, base: Storage, tuned: Storage, rows: int, row_limit: int = 0) -> None:
-        self._sides, self._rows, self._limit = (base, tuned), rows, row_limit
-        self._dtype = tuned.dtype
-        self._step = _SAMPLE if rows * tuned.shape[1] > _LARGE else 1
+        self._sides, self._limit = (base, tuned), row_limit
+        self._step = _sampling(rows * tuned.shape[1])
         self._numel = self._told = 0
-        self._sums: list[torch.Tensor] = []
-        self._exponents: torch.Tensor | None = None
-        self._hit: list[torch.Tensor] = []
+        self._sums: list[Array] = []
+        self._exponents: Array | None = None
+        self._hit: list[Array] = []
 
-    def subtract(
-        self, first: int, old: torch.Tensor, new: torch.Tensor, difference: torch.Tensor, noise: NoiseTally | None
-    ) -> None:
+    def subtract(self, first: int, old: Array, new: Array, difference: Array, noise: NoiseTally | None) -> None:
         """Fill `difference`, float32 or float64, with ``new - old``, and add it to the sums.
 
         `old` and `new` are rows as stored, from row `first` of the tensor; `noise` is the tally of the matrix that they
         are part of.
         """
-        self._numel += new.numel()
-        if old.dtype == new.dtype and old.device.type == "cpu" and torch.equal(_bits(old), _bits(new)):
-            difference.copy_(new).sub_(difference)  # zeros, or NaN where there is one
-            self._equal(new, difference)
+        self._numel += math.prod(new.shape)
+        if not is_torch(new) and old.dtype == new.dtype and numpy.array_equal(_bits(old), _bits(new)):
+            assign(difference, new)
+            with numpy.errstate(invalid="ignore"):
+                difference -= difference  # zeros, or NaN where there is one
+            self._equal(difference)
             return
-        difference.copy_(new)
-        powers = _exponent_bits(difference)
-        spacings = powers.view(difference.dtype)
-        sampled = slice(-first % self._step, None, self._step)
-        exponents = powers[sampled] >> _FRACTION[difference.element_size()]
-        difference.sub_(old.to(difference.dtype))
-        norms = torch.linalg.vector_norm(difference, dim=1)
-        differing = difference.sign().abs_().sum(1)  # twice as fast as count_nonzero
-        moved = differing > 0  # not the norm, which is 0 below 1e-23
-        bits, smallest = MANTISSA[self._dtype]
-        lowest = max(smallest, -126 + bits) if difference.dtype == torch.float32 else smallest
-        bias = 127 if difference.dtype == torch.float32 else 1023
-        exponents = exponents.clamp_(min=lowest + bias).mul_(moved[sampled, None])
-        counted = torch.bincount(exponents.flatten(), minlength=2 * bias + 2)
+        sums = _subtract(old, new, difference, self._sides[1].dtype, slice(-first % self._step, None, self._step))
+        counted = _histogram(sums.exponents[None, ...], difference)[0, ...]
         self._exponents = counted if self._exponents is None else self._exponents + counted
-        spacings.clamp_(min=2.0**lowest).square_()
-        rows = spacings.sum(1).double().mul_(moved).mul_(4.0**-bits)
+        self._sums.append(sums.totals)
         if noise is not None:
-            noise.add_sums(rows / 12, (moved.to(spacings.dtype) @ spacings).double().mul_(4.0**-bits / 12))
-        energy = norms.double().square_().sum()
-        self._sums.append(torch.stack([energy, differing.double().sum(), rows.sum()]))
+            noise.add_sums(sums.rows / 12, sums.cols / 12)
         if self._limit:
-            self._hit.append(moved)
+            self._hit.append(sums.moved)
 
-    def _equal(self, new: torch.Tensor, zeros: torch.Tensor) -> None:
-        if new.numel() and not math.isfinite(float(zeros.sum())):
+    def _equal(self, zeros: Array) -> None:
+        if not math.isfinite(float(zeros.sum())):
             raise not_finite(*self._sides)
         if self._limit:
-            self._hit.append(torch.zeros(len(new), dtype=torch.bool))
+            self._hit.append(numpy.zeros(len(zeros), numpy.bool_))
 
     def news(self) -> tuple[float, bool]:
         """``(||D||_F^2, whether any value differs)`` of the blocks since the last call; waits for the device.
@@ -126,7 +117,7 @@ class Tally:
         fresh, self._told = self._sums[self._told :], len(self._sums)
         if not fresh:
             return 0.0, False
-        energy, moved, _ = torch.stack(fresh).sum(0).tolist()
+        energy, moved, _ = _total(fresh)
         if not math.isfinite(energy):
             raise not_finite(*self._sides)
         return energy, moved > 0
@@ -139,32 +130,135 @@ class Tally:
         """
         if not self._sums:
             return PairMeasure(False, numel=self._numel)
-        energy, moved, noise = torch.stack(self._sums).sum(0).tolist()
-        if not (math.isfinite(energy) and math.isfinite(noise)):  # squares of values beyond 1e19
-            raise not_finite(*self._sides)
         named: tuple[int, ...] = ()
         if self._limit:
-            numbers = torch.nonzero(torch.cat(self._hit).cpu()).flatten()
+            numbers = numpy.nonzero(numpy.concatenate([to_cpu(hit) for hit in self._hit]))[0]
             named = tuple(numbers.tolist()) if len(numbers) <= self._limit else ()
-        return PairMeasure(moved > 0, energy, named, self._numel, int(moved), self._ulp(), noise / 12)
-
-    def _ulp(self) -> float:
-        assert self._exponents is not None
-        counts = self._exponents.cpu()
-        counts[0] = 0  # rows that do not differ
-        middle = int((counts.cumsum(0) * 2 < counts.sum()).sum())
-        bias = 127 if len(counts) == 256 else 1023
-        return math.ldexp(1.0, middle - bias - MANTISSA[self._dtype][0]) if int(counts.sum()) else 0.0
+        return _measure(self._sides, self._numel, _total(self._sums), to_cpu(self._exponents), named)
 
 
-_FRACTION = {4: 23, 8: 52}
-_EXPONENT = {4: 0x7F800000, 8: 0x7FF0000000000000}
+def measure_stack(
+    base: Array, tuned: Array, difference: Array, sides: Sequence[tuple[Storage, Storage]]
+) -> tuple[list[PairMeasure], list[float]]:
+    """Fill `difference` with ``tuned - base``, and measure every matrix of the stacks ``(count, n, cols)``; waits once.
+
+    `sides` are BASE's and TUNED's weights, of one stored type. The second list has the largest singular value that
+    rounding alone would have, as `NoiseTally.edge`.
+
+    Raises:
+        FitError: NaN or Inf on one side.
+    """
+    count, rows, cols = tuned.shape
+    xp, step = namespace(difference), max(1, MEASURED // (rows * cols))
+    found = []
+    for at in range(0, count, step):
+        part = slice(at, at + step)
+        sampled = slice(None, None, _sampling(rows * cols))
+        sums = _subtract(base[part, ...], tuned[part, ...], difference[part, ...], sides[0][1].dtype, sampled)
+        largest = [xp.max(variances, axis=-1) / 12 for variances in (sums.rows, sums.cols)]
+        counted = cast(_histogram(sums.exponents, difference), DType.F64)
+        found.append(xp.concat([sums.totals, xp.stack(largest, axis=-1), counted], axis=-1))
+    figures = to_cpu(xp.concat(found))
+    edges = numpy.sqrt(figures[:, 3:5]).sum(axis=1).tolist()
+    measures = [
+        _measure(pair, rows * cols, own[:3].tolist(), own[5:]) for pair, own in zip(sides, figures, strict=True)
+    ]
+    return measures, edges
 
 
-def _exponent_bits(values: torch.Tensor) -> torch.Tensor:
-    """The exponent's bits alone; seen as numbers, ``2^floor(log2 |x|)``."""
-    return _bits(values) & _EXPONENT[values.element_size()]
+class _Sums(NamedTuple):
+    """Sums over rows ``(..., n, cols)`` of a difference, float64.
+
+    Attributes:
+        totals: ``(..., 3)``: ``||D||_F^2``, the number of values that differ, and the sum of `rows`.
+        moved: Whether each row differs, ``(..., n)``.
+        rows: Sum of TUNED's squared spacings in each row that differs, ``(..., n)``.
+        cols: The same of each column, ``(..., cols)``.
+        exponents: Biased binary exponents of TUNED's spacing, ``(..., k, cols)``, in a sample of the rows; 0 in those
+            that do not differ.
+    """
+
+    totals: Array
+    moved: Array
+    rows: Array
+    cols: Array
+    exponents: Array
 
 
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+_INTEGER = {DType.F32: ("int32", 0x7F800000, 23, 127), DType.F64: ("int64", 0x7FF0000000000000, 52, 1023)}
+"""Type of the same width, mask of the exponent, number of bits below it, bias."""
+
+
+def _subtract(old: Array, new: Array, difference: Array, dtype: DType, sampled: slice) -> _Sums:
+    """Fill `difference` with ``new - old``, and sum; `dtype` is the stored type of `new`."""
+    xp, exact = namespace(difference), dtype_of(difference)
+    integer, mask, below, bias = _INTEGER[exact]
+    bits, smallest = MANTISSA[dtype]
+    lowest = max(smallest, 1 - bias + bits)  # the least power of two whose spacing is a normal number
+    with numpy.errstate(over="ignore", invalid="ignore"):  # seen in the sums
+        assign(difference, new)
+        powers = difference.view(getattr(xp, integer)) & mask  # the exponent alone: 2^floor(log2 |x|)
+        if 2 * lowest > 1 - bias - below:  # of float16; smaller squares vanish, and clipping takes long
+            powers = powers.clip(min=(lowest + bias) << below)
+        difference -= cast(old, exact)
+        differs = difference != 0
+        moved = xp.any(differs, axis=-1)
+        exponents = (powers[..., sampled, :] >> below).clip(min=lowest + bias) * moved[..., sampled, None]
+        spacings, scale = powers.view(difference.dtype), 4.0**-bits
+        rows = cast(squares(spacings), DType.F64) * moved * scale
+        spacings *= spacings
+        cols = cast((cast(moved, exact)[..., None, :] @ spacings)[..., 0, :], DType.F64) * scale
+        energy = xp.sum(cast(squares(difference), DType.F64), axis=-1)
+        count = cast(_count(differs), DType.F64)
+        return _Sums(xp.stack([energy, count, xp.sum(rows, axis=-1)], axis=-1), moved, rows, cols, exponents)
+
+
+def _count(flags: Array) -> Array:
+    """Number of true values among the last two axes."""
+    if flags.ndim == 2 and not is_torch(flags):
+        return numpy.asarray(numpy.count_nonzero(flags))  # numpy's own is many times faster over a whole array
+    return namespace(flags).count_nonzero(flags, axis=(-2, -1))
+
+
+def _histogram(exponents: Array, difference: Array) -> Array:
+    """How often each biased exponent occurs in every matrix, ``(count, bins)``."""
+    count, bins = len(exponents), 2 * _INTEGER[dtype_of(difference)][3] + 2
+    if is_torch(exponents):
+        import torch  # the standard has no bincount
+
+        first = torch.arange(count, device=exponents.device, dtype=exponents.dtype) * bins
+        numbered = exponents + first[:, None, None]
+        return torch.bincount(numbered.reshape(-1), minlength=count * bins).reshape(count, bins)
+    return numpy.stack([numpy.bincount(own.reshape(-1), minlength=bins) for own in exponents])
+
+
+def _sampling(numel: int) -> int:
+    return _SAMPLE if numel > _LARGE else 1
+
+
+def _total(sums: Sequence[Array]) -> list[float]:
+    xp = namespace(*sums)
+    totals: list[float] = xp.sum(xp.stack(sums), axis=0).tolist()
+    return totals
+
+
+def _measure(
+    sides: tuple[Storage, Storage],
+    numel: int,
+    totals: Sequence[float],
+    exponents: numpy.ndarray,
+    named: tuple[int, ...] = (),
+) -> PairMeasure:
+    energy, moved, noise = totals
+    if not (math.isfinite(energy) and math.isfinite(noise)):  # squares of values beyond 1e19
+        raise not_finite(*sides)
+    counts = exponents.copy()
+    counts[0] = 0  # rows that do not differ
+    middle = int((counts.cumsum() * 2 < counts.sum()).sum())
+    power = middle - (len(counts) - 2) // 2 - MANTISSA[sides[1].dtype][0]
+    ulp = math.ldexp(1.0, power) if counts.any() else 0.0
+    return PairMeasure(moved > 0, energy, named, numel, int(moved), ulp, noise / 12)
+
+
+def _bits(values: numpy.ndarray) -> numpy.ndarray:
+    return values.view(f"u{values.itemsize}")
