@@ -21,6 +21,7 @@ from surgery_formats.dtypes import DType
 
 if TYPE_CHECKING:
     import numpy
+    import torch
 
 __all__ = [
     "Array",
@@ -193,7 +194,7 @@ def to_device(array: Array, device: str, dtype: DType | None = None) -> Array:
     A narrow type crosses to the device as it is and is widened there.
     """
     if device == "cpu":
-        values = to_cpu(array)
+        values: Array = to_cpu(array)
     else:
         values = (array if is_torch(array) else as_torch(array)).to(device)
     return values if dtype is None else cast(values, dtype)
@@ -213,7 +214,7 @@ def to_cpu(array: Array) -> numpy.ndarray:
     return tensor.view(bits).numpy().view(dtype.numpy)  # type: ignore[no-any-return]
 
 
-def as_torch(array: numpy.ndarray) -> Array:
+def as_torch(array: numpy.ndarray) -> torch.Tensor:
     """A torch tensor on the CPU that shares the memory of `array`."""
     import torch
 

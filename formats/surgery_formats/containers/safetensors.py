@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from surgery_formats.files.raw import File, open_file
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["METADATA_KEY", "SAFETENSORS", "Header", "layout", "open_safetensors", "read_header", "reference_order"]
+__all__ = ["METADATA_KEY", "SAFETENSORS", "layout", "open_safetensors", "reference_order"]
 
 _HEADER_LIMIT = 100_000_000  # the reference's MAX_HEADER_SIZE
 METADATA_KEY = "__metadata__"
@@ -50,23 +50,6 @@ _REFERENCE_RANK = {  # order of the reference's Dtype enum, which it sorts by, w
         )
     )
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """A checked header.
-
-    Attributes:
-        file: The open file.
-        tensors: In order of position; empty tensors come before the tensor that starts at the same place.
-        metadata: The ``__metadata__`` strings; empty when there are none.
-        header_nbytes: Bytes before the data, including the 8 of the length.
-    """
-
-    file: File
-    tensors: tuple[StoredTensor, ...]
-    metadata: dict[str, str]
-    header_nbytes: int
 
 
 @contextmanager
@@ -170,7 +153,7 @@ def _entry(name: str, entry: Any, file: File) -> tuple[int, int, str, DType, tup
     return begin, end, name, dtype, tuple(shape)
 
 
-def _read_header(file: File) -> Header:
+def _read_header(file: File) -> Shard:
 
     def fail(what: str, tensor: str | None = None) -> MalformedError:
         return MalformedError(what, file=file.path, tensor=tensor)
@@ -208,28 +191,21 @@ def _read_header(file: File) -> Header:
     tensors = tuple(
         StoredTensor(name, dtype, shape, file, data + begin, end - begin) for begin, end, name, dtype, shape in ranges
     )
-    return Header(file, tensors, metadata, data)
+    return Shard(file.path, "safetensors", file, tensors, metadata, data)
 
 
-def read_header(file: File) -> Header:
-    """The header of `file`, checked as a whole before any tensor is read.
+def open_safetensors(path: str | os.PathLike[str]) -> Shard:
+    """Open `path`, and check its header as a whole before any tensor is read.
 
-    Raises:
-        MalformedError: any rule of the format is broken; the message names the file and, where there is one,
-            the tensor.
-    """
-    with _collector_paused():
-        return _read_header(file)
-
-
-def open_safetensors(path: str | os.PathLike[str]) -> Header:
-    """Open `path` and check its header.
+    Tensors are in order of position; empty ones come before the tensor that starts at the same place.
 
     Raises:
         NotFoundError: no such file.
-        MalformedError: not a regular file, or see `read_header`.
+        MalformedError: not a regular file, or any rule of the format is broken; the message names the file and, where
+            there is one, the tensor.
     """
-    return read_header(open_file(path))
+    with _collector_paused():
+        return _read_header(open_file(path))
 
 
 def reference_order(entries: Iterable[TensorSpec]) -> list[TensorSpec]:
@@ -300,9 +276,8 @@ class _Safetensors:
         )
 
     def open(self, path: Path) -> dict[str, ShardSet]:
-        """See `read_header`."""
-        header = open_safetensors(path)
-        return one_file(Shard(path, self.name, header.file, header.tensors, header.metadata, header.header_nbytes))
+        """See `open_safetensors`."""
+        return one_file(replace(open_safetensors(path), container=self.name))
 
     def lay_out(self, tensors: Sequence[TensorSpec], like: Shard | None = None, alignment: int = 1) -> FileLayout:
         """The header of `like` byte for byte if it still describes the content, else one of our own (see `layout`)."""

@@ -6,8 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, read_compact
-from surgery_formats.adapters.compact.write import render_compact
+from surgery_formats.adapters.compact.files import CONFIG_FILE, MARK
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
@@ -33,11 +32,15 @@ class _Compact:
         return MARK.encode() in (first_bytes(path / CONFIG_FILE, 1 << 12) or b"")
 
     def read(self, path: Path) -> Adapter:
-        """See `read_compact`."""
+        """See `read.read_compact`."""
+        from surgery_formats.adapters.compact.read import read_compact
+
         return read_compact(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """See `render_compact`; a base is not needed."""
+        """See `write.render_compact`, which is imported only to write; a base is not needed."""
+        from surgery_formats.adapters.compact.write import render_compact
+
         return render_compact(adapter, self.coding)
 
     def with_factors(self, factors: str) -> _Compact:

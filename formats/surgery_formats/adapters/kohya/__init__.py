@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.adapters.format import Rendering
-from surgery_formats.adapters.kohya.read import PREFIXES, read_kohya
-from surgery_formats.adapters.kohya.write import render_kohya
+from surgery_formats.adapters.kohya.prefixes import PREFIXES
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.sharded import open_shards
 from surgery_formats.containers.weight_files import is_weight_file
@@ -40,11 +39,15 @@ class _Kohya:
         return any(name.startswith(_MARKS) for name in names)
 
     def read(self, path: Path) -> Adapter:
-        """See `read_kohya`."""
+        """See `read.read_kohya`."""
+        from surgery_formats.adapters.kohya.read import read_kohya
+
         return read_kohya(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """See `render_kohya`."""
+        """See `write.render_kohya`, which is imported only to write."""
+        from surgery_formats.adapters.kohya.write import render_kohya
+
         return render_kohya(adapter, base)
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.adapters.format import Rendering
-from surgery_formats.adapters.mlx.read import TENSOR_FILE, read_mlx
-from surgery_formats.adapters.mlx.write import render_mlx
+from surgery_formats.adapters.mlx.files import TENSOR_FILE
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.files.raw import first_bytes
 from surgery_formats.models.checkpoint import Checkpoint
@@ -32,11 +31,15 @@ class _Mlx:
         return speaks or any(os.path.isfile(path / name) for name in (TENSOR_FILE, "adapters.npz"))
 
     def read(self, path: Path) -> Adapter:
-        """See `read_mlx`."""
+        """See `read.read_mlx`."""
+        from surgery_formats.adapters.mlx.read import read_mlx
+
         return read_mlx(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """See `render_mlx`."""
+        """See `write.render_mlx`, which is imported only to write."""
+        from surgery_formats.adapters.mlx.write import render_mlx
+
         return render_mlx(adapter, base)
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from surgery_formats.adapters.format import Rendering, Scaling
 from surgery_formats.adapters.peft.read import WEIGHTS, read_peft
-from surgery_formats.adapters.peft.write import described, render_peft
-from surgery_formats.adapters.peft.write_config import inherited
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.files.raw import first_bytes
 from surgery_formats.models.checkpoint import Checkpoint
@@ -49,7 +47,9 @@ class _Peft:
         return read_peft(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """See `render_peft`."""
+        """See `write.render_peft`, which is imported only to write."""
+        from surgery_formats.adapters.peft.write import render_peft
+
         return render_peft(adapter, base, self.scaling)
 
     def with_scaling(self, scaling: Scaling) -> _Peft:
@@ -58,10 +58,14 @@ class _Peft:
 
     def described(self, adapter: Adapter) -> Adapter:
         """See `write.described`."""
+        from surgery_formats.adapters.peft.write import described
+
         return described(adapter, self.scaling)
 
     def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
-        """See `configuration.inherited`."""
+        """See `write_config.inherited`."""
+        from surgery_formats.adapters.peft.write_config import inherited
+
         return inherited(adapters, updates)
 
 
