@@ -119,7 +119,8 @@ def cast(array: Array, dtype: DType) -> Array:
 def assign(target: Array, values: Array) -> None:
     """Write `values` into `target`, of the same shape, rounded to its type to nearest even; devices may differ."""
     if is_torch(target):
-        target.copy_(values if is_torch(values) else as_torch(values))
+        # narrow values cross to the device as they are, and are widened there
+        target.copy_(values if is_torch(values) else as_torch(values).to(target.device))
         return
     if is_torch(values):
         as_torch(target).copy_(values)
