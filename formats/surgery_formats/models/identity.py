@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import xxhash
 
@@ -20,7 +20,6 @@ _SAMPLES = 64
 _SAMPLE = 16 << 10
 _WHOLE = 8 << 20  # files up to this size are hashed whole
 _PIECE = 64 << 10  # read at a time: the head alone would be a tenth of what an export takes beside its imports
-_STEP = 8 << 20
 
 
 def fingerprint(file: File) -> str:
@@ -29,15 +28,7 @@ def fingerprint(file: File) -> str:
     It identifies a job, so that an interrupted run can resume. It is no proof of equality: files are watched for change
     while they are used.
     """
-    buffer = memoryview(bytearray(min(file.size, _PIECE)))
-
-    def read(offset: int, nbytes: int) -> Iterator[memoryview]:
-        for at in range(0, nbytes, _PIECE):
-            piece = buffer[: nbytes - at]
-            file.read_into(piece, offset + at)
-            yield piece
-
-    return fingerprint_of(file.size, read)
+    return fingerprint_of(file.size, lambda offset, nbytes: file.blocks(offset, nbytes, _PIECE))
 
 
 def fingerprint_of(size: int, read: Callable[[int, int], Iterable[bytes | bytearray | memoryview]]) -> str:
@@ -113,6 +104,6 @@ def content_id(checkpoint: Checkpoint, digest: Callable[[StoredTensor], str] | N
 def tensor_digest(tensor: StoredTensor) -> str:
     """xxh3-128 of a stored tensor's bytes, read in steps."""
     state = xxhash.xxh3_128()
-    for at in range(0, tensor.nbytes, _STEP):
-        state.update(tensor.file.read(tensor.offset + at, min(_STEP, tensor.nbytes - at)))
+    for block in tensor.file.blocks(tensor.offset, tensor.nbytes):
+        state.update(block)
     return state.hexdigest()
