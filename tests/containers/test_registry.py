@@ -205,7 +205,7 @@ def test_outputs_of_a_container_that_is_only_read_are_of_the_one_it_names(tmp_pa
 def toy_base(toyz: FileContainer, tmp_path: Path) -> Path:
     """The base of `make_base` in one .toyz file that holds its configuration too."""
     made = make_base(tmp_path / "base")
-    tensors = load_file(made / "model.safetensors")
+    tensors = values(made)
     (tmp_path / "toy").mkdir()
     return write_toyz(tmp_path / "toy", tensors, json.loads((made / "config.json").read_text()))
 

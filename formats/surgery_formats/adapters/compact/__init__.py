@@ -5,18 +5,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, read_compact
-from surgery_formats.adapters.compact.write import render_compact
-from surgery_formats.adapters.format import Rendering
-from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import first_bytes
 from surgery_formats.linalg.coding import CODINGS, Coding
-from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
 
-__all__ = ["COMPACT"]
+if TYPE_CHECKING:
+    from surgery_formats.adapters.format import Rendering
+    from surgery_formats.canonical.adapter import Adapter
+    from surgery_formats.models.checkpoint import Checkpoint
+
+__all__ = ["COMPACT", "CONFIG_FILE", "MARK"]
+
+CONFIG_FILE = "compact.json"
+MARK = "surgery-compact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,14 @@ class _Compact:
 
     def read(self, path: Path) -> Adapter:
         """See `read_compact`."""
+        from surgery_formats.adapters.compact.read import read_compact
+
         return read_compact(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
         """See `render_compact`; a base is not needed."""
+        from surgery_formats.adapters.compact.write import render_compact
+
         return render_compact(adapter, self.coding)
 
     def with_factors(self, factors: str) -> _Compact:

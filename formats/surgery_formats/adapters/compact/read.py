@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from surgery_formats.adapters.compact import CONFIG_FILE, MARK
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
@@ -21,11 +22,9 @@ from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.text import listing, show
 from surgery_formats.updates import DoRA, Factor, Held, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
-__all__ = ["CONFIG_FILE", "MARK", "TENSOR_FILE", "VERSION", "leaves", "read_compact", "stem_of"]
+__all__ = ["TENSOR_FILE", "VERSION", "leaves", "read_compact", "stem_of"]
 
-CONFIG_FILE = "compact.json"
 TENSOR_FILE = "adapter.safetensors"
-MARK = "surgery-compact"
 VERSION = 1
 _MOST = 1 << 31  # of any size
 _Choice = TypeVar("_Choice", bound=str)

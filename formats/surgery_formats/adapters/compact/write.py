@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery_formats.adapters.compact.read import CONFIG_FILE, MARK, TENSOR_FILE, VERSION, leaves, stem_of
+from surgery_formats.adapters.compact import CONFIG_FILE, MARK
+from surgery_formats.adapters.compact.read import TENSOR_FILE, VERSION, leaves, stem_of
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of

@@ -6,18 +6,26 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from surgery_formats.adapters.format import Rendering
-from surgery_formats.adapters.kohya.read import PREFIXES, read_kohya
-from surgery_formats.adapters.kohya.write import render_kohya
-from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.sharded import open_shards
 from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.errors import SurgeryError
-from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["KOHYA"]
+if TYPE_CHECKING:
+    from surgery_formats.adapters.format import Rendering
+    from surgery_formats.canonical.adapter import Adapter
+    from surgery_formats.models.checkpoint import Checkpoint
 
+__all__ = ["KOHYA", "PREFIXES"]
+
+PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+}
 _MARKS = (*PREFIXES, "oft_unet_")
 
 
@@ -41,10 +49,14 @@ class _Kohya:
 
     def read(self, path: Path) -> Adapter:
         """See `read_kohya`."""
+        from surgery_formats.adapters.kohya.read import read_kohya
+
         return read_kohya(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
         """See `render_kohya`."""
+        from surgery_formats.adapters.kohya.write import render_kohya
+
         return render_kohya(adapter, base)
 
 

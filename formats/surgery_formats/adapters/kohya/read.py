@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from surgery_formats.adapters.kohya import PREFIXES
 from surgery_formats.adapters.kohya.known_issues import stated_issues
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
@@ -22,15 +23,8 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Update
 
-__all__ = ["PREFIXES", "read_kohya"]
+__all__ = ["read_kohya"]
 
-PREFIXES = {
-    "lora_unet_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3",
-}
 _LORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale")
 _OFFSETS = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
 _NOT_READ = {

@@ -6,15 +6,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from surgery_formats.adapters.format import Rendering
-from surgery_formats.adapters.mlx.read import TENSOR_FILE, read_mlx
-from surgery_formats.adapters.mlx.write import render_mlx
-from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.files.raw import first_bytes
-from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["MLX"]
+if TYPE_CHECKING:
+    from surgery_formats.adapters.format import Rendering
+    from surgery_formats.canonical.adapter import Adapter
+    from surgery_formats.models.checkpoint import Checkpoint
+
+__all__ = ["MLX", "TENSOR_FILE"]
+
+TENSOR_FILE = "adapters.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +36,14 @@ class _Mlx:
 
     def read(self, path: Path) -> Adapter:
         """See `read_mlx`."""
+        from surgery_formats.adapters.mlx.read import read_mlx
+
         return read_mlx(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
         """See `render_mlx`."""
+        from surgery_formats.adapters.mlx.write import render_mlx
+
         return render_mlx(adapter, base)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.adapters.embeddings import is_embedding
+from surgery_formats.adapters.mlx import TENSOR_FILE
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
@@ -20,9 +21,8 @@ from surgery_formats.files.bounded_json import read_object
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, Update
 
-__all__ = ["TENSOR_FILE", "read_mlx"]
+__all__ = ["read_mlx"]
 
-TENSOR_FILE = "adapters.safetensors"
 _LEAVES = ("lora_a", "lora_b", "m")
 _DEFAULT_SCALE = 20.0  # mlx-lm's, before 2024-04 and in its examples
 

@@ -16,7 +16,7 @@ from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, one_expert, taken_apart
 from surgery_formats.adapters.format import NewTensor, Rendering
-from surgery_formats.adapters.mlx.read import TENSOR_FILE
+from surgery_formats.adapters.mlx import TENSOR_FILE
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,

@@ -7,18 +7,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from surgery_formats.adapters.format import Rendering, Scaling
-from surgery_formats.adapters.peft.read import WEIGHTS, read_peft
-from surgery_formats.adapters.peft.write import described, render_peft
-from surgery_formats.adapters.peft.write_config import inherited
-from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.files.raw import first_bytes
-from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.updates import Update
 
-__all__ = ["PEFT"]
+if TYPE_CHECKING:
+    from surgery_formats.adapters.format import Rendering, Scaling
+    from surgery_formats.canonical.adapter import Adapter, Site
+    from surgery_formats.models.checkpoint import Checkpoint
+    from surgery_formats.updates import Update
+
+__all__ = ["PEFT", "WEIGHTS"]
+
+WEIGHTS = "adapter_model"
+"""What the names of its weight files begin with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,14 @@ class _Peft:
 
     def read(self, path: Path) -> Adapter:
         """See `read_peft`."""
+        from surgery_formats.adapters.peft.read import read_peft
+
         return read_peft(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
         """See `render_peft`."""
+        from surgery_formats.adapters.peft.write import render_peft
+
         return render_peft(adapter, base, self.scaling)
 
     def with_scaling(self, scaling: Scaling) -> _Peft:
@@ -58,10 +64,14 @@ class _Peft:
 
     def described(self, adapter: Adapter) -> Adapter:
         """See `write.described`."""
+        from surgery_formats.adapters.peft.write import described
+
         return described(adapter, self.scaling)
 
     def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
-        """See `configuration.inherited`."""
+        """See `write_config.inherited`."""
+        from surgery_formats.adapters.peft.write_config import inherited
+
         return inherited(adapters, updates)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from surgery_formats.adapters.peft import WEIGHTS
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.adapters.peft.keys import (
     HEADS,
@@ -33,10 +34,7 @@ from surgery_formats.files.raw import stays_inside
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, Replacement, Update
 
-__all__ = ["WEIGHTS", "read_peft"]
-
-WEIGHTS = "adapter_model"
-"""What the names of its weight files begin with."""
+__all__ = ["read_peft"]
 
 _EMBEDDINGS = frozenset(
     [

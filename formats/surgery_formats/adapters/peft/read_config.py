@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import regex
-
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.text import show
 
@@ -124,6 +122,8 @@ class PeftConfig:
         return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)
 
     def _matches(self, field: str, pattern: str, module: str, *, whole: bool) -> bool:
+        import regex  # slow to import, and few configurations hold patterns
+
         anchored = rf"(?:{pattern})\Z" if whole else rf"(.*\.)?({pattern})$"
         try:
             return regex.match(anchored, module, timeout=_REGEX_SECONDS) is not None

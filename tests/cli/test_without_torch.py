@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On the CPU no command waits for torch: whole processes, on the shipped example, in which importing it is an error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.kit import ROOT, environment, spawn
+
+BASE, TUNED, LORA, DORA, PROMPT = (f"{ROOT}/examples/{name}" for name in ("base", "tuned", "lora", "dora", "prompt"))
+
+REFUSAL = """
+import sys
+
+class Refusal:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise AssertionError("torch was imported")
+
+sys.meta_path.insert(0, Refusal())
+"""
+
+COMMANDS = {
+    "help": ["--help"],
+    "formats": ["formats"],
+    "env": ["env"],
+    "inspect a model": ["inspect", BASE],
+    "inspect an adapter": ["inspect", LORA],
+    "report": ["report", LORA, DORA, "--base", BASE],
+    "diff of models": ["diff", BASE, TUNED, "--spectrum"],
+    "diff of adapters": ["diff", LORA, LORA],
+    "convert to MLX": ["convert", LORA, "--to", "mlx", "-o", "{out}"],
+    "convert to codes": ["convert", DORA, "--to", "compact", "-o", "{out}"],
+    "combine": ["combine", f"{LORA}=0.5", f"{LORA}=-1", "-o", "{out}"],
+    "combine by SVD": ["combine", f"{LORA}=0.5", f"{LORA}=-1", "--rank", "4", "-o", "{out}"],
+    "combine by TIES": ["combine", LORA, LORA, "--method", "ties", "--density", "0.5", "--rank", "4", "-o", "{out}"],
+    "resize": ["resize", LORA, "--rank", "4", "-o", "{out}"],
+    "resize what depends on the base": ["resize", DORA, "--base", BASE, "--rank", "4", "-o", "{out}"],
+    "merge": ["merge", BASE, LORA, DORA, "-o", "{out}"],
+    "export": ["export-onnx", BASE, "-o", "{out}"],
+    "export of a merge": ["export-onnx", BASE, LORA, "-o", "{out}"],
+    "export with slots": ["export-onnx", BASE, "--swap", LORA, "-o", "{out}"],
+    "export with a prompt": ["export-onnx", BASE, "--prefix", PROMPT, "-o", "{out}"],
+}
+NEEDS_TORCH = {
+    "env that looks": ["env", "--deep"],  # at what torch can use
+    "verify a graph": ["verify", "{graph}"],  # the reference is independent of the product's arithmetic
+}
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that cannot import torch."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(REFUSAL)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), environment()["PYTHONPATH"]])}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_imports_torch(name: str, refusing: dict[str, str], tmp_path: Path) -> None:
+    done = spawn(*(word.format(out=tmp_path / "out") for word in COMMANDS[name]), **refusing)
+    assert "torch was imported" not in done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_merged_is_verified_without_torch(refusing: dict[str, str], tmp_path: Path) -> None:
+    assert spawn("merge", BASE, LORA, "-o", tmp_path / "out", **refusing).returncode == 0
+    done = spawn("verify", tmp_path / "out", "--against", BASE, "--adapter", LORA, **refusing)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", NEEDS_TORCH)
+def test_the_exceptions_are_these(name: str, refusing: dict[str, str], tmp_path: Path) -> None:
+    """The refusal works, and the list of exceptions is as short as it can be."""
+    assert spawn("export-onnx", BASE, "-o", tmp_path / "graph", **refusing).returncode == 0
+    done = spawn(*(word.format(graph=tmp_path / "graph") for word in NEEDS_TORCH[name]), **refusing)
+    assert "torch was imported" in done.stdout + done.stderr
