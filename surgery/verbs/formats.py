@@ -21,6 +21,7 @@ from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.adapters.registry import formats as adapter_formats
 from surgery_formats.containers.registry import BUILT_IN as MODEL_CONTAINERS
 from surgery_formats.containers.registry import containers
+from surgery_formats.models import families
 from surgery_formats.models.families import registry
 from surgery_formats.models.families.family import Family
 from surgery_formats.storage.registry import BUILT_IN as STORAGES
@@ -220,12 +221,13 @@ def formats() -> Catalogue:
 
 def _families() -> list[FamilyEntry]:
     """One per record; a file may hold several (with a recipe, and of names alone)."""
-    rooms = [room for room in vars(registry).values() if isinstance(room, ModuleType)]
+    known = registry.families()
+    rooms = [room for room in vars(families).values() if isinstance(room, ModuleType)]
     return [
         FamilyEntry(room.__name__.rpartition(".")[2], _first_line(room), record.names, record.recipe is not None)
         for room in rooms
         for record in vars(room).values()
-        if isinstance(record, Family) and any(record is known for known in registry.FAMILIES)
+        if isinstance(record, Family) and any(record is one for one in known)
     ]
 
 

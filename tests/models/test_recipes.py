@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.parameters import model_of, parameters
 from surgery_formats.models.families.recipe import LanguageHead, Model
-from surgery_formats.models.families.registry import FAMILIES
+from surgery_formats.models.families.registry import families
 from tests.oracles.recipes import DECODERS, ENCODERS
 
-KNOWN = sorted({name for family in FAMILIES if family.recipe for name in family.names})
+KNOWN = sorted({name for family in families() if family.recipe for name in family.names})
 CASES = {**DECODERS, **ENCODERS}
 HEAD = {"lm_head.weight", "embed_out.weight"}
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import surgery
 from surgery_formats.adapters.registry import formats
-from surgery_formats.models.families.registry import FAMILIES, family_of
+from surgery_formats.models.families.registry import families, family_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,8 +123,8 @@ def test_a_deep_look_says_how_an_import_fails(monkeypatch: pytest.MonkeyPatch) -
 def test_every_format_and_family_is_listed() -> None:
     found = surgery.formats()
     assert [entry.name for entry in found.formats] == list(formats())
-    assert {name for entry in found.families for name in entry.model_types} == {n for f in FAMILIES for n in f.names}
-    assert len(found.families) == len(FAMILIES)
+    assert {name for entry in found.families for name in entry.model_types} == {n for f in families() for n in f.names}
+    assert len(found.families) == len(families())
     assert all(entry.title for entry in (*found.formats, *found.families))
     assert all(
         family_of({"model_type": name}).names == entry.model_types

@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, Model, Norm, Projection
-from surgery_formats.models.families.registry import FAMILIES, family_of
+from surgery_formats.models.families.registry import families, family_of
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.text import show
 
@@ -30,7 +30,7 @@ def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
                 file="config.json",
                 hint="put the model's config.json beside its weights",
             )
-        known = sorted({name for known_family in FAMILIES if known_family.recipe for name in known_family.names})
+        known = sorted({name for known_family in families() if known_family.recipe for name in known_family.names})
         raise FitError(
             f"no recipe for model_type '{show(config.get('model_type'), 40)}'",
             file="config.json",
