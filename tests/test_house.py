@@ -12,7 +12,7 @@ from tools.house import kind_tests, read_modules
 ROOT = Path(__file__).parents[1]
 
 
-def test_only_updates_and_formats_test_for_a_kind_of_update() -> None:
+def test_only_formats_test_for_a_kind_of_update_and_nothing_for_a_kind_of_storage() -> None:
     tests = kind_tests(read_modules(ROOT))
     assert {name: count for name, count in tests.items() if ".adapters." not in name} == {}
 

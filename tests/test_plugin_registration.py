@@ -50,7 +50,7 @@ def test_a_plugin_must_not_take_a_built_in_name() -> None:
 def test_a_plugin_without_a_name_is_named_by_its_entry_point(group: str) -> None:
     with (
         installed(f"surgery.{group}", "nameless", object()),
-        pytest.raises(SurgeryError, match=r"plugin 'nameless' is not a .* has no name"),
+        pytest.raises(SurgeryError, match=r"plugin 'nameless' of .* is not a .* has no name"),
     ):
         REGISTRIES[group]()
 

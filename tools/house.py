@@ -162,12 +162,12 @@ def reused_classes(modules: Mapping[str, Module]) -> dict[str, list[str]]:
 
 
 def kind_tests(modules: Mapping[str, Module]) -> Counter[str]:
-    """Number of tests for a kind of update, by module outside the updates themselves.
+    """Number of tests for a kind of update or of storage, by module outside their own rooms.
 
     A test is an ``isinstance``, a comparison with a class or with its name in the field (``update.kind == "LoRA"``), or
     a ``case`` of a match.
     """
-    kinds = update_kinds(modules)
+    kinds = known_kinds(modules)
     words = {
         node.value.value
         for name, module in modules.items()
@@ -197,7 +197,7 @@ def kind_tests(modules: Mapping[str, Module]) -> Counter[str]:
         {
             name: sum(map(tests, ast.walk(module.tree)))
             for name, module in modules.items()
-            if not name.startswith("surgery_formats.updates")
+            if not name.startswith(("surgery_formats.updates", "surgery_formats.storage"))
         }
     )
 
@@ -206,12 +206,12 @@ def _names(node: ast.AST, kinds: frozenset[str]) -> bool:
     return any(isinstance(inner, ast.Name) and inner.id in kinds for inner in ast.walk(node))
 
 
-def update_kinds(modules: Mapping[str, Module]) -> frozenset[str]:
-    """Classes of the updates room, but for the protocols and what every kind is made of."""
+def known_kinds(modules: Mapping[str, Module]) -> frozenset[str]:
+    """Classes of the updates room, but for the protocols and what every kind is made of, and the plain storage."""
     return frozenset(
         node.name
         for name, module in modules.items()
-        if ".updates." in name and not name.endswith((".base", ".update"))
+        if name == "surgery_formats.storage.plain" or (".updates." in name and not name.endswith((".base", ".update")))
         for node in module.tree.body
         if isinstance(node, ast.ClassDef)
     )
@@ -247,9 +247,9 @@ def main() -> None:
     print(
         f"reused class names: {len(reused)}", *(f"  {n}: {', '.join(where)}" for n, where in reused.items()), sep="\n"
     )
-    print(f"tests for a kind of update in adapters: {sum(inside.values())} in {len(inside)} modules")
+    print(f"tests for a kind of update or storage in adapters: {sum(inside.values())} in {len(inside)} modules")
     print(
-        f"outside updates and adapters: {sum(outside.values())}",
+        f"outside updates, storage and adapters: {sum(outside.values())}",
         *(f"  {name}: {n}" for name, n in outside.items()),
         sep="\n",
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ __all__ = ["INTERRUPTED", "Fault", "fault_of", "guarded"]
 INTERNAL, USAGE, INPUT, RESOURCE, INTERRUPTED = 1, 2, 3, 7, 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_ARGUMENT = re.compile(r"`(?P<name>\w+)=(?P<value>[^`]*)`")
 _PATH_LIMIT = 500  # characters; a path is worth showing whole
 
 
@@ -42,7 +44,8 @@ def fault_of(error: BaseException) -> Fault:
     """The fault to report for `error`."""
     match error:
         case SurgeryError():
-            return Fault(error.exit_code, error.code, error.message, error.hint, error.file, error.tensor)
+            hint = error.hint and _ARGUMENT.sub(_option, error.hint)
+            return Fault(error.exit_code, error.code, error.message, hint, error.file, error.tensor)
         case click.UsageError():
             hint = f"see '{error.ctx.command_path} --help'" if error.ctx else None
             return Fault(USAGE, "UsageError", _lowered(error.format_message()), hint)
@@ -60,8 +63,19 @@ def fault_of(error: BaseException) -> Fault:
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, unimported
         hint = "try --workers 1, a --memory-limit or another --device"
         return Fault(RESOURCE, "ResourceError", f"not enough memory: {_first_line(error)}", hint)
-    hint = "run again with --debug for the traceback; please report"
-    return Fault(INTERNAL, "InternalError", f"internal error: {type(error).__name__}: {_first_line(error)}", hint)
+    from surgery_formats.plugins import plugin_behind  # importlib.metadata takes 18 ms
+
+    plugin = plugin_behind(error)
+    where, whom = (f" in the plugin {plugin}", " to its authors") if plugin else ("", "")
+    message = f"internal error{where}: {type(error).__name__}: {_first_line(error)}"
+    return Fault(INTERNAL, "InternalError", message, f"run again with --debug for the traceback; please report{whom}")
+
+
+def _option(argument: re.Match[str]) -> str:
+    """An argument of a function as the option of the same name: ``overwrite=True`` -> ``--overwrite``."""
+    option = "-o" if argument["name"] == "output" else f"--{argument['name'].replace('_', '-')}"
+    value = argument["value"].strip('"')
+    return option if value in ("", "True") else f"{option} {value}"
 
 
 def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) -> int:

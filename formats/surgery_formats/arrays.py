@@ -21,6 +21,7 @@ from surgery_formats.dtypes import DType
 
 if TYPE_CHECKING:
     import numpy
+    import torch
 
 __all__ = [
     "Array",
@@ -118,7 +119,8 @@ def cast(array: Array, dtype: DType) -> Array:
 def assign(target: Array, values: Array) -> None:
     """Write `values` into `target`, of the same shape, rounded to its type to nearest even; devices may differ."""
     if is_torch(target):
-        target.copy_(values if is_torch(values) else as_torch(values))
+        # narrow values cross to the device as they are, and are widened there
+        target.copy_(values if is_torch(values) else as_torch(values).to(target.device))
         return
     if is_torch(values):
         as_torch(target).copy_(values)
@@ -192,7 +194,7 @@ def to_device(array: Array, device: str, dtype: DType | None = None) -> Array:
     A narrow type crosses to the device as it is and is widened there.
     """
     if device == "cpu":
-        values = to_cpu(array)
+        values: Array = to_cpu(array)
     else:
         values = (array if is_torch(array) else as_torch(array)).to(device)
     return values if dtype is None else cast(values, dtype)
@@ -212,7 +214,7 @@ def to_cpu(array: Array) -> numpy.ndarray:
     return tensor.view(bits).numpy().view(dtype.numpy)  # type: ignore[no-any-return]
 
 
-def as_torch(array: numpy.ndarray) -> Array:
+def as_torch(array: numpy.ndarray) -> torch.Tensor:
     """A torch tensor on the CPU that shares the memory of `array`."""
     import torch
 

@@ -12,8 +12,9 @@
     |-- ProofError                     exit 5   the files written differ from what was planned
     `-- ResourceError                  exit 7   not enough disk or memory (also OSError)
 
-The message describes the fault; ``file`` and ``tensor`` locate it; ``hint`` suggests what to do next. Names that come
-from files are untrusted: they are kept raw here and escaped for display with `surgery_formats.text.show`.
+The message describes the fault; ``file`` and ``tensor`` locate it; ``hint`` suggests what to do next. A hint names an
+argument as `overwrite=True` or `base=` in backticks, which the command shows as its option. Names that come from files
+are untrusted: they are kept raw here and escaped for display with `surgery_formats.text.show`.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, TypeVar
 
 from surgery_formats.errors import SurgeryError
 
-__all__ = ["Registered", "forget_plugins", "with_plugins"]
+__all__ = ["Registered", "forget_plugins", "plugin_behind", "with_plugins"]
 
 
 class Registered(Protocol):
@@ -22,6 +23,9 @@ class Registered(Protocol):
 
 
 T = TypeVar("T", bound=Registered)
+
+_LOADED: dict[str, tuple[tuple[EntryPoint, Any], ...]] = {}
+"""Plugins that were imported, with their entry points, by group."""
 
 
 def with_plugins(group: str, built_in: Iterable[T], noun: str) -> dict[str, T]:
@@ -36,33 +40,54 @@ def with_plugins(group: str, built_in: Iterable[T], noun: str) -> dict[str, T]:
         SurgeryError: a plugin cannot be imported, has no name, or has a name that is taken.
     """
     known = {item.name: item for item in built_in}
-    for entry, plugin in _loaded(group, noun):
+    if group not in _LOADED:
+        _LOADED[group] = _load(group, noun)
+    for entry, plugin in _LOADED[group]:
         if known.setdefault(plugin.name, plugin) is not plugin:
-            raise SurgeryError(f"the {noun} plugin '{entry}' takes the name '{plugin.name}', which is taken")
+            raise SurgeryError(f"the {noun} plugin {_shown(entry)} takes the name '{plugin.name}', which is taken")
     return known
 
 
-@cache
-def _installed() -> Any:  # EntryPoints; before Python 3.12 SelectableGroups, which has select() too
-    """All entry points: looking through the installed packages once serves every group."""
-    return entry_points()
+def plugin_behind(error: BaseException) -> str:
+    """The loaded plugin whose code raised an error, or ran when it was raised: ``'toy' of toy-format 1.0``, or empty."""
+    ran = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = {entry.module.partition(".")[0]: entry for loaded in _LOADED.values() for entry, _ in loaded}
+    packages |= {entry.module: entry for loaded in _LOADED.values() for entry, _ in loaded}
+    names = (name for module in reversed(ran) for name in (module, module.partition(".")[0]))
+    return next((_shown(packages[name]) for name in names if name in packages), "")
+
+
+def _shown(entry: EntryPoint) -> str:
+    """An entry point and the distribution it is of, for messages."""
+    distribution = getattr(entry, "dist", None)
+    return f"'{entry.name}' of {distribution.name} {distribution.version}" if distribution else f"'{entry.name}'"
 
 
 @cache
-def _loaded(group: str, noun: str) -> tuple[tuple[str, Any], ...]:
+def _installed() -> tuple[EntryPoint, ...]:
+    """The entry points of all registries, found by looking through the installed packages once.
+
+    Of the others, most of which belong to strangers, nothing is kept.
+    """
+    found = entry_points()
+    groups = sorted(group for group in found.groups if group.startswith("surgery."))
+    return tuple(entry for group in groups for entry in found.select(group=group))
+
+
+def _load(group: str, noun: str) -> tuple[tuple[EntryPoint, Any], ...]:
     loaded = []
-    for entry in sorted(_installed().select(group=group), key=lambda entry: entry.name):
+    for entry in sorted((entry for entry in _installed() if entry.group == group), key=lambda entry: entry.name):
         try:
             plugin = entry.load()
         except Exception as error:
-            raise SurgeryError(f"the {noun} plugin '{entry.name}' cannot be imported: {error}") from error
+            raise SurgeryError(f"the {noun} plugin {_shown(entry)} cannot be imported: {error}") from error
         if not isinstance(getattr(plugin, "name", None), str):
-            raise SurgeryError(f"the {noun} plugin '{entry.name}' is not a {noun}: {entry.value} has no name")
-        loaded.append((entry.name, plugin))
+            raise SurgeryError(f"the {noun} plugin {_shown(entry)} is not a {noun}: {entry.value} has no name")
+        loaded.append((entry, plugin))
     return tuple(loaded)
 
 
 def forget_plugins() -> None:
     """Look for plugins again: packages were installed or removed while this process ran."""
     _installed.cache_clear()
-    _loaded.cache_clear()
+    _LOADED.clear()

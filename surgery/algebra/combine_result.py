@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.reports.output import DRY_RUN, counted, destination, nbytes_of, wrote
+from surgery.reports.output import DRY_RUN, counted, destination, nbytes_of, written, wrote
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
@@ -97,16 +97,11 @@ class CombineResult:
     @property
     def nbytes(self) -> int:
         """Size of all files written; 0 for a dry run."""
-        return 0 if self.output is None else nbytes_of(self.output)
+        return nbytes_of(self.output)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: the output, the time, and what the manifest has."""
-        written = {
-            "output": None if self.output is None else str(self.output),
-            "seconds": round(self.seconds, 3),
-            "nbytes": self.nbytes,
-        }
-        return written | self.as_manifest()
+        return written(self.output, self.seconds) | self.as_manifest()
 
     def as_manifest(self) -> dict[str, Any]:
         """The record in the manifest: the same for the same inputs and options, without paths and times."""
@@ -136,9 +131,8 @@ class CombineResult:
         if self.output is not None:
             facts.append(("wrote", wrote(self.output, self.seconds)))
         sections: list[Section] = [Facts(tuple(facts))]
-        worst = sorted(
-            (module for module in self.modules if module.outcome == "approximated" and module.error), key=_error
-        )
+        lossy = (module for module in self.modules if module.outcome == "approximated" and module.error)
+        worst = sorted(lossy, key=lambda module: -(module.error or 0.0))
         shown = self.modules if verbose else worst[:_LISTED]
         if shown:
             rows = (
@@ -171,13 +165,8 @@ class CombineResult:
 
 _COLUMNS = (
     Column("module", "name"), Column("outcome"), Column("ranks"), Column("rank", "integer"),
-    Column("norm", "number", 3),
-    Column("error", "number", 3), Column("best", "number", 3),
+    Column("norm", "number", 3), Column("error", "number", 3), Column("best", "number", 3),
 )  # fmt: skip
-
-
-def _error(module: Combined) -> float:
-    return -(module.error or 0.0)
 
 
 def _spread(ranks: Iterable[int]) -> str:

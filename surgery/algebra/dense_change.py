@@ -2,13 +2,15 @@
 """Updates without low-rank factors as one LoRA of a chosen rank, from the change they make, formed in full.
 
 What an update adds is the same for any weight (LoHa, LoKr). What it makes of a weight only the base tells: of a DoRA
-that is ``m / ||W + s B A|| * (W + s B A) - W``, of a rotation ``W R - W``.
+that is ``m / ||W + s B A|| * (W + s B A) - W``, of a rotation ``W R - W``. Differences that are stored in full (biases
+of ``lora_bias``, LyCORIS ``diff``) are added up; they have no rank, and lose nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy
 
@@ -16,7 +18,7 @@ from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import common_rank, solved_lora
 from surgery.algebra.sums import MergedDelta, Recipe
-from surgery.algebra.ties_and_dare import DENSE_METHODS
+from surgery.algebra.ties_and_dare import DENSE_METHODS, merge_deltas
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
@@ -24,10 +26,10 @@ from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.computed import computed
-from surgery_formats.updates import Factor, Offset, Update
+from surgery_formats.updates import Factor, Offset, Update, in_full
 from surgery_formats.updates.weights import HeldWeight
 
-__all__ = ["ChangeTerm", "combine_changes"]
+__all__ = ["ChangeTerm", "combine_changes", "combine_offsets"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,32 @@ def _offset(site: Site, target: MergedDelta, sources: Sequence[Update]) -> Combi
     tensors = [tensor for source in sources for tensor in source.tensors]
     value = computed(f"{site}.value", target.shape[:1], tensors, vector)
     return CombinedUpdate(site, (Offset(Factor.of(value)),), "exact", vector=vector)
+
+
+def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution], recipe: Recipe) -> CombinedUpdate:
+    """The offsets of one bias or weight as one."""
+    offsets = [offset for share in contributions if (offset := in_full(share.update))]
+    weights = [share.weight for share in contributions]
+    if len(offsets) == 1 and recipe.method not in DENSE_METHODS:
+        return CombinedUpdate(site, (offsets[0].scaled(weights[0]),), "kept")
+
+    def vector() -> Array:
+        if recipe.method not in DENSE_METHODS:
+            return numpy.stack([_value(o) * w for o, w in zip(offsets, weights, strict=True)]).sum(0)
+        return merge_deltas(
+            [partial(_value, offset) for offset in offsets],
+            weights,
+            method=recipe.method,
+            density=recipe.density,
+            seed=recipe.seed,
+            name=name,
+            owners=[share.owner for share in contributions],
+        )
+
+    tensors = [tensor for offset in offsets for tensor in offset.tensors]
+    tensor = computed(f"combined.{site}", offsets[0].value.shape, tensors, vector)
+    return CombinedUpdate(site, (Offset(Factor.of(tensor)),), "exact", vector=vector)
+
+
+def _value(offset: Offset) -> Array:
+    return offset.value.load(DType.F64) * offset.scale

@@ -13,7 +13,7 @@ from surgery.algebra.sums import Recipe, Solved
 from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
-from surgery_formats.updates import Factor, LoRA, Stacked
+from surgery_formats.updates import Stacked
 
 __all__ = ["combine_stacks"]
 
@@ -43,7 +43,7 @@ def combine_stacks(
     loras = tuple(
         computed_lora(f"{site}.{e}", target, rank, partial(solved, e), experts[e]) for e, target in enumerate(targets)
     )
-    stack = Stacked(loras, tuple(map(_turned, loras)) if stacks[0].if_transposed else ())
+    stack = Stacked(loras, tuple(lora.transpose() for lora in loras) if stacks[0].if_transposed else ())
     outcome = outcome_of(rank, targets[0], recipe)
     return CombinedUpdate(site, (stack,), outcome, ranks, rank, targets, best=best, solved_as=keys)
 
@@ -54,18 +54,10 @@ def _check_stacks(site: Site, stacks: Sequence[Stacked], owners: Sequence[Weight
     for owner, stack in zip(owners, stacks, strict=True):
         if SWITCH not in site.path and not stack.if_transposed:
             raise FitError(
-                "stacks its experts as PEFT did before 0.19, in an order of axes that only the base can tell apart",
+                "stacks its experts in an order of axes that only the base can tell apart",
                 file=owner.adapter.path,
                 tensor=stack.tensors[0].name,
-                hint="load and save it with a newer PEFT, or merge it into the base",
+                hint="convert it to PEFT with its base first",
             )
     if len({bool(stack.if_transposed) for stack in stacks}) > 1:
         raise FitError("stacks its experts in two formats", tensor=site.path, hint="convert one adapter first")
-
-
-def _turned(lora: LoRA) -> LoRA:
-    """The same two tensors, where the base holds its experts as ``(E, in, out)``."""
-    A, B = lora.A, lora.B
-    (rank, inputs), out = A.shape, B.shape[0]
-    down, up = Factor(B.tensors, (rank, out), lambda t: t.T), Factor(A.tensors, (inputs, rank), lambda t: t.T)
-    return LoRA(down, up, lora.scale, lora.alpha)

@@ -12,7 +12,7 @@ from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
-from surgery_formats.updates import Replacing, Stacked, Update, stack_of_loras
+from surgery_formats.updates import Stacked, Update, is_replacing, plain_form, stack_of_loras
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ class Contribution:
     Attributes:
         owner: Number of the adapter.
         site: Where, spelled as the first adapter spells it.
-        update: As a LoRA, if it has that form.
+        update: As a LoRA, a stack of LoRAs or an offset, if it has such a form.
         weight: On it.
     """
 
@@ -39,7 +39,7 @@ class Contribution:
     @property
     def carried(self) -> bool:
         """Whether it is no update at all, but the base's own value: PEFT stores a whole embedding beside its LoRA."""
-        return isinstance(self.update, Replacing) and self.update.held == "carried"
+        return is_replacing(self.update) and self.update.held == "carried"
 
     @property
     def stack(self) -> Stacked | None:
@@ -83,7 +83,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
             contributions = groups.setdefault(key, [])
             if contributions:
                 named = replace(named, path=contributions[0].site.path, component=contributions[0].site.component)
-            contributions += [Contribution(owner, named, update.low_rank() or update, term.weight) for update in chain]
+            contributions += [Contribution(owner, named, plain_form(update), term.weight) for update in chain]
             mine.add(key)
         seen.append(mine)
     if base is None:
@@ -109,5 +109,5 @@ def _check_spellings(terms: Sequence[WeightedAdapter], seen: Sequence[set[tuple[
                     raise FitError(
                         f"'{show(path)}' of {show(terms[owner].name)} may be '{show(rest)}' of "
                         f"{show(terms[other].name)}",
-                        hint="give the model with --base, which knows its weights",
+                        hint="give the model with `base=`, which knows its weights",
                     )

@@ -82,5 +82,5 @@ def _check_something(result: CombineResult) -> None:
     if all(module.norm == 0.0 for module in result.modules):
         raise NothingChangedError(
             "the result would change nothing: what was added is zero, cancels, or was dropped by the density",
-            hint="check the adapters, their weights, and --density where there is one",
+            hint="check the adapters, their weights, and `density=` where there is one",
         )

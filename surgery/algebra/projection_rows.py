@@ -18,7 +18,7 @@ from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.computed import computed
-from surgery_formats.updates import Directed, Factor, LoRA, Offset, Update, equal_factors, in_full
+from surgery_formats.updates import Factor, LoRA, Offset, Update, equal_factors, in_full, is_directed
 
 __all__ = ["cut_rows", "join_rows"]
 
@@ -31,7 +31,7 @@ def cut_rows(update: Update, site: Site, start: int, stop: int, file: Path) -> U
     """
     if (lora := update.low_rank()) is not None:
         return _cut_lora(lora, site, start, stop)
-    if isinstance(update, Directed) and update.per_row:
+    if is_directed(update) and update.per_row:
         magnitude = _rows(f"{site}.magnitude", update.magnitude, start, stop)
         return update.rebuilt(_cut_lora(update.direction, site, start, stop), magnitude)
     if (offset := in_full(update)) is not None:
@@ -74,7 +74,7 @@ def join_rows(chains: Sequence[tuple[Update, ...] | None], heights: Sequence[int
     offsets = [None if part is None else in_full(part) for part in parts]
     if any(offsets):
         return _join_offsets(offsets, heights, site)
-    directed = [part for part in parts if isinstance(part, Directed)]
+    directed = [part for part in parts if part and is_directed(part)]
     if len(directed) < len(parts) or not all(part.per_row for part in directed):
         some = " in some of its parts only: the lengths of the others are the base's" if directed else ""
         raise FitError(f"is changed by a {kinds[0]}{some}", file=file, tensor=site.path)

@@ -176,7 +176,7 @@ def _heights(
         f"how many rows belong to each of {', '.join(projection.parts)} is not known",
         file=adapter.path,
         tensor=site.path,
-        hint="give the base with --base" if base is None else "is this the base it was trained on?",
+        hint="give the base with `base=`" if base is None else "is this the base it was trained on?",
     )
 
 

@@ -24,7 +24,7 @@ from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
-from surgery_formats.updates import LoRA, Replacing, Update, experts_of, in_full
+from surgery_formats.updates import LoRA, Update, experts_of, in_full, is_replacing
 
 __all__ = ["CombinationProof", "SumError", "prove_combination"]
 
@@ -144,7 +144,7 @@ def _measure(
             f"is {error:.1e} away from the sum, {lost:.1e} was intended (its norm is {norm:.1e})",
             file=path.name,
             tensor=combined.site.path,
-            hint="--dtype fp32 keeps more digits",
+            hint='`dtype="fp32"` keeps more digits',
         )
     if norm <= 1e-12 * size:  # the terms cancel: relative to nothing every error is infinite
         return SumError(0.0, 0.0, 0.0)
@@ -152,7 +152,7 @@ def _measure(
 
 
 def _whole(chain: Sequence[Update]) -> list[Array]:
-    replacing = (update for update in chain if isinstance(update, Replacing))
+    replacing = (update for update in chain if is_replacing(update))
     return [factor.load(DType.F64) for update in replacing for factor in update.factors().values()]
 
 

@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
-from surgery.algebra.dense_change import combine_changes
+from surgery.algebra.dense_change import combine_changes, combine_offsets
 from surgery.algebra.experts import combine_stacks
 from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import combine_loras
-from surgery.algebra.offsets import combine_offsets
 from surgery.algebra.sums import Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
-from surgery_formats.updates import Linear, in_full
+from surgery_formats.updates import in_full, is_linear
 
 __all__ = ["combine_weight"]
 
@@ -128,7 +127,7 @@ def _kept(
         known = update.effect == "adds" and all(update.shape)
         depends = "has no low rank" if known else "depends on the base"
         why = f"{changed} {names}, by one of them as {update.kind}: their sum {depends}"
-    elif update.effect == "adds" and not recipe.truncates and isinstance(update, Linear) and len(contributions) == 1:
+    elif update.effect == "adds" and not recipe.truncates and is_linear(update) and len(contributions) == 1:
         return CombinedUpdate(site, (update if weight == 1.0 else update.scaled(weight),), "kept")
     elif weight != 1.0:
         why = f"{changed} a {update.kind}, of which {weight:g} times depends on the base"
@@ -149,6 +148,6 @@ def _way_out(contributions: Sequence[Contribution], recipe: Recipe, base: Checkp
     if any(share.update.effect == "sets" for share in contributions):
         return "merge"
     known = all(share.update.effect == "adds" and all(share.update.shape) for share in contributions)
-    missing = ["the base (--base)"] if base is None and not known else []
-    missing += [] if recipe.truncates else ["a rank (--rank)"]
+    missing = ["the base (`base=`)"] if base is None and not known else []
+    missing += [] if recipe.truncates else ["a rank (`rank=`)"]
     return f"give {' and '.join(missing)}, or merge" if missing else "merge"

@@ -11,7 +11,7 @@ from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
 from surgery.engine.factor_proof import tensor_error
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
-from surgery_formats.updates import RowSetting, Update, settings
+from surgery_formats.updates import Factor, Update, is_directed, is_replacing, is_row_setting, settings
 
 __all__ = ["diff_adapters"]
 
@@ -107,36 +107,35 @@ def _by_value(name: str, mine: Chain | None, theirs: Chain | None, limit: float)
     return ModuleDiff(name, status, a, b, difference, cosine, "; ".join(notes)), sums
 
 
-_NAMED = {
-    "DoRA": ("magnitude", "magnitudes"),
-    "replacement": ("value", "new values"),
-    "token rows": ("value", "token rows"),
-}
-"""By kind: the factor that is compared by its norm, and what it is called."""
-
-
 def unadded_differences(mine: Chain, theirs: Chain, limit: float) -> list[str]:
     """A note for each pair of updates that differ by more than `limit`; both chains are of the same kinds."""
-    notes = []
-    for kind, (factor, called) in _NAMED.items():
-        pairs = zip(*([update for update in chain if update.kind == kind] for chain in (mine, theirs)), strict=True)
-        notes += [note for update, other in pairs if (note := _by_norm(update, other, factor, called, limit))]
-    others = ([u for u in chain if u.kind not in _NAMED and not are_sums((u,))] for chain in (mine, theirs))
-    for update, other in zip(*others, strict=True):
-        if type(update) is not type(other) or settings(update) != settings(other):
-            notes.append(f"the settings of its {update.kind} differ")
-        elif (by := tensor_error(update, other)) > limit:
-            notes.append(f"the factors of its {update.kind} differ by {by:.2g}")
-    return notes
+    chains = (sorted((u for u in chain if not are_sums((u,))), key=lambda u: u.kind) for chain in (mine, theirs))
+    return [note for update, other in zip(*chains, strict=True) if (note := _difference(update, other, limit))]
 
 
-def _by_norm(update: Update, other: Update, factor: str, called: str, limit: float) -> str:
-    if isinstance(update, RowSetting) and isinstance(other, RowSetting) and update.indices != other.indices:
+def _difference(update: Update, other: Update, limit: float) -> str:
+    if is_row_setting(update) and is_row_setting(other) and update.indices != other.indices:
         return "other token rows"
     import numpy
 
-    left, right = (side.factors()[factor].load(DType.F64) for side in (update, other))
-    if left.shape != right.shape:
-        return f"{called} of other shapes"
-    by = ratio(float(numpy.linalg.norm(right - left)), float(numpy.linalg.norm(left)))
+    (called, factor), (_, twin) = _by_norm(update), _by_norm(other)
+    if factor is not None and twin is not None:
+        left, right = factor.load(DType.F64), twin.load(DType.F64)
+        if left.shape != right.shape:
+            return f"{called} of other shapes"
+        by = ratio(float(numpy.linalg.norm(right - left)), float(numpy.linalg.norm(left)))
+    elif type(update) is not type(other) or settings(update) != settings(other):
+        return f"the settings of its {update.kind} differ"
+    else:
+        by = tensor_error(update, other)
     return f"{called} differ by {by:.2g}" if by > limit else ""
+
+
+def _by_norm(update: Update) -> tuple[str, Factor | None]:
+    """What an update has beside sums, and its factor if that is compared by its norm, not number by number."""
+    if is_directed(update):
+        return "magnitudes", update.magnitude
+    if is_replacing(update) or is_row_setting(update):
+        (values,) = update.factors().values()
+        return "new values" if is_replacing(update) else "token rows", values
+    return f"the factors of its {update.kind}", None

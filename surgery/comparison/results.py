@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
@@ -17,8 +17,7 @@ from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
     "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "Side", "TensorDiff", "TensorHeader",
-    "TensorStatus",
-    "Values",
+    "TensorStatus", "Values",
 ]  # fmt: skip
 
 AdapterStatus = Literal["equal", "different", "only in A", "only in B"]
@@ -105,6 +104,7 @@ class AdapterDiff:
     header: bool
     notes: tuple[str, ...] = ()
     seconds: float = elapsed()
+    nbytes: ClassVar[int] = 0  # not counted for this verb
 
     @property
     def equal(self) -> bool:
@@ -123,11 +123,6 @@ class AdapterDiff:
     def warnings(self) -> tuple[str, ...]:
         """The notes."""
         return self.notes
-
-    @property
-    def nbytes(self) -> int:
-        """0: not counted for this verb."""
-        return 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -218,6 +213,8 @@ class CheckpointDiff:
     moved: float | None
     header: bool
     seconds: float = elapsed()
+    warnings: ClassVar[tuple[str, ...]] = ()  # what differs is the result
+    nbytes: ClassVar[int] = 0  # not counted for this verb
 
     @property
     def equal(self) -> bool:
@@ -228,16 +225,6 @@ class CheckpointDiff:
     def same_structure(self) -> bool:
         """Whether the same tensors are there, of the same types and shapes."""
         return all(entry.status in ("equal", "values") for entry in self.tensors)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """None: what differs is the result."""
-        return ()
-
-    @property
-    def nbytes(self) -> int:
-        """0: not counted for this verb."""
-        return 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

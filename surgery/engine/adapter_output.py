@@ -18,7 +18,7 @@ from surgery_formats.adapters.format import Format, NewTensor, Rendering
 from surgery_formats.arrays import Array, all_finite, cast
 from surgery_formats.containers.safetensors import layout, reference_order
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, ProofError
+from surgery_formats.errors import FitError, ProofError, SurgeryError
 from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.single import write_single
 from surgery_formats.files.raw import File
@@ -92,6 +92,14 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
     output, progress = options.output, options.progress
     content = _TensorFile.of(rendering)
 
+    def proved(path: Path) -> Mapping[str, Any]:
+        try:
+            return prove(path)
+        except SurgeryError as error:  # nobody knows the hidden file or folder, which is gone when this is read
+            if error.file is not None:
+                error.file = error.file.replace(str(path), str(output)).replace(path.name, output.name)
+            raise
+
     def fill(put: Put) -> str:
         from surgery_formats.threads import one_thread
 
@@ -116,7 +124,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
             lambda file: (fill(file.pwrite), None)[1],
             overwrite=options.overwrite,
             inputs=options.inputs,
-            prove=lambda path: (prove(path), None)[1],
+            prove=lambda path: (proved(path), None)[1],
         )
     with output_folder(output, job, overwrite=options.overwrite, inputs=options.inputs) as folder:
         for name, data in rendering.small_files.items():
@@ -127,7 +135,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         file = folder.create(rendering.tensor_file, content.size)
         stage = file.path.parent
         file.finish({"xxh3": fill(file.pwrite)})
-        folder.commit({**prove(stage), "version": __version__})
+        folder.commit({**proved(stage), "version": __version__})
     return output
 
 
@@ -182,7 +190,7 @@ def rendered_size(rendering: Rendering) -> int:
 def rendered_fingerprint(rendering: Rendering) -> str:
     """`fingerprint` of the tensor file that `rendering` would be: it names an adapter that is in no file yet."""
     file = _TensorFile.of(rendering)
-    return fingerprint_of(file.size, file.read)
+    return fingerprint_of(file.size, lambda offset, nbytes: [file.read(offset, nbytes)])
 
 
 def _rounded(tensor: NewTensor) -> Array:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import xxhash
 
+from surgery.engine.blocks import block_height
 from surgery.engine.ledger import Measurement
-from surgery.engine.plan import Compute, PlannedTensor
+from surgery.engine.plan import Compute
 from surgery_formats.arrays import Array, assign, cast, dtype_of, empty, energy, namespace
 from surgery_formats.binding.edits import prepared
 from surgery_formats.dtypes import DType
@@ -17,13 +18,9 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import PartBytes, Storage, read_block
 from surgery_formats.tensors.apply import apply_chain
-from surgery_formats.updates import Mixing
 
-__all__ = ["BLOCK_ELEMENTS", "block_bytes", "compute"]
+__all__ = ["compute"]
 
-BLOCK_ELEMENTS = 1 << 19
-"""Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend
-on nothing else."""
 _SAMPLE = 8  # one row of eight is measured; all rows of a tensor of one block
 
 _LARGEST = {DType.F64: 1e154, DType.F32: 3e38, DType.BF16: 3e38, DType.F16: 65504.0}
@@ -31,18 +28,6 @@ _LARGEST = {DType.F64: 1e154, DType.F32: 3e38, DType.BF16: 3e38, DType.F16: 6550
 
 Write = Callable[[int, int, memoryview], None]
 """``write(part, offset within the part, bytes)``; it also proves that the bytes arrived."""
-
-
-def block_bytes(tensor: PlannedTensor) -> int:
-    """Upper bound of the memory `compute` takes for the weight of a tensor, factors included."""
-    step = tensor.step
-    assert isinstance(step, Compute)
-    width = step.target.shape[1]
-    block = _height(width, step) * width * 8
-    used = {tensor for operation in step.operations for tensor in operation.update.tensors}
-    factors = sum(tensor.numel * 8 for tensor in used)
-    mixing = [operation.update for operation in step.operations if isinstance(operation.update, Mixing)]
-    return 5 * block + factors + sum(update.shape[1] * update.group * 8 * 5 for update in mixing)
 
 
 def compute(
@@ -70,7 +55,7 @@ def compute(
     if not source.is_float:
         return _as_stored(step, output)  # strided integers of a pickle: no arithmetic touches them
     exact = DType.F64 if DType.F64 in (source.dtype, target.dtype) else DType.F32
-    height = _height(source.shape[1], step)
+    height = block_height(source.shape[1], step)
     chain = prepared(step.operations, source, exact, height, device)
     tally = _UpdateTally()
     buffers = _BlockBuffers(source, height, target.dtype, exact, device)
@@ -109,18 +94,6 @@ class _PartWriter:
         """One measurement per part: the sums with the first, so that a weight counts once."""
         first, *rest = (hasher.hexdigest() for hasher in self._hashers)
         return (tally.result(first), *(Measurement(xxh3, tally.changed) for xxh3 in rest))
-
-
-def _height(width: int, step: Compute) -> int:
-    """Storage rows per block.
-
-    A multiple of the rows that can be put alone, and of the columns that are mixed where the storage holds them as
-    rows.
-    """
-    height = max(1, BLOCK_ELEMENTS // max(width, 1))
-    mixed = [operation.update for operation in step.operations if operation.view.transposed]
-    group = math.lcm(step.target.group, *(update.group for update in mixed if isinstance(update, Mixing)))
-    return -(-height // group) * group
 
 
 def _as_stored(step: Compute, output: _PartWriter) -> tuple[Measurement, ...]:
@@ -168,7 +141,7 @@ def _check_finite(block: Array, dtype: DType, label: str) -> None:
         raise FitError(
             f"after the update a value of {largest:.3g} does not fit {dtype.label}",
             tensor=label,
-            hint="use --dtype bf16 or fp32",
+            hint='use `dtype="bf16"` or fp32',
         )
     raise FitError(f"after the update a value is {largest}", tensor=label, hint="is the base, or the adapter, damaged?")
 

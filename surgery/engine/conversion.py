@@ -80,7 +80,7 @@ def coded_as(target: Format, factors: str | None) -> Format:
         return target
     if not isinstance(target, Coded):
         raise FitError(
-            f"{target.name} stores factors as numbers, not as {show(factors, 40)} codes", hint="--to compact"
+            f"{target.name} stores factors as numbers, not as {show(factors, 40)} codes", hint='`to="compact"`'
         )
     return target.with_factors(factors)
 
@@ -111,7 +111,7 @@ def placed(
         raise FitError(
             f"which part of the pipeline it belongs to is not known (it fits {listing(fitting) or 'none'})",
             file=adapter.path,
-            hint=f"name it with --component; the base has {listing(sorted(base.components))}",
+            hint=f"name it with `component=`; the base has {listing(sorted(base.components))}",
         )
     ((name, binding),) = fitting.items()
     return (_moved(adapter, name) if binding is None else binding.adapters[0][0]), (), binding
@@ -176,7 +176,7 @@ def plan_conversion(
     source = source if base is None else sized(source, base)
     rendering = target.render(source, base)
     if not allow_loss:
-        hint = "--allow-loss leaves them out" if rendering.tensors else None
+        hint = "`allow_loss=True` leaves them out" if rendering.tensors else None
         check_nothing_dropped(rendering, target.name, source.path, hint)
     if not rendering.tensors:
         dropped = next((entry for entry in rendering.entries if entry.outcome == "dropped"), None)

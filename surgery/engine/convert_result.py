@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.reports.output import DRY_RUN, PATH, counted, destination, nbytes_of, wrote
+from surgery.reports.output import DRY_RUN, PATH, counted, destination, nbytes_of, written, wrote
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
@@ -60,16 +60,11 @@ class ConvertResult:
     @property
     def nbytes(self) -> int:
         """Size of all files written; 0 for a dry run."""
-        return 0 if self.output is None else nbytes_of(self.output)
+        return nbytes_of(self.output)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: the output, the time, and what the manifest has."""
-        written = {
-            "output": None if self.output is None else str(self.output),
-            "seconds": round(self.seconds, 3),
-            "nbytes": self.nbytes,
-        }
-        return written | self.as_manifest()
+        return written(self.output, self.seconds) | self.as_manifest()
 
     def as_manifest(self) -> dict[str, Any]:
         """The record in the manifest: the same for the same inputs and options, without paths and times."""

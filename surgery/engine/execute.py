@@ -264,11 +264,11 @@ def _affordable(plan: Plan, run: Run) -> int:
     Raises:
         ResourceError: not even one does.
     """
-    from surgery.engine.arithmetic import block_bytes
-
     workers = run.workers or default_workers()
     if run.memory_limit is None:
         return workers
+    from surgery.engine.blocks import block_bytes  # it knows updates, which an export without adapters does not need
+
     largest = max((block_bytes(tensor), tensor.label) for tensor in plan.computed())
     if largest[0] > run.memory_limit:
         raise ResourceError(

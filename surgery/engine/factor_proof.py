@@ -12,7 +12,16 @@ from surgery_formats.arrays import Array, cast
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
-from surgery_formats.updates import Directed, LoRA, Update, equal_factors, experts_of, settings, transposed
+from surgery_formats.updates import (
+    LoRA,
+    Update,
+    equal_factors,
+    experts_of,
+    is_directed,
+    plain_form,
+    settings,
+    transposed,
+)
 
 __all__ = ["approximation_errors", "distance", "relative", "scale_error", "tensor_error"]
 
@@ -47,8 +56,8 @@ def approximation_errors(rendering: Rendering, written: Adapter, tolerance: floa
     """
     errors: dict[Site, float] = {}
     for site, stated in rendering.stated.items():
-        chain = [update.low_rank() or update for update in rendering.held[site]]
-        twins = [update.low_rank() or update for update in written.updates.get(site, ())]
+        chain = [plain_form(update) for update in rendering.held[site]]
+        twins = [plain_form(update) for update in written.updates.get(site, ())]
         if [update.kind for update in chain] != [update.kind for update in twins]:
             raise ProofError(
                 "the written update is of a different kind than the source's", file=written.path, tensor=str(site)
@@ -74,7 +83,7 @@ def distance(update: Update, twin: Update) -> float:
 
     if type(update) is not type(twin) or update.shape != twin.shape:
         return math.inf
-    if isinstance(update, Directed) and isinstance(twin, Directed):
+    if is_directed(update) and is_directed(twin):
         same = update.per_row == twin.per_row and equal_factors(update.magnitude, twin.magnitude)
         return distance(update.direction, twin.direction) if same else math.inf
     if experts_of(update):

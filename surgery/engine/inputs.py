@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from surgery.arguments import check_types, wrong_type
 from surgery_formats.containers.sharded import MODEL_STEMS, is_index
 from surgery_formats.containers.weight_files import holds_weights, is_weight_file
 from surgery_formats.errors import FitError, NotFoundError, UsageError
@@ -88,7 +89,7 @@ def as_opened(value: Openable, argument: str) -> Checkpoint | Adapter:
         return open(value)
     if isinstance(value, Checkpoint) or (_is_adapter(value) and hasattr(value, "updates")):
         return value
-    raise _wrong_type(value, argument, "a path, a Checkpoint or an Adapter")
+    raise wrong_type(value, argument, "a path, a Checkpoint or an Adapter")
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -140,7 +141,7 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
         return open_checkpoint(path)
     if _is_adapter(value):
         raise FitError(_AN_ADAPTER, file=getattr(value, "path", None))
-    raise _wrong_type(value, argument, "a path or a Checkpoint")
+    raise wrong_type(value, argument, "a path or a Checkpoint")
 
 
 def as_adapter(value: AdapterLike, argument: str = "adapter") -> Adapter:
@@ -162,7 +163,7 @@ def as_adapter(value: AdapterLike, argument: str = "adapter") -> Adapter:
         raise FitError("a full model where an adapter was expected", file=value.path)
     if isinstance(value, WeightedAdapter | tuple):
         raise UsageError(f"{argument} takes no weight here", hint="surgery.combine writes a scaled adapter")
-    raise _wrong_type(value, argument, "a path or an Adapter")
+    raise wrong_type(value, argument, "a path or an Adapter")
 
 
 def as_weighted(value: AdaptersLike, argument: str = "adapters") -> list[WeightedAdapter]:
@@ -179,7 +180,7 @@ def as_weighted(value: AdaptersLike, argument: str = "adapters") -> list[Weighte
     if _is_adapter(value) or _is_pair(value):
         return [_weighted(value, argument)]
     if not isinstance(value, Iterable) or isinstance(value, bytes):
-        raise _wrong_type(value, argument, "a path, an Adapter, (adapter, weight), a list of these, or {path: weight}")
+        raise wrong_type(value, argument, "a path, an Adapter, (adapter, weight), a list of these, or {path: weight}")
     return [_weighted(item, f"{argument}[{number}]") for number, item in enumerate(value)]
 
 
@@ -208,7 +209,7 @@ def local_path(value: StrPath, argument: str) -> Path:
         UsageError: no path.
     """
     if not isinstance(value, str | os.PathLike):
-        raise _wrong_type(value, argument, "a path")
+        raise wrong_type(value, argument, "a path")
     return Path(value)
 
 
@@ -220,11 +221,8 @@ def check_counts(*, least: int = 1, **counts: int | None) -> None:
         FitError: less than `least`.
     """
     for argument, value in counts.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise _wrong_type(value, argument, "a whole number")
-        if value < least:
+        check_types({argument: "int | None"}, {argument: value})
+        if value is not None and value < least:
             raise FitError(f"{argument} is {value}; it is at least {least}")
 
 
@@ -251,12 +249,8 @@ def _weighted(value: Any, argument: str) -> WeightedAdapter:
 
 def _scaled(adapter: WeightedAdapter, weight: object, argument: str) -> WeightedAdapter:
     if isinstance(weight, bool) or not isinstance(weight, Real):
-        raise _wrong_type(weight, f"the weight of {argument}", "a number")
+        raise wrong_type(weight, f"the weight of {argument}", "a number")
     scaled = adapter * float(weight)
     if not math.isfinite(scaled.weight):
         raise FitError(f"the weight {scaled.weight} is not finite", file=adapter.adapter.path)
     return scaled
-
-
-def _wrong_type(value: object, argument: str, expected: str) -> UsageError:
-    return UsageError(f"{argument} is {expected}, not {type(value).__name__}")

@@ -9,17 +9,42 @@ from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
+from surgery.engine.input_checks import check_base_id, float_type
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.layout import WeightLayout, lay_out
 from surgery.engine.output_config import corrected_config
 from surgery.engine.plan import Plan, SideFile, check_conservation
-from surgery_formats.binding.bind import Binding
+from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
+from surgery_formats.collector import collector_paused
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
-from surgery_formats.text import listing
+from surgery_formats.text import listing, show
 
-__all__ = ["plan_merge"]
+__all__ = ["plan_merge", "planned_merge"]
+
+
+@collector_paused()
+def planned_merge(
+    base: CheckpointLike, adapters: AdaptersLike, dtype: str, shard_size: int | None, layout: str
+) -> tuple[Binding, Plan]:
+    """The binding and the plan of a merge.
+
+    Raises:
+        FitError, InputError: see `surgery.merge`.
+    """
+    if layout not in ("keep", "packed"):
+        raise FitError(f"layout is 'keep' or 'packed', not '{show(layout)}'")
+    weighted = as_weighted(adapters)
+    if not weighted:
+        raise FitError("no adapter was named")
+    checkpoint = as_checkpoint(base)
+    binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
+    check_base_id(checkpoint, [entry.adapter for entry in weighted])
+    stored = float_type(dtype, "weights")
+    return binding, plan_merge(binding, dtype=stored, shard_size=shard_size, packed=layout == "packed")
 
 
 def plan_merge(

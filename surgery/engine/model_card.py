@@ -11,7 +11,7 @@ import re
 
 from surgery._version import __version__
 from surgery.engine.ledger import Ledger
-from surgery.reports.markdown import code, table_lines
+from surgery.reports.markdown_parts import code, table_lines
 from surgery_formats.binding.bind import Binding
 from surgery_formats.models.module_tree import module_graph
 from surgery_formats.text import count, nbytes, show

@@ -264,10 +264,11 @@ def check_conservation(binding: Binding, plan: Plan) -> None:
         for tensor in component.tensors.values()
         if (name, tensor.name) not in outputs and origin(tensor) not in excused
     ]
-    used = {origin(source) for tensor in plan.tensors for source in tensor.step.sources}
+    changed = [tensor for tensor in plan.tensors if tensor.outcome != "copied"]
+    used = {origin(source) for tensor in changed for source in tensor.step.sources}
     used |= {
         origin(trained)
-        for tensor in plan.tensors
+        for tensor in changed
         if isinstance(tensor.step, Compute)
         for operation in tensor.step.operations
         for trained in operation.update.tensors

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.engine.blocks import block_bytes
+from surgery.engine.execute import default_workers
 from surgery.engine.plan import Plan
 from surgery_formats.text import nbytes, show
 
 __all__ = ["Preview", "obstacles", "preview"]
 
+_WITH_NUMPY = 60_000_000  # of a process that computes something small, as measured; a dry run does not import numpy
 _PATH = 500  # characters; a path is worth showing whole
 
 
@@ -25,7 +28,8 @@ class Preview:
     Attributes:
         output: The output that was named, if any.
         free_nbytes: Free space on its disk; None if its parent folder is missing.
-        peak_nbytes: Peak memory: what this process has used so far, plus the largest tensors computed at the same time.
+        peak_nbytes: Peak memory: what this process has used so far, at least what numpy takes, plus the largest tensors
+            computed at the same time.
     """
 
     output: Path | None
@@ -35,9 +39,6 @@ class Preview:
 
 def preview(plan: Plan, output: Path | None, workers: int | None) -> Preview:
     """Measure free disk and predict peak memory on this machine."""
-    from surgery.engine.arithmetic import block_bytes
-    from surgery.engine.execute import default_workers
-
     blocks = sorted((block_bytes(tensor) for tensor in plan.computed()), reverse=True)
     peak = _resident() + sum(blocks[: workers or default_workers()])
     return Preview(output, None if output is None else _free(output), peak)
@@ -67,8 +68,8 @@ def _free(output: Path) -> int | None:
 
 def _resident() -> int:
     if sys.platform == "win32":
-        return 60_000_000  # Python and numpy, as measured elsewhere
+        return _WITH_NUMPY
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return max(peak if sys.platform == "darwin" else peak * 1024, _WITH_NUMPY)

@@ -30,13 +30,13 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import ProofError
+from surgery_formats.errors import FitError, InputError, ProofError
 from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import Directed, Factor, Replacing, Update, experts_of, low_rank_part, settings
+from surgery_formats.updates import Factor, Update, experts_of, is_directed, is_replacing, low_rank_part, settings
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
@@ -48,9 +48,13 @@ def read_back(target: Format, path: Path) -> Adapter:
     """The adapter that lies at `path`, in its written format.
 
     Raises:
-        ProofError: a tensor was written that no update uses.
+        ProofError: the format does not read it, or a tensor was written that no update uses.
     """
-    written = target.read(path)
+    try:
+        written = target.read(path)
+    except (InputError, FitError) as error:
+        why = f"{target.name} cannot read what was written: {error.message}"
+        raise ProofError(why, file=error.file, tensor=error.tensor, hint=error.hint) from error
     check_consumed(written, ProofError)
     return written
 
@@ -111,7 +115,7 @@ def check_errors(errors: Mapping[str, float], tolerance: float, path: Path) -> N
             f"{len(wrong)} of {len(errors)} weights differ, '{name}' by {wrong[name]:.1e} of its greatest change "
             f"(at most {tolerance:.1e} is allowed)",
             file=path.name,
-            hint="--dtype fp32 keeps more digits",
+            hint='`dtype="fp32"` keeps more digits',
         )
 
 
@@ -186,8 +190,8 @@ def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, 
             for path, expert in apart or [(f"{site}[{row}]", part) for row, part in chain[0].parts()]:
                 yield path, _ProofTarget(expert.shape, ((expert, whole(expert.shape)),))
             continue
-        value = next((Plain.of(update.stored) for update in chain if isinstance(update, Replacing)), None)
-        rest = tuple((update, whole(update.shape)) for update in chain if not isinstance(update, Replacing))
+        value = next((Plain.of(update.stored) for update in chain if is_replacing(update)), None)
+        rest = tuple((update, whole(update.shape)) for update in chain if not is_replacing(update))
         shape = value.shape if value else (max(u.shape[0] for u, _ in rest), rest[0][0].shape[1])
         yield str(site), _ProofTarget(shape, rest, value)
 
@@ -213,7 +217,7 @@ def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[str, View, bool], Arra
     return [
         ((update.kind, view, update.per_row), update.magnitude.load(DType.F64))
         for update, view in target.pieces
-        if isinstance(update, Directed)
+        if is_directed(update)
     ]
 
 

@@ -26,19 +26,17 @@ from typing import NamedTuple
 import xxhash
 
 from surgery.engine.execute import ComputeWeight, Run, Write, remembered, write_weights
-from surgery.engine.input_checks import check_base_id, float_type
-from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.ledger import Measurement
-from surgery.engine.merge_plan import plan_merge
+from surgery.engine.merge_plan import planned_merge
 from surgery.engine.plan import SHARE_FILE, Compute, Plan, PlannedTensor
-from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.bind import Binding
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.manifest import MANIFEST, verify_folder
 from surgery_formats.files.raw import File, open_file
-from surgery_formats.text import listing, show
+from surgery_formats.text import listing
 
-__all__ = ["MergeRequest", "Shares", "merge_share", "planned_merge"]
+__all__ = ["MergeRequest", "Shares", "merge_share"]
 
 _BLOCK = 16 << 20
 
@@ -68,26 +66,6 @@ class MergeRequest:
             FitError, InputError: see `surgery.merge`.
         """
         return planned_merge(self.base, self.adapters, self.dtype, self.shard_size, self.layout)
-
-
-def planned_merge(
-    base: CheckpointLike, adapters: AdaptersLike, dtype: str, shard_size: int | None, layout: str
-) -> tuple[Binding, Plan]:
-    """The binding and the plan of a merge.
-
-    Raises:
-        FitError, InputError: see `surgery.merge`.
-    """
-    if layout not in ("keep", "packed"):
-        raise FitError(f"layout is 'keep' or 'packed', not '{show(layout)}'")
-    weighted = as_weighted(adapters)
-    if not weighted:
-        raise FitError("no adapter was named")
-    checkpoint = as_checkpoint(base)
-    binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
-    check_base_id(checkpoint, [entry.adapter for entry in weighted])
-    stored = float_type(dtype, "weights")
-    return binding, plan_merge(binding, dtype=stored, shard_size=shard_size, packed=layout == "packed")
 
 
 def merge_share(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.extraction.factorise import TargetFactors
@@ -102,7 +102,7 @@ def _low_rank(factors: TargetFactors, settings: FactorSettings) -> Update:
     target = factors.target
     loras = tuple(_lora(factors, index, settings) for index in range(len(target.deltas)))
     if target.form == "experts":
-        return Stacked(loras, tuple(_turned(lora) for lora in loras))
+        return Stacked(loras, tuple(lora.transpose() for lora in loras))
     slot = settings.magnitudes.get(target.path)
     if slot is None:
         return loras[0]
@@ -129,12 +129,6 @@ def _lora(factors: TargetFactors, index: int, settings: FactorSettings) -> LoRA:
     return LoRA(factor, Factor.of(B), settings.scaling.scale(rank), settings.scaling.alpha_of(rank))
 
 
-def _turned(lora: LoRA) -> LoRA:
-    """What PEFT makes of the same factors where a family holds experts as ``(E, in, out)``."""
-    A, B = (Factor(side.tensors, (side.shape[1], side.shape[0]), lambda t: t.T) for side in (lora.B, lora.A))
-    return replace(lora, A=A, B=B)
-
-
 def _rounded(factor: Array, dtype: DType, target: LowRankTarget) -> Array:
     """The values as they are stored, so that whatever a format makes of them is made of these.
 
@@ -144,7 +138,7 @@ def _rounded(factor: Array, dtype: DType, target: LowRankTarget) -> Array:
     stored = cast(factor, dtype)
     if dtype is DType.F16 and not all_finite(stored):
         raise FitError(
-            f"a value is too large for {dtype.label}", tensor=target.names[0], hint="--adapter-dtype bf16 or fp32"
+            f"a value is too large for {dtype.label}", tensor=target.names[0], hint="store it as bf16 or fp32"
         )
     return stored
 

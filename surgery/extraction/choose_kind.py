@@ -58,14 +58,12 @@ class Magnitude:
     Attributes:
         values: ``(1, rows)``, in the scratch file.
         gains: Factor of each row of ``W + BA``, likewise.
-        per_row: False for an embedding, whose magnitudes belong to columns in PEFT.
         size: ``||W'||_F``; 0 for an embedding, where it is not needed.
         rounding: Error energy that PEFT's rounding of norms adds in a model that is loaded in its stored type.
     """
 
     values: ScratchSlot
     gains: ScratchSlot
-    per_row: bool
     size: float
     rounding: float
 
@@ -123,7 +121,7 @@ def choose_kind(
         return lora_decision("as asked")
     if reason := _obstacle(targets, able):
         if kind == "dora":
-            raise FitError(f"no DoRA can be made: {reason}", file=tuned, hint="--kind lora")
+            raise FitError(f"no DoRA can be made: {reason}", file=tuned, hint='`kind="lora"`')
         return lora_decision(reason)
     lora = _relative(able, factored, (factored[target.path].residual(lora_ranks[target.path]) for target in able))
     share, survivals = math.nan, dict[str, Survival]()
@@ -289,7 +287,7 @@ def _stored(target: LowRankTarget, alternated: DoRAFit, lora: TargetFactors, scr
 def _magnitude(target: LowRankTarget, fit: DoRAFit | Magnitudes, size: float, scratch: ScratchFile) -> Magnitude:
     step = _NORM_ROUNDING.get(target.deltas[0].strips[0].base.dtype, 0.0)
     slots = scratch.put(fit.magnitude[None]), scratch.put(fit.gain[None])
-    return Magnitude(*slots, target.form != "embedding", size, (step * size) ** 2)
+    return Magnitude(*slots, size, (step * size) ** 2)
 
 
 def _equal(lora: TargetFactors, rank: int, candidate: _DoraCandidate) -> float:

@@ -104,7 +104,11 @@ def stored_factor_specs(
             rank = min(asked, target.largest_rank)
             return StoredFactorSpec(rank, fold_of(scaling, rank), dtype)
         always_one = scaling.alpha is None and not scaling.rslora
-        return StoredFactorSpec(None, 1.0, dtype) if always_one and goal.budget is None and not goal.auto else None
+        return (
+            StoredFactorSpec(None, 1.0, dtype)
+            if always_one and not set(goal.rank.choices) & {"budget", "auto"}
+            else None
+        )
 
     return spec_of
 
@@ -122,6 +126,7 @@ class ExtractionRequest:
         table: Whether to tabulate other ranks.
         kind: LoRA, DoRA, or the better one.
         calibration: Inputs of modules.
+        allow_loss: Whether to leave out what no form can hold.
         workspace: Where factors are computed and kept.
     """
 
@@ -133,6 +138,7 @@ class ExtractionRequest:
     table: bool
     kind: Kind
     calibration: Calibration | None
+    allow_loss: bool
     workspace: Workspace
 
     @property
@@ -202,10 +208,8 @@ def plan_extraction(
     scan: ScanResult,
     request: ExtractionRequest,
     stopwatch: Stopwatch,
-    *,
-    allow_loss: bool,
 ) -> ExtractionPlan:
-    """Decide on forms, ranks and kind, and build the adapter; with `allow_loss`, leave out what no form can hold.
+    """Decide on forms, ranks and kind, and build the adapter.
 
     Raises:
         NothingChangedError: TUNED is BASE.
@@ -242,7 +246,7 @@ def plan_extraction(
             storage.why |= dict.fromkeys(
                 target.names, f"rank cut from {rank} to {ranks[target.path]}: the change has no more"
             )
-    check_losses(storage, scan.measures, checkpoints.tuned.path, allow_loss=allow_loss)
+    check_losses(storage, scan.measures, checkpoints.tuned.path, allow_loss=request.allow_loss)
     if not storage.targets and not storage.dense_tensors:
         raise FitError("nothing of what changed can be held", file=checkpoints.tuned.path)
     stopwatch.lap("settling")
@@ -312,10 +316,10 @@ def _decide_kind(
     goal = request.goal
     if request.calibration is not None:
         return lora_decision("calibration weights the factors of a LoRA"), ranks
-    if request.kind == "auto" and (goal.criterion.energy is not None or goal.criterion.max_error is not None):
+    if request.kind == "auto" and set(goal.rank.choices) & {"energy", "error"}:
         return lora_decision("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
     dora_ranks = ranks
-    if request.kind != "lora" and goal.budget is not None:
+    if request.kind != "lora" and goal.rank.most_size is not None:
         try:
             dora_ranks = ranks_of(goal, layout.targets, scan.factored, formed, request.stored, magnitudes=True)
         except FitError as error:

@@ -13,6 +13,7 @@ import numpy
 
 from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
 from surgery.extraction.targets import LowRankTarget
+from surgery.rank import Rank
 from surgery_formats.arrays import Array, cast, namespace, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.matrix import MatrixSource
@@ -20,50 +21,12 @@ from surgery_formats.linalg.noise import signal_count
 from surgery_formats.linalg.svd import TruncatedSVD, left_over, truncated_svd
 from surgery_formats.linalg.svd_stack import SVDStack, energy_left, truncated_svds
 
-__all__ = [
-    "Criterion",
-    "FactorisedMatrix",
-    "StoredFactorSpec",
-    "TargetFactors",
-    "factorise",
-    "factorise_stack",
-    "row_lengths",
-]
+__all__ = ["FactorisedMatrix", "StoredFactorSpec", "TargetFactors", "factorise", "factorise_stack", "row_lengths"]
 
 _FINE = 1e-3
 """Relative residual below which float32 cannot measure it."""
 _MUCH = 0.05
 """Relative residual above which ``||D||^2 - 2 <D, BA> + ||BA||^2`` is right to a few 1e-5 of it."""
-MOST = 256
-"""Most singular values looked at where the rank is to be found (budget, auto): beyond, an adapter is no smaller than
-what it replaces."""
-
-
-@dataclass(frozen=True, slots=True)
-class Criterion:
-    """How the rank of a matrix is found.
-
-    Attributes:
-        rank: This number, or fewer where the matrix is smaller.
-        energy: The least rank that holds this share of ``||D||_F^2``.
-        max_error: The least rank for which ``||D - BA||_F / ||D||_F`` is at most this.
-        most: Compute this many directions and choose among them later (a budget, or auto).
-        numbers: Most numbers that the whole adapter may hold, which limits `most`.
-
-    Exactly one of the first four is set.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    max_error: float | None = None
-    most: int | None = None
-    numbers: int | None = None
-
-    def limit(self, cost: int) -> int | None:
-        """Greatest rank of a target whose directions cost `cost` numbers each; None if there is no limit."""
-        if self.most is None or self.numbers is None:
-            return self.most if self.rank is None else self.rank
-        return max(1, min(self.most, self.numbers // cost))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +136,7 @@ class TargetFactors:
 
 def factorise(
     matrix: Array | MatrixSource,
-    criterion: Criterion,
+    wanted: Rank,
     rank: int | None,
     strips: Sequence[int],
     scratch: ScratchFile,
@@ -189,7 +152,7 @@ def factorise(
 
     `matrix` is the difference in its stored orientation, the transpose of the logical one if `transposed`; `strips` are
     the numbers of rows of each tensor in it, and `energies` their ``||D||_F^2``, zero where it is below what the sum
-    can show (`moved` tells whether any value differs). `rank` limits what `criterion` finds; `plan` is None if the
+    can show (`moved` tells whether any value differs). `rank` limits what `wanted` finds; `plan` is None if the
     stored form of the factors is decided later.
     """
     energy = math.fsum(energies)
@@ -197,8 +160,8 @@ def factorise(
     svd = truncated_svd(
         matrix,
         rank=None if rank is None else min(rank, *matrix.shape),
-        energy=criterion.energy,
-        max_error=criterion.max_error,
+        energy=wanted.least_energy,
+        max_error=wanted.most_error,
         device=device,
         total=total,
     )

@@ -162,11 +162,6 @@ class Signal:
     complete: bool
     survival: float
 
-    @property
-    def text(self) -> str:
-        """``50/384``, or ``>=16/384`` if no more values were computed."""
-        return f"{'' if self.complete else '>='}{self.count}/{self.of}"
-
     def as_json(self) -> dict[str, Any]:
         """The finding as plain values, for ``--json`` and the manifest."""
         counts = {"signal": self.count, "directions": self.of, "signal_complete": self.complete}

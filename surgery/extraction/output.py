@@ -32,15 +32,12 @@ def write_extraction(
     out: Path,
     stopwatch: Stopwatch,
     *,
-    budget: int | None = None,
-    allow_loss: bool = False,
-    overwrite: bool = False,
-    progress: Callback | None = None,
+    overwrite: bool,
+    progress: Callback | None,
 ) -> ExtractResult:
     """Write what was decided to `out`, in the format `target`.
 
-    PEFT's file keeps to `budget` bytes; another format's may not, and a warning says so. What `target` cannot hold is
-    refused unless `allow_loss`.
+    PEFT's file keeps to a budget of bytes; another format's may not, and a warning says so.
 
     Raises:
         FitError: `target` cannot hold all of it.
@@ -50,7 +47,7 @@ def write_extraction(
     inputs = [plan.checkpoints.base.path, plan.checkpoints.tuned.path]
     inputs += [] if plan.request.calibration is None else [plan.request.calibration.path]
     options = WriteOptions(out, tuple(inputs), _side_files(plan), overwrite, written)
-    planned = _as_planned(plan) if target.name == plan.peft.name else _converted(plan, target, budget, allow_loss)
+    planned = _as_planned(plan) if target.name == plan.peft.name else _converted(plan, target)
     result = predicted_result(plan)
 
     def prove(path: Path) -> Mapping[str, Any]:
@@ -115,25 +112,26 @@ def _as_planned(plan: ExtractionPlan) -> _PlannedOutput:
     return _PlannedOutput(plan.rendering, plan.id, prove)
 
 
-def _converted(plan: ExtractionPlan, target: Format, budget: int | None, allow_loss: bool) -> _PlannedOutput:
+def _converted(plan: ExtractionPlan, target: Format) -> _PlannedOutput:
     """Rendered by `target`: the extraction is proved before it is rendered, then what was written of it is compared."""
-    binding = _bound(plan, plan.adapter)
-    conversion = plan_conversion(plan.adapter, target, plan.checkpoints.base, binding, allow_loss=allow_loss)
+    binding, request = _bound(plan, plan.adapter), plan.request
+    conversion = plan_conversion(plan.adapter, target, plan.checkpoints.base, binding, allow_loss=request.allow_loss)
     entries = conversion.rendering.entries
     planned = ConvertResult(None, plan.peft.name, target.name, entries, warnings=plan.adapter.known_issues())
 
     def prove(path: Path) -> tuple[ExtractResult, Mapping[str, Any]]:
         result = proved_result(plan, binding)
         converted = prove_conversion(path, conversion, planned)
-        if plan.request.coding is not None:
+        if request.coding is not None:
             result = coded_result(plan, _bound(plan, read_back(target, path)))
         files = [path] if path.is_file() else list(path.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         lost = {e.site: f"{target.name} cannot hold it ({e.detail})" for e in entries if e.outcome == "dropped"}
         warnings = [*result.warnings, *(f"'{show(site)}': {why}" for site, why in lost.items())]
-        if budget is not None and size > budget:
+        budget = request.goal.rank.most_size
+        if budget is not None and budget.measure == "bytes" and size > budget.limit:
             warnings.append(
-                f"the budget is {budget:,} bytes, which PEFT keeps to; {target.name} takes {size:,} for the same"
+                f"the budget is {budget.limit:,} bytes, which PEFT keeps to; {target.name} takes {size:,} for the same"
             )
         rows = rows_without(result.rows, plan.storage, lost)
         result = replace(result, format=target.name, rows=rows, adapter_nbytes=size, warnings=tuple(warnings))

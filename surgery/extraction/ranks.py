@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy
 
 from surgery.algebra.selection import matches
-from surgery.extraction.factorise import MOST, Criterion, TargetFactors
+from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.result import RankChoice
 from surgery.extraction.storage_plan import StoragePlan, dense_size
 from surgery.extraction.stream.tally import PairMeasure
@@ -27,54 +27,43 @@ from surgery_formats.linalg.rank_criteria import allocate
 from surgery_formats.models.families.family import role_of
 from surgery_formats.text import closest, show
 
-__all__ = [
-    "TABLE_RANKS",
-    "RankGoal",
-    "magnitude_count",
-    "rank_goal",
-    "rank_table",
-    "ranks_of",
-]
+__all__ = ["TABLE_RANKS", "RankGoal", "magnitude_count", "rank_goal", "rank_table", "ranks_of"]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
+MOST = 256
+"""Most singular values looked at where the rank is to be found (budget, auto): beyond, an adapter is no smaller than
+what it replaces."""
 _CODED = 6
 """Headers of a compact adapter per target: codes and scales of two factors, a line of compact.json, groups not full."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankGoal:
-    """How the user wants ranks to be found.
+    """What a choice of ranks asks of an extraction.
 
     Attributes:
-        criterion: For each matrix by itself.
-        rank: The number, if it is one.
-        budget: For all matrices together.
-        auto: Whether only directions above the noise of storage count.
-        patterns: Other ranks for some modules; the first pattern that matches wins (`surgery.algebra.selection`).
+        rank: The choice; it has a number unless something else decides.
         table: Whether to compute as many directions as the table of ranks shows.
     """
 
-    criterion: Criterion
-    rank: int | None = None
-    budget: Budget | None = None
-    auto: bool = False
-    patterns: tuple[tuple[str, int], ...] = ()
+    rank: Rank
     table: bool = False
 
     def rank_of(self, target: LowRankTarget) -> int | None:
-        """The rank that the user gave for `target`, if it was a number."""
-        if self.rank is None:
-            return None
+        """The rank that the user gave for `target`, if it was a number; the first pattern that matches wins."""
         site = Site(target.path)
-        return next((rank for pattern, rank in self.patterns if matches(pattern, site)), self.rank)
+        return next((rank for pattern, rank in self.rank.patterns.items() if matches(pattern, site)), self.rank.number)
 
-    def criterion_of(self, target: LowRankTarget) -> Criterion:
-        """The criterion for `target` by itself."""
-        own = self.rank_of(target)
-        if own is None or own == self.rank or self.criterion.rank is None:
-            return self.criterion
-        return replace(self.criterion, rank=max(own, *TABLE_RANKS) if self.table else own)
+    def limit(self, target: LowRankTarget) -> int | None:
+        """Most directions of `target` to compute; None where its energy or error alone decides."""
+        if (asked := self.rank_of(target)) is not None:
+            return max(asked, *TABLE_RANKS) if self.table else asked
+        size = self.rank.most_size
+        if size is None:
+            return MOST if self.rank.above_noise else None
+        numbers = size.limit // (2 if size.measure == "bytes" else 1)
+        return max(1, min(MOST, numbers // target.cost))
 
     def check_patterns(self, targets: Iterable[LowRankTarget]) -> None:
         """Refuse a pattern that matches nothing: it is almost certainly a typo.
@@ -83,7 +72,7 @@ class RankGoal:
             FitError: a pattern matches no target.
         """
         sites = [Site(target.path) for target in targets]
-        for pattern, _ in self.patterns:
+        for pattern in self.rank.patterns:
             if not any(matches(pattern, site) for site in sites):
                 names = sorted({part for site in sites for part in site.path.split(".") if not part.isdigit()})
                 raise FitError(
@@ -97,9 +86,11 @@ def rank_goal(rank: Rank, *, table: bool = False) -> RankGoal:
     """What `rank` asks of an extraction; with `table` at least as many directions are computed as the table shows.
 
     Raises:
-        FitError: more than one way to find the rank, or one that goes with no table.
+        FitError: no way, or more than one way to find the rank, or one that goes with no table.
     """
     choices = rank.choices
+    if not choices:
+        raise FitError("no size was chosen", hint="give a rank, an energy, an error, a budget, or Rank.auto")
     if rank.patterns and choices != ("rank",):
         raise FitError(f"ranks for some modules go with a rank for the others, not with {choices[1]}")
     if len(choices) > 1 and choices != ("auto", "budget"):
@@ -111,17 +102,8 @@ def rank_goal(rank: Rank, *, table: bool = False) -> RankGoal:
         raise FitError(
             "the table of ranks needs spectra as long as it is", hint="ask for it with a rank, or with rank auto"
         )
-    if rank.least_energy is not None:
-        return RankGoal(Criterion(energy=rank.least_energy))
-    if rank.most_error is not None:
-        return RankGoal(Criterion(max_error=rank.most_error))
-    limit = rank.most_size
-    if limit is not None or rank.above_noise:
-        numbers = None if limit is None else limit.limit // (2 if limit.measure == "bytes" else 1)
-        return RankGoal(Criterion(most=MOST, numbers=numbers), None, limit, rank.above_noise)
-    number = DEFAULT if rank.number is None else rank.number
-    criterion = Criterion(rank=max(number, *TABLE_RANKS) if table else number)
-    return RankGoal(criterion, number, patterns=tuple(rank.patterns.items()), table=table)
+    decided = rank.number is not None or set(choices) & {"energy", "error", "auto", "budget"}
+    return RankGoal(rank if decided else replace(rank, number=DEFAULT), table)
 
 
 def ranks_of(
@@ -144,21 +126,20 @@ def ranks_of(
     ranks = {target.path: max(1, factored[target.path].rank) if target.path in factored else 1 for target in targets}
     asked = {target.path: goal.rank_of(target) for target in targets}
     ranks = {path: min(entry, asked[path] or entry) for path, entry in ranks.items()}
-    if goal.auto:
+    if goal.rank.above_noise:
         ranks |= {path: max(1, *(matrix.signal for matrix in entry.matrices)) for path, entry in factored.items()}
-    if goal.budget is None:
+    budget = goal.rank.most_size
+    if budget is None:
         return ranks
     storage = formed(dict.fromkeys(ranks, 1))
     factors = [factored[target.path] for target in storage.targets]
-    costs = [
-        dtype.nbytes(entry.target.cost) if goal.budget.measure == "bytes" else entry.target.cost for entry in factors
-    ]
-    fixed = sum(dense_size(dense)[goal.budget.measure == "bytes"] for dense in storage.dense_tensors)
-    if goal.budget.measure == "bytes":
+    costs = [dtype.nbytes(entry.target.cost) if budget.measure == "bytes" else entry.target.cost for entry in factors]
+    fixed = sum(dense_size(dense)[budget.measure == "bytes"] for dense in storage.dense_tensors)
+    if budget.measure == "bytes":
         fixed += _HEADER * ((2 if isinstance(dtype, DType) else _CODED) * len(factors) + len(storage.dense_tensors) + 1)
     if magnitudes:
-        fixed += sum(magnitude_count(entry.target) for entry in factors) * (4 if goal.budget.measure == "bytes" else 1)
-    return ranks | _allotted(goal.budget, factors, ranks, costs, fixed)
+        fixed += sum(magnitude_count(entry.target) for entry in factors) * (4 if budget.measure == "bytes" else 1)
+    return ranks | _allotted(budget, factors, ranks, costs, fixed)
 
 
 def magnitude_count(target: LowRankTarget) -> int:
@@ -173,7 +154,7 @@ def _allotted(
         raise FitError(
             f"the budget is {budget.limit:,} {budget.measure}; what is stored whole takes {fixed:,}, and one direction "
             f"of each of {len(factors)} matrices {sum(costs):,}",
-            hint="raise it, or use --dense none --allow-loss",
+            hint="raise it, or keep less: `dense=` and `allow_loss=True`",
         )
     spectra = [numpy.asarray(entry.spectrum) for entry in factors]
     most = [ranks[entry.target.path] for entry in factors]
@@ -190,15 +171,14 @@ def rank_table(
     factored: Mapping[str, TargetFactors],
     measures: Mapping[str, PairMeasure],
     dtype: DType | Coding,
-    ranks: Iterable[int] = TABLE_RANKS,
 ) -> tuple[RankChoice, ...]:
-    """What each rank would cost and leave, for each group of layers; spectra are known up to the largest of `ranks`."""
+    """What each rank would cost and leave, for each group of layers; spectra are known up to the largest of `TABLE_RANKS`."""
     total = math.fsum(entry.energy for entry in measures.values())
     dropped = math.fsum(measures[name].energy for name in storage.dropped)
     dense = [dense_size(tensor) for tensor in storage.dense_tensors]
     dense_numbers, dense_bytes = sum(numbers for numbers, _ in dense), sum(nbytes for _, nbytes in dense)
     rows = []
-    for rank in ranks:
+    for rank in TABLE_RANKS:
         for layers, roles in _LAYERS.items():
             left, numbers = dropped, 0
             for target in storage.targets:

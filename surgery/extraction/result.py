@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery.extraction.findings import CalibrationFacts, CalibrationTotals, KindFacts, MergedLoRA, Signal, six_digits
-from surgery.reports.output import DRY_RUN, PATH, counted, nbytes_of
+from surgery.reports.output import DRY_RUN, PATH, counted, nbytes_of, written
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
@@ -206,17 +206,12 @@ class ExtractResult:
     @property
     def nbytes(self) -> int:
         """Size of all files written; 0 for a dry run."""
-        return 0 if self.output is None else nbytes_of(self.output)
+        return nbytes_of(self.output)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: the output, the time and its parts, and what the manifest has."""
-        written = {
-            "output": None if self.output is None else str(self.output),
-            "seconds": round(self.seconds, 3),
-            "nbytes": self.nbytes,
-            "timings": {name: round(value, 3) for name, value in self.timings.items()},
-        }
-        return written | self.as_manifest()
+        timings = {name: round(value, 3) for name, value in self.timings.items()}
+        return written(self.output, self.seconds) | {"timings": timings} | self.as_manifest()
 
     def as_manifest(self) -> dict[str, Any]:
         """The record in the manifest: the same for the same inputs and options, without paths and times."""

@@ -195,7 +195,7 @@ def _low_rank(plan: ExtractionPlan, row: ExtractRow, target: LowRankTarget) -> E
     numbers, count = target.cost * rank, len(target.names)
     own_numbers = numbers // count + (numbers % count if row.name == target.names[0] else 0)
     notes = [row.why, f"experts of '{target.path}' in one pair of factors" if count > 1 else ""]
-    notes.append(remark(rank, signal, asked=plan.request.goal.rank is not None))
+    notes.append(remark(rank, signal, asked=plan.request.goal.rank.number is not None))
     return replace(
         row,
         kind="low-rank",

@@ -96,11 +96,6 @@ class StoragePlan:
     dropped: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def target_modules(self) -> set[str]:
-        """Paths of modules with factors."""
-        return {target.path.rpartition(".")[0] for target in self.targets}
-
 
 def plan_storage(
     parameters: tuple[TunedParameter, ...],
@@ -374,5 +369,5 @@ def check_losses(storage: StoragePlan, measures: Mapping[str, PairMeasure], tune
         f"{len(storage.dropped)} changed tensors, {share:.2%} of the change, would be lost: {reasons}{more}",
         file=tuned,
         tensor=next(iter(storage.dropped)),
-        hint="--allow-loss leaves them out",
+        hint="`allow_loss=True` leaves them out",
     )

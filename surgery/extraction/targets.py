@@ -23,8 +23,7 @@ Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole"
 several."""
 _TABLES = (
     "embed", "embed_in", "embed_tokens", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding",
-    "token_embeddings",
-    "word_embeddings", "wpe", "wte",
+    "token_embeddings", "word_embeddings", "wpe", "wte",
 )  # fmt: skip  # looked up by index, nothing else: PEFT has a LoRA for them
 _OTHER_TABLES = ("relative_attention_bias",)
 """Tables of an unusual name or with a forward() of their own (``embed_positions`` computes the positions itself), where
@@ -97,10 +96,6 @@ def tuned_parameters(pairs: Iterable[Pair], base: Component) -> tuple[TunedParam
     )
 
 
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
 def _prefix(base: Component) -> str:
     """Prefix that the tree adds to the names on disk, where a bare model's file is loaded into a class with a head."""
     first = base.family.embedding.partition(".")[0]
@@ -143,7 +138,7 @@ def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[st
         if pair.name in (base.embedding, base.head) or last in _TABLES:
             return "linear" if pair.name == base.head else "embedding"
         table = last in _OTHER_TABLES or ("emb" in last and not last.endswith(_LINEAR))
-        if table or (last in _ROUTERS and _parent(module) in routed):
+        if table or (last in _ROUTERS and module.rpartition(".")[0] in routed):
             return "whole"
         return "linear"
     # Of a grouped convolution the file shows less input channels than there are; a depthwise one shows one.

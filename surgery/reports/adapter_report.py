@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.reports.checkpoint_report import WeightFileReport, files_phrase, types_phrase
+from surgery.reports.output import PATH
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
@@ -20,8 +21,6 @@ from surgery_formats.canonical.prompts import Prefix
 from surgery_formats.models.module_tree import Totals
 
 __all__ = ["AdapterReport", "PromptFacts"]
-
-_PATH = 500  # characters; a path is worth showing whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ class AdapterReport:
     def _facts(self) -> list[tuple[str, Phrase]]:
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.kinds.items())
         rows: list[tuple[str, Phrase]] = [
-            ("adapter", Name(self.path, _PATH)),
+            ("adapter", Name(self.path, PATH)),
             ("format", Name(self.format)),
             ("kind", (Name(self.kind), f" ({kinds})") if kinds else Name(self.kind)),
         ]
@@ -142,7 +141,7 @@ class AdapterReport:
         if self.token_rows:
             rows.append(("token rows", _listed((Name(name), f": {len(ids)}") for name, ids in self.token_rows.items())))
         if self.base_name:
-            rows.append(("base", Name(self.base_name, _PATH)))
+            rows.append(("base", Name(self.base_name, PATH)))
         if self.base_id:
             rows.append(("base id", Name(self.base_id)))
         carried: tuple[Piece, ...] = (", and ", Value(self.carried, "count"), " carried along untrained")
@@ -154,7 +153,7 @@ class AdapterReport:
         return rows
 
     def _metadata(self) -> list[tuple[str, Phrase]]:
-        return [("metadata", (Name(name), " = ", Name(value, _PATH))) for name, value in self.metadata.items()]
+        return [("metadata", (Name(name), " = ", Name(value, PATH))) for name, value in self.metadata.items()]
 
 
 def _listed(entries: Iterable[tuple[Piece, ...]]) -> Phrase:

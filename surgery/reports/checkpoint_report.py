@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.reports.output import PATH
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Section, Table
 from surgery.reports.summary import Summary, warning_notes
@@ -18,7 +19,6 @@ from surgery_formats.models.module_tree import Node, Totals
 __all__ = ["CheckpointReport", "ComponentReport", "WeightFileReport", "files_phrase", "types_phrase"]
 
 _DEPTH = 4  # of a decoder: model, its layers, their attention, its projections
-_PATH = 500  # characters; a path is worth showing whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class CheckpointReport:
         """Files, then `depth` levels of modules of every component, all if None or `verbose`, and totals by role."""
         files = [file for component in self.components for file in component.files]
         rows: list[tuple[str, Phrase]] = [
-            ("model", Name(self.path, _PATH)),
+            ("model", Name(self.path, PATH)),
             ("parameters", Value(self.parameters, "count")),
             ("weights", files_phrase(files)),
         ]

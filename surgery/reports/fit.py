@@ -17,7 +17,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.family import role_of
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.text import closest, listing, show
-from surgery_formats.updates import Replacing, RowSetting, Unsized, Update, experts_of
+from surgery_formats.updates import Update, experts_of, is_replacing, is_row_setting, is_unsized
 
 __all__ = ["FitReport", "fit_report"]
 
@@ -55,7 +55,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     for site, chain in adapter.updates.items():
         component = base.component(site.component)
         places = component.names.resolve(site.path, flat=site.flat) if component else ()
-        if not places and isinstance(chain[0], Replacing) and adapter.new_modules & set(site.path.split(".")):
+        if not places and is_replacing(chain[0]) and adapter.new_modules & set(site.path.split(".")):
             heads += chain[0].stored.numel
             continue
         if component is None or not places or not _fits(chain, places):
@@ -63,7 +63,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
             continue
         roles[site] = role_of(places[0].parameter.name)
         for update in chain:
-            if isinstance(update, Replacing):
+            if is_replacing(update):
                 old = places[0].parameter
                 sizes[component.name, old.name] = update.stored.numel - old.numel
     if odd and not roles:
@@ -87,13 +87,13 @@ def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
     height, width = extent(places)
     for member in chain:
         update = member
-        if isinstance(member, Unsized):
+        if is_unsized(member):
             try:
                 update = member.fitted(fit_of(places, (height, width)))
             except FitError:
                 return False
         rows, cols = update.shape
-        if isinstance(update, Replacing):
+        if is_replacing(update):
             old = places[0].parameter.sizes
             if update.stored.shape[1:] != old[1:] or len(places) > 1:
                 return False
@@ -101,7 +101,7 @@ def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
         elif experts_of(update):  # experts may be held either way round
             if rows * cols != height * width:
                 return False
-        elif cols != width or (rows > height if isinstance(update, RowSetting) else rows != height):
+        elif cols != width or (rows > height if is_row_setting(update) else rows != height):
             return False
     return True
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown for model cards, reports and notebooks. Names from outside become code spans, never markup."""
+"""Markdown for reports and notebooks. Names from outside become code spans, never markup."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
+from surgery.reports.markdown_parts import code, table_lines
 from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
 from surgery.reports.text import verbatim
 from surgery.reports.values import Cell, Dialect, cell_text, phrase_text
 from surgery_formats.text import clean
 
-__all__ = ["as_markdown", "code", "table_lines"]
+__all__ = ["as_markdown"]
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 _INDENT = "\u2003"  # an em space for each two of indentation, which HTML would swallow
@@ -34,22 +35,6 @@ def as_markdown(title: str, sections: Iterable[Section]) -> str:
     return "\n".join(lines)
 
 
-def code(text: str) -> str:
-    """Escaped text as a code span.
-
-    Backticks and bars are replaced, so that it ends neither the span nor a table cell.
-    """
-    bare = text.replace("`", "'").replace("|", "\u00a6").strip()
-    return f"`{bare}`" if bare else ""
-
-
-def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
-    """A table of cells that are already Markdown."""
-    numeric = set(right)
-    rule = ["---:" if index in numeric else "---" for index in range(len(headings))]
-    return [_row(headings), f"|{'|'.join(rule)}|", *map(_row, rows)]
-
-
 def _table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> list[str]:
     cells = [[_cell(cell, column) for cell, column in zip(row, columns, strict=True)] for row in rows]
     shown = [index for index in range(len(columns)) if not cells or any(row[index] for row in cells)]
@@ -64,10 +49,6 @@ def _cell(cell: Cell, column: Column) -> str:
         indent = _INDENT * ((len(cell) - len(cell.lstrip(" "))) // 2)
         cell = cell.lstrip(" ")
     return indent + cell_text(cell, column.type, column.digits, _MARKDOWN)
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _fenced(text: str) -> list[str]:

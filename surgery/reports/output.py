@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from surgery.reports.sections import Note
 from surgery.reports.values import Name, Phrase, Value
 
-__all__ = ["DRY_RUN", "PATH", "counted", "destination", "nbytes_of", "wrote"]
+__all__ = ["DRY_RUN", "PATH", "counted", "destination", "nbytes_of", "written", "wrote"]
 
 PATH = 500  # characters; a path is worth showing whole
 DRY_RUN = Note("dry run: nothing was written")
@@ -31,7 +32,18 @@ def wrote(output: Path, seconds: float) -> Phrase:
     return Value(nbytes_of(output), "bytes"), *took
 
 
-def nbytes_of(path: Path) -> int:
-    """Size of a file, or of all files in a folder; 0 if it no longer exists."""
+def written(output: Path | None, seconds: float) -> dict[str, Any]:
+    """What the JSON of a written result begins with: the output, the time and the size, without which runs agree."""
+    return {
+        "output": None if output is None else str(output),
+        "seconds": round(seconds, 3),
+        "nbytes": nbytes_of(output),
+    }
+
+
+def nbytes_of(path: Path | None) -> int:
+    """Size of a file, or of all files in a folder; 0 for a dry run, or if it no longer exists."""
+    if path is None:
+        return 0
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())

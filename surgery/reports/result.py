@@ -9,6 +9,8 @@ from dataclasses import field, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
+from surgery.arguments import checked
+
 if TYPE_CHECKING:
     from surgery.reports.summary import Summary
 
@@ -68,7 +70,8 @@ def elapsed() -> Any:
 
 
 def timed(verb: Callable[P, R]) -> Callable[P, R]:
-    """`verb` with the seconds it took in its result."""
+    """`verb` with its keyword arguments checked, and with the seconds it took in its result."""
+    verb = checked(verb)
 
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

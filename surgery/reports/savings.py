@@ -177,14 +177,12 @@ class SavingsReport:
 
 _ADAPTERS = (
     Column("adapter", "name"), Column("kind", "name"), Column("trained", "count"), Column("share", "share", 3),
-    Column("bytes", "bytes"),
-    Column("of a copy", "share", 3),
+    Column("bytes", "bytes"), Column("of a copy", "share", 3),
 )  # fmt: skip
 _SPLITS = Column("where", "name"), Column("attention", "figure"), Column("MLP", "figure"), Column("rest", "figure")
 _TASKS = (
     Column("tasks", "integer"), Column("with"), Column("full copies", "bytes"),
-    Column("one base and adapters", "bytes"),
-    Column("saved", "bytes"), Column("times smaller", "number", 3),
+    Column("one base and adapters", "bytes"), Column("saved", "bytes"), Column("times smaller", "number", 3),
 )  # fmt: skip
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.reports.markdown import as_markdown
 from surgery.reports.sections import Facts, Note, Section
-from surgery.reports.text import as_text
 from surgery.reports.to_json import plain
 from surgery.reports.values import phrase_text
 from surgery_formats.text import clean
@@ -55,10 +53,14 @@ class Summary:
 
     def as_text(self, width: int | None = None) -> str:
         """Plain text, fitted to `width` columns if given."""
+        from surgery.reports.text import as_text
+
         return as_text(self.sections, width)
 
     def as_markdown(self) -> str:
         """GitHub-flavoured Markdown."""
+        from surgery.reports.markdown import as_markdown
+
         return as_markdown(self.title, self.sections)
 
     def as_json(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.families.family import role_of
 from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.updates import Held, Replacing, experts_of
+from surgery_formats.updates import Held, experts_of, is_replacing
 
 __all__ = [
     "TargetGroup",
@@ -116,7 +116,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
                     scale=update.scale,
                     experts=len(experts),
                     parameters=sum(tensor.numel for tensor in own),
-                    held=update.held if isinstance(update, Replacing) else "added",
+                    held=update.held if is_replacing(update) else "added",
                 )
             )
     return tuple(parameters)

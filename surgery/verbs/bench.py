@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -86,15 +86,8 @@ class BenchResult:
     token_ratio: Ratio | None = None
     seconds: float = elapsed()
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    @property
-    def nbytes(self) -> int:
-        """0: not counted for this verb. `step_nbytes` of a side is what one token reads."""
-        return 0
+    warnings: ClassVar[tuple[str, ...]] = ()
+    nbytes: ClassVar[int] = 0  # not counted for this verb; step_nbytes of a side is what one token reads
 
     def as_json(self) -> dict[str, Any]:
         """The result as plain values, for ``--json``."""
@@ -201,7 +194,7 @@ def bench(
         for path in models
     ]
     if len({side.opened.memory.device for side in sides}) > 1:
-        raise FitError("one graph runs on the cpu, the other on CUDA", hint="name the device: --device cpu")
+        raise FitError("one graph runs on the cpu, the other on CUDA", hint='name the device: `device="cpu"`')
     width = min(_vocabulary(side.opened) for side in sides)
     rows = np.random.default_rng(0).integers(0, width, (batch, prompt_length)).tolist()
     bandwidth, floors = None, list[float]()

@@ -71,7 +71,7 @@ def convert(
     target = coded_as(format_named(to), factors)
     stored = float_type(dtype)
     if stored is not None and isinstance(target, Coded):
-        raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="--factors chooses the codes")
+        raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
     destination = output_path(output, dry_run=dry_run)
     original = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
@@ -82,7 +82,7 @@ def convert(
 
         if isinstance(target, Coded):  # the proof puts the parts together again, and codes are not what they were
             raise FitError(
-                f"{to} keeps names as they are", hint="convert with --projections to peft first, then to compact"
+                f"{to} keeps names as they are", hint="convert with `projections=` to peft first, then to compact"
             )
         change = change_layout(original, projections, target, checkpoint)
         also = partial(prove_layout, original=original, target=target, change=change, tolerance=tolerance_of(stored))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from surgery._version import __version__
 from surgery.reports.result import elapsed, summarised, timed
@@ -107,16 +107,12 @@ class EnvironmentReport:
     findings: tuple[Finding, ...]
     deep: Mapping[str, str] = field(default_factory=dict)
     seconds: float = elapsed()
+    nbytes: ClassVar[int] = 0  # no files were looked at
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """The findings, each with its remedy."""
         return tuple(f"{finding.what}; {finding.cure}" for finding in self.findings)
-
-    @property
-    def nbytes(self) -> int:
-        """No files were looked at."""
-        return 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -217,13 +217,13 @@ def _mode(
         return choose_mode(asked, output, base.folder, sources)
     if full:
         if asked not in ("auto", "copy"):
-            raise FitError("a full merge writes its weights itself", hint="--weights auto, or --merge-to delta")
+            raise FitError("a full merge writes its weights itself", hint='`weights="auto"`, or `merge_to="delta"`')
         if choose_mode("auto", output, base.folder, ()) == "reference":
-            raise FitError("a full merge needs a folder of its own", file=output, hint="--merge-to delta")
+            raise FitError("a full merge needs a folder of its own", file=output, hint='`merge_to="delta"`')
         return "copy"
     if asked == "embed":
         raise FitError(
-            "merged weights lie in a file of their own", hint="surgery merge first, then --weights embed of the result"
+            "merged weights lie in a file of their own", hint='merge first, then `weights="embed"` of the result'
         )
     chosen = choose_mode(asked, output, base.folder, sources)
     if chosen == "reference":

@@ -116,7 +116,7 @@ def extract_lora(
     """
     goal = rank_goal(Rank.of(rank), table=table)
     options = StorageOptions(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
-    scaling = _scaling(alpha, rslora, goal.rank)
+    scaling = _scaling(alpha, rslora, goal.rank.number)
     if kind == "dora" and calibration is not None:
         raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
     chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
@@ -135,7 +135,9 @@ def extract_lora(
         threads = workers or default_lanes(devices)
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
         workspace = Workspace(scratch, devices[0], threads, threads if devices[0] == "cpu" else default_workers())
-        request = ExtractionRequest(goal, options, scaling, stored, coding, table, chosen, inputs, workspace)
+        request = ExtractionRequest(
+            goal, options, scaling, stored, coding, table, chosen, inputs, allow_loss, workspace
+        )
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
         goal.check_patterns(layout.targets)
         if inputs is not None:
@@ -144,23 +146,14 @@ def extract_lora(
             check_modules(inputs, layout.parameters, layout.targets, names)
         lanes = Lanes(devices, threads)
         specs = stored_factor_specs(goal, scaling, stored)
-        lanes.warm(warming(layout, goal.criterion_of, specs, scratch))
-        scanned = scan(layout, goal.criterion_of, specs, scratch, lanes, progress)
+        lanes.warm(warming(layout, goal, specs, scratch))
+        scanned = scan(layout, goal, specs, scratch, lanes, progress)
         stopwatch.lap("starting", scanned.began)
         stopwatch.lap("reading")
-        plan = plan_extraction(pair, layout, scanned, request, stopwatch, allow_loss=allow_loss)
+        plan = plan_extraction(pair, layout, scanned, request, stopwatch)
         if folder is None:
             return replace(predicted_result(plan), format=adapter_format.name, timings=stopwatch.parts)
-        result = write_extraction(
-            plan,
-            adapter_format,
-            folder,
-            stopwatch,
-            budget=goal.budget.limit if goal.budget is not None and goal.budget.measure == "bytes" else None,
-            allow_loss=allow_loss,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        result = write_extraction(plan, adapter_format, folder, stopwatch, overwrite=overwrite, progress=progress)
         return replace(result, timings={**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began})
     finally:
         if lanes is not None:
@@ -193,7 +186,7 @@ def _coding(adapter_format: Format, dtype: str) -> Coding | None:
         return None
     if dtype != "auto":
         raise FitError(
-            f"{adapter_format.name} stores factors as codes, not as {dtype}", hint="--factors chooses the codes"
+            f"{adapter_format.name} stores factors as codes, not as {dtype}", hint="`factors=` chooses the codes"
         )
     return adapter_format.coding
 

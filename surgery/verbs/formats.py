@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Table
@@ -21,9 +21,7 @@ from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.adapters.registry import formats as adapter_formats
 from surgery_formats.containers.registry import BUILT_IN as MODEL_CONTAINERS
 from surgery_formats.containers.registry import containers
-from surgery_formats.models import families
 from surgery_formats.models.families import registry
-from surgery_formats.models.families.family import Family
 from surgery_formats.storage.registry import BUILT_IN as STORAGES
 from surgery_formats.storage.registry import storage_kinds
 
@@ -138,15 +136,8 @@ class Catalogue:
     updates: tuple[UpdateKind, ...]
     seconds: float = elapsed()
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    @property
-    def nbytes(self) -> int:
-        """No files were looked at."""
-        return 0
+    warnings: ClassVar[tuple[str, ...]] = ()
+    nbytes: ClassVar[int] = 0  # no files were looked at
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -221,13 +212,10 @@ def formats() -> Catalogue:
 
 def _families() -> list[FamilyEntry]:
     """One per record; a file may hold several (with a recipe, and of names alone)."""
-    known = registry.families()
-    rooms = [room for room in vars(families).values() if isinstance(room, ModuleType)]
     return [
-        FamilyEntry(room.__name__.rpartition(".")[2], _first_line(room), record.names, record.recipe is not None)
-        for room in rooms
-        for record in vars(room).values()
-        if isinstance(record, Family) and any(record is one for one in known)
+        FamilyEntry(module.__name__.rpartition(".")[2], _first_line(module), record.names, record.recipe is not None)
+        for module in registry.modules()
+        for record in registry.families(module)
     ]
 
 

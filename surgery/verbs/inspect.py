@@ -19,7 +19,7 @@ from surgery_formats.containers.weight_files import container_of_file
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
-from surgery_formats.updates import Directed, RowSetting
+from surgery_formats.updates import is_directed, is_row_setting
 
 __all__ = ["AdapterReport", "CheckpointReport", "inspect", "inspect_adapter", "inspect_checkpoint"]
 
@@ -130,7 +130,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         str(site): update.indices
         for site, chain in adapter.updates.items()
         for update in chain
-        if isinstance(update, RowSetting)
+        if is_row_setting(update)
     }
     soft = adapter.prompt
     prompt = PromptFacts(soft.kind, soft.virtual_tokens, soft.dim, soft.submodules, soft.prefix) if soft else None
@@ -143,7 +143,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         alphas=distribution(entry.alpha for entry in modules),
         scales=distribution(entry.scale for entry in modules),
         rslora=_divides_by_root(adapter),
-        dora=any(isinstance(update, Directed) for chain in adapter.updates.values() for update in chain),
+        dora=any(is_directed(update) for chain in adapter.updates.values() for update in chain),
         targets=group_targets(modules),
         modules=modules,
         in_full=tuple(entry for entry in modules if entry.held != "added"),

@@ -10,11 +10,10 @@ from surgery.engine.devices import device_of
 from surgery.engine.execute import Engine, Run, execute
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, check_counts, output_path
 from surgery.engine.ledger import Ledger
+from surgery.engine.merge_plan import planned_merge
 from surgery.engine.merge_result import MergeResult
 from surgery.engine.model_card import merge_card
 from surgery.engine.output_checks import check_output
-from surgery.engine.preview import obstacles, preview
-from surgery.engine.shares import planned_merge
 from surgery.progress import Callback
 from surgery.reports.result import timed
 
@@ -75,6 +74,8 @@ def merge(
     folder = output_path(output, dry_run=dry_run)
     binding, plan = planned_merge(base, adapters, dtype, shard_size, layout)
     if folder is None:
+        from surgery.engine.preview import obstacles, preview
+
         ahead = preview(plan, None if output is None else Path(output), workers)
         return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
     run = Run(workers, memory_limit, device, verify_copies, overwrite, progress)

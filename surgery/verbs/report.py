@@ -13,7 +13,7 @@ from surgery.reports.savings import AdapterCost, BaseCost, SavingsReport, Split,
 from surgery.reports.targets import touched, trained_parameters
 from surgery.verbs.inspect import inspect_adapter
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.module_tree import leaves, module_graph
 
@@ -45,6 +45,8 @@ def report(
     adapters: list[Adapter] = []
     models: list[Checkpoint] = []
     listed: list[Openable] = as_list(references)
+    if not listed:
+        raise UsageError("no model and no adapter was named")
     for opened in (as_opened(reference, "references") for reference in listed):
         if isinstance(opened, Adapter):
             adapters.append(opened)

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from surgery.arguments import checked
 from surgery.engine.inputs import StrPath, as_list, check_counts, local_path
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
@@ -80,15 +81,8 @@ class RunResult:
     arrays: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[str | tuple[int, ...], ...] = ()
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """None: a text that reached the longest sequence has the reason ``full``."""
-        return ()
-
-    @property
-    def nbytes(self) -> int:
-        """0: not counted for this verb."""
-        return 0
+    warnings: ClassVar[tuple[str, ...]] = ()  # a text that reached the longest sequence has the reason full
+    nbytes: ClassVar[int] = 0  # not counted for this verb
 
     def as_json(self) -> dict[str, Any]:
         """The result as plain values, for ``--json``."""
@@ -171,6 +165,7 @@ def prepare_decoder(
     return decoder, past
 
 
+@checked
 def run(
     model: StrPath,
     inputs: str | Sequence[int] | Sequence[str | Sequence[int]],

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
@@ -78,6 +78,7 @@ class Verification:
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
     seconds: float = elapsed()
+    nbytes: ClassVar[int] = 0  # not counted for this verb
 
     @property
     def difference(self) -> float | None:
@@ -88,11 +89,6 @@ class Verification:
     def warnings(self) -> tuple[str, ...]:
         """The notes."""
         return self.notes
-
-    @property
-    def nbytes(self) -> int:
-        """0: not counted for this verb."""
-        return 0
 
     def as_json(self) -> dict[str, Any]:
         """The result as plain values, for ``--json``."""
@@ -142,7 +138,7 @@ def verify(
     if not where.is_dir():
         raise NotFoundError("no such folder", file=where)
     if adapters and against is None:
-        raise FitError("adapters were named without a base", hint="name the base they were merged into: --against BASE")
+        raise FitError("adapters were named without a base", hint="name the base they were merged into: `against=BASE`")
     base = None if against is None else as_checkpoint(against, "against")
     has_manifest, has_graph = (where / MANIFEST).exists(), (where / _GRAPH).exists()
     if not has_manifest and not has_graph:
@@ -250,7 +246,7 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
         return open_reference(base.main, plan_merge(binding))
     if not graph.weight_files:
         if base is None:
-            raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: --against BASE")
+            raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: `against=BASE`")
         return open_reference(base.main)
     merged = any(str(facts.get("mode")).startswith("merge") for facts in contract.adapters)
     if base is not None and not merged:

@@ -3,37 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from surgery_formats.containers.weight_files import is_weight_file, open_shard
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError
-from surgery_formats.files.raw import File, open_file
+from surgery_formats.files.raw import open_file
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.identity import tensor_digest
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
 __all__ = ["compare_copied", "compare_files", "recorded_tensors"]
-
-_CHUNK = 4 << 20
-
-
-def _blocks(file: File, offset: int, nbytes: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(_CHUNK, nbytes)))
-    for start in range(0, nbytes, _CHUNK):
-        block = buffer[: nbytes - start]
-        file.read_into(block, offset + start)
-        yield block
-
-
-def _digest(tensor: StoredTensor) -> str:
-    state = xxhash.xxh3_128()
-    for block in _blocks(tensor.file, tensor.offset, tensor.nbytes):
-        state.update(block)
-    return state.hexdigest()
 
 
 def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
@@ -54,7 +36,7 @@ def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
                 continue
             if key not in stored:
                 raise ProofError("was written but is missing", file=folder / name, tensor=key)
-            if _digest(stored[key]) != expected:
+            if tensor_digest(stored[key]) != expected:
                 raise ProofError("its bytes have changed since it was written", file=folder / name, tensor=key)
             checked += 1
     return checked
@@ -85,7 +67,7 @@ def compare_copied(folder: Checkpoint, base: Checkpoint, manifest: Mapping[str, 
         original = originals.get(label) or originals.get(f"{prefix}:{origin}" if prefix else str(origin))
         if label not in written or original is None:
             raise ProofError("is not in both", file=folder.path, tensor=label)
-        if written[label].nbytes != original.nbytes or _digest(written[label]) != _digest(original):
+        if written[label].nbytes != original.nbytes or tensor_digest(written[label]) != tensor_digest(original):
             raise ProofError("was copied, but differs from the base's", file=folder.path, tensor=label)
         checked += 1
     return checked
@@ -123,7 +105,7 @@ def compare_files(folder: Path, names: list[str], base: Checkpoint) -> list[str]
         if written.size != originals[name].size:
             raise ProofError(f"has {written.size} bytes, but the base's has {originals[name].size}", file=folder / name)
         position = 0
-        blocks = zip(_blocks(written, 0, written.size), _blocks(originals[name], 0, written.size), strict=True)
+        blocks = zip(written.blocks(0, written.size), originals[name].blocks(0, written.size), strict=True)
         for block, original_block in blocks:
             if block != original_block:
                 raise ProofError(

@@ -16,7 +16,6 @@ from surgery.reference import Cache, Reference, forward, prompt_cache
 from surgery.verification.session import Arrays, Session
 from surgery_formats.arrays import as_torch
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 
 __all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_prompt", "compare_slots"]
@@ -229,14 +228,14 @@ def compare_prompt(
     if past is not None:
         computed = [part for layer in past.layers for part in layer]
         if prompt.prefix is None:
-            rows = as_torch(prompt.embeddings(dtype=DType.F32))
+            rows = as_torch(prompt.embeddings()).float()
             expected = [part for layer in prompt_cache(reference, rows).layers for part in layer]
         else:
-            pairs = [prompt.key_values(layer, DType.F32) for layer in range(prompt.prefix.layers)]
+            pairs = [prompt.key_values(layer) for layer in range(prompt.prefix.layers)]
             expected = [as_torch(part)[None] for pair in pairs for part in pair]
     else:
         assert front is not None
-        computed, expected = [front], [as_torch(prompt.embeddings(dtype=DType.F32))]
+        computed, expected = [front], [as_torch(prompt.embeddings()).float()]
     if [part.shape for part in computed] != [part.shape for part in expected]:
         raise ProofError(f"the graph's soft prompt and that of {adapter.path.name} differ in size", file=graph)
     pairs_of_parts = list(zip(computed, expected, strict=True))

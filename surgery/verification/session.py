@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
 
-from surgery.onnx.graph.contract import Contract, WeightFile, from_metadata
-from surgery.onnx.graph.weight_files import check_weight_files
+from surgery.onnx.graph.contract import Contract, WeightFile, check_weight_files, from_metadata
+from surgery.onnx.run.ports import cpu_session
 from surgery.reference import Cache
 from surgery.verification.twin import SHORT_TYPES, float32_twin
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
@@ -205,16 +204,8 @@ class Session:
         self.contract = graph.contract
         self._path = graph.path
         model = graph.model if graph.contract.dtype == "fp32" else float32_twin(graph.model, graph.contract.head_dim)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(graph.path.parent.resolve())
-        )
         try:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = cpu_session(model.SerializeToString(), graph.path.parent)
         except Exception as error:  # onnxruntime has a dozen types without a common base
             raise self._refused(error) from error
         self.inputs = {port.name for port in self._session.get_inputs()}

@@ -284,7 +284,7 @@ def test_options_that_mean_nothing_are_refused(tmp_path: Path) -> None:
         convert(source, "mlx", output=tmp_path / "b", factors="int8")
     with pytest.raises(FitError, match="no type of factors 'int3'"):
         convert(source, "compact", output=tmp_path / "b", factors="int3")
-    with pytest.raises(FitError, match="--factors chooses"):
+    with pytest.raises(FitError, match="`factors=` chooses"):
         convert(source, "compact", output=tmp_path / "b", dtype="fp16")
     with pytest.raises(FitError, match="keeps names as they are"):
         convert(source, "compact", output=tmp_path / "b", projections="split")
@@ -466,5 +466,5 @@ def test_a_budget_of_bytes_holds_for_codes(tmp_path: Path) -> None:
     surgery.extract_lora(base, tuned, output=tmp_path / "c", rank=surgery.Rank.budget("300kB"), factors="int4")
     size = sum((tmp_path / "c" / name).stat().st_size for name in ("adapter.safetensors", "compact.json"))
     assert 0.8 * 300_000 < size <= 300_000
-    with pytest.raises(FitError, match="--factors chooses"):
+    with pytest.raises(FitError, match="`factors=` chooses"):
         surgery.extract_lora(base, tuned, output=tmp_path / "d", factors="int4", dtype="bf16")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.numpy import load_file
 
@@ -15,6 +16,7 @@ from surgery import convert
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.tensors.tensor import StoredTensor
+from tests.oracles import cases, rewrites  # noqa: F401  (cases first: they use rewrites)
 from tests.support.adapter_files import (
     GOLDEN,
     assert_close,
@@ -130,13 +132,13 @@ def test_convolutions_get_their_shape_back(tmp_path: Path) -> None:
 
 
 def test_flat_names_need_the_base(tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="--base"):
+    with pytest.raises(FitError, match="`base=`"):
         convert(GOLDEN / "kohya/sd1/conv/adapter.safetensors", "peft", output=tmp_path / "b")
 
 
 def test_several_parts_need_a_choice(tmp_path: Path) -> None:
     source, base = GOLDEN / "kohya/sd1/lora/adapter.safetensors", GOLDEN / "kohya/sd1/base"
-    with pytest.raises(FitError, match="--component"):
+    with pytest.raises(FitError, match="`component=`"):
         convert(source, "peft", output=tmp_path / "b", base=base)
     result = convert(source, "peft", output=tmp_path / "b", base=base, component="text_encoder")
     assert sum(entry.outcome == "exact" for entry in result.entries) == 12
@@ -153,34 +155,75 @@ def test_a_bias_is_scaled_with_its_lora(tmp_path: Path) -> None:
     assert np.array_equal(written[f"{Q}.lora_B.bias"], tensors[f"{Q}.lora_B.bias"])
 
 
-@pytest.mark.parametrize("version", ["0.18.1", "0.21.2"])
-def test_stacked_parameters_in_both_orders(version: str, tmp_path: Path) -> None:
+def _stacked_parameters(folder: Path, version: str) -> tuple[Path, dict[str, np.ndarray]]:
     stem, experts, rank = "base_model.model.model.layers.0.mlp.experts", 3, 2
-    up, down = (8, 6), (6, 4)  # gate_up_proj (E, 2I, H), down_proj (E, H, I)
     tensors = {}
-    for prefix, (rows, cols) in ((f"{stem}.base_layer", up), (stem, down)):
-        a, b = (cols, rows) if version == "0.21.2" else (rows, cols)
+    for prefix, (rows, cols) in ((f"{stem}.base_layer", (8, 6)), (stem, (6, 4))):  # (E, 2I, H) inside (E, H, I)
         tensors |= {
-            f"{prefix}.lora_A.weight": draw(1, experts * rank, a),
-            f"{prefix}.lora_B.weight": draw(2, b, rank * experts),
+            f"{prefix}.lora_A.weight": draw(1, experts * rank, cols),
+            f"{prefix}.lora_B.weight": draw(2, rows, rank * experts),
         }
-    source = write_peft(
-        tmp_path / "a",
-        tensors,
-        r=rank,
-        lora_alpha=3,
-        target_modules=[],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        peft_version=version,
-    )
-    result = convert(source, "peft", output=tmp_path / "b")
-    assert result.max_error <= 1e-6
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = {"r": rank, "lora_alpha": 3, "target_modules": [], "target_parameters": parameters}
+    return write_peft(folder, tensors, **config, peft_version=version), tensors
+
+
+def test_stacked_parameters_are_written_as_they_were(tmp_path: Path) -> None:
+    source, tensors = _stacked_parameters(tmp_path / "a", "0.21.2")
+    assert convert(source, "peft", output=tmp_path / "b").max_error <= 1e-6
     written = load_file(tmp_path / "b/adapter_model.safetensors")
     assert written.keys() == tensors.keys()
-    assert written[f"{stem}.lora_A.weight"].shape == (experts * rank, down[1])
-    if version == "0.21.2":
-        assert all(np.array_equal(written[name], tensors[name]) for name in tensors)
-    assert not str(config_of(tmp_path / "b")["peft_version"]).startswith("0.18")
+    assert all(np.array_equal(written[name], tensors[name]) for name in tensors)
+
+
+def test_the_axes_of_an_older_peft_need_the_base(tmp_path: Path) -> None:
+    """Which order is today's depends on how the base holds its experts; through compact folders too."""
+    source, _ = _stacked_parameters(tmp_path / "a", "0.18.1")
+    convert(source, "compact", output=tmp_path / "compact")
+    for old in (source, tmp_path / "compact"):
+        with pytest.raises(FitError, match=r"order of the axes of stacked experts in 0\.19.*`base=`"):
+            convert(old, "peft", output=tmp_path / "b")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_peft_reads_todays_axes_where_an_older_one_wrote_them(name: str, square: bool, tmp_path: Path) -> None:
+    """gpt-oss holds its experts as ``(E, in, out)``: there PEFT 0.19 changed nothing, elsewhere it exchanged A and B."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 8 if square else 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 3}
+    config, cls = (getattr(transformers, f"{name}{kind}") for kind in ("Config", "ForCausalLM"))
+    cls(config(**sizes, tie_word_embeddings=False)).float().save_pretrained(tmp_path / "base")
+
+    def changes(folder: Path) -> dict[str, torch.Tensor]:
+        """What the folder adds to every weight, by PEFT."""
+        base, other = (cls.from_pretrained(tmp_path / "base", dtype=torch.float32) for _ in range(2))
+        merged = peft.PeftModel.from_pretrained(other, folder).merge_and_unload()
+        before = base.state_dict()
+        return {key: value - before[key] for key, value in merged.state_dict().items()}
+
+    base = cls.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters, init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "new")
+    fields, tensors = (
+        config_of(tmp_path / "new"),
+        safetensors.torch.load_file(tmp_path / "new/adapter_model.safetensors"),
+    )
+    fields, tensors = rewrites.peft_018(fields, tensors) if name == "Mixtral" else (fields, tensors)
+    old = write_peft(
+        tmp_path / "old", {k: v.numpy() for k, v in tensors.items()}, **fields | {"peft_version": "0.18.1"}
+    )
+
+    convert(old, "peft", base=tmp_path / "base", output=tmp_path / "written")
+    meant, written = changes(tmp_path / "new"), changes(tmp_path / "written")
+    assert sum(bool(change.any()) for change in meant.values()) == len(parameters)
+    for key, change in meant.items():
+        assert torch.allclose(written[key], change, atol=1e-6), key
 
 
 def test_an_adapters_name_in_its_keys_goes(tmp_path: Path) -> None:

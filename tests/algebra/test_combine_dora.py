@@ -67,9 +67,9 @@ def test_half_a_dora_merges_as_half_of_what_it_does(made: tuple[Path, Path, Path
 def test_without_base_or_rank_it_is_refused_and_the_way_is_named(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, dora, lora = made
     ways: list[tuple[dict[str, Any], str]] = [
-        ({}, "give the base (--base) and a rank (--rank), or merge"),
-        ({"base": base}, "give a rank (--rank), or merge"),
-        ({"rank": 8}, "give the base (--base), or merge"),
+        ({}, "give the base (`base=`) and a rank (`rank=`), or merge"),
+        ({"base": base}, "give a rank (`rank=`), or merge"),
+        ({"rank": 8}, "give the base (`base=`), or merge"),
     ]
     for options, way in ways:
         with pytest.raises(FitError, match=r"depends on the base|rank cannot change") as caught:

@@ -130,7 +130,7 @@ def test_what_cannot_be_told_or_done_is_said(tmp_path: Path) -> None:
     )
     with pytest.raises(FitError, match="how many rows") as caught:
         surgery.convert(fused, "peft", output=tmp_path / "x", projections="split")
-    assert "--base" in str(caught.value)
+    assert "`base=`" in str(caught.value)
     with pytest.raises(FitError, match="nothing to be fused"):
         surgery.convert(fused, "peft", output=tmp_path / "x", projections="fused")
     with pytest.raises(FitError, match="no layout"):

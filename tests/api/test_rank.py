@@ -73,6 +73,8 @@ def test_what_an_extraction_and_a_resize_cannot_do_is_refused(tmp_path: Path):
             surgery.combine([source, (source, 2)], rank=rank, dry_run=True)
     with pytest.raises(surgery.FitError, match="no size was chosen"):
         surgery.resize(source, rank=Rank(), dry_run=True)
+    with pytest.raises(surgery.FitError, match="no size was chosen"):
+        surgery.extract_lora(BASE, TUNED, rank=Rank(), dry_run=True)
 
 
 def test_combine_and_resize_take_an_error(tmp_path: Path):

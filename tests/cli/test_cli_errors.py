@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -13,10 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import surgery as library
 from surgery_cli.errors import fault_of, guarded
+from surgery_cli.group import COMMANDS, surgery
 from surgery_cli.options import Settings
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, OutputExistsError, ProofError, ResourceError
-from tests.support.kit import Run, environment, make_base, make_lora, spawn
+from surgery_formats.testing.plugins import installed_project
+from tests.support.kit import ROOT, Run, environment, make_base, make_lora, spawn
 
 HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\nerror: forged\u202e"
 
@@ -43,6 +49,85 @@ HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\nerror: forged\u202e"
 )
 def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int):
     assert fault_of(error).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("hint", "shown"),
+    [
+        ("give another name, or `overwrite=True`", "give another name, or --overwrite"),
+        ('`merge_to="delta"`, or `workers=2`', "--merge-to delta, or --workers 2"),
+        ("give it with `base=`, or `output=/x y`", "give it with --base, or -o /x y"),
+        ("`surgery merge` makes one", "`surgery merge` makes one"),
+        (None, None),
+    ],
+)
+def test_an_argument_in_a_hint_is_shown_as_its_option(hint: str | None, shown: str | None):
+    assert fault_of(FitError("no", hint=hint)).hint == shown
+
+
+def test_hints_of_the_library_name_arguments_that_the_command_has_options_for():
+    trees = [ast.parse(path.read_text()) for room in ("surgery", "formats") for path in (ROOT / room).rglob("*.py")]
+    hints = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "hint"]
+    texts = [ast.unparse(hint.value) for hint in hints]
+    assert not [text for text in texts if re.search(r"(?<![\w-])--[a-z]", text)]
+    named = {name for text in texts for name in re.findall(r"`(\w+)=[^`]*`", text)}
+    assert {"overwrite", "base", "allow_loss"} <= named
+    functions = (getattr(library, name.replace("-", "_"), None) for name in COMMANDS)
+    assert named <= {name for function in functions if function for name in inspect.signature(function).parameters}
+    context = click.Context(surgery)
+    commands = [command for name in COMMANDS if (command := surgery.get_command(context, name))]
+    options = {option for command in commands for parameter in command.params for option in parameter.opts}
+    assert {"--" + name.replace("_", "-") for name in named} <= options
+
+
+PLUGIN = """
+class Plugin:
+    name, title, needs_base, single_file, file_stems = "faulty", "", False, False, ()
+    written_as, suffixes = "faulty", (".faulty",)
+
+    def detect(self, path):
+        return {detected!r} and path.name.startswith("faulty")
+
+    def __getattribute__(self, name):
+        return object.__getattribute__(self, name) if name != {broken!r} else self.fail
+
+    def fail(self, *given):
+        raise ZeroDivisionError("oh")
+
+    read = render = open = lay_out = claim = None
+
+
+PLUGIN = Plugin()
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "broken", "words"),
+    [
+        ("adapter_formats", "detect", "inspect FAULTY"),
+        ("adapter_formats", "read", "inspect FAULTY"),
+        ("adapter_formats", "render", "convert LORA --to faulty -o OUT"),
+        ("containers", "detect", "inspect BASE"),
+        ("containers", "open", "inspect FAULTY"),
+        ("storages", "claim", "inspect BASE"),
+    ],
+)
+def test_a_plugin_that_fails_is_named(run: Run, base, lora, tmp_path, group: str, broken: str, words: str):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "faulty_plugin.py").write_text(PLUGIN.format(broken=broken, detected=broken != "render"))
+    entry = f'[project.entry-points."surgery.{group}"]\nfault = "faulty_plugin:PLUGIN"\n'
+    (project / "pyproject.toml").write_text(f'[project]\nname = "faulty"\n{entry}')
+    faulty = tmp_path / "faulty.faulty"
+    faulty.write_bytes(b"faulty")
+    places = {"FAULTY": faulty, "BASE": base, "LORA": lora, "OUT": tmp_path / "out"}
+    with installed_project(project):
+        sys.modules.pop("faulty_plugin", None)
+        result = run(*(places.get(word, word) for word in words.split()))
+    assert result.exit_code == 1
+    name = r"'fault' of surgery_plugin_under_test\w* 0"
+    assert re.search(f"internal error in the plugin {name}: ZeroDivisionError: oh", result.stderr)
+    assert "report to its authors" in result.stderr
 
 
 def test_a_missing_adapter_is_named_and_exits_with_3(run: Run, tmp_path):

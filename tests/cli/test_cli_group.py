@@ -66,6 +66,10 @@ def test_looking_does_not_import_torch_or_onnx(base, lora):
         assert not imported("inspect", str(reference), "--json") & {"torch", "onnx", "rich"}
 
 
+def test_a_dry_run_of_a_merge_does_not_import_torch(base, lora):
+    assert not imported("merge", str(base), str(lora), "--dry-run", "--json") & {"torch", "onnx", "rich"}
+
+
 def test_every_command_is_listed_in_order_of_use(run: Run):
     listed = run("--help").stdout.partition("Commands:")[2]
     places = [listed.index(f"  {name} ") for name in COMMANDS]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.engine import arithmetic
+from surgery.engine.arithmetic import compute
 from surgery.engine.plan import Compute
 from surgery.engine.shares import planned_merge
 from surgery_formats.errors import FitError
@@ -23,7 +23,7 @@ def computed(base: Path, lora: Path, dtype: str, device: str) -> dict[str, tuple
     for tensor in plan.computed():
         assert isinstance(tensor.step, Compute)
         parts: list[bytes] = []
-        (measured,) = arithmetic.compute(
+        (measured,) = compute(
             tensor.label, tensor.step, lambda _, at, raw, to=parts: to.append(bytes(raw)), lambda: False, device
         )
         found[tensor.label] = np.frombuffer(b"".join(parts), tensor.dtype.numpy).astype(np.float64), measured
@@ -35,7 +35,7 @@ def computed(base: Path, lora: Path, dtype: str, device: str) -> dict[str, tuple
 def test_numpy_and_torch_compute_the_same(
     dtype: str, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", elements)
     base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora", 0.02)
     mine, theirs = (computed(base, lora, dtype, device) for device in ("cpu", TORCH))
     spacing = {"bf16": 2.0**-7, "fp16": 2.0**-10, "fp32": 2.0**-22}[dtype]

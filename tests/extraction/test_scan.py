@@ -22,7 +22,7 @@ from surgery import Rank
 from surgery.engine.devices import devices_of
 from surgery.engine.proof import read_back
 from surgery.extraction.extraction_plan import stored_factor_specs
-from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, factorise, factorise_stack
+from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, factorise, factorise_stack
 from surgery.extraction.ranks import rank_goal
 from surgery.extraction.stream import batch, feed, lanes
 from surgery.extraction.stream.feed import DirectFeed, RowPair, StagedFeed
@@ -363,7 +363,7 @@ def test_a_stack_is_factorised_as_its_matrices_are(
         assert len(together) == 5
         for matrix, own, energy in zip(together, values, energies, strict=True):
             alone = factorise(
-                of(own), Criterion(rank=8), 8, [300], scratch, "cpu",
+                of(own), Rank.of(8), 8, [300], scratch, "cpu",
                 energies=[energy], moved=True, edge=0.5, plan=plan, transposed=transposed,
             )  # fmt: skip
             assert matrix.values == pytest.approx(alone.values, rel=0.01, abs=1e-6 * alone.values[0])
@@ -482,11 +482,11 @@ def test_a_lane_is_warmed_without_reading(pair: tuple[Path, Path], monkeypatch: 
     goal = rank_goal(Rank.of(4))
     specs = stored_factor_specs(goal, Scaling(None, False, 4), DType.BF16)
     scratch = ScratchFile(None)
-    warm = warming(layout, goal.criterion_of, specs, scratch)
+    warm = warming(layout, goal, specs, scratch)
     for _ in range(2):
         warm(Lane("cpu", DirectFeed(), DeviceMemory(None)), lambda: False)
     scratch.close()
-    shapes = {group.like.shape for group in batch.batches_of(layout, goal.criterion_of, specs)}
+    shapes = {group.like.shape for group in batch.batches_of(layout, goal, specs)}
     assert len(shapes) >= 2
     assert len(done) == 2 + len(shapes), "each lane a matrix, and all of them together one batch of each shape"
 

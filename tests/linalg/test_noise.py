@@ -63,7 +63,10 @@ def test_the_energy_of_noise_is_the_measured_rounding_of_one_side_or_both(dtype:
     variances = sum(spacing(side, dtype) ** 2 for side in (tuned, base)[:rounded]) / 12
     for start in range(0, 400, 64):
         add(tally, variances[start : start + 64], of)
+    assert tally.energy == pytest.approx(float(variances.sum()), rel=1e-6)
     assert tally.energy == pytest.approx(float((noise**2).sum()), rel=0.03)
+    edges = [float(variances.sum(axis).max()) ** 0.5 for axis in (0, 1)]
+    assert tally.edge == pytest.approx(sum(edges), rel=1e-6)
     assert 0.6 * tally.edge < float(numpy.linalg.norm(noise, 2)) < tally.edge
 
 

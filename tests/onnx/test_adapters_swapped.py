@@ -156,4 +156,4 @@ def test_a_soft_prompt_goes_into_no_slot(base, tmp_path):
     adapter = trained.train("llama", base, trained.PROMPTS["prompt"], tmp_path / "adapter")
     with pytest.raises(FitError, match="goes into no slot") as caught:
         export_onnx(base, swap=[adapter], output=tmp_path / "out")
-    assert "--prefix" in caught.value.hint
+    assert "`prefix=`" in caught.value.hint

@@ -19,7 +19,8 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.storage.plain import Plain
 from surgery_formats.storage.registry import claimed_weights, storage_kinds
-from surgery_formats.tensors.tensor import StoredTensor, ZeroTensor
+from surgery_formats.tensors.computed import zeros
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.testing.plugins import installed, installed_project
 from surgery_formats.testing.storage import STORAGE_CHECKS, StorageCase
 
@@ -189,7 +190,7 @@ def test_a_weight_without_stored_tensors_is_refused() -> None:
         name, title = "empty", ""
 
         def claim(self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[Plain]:
-            yield Plain.of(ZeroTensor("w", DType.F32, (2, 2)))
+            yield Plain.of(zeros("w", DType.F32, (2, 2)))
 
     with installed("surgery.storages", "empty", Claimer()), pytest.raises(MalformedError, match="'empty' claims 'w'"):
         claimed_weights({}, {})

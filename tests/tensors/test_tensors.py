@@ -18,8 +18,8 @@ from surgery_formats.models.tied_parameters import Tie, ties_by_place
 from surgery_formats.storage.base import read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import apply_chain
-from surgery_formats.tensors.computed import ComputedTensor, computed
-from surgery_formats.tensors.tensor import StoredTensor, Tensor, ZeroTensor, origin
+from surgery_formats.tensors.computed import ComputedTensor, computed, zeros
+from surgery_formats.tensors.tensor import StoredTensor, Tensor, origin
 from surgery_formats.tensors.unwritten import UnwrittenTensor
 from surgery_formats.tensors.views import Index, View, expert, interleaved, permute, rows, transpose, whole
 from surgery_formats.updates import Factor, LoRA
@@ -42,7 +42,7 @@ def test_a_matrix_of_computed_values_is_those_values_and_not_bytes_of_their_sour
 
 
 def test_a_matrix_of_zeros_reads_as_zeros_and_has_no_source() -> None:
-    matrix = Plain.of(ZeroTensor("bias", DType.BF16, (5,)))
+    matrix = Plain.of(zeros("bias", DType.BF16, (5,)))
     assert read_values(matrix, 0, 5).tolist() == [[0.0]] * 5
     assert matrix.sources == ()
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import surgery
-from surgery.engine import arithmetic
 from surgery.verbs.convert import convert
 from surgery.verbs.inspect import AdapterReport, inspect
 from surgery_formats.adapters.registry import read_adapter
@@ -23,7 +22,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.refs import resolve
 from surgery_formats.tensors.views import Index
-from surgery_formats.updates import Fit, Linear, Unsized
+from surgery_formats.updates import Fit, is_linear, is_unsized
 from tests.oracles import disk, measure, models, peft_oracle
 
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -57,7 +56,7 @@ def test_blocks_of_any_height_give_the_same(
 ) -> None:
     base, adapter = made(name, tmp_path)
     surgery.merge(base, adapter, output=tmp_path / "whole")
-    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", elements)
     surgery.merge(base, adapter, output=tmp_path / "blocks")
     whole, blocks = disk.read_tensors(tmp_path / "whole"), disk.read_tensors(tmp_path / "blocks")
     for key, value in whole.items():
@@ -84,7 +83,7 @@ def test_any_rows_and_columns_are_those_of_the_whole(name: str, tmp_path: Path) 
     for chain in adapter.updates.values():
         for given in chain:
             height, width = (size or 11 for size in given.shape)
-            update = given.fitted(Fit((height, width))) if isinstance(given, Unsized) else given
+            update = given.fitted(Fit((height, width))) if is_unsized(given) else given
             apply = update.prepare(Weight((height, width)))
             weight = draw.standard_normal((height, width))
             whole = apply(weight.copy(), range(height), range(width))
@@ -116,7 +115,7 @@ def test_a_rotation_meets_whole_groups_where_a_weight_is_stored_transposed(
     elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT has no OFT on GPT-2's Conv1D, whose storage rows are the columns that are mixed; blocks of 5 do not divide blocks of rows."""
-    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", elements)
     base = models.build_base("gpt2", tmp_path / "base", n_embd=40, n_head=4)
     angles = 0.3 * torch.randn(8, 10, generator=torch.Generator().manual_seed(1))
     fields = {"peft_type": "OFT", "peft_version": "0.21.2", "use_cayley_neumann": False}
@@ -149,7 +148,7 @@ def test_experts_trained_one_by_one_meet_a_fused_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_only_what_is_added_can_be_scaled_in_its_factors(name: str, tmp_path: Path) -> None:
     adapter = read_adapter(made(name, tmp_path)[1])
-    linear = {isinstance(update, Linear) for chain in adapter.updates.values() for update in chain}
+    linear = {is_linear(update) for chain in adapter.updates.values() for update in chain}
     assert linear == {name.partition("-")[0] in ("loha", "lokr", "vera")}
 
 
@@ -186,11 +185,11 @@ def test_other_formats_say_that_they_have_no_such_thing(name: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "why", "way"),
     [
-        ("ia3", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
-        ("oft", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
-        ("loha", "their sum has no low rank", "give a rank (--rank), or merge them"),
-        ("lokr", "their sum has no low rank", "give a rank (--rank), or merge them"),
-        ("vera", "their sum depends on the base", "give the base (--base) and a rank (--rank), or merge them"),
+        ("ia3", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
+        ("oft", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
+        ("loha", "their sum has no low rank", "give a rank (`rank=`), or merge them"),
+        ("lokr", "their sum has no low rank", "give a rank (`rank=`), or merge them"),
+        ("vera", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
         ("ln", "their sum depends on the base", "merge them"),
     ],
 )

@@ -260,7 +260,7 @@ def test_names_that_only_a_base_can_tell_apart(tmp_path: Path) -> None:
     )
     with pytest.raises(FitError, match="may be") as caught:
         combine([(one, 1.0), (other, 1.0)], output=tmp_path / "out")
-    assert "--base" in str(caught.value)
+    assert "`base=`" in str(caught.value)
     combine([(one, 1.0), (other, 1.0)], output=tmp_path / "out", base=llama(tmp_path / "base"))
     wanted = peft_deltas(one)["model.layers.0.self_attn.q_proj"] + peft_deltas(other)["layers.0.self_attn.q_proj"]
     assert_close(peft_deltas(tmp_path / "out"), {"model.layers.0.self_attn.q_proj": wanted})

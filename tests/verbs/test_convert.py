@@ -168,7 +168,7 @@ def test_a_pipeline_of_which_no_part_fits_is_refused(tmp_path: Path) -> None:
 
 
 def test_kohya_needs_the_base(tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="--base"):
+    with pytest.raises(FitError, match="`base=`"):
         convert(_simple(tmp_path / "a"), "kohya", output=tmp_path / "x.safetensors")
 
 
@@ -245,7 +245,25 @@ def test_a_writer_that_errs_is_caught_by_the_proof(
     with pytest.raises(ProofError, match="differ") as caught:
         convert(source, target, output=tmp_path / "out.safetensors", base=base)
     assert caught.value.exit_code == 5
+    assert caught.value.file == "out.safetensors"  # the hidden file is gone
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "number"),
+    [("mlx", "adapter_config.json", "'scale' is 5e"), ("compact", "compact.json", "'alpha' is 1e")],
+)
+def test_what_a_format_cannot_read_back_is_named_by_the_output(
+    target: str, config: str, number: str, tmp_path: Path
+) -> None:
+    q = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{q}.lora_A.weight": draw(1, 2, 6), f"{q}.lora_B.weight": draw(2, 6, 2)}
+    source = write_peft(tmp_path / "a", tensors, r=2, lora_alpha=1e300)
+    with pytest.raises(ProofError, match=f"{target} cannot read what was written: {number}") as caught:
+        convert(source, target, output=tmp_path / "out")
+    assert caught.value.file == str(tmp_path / "out" / config)
+    assert ".surgery-" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_half_precision_is_kept_and_folding_widens(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_every_format_and_family_is_listed() -> None:
     found = surgery.formats()
     assert [entry.name for entry in found.formats] == list(formats())
     assert {name for entry in found.families for name in entry.model_types} == {n for f in families() for n in f.names}
-    assert len(found.families) == len(families())
+    assert len(found.families) == len(list(families()))
     assert all(entry.title for entry in (*found.formats, *found.families))
     assert all(
         family_of({"model_type": name}).names == entry.model_types

@@ -17,7 +17,9 @@ import surgery
 from surgery_formats.binding import bind as binding
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models import identity
-from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.models.checkpoint import Checkpoint, Component, open_checkpoint
+from surgery_formats.storage.base import Storage
+from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.tensor import StoredTensor
 from tests.support.adapter_files import GOLDEN, draw, write_peft
 from tests.support.kit import make_base, make_lora
@@ -114,6 +116,21 @@ def test_no_adapter_is_bound_twice_to_one_base(
     call(inputs)
     assert not {adapter: times for adapter, times in bound.items() if times > 1}
     assert bound.total() == bindings
+
+
+def test_a_merge_makes_no_parameter_of_a_weight_that_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Counter[str] = Counter()
+    really_make = Component._parameter
+
+    def counted(component: Component, storage: Storage) -> Parameter:
+        made[storage.name] += 1
+        return really_make(component, storage)
+
+    monkeypatch.setattr(Component, "_parameter", counted)
+    plan = surgery.merge(BASE, LORA, dry_run=True).ledger.plan
+    changed = {tensor.name for tensor in plan.computed()}
+    assert len(changed) < len(plan.tensors)
+    assert made == dict.fromkeys(changed | {"model.embed_tokens.weight"}, 1)  # whose type is the model's
 
 
 HASHING: dict[str, Callable[[Path, Path, Path], Any]] = {

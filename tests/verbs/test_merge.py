@@ -356,7 +356,7 @@ def test_small_blocks_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     """Real matrices are many blocks; test models are one."""
     base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
     surgery.merge(base, lora, output=tmp_path / "one")
-    monkeypatch.setattr("surgery.engine.arithmetic.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", 100)
     surgery.merge(base, lora, output=tmp_path / "many")
     one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
     assert all(torch.equal(one[name], many[name]) for name in one)

@@ -144,5 +144,6 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, **op
     chosen = {name: options.pop(name) for name in ("rank", "energy", "max_error", "budget")}
     with bar(settings, "extracting") as progress:
         rank = option.rank_of(**chosen, patterns=patterns)
-        result = extract_lora(base, tuned, output=output, rank=rank, progress=progress, **options)
+        options |= {"rank": rank} if rank.choices else {}
+        result = extract_lora(base, tuned, output=output, progress=progress, **options)
     show_output("extract-lora", result, settings, output)

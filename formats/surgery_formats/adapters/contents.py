@@ -14,6 +14,7 @@ from surgery_formats.updates import (
     TokenRows,
     Update,
     in_full,
+    is_replacing,
     stack_of_loras,
 )
 
@@ -58,6 +59,6 @@ def contents_of(update: Update) -> Contents:
         dora,
         stack_of_loras(update),
         in_full(update),
-        update if isinstance(update, Replacing) else None,
+        update if is_replacing(update) else None,
         update if isinstance(update, TokenRows) else None,
     )

@@ -22,10 +22,11 @@ from surgery_formats.models.names import WeightSlice
 from surgery_formats.storage.base import is_stacked
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import Tensor, ZeroTensor
+from surgery_formats.tensors.computed import zeros
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import rows, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import Linear, Replacing, RowSetting, Update, transposed
+from surgery_formats.updates import Replacing, Update, is_linear, is_replacing, is_row_setting, transposed
 
 __all__ = ["Binding", "bind", "warn_of_other_base"]
 
@@ -135,10 +136,10 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
     slices = chain.slices
     for stored_update in chain.updates:
         update = _oriented(stored_update, chain.component, adapter)
-        if isinstance(update, Replacing):
+        if is_replacing(update):
             slices = (_replaced(update, slices, weight),)
-        linear = isinstance(update, Linear)
-        scaled = update.scaled(weight) if isinstance(update, Linear) and weight != 1.0 else update
+        linear = is_linear(update)
+        scaled = update.scaled(weight) if is_linear(update) and weight != 1.0 else update
         yield from _operations(scaled, slices, chain.site, number, 1.0 if linear else weight)
 
 
@@ -164,7 +165,7 @@ def _trained(edit: Edit) -> Iterator[Tensor]:
 def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component: Component) -> tuple[WeightSlice, ...]:
     """A new weight for a head that was added for a task and that the base lacks."""
     module = site.path.rpartition(".")[0]
-    if not (isinstance(chain[0], Replacing) and len(chain) == 1 and adapter.new_modules & set(module.split("."))):
+    if not (is_replacing(chain[0]) and len(chain) == 1 and adapter.new_modules & set(module.split("."))):
         return ()
     if any(segment.isdigit() for segment in module.split(".")):  # a layer the base lacks is no new head
         return ()
@@ -182,8 +183,8 @@ def _new_bias(site: Site, chain: tuple[Update, ...], component: Component) -> tu
     parameter = weights[0].parameter
     if not parameter.is_whole:
         return ()
-    zeros = ZeroTensor(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1])
-    return (WeightSlice(Parameter.of(zeros, component.name)),)
+    bias = zeros(name.removesuffix("weight") + "bias", DType.F32, parameter.shape[:1])
+    return (WeightSlice(Parameter.of(bias, component.name)),)
 
 
 def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
@@ -231,11 +232,11 @@ def _operations(
 ) -> Iterator[_BoundOperation]:
     """`update` cut to the pieces of the base that hold its weight."""
     check_fit(update, places)
-    if isinstance(update, Replacing):  # as the parameter is stored, whatever its orientation
+    if is_replacing(update):  # as the parameter is stored, whatever its orientation
         everything = whole(places[0].parameter.storage.shape)
         yield _BoundOperation(Operation(update, everything, site, number, share), places[0])
         return
-    by_number = isinstance(update, RowSetting)
+    by_number = is_row_setting(update)
     for first, part in update.parts():
         for place in places:
             view = place.parameter.view
@@ -256,7 +257,7 @@ def _edit(
 ) -> Edit:
     """The operations on one weight, its source being the base or the one adapter that replaces it."""
     operations = tuple(bound_operation.operation for bound_operation in bound)
-    replacements = [i for i, operation in enumerate(operations) if isinstance(operation.update, Replacing)]
+    replacements = [i for i, operation in enumerate(operations) if is_replacing(operation.update)]
     several = len({operation.adapter for operation in operations}) > 1
     if len(replacements) > 1 or (replacements and (several or replacements[0] != 0)):
         names = sorted({str(adapters[operation.adapter][0].path.name) for operation in operations})
@@ -266,7 +267,7 @@ def _edit(
     check_family(key[1], storage, component)
     is_new = component.aliases.get(key[1], key[1]) not in component.names.parameters
     first = operations[0]
-    if isinstance(first.update, Replacing) and first.share == 1.0:
+    if is_replacing(first.update) and first.share == 1.0:
         source = Plain.of(first.update.stored, stacked=is_stacked(storage))
         return Edit(*key, source, operations[1:], replaced=first, added=is_new)
     why = "the base adds no bias here" if is_new else ""

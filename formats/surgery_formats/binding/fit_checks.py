@@ -15,7 +15,7 @@ from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.views import View
 from surgery_formats.text import closest, listing, show
-from surgery_formats.updates import Replacing, RowSetting, Update
+from surgery_formats.updates import Update, is_replacing, is_row_setting
 
 __all__ = ["check_family", "check_fit", "check_mergeable", "check_missing", "check_overlap"]
 
@@ -40,7 +40,7 @@ def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
     """Refuse an update whose shape differs from its weight's, or a weight that is quantised."""
     parameter = places[0].parameter
     tensor = update.tensors[0]
-    if isinstance(update, Replacing):
+    if is_replacing(update):
         return
     if not parameter.storage.is_float:
         raise FitError(
@@ -50,7 +50,7 @@ def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
             hint="merge into the base it was quantised from",
         )
     height, width = extent(places)
-    if isinstance(update, RowSetting) and update.shape[1] == width:
+    if is_row_setting(update) and update.shape[1] == width:
         if (last := max(update.indices, default=-1)) < height:
             return
         raise FitError(

@@ -11,7 +11,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.text import listing
-from surgery_formats.updates import Fit, Unsized, Update
+from surgery_formats.updates import Fit, Update, is_unsized
 
 __all__ = ["component_of", "fit_of", "sized", "widest_of"]
 
@@ -55,7 +55,7 @@ def sized(adapter: Adapter, base: Checkpoint) -> Adapter:
     widest: dict[str, tuple[int, int]] = {}
 
     def fitted(site: Site, update: Update) -> Update:
-        if not isinstance(update, Unsized):
+        if not is_unsized(update):
             return update
         places = component_of(site, base).names.resolve(site.path, flat=site.flat)
         if not places:

@@ -17,7 +17,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Storage, read_rows
-from surgery_formats.updates import RowSetting, same_update
+from surgery_formats.updates import is_row_setting, same_update
 
 __all__ = ["same_values", "settle_tie"]
 
@@ -85,8 +85,7 @@ def _head_follows(embedding: Edit, component: Component, keeping: frozenset[int]
     """
     if embedding.operations:
         return all(
-            isinstance(operation.update, RowSetting) or operation.adapter in keeping
-            for operation in embedding.operations
+            is_row_setting(operation.update) or operation.adapter in keeping for operation in embedding.operations
         )
     if embedding.replaced is not None and embedding.replaced.adapter in keeping:
         return True

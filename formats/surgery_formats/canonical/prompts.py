@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 from surgery_formats.arrays import Array, all_finite, cast, dtype_of, namespace, wide
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import Tensor
 
@@ -62,7 +61,7 @@ class SoftPrompt:
         """Numbers trained (CPT: stored, its base's embeddings included)."""
         return self.table.numel
 
-    def embeddings(self, submodule: int = 0, dtype: DType | None = None) -> Array:
+    def embeddings(self, submodule: int = 0) -> Array:
         """The rows ``(virtual_tokens, dim)`` to put before the embedded input.
 
         A model that scales its embeddings does not scale these.
@@ -70,17 +69,16 @@ class SoftPrompt:
         Args:
             submodule: 0 for the model or its encoder; 1 for the decoder, whose rows PEFT stores but does not use when
                 it gets token ids.
-            dtype: Type of the result; float32 by default, float64 where stored so.
 
         Raises:
             FitError: keys and values instead of embeddings, or a value that is not a number.
         """
         if self.prefix is not None:
             raise self._error("holds keys and values, no embeddings")
-        values = self._values(dtype)
+        values = self._values()
         return values[submodule * self.virtual_tokens : (submodule + 1) * self.virtual_tokens]
 
-    def key_values(self, layer: int, dtype: DType | None = None) -> tuple[Array, Array]:
+    def key_values(self, layer: int) -> tuple[Array, Array]:
         """K and V of `layer` for the cache, each ``(kv_heads, virtual_tokens, head_dim)``.
 
         They take no rotary embedding.
@@ -89,7 +87,6 @@ class SoftPrompt:
 
         Args:
             layer: From 0.
-            dtype: As `embeddings`.
 
         Raises:
             FitError: embeddings instead of keys and values, or a value that is not a number.
@@ -98,7 +95,7 @@ class SoftPrompt:
             raise self._error("holds embeddings, no keys and values")
         entry = 2 * self.submodules * layer % (2 * self.prefix.layers)
         sizes = (self.virtual_tokens, 2 * self.prefix.layers, self.prefix.kv_heads, self.prefix.head_dim)
-        values = self._values(dtype)
+        values = self._values()
         values = namespace(values).permute_dims(values.reshape(sizes), (1, 2, 0, 3))
         return values[entry], values[entry + 1]
 
@@ -115,12 +112,12 @@ class SoftPrompt:
             raise self._error(f"is {list(shape)}, but the configuration says {[rows, width]}")
         return self
 
-    def _values(self, dtype: DType | None) -> Array:
-        """The table as a matrix, read when it is needed."""
+    def _values(self) -> Array:
+        """The table as a matrix in float32, or float64 where stored so, read when it is needed."""
         stored = self.table.read()
         if not self.table.dtype.is_floating_point:
             raise self._error(f"trained values of type {self.table.dtype.label}")
-        values = cast(stored, dtype or wide(dtype_of(stored)))
+        values = cast(stored, wide(dtype_of(stored)))
         if not all_finite(values):
             raise self._error("holds NaN or Inf")
         return values.reshape(-1, values.shape[-1])

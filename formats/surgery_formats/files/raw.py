@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import stat
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,14 @@ class File:
         done = read_all(self.fd, buffer, offset)
         if early := len(buffer) - done:
             raise MalformedError(f"the file ends at byte {offset + done}, {early} bytes early", file=self.path)
+
+    def blocks(self, offset: int, nbytes: int, step: int = 4 << 20) -> Iterator[memoryview]:
+        """`nbytes` bytes from `offset` in blocks of at most `step`; each is valid until the next one is requested."""
+        buffer = memoryview(bytearray(min(step, nbytes)))
+        for start in range(0, nbytes, step):
+            block = buffer[: nbytes - start]
+            self.read_into(block, offset + start)
+            yield block
 
     def check_unchanged(self) -> None:
         """Check that the file is still the one opened: this proves the ranges copied from it.

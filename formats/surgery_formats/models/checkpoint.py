@@ -22,7 +22,7 @@ from surgery_formats.models.names import Names
 from surgery_formats.models.side_files import side_files
 from surgery_formats.models.tied_parameters import ties_by_place
 from surgery_formats.storage.base import Storage
-from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.parameter import Parameter, Parameters
 from surgery_formats.storage.plain import Plain
 from surgery_formats.storage.registry import claimed_weights
 from surgery_formats.tensors.tensor import StoredTensor
@@ -65,9 +65,9 @@ class Component:
         return {name: claimed.get(name) or _plain(tensor) for name, tensor in self.tensors.items()}
 
     @cached_property
-    def parameters(self) -> dict[str, Parameter]:
+    def parameters(self) -> Parameters:
         """Every logical weight by name, in the order of their first stored tensors."""
-        return {owner.name: self._parameter(owner) for owner in self.owners.values()}
+        return Parameters({owner.name: owner for owner in self.owners.values()}, self._parameter)
 
     def _parameter(self, storage: Storage) -> Parameter:
         view = whole(storage.shape)
@@ -117,9 +117,7 @@ class Component:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """Names that share another's bytes: ``lm_head.weight`` -> ``model.embed_tokens.weight``."""
-        whole = {
-            name: parameter.sources[0] for name, parameter in self.parameters.items() if len(parameter.sources) == 1
-        }
+        whole = {owner.name: owner.sources[0] for owner in self.owners.values() if len(owner.sources) == 1}
         aliases = dict(self._preferred(tie.alias, tie.source) for tie in ties_by_place(whole))
         if self.tied and self.head and self.head not in self.parameters:
             aliases[self.head] = self.embedding
@@ -133,8 +131,7 @@ class Component:
     @cached_property
     def names(self) -> Names:
         """Resolves an adapter's names."""
-        own = {name: parameter for name, parameter in self.parameters.items() if name not in self.aliases}
-        return Names(own, self.aliases, self.family, self.name)
+        return Names(self.parameters.without(self.aliases), self.aliases, self.family, self.name)
 
     def _stored(self, name: str) -> str:
         if name in self.parameters:

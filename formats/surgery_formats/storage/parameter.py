@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from surgery_formats.arrays import Array, cast, dtype_of
@@ -14,7 +15,7 @@ from surgery_formats.tensors.apply import gather, scatter
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.tensors.views import View, whole
 
-__all__ = ["Parameter"]
+__all__ = ["Parameter", "Parameters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +82,29 @@ class Parameter:
         scatter(matrix, self.view.locate(0, rows), cast(weight, dtype_of(matrix)))
         written = self.storage.put(0, matrix, read_block(self.storage, 0, rows))
         return {self.sources[chunk.part]: bytes(chunk.data) for chunk in written}
+
+
+class Parameters(Mapping[str, Parameter]):
+    """Parameters by name, each made when it is first asked for: of most, an operation needs the name alone."""
+
+    def __init__(self, weights: Mapping[str, Storage], make: Callable[[Storage], Parameter]) -> None:
+        self._weights, self._make = weights, make
+        self._made: dict[str, Parameter] = {}
+
+    def __getitem__(self, name: str) -> Parameter:
+        if name not in self._made:
+            self._made[name] = self._make(self._weights[name])
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def without(self, names: Container[str]) -> Parameters:
+        """All but those that are called `names`."""
+        return Parameters({name: w for name, w in self._weights.items() if name not in names}, lambda w: self[w.name])

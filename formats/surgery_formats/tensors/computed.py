@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are computed when read: results of adapter algebra, which writers treat like those of a file."""
+"""Tensors that are computed when read: results of adapter algebra, which writers treat like those of a file; zeros."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from surgery_formats.arrays import Array, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.tensor import StoredTensor, Tensor, matrix_of
 
-__all__ = ["ComputedTensor", "computed"]
+__all__ = ["ComputedTensor", "computed", "zeros"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class ComputedTensor:
         dtype: Type to store it in.
         shape: Sizes.
         sources: The stored tensors it is computed from.
-        make: Its values, float64, up to a reshape. Called at every read; an expensive one should remember its result.
+        make: Its values, of `dtype` or wider, up to a reshape. Called at every read; an expensive one should remember its result.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ComputedTensor:
         return self.dtype.label
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
-        """Elements ``[start:stop]`` of the first axis, in float64.
+        """Elements ``[start:stop]`` of the first axis.
 
         The caller owns the result: `make` may cache its own.
         """
@@ -77,3 +77,14 @@ def computed(
     """A tensor called `name`, computed from `sources` and to be stored as `dtype`; see `ComputedTensor`."""
     stored = tuple(dict.fromkeys(source for tensor in sources for source in tensor.sources))
     return ComputedTensor(name, dtype, shape, stored, make)
+
+
+def zeros(name: str, dtype: DType, shape: tuple[int, ...]) -> ComputedTensor:
+    """Zeros that are stored nowhere: what a layer without a bias adds."""
+
+    def make() -> Array:
+        import numpy
+
+        return numpy.zeros(shape, dtype.numpy)
+
+    return ComputedTensor(name, dtype, shape, (), make)

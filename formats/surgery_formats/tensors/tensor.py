@@ -17,7 +17,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 
-__all__ = ["StoredTensor", "Tensor", "ZeroTensor", "as_bytes", "matrix_of", "origin"]
+__all__ = ["StoredTensor", "Tensor", "as_bytes", "matrix_of", "origin"]
 
 
 class Tensor(Protocol):
@@ -72,6 +72,8 @@ class Tensor(Protocol):
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
     """``(rows, cols)`` when flattened after the first axis; vectors are one column, scalars one element."""
+    if len(shape) == 2:
+        return shape
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
@@ -161,51 +163,6 @@ class StoredTensor:
         rows = max(stop - start, 0)
         raw = self.file.read(self.offset + start * row, rows * row)
         return numpy.ndarray((rows, *self.shape[1:]), dtype, raw)
-
-
-@dataclass(frozen=True, slots=True)
-class ZeroTensor:
-    """Zeros that are stored nowhere: what a layer without a bias adds."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes they would take."""
-        return self.dtype.nbytes(self.numel)
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """``(rows, cols)``, see `matrix_of`."""
-        return matrix_of(self.shape)
-
-    @property
-    def sources(self) -> tuple[StoredTensor, ...]:
-        """None."""
-        return ()
-
-    @property
-    def path(self) -> None:
-        """None."""
-
-    @property
-    def stored_type(self) -> str:
-        """Name of its type."""
-        return self.dtype.label
-
-    def read(self, start: int = 0, stop: int | None = None) -> Array:
-        """Zeros of the shape asked for."""
-        import numpy
-
-        zeros = numpy.zeros(self.shape, self.dtype.numpy)
-        return zeros[start:stop] if self.shape else zeros
 
 
 def as_bytes(values: Array) -> memoryview:

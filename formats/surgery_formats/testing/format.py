@@ -27,7 +27,7 @@ from surgery_formats.tensors.tensor import Tensor, as_bytes
 from surgery_formats.testing.foreign import foreign_paths
 from surgery_formats.testing.memory import adapter_of, in_memory
 from surgery_formats.testing.update import UpdateCase, accounts_for_its_tensors, answers_every_question
-from surgery_formats.updates import Apply, Effect, Factor, Fit, Unsized, Update, Weight
+from surgery_formats.updates import Apply, Effect, Factor, Fit, Update, Weight, is_unsized
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["FORMAT_CHECKS", "FormatCase", "assert_same_effect", "save"]
@@ -203,7 +203,7 @@ def _applied(chain: tuple[Update, ...], weight: Array) -> Array:
     """`weight` after a chain of updates."""
     for update in chain:
         fit = Fit((weight.shape[0], weight.shape[1]), 1, (weight.shape[0], weight.shape[1]))
-        fitted = update.fitted(fit) if isinstance(update, Unsized) else update
+        fitted = update.fitted(fit) if is_unsized(update) else update
         result = weight.copy()
         for first, part in fitted.parts():
             rows = range(part.shape[0]) if part.effect != "sets" else range(len(weight))

@@ -67,8 +67,7 @@ def _rebuilt(value: T, names: Iterator[str], known: dict[object, object], keep_t
         new = tuple(_rebuilt(item, names, known, keep_terms) for item in value)
     elif hasattr(value, "prepare"):  # an update
         parts = {field.name: getattr(value, field.name) for field in fields(value) if field.init}  # type: ignore[arg-type]
-        # where a scale was read, and how a stack would be held transposed, are matters of a file
-        parts |= dict.fromkeys(parts.keys() & {"noted", "if_transposed"}, ())
+        parts |= dict.fromkeys(parts.keys() & {"noted"}, ())  # where a scale was read is a matter of a file
         changed = {name: _rebuilt(part, names, known, keep_terms) for name, part in parts.items()}
         new = replace(value, **changed)  # type: ignore[type-var]
     return cast(T, new)

@@ -17,16 +17,16 @@ import numpy
 from surgery_formats.arrays import Array
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates import (
-    Directed,
     Effect,
     Fit,
-    InFull,
-    Linear,
-    Mixing,
-    Replacing,
-    RowSetting,
-    Unsized,
     Update,
+    is_directed,
+    is_in_full,
+    is_linear,
+    is_mixing,
+    is_replacing,
+    is_row_setting,
+    is_unsized,
 )
 from surgery_formats.updates.weights import HeldWeight
 
@@ -50,7 +50,7 @@ class UpdateCase:
     @property
     def sized(self) -> Update:
         """The update with all sizes."""
-        return self.update.fitted(self.fit) if isinstance(self.update, Unsized) else self.update
+        return self.update.fitted(self.fit) if is_unsized(self.update) else self.update
 
     @property
     def pieces(self) -> tuple[Update, ...]:
@@ -98,7 +98,7 @@ def any_block_is_a_part_of_the_whole(case: UpdateCase) -> None:
         weight = _weight(update.shape)
         whole = _applied(update, weight)
         rows, cols = range(update.shape[0]), range(update.shape[1])
-        group = update.group if isinstance(update, Mixing) else 1
+        group = update.group if is_mixing(update) else 1
         some_rows = tuple(_random(0).permutation(len(rows))[: len(rows) // 2 + 1].tolist())
         groups = _random(0).permutation(len(cols) // group)[: len(cols) // group // 2 + 1]
         some_cols = tuple(int(g) * group + i for g in groups for i in range(group)) if group == 1 else cols
@@ -136,8 +136,8 @@ def has_the_effect_it_states(case: UpdateCase) -> None:
 def is_linear_if_it_adds(case: UpdateCase) -> None:
     """What adds can be scaled, by any number; nothing else can."""
     update = case.sized
-    assert isinstance(update, Linear) == (update.effect == "adds")
-    if not isinstance(update, Linear):
+    assert is_linear(update) == (update.effect == "adds")
+    if not is_linear(update):
         return
     for factor in (0.0, -0.5, 3.0):
         scaled = update.scaled(factor)
@@ -165,18 +165,18 @@ def is_the_lora_it_gives(case: UpdateCase) -> None:
 def does_what_its_other_members_say(case: UpdateCase) -> None:
     """Members that only some updates have agree with what is done to a weight."""
     update = case.sized
-    if isinstance(update, InFull):
+    if is_in_full(update):
         weight = _weight(update.shape)
         _assert_close(_applied(update.in_full(), weight), _applied(update, weight), weight)
-    if isinstance(update, Replacing):
+    if is_replacing(update):
         weight, stored = _weight(update.shape), update.stored.read().reshape(update.shape)
         assert update.stored in update.tensors
         _assert_close(_applied(update, weight), stored.astype(weight.dtype), weight)
-    if isinstance(update, RowSetting):
+    if is_row_setting(update):
         weight = _weight(update.shape)
         changed = (_applied(update, weight) != weight).any(axis=1)
         assert sorted(set(update.indices)) == sorted(update.indices) == numpy.flatnonzero(changed).tolist()
-    if isinstance(update, Directed):
+    if is_directed(update):
         assert update.rebuilt(update.direction, update.magnitude) == update
         assert update.shape[0 if update.per_row else 1] % update.magnitude.shape[0] == 0
 

@@ -7,7 +7,7 @@ Add a kind as a file with a frozen dataclass that satisfies `update.Update`; `su
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.blend import blend
 from surgery_formats.updates.dora import DoRA
-from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, stack_of_loras, transposed
+from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
 from surgery_formats.updates.ia3 import IA3
 from surgery_formats.updates.loha import LoHa
 from surgery_formats.updates.lokr import LoKr
@@ -28,6 +28,14 @@ from surgery_formats.updates.update import (
     RowSetting,
     Unsized,
     Update,
+    is_directed,
+    is_either_way,
+    is_in_full,
+    is_linear,
+    is_mixing,
+    is_replacing,
+    is_row_setting,
+    is_unsized,
 )
 from surgery_formats.updates.vera import Seed, VeRA
 
@@ -63,7 +71,16 @@ __all__ = [
     "equal_factors",
     "experts_of",
     "in_full",
+    "is_directed",
+    "is_either_way",
+    "is_in_full",
+    "is_linear",
+    "is_mixing",
+    "is_replacing",
+    "is_row_setting",
+    "is_unsized",
     "low_rank_part",
+    "plain_form",
     "same_update",
     "settings",
     "stack_of_loras",

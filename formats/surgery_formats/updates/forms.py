@@ -6,19 +6,19 @@ from __future__ import annotations
 from surgery_formats.updates.lora import LoRA
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.stacked import Stacked
-from surgery_formats.updates.update import Directed, EitherWay, InFull, Update
+from surgery_formats.updates.update import Update, is_directed, is_either_way, is_in_full
 
-__all__ = ["experts_of", "in_full", "low_rank_part", "stack_of_loras", "transposed"]
+__all__ = ["experts_of", "in_full", "low_rank_part", "plain_form", "stack_of_loras", "transposed"]
 
 
 def low_rank_part(update: Update) -> LoRA | None:
     """All of an update, or what it adds before rows get their lengths, as one LoRA; None where it has no such part."""
-    return update.direction if isinstance(update, Directed) else update.low_rank()
+    return update.direction if is_directed(update) else update.low_rank()
 
 
 def in_full(update: Update) -> Offset | None:
     """An addition of which every number is stored; None for other updates."""
-    return update.in_full() if isinstance(update, InFull) else None
+    return update.in_full() if is_in_full(update) else None
 
 
 def experts_of(update: Update) -> tuple[Update, ...]:
@@ -37,6 +37,11 @@ def stack_of_loras(update: Update) -> Stacked | None:
     return Stacked(*loras) if loras[0] and list(map(len, loras)) == list(map(len, stacks)) else None
 
 
+def plain_form(update: Update) -> Update:
+    """The update as a LoRA, a stack of LoRAs or an offset, exactly; itself where it has none of these forms."""
+    return update.low_rank() or stack_of_loras(update) or in_full(update) or update
+
+
 def transposed(update: Update) -> Update | None:
     """A stack as it is for a base that stores experts as ``(E, in, out)``; None where the file alone tells the axes."""
-    return update.transposed() if isinstance(update, EitherWay) else None
+    return update.transposed() if is_either_way(update) else None

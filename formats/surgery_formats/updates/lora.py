@@ -56,6 +56,13 @@ class LoRA:
         """The same directions, `weight` times as far."""
         return replace(self, scale=self.scale * weight)
 
+    def transpose(self) -> LoRA:
+        """The LoRA of the transposed weight, ``s A^T B^T``: the same tensors, each in the other's place."""
+        A, B = self.A, self.B
+        down = Factor(B.tensors, (self.rank, B.shape[0]), lambda *stored: B.show(stored).T)
+        up = Factor(A.tensors, (A.shape[1], self.rank), lambda *stored: A.show(stored).T)
+        return replace(self, A=down, B=up)
+
     @property
     def untrained(self) -> tuple[Tensor, ...]:
         """What the scale was read from."""

@@ -4,17 +4,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from surgery_formats.updates.lora import LoRA
     from surgery_formats.updates.offset import Offset
     from surgery_formats.updates.replacement import Held
 
-__all__ = ["Directed", "EitherWay", "InFull", "Linear", "Mixing", "Replacing", "RowSetting", "Unsized", "Update"]
+__all__ = [
+    "Directed",
+    "EitherWay",
+    "InFull",
+    "Linear",
+    "Mixing",
+    "Replacing",
+    "RowSetting",
+    "Unsized",
+    "Update",
+    "is_directed",
+    "is_either_way",
+    "is_in_full",
+    "is_linear",
+    "is_mixing",
+    "is_replacing",
+    "is_row_setting",
+    "is_unsized",
+]
 
 
 class Update(Protocol):
@@ -70,7 +90,6 @@ class Update(Protocol):
         """Load the factors once and return the equation for blocks of `weight`."""
 
 
-@runtime_checkable
 class Linear(Update, Protocol):
     """An additive update: it can be scaled, and its deltas can be summed."""
 
@@ -78,7 +97,6 @@ class Linear(Update, Protocol):
         """The update that moves a weight `weight` times as far."""
 
 
-@runtime_checkable
 class InFull(Linear, Protocol):
     """An addition of which every number is stored, as for a bias."""
 
@@ -86,7 +104,6 @@ class InFull(Linear, Protocol):
         """The same update as one offset, exactly."""
 
 
-@runtime_checkable
 class Replacing(Update, Protocol):
     """A whole new parameter, oriented as the base stores it. Its first axis may be longer than the base's.
 
@@ -101,7 +118,6 @@ class Replacing(Update, Protocol):
     def held(self) -> Held: ...
 
 
-@runtime_checkable
 class RowSetting(Update, Protocol):
     """New values for rows that are known by their numbers: it fits every weight that has these rows.
 
@@ -113,7 +129,6 @@ class RowSetting(Update, Protocol):
     def indices(self) -> tuple[int, ...]: ...
 
 
-@runtime_checkable
 class Directed(Update, Protocol):
     """A low-rank addition, after which rows or columns get the lengths that were trained for them.
 
@@ -134,7 +149,6 @@ class Directed(Update, Protocol):
         """The update of the same kind with these two parts, for other rows of its weight."""
 
 
-@runtime_checkable
 class EitherWay(Update, Protocol):
     """A stack of experts whose file does not always tell which axis of an expert is the output."""
 
@@ -142,7 +156,6 @@ class EitherWay(Update, Protocol):
         """The same factors for a base that stores experts as ``(E, in, out)``; None where the file tells."""
 
 
-@runtime_checkable
 class Unsized(Update, Protocol):
     """An update whose file lacks sizes of its weight: a vector along one axis, one block for a whole diagonal."""
 
@@ -154,7 +167,6 @@ class Unsized(Update, Protocol):
         """
 
 
-@runtime_checkable
 class Mixing(Update, Protocol):
     """An update that mixes columns in groups: `apply` is given whole groups, even where a weight is stored transposed.
 
@@ -164,3 +176,58 @@ class Mixing(Update, Protocol):
 
     @property
     def group(self) -> int: ...
+
+
+_known: dict[tuple[type, str], bool] = {}
+
+
+def _has(update: Update, member: str) -> bool:
+    """Whether updates of its type have a member.
+
+    It is looked up once for a type: binding asks of every expert of every layer, and the test of a runtime-checkable
+    Protocol takes a thousand times as long.
+    """
+    key = type(update), member
+    if key not in _known:
+        _known[key] = hasattr(update, member)
+    return _known[key]
+
+
+def is_linear(update: Update) -> TypeIs[Linear]:
+    """Whether it is additive."""
+    return _has(update, "scaled")
+
+
+def is_in_full(update: Update) -> TypeIs[InFull]:
+    """Whether every number of what it adds is stored."""
+    return _has(update, "in_full")
+
+
+def is_replacing(update: Update) -> TypeIs[Replacing]:
+    """Whether it is a whole new parameter."""
+    return _has(update, "stored")
+
+
+def is_row_setting(update: Update) -> TypeIs[RowSetting]:
+    """Whether it sets rows by their numbers."""
+    return _has(update, "indices")
+
+
+def is_directed(update: Update) -> TypeIs[Directed]:
+    """Whether it gives lengths to rows or columns after a low-rank addition."""
+    return _has(update, "direction")
+
+
+def is_either_way(update: Update) -> TypeIs[EitherWay]:
+    """Whether it is a stack of which only the base may tell the axes."""
+    return _has(update, "transposed")
+
+
+def is_unsized(update: Update) -> TypeIs[Unsized]:
+    """Whether its file may lack sizes of its weight."""
+    return _has(update, "fitted")
+
+
+def is_mixing(update: Update) -> TypeIs[Mixing]:
+    """Whether it mixes columns in groups."""
+    return _has(update, "group")

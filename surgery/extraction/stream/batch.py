@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, factorise_stack
+from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, factorise_stack
 from surgery.extraction.pairing import Strip
+from surgery.extraction.ranks import RankGoal
 from surgery.extraction.stream.feed import ByteObserver, Read
 from surgery.extraction.stream.lanes import Lane
 from surgery.extraction.stream.scratch import ScratchFile
@@ -83,13 +84,13 @@ class Batch:
 
 def batches_of(
     layout: Layout,
-    criterion_of: Callable[[LowRankTarget], Criterion],
+    goal: RankGoal,
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
 ) -> tuple[Batch, ...]:
     """Two targets or more to a batch, in the order of the files; what fits into none is left out."""
     alike: dict[Likeness, list[LowRankTarget]] = {}
     for target in layout.targets:
-        like = None if target.path in layout.whole else _likeness(target, criterion_of(target), spec_of(target))
+        like = None if target.path in layout.whole else _likeness(target, goal, spec_of(target))
         if like is not None and like.numel <= _ELEMENTS:
             alike.setdefault(like, []).append(target)
     batches = []
@@ -100,17 +101,18 @@ def batches_of(
     return tuple(batches)
 
 
-def _likeness(target: LowRankTarget, criterion: Criterion, plan: StoredFactorSpec | None) -> Likeness | None:
+def _likeness(target: LowRankTarget, goal: RankGoal, plan: StoredFactorSpec | None) -> Likeness | None:
     """None for what a batch does not do: experts, embeddings, float64, and ranks that are yet to be found."""
     delta = target.deltas[0]
     strip = delta.strips[0]
-    if criterion.rank is None or plan is None or target.form not in ("linear", "conv"):
+    rank = None if goal.rank_of(target) is None else goal.limit(target)
+    if rank is None or plan is None or target.form not in ("linear", "conv"):
         return None
     if len(target.deltas) > 1 or len(delta.strips) > 1 or delta.dtype is not DType.F32:
         return None
     if not strip.height == strip.base.shape[0] == strip.tuned.shape[0]:
         return None
-    return Likeness(delta.shape, strip.base.dtype, strip.tuned.dtype, delta.transposed, criterion.rank, plan)
+    return Likeness(delta.shape, strip.base.dtype, strip.tuned.dtype, delta.transposed, rank, plan)
 
 
 def factorise_batch(

@@ -183,7 +183,7 @@ class Lanes:
                         raise
                     raise ResourceError(
                         f"{lane.device} has too little memory: {str(error).splitlines()[0][:200]}",
-                        hint="fewer --workers, or --device cpu",
+                        hint='fewer `workers=`, or `device="cpu"`',
                     ) from error
 
             return work

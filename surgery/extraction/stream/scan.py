@@ -17,8 +17,9 @@ from functools import partial
 
 import numpy
 
-from surgery.extraction.factorise import Criterion, FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
+from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
 from surgery.extraction.pairing import Delta, Pair, check_finite, flattened, nbytes_of, pair_up, with_columns
+from surgery.extraction.ranks import RankGoal
 from surgery.extraction.storage_plan import MOST_ROWS
 from surgery.extraction.stream.batch import Batch, batches_of, factorise_batch, warm_batch
 from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, RowPair
@@ -97,7 +98,7 @@ class ScanResult:
 
 def scan(
     layout: Layout,
-    criterion_of: Callable[[LowRankTarget], Criterion],
+    goal: RankGoal,
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
     scratch: ScratchFile,
     lanes: Lanes,
@@ -114,7 +115,7 @@ def scan(
     meter = _ReadMeter(sum(parameter.pair.nbytes for parameter in layout.parameters), progress)
     stream_jobs = _Work(
         {parameter.pair.name: parameter for parameter in layout.parameters},
-        criterion_of,
+        goal,
         spec_of,
         scratch,
         meter,
@@ -122,7 +123,7 @@ def scan(
     )
     jobs: list[tuple[int, Job]] = []
     lone: list[str] = []
-    batches = batches_of(layout, criterion_of, spec_of) if lanes.on_gpus else ()
+    batches = batches_of(layout, goal, spec_of) if lanes.on_gpus else ()
     jobs += [(batch.numel, partial(stream_jobs.batch, batch)) for batch in batches]
     batched = {target.path for batch in batches for target in batch.targets}
     for target in layout.targets:
@@ -145,7 +146,7 @@ def scan(
 
 def warming(
     layout: Layout,
-    criterion_of: Callable[[LowRankTarget], Criterion],
+    goal: RankGoal,
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
     scratch: ScratchFile,
 ) -> Job:
@@ -154,7 +155,7 @@ def warming(
     Together they do to made-up matrices all that `scan` does to real ones; nothing is read.
     """
     # one iterator, which the lanes share
-    waiting = iter({batch.like: batch for batch in batches_of(layout, criterion_of, spec_of)}.values())
+    waiting = iter({batch.like: batch for batch in batches_of(layout, goal, spec_of)}.values())
     strips = [strip for target in layout.targets[:1] for strip in target.deltas[0].strips[:1]]
 
     def warm(lane: Lane, stop: Stop) -> None:
@@ -179,7 +180,7 @@ def warming(
 @dataclass(frozen=True)
 class _Work:
     parameters: Mapping[str, TunedParameter]
-    criterion_of: Callable[[LowRankTarget], Criterion]
+    goal: RankGoal
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None]
     scratch: ScratchFile
     meter: _ReadMeter
@@ -253,11 +254,10 @@ class _Work:
         self.meter.add(sum(nbytes_of(strip.tuned) // strip.tuned.shape[0] * strip.height for strip in delta.strips))
         if not moved and len(target.deltas) == 1:
             return None
-        criterion = self.criterion_of(target)
         return factorise(
             delta if whole is None else whole,
-            criterion,
-            criterion.limit(target.cost),
+            self.goal.rank,
+            self.goal.limit(target),
             [strip.height for strip in delta.strips],
             self.scratch,
             lane.device,

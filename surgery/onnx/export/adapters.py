@@ -94,7 +94,7 @@ def sort_adapters(
         adapter, weight = weighted.adapter, weighted.weight
         chosen = role or ("prefix" if adapter.prompt is not None else "merged")
         if chosen != "merged" and weight != 1.0:
-            raise FitError(f"has the weight {weight:g} but is not merged", file=adapter.path, hint="merge it: --merge")
+            raise FitError(f"has the weight {weight:g} but is not merged", file=adapter.path, hint="merge it: `merge=`")
         name = unique(names, _name(adapter.path))
         names.add(name)
         roles[chosen].append(NamedAdapter(name, adapter, weight))

@@ -61,7 +61,7 @@ def prompt_form(requested: str, prompts: tuple[Prompt, ...], model: Model) -> Fo
         raise FitError(
             f"{no_embeddings.kind} cannot be rows of the vocabulary: {reason}",
             file=no_embeddings.adapter.path if no_embeddings.adapter else None,
-            hint="--prompt-form kv",
+            hint='`prompt_form="kv"`',
         )
     return "rows" if requested == "rows" else "kv"
 
@@ -104,7 +104,7 @@ class Assembly:
         if longest and built.contract.max_length < (1 if self.form == "front" else longest + 1):
             raise FitError(
                 f"{longest} virtual tokens leave no room in {built.contract.max_length}",
-                hint="use a larger --max-length",
+                hint="use a larger `max_length=`",
             )
         return built
 
@@ -155,7 +155,8 @@ class Assembly:
 
     def _pasts(self, location: WeightLocation) -> list[dict[str, Array]]:
         layers = len(self.model.layers)
-        stored = {prompt.name: stored_past(prompt, layers) for prompt in self.prompts if _is_stored(prompt)}
+        without = (prompt for prompt in self.prompts if prompt.embeddings is None and not prompt.ids)
+        stored = {prompt.name: stored_past(prompt, layers) for prompt in without}
         uncomputed = [prompt for prompt in self.prompts if prompt.name not in stored]
         computed = computed_past(uncomputed, self.component, self.model, self.options, location)
         pasts = {**stored, **{prompt.name: past for prompt, past in zip(uncomputed, computed, strict=True)}}
@@ -207,10 +208,6 @@ class Assembly:
     @staticmethod
     def _prompt_file(prompt: Prompt) -> str:
         return f"prompts/{prompt.name}.onnx_adapter"
-
-
-def _is_stored(prompt: Prompt) -> bool:
-    return prompt.embeddings is None and not prompt.ids
 
 
 def _numpy_type(options: GraphOptions) -> np.dtype[Any]:

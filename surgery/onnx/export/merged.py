@@ -69,7 +69,7 @@ def merged_weights(binding: Binding, layout: Layout) -> MergedWeights:
         raise FitError(
             "the adapter adds a bias that this architecture lacks: a graph can hold it, but not a checkpoint",
             tensor=new_biases[0],
-            hint="--merge-to delta",
+            hint='`merge_to="delta"`',
         )
     merge_plan = plan_merge(binding, packed=layout == "full")
     plan = merge_plan if layout == "full" else _delta(binding, merge_plan, component)

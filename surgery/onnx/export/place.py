@@ -107,11 +107,11 @@ def choose_mode(requested: str, output: Path, home: Path, weights: Sequence[File
             raise FitError(
                 "a graph can refer only to weights in its own folder",
                 file=output,
-                hint=f"-o {show(home, 200)}, or --weights copy or link",
+                hint=f'`output={show(home, 200)}`, or `weights="copy"` or link',
             )
         return "link" if requested == "link" else "copy"
     if requested in ("link", "copy"):
-        raise FitError("the weights are already in this folder", file=output, hint="--weights reference")
+        raise FitError("the weights are already in this folder", file=output, hint='`weights="reference"`')
     for file in weights:
         if os.path.realpath(file.path.parent) != os.path.dirname(os.path.realpath(file.path)):
             raise FitError(
@@ -312,7 +312,7 @@ def embed(model: onnx.ModelProto, files: Sequence[File]) -> None:
         if total > _PROTOBUF_LIMIT:
             raise FitError(
                 f"the weights exceed the {human(_PROTOBUF_LIMIT)} that one file can hold",
-                hint="--weights copy or link",
+                hint='`weights="copy"` or link',
             )
         tensor.raw_data = bytes(by_name[entry["location"]].read(int(entry["offset"]), int(entry["length"])))
         del tensor.external_data[:]

@@ -8,7 +8,6 @@ for the CPU and with embeddings instead of ids as input, and run once. Those of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS, twin
 from surgery.onnx.graph.virtual_tokens import Virtual
+from surgery.onnx.run.ports import cpu_session
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
@@ -66,7 +66,7 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
     """
     prompt = adapter.prompt
     if prompt is None:
-        raise FitError(f"{adapter.kind} has no virtual tokens", file=adapter.path, hint="--merge or --swap")
+        raise FitError(f"{adapter.kind} has no virtual tokens", file=adapter.path, hint="`merge=` or `swap=`")
     file, tensor = prompt.table.path, prompt.table.name
     if prompt.submodules != 1:
         raise FitError("the soft prompt is for an encoder and its decoder", file=file, tensor=tensor)
@@ -94,7 +94,7 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
             tensor=tensor,
             hint="is this the base it was trained on?",
         )
-    rows = prompt.embeddings(dtype=DType.F32)
+    rows = prompt.embeddings().astype(np.float32)
     return Prompt(name, prompt.kind, prompt.virtual_tokens, adapter, rows)
 
 
@@ -104,8 +104,8 @@ def stored_past(prompt: Prompt, layers: int) -> Past:
     assert prompt.adapter.prompt is not None
     past: Past = {}
     for layer in range(layers):
-        for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer, DType.F32), strict=True):
-            past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values[None])
+        for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer), strict=True):
+            past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values[None], np.float32)
     return past
 
 
@@ -145,7 +145,7 @@ def computed_past(
     Weights that override those of the checkpoint have been written already, to `location`.
 
     Raises:
-        FitError: onnxruntime is not installed, or cannot run the graph.
+        FitError: onnxruntime cannot run the graph.
     """
     sessions: dict[bool, Any] = {}
     pasts = []
@@ -182,24 +182,12 @@ def _feed(prompt: Prompt, model: Model) -> dict[str, Array]:
 
 def _session(graph: onnx.ModelProto, location: WeightLocation, component: Component) -> Any:
     """Open a session over the weights where they lie."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise FitError(
-            "onnxruntime is needed to compute keys and values of a prompt",
-            hint="pip install onnxruntime, or --prompt-form rows",
-        ) from error
     for tensor in graph.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = location.location(entry.value)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    key = "session.model_external_initializers_file_folder_path"
-    options.add_session_config_entry(key, os.fspath(location.folder.resolve()))
     try:
-        return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return cpu_session(graph.SerializeToString(), location.folder)
     except Exception as error:  # onnxruntime's own types
         raise FitError(f"onnxruntime cannot load it: {show(error, 500)}", file=component.folder) from error
 

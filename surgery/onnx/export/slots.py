@@ -32,7 +32,7 @@ __all__ = ["Swappable", "slot_arrays", "swappable"]
 
 Array = npt.NDArray[Any]
 Additions = tuple[tuple[LoRA, View], ...]
-_HINT = "merge it instead: --merge"
+_HINT = "merge it instead: `merge=`"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
         raise FitError(
             f"{adapter.kind} is a soft prompt, which goes into no slot",
             file=adapter.path,
-            hint="--prefix makes it swappable as keys and values",
+            hint="`prefix=` makes it swappable as keys and values",
         )
     binding = bind([(adapter, 1.0)], checkpoint, new_biases=True)
     component = checkpoint.main

@@ -129,7 +129,7 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
     weights.check(model.unused)
     if missing := options.slotted - {slot.weight for slot in ctx.slots}:
         raise FitError(
-            "the graph has no slot for this weight", tensor=min(missing), hint="merge the adapter instead: --merge"
+            "the graph has no slot for this weight", tensor=min(missing), hint="merge the adapter instead: `merge=`"
         )
     return ctx
 
@@ -137,12 +137,12 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
 def _length(model: Model, options: GraphOptions) -> int:
     limit = model.max_positions
     if options.max_length is not None and options.max_length < 1:
-        raise FitError(f"max_length is {options.max_length}", hint="--max-length must be at least 1")
+        raise FitError(f"max_length is {options.max_length}", hint="it is at least 1")
     if model.embedding.positions and options.max_length is not None and options.max_length > limit:
         raise FitError(
             f"the model has {limit} positions, but {options.max_length} were requested",
             tensor=model.embedding.positions,
-            hint=f"--max-length {limit} or less",
+            hint=f"`max_length={limit}` or less",
         )
     ropes = [layer.attention.rope for layer in model.layers if layer.attention.rope is not None]
     return min((longest(rope, options.max_length, limit) for rope in ropes), default=options.max_length or limit)

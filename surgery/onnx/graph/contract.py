@@ -2,22 +2,28 @@
 """The contract of a graph with its runner, stored in the file: padding, cache, virtual tokens, and its weight files.
 
 A graph that is run against its contract silently gives wrong results (padding on the wrong side: logits off by 3 to 7),
-so the runner relies on the contract alone, and `verify` checks it.
+so the runner relies on the contract alone, and `verify` checks it. onnxruntime checks no offsets: with another weight
+file the logits are garbage, so these files are compared with the contract as well.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from surgery_formats.errors import MalformedError
+import xxhash
+
+from surgery_formats.errors import MalformedError, ProofError
 from surgery_formats.files.bounded_json import parse_object
+from surgery_formats.files.output.manifest import is_safe_name
+from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
 
-__all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "from_metadata"]
+__all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "check_weight_files", "from_metadata"]
 
 TEXT = "TEXT"
 """Kind of a prompt given as text: the input continues it and gets no beginning-of-sequence token."""
@@ -191,3 +197,31 @@ def _fault(contract: Contract) -> str | None:
         if not (0 <= first < _LARGEST and 0 < count <= contract.max_length):
             return "vocabulary_rows"
     return None
+
+
+_HEADER_LIMIT = 100 << 20  # bytes of a safetensors header: the reference's limit
+_HINT = "the graph was made for another file; export it again"
+
+
+def check_weight_files(files: Iterable[WeightFile], folder: Path) -> dict[str, int]:
+    """Compare size and header of every file with the contract; sizes in bytes, by name.
+
+    Raises:
+        NotFoundError: a file is missing.
+        MalformedError: the name is not that of a file in the folder.
+        ProofError: the file differs from the one the graph was exported with.
+    """
+    sizes: dict[str, int] = {}
+    for record in files:
+        if not is_safe_name(record.name) or "/" in record.name:
+            raise MalformedError(f"the graph refers to the weight file '{show(record.name)}'", file=folder)
+        opened = open_file(folder / record.name)
+        if opened.size != record.size:
+            raise ProofError(f"has {opened.size} bytes instead of {record.size}", file=opened.path, hint=_HINT)
+        length = int.from_bytes(opened.read(0, 8), "little") if opened.size >= 8 else 0
+        if length > min(_HEADER_LIMIT, opened.size - 8):
+            raise ProofError("not a safetensors file", file=opened.path, hint=_HINT)
+        if xxhash.xxh3_128_hexdigest(bytes(opened.read(0, 8 + length))) != record.header:
+            raise ProofError("its header differs from the graph's contract", file=opened.path, hint=_HINT)
+        sizes[record.name] = opened.size
+    return sizes

@@ -69,13 +69,13 @@ def longest(rope: Rope, requested: int | None, limit: int) -> int:
         raise FitError(
             f"rotary tables of {requested or limit} positions do not fit into memory",
             file="config.json",
-            hint=f"--max-length {_ROWS} or less; a table takes 4 bytes per position and value of a head",
+            hint=f"`max_length={_ROWS}` or less; a table takes 4 bytes per position and value of a head",
         )
     if requested is not None and requested > rope.max_positions and rope.parameters["rope_type"] == "dynamic":
         raise FitError(
             f"dynamic rotary positions change with every token beyond {rope.max_positions}, so no graph has them",
             file="config.json",
-            hint=f"--max-length {rope.max_positions} or less",
+            hint=f"`max_length={rope.max_positions}` or less",
         )
     return requested or limit
 

@@ -68,7 +68,7 @@ def io_type(target: str, dtype: str, stored: DType) -> DType:
     if dtype not in _TYPES:
         raise FitError(f"no type '{show(dtype)}'", hint=f"auto, {', '.join(_TYPES)}")
     if dtype not in _RUNS[target]:
-        raise FitError(f"the target {target} cannot run {dtype}: {_WHY[target]}", hint=f"--dtype {_RUNS[target][0]}")
+        raise FitError(f"the target {target} cannot run {dtype}: {_WHY[target]}", hint=f'`dtype="{_RUNS[target][0]}"`')
     return _TYPES[dtype]
 
 

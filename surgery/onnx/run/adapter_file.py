@@ -37,21 +37,10 @@ _PARAMETERS = 1_000_000
 _DIMENSIONS = 64
 
 
-def write_adapter_file(
-    path: str | os.PathLike[str], arrays: Mapping[str, Array], *, adapter_version: int = 1, model_version: int = 1
-) -> int:
-    """Write `arrays` to `path`, ordered by name, and read them back.
+def write_adapter_file(path: str | os.PathLike[str], arrays: Mapping[str, Array]) -> int:
+    """Write `arrays`, by the name of the input they replace, to the new file `path`, and read them back; returns the bytes written.
 
     The file is written in place; write it to a staging folder to make it appear atomically.
-
-    Args:
-        path: The file, which must not exist.
-        arrays: Arrays by the name of the input they replace.
-        adapter_version: For the user.
-        model_version: For the user.
-
-    Returns:
-        Bytes written.
 
     Raises:
         FitError: no arrays, a type that ONNX lacks, or more data than a flatbuffer holds.
@@ -73,8 +62,8 @@ def write_adapter_file(
         value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, element(array.dtype))
         values[name] = value
     writer = onnxruntime.AdapterFormat()
-    writer.set_adapter_version(adapter_version)
-    writer.set_model_version(model_version)
+    writer.set_adapter_version(1)
+    writer.set_model_version(1)
     writer.set_parameters(values)
     with open(path, "xb"):
         pass  # reserves the name: onnxruntime itself would overwrite an existing file

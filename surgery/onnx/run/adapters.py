@@ -80,7 +80,7 @@ def fill_slots(
         inputs_of_slots = {*pairs, *pairs.values()}
         if extra := sorted(set(arrays) - inputs_of_slots):
             reason = "the graph has no such slot" if contract.slots else "the graph was exported without slots"
-            hint = closest(extra[0], inputs_of_slots) or "export it with --swap"
+            hint = closest(extra[0], inputs_of_slots) or "export it with `swap=`"
             raise FitError(reason, file=file, tensor=extra[0], hint=hint)
         for a, b in pairs.items():
             if (a in arrays) != (b in arrays):

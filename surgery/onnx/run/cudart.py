@@ -167,11 +167,11 @@ def _free(address: int) -> None:
         library.cudaFree(address)
 
 
-def copy_bandwidth(memory: CudaMemory, nbytes: int, repeats: int = 20) -> float:
+def copy_bandwidth(memory: CudaMemory, nbytes: int) -> float:
     """Median bytes per second moved by a copy of `nbytes` on the device; every byte is read once and written once."""
     source, target = memory.allocate(nbytes), memory.allocate(nbytes)
     seconds = []
-    for _ in range(repeats + 3):
+    for _ in range(23):  # the first three warm up
         memory.wait()
         began = time.perf_counter()
         memory.copy(source, target, nbytes)

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from surgery.onnx.graph.read_metadata import initializer_shapes
 from surgery.onnx.run.adapters import Past, past_names
-from surgery.onnx.run.binding import as_array, execute, uncaptured
 from surgery.onnx.run.growing import GrowingDecoder, RowByRow
 from surgery.onnx.run.opening import GraphSession, open_prefill
+from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.shared import SharedDecoder
 from surgery_formats.errors import FitError
@@ -147,7 +147,7 @@ def _present(graph: GraphSession, ids: Sequence[int], default: int | None) -> di
     outputs = [name.replace("past_key_values", "present") for name in names]
     for name in ("logits", *outputs):
         binding.bind_output(name, "cpu")
-    execute(graph.session, binding, uncaptured())
+    execute(graph.session, binding, run_options())
     _, *values = binding.get_outputs()
     arrays = {}
     for name, output, value in zip(names, outputs, values, strict=True):

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.run.binding import as_array, execute, uncaptured
 from surgery.onnx.run.opening import GraphSession
+from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
@@ -56,10 +56,7 @@ class EncoderOutput:
 
 def labels(graph: GraphSession) -> list[str]:
     """``id2label`` of config.json, in order; empty if it is missing or incomplete."""
-    try:
-        labels_by_id = read_object(graph.folder / "config.json").get("id2label")
-    except NotFoundError:
-        return []
+    labels_by_id = _setting(graph, "id2label")
     if not isinstance(labels_by_id, dict) or sorted(labels_by_id) != sorted(str(n) for n in range(len(labels_by_id))):
         return []
     return [str(labels_by_id[str(n)]) for n in range(len(labels_by_id))]
@@ -101,24 +98,26 @@ def encode(graph: GraphSession, rows: Rows) -> EncoderOutput:
             raise FitError(f"the runner does not support the input '{name}'", file=graph.path)
     for name in graph.outputs:
         binding.bind_output(name, "cpu")
-    execute(graph.session, binding, uncaptured())
+    execute(graph.session, binding, run_options())
     values = dict(zip(graph.outputs, binding.get_outputs(), strict=True))
     arrays = {name: as_array(value, graph.outputs[name]) for name, value in values.items()}
     return EncoderOutput(arrays, tuple(len(row) for row in rows), _problem(graph))
 
 
-def _problem(graph: GraphSession) -> str:
+def _setting(graph: GraphSession, key: str) -> object:
+    """A value of the config.json beside the graph; None if there is none."""
     try:
-        value = read_object(graph.folder / "config.json").get("problem_type")
+        return read_object(graph.folder / "config.json").get(key)
     except NotFoundError:
-        return ""
+        return None
+
+
+def _problem(graph: GraphSession) -> str:
+    value = _setting(graph, "problem_type")
     return value if isinstance(value, str) else ""
 
 
 def _padding_token(graph: GraphSession) -> int:
     """The padding token, which RoBERTa's positions skip."""
-    try:
-        value = read_object(graph.folder / "config.json").get("pad_token_id")
-    except NotFoundError:
-        return 0
+    value = _setting(graph, "pad_token_id")
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.run.adapters import Past, past_names
-from surgery.onnx.run.binding import as_array, execute, uncaptured
 from surgery.onnx.run.opening import GraphSession
+from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError
 
@@ -115,7 +115,7 @@ class GrowingDecoder:
         binding.bind_output("logits", "cpu")
         for name in self._names:
             binding.bind_output(name.replace("past_key_values", "present"), *where)
-        execute(graph.session, binding, uncaptured())
+        execute(graph.session, binding, run_options())
         logits, *present = binding.get_outputs()
         self._cache = dict(zip(self._names, present, strict=True))
         return as_array(logits, graph.outputs["logits"])

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.graph.contract import Contract, from_metadata
+from surgery.onnx.graph.contract import Contract, check_weight_files, from_metadata
 from surgery.onnx.graph.read_metadata import read_metadata
-from surgery.onnx.graph.weight_files import check_weight_files
 from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract
 from surgery.onnx.run.memory import HostMemory, Memory
@@ -232,7 +231,7 @@ def _session(
 
     if memory.device == "cpu" and contract is not None and contract.dtype == "bf16":
         raise FitError(
-            "a bf16 graph does not run on the cpu", file=path, hint="export with --dtype fp32 or --target cpu"
+            "a bf16 graph does not run on the cpu", file=path, hint='export with `dtype="fp32"` or `target="cpu"`'
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs and outputs of a session: name, type, shape, and the numpy view of their bytes."""
+"""A session: names, types and shapes of its inputs and outputs, its runs, and their values as arrays."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["Port", "element", "ports"]
+__all__ = ["Port", "as_array", "cpu_session", "element", "execute", "ports", "run_options"]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # onnx.proto3, TensorProto.DataType, under onnxruntime's names
@@ -72,3 +76,45 @@ def ports(nodes: Iterable[Any]) -> dict[str, Port]:
         number, kind = _TYPES[node.type]
         result[node.name] = Port(node.name, number, np.dtype(kind), tuple(node.shape))
     return result
+
+
+def cpu_session(graph: bytes, folder: Path) -> Any:
+    """A session on the CPU over the weight files in `folder`, which stay mapped; onnxruntime's own errors are raised."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # failures are raised, so they need not be logged too
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.fspath(folder.resolve())
+    )
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def execute(session: Any, binding: Any, options: Any) -> None:
+    """Run the session with its binding.
+
+    Raises:
+        FitError: onnxruntime fails; some requirements of kernels show only at run time.
+    """
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:  # onnxruntime's own types and RuntimeError
+        raise FitError(f"onnxruntime cannot run the graph: {show(error, 500)}") from error
+
+
+def as_array(value: Any, port: Port) -> npt.NDArray[Any]:
+    """Return a value on the cpu as an array, including types that numpy itself lacks."""
+    shape = tuple(value.shape())
+    nbytes = port.dtype.itemsize * int(np.prod(shape))
+    raw = ctypes.string_at(value.data_ptr(), nbytes) if nbytes else b""
+    return np.frombuffer(raw, port.dtype).reshape(shape)
+
+
+def run_options(number: int = -1) -> Any:
+    """Options of a run without a CUDA graph; with a `number`, of runs captured as that graph once, and then replayed."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options

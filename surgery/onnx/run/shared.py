@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from surgery.onnx.graph.contract import PAD_SWITCH
 from surgery.onnx.run.adapters import Past, past_names
-from surgery.onnx.run.binding import captured, execute, uncaptured
 from surgery.onnx.run.growing import GrowingDecoder
 from surgery.onnx.run.memory import Buffer, DeviceScratch
 from surgery.onnx.run.opening import GraphSession
+from surgery.onnx.run.ports import execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError
 
@@ -84,7 +84,7 @@ class SharedDecoder:
             self._positions_buffer,
             self._logits_buffer,
         )
-        self._options = captured(next(_recordings)) if graph.cuda_graph else uncaptured()
+        self._options = run_options(next(_recordings) if graph.cuda_graph else -1)
 
     @property
     def room(self) -> int:
@@ -172,7 +172,7 @@ class SharedDecoder:
                 self._bindings.clear()
             binding = self._bind(rows_of_cache, ids.shape, buffers[0], buffers[1], mask.shape[1], buffers[2], logits)
             self._bindings[key] = binding
-        execute(self._graph.session, binding, uncaptured())
+        execute(self._graph.session, binding, run_options())
         ends = new.sum(1)
         self.lengths[rows_of_cache] += ends
         last = [memory.read(logits.address + (r * width + int(end) - 1) * size, size) for r, end in enumerate(ends)]

@@ -50,11 +50,11 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     """
     file = folder / NAME
     if not file.exists():
-        raise NotFoundError(f"no {NAME} beside the graph", file=folder, hint="copy the base model's, or give --ids")
+        raise NotFoundError(f"no {NAME} beside the graph", file=folder, hint="copy the base model's, or give token ids")
     try:
         import tokenizers
     except ImportError as error:
-        raise FitError("text needs the package tokenizers", hint="pip install tokenizers, or give --ids") from error
+        raise FitError("text needs the package tokenizers", hint="pip install tokenizers, or give token ids") from error
     source = open_file(file)
     if source.size > TOKENIZER_LIMIT:
         raise MalformedError(f"has {source.size} bytes (at most {TOKENIZER_LIMIT} are read)", file=file)

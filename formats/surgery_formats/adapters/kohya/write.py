@@ -44,7 +44,7 @@ def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         FitError: no base, or a weight it does not have.
     """
     if base is None:
-        raise FitError("module names of this format come from the base", file=adapter.path, hint="give it with --base")
+        raise FitError("module names of this format come from the base", file=adapter.path, hint="give it with `base=`")
     ledger = ConversionLedger()
     names = {component.name: _Namer(component, base) for component in base.components.values()}
     fitting: dict[str, _Fitting] = {}

@@ -69,7 +69,7 @@ class _Peft:
         return described(adapter, self.scaling)
 
     def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
-        """See `configuration.inherited`."""
+        """See `write_config.inherited`."""
         from surgery_formats.adapters.peft.write_config import inherited
 
         return inherited(adapters, updates)

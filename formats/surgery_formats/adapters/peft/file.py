@@ -16,7 +16,7 @@ from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.updates import Factor, Replacing, Update
+from surgery_formats.updates import Factor, Replacing, Update, is_replacing
 
 __all__ = ["PeftFile"]
 
@@ -123,7 +123,7 @@ class PeftFile:
             why: Why it is dropped, if the kind has a more specific reason than that it holds no such update.
             by_key: Whether the ledger names the key, or else how the parameter is stored.
         """
-        if not isinstance(update, Replacing) or why:
+        if not is_replacing(update) or why:
             self.drop(site, update, why or f"files of the kind {self.kind} have no {update.kind}")
             return
         key, how = self._replaced(site, update)
@@ -147,7 +147,7 @@ class PeftFile:
         if self.own is not None:
             wrapped = targeted or module in self.rows
             return (inside if wrapped and update.held != "copy" else plain), "modules_to_save"
-        if leaf == "bias" and update.held != "copy" and not any(isinstance(other, Replacing) for other in beside):
+        if leaf == "bias" and update.held != "copy" and not any(is_replacing(other) for other in beside):
             if not self.has_biases:
                 return "", "this kind stores no biases"
             self.whole_biases = True

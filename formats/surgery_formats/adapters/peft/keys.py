@@ -10,16 +10,7 @@ from surgery_formats.canonical.adapter import Ignored
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = [
-    "HEADS",
-    "INSIDE_ATTENTION",
-    "PREFIX",
-    "ROOT",
-    "Sorted",
-    "ancestors",
-    "sort_tensors",
-    "unwrapped",
-]
+__all__ = ["HEADS", "INSIDE_ATTENTION", "PREFIX", "ROOT", "Sorted", "ancestors", "sort_tensors", "unwrapped"]
 
 ROOT = "base_model."
 """What the names of tensors of the whole adapter begin with, and those beside a soft prompt."""

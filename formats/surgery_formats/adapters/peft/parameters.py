@@ -13,6 +13,7 @@ from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.arrays import Array
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
@@ -26,6 +27,7 @@ __all__ = [
     "parameter_lora",
     "put_parameters",
     "targeted_parameters",
+    "todays_order",
     "wrappers_of",
 ]
 
@@ -155,6 +157,25 @@ class StackedParameter:
     def name(self) -> str:
         """The parameter's, within its module."""
         return self.site.path.rpartition(".")[2]
+
+
+def todays_order(file: PeftFile, site: Site, update: Stacked) -> Stacked:
+    """The stack with its axes as PEFT has read them since 0.19: by how the base holds its experts.
+
+    Raises:
+        FitError: the stack does not leave that open (its file is older, or of another format), and the base is not known.
+    """
+    if update.if_transposed:
+        return update
+    family = None if file.base is None else component_of(site, file.base).family
+    if family is None or not family.known:
+        raise FitError(
+            "PEFT changed the order of the axes of stacked experts in 0.19: only the base tells today's from the old one",
+            file=update.tensors[0].path,
+            tensor=update.tensors[0].name,
+            hint="give it with `base=`",
+        )
+    return Stacked(tuple(expert.transpose() for expert in update.experts)) if family.experts_transposed else update
 
 
 def put_parameters(file: PeftFile, stacks: Sequence[StackedParameter]) -> None:

@@ -94,11 +94,11 @@ def _check_sites(adapter: Adapter, base: Checkpoint | None) -> None:
         raise FitError(
             f"a PEFT folder holds one model's adapter, this one has {listing(components)}",
             file=adapter.path,
-            hint="choose one with --component",
+            hint="choose one with `component=`",
         )
     if base is None and any(site.flat for site in adapter.updates):
         raise FitError(
             "its module names are flattened: only the base tells them apart",
             file=adapter.path,
-            hint="give it with --base",
+            hint="give it with `base=`",
         )

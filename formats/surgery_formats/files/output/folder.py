@@ -33,21 +33,13 @@ from surgery_formats.files.output.manifest import (
     safe_name,
     verify_folder,
 )
-from surgery_formats.files.output.output_file import OutputFile, check_disk, output_faults
+from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.output.resume import Finished, has_size, parse_line, same_digest
 from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.raw import File
 from surgery_formats.text import listing, show
 
-__all__ = [
-    "FileRecord",
-    "OutputFile",
-    "OutputFolder",
-    "Verify",
-    "check_disk",
-    "output_folder",
-    "verify_folder",
-]
+__all__ = ["FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder", "verify_folder"]
 
 Verify = Callable[[Path, FileRecord], bool]
 

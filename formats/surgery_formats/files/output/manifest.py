@@ -34,7 +34,6 @@ __all__ = [
 MANIFEST = "surgery_manifest.json"
 FORMAT = "surgery-manifest/1"
 
-_CHUNK = 4 << 20
 _NAME_LIMIT = 240  # bytes; file systems allow 255, and ".part" is appended while writing
 # Device names on Windows, where an output may be copied to.
 _DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?\Z", re.DOTALL)
@@ -109,10 +108,7 @@ def file_digest(path: str | os.PathLike[str], kind: str) -> str:
     """
     state: _Hash = xxhash.xxh3_128() if kind == "xxh3" else hashlib.sha256()
     opened = open_file(path)
-    buffer = memoryview(bytearray(min(_CHUNK, opened.size)))
-    for offset in range(0, opened.size, _CHUNK):
-        block = buffer[: opened.size - offset]
-        opened.read_into(block, offset)
+    for block in opened.blocks(0, opened.size):
         state.update(block)
     return state.hexdigest()
 

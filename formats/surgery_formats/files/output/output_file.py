@@ -17,7 +17,7 @@ from surgery_formats.files.output.kernel_copy import copy_range, reserve, start_
 from surgery_formats.files.raw import File, read_all
 from surgery_formats.text import nbytes as readable
 
-__all__ = ["OutputFile", "check_disk", "output_faults"]
+__all__ = ["OutputFile", "output_faults"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 # Bytes written between two requests to start writeback: a request costs a system call, and disks like long runs.
@@ -48,7 +48,7 @@ def _fault(error: OSError, path: Path, needed: int | None) -> ResourceError:
         )
     if error.errno == errno.EFBIG:
         return ResourceError(
-            "larger than this file system or `ulimit -f` allows", file=path, hint="use a smaller --shard-size"
+            "larger than this file system or `ulimit -f` allows", file=path, hint="use a smaller `shard_size=`"
         )
     return ResourceError(f"cannot be written ({error.strerror or error})", file=path)
 
@@ -59,21 +59,6 @@ def _free(path: Path) -> int:
         with suppress(OSError):
             return shutil.disk_usage(ancestor).free
     return 0
-
-
-def check_disk(parent: str | os.PathLike[str], needed: int) -> None:
-    """Refuse a job that cannot fit on the disk, before it starts.
-
-    Raises:
-        ResourceError: fewer than `needed` bytes are free below `parent`.
-    """
-    free = _free(Path(parent))
-    if free < needed:
-        raise ResourceError(
-            f"not enough disk: {readable(needed)} needed, {readable(free)} free",
-            file=parent,
-            hint="free some space or write to another disk",
-        )
 
 
 class OutputFile:

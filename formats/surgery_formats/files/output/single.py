@@ -134,4 +134,4 @@ def _open_hidden(hidden: Path, shown: Path) -> int:
 
 
 def _exists(shown: Path) -> OutputExistsError:
-    return OutputExistsError("already exists", file=shown, hint="give another name, or --overwrite")
+    return OutputExistsError("already exists", file=shown, hint="give another name, or `overwrite=True`")

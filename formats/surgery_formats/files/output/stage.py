@@ -213,7 +213,7 @@ class Stage:
                 "exists and is not a folder", file=self.shown, hint="remove it, or write elsewhere"
             )
         return OutputExistsError(
-            "already exists", file=self.shown, hint="use --overwrite to replace it, or write elsewhere"
+            "already exists", file=self.shown, hint="use `overwrite=True` to replace it, or write elsewhere"
         )
 
     def _refuse_existing(self) -> None:

@@ -11,7 +11,7 @@ from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, Peft
 from surgery_formats.adapters.peft.read_config import COMMON, Switches
 from surgery_formats.adapters.peft.write_config import targets
 from surgery_formats.canonical.adapter import Site
-from surgery_formats.updates import Factor, Replacement, Replacing, Update
+from surgery_formats.updates import Factor, Replacement, Update, is_replacing
 
 __all__ = ["LN_TUNING"]
 
@@ -31,14 +31,14 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     """Copies of normalisation layers; a module of another kind that was trained in full is saved as with every kind."""
     file.targets = set()
     for site, update in updates:
-        if isinstance(update, Replacing) and site.module_kind == "norm":
+        if is_replacing(update) and site.module_kind == "norm":
             module, _, leaf = site.path.rpartition(".")
             key = f"{file.prefix}{module}.ln_tuning_layers.{leaf}"
             file.add(NewTensor(key, update.stored.dtype, update.stored.shape, update.stored.read))
             file.ledger.keep(site, update, "exact", key)
             file.targets.add(module)
     for site, update in updates:
-        if not (isinstance(update, Replacing) and site.module_kind == "norm"):
+        if not (is_replacing(update) and site.module_kind == "norm"):
             file.hold_other(site, update)
     file.fields = {"target_modules": targets(file)}
 

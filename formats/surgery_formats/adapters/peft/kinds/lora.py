@@ -19,6 +19,7 @@ from surgery_formats.adapters.peft.parameters import (
     parameter_lora,
     put_parameters,
     targeted_parameters,
+    todays_order,
 )
 from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
 from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
@@ -216,7 +217,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
             if len({expert.rank for expert in held.stack.experts}) > 1:
                 file.drop(site, held.update, "its experts have several ranks")
             else:
-                stacks.append(StackedParameter(site, held.update, held.stack))
+                stacks.append(StackedParameter(site, held.update, todays_order(file, site, held.stack)))
         elif held.stack:
             _put_experts(file, site, held.update)
         elif held.offset:

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the arguments of verbs by their annotations, so that a wrong type is one clear error everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
+
+from surgery_formats.errors import UsageError
+
+__all__ = ["check_types", "checked", "wrong_type"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "int": (lambda value: isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
+    "float": (lambda value: isinstance(value, Real) and not isinstance(value, bool), "a number"),
+    "Callback": (callable, "a function that takes a surgery.Progress"),
+    "Callable[[int, str], None]": (callable, "a function that takes a number and a text"),
+    "Engine": (lambda value: hasattr(value, "computing"), "an engine such as surgery.engine.shares.Shares"),
+}
+"""By annotation; what has another one is checked where it is read."""
+
+
+def checked(verb: Callable[P, R]) -> Callable[P, R]:
+    """`verb` with its keyword arguments checked before it runs (`check_types`)."""
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_types(verb.__annotations__, kwargs)
+        return verb(*args, **kwargs)
+
+    return run
+
+
+def check_types(annotations: Mapping[str, str], arguments: Mapping[str, object]) -> None:
+    """Check arguments that are flags, numbers, functions or engines.
+
+    Raises:
+        UsageError: one is of another type.
+    """
+    for name, value in arguments.items():
+        annotation = annotations.get(name, "")
+        expected = _EXPECTED.get(annotation.removesuffix(" | None"))
+        if expected and not (value is None and annotation.endswith(" | None")) and not expected[0](value):
+            raise wrong_type(value, name, expected[1])
+
+
+def wrong_type(value: object, argument: str, expected: str) -> UsageError:
+    """The error for an argument of a wrong type; `expected` says what it is."""
+    return UsageError(f"{argument} is {expected}, not {type(value).__name__}")

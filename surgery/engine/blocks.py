@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks in which a weight is computed: their height, and the memory that takes. Imported without numpy."""
+
+from __future__ import annotations
+
+import math
+
+from surgery.engine.plan import Compute, PlannedTensor
+from surgery_formats.updates import is_mixing
+
+__all__ = ["BLOCK_ELEMENTS", "block_bytes", "block_height"]
+
+BLOCK_ELEMENTS = 1 << 19
+"""Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend
+on nothing else."""
+
+
+def block_height(width: int, step: Compute) -> int:
+    """Storage rows per block.
+
+    A multiple of the rows that can be put alone, and of the columns that are mixed where the storage holds them as
+    rows.
+    """
+    height = max(1, BLOCK_ELEMENTS // max(width, 1))
+    mixed = [operation.update for operation in step.operations if operation.view.transposed]
+    group = math.lcm(step.target.group, *(update.group for update in mixed if is_mixing(update)))
+    return -(-height // group) * group
+
+
+def block_bytes(tensor: PlannedTensor) -> int:
+    """Upper bound of the memory that computing the weight of a tensor takes, factors included."""
+    step = tensor.step
+    assert isinstance(step, Compute)
+    width = step.target.shape[1]
+    block = block_height(width, step) * width * 8
+    used = {tensor for operation in step.operations for tensor in operation.update.tensors}
+    factors = sum(tensor.numel * 8 for tensor in used)
+    mixing = [operation.update for operation in step.operations if is_mixing(operation.update)]
+    return 5 * block + factors + sum(update.shape[1] * update.group * 8 * 5 for update in mixing)

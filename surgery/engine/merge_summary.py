@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The summary of a merge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from surgery.engine.ledger import Ledger, Row
+from surgery.engine.plan import Compute, Plan
+from surgery.engine.preview import Preview
+from surgery.reports.output import DRY_RUN, PATH, counted
+from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.summary import Summary, warning_notes
+from surgery.reports.values import Cell, Name, Phrase, Value
+
+__all__ = ["merge_summary"]
+
+_POOR = 0.9  # share of a module's update; those that keep less are worth a look
+_WORST = 5
+_MEASURABLE = 100_000_000  # bytes; below, starting up takes most of the time
+_FIRST = 10  # operations of a dry run, unless all are asked for
+
+
+def merge_summary(
+    ledger: Ledger,
+    output: Path | None,
+    ahead: Preview | None,
+    seconds: float,
+    warnings: tuple[str, ...],
+    verbose: bool,
+) -> Summary:
+    """Inputs, outcomes, survival, and what stands out; of every tensor or operation if `verbose`."""
+    facts = [*_inputs(ledger.plan), *_tensors(ledger)]
+    if output is None:
+        sections = [Facts((*facts, *_would_write(ledger.plan, ahead))), *_planned(ledger, verbose), DRY_RUN]
+    else:
+        facts += [*_kept(ledger), ("wrote", _wrote(ledger.plan, output, seconds))]
+        next_step = Note(("next: ", *_next_step(ledger.plan, output)))
+        sections = [Facts(tuple(facts)), *_poor(ledger, verbose), next_step]
+    return Summary("Merge", (*sections, *warning_notes(warnings)))
+
+
+def _would_write(plan: Plan, preview: Preview | None) -> Iterator[tuple[str, Phrase]]:
+    where = () if preview is None or preview.output is None else (Name(preview.output, PATH), ": ")
+    yield "would write", (*where, *_files(plan))
+    if preview is not None:
+        free = preview.free_nbytes
+        if preview.output is not None:
+            yield "free disk", "unknown" if free is None else Value(free, "bytes")
+        yield "peak memory", ("about ", Value(preview.peak_nbytes, "bytes"))
+
+
+def _wrote(plan: Plan, output: Path, seconds: float) -> Phrase:
+    took: tuple[str | Value, ...] = (", in ", Value(seconds, "seconds")) if seconds else ()
+    if seconds and plan.nbytes >= _MEASURABLE:
+        took += " (", Value(plan.nbytes / seconds, "rate"), ")"
+    return Name(output, PATH), ": ", *_files(plan), *took
+
+
+def _inputs(plan: Plan) -> Iterator[tuple[str, Phrase]]:
+    base, *adapters = plan.roots
+    facts: list[dict[str, Any]] = list(plan.facts["adapters"])  # type: ignore[call-overload]
+    for path, fact in zip(adapters, facts, strict=True):
+        kind = Name(f"{fact['format']} {fact['kind']}")
+        yield "merge", (Name(path, PATH), " (", kind, f", weight {fact['weight']:g})")
+    yield "into", Name(base, PATH)
+
+
+def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
+    sizes = [(math.prod(tensor.step.sizes), tensor.outcome) for tensor in ledger.plan.weights]
+    changed = sum(size for size, outcome in sizes if outcome in ("updated", "replaced", "added"))
+    whole = Value(sum(size for size, _ in sizes), "count")
+    return [
+        ("tensors", counted(ledger.classes)),
+        ("adapter", f"{ledger.adapter_tensors} tensors used, {len(ledger.plan.ignored)} without effect"),
+        ("parameters", (Value(changed, "count"), " of ", whole, " lie in tensors that change")),
+    ]
+
+
+def _kept(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
+    if not math.isnan(ledger.survival):
+        survives = Value(ledger.survival, "share"), " of the update survives in the stored type; rounding noise "
+        yield "kept", (*survives, Value(ledger.rounding, "share"), " of its norm")
+
+
+def _poor(ledger: Ledger, verbose: bool) -> list[Section]:
+    """Tensors that keep little of their update; all of them if `verbose`."""
+    poor = sorted((row for row in ledger.rows if _survival(row) < _POOR), key=_survival)
+    shown = sorted(ledger.rows, key=_survival) if verbose else poor[:_WORST]
+    if not shown:
+        return []
+    columns = (
+        Column("tensor", "name"), Column("class"), Column("updates"), Column("survives", "share"),
+        Column("rounding", "share"),
+    )  # fmt: skip
+    table = Table(columns, tuple((*_named(row), *_measured(row)) for row in shown))
+    return [
+        table,
+        *([Note(f"... and {more} more below {_POOR:.0%}", "omitted")] if (more := len(poor) - len(shown)) > 0 else []),
+    ]
+
+
+def _planned(ledger: Ledger, verbose: bool) -> list[Section]:
+    """Files, and the first operations; all of them if `verbose`."""
+    rows = []
+    for file in ledger.plan.files:
+        computed = sum(isinstance(tensor.step, Compute) for tensor in file.tensors)
+        rows.append((file.name, file.nbytes, len(file.tensors) - computed, computed))
+    files = Column("file", "name"), Column("bytes", "bytes"), Column("copied", "integer"), Column("computed", "integer")
+    sections: list[Section] = [Table(files, tuple(rows))]
+    steps = [row for row in ledger.rows if row.tensor.outcome != "copied"]
+    shown = steps if verbose else steps[:_FIRST]
+    if shown:
+        columns = (
+            Column("operation", "name"),
+            Column("class"),
+            Column("updates"),
+            Column("shape", "shape"),
+            Column("type"),
+        )
+        cells = ((*_named(row), row.tensor.shape, row.tensor.dtype.label) for row in shown)
+        sections.append(Table(columns, tuple(cells)))
+    if len(shown) < len(steps):
+        sections.append(Note(f"... and {len(steps) - len(shown)} more operations", "omitted"))
+    return sections
+
+
+def _files(plan: Plan) -> tuple[Value | str, ...]:
+    plural = "s" if len(plan.files) != 1 else ""
+    return Value(plan.nbytes, "bytes"), f" of weights in {len(plan.files)} file{plural}"
+
+
+def _named(row: Row) -> tuple[Cell, ...]:
+    return row.tensor.label, row.tensor.outcome, " + ".join(map(_update, row.as_json().get("updates", ())))
+
+
+def _update(update: dict[str, Any]) -> str:
+    rank = f" r{update['rank']}" if "rank" in update else ""
+    scale = f" x{update['scale']:.4g}" if isinstance(update.get("scale"), float | int) else ""
+    return f"{update['kind']}{rank}{scale}"
+
+
+def _measured(row: Row) -> tuple[Cell, ...]:
+    measured = row.measured
+    return (None, None) if measured is None or not measured.update > 0 else (measured.survival, measured.rounding)
+
+
+def _survival(row: Row) -> float:
+    """The key to sort rows by survival; a tensor without an update survives in full."""
+    return row.measured.survival if row.measured is not None and row.measured.update > 0 else math.inf
+
+
+def _next_step(plan: Plan, output: Path) -> tuple[str | Name, ...]:
+    names = {side.name for side in plan.side_files}
+    path = Name(output, PATH)
+    if "model_index.json" in names:
+        return 'load it with diffusers: DiffusionPipeline.from_pretrained("', path, '")'
+    if "config.json" in names:
+        configs: dict[str, Any] = dict(plan.facts["configs"])  # type: ignore[call-overload]
+        architectures = str(configs.get("", {}).get("architectures"))
+        causal = "ForCausalLM" in architectures or "LMHeadModel" in architectures
+        loader = "AutoModelForCausalLM" if causal else "AutoModel"
+        return f'load it with transformers: {loader}.from_pretrained("', path, '")'
+    return "look at it: surgery inspect ", path
