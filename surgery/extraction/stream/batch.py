@@ -8,9 +8,9 @@ number of devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, factorise_stack
 from surgery.extraction.pairing import Strip
@@ -22,9 +22,6 @@ from surgery.extraction.stream.tally import MEASURED, PairMeasure, measure_stack
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.arrays import Array, cast, device_of, empty, namespace
 from surgery_formats.dtypes import DType
-
-if TYPE_CHECKING:
-    from surgery.extraction.stream.scan import Layout
 
 __all__ = ["Batch", "batches_of", "factorise_batch", "warm_batch"]
 
@@ -83,20 +80,20 @@ class Batch:
 
 
 def batches_of(
-    layout: Layout,
+    targets: Iterable[LowRankTarget],
     goal: RankGoal,
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
 ) -> tuple[Batch, ...]:
     """Two targets or more to a batch, in the order of the files; what fits into none is left out."""
     alike: dict[Likeness, list[LowRankTarget]] = {}
-    for target in layout.targets:
-        like = None if target.path in layout.whole else _likeness(target, goal, spec_of(target))
+    for target in targets:
+        like = _likeness(target, goal, spec_of(target))
         if like is not None and like.numel <= _ELEMENTS:
             alike.setdefault(like, []).append(target)
     batches = []
-    for like, targets in alike.items():
+    for like, members in alike.items():
         count = max(1, _ELEMENTS // like.numel)
-        parts = [targets[at : at + count] for at in range(0, len(targets), count)]
+        parts = [members[at : at + count] for at in range(0, len(members), count)]
         batches += [Batch(like, tuple(part)) for part in parts if len(part) > 1]
     return tuple(batches)
 

@@ -166,24 +166,24 @@ class StagedFeed:
 
     def _serve(self) -> None:
         """Carry chunks until the end; what fails is raised where the fill is waited for."""
-        reader: _Reader | None = None
+        staging: _Staging | None = None
         broken: BaseException | None = None
         try:
-            reader = _Reader(self._device)
+            staging = _Staging(self._device)
         except BaseException as error:
             broken = error
         while (item := self._waiting.get()) is not None:
             chunk, fill = item
             failure = broken
             try:
-                if reader is not None and not fill.failures:
-                    reader.carry(chunk, fill)
+                if staging is not None and not fill.failures:
+                    staging.carry(chunk, fill)
             except BaseException as error:
                 failure = error
             finally:
                 if chunk.order is not None:
                     chunk.order.passed(chunk.end)
-                fill.one_done(reader, failure)
+                fill.one_done(staging, failure)
             del item, chunk, fill  # or the memory of the last one would be held
 
 
@@ -245,16 +245,16 @@ class _Fill:
     """Chunks that are being read."""
 
     def __init__(self, chunks: int, device: str) -> None:
-        self._left, self._used = chunks, set[_Reader | None]()
+        self._left, self._used = chunks, set[_Staging | None]()
         self._changed = threading.Condition()
         self.failures: list[BaseException] = []
         self.allocated = None if device == "cpu" else _event()  # before it, the memory may still be in use
 
-    def one_done(self, reader: _Reader | None, failure: BaseException | None) -> None:
+    def one_done(self, staging: _Staging | None, failure: BaseException | None) -> None:
         """Count a chunk."""
         with self._changed:
             self._left -= 1
-            self._used.add(reader)
+            self._used.add(staging)
             if failure is not None:
                 self.failures.append(failure)
             if not self._left:
@@ -270,12 +270,12 @@ class _Fill:
         """As `finish`, whether it could be read or not."""
         with self._changed:
             self._changed.wait_for(lambda: not self._left)
-        for reader in self._used:
-            if reader is not None:
-                reader.before_current_stream()
+        for staging in self._used:
+            if staging is not None:
+                staging.before_current_stream()
 
 
-class _Reader:
+class _Staging:
     """The buffers and the stream of the calling thread, whose current stream it becomes."""
 
     def __init__(self, device: str) -> None:

@@ -63,6 +63,11 @@ class Layout:
     targets: tuple[LowRankTarget, ...]
     whole: frozenset[str]
 
+    @property
+    def factorised(self) -> tuple[LowRankTarget, ...]:
+        """The targets that are not only compared."""
+        return tuple(target for target in self.targets if target.path not in self.whole)
+
 
 def layout_of(old: Component, new: Component, *, full: bool) -> Layout:
     """Pair two checkpoints up; with `full`, embedding and head are stored whole.
@@ -122,17 +127,16 @@ def scan(
         ScanResult({}, {}, time.monotonic()),
     )
     jobs: list[tuple[int, Job]] = []
-    lone: list[str] = []
-    batches = batches_of(layout, goal, spec_of) if lanes.on_gpus else ()
+    batches = batches_of(layout.factorised, goal, spec_of) if lanes.on_gpus else ()
     jobs += [(batch.numel, partial(stream_jobs.batch, batch)) for batch in batches]
     batched = {target.path for batch in batches for target in batch.targets}
-    for target in layout.targets:
-        if target.path in layout.whole:
-            lone += target.names
-        elif target.path not in batched:
-            jobs.append((max(delta.numel for delta in target.deltas), partial(stream_jobs.target, target)))
-    inside = {name for target in layout.targets for name in target.names}
-    lone += [parameter.pair.name for parameter in layout.parameters if parameter.pair.name not in inside]
+    jobs += [
+        (max(delta.numel for delta in target.deltas), partial(stream_jobs.target, target))
+        for target in layout.factorised
+        if target.path not in batched
+    ]
+    inside = {name for target in layout.factorised for name in target.names}
+    lone = [parameter.pair.name for parameter in layout.parameters if parameter.pair.name not in inside]
     numel = {name: stream_jobs.parameters[name].pair.numel for name in lone}
     jobs += [(size, partial(stream_jobs.alone, (name,))) for name, size in numel.items() if size > _SMALL]
     small = [name for name, size in numel.items() if size <= _SMALL]
@@ -155,7 +159,7 @@ def warming(
     Together they do to made-up matrices all that `scan` does to real ones; nothing is read.
     """
     # one iterator, which the lanes share
-    waiting = iter({batch.like: batch for batch in batches_of(layout, goal, spec_of)}.values())
+    waiting = iter({batch.like: batch for batch in batches_of(layout.factorised, goal, spec_of)}.values())
     strips = [strip for target in layout.targets[:1] for strip in target.deltas[0].strips[:1]]
 
     def warm(lane: Lane, stop: Stop) -> None:
