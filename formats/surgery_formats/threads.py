@@ -48,19 +48,11 @@ class _Limit:
 
 @functools.cache
 def _controller() -> Any:
-    """The libraries of this process. Code in C calls back while it looks for them, where Ctrl-C would be lost: a thread."""
-    found: list[Any] = []
+    """The libraries of this process; looking for them takes a millisecond."""
+    import numpy  # noqa: F401 - loads the library to be limited
+    import threadpoolctl
 
-    def look() -> None:
-        import numpy  # noqa: F401 - loads the library to be limited
-        import threadpoolctl
-
-        found.append(threadpoolctl.ThreadpoolController())
-
-    looking = threading.Thread(target=look)
-    looking.start()
-    looking.join()
-    return found.pop()
+    return threadpoolctl.ThreadpoolController()
 
 
 _limit = _Limit()

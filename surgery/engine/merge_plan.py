@@ -16,6 +16,7 @@ from surgery.engine.output_config import corrected_config
 from surgery.engine.plan import Plan, SideFile, check_conservation
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
+from surgery_formats.collector import collector_paused
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from surgery_formats.text import listing, show
 __all__ = ["plan_merge", "planned_merge"]
 
 
+@collector_paused()
 def planned_merge(
     base: CheckpointLike, adapters: AdaptersLike, dtype: str, shard_size: int | None, layout: str
 ) -> tuple[Binding, Plan]:

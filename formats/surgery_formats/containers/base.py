@@ -16,6 +16,8 @@ from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = [
+    "MAX_DIMS",
+    "SIZE_LIMIT",
     "Container",
     "FileContainer",
     "FileLayout",
@@ -23,6 +25,7 @@ __all__ = [
     "ShardSet",
     "TensorSpec",
     "WritableContainer",
+    "is_size",
     "one_file",
     "stored_tensors",
 ]
@@ -30,8 +33,8 @@ __all__ = [
 TensorSpec = tuple[str, DType, tuple[int, ...]]
 """Name, element type and shape of a tensor that is to be stored."""
 
-_MAX_DIMS = 64  # numpy's limit; torch has the same
-_SIZE_LIMIT = 1 << 63  # sizes and offsets are signed 64-bit integers in torch
+MAX_DIMS = 64  # numpy's limit; torch has the same
+SIZE_LIMIT = 1 << 63  # sizes and offsets are signed 64-bit integers in torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +179,8 @@ def stored_tensors(
         dtype = next((dtype for dtype in DType if dtype.label == label), None)
         if dtype is None:
             raise MalformedError("unknown dtype", file=file.path, tensor=name)
-        if not isinstance(shape, list | tuple) or len(shape) > _MAX_DIMS or not all(map(_is_size, shape)):
-            raise MalformedError(f"its shape is not a list of at most {_MAX_DIMS} sizes", file=file.path, tensor=name)
+        if not isinstance(shape, list | tuple) or len(shape) > MAX_DIMS or not all(map(is_size, shape)):
+            raise MalformedError(f"its shape is not a list of at most {MAX_DIMS} sizes", file=file.path, tensor=name)
         bits = math.prod(shape) * dtype.bits
         if bits % 8:
             raise MalformedError(f"{bits} bits are not whole bytes", file=file.path, tensor=name)
@@ -189,5 +192,6 @@ def stored_tensors(
     return tuple(tensors.values())
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < _SIZE_LIMIT
+def is_size(value: object) -> bool:
+    """Whether `value` can be a size, stride or offset (bool is not)."""
+    return type(value) is int and 0 <= value < SIZE_LIMIT

@@ -12,17 +12,16 @@ overflow; whole bytes) a name may appear only once, ``{`` comes first, and entri
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.containers.base import FileLayout, Shard, ShardSet, TensorSpec, one_file
+from surgery_formats.collector import collector_paused
+from surgery_formats.containers.base import MAX_DIMS, SIZE_LIMIT, FileLayout, Shard, ShardSet, TensorSpec, one_file
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from surgery_formats.files.bounded_json import parse_object
@@ -36,8 +35,6 @@ _HEADER_LIMIT = 100_000_000  # the reference's MAX_HEADER_SIZE
 METADATA_KEY = "__metadata__"
 _LENGTH_NBYTES = 8
 _ALIGNMENT = 8
-_MAX_DIMS = 64  # numpy's limit; torch has the same
-_DIM_LIMIT = 1 << 63  # sizes are signed 64-bit integers in torch
 _OVERFLOW = 1 << 64  # the reference multiplies sizes as 64-bit unsigned integers
 _KEYS = frozenset(("dtype", "shape", "data_offsets"))
 _BY_LABEL = {dtype.label: dtype for dtype in DType}
@@ -50,22 +47,6 @@ _REFERENCE_RANK = {  # order of the reference's Dtype enum, which it sorts by, w
         )
     )
 }
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Turn the cycle collector off: it takes more than half the time of a header of 100,000 tensors.
-
-    Nothing that is built here has cycles. The switch belongs to the process; of threads that overlap, the one that
-    found the collector running turns it on again.
-    """
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 def _check_text(texts: Iterable[str], file: File) -> None:
@@ -135,10 +116,12 @@ def _entry(name: str, entry: Any, file: File) -> tuple[int, int, str, DType, tup
     dtype = _BY_LABEL.get(label) if type(label) is str else None
     if dtype is None:
         raise fail(f"unknown dtype {_brief(label)}")
-    if type(shape) is not list or len(shape) > _MAX_DIMS:
-        raise fail(f"its shape is not a list of at most {_MAX_DIMS} sizes")
+    if type(shape) is not list or len(shape) > MAX_DIMS:
+        raise fail(f"its shape is not a list of at most {MAX_DIMS} sizes")
     for size in shape:
-        if type(size) is not int or not 0 <= size < _DIM_LIMIT:
+        if (
+            type(size) is not int or not 0 <= size < SIZE_LIMIT
+        ):  # as `is_size`, without a call for each of 100,000 tensors
             raise fail(f"{_brief(size)} in its shape is not a size")
     if type(offsets) is not list or len(offsets) != 2 or type(offsets[0]) is not int or type(offsets[1]) is not int:
         raise fail("its data_offsets are not two integers")
@@ -204,7 +187,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Shard:
         MalformedError: not a regular file, or any rule of the format is broken; the message names the file and, where
             there is one, the tensor.
     """
-    with _collector_paused():
+    with collector_paused():
         return _read_header(open_file(path))
 
 
@@ -235,7 +218,7 @@ def layout(
         if name in header or name == METADATA_KEY:
             raise FitError("the name is reserved" if name == METADATA_KEY else "the name appears twice", tensor=name)
         nbytes = _nbytes(dtype, shape)
-        if isinstance(nbytes, str) or len(shape) > _MAX_DIMS:
+        if isinstance(nbytes, str) or len(shape) > MAX_DIMS:
             raise FitError(f"cannot be stored: {nbytes if isinstance(nbytes, str) else 'too many axes'}", tensor=name)
         header[name] = {"dtype": dtype.label, "shape": list(shape), "data_offsets": [at, at + nbytes]}
         at += nbytes

@@ -71,7 +71,7 @@ def outside_norm(small: numpy.ndarray, beyond: numpy.ndarray) -> numpy.ndarray:
     norm: numpy.ndarray = numpy.linalg.eigvalsh(small[..., -b:, -b:])[..., -1]
     if small.shape[-1] > b:
         norm = norm + numpy.linalg.svdvals(small[..., -b:, :-b])[..., 0]
-    norm = norm + numpy.sqrt(numpy.linalg.eigvalsh(beyond)[..., -1].clip(min=0))
+    norm += numpy.sqrt(numpy.linalg.eigvalsh(beyond)[..., -1].clip(min=0))
     return norm
 
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from surgery_formats.adapters.compact.files import CONFIG_FILE, MARK
+from surgery_formats.adapters.format import Rendering
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import first_bytes
 from surgery_formats.linalg.coding import CODINGS, Coding
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
 
-if TYPE_CHECKING:
-    from surgery_formats.adapters.format import Rendering
-    from surgery_formats.canonical.adapter import Adapter
-    from surgery_formats.models.checkpoint import Checkpoint
-
-__all__ = ["COMPACT", "CONFIG_FILE", "MARK"]
-
-CONFIG_FILE = "compact.json"
-MARK = "surgery-compact"
+__all__ = ["COMPACT"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +32,13 @@ class _Compact:
         return MARK.encode() in (first_bytes(path / CONFIG_FILE, 1 << 12) or b"")
 
     def read(self, path: Path) -> Adapter:
-        """See `read_compact`."""
+        """See `read.read_compact`."""
         from surgery_formats.adapters.compact.read import read_compact
 
         return read_compact(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """See `render_compact`; a base is not needed."""
+        """See `write.render_compact`, which is imported only to write; a base is not needed."""
         from surgery_formats.adapters.compact.write import render_compact
 
         return render_compact(adapter, self.coding)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from surgery_formats.adapters.compact import CONFIG_FILE, MARK
+from surgery_formats.adapters.compact.files import CONFIG_FILE, MARK, TENSOR_FILE, VERSION
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
@@ -22,10 +22,8 @@ from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.text import listing, show
 from surgery_formats.updates import DoRA, Factor, Held, LoRA, Offset, Replacement, Stacked, TokenRows, Update
 
-__all__ = ["TENSOR_FILE", "VERSION", "leaves", "read_compact", "stem_of"]
+__all__ = ["leaves", "read_compact", "stem_of"]
 
-TENSOR_FILE = "adapter.safetensors"
-VERSION = 1
 _MOST = 1 << 31  # of any size
 _Choice = TypeVar("_Choice", bound=str)
 
@@ -128,7 +126,7 @@ class _Object:
         """A finite number."""
         value = self.raw.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-            raise MalformedError(f"'{key}' is {show(repr(value), 40)}, not a number", file=self.file)
+            raise MalformedError(f"'{key}' is {show(repr(value), 40)}, not a number below 1e300", file=self.file)
         return float(value)
 
     def choice(self, key: str, allowed: tuple[_Choice, ...]) -> _Choice:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery_formats.adapters.compact import CONFIG_FILE, MARK
-from surgery_formats.adapters.compact.read import TENSOR_FILE, VERSION, leaves, stem_of
+from surgery_formats.adapters.compact.files import CONFIG_FILE, MARK, TENSOR_FILE, VERSION
+from surgery_formats.adapters.compact.read import leaves, stem_of
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
@@ -109,7 +109,7 @@ def _update(site: Site, update: Update, state: _CompactWriter) -> None:
         return
     state.stated.setdefault(site, []).append(error)
     if error is _none:
-        state.ledger.keep(site, update, "exact")
+        state.ledger.keep(site, update, "folded" if held.folded else "exact", held.folded)
     else:
         how = f"{state.coding.name} codes in groups of {state.coding.group}"
         state.ledger.keep(site, update, "approximated", how)

@@ -6,26 +6,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from surgery_formats.adapters.format import Rendering
+from surgery_formats.adapters.kohya.prefixes import PREFIXES
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.sharded import open_shards
 from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.errors import SurgeryError
+from surgery_formats.models.checkpoint import Checkpoint
 
-if TYPE_CHECKING:
-    from surgery_formats.adapters.format import Rendering
-    from surgery_formats.canonical.adapter import Adapter
-    from surgery_formats.models.checkpoint import Checkpoint
+__all__ = ["KOHYA"]
 
-__all__ = ["KOHYA", "PREFIXES"]
-
-PREFIXES = {
-    "lora_unet_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3",
-}
 _MARKS = (*PREFIXES, "oft_unet_")
 
 
@@ -48,13 +39,13 @@ class _Kohya:
         return any(name.startswith(_MARKS) for name in names)
 
     def read(self, path: Path) -> Adapter:
-        """See `read_kohya`."""
+        """See `read.read_kohya`."""
         from surgery_formats.adapters.kohya.read import read_kohya
 
         return read_kohya(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """See `render_kohya`."""
+        """See `write.render_kohya`, which is imported only to write."""
         from surgery_formats.adapters.kohya.write import render_kohya
 
         return render_kohya(adapter, base)

@@ -12,8 +12,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from surgery_formats.adapters.kohya import PREFIXES
 from surgery_formats.adapters.kohya.known_issues import stated_issues
+from surgery_formats.adapters.kohya.prefixes import PREFIXES
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.containers.sharded import open_shards

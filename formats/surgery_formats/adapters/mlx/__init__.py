@@ -6,18 +6,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from surgery_formats.adapters.format import Rendering
+from surgery_formats.adapters.mlx.files import TENSOR_FILE
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.files.raw import first_bytes
+from surgery_formats.models.checkpoint import Checkpoint
 
-if TYPE_CHECKING:
-    from surgery_formats.adapters.format import Rendering
-    from surgery_formats.canonical.adapter import Adapter
-    from surgery_formats.models.checkpoint import Checkpoint
-
-__all__ = ["MLX", "TENSOR_FILE"]
-
-TENSOR_FILE = "adapters.safetensors"
+__all__ = ["MLX"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +31,13 @@ class _Mlx:
         return speaks or any(os.path.isfile(path / name) for name in (TENSOR_FILE, "adapters.npz"))
 
     def read(self, path: Path) -> Adapter:
-        """See `read_mlx`."""
+        """See `read.read_mlx`."""
         from surgery_formats.adapters.mlx.read import read_mlx
 
         return read_mlx(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """See `render_mlx`."""
+        """See `write.render_mlx`, which is imported only to write."""
         from surgery_formats.adapters.mlx.write import render_mlx
 
         return render_mlx(adapter, base)

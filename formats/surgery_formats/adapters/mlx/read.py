@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.adapters.embeddings import is_embedding
-from surgery_formats.adapters.mlx import TENSOR_FILE
+from surgery_formats.adapters.mlx.files import TENSOR_FILE
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import show
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, Update
 
 __all__ = ["read_mlx"]
@@ -117,7 +118,7 @@ def _number(value: object, name: str, file: Path) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
-        raise MalformedError(f"'{name}' is not a number", file=file)
+        raise MalformedError(f"'{name}' is {show(repr(value), 40)}, not a number of at most 1e30", file=file)
     return float(value)
 
 

@@ -16,7 +16,7 @@ from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, one_expert, taken_apart
 from surgery_formats.adapters.format import NewTensor, Rendering
-from surgery_formats.adapters.mlx import TENSOR_FILE
+from surgery_formats.adapters.mlx.files import TENSOR_FILE
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
@@ -150,7 +150,7 @@ def _fault(site: Site, held: Contents, base: Checkpoint | None, *, dora: bool) -
                 f"only the base can tell how the experts of '{site}' are held",
                 file=stack.tensors[0].path,
                 tensor=stack.tensors[0].name,
-                hint="give it with --base",
+                hint="give it with `base=`",
             )
         if not _apart(site, stack, base):
             return "the names of its experts are not known"

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from surgery_formats.containers.base import is_size
 from surgery_formats.containers.torch.rebuild import (
     DTYPES,
     STORAGES,
     UNTYPED,
     PickledStorage,
     are_sizes,
-    is_size,
     rebuild,
 )
 from surgery_formats.dtypes import DType

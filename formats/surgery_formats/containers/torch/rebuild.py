@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from surgery_formats.containers.base import MAX_DIMS, SIZE_LIMIT, is_size
 from surgery_formats.dtypes import DType
 from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["DTYPES", "STORAGES", "UNTYPED", "PickledStorage", "are_sizes", "is_size", "rebuild"]
+__all__ = ["DTYPES", "STORAGES", "UNTYPED", "PickledStorage", "are_sizes", "rebuild"]
 
 STORAGES = {
     "torch.DoubleStorage": DType.F64,
@@ -33,8 +34,6 @@ STORAGES = {
 UNTYPED = frozenset(("torch.storage.UntypedStorage", "torch.UntypedStorage"))
 DTYPES = {f"torch.{dtype.torch_name}": dtype for dtype in DType if dtype.torch_name}
 
-_MAX_DIMS = 64  # torch's limit
-_SIZE_LIMIT = 1 << 63  # sizes are signed 64-bit integers
 # An expanded tensor (stride 0) of a few bytes may claim any size. It may grow to this, or to the size of its
 # storage.
 _SPREAD_LIMIT = 64 << 20
@@ -50,14 +49,9 @@ class PickledStorage:
     nbytes: int
 
 
-def is_size(value: Any) -> bool:
-    """Whether `value` can be a size, stride or offset (bool is not)."""
-    return type(value) is int and 0 <= value < _SIZE_LIMIT
-
-
 def are_sizes(value: Any) -> bool:
     """Whether `value` is a tuple of sizes, of at most as many as a tensor has axes."""
-    return isinstance(value, tuple) and len(value) <= _MAX_DIMS and all(is_size(n) for n in value)
+    return isinstance(value, tuple) and len(value) <= MAX_DIMS and all(is_size(n) for n in value)
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -96,7 +90,7 @@ def rebuild(args: tuple[Any, ...], *, v3: bool, file: File) -> StoredTensor | st
     numel = 1
     for size in shape:
         numel *= size
-        if numel * item >= _SIZE_LIMIT:
+        if numel * item >= SIZE_LIMIT:
             return "a tensor whose size overflows"
     span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if numel else 0
     if (first + span) * item > storage.nbytes:
