@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -478,7 +480,8 @@ def test_a_lane_is_warmed_without_reading(pair: tuple[Path, Path], monkeypatch: 
     monkeypatch.setattr("surgery.extraction.stream.scan._WARM", (512, 384))
     monkeypatch.setattr(File, "read_into", refuse)
     monkeypatch.setattr(Tally, "subtract", told)
-    monkeypatch.setattr(batch, "_factorised", lambda group, *sides: done.append(group))
+    monkeypatch.setattr(batch, "_measured", lambda group, *sides: group)
+    monkeypatch.setattr(batch, "_factorised", lambda like, *rest: done.append(like))
     goal = rank_goal(Rank.of(4))
     specs = stored_factor_specs(goal, Scaling(None, False, 4), DType.BF16)
     scratch = ScratchFile(None)
@@ -489,6 +492,18 @@ def test_a_lane_is_warmed_without_reading(pair: tuple[Path, Path], monkeypatch: 
     shapes = {group.like.shape for group in batch.batches_of(layout, goal, specs)}
     assert len(shapes) >= 2
     assert len(done) == 2 + len(shapes), "each lane a matrix, and all of them together one batch of each shape"
+
+
+def test_an_extraction_on_the_cpu_needs_no_torch(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    code = """
+import sys, surgery
+base, tuned, out = sys.argv[1:]
+for kind in ("lora", "dora", "auto"):
+    surgery.extract_lora(base, tuned, output=f"{out}/{kind}", rank=4, kind=kind)
+surgery.extract_lora(base, tuned, rank=surgery.Rank.auto, factors="int8", dry_run=True)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, *map(str, (*pair, tmp_path))], check=True)
 
 
 @pytest.mark.gpu
@@ -503,3 +518,32 @@ def test_the_same_on_a_gpu(pair: tuple[Path, Path], tmp_path: Path) -> None:
         assert one.residual == pytest.approx(other.residual, rel=1e-3)
         assert one.noise == pytest.approx(other.noise, rel=1e-4)
     assert again.residual == there.residual
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("elements", [1 << 28, 3 * 640 * 512])
+def test_batches_on_a_gpu_give_the_same(elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices large enough for Krylov, both ways round; one did not change."""
+    monkeypatch.setattr(batch, "_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, dict[str, torch.Tensor]] = {"base": {}, "tuned": {}}
+    for number in range(10):
+        shape = (640, 512) if number % 2 else (512, 640)
+        old = 0.02 * torch.randn(shape, generator=generator)
+        new = old + 1e-3 * torch.randn(shape, generator=generator) if number else old
+        for side, value in (("base", old), ("tuned", new)):
+            tensors[side][f"model.layers.{number}.mlp.up_proj.weight"] = value.bfloat16()
+    for side, values in tensors.items():
+        save_file(values, tmp_path / f"{side}.safetensors")
+    ends = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    here = surgery.extract_lora(*ends, output=tmp_path / "cpu", rank=8)
+    made = []
+    for number, options in enumerate([{"workers": 1}, {"workers": 3}, {"device": "cuda:all"}]):
+        out = tmp_path / str(number)
+        made.append(surgery.extract_lora(*ends, output=out, rank=8, **{"device": "cuda", **options}))  # type: ignore[arg-type]
+        assert adapter_bytes(out) == adapter_bytes(tmp_path / "0")
+    for one, other in zip(here.rows, made[0].rows, strict=True):
+        assert (one.name, one.kind, one.moved) == (other.name, other.kind, other.moved)
+        assert one.residual == pytest.approx(other.residual, rel=1e-3)
+        assert one.noise == pytest.approx(other.noise, rel=1e-4)

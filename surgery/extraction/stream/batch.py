@@ -127,29 +127,42 @@ def factorise_batch(
     with lane.memory.reserve(batch.need):
         base, tuned = (empty((len(strips), *like.shape), dtype, lane.device) for dtype in (like.base, like.tuned))
         reads = [Read(s.base, 0, old, observe) for s, old, observe in zip(strips, base, observers, strict=True)]
-        lane.feed.fill([*reads, *(Read(s.tuned, 0, new) for s, new in zip(strips, tuned, strict=True))])
-        return _factorised(batch, base, tuned, scratch)
+        reads += [Read(strip.tuned, 0, new) for strip, new in zip(strips, tuned, strict=True)]
+        lane.feed.fill(reads)
+        measured = _measured(batch, base, tuned)
+        del base, tuned, reads
+        return measured.measures, _factorised(like, measured, scratch)
 
 
 def warm_batch(batch: Batch, scratch: ScratchFile, lane: Lane) -> None:
     """Do to two made-up matrices what is done to a batch; nothing is read."""
-    two = Batch(batch.like, batch.targets[:2])
-    values = empty((2, *batch.like.shape), DType.F32, lane.device)
+    like, two = batch.like, Batch(batch.like, batch.targets[:2])
+    values = empty((2, *like.shape), DType.F32, lane.device)
     values[...] = 1
     triangle = namespace(values).tril(values)
-    values[...] = 0
-    _factorised(two, cast(values, batch.like.base), cast(triangle, batch.like.tuned), scratch)
+    _factorised(like, _measured(two, cast(values - triangle, like.base), cast(values, like.tuned)), scratch)
 
 
-def _factorised(
-    batch: Batch, base: Array, tuned: Array, scratch: ScratchFile
-) -> tuple[list[PairMeasure], Mapping[int, FactorisedMatrix]]:
-    like = batch.like
+class _Measured(NamedTuple):
+    """The differences ``(count, n, cols)`` of a batch, and for each what was measured and the edge of its rounding."""
+
+    difference: Array
+    measures: list[PairMeasure]
+    edges: list[float]
+
+
+def _measured(batch: Batch, base: Array, tuned: Array) -> _Measured:
     difference = empty(tuned.shape, DType.F32, device_of(tuned))
-    measures, edges = measure_stack(base, tuned, difference, [(strip.base, strip.tuned) for strip in batch.strips])
+    sides = [(strip.base, strip.tuned) for strip in batch.strips]
+    return _Measured(difference, *measure_stack(base, tuned, difference, sides))
+
+
+def _factorised(like: Likeness, measured: _Measured, scratch: ScratchFile) -> dict[int, FactorisedMatrix]:
+    """The factors of the matrices that changed, by number."""
+    difference, measures, edges = measured
     changed = [number for number, measure in enumerate(measures) if measure.changed]
     if not changed:
-        return measures, {}
+        return {}
     matrices = factorise_stack(
         difference if len(changed) == len(measures) else difference[changed, ...],
         like.rank,
@@ -159,4 +172,4 @@ def _factorised(
         plan=like.plan,
         transposed=like.transposed,
     )
-    return measures, dict(zip(changed, matrices, strict=True))
+    return dict(zip(changed, matrices, strict=True))

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, cycle, zip_longest
+from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from surgery_formats.arrays import Array, empty, is_torch
@@ -26,8 +26,8 @@ HOST_BLOCK = 1 << 17
 its cache. Sums depend on it: fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
-_CHUNK = 4 << 20  # bytes per buffer
-_BUFFERS = 2  # per reader: one is read into while the other is copied. Page-locking costs 0.7 ms per MB.
+_CHUNK = 8 << 20  # bytes per buffer: each takes the interpreter 30 us or so, whatever its size
+_BUFFERS = 2  # per reader: one is read into while the other is copied
 ByteObserver = Callable[[int, memoryview], None]
 
 
@@ -110,18 +110,17 @@ class StagedFeed:
 
     def __init__(self, device: str, readers: int) -> None:
         self._device = device
-        self._local = threading.local()
-        memory = _page_locked(device, readers * _BUFFERS * _CHUNK)
-        size = _BUFFERS * _CHUNK
-        self._readers = [_Reader(memory[at : at + size], device) for at in range(0, readers * size, size)]
-        self._pool = ThreadPoolExecutor(readers, "surgery-read", initializer=self._enter)
-
-    def _enter(self) -> None:
-        self._local.reader = self._readers.pop()
+        self._waiting: SimpleQueue[tuple[_Chunk, _Fill] | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._serve, name="surgery-read", daemon=True) for _ in range(readers)]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
-        """Stop the readers."""
-        self._pool.shutdown(cancel_futures=True)
+        """Stop the readers, after what was asked for."""
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def fill(self, reads: Sequence[Read]) -> None:
         """See `Feed`."""
@@ -162,21 +161,30 @@ class StagedFeed:
         chunks = [chunk for chunk in chain(*zip_longest(*map(_chunks, reads))) if chunk is not None]
         fill = _Fill(len(chunks), self._device)
         for chunk in chunks:
-            self._pool.submit(self._carry, chunk, fill)
+            self._waiting.put((chunk, fill))
         return fill
 
-    def _carry(self, chunk: _Chunk, fill: _Fill) -> None:
-        reader: _Reader = self._local.reader
-        failure: BaseException | None = None
+    def _serve(self) -> None:
+        """Carry chunks until the end; what fails is raised where the fill is waited for."""
+        reader: _Reader | None = None
+        broken: BaseException | None = None
         try:
-            if not fill.failures:
-                reader.carry(chunk, fill.allocated)
+            reader = _Reader(self._device)
         except BaseException as error:
-            failure = error
-        finally:
-            if chunk.order is not None:
-                chunk.order.passed(chunk.end)
-            fill.one_done(reader, failure)
+            broken = error
+        while (item := self._waiting.get()) is not None:
+            chunk, fill = item
+            failure = broken
+            try:
+                if reader is not None and not fill.failures:
+                    reader.carry(chunk, fill)
+            except BaseException as error:
+                failure = error
+            finally:
+                if chunk.order is not None:
+                    chunk.order.passed(chunk.end)
+                fill.one_done(reader, failure)
+            del item, chunk, fill  # or the memory of the last one would be held
 
 
 class _InOrder:
@@ -237,12 +245,12 @@ class _Fill:
     """Chunks that are being read."""
 
     def __init__(self, chunks: int, device: str) -> None:
-        self._device, self._left, self._used = device, chunks, set[_Reader]()
+        self._left, self._used = chunks, set[_Reader | None]()
         self._changed = threading.Condition()
         self.failures: list[BaseException] = []
         self.allocated = None if device == "cpu" else _event()  # before it, the memory may still be in use
 
-    def one_done(self, reader: _Reader, failure: BaseException | None) -> None:
+    def one_done(self, reader: _Reader | None, failure: BaseException | None) -> None:
         """Count a chunk."""
         with self._changed:
             self._left -= 1
@@ -263,35 +271,40 @@ class _Fill:
         with self._changed:
             self._changed.wait_for(lambda: not self._left)
         for reader in self._used:
-            reader.before_current_stream()
+            if reader is not None:
+                reader.before_current_stream()
 
 
 class _Reader:
-    """The buffers and the stream of one reader thread."""
+    """The buffers and the stream of the calling thread, whose current stream it becomes."""
 
-    def __init__(self, memory: Array, device: str) -> None:
+    def __init__(self, device: str) -> None:
         self._stream: Any = None
         if device != "cpu":
-            import torch  # streams are its
+            import torch  # streams and page-locked memory are CUDA's
 
+            torch.cuda.set_device(device)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        parts = [memory[at : at + _CHUNK] for at in range(0, len(memory), _CHUNK)]
-        self._buffers = cycle([(part, as_bytes(part), None if self._stream is None else _event()) for part in parts])
+            torch.cuda.set_stream(self._stream)
+        self._fill: _Fill | None = None
+        buffers = [_page_locked(device, _CHUNK) for _ in range(_BUFFERS)]
+        self._buffers = cycle([(one, as_bytes(one), None if self._stream is None else _event()) for one in buffers])
 
-    def carry(self, chunk: _Chunk, allocated: Any) -> None:
+    def carry(self, chunk: _Chunk, fill: _Fill) -> None:
         """Read a chunk, show it to its observer, and have it copied."""
-        part, raw, copied = next(self._buffers)
+        buffer, raw, copied = next(self._buffers)
         size = len(chunk.into)
-        if copied is not None:
-            copied.synchronize()
-        _read(chunk, raw[:size])
         if copied is None:
-            chunk.into[...] = part[:size]
+            _read(chunk, raw[:size])
+            chunk.into[...] = buffer[:size]
         else:
-            self._stream.wait_event(allocated)
-            with _on(self._stream):
-                chunk.into.copy_(part[:size], non_blocking=True)
-            copied.record(self._stream)
+            copied.synchronize()
+            _read(chunk, raw[:size])
+            if fill is not self._fill:
+                self._fill = fill
+                self._stream.wait_event(fill.allocated)
+            chunk.into.copy_(buffer[:size], non_blocking=True)
+            copied.record()
         if chunk.order is not None:
             chunk.order(chunk.offset, raw[:size])
 
@@ -306,7 +319,7 @@ class _Reader:
 def _page_locked(device: str, nbytes: int) -> Array:
     if device == "cpu":
         return empty((nbytes,), DType.U8)
-    import torch  # page-locked memory is CUDA's
+    import torch
 
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
@@ -318,12 +331,6 @@ def _event() -> Any:
     event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
-
-
-def _on(stream: Any) -> Any:
-    import torch
-
-    return torch.cuda.stream(stream)
 
 
 def _read(chunk: _Chunk, raw: memoryview) -> None:
