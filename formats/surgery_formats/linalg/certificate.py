@@ -61,16 +61,18 @@ class Convergence:
         return _MARGIN * gain * math.exp(slowest * (middle - columns)) / slowest if slowest > 0 else math.inf
 
 
-def outside_norm(small: numpy.ndarray, beyond: numpy.ndarray) -> float:
-    """Estimate ``|M M^T|`` outside the basis.
+def outside_norm(small: numpy.ndarray, beyond: numpy.ndarray) -> numpy.ndarray:
+    """Estimate ``|M M^T|`` outside the basis; of one matrix, or of stacks of them.
 
-    `small` is ``K^T M M^T K`` of the last two blocks (or the only one), `beyond` ``W^T W``, ``(b, b)``, where `W` is what the
-    next product adds outside the basis; both float64.
+    `small` is ``K^T M M^T K`` of the last two blocks (or the only one), `beyond` ``W^T W``, ``(..., b, b)``, where `W` is
+    what the next product adds outside the basis; both float64.
     """
-    b = len(beyond)
-    last = float(numpy.linalg.eigvalsh(small[-b:, -b:])[-1])
-    before = float(numpy.linalg.svdvals(small[-b:, :-b])[0]) if len(small) > b else 0.0
-    return last + before + math.sqrt(max(float(numpy.linalg.eigvalsh(beyond)[-1]), 0.0))
+    b = beyond.shape[-1]
+    norm: numpy.ndarray = numpy.linalg.eigvalsh(small[..., -b:, -b:])[..., -1]
+    if small.shape[-1] > b:
+        norm = norm + numpy.linalg.svdvals(small[..., -b:, :-b])[..., 0]
+    norm += numpy.sqrt(numpy.linalg.eigvalsh(beyond)[..., -1].clip(min=0))
+    return norm
 
 
 def excess_energy(ritz: numpy.ndarray, coupling: numpy.ndarray, kept: int, outside: float, enough: float) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 
@@ -102,7 +103,9 @@ def krylov(
         if keep >= size:
             continue
         rest = op.norm2 - float(ritz[:keep].sum())
-        excess = missed_energy(small[:size, :size], beyond, ritz, vectors, keep, rest, target, rounding, progress)
+        near = small[max(0, old - block) : size, max(0, old - block) : size]
+        outside = partial(outside_norm, near, beyond)
+        excess = missed_energy(beyond, ritz, vectors, keep, rest, target, rounding, progress, outside)
         best = None
         if rest < LOOK * op.norm2:
             best = _ritz_vectors(basis[:size], image[:size], vectors[:, :keep], support, excess, steps)
@@ -117,7 +120,6 @@ def krylov(
 
 
 def missed_energy(
-    small: numpy.ndarray,
     beyond: numpy.ndarray,
     ritz: numpy.ndarray,
     vectors: numpy.ndarray,
@@ -126,27 +128,26 @@ def missed_energy(
     target: float,
     rounding: float,
     progress: Convergence,
+    outside: Callable[[], numpy.ndarray],
 ) -> float:
     """Bound on the energy that the first `keep` Ritz vectors miss, see `surgery_formats.linalg.certificate`.
 
     Args:
-        small: ``K^T M M^T K`` of the basis, ``(size, size)``.
         beyond: ``W^T W``, ``(block, block)``, of what the next product adds outside the basis.
-        ritz: Eigenvalues of `small`, descending.
+        ritz: Eigenvalues of ``K^T M M^T K`` of the basis, descending.
         vectors: Its eigenvectors, one per column.
         keep: Number of vectors to keep.
         rest: Energy outside them.
         target: The greatest acceptable ratio to the optimum; a bound good enough for it is not improved further.
         rounding: Energy that rounding may hide; part of the result.
         progress: The matrix's own; is updated.
+        outside: Called for `outside_norm` if it is needed.
     """
-    size, block = len(small), len(beyond)
     enough = allowed_excess(rest, target) - rounding
-    excess = progress.expected(keep, size, float(ritz[:keep].sum()))
+    excess = progress.expected(keep, len(ritz), float(ritz[:keep].sum()))
     if excess > enough:  # cheap bounds first
-        last, near = vectors[size - block :], slice(max(0, size - 2 * block), size)
-        edge = outside_norm(small[near, near], beyond)
-        excess = min(excess, excess_energy(ritz, last.T @ (beyond @ last), keep, edge, enough))
+        last = vectors[-len(beyond) :]
+        excess = min(excess, excess_energy(ritz, last.T @ (beyond @ last), keep, float(outside()), enough))
     return excess + rounding
 
 

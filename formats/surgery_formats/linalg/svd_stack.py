@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from surgery_formats.arrays import Array, array_of, cast, device_of, empty, namespace, to_cpu
 from surgery_formats.dtypes import DType
-from surgery_formats.linalg.certificate import Convergence, ratio_bound
+from surgery_formats.linalg.certificate import Convergence, outside_norm, ratio_bound
 from surgery_formats.linalg.krylov import LOOK, ROUNDING, block_size, missed_energy, next_panel
 from surgery_formats.linalg.matrix import SAFE, scale_of
 from surgery_formats.linalg.panel import noise, orthonormal, positive, within, without
@@ -27,6 +28,7 @@ from surgery_formats.linalg.svd import FINE, MEASURED, NOTHING, SHARE, SKEW, SLA
 __all__ = ["SVDStack", "energy_left", "truncated_svds"]
 
 _EPS = float(np.finfo(np.float32).eps)
+_THREADS = 8
 _MOST_STEPS = 6
 """Krylov steps that all matrices take together; those that need more take them alone."""
 
@@ -152,17 +154,18 @@ def _krylov(matrices: _Matrices, known: Sequence[int], rank: int, block: int, ta
         new, beyond = np.split(to_cpu(products), [size], axis=-1)  # the only wait of a step
         small = np.pad(small, ((0, 0), (0, block), (0, block)))
         small[:, -block:], small[:, :, -block:] = new, new.mT
-        if size <= rank:
-            continue
+        if size < rank + block:
+            continue  # too few to tell how the spectrum goes on
         waiting = [i for i in known if i not in chosen]
-        for i, ritz, vectors in zip(waiting, *np.linalg.eigh(small[waiting]), strict=True):
-            ritz, vectors, norm2 = ritz[::-1].clip(0), vectors[:, ::-1], matrices.norm2[i]
+        near = small[waiting, -2 * block :, -2 * block :]
+        edges = outside_norm(near, beyond[waiting])
+        for i, edge, (ritz, vectors) in zip(waiting, edges, _eigenvectors(small[waiting]), strict=True):
+            norm2 = matrices.norm2[i]
             rest = norm2 - float(ritz[:rank].sum())
             if rest < LOOK * norm2:
                 continue  # nearly of this rank: what is left must be measured
-            missed = missed_energy(
-                small[i], beyond[i], ritz, vectors, rank, rest, target, rounding * norm2, progress[i]
-            )
+            room, outside = rounding * norm2, edge.item
+            missed = missed_energy(beyond[i], ritz, vectors, rank, rest, target, room, progress[i], outside)
             if ratio_bound(rest, missed) <= target:
                 chosen[i], excess[i] = vectors[:, :rank].T, missed
         if len(chosen) == len(known):
@@ -172,6 +175,20 @@ def _krylov(matrices: _Matrices, known: Sequence[int], rank: int, block: int, ta
         padded[i, :, : vectors.shape[1]] = vectors
     turn = array_of(padded, DType.F32, basis)
     return _Bases(within(turn @ basis, support), turn @ image, excess)
+
+
+def _eigenvectors(small: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of symmetric matrices: eigenvalues, descending and not negative, and eigenvectors, one per column.
+
+    In threads, because on a GPU they take longer than on one core.
+    """
+
+    def of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, vectors = np.linalg.eigh(matrix)
+        return values[::-1].clip(min=0), np.ascontiguousarray(vectors[:, ::-1])
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(of, small))
 
 
 def _finished(stack: Array, matrices: _Matrices, bases: _Bases, seed: int) -> SVDStack:
