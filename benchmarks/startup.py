@@ -44,8 +44,8 @@ COMMANDS: Mapping[str, Sequence[str]] = {
     "merge": ["merge", BASE, LORA, "-o", OUT],
     "extract-lora": ["extract-lora", BASE, TUNED, "--rank", "4", "-o", OUT],
     "export-onnx": ["export-onnx", BASE, "-o", OUT],
-    "export-onnx, slots": ["export-onnx", BASE, "--swap", LORA, "-o", OUT],
-    "export-onnx, prompt": ["export-onnx", BASE, "--prefix", PROMPT, "-o", OUT],
+    "export-onnx with slots": ["export-onnx", BASE, "--swap", LORA, "-o", OUT],
+    "export-onnx with a prompt": ["export-onnx", BASE, "--prefix", PROMPT, "-o", OUT],
 }
 
 LARGE = ("torch", "numpy", "onnx", "onnxruntime", "click", "rich")

@@ -43,6 +43,8 @@ COMMANDS = {
     "extract a DoRA": ["extract-lora", BASE, TUNED, "--rank", "4", "--kind", "dora", "-o", "{out}"],
     "extract codes": ["extract-lora", BASE, TUNED, "--rank", "auto", "--factors", "int8", "-o", "{out}"],
     "merge": ["merge", BASE, LORA, DORA, "-o", "{out}"],
+    "extract a LoRA": ["extract-lora", BASE, TUNED, "--rank", "4", "-o", "{out}"],
+    "extract what fits best": ["extract-lora", BASE, TUNED, "--rank", "4", "--kind", "auto", "-o", "{out}"],
     "export": ["export-onnx", BASE, "-o", "{out}"],
     "export of a merge": ["export-onnx", BASE, LORA, "-o", "{out}"],
     "export with slots": ["export-onnx", BASE, "--swap", LORA, "-o", "{out}"],
