@@ -70,6 +70,19 @@ def test_a_dry_run_of_a_merge_does_not_import_torch(base, lora):
     assert not imported("merge", str(base), str(lora), "--dry-run", "--json") & {"torch", "onnx", "rich"}
 
 
+def test_a_merge_imports_neither_writers_nor_other_readers_nor_what_renders(base, lora, tmp_path):
+    found = imported("-q", "merge", str(base), str(lora), "-o", str(tmp_path / "out"))
+    assert "surgery_formats.adapters.peft.read" in found
+    unneeded = (
+        "adapters.mlx.read",
+        "adapters.kohya.read",
+        "adapters.compact.read",
+        "adapters.peft.write",
+        "families.bert",
+    )
+    assert not {name for name in found if name.endswith((*unneeded, ".mlx.write", "reports.text", "engine.shares"))}
+
+
 def test_every_command_is_listed_in_order_of_use(run: Run):
     listed = run("--help").stdout.partition("Commands:")[2]
     places = [listed.index(f"  {name} ") for name in COMMANDS]
