@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery_formats.adapters.peft.keys import WEIGHTS
 from surgery_formats.files.raw import first_bytes
 
 if TYPE_CHECKING:
@@ -17,10 +18,7 @@ if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
     from surgery_formats.updates import Update
 
-__all__ = ["PEFT", "WEIGHTS"]
-
-WEIGHTS = "adapter_model"
-"""What the names of its weight files begin with."""
+__all__ = ["PEFT"]
 
 
 @dataclass(frozen=True, slots=True)

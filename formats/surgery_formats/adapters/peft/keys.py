@@ -10,8 +10,10 @@ from surgery_formats.canonical.adapter import Ignored
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["HEADS", "INSIDE_ATTENTION", "PREFIX", "ROOT", "Sorted", "ancestors", "sort_tensors", "unwrapped"]
+__all__ = ["HEADS", "INSIDE_ATTENTION", "PREFIX", "ROOT", "WEIGHTS", "Sorted", "ancestors", "sort_tensors", "unwrapped"]
 
+WEIGHTS = "adapter_model"
+"""What the names of its weight files begin with."""
 ROOT = "base_model."
 """What the names of tensors of the whole adapter begin with, and those beside a soft prompt."""
 PREFIX = f"{ROOT}model."

@@ -8,12 +8,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from surgery_formats.adapters.peft import WEIGHTS
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.adapters.peft.keys import (
     HEADS,
     PREFIX,
     ROOT,
+    WEIGHTS,
     Sorted,
     ancestors,
     sort_tensors,
