@@ -17,7 +17,7 @@ from surgery_formats.text import nbytes, show
 
 __all__ = ["Preview", "obstacles", "preview"]
 
-_WITH_NUMPY = 60_000_000  # of a process that computes something small, as measured; a dry run does not import numpy
+_WITH_NUMPY = 50_000_000  # of a process that computes something small, as measured; a dry run does not import numpy
 _PATH = 500  # characters; a path is worth showing whole
 
 
