@@ -82,7 +82,9 @@ def test_each_matrix_is_read_once(
     monkeypatch.setattr("surgery_formats.models.identity._SAMPLE", 1)
     before = content_id(open_checkpoint(pair[0]))
     monkeypatch.setattr(File, "read_into", counting)
-    monkeypatch.setattr("surgery.extraction.sampling._LOOKED_AT", 1)  # survival looks at samples of BASE: here at one row
+    monkeypatch.setattr(
+        "surgery.extraction.sampling._LOOKED_AT", 1
+    )  # survival looks at samples of BASE: here at one row
     result = surgery.extract_lora(*pair, output=tmp_path / "out", kind="lora", **ask)  # type: ignore[arg-type]
     monkeypatch.undo()
     assert result.base_id == before
