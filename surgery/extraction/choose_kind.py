@@ -17,8 +17,8 @@ import numpy
 
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors, row_lengths
 from surgery.extraction.findings import Kind, KindFacts
-from surgery.extraction.noise import at_rows, read_runs, sample_runs
 from surgery.extraction.pairing import Delta, Strip, path_of
+from surgery.extraction.sampling import at_rows, read_runs, sample_runs
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scan import HELD
 from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot, Workspace
@@ -188,14 +188,18 @@ def _row_share(
     survivals: dict[str, Survival] = {}
 
     def share_of(target: LowRankTarget) -> float:
-        left, right = factored[target.path].factors(0, ranks[target.path])
+        matrix, rank = factored[target.path].matrices[0], ranks[target.path]
+        if matrix.sample is not None and matrix.left.shape[0] == rank:
+            survivals[target.path] = matrix.sample.survival
+            return matrix.sample.share
+        left, right = factored[target.path].factors(0, rank)
         runs, base, tuned = _sampled(target.deltas[0])
         change = at_rows(left, runs) @ right
         along, energy = row_share((tuned - base) - change.astype(base.dtype, copy=False), base + change)
         stored = target.deltas[0].strips[0].base
         if not target.deltas[0].transposed and stored.elements is not None:
             survivals[target.path] = survival(base, change, stored.dtype)
-        return along / energy if energy > 0 else 0.0
+        return float(along / energy) if energy > 0 else 0.0
 
     shares = in_threads(share_of, targets, workers)
     left = [factored[target.path].residual(ranks[target.path]) for target in targets]

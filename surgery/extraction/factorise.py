@@ -11,17 +11,28 @@ from typing import Literal
 
 import numpy
 
+from surgery.extraction.sampling import at_rows, sample_runs
 from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot
 from surgery.extraction.targets import LowRankTarget
 from surgery.rank import Rank
-from surgery_formats.arrays import Array, cast, namespace, to_cpu
+from surgery_formats.arrays import Array, cast, dtype_of, namespace, to_cpu
 from surgery_formats.dtypes import DType
+from surgery_formats.linalg.fit_dora import row_share
 from surgery_formats.linalg.matrix import MatrixSource
-from surgery_formats.linalg.noise import signal_count
+from surgery_formats.linalg.noise import signal_count, survival_sums
+from surgery_formats.linalg.survival import Survival
 from surgery_formats.linalg.svd import TruncatedSVD, left_over, truncated_svd
 from surgery_formats.linalg.svd_stack import SVDStack, energy_left, truncated_svds
 
-__all__ = ["FactorisedMatrix", "StoredFactorSpec", "TargetFactors", "factorise", "factorise_stack", "row_lengths"]
+__all__ = [
+    "FactorisedMatrix",
+    "RowSample",
+    "StoredFactorSpec",
+    "TargetFactors",
+    "factorise",
+    "factorise_stack",
+    "row_lengths",
+]
 
 _FINE = 1e-3
 """Relative residual below which float32 cannot measure it."""
@@ -55,6 +66,26 @@ class StoredFactorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RowSample:
+    """What factors leave in the rows of `surgery.extraction.sampling.sample_runs`.
+
+    Attributes:
+        along: Energy of it that rescaling rows would take away, see `surgery_formats.linalg.fit_dora.row_share`.
+        energy: All of it.
+        survival: What a merge of the factors would keep.
+    """
+
+    along: float
+    energy: float
+    survival: Survival
+
+    @property
+    def share(self) -> float:
+        """``along / energy``."""
+        return self.along / self.energy if self.energy > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class FactorisedMatrix:
     """One factorised matrix ``D ~ left^T right / fold^2``; either side has the square roots of the singular values.
 
@@ -69,6 +100,7 @@ class FactorisedMatrix:
         fold: Number that either side was multiplied by.
         left_energy: ``||D - left^T right / fold^2||_F^2``, measured for each tensor of the matrix; None where the
             factors are not yet those that will be stored.
+        sample: What the stored factors leave in some rows, where that was measured with them.
     """
 
     left: ScratchSlot
@@ -80,6 +112,7 @@ class FactorisedMatrix:
     edge: float = 0.0
     fold: float = 1.0
     left_energy: tuple[float, ...] | None = None
+    sample: RowSample | None = None
 
     @property
     def signal(self) -> int:
@@ -198,8 +231,13 @@ def factorise_stack(
     edges: Sequence[float],
     plan: StoredFactorSpec,
     transposed: bool,
+    base: Array | None = None,
 ) -> list[FactorisedMatrix]:
-    """As `factorise`, of the matrices of a stack ``(count, m, n)``, float32: all that changed, one strip each."""
+    """As `factorise`, of the matrices of a stack ``(count, m, n)``, float32: all that changed, one strip each.
+
+    `base` are the rows of BASE, as stored, that `sample_runs` chooses, ``(count, rows, n)``; without them nothing is
+    sampled.
+    """
     totals = [math.sqrt(energy) for energy in energies]
     svd = truncated_svds(stack, rank=min(rank, *stack.shape[1:]), totals=totals)
     left, right = (plan.stored(side) for side in _directions(svd))
@@ -211,6 +249,7 @@ def factorise_stack(
     sums = to_cpu(energy_left(stack, B, A).sum(-1)).tolist() if "sums" in ways else []
     out_side, in_side = (to_cpu(side) for side in ((right, left) if transposed else (left, right)))
     values = to_cpu(svd.S).tolist()
+    samples = [None] * len(stack) if base is None else _samples(stack, B, A, base)
     matrices = []
     for i, (how, energy) in enumerate(zip(ways, energies, strict=True)):
         if how == "sums":
@@ -228,9 +267,20 @@ def factorise_stack(
                 edges[i],
                 plan.fold,
                 (left_energy,),
+                samples[i],
             )
         )
     return matrices
+
+
+def _samples(stack: Array, B: Array, A: Array, base: Array) -> list[RowSample | None]:
+    """What ``B A`` leaves of a stack in the rows of `base`; waits once."""
+    xp, runs = namespace(stack), list(sample_runs(*stack.shape[1:]))
+    before = cast(base, DType.F32)
+    change = at_rows(B, runs) @ A
+    shares = xp.stack(row_share(at_rows(stack, runs) - change, before + change), axis=-1)
+    figures = to_cpu(xp.concat([shares, survival_sums(before, change, dtype_of(base))], axis=-1))
+    return [RowSample(along, energy, Survival(*sums)) for along, energy, *sums in figures.tolist()]
 
 
 def _directions(svd: TruncatedSVD | SVDStack) -> tuple[Array, Array]:

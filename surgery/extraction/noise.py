@@ -14,22 +14,19 @@ from dataclasses import dataclass
 
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.findings import MergedLoRA, Signal
+from surgery.extraction.sampling import at_rows, read_runs, sample_runs
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.tally import PairMeasure
-from surgery_formats.arrays import Array, cast, empty, namespace, wide
+from surgery_formats.arrays import Array
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
-from surgery_formats.storage.base import Storage
 
 __all__ = [
     "NoiseReport",
     "Spectrum",
-    "at_rows",
     "looks_merged",
     "noise_report",
-    "read_runs",
     "remark",
-    "sample_runs",
     "survivals",
 ]
 
@@ -105,12 +102,6 @@ def remark(rank: int, signal: Signal, *, asked: bool = True) -> str:
         return f"{said}: no direction stands out of rounding noise"
     noun = "direction is" if beyond == 1 else "directions are"
     return f"{said}: {beyond} {noun} rounding noise; suggest <= {signal.count}"
-
-
-_LOOKED_AT = 1 << 18
-"""Elements of a target that survival is computed from, in `_RUNS` runs of rows: its standard error is then
-below 1 %."""
-_RUNS = 16
 
 
 def spectra(factors: TargetFactors, noise: float) -> list[Spectrum]:
@@ -199,37 +190,8 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], Array] | No
             change = at_rows(rows_side, rows) @ cols_side
             base = read_runs(strip.base, strip.first, runs)
             if gain is not None:  # g (W + BA) - W
-                scale = gain if by_column else at_rows(gain, rows)[:, None]
+                scale = gain if by_column else at_rows(gain, rows, axis=-1)[:, None]
                 change = scale * change + (scale - 1) * base
             if strip.base.elements is not None:
                 yield survival(base, change, strip.base.dtype)
             at += strip.height
-
-
-def read_runs(weight: Storage, first: int, runs: Sequence[tuple[int, int]]) -> Array:
-    """Runs ``(start, stop)`` of rows, counted from `first`, stacked, in float32 (or float64 where it is stored so)."""
-    count = sum(stop - start for start, stop in runs)
-    block, at = empty((count, weight.shape[1]), weight.dtype), 0
-    for start, stop in runs:
-        weight.read_into(block[at : at + stop - start], first + start)
-        at += stop - start
-    return cast(block, wide(weight.dtype))
-
-
-def at_rows(values: Array, runs: Sequence[tuple[int, int]]) -> Array:
-    """The same rows of a matrix in memory, stacked: one large product keeps threads busier than many small ones."""
-    if len(runs) == 1 and runs[0] == (0, len(values)):
-        return values
-    return namespace(values).concat([values[start:stop] for start, stop in runs])
-
-
-def sample_runs(rows: int, cols: int, share: int = 1) -> Iterator[tuple[int, int]]:
-    """Runs of rows, spread evenly; all rows of a small matrix. `share` such matrices are sampled together."""
-    some = max(1, _LOOKED_AT // max(cols * share, 1))
-    if some >= rows:
-        yield 0, rows
-        return
-    runs = min(_RUNS, some)
-    for number in range(runs):
-        start = math.floor(number * rows / runs)
-        yield start, min(start + some // runs, rows)

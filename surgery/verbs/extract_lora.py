@@ -49,6 +49,7 @@ from surgery_formats.models.checkpoint import Component
 
 __all__ = ["ExtractResult", "extract_lora"]
 
+_HELPFUL = 4  # threads beside a GPU: on 16 cores 4 do in 0.18 s what 8 do in 0.21, because they share one interpreter
 _LEAST_ALPHA, _MOST_ALPHA = 1e-12, 1e12  # factors are divided by its root: beyond, they leave the range of their type
 
 
@@ -134,7 +135,9 @@ def extract_lora(
     try:
         threads = workers or default_lanes(devices)
         stored = DType.F32 if coding else _dtype(dtype, pair.new)
-        workspace = Workspace(scratch, devices[0], threads, threads if devices[0] == "cpu" else default_workers())
+        workspace = Workspace(
+            scratch, devices[0], threads, threads if devices[0] == "cpu" else min(default_workers(), _HELPFUL)
+        )
         request = ExtractionRequest(
             goal, options, scaling, stored, coding, table, chosen, inputs, allow_loss, workspace
         )

@@ -82,7 +82,9 @@ def test_each_matrix_is_read_once(
     monkeypatch.setattr("surgery_formats.models.identity._SAMPLE", 1)
     before = content_id(open_checkpoint(pair[0]))
     monkeypatch.setattr(File, "read_into", counting)
-    monkeypatch.setattr("surgery.extraction.noise._LOOKED_AT", 1)  # survival looks at samples of BASE: here at one row
+    monkeypatch.setattr(
+        "surgery.extraction.sampling._LOOKED_AT", 1
+    )  # survival looks at samples of BASE: here at one row
     result = surgery.extract_lora(*pair, output=tmp_path / "out", kind="lora", **ask)  # type: ignore[arg-type]
     monkeypatch.undo()
     assert result.base_id == before
@@ -415,6 +417,8 @@ def test_alike_matrices_are_batched_and_give_the_same(
         assert other.bound <= max(one.bound, 1.001)
     assert next(row.kind for row in together.rows if row.name == same) == "unchanged"
     assert together.base_id == alone.base_id
+    assert together.kind.rows == pytest.approx(alone.kind.rows, abs=1e-5)
+    assert together.survival == pytest.approx(alone.survival, rel=1e-5)
 
 
 def corrupted(folder: Path, what: str) -> None:

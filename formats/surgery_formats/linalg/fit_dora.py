@@ -183,15 +183,16 @@ def best_columns(pair: PairSource, B: Array, A: Array) -> Magnitudes:
     return Magnitudes(gain * xp.sqrt(squares), gain, math.sqrt(error), gain[:0])
 
 
-def row_share(rest: Array, adapted: Array) -> tuple[float, float]:
+def row_share(rest: Array, adapted: Array) -> tuple[Array, Array]:
     """Measure how much of a LoRA's residual is a rescaling of rows, which tells whether alternation can win.
 
-    From some rows `rest` of ``W' - W - B A``, ``(rows, in)``, and the same rows of ``W + B A``: ``(energy along W + B A,
-    energy)``, of which the first is what row scales alone would remove, less chance alignment.
+    From some rows `rest` of ``W' - W - B A``, ``(..., rows, in)``, and the same rows of ``W + B A``: ``(energy along
+    W + B A, energy)``, of which the first is what row scales alone would remove, less chance alignment.
     """
-    along = _ratio(_dots(rest, adapted) ** 2, _dots(adapted, adapted), nothing=0.0)
-    energy = float(_dots(rest, rest).sum())
-    return float(along.sum()) - energy / max(rest.shape[1], 1), energy
+    xp = namespace(rest)
+    along = xp.sum(_ratio(_dots(rest, adapted) ** 2, _dots(adapted, adapted), nothing=0.0), axis=-1)
+    energy = xp.sum(_dots(rest, rest), axis=-1)
+    return along - energy / max(rest.shape[-1], 1), energy
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _energy(block: Array) -> float:
 def _dots(left: Array, right: Array) -> Array:
     """Inner products row by row, summed in float64."""
     xp = namespace(left, right)
-    return xp.sum(left * right, axis=1, dtype=xp.float64)
+    return xp.sum(left * right, axis=-1, dtype=xp.float64)
 
 
 def _ratio(over: Array, under: Array, nothing: float = 1.0) -> Array:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 from surgery_formats.arrays import Array, cast, dtype_of, namespace
 from surgery_formats.dtypes import DType
+from surgery_formats.linalg.panel import squares
 from surgery_formats.linalg.survival import Survival
 
-__all__ = ["MANTISSA", "NoiseTally", "signal_count", "survival"]
+__all__ = ["MANTISSA", "NoiseTally", "signal_count", "survival", "survival_sums"]
 
 MANTISSA = {DType.BF16: (7, -126), DType.F16: (10, -14), DType.F32: (23, -126), DType.F64: (52, -1022)}
 """Stored fraction bits, and the exponent of the smallest normal number, below which the spacing is constant."""
@@ -61,8 +62,17 @@ def signal_count(values: Sequence[float], edge: float) -> int:
 
 def survival(base: Array, delta: Array, dtype: DType) -> Survival:
     """Measure what survives when `delta` is added to `base`, both float32 or float64, and the sum is rounded once to `dtype`."""
-    total = base + delta
+    return Survival(*survival_sums(base, delta, dtype).tolist())
+
+
+def survival_sums(base: Array, delta: Array, dtype: DType) -> Array:
+    """The three sums of `survival`, ``(..., 3)``, of stacks ``(..., rows, cols)``; waits for no device."""
+    total, xp = base + delta, namespace(base)
     exact = dtype_of(total)
+    update = cast(delta, exact)
     stored = cast(cast(total, dtype), exact)
     stored -= base
-    return Survival.of(cast(delta, exact), stored)
+    inner = xp.linalg.vecdot(stored, update)
+    stored -= update
+    sums = (cast(part, DType.F64) for part in (squares(update), inner, squares(stored)))
+    return xp.stack([xp.sum(part, axis=-1) for part in sums], axis=-1)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, factorise_stack
 from surgery.extraction.pairing import Strip
 from surgery.extraction.ranks import RankGoal
+from surgery.extraction.sampling import at_rows, sample_runs
 from surgery.extraction.stream.feed import ByteObserver, Read
 from surgery.extraction.stream.lanes import Lane
 from surgery.extraction.stream.scratch import ScratchFile
@@ -126,9 +127,9 @@ def factorise_batch(
         reads = [Read(s.base, 0, old, observe) for s, old, observe in zip(strips, base, observers, strict=True)]
         reads += [Read(strip.tuned, 0, new) for strip, new in zip(strips, tuned, strict=True)]
         lane.feed.fill(reads)
-        measured = _measured(batch, base, tuned)
+        measured, sampled = _measured(batch, base, tuned), _sampled(batch, base)
         del base, tuned, reads
-        return measured.measures, _factorised(like, measured, scratch)
+        return measured.measures, _factorised(like, measured, sampled, scratch)
 
 
 def warm_batch(batch: Batch, scratch: ScratchFile, lane: Lane) -> None:
@@ -137,7 +138,8 @@ def warm_batch(batch: Batch, scratch: ScratchFile, lane: Lane) -> None:
     values = empty((2, *like.shape), DType.F32, lane.device)
     values[...] = 1
     triangle = namespace(values).tril(values)
-    _factorised(like, _measured(two, cast(values - triangle, like.base), cast(values, like.tuned)), scratch)
+    base = cast(values - triangle, like.base)
+    _factorised(like, _measured(two, base, cast(values, like.tuned)), _sampled(two, base), scratch)
 
 
 class _Measured(NamedTuple):
@@ -154,19 +156,31 @@ def _measured(batch: Batch, base: Array, tuned: Array) -> _Measured:
     return _Measured(difference, *measure_stack(base, tuned, difference, sides))
 
 
-def _factorised(like: Likeness, measured: _Measured, scratch: ScratchFile) -> dict[int, FactorisedMatrix]:
+def _sampled(batch: Batch, base: Array) -> Array | None:
+    """Some rows of BASE, where its matrices are stored as they act, in elements."""
+    if batch.like.transposed or any(strip.base.elements is None for strip in batch.strips):
+        return None
+    return at_rows(base, list(sample_runs(*batch.like.shape)))
+
+
+def _factorised(
+    like: Likeness, measured: _Measured, sampled: Array | None, scratch: ScratchFile
+) -> dict[int, FactorisedMatrix]:
     """The factors of the matrices that changed, by number."""
     difference, measures, edges = measured
     changed = [number for number, measure in enumerate(measures) if measure.changed]
     if not changed:
         return {}
+    if len(changed) < len(measures):
+        difference, sampled = difference[changed, ...], None if sampled is None else sampled[changed, ...]
     matrices = factorise_stack(
-        difference if len(changed) == len(measures) else difference[changed, ...],
+        difference,
         like.rank,
         scratch,
         energies=[measures[number].energy for number in changed],
         edges=[edges[number] for number in changed],
         plan=like.plan,
         transposed=like.transposed,
+        base=sampled,
     )
     return dict(zip(changed, matrices, strict=True))
