@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.pairing import Delta
@@ -118,13 +119,13 @@ def _lora(factors: TargetFactors, index: int, settings: FactorSettings) -> LoRA:
     rows, cols = target.deltas[index].logical_shape
     fold = fold_of(settings.scaling, rank)
 
-    def side(number: int) -> Callable[[], Array]:
-        return lambda: _rounded(factors.factors(index, rank, fold)[number], settings.dtype, target)
+    def side(which: Literal["left", "right"]) -> Callable[[], Array]:
+        return lambda: _rounded(factors.side(which, index, rank, fold), settings.dtype, target)
 
     dtype, sources = settings.dtype, _sources(target.deltas[index])
     inputs = target.shape[1:] if target.form == "conv" else (cols,)
-    B = computed(f"{target.path}.{index}.B", (rows, rank), sources, side(0), dtype)
-    A = computed(f"{target.path}.{index}.A", (rank, *inputs), sources, side(1), dtype)
+    B = computed(f"{target.path}.{index}.B", (rows, rank), sources, side("left"), dtype)
+    A = computed(f"{target.path}.{index}.A", (rank, *inputs), sources, side("right"), dtype)
     factor = Factor((A,), (rank, cols))
     return LoRA(factor, Factor.of(B), settings.scaling.scale(rank), settings.scaling.alpha_of(rank))
 

@@ -158,13 +158,16 @@ class TargetFactors:
 
     def factors(self, index: int, rank: int, fold: float = 1.0) -> tuple[Array, Array]:
         """``(left (out, rank), right (rank, in))`` of one matrix, either times `fold`; missing directions are zeros."""
-        matrix, sides = self.matrices[index], []
-        for slot in (matrix.left, matrix.right):
-            whole = slot.read()[:rank]
-            if fold != matrix.fold:
-                whole *= fold / matrix.fold
-            sides.append(numpy.pad(whole, ((0, rank - len(whole)), (0, 0))))
-        return sides[0].T, sides[1]
+        return self.side("left", index, rank, fold), self.side("right", index, rank, fold)
+
+    def side(self, which: Literal["left", "right"], index: int, rank: int, fold: float = 1.0) -> Array:
+        """One of `factors`."""
+        matrix = self.matrices[index]
+        whole = (matrix.left if which == "left" else matrix.right).read()[:rank]
+        if fold != matrix.fold:
+            whole *= fold / matrix.fold
+        whole = numpy.pad(whole, ((0, rank - len(whole)), (0, 0))) if len(whole) < rank else whole
+        return whole.T if which == "left" else whole
 
 
 def factorise(

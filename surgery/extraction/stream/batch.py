@@ -127,9 +127,10 @@ def factorise_batch(
         reads = [Read(s.base, 0, old, observe) for s, old, observe in zip(strips, base, observers, strict=True)]
         reads += [Read(strip.tuned, 0, new) for strip, new in zip(strips, tuned, strict=True)]
         lane.feed.fill(reads)
-        measured, sampled = _measured(batch, base, tuned), _sampled(batch, base)
-        del base, tuned, reads
-        return measured.measures, _factorised(like, measured, sampled, scratch)
+        with lane.turn:
+            measured, sampled = _measured(batch, base, tuned), _sampled(batch, base)
+            del base, tuned, reads
+            return measured.measures, _factorised(like, measured, sampled, scratch)
 
 
 def warm_batch(batch: Batch, scratch: ScratchFile, lane: Lane) -> None:

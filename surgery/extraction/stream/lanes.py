@@ -74,11 +74,14 @@ class Lane:
         device: Device of its arithmetic.
         feed: Brings rows to the device.
         memory: The device's memory, shared with its other lanes.
+        turn: Held while a batch is computed, shared likewise: a GPU gains nothing from two threads that share one
+            interpreter, so that the others are read for meanwhile.
     """
 
     device: str
     feed: Feed
     memory: DeviceMemory
+    turn: threading.Lock = field(default_factory=threading.Lock)
     _kept: list[Array] = field(default_factory=list)
 
     @property
@@ -134,7 +137,8 @@ class Lanes:
         with torch.cuda.device(device):
             memory = DeviceMemory(int(torch.cuda.mem_get_info()[0] * _SHARE))
             self._staged.append(StagedFeed(device, max(2, min(_READERS, cores() // devices))))
-            return [Lane(device, self._staged[-1], memory) for _ in range(workers)]
+            turn = threading.Lock()
+            return [Lane(device, self._staged[-1], memory, turn) for _ in range(workers)]
 
     def _enter(self) -> None:
         self._local.lane = self._waiting.pop()

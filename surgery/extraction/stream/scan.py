@@ -128,7 +128,6 @@ def scan(
     )
     jobs: list[tuple[int, Job]] = []
     batches = batches_of(layout.factorised, goal, spec_of) if lanes.on_gpus else ()
-    jobs += [(batch.numel, partial(stream_jobs.batch, batch)) for batch in batches]
     batched = {target.path for batch in batches for target in batch.targets}
     jobs += [
         (max(delta.numel for delta in target.deltas), partial(stream_jobs.target, target))
@@ -141,10 +140,11 @@ def scan(
     jobs += [(size, partial(stream_jobs.alone, (name,))) for name, size in numel.items() if size > _SMALL]
     small = [name for name, size in numel.items() if size <= _SMALL]
     jobs += [(0, partial(stream_jobs.alone, tuple(small[at : at + _BATCH]))) for at in range(0, len(small), _BATCH)]
-    # What takes longest begins first; the others as they lie in the files.
-    lanes.run(
-        [job for _, job in sorted(jobs, key=lambda sized_job: -sized_job[0] if sized_job[0] >= HELD["cpu"] else 0)]
-    )
+    # Small batches begin, so that a GPU has something to compute while the others are read. Of the rest what takes
+    # longest begins first, the others as they lie in the files.
+    first = [partial(stream_jobs.batch, batch) for batch in sorted(batches, key=lambda batch: batch.numel)]
+    jobs.sort(key=lambda sized_job: -sized_job[0] if sized_job[0] >= HELD["cpu"] else 0)
+    lanes.run([*first, *(job for _, job in jobs)])
     return stream_jobs.result
 
 
