@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +54,15 @@ def test_a_plugin_without_a_name_is_named_by_its_entry_point(group: str) -> None
         pytest.raises(SurgeryError, match=r"plugin 'nameless' of .* is not a .* has no name"),
     ):
         REGISTRIES[group]()
+
+
+def test_a_format_of_an_older_interface_is_named_with_what_it_lacks() -> None:
+    members = {name: getattr(MLX, name) for name in dir(MLX) if not name.startswith("_") and name != "file_stems"}
+    with (
+        installed(ENTRY_POINTS, "old", SimpleNamespace(**members | {"name": "old"})),
+        pytest.raises(SurgeryError, match=r"plugin 'old' of .* has no file_stems"),
+    ):
+        formats()
 
 
 def test_a_plugin_that_cannot_be_imported_is_named() -> None:
