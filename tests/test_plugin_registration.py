@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -67,4 +68,11 @@ def test_a_format_of_an_older_interface_is_named_with_what_it_lacks() -> None:
 
 def test_a_plugin_that_cannot_be_imported_is_named() -> None:
     with installed(ENTRY_POINTS, "broken", "surgery_formats:nothing"), pytest.raises(SurgeryError, match="'broken'"):
+        formats()
+
+
+def test_a_plugin_that_ends_the_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quitting_plugin.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with installed(ENTRY_POINTS, "quits", "quitting_plugin:FORMAT"), pytest.raises(SurgeryError, match="'quits'"):
         formats()

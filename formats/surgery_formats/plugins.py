@@ -80,8 +80,8 @@ def _load(group: str, noun: str, members: tuple[str, ...]) -> tuple[tuple[EntryP
     for entry in sorted((entry for entry in _installed() if entry.group == group), key=lambda entry: entry.name):
         try:
             plugin = entry.load()
-        except Exception as error:
-            raise SurgeryError(f"the {noun} plugin {_shown(entry)} cannot be imported: {error}") from error
+        except (Exception, SystemExit) as error:  # a module that ends the program would end it as if all had been done
+            raise SurgeryError(f"the {noun} plugin {_shown(entry)} cannot be imported: {error!r}") from error
         if not isinstance(getattr(plugin, "name", None), str):
             raise SurgeryError(f"the {noun} plugin {_shown(entry)} is not a {noun}: {entry.value} has no name")
         if missing := next((member for member in members if not hasattr(plugin, member)), ""):
