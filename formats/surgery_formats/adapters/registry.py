@@ -30,9 +30,10 @@ def formats() -> dict[str, Format]:
     """Every format by name: the built-in ones, then plugins'.
 
     Raises:
-        SurgeryError: a plugin cannot be imported, or takes a name that is taken.
+        SurgeryError: see `surgery_formats.plugins.with_plugins`.
     """
-    return with_plugins(ENTRY_POINTS, BUILT_IN, "format")
+    members = (member for member in vars(Format) if not member.startswith("_"))
+    return with_plugins(ENTRY_POINTS, BUILT_IN, "format", members)
 
 
 def format_named(name: str) -> Format:
