@@ -6,19 +6,16 @@ from __future__ import annotations
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.compact import COMPACT
+from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import MalformedError, NotFoundError, UsageError
 from surgery_formats.plugins import with_plugins
 from surgery_formats.text import closest, listing
-
-if TYPE_CHECKING:
-    from surgery_formats.adapters.format import Format
-    from surgery_formats.canonical.adapter import Adapter
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "format_at", "format_named", "formats", "is_adapter_file", "read_adapter"]
 
