@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +57,22 @@ def test_a_plugin_without_a_name_is_named_by_its_entry_point(group: str) -> None
         REGISTRIES[group]()
 
 
+def test_a_format_of_an_older_interface_is_named_with_what_it_lacks() -> None:
+    members = {name: getattr(MLX, name) for name in dir(MLX) if not name.startswith("_") and name != "file_stems"}
+    with (
+        installed(ENTRY_POINTS, "old", SimpleNamespace(**members | {"name": "old"})),
+        pytest.raises(SurgeryError, match=r"plugin 'old' of .* has no file_stems"),
+    ):
+        formats()
+
+
 def test_a_plugin_that_cannot_be_imported_is_named() -> None:
     with installed(ENTRY_POINTS, "broken", "surgery_formats:nothing"), pytest.raises(SurgeryError, match="'broken'"):
+        formats()
+
+
+def test_a_plugin_that_ends_the_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quitting_plugin.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with installed(ENTRY_POINTS, "quits", "quitting_plugin:FORMAT"), pytest.raises(SurgeryError, match="'quits'"):
         formats()

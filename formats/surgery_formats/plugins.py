@@ -28,20 +28,21 @@ _LOADED: dict[str, tuple[tuple[EntryPoint, Any], ...]] = {}
 """Plugins that were imported, with their entry points, by group."""
 
 
-def with_plugins(group: str, built_in: Iterable[T], noun: str) -> dict[str, T]:
+def with_plugins(group: str, built_in: Iterable[T], noun: str, members: Iterable[str] = ()) -> dict[str, T]:
     """The objects of a registry by name: the built-in ones in their order, then those of plugins.
 
     Args:
         group: Entry point group; each of its entry points is an object like those of `built_in`.
         built_in: Objects that the registry always has.
         noun: The kind of object, for messages (``format``).
+        members: What plugins must have beside a name, so that one of an older interface is refused by its name.
 
     Raises:
-        SurgeryError: a plugin cannot be imported, has no name, or has a name that is taken.
+        SurgeryError: a plugin cannot be imported, lacks its name or another member, or has a name that is taken.
     """
     known = {item.name: item for item in built_in}
     if group not in _LOADED:
-        _LOADED[group] = _load(group, noun)
+        _LOADED[group] = _load(group, noun, tuple(members))
     for entry, plugin in _LOADED[group]:
         if known.setdefault(plugin.name, plugin) is not plugin:
             raise SurgeryError(f"the {noun} plugin {_shown(entry)} takes the name '{plugin.name}', which is taken")
@@ -74,15 +75,17 @@ def _installed() -> tuple[EntryPoint, ...]:
     return tuple(entry for group in groups for entry in found.select(group=group))
 
 
-def _load(group: str, noun: str) -> tuple[tuple[EntryPoint, Any], ...]:
+def _load(group: str, noun: str, members: tuple[str, ...]) -> tuple[tuple[EntryPoint, Any], ...]:
     loaded = []
     for entry in sorted((entry for entry in _installed() if entry.group == group), key=lambda entry: entry.name):
         try:
             plugin = entry.load()
-        except Exception as error:
-            raise SurgeryError(f"the {noun} plugin {_shown(entry)} cannot be imported: {error}") from error
+        except (Exception, SystemExit) as error:  # a module that ends the program would end it as if all had been done
+            raise SurgeryError(f"the {noun} plugin {_shown(entry)} cannot be imported: {error!r}") from error
         if not isinstance(getattr(plugin, "name", None), str):
             raise SurgeryError(f"the {noun} plugin {_shown(entry)} is not a {noun}: {entry.value} has no name")
+        if missing := next((member for member in members if not hasattr(plugin, member)), ""):
+            raise SurgeryError(f"the {noun} plugin {_shown(entry)} is not a {noun}: {entry.value} has no {missing}")
         loaded.append((entry, plugin))
     return tuple(loaded)
 

@@ -134,6 +134,15 @@ def test_keys_are_relative_only_where_every_block_has_them(tmp_path: Path) -> No
     assert config_of(tmp_path / "same")["num_layers"] == -1
 
 
+def test_biases_that_a_tied_base_need_not_have_are_not_asked_for(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", tied=True)
+    scales = {f"base_model.model.{Q}.ia3_l": draw(1, 6, 1)}
+    source = write_peft(tmp_path / "a", scales, peft_type="IA3", target_modules=["q_proj"], feedforward_modules=[])
+    assert read_adapter(source).optional
+    with pytest.raises(FitError, match="has no IA3"):
+        convert(source, "mlx", output=tmp_path / "b", base=base)
+
+
 def test_a_tied_head_follows_the_embedding_in_mlx_only(tmp_path: Path) -> None:
     base = llama(tmp_path / "base", tied=True)
     stem = "model.embed_tokens"

@@ -6,19 +6,16 @@ from __future__ import annotations
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.compact import COMPACT
+from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import MalformedError, NotFoundError, UsageError
 from surgery_formats.plugins import with_plugins
 from surgery_formats.text import closest, listing
-
-if TYPE_CHECKING:
-    from surgery_formats.adapters.format import Format
-    from surgery_formats.canonical.adapter import Adapter
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "format_at", "format_named", "formats", "is_adapter_file", "read_adapter"]
 
@@ -30,9 +27,10 @@ def formats() -> dict[str, Format]:
     """Every format by name: the built-in ones, then plugins'.
 
     Raises:
-        SurgeryError: a plugin cannot be imported, or takes a name that is taken.
+        SurgeryError: see `surgery_formats.plugins.with_plugins`.
     """
-    return with_plugins(ENTRY_POINTS, BUILT_IN, "format")
+    members = (member for member in vars(Format) if not member.startswith("_"))
+    return with_plugins(ENTRY_POINTS, BUILT_IN, "format", members)
 
 
 def format_named(name: str) -> Format:

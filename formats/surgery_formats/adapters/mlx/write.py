@@ -207,7 +207,7 @@ def _tie(adapter: Adapter, base: Checkpoint | None) -> _TiedHead:
     tied = [
         site
         for site, chain in adapter.updates.items()
-        if _stored_name(site, chain[0], base) in (base.main.head, base.main.embedding)
+        if site not in adapter.optional and _stored_name(site, chain[0], base) in (base.main.head, base.main.embedding)
     ]  # binding these two sites alone tells, and the adapter as a whole is bound by whoever needs that
     parts = bool(tied) and base.main.name in bind([(adapter.only(tied), 1.0)], base).untied
     return _TiedHead(not parts, parts)
