@@ -25,7 +25,7 @@ SHAPES = {"150M": Shape(1024, 8, 16, 4, 2816, 64128), "1.24B": LARGE}
 HUGE = "70B"
 CALL = """
 import sys, time, onnx, numpy
-from surgery.verbs.export_onnx import export_onnx
+from surgery import export_onnx
 began = time.perf_counter()
 result = export_onnx(sys.argv[1], output=sys.argv[1], target=sys.argv[2], weights="reference")
 print("written", result.nbytes)

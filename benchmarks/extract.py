@@ -160,9 +160,10 @@ def bench(size: str, work: Path, options: argparse.Namespace) -> None:
     checkouts = {f"surgery{added}": tree for added, tree in trees(options).items()}
     command = [
         sys.executable, "-P", "-m", "surgery_cli", "-q", "--json", "extract-lora", str(base), str(tuned), "-o", str(ours),
-        "--rank", str(RANK), "--device", options.device, "--workers", str(options.workers or options.threads),
-        "--kind", options.kind,
+        "--rank", str(RANK), "--device", options.device, "--kind", options.kind,
     ]  # fmt: skip
+    if options.workers or not gpu:
+        command += ["--workers", str(options.workers or options.threads)]
     commands = {name: command for name in checkouts}  # noqa: C420 - mergekit's is added
     if options.mergekit:
         commands["mergekit"] = [
@@ -290,14 +291,14 @@ def main() -> None:
     parser.add_argument("--kind", default="auto", help="of surgery: lora does not look whether a DoRA would be better")
     parser.add_argument("--sizes", help="of layer, 1b, 8b; by default layer on a CPU, 1b,8b on a GPU")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--workers", type=int, help="of surgery; by default as many as threads, 3 on a GPU")
+    parser.add_argument(
+        "--workers", type=int, help="of surgery; by default as many as threads, its own default on a GPU"
+    )
     parser.add_argument("--folder", type=Path, help="where to work, made if missing; 8b needs 33 GB")
     add_against(parser)
     options = parser.parse_args()
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
-    if options.device != "cpu":
-        options.workers = options.workers or 3
     for size in (options.sizes or ("layer" if options.device == "cpu" else "1b,8b")).split(","):
         work = Path(tempfile.mkdtemp(prefix="surgery-bench-", dir=options.folder))
         try:

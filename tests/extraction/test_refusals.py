@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,13 +104,13 @@ def test_a_loss_is_an_error_unless_it_is_allowed(llama: tuple[Path, Path], tmp_p
 def test_a_wrong_factor_is_caught(llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from surgery.extraction.factorise import TargetFactors
 
-    right = TargetFactors.factors
+    right = TargetFactors.side
 
-    def wrong(self: TargetFactors, index: int, rank: int, fold: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        left, other = right(self, index, rank, fold)
-        return (left * 1.02 if "layers.1.mlp.down_proj" in self.target.path else left), other
+    def wrong(self: TargetFactors, which: str, index: int, rank: int, fold: float = 1.0) -> np.ndarray:
+        side = right(self, which, index, rank, fold)
+        return side * 1.02 if which == "left" and "layers.1.mlp.down_proj" in self.target.path else side
 
-    monkeypatch.setattr(TargetFactors, "factors", wrong)
+    monkeypatch.setattr(TargetFactors, "side", wrong)
     with pytest.raises(ProofError, match="read back"):
         surgery.extract_lora(*llama, output=tmp_path / "out", rank=WHOLE)
     assert not (tmp_path / "out").exists()
