@@ -182,7 +182,7 @@ def devices(text: str) -> str:
     Raises:
         click.BadParameter: not devices, or not on this machine.
     """
-    if text == "cpu":
+    if text in ("cpu", "auto"):
         return text
     from surgery.engine.devices import devices_of
 
@@ -201,21 +201,21 @@ def device(text: str) -> str:
     """
     if "," in text or text == "cuda:all":
         raise click.BadParameter(f"'{show(text)}' is none of cpu, cuda, cuda:N, auto")
-    if devices(text) != "auto":
-        return text
-    from surgery.engine.devices import devices_of
-
-    return devices_of(text)[0]
+    return devices(text)
 
 
 def _device_option(metavar: str, help: str, default: str = "cpu", **check: Any) -> Callable[[F], F]:
     return click.option("--device", default=default, show_default=True, metavar=metavar, help=help, **check)
 
 
-device_option = _device_option("cpu|cuda[:N]|auto", "Where the arithmetic runs.", type=device)
+device_option = _device_option(
+    "cpu|cuda[:N]|auto", "Where the arithmetic runs; auto: the CPU, sooner done.", type=device
+)
 """Checked before anything is read."""
 devices_option = _device_option(
-    "cpu|cuda[:N[,N...]]|cuda:all|auto", "Where the arithmetic runs; several GPUs share it.", type=devices
+    "cpu|cuda[:N[,N...]]|cuda:all|auto",
+    "Where the arithmetic runs; auto: on GPUs from 1.5 B parameters.",
+    type=devices,
 )
 runtime_device_option = _device_option(
     "auto|cpu|cuda[:N]",

@@ -144,6 +144,8 @@ class ExtractResult:
             ``calibrating``, ``identifying`` (the content id), ``noise`` (what a merge would keep), ``settling`` (all
             other decisions), ``writing``, ``syncing`` (configuration and factors to the disk), ``proving``,
             ``committing``; ``first_read_to_synced``: all but ``starting``.
+        devices: Where it was computed.
+        why_devices: Why there, if that was left open (``auto``).
         seconds: How long it took.
     """
 
@@ -161,6 +163,8 @@ class ExtractResult:
     kind: KindFacts | None = None
     calibration: CalibrationTotals | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cpu",)
+    why_devices: str = ""
     seconds: float = elapsed()
 
     @property
@@ -211,7 +215,11 @@ class ExtractResult:
     def as_json(self) -> dict[str, Any]:
         """Plain values: the output, the time and its parts, and what the manifest has."""
         timings = {name: round(value, 3) for name, value in self.timings.items()}
-        return written(self.output, self.seconds) | {"timings": timings} | self.as_manifest()
+        return (
+            written(self.output, self.seconds)
+            | {"timings": timings, "devices": list(self.devices)}
+            | self.as_manifest()
+        )
 
     def as_manifest(self) -> dict[str, Any]:
         """The record in the manifest: the same for the same inputs and options, without paths and times."""
@@ -292,6 +300,8 @@ class ExtractResult:
         if not math.isnan(self.survival):
             survives = Value(self.survival, "share", 1)
             yield "merging", ("keeps ", survives, " of the factors' update in BASE's stored type")
+        if self.why_devices:
+            yield "computed", f"on {', '.join(self.devices)}: {self.why_devices}"
         if self.output is not None:
             took = (" in ", Value(self.seconds, "seconds")) if self.seconds else ()
             yield "proof", "read back: it holds what was measured against TUNED"

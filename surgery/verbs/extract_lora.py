@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery.engine.conversion import coded_as
-from surgery.engine.devices import devices_of
+from surgery.engine.devices import devices_of, extraction_devices
 from surgery.engine.execute import default_workers
 from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, check_counts, output_path
 from surgery.extraction.calibration import check_modules, open_calibration
@@ -124,9 +124,11 @@ def extract_lora(
     adapter_format = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
     coding = _coding(adapter_format, dtype)
     check_counts(workers=workers)
-    devices = devices_of(device)
+    if device != "auto":
+        devices_of(device)  # before anything is read
     folder = output_path(output, dry_run=dry_run)
     pair = CheckpointPair(as_checkpoint(base), as_checkpoint(tuned, "tuned"))
+    devices, why = extraction_devices(device, sum(tensor.numel for tensor in pair.new.tensors.values()))
     inputs = None if calibration is None else open_calibration(calibration)
     parent = None if folder is None else Path(os.path.realpath(folder.parent))
     scratch = ScratchFile(parent if parent is not None and parent.is_dir() else None)
@@ -155,9 +157,11 @@ def extract_lora(
         stopwatch.lap("reading")
         plan = plan_extraction(pair, layout, scanned, request, stopwatch)
         if folder is None:
-            return replace(predicted_result(plan), format=adapter_format.name, timings=stopwatch.parts)
+            predicted = replace(predicted_result(plan), format=adapter_format.name, timings=stopwatch.parts)
+            return replace(predicted, devices=devices, why_devices=why)
         result = write_extraction(plan, adapter_format, folder, stopwatch, overwrite=overwrite, progress=progress)
-        return replace(result, timings={**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began})
+        timings = {**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began}
+        return replace(result, timings=timings, devices=devices, why_devices=why)
     finally:
         if lanes is not None:
             lanes.close()

@@ -46,7 +46,8 @@ def merge(
             ``(path, 0.7)``, or a mapping ``{path: 0.7}``.
         output: Folder to make. Its parent must exist.
         dtype: ``keep`` (each tensor its own), or a type for every floating-point tensor (``bf16``, ``fp16``, ``fp32``).
-        device: Where arithmetic runs (``cpu``, ``cuda``, ``cuda:1``, ``auto``).
+        device: Where arithmetic runs: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is the cpu, where a merge is sooner done
+            (docs/benchmarks.md).
         workers: Computing threads; None is one per core, at most eight. Never changes the result.
         memory_limit: Bytes the computed tensors may take together.
         shard_size: Most bytes per weight file; None keeps the base's shards.

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import Rank
-from surgery.engine.devices import devices_of
+from surgery.engine.devices import device_of, devices_of, extraction_devices
 from surgery.engine.proof import read_back
 from surgery.extraction.extraction_plan import stored_factor_specs
 from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, factorise, factorise_stack
@@ -257,6 +257,30 @@ def test_devices_are_listed_by_number_or_all_at_once(monkeypatch: pytest.MonkeyP
     assert devices_of("cuda") == ("cuda:0",)
     assert devices_of("cuda:2,0") == ("cuda:2", "cuda:0")
     assert devices_of("cuda:all") == devices_of("auto") == ("cuda:0", "cuda:1", "cuda:2")
+
+
+def test_auto_takes_gpus_for_models_that_are_sooner_done_there_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    small, large = extraction_devices("auto", 1_240_000_000), extraction_devices("auto", 8_000_000_000)
+    assert small.names == ("cpu",)
+    assert "below 1.5 B" in small.why
+    assert large.names == ("cuda:0", "cuda:1")
+    assert large.why
+    assert extraction_devices("cuda", 1000) == (("cuda:0",), ""), "a choice needs no reason"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert extraction_devices("auto", 8_000_000_000) == (("cpu",), "no GPU is here")
+    assert device_of("auto") == "cpu"
+
+
+def test_an_extraction_says_where_it_was_computed_if_that_was_left_open(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    left_open = surgery.extract_lora(*pair, output=tmp_path / "open", rank=4, device="auto")
+    chosen = surgery.extract_lora(*pair, output=tmp_path / "chosen", rank=4)
+    assert left_open.as_json()["devices"] == chosen.as_json()["devices"] == ["cpu"]
+    assert "sooner done there" in left_open.summary().as_text()
+    assert "computed" not in chosen.summary().as_text()
 
 
 class Compared(NamedTuple):
