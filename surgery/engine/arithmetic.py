@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy
 import xxhash
 
 from surgery.engine.blocks import block_height
@@ -30,6 +31,7 @@ Write = Callable[[int, int, memoryview], None]
 """``write(part, offset within the part, bytes)``; it also proves that the bytes arrived."""
 
 
+@numpy.errstate(divide="ignore", over="ignore", invalid="ignore")  # what is not finite is refused by name
 def compute(
     label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str = "cpu"
 ) -> tuple[Measurement, ...]:

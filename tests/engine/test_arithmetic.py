@@ -78,3 +78,10 @@ def test_the_largest_values_of_a_type_are_stored(device: str, tmp_path: Path) ->
     base = make_base(tmp_path / "base", torch.float32, **{name: weight})
     found = computed(base, make_lora(tmp_path / "lora"), "bf16", device)
     assert found[name][0].max() == pytest.approx(3e38, rel=0.01)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_update_that_overflows_is_refused_without_numpy_s_warnings(tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora", 1e38)
+    with pytest.raises(FitError, match=r"after the update a value is (inf|nan)"):
+        computed(base, lora, "fp32", "cpu")
