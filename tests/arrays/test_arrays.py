@@ -3,10 +3,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from surgery_formats import arrays
 from surgery_formats.dtypes import DType
@@ -67,3 +69,15 @@ def test_the_limit_of_one_thread_holds_until_the_last_caller_leaves() -> None:
     assert threads() == {1}
     second.__exit__(None, None, None)
     assert threads() == before
+
+
+def test_a_bfloat16_file_is_read_in_a_process_that_has_not_imported_its_type(tmp_path: Path) -> None:
+    """`safetensors.numpy` cannot: see docs/precision.md."""
+    save_file({"w": torch.tensor([1.0, -2.5]).bfloat16()}, tmp_path / "model.safetensors")
+    code = (
+        "import sys, surgery; weight = surgery.open(sys.argv[1]).main.tensors['w'];"
+        "assert 'ml_dtypes' not in sys.modules;"
+        "values = weight.read(); print(values.dtype, values.astype('float32').tolist())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model.safetensors")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "bfloat16 [1.0, -2.5]\n"
