@@ -72,6 +72,16 @@ def test_codes_beside_numbers_are_refused_by_name_before_anything_is_read(tmp_pa
         assert caught.value.file == str(other / "model.safetensors")
 
 
+def test_equal_codes_are_unchanged_where_they_stand_for_nan(tmp_path: Path) -> None:
+    base, tuned = checkpoint(tmp_path / "base", {}), checkpoint(tmp_path / "tuned", {UP: torch.randn(64, 32)})
+    codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16).view(torch.float8_e4m3fn)
+    for folder in (base, tuned):
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {"codes": codes}, folder / "model.safetensors", {"format": "pt"})
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", rank=4)
+    assert next(row for row in result.rows if row.name == "codes").kind == "unchanged"
+
+
 def test_what_a_format_cannot_hold_is_dropped_in_the_ledger_too(tmp_path: Path) -> None:
     """mlx has no place for a norm: the adapter lacks it, so the account must."""
     base = checkpoint(tmp_path / "base", {})

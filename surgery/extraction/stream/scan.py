@@ -25,7 +25,7 @@ from surgery.extraction.stream.batch import Batch, batches_of, factorise_batch, 
 from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, RowPair
 from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
 from surgery.extraction.stream.scratch import ScratchFile
-from surgery.extraction.stream.tally import PairMeasure, Tally
+from surgery.extraction.stream.tally import PairMeasure, Tally, same_bits
 from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, tuned_parameters
 from surgery.progress import Callback, Progress
 from surgery_formats.arrays import array_of, cast, empty
@@ -314,7 +314,7 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMe
 
 
 def _differs(rows: RowPair) -> bool:
-    return rows.base.dtype != rows.tuned.dtype or not numpy.array_equal(rows.base, rows.tuned)
+    return not same_bits(rows.base, rows.tuned)
 
 
 class _ReadMeter:

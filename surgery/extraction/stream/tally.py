@@ -21,7 +21,7 @@ from surgery_formats.linalg.noise import MANTISSA, NoiseTally
 from surgery_formats.linalg.panel import squares
 from surgery_formats.storage.base import Storage
 
-__all__ = ["MEASURED", "PairMeasure", "Tally", "measure_stack"]
+__all__ = ["MEASURED", "PairMeasure", "Tally", "measure_stack", "same_bits"]
 
 MEASURED = 1 << 26
 """Elements of a stack that are measured at a time: what is worked out from them takes four times their memory."""
@@ -87,7 +87,7 @@ class Tally:
         are part of.
         """
         self._numel += math.prod(new.shape)
-        if not is_torch(new) and old.dtype == new.dtype and numpy.array_equal(_bits(old), _bits(new)):
+        if not is_torch(new) and same_bits(old, new):
             assign(difference, new)
             with numpy.errstate(invalid="ignore"):
                 difference -= difference  # zeros, or NaN where there is one
@@ -260,5 +260,7 @@ def _measure(
     return PairMeasure(moved > 0, energy, named, numel, int(moved), ulp, noise / 12)
 
 
-def _bits(values: numpy.ndarray) -> numpy.ndarray:
-    return values.view(f"u{values.itemsize}")
+def same_bits(old: numpy.ndarray, new: numpy.ndarray) -> bool:
+    """Whether two arrays of one shape have one type and the same bits, of NaN too."""
+    bits = f"u{old.itemsize}"
+    return old.dtype == new.dtype and numpy.array_equal(old.view(bits), new.view(bits))
