@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from surgery_formats.dtypes import DType
@@ -35,8 +37,10 @@ __all__ = [
     "dtype_of",
     "empty",
     "energy",
+    "inner",
     "is_torch",
     "namespace",
+    "quiet",
     "same_memory",
     "to_cpu",
     "to_device",
@@ -48,6 +52,15 @@ _scratches = threading.local()
 
 Array: TypeAlias = Any
 """A ``numpy.ndarray`` or a ``torch.Tensor``. No static type describes both; docstrings give shape and element type."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let numpy say nothing of overflow, NaN and division by zero, as torch does: who computes here looks for them."""
+    import numpy
+
+    with numpy.errstate(all="ignore"):
+        yield
 
 
 def is_torch(array: Array) -> bool:
@@ -174,13 +187,18 @@ def all_finite(array: Array) -> bool:
 
 def energy(array: Array) -> float:
     """Sum of squares, in the type of `array`: one fast pass. If it is finite, no value is greater than its root."""
-    flat = array.reshape(-1)
-    if is_torch(flat):
-        return float(flat @ flat)
+    return inner(array, array)
+
+
+def inner(left: Array, right: Array) -> float:
+    """Sum of products of two arrays of one shape and type, in that type."""
+    left, right = left.reshape(-1), right.reshape(-1)
+    if is_torch(left):
+        return float(left @ right)
     import numpy
 
     with numpy.errstate(over="ignore", invalid="ignore"):
-        return float(numpy.dot(flat, flat))  # unlike ``@``, it lets other threads run
+        return float(numpy.dot(left, right))  # unlike ``@``, it lets other threads run
 
 
 def wide(dtype: DType) -> DType:

@@ -78,3 +78,22 @@ def test_the_largest_values_of_a_type_are_stored(device: str, tmp_path: Path) ->
     base = make_base(tmp_path / "base", torch.float32, **{name: weight})
     found = computed(base, make_lora(tmp_path / "lora"), "bf16", device)
     assert found[name][0].max() == pytest.approx(3e38, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e21, 1e36])
+def test_a_great_update_is_measured_though_its_squares_overflow(
+    scale: float, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    base, lora = make_base(tmp_path / "base", torch.float32), make_lora(tmp_path / "lora", scale)
+    records = [measured for _, measured in computed(base, lora, "bf16", "cpu").values()]
+    assert np.isfinite([(record.update, record.stored, record.noise) for record in records]).all()
+    assert max(record.update for record in records) > (scale / 100) ** 2
+    assert all(record.survival == pytest.approx(1, abs=0.01) for record in records if record.update)
+    assert not recwarn.list
+
+
+def test_numpy_says_nothing_of_what_is_refused(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora", 1e38)
+    with pytest.raises(FitError, match="after the update a value is"):
+        computed(base, lora, "keep", "cpu")
+    assert not recwarn.list
