@@ -15,8 +15,6 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from surgery_formats.dtypes import DType
@@ -40,7 +38,6 @@ __all__ = [
     "inner",
     "is_torch",
     "namespace",
-    "quiet",
     "same_memory",
     "to_cpu",
     "to_device",
@@ -52,15 +49,6 @@ _scratches = threading.local()
 
 Array: TypeAlias = Any
 """A ``numpy.ndarray`` or a ``torch.Tensor``. No static type describes both; docstrings give shape and element type."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Let numpy say nothing of overflow, NaN and division by zero, as torch does: who computes here looks for them."""
-    import numpy
-
-    with numpy.errstate(all="ignore"):
-        yield
 
 
 def is_torch(array: Array) -> bool:

@@ -135,7 +135,7 @@ def _by_norm(update: Update) -> tuple[str, Factor | None]:
     """What an update has beside sums, and its factor if that is compared by its norm, not number by number."""
     if is_directed(update):
         return "magnitudes", update.magnitude
-    if is_replacing(update) or is_row_setting(update):
-        (values,) = update.factors().values()
-        return "new values" if is_replacing(update) else "token rows", values
+    factors = [*update.factors().values()]
+    if len(factors) == 1 and (is_replacing(update) or is_row_setting(update)):
+        return "new values" if is_replacing(update) else "token rows", factors[0]
     return f"the factors of its {update.kind}", None

@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy
 import xxhash
 
 from surgery.engine.blocks import block_height
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute
-from surgery_formats.arrays import Array, assign, cast, dtype_of, empty, energy, namespace, quiet
+from surgery_formats.arrays import Array, assign, cast, dtype_of, empty, energy, namespace
 from surgery_formats.binding.edits import prepared
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -30,7 +31,7 @@ Write = Callable[[int, int, memoryview], None]
 """``write(part, offset within the part, bytes)``; it also proves that the bytes arrived."""
 
 
-@quiet()  # `_check_finite` refuses what came out
+@numpy.errstate(divide="ignore", over="ignore", invalid="ignore")  # what is not finite is refused by name
 def compute(
     label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str = "cpu"
 ) -> tuple[Measurement, ...]:

@@ -28,6 +28,7 @@ from tests.support.toy_kinds import (
     lengthened,
     outer_sine,
     overwritten,
+    overwritten_by_two,
     row_gain,
 )
 
@@ -220,7 +221,7 @@ def test_what_a_slot_cannot_hold_is_refused_by_its_kind(base: Path, tmp_path: Pa
         surgery.export_onnx(base, swap=[adapter], output=tmp_path / "out")
 
 
-@pytest.mark.parametrize("make", [outer_sine, row_gain])
+@pytest.mark.parametrize("make", [outer_sine, row_gain, overwritten_by_two])
 def test_factors_are_compared_where_no_delta_is_known(tmp_path: Path, make) -> None:
     one, same, other = (adapter_of(make(tmp_path / f"{n}.safetensors", seed)) for n, seed in enumerate((1, 1, 2)))
     assert surgery.diff(one, same).equal

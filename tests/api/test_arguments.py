@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import surgery
+from surgery_formats import open_checkpoint
 from tests.support.kit import make_base, make_lora
 
 
@@ -190,6 +191,11 @@ def test_an_opened_adapter_is_no_base_and_a_model_no_adapter(base: Path, style: 
 def test_the_folder_of_an_adapter_is_no_base(style: Path, adapter: str):
     with pytest.raises(surgery.FitError, match="an adapter where a full model was expected"):
         surgery.merge(adapter, style, dry_run=True)
+
+
+def test_the_folder_of_an_adapter_is_no_checkpoint() -> None:
+    with pytest.raises(surgery.FitError, match="an adapter where a full model was expected"):
+        open_checkpoint("examples/lora")
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ def test_a_great_update_is_measured_though_its_squares_overflow(
     assert not recwarn.list
 
 
-def test_numpy_says_nothing_of_what_is_refused(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.filterwarnings("error")
+def test_an_update_that_overflows_is_refused_without_numpy_s_warnings(tmp_path: Path) -> None:
     base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora", 1e38)
-    with pytest.raises(FitError, match="after the update a value is"):
-        computed(base, lora, "keep", "cpu")
-    assert not recwarn.list
+    with pytest.raises(FitError, match=r"after the update a value is (inf|nan)"):
+        computed(base, lora, "fp32", "cpu")

@@ -196,6 +196,19 @@ def test_a_weight_without_stored_tensors_is_refused() -> None:
         claimed_weights({}, {})
 
 
+def test_a_weight_of_an_older_interface_is_refused_by_the_name_of_its_storage() -> None:
+    class Claimer:
+        name, title = "older", ""
+
+        def claim(self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[Any]:
+            whole = Plain.of(zeros("w", DType.F32, (2, 2)))
+            members = (name for name in dir(whole) if not name.startswith("_") and name != "elements")
+            yield type("Older", (), {name: getattr(whole, name) for name in members})()
+
+    with installed("surgery.storages", "older", Claimer()), pytest.raises(SurgeryError, match=r"'older'.*no elements"):
+        claimed_weights({}, {})
+
+
 def test_a_weight_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

@@ -29,6 +29,7 @@ __all__ = [
     "Lengthened",
     "OuterSine",
     "Overwritten",
+    "OverwrittenByTwo",
     "RowGain",
     "adapter_of",
     "gained_experts",
@@ -37,6 +38,7 @@ __all__ = [
     "lengthened",
     "outer_sine",
     "overwritten",
+    "overwritten_by_two",
     "row_gain",
 ]
 
@@ -248,6 +250,20 @@ class Overwritten:
 
 
 @dataclass(frozen=True)
+class OverwrittenByTwo(Overwritten):
+    """``W' = diag(g) V``, in place of the base's."""
+
+    gain: Factor
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.stored, *self.gain.tensors)
+
+    def factors(self) -> Mapping[str, Factor]:
+        return {"V": Factor.of(self.stored), "gain": self.gain}
+
+
+@dataclass(frozen=True)
 class Lengthened:
     """``W' = diag(m) (W + s B A)``: a direction and a length for each row, which no norm divides."""
 
@@ -368,6 +384,11 @@ def halves(file: Path, seed: int = 1) -> Halves:
 
 def overwritten(file: Path, seed: int = 1) -> Overwritten:
     return Overwritten(_factors(file, seed, {"V": (OUT, INPUTS)})["V"].tensors[0])
+
+
+def overwritten_by_two(file: Path, seed: int = 1) -> OverwrittenByTwo:
+    found = _factors(file, seed, {"V": (OUT, INPUTS), "gain": (OUT,)})
+    return OverwrittenByTwo(found["V"].tensors[0], found["gain"])
 
 
 def lengthened(file: Path, seed: int = 1) -> Lengthened:

@@ -226,10 +226,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header, index or config is not what its format says.
+        FitError: a folder of PEFT's, with an adapter alone.
     """
     where = Path(path)
     components = {name: _component(name, where, weights) for name, weights in open_weights(where).items()}
     if not where.is_dir():
         return Checkpoint(where, components, ())
     files = [shard.path for component in components.values() for shard in component.shards]
+    if (where / "adapter_config.json").exists() and all(file.name.startswith("adapter_model") for file in files):
+        raise FitError("an adapter where a full model was expected", file=where)
     return Checkpoint(where, components, *side_files(where, set(files)))

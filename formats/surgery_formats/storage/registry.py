@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery_formats.errors import MalformedError
+from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.plugins import with_plugins
-from surgery_formats.storage.base import Storage, StorageKind
+from surgery_formats.storage.base import Encoding, Storage, StorageKind
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
@@ -16,6 +16,7 @@ __all__ = ["BUILT_IN", "ENTRY_POINTS", "claimed_weights", "storage_kinds"]
 
 BUILT_IN: tuple[StorageKind, ...] = ()
 """Beside `Plain`, which every tensor has that none of these claims."""
+_MEMBERS = tuple(name for part in (Encoding, Storage) for name in vars(part) if not name.startswith("_"))
 ENTRY_POINTS = "surgery.storages"  # a plugin's entry point is an object like those above
 
 
@@ -34,11 +35,17 @@ def claimed_weights(tensors: Mapping[str, StoredTensor], config: Mapping[str, An
     Raises:
         MalformedError: two weights claim a tensor or have one name, a weight has the name of another tensor, or none of
             its own.
+        SurgeryError: a plugin's weight is not one, see `Storage`.
     """
     owners: dict[str, Storage] = {}
     named: dict[str, Storage] = {}
     for kind in storage_kinds().values():
         for weight in kind.claim(tensors, config):
+            if (missing := next((name for name in _MEMBERS if not hasattr(weight, name)), None)) is not None:
+                raise SurgeryError(
+                    f"the storage '{show(kind.name)}' claims weights that are none: "
+                    f"{type(weight).__name__} has no {missing}"
+                )
             if not weight.sources:
                 raise MalformedError(f"'{show(kind.name)}' claims '{show(weight.name)}' without a stored tensor of it")
             if named.setdefault(weight.name, weight) is not weight:
