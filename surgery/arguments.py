@@ -27,11 +27,15 @@ _EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def checked(verb: Callable[P, R]) -> Callable[P, R]:
-    """`verb` with its keyword arguments checked before it runs (`check_types`)."""
+    """`verb` with its keyword arguments checked before it runs (`check_types`), and numpy's numbers made Python's.
+
+    Results and manifests hold arguments, and JSON knows no other numbers.
+    """
 
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         check_types(verb.__annotations__, kwargs)
+        kwargs.update((name, _plain(value)) for name, value in kwargs.items() if isinstance(value, Real))
         return verb(*args, **kwargs)
 
     return run
@@ -48,6 +52,12 @@ def check_types(annotations: Mapping[str, str], arguments: Mapping[str, object])
         expected = _EXPECTED.get(annotation.removesuffix(" | None"))
         if expected and not (value is None and annotation.endswith(" | None")) and not expected[0](value):
             raise wrong_type(value, name, expected[1])
+
+
+def _plain(value: Real) -> int | float:
+    if isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def wrong_type(value: object, argument: str, expected: str) -> UsageError:

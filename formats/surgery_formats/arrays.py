@@ -35,6 +35,7 @@ __all__ = [
     "dtype_of",
     "empty",
     "energy",
+    "inner",
     "is_torch",
     "namespace",
     "same_memory",
@@ -174,13 +175,18 @@ def all_finite(array: Array) -> bool:
 
 def energy(array: Array) -> float:
     """Sum of squares, in the type of `array`: one fast pass. If it is finite, no value is greater than its root."""
-    flat = array.reshape(-1)
-    if is_torch(flat):
-        return float(flat @ flat)
+    return inner(array, array)
+
+
+def inner(left: Array, right: Array) -> float:
+    """Sum of products of two arrays of one shape and type, in that type."""
+    left, right = left.reshape(-1), right.reshape(-1)
+    if is_torch(left):
+        return float(left @ right)
     import numpy
 
     with numpy.errstate(over="ignore", invalid="ignore"):
-        return float(numpy.dot(flat, flat))  # unlike ``@``, it lets other threads run
+        return float(numpy.dot(left, right))  # unlike ``@``, it lets other threads run
 
 
 def wide(dtype: DType) -> DType:

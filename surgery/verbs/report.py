@@ -42,6 +42,7 @@ def report(
     tasks = as_list(tasks)
     for number in tasks:
         check_counts(tasks=number)
+    tasks = [int(number) for number in tasks]
     adapters: list[Adapter] = []
     models: list[Checkpoint] = []
     listed: list[Openable] = as_list(references)

@@ -230,7 +230,7 @@ def run(
         result = _generated(
             opened, rows, tokenizer, load, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt, on_text
         )
-    return replace(result, inputs=tuple(entry if isinstance(entry, str) else tuple(entry) for entry in batch))
+    return replace(result, inputs=tuple(entry if isinstance(entry, str) else tuple(map(int, entry)) for entry in batch))
 
 
 def _inputs(inputs: str | Sequence[int] | Sequence[str | Sequence[int]]) -> list[str | Sequence[int]]:

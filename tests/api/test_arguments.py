@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import surgery
@@ -202,3 +204,23 @@ def test_the_folder_of_an_adapter_is_no_checkpoint() -> None:
 def test_a_device_is_checked_before_anything_is_read(tmp_path: Path, device: str, message: str):
     with pytest.raises(surgery.FitError, match=message):
         surgery.merge(tmp_path / "never", tmp_path / "read", device=device, dry_run=True)
+
+
+NUMPY: dict[str, Callable[[Path, Path], surgery.Result]] = {
+    "rank": lambda base, style: surgery.resize(style, rank=np.int64(1), dry_run=True),
+    "density and seed": lambda base, style: surgery.combine(
+        style, method="dare-linear", density=np.float32(0.5), seed=np.int64(3), rank=2, output=style.parent / "out"
+    ),
+    "energy": lambda base, style: surgery.resize(style, rank=surgery.Rank.energy(np.float32(0.5)), dry_run=True),
+    "workers": lambda base, style: surgery.merge(base, style, workers=np.int64(1), dry_run=True),
+    "weight": lambda base, style: surgery.merge(base, (style, np.float32(0.5)), dry_run=True),
+    "tasks": lambda base, style: surgery.report(style, base=base, tasks=[np.int64(3), 4]),
+    "one number of tasks": lambda base, style: surgery.report(style, base=base, tasks=np.int64(3)),
+}
+
+
+@pytest.mark.parametrize("call", NUMPY.values(), ids=NUMPY)
+def test_numbers_of_numpy_become_python_s(base: Path, style: Path, call: Callable[[Path, Path], surgery.Result]):
+    result = call(base, style)
+    assert json.dumps(result.as_json())
+    assert "np." not in repr(result)

@@ -80,6 +80,18 @@ def test_the_largest_values_of_a_type_are_stored(device: str, tmp_path: Path) ->
     assert found[name][0].max() == pytest.approx(3e38, rel=0.01)
 
 
+@pytest.mark.parametrize("scale", [1e21, 1e36])
+def test_a_great_update_is_measured_though_its_squares_overflow(
+    scale: float, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    base, lora = make_base(tmp_path / "base", torch.float32), make_lora(tmp_path / "lora", scale)
+    records = [measured for _, measured in computed(base, lora, "bf16", "cpu").values()]
+    assert np.isfinite([(record.update, record.stored, record.noise) for record in records]).all()
+    assert max(record.update for record in records) > (scale / 100) ** 2
+    assert all(record.survival == pytest.approx(1, abs=0.01) for record in records if record.update)
+    assert not recwarn.list
+
+
 @pytest.mark.filterwarnings("error")
 def test_an_update_that_overflows_is_refused_without_numpy_s_warnings(tmp_path: Path) -> None:
     base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora", 1e38)

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from surgery_formats.arrays import Array, energy
+from surgery_formats.arrays import Array, cast, inner
+from surgery_formats.dtypes import DType
 
 __all__ = ["Survival"]
 
@@ -38,12 +39,18 @@ class Survival(NamedTuple):
     @classmethod
     def of(cls, update: Array, stored: Array) -> Survival:
         """Compare an update with its stored version, of equal shape and type; overwrites `stored`."""
-        inner = float(stored.reshape(-1) @ update.reshape(-1))
+        product = _inner(stored, update)
         stored -= update
-        return cls(energy(update), inner, energy(stored))
+        return cls(_inner(update, update), product, _inner(stored, stored))
 
     @classmethod
     def total(cls, parts: Iterable[Survival]) -> Survival:
         """Add up several records."""
         terms = list(parts)
         return cls(sum(p.update for p in terms), sum(p.stored for p in terms), sum(p.noise for p in terms))
+
+
+def _inner(left: Array, right: Array) -> float:
+    """Their inner product; values beyond 1e19 have products that only float64 holds."""
+    product = inner(left, right)
+    return product if math.isfinite(product) else inner(cast(left, DType.F64), cast(right, DType.F64))
