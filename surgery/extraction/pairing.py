@@ -359,5 +359,5 @@ def not_finite(base: Storage, tuned: Storage) -> FitError:
     """
     for side in (base, tuned):
         check_finite(side, 0, side.shape[0])
-    text = "values or differences too large: their squares overflow float32"
+    text = "values or differences too large: their squares overflow"
     return FitError(text, file=path_of(tuned), tensor=tuned.name)
