@@ -124,7 +124,10 @@ class Weight(Protocol):
     def device(self) -> str: ...
 
     def blocks(self) -> Iterator[tuple[Array, Index, Index]]:
-        """``(block, rows, cols)`` in storage order, every element once, in memory bounded by the block size."""
+        """``(block, rows, cols)`` in storage order, every element once, in memory bounded by the block size.
+
+        A block may be written into, and is good until the next.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,8 @@ class DoRA:
         squares = xp.zeros(weight.shape[0 if self.per_row else 1], dtype=xp.float64, device=magnitude.device)
         for block, rows, cols in weight.blocks():
             v = add(block, rows, cols)
-            sums = xp.sum(v * v, axis=1 if self.per_row else 0, dtype=xp.float64)
+            v *= v
+            sums = xp.sum(v, axis=1 if self.per_row else 0, dtype=xp.float64)
             at = rows if self.per_row else cols
             squares[slice(at.start, at.stop, at.step) if isinstance(at, range) else list(at)] += sums
         shared = len(squares) // len(magnitude)  # columns of one input channel

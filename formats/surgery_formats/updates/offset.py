@@ -68,10 +68,11 @@ class Offset:
 
     def prepare(self, weight: Weight) -> Apply:
         """Load the value once."""
-        value = self.value.load(weight.dtype, weight.device).reshape(self.shape) * self.scale
+        value = self.value.load(weight.dtype, weight.device).reshape(self.shape)
 
         def apply(block: Array, rows: Index, cols: Index) -> Array:
-            block += take(value, rows, cols)
+            part = take(value, rows, cols)
+            block += part if self.scale == 1.0 else part * self.scale
             return block
 
         return apply

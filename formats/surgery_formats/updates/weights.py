@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from surgery_formats.arrays import Array, device_of, dtype_of, namespace, to_device
+from surgery_formats.arrays import Array, assign, device_of, dtype_of, empty, namespace
 from surgery_formats.dtypes import DType
-from surgery_formats.storage.base import Storage, read_block
+from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.apply import Apply, apply_chain, gather
 from surgery_formats.tensors.views import Index, View
 
@@ -41,12 +41,17 @@ class WeightView:
         return self.view.row_origin + self.view.shape[0], self.view.col_origin + self.view.shape[1]
 
     def blocks(self) -> Iterator[tuple[Array, Index, Index]]:
-        """Blocks in storage order."""
-        for start in range(0, self.storage.shape[0], self.height):
-            end = min(start + self.height, self.storage.shape[0])
+        """Blocks in storage order, each good until the next: fresh memory would cost more than the arithmetic."""
+        rows, cols = self.storage.shape
+        stored_buffer = empty((min(self.height, rows), cols), self.storage.dtype)
+        buffer = empty(stored_buffer.shape, self.dtype, self.device)
+        for start in range(0, rows, self.height):
+            end = min(start + self.height, rows)
             at = self.view.locate(start, end)
             if at:
-                block = to_device(read_block(self.storage, start, end), self.device, self.dtype)
+                stored, block = stored_buffer[: end - start], buffer[: end - start]
+                self.storage.read_into(stored, start)
+                assign(block, stored)
                 apply_chain(self.earlier, block, start, end)
                 yield gather(block, at), at.rows, at.cols
 
