@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 from surgery_formats.arrays import Array, to_cpu
 from surgery_formats.linalg.svd import left_over, truncated_svd
@@ -69,3 +70,14 @@ def test_the_energy_left_of_a_stack_is_that_of_its_matrices() -> None:
     for i, rows in enumerate(energy_left(stack, left, right)):
         exact = left_over(stack[i], left[i], right[i], how="fine").sum()
         assert rows.sum() + norms(stack)[i] ** 2 == pytest.approx(exact, rel=2e-5)
+
+
+def test_the_bits_do_not_depend_on_the_threads_of_linear_algebra() -> None:
+    stack = differences(1024, 768)[:3]
+    results = []
+    for threads in (1, 2):
+        with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+            svd = truncated_svds(stack, rank=RANK, totals=norms(stack))
+            left = energy_left(stack, svd.U * svd.S[:, None, :], svd.V.mT)
+        results.append([array.tobytes() for array in (svd.U, svd.S, svd.V, left)])
+    assert results[0] == results[1]

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
+import numpy
 
 from surgery_formats.arrays import Array, array_of, cast, device_of, empty, namespace, to_cpu
 from surgery_formats.dtypes import DType
@@ -24,10 +24,11 @@ from surgery_formats.linalg.matrix import SAFE, scale_of
 from surgery_formats.linalg.panel import noise, orthonormal, positive, within, without
 from surgery_formats.linalg.rank_criteria import checked_rank
 from surgery_formats.linalg.svd import FINE, MEASURED, NOTHING, SHARE, SKEW, SLACK, SMALL, left_over, truncated_svd
+from surgery_formats.threads import one_thread
 
 __all__ = ["SVDStack", "energy_left", "truncated_svds"]
 
-_EPS = float(np.finfo(np.float32).eps)
+_EPS = float(numpy.finfo(numpy.float32).eps)
 _THREADS = 8
 _MOST_STEPS = 6
 """Krylov steps that all matrices take together; those that need more take them alone."""
@@ -96,7 +97,19 @@ def truncated_svds(
         totals: ``||D_i||_F``; 0 for a matrix of zeros.
         accuracy: The greatest acceptable `SVDStack.bound`.
         seed: As in `truncated_svd`.
+
+    Returns:
+        Factors on the device of `stack`; equal inputs and seeds give equal bits, for any number of threads.
+
+    Raises:
+        ValueError: `rank` is not a positive integer.
+        FitError: a matrix holds NaN or infinity.
     """
+    with one_thread():
+        return _factorised(stack, rank, totals, accuracy, seed)
+
+
+def _factorised(stack: Array, rank: int, totals: Sequence[float], accuracy: float, seed: int) -> SVDStack:
     count, m, n = stack.shape
     rank = checked_rank(rank, (m, n))[0]
     known = [i for i, total in enumerate(totals) if SAFE[0] < total**2 < SAFE[1]]
@@ -124,10 +137,10 @@ def energy_left(stack: Array, left: Array, right: Array) -> Array:
     `left` is ``(count, m, r)``, `right` ``(count, r, n)``, both float32. Right to a few 1e-5 of what is left, if that
     is more than a twentieth of the norm; see `surgery_formats.linalg.svd.left_over`.
     """
-    xp = namespace(stack)
-    product = cast(stack @ right.mT, DType.F64)
-    wide, exact = cast(left, DType.F64), cast(right, DType.F64)
-    return xp.sum(wide * (wide @ (exact @ exact.mT) - 2 * product), axis=-1)
+    with one_thread():
+        product = cast(stack @ right.mT, DType.F64)
+        wide, exact = cast(left, DType.F64), cast(right, DType.F64)
+        return namespace(stack).sum(wide * (wide @ (exact @ exact.mT) - 2 * product), axis=-1)
 
 
 def _krylov(matrices: _Matrices, known: Sequence[int], rank: int, block: int, target: float, seed: int) -> _Bases:
@@ -138,10 +151,10 @@ def _krylov(matrices: _Matrices, known: Sequence[int], rank: int, block: int, ta
     support = xp.any(fresh != 0, axis=-2)  # zero rows are part of no direction
     count = len(fresh)
     basis, image = fresh[:, :0, :], matrices.rows[:, :0, :]
-    small = np.zeros((count, 0, 0))
+    small = numpy.zeros((count, 0, 0))
     rounding = (ROUNDING * _EPS) ** 2
     progress = {i: Convergence() for i in known}
-    chosen: dict[int, np.ndarray] = {}
+    chosen: dict[int, numpy.ndarray] = {}
     excess: dict[int, float] = {}
     for step in range(1, min(_MOST_STEPS, matrices.short // 2 // block) + 1):
         panel = cast(next_panel(fresh, basis, xp.roll(filler, step, axis=-1)), DType.F32)
@@ -151,8 +164,8 @@ def _krylov(matrices: _Matrices, known: Sequence[int], rank: int, block: int, ta
         fresh = without(matrices.times(latest), basis)
         size, wide = step * block, cast(fresh, DType.F64)
         products = xp.concat([cast(latest, DType.F64) @ cast(image, DType.F64).mT, wide @ wide.mT], axis=-1)
-        new, beyond = np.split(to_cpu(products), [size], axis=-1)  # the only wait of a step
-        small = np.pad(small, ((0, 0), (0, block), (0, block)))
+        new, beyond = numpy.split(to_cpu(products), [size], axis=-1)  # the only wait of a step
+        small = numpy.pad(small, ((0, 0), (0, block), (0, block)))
         small[:, -block:], small[:, :, -block:] = new, new.mT
         if size < rank + block:
             continue  # too few to tell how the spectrum goes on
@@ -170,22 +183,22 @@ def _krylov(matrices: _Matrices, known: Sequence[int], rank: int, block: int, ta
                 chosen[i], excess[i] = vectors[:, :rank].T, missed
         if len(chosen) == len(known):
             break
-    padded = np.zeros((count, rank, basis.shape[1]), np.float32)
+    padded = numpy.zeros((count, rank, basis.shape[1]), numpy.float32)
     for i, vectors in chosen.items():
         padded[i, :, : vectors.shape[1]] = vectors
     turn = array_of(padded, DType.F32, basis)
     return _Bases(within(turn @ basis, support), turn @ image, excess)
 
 
-def _eigenvectors(small: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _eigenvectors(small: numpy.ndarray) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
     """Of symmetric matrices: eigenvalues, descending and not negative, and eigenvectors, one per column.
 
     In threads, because on a GPU they take longer than on one core.
     """
 
-    def of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        values, vectors = np.linalg.eigh(matrix)
-        return values[::-1].clip(min=0), np.ascontiguousarray(vectors[:, ::-1])
+    def of(matrix: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        values, vectors = numpy.linalg.eigh(matrix)
+        return values[::-1].clip(min=0), numpy.ascontiguousarray(vectors[:, ::-1])
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(of, small))
@@ -195,7 +208,7 @@ def _finished(stack: Array, matrices: _Matrices, bases: _Bases, seed: int) -> SV
     """Make both sides orthonormal, fix the signs, and measure what is left; what is not certified is left to do."""
     xp, rank = namespace(stack), bases.right.shape[1]
     basis = orthonormal(bases.right, noise((rank, matrices.long), seed, DType.F32, stack))
-    turn, values, back = np.linalg.svd(to_cpu(cast(bases.right, DType.F64) @ basis.mT))
+    turn, values, back = numpy.linalg.svd(to_cpu(cast(bases.right, DType.F64) @ basis.mT))
     left = array_of(turn.mT, DType.F64, stack) @ cast(bases.left, DType.F64)
     gram = left @ left.mT - xp.eye(rank, dtype=left.dtype, device=left.device)
     skew = to_cpu(xp.max(xp.reshape(xp.abs(gram), (len(stack), -1)), axis=1))
@@ -203,9 +216,9 @@ def _finished(stack: Array, matrices: _Matrices, bases: _Bases, seed: int) -> SV
     left, right = (right, left) if matrices.turned else (left, right)
     sign = positive(left)
     left, right = cast(left * sign, DType.F32), cast(right * sign, DType.F32)
-    values = values.astype(np.float32)
-    kept = np.sum(values.astype(np.float64) ** 2, axis=1).tolist()
-    singular = array_of(values * np.asarray(matrices.scales, np.float32)[:, None], DType.F32, stack)
+    values = values.astype(numpy.float32)
+    kept = numpy.sum(values.astype(numpy.float64) ** 2, axis=1).tolist()
+    singular = array_of(values * numpy.asarray(matrices.scales, numpy.float32)[:, None], DType.F32, stack)
     alone = tuple(i for i in range(len(stack)) if i not in bases.excess or skew[i] > SKEW)
     result = SVDStack(left.mT, singular, right.mT, [], [], [], alone)
     for i, (norm2, scale) in enumerate(zip(matrices.norm2, matrices.scales, strict=True)):
