@@ -17,7 +17,12 @@ take 4.3 to 5.1 s on the cores and 6.1 to 6.9 s on the GPU, 5 of which start tor
 
 
 class Devices(NamedTuple):
-    """Devices, and if it was left to us (``auto``) why these."""
+    """Where an extraction is computed.
+
+    Attributes:
+        names: Devices, as `devices_of` lists them.
+        why: The reason for these, for people; empty if they were asked for.
+    """
 
     names: tuple[str, ...]
     why: str = ""

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import Rank
-from surgery.engine.devices import device_of, devices_of, extraction_devices
 from surgery.engine.proof import read_back
 from surgery.extraction.extraction_plan import stored_factor_specs
 from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, factorise, factorise_stack
@@ -240,37 +239,6 @@ def test_the_first_failure_stops_the_others() -> None:
         assert ran[-1] is False, "and the lanes can be used again"
     finally:
         made.close()
-
-
-@pytest.mark.parametrize(
-    "text", ["gpu", "cuda:", "cuda:0,", "cuda:0,0", "cuda:99", "cpu,cuda", "cuda:all,0", "", "cuda:-1"]
-)
-def test_a_device_that_does_not_exist_is_refused(text: str) -> None:
-    with pytest.raises(FitError, match=r"device|machine"):
-        devices_of(text)
-
-
-def test_devices_are_listed_by_number_or_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert devices_of("cpu") == ("cpu",)
-    assert devices_of("cuda") == ("cuda:0",)
-    assert devices_of("cuda:2,0") == ("cuda:2", "cuda:0")
-    assert devices_of("cuda:all") == devices_of("auto") == ("cuda:0", "cuda:1", "cuda:2")
-
-
-def test_auto_takes_gpus_for_models_that_are_sooner_done_there_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    small, large = extraction_devices("auto", 1_240_000_000), extraction_devices("auto", 8_000_000_000)
-    assert small.names == ("cpu",)
-    assert "below 1.5 B" in small.why
-    assert large.names == ("cuda:0", "cuda:1")
-    assert large.why
-    assert extraction_devices("cuda", 1000) == (("cuda:0",), ""), "a choice needs no reason"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert extraction_devices("auto", 8_000_000_000) == (("cpu",), "no GPU is here")
-    assert device_of("auto") == "cpu"
 
 
 def test_an_extraction_says_where_it_was_computed_if_that_was_left_open(
