@@ -164,7 +164,7 @@ def bench(size: str, work: Path, options: argparse.Namespace) -> None:
     ]  # fmt: skip
     if options.workers or not gpu:
         command += ["--workers", str(options.workers or options.threads)]
-    commands = {name: command for name in checkouts}  # noqa: C420 - mergekit's is added
+    commands = dict.fromkeys(checkouts, tuple(command))
     if options.mergekit:
         commands["mergekit"] = [
             str(options.mergekit), "--model", str(tuned), "--base-model", str(base), "--out-path", str(theirs),

@@ -208,16 +208,18 @@ def to_device(array: Array, device: str, dtype: DType | None = None) -> Array:
 
 def to_cpu(array: Array) -> numpy.ndarray:
     """`array` as numpy has it; shares memory with arrays that are on the CPU."""
-    if not is_torch(array):
-        return array  # type: ignore[no-any-return]
-    tensor = array.detach().cpu()
-    dtype = DType.of(tensor.dtype)
-    if dtype.numpy_is_native:
-        return tensor.numpy()  # type: ignore[no-any-return]
-    import torch
+    values: numpy.ndarray = array
+    if is_torch(array):
+        import torch
 
-    bits = {8: torch.uint8, 16: torch.int16}[dtype.bits]
-    return tensor.view(bits).numpy().view(dtype.numpy)  # type: ignore[no-any-return]
+        tensor: torch.Tensor = array.detach().cpu()
+        dtype = DType.of(tensor.dtype)
+        if dtype.numpy_is_native:
+            values = tensor.numpy()
+        else:
+            bits = {8: torch.uint8, 16: torch.int16}[dtype.bits]
+            values = tensor.view(bits).numpy().view(dtype.numpy)
+    return values
 
 
 def as_torch(array: numpy.ndarray) -> torch.Tensor:
