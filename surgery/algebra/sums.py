@@ -23,6 +23,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.factored import concatenated, factored_norm, rerank, singular_values
 from surgery_formats.linalg.svd import truncated_svd
+from surgery_formats.threads import one_thread
 from surgery_formats.updates import LoRA
 
 __all__ = ["Compared", "DeltaTarget", "LowRankSum", "MergedDelta", "Recipe", "Solved", "Term", "rank_for", "stacked"]
@@ -229,15 +230,16 @@ class MergedDelta:
 
     def formed(self) -> Array:
         """The dense delta, float64."""
-        return merge_deltas(
-            [partial(term.delta, DType.F64) for term in self.terms],
-            self.weights,
-            method=self.recipe.method,
-            density=self.recipe.density,
-            seed=self.recipe.seed,
-            name=self.name,
-            owners=self.owners,
-        )
+        with one_thread():
+            return merge_deltas(
+                [partial(term.delta, DType.F64) for term in self.terms],
+                self.weights,
+                method=self.recipe.method,
+                density=self.recipe.density,
+                seed=self.recipe.seed,
+                name=self.name,
+                owners=self.owners,
+            )
 
     def least(self, recipe: Recipe) -> int:
         """The least rank, by a truncated SVD that stops where the request is met."""
@@ -264,9 +266,10 @@ class MergedDelta:
 
     def compare(self, B: Array, A: Array) -> Compared:
         """The delta is formed once more; nothing cancels after that."""
-        delta = self.formed()
-        norm = float(numpy.linalg.norm(delta))
-        return Compared(norm, float(numpy.linalg.norm(delta - B @ A)), norm)
+        with one_thread():
+            delta = self.formed()
+            norm = float(numpy.linalg.norm(delta))
+            return Compared(norm, float(numpy.linalg.norm(delta - B @ A)), norm)
 
 
 def stacked(terms: Sequence[LoRA]) -> tuple[Array, Array]:
