@@ -71,7 +71,7 @@ class Component:
 
     def _parameter(self, storage: Storage) -> Parameter:
         view = whole(storage.shape)
-        if len(storage.sizes) == 2 and self.family.stores_transposed(storage.name):
+        if len(storage.sizes) == 2 and self.family.stores_transposed(storage.name) != storage.transposed:
             view = transpose(view)
         return Parameter(storage.name, storage, view, self.name)
 
@@ -99,6 +99,19 @@ class Component:
         if self.embedding:
             return self.parameters[self.embedding].storage.dtype
         return next((weight.dtype for weight in self.owners.values() if weight.is_float), DType.F32)
+
+    @cached_property
+    def plain_dtype(self) -> DType:
+        """The type of 16 bits that quantised weights have once they are dequantised: of config.json, else the embedding's."""
+        named = (
+            config.get(key)
+            for config in (self.config, self.config.get("text_config"))
+            for key in ("dtype", "torch_dtype")
+            if isinstance(config, Mapping)
+        )
+        halves = {DType.F16.torch_name: DType.F16, DType.BF16.torch_name: DType.BF16}
+        found = next((halves[name] for name in named if name in halves), self.dtype)
+        return found if found in halves.values() else DType.BF16
 
     @cached_property
     def head(self) -> str:
