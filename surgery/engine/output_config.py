@@ -13,6 +13,7 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.plain import Elements
+from surgery_formats.storage.quantised import CONFIG_KEYS
 
 __all__ = ["corrected_config"]
 
@@ -21,7 +22,6 @@ _TASKS = {
     "token-classification": "ForTokenClassification",
     "question-answering": "ForQuestionAnswering",
 }
-_QUANTISATION = ("quantization_config", "compression_config", "quantization")
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
 
@@ -66,7 +66,7 @@ def _quantisation(config: dict[str, Any], component: Component, outputs: Sequenc
     quantised = any(storage.elements is None for storage in component.owners.values())
     if not quantised or any(_is_quantised(tensor.step) for tensor in outputs):
         return
-    for key in _QUANTISATION:
+    for key in CONFIG_KEYS:
         _holder(config, key).pop(key, None)
 
 

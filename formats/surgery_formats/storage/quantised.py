@@ -3,13 +3,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeGuard
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeGuard
 
 from surgery_formats.arrays import Array, assign, cast, namespace, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import PartBytes, Storage
 
-__all__ = ["Grid", "Quantised", "check_rows", "is_quantised", "put_quantised", "read_quantised"]
+__all__ = [
+    "CONFIG_KEYS",
+    "Grid",
+    "Quantised",
+    "check_rows",
+    "is_quantised",
+    "put_quantised",
+    "quantisation_of",
+    "read_quantised",
+]
+
+CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Where a config.json says how its weights are quantised; the last is MLX's."""
 
 
 class Grid(Protocol):
@@ -77,6 +90,13 @@ class Quantised(Storage, Protocol):
 def is_quantised(storage: Storage) -> TypeGuard[Quantised]:
     """Whether a codec of this package, or of a plugin that follows `Quantised`, reads the weight."""
     return all(hasattr(storage, member) for member in ("bits", "block", "codes", "grid", "fit", "pack"))
+
+
+def quantisation_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The ``quantization_config`` of a config.json, also of its text model or under an older name; empty without one."""
+    holders = [holder for holder in (config, config.get("text_config")) if isinstance(holder, Mapping)]
+    found = [holder.get(key) for holder in holders for key in CONFIG_KEYS]
+    return next((each for each in found if isinstance(each, Mapping)), {})
 
 
 def read_quantised(weight: Quantised, block: Array, start: int) -> None:
