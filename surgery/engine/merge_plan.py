@@ -37,6 +37,7 @@ def planned_merge(
     shard_size: int | None,
     layout: str,
     quantized: str = "dequantize",
+    reversible: bool = False,
 ) -> tuple[Binding, Plan]:
     """The binding and the plan of a merge.
 
@@ -55,7 +56,12 @@ def planned_merge(
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     stored = float_type(dtype, "weights")
     return binding, plan_merge(
-        binding, dtype=stored, shard_size=shard_size, packed=layout == "packed", quantized=quantized
+        binding,
+        dtype=stored,
+        shard_size=shard_size,
+        packed=layout == "packed",
+        quantized=quantized,
+        reversible=reversible,
     )
 
 
@@ -66,6 +72,7 @@ def plan_merge(
     shard_size: int | None = None,
     packed: bool = False,
     quantized: str = "dequantize",
+    reversible: bool = False,
 ) -> Plan:
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
 
@@ -87,6 +94,8 @@ def plan_merge(
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     if quantized != "dequantize":
         options["quantized"] = quantized
+    if reversible:
+        options["reversible"] = True
     plan = Plan(
         verb="merge",
         files=files,

@@ -52,6 +52,7 @@ class MergeRequest:
         shard_size: As `surgery.merge` takes it.
         layout: ``keep`` or ``packed``.
         quantized: ``dequantize`` or ``requantize``.
+        reversible: As `surgery.merge` takes it.
     """
 
     base: str
@@ -60,6 +61,7 @@ class MergeRequest:
     shard_size: int | None = None
     layout: str = "keep"
     quantized: str = "dequantize"
+    reversible: bool = False
 
     def planned(self) -> tuple[Binding, Plan]:
         """The binding and the plan; opens the inputs.
@@ -67,7 +69,9 @@ class MergeRequest:
         Raises:
             FitError, InputError: see `surgery.merge`.
         """
-        return planned_merge(self.base, self.adapters, self.dtype, self.shard_size, self.layout, self.quantized)
+        return planned_merge(
+            self.base, self.adapters, self.dtype, self.shard_size, self.layout, self.quantized, self.reversible
+        )
 
 
 def merge_share(

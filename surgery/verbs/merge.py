@@ -16,6 +16,7 @@ from surgery.engine.model_card import merge_card
 from surgery.engine.output_checks import check_output
 from surgery.progress import Callback
 from surgery.reports.result import timed
+from surgery_formats.files.output.folder import OutputFolder
 
 __all__ = ["MergeResult", "merge"]
 
@@ -33,6 +34,7 @@ def merge(
     shard_size: int | None = None,
     layout: str = "keep",
     quantized: str = "dequantize",
+    reversible: bool = False,
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -55,6 +57,8 @@ def merge(
         layout: ``keep`` the base's order of tensors; ``packed`` puts those that a graph reads together together
             (`surgery.engine.packing`).
         quantized: What a quantised base becomes: ``dequantize`` stores it in 16 bits, ``requantize`` in its own format.
+        reversible: Keep beside the model what rounding loses, as ``base.rounding``, so that `surgery.unmerge` gives the
+            base back bit for bit.
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -75,7 +79,7 @@ def merge(
     check_counts(workers=workers, shard_size=shard_size, memory_limit=memory_limit)
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
-    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantized)
+    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantized, reversible)
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 
@@ -88,5 +92,12 @@ def merge(
         warnings.extend(check_output(ledger, binding.checkpoint, [weight for _, weight in binding.adapters]))
         return {"README.md": merge_card(binding, ledger)}
 
-    ledger = execute(plan, folder, run, finish, engine)
-    return MergeResult(folder, ledger, tuple(warnings))
+    kept: list[int] = []
+
+    def last(staged: OutputFolder) -> None:
+        from surgery.engine.undo.record import record_base  # it reads back all that was computed
+
+        kept.append(record_base(binding, plan, staged, run))
+
+    ledger = execute(plan, folder, run, finish, engine, last if reversible else None)
+    return MergeResult(folder, ledger, tuple(warnings), rounding_nbytes=sum(kept))

@@ -34,6 +34,9 @@ __all__ = ["command"]
     values=("dequantize", "requantize"),
     help="A quantised BASE becomes one of 16 bits, or keeps its format.",
 )
+@click.option(
+    "--reversible", is_flag=True, help="Keep what rounding loses in OUT/base.rounding, for 'surgery unmerge'."
+)
 @option.verify("full: compare what was copied byte by byte too.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()
