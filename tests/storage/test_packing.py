@@ -33,7 +33,7 @@ def test_codes_are_a_stream_of_bits_and_come_back(data: st.DataObject) -> None:
     order = tuple(data.draw(st.permutations(range(size)))) if data.draw(st.booleans()) else ()
     shape = data.draw(st.lists(st.integers(1, 5), min_size=0, max_size=2))
     axis = data.draw(st.integers(0, len(shape)))
-    count = data.draw(st.integers(1, 70))
+    count = data.draw(st.integers(1, 70)) if not order else size * data.draw(st.integers(1, 3))
     shape.insert(axis, count)
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     codes = rng.integers(0, 1 << bits, shape).astype(data.draw(st.sampled_from([np.uint8, np.int32, np.int64])))
@@ -78,7 +78,9 @@ def test_words_behind_the_last_code_are_ignored() -> None:
 
 
 def test_what_is_no_order_and_no_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="no order of 8"):
+    with pytest.raises(ValueError, match="no order of 8 codes, 8 in a word"):
         unpack(np.zeros(1, np.uint32), 4, 8, order=(0, 1))
+    with pytest.raises(ValueError, match="no order of 7"):
+        pack(np.zeros(7, np.uint32), 4, order=AWQ)
     with pytest.raises(ValueError, match="1 to 8 bits"):
         pack(np.zeros(8, np.uint8), 9)

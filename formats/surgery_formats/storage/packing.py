@@ -40,7 +40,8 @@ def unpack(
         bits: Of a code, 1 to 8.
         count: Codes along `axis`.
         axis: Along which they are packed.
-        order: ``order[k]`` is the place that the k-th code from the lowest bits of a word has among the word's codes.
+        order: ``order[k]`` is the place that the k-th code from the lowest bits of a word has among the word's codes;
+            `count` is then a multiple of their number.
         padded: No code spans two words.
 
     Returns:
@@ -50,7 +51,7 @@ def unpack(
 
     axis %= words.ndim
     size, per = unit(bits, padded), _words_per_unit(bits, padded)
-    units = -(-count // size)
+    units = _units(count, size, order)
     outer, inner = words.shape[:axis], words.shape[axis + 1 :]
     before, behind = math.prod(outer), math.prod(inner)
     words = _whole_units(words.view(np.uint32), axis, words_of(count, bits, padded), units * per)
@@ -87,7 +88,7 @@ def pack(
     axis %= codes.ndim
     count = codes.shape[axis]
     size, per = unit(bits, padded), _words_per_unit(bits, padded)
-    units = -(-count // size)
+    units = _units(count, size, order)
     outer, inner = codes.shape[:axis], codes.shape[axis + 1 :]
     before, behind = math.prod(outer), math.prod(inner)
     codes = _whole_units(codes.astype(np.uint8, copy=False), axis, count, units * size)
@@ -116,11 +117,14 @@ class _Place(NamedTuple):
     spilled: int
 
 
+def _units(count: int, size: int, order: Sequence[int]) -> int:
+    if order and (sorted(order) != list(range(size)) or count % size):
+        raise ValueError(f"{list(order)} is no order of {count} codes, {size} in a word")
+    return -(-count // size)
+
+
 def _places(bits: int, order: Sequence[int], padded: bool) -> Iterator[_Place]:
-    size = unit(bits, padded)
-    if order and sorted(order) != list(range(size)):
-        raise ValueError(f"{list(order)} is no order of {size} codes")
-    for k in range(size):
+    for k in range(unit(bits, padded)):
         word, shift = divmod(k * bits, _WORD)
         yield _Place(order[k] if order else k, word, shift, max(shift + bits - _WORD, 0))
 
