@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from surgery_formats.arrays import Array, assign, empty
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.storage.base import PartBytes, Storage, StoredPart, is_stacked, read_block
+from surgery_formats.storage.base import PartBytes, Storage, StoredPart, read_block
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor, matrix_of
 
@@ -29,7 +29,7 @@ def release() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Turned:
-    """A storage whose matrix, or each matrix of its stack, is transposed.
+    """A storage whose matrix, or each matrix of its stack ``(experts, rows, cols)``, is transposed.
 
     A thread that reads holds two of these matrices, as stored, until it reads others or calls `release`.
 
@@ -43,7 +43,8 @@ class Turned:
     def _slab(self) -> tuple[int, int]:
         """``(rows, cols)`` of one matrix as stored."""
         rows, cols = self.of.shape
-        return (rows // self.of.sizes[0] if is_stacked(self.of) and self.of.sizes[0] else rows), cols
+        count = self.of.sizes[0] if len(self.of.sizes) == 3 else 1
+        return rows // max(count, 1), cols
 
     @property
     def name(self) -> str:
