@@ -34,43 +34,43 @@ class Turned:
     A thread that reads holds two of these matrices, as stored, until it reads others or calls `release`.
 
     Attributes:
-        of: As it is stored.
+        stored: As it lies in its files.
     """
 
-    of: Storage
+    stored: Storage
 
     @property
     def _slab(self) -> tuple[int, int]:
         """``(rows, cols)`` of one matrix as stored."""
-        rows, cols = self.of.shape
-        count = self.of.sizes[0] if len(self.of.sizes) == 3 else 1
+        rows, cols = self.stored.shape
+        count = self.stored.sizes[0] if len(self.stored.sizes) == 3 else 1
         return rows // max(count, 1), cols
 
     @property
     def name(self) -> str:
         """As stored."""
-        return self.of.name
+        return self.stored.name
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """As stored."""
-        return self.of.sizes
+        return self.stored.sizes
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the matrices under each other, each turned."""
         rows, cols = self._slab
-        return self.of.shape[0] // max(rows, 1) * cols, rows
+        return self.stored.shape[0] // max(rows, 1) * cols, rows
 
     @property
     def dtype(self) -> DType:
         """As stored."""
-        return self.of.dtype
+        return self.stored.dtype
 
     @property
     def kind(self) -> str:
         """As stored."""
-        return self.of.kind
+        return self.stored.kind
 
     @property
     def group(self) -> int:
@@ -85,21 +85,21 @@ class Turned:
     @property
     def is_float(self) -> bool:
         """As stored."""
-        return self.of.is_float
+        return self.stored.is_float
 
     @property
     def transposed(self) -> bool:
         """The other way round."""
-        return not self.of.transposed
+        return not self.stored.transposed
 
     @property
     def sources(self) -> tuple[StoredTensor, ...]:
         """As stored."""
-        return self.of.sources
+        return self.stored.sources
 
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """As stored."""
-        return self.of.parts(name)
+        return self.stored.parts(name)
 
     def read_into(self, block: Array, start: int) -> None:
         """See `Storage.read_into`."""
@@ -111,12 +111,12 @@ class Turned:
 
     def _matrix(self, number: int) -> Array:
         held: list[tuple[Storage, int, Array]] = getattr(_HELD, "slabs", [])
-        found = next((slab for of, which, slab in held if of is self.of and which == number), None)
+        found = next((slab for of, which, slab in held if of is self.stored and which == number), None)
         if found is None:
             _HELD.slabs = held = held[1 - _SIDES :]  # room, before the next one is there
             rows = self._slab[0]
-            found = read_block(self.of, number * rows, (number + 1) * rows)
-            held.append((self.of, number, found))
+            found = read_block(self.stored, number * rows, (number + 1) * rows)
+            held.append((self.stored, number, found))
         return found
 
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
@@ -127,7 +127,7 @@ class Turned:
         count = len(block) // self.group
         back = block.reshape(count, cols, rows).mT.reshape(count * rows, cols)
         stored = empty(back.shape, self.dtype)
-        written = self.of.put(start // self.group * rows, back, stored)
+        written = self.stored.put(start // self.group * rows, back, stored)
         assign(rounded, stored.reshape(count, rows, cols).mT.reshape(block.shape))
         return written
 
@@ -156,7 +156,8 @@ def flattened(storage: Storage) -> Storage:
 
 def turned(storage: Storage) -> Storage:
     """The storage with its matrix, or each matrix of its stack, transposed."""
-    return storage.of if isinstance(storage, Turned) else Turned(storage)
+    original: Storage | None = getattr(storage, "stored", None)  # of a Turned
+    return Turned(storage) if original is None else original
 
 
 def oriented(storage: Storage, like: Storage) -> Storage:
