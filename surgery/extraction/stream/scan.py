@@ -152,7 +152,6 @@ def warming(
     layout: Layout,
     goal: RankGoal,
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
-    scratch: ScratchFile,
 ) -> Job:
     """What a GPU's lanes do first: its code is loaded at the first use, while all other lanes wait.
 
@@ -176,7 +175,7 @@ def warming(
             left_over(difference, svd.U, right, total=math.sqrt(energy), how="sums")
             left_over(difference, svd.U, right, total=math.sqrt(energy), how="plain").sum().item()
         for batch in waiting:
-            warm_batch(batch, scratch, lane)
+            warm_batch(batch, lane)
 
     return warm
 
