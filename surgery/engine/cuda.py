@@ -13,15 +13,18 @@ import functools
 import importlib.util
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 __all__ = ["count_devices", "start"]
 
 
 def count_devices() -> int:
-    """CUDA devices that torch can use; it is imported only if the driver cannot say."""
-    if "torch" not in sys.modules:
+    """CUDA devices that torch can use.
+
+    If the driver can say, torch is imported in a thread; whoever imports it meanwhile waits for it.
+    """
+    if "torch" not in sys.modules or _driver.cache_info().currsize:
         if not _has_torch():
             return 0
         if (found := _driver_count()) is not None:
@@ -31,19 +34,11 @@ def count_devices() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def start(numbers: Iterable[int]) -> None:
-    """Start devices and import torch in threads; whoever imports torch meanwhile waits for it.
-
-    A failure is left to those who use the device: they see it again.
-    """
-    if "torch" not in sys.modules and _driver() is not None:
-        _start_once(tuple(numbers))
-
-
 @functools.cache
-def _start_once(numbers: tuple[int, ...]) -> None:
-    _in_thread(_start_devices, numbers)
-    _in_thread(_import_torch)
+def start(numbers: tuple[int, ...]) -> None:
+    """Start devices in a thread; a failure is left to those who use them: they see it again."""
+    if _driver.cache_info().currsize:
+        _in_thread(_start_devices, numbers)
 
 
 def _in_thread(function: Callable[..., None], *arguments: object) -> None:
@@ -56,14 +51,14 @@ def _import_torch() -> None:
 
 
 def _has_torch() -> bool:
-    """Whether a torch that was built for CUDA is installed; asking does not import it."""
+    """Whether a torch that was built for GPUs is installed; asking does not import it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False
-    return any((Path(spec.origin).parent / "lib").glob("*c10_cuda*"))
+    return any((Path(spec.origin).parent / "lib").glob("*c10_[ch]*"))  # CUDA, or HIP, which calls itself CUDA
 
 
-@functools.cache
+@functools.cache  # asked for only if torch is not imported yet
 def _driver() -> ctypes.CDLL | None:
     """The driver, ready to be called; None where there is none, or where it finds no device."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -71,6 +66,7 @@ def _driver() -> ctypes.CDLL | None:
         driver = ctypes.CDLL(name)
     except OSError:
         return None
+    _in_thread(_import_torch)  # before the driver is started, which takes a tenth of a second or more
     return driver if driver.cuInit(0) == 0 else None
 
 

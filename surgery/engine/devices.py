@@ -51,10 +51,10 @@ def devices_of(text: str) -> tuple[str, ...]:
         raise FitError(f"'{show(text, 40)}' is no device", hint="there are cpu, cuda, cuda:1, cuda:0,1, cuda:all, auto")
     count = count_devices()
     if match is None:
-        start(range(count))
+        start(tuple(range(count)))
         return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
     listed = match[1] or "0"
-    numbers = range(count) if listed == "all" else [int(number) for number in listed.split(",")]
+    numbers = tuple(range(count) if listed == "all" else map(int, listed.split(",")))
     if not numbers or max(numbers) >= count or len(set(numbers)) < len(numbers):
         raise FitError(f"'{show(text, 40)}' is not on this machine, which has {count} CUDA devices")
     start(numbers)
