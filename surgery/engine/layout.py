@@ -39,6 +39,7 @@ def lay_out(
     shard_size: int | None = None,
     untied: Collection[str] = (),
     packed: bool = False,
+    dequantised: bool = True,
 ) -> WeightLayout:
     """Plan the weight files of one component.
 
@@ -49,16 +50,19 @@ def lay_out(
         shard_size: Most bytes per file; None keeps the base's shards.
         untied: Components whose head and embedding part.
         packed: Lay out for graphs: see `surgery.engine.packing`.
+        dequantised: Store what is quantised in elements of 16 bits, see `Component.plain_dtype`; else as it is.
 
     Raises:
         FitError: `packed`, and the architecture has no recipe that says what belongs together.
     """
+    if dtype is not None:
+        component.check_read()  # scales of another type would not fit their codes
     folder = f"{component.name}/" if component.name else ""
     container = SAFETENSORS if packed else output_container(component.shards[0].container)
     suffix = container.suffixes[0]
     accounts: list[Account] = []
     groups: list[tuple[str, Shard | None, list[PlannedTensor]]] = []
-    planner = _WeightPlanner(component, edits, dtype)
+    planner = _WeightPlanner(component, edits, dtype, dequantised)
     for shard in component.shards:
         planned: list[PlannedTensor] = []
         for tensor in shard.tensors:
@@ -103,10 +107,11 @@ def _is_tie(name: str, source: str, component: Component) -> bool:
 class _WeightPlanner:
     """Plans the weights of one component, each once, however many stored tensors it has."""
 
-    def __init__(self, component: Component, edits: Mapping[str, Edit], dtype: DType | None) -> None:
+    def __init__(self, component: Component, edits: Mapping[str, Edit], dtype: DType | None, dequantised: bool) -> None:
         self._component = component
         self._edits = edits
         self._dtype = dtype
+        self._dequantised = dequantised
         self._planned: dict[str, dict[str, PlannedTensor]] = {}
 
     def outputs(self, tensor: StoredTensor, weight: Storage) -> list[PlannedTensor]:
@@ -127,7 +132,7 @@ class _WeightPlanner:
     def weight(self, name: str, base: Storage) -> tuple[PlannedTensor, ...]:
         """The output tensors of one weight, without their offsets."""
         edit = self._edits.get(name)
-        if edit is None and is_contiguous(base) and (self._dtype is None or not base.is_float):
+        if edit is None and is_contiguous(base) and (self._type(base) is None or not base.is_float):
             return self._copies(base)
         source = base if edit is None else edit.source
         target = self._encoding(base, source, edit)
@@ -164,6 +169,12 @@ class _WeightPlanner:
             )
         return tuple(planned)
 
+    def _type(self, base: Storage) -> DType | None:
+        """The element type that the output shall have, or None for the base's storage."""
+        if self._dtype is None and self._dequantised and base.elements is None:
+            return self._component.plain_dtype
+        return self._dtype
+
     def _encoding(self, base: Storage, source: Storage, edit: Edit | None) -> Encoding:
         """The storage of the base's weight, also for what replaces it.
 
@@ -171,8 +182,8 @@ class _WeightPlanner:
         """
         if not source.is_float:
             return source
-        if self._dtype is not None:
-            return _elements(source, self._dtype)
+        if (dtype := self._type(base)) is not None:
+            return _elements(source, dtype)
         if edit is not None and edit.added:
             return _elements(source, self._component.dtype) if source.elements is not None else source
         if base is source or not base.is_float:

@@ -23,12 +23,20 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.text import listing, show
 
-__all__ = ["plan_merge", "planned_merge"]
+__all__ = ["QUANTIZED", "plan_merge", "planned_merge"]
+
+QUANTIZED = ("dequantize", "requantize")
+"""What becomes of a quantised base: elements of 16 bits, or the format it has."""
 
 
 @collector_paused()
 def planned_merge(
-    base: CheckpointLike, adapters: AdaptersLike, dtype: str, shard_size: int | None, layout: str
+    base: CheckpointLike,
+    adapters: AdaptersLike,
+    dtype: str,
+    shard_size: int | None,
+    layout: str,
+    quantized: str = "dequantize",
 ) -> tuple[Binding, Plan]:
     """The binding and the plan of a merge.
 
@@ -37,6 +45,8 @@ def planned_merge(
     """
     if layout not in ("keep", "packed"):
         raise FitError(f"layout is 'keep' or 'packed', not '{show(layout)}'")
+    if quantized not in QUANTIZED:
+        raise FitError(f"quantized is one of {', '.join(QUANTIZED)}, not '{show(quantized)}'")
     weighted = as_weighted(adapters)
     if not weighted:
         raise FitError("no adapter was named")
@@ -44,11 +54,18 @@ def planned_merge(
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     stored = float_type(dtype, "weights")
-    return binding, plan_merge(binding, dtype=stored, shard_size=shard_size, packed=layout == "packed")
+    return binding, plan_merge(
+        binding, dtype=stored, shard_size=shard_size, packed=layout == "packed", quantized=quantized
+    )
 
 
 def plan_merge(
-    binding: Binding, *, dtype: DType | None = None, shard_size: int | None = None, packed: bool = False
+    binding: Binding,
+    *,
+    dtype: DType | None = None,
+    shard_size: int | None = None,
+    packed: bool = False,
+    quantized: str = "dequantize",
 ) -> Plan:
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
 
@@ -59,7 +76,7 @@ def plan_merge(
     layouts: dict[str, WeightLayout] = {}
     for name, component in checkpoint.components.items():
         edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
-        layouts[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed)
+        layouts[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed, quantized == "dequantize")
     side_files = [SideFile(layout.index_name, data=layout.index) for layout in layouts.values() if layout.index_name]
     side_files += _carried(binding)
     files = tuple(file for layout in layouts.values() for file in layout.files)
@@ -68,6 +85,8 @@ def plan_merge(
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
+    if quantized != "dequantize":
+        options["quantized"] = quantized
     plan = Plan(
         verb="merge",
         files=files,

@@ -8,10 +8,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from surgery.engine.plan import PlannedTensor, SideFile
+from surgery.engine.plan import Compute, Copy, PlannedTensor, SideFile
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.storage.quantised import CONFIG_KEYS
 
 __all__ = ["corrected_config"]
 
@@ -32,7 +33,7 @@ def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: 
         config = copy.deepcopy(dict(component.config))
         written = [tensor for tensor in outputs if tensor.component == component.name and not tensor.part]
         _vocabulary(config, component, written)
-        _quantisation(config, component, dtype)
+        _quantisation(config, component, written)
         if component.name in binding.untied:
             _holder(config, "tie_word_embeddings")["tie_word_embeddings"] = False
         if dtype is not None and (key := next((k for k in ("dtype", "torch_dtype") if k in config), None)):
@@ -59,10 +60,19 @@ def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[
     _holder(config, "vocab_size")["vocab_size"] = embedding.step.sizes[0]
 
 
-def _quantisation(config: dict[str, Any], component: Component, dtype: DType | None) -> None:
-    """Weights that are written as plain floats are no longer quantised."""
-    if dtype is not None and any(storage.elements is None for storage in component.owners.values()):
-        config.pop("quantization_config", None)
+def _quantisation(config: dict[str, Any], component: Component, outputs: Sequence[PlannedTensor]) -> None:
+    """A model none of whose weights is quantised any more says so."""
+    quantised = any(storage.elements is None for storage in component.owners.values())
+    if not quantised or any(_is_quantised(tensor.step) for tensor in outputs):
+        return
+    for key in CONFIG_KEYS:
+        _holder(config, key).pop(key, None)
+
+
+def _is_quantised(step: Copy | Compute) -> bool:
+    """Whether a weight is written as codes."""
+    written = step.weight if isinstance(step, Copy) else step.target
+    return getattr(written, "elements", written) is None  # an encoding alone is one of elements
 
 
 def _task_head(config: dict[str, Any], binding: Binding, outputs: Sequence[PlannedTensor]) -> None:

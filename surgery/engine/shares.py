@@ -52,6 +52,7 @@ class MergeRequest:
         dtype: As `surgery.merge` takes it.
         shard_size: As `surgery.merge` takes it.
         layout: ``keep`` or ``packed``.
+        quantized: ``dequantize`` or ``requantize``.
     """
 
     base: str
@@ -59,6 +60,7 @@ class MergeRequest:
     dtype: str = "keep"
     shard_size: int | None = None
     layout: str = "keep"
+    quantized: str = "dequantize"
 
     def planned(self) -> tuple[Binding, Plan]:
         """The binding and the plan; opens the inputs.
@@ -66,7 +68,7 @@ class MergeRequest:
         Raises:
             FitError, InputError: see `surgery.merge`.
         """
-        return planned_merge(self.base, self.adapters, self.dtype, self.shard_size, self.layout)
+        return planned_merge(self.base, self.adapters, self.dtype, self.shard_size, self.layout, self.quantized)
 
 
 def merge_share(

@@ -12,7 +12,7 @@ import numpy
 
 from surgery.extraction.extraction_plan import ExtractionPlan
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
-from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip, with_columns
+from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
 from surgery_formats.arrays import Array, energy
@@ -20,6 +20,7 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit, prepared
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
+from surgery_formats.storage.aligned import oriented
 from surgery_formats.storage.base import read_values
 from surgery_formats.tensors.apply import apply_chain
 
@@ -175,7 +176,7 @@ def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -
 def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit) -> None:
     """Apply an edit to BASE and compare the result with TUNED."""
     source = edit.source
-    base, tuned = with_columns(pair.base, source.shape[1]), with_columns(pair.tuned, source.shape[1])
+    base, tuned = (oriented(side, source) for side in (pair.base, pair.tuned))
     if source.shape != tuned.shape:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
     # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger

@@ -32,6 +32,7 @@ def merge(
     memory_limit: int | None = None,
     shard_size: int | None = None,
     layout: str = "keep",
+    quantized: str = "dequantize",
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -53,6 +54,7 @@ def merge(
         shard_size: Most bytes per weight file; None keeps the base's shards.
         layout: ``keep`` the base's order of tensors; ``packed`` puts those that a graph reads together together
             (`surgery.engine.packing`).
+        quantized: What a quantised base becomes: ``dequantize`` stores it in 16 bits, ``requantize`` in its own format.
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -73,7 +75,7 @@ def merge(
     check_counts(workers=workers, shard_size=shard_size, memory_limit=memory_limit)
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
-    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout)
+    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantized)
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 

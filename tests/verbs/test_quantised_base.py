@@ -98,7 +98,7 @@ def expected(base: Path, lora: Path, weight: float = 1.0) -> dict[str, torch.Ten
 @pytest.mark.parametrize("band", [1, 8])
 def test_a_merge_keeps_the_storage_and_is_the_requantised_sum(band: int, shards: int, tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base", band=band, shards=shards), make_lora(tmp_path / "lora")
-    surgery.merge(base, lora, output=tmp_path / "out")
+    surgery.merge(base, lora, output=tmp_path / "out", quantized="requantize")
     before, after, changed = stored(base), stored(tmp_path / "out"), expected(base, lora)
     assert after.keys() == before.keys()
     for name in before:
@@ -116,12 +116,12 @@ def test_a_merge_keeps_the_storage_and_is_the_requantised_sum(band: int, shards:
 def test_the_same_bytes_whatever_the_number_of_workers(tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base", shards=2), make_lora(tmp_path / "lora")
     for workers in (1, 4):
-        surgery.merge(base, lora, output=tmp_path / str(workers), workers=workers)
+        surgery.merge(base, lora, output=tmp_path / str(workers), workers=workers, quantized="requantize")
     for file in sorted((tmp_path / "1").iterdir()):
         assert file.read_bytes() == (tmp_path / "4" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["keep", "fp32", "bf16"])
 def test_a_merge_to_plain_floats_dequantises_every_weight(dtype: str, tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base"), make_lora(tmp_path / "lora")
     result = surgery.merge(base, lora, output=tmp_path / "out", dtype=dtype)
@@ -140,7 +140,7 @@ def test_a_merge_to_plain_floats_dequantises_every_weight(dtype: str, tmp_path: 
 
 def test_the_ledger_counts_weights_and_accounts_for_every_stored_tensor(tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base"), make_lora(tmp_path / "lora")
-    result = surgery.merge(base, lora, output=tmp_path / "out")
+    result = surgery.merge(base, lora, output=tmp_path / "out", quantized="requantize")
     assert result.ledger.classes == {"copied": len(weights(base)) - 4, "updated": 4}
     rows = json.loads((tmp_path / "out" / "surgery_manifest.json").read_text())["ledger"]["tensors"]
     assert rows.keys() == stored(base).keys()
@@ -154,7 +154,7 @@ def test_the_ledger_counts_weights_and_accounts_for_every_stored_tensor(tmp_path
 def test_a_weight_of_which_a_tensor_would_not_be_written_is_refused(tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base"), make_lora(tmp_path / "lora")
     binding = bind([(read_adapter(lora), 1.0)], open_checkpoint(base))
-    plan = plan_merge(binding)
+    plan = plan_merge(binding, quantized="requantize")
     (file,) = plan.files
     fewer = tuple(tensor for tensor in file.tensors if tensor.name != QUERY + SCALES)
     object.__setattr__(plan, "files", (PlannedFile(file.name, file.header, file.nbytes, fewer),))
@@ -165,7 +165,7 @@ def test_a_weight_of_which_a_tensor_would_not_be_written_is_refused(tmp_path: Pa
 def test_an_update_below_the_step_of_the_storage_changes_nothing(tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base"), make_lora(tmp_path / "lora", strength=1e-9)
     with pytest.raises(NothingChangedError):
-        surgery.merge(base, lora, output=tmp_path / "out")
+        surgery.merge(base, lora, output=tmp_path / "out", quantized="requantize")
 
 
 def test_a_dora_meets_the_values_of_the_weight(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_inspect_shows_weights_and_not_their_codes(tmp_path: Path) -> None:
 
 def test_diff_compares_values_under_the_names_of_the_weights(tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base"), make_lora(tmp_path / "lora")
-    surgery.merge(base, lora, output=tmp_path / "out")
+    surgery.merge(base, lora, output=tmp_path / "out", quantized="requantize")
     result = surgery.diff(base, tmp_path / "out")
     assert {tensor.name for tensor in result.tensors} == set(weights(base))
     moved = {tensor.name for tensor in result.tensors if tensor.status != "equal"}
@@ -209,7 +209,7 @@ def test_verify_knows_what_was_written(dtype: str, tmp_path: Path) -> None:
 
 def test_a_dry_run_plans_every_stored_tensor(tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base"), make_lora(tmp_path / "lora")
-    result = surgery.merge(base, lora, dry_run=True)
+    result = surgery.merge(base, lora, dry_run=True, quantized="requantize")
     assert {tensor.name for tensor in result.ledger.plan.tensors} == set(stored(base))
     assert sum(tensor.outcome == "updated" for tensor in result.ledger.plan.tensors) == 8
     assert len(result.ledger.plan.computed()) == 4
@@ -218,7 +218,7 @@ def test_a_dry_run_plans_every_stored_tensor(tmp_path: Path) -> None:
 def test_two_adapters_are_added_before_the_sum_is_rounded(tmp_path: Path) -> None:
     base = quantise(tmp_path / "base")
     one, other = make_lora(tmp_path / "one"), make_lora(tmp_path / "other", strength=0.5)
-    surgery.merge(base, [(one, 0.7), (other, -0.3)], output=tmp_path / "out")
+    surgery.merge(base, [(one, 0.7), (other, -0.3)], output=tmp_path / "out", quantized="requantize")
     first, second, before = expected(base, one, 0.7), expected(base, other, -0.3), weights(base)
     for name in first:
         codes, _, _ = coded((first[name] + second[name] - before[name]).float(), len(before[name]))
@@ -232,7 +232,7 @@ def test_values_in_place_of_a_quantised_weight_are_quantised(tmp_path: Path) -> 
     name = "model.layers.0.self_attn.o_proj.weight"
     trained = torch.randn(weights(base)[name].shape)
     save_file({**factors, f"base_model.model.{name}": trained}, saved / "adapter_model.safetensors")
-    surgery.merge(base, saved, output=tmp_path / "out")
+    surgery.merge(base, saved, output=tmp_path / "out", quantized="requantize")
     codes, scales, _ = coded(trained, len(trained))
     assert stored(tmp_path / "out")[name + CODES].equal(codes)
     assert stored(tmp_path / "out")[name + SCALES].equal(scales)
@@ -257,9 +257,9 @@ def test_a_graph_refuses_the_storage_by_name(llama: Path, tmp_path: Path) -> Non
 
 def test_the_reference_computes_a_merge_as_it_will_be_stored(llama: Path, tmp_path: Path) -> None:
     lora = ROOT / "examples" / "lora"
-    surgery.merge(llama, lora, output=tmp_path / "out")
+    surgery.merge(llama, lora, output=tmp_path / "out", quantized="requantize")
     base = open_checkpoint(llama)
-    plan = plan_merge(bind([(read_adapter(lora), 1.0)], base))
+    plan = plan_merge(bind([(read_adapter(lora), 1.0)], base), quantized="requantize")
     planned, written = open_reference(base.main, plan), open_reference(open_checkpoint(tmp_path / "out").main)
     assert QUERY in planned.weights.names
     assert planned.weights.load(QUERY).equal(written.weights.load(QUERY))
@@ -312,17 +312,17 @@ def finish_one(self, record):
 OutputFile.finish = finish_one
 toy, base, lora, out = sys.argv[1:]
 with installed_project(Path(toy)):
-    surgery.merge(base, lora, output=out)
+    surgery.merge(base, lora, output=out, quantized="requantize")
 """
 
 
 def test_a_killed_merge_goes_on_where_one_file_of_its_weights_is_finished(tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base", shards=2), make_lora(tmp_path / "lora")
-    surgery.merge(base, lora, output=tmp_path / "whole")
+    surgery.merge(base, lora, output=tmp_path / "whole", quantized="requantize")
     words = [sys.executable, "-c", _KILLED_AT_THE_SECOND_FILE, TOY, base, lora, tmp_path / "out"]
     assert subprocess.run(words, env=environment(), check=False).returncode == 9
     (stage,) = tmp_path.glob(".out.surgery-*")
     assert len(list(stage.glob("*.safetensors"))) == 1
-    surgery.merge(base, lora, output=tmp_path / "out")
+    surgery.merge(base, lora, output=tmp_path / "out", quantized="requantize")
     for file in sorted((tmp_path / "whole").iterdir()):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name

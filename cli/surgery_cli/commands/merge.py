@@ -29,6 +29,11 @@ __all__ = ["command"]
     "--shard-size", type=option.size, metavar="SIZE", help="Most bytes per weight file, e.g. 5GB; default: as BASE."
 )
 @option.choice("--layout", values=("keep", "packed"), help="packed: matrices that export-onnx joins lie side by side.")
+@option.choice(
+    "--quantized",
+    values=("dequantize", "requantize"),
+    help="A quantised BASE becomes one of 16 bits, or keeps its format.",
+)
 @option.verify("full: compare what was copied byte by byte too.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()

@@ -25,6 +25,7 @@ from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter, Parameters
 from surgery_formats.storage.plain import Plain
 from surgery_formats.storage.registry import claimed_weights
+from surgery_formats.storage.unread import Unread, unread_weights
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.views import transpose, whole
 
@@ -44,6 +45,7 @@ class Component:
         index: The raw ``*.index.json``, if there is one.
         index_name: Its file name.
         config: config.json, or empty.
+        uninterpreted: Whether every stored tensor is a weight of its own, whatever storage would claim it.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Component:
     index: Mapping[str, Any] | None
     index_name: str
     config: Mapping[str, Any]
+    uninterpreted: bool = False
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -61,8 +64,19 @@ class Component:
     @cached_property
     def owners(self) -> dict[str, Storage]:
         """From every stored tensor to the weight that it is, or is a part of."""
-        claimed = claimed_weights(self.tensors, self.config)
+        claimed = {} if self.uninterpreted else claimed_weights(self.tensors, self.config)
         return {name: claimed.get(name) or _plain(tensor) for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def unread(self) -> Unread | None:
+        """Weights that are codes in a format which no storage reads: their tensors stand alone, and mean nothing so."""
+        plain = {name: tensor for name, tensor in self.tensors.items() if self.owners[name].elements is tensor}
+        return unread_weights(plain, self.config)
+
+    def check_read(self) -> None:
+        """Raise FitError if the values of some weights cannot be read: see `unread`."""
+        if self.unread is not None:
+            raise self.unread.error()
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -71,7 +85,7 @@ class Component:
 
     def _parameter(self, storage: Storage) -> Parameter:
         view = whole(storage.shape)
-        if len(storage.sizes) == 2 and self.family.stores_transposed(storage.name):
+        if len(storage.sizes) == 2 and self.family.stores_transposed(storage.name) != storage.transposed:
             view = transpose(view)
         return Parameter(storage.name, storage, view, self.name)
 
@@ -99,6 +113,19 @@ class Component:
         if self.embedding:
             return self.parameters[self.embedding].storage.dtype
         return next((weight.dtype for weight in self.owners.values() if weight.is_float), DType.F32)
+
+    @cached_property
+    def plain_dtype(self) -> DType:
+        """The type of 16 bits that quantised weights have once they are dequantised: of config.json, else the embedding's."""
+        named = (
+            config.get(key)
+            for config in (self.config, self.config.get("text_config"))
+            for key in ("dtype", "torch_dtype")
+            if isinstance(config, Mapping)
+        )
+        halves = {DType.F16.torch_name: DType.F16, DType.BF16.torch_name: DType.BF16}
+        found = next((halves[name] for name in named if name in halves), self.dtype)
+        return found if found in halves.values() else DType.BF16
 
     @cached_property
     def head(self) -> str:

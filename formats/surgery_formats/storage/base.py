@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from surgery_formats.arrays import Array, cast, empty, wide
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor, Tensor, matrix_of
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 
 __all__ = [
     "Encoding",
@@ -103,6 +103,8 @@ class Storage(Encoding, Protocol):
         elements: The one tensor whose elements are its values, so that it may be reshaped, and stored in another type
             or with more rows; None where values are coded.
         is_float: Whether its values are numbers that updates can be added to, not codes or indices.
+        transposed: Whether the rows of its matrix are the columns of the weight: ``(in, out)`` for sizes ``(out, in)``,
+            each expert ``(out, in)`` for sizes ``(experts, in, out)``.
     """
 
     @property
@@ -115,6 +117,8 @@ class Storage(Encoding, Protocol):
     def elements(self) -> Tensor | None: ...
     @property
     def is_float(self) -> bool: ...
+    @property
+    def transposed(self) -> bool: ...
 
     def read_into(self, block: Array, start: int) -> None:
         """Fill `block` ``(n, cols)``, contiguous, of `dtype` and on the CPU, with any rows from `start` on.
@@ -176,13 +180,17 @@ def read_rows(storage: Storage, start: int = 0, stop: int | None = None) -> Arra
         return read_block(storage, 0, 1).reshape(())
     count = storage.sizes[0]
     stop = count if stop is None else min(stop, count)
+    sizes = (max(stop - start, 0), *storage.sizes[1:])
+    if storage.transposed and not is_stacked(storage):
+        return read_block(storage, 0, storage.shape[0])[:, start:stop].T.reshape(sizes)
     per = storage.shape[0] // count if count else 1
-    return read_block(storage, start * per, stop * per).reshape(max(stop - start, 0), *storage.sizes[1:])
+    rows = read_block(storage, start * per, stop * per)
+    return rows.reshape(sizes[0], *sizes[:0:-1]).mT if storage.transposed else rows.reshape(sizes)
 
 
 def is_stacked(storage: Storage) -> bool:
     """Whether its matrix holds a stack of experts one under the other, a row for every row of every expert."""
-    return storage.shape != matrix_of(storage.sizes)
+    return len(storage.sizes) == 3 and storage.shape[0] != storage.sizes[0]
 
 
 def is_contiguous(storage: Storage) -> bool:

@@ -98,6 +98,11 @@ class Plain:
         return self.tensor.dtype.is_float
 
     @property
+    def transposed(self) -> bool:
+        """A tensor lies as it is."""
+        return False
+
+    @property
     def sources(self) -> tuple[StoredTensor, ...]:
         """The tensor, if it is stored."""
         return self.tensor.sources

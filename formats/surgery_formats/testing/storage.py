@@ -19,10 +19,11 @@ from surgery_formats.arrays import Array, cast, empty
 from surgery_formats.containers.safetensors import layout, open_safetensors
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
-from surgery_formats.storage.base import Storage, StoredPart, read_block, read_rows
+from surgery_formats.storage.base import PartBytes, Storage, StoredPart, read_block, read_rows
+from surgery_formats.storage.quantised import Quantised, is_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
-__all__ = ["STORAGE_CHECKS", "StorageCase"]
+__all__ = ["QUANTISED_CHECKS", "STORAGE_CHECKS", "StorageCase"]
 
 _NAME = "block.0.linear.weight"
 
@@ -112,17 +113,8 @@ def puts_the_same_bytes_in_any_split(case: StorageCase, folder: Path) -> None:
 def says_what_readers_will_get(case: StorageCase, folder: Path) -> None:
     """`rounded` is what is read from the bytes that were put."""
     weight = _weight(case, folder)
-    parts = weight.parts(weight.name)
     written, rounded = _put(weight, _changed(weight), [weight.shape[0]])
-    header, ranges = layout([(part.name, part.dtype, part.shape) for part in parts], {})
-    data = bytearray(header) + bytearray(sum(size for _, size in ranges.values()))
-    for part, raw in zip(parts, written, strict=True):
-        offset, size = ranges[part.name]
-        data[offset : offset + size] = raw
-    path = folder / "again.safetensors"
-    path.write_bytes(data)
-    tensors = {tensor.name: tensor for tensor in open_safetensors(path).tensors}
-    (again,) = case.claim(tensors, case.config)
+    again = _reopened(case, folder, weight, written)
     assert numpy.array_equal(read_block(again, 0, again.shape[0]), rounded)
 
 
@@ -130,7 +122,11 @@ def refuses_rows_that_cannot_be_put_alone(case: StorageCase, folder: Path) -> No
     """Blocks that begin or end within a group raise ValueError."""
     weight = _weight(case, folder)
     values = _changed(weight)
-    for start, stop in ((1, weight.group + 1), (0, weight.group + 1)) if weight.group > 1 else ():
+    rows = weight.shape[0]
+    parts = [(1, rows), (0, weight.group + 1)] if weight.group > 1 else []
+    for start, stop in parts:
+        if start == 0 and stop >= rows:
+            continue  # all rows
         try:
             _put_block(weight, values, start, stop)
         except ValueError:
@@ -174,17 +170,109 @@ STORAGE_CHECKS: tuple[Callable[[StorageCase, Path], None], ...] = (
 """Each takes a case and an empty folder, and raises AssertionError."""
 
 
+def values_are_what_the_codes_stand_for(case: StorageCase, folder: Path) -> None:
+    """Codes and grid of any rows, and of any columns of these, give the values that are read."""
+    weight = _quantised(case, folder)
+    rows, columns = weight.shape
+    whole = read_block(weight, 0, rows)
+    for start, stop in {(0, rows), (0, 1), (rows - 1, rows), (rows // 3, rows - rows // 3)}:
+        codes, grid = weight.codes(start, stop), weight.grid(start, stop)
+        assert codes.shape == (stop - start, columns)
+        for first, last in {(0, columns), (0, 1), (columns // 3, columns - 1), (columns - 1, columns)}:
+            values = grid.values(codes[:, first:last], first)
+            assert values.dtype == numpy.float32
+            assert numpy.array_equal(values, whole[start:stop, first:last]), (start, stop, first, last)
+
+
+def packs_the_codes_it_unpacked(case: StorageCase, folder: Path) -> None:
+    """Codes on the stored grid are the stored bytes."""
+    weight = _quantised(case, folder)
+    rows = weight.shape[0]
+    packed = weight.pack(0, weight.codes(0, rows), weight.grid(0, rows))
+    for source, raw in zip(weight.sources, _joined(weight, packed), strict=True):
+        assert raw == source.file.read(source.offset, source.nbytes), source.name
+
+
+def takes_the_nearest_code(case: StorageCase, folder: Path) -> None:
+    """No other code stands for a number that is nearer to the value, on the stored grid and on one that is fitted."""
+    weight = _quantised(case, folder)
+    rows, columns = weight.shape
+    values = _changed(weight) * numpy.float32(1.3)  # some beyond the ends of the grid
+    stored = weight.codes(0, rows)
+    for grid in filter(None, (weight.grid(0, rows), weight.fit(0, values))):
+        for first, last in ((0, columns), (columns // 3, columns - 1)):
+            wanted = cast(values[:, first:last], DType.F64)
+            codes = grid.nearest(values[:, first:last], first)
+            chosen = abs(cast(grid.values(codes, first), DType.F64) - wanted)
+            for code in numpy.unique(numpy.concatenate([stored.ravel(), grid.nearest(values).ravel()])):
+                other = abs(cast(grid.values(numpy.full_like(codes, code), first), DType.F64) - wanted)
+                slack = 1e-6 * abs(wanted)  # a tie in float32
+                assert bool((~numpy.isfinite(other) | (chosen <= other + slack)).all()), code
+
+
+def reads_back_a_fitted_grid(case: StorageCase, folder: Path) -> None:
+    """Scales that are chosen anew stand for, once they are read from a file, what the grid said."""
+    weight = _quantised(case, folder)
+    values = _changed(weight)
+    grid = weight.fit(0, values)
+    if grid is None:
+        return
+    codes = grid.nearest(values)
+    again = _reopened(case, folder, weight, _joined(weight, weight.pack(0, codes, grid)))
+    assert numpy.array_equal(read_block(again, 0, again.shape[0]), grid.values(codes))
+    stored = weight.grid(0, weight.shape[0])
+    errors = [float(((each.values(each.nearest(values)) - values) ** 2).mean()) for each in (grid, stored)]
+    assert errors[0] <= 1.5 * errors[1], "the scales that are there are better than those that are fitted"
+
+
+QUANTISED_CHECKS: tuple[Callable[[StorageCase, Path], None], ...] = (
+    *STORAGE_CHECKS,
+    values_are_what_the_codes_stand_for,
+    packs_the_codes_it_unpacked,
+    takes_the_nearest_code,
+    reads_back_a_fitted_grid,
+)
+"""For storages that satisfy `surgery_formats.storage.quantised.Quantised`."""
+
+
 def _stored(folder: Path, tensors: Mapping[str, Array]) -> dict[str, StoredTensor]:
     from safetensors.numpy import save_file
 
     path = folder / "weights.safetensors"
-    save_file({name: numpy.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
+    save_file({name: numpy.asarray(tensor, order="C") for name, tensor in tensors.items()}, path)
     return {tensor.name: tensor for tensor in open_safetensors(path).tensors}
 
 
 def _weight(case: StorageCase, folder: Path) -> Storage:
     (weight,) = case.claim(_stored(folder, case.encode(_NAME, case.values)), case.config)
     return weight
+
+
+def _quantised(case: StorageCase, folder: Path) -> Quantised:
+    weight = _weight(case, folder)
+    assert is_quantised(weight), type(weight).__name__
+    return weight
+
+
+def _joined(weight: Storage, packed: Iterable[PartBytes]) -> list[bytearray]:
+    data = [bytearray(part.nbytes) for part in weight.parts(weight.name)]
+    for piece in packed:
+        data[piece.part][piece.offset : piece.offset + len(piece.data)] = piece.data
+    return data
+
+
+def _reopened(case: StorageCase, folder: Path, weight: Storage, written: Iterable[bytes | bytearray]) -> Storage:
+    """The weight from a file with these bytes."""
+    parts = weight.parts(weight.name)
+    header, ranges = layout([(part.name, part.dtype, part.shape) for part in parts], {})
+    data = bytearray(header) + bytearray(sum(size for _, size in ranges.values()))
+    for part, raw in zip(parts, written, strict=True):
+        offset, size = ranges[part.name]
+        data[offset : offset + size] = raw
+    path = folder / "again.safetensors"
+    path.write_bytes(data)
+    (again,) = case.claim({tensor.name: tensor for tensor in open_safetensors(path).tensors}, case.config)
+    return again
 
 
 def _changed(weight: Storage) -> Array:

@@ -18,7 +18,7 @@ from functools import partial
 import numpy
 
 from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
-from surgery.extraction.pairing import Delta, Pair, check_finite, flattened, nbytes_of, pair_up, with_columns
+from surgery.extraction.pairing import Delta, Pair, check_finite, nbytes_of, pair_up
 from surgery.extraction.ranks import RankGoal
 from surgery.extraction.storage_plan import MOST_ROWS
 from surgery.extraction.stream.batch import Batch, batches_of, factorise_batch, warm_batch
@@ -283,9 +283,7 @@ def _need(numel: int) -> int:
 
 def _tally(pair: Pair, row_limit: int, target: LowRankTarget | None) -> Tally:
     stacked = target is not None and target.form == "experts"
-    base, tuned = (
-        with_columns(side, side.sizes[-1]) if stacked else flattened(side) for side in (pair.base, pair.tuned)
-    )
+    base, tuned = pair.matrices(stacked=stacked)
     return Tally(base, tuned, min(base.shape[0], tuned.shape[0]), row_limit)
 
 
@@ -296,7 +294,7 @@ def _observer(digests: Digests, weight: Storage) -> ByteObserver | None:
 
 def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMeasure:
     """Compare a pair that is not factorised; of a grown vocabulary, the rows that both have."""
-    base, tuned = flattened(pair.base), flattened(pair.tuned)
+    base, tuned = pair.matrices()
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
     observe = _observer(digests, pair.base)
     if not pair.is_float:

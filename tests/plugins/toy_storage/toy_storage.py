@@ -30,6 +30,7 @@ class ToyWeight:
     kind = "TOY4"
     elements = None
     is_float = True
+    transposed = False
 
     @property
     def sizes(self) -> tuple[int, ...]:
