@@ -130,7 +130,9 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
         raise ProofError(
             f"read back as {len(loras)} updates, written as {len(parts)} pairs of factors", tensor=pair.name
         )
+    sides: list[list[Array]] = []  # of each part, bit by bit what was measured: left (k, out), right (k, in)
     for lora, part in zip(loras, parts, strict=True):
+        sides.append([])
         for factor, slot in (
             (lora.B.load(DType.F32).T, part.matrix.left),
             (lora.A.load(DType.F32), part.matrix.right),
@@ -138,10 +140,10 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
             stored, padding = numpy.ascontiguousarray(factor[: slot.shape[0]]), factor[slot.shape[0] :]
             if tuple(stored.shape) != slot.shape or digest(stored) != slot.digest or bool(padding.any()):
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
+            sides[-1].append(stored)
     source = edit.source
     chain = prepared(edit.operations, source, DType.F32, source.shape[0])
-    for part in parts:
-        left, right = (slot.read() for slot in (part.matrix.left, part.matrix.right))
+    for part, (left, right) in zip(parts, sides, strict=True):
         row_side, col_side = (right, left) if part.transposed else (left, right)
         height = part.strip.height
         for start in sorted({0, height // 2, max(height - _PROBED, 0)}):
