@@ -20,6 +20,7 @@ from surgery.engine.devices import devices_of, extraction_devices
 from surgery.engine.execute import default_workers
 from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, check_counts, output_path
 from surgery.extraction.calibration import check_modules, open_calibration
+from surgery.extraction.code_noise import with_code_noise
 from surgery.extraction.extraction_plan import (
     CheckpointPair,
     ExtractionRequest,
@@ -28,7 +29,7 @@ from surgery.extraction.extraction_plan import (
     stored_factor_specs,
 )
 from surgery.extraction.findings import KINDS, Kind
-from surgery.extraction.output import write_extraction
+from surgery.extraction.output import load_writer, write_extraction
 from surgery.extraction.ranks import rank_goal
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import predicted_result
@@ -149,10 +150,14 @@ def extract_lora(
             shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
             names = [*shared, *(tree_name(name, pair.old) for name in shared)]
             check_modules(inputs, layout.parameters, layout.targets, names)
+        if folder is not None:
+            load_writer()
         lanes = Lanes(devices, threads)
         specs = stored_factor_specs(goal, scaling, stored)
-        lanes.warm(warming(layout, goal, specs, scratch))
+        lanes.warm(warming(layout, goal, specs))
         scanned = scan(layout, goal, specs, scratch, lanes, progress)
+        factored, measures, findings = with_code_noise(scanned.factored, scanned.measures, threads)
+        scanned = replace(scanned, factored=factored, measures=measures, findings=findings)
         stopwatch.lap("starting", scanned.began)
         stopwatch.lap("reading")
         plan = plan_extraction(pair, layout, scanned, request, stopwatch)
