@@ -20,8 +20,10 @@ TYPES = (DType.F32, DType.BF16, DType.F16)
 def random_bits(rng: np.random.Generator, dtype: DType, count: int) -> np.ndarray:
     """Finite values of every size, zeros of both signs and subnormal ones among them."""
     line = LINE(dtype)
-    bits = rng.integers(0, 1 << line.unsigned.itemsize * 8, count).astype(line.unsigned)
-    bits = np.where(np.isfinite(bits.view(dtype.numpy).astype(np.float64)), bits, line.unsigned.type(0))
+    bits = rng.integers(0, 1 << 64, count, np.uint64).astype(line.unsigned)
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(bits.view(dtype.numpy).astype(np.float64))
+    bits = np.where(finite, bits, line.unsigned.type(0))
     bits[: count // 8] &= line.unsigned.type(line.sign | (line.sign >> 8) - 1 & 0xFFFF)
     return bits
 

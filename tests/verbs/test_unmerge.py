@@ -25,7 +25,8 @@ from surgery_formats.models.side_files import BASE_ROUNDING
 from surgery_formats.testing.plugins import installed_project
 from tests.oracles.cases import CASES, Case, build
 from tests.support import toy_kinds
-from tests.support.kit import make_base, make_lora, spawn
+from tests.support.kit import ROOT, make_base, make_lora, spawn
+from tests.support.quantised_folders import FORMATS, quantise_folder
 
 TOY_STORAGE = Path(__file__).parents[1] / "plugins" / "toy_storage"
 sys.path.insert(0, str(TOY_STORAGE))
@@ -78,9 +79,7 @@ def test_every_type_is_taken_back_from_every_type(dtype: torch.dtype, stored: st
     same_files(base, tmp_path / "back")
 
 
-@pytest.mark.parametrize(
-    "kind", ["gained_lora", "outer_sine", "row_gain", "halves", "overwritten", "lengthened"]
-)
+@pytest.mark.parametrize("kind", ["gained_lora", "outer_sine", "row_gain", "halves", "overwritten", "lengthened"])
 @pytest.mark.parametrize("weight", [1.0, 0.5])
 def test_kinds_that_the_product_does_not_know_are_taken_back(kind: str, weight: float, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
@@ -100,8 +99,21 @@ def test_a_quantised_base_is_taken_back_with_its_codes_and_scales(quantized: str
         surgery.merge(base, lora, output=tmp_path / "out", quantized=quantized, reversible=True)
         surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
         same_files(base, tmp_path / "back")
-        modes = {record["mode"] for record in open_sidecar(tmp_path / "out" / BASE_ROUNDING).facts["weights"].values()}
-        assert modes == ({"codes"} if quantized == "requantize" else set())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
+def test_codes_are_taken_back(name: str, quantized: str, tmp_path: Path) -> None:
+    """By what differs from the codes nearest to the estimate, if the format was kept; else whole."""
+    base, lora = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", name), ROOT / "examples" / "lora"
+    surgery.merge(base, lora, output=tmp_path / "out", quantized=quantized, reversible=True)
+    surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+    same_files(base, tmp_path / "back")
+    kept = tmp_path / "out" / BASE_ROUNDING
+    modes = {record["mode"] for record in open_sidecar(kept).facts["weights"].values()}
+    assert modes == ({"codes"} if quantized == "requantize" else set())
+    if quantized == "requantize":
+        assert kept.stat().st_size < 0.1 * (base / "model.safetensors").stat().st_size
 
 
 def test_a_base_of_pickles_comes_back_as_safetensors_with_its_content_id(tmp_path: Path) -> None:
