@@ -116,6 +116,7 @@ def _estimated(
     same: dict[str, bool] = {}
 
     def last(staged: OutputFolder) -> None:
+        estimated.complete()
         for name, expected in known.items() if isinstance(known, dict) else ():
             if (path := staged.staged / name).is_file():
                 same[name] = fingerprint(open_file(path)) == expected

@@ -88,7 +88,7 @@ def check_belongs(binding: Binding, adapters: Sequence[tuple[Adapter, float]]) -
         raise FitError(
             "nothing in the files tells whether this adapter is in these weights",
             file=folder,
-            hint="an update that is not an addition leaves no trace of its own; use --base-rounding",
+            hint="an update that is not an addition leaves no trace of its own; give `base_rounding=`",
         )
     share, noise = _pooled(found)
     if not (abs(share - 1) < _NEAR and noise < _SHARP):

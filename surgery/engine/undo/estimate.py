@@ -14,7 +14,7 @@ from pathlib import Path
 import xxhash
 
 from surgery._version import __version__
-from surgery.engine.execute import ComputeWeight, Write
+from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.layout import lay_out
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, Plan, PlannedFile, SideFile
@@ -47,6 +47,12 @@ class Estimation:
     plan: Plan
     evidence: Evidence
     exact: dict[str, float] = field(default_factory=dict)
+
+    def complete(self) -> None:
+        """Find out about the weights that an interrupted run had finished, too."""
+        for tensor in self.plan.computed():
+            if tensor.weight_label not in self.exact and isinstance(tensor.step, Compute):
+                self._compute(tensor.weight_label, tensor.step, lambda *rest: None, lambda: False, "cpu")
 
     def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
         """See `surgery.engine.execute.Engine`."""
@@ -105,7 +111,7 @@ def estimation(binding: Binding, adapters: Sequence[tuple[Adapter, float]]) -> E
                 f"cannot be computed back: {reason}",
                 file=merged.path,
                 tensor=edit.name,
-                hint="`merge --reversible` keeps what is needed",
+                hint="a merge keeps what is needed if it is asked to: `reversible=True`",
             )
     evidence = check_belongs(binding, adapters)
     files: list[PlannedFile] = []

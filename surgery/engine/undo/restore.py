@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from surgery._version import __version__
-from surgery.engine.execute import ComputeWeight, Write
+from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile
 from surgery.engine.undo.base_files import kept_file

@@ -168,7 +168,9 @@ def open_sidecar(path: Path) -> Sidecar:
         known = facts["format"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise MalformedError(
-            "not a file of what a merge lost", file=path, hint="`merge --reversible` writes it"
+            "not a file of what a merge lost",
+            file=path,
+            hint="`surgery merge` writes it, asked for with `reversible=True`",
         ) from error
     if known != FORMAT:
         raise FitError(f"is of the format {known!r:.40}, and {FORMAT} is read", file=path)
