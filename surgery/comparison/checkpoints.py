@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The difference of two checkpoints, tensor by tensor, in memory bounded by a block of rows whatever their size."""
+"""The difference of two checkpoints, weight by weight, in memory bounded by a block of rows whatever their size."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from surgery.comparison.results import CheckpointDiff, TensorDiff, TensorHeader, TensorStatus, Values
+from surgery.comparison.measure import CodeTotals, measure
+from surgery.comparison.results import CheckpointDiff, QuantisationLoss, TensorDiff, TensorHeader, TensorStatus, Values
 from surgery.progress import Callback, Progress
-from surgery_formats.arrays import Array, cast, energy
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint, Component
-from surgery_formats.storage.base import Storage
+from surgery_formats.storage.aligned import aligned, release
 from surgery_formats.storage.parameter import Parameter
-from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["CheckpointDiff", "diff_checkpoints"]
 
 _BYTES = 8 << 20  # compared at a time where only equality is asked
-_CACHED = 1 << 16  # elements that are compared at a time: every pass over them is one over the cache
 
 
 @dataclass(slots=True)
@@ -30,6 +28,21 @@ class _DiffTotals:
     norm: float = 0.0
     moved: float = 0.0
     numel: int = 0
+    codes: dict[tuple[str, str], CodeTotals] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Codes:
+    """A weight in a format that is not read: its stored tensors, which have no values to compare."""
+
+    sources: tuple[StoredTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(source.nbytes for source in self.sources)
+
+
+_Weight = Parameter | _Codes
 
 
 def diff_checkpoints(
@@ -51,39 +64,99 @@ def diff_checkpoints(
                 TensorDiff(name, "only in B" if mine is None else "only in A", _header(mine), _header(theirs))
             )
             continue
-        tensors.append(_pair(name, mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, totals=totals))
+        if isinstance(mine, _Codes) or isinstance(theirs, _Codes):
+            tensors.append(_unread(name, mine, theirs, header=header))
+        else:
+            tensors.append(
+                _pair(name, mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, totals=totals)
+            )
         done += mine.nbytes
         if progress is not None and not header:
             progress(Progress(done, whole, "comparing"))
+    release()
     for checkpoint in (a, b):
         checkpoint.check_unchanged()
-    known = totals.numel > 0
+    known = totals.numel > 0 and not any(entry.status == "not compared" for entry in tensors)
     size = math.sqrt(totals.norm)
     difference = (
         (math.sqrt(totals.difference) / size if size else (math.inf if totals.difference else 0.0)) if known else None
     )
-    return CheckpointDiff(tuple(tensors), difference, totals.moved / totals.numel if known else None, header)
+    return CheckpointDiff(
+        tuple(tensors),
+        difference,
+        totals.moved / totals.numel if known else None,
+        header,
+        tuple(_error(*kinds, codes) for kinds, codes in totals.codes.items()),
+        _notes(a, b),
+    )
 
 
-def _pairs(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[Parameter | None, Parameter | None]]:
-    pairs: dict[str, tuple[Parameter | None, Parameter | None]] = {}
+def _error(kind: str, other: str, codes: CodeTotals) -> QuantisationLoss:
+    norm = codes.norm or 1.0
+    nearest = codes.nearest / codes.numel if codes.numel else 1.0
+    return QuantisationLoss(kind, other, codes.weights, codes.error / norm, codes.rounding / norm, nearest)
+
+
+def _notes(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
+    unread = [
+        f"{side}: {component.unread.message}"
+        for side, checkpoint in (("A", a), ("B", b))
+        for component in checkpoint.components.values()
+        if component.unread is not None
+    ]
+    return tuple(unread)
+
+
+def _pairs(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[_Weight | None, _Weight | None]]:
+    pairs: dict[str, tuple[_Weight | None, _Weight | None]] = {}
     for part in sorted(a.components.keys() | b.components.keys()):
         mine, theirs = a.components.get(part), b.components.get(part)
-        names = (mine.parameters.keys() if mine else set()) | (theirs.parameters.keys() if theirs else set())
-        for name in sorted(names):
-            pairs[f"{part}/{name}" if part else name] = _weight(mine, name), _weight(theirs, name)
+        own, other = _Weights(mine), _Weights(theirs)
+        for name in sorted(own.names | other.names):
+            pairs[f"{part}/{name}" if part else name] = own.get(name), other.get(name)
     return pairs
 
 
-def _weight(component: Component | None, name: str) -> Parameter | None:
-    """The weight, or the one it is tied to: a head that one model stores and the other does not is no difference."""
-    if component is None:
+class _Weights:
+    """The weights of a component by name, those that are not read as what they are."""
+
+    def __init__(self, component: Component | None) -> None:
+        self._component = component
+        unread = component.unread if component is not None else None
+        self._codes = {} if unread is None else {name: _Codes(parts) for name, parts in unread.weights.items()}
+        self._parts = frozenset() if unread is None else unread.tensors
+        named = component.parameters.keys() if component is not None else set()
+        self.names = (set(named) - self._parts) | self._codes.keys()
+
+    def get(self, name: str) -> _Weight | None:
+        """The weight, or the one it is tied to: a head that one model stores and the other does not is no difference."""
+        if self._component is None:
+            return None
+        parameters, source = self._component.parameters, self._component.aliases.get(name, "")
+        if (codes := self._codes.get(name) or self._codes.get(source)) is not None:
+            return codes
+        return None if name in self._parts else parameters.get(name) or parameters.get(source)
+
+
+def _header(weight: _Weight | None) -> TensorHeader | None:
+    if weight is None:
         return None
-    return component.parameters.get(name) or component.parameters.get(component.aliases.get(name, ""))
+    if isinstance(weight, _Codes):
+        largest = max(weight.sources, key=lambda tensor: tensor.nbytes)
+        return TensorHeader(f"{largest.dtype.label} codes", largest.shape)
+    return TensorHeader(weight.storage.kind, weight.sizes)
 
 
-def _header(weight: Parameter | None) -> TensorHeader | None:
-    return None if weight is None else TensorHeader(weight.storage.kind, weight.sizes)
+def _unread(name: str, mine: _Weight, theirs: _Weight, *, header: bool) -> TensorDiff:
+    """A weight that one side at least stores in a format which is not read."""
+    diff = TensorDiff(name, "not compared", _header(mine), _header(theirs), note="its values cannot be read")
+    if isinstance(mine, _Codes) and isinstance(theirs, _Codes):
+        alike = [(one.name, one.dtype, one.shape) for one in mine.sources] == [
+            (one.name, one.dtype, one.shape) for one in theirs.sources
+        ]
+        if alike and (header or _same_bytes(mine, theirs)):
+            return replace(diff, status="equal", note="" if header else "equal bytes")
+    return diff
 
 
 def _pair(
@@ -107,16 +180,21 @@ def _pair(
             status = "values"
         return replace(diff, status=status, note="compared as bytes: there is no arithmetic for this type")
     if status == "equal" and _same_bytes(mine, theirs):
-        if mine.storage.is_float:
+        if _counts(mine):
             totals.numel += mine.numel
         return diff
-    sides = _matrix(mine), _matrix(theirs)
-    values = _measure(*sides)
-    if mine.storage.is_float:
+    sides = aligned(mine.storage, theirs.storage)
+    codes = CodeTotals()
+    values = measure(*sides, codes)
+    if _counts(mine):
         totals.numel += mine.numel
         totals.norm += values.norm**2
         totals.difference += values.difference**2
         totals.moved += values.moved * mine.numel
+    if codes.numel:
+        coded, other = (mine, theirs) if mine.storage.elements is None else (theirs, mine)
+        kinds = coded.storage.kind, other.storage.kind
+        totals.codes[kinds] = totals.codes.get(kinds, CodeTotals()).plus(codes)
     if status == "equal" and not _within(values, tolerance):
         status = "values"
     if spectrum and values.difference and min(sides[0].shape) > 1:
@@ -138,7 +216,12 @@ def _numeric(weight: Parameter) -> bool:
     return weight.storage.dtype.torch_name is not None and weight.storage.dtype is not DType.C64
 
 
-def _same_bytes(mine: Parameter, theirs: Parameter) -> bool:
+def _counts(weight: Parameter) -> bool:
+    """Whether its values are numbers that a total may hold, not indices."""
+    return weight.storage.is_float or weight.storage.dtype.is_floating_point
+
+
+def _same_bytes(mine: _Weight, theirs: _Weight) -> bool:
     if len(mine.sources) != len(theirs.sources):
         return False
     return all(_same_tensor(own, other) for own, other in zip(mine.sources, theirs.sources, strict=True))
@@ -154,43 +237,3 @@ def _same_tensor(mine: StoredTensor, theirs: StoredTensor) -> bool:
         if mine.file.read(mine.offset + at, size) != theirs.file.read(theirs.offset + at, size):
             return False
     return True
-
-
-def _matrix(weight: Parameter) -> Storage:
-    """The weight flattened after its first axis, stacks of experts too."""
-    elements = weight.storage.elements
-    return weight.storage if elements is None else Plain.of(elements)
-
-
-def _measure(mine: Storage, theirs: Storage) -> Values:
-    """One pass over both, in float32 where that holds every value of the types, sums in float64."""
-    import numpy
-
-    from surgery.comparison.spectrum import blocks
-
-    half = (DType.BF16, DType.F16, DType.F8_E4M3, DType.F8_E5M2)
-    dtype = DType.F32 if mine.dtype in half and theirs.dtype in half else DType.F64
-    greatest = difference = norm = 0.0
-    moved = strange = 0
-    for left, right in zip(blocks(mine, dtype, _CACHED), blocks(theirs, dtype, _CACHED), strict=True):
-        differs = left != right
-        size = _norm(left)
-        if not (math.isfinite(size) and math.isfinite(_norm(right))):
-            finite = numpy.isfinite(left) & numpy.isfinite(right)
-            differs &= ~(numpy.isnan(left) & numpy.isnan(right))
-            strange += finite.size - int(numpy.count_nonzero(finite))
-            left, right = numpy.where(finite, left, 0.0), numpy.where(finite, right, 0.0)
-            size = _norm(left)
-        moved += int(numpy.count_nonzero(differs))
-        apart = right - left
-        if apart.size:
-            greatest = max(greatest, float(apart.max()), -float(apart.min()))
-        difference, norm = math.hypot(difference, _norm(apart)), math.hypot(norm, size)
-    relative = difference / norm if norm else (0.0 if difference == 0 else math.inf)
-    return Values(
-        greatest, relative, moved / numel if (numel := math.prod(mine.shape)) else 0.0, strange, difference, norm
-    )
-
-
-def _norm(values: Array) -> float:
-    return math.sqrt(energy(cast(values, DType.F64)))

@@ -16,12 +16,12 @@ from surgery.reports.to_json import plain
 from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
-    "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "Side", "TensorDiff", "TensorHeader",
+    "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "QuantisationLoss", "Side", "TensorDiff", "TensorHeader",
     "TensorStatus", "Values",
 ]  # fmt: skip
 
 AdapterStatus = Literal["equal", "different", "only in A", "only in B"]
-TensorStatus = Literal["equal", "values", "dtype", "shape", "only in A", "only in B"]
+TensorStatus = Literal["equal", "values", "dtype", "shape", "only in A", "only in B", "not compared"]
 Entry = TypeVar("Entry", "ModuleDiff", "TensorDiff")
 
 _LISTED = 30  # differences shown, the greatest first, unless all are asked for
@@ -162,6 +162,9 @@ class Values:
         difference: ``||B - A||_F``.
         norm: ``||A||_F``.
         profile: Of the singular values of ``B - A``, where it was asked for.
+        rounding: ``||B - A||_F / ||A||_F`` if the side that is stored as codes were the other's values rounded to the
+            nearest code, on the scales that are stored; None unless one side is stored as codes and the other is not.
+        nearest: Share of the codes that are the nearest to the other side's values, likewise.
     """
 
     max_abs: float
@@ -171,6 +174,8 @@ class Values:
     difference: float
     norm: float
     profile: Profile | None = None
+    rounding: float | None = None
+    nearest: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +185,7 @@ class TensorDiff:
     Attributes:
         name: With its component in a pipeline.
         status: ``equal`` (or, by header, alike); ``values``; ``dtype`` (values were compared all the same); ``shape``;
-            or who lacks it.
+            or who lacks it; ``not compared`` where a side's values cannot be read.
         a: A's header.
         b: B's header.
         values: Of tensors that are not equal, where they were compared.
@@ -195,6 +200,36 @@ class TensorDiff:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class QuantisationLoss:
+    """How far weights that are stored as codes lie from those of the other side, which are not.
+
+    Attributes:
+        kind: The format of the codes.
+        other: The type of the other side.
+        weights: How many they are.
+        relative: ``||coded - other||_F / ||other||_F`` over all of them.
+        rounding: The same, if every code were the nearest on the scales that are stored.
+        nearest: Share of the codes that are.
+    """
+
+    kind: str
+    other: str
+    weights: int
+    relative: float
+    rounding: float
+    nearest: float
+
+    @property
+    def phrase(self) -> Phrase:
+        """In one line."""
+        return (
+            f"{self.kind} against {self.other} in {self.weights} weights: ", Value(self.relative, "number", 3),
+            " of the norm; the nearest codes on the stored scales leave ", Value(self.rounding, "number", 3), ", and ",
+            Value(self.nearest, "share", 3), " of the codes are the nearest",
+        )  # fmt: skip
+
+
 @summarised
 @dataclass(frozen=True)
 class CheckpointDiff:
@@ -202,9 +237,12 @@ class CheckpointDiff:
 
     Attributes:
         tensors: All of both, in order of names.
-        difference: ``||B - A||_F / ||A||_F`` over all tensors whose values differ; None where no values were compared.
-        moved: Share of all compared values that differ.
+        difference: ``||B - A||_F / ||A||_F`` over all tensors whose values differ; None where no values were compared,
+            or where those of some weights could not be.
+        moved: Share of all compared values that differ, likewise.
         header: Whether values were left unread.
+        quantisation: By the formats of both sides, the error of weights that one side stores as codes.
+        notes: Why weights were not compared.
         seconds: How long it took.
     """
 
@@ -212,8 +250,9 @@ class CheckpointDiff:
     difference: float | None
     moved: float | None
     header: bool
+    quantisation: tuple[QuantisationLoss, ...] = ()
+    notes: tuple[str, ...] = ()
     seconds: float = elapsed()
-    warnings: ClassVar[tuple[str, ...]] = ()  # what differs is the result
     nbytes: ClassVar[int] = 0  # not counted for this verb
 
     @property
@@ -226,6 +265,16 @@ class CheckpointDiff:
         """Whether the same tensors are there, of the same types and shapes."""
         return all(entry.status in ("equal", "values") for entry in self.tensors)
 
+    @property
+    def not_compared(self) -> int:
+        """Number of weights whose values could not be compared."""
+        return sum(entry.status == "not compared" for entry in self.tensors)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes; what differs is the result."""
+        return self.notes
+
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **plain(self)}
@@ -235,11 +284,16 @@ class CheckpointDiff:
         facts = _counted("tensors", (tensor.status for tensor in self.tensors), self.difference)
         if self.moved is not None:
             facts.append(("moved", (Value(self.moved, "share", 3), " of the values")))
+        if self.not_compared:
+            plural = "s" if self.not_compared > 1 else ""
+            facts.append(("not compared", f"{self.not_compared} weight{plural}, so that there is no total"))
+        facts += [("quantisation", error.phrase) for error in self.quantisation]
         if self.header:
             facts.append(("compared", "headers only"))
         shown = _chosen(self.tensors, verbose)
         table = _table(_TENSORS, map(_tensor, shown))
-        return Summary("differences", (Facts(tuple(facts)), *table, *_left(self.tensors, shown)))
+        left = _left(self.tensors, shown)
+        return Summary("differences", (Facts(tuple(facts)), *table, *left, *warning_notes(self.notes)))
 
 
 _MODULES = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ class WriteOptions:
         side_files: Copied into a folder, by name.
         overwrite: Replace what is there, atomically.
         progress: Called with every tensor.
+        threads: Threads that compute tensors, for a rendering whose tensors do not share what they are computed from.
     """
 
     output: Path
@@ -49,6 +52,7 @@ class WriteOptions:
     side_files: Mapping[str, Path] = field(default_factory=dict)
     overwrite: bool = False
     progress: Callback | None = None
+    threads: int = 1
 
 
 def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
@@ -106,8 +110,8 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         state = xxhash.xxh3_128(content.header)
         put(content.header, 0)
         with one_thread():  # for hundreds of small tensors a team of threads costs more than it does
-            for name, (offset, _) in content.ranges.items():
-                data = content.bytes_of(name)
+            for name, data in content.all_bytes(options.threads):
+                offset, _ = content.ranges[name]
                 put(data, offset)
                 state.update(data)
                 if progress is not None:
@@ -165,6 +169,21 @@ class _TensorFile:
     def bytes_of(self, name: str) -> memoryview:
         """The bytes of one tensor, computed now."""
         return as_bytes(_rounded(self.tensors[name]))
+
+    def all_bytes(self, threads: int) -> Iterator[tuple[str, memoryview]]:
+        """All tensors in the order of the file; a few at a time are computed ahead."""
+        if threads == 1:
+            yield from ((name, self.bytes_of(name)) for name in self.ranges)
+            return
+        with ThreadPoolExecutor(threads, "surgery-write") as pool:
+            ahead: deque[tuple[str, Future[memoryview]]] = deque()
+            for name in self.ranges:
+                ahead.append((name, pool.submit(self.bytes_of, name)))
+                if len(ahead) > 2 * threads:
+                    done, data = ahead.popleft()
+                    yield done, data.result()
+            for done, data in ahead:
+                yield done, data.result()
 
     def read(self, offset: int, nbytes: int) -> bytearray:
         """Bytes as they will lie in the file; computes the tensors that they are of."""

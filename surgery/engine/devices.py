@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of devices, checked against this machine. torch is imported for GPUs only."""
+"""Names of devices, checked against this machine. torch is imported for GPUs only, in a thread."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
+from surgery.engine.cuda import count_devices, start
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.text import show
 
@@ -34,6 +35,8 @@ _DEVICE = re.compile(r"cuda(?::(all|\d{1,3}(?:,\d{1,3}){0,63}))?", re.ASCII)
 def devices_of(text: str) -> tuple[str, ...]:
     """``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1`` or ``cuda:all`` as a list of devices; ``auto`` is all that are there.
 
+    GPUs begin to start, in threads.
+
     Raises:
         UsageError: not a name.
         FitError: not a device, or not on this machine.
@@ -46,15 +49,15 @@ def devices_of(text: str) -> tuple[str, ...]:
     match = _DEVICE.fullmatch(text)
     if match is None and text != "auto":
         raise FitError(f"'{show(text, 40)}' is no device", hint="there are cpu, cuda, cuda:1, cuda:0,1, cuda:all, auto")
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = count_devices()
     if match is None:
+        start(tuple(range(count)))
         return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
     listed = match[1] or "0"
-    numbers = range(count) if listed == "all" else [int(number) for number in listed.split(",")]
+    numbers = tuple(range(count) if listed == "all" else map(int, listed.split(",")))
     if not numbers or max(numbers) >= count or len(set(numbers)) < len(numbers):
         raise FitError(f"'{show(text, 40)}' is not on this machine, which has {count} CUDA devices")
+    start(numbers)
     return tuple(f"cuda:{number}" for number in numbers)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a plan: the kernel copies what did not change, threads compute the rest, and every computed block is read back.
+"""Runs a plan: the kernel copies what did not change, workers compute the rest, and every computed block is read back.
 
-One thread computes one tensor from its first block to its last, so the result does not depend on the number of workers.
+A worker computes one tensor from its first block to its last, so the result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -19,21 +18,21 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
+from surgery.engine.jobs import ByteMeter, Computed, ComputeWeight, FileJob, WeightJob, Write
 from surgery.engine.ledger import Ledger, Measurement
-from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile
-from surgery.progress import Callback, Progress
-from surgery_formats.errors import ProofError, ResourceError
-from surgery_formats.files.output.folder import FileRecord, OutputFile, OutputFolder, output_folder
-from surgery_formats.files.raw import File, open_file
+from surgery.engine.plan import Compute, Plan, SideFile
+from surgery.engine.processes import Stop, can_fork, forked
+from surgery.progress import Callback
+from surgery_formats.errors import ResourceError
+from surgery_formats.files.output.folder import FileRecord, OutputFolder, output_folder
+from surgery_formats.files.raw import open_file
 from surgery_formats.text import nbytes as human
 from surgery_formats.threads import one_thread
 
 __all__ = [
-    "ComputeWeight",
     "Engine",
     "Run",
     "ThisProcess",
-    "Write",
     "cores",
     "default_workers",
     "execute",
@@ -43,8 +42,11 @@ __all__ = [
     "write_weights",
 ]
 
-_COPY_CHUNK = 64 << 20
-_MAX_DEFAULT_WORKERS = 8  # beyond, memory bandwidth is the limit
+_MAX_DEFAULT_WORKERS = 8  # threads of one interpreter
+_MAX_PROCESSES = 16
+_FEW = 4
+"""Workers up to which threads are as fast as processes (docs/benchmarks.md)."""
+_WORTH_IT = 32 << 20  # bytes for each process, which takes a few ms to start
 _IO_THREADS = 2
 _SMALL = 16 << 20  # a tokenizer is read whole; anything larger is copied by the kernel
 
@@ -54,7 +56,8 @@ class Run:
     """How to run a plan; none of it changes the result.
 
     Attributes:
-        workers: Threads that compute; None is one per core, at most eight.
+        workers: Threads or processes that compute; None is one per core, at most eight threads or 16
+            processes.
         memory_limit: Bytes the computed tensors may take together; None is no limit.
         device: Where arithmetic runs.
         verify_copies: Compare copied ranges byte by byte as well, instead of trusting the identity of their source.
@@ -78,11 +81,6 @@ def default_workers() -> int:
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-Write = Callable[[int, int, memoryview], None]
-ComputeWeight = Callable[[str, Compute, Write, Callable[[], bool], str], tuple[Measurement, ...]]
-"""As `surgery.engine.arithmetic.compute`: hands the bytes of one weight to a `Write`, and returns what was measured."""
 
 
 class Engine(Protocol):
@@ -185,27 +183,35 @@ def write_weights(
     Raises:
         ResourceError, FitError, ProofError: as `execute`.
     """
-    # Copies start at once in threads of their own, while libraries are still being imported for the rest.
+    # Copies start in threads of their own, while libraries are still being imported for the rest; processes are forked
+    # before there are threads.
     measured: dict[str, Measurement] = {}
-    jobs: list[_FileJob] = []
+    jobs: list[FileJob] = []
     for file in plan.files:
         if (record := folder.finished.get(file.name)) is not None:
             measured |= remembered(record.record)
         else:
-            jobs.append(_FileJob(file))
-    meter = _ByteMeter(sum(job.file.nbytes for job in jobs), run.progress)
-    stop = threading.Event()
+            jobs.append(FileJob(file))
+    meter = ByteMeter(sum(job.file.nbytes for job in jobs), run.progress)
+    stop = Stop()
     with ThreadPoolExecutor(_IO_THREADS, "surgery-copy") as copiers:
         futures: list[Future[None]] = []
         try:
             for job in jobs:
-                futures += job.start(folder, copiers, run, stop, meter)
-            if any(job.computed for job in jobs):
-                with _compute_pool(_affordable(plan, run), stop) as pool:
-                    computing = [
-                        pool.submit(weight.compute, compute, run, stop, meter) for weight in _weights_in_turn(jobs)
-                    ]
-                    _wait([*futures, *computing], stop)
+                job.open(folder, meter)
+            weights = list(_weights_in_turn(jobs))
+            workers = _affordable(plan, run) if weights else 0
+            apart = _in_processes(weights, compute, workers, run.device)
+            if not apart and run.workers is None:
+                workers = min(workers, default_workers())
+            computing = _elsewhere if apart else _here
+            with computing(weights, compute, workers, run, stop, meter) as work:
+                for job in jobs:
+                    futures += job.start(copiers, run.verify_copies, stop, meter)
+                if weights:
+                    with _compute_pool(workers, stop) as pool:
+                        computed = [pool.submit(work, number) for number in range(len(weights))]
+                        _wait([*futures, *computed], stop)
             _wait(futures, stop)
             _wait([job.synced for job in jobs], stop)
         except BaseException:
@@ -218,20 +224,65 @@ def write_weights(
     return measured
 
 
-def _weights_in_turn(jobs: Sequence[_FileJob]) -> Iterable[_WeightJob]:
+@contextlib.contextmanager
+def _here(
+    weights: Sequence[WeightJob], compute: ComputeWeight, workers: int, run: Run, stop: Stop, meter: ByteMeter
+) -> Iterator[Callable[[int], None]]:
+    """What computes a weight, by its number, in the calling thread."""
+
+    def work(number: int) -> None:
+        measured, _ = weights[number].compute(compute, run.device, stop, meter.add)
+        if not stop.is_set():
+            weights[number].finish(measured)
+
+    yield work
+
+
+@contextlib.contextmanager
+def _elsewhere(
+    weights: Sequence[WeightJob], compute: ComputeWeight, workers: int, run: Run, stop: Stop, meter: ByteMeter
+) -> Iterator[Callable[[int], None]]:
+    """What has a process compute it."""
+
+    def compute_it(number: int) -> Computed:
+        return weights[number].compute(compute, run.device, stop, lambda nbytes: None)
+
+    with one_thread(), forked(workers, compute_it) as processes:
+
+        def work(number: int) -> None:
+            measured, written = processes.run(number)
+            if not stop.is_set():
+                weights[number].note(written, meter)
+                weights[number].finish(measured)
+
+        yield work
+
+
+def _in_processes(weights: Sequence[WeightJob], compute: ComputeWeight, workers: int, device: str) -> bool:
+    """Whether processes compute: for many workers, with much to do, on the CPU, and if this process can be forked."""
+    if workers <= _FEW or device != "cpu" or compute is not _compute_here:
+        return False
+    if sum(weight.nbytes for weight in weights) < workers * _WORTH_IT:
+        return False
+    import surgery.engine.arithmetic  # noqa: F401 - once for all processes, and before its libraries' threads are counted
+
+    return can_fork()
+
+
+def _weights_in_turn(jobs: Sequence[FileJob]) -> Iterable[WeightJob]:
     """A weight of each file in turn: two threads that write to one file wait for each other inside the kernel.
 
     The tensors of one weight may lie in several files; those of files that are finished already are not written again.
     """
-    weights: dict[int, _WeightJob] = {}
+    weights: dict[int, WeightJob] = {}
     for row in zip_longest(*(job.computed for job in jobs)):
         for job, tensor in zip(jobs, row, strict=True):
             if tensor is not None:
-                weights.setdefault(id(tensor.step), _WeightJob()).outputs[tensor.part] = job, tensor
+                weights.setdefault(id(tensor.step), WeightJob()).outputs[tensor.part] = job, tensor
     return weights.values()
 
 
-def _wait(futures: list[Future[None]], stop: threading.Event) -> None:
+def _wait(futures: list[Future[None]], stop: Stop) -> None:
     """Wait for all; at the first failure tell the others to stop, and raise it."""
     done, rest = wait(futures, return_when=FIRST_EXCEPTION)
     failed = next((future for future in futures if future in done and future.exception() is not None), None)
@@ -245,7 +296,7 @@ def _wait(futures: list[Future[None]], stop: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _compute_pool(workers: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
+def _compute_pool(workers: int, stop: Stop) -> Iterator[ThreadPoolExecutor]:
     """Threads that each use one core inside linear algebra (law 6)."""
     with one_thread():
         pool = ThreadPoolExecutor(workers, "surgery-compute")
@@ -259,12 +310,12 @@ def _compute_pool(workers: int, stop: threading.Event) -> Iterator[ThreadPoolExe
 
 
 def _affordable(plan: Plan, run: Run) -> int:
-    """Workers that fit the memory limit.
+    """Workers that fit the memory limit; by default one per core, at most 16.
 
     Raises:
         ResourceError: not even one does.
     """
-    workers = run.workers or default_workers()
+    workers = run.workers or min(cores(), _MAX_PROCESSES)
     if run.memory_limit is None:
         return workers
     from surgery.engine.blocks import block_bytes  # it knows updates, which an export without adapters does not need
@@ -277,173 +328,6 @@ def _affordable(plan: Plan, run: Run) -> int:
             hint=f"raise the limit to {human(largest[0])}",
         )
     return max(1, min(workers, run.memory_limit // largest[0]))
-
-
-@dataclass(frozen=True, slots=True)
-class _CopyRange:
-    """Bytes of one input that go to one output unchanged."""
-
-    source: File
-    source_offset: int
-    offset: int
-    nbytes: int
-
-
-def _chunks(file: PlannedFile) -> list[_CopyRange]:
-    """Join ranges that are adjacent in both source and output.
-
-    The result is then cut into pieces, so that several threads can share it and Ctrl-C is answered soon.
-    """
-    runs: list[_CopyRange] = []
-    for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
-        if not isinstance(tensor.step, Copy) or tensor.nbytes == 0:
-            continue
-        source = tensor.step.source
-        last = runs[-1] if runs else None
-        if (
-            last is not None
-            and last.source is source.file
-            and last.source_offset + last.nbytes == source.offset
-            and last.offset + last.nbytes == tensor.offset
-        ):
-            runs[-1] = _CopyRange(last.source, last.source_offset, last.offset, last.nbytes + tensor.nbytes)
-        else:
-            runs.append(_CopyRange(source.file, source.offset, tensor.offset, tensor.nbytes))
-    return [
-        _CopyRange(run.source, run.source_offset + at, run.offset + at, min(_COPY_CHUNK, run.nbytes - at))
-        for run in runs
-        for at in range(0, run.nbytes, _COPY_CHUNK)
-    ]
-
-
-class _FileJob:
-    """One output file while it is being made; the part that ends last sends it to disk."""
-
-    def __init__(self, file: PlannedFile) -> None:
-        self.file = file
-        self.computed = [tensor for tensor in file.tensors if isinstance(tensor.step, Compute)]
-        self.measured: dict[str, Measurement] = {}
-        self.synced: Future[None] = Future()
-        self._lock = threading.Lock()
-        self._parts = 0
-        self._out: OutputFile | None = None
-        self._copiers: ThreadPoolExecutor | None = None
-
-    @property
-    def out(self) -> OutputFile:
-        """The open output file."""
-        assert self._out is not None
-        return self._out
-
-    def start(
-        self, folder: OutputFolder, copiers: ThreadPoolExecutor, run: Run, stop: threading.Event, meter: _ByteMeter
-    ) -> list[Future[None]]:
-        """Create the file, write its header and submit its copies."""
-        chunks = _chunks(self.file)
-        self._parts = 1 + len(chunks) + len(self.computed)
-        self._copiers = copiers
-        self._out = folder.create(self.file.name, self.file.nbytes)
-        self._out.pwrite(self.file.header, 0)
-        if self._out.readback(0, len(self.file.header)) != self.file.header:
-            raise ProofError("the header on disk is not the one written", file=self.file.name)
-        meter.add(len(self.file.header))
-        self._part_done()
-        return [copiers.submit(self.copy, chunk, run.verify_copies, stop, meter) for chunk in chunks]
-
-    def copy(self, chunk: _CopyRange, verify: bool, stop: threading.Event, meter: _ByteMeter) -> None:
-        """One run of unchanged bytes, by the kernel."""
-        if stop.is_set():
-            return
-        self.out.copy_from(chunk.source, chunk.source_offset, chunk.offset, chunk.nbytes)
-        if verify and self.out.readback(chunk.offset, chunk.nbytes) != chunk.source.read(
-            chunk.source_offset, chunk.nbytes
-        ):
-            raise ProofError(
-                f"bytes {chunk.offset} to {chunk.offset + chunk.nbytes} differ from their source", file=self.file.name
-            )
-        meter.add(chunk.nbytes)
-        self._part_done()
-
-    def write(self, tensor: PlannedTensor, offset: int, raw: memoryview, check: bytearray) -> None:
-        """A block of a computed tensor, read back from the staged file into `check` and compared."""
-        at = tensor.offset + offset
-        self.out.pwrite(raw, at)
-        self.out.readback_into(memoryview(check), at)
-        if check != raw:
-            raise ProofError("a block on disk is not the one written", file=self.file.name, tensor=tensor.label)
-
-    def finish(self, tensor: PlannedTensor, measured: Measurement) -> None:
-        """A computed tensor is complete."""
-        with self._lock:
-            self.measured[tensor.label] = measured
-        self._part_done()
-
-    def _part_done(self) -> None:
-        with self._lock:
-            self._parts -= 1
-            last = self._parts == 0
-        if last and self._copiers is not None:
-            self._copiers.submit(self._sync)
-
-    def _sync(self) -> None:
-        try:
-            self.out.finish(
-                {"tensors": {label: _as_record(measurement) for label, measurement in sorted(self.measured.items())}}
-            )
-        except BaseException as error:
-            self.synced.set_exception(error)
-        else:
-            self.synced.set_result(None)
-
-
-class _WeightJob:
-    """One computed weight, and the tensors of unfinished files that take it."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[int, tuple[_FileJob, PlannedTensor]] = {}
-
-    def compute(self, compute: ComputeWeight, run: Run, stop: threading.Event, meter: _ByteMeter) -> None:
-        """All of it, block by block."""
-        _, tensor = next(iter(self.outputs.values()))
-        assert isinstance(tensor.step, Compute)
-        checks: dict[int, bytearray] = {}
-
-        def write(part: int, offset: int, raw: memoryview) -> None:
-            if part not in self.outputs:
-                return
-            check = checks.get(part)
-            if check is None or len(check) != len(raw):
-                check = checks[part] = bytearray(len(raw))
-            job, tensor = self.outputs[part]
-            job.write(tensor, offset, raw, check)
-            meter.add(len(raw))
-
-        measured = compute(tensor.weight_label, tensor.step, write, stop.is_set, run.device)
-        if stop.is_set():
-            return
-        for part, (job, output) in self.outputs.items():
-            job.finish(output, measured[part])
-
-
-class _ByteMeter:
-    """Adds up bytes from all threads."""
-
-    def __init__(self, total: int, callback: Callback | None) -> None:
-        self._total = total
-        self._done = 0
-        self._callback = callback
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        """`nbytes` more are in the staged files."""
-        with self._lock:
-            self._done += nbytes
-            if self._callback is not None:
-                self._callback(Progress(self._done, self._total, "writing" if self._done < self._total else "syncing"))
-
-
-def _as_record(measurement: Measurement) -> dict[str, Any]:
-    return {name: getattr(measurement, name) for name in Measurement.__slots__}
 
 
 def remembered(record: Mapping[str, Any]) -> dict[str, Measurement]:

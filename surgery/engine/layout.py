@@ -55,6 +55,8 @@ def lay_out(
     Raises:
         FitError: `packed`, and the architecture has no recipe that says what belongs together.
     """
+    if dtype is not None:
+        component.check_read()  # scales of another type would not fit their codes
     folder = f"{component.name}/" if component.name else ""
     container = SAFETENSORS if packed else output_container(component.shards[0].container)
     suffix = container.suffixes[0]

@@ -12,7 +12,6 @@ from surgery.engine.plan import Compute, Copy, PlannedTensor, SideFile
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.storage.plain import Elements
 from surgery_formats.storage.quantised import CONFIG_KEYS
 
 __all__ = ["corrected_config"]
@@ -73,7 +72,7 @@ def _quantisation(config: dict[str, Any], component: Component, outputs: Sequenc
 def _is_quantised(step: Copy | Compute) -> bool:
     """Whether a weight is written as codes."""
     written = step.weight if isinstance(step, Copy) else step.target
-    return not isinstance(written, Elements) and getattr(written, "elements", None) is None
+    return getattr(written, "elements", written) is None  # an encoding alone is one of elements
 
 
 def _task_head(config: dict[str, Any], binding: Binding, outputs: Sequence[PlannedTensor]) -> None:

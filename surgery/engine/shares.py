@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from surgery.engine.execute import ComputeWeight, Run, Write, remembered, write_weights
+from surgery.engine.execute import Run, remembered, write_weights
+from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.ledger import Measurement
 from surgery.engine.merge_plan import planned_merge
 from surgery.engine.plan import SHARE_FILE, Compute, Plan, PlannedTensor

@@ -26,6 +26,7 @@ from surgery_formats.linalg.svd_stack import SVDStack, energy_left, truncated_sv
 
 __all__ = [
     "FactorisedMatrix",
+    "FactorisedStack",
     "RowSample",
     "StoredFactorSpec",
     "TargetFactors",
@@ -225,17 +226,53 @@ def factorise(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class FactorisedStack:
+    """Matrices factorised together, with their factors in memory: `left` ``(count, k, out)``, `right` ``(count, k, in)``.
+
+    The lists are as the attributes of `FactorisedMatrix`.
+    """
+
+    left: numpy.ndarray
+    right: numpy.ndarray
+    values: list[list[float]]
+    totals: list[float]
+    rests: list[float]
+    bounds: list[float]
+    edges: Sequence[float]
+    fold: float
+    left_energies: list[float]
+    samples: list[RowSample | None]
+
+    def kept(self, scratch: ScratchFile) -> list[FactorisedMatrix]:
+        """The matrices, with their factors in the scratch file."""
+        return [
+            FactorisedMatrix(
+                scratch.put(self.left[i]),
+                scratch.put(self.right[i]),
+                tuple(self.values[i]),
+                self.totals[i] ** 2,
+                self.rests[i] ** 2,
+                self.bounds[i],
+                self.edges[i],
+                self.fold,
+                (self.left_energies[i],),
+                self.samples[i],
+            )
+            for i in range(len(self.left))
+        ]
+
+
 def factorise_stack(
     stack: Array,
     rank: int,
-    scratch: ScratchFile,
     *,
     energies: Sequence[float],
     edges: Sequence[float],
     plan: StoredFactorSpec,
     transposed: bool,
     base: Array | None = None,
-) -> list[FactorisedMatrix]:
+) -> FactorisedStack:
     """As `factorise`, of the matrices of a stack ``(count, m, n)``, float32: all that changed, one strip each.
 
     `base` are the rows of BASE, as stored, that `sample_runs` chooses, ``(count, rows, n)``; without them nothing is
@@ -252,28 +289,25 @@ def factorise_stack(
     sums = to_cpu(energy_left(stack, B, A).sum(-1)).tolist() if "sums" in ways else []
     out_side, in_side = (to_cpu(side) for side in ((right, left) if transposed else (left, right)))
     values = to_cpu(svd.S).tolist()
-    samples = [None] * len(stack) if base is None else _samples(stack, B, A, base)
-    matrices = []
-    for i, (how, energy) in enumerate(zip(ways, energies, strict=True)):
-        if how == "sums":
-            left_energy = energy + sums[i]
-        else:
-            left_energy = float(left_over(stack[i], B[i], A[i], total=totals[i] or None, how=how).sum())
-        matrices.append(
-            FactorisedMatrix(
-                scratch.put(out_side[i]),
-                scratch.put(in_side[i]),
-                tuple(values[i]),
-                svd.total[i] ** 2,
-                svd.residual[i] ** 2,
-                svd.bound[i],
-                edges[i],
-                plan.fold,
-                (left_energy,),
-                samples[i],
-            )
-        )
-    return matrices
+    samples: list[RowSample | None] = [None] * len(stack) if base is None else _samples(stack, B, A, base)
+    left_energies = [
+        energy + sums[i]
+        if how == "sums"
+        else float(left_over(stack[i], B[i], A[i], total=totals[i] or None, how=how).sum())
+        for i, (how, energy) in enumerate(zip(ways, energies, strict=True))
+    ]
+    return FactorisedStack(
+        out_side,
+        in_side,
+        values,
+        svd.total,
+        svd.residual,
+        svd.bound,
+        edges,
+        plan.fold,
+        left_energies,
+        samples,
+    )
 
 
 def _samples(stack: Array, B: Array, A: Array, base: Array) -> list[RowSample | None]:

@@ -21,7 +21,7 @@ from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.text import show
 
-__all__ = ["write_extraction"]
+__all__ = ["load_writer", "write_extraction"]
 
 _TOKENIZER = ("vocab.json", "merges.txt")  # and whatever has ``token`` in its name
 
@@ -46,7 +46,7 @@ def write_extraction(
     written = _Progress(stopwatch, progress)
     inputs = [plan.checkpoints.base.path, plan.checkpoints.tuned.path]
     inputs += [] if plan.request.calibration is None else [plan.request.calibration.path]
-    options = WriteOptions(out, tuple(inputs), _side_files(plan), overwrite, written)
+    options = WriteOptions(out, tuple(inputs), _side_files(plan), overwrite, written, plan.request.workspace.workers)
     planned = _as_planned(plan) if target.name == plan.peft.name else _converted(plan, target)
     result = predicted_result(plan)
 
@@ -63,6 +63,12 @@ def write_extraction(
     write_adapter(planned.rendering, target, planned.job, prove, options)
     stopwatch.lap("committing")
     return replace(result, output=out)
+
+
+def load_writer() -> None:
+    """Import what renders and reads back an adapter: once all is factorised, nothing else is left to wait for."""
+    import surgery_formats.adapters.peft.read
+    import surgery_formats.adapters.peft.write  # noqa: F401
 
 
 def _side_files(plan: ExtractionPlan) -> Mapping[str, Path]:

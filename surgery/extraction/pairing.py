@@ -18,10 +18,9 @@ from surgery_formats.arrays import Array, all_finite, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.storage.aligned import aligned
 from surgery_formats.storage.base import Storage, read_block, read_values
 from surgery_formats.storage.parameter import Parameter
-from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import matrix_of
 from surgery_formats.text import closest, listing, show
 
 __all__ = [
@@ -31,12 +30,10 @@ __all__ = [
     "Strip",
     "check_finite",
     "differing_settings",
-    "flattened",
     "nbytes_of",
     "not_finite",
     "pair_up",
     "path_of",
-    "with_columns",
 ]
 
 Match = Literal["pair", "alias", "derivable"]
@@ -76,6 +73,10 @@ class Pair:
         """Whether both hold numbers that can be subtracted."""
         return self.base.is_float and self.tuned.is_float
 
+    def matrices(self, *, stacked: bool = False) -> tuple[Storage, Storage]:
+        """Both sides as matrices whose rows and columns agree; see `surgery_formats.storage.aligned.aligned`."""
+        return aligned(self.base, self.tuned, stacked=stacked)
+
     @property
     def grown(self) -> int:
         """Number of rows that TUNED has and BASE lacks."""
@@ -89,6 +90,8 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
         FitError: the architectures or shapes differ, or one of them lacks a tensor.
     """
     _check_kind(base, tuned)
+    for component in (base, tuned):
+        component.check_read()
     _check_storages(tuned)
     pairs, lacking, matched = [], [], set()
     originals, weights = base.parameters, tuned.parameters
@@ -181,28 +184,6 @@ def nbytes_of(storage: Storage) -> int:
 def path_of(storage: Storage) -> Path | None:
     """The file of a weight, for messages."""
     return storage.sources[0].path if storage.sources else None
-
-
-def with_columns(storage: Storage, columns: int) -> Storage:
-    """A weight as a matrix of so many columns.
-
-    Raises:
-        FitError: it is stored in a way that knows its matrix in another shape only.
-    """
-    if storage.shape[1] == columns:
-        return storage
-    if storage.elements is None:
-        raise FitError(
-            f"{storage.kind} holds {list(storage.sizes)} as {list(storage.shape)}, not in rows of {columns}",
-            file=path_of(storage),
-            tensor=storage.name,
-        )
-    return Plain(storage.elements, (math.prod(storage.sizes) // max(columns, 1), columns))
-
-
-def flattened(storage: Storage) -> Storage:
-    """A weight flattened after its first axis."""
-    return with_columns(storage, matrix_of(storage.sizes)[1])
 
 
 def _elsewhere(name: str, base: Component, weight: Storage) -> Parameter | None:

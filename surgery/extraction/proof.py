@@ -12,7 +12,7 @@ import numpy
 
 from surgery.extraction.extraction_plan import ExtractionPlan
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
-from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip, with_columns
+from surgery.extraction.pairing import BLOCK_ELEMENTS, Pair, Strip
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
 from surgery_formats.arrays import Array, energy
@@ -20,6 +20,7 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit, prepared
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
+from surgery_formats.storage.aligned import oriented
 from surgery_formats.storage.base import read_values
 from surgery_formats.tensors.apply import apply_chain
 
@@ -129,7 +130,9 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
         raise ProofError(
             f"read back as {len(loras)} updates, written as {len(parts)} pairs of factors", tensor=pair.name
         )
+    sides: list[list[Array]] = []  # of each part, bit by bit what was measured: left (k, out), right (k, in)
     for lora, part in zip(loras, parts, strict=True):
+        sides.append([])
         for factor, slot in (
             (lora.B.load(DType.F32).T, part.matrix.left),
             (lora.A.load(DType.F32), part.matrix.right),
@@ -137,10 +140,10 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
             stored, padding = numpy.ascontiguousarray(factor[: slot.shape[0]]), factor[slot.shape[0] :]
             if tuple(stored.shape) != slot.shape or digest(stored) != slot.digest or bool(padding.any()):
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
+            sides[-1].append(stored)
     source = edit.source
     chain = prepared(edit.operations, source, DType.F32, source.shape[0])
-    for part in parts:
-        left, right = (slot.read() for slot in (part.matrix.left, part.matrix.right))
+    for part, (left, right) in zip(parts, sides, strict=True):
         row_side, col_side = (right, left) if part.transposed else (left, right)
         height = part.strip.height
         for start in sorted({0, height // 2, max(height - _PROBED, 0)}):
@@ -173,7 +176,7 @@ def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -
 def _measure(residuals: dict[str, Residual], pair: Pair, edit: Edit) -> None:
     """Apply an edit to BASE and compare the result with TUNED."""
     source = edit.source
-    base, tuned = with_columns(pair.base, source.shape[1]), with_columns(pair.tuned, source.shape[1])
+    base, tuned = (oriented(side, source) for side in (pair.base, pair.tuned))
     if source.shape != tuned.shape:
         raise ProofError(f"becomes {list(source.shape)} instead of {list(tuned.shape)}", tensor=pair.name)
     # What is added can be compared with the difference itself, in float32: nothing of it is lost beside BASE's larger

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from surgery.extraction.pairing import Delta, Pair, Strip, flattened, with_columns
+from surgery.extraction.pairing import Delta, Pair, Strip
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.family import Fused
+from surgery_formats.storage.aligned import turned
 
 __all__ = ["Form", "LowRankTarget", "TunedParameter", "low_rank_targets", "tree_name", "tuned_parameters"]
 
@@ -170,22 +171,28 @@ def low_rank_targets(parameters: Iterable[TunedParameter], base: Component) -> t
 
 def _single(parameter: TunedParameter, base: Component) -> LowRankTarget:
     pair = parameter.pair
-    turned = len(pair.tuned.sizes) == 2 and base.family.stores_transposed(pair.name)
-    delta = Delta((_strip(pair),), turned, (pair.name,))
+    strip = _strip(pair)
+    turns = len(pair.tuned.sizes) == 2 and base.family.stores_transposed(pair.name) != strip.base.transposed
+    delta = Delta((strip,), turns, (pair.name,))
     shape = delta.logical_shape if len(pair.tuned.sizes) == 2 else pair.tuned.sizes
     return LowRankTarget(parameter.path, parameter.form, (delta,), shape, (pair.name,))
 
 
-def _strip(pair: Pair) -> Strip:
-    base, tuned = flattened(pair.base), flattened(pair.tuned)
+def _strip(pair: Pair, *, upright: bool = False) -> Strip:
+    base, tuned = pair.matrices()
+    if upright and base.transposed:  # rows of the model's code, as those of the strips that lie above and below
+        base, tuned = turned(base), turned(tuned)
     return Strip(base, tuned, 0, min(base.shape[0], tuned.shape[0]))
 
 
 def _stack(parameter: TunedParameter) -> LowRankTarget:
     """The target of a 3-D tensor ``(E, out, in)``, with one difference per expert."""
     pair = parameter.pair
-    count, height, columns = pair.tuned.sizes
-    base, tuned = with_columns(pair.base, columns), with_columns(pair.tuned, columns)
+    count = pair.tuned.sizes[0]
+    base, tuned = pair.matrices(stacked=True)
+    if base.transposed:
+        base, tuned = turned(base), turned(tuned)
+    height = tuned.shape[0] // count
     deltas = tuple(Delta((Strip(base, tuned, e * height, (e + 1) * height),), names=(pair.name,)) for e in range(count))
     return LowRankTarget(parameter.path, "experts", deltas, pair.tuned.sizes[1:], (pair.name,))
 
@@ -213,6 +220,7 @@ def _gathered(path: str, parts: Mapping[tuple[int, int], TunedParameter], width:
     deltas = []
     for number in range(count):
         pairs = [parts[number, position].pair for position in range(width)]
-        deltas.append(Delta(tuple(_strip(pair) for pair in pairs), names=tuple(pair.name for pair in pairs)))
+        strips = tuple(_strip(pair, upright=True) for pair in pairs)
+        deltas.append(Delta(strips, names=tuple(pair.name for pair in pairs)))
     names = tuple(name for delta in deltas for name in delta.names)
     return LowRankTarget(path, "experts", tuple(deltas), deltas[0].logical_shape, names)

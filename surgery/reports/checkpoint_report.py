@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.reports.output import PATH
+from surgery.reports.quantisation import QuantisedWeights, quantised_phrase
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Section, Table
 from surgery.reports.summary import Summary, warning_notes
@@ -52,6 +53,7 @@ class ComponentReport:
         dtypes: Totals per stored type, largest first.
         files: Its weight files.
         ties: ``{alias: source}`` of names that are one parameter.
+        quantised: Its weights that are stored as codes, by format.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ComponentReport:
     dtypes: Mapping[str, Totals]
     files: tuple[WeightFileReport, ...]
     ties: Mapping[str, str]
+    quantised: tuple[QuantisedWeights, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -139,6 +142,8 @@ def _component(component: ComponentReport, depth: int | None, *, named: bool) ->
     rows: list[tuple[str, Phrase]] = [("component", Name(component.name))] if named else []
     rows.append(("kind", kind if component.family else (kind, " (family not known: roles are told by names alone)")))
     rows.append(("types", types_phrase(component.dtypes)))
+    if component.quantised:
+        rows.append(("quantised", quantised_phrase(component.quantised)))
     if component.facts:
         rows.append(("sizes", ", ".join(f"{name} {value}" for name, value in component.facts.items())))
     if component.ties:

@@ -67,6 +67,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
                 old = places[0].parameter
                 sizes[component.name, old.name] = update.stored.numel - old.numel
     if odd and not roles:
+        (base.component(odd[0].component) or next(iter(base.components.values()))).check_read()
         raise FitError(
             f"the base has none of its {len(odd)} parameters in the right shape, such as '{show(odd[0])}'",
             file=adapter.path,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.reports.quantisation import QuantisedWeights, quantised_phrase
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary
@@ -70,6 +71,8 @@ class BaseCost:
         parameters: Numbers stored, ties counted once, buffers not at all.
         nbytes: Of its weight files, as the file system counts them.
         split: `parameters` by part.
+        quantised: Its weights that are stored as codes, by format; of a pipeline, those of every component.
+        warnings: What the user should know.
     """
 
     path: Path
@@ -77,6 +80,8 @@ class BaseCost:
     parameters: int
     nbytes: int
     split: Split
+    quantised: tuple[QuantisedWeights, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +139,17 @@ class SavingsReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The warnings of every adapter, with its name."""
-        return tuple(f"{cost.name}: {text}" for cost in self.adapters for text in cost.warnings)
+        """The warnings of the base and of every adapter, with its name."""
+        return tuple(f"{cost.name}: {text}" for cost in self._costs for text in cost.warnings)
+
+    @property
+    def _costs(self) -> tuple[BaseCost | AdapterCost, ...]:
+        return (*([self.base] if self.base else []), *self.adapters)
 
     @property
     def nbytes(self) -> int:
         """Size of the weight files of base and adapters."""
-        return sum(cost.nbytes for cost in (self.base, *self.adapters) if cost is not None)
+        return sum(cost.nbytes for cost in self._costs)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -155,7 +164,9 @@ class SavingsReport:
         sections: list[Section] = []
         if self.base is not None:
             sizes = Value(self.base.parameters, "count"), " parameters, ", Value(self.base.nbytes, "bytes")
-            sections.append(Facts((("base", (Name(self.base.name), ": ", *sizes)),)))
+            facts: list[tuple[str, Phrase]] = [("base", (Name(self.base.name), ": ", *sizes))]
+            facts += [("quantised", quantised_phrase(self.base.quantised))] if self.base.quantised else []
+            sections.append(Facts(tuple(facts)))
         if self.adapters:
             sections.append(Table(_ADAPTERS, tuple(map(_adapter, self.adapters))))
         splits = [(self.base.name, self.base.split, self.base.parameters)] if self.base else []
@@ -163,7 +174,7 @@ class SavingsReport:
         sections.append(Table(_SPLITS, tuple(_split(*entry) for entry in splits)))
         if rows := tuple(self._tasks()):
             sections.append(Table(_TASKS, rows))
-        warnings = (Note((Name(cost.name), ": ", text), "warning") for cost in self.adapters for text in cost.warnings)
+        warnings = (Note((Name(cost.name), ": ", text), "warning") for cost in self._costs for text in cost.warnings)
         return Summary("Savings", (*sections, *warnings))
 
     def _tasks(self) -> Iterator[tuple[Cell, ...]]:

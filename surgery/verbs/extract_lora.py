@@ -28,7 +28,7 @@ from surgery.extraction.extraction_plan import (
     stored_factor_specs,
 )
 from surgery.extraction.findings import KINDS, Kind
-from surgery.extraction.output import write_extraction
+from surgery.extraction.output import load_writer, write_extraction
 from surgery.extraction.ranks import rank_goal
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import predicted_result
@@ -149,9 +149,11 @@ def extract_lora(
             shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
             names = [*shared, *(tree_name(name, pair.old) for name in shared)]
             check_modules(inputs, layout.parameters, layout.targets, names)
+        if folder is not None:
+            load_writer()
         lanes = Lanes(devices, threads)
         specs = stored_factor_specs(goal, scaling, stored)
-        lanes.warm(warming(layout, goal, specs, scratch))
+        lanes.warm(warming(layout, goal, specs))
         scanned = scan(layout, goal, specs, scratch, lanes, progress)
         stopwatch.lap("starting", scanned.began)
         stopwatch.lap("reading")

@@ -6,16 +6,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from surgery.engine.inputs import Openable, as_opened
 from surgery.reports.adapter_report import AdapterReport, PromptFacts
 from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport, WeightFileReport
+from surgery.reports.quantisation import quantised_weights
 from surgery.reports.result import timed
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.weight_files import container_of_file
+from surgery_formats.errors import MalformedError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
@@ -56,8 +59,9 @@ def inspect(reference: Openable) -> CheckpointReport | AdapterReport:
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointReport:
     """The report of an open checkpoint."""
-    components = tuple(_component(component) for component in checkpoint.components.values())
-    notes = []
+    shown = [_readable(component) for component in checkpoint.components.values()]
+    components = tuple(_component(component) for component, _ in shown)
+    notes = [note for _, note in shown if note]
     if unknown := [part.name or part.model_type for part in components if part.model_type and not part.family]:
         notes.append(f"roles are told by names alone, the family is not known: {listing(unknown)}")
     return CheckpointReport(
@@ -69,6 +73,18 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointReport:
         left_behind=checkpoint.left_behind,
         notes=tuple(notes),
     )
+
+
+def _readable(component: Component) -> tuple[Component, str]:
+    """A network to be shown, by its stored tensors where they make no weights; and why that is so."""
+    try:
+        unread = component.unread
+    except MalformedError as error:
+        found = f"{error.tensor}: {error.message}" if error.tensor else error.message
+        return replace(component, uninterpreted=True), f"{found}; what is listed are stored tensors, not weights"
+    if unread is None:
+        return component, ""
+    return component, f"{unread.message}; the numbers of these are codes, and so is the count of parameters"
 
 
 def _component(component: Component) -> ComponentReport:
@@ -90,6 +106,7 @@ def _component(component: Component) -> ComponentReport:
         dtypes=_dtypes(leaf for leaf in leaves(tree) if leaf.nbytes or not leaf.tied),
         files=tuple(files),
         ties=stored_ties(component),
+        quantised=quantised_weights(component),
     )
 
 

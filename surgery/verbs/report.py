@@ -8,6 +8,7 @@ from pathlib import Path
 
 from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, as_list, as_opened, check_counts
 from surgery.reports.fit import fit_report
+from surgery.reports.quantisation import quantised_weights
 from surgery.reports.result import timed
 from surgery.reports.savings import AdapterCost, BaseCost, SavingsReport, Split, TaskCost
 from surgery.reports.targets import touched, trained_parameters
@@ -74,7 +75,14 @@ def _base_cost(model: Checkpoint) -> BaseCost:
         for leaf in leaves(module_graph(component)):
             split = split.plus(leaf.role, leaf.parameters)
     parameters = split.attention + split.mlp + split.rest
-    return BaseCost(model.path, _name(model.path), parameters, model.nbytes, split)
+    components = model.components.values()
+    quantised = tuple(group for component in components for group in quantised_weights(component))
+    unread = tuple(
+        f"{component.unread.message}; its parameters are counted as codes"
+        for component in components
+        if component.unread
+    )
+    return BaseCost(model.path, _name(model.path), parameters, model.nbytes, split, quantised, unread)
 
 
 def _adapter_cost(

@@ -21,7 +21,7 @@ import surgery
 from surgery import Rank
 from surgery.engine.proof import read_back
 from surgery.extraction.extraction_plan import stored_factor_specs
-from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, factorise, factorise_stack
+from surgery.extraction.factorise import FactorisedStack, StoredFactorSpec, factorise, factorise_stack
 from surgery.extraction.ranks import rank_goal
 from surgery.extraction.stream import batch, feed, lanes
 from surgery.extraction.stream.feed import DirectFeed, RowPair, StagedFeed
@@ -351,9 +351,8 @@ def test_a_stack_is_factorised_as_its_matrices_are(
     plan = StoredFactorSpec(6, 1.25, dtype)
     scratch = ScratchFile(None)
     try:
-        together = factorise_stack(
-            of(values), 8, scratch, energies=energies, edges=[0.5] * 5, plan=plan, transposed=transposed
-        )
+        stack = factorise_stack(of(values), 8, energies=energies, edges=[0.5] * 5, plan=plan, transposed=transposed)
+        together = stack.kept(scratch)
         assert len(together) == 5
         for matrix, own, energy in zip(together, values, energies, strict=True):
             alone = factorise(
@@ -390,7 +389,7 @@ def test_alike_matrices_are_batched_and_give_the_same(
     calls: list[int] = []
     stacked = batch.factorise_stack
 
-    def counted(stack: Array, *args: Any, **options: Any) -> list[FactorisedMatrix]:
+    def counted(stack: Array, *args: Any, **options: Any) -> FactorisedStack:
         calls.append(len(stack))
         return stacked(stack, *args, **options)
 
@@ -478,11 +477,9 @@ def test_a_lane_is_warmed_without_reading(pair: tuple[Path, Path], monkeypatch: 
     monkeypatch.setattr(batch, "_factorised", lambda like, *rest: done.append(like))
     goal = rank_goal(Rank.of(4))
     specs = stored_factor_specs(goal, Scaling(None, False, 4), DType.BF16)
-    scratch = ScratchFile(None)
-    warm = warming(layout, goal, specs, scratch)
+    warm = warming(layout, goal, specs)
     for _ in range(2):
         warm(Lane("cpu", DirectFeed(), DeviceMemory(None)), lambda: False)
-    scratch.close()
     shapes = {group.like.shape for group in batch.batches_of(layout.factorised, goal, specs)}
     assert len(shapes) >= 2
     assert len(done) == 2 + len(shapes), "each lane a matrix, and all of them together one batch of each shape"

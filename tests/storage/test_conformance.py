@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from surgery_formats.arrays import Array, cast
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.storage.plain import Plain
-from surgery_formats.storage.registry import claimed_weights, storage_kinds
+from surgery_formats.storage.registry import BUILT_IN, claimed_weights, storage_kinds
 from surgery_formats.tensors.computed import zeros
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.testing.plugins import installed, installed_project
@@ -132,12 +133,13 @@ def test_a_storage_that_takes_half_a_band_fails(tmp_path: Path) -> None:
 
 
 def test_a_plugin_is_found_while_it_is_installed() -> None:
-    assert storage_kinds() == {}
+    built_in = [kind.name for kind in BUILT_IN]
+    assert list(storage_kinds()) == built_in
     with installed_project(TOY):
-        assert list(storage_kinds()) == ["toy4"]
-        assert surgery.formats().storages == (StorageEntry("toy4", TOY4.title, built_in=False),)
-        assert f"toy4     {TOY4.title} (plugin)" in str(surgery.formats())
-    assert surgery.formats().storages == ()
+        assert list(storage_kinds()) == [*built_in, "toy4"]
+        assert surgery.formats().storages[-1] == StorageEntry("toy4", TOY4.title, built_in=False)
+        assert re.search(rf"toy4 +{re.escape(TOY4.title)} \(plugin\)", str(surgery.formats()))
+    assert [entry.name for entry in surgery.formats().storages] == built_in
     with installed("surgery.storages", "thief", "toy_storage:nothing"), pytest.raises(SurgeryError, match="'thief'"):
         storage_kinds()
 

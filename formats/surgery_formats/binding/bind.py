@@ -125,10 +125,19 @@ def _locate(
         if not slices and new_biases and site not in adapter.optional:
             slices = _new_bias(site, updates, component)
         if slices:
+            _check_read(slices, component)
             chains.append(_LocatedChain(site, updates, component, slices))
         elif site not in adapter.optional:
             missing.append(site)
     return tuple(chains), tuple(missing)
+
+
+def _check_read(slices: tuple[WeightSlice, ...], component: Component) -> None:
+    """Refuse a weight that is a part of one in an unread format, by what is known of that."""
+    for place in slices:
+        storage = place.parameter.storage
+        if not storage.is_float and component.unread is not None and storage.name in component.unread.tensors:
+            raise component.unread.error()
 
 
 def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float) -> Iterator[_BoundOperation]:

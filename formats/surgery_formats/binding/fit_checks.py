@@ -103,6 +103,7 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
     if not missing:
         return
     site = missing[0]
+    component_of(site, checkpoint).check_read()  # a name that is near it is one of its codes
     tensor = adapter.updates[site][0].tensors[0]
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",

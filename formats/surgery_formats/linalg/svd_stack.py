@@ -8,6 +8,7 @@ of their own (zeros, extreme norms, spectra that converge late) are handed to `t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -200,8 +201,13 @@ def _eigenvectors(small: numpy.ndarray) -> list[tuple[numpy.ndarray, numpy.ndarr
         values, vectors = numpy.linalg.eigh(matrix)
         return values[::-1].clip(min=0), numpy.ascontiguousarray(vectors[:, ::-1])
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(of, small))
+    return list(_pool().map(of, small))
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads that stay: to start them takes as long as what they do."""
+    return ThreadPoolExecutor(_THREADS, "surgery-eigen")
 
 
 def _finished(stack: Array, matrices: _Matrices, bases: _Bases, seed: int) -> SVDStack:

@@ -25,6 +25,7 @@ from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter, Parameters
 from surgery_formats.storage.plain import Plain
 from surgery_formats.storage.registry import claimed_weights
+from surgery_formats.storage.unread import Unread, unread_weights
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.views import transpose, whole
 
@@ -44,6 +45,7 @@ class Component:
         index: The raw ``*.index.json``, if there is one.
         index_name: Its file name.
         config: config.json, or empty.
+        uninterpreted: Whether every stored tensor is a weight of its own, whatever storage would claim it.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Component:
     index: Mapping[str, Any] | None
     index_name: str
     config: Mapping[str, Any]
+    uninterpreted: bool = False
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -61,8 +64,19 @@ class Component:
     @cached_property
     def owners(self) -> dict[str, Storage]:
         """From every stored tensor to the weight that it is, or is a part of."""
-        claimed = claimed_weights(self.tensors, self.config)
+        claimed = {} if self.uninterpreted else claimed_weights(self.tensors, self.config)
         return {name: claimed.get(name) or _plain(tensor) for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def unread(self) -> Unread | None:
+        """Weights that are codes in a format which no storage reads: their tensors stand alone, and mean nothing so."""
+        plain = {name: tensor for name, tensor in self.tensors.items() if self.owners[name].elements is tensor}
+        return unread_weights(plain, self.config)
+
+    def check_read(self) -> None:
+        """Raise FitError if the values of some weights cannot be read: see `unread`."""
+        if self.unread is not None:
+            raise self.unread.error()
 
     @cached_property
     def parameters(self) -> Parameters:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeGuard
 
-from surgery_formats.arrays import Array, assign, cast, namespace, to_cpu
+from surgery_formats.arrays import Array, assign, cast, dtype_of, namespace, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import PartBytes, Storage
 
@@ -115,7 +115,7 @@ def put_quantised(weight: Quantised, start: int, block: Array, rounded: Array) -
     check_rows(weight, start, stop)
     values = cast(to_cpu(block), DType.F32)
     grid, codes = weight.grid(start, stop), weight.codes(start, stop)
-    codes = namespace(codes).where(grid.values(codes) == values, codes, cast(grid.nearest(values), codes.dtype))
+    codes = namespace(codes).where(grid.values(codes) == values, codes, cast(grid.nearest(values), dtype_of(codes)))
     assign(rounded, grid.values(codes))
     return weight.pack(start, codes, grid)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, factorise_stack
+from surgery.extraction.factorise import FactorisedMatrix, FactorisedStack, StoredFactorSpec, factorise_stack
 from surgery.extraction.pairing import Strip
 from surgery.extraction.ranks import RankGoal
 from surgery.extraction.sampling import at_rows, sample_runs
@@ -130,17 +130,20 @@ def factorise_batch(
         with lane.turn:
             measured, sampled = _measured(batch, base, tuned), _sampled(batch, base)
             del base, tuned, reads
-            return measured.measures, _factorised(like, measured, sampled, scratch)
+            changed, factorised = _factorised(like, measured, sampled)
+        # the next batch is computed while this one is put away
+        kept = [] if factorised is None else factorised.kept(scratch)
+        return measured.measures, dict(zip(changed, kept, strict=True))
 
 
-def warm_batch(batch: Batch, scratch: ScratchFile, lane: Lane) -> None:
+def warm_batch(batch: Batch, lane: Lane) -> None:
     """Do to two made-up matrices what is done to a batch; nothing is read."""
     like, two = batch.like, Batch(batch.like, batch.targets[:2])
     values = empty((2, *like.shape), DType.F32, lane.device)
     values[...] = 1
     triangle = namespace(values).tril(values)
     base = cast(values - triangle, like.base)
-    _factorised(like, _measured(two, base, cast(values, like.tuned)), _sampled(two, base), scratch)
+    _factorised(like, _measured(two, base, cast(values, like.tuned)), _sampled(two, base))
 
 
 class _Measured(NamedTuple):
@@ -164,24 +167,20 @@ def _sampled(batch: Batch, base: Array) -> Array | None:
     return at_rows(base, list(sample_runs(*batch.like.shape)))
 
 
-def _factorised(
-    like: Likeness, measured: _Measured, sampled: Array | None, scratch: ScratchFile
-) -> dict[int, FactorisedMatrix]:
-    """The factors of the matrices that changed, by number."""
+def _factorised(like: Likeness, measured: _Measured, sampled: Array | None) -> tuple[list[int], FactorisedStack | None]:
+    """The numbers of the matrices that changed, and their factors."""
     difference, measures, edges = measured
     changed = [number for number, measure in enumerate(measures) if measure.changed]
     if not changed:
-        return {}
+        return [], None
     if len(changed) < len(measures):
         difference, sampled = difference[changed, ...], None if sampled is None else sampled[changed, ...]
-    matrices = factorise_stack(
+    return changed, factorise_stack(
         difference,
         like.rank,
-        scratch,
         energies=[measures[number].energy for number in changed],
         edges=[edges[number] for number in changed],
         plan=like.plan,
         transposed=like.transposed,
         base=sampled,
     )
-    return dict(zip(changed, matrices, strict=True))

@@ -18,7 +18,7 @@ from functools import partial
 import numpy
 
 from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
-from surgery.extraction.pairing import Delta, Pair, check_finite, flattened, nbytes_of, pair_up, with_columns
+from surgery.extraction.pairing import Delta, Pair, check_finite, nbytes_of, pair_up
 from surgery.extraction.ranks import RankGoal
 from surgery.extraction.storage_plan import MOST_ROWS
 from surgery.extraction.stream.batch import Batch, batches_of, factorise_batch, warm_batch
@@ -152,14 +152,15 @@ def warming(
     layout: Layout,
     goal: RankGoal,
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
-    scratch: ScratchFile,
 ) -> Job:
     """What a GPU's lanes do first: its code is loaded at the first use, while all other lanes wait.
 
     Together they do to made-up matrices all that `scan` does to real ones; nothing is read.
     """
     # one iterator, which the lanes share
-    waiting = iter({batch.like: batch for batch in batches_of(layout.factorised, goal, spec_of)}.values())
+    batches = batches_of(layout.factorised, goal, spec_of)
+    waiting = iter({batch.like: batch for batch in batches}.values())
+    singly = len(layout.factorised) > sum(len(batch.targets) for batch in batches)
     strips = [strip for target in layout.targets[:1] for strip in target.deltas[0].strips[:1]]
 
     def warm(lane: Lane, stop: Stop) -> None:
@@ -171,12 +172,14 @@ def warming(
             tally.subtract(0, cast(old, strip.base.dtype), cast(new, strip.tuned.dtype), difference, noise)
             energy, _ = tally.news()
             energy = max(energy, tally.result().energy, noise.edge)  # asked for, for what they do on the device
+            if not singly:
+                continue
             svd = truncated_svd(difference, rank=16, total=math.sqrt(energy))
             right = (svd.V * svd.S).T
             left_over(difference, svd.U, right, total=math.sqrt(energy), how="sums")
             left_over(difference, svd.U, right, total=math.sqrt(energy), how="plain").sum().item()
         for batch in waiting:
-            warm_batch(batch, scratch, lane)
+            warm_batch(batch, lane)
 
     return warm
 
@@ -280,9 +283,7 @@ def _need(numel: int) -> int:
 
 def _tally(pair: Pair, row_limit: int, target: LowRankTarget | None) -> Tally:
     stacked = target is not None and target.form == "experts"
-    base, tuned = (
-        with_columns(side, side.sizes[-1]) if stacked else flattened(side) for side in (pair.base, pair.tuned)
-    )
+    base, tuned = pair.matrices(stacked=stacked)
     return Tally(base, tuned, min(base.shape[0], tuned.shape[0]), row_limit)
 
 
@@ -293,7 +294,7 @@ def _observer(digests: Digests, weight: Storage) -> ByteObserver | None:
 
 def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMeasure:
     """Compare a pair that is not factorised; of a grown vocabulary, the rows that both have."""
-    base, tuned = flattened(pair.base), flattened(pair.tuned)
+    base, tuned = pair.matrices()
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
     observe = _observer(digests, pair.base)
     if not pair.is_float:

@@ -102,6 +102,7 @@ class GraphWeights:
             return name
         slices = self._component.names.resolve(name)
         if len(slices) != 1:
+            self._component.check_read()
             raise FitError(
                 "the checkpoint has no such tensor",
                 file=self._component.folder,

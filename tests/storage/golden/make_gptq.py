@@ -58,14 +58,12 @@ AUTO_ROUND = {
 }
 
 
-def own_file(package: str, path: str) -> ModuleType:
+def own_file(package: str, *path: str) -> ModuleType:
     """A module of an installed package without the package."""
     root = importlib.util.find_spec(package)
     assert root is not None
     assert root.origin is not None
-    spec = importlib.util.spec_from_file_location(
-        Path(path).stem, Path(root.origin).with_name(path.split("/")[0]) / Path(*path.split("/")[1:])
-    )
+    spec = importlib.util.spec_from_file_location(path[-1], Path(root.origin).parent.joinpath(*path))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -73,8 +71,8 @@ def own_file(package: str, path: str) -> ModuleType:
     return module
 
 
-QUANTIZER = own_file("auto_gptq", "quantization/quantizer.py").Quantizer
-OLD = own_file("auto_gptq", "nn_modules/qlinear/qlinear_cuda_old.py").QuantLinear
+QUANTIZER = own_file("auto_gptq", "quantization", "quantizer.py").Quantizer
+OLD = own_file("auto_gptq", "nn_modules", "qlinear", "qlinear_cuda_old.py").QuantLinear
 
 
 def linear(rows: int, columns: int, seed: int) -> torch.nn.Linear:

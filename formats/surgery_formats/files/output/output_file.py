@@ -120,6 +120,11 @@ class OutputFile:
             if start:
                 start_writeback(self.fd, 0, 0)  # 0 bytes means to the end: only dirty pages cost anything
 
+    def note_written(self, offset: int, nbytes: int) -> None:
+        """Another process wrote this range, through a descriptor that it inherited."""
+        self._inside(offset, nbytes)
+        self._note(offset, nbytes)
+
     def copy_from(self, source: File, src_offset: int, dst_offset: int, nbytes: int) -> None:
         """Copy `nbytes` bytes of `source`, in the kernel where possible.
 
