@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome
-from surgery_formats.binding.edits import Edit
+from surgery_formats.binding.edits import Edit, Operation
 from surgery_formats.containers.base import Shard, WritableContainer
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.sharded import index_bytes, index_name, output_name, shard_names
 from surgery_formats.containers.weight_files import output_container
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.storage.aligned import oriented, turned
 from surgery_formats.storage.base import Encoding, Storage, is_contiguous
 from surgery_formats.storage.plain import Elements
 from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.views import turned_view
 
 __all__ = ["WeightLayout", "lay_out", "planned_file"]
 
@@ -137,6 +139,13 @@ class _WeightPlanner:
         source = base if edit is None else edit.source
         target = self._encoding(base, source, edit)
         operations = edit.operations if edit else ()
+        if isinstance(target, Elements) and source.transposed:  # elements lie as the model's code has them
+            operations = _turned(operations, source)
+            source = turned(source)
+            target = Elements(source.sizes, source.shape, target.dtype)
+        elif source is not base and target is base and base.transposed != source.transposed:
+            operations = _turned(operations, source)
+            source = oriented(source, base)
         trained = edit is not None and edit.replaced is not None  # never copied unseen: its values must be finite
         parts = target.parts(name)
         steps: Sequence[Copy | Compute]
@@ -189,6 +198,13 @@ class _WeightPlanner:
         if base is source or not base.is_float:
             return source
         return _elements(source, base.dtype) if base.elements is not None else base
+
+
+def _turned(operations: tuple[Operation, ...], source: Storage) -> tuple[Operation, ...]:
+    """Operations on a storage, for the same storage turned."""
+    stacked = len(source.sizes) == 3
+    shape = source.shape[0] // (source.sizes[0] if stacked else 1), source.shape[1]
+    return tuple(replace(each, view=turned_view(each.view, shape)) for each in operations)
 
 
 def _elements(source: Storage, dtype: DType) -> Encoding:

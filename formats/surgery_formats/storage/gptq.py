@@ -129,7 +129,8 @@ def _bits(qweight: StoredTensor, qzeros: StoredTensor, columns: int, named: tupl
         MalformedError: no number of bits fits, or several do.
     """
     known = (*_BITS, *_MORE_BITS) if more else _BITS
-    fitting = [bits for bits in known if words_of(columns, bits) == qzeros.shape[1]]
+    whole = [bits for bits in known if 32 % bits == 0 or columns % 32 == 0]
+    fitting = [bits for bits in whole if words_of(columns, bits) == qzeros.shape[1]]
     chosen = [bits for bits in fitting if bits in named] or fitting
     if len(chosen) == 1:
         return chosen[0]

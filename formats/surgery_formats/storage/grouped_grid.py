@@ -29,7 +29,7 @@ class GroupedGrid:
         axis: 0 where groups are of rows, else 1.
         origin: Place of the first row within its group; 0 where groups are of columns.
         largest: The largest code.
-        index: Group of each row, where rows of a group are not together; int ``(rows,)``.
+        index: Group of each row, or column, where those of a group are not together.
         fitted: Whether it was chosen anew, so that what is stored has to be written.
     """
 
@@ -73,23 +73,24 @@ class GroupedGrid:
     def _parts(self, block: Array, first: int) -> Iterator[_Part]:
         """Pieces of a block whose groups are complete, or that lie in one group: with no more than three steps."""
         rows, columns = block.shape
+        across = slice(first, first + columns)
+        if self.index is not None:
+            own = (self.index, across) if self.axis == 0 else (slice(None), self.index[across])
+            yield _Part(block, *(None if each is None else each[own] for each in self._each))
+            return
         if self.axis == 0:
-            across = slice(first, first + columns)
-            if self.index is not None:
-                yield _Part(block, *(None if each is None else each[self.index, across] for each in self._each))
-                return
             for start, stop, group, count in _runs(self.origin, rows, self.size):
-                own = slice(group, group + count)
+                of = slice(group, group + count)
                 yield _Part(
                     block[start:stop].reshape(count, (stop - start) // count, columns),
-                    *(None if each is None else each[own, None, across] for each in self._each),
+                    *(None if each is None else each[of, None, across] for each in self._each),
                 )
             return
         for start, stop, group, count in _runs(first, columns, self.size):
-            own = slice(group, group + count)
+            of = slice(group, group + count)
             yield _Part(
                 block[:, start:stop].reshape(rows, count, (stop - start) // count),
-                *(None if each is None else each[:, own, None] for each in self._each),
+                *(None if each is None else each[:, of, None] for each in self._each),
             )
 
     @property

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -157,6 +158,38 @@ class GroupedRows:
         scales = finite_scales(self.scales, first, last)
         zeros = self.packing.zeros(self.qzeros.read(first, last), self.shape[1])
         return self._grid(scales, cast(zeros, DType.F32), start - first * self.size, index)
+
+    def held_columns(self) -> Callable[[int, int], Array]:
+        """What reads columns as rows, with the codes of the whole matrix in memory as they are stored."""
+        import numpy as np
+
+        packing, rows = self.packing, self.shape[0]
+        words, grid = self.qweight.read(), self.grid(0, rows)
+        assert grid.zeros is not None
+        scales, zeros = grid.scales, cast(grid.zeros, DType.U8)
+
+        def read(start: int, stop: int) -> Array:
+            unit = 1 if packing.axis == 0 else len(packing.order)
+            first, last = start // unit * unit, -(-stop // unit) * unit
+            at = (
+                slice(first, last)
+                if packing.axis == 0
+                else slice(words_of(first, self.bits), words_of(last, self.bits))
+            )
+            count, axis = (rows, 1) if packing.axis == 0 else (last - first, 0)
+            codes = unpack(np.ascontiguousarray(words[:, at].T), self.bits, count, axis, packing.order)
+            own = GroupedGrid(
+                np.ascontiguousarray(scales[:, start:stop].T),
+                cast(np.ascontiguousarray(zeros[:, start:stop].T), DType.F32),
+                None,
+                self.size,
+                axis=1,
+                largest=self._largest,
+                index=grid.index,
+            )
+            return own.values(codes if packing.axis == 0 else codes[start - first : stop - first])
+
+        return read
 
     def fit(self, start: int, values: Array) -> GroupedGrid | None:
         """See `Quantised.fit`; None too where the rows are a part of a group, or belong to scattered ones."""
