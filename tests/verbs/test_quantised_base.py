@@ -281,10 +281,15 @@ def test_an_adapter_extracted_from_a_quantised_base_makes_the_fine_tune_of_it(ba
         assert torch.allclose(merged, values[name], atol=1e-5), name
 
 
-def test_extraction_refuses_a_quantised_fine_tune_by_name(tmp_path: Path) -> None:
+def test_the_rounding_of_a_storage_that_does_not_tell_its_grid_is_said_to_be_unknown(tmp_path: Path) -> None:
     base, tuned = quantise(tmp_path / "base"), quantise(tmp_path / "tuned")
-    with pytest.raises(FitError, match="TOY4 in TUNED: an adapter is extracted from plain numbers"):
-        surgery.extract_lora(base, tuned, output=tmp_path / "lora", rank=2)
+    tensors = load_file(tuned / "model.safetensors")
+    tensors[QUERY + SCALES] *= 2
+    save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "lora", rank=2, kind="lora")
+    assert result.quantised == (
+        "what rounding to codes (TOY4 in BASE and TOY4 in TUNED) adds to 1 differences is not known",
+    )
 
 
 def test_a_base_with_codes_and_no_scales_is_malformed(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.storage.bitsandbytes.absmax import AbsMax, Scales
+from surgery_formats.storage.elements import read_bytes
 from surgery_formats.storage.flat_blocks import FlatBlocks, rows_of_whole_blocks
 from surgery_formats.storage.levels import Levels, join_nibbles, split_nibbles
 from surgery_formats.storage.quantised import Grid, check_rows, put_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes, matrix_of
 
 if TYPE_CHECKING:
-    import numpy
+    pass
 
 __all__ = ["FourBit", "FourBitGrid", "levels_of"]
 
@@ -167,7 +168,7 @@ class FourBit:
         """See `Quantised`."""
         columns = self.shape[1]
         first, count = start * columns, (stop - start) * columns
-        codes = split_nibbles(self._bytes(first // 2, -(-(first + count) // 2)))
+        codes = split_nibbles(read_bytes(self.tensor, first // 2, -(-(first + count) // 2)))
         return codes[first % 2 :][:count].reshape(stop - start, columns)
 
     def grid(self, start: int, stop: int) -> FourBitGrid:
@@ -190,7 +191,7 @@ class FourBit:
         flat = np.ascontiguousarray(codes, np.uint8).reshape(-1)
         if flat.size % 2:
             last = math.prod(self.sizes) // 2
-            flat = np.append(flat, split_nibbles(self._bytes(last, last + 1))[1])
+            flat = np.append(flat, split_nibbles(read_bytes(self.tensor, last, last + 1))[1])
         stored = np.ascontiguousarray(grid.scales.stored)
         first = grid.blocks.first * self.absmax.tensor.dtype.bits // 8
         written = [
@@ -209,7 +210,7 @@ class FourBit:
             return
         grid = self.grid(start, start + len(block))
         first, flat = start * self.shape[1], block.reshape(-1)
-        packed = self._bytes(first // 2, -(-(first + flat.size) // 2))
+        packed = read_bytes(self.tensor, first // 2, -(-(first + flat.size) // 2))
         if 2 * packed.size == flat.size:
             grid.levels.decode_bytes(packed, flat)
         else:
@@ -228,14 +229,6 @@ class FourBit:
         codes = grid.nearest(cast(to_cpu(block), DType.F32))
         rounded[...] = grid.values(codes)
         return self.pack(start, codes, grid)
-
-    def _bytes(self, begin: int, end: int) -> numpy.ndarray:
-        """Bytes ``[begin, end)`` of the codes, whatever the type in which they are stored."""
-        import numpy as np
-
-        width = self.tensor.dtype.bits // 8
-        units: numpy.ndarray = self.tensor.read(begin // width, -(-end // width)).reshape(-1)
-        return units.view(np.uint8)[begin % width :][: end - begin]
 
     def _checked_levels(self) -> Levels:
         levels = levels_of(self.quant_type)
