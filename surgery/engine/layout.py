@@ -139,7 +139,7 @@ class _WeightPlanner:
         source = base if edit is None else edit.source
         target = self._encoding(base, source, edit)
         operations = edit.operations if edit else ()
-        if isinstance(target, Elements) and source.transposed:  # elements lie as the model's code has them
+        if source.transposed and target is not source and target is not base:  # elements lie as the model has them
             operations = _turned(operations, source)
             source = turned(source)
             target = Elements(source.sizes, source.shape, target.dtype)
