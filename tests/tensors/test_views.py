@@ -16,19 +16,8 @@ from surgery_formats.dtypes import DType
 from surgery_formats.models.tied_parameters import ties_by_place
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.apply import gather
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.tensors.views import (
-    View,
-    expert,
-    interleaved,
-    permute,
-    rows,
-    transpose,
-    turned_view,
-    whole,
-    window,
-)
+from surgery_formats.tensors.views import View, expert, interleaved, permute, rows, transpose, whole, window
 
 
 def stored(folder: Path, values: np.ndarray) -> StoredTensor:
@@ -117,27 +106,6 @@ def test_interleaved_is_llama_cpp_s_row_order() -> None:
     hf = np.arange(heads * dim)
     ggml = hf.reshape(heads, 2, dim // 2).swapaxes(1, 2).reshape(-1)
     assert np.array_equal(ggml[list(interleaved(heads, dim))], hf)
-
-
-@given(st.data())
-def test_a_view_is_the_same_weight_in_a_turned_storage(data: st.DataObject) -> None:
-    count, shape = data.draw(st.integers(1, 3)), (data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5)))
-    stack = np.arange(count * shape[0] * shape[1]).reshape(count, *shape)
-    number = data.draw(st.integers(0, count - 1))
-    view = data.draw(views(shape))
-    view = View(
-        *((tuple(i + number * shape[0] for i in axis) if view.transposed == bool(place) else axis)
-          for place, axis in enumerate((view.rows, view.cols))), view.transposed, view.row_origin, view.col_origin,
-    )  # fmt: skip
-    stored, flipped = stack.reshape(-1, shape[1]), stack.mT.reshape(-1, shape[0])
-    at, there = view.locate(0, len(stored)), turned_view(view, shape).locate(0, len(flipped))
-    assert (list(at.rows), list(at.cols)) == (list(there.rows), list(there.cols)) or not at
-    assert np.array_equal(gather(stored, at), gather(flipped, there))
-
-
-def test_a_view_of_two_experts_cannot_be_turned() -> None:
-    with pytest.raises(ValueError, match="several matrices"):
-        turned_view(whole((6, 4)), (3, 4))
 
 
 def test_a_permutation_must_be_one() -> None:

@@ -27,7 +27,6 @@ __all__ = [
     "rows",
     "take",
     "transpose",
-    "turned_view",
     "whole",
     "window",
 ]
@@ -127,24 +126,6 @@ def expert(index: int, count: int, shape: tuple[int, int]) -> View:
 def transpose(view: View) -> View:
     """`view` with its logical axes exchanged."""
     return View(view.cols, view.rows, not view.transposed, view.col_origin, view.row_origin)
-
-
-def turned_view(view: View, shape: tuple[int, int]) -> View:
-    """`view` in a storage whose matrix, or each matrix of `shape` in its stack, is transposed.
-
-    Raises:
-        ValueError: the view is of several matrices of the stack.
-    """
-    rows, cols = shape
-    stored = view.cols if view.transposed else view.rows
-    number = stored[0] // max(rows, 1) if len(stored) else 0
-    if len(stored) and not number * rows <= min(stored) <= max(stored) < (number + 1) * rows:
-        raise ValueError("a view of several matrices cannot be turned with each of them")
-    below, beside = -number * rows, number * cols
-    by_rows, by_cols = (beside, below) if view.transposed else (below, beside)
-    return replace(
-        view, rows=_shift(view.rows, by_rows), cols=_shift(view.cols, by_cols), transposed=not view.transposed
-    )
 
 
 def permute(view: View, order: Sequence[int]) -> View:
