@@ -18,6 +18,7 @@ from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.layout import lay_out
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, Plan, PlannedFile, SideFile
+from surgery.engine.quantised_output import QuantisedOutput
 from surgery.engine.undo.belongs import Evidence, check_belongs
 from surgery.engine.undo.inverse import estimates, inverted, why_not
 from surgery.engine.undo.record import adapters_of, undone_height
@@ -118,7 +119,7 @@ def estimation(binding: Binding, adapters: Sequence[tuple[Adapter, float]]) -> E
     side_files: list[SideFile] = [SideFile(name, source=path) for name, path in merged.side_files]
     for name, component in merged.components.items():
         edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
-        layout = lay_out(component, edits, dequantised=False)
+        layout = lay_out(component, edits, quantised=QuantisedOutput("requantize", rounding="nearest"))
         files += layout.files
         side_files += [SideFile(layout.index_name, data=layout.index)] if layout.index_name else []
         if component.config and (config := component.folder / "config.json").is_file():
