@@ -29,7 +29,9 @@ def greedy(folder: str, ids: list[int], count: int) -> list[int]:
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     for module in model.modules():
         for parameter in module.parameters(recurse=False) if module not in layers else ():
-            parameter.data = parameter.data.float()  # whatever type is asked for; codes held in bfloat16 stay as they are
+            parameter.data = (
+                parameter.data.float()
+            )  # whatever type is asked for; codes held in bfloat16 stay as they are
     for layer in layers:
         layer.compute_dtype = torch.float32
         layer.weight.quant_state.dtype = torch.float32  # else weights are rounded to the type they had at first

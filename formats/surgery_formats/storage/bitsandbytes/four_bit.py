@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["FourBit", "FourBitGrid", "levels_of"]
 
 _SMALLEST = 1e-38  # a scale below it counts as this when values are divided by it
+_MAGNITUDE = 7  # the bits of a code of FP4 beside its sign
 _TOLERANCE = 1e-4  # of a quant_map; bitsandbytes has FP4's thirds with four digits in places
 
 # The quantiles of the normal distribution that the format's definition fixes.
@@ -221,12 +222,17 @@ class FourBit:
 
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """See `Encoding`: on the scales that are stored."""
+        import numpy as np
+
         stop = start + len(block)
         check_rows(self, start, stop)
         grid = self.grid(start, stop)
-        if self.quant_type != "nf4" or not (abs(grid.scales.values) > _SMALLEST).all():
-            return put_quantised(self, start, block, rounded)  # several codes stand for one number
+        if not (abs(grid.scales.values) > _SMALLEST).all():
+            return put_quantised(self, start, block, rounded)  # every code of such a block stands for one number
         codes = grid.nearest(cast(to_cpu(block), DType.F32))
+        if self.quant_type == "fp4":  # which has two zeros
+            stored = self.codes(start, stop)
+            np.copyto(codes, stored, where=((codes | stored) & _MAGNITUDE) == 0)
         rounded[...] = grid.values(codes)
         return self.pack(start, codes, grid)
 
