@@ -20,7 +20,7 @@ from surgery_formats.storage.bitsandbytes.absmax import AbsMax, Scales
 from surgery_formats.storage.elements import read_bytes
 from surgery_formats.storage.flat_blocks import FlatBlocks, rows_of_whole_blocks
 from surgery_formats.storage.levels import Levels, join_nibbles, split_nibbles
-from surgery_formats.storage.quantised import Grid, check_rows, put_quantised
+from surgery_formats.storage.quantised import Grid, check_rows, keep_where, put_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes, matrix_of
 
 if TYPE_CHECKING:
@@ -222,17 +222,16 @@ class FourBit:
 
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """See `Encoding`: on the scales that are stored."""
-        import numpy as np
-
         stop = start + len(block)
         check_rows(self, start, stop)
         grid = self.grid(start, stop)
         if not (abs(grid.scales.values) > _SMALLEST).all():
             return put_quantised(self, start, block, rounded)  # every code of such a block stands for one number
-        codes = grid.nearest(cast(to_cpu(block), DType.F32))
-        if self.quant_type == "fp4":  # which has two zeros
+        values = cast(to_cpu(block), DType.F32)
+        codes = grid.nearest(values)
+        if self.quant_type == "fp4" and (zero := values == 0).any():  # which has two codes
             stored = self.codes(start, stop)
-            np.copyto(codes, stored, where=((codes | stored) & _MAGNITUDE) == 0)
+            keep_where(codes, stored, zero & (stored & _MAGNITUDE == 0))
         rounded[...] = grid.values(codes)
         return self.pack(start, codes, grid)
 
