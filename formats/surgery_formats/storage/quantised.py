@@ -120,7 +120,7 @@ def put_quantised(weight: Quantised, start: int, block: Array, rounded: Array) -
     return weight.pack(start, codes, grid)
 
 
-def check_rows(weight: Storage, start: int, stop: int) -> None:
+def check_rows(weight: Encoding, start: int, stop: int) -> None:
     """Raise ValueError unless rows ``[start, stop)`` are whole groups; the last group may be shorter."""
     if start % weight.group or (stop % weight.group and stop != weight.shape[0]):
         raise ValueError(f"rows {start} to {stop} are not whole groups of {weight.group}")
