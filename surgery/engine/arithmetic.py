@@ -17,6 +17,7 @@ from surgery_formats.binding.edits import prepared
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.survival import Survival
+from surgery_formats.storage.aligned import release
 from surgery_formats.storage.base import PartBytes, Storage, read_block
 from surgery_formats.tensors.apply import apply_chain
 
@@ -76,6 +77,7 @@ def compute(
         if before is not None:
             tally.note_update(before, block[::sampled], rounded[::sampled])
         output.write(encoded)
+    release()
     return output.measured(tally)
 
 

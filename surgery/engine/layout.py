@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from surgery.engine.orientation import is_transposed, turned_step
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome
 from surgery_formats.binding.edits import Edit
@@ -137,6 +138,9 @@ class _WeightPlanner:
         source = base if edit is None else edit.source
         target = self._encoding(base, source, edit)
         operations = edit.operations if edit else ()
+        if target is not source and source.transposed != is_transposed(target):
+            source, operations = turned_step(source, operations)
+            target = self._encoding(base, source, edit)
         trained = edit is not None and edit.replaced is not None  # never copied unseen: its values must be finite
         parts = target.parts(name)
         steps: Sequence[Copy | Compute]

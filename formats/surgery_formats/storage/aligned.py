@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from surgery_formats.arrays import Array, assign, empty
@@ -12,6 +13,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.storage.base import PartBytes, Storage, StoredPart, read_block
 from surgery_formats.storage.plain import Plain
+from surgery_formats.storage.quantised import is_quantised
 from surgery_formats.tensors.tensor import StoredTensor, matrix_of
 
 __all__ = ["Turned", "aligned", "flattened", "oriented", "release", "turned", "with_columns"]
@@ -25,6 +27,19 @@ _SIDES = 2  # matrices of a thread: both sides of a difference
 def release() -> None:
     """Let go of the matrices that the calling thread read last in order to turn them."""
     _HELD.slabs = []
+
+
+Columns = Callable[[int, int], Array]
+"""The values of some columns of a matrix."""
+
+
+def _columns(storage: Storage, start: int, stop: int) -> Columns:
+    """The columns of rows ``[start, stop)``, which are held as they are stored: of codes, a byte each."""
+    if is_quantised(storage):
+        codes, grid = storage.codes(start, stop), storage.grid(start, stop)
+        return lambda first, last: grid.values(codes[:, first:last], first)
+    values = read_block(storage, start, stop)
+    return lambda first, last: values[:, first:last]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,11 @@ class Turned:
         """Of the matrices under each other, each turned."""
         rows, cols = self._slab
         return self.stored.shape[0] // max(rows, 1) * cols, rows
+
+    @property
+    def held_nbytes(self) -> int:
+        """Memory that a thread which reads it holds: of a matrix of codes a byte for each."""
+        return math.prod(self._slab) * (1 if is_quantised(self.stored) else self.dtype.bits // 8)
 
     @property
     def dtype(self) -> DType:
@@ -106,16 +126,16 @@ class Turned:
         height, stop = self.group, start + len(block)
         for number in range(start // height, -(-stop // height)):
             first, last = max(start, number * height), min(stop, (number + 1) * height)
-            slab = self._matrix(number)
-            assign(block[first - start : last - start], slab[:, first - number * height : last - number * height].T)
+            columns = self._matrix(number)(first - number * height, last - number * height)
+            assign(block[first - start : last - start], columns.T)
 
-    def _matrix(self, number: int) -> Array:
-        held: list[tuple[Storage, int, Array]] = getattr(_HELD, "slabs", [])
-        found = next((slab for of, which, slab in held if of is self.stored and which == number), None)
+    def _matrix(self, number: int) -> Columns:
+        held: list[tuple[Storage, int, Columns]] = getattr(_HELD, "slabs", [])
+        found = next((columns for of, which, columns in held if of is self.stored and which == number), None)
         if found is None:
             _HELD.slabs = held = held[1 - _SIDES :]  # room, before the next one is there
             rows = self._slab[0]
-            found = read_block(self.stored, number * rows, (number + 1) * rows)
+            found = _columns(self.stored, number * rows, (number + 1) * rows)
             held.append((self.stored, number, found))
         return found
 
