@@ -332,7 +332,7 @@ def _affordable(plan: Plan, run: Run) -> int:
 
 def remembered(record: Mapping[str, Any]) -> dict[str, Measurement]:
     """The recorded measurements of a finished file's tensors, by label."""
-    return {label: Measurement(**fields) for label, fields in record["tensors"].items()}
+    return {label: Measurement.of_record(fields) for label, fields in record["tensors"].items()}
 
 
 def still_good(path: Path, record: FileRecord) -> bool:

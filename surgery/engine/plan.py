@@ -33,6 +33,7 @@ __all__ = [
     "Plan",
     "PlannedFile",
     "PlannedTensor",
+    "Requantise",
     "SideFile",
     "TensorOutcome",
     "check_conservation",
@@ -71,6 +72,19 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Requantise:
+    """How codes are chosen for a weight that keeps its quantised format.
+
+    Attributes:
+        rounding: ``feedback`` makes up for errors along the inputs where that keeps more of the update.
+        inputs: What a calibration file has for the module, by part; empty without one.
+    """
+
+    rounding: Literal["feedback", "nearest"] = "feedback"
+    inputs: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """The source's values through a chain of updates, rounded once. All tensors of one weight share one step.
 
@@ -78,11 +92,13 @@ class Compute:
         source: The weight of the base, or what replaces it.
         operations: In order; empty for a change of type alone.
         target: How the output stores it.
+        requantise: How its codes are chosen, if `target` is the base's weight and stored as codes.
     """
 
     source: Storage
     operations: tuple[Operation, ...]
     target: Encoding
+    requantise: Requantise | None = None
 
     @property
     def sources(self) -> tuple[StoredTensor, ...]:

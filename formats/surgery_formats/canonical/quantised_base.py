@@ -72,10 +72,8 @@ def _of_fields(named: Mapping[str, Any], evidence: str) -> QuantisedBase | None:
         return QuantisedBase(method, f"{kind}{'-double' if double else ''}", evidence)
     if named.get("load_in_8bit") or named.get("_load_in_8bit"):
         return QuantisedBase("bitsandbytes int8", "", evidence)
-    method = named.get("quant_method")
-    return (
-        QuantisedBase(show(method, 40), "", evidence) if isinstance(method, str) and method != "bitsandbytes" else None
-    )
+    by = named.get("quant_method")
+    return QuantisedBase(show(by, 40), "", evidence) if isinstance(by, str) and by != "bitsandbytes" else None
 
 
 def _of_card(adapter: Adapter) -> QuantisedBase | None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeGuard
 
 from surgery_formats.arrays import Array, assign, cast, dtype_of, namespace, to_cpu
 from surgery_formats.dtypes import DType
-from surgery_formats.storage.base import PartBytes, Storage
+from surgery_formats.storage.base import Encoding, PartBytes, Storage
 
 __all__ = [
     "CONFIG_KEYS",
@@ -87,7 +87,7 @@ class Quantised(Storage, Protocol):
         """The bytes of rows from `start`, a multiple of `group`; see `Encoding.put`."""
 
 
-def is_quantised(storage: Storage) -> TypeGuard[Quantised]:
+def is_quantised(storage: Encoding) -> TypeGuard[Quantised]:
     """Whether a codec of this package, or of a plugin that follows `Quantised`, reads the weight."""
     return all(hasattr(storage, member) for member in ("bits", "block", "codes", "grid", "fit", "pack"))
 
