@@ -25,7 +25,15 @@ from surgery_formats.storage.base import Storage
 from surgery_formats.storage.bitsandbytes.rounded import RULES, Rounded
 from surgery_formats.storage.parameter import Parameter
 
-__all__ = ["RULES", "TrainedValues", "rounded_weights", "trained_values", "with_trained_values"]
+__all__ = [
+    "RULES",
+    "TrainedValues",
+    "rounded_weights",
+    "rule_values",
+    "trained_values",
+    "values_of",
+    "with_trained_values",
+]
 
 _NOT_ROUNDED = ("embedding", "head", "norm")
 _HEADS = ("score", "classifier", "qa_outputs")
@@ -53,17 +61,17 @@ class TrainedValues:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What identifies them, not by path."""
+        """For the manifest; what identifies them, not by path."""
         files = sorted(fingerprint(file) for file in self.files)
-        return {"rule": self.name} if self.root is None else {"files": files}
+        source = {"rule": self.name} if self.root is None else {"files": files}
+        return {**source, "quantised": self.quantised, "kinds": list(self.kinds), "said": self.said}
 
     @property
     def said(self) -> str:
         """In one line, for people."""
-        what = f"{self.quantised} of {len(self.weights)} weights" if self.root else f"{self.quantised} weights"
-        said = f"{what} as {', '.join(self.kinds)} has them"
+        said = f"{self.quantised} weights have the values that {', '.join(self.kinds)} gives them"
         if self.root is None:
-            said += ": every matrix of a linear layer but heads, as bitsandbytes loads a model"
+            said += ": every matrix of a linear layer but those of heads, as bitsandbytes loads a model"
         return said
 
 
@@ -87,11 +95,20 @@ def trained_values(value: CheckpointLike, base: Checkpoint) -> TrainedValues:
                 hint="merge into it as it is; `as_trained=` is for the release that it was made of",
             )
     if isinstance(value, str) and value in RULES and not Path(value).exists():
-        return _by_rule(value, base)
-    return _of_model(as_checkpoint(value, "as_trained"), base)
+        return rule_values(value, base)
+    other = as_checkpoint(value, "as_trained")
+    values = values_of(other, base)
+    if not values.quantised:
+        raise FitError(
+            "is not quantised: an adapter that was trained on it is merged into it",
+            file=other.path,
+            hint="give it as the base",
+        )
+    return values
 
 
-def _by_rule(rule: str, base: Checkpoint) -> TrainedValues:
+def rule_values(rule: str, base: Checkpoint) -> TrainedValues:
+    """What a rule of bitsandbytes makes of the weights of `base`."""
     weights: dict[tuple[str, str], Storage] = {
         (component.name, weight.name): Rounded(weight.storage, rule)
         for component in base.components.values()
@@ -115,7 +132,12 @@ def rounded_weights(component: Component) -> tuple[Parameter, ...]:
     )
 
 
-def _of_model(other: Checkpoint, base: Checkpoint) -> TrainedValues:
+def values_of(other: Checkpoint, base: Checkpoint) -> TrainedValues:
+    """The values of another model, quantised or not, for the weights of `base`.
+
+    Raises:
+        FitError: it lacks one of them, or has it in another shape.
+    """
     weights: dict[tuple[str, str], Storage] = {}
     kinds: dict[str, int] = {}
     for component in base.components.values():
@@ -130,11 +152,6 @@ def _of_model(other: Checkpoint, base: Checkpoint) -> TrainedValues:
             if storage.elements is None:
                 kinds[storage.kind] = kinds.get(storage.kind, 0) + 1
             weights[component.name, name] = oriented(storage, weight.storage)
-    if not kinds:
-        raise FitError(
-            "is not quantised: an adapter that was trained on it is merged into it", file=other.path,
-            hint="give it as the base",
-        )  # fmt: skip
     files = tuple(shard.file for component in other.components.values() for shard in component.shards)
     return TrainedValues(str(other.path), weights, sum(kinds.values()), tuple(sorted(kinds)), files, other.path)
 

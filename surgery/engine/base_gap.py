@@ -16,7 +16,7 @@ import numpy
 
 from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.binding.bind import Binding
-from surgery_formats.binding.edits import Edit, Operation
+from surgery_formats.binding.edits import Operation
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.factored import factored_norm
 from surgery_formats.storage.aligned import oriented, release
@@ -75,12 +75,15 @@ class _Sums:
     both: float = 0.0
 
 
-def base_gap(binding: Binding, other: Mapping[tuple[str, str], Storage], *, sampled: bool = False) -> BaseGap:
+def base_gap(
+    binding: Binding, other: Mapping[tuple[str, str], Storage], *, adapter: int = 0, sampled: bool = False
+) -> BaseGap:
     """Measure from the files.
 
     Args:
         binding: Of the adapters to the base.
         other: The other base's weights, by component and name; those it lacks are taken to be equal.
+        adapter: Which of them.
         sampled: Read a few rows of each weight; the parts in row and column space are then not known.
 
     Raises:
@@ -89,10 +92,11 @@ def base_gap(binding: Binding, other: Mapping[tuple[str, str], Storage], *, samp
     sums, count, others, read, numel = _Sums(), 0, 0, 0, 0
     for key, edit in binding.edits.items():
         theirs = other.get(key)
-        if theirs is None or edit.added or edit.replaced is not None:
+        operations = [operation for operation in edit.operations if operation.adapter == adapter]
+        if theirs is None or edit.added or edit.replaced is not None or not operations:
             continue
-        terms = list(_terms(edit))
-        if len(terms) < len(edit.operations) or not terms:
+        terms = list(_terms(operations))
+        if len(terms) < len(operations):
             others += 1
             continue
         count += 1
@@ -105,8 +109,8 @@ def base_gap(binding: Binding, other: Mapping[tuple[str, str], Storage], *, samp
     return BaseGap(count, others, base, apart, update, rows, columns, both, read / numel if numel else 0.0)
 
 
-def _terms(edit: Edit) -> Iterable[tuple[Operation, LoRA]]:
-    for operation in edit.operations:
+def _terms(operations: Iterable[Operation]) -> Iterable[tuple[Operation, LoRA]]:
+    for operation in operations:
         if (lora := operation.update.low_rank()) is not None and operation.share == 1.0:
             yield operation, lora
 

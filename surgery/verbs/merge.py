@@ -37,6 +37,7 @@ def merge(
     only_touched: bool = False,
     rounding: str | None = None,
     accept_loss: bool = False,
+    as_trained: CheckpointLike | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -63,6 +64,9 @@ def merge(
         rounding: How ``requantize`` chooses codes: ``feedback`` (the default) makes up for errors along the inputs that
             the adapter listens to, where rounding to ``nearest`` would lose a part of the update.
         accept_loss: Write codes that hold less than half of the update, too.
+        as_trained: The quantised model that the adapters were trained on, whose values take the place of the release's
+            in `base`; or ``nf4``, ``nf4-double``, ``fp4``, ``fp4-double``: what bitsandbytes makes of `base` when it is
+            loaded in 4 bits. Names, types and side files remain the base's.
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -84,7 +88,7 @@ def merge(
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
     quantised = quantised_output(quantized, only_touched=only_touched, rounding=rounding)
-    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised)
+    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, as_trained)
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 
