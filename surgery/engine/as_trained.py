@@ -50,6 +50,7 @@ class TrainedValues:
         kinds: In which formats.
         files: Opened, and only read.
         root: The folder, if it is one.
+        checkpoint: What was opened there.
     """
 
     name: str
@@ -58,6 +59,7 @@ class TrainedValues:
     kinds: tuple[str, ...]
     files: tuple[File, ...] = ()
     root: Path | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def values_of(other: Checkpoint, base: Checkpoint) -> TrainedValues:
                 kinds[storage.kind] = kinds.get(storage.kind, 0) + 1
             weights[component.name, name] = oriented(storage, weight.storage)
     files = tuple(shard.file for component in other.components.values() for shard in component.shards)
-    return TrainedValues(str(other.path), weights, sum(kinds.values()), tuple(sorted(kinds)), files, other.path)
+    return TrainedValues(str(other.path), weights, sum(kinds.values()), tuple(sorted(kinds)), files, other.path, other)
 
 
 def _counterpart(name: str, weight: Parameter, theirs: Component) -> Storage:

@@ -216,3 +216,27 @@ def test_the_command_and_its_share_of_work(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "same" / "model.safetensors"
     ).read_bytes()
+
+
+def test_report_measures_both_bases_and_says_which_it_was(tmp_path: Path) -> None:
+    coded = quantise_folder(BASE, tmp_path / "example-nf4", "nf4")
+    lora = renamed(tmp_path / "lora", "someone/example-bnb-4bit")
+    for one, other in ((BASE, coded), (coded, BASE), (BASE, "nf4")):
+        (choice,) = surgery.report(lora, base=one, other_base=other).choices
+        assert choice.attached == ("nf4" if other == "nf4" else "example-nf4")
+        assert choice.weights == len(deltas())
+        assert 0.08 < choice.apart < 0.11
+        assert choice.both < min(choice.rows, choice.columns) < choice.beside
+    text = str(surgery.report(lora, base=BASE, other_base=coded))
+    assert "example-nf4 gives the behaviour of training" in text
+    (choice,) = surgery.report(LORA, base=BASE, other_base=coded).choices
+    assert choice.attached == ""
+    assert "do not tell" in str(surgery.report(LORA, base=BASE, other_base=coded))
+
+
+def test_a_base_without_another_and_a_command(tmp_path: Path) -> None:
+    with pytest.raises(surgery.UsageError, match="needs a base"):
+        surgery.report(LORA, other_base="nf4")
+    done = spawn("report", LORA, "--base", BASE, "--other-base", "nf4", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["result"]["choices"][0]["weights"] == len(deltas())
