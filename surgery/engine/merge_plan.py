@@ -40,6 +40,7 @@ def planned_merge(
     shard_size: int | None,
     layout: str,
     quantised: QuantisedOutput = DEQUANTISED,
+    reversible: bool = False,
     as_trained: CheckpointLike | None = None,
 ) -> tuple[Binding, Plan]:
     """The binding and the plan of a merge.
@@ -61,6 +62,11 @@ def planned_merge(
     stored = float_type(dtype, "weights")
     values = None
     if as_trained is not None:
+        if reversible:
+            raise FitError(
+                "the release's values are not in the output, so that nothing can give them back",
+                hint="`reversible=True` goes with the base itself",
+            )
         from surgery.engine.as_trained import trained_values, with_trained_values
 
         values = trained_values(as_trained, checkpoint)
@@ -68,7 +74,13 @@ def planned_merge(
     else:
         binding = replace(binding, warnings=(*binding.warnings, *_other_base(binding)))
     return binding, plan_merge(
-        binding, dtype=stored, shard_size=shard_size, packed=layout == "packed", quantised=quantised, values=values
+        binding,
+        dtype=stored,
+        shard_size=shard_size,
+        packed=layout == "packed",
+        quantised=quantised,
+        reversible=reversible,
+        values=values,
     )
 
 
@@ -93,6 +105,7 @@ def plan_merge(
     shard_size: int | None = None,
     packed: bool = False,
     quantised: QuantisedOutput = DEQUANTISED,
+    reversible: bool = False,
     values: TrainedValues | None = None,
 ) -> Plan:
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
@@ -119,6 +132,8 @@ def plan_merge(
         roots += [values.root] if values.root is not None else []
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     options |= quantised.options
+    if reversible:
+        options["reversible"] = True
     plan = Plan(
         verb="merge",
         files=files,

@@ -13,7 +13,6 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.storage.base import PartBytes, Storage, StoredPart, read_block
 from surgery_formats.storage.plain import Plain
-from surgery_formats.storage.quantised import is_quantised
 from surgery_formats.tensors.tensor import StoredTensor, matrix_of
 
 __all__ = ["Turned", "aligned", "flattened", "oriented", "release", "turned", "with_columns"]
@@ -30,16 +29,17 @@ def release() -> None:
 
 
 Columns = Callable[[int, int], Array]
-"""The values of some columns of a matrix."""
+"""Columns ``[start, stop)`` of a matrix in memory, as rows."""
 
 
-def _columns(storage: Storage, start: int, stop: int) -> Columns:
-    """The columns of rows ``[start, stop)``, which are held as they are stored: of codes, a byte each."""
-    if is_quantised(storage):
-        codes, grid = storage.codes(start, stop), storage.grid(start, stop)
-        return lambda first, last: grid.values(codes[:, first:last], first)
-    values = read_block(storage, start, stop)
-    return lambda first, last: values[:, first:last]
+def _columns_of(storage: Storage, start: int, stop: int) -> Columns:
+    """Of the rows ``[start, stop)``; a codec that knows how holds its codes, and not the numbers they stand for."""
+    held = getattr(storage, "held_columns", None)
+    if held is not None and (start, stop) == (0, storage.shape[0]):
+        columns: Columns = held()
+        return columns
+    matrix = read_block(storage, start, stop)
+    return lambda first, last: matrix[:, first:last].T
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Turned:
     @property
     def held_nbytes(self) -> int:
         """Memory that a thread which reads it holds: of a matrix of codes a byte for each."""
-        return math.prod(self._slab) * (1 if is_quantised(self.stored) else self.dtype.bits // 8)
+        return math.prod(self._slab) * (1 if hasattr(self.stored, "held_columns") else self.dtype.bits // 8)
 
     @property
     def dtype(self) -> DType:
@@ -127,15 +127,15 @@ class Turned:
         for number in range(start // height, -(-stop // height)):
             first, last = max(start, number * height), min(stop, (number + 1) * height)
             columns = self._matrix(number)(first - number * height, last - number * height)
-            assign(block[first - start : last - start], columns.T)
+            assign(block[first - start : last - start], columns)
 
     def _matrix(self, number: int) -> Columns:
         held: list[tuple[Storage, int, Columns]] = getattr(_HELD, "slabs", [])
-        found = next((columns for of, which, columns in held if of is self.stored and which == number), None)
+        found = next((slab for of, which, slab in held if of is self.stored and which == number), None)
         if found is None:
             _HELD.slabs = held = held[1 - _SIDES :]  # room, before the next one is there
             rows = self._slab[0]
-            found = _columns(self.stored, number * rows, (number + 1) * rows)
+            found = _columns_of(self.stored, number * rows, (number + 1) * rows)
             held.append((self.stored, number, found))
         return found
 
