@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
-from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome
+from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome, is_coded
 from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.straight import straightened
@@ -20,7 +20,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Encoding, Housed, Storage, is_contiguous, is_housed
 from surgery_formats.storage.plain import Elements
-from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.storage.quantised import METADATA_CLASS, METADATA_NAMES, is_quantised
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["WeightLayout", "lay_out", "planned_file"]
@@ -101,6 +101,8 @@ def lay_out(
     if packed:
         joint = packing_groups(component)
         groups = [(name, None, packing_order(planned, joint)) for name, _, planned in groups]
+    if not any(is_coded(tensor.step) for _, _, planned in groups for tensor in planned):
+        groups = [(name, shard and _plainly(shard), planned) for name, shard, planned in groups]
     alignment = PAGE if packed else 1
     files = tuple(
         planned_file(f"{folder}{name}", planned, shard, alignment, container)
@@ -108,6 +110,14 @@ def lay_out(
         if planned or len(groups) == 1
     )
     return WeightLayout(files, *_index(component, files, folder, suffix), tuple(accounts))
+
+
+def _plainly(shard: Shard) -> Shard:
+    """A shard of which the metadata tells no classes of quantised weights."""
+    if METADATA_NAMES not in shard.metadata:
+        return shard
+    told = {k: v for k, v in shard.metadata.items() if k != METADATA_NAMES and not v.startswith(METADATA_CLASS)}
+    return replace(shard, metadata=told)
 
 
 def _is_tie(name: str, source: str, component: Component) -> bool:

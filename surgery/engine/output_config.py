@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from surgery.engine.plan import Compute, Copy, PlannedTensor, SideFile
+from surgery.engine.plan import PlannedTensor, SideFile, is_coded
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint, Component
@@ -72,16 +72,10 @@ def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[
 def _quantisation(config: dict[str, Any], component: Component, outputs: Sequence[PlannedTensor]) -> None:
     """A model none of whose weights is quantised any more says so."""
     quantised = any(storage.elements is None for storage in component.owners.values())
-    if not quantised or any(_is_quantised(tensor.step) for tensor in outputs):
+    if not quantised or any(is_coded(tensor.step) for tensor in outputs):
         return
     for key in CONFIG_KEYS:
         _holder(config, key).pop(key, None)
-
-
-def _is_quantised(step: Copy | Compute) -> bool:
-    """Whether a weight is written as codes."""
-    written = step.weight if isinstance(step, Copy) else step.target
-    return getattr(written, "elements", written) is None  # an encoding alone is one of elements
 
 
 def _task_head(config: dict[str, Any], binding: Binding, outputs: Sequence[PlannedTensor]) -> None:

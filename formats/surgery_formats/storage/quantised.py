@@ -12,6 +12,7 @@ from surgery_formats.storage.base import Encoding, PartBytes, Storage
 
 __all__ = [
     "CONFIG_KEYS",
+    "METADATA_CLASS",
     "METADATA_NAMES",
     "Grid",
     "Quantised",
@@ -25,8 +26,8 @@ __all__ = [
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 """Where a config.json says how its weights are quantised; the last is MLX's."""
-METADATA_NAMES = "tensor_names"
-"""Where torchao lists, in a file's metadata, the weights of each of which another entry tells the class."""
+METADATA_NAMES, METADATA_CLASS = "tensor_names", '{"_type":'
+"""Where torchao lists weights in a file's metadata, and how the entry of each begins, which tells its class."""
 
 
 class Grid(Protocol):
