@@ -24,7 +24,6 @@ from surgery_formats.linalg.krylov import LOOK, ROUNDING, block_size, missed_ene
 from surgery_formats.linalg.matrix import SAFE, scale_of
 from surgery_formats.linalg.panel import noise, orthonormal, positive, within, without
 from surgery_formats.linalg.rank_criteria import checked_rank
-from surgery_formats.linalg.replay import replayed
 from surgery_formats.linalg.svd import FINE, MEASURED, NOTHING, SHARE, SKEW, SLACK, SMALL, left_over, truncated_svd
 from surgery_formats.threads import one_thread
 
@@ -159,7 +158,7 @@ def _krylov(matrices: _Matrices, known: Sequence[int], rank: int, block: int, ta
     chosen: dict[int, numpy.ndarray] = {}
     excess: dict[int, float] = {}
     for step in range(1, min(_MOST_STEPS, matrices.short // 2 // block) + 1):
-        panel = cast(replayed(next_panel, fresh, basis, xp.roll(filler, step, axis=-1)), DType.F32)
+        panel = cast(next_panel(fresh, basis, xp.roll(filler, step, axis=-1)), DType.F32)
         basis = xp.concat([basis, panel], axis=1)
         latest = matrices.adjoint(panel)
         image = xp.concat([image, latest], axis=1)
@@ -214,7 +213,7 @@ def _pool() -> ThreadPoolExecutor:
 def _finished(stack: Array, matrices: _Matrices, bases: _Bases, seed: int) -> SVDStack:
     """Make both sides orthonormal, fix the signs, and measure what is left; what is not certified is left to do."""
     xp, rank = namespace(stack), bases.right.shape[1]
-    basis = replayed(orthonormal, bases.right, noise((rank, matrices.long), seed, DType.F32, stack))
+    basis = orthonormal(bases.right, noise((rank, matrices.long), seed, DType.F32, stack))
     turn, values, back = numpy.linalg.svd(to_cpu(cast(bases.right, DType.F64) @ basis.mT))
     left = array_of(turn.mT, DType.F64, stack) @ cast(bases.left, DType.F64)
     gram = left @ left.mT - xp.eye(rank, dtype=left.dtype, device=left.device)

@@ -8,8 +8,6 @@ computing overlap. Memory stays bounded: a reader waits until its buffer has bee
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, cycle, zip_longest
@@ -30,7 +28,6 @@ fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
 _CHUNK = 16 << 20  # bytes per buffer: each takes the interpreter 60 us or so, whatever its size
-_NICE = 10  # of readers: what is computed with the rows comes first
 _BUFFERS = 2  # per reader: one is read into while the other is copied
 ByteObserver = Callable[[int, memoryview], None]
 
@@ -170,8 +167,6 @@ class StagedFeed:
 
     def _serve(self) -> None:
         """Carry chunks until the end; what fails is raised where the fill is waited for."""
-        if sys.platform.startswith("linux"):  # where a thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         staging: _Staging | None = None
         broken: BaseException | None = None
         try:

@@ -20,15 +20,14 @@ from surgery.extraction.stream.feed import DirectFeed, Feed, StagedFeed
 from surgery_formats.arrays import Array, dtype_of, empty
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ResourceError
-from surgery_formats.linalg.replay import forget
 from surgery_formats.threads import one_thread
 
 __all__ = ["DeviceMemory", "Job", "Lane", "Lanes", "default_lanes", "in_threads"]
 
 _PER_GPU = 2
-_READERS = 12
-"""Threads that read for one GPU, of a lower priority, or they would keep the lanes from the cores: 16 cores and an H200,
-1.24 B parameters, seconds from the first read to synced with 8, 12, 16 readers: 0.59, 0.52, 0.59."""
+_READERS = 8
+"""Threads that read for one GPU. More read no faster and keep the lanes from the interpreter: 16 cores and an H200,
+1.24 B parameters, seconds from the first read to synced with 6, 8, 12, 16 readers: 0.64, 0.63, 0.65, 0.73."""
 _SWITCH = 2e-5  # seconds
 _SHARE = 0.7  # of a device's free memory
 Stop = Callable[[], bool]
@@ -151,7 +150,6 @@ class Lanes:
         self._pool.shutdown(cancel_futures=True)
         for staged in self._staged:
             staged.close()
-        forget()
 
     def warm(self, job: Job) -> None:
         """Run `job` in every GPU lane at once, because libraries start at their first use; does nothing on CPUs."""
