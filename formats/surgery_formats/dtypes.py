@@ -27,6 +27,8 @@ class DType(enum.Enum):
     F8_E4M3 = ("F8_E4M3", 8, "float8_e4m3fn")
     F8_E5M2 = ("F8_E5M2", 8, "float8_e5m2")
     F8_E8M0 = ("F8_E8M0", 8, "float8_e8m0fnu")
+    F8_E4M3_FNUZ = ("F8_E4M3FNUZ", 8, "float8_e4m3fnuz")
+    F8_E5M2_FNUZ = ("F8_E5M2FNUZ", 8, "float8_e5m2fnuz")
     F6_E2M3 = ("F6_E2M3", 6, None)
     F6_E3M2 = ("F6_E3M2", 6, None)
     F4 = ("F4", 4, None)
@@ -54,7 +56,7 @@ class DType(enum.Enum):
     @property
     def is_floating_point(self) -> bool:
         """Whether values are floating-point numbers, narrow ones that must be widened first included."""
-        return self.is_float or self in (DType.F8_E4M3, DType.F8_E5M2)
+        return self.is_float or (self.bits == 8 and self.label.startswith(("F8_E4", "F8_E5")))
 
     def nbytes(self, numel: int) -> int:
         """Return the size of `numel` elements in bytes."""

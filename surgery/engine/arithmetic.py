@@ -10,15 +10,18 @@ import numpy
 import xxhash
 
 from surgery.engine.blocks import block_height
-from surgery.engine.ledger import Measurement
+from surgery.engine.ledger import CodeChange, Measurement
 from surgery.engine.plan import Compute
+from surgery.engine.requantise import WeightRequantiser
 from surgery_formats.arrays import Array, assign, cast, dtype_of, empty, energy, namespace
 from surgery_formats.binding.edits import prepared
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.survival import Survival
+from surgery_formats.storage.aligned import release
 from surgery_formats.storage.base import PartBytes, Storage, read_block
-from surgery_formats.tensors.apply import apply_chain
+from surgery_formats.tensors.apply import Apply, apply_chain
+from surgery_formats.tensors.views import View
 
 __all__ = ["compute"]
 
@@ -33,7 +36,12 @@ Write = Callable[[int, int, memoryview], None]
 
 @numpy.errstate(divide="ignore", over="ignore", invalid="ignore")  # what is not finite is refused by name
 def compute(
-    label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str = "cpu"
+    label: str,
+    step: Compute,
+    write: Write,
+    stop: Callable[[], bool],
+    device: str = "cpu",
+    values: Array | None = None,
 ) -> tuple[Measurement, ...]:
     """Compute one weight and hand the bytes of each of its stored tensors to `write` in order.
 
@@ -43,6 +51,7 @@ def compute(
         write: Takes each block of bytes.
         stop: Asked before each block; work ends early when it says yes.
         device: Where the arithmetic runs.
+        values: Filled with the values that a reader will get, if given: ``(rows, cols)`` of the target's type.
 
     Returns:
         What was measured of each stored tensor, in the order of `Encoding.parts`; what concerns the values is with the
@@ -55,11 +64,13 @@ def compute(
     source, target = step.source, step.target
     output = _PartWriter(len(target.parts(label)), write)
     if not source.is_float:
-        return _as_stored(step, output)  # strided integers of a pickle: no arithmetic touches them
+        return _as_stored(step, output, values)  # strided integers of a pickle: no arithmetic touches them
     exact = DType.F64 if DType.F64 in (source.dtype, target.dtype) else DType.F32
     height = block_height(source.shape[1], step)
     chain = prepared(step.operations, source, exact, height, device)
     tally = _UpdateTally()
+    if step.requantise is not None:
+        return _requantised(label, step, chain, output, stop, device, values)
     buffers = _BlockBuffers(source, height, target.dtype, exact, device)
     rows = source.shape[0]
     sampled = _SAMPLE if rows > height else 1
@@ -75,7 +86,10 @@ def compute(
         tally.note_change(stored, rounded)
         if before is not None:
             tally.note_update(before, block[::sampled], rounded[::sampled])
+        if values is not None:
+            values[start:end] = rounded
         output.write(encoded)
+    release()  # a matrix that was turned
     return output.measured(tally)
 
 
@@ -92,16 +106,44 @@ class _PartWriter:
             self._hashers[chunk.part].update(chunk.data)
             self._write(chunk.part, chunk.offset, chunk.data)
 
-    def measured(self, tally: _UpdateTally) -> tuple[Measurement, ...]:
+    def measured(self, tally: _UpdateTally, codes: CodeChange | None = None) -> tuple[Measurement, ...]:
         """One measurement per part: the sums with the first, so that a weight counts once."""
         first, *rest = (hasher.hexdigest() for hasher in self._hashers)
-        return (tally.result(first), *(Measurement(xxh3, tally.changed) for xxh3 in rest))
+        return (tally.result(first, codes), *(Measurement(xxh3, tally.changed) for xxh3 in rest))
 
 
-def _as_stored(step: Compute, output: _PartWriter) -> tuple[Measurement, ...]:
+def _requantised(
+    label: str,
+    step: Compute,
+    chain: list[tuple[View, Apply]],
+    output: _PartWriter,
+    stop: Callable[[], bool],
+    device: str,
+    values: Array | None,
+) -> tuple[Measurement, ...]:
+    """A weight that keeps its quantised format."""
+    tally = _UpdateTally()
+    weight = WeightRequantiser(step, chain, device)
+    for done in weight.blocks(lambda block: _check_finite(block, step.target.dtype, label)):
+        if stop():
+            break
+        tally.note_change(done.stored, done.rounded)
+        if chain:
+            sampled = slice(None, None, weight.sampled)
+            tally.note_update(done.stored[sampled], done.wanted[sampled], done.rounded[sampled])
+        if values is not None:
+            values[done.start : done.start + len(done.rounded)] = done.rounded
+        output.write(done.encoded)
+    release()
+    return output.measured(tally, weight.account())
+
+
+def _as_stored(step: Compute, output: _PartWriter, values: Array | None) -> tuple[Measurement, ...]:
     """The stored values, only put in order."""
-    values = read_block(step.source, 0, step.source.shape[0])
-    output.write(step.target.put(0, values, empty(values.shape, dtype_of(values))))
+    stored = read_block(step.source, 0, step.source.shape[0])
+    output.write(step.target.put(0, stored, empty(stored.shape, dtype_of(stored))))
+    if values is not None:
+        values[...] = stored
     return output.measured(_UpdateTally())
 
 
@@ -175,6 +217,6 @@ class _UpdateTally:
         self.moved += int(namespace(stored).count_nonzero(stored != 0))
         self.kept = Survival.total((self.kept, Survival.of(after - before, stored)))
 
-    def result(self, xxh3: str) -> Measurement:
+    def result(self, xxh3: str, codes: CodeChange | None = None) -> Measurement:
         """The sums so far."""
-        return Measurement(xxh3, self.changed, self.sampled, self.moved, *self.kept)
+        return Measurement(xxh3, self.changed, self.sampled, self.moved, *self.kept, codes)

@@ -8,11 +8,13 @@ import math
 from surgery.engine.plan import Compute, PlannedTensor
 from surgery_formats.updates import is_mixing
 
-__all__ = ["BLOCK_ELEMENTS", "block_bytes", "block_height"]
+__all__ = ["BLOCK_ELEMENTS", "block_bytes", "block_height", "row_group"]
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements per block: 2 MB of float32, which stays in a core's cache between the steps. Fixed, so that results depend
 on nothing else."""
+_REQUANTISED = 4
+"""Times as many elements where codes are chosen again: their steps along the inputs have a cost of their own."""
 
 
 def block_height(width: int, step: Compute) -> int:
@@ -21,10 +23,15 @@ def block_height(width: int, step: Compute) -> int:
     A multiple of the rows that can be put alone, and of the columns that are mixed where the storage holds them as
     rows.
     """
-    height = max(1, BLOCK_ELEMENTS // max(width, 1))
+    elements = BLOCK_ELEMENTS * (_REQUANTISED if step.requantise else 1)
+    group = row_group(step)
+    return -(-max(1, elements // max(width, 1)) // group) * group
+
+
+def row_group(step: Compute) -> int:
+    """Storage rows that can only be computed and put together."""
     mixed = [operation.update for operation in step.operations if operation.view.transposed]
-    group = math.lcm(step.target.group, *(update.group for update in mixed if is_mixing(update)))
-    return -(-height // group) * group
+    return math.lcm(step.target.group, *(update.group for update in mixed if is_mixing(update)))
 
 
 def block_bytes(tensor: PlannedTensor) -> int:

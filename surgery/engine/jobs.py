@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, Copy, PlannedFile, PlannedTensor
@@ -136,7 +136,7 @@ class FileJob:
     def _sync(self) -> None:
         try:
             self.out.finish(
-                {"tensors": {label: _as_record(measurement) for label, measurement in sorted(self.measured.items())}}
+                {"tensors": {label: measurement.as_record() for label, measurement in sorted(self.measured.items())}}
             )
         except BaseException as error:
             self.synced.set_exception(error)
@@ -210,7 +210,3 @@ class ByteMeter:
             self._done += nbytes
             if self._callback is not None:
                 self._callback(Progress(self._done, self._total, "writing" if self._done < self._total else "syncing"))
-
-
-def _as_record(measurement: Measurement) -> dict[str, Any]:
-    return {name: getattr(measurement, name) for name in Measurement.__slots__}

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome
+from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
 from surgery_formats.binding.edits import Edit
+from surgery_formats.binding.straight import straightened
 from surgery_formats.containers.base import Shard, WritableContainer
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.sharded import index_bytes, index_name, output_name, shard_names
@@ -17,6 +19,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Encoding, Storage, is_contiguous
 from surgery_formats.storage.plain import Elements
+from surgery_formats.storage.quantised import is_quantised
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["WeightLayout", "lay_out", "planned_file"]
@@ -39,7 +42,7 @@ def lay_out(
     shard_size: int | None = None,
     untied: Collection[str] = (),
     packed: bool = False,
-    dequantised: bool = True,
+    quantised: QuantisedOutput = DEQUANTISED,
 ) -> WeightLayout:
     """Plan the weight files of one component.
 
@@ -50,7 +53,7 @@ def lay_out(
         shard_size: Most bytes per file; None keeps the base's shards.
         untied: Components whose head and embedding part.
         packed: Lay out for graphs: see `surgery.engine.packing`.
-        dequantised: Store what is quantised in elements of 16 bits, see `Component.plain_dtype`; else as it is.
+        quantised: What becomes of weights stored as codes.
 
     Raises:
         FitError: `packed`, and the architecture has no recipe that says what belongs together.
@@ -62,7 +65,7 @@ def lay_out(
     suffix = container.suffixes[0]
     accounts: list[Account] = []
     groups: list[tuple[str, Shard | None, list[PlannedTensor]]] = []
-    planner = _WeightPlanner(component, edits, dtype, dequantised)
+    planner = _WeightPlanner(component, edits, dtype, quantised)
     for shard in component.shards:
         planned: list[PlannedTensor] = []
         for tensor in shard.tensors:
@@ -107,11 +110,13 @@ def _is_tie(name: str, source: str, component: Component) -> bool:
 class _WeightPlanner:
     """Plans the weights of one component, each once, however many stored tensors it has."""
 
-    def __init__(self, component: Component, edits: Mapping[str, Edit], dtype: DType | None, dequantised: bool) -> None:
+    def __init__(
+        self, component: Component, edits: Mapping[str, Edit], dtype: DType | None, quantised: QuantisedOutput
+    ) -> None:
         self._component = component
         self._edits = edits
         self._dtype = dtype
-        self._dequantised = dequantised
+        self._quantised = quantised
         self._planned: dict[str, dict[str, PlannedTensor]] = {}
 
     def outputs(self, tensor: StoredTensor, weight: Storage) -> list[PlannedTensor]:
@@ -137,13 +142,19 @@ class _WeightPlanner:
         source = base if edit is None else edit.source
         target = self._encoding(base, source, edit)
         operations = edit.operations if edit else ()
+        if source.transposed and target is not source and target is not base:  # elements lie as the model has them
+            source, operations = straightened(source, operations)
+            target = Elements(source.sizes, source.shape, target.dtype)
+        elif source is not base and target is base and source.transposed != base.transposed:
+            source, operations = straightened(source, operations)
         trained = edit is not None and edit.replaced is not None  # never copied unseen: its values must be finite
         parts = target.parts(name)
         steps: Sequence[Copy | Compute]
         if target is source and source.sources and is_contiguous(source) and not (operations or trained):
             steps = [Copy(stored, source) for stored in source.sources]
         else:
-            steps = [Compute(source, operations, target)] * len(parts)
+            requantise = self._quantised.requantise(name) if target is base and is_quantised(base) else None
+            steps = [Compute(source, operations, target, requantise)] * len(parts)
         outcome: TensorOutcome = "copied"
         if edit is not None:
             outcome = "updated" if operations else "replaced"
@@ -171,9 +182,12 @@ class _WeightPlanner:
 
     def _type(self, base: Storage) -> DType | None:
         """The element type that the output shall have, or None for the base's storage."""
-        if self._dtype is None and self._dequantised and base.elements is None:
-            return self._component.plain_dtype
-        return self._dtype
+        if base.elements is not None:
+            return self._dtype
+        touched = base.name in self._edits
+        if self._quantised.keeps(touched=touched, dtype=self._dtype):
+            return None
+        return self._dtype or self._component.plain_dtype
 
     def _encoding(self, base: Storage, source: Storage, edit: Edit | None) -> Encoding:
         """The storage of the base's weight, also for what replaces it.

@@ -6,14 +6,57 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.tensors.tensor import origin
 
-__all__ = ["Ledger", "Measurement", "Row"]
+__all__ = ["CodeChange", "Ledger", "Measurement", "Row"]
+
+
+@dataclass(frozen=True, slots=True)
+class CodeChange:
+    """What became of the codes of one requantised weight, over a fixed sample of its outputs.
+
+    Attributes:
+        codes: Number of codes in the sample.
+        moved: How many of them differ from the base's.
+        rounding: ``nearest`` or ``feedback``.
+        scales: ``kept`` or ``fresh``.
+        update: As `Measurement.update`, of what is left of both in the inputs that the adapter listens to; 0 where no
+            update says which these are.
+        stored: As `Measurement.stored`, there.
+        noise: As `Measurement.noise`, there.
+    """
+
+    codes: int
+    moved: int
+    rounding: str
+    scales: str
+    update: float = 0.0
+    stored: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def inside(self) -> Survival:
+        """The three sums together."""
+        return Survival(self.update, self.stored, self.noise)
+
+    def as_json(self) -> dict[str, Any]:
+        """The account as plain values."""
+        account: dict[str, Any] = {
+            "rounding": self.rounding,
+            "scales": self.scales,
+            "moved": round(self.moved / max(self.codes, 1), 6),
+        }
+        if self.update > 0:
+            account["inside"] = {
+                "correlation": round(self.inside.correlation, 6),
+                "error": round(self.inside.rounding, 6),
+            }
+        return account
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +74,7 @@ class Measurement:
         update: ``sum(T * T)``.
         stored: ``sum(D * T)``.
         noise: ``sum((D - T) ** 2)``.
+        codes: What became of its codes, if it keeps its quantised format.
     """
 
     xxh3: str
@@ -40,6 +84,18 @@ class Measurement:
     update: float = 0.0
     stored: float = 0.0
     noise: float = 0.0
+    codes: CodeChange | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """The record that a finished file keeps of it."""
+        record = {name: getattr(self, name) for name in self.__slots__ if name != "codes"}
+        return record if self.codes is None else record | {"codes": asdict(self.codes)}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Measurement:
+        """The measurement that `as_record` recorded."""
+        codes = record.get("codes")
+        return cls(**{**record, "codes": None if codes is None else CodeChange(**codes)})
 
     @property
     def kept(self) -> Survival:
@@ -90,6 +146,9 @@ class Row:
                     "rounding": round(self.measured.rounding, 6),
                     "moved": round(self.measured.moved / max(self.measured.sampled, 1), 6),
                 }
+            if self.measured.codes is not None:
+                correlation = round(self.measured.kept.correlation, 6)
+                row["codes"] = {"correlation": correlation} | self.measured.codes.as_json()
         return row
 
 
@@ -156,6 +215,16 @@ class Ledger:
         """Rounding noise of all updates together relative to their norm."""
         return self.kept.rounding
 
+    @property
+    def requantised(self) -> tuple[tuple[PlannedTensor, Measurement, CodeChange], ...]:
+        """Every weight whose codes were chosen again for an update."""
+        found = []
+        for tensor in self.plan.weights:
+            measured = self.measured.get(tensor.label)
+            if measured is not None and measured.codes is not None and measured.update > 0:
+                found.append((tensor, measured, measured.codes))
+        return tuple(found)
+
     def unmoved(self) -> tuple[str, ...]:
         """Updated weights of which no stored value changed."""
         return tuple(
@@ -169,7 +238,7 @@ class Ledger:
     def as_json(self) -> dict[str, Any]:
         """The machine's copy; the same bytes for the same inputs and options."""
         survival = self.survival
-        return {
+        account = {
             "verb": self.plan.verb,
             "classes": self.classes,
             "survival": None if math.isnan(survival) else round(survival, 6),
@@ -181,3 +250,23 @@ class Ledger:
             "ignored": {entry.tensor.name: entry.reason for entry in self.plan.ignored},
             "warnings": list(self.plan.warnings),
         }
+        return account | ({"requantised": _requantised(self)} if self.requantised else {})
+
+
+def _requantised(ledger: Ledger) -> dict[str, Any]:
+    """The account of all codes together."""
+    weights = ledger.requantised
+    whole = Survival.total(measured.kept for _, measured, _ in weights)
+    inside = Survival.total(change.inside for _, _, change in weights)
+    account: dict[str, Any] = {
+        "weights": len(weights),
+        "feedback": sum(change.rounding == "feedback" for _, _, change in weights),
+        "fresh_scales": sum(change.scales == "fresh" for _, _, change in weights),
+        "moved": round(sum(c.moved for _, _, c in weights) / max(sum(c.codes for _, _, c in weights), 1), 6),
+        "survival": round(whole.survival, 6),
+        "correlation": round(whole.correlation, 6),
+        "error": round(whole.rounding, 6),
+    }
+    if inside.update > 0:
+        account["inside"] = {"correlation": round(inside.correlation, 6), "error": round(inside.rounding, 6)}
+    return account

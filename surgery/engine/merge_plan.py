@@ -14,6 +14,7 @@ from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, a
 from surgery.engine.layout import WeightLayout, lay_out
 from surgery.engine.output_config import corrected_config
 from surgery.engine.plan import Plan, SideFile, check_conservation
+from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
 from surgery_formats.collector import collector_paused
@@ -23,10 +24,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.text import listing, show
 
-__all__ = ["QUANTIZED", "plan_merge", "planned_merge"]
-
-QUANTIZED = ("dequantize", "requantize")
-"""What becomes of a quantised base: elements of 16 bits, or the format it has."""
+__all__ = ["plan_merge", "planned_merge"]
 
 
 @collector_paused()
@@ -36,7 +34,8 @@ def planned_merge(
     dtype: str,
     shard_size: int | None,
     layout: str,
-    quantized: str = "dequantize",
+    quantised: QuantisedOutput = DEQUANTISED,
+    reversible: bool = False,
 ) -> tuple[Binding, Plan]:
     """The binding and the plan of a merge.
 
@@ -45,8 +44,6 @@ def planned_merge(
     """
     if layout not in ("keep", "packed"):
         raise FitError(f"layout is 'keep' or 'packed', not '{show(layout)}'")
-    if quantized not in QUANTIZED:
-        raise FitError(f"quantized is one of {', '.join(QUANTIZED)}, not '{show(quantized)}'")
     weighted = as_weighted(adapters)
     if not weighted:
         raise FitError("no adapter was named")
@@ -55,7 +52,12 @@ def planned_merge(
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     stored = float_type(dtype, "weights")
     return binding, plan_merge(
-        binding, dtype=stored, shard_size=shard_size, packed=layout == "packed", quantized=quantized
+        binding,
+        dtype=stored,
+        shard_size=shard_size,
+        packed=layout == "packed",
+        quantised=quantised,
+        reversible=reversible,
     )
 
 
@@ -65,7 +67,8 @@ def plan_merge(
     dtype: DType | None = None,
     shard_size: int | None = None,
     packed: bool = False,
-    quantized: str = "dequantize",
+    quantised: QuantisedOutput = DEQUANTISED,
+    reversible: bool = False,
 ) -> Plan:
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
 
@@ -76,7 +79,7 @@ def plan_merge(
     layouts: dict[str, WeightLayout] = {}
     for name, component in checkpoint.components.items():
         edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
-        layouts[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed, quantized == "dequantize")
+        layouts[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed, quantised)
     side_files = [SideFile(layout.index_name, data=layout.index) for layout in layouts.values() if layout.index_name]
     side_files += _carried(binding)
     files = tuple(file for layout in layouts.values() for file in layout.files)
@@ -85,8 +88,9 @@ def plan_merge(
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
-    if quantized != "dequantize":
-        options["quantized"] = quantized
+    options |= quantised.options
+    if reversible:
+        options["reversible"] = True
     plan = Plan(
         verb="merge",
         files=files,

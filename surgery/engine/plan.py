@@ -33,6 +33,7 @@ __all__ = [
     "Plan",
     "PlannedFile",
     "PlannedTensor",
+    "Requantise",
     "SideFile",
     "TensorOutcome",
     "check_conservation",
@@ -41,10 +42,20 @@ __all__ = [
 SHARE_FILE, SHARE_MAGIC = "weights", b"surgery share 1\n"  # the one file of a share, and its first bytes
 
 TensorOutcome = Literal[
-    "copied", "cast", "updated", "replaced", "added", "source", "alias", "derivable", "superseded", "referenced"
+    "copied",
+    "cast",
+    "updated",
+    "replaced",
+    "added",
+    "source",
+    "alias",
+    "derivable",
+    "superseded",
+    "referenced",
+    "restored",
 ]
-"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced or added; the others are inputs
-without an output."""
+"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced, added or (of an unmerge) restored;
+the others are inputs without an output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,19 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Requantise:
+    """How codes are chosen for a weight that keeps its quantised format.
+
+    Attributes:
+        rounding: ``feedback`` makes up for errors along the inputs where that keeps more of the update.
+        inputs: What a calibration file has for the module, by part; empty without one.
+    """
+
+    rounding: Literal["feedback", "nearest"] = "feedback"
+    inputs: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """The source's values through a chain of updates, rounded once. All tensors of one weight share one step.
 
@@ -78,11 +102,13 @@ class Compute:
         source: The weight of the base, or what replaces it.
         operations: In order; empty for a change of type alone.
         target: How the output stores it.
+        requantise: How its codes are chosen, if `target` is the base's weight and stored as codes.
     """
 
     source: Storage
     operations: tuple[Operation, ...]
     target: Encoding
+    requantise: Requantise | None = None
 
     @property
     def sources(self) -> tuple[StoredTensor, ...]:

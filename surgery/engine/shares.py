@@ -30,6 +30,7 @@ from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.ledger import Measurement
 from surgery.engine.merge_plan import planned_merge
 from surgery.engine.plan import SHARE_FILE, Compute, Plan, PlannedTensor
+from surgery.engine.quantised_output import quantised_output
 from surgery_formats.binding.bind import Binding
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
@@ -52,7 +53,10 @@ class MergeRequest:
         dtype: As `surgery.merge` takes it.
         shard_size: As `surgery.merge` takes it.
         layout: ``keep`` or ``packed``.
-        quantized: ``dequantize`` or ``requantize``.
+        quantized: As `surgery.merge` takes it.
+        only_touched: As `surgery.merge` takes it.
+        rounding: As `surgery.merge` takes it.
+        reversible: As `surgery.merge` takes it.
     """
 
     base: str
@@ -61,6 +65,9 @@ class MergeRequest:
     shard_size: int | None = None
     layout: str = "keep"
     quantized: str = "dequantize"
+    only_touched: bool = False
+    rounding: str | None = None
+    reversible: bool = False
 
     def planned(self) -> tuple[Binding, Plan]:
         """The binding and the plan; opens the inputs.
@@ -68,7 +75,10 @@ class MergeRequest:
         Raises:
             FitError, InputError: see `surgery.merge`.
         """
-        return planned_merge(self.base, self.adapters, self.dtype, self.shard_size, self.layout, self.quantized)
+        quantised = quantised_output(self.quantized, only_touched=self.only_touched, rounding=self.rounding)
+        return planned_merge(
+            self.base, self.adapters, self.dtype, self.shard_size, self.layout, quantised, self.reversible
+        )
 
 
 def merge_share(

@@ -18,8 +18,10 @@ from surgery.extraction.sampling import at_rows, read_runs, sample_runs
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.arrays import Array
+from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
+from surgery_formats.storage.base import Storage
 
 __all__ = [
     "NoiseReport",
@@ -167,13 +169,19 @@ def survivals(
     workers: int,
     gains: Mapping[str, Callable[[], Array]],
 ) -> dict[str, Survival]:
-    """What a merge of the factors into BASE's stored type would keep, by target path; not known of a quantised BASE."""
+    """What a merge of the factors into BASE's stored type would keep, by target path; in bfloat16 of what is quantised."""
 
     def of(factors: TargetFactors) -> tuple[str, Survival]:
         path = factors.target.path
         return path, Survival.total(_survival(factors, ranks[path], gains.get(path)))
 
     return dict(in_threads(of, factored, workers))
+
+
+def _merged_type(base: Storage) -> DType:
+    """The type of a merged weight: a quantised one becomes one of 16 bits."""
+    stored = getattr(base, "stored", base)  # of one that is turned
+    return stored.dtype if stored.elements is not None else DType.BF16
 
 
 def _survival(factors: TargetFactors, rank: int, gains: Callable[[], Array] | None) -> Iterator[Survival]:
@@ -192,6 +200,5 @@ def _survival(factors: TargetFactors, rank: int, gains: Callable[[], Array] | No
             if gain is not None:  # g (W + BA) - W
                 scale = gain if by_column else at_rows(gain, rows, axis=-1)[:, None]
                 change = scale * change + (scale - 1) * base
-            if strip.base.elements is not None:
-                yield survival(base, change, strip.base.dtype)
+            yield survival(base, change, _merged_type(strip.base))
             at += strip.height

@@ -92,7 +92,6 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
     _check_kind(base, tuned)
     for component in (base, tuned):
         component.check_read()
-    _check_storages(tuned)
     pairs, lacking, matched = [], [], set()
     originals, weights = base.parameters, tuned.parameters
     for name, parameter in weights.items():
@@ -144,21 +143,6 @@ def pair_up(base: Component, tuned: Component) -> tuple[Pair, ...]:
     for pair in pairs:
         _check_types(pair)
     return tuple(pairs)
-
-
-def _check_storages(tuned: Component) -> None:
-    """Refuse a quantised fine-tune.
-
-    The rounding in its change is not known, and no copy of a weight can be put into an adapter.
-    """
-    for weight in tuned.owners.values():
-        if weight.elements is None:
-            raise FitError(
-                f"is stored as {weight.kind} in TUNED: an adapter is extracted from plain numbers",
-                file=path_of(weight),
-                tensor=weight.name,
-                hint="take TUNED in a plain floating-point type: F32, F16 or BF16",
-            )
 
 
 def _check_types(pair: Pair) -> None:

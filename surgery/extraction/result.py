@@ -139,6 +139,7 @@ class ExtractResult:
         merged: The LoRA that TUNED seems to contain; None if it does not.
         kind: LoRA or DoRA, and why.
         calibration: Effect of calibration inputs; None without any.
+        quantised: What rounding to codes has to do with the change; empty if neither side is quantised.
         timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was
             asked for; ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA),
             ``calibrating``, ``identifying`` (the content id), ``noise`` (what a merge would keep), ``settling`` (all
@@ -162,6 +163,7 @@ class ExtractResult:
     merged: MergedLoRA | None = None
     kind: KindFacts | None = None
     calibration: CalibrationTotals | None = None
+    quantised: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu",)
     why_devices: str = ""
@@ -244,6 +246,7 @@ class ExtractResult:
             "tensors": {row.name: row.as_json() for row in self.rows},
             "warnings": list(self.warnings),
         }
+        facts |= {"quantised": list(self.quantised)} if self.quantised else {}
         return six_digits(facts | ({"table": [choice.as_json() for choice in self.table]} if self.table else {}))
 
     def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
@@ -297,6 +300,8 @@ class ExtractResult:
             yield "calibration", self.calibration.text
         if self.merged is not None:
             yield "origin", self.merged.text
+        for finding in self.quantised:
+            yield "quantised", finding
         if not math.isnan(self.survival):
             survives = Value(self.survival, "share", 1)
             yield "merging", ("keeps ", survives, " of the factors' update in BASE's stored type")

@@ -57,6 +57,7 @@ def predicted_result(plan: ExtractionPlan) -> ExtractResult:
         plan.noise.merged,
         plan.decision.facts,
         CalibrationTotals.of(plan.calibrated.facts.values()) if request.calibration is not None else None,
+        plan.scan.findings,
     )
 
 

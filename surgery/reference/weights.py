@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from surgery.engine.arithmetic import compute
 from surgery.engine.plan import Compute, Copy, Plan
-from surgery_formats.arrays import Array, as_torch, empty
+from surgery_formats.arrays import as_torch, empty
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.names import Names
-from surgery_formats.storage.base import Encoding, PartBytes, Storage, read_rows
+from surgery_formats.storage.base import Storage, read_rows
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor
 
@@ -82,25 +81,10 @@ class _PlannedWeights:
         return self._last[1][start:stop].clone()
 
 
-class _RecordingEncoding:
-    """An encoding that records the values a reader would get, instead of writing bytes to a file."""
-
-    def __init__(self, target: Encoding) -> None:
-        self.sizes, self.shape, self.dtype, self.group = target.sizes, target.shape, target.dtype, target.group
-        self.parts = target.parts
-        self.values = empty(target.shape, target.dtype)
-        self._target = target
-
-    def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
-        encoded = self._target.put(start, block, rounded)
-        self.values[start : start + len(block)] = rounded
-        return encoded
-
-
 def _computed(name: str, step: Compute) -> torch.Tensor:
-    target = _RecordingEncoding(step.target)
-    compute(name, replace(step, target=target), lambda *_: None, lambda: False)
-    return as_torch(target.values.reshape(target.sizes))
+    values = empty(step.target.shape, step.target.dtype)
+    compute(name, step, lambda *_: None, lambda: False, values=values)
+    return as_torch(values.reshape(step.target.sizes))
 
 
 def stored_weights(component: Component) -> ReferenceWeights:

@@ -20,6 +20,7 @@ from surgery.engine.devices import devices_of, extraction_devices
 from surgery.engine.execute import default_workers
 from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, check_counts, output_path
 from surgery.extraction.calibration import check_modules, open_calibration
+from surgery.extraction.code_noise import with_code_noise
 from surgery.extraction.extraction_plan import (
     CheckpointPair,
     ExtractionRequest,
@@ -155,6 +156,8 @@ def extract_lora(
         specs = stored_factor_specs(goal, scaling, stored)
         lanes.warm(warming(layout, goal, specs))
         scanned = scan(layout, goal, specs, scratch, lanes, progress)
+        factored, measures, findings = with_code_noise(scanned.factored, scanned.measures, threads)
+        scanned = replace(scanned, factored=factored, measures=measures, findings=findings)
         stopwatch.lap("starting", scanned.began)
         stopwatch.lap("reading")
         plan = plan_extraction(pair, layout, scanned, request, stopwatch)

@@ -14,8 +14,10 @@ from surgery.engine.merge_plan import planned_merge
 from surgery.engine.merge_result import MergeResult
 from surgery.engine.model_card import merge_card
 from surgery.engine.output_checks import check_output
+from surgery.engine.quantised_output import quantised_output
 from surgery.progress import Callback
 from surgery.reports.result import timed
+from surgery_formats.files.output.folder import OutputFolder
 
 __all__ = ["MergeResult", "merge"]
 
@@ -33,6 +35,10 @@ def merge(
     shard_size: int | None = None,
     layout: str = "keep",
     quantized: str = "dequantize",
+    only_touched: bool = False,
+    rounding: str | None = None,
+    accept_loss: bool = False,
+    reversible: bool = False,
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -55,6 +61,12 @@ def merge(
         layout: ``keep`` the base's order of tensors; ``packed`` puts those that a graph reads together together
             (`surgery.engine.packing`).
         quantized: What a quantised base becomes: ``dequantize`` stores it in 16 bits, ``requantize`` in its own format.
+        only_touched: Dequantise what an adapter changes; everything else keeps its format.
+        rounding: How ``requantize`` chooses codes: ``feedback`` (the default) makes up for errors along the inputs that
+            the adapter listens to, where rounding to ``nearest`` would lose a part of the update.
+        accept_loss: Write codes that hold less than half of the update, too.
+        reversible: Keep beside the model what rounding loses, as ``base.rounding``, so that `surgery.unmerge` gives the
+            base back bit for bit.
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -69,13 +81,14 @@ def merge(
         UsageError: an argument of a wrong type, or no output.
         InputError: base or adapter cannot be read.
         FitError: they do not fit, a tensor has no use, a value is NaN or Inf.
-        NothingChangedError: the output would be the base.
+        NothingChangedError: the output would be the base, or its codes hold too little of the update.
         OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`.
     """
     check_counts(workers=workers, shard_size=shard_size, memory_limit=memory_limit)
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
-    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantized)
+    quantised = quantised_output(quantized, only_touched=only_touched, rounding=rounding)
+    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible)
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 
@@ -85,8 +98,16 @@ def merge(
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        warnings.extend(check_output(ledger, binding.checkpoint, [weight for _, weight in binding.adapters]))
+        weights = [weight for _, weight in binding.adapters]
+        warnings.extend(check_output(ledger, binding.checkpoint, weights, accept_loss=accept_loss))
         return {"README.md": merge_card(binding, ledger)}
 
-    ledger = execute(plan, folder, run, finish, engine)
-    return MergeResult(folder, ledger, tuple(warnings))
+    kept: list[int] = []
+
+    def last(staged: OutputFolder) -> None:
+        from surgery.engine.undo.record import record_base  # it reads back all that was computed
+
+        kept.append(record_base(binding, plan, staged, run))
+
+    ledger = execute(plan, folder, run, finish, engine, last if reversible else None)
+    return MergeResult(folder, ledger, tuple(warnings), rounding_nbytes=sum(kept))

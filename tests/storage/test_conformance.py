@@ -23,7 +23,7 @@ from surgery_formats.storage.registry import BUILT_IN, claimed_weights, storage_
 from surgery_formats.tensors.computed import zeros
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.testing.plugins import installed, installed_project
-from surgery_formats.testing.storage import STORAGE_CHECKS, StorageCase
+from surgery_formats.testing.storage import QUANTISED_CHECKS, STORAGE_CHECKS, StorageCase
 
 TOY = Path(__file__).parents[1] / "plugins" / "toy_storage"
 sys.path.insert(0, str(TOY))
@@ -68,6 +68,12 @@ def test_the_storage_conforms(check: Check, case: StorageCase, tmp_path: Path) -
     check(case, tmp_path)
 
 
+@pytest.mark.parametrize("band", [1, 4])
+@pytest.mark.parametrize("check", QUANTISED_CHECKS, ids=lambda check: check.__name__)
+def test_the_plugin_says_what_a_codec_says(check: Check, band: int, tmp_path: Path) -> None:
+    check(toy(band), tmp_path)
+
+
 @dataclass(frozen=True, slots=True)
 class Faulty(ToyWeight):
     """A toy weight with one fault."""
@@ -97,7 +103,7 @@ class Loose(ToyWeight):
     """A toy weight that puts any rows, whatever band they belong to."""
 
     def put(self, start: int, block: Array, rounded: Array) -> Any:
-        rows = ToyWeight(self.name, self.codes, self.scales)
+        rows = ToyWeight(self.name, self.packed, self.scales)
         whole = np.zeros((self.group, self.shape[1]), np.float32)
         whole[: len(block)] = block[: self.group]
         return rows.put(start // self.group * self.group, whole, np.empty_like(whole))
@@ -115,7 +121,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_storage_fails_the_check_that_is_meant_for_it(fault: str, tmp_path: Path) -> None:
     def claim(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[Faulty]:
-        return (Faulty(one.name, one.codes, one.scales, fault) for one in TOY4.claim(tensors, config))
+        return (Faulty(one.name, one.packed, one.scales, fault) for one in TOY4.claim(tensors, config))
 
     check = next(check for check in STORAGE_CHECKS if check.__name__ == FAULTS[fault])
     check(toy(4), tmp_path)
@@ -125,7 +131,7 @@ def test_a_faulty_storage_fails_the_check_that_is_meant_for_it(fault: str, tmp_p
 
 def test_a_storage_that_takes_half_a_band_fails(tmp_path: Path) -> None:
     def claim(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[Loose]:
-        return (Loose(one.name, one.codes, one.scales) for one in TOY4.claim(tensors, config))
+        return (Loose(one.name, one.packed, one.scales) for one in TOY4.claim(tensors, config))
 
     check = next(check for check in STORAGE_CHECKS if check.__name__ == "refuses_rows_that_cannot_be_put_alone")
     with pytest.raises(AssertionError, match="groups of 4"):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.engine.merge_plan import plan_merge
 from surgery.engine.plan import PlannedFile, check_conservation
+from surgery.engine.quantised_output import quantised_output
 from surgery.reference.model import forward, open_reference
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.arrays import as_torch
@@ -29,7 +30,7 @@ from tests.support.kit import ROOT, environment, make_base, make_lora
 
 TOY = Path(__file__).parents[1] / "plugins" / "toy_storage"
 sys.path.insert(0, str(TOY))
-from toy_storage import CODES, SCALES, quantised  # noqa: E402  # a package of its own
+from toy_storage import CODES, SCALES, ToyWeight, quantised  # noqa: E402  # a package of its own
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
@@ -154,7 +155,7 @@ def test_the_ledger_counts_weights_and_accounts_for_every_stored_tensor(tmp_path
 def test_a_weight_of_which_a_tensor_would_not_be_written_is_refused(tmp_path: Path) -> None:
     base, lora = quantise(tmp_path / "base"), make_lora(tmp_path / "lora")
     binding = bind([(read_adapter(lora), 1.0)], open_checkpoint(base))
-    plan = plan_merge(binding, quantized="requantize")
+    plan = plan_merge(binding, quantised=quantised_output("requantize"))
     (file,) = plan.files
     fewer = tuple(tensor for tensor in file.tensors if tensor.name != QUERY + SCALES)
     object.__setattr__(plan, "files", (PlannedFile(file.name, file.header, file.nbytes, fewer),))
@@ -259,7 +260,7 @@ def test_the_reference_computes_a_merge_as_it_will_be_stored(llama: Path, tmp_pa
     lora = ROOT / "examples" / "lora"
     surgery.merge(llama, lora, output=tmp_path / "out", quantized="requantize")
     base = open_checkpoint(llama)
-    plan = plan_merge(bind([(read_adapter(lora), 1.0)], base), quantized="requantize")
+    plan = plan_merge(bind([(read_adapter(lora), 1.0)], base), quantised=quantised_output("requantize"))
     planned, written = open_reference(base.main, plan), open_reference(open_checkpoint(tmp_path / "out").main)
     assert QUERY in planned.weights.names
     assert planned.weights.load(QUERY).equal(written.weights.load(QUERY))
@@ -281,10 +282,18 @@ def test_an_adapter_extracted_from_a_quantised_base_makes_the_fine_tune_of_it(ba
         assert torch.allclose(merged, values[name], atol=1e-5), name
 
 
-def test_extraction_refuses_a_quantised_fine_tune_by_name(tmp_path: Path) -> None:
+def test_the_rounding_of_a_storage_that_does_not_tell_its_grid_is_said_to_be_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(ToyWeight, "fit")  # what is not there makes it no codec
     base, tuned = quantise(tmp_path / "base"), quantise(tmp_path / "tuned")
-    with pytest.raises(FitError, match="TOY4 in TUNED: an adapter is extracted from plain numbers"):
-        surgery.extract_lora(base, tuned, output=tmp_path / "lora", rank=2)
+    tensors = load_file(tuned / "model.safetensors")
+    tensors[QUERY + SCALES] *= 2
+    save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "lora", rank=2, kind="lora")
+    assert result.quantised == (
+        "what rounding to codes (TOY4 in BASE and TOY4 in TUNED) adds to 1 differences is not known",
+    )
 
 
 def test_a_base_with_codes_and_no_scales_is_malformed(tmp_path: Path) -> None:

@@ -34,6 +34,18 @@ __all__ = ["command"]
     values=("dequantize", "requantize"),
     help="A quantised BASE becomes one of 16 bits, or keeps its format.",
 )
+@click.option(
+    "--reversible", is_flag=True, help="Keep what rounding loses in OUT/base.rounding, for 'surgery unmerge'."
+)
+@click.option(
+    "--only-touched", is_flag=True, help="Dequantise only what an ADAPTER changes; the rest keeps its format."
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["feedback", "nearest"]),
+    help="Codes of requantize: feedback (default) makes up for errors where nearest loses the update.",
+)
+@click.option("--accept-loss", is_flag=True, help="Write codes that hold less than half of the update, too.")
 @option.verify("full: compare what was copied byte by byte too.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()

@@ -36,6 +36,14 @@ class Survival(NamedTuple):
         """Rounding noise relative to the update, ``||D - T|| / ||T||``."""
         return math.sqrt(self.noise / self.update) if self.update > 0 else math.nan
 
+    @property
+    def correlation(self) -> float:
+        """Cosine of the angle between the stored update and the exact one; 0 if nothing was stored."""
+        size = self.update * (self.noise + 2 * self.stored - self.update)  # <T, T> <D, D>
+        if not self.update > 0:
+            return math.nan
+        return min(1.0, self.stored / math.sqrt(size)) if size > 0 else 0.0
+
     @classmethod
     def of(cls, update: Array, stored: Array) -> Survival:
         """Compare an update with its stored version, of equal shape and type; overwrites `stored`."""

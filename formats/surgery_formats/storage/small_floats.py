@@ -79,11 +79,15 @@ E5M2_FNUZ = SmallFloat("E5M2FNUZ", 8, 57344.0, "float8_e5m2fnuz")
 E8M0 = SmallFloat("E8M0", 8, 2.0**127, "float8_e8m0fnu")
 
 
-def decode_pairs(kind: SmallFloat, packed: numpy.ndarray) -> numpy.ndarray:
-    """Two numbers of four bits a byte, the first in the low half: uint8 ``(..., n)`` to float32 ``(..., 2 n)``."""
+def decode_pairs(kind: SmallFloat, packed: numpy.ndarray, out: numpy.ndarray | None = None) -> numpy.ndarray:
+    """Two numbers of four bits a byte, the first in the low half: uint8 ``(..., n)`` to float32 ``(..., 2 n)``.
+
+    They are written into `out`, contiguous, if given.
+    """
     import numpy as np
 
-    return np.take(_pairs(kind), np.ascontiguousarray(packed), mode="clip").view(np.float32)
+    pairs = None if out is None else out.view(np.complex64)
+    return np.take(_pairs(kind), np.ascontiguousarray(packed), out=pairs, mode="clip").view(np.float32)
 
 
 @functools.cache

@@ -94,12 +94,14 @@ class ScanResult:
         factored: Factors of the targets that changed, by path.
         began: `time.monotonic` when the first byte of a tensor was read.
         digests: Of BASE's tensors, for its content id.
+        findings: About rounding to codes.
     """
 
     measures: dict[str, PairMeasure] = field(default_factory=dict)
     factored: dict[str, TargetFactors] = field(default_factory=dict)
     began: float = 0.0
     digests: Digests = field(default_factory=Digests)
+    findings: tuple[str, ...] = ()
 
 
 def scan(

@@ -39,7 +39,7 @@ class PairMeasure:
         rows: Numbers of the rows that differ; empty if there are more than the limit, or if they were not requested.
         numel: Values compared.
         moved: Number of values that differ.
-        ulp: Median of TUNED's spacing.
+        ulp: Median of TUNED's spacing; 0 where it is stored as codes.
         noise: Expected energy of storage rounding, ``sum ulp^2 / 12``.
     """
 
@@ -256,7 +256,8 @@ def _measure(
     counts[0] = 0  # rows that do not differ
     middle = int((counts.cumsum() * 2 < counts.sum()).sum())
     power = middle - (len(counts) - 2) // 2 - MANTISSA[sides[1].dtype][0]
-    ulp = math.ldexp(1.0, power) if counts.any() else 0.0
+    coded = getattr(sides[1], "stored", sides[1]).elements is None  # its spacing is not that of its type
+    ulp = math.ldexp(1.0, power) if counts.any() and not coded else 0.0
     return PairMeasure(moved > 0, energy, named, numel, int(moved), ulp, noise / 12)
 
 

@@ -17,17 +17,19 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.storage.bitsandbytes.absmax import AbsMax, Scales
+from surgery_formats.storage.elements import read_bytes
 from surgery_formats.storage.flat_blocks import FlatBlocks, rows_of_whole_blocks
 from surgery_formats.storage.levels import Levels, join_nibbles, split_nibbles
-from surgery_formats.storage.quantised import Grid, check_rows, put_quantised
+from surgery_formats.storage.quantised import Grid, check_rows, keep_where, put_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes, matrix_of
 
 if TYPE_CHECKING:
-    import numpy
+    pass
 
 __all__ = ["FourBit", "FourBitGrid", "levels_of"]
 
 _SMALLEST = 1e-38  # a scale below it counts as this when values are divided by it
+_MAGNITUDE = 7  # the bits of a code of FP4 beside its sign
 _TOLERANCE = 1e-4  # of a quant_map; bitsandbytes has FP4's thirds with four digits in places
 
 # The quantiles of the normal distribution that the format's definition fixes.
@@ -167,7 +169,7 @@ class FourBit:
         """See `Quantised`."""
         columns = self.shape[1]
         first, count = start * columns, (stop - start) * columns
-        codes = split_nibbles(self._bytes(first // 2, -(-(first + count) // 2)))
+        codes = split_nibbles(read_bytes(self.tensor, first // 2, -(-(first + count) // 2)))
         return codes[first % 2 :][:count].reshape(stop - start, columns)
 
     def grid(self, start: int, stop: int) -> FourBitGrid:
@@ -190,7 +192,7 @@ class FourBit:
         flat = np.ascontiguousarray(codes, np.uint8).reshape(-1)
         if flat.size % 2:
             last = math.prod(self.sizes) // 2
-            flat = np.append(flat, split_nibbles(self._bytes(last, last + 1))[1])
+            flat = np.append(flat, split_nibbles(read_bytes(self.tensor, last, last + 1))[1])
         stored = np.ascontiguousarray(grid.scales.stored)
         first = grid.blocks.first * self.absmax.tensor.dtype.bits // 8
         written = [
@@ -209,7 +211,7 @@ class FourBit:
             return
         grid = self.grid(start, start + len(block))
         first, flat = start * self.shape[1], block.reshape(-1)
-        packed = self._bytes(first // 2, -(-(first + flat.size) // 2))
+        packed = read_bytes(self.tensor, first // 2, -(-(first + flat.size) // 2))
         if 2 * packed.size == flat.size:
             grid.levels.decode_bytes(packed, flat)
         else:
@@ -223,19 +225,15 @@ class FourBit:
         stop = start + len(block)
         check_rows(self, start, stop)
         grid = self.grid(start, stop)
-        if self.quant_type != "nf4" or not (abs(grid.scales.values) > _SMALLEST).all():
-            return put_quantised(self, start, block, rounded)  # several codes stand for one number
-        codes = grid.nearest(cast(to_cpu(block), DType.F32))
+        if not (abs(grid.scales.values) > _SMALLEST).all():
+            return put_quantised(self, start, block, rounded)  # every code of such a block stands for one number
+        values = cast(to_cpu(block), DType.F32)
+        codes = grid.nearest(values)
+        if self.quant_type == "fp4" and (zero := values == 0).any():  # which has two codes
+            stored = self.codes(start, stop)
+            keep_where(codes, stored, zero & (stored & _MAGNITUDE == 0))
         rounded[...] = grid.values(codes)
         return self.pack(start, codes, grid)
-
-    def _bytes(self, begin: int, end: int) -> numpy.ndarray:
-        """Bytes ``[begin, end)`` of the codes, whatever the type in which they are stored."""
-        import numpy as np
-
-        width = self.tensor.dtype.bits // 8
-        units: numpy.ndarray = self.tensor.read(begin // width, -(-end // width)).reshape(-1)
-        return units.view(np.uint8)[begin % width :][: end - begin]
 
     def _checked_levels(self) -> Levels:
         levels = levels_of(self.quant_type)

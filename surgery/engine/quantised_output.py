@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of a quantised base: elements of 16 bits, its own format, or a part of each. Imported without numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from surgery.engine.plan import Requantise
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import show
+
+__all__ = ["DEQUANTISED", "QUANTIZED", "ROUNDING", "QuantisedOutput", "quantised_output"]
+
+QUANTIZED = ("dequantize", "requantize")
+"""What becomes of a quantised base: elements of 16 bits, or the format it has."""
+ROUNDING = ("feedback", "nearest")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedOutput:
+    """What becomes of weights stored as codes.
+
+    Attributes:
+        way: One of `QUANTIZED`.
+        only_touched: Of ``dequantize``: weights that no adapter touches keep their format.
+        rounding: Of ``requantize``, see `Requantise`.
+        inputs: Of ``requantize``: what a calibration file has, by the path of a module.
+    """
+
+    way: Literal["dequantize", "requantize"] = "dequantize"
+    only_touched: bool = False
+    rounding: Literal["feedback", "nearest"] = "feedback"
+    inputs: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+
+    def keeps(self, *, touched: bool, dtype: DType | None) -> bool:
+        """Whether a weight stored as codes keeps its format.
+
+        Args:
+            touched: Whether an adapter changes it.
+            dtype: The element type that was asked for.
+        """
+        if self.way == "requantize":
+            return dtype is None
+        return self.only_touched and not touched
+
+    def requantise(self, name: str) -> Requantise:
+        """How the codes of the weight `name` are chosen."""
+        return Requantise(self.rounding, self.inputs.get(name.rpartition(".")[0], {}))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What differs from the default, for the id of a plan."""
+        every = {"quantized": self.way, "only_touched": self.only_touched, "rounding": self.rounding}
+        default = {"quantized": "dequantize", "only_touched": False, "rounding": "feedback"}
+        return {name: value for name, value in every.items() if value != default[name]}
+
+
+DEQUANTISED = QuantisedOutput()
+
+
+def quantised_output(
+    quantized: str = "dequantize", *, only_touched: bool = False, rounding: str | None = None
+) -> QuantisedOutput:
+    """The options of a merge, checked.
+
+    Raises:
+        FitError: a value that there is not, or options that contradict each other.
+    """
+    if quantized not in QUANTIZED:
+        raise FitError(f"quantized is one of {', '.join(QUANTIZED)}, not '{show(quantized)}'")
+    if rounding and rounding not in ROUNDING:
+        raise FitError(f"rounding is one of {', '.join(ROUNDING)}, not '{show(rounding)}'")
+    if only_touched and quantized != "dequantize":
+        raise FitError(
+            "only what adapters touch is computed anyway",
+            hint='`only_touched=True` belongs to `quantized="dequantize"`',
+        )
+    if rounding and quantized != "requantize":
+        raise FitError('codes are chosen by `quantized="requantize"` alone', hint="leave `rounding=` away")
+    return QuantisedOutput(quantized, only_touched, rounding or "feedback")  # type: ignore[arg-type]
