@@ -31,6 +31,8 @@ def merge_summary(
     seconds: float,
     warnings: tuple[str, ...],
     verbose: bool,
+    *,
+    rounding_nbytes: int = 0,
 ) -> Summary:
     """Inputs, outcomes, survival, and what stands out; of every tensor or operation if `verbose`."""
     facts = [*_inputs(ledger.plan), *_tensors(ledger)]
@@ -38,6 +40,9 @@ def merge_summary(
         sections = [Facts((*facts, *_would_write(ledger.plan, ahead))), *_planned(ledger, verbose), DRY_RUN]
     else:
         facts += [*_kept(ledger), ("wrote", _wrote(ledger.plan, output, seconds))]
+        if rounding_nbytes:
+            part = Value(rounding_nbytes / max(ledger.plan.nbytes, 1), "share"), " of the weights, for surgery unmerge"
+            facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
         next_step = Note(("next: ", *_next_step(ledger.plan, output)))
         sections = [Facts(tuple(facts)), *_poor(ledger, verbose), next_step]
     return Summary("Merge", (*sections, *warning_notes(warnings)))
@@ -61,12 +66,14 @@ def _wrote(plan: Plan, output: Path, seconds: float) -> Phrase:
 
 
 def _inputs(plan: Plan) -> Iterator[tuple[str, Phrase]]:
-    base, *adapters = plan.roots
     facts: list[dict[str, Any]] = list(plan.facts["adapters"])  # type: ignore[call-overload]
+    base, *adapters = plan.roots[: 1 + len(facts)]
     for path, fact in zip(adapters, facts, strict=True):
         kind = Name(f"{fact['format']} {fact['kind']}")
         yield "merge", (Name(path, PATH), " (", kind, f", weight {fact['weight']:g})")
     yield "into", Name(base, PATH)
+    if isinstance(trained := plan.facts.get("as_trained"), dict):
+        yield "as trained", str(trained["said"])
 
 
 def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:

@@ -35,6 +35,9 @@ __all__ = ["command"]
     help="A quantised BASE becomes one of 16 bits, or keeps its format.",
 )
 @click.option(
+    "--reversible", is_flag=True, help="Keep what rounding loses in OUT/base.rounding, for 'surgery unmerge'."
+)
+@click.option(
     "--only-touched", is_flag=True, help="Dequantise only what an ADAPTER changes; the rest keeps its format."
 )
 @click.option(
@@ -43,6 +46,11 @@ __all__ = ["command"]
     help="Codes of requantize: feedback (default) makes up for errors where nearest loses the update.",
 )
 @click.option("--accept-loss", is_flag=True, help="Write codes that hold less than half of the update, too.")
+@option.reference(
+    "--as-trained",
+    metavar="QUANTISED",
+    help="Take the values of the quantised model that was trained on; or nf4, nf4-double, fp4: as bitsandbytes loads BASE.",
+)
 @option.verify("full: compare what was copied byte by byte too.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()

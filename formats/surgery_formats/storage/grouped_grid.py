@@ -44,14 +44,17 @@ class GroupedGrid:
     fitted: bool = False
 
     def values(self, codes: Array, first: int = 0) -> Array:
-        """See `Grid.values`."""
+        """See `Grid.values`; what overflows is infinite."""
+        import numpy as np
+
         values = cast(codes, DType.F32)
-        for part in self._parts(values, first):
-            if part.zero is not None:
-                part.values[...] -= part.zero
-            part.values[...] *= part.scale
-            if part.bias is not None:
-                part.values[...] += part.bias
+        with np.errstate(over="ignore", invalid="ignore"):
+            for part in self._parts(values, first):
+                if part.zero is not None:
+                    part.values[...] -= part.zero
+                part.values[...] *= part.scale
+                if part.bias is not None:
+                    part.values[...] += part.bias
         return values
 
     def nearest(self, values: Array, first: int = 0) -> Array:
