@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from surgery.verbs.resize import resize as resize
     from surgery.verbs.run import RunResult as RunResult
     from surgery.verbs.run import run as run
+    from surgery.verbs.unmerge import UnmergeResult as UnmergeResult
+    from surgery.verbs.unmerge import unmerge as unmerge
     from surgery.verbs.verify import Verification as Verification
     from surgery.verbs.verify import verify as verify
     from surgery_formats.canonical.adapter import Adapter as Adapter
@@ -77,6 +79,7 @@ else:
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
             "surgery.verbs.run": ["RunResult", "run"],
+            "surgery.verbs.unmerge": ["UnmergeResult", "unmerge"],
             "surgery.verbs.verify": ["Verification", "verify"],
             "surgery_formats.canonical.adapter": ["Adapter", "WeightedAdapter"],
             "surgery_formats.errors": _errors.__all__,

@@ -23,6 +23,7 @@ __all__ = ["COMMANDS", "COMPLETE", "SurgeryGroup", "surgery"]
 
 COMMANDS = {
     "merge": "Merge adapters into a base model.",
+    "unmerge": "Take a merge back.",
     "extract-lora": "Extract a LoRA from a full fine-tune.",
     "convert": "Convert an adapter to another format.",
     "combine": "Combine adapters into one.",

@@ -118,6 +118,7 @@ def execute(
     run: Run,
     finish: Callable[[Ledger], Mapping[str, bytes]],
     engine: Engine | None = None,
+    last: Callable[[OutputFolder], None] | None = None,
 ) -> Ledger:
     """Write the output of `plan`, all or nothing.
 
@@ -128,6 +129,8 @@ def execute(
         finish: Called with the measured ledger before the commit; returns further small files. It may raise to undo
             everything.
         engine: Where weights are computed; None is this process.
+        last: Called when every file is in the staged folder. It may read them and add others, or raise to undo
+            everything.
 
     Returns:
         The plan with what was measured.
@@ -143,6 +146,8 @@ def execute(
             write_side_file(side, folder)
         for name, data in finish(ledger).items():
             folder.write_small(name, data)
+        if last is not None:
+            last(folder)
         for file in plan.inputs:
             file.check_unchanged()
         folder.commit({"plan": plan.id, "inputs": dict(plan.facts), "ledger": ledger.as_json()})

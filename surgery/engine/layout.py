@@ -142,9 +142,11 @@ class _WeightPlanner:
         source = base if edit is None else edit.source
         target = self._encoding(base, source, edit)
         operations = edit.operations if edit else ()
-        if isinstance(target, Elements) and source.transposed:
+        if source.transposed and target is not source and target is not base:  # elements lie as the model has them
             source, operations = straightened(source, operations)
             target = Elements(source.sizes, source.shape, target.dtype)
+        elif source is not base and target is base and source.transposed != base.transposed:
+            source, operations = straightened(source, operations)
         trained = edit is not None and edit.replaced is not None  # never copied unseen: its values must be finite
         parts = target.parts(name)
         steps: Sequence[Copy | Compute]

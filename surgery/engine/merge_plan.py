@@ -37,6 +37,7 @@ def planned_merge(
     shard_size: int | None,
     layout: str,
     quantised: QuantisedOutput = DEQUANTISED,
+    reversible: bool = False,
 ) -> tuple[Binding, Plan]:
     """The binding and the plan of a merge.
 
@@ -53,7 +54,12 @@ def planned_merge(
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     stored = float_type(dtype, "weights")
     return binding, plan_merge(
-        binding, dtype=stored, shard_size=shard_size, packed=layout == "packed", quantised=quantised
+        binding,
+        dtype=stored,
+        shard_size=shard_size,
+        packed=layout == "packed",
+        quantised=quantised,
+        reversible=reversible,
     )
 
 
@@ -64,6 +70,7 @@ def plan_merge(
     shard_size: int | None = None,
     packed: bool = False,
     quantised: QuantisedOutput = DEQUANTISED,
+    reversible: bool = False,
 ) -> Plan:
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
 
@@ -86,6 +93,8 @@ def plan_merge(
     facts = _facts(binding)
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     options |= quantised.options
+    if reversible:
+        options["reversible"] = True
     plan = Plan(
         verb="merge",
         files=files,

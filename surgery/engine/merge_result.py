@@ -27,6 +27,7 @@ class MergeResult:
         ledger: Every tensor, with what was measured.
         warnings: What the user should know.
         preview: Of a dry run, what writing would take.
+        rounding_nbytes: Size of the file that a reversible merge keeps beside the model; 0 without one.
         seconds: How long it took.
     """
 
@@ -34,6 +35,7 @@ class MergeResult:
     ledger: Ledger
     warnings: tuple[str, ...]
     preview: Preview | None = None
+    rounding_nbytes: int = 0
     seconds: float = elapsed()
 
     @property
@@ -49,6 +51,7 @@ class MergeResult:
             "nbytes": plan.nbytes,
             "seconds": round(self.seconds, 3),
             "files": {file.name: file.nbytes for file in plan.files},
+            **({"rounding_nbytes": self.rounding_nbytes} if self.rounding_nbytes else {}),
             "warnings": list(self.warnings),
             "ledger": self.ledger.as_json(),
         }
@@ -60,4 +63,12 @@ class MergeResult:
         """
         from surgery.engine.merge_summary import merge_summary
 
-        return merge_summary(self.ledger, self.output, self.preview, self.seconds, self.warnings, verbose)
+        return merge_summary(
+            self.ledger,
+            self.output,
+            self.preview,
+            self.seconds,
+            self.warnings,
+            verbose,
+            rounding_nbytes=self.rounding_nbytes,
+        )

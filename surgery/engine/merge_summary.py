@@ -34,6 +34,8 @@ def merge_summary(
     seconds: float,
     warnings: tuple[str, ...],
     verbose: bool,
+    *,
+    rounding_nbytes: int = 0,
 ) -> Summary:
     """Inputs, outcomes, survival, and what stands out; of every tensor or operation if `verbose`."""
     facts = [*_inputs(ledger.plan), *_tensors(ledger), *_formats(ledger.plan)]
@@ -41,6 +43,9 @@ def merge_summary(
         sections = [Facts((*facts, *_would_write(ledger.plan, ahead))), *_planned(ledger, verbose), DRY_RUN]
     else:
         facts += [*_kept(ledger), *_codes(ledger), ("wrote", _wrote(ledger.plan, output, seconds))]
+        if rounding_nbytes:
+            part = Value(rounding_nbytes / max(ledger.plan.nbytes, 1), "share"), " of the weights, for surgery unmerge"
+            facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
         next_step = Note(("next: ", *_next_step(ledger.plan, output)))
         sections = [Facts(tuple(facts)), *_poor(ledger, verbose), next_step]
     return Summary("Merge", (*sections, *warning_notes(warnings)))

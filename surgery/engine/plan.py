@@ -42,10 +42,20 @@ __all__ = [
 SHARE_FILE, SHARE_MAGIC = "weights", b"surgery share 1\n"  # the one file of a share, and its first bytes
 
 TensorOutcome = Literal[
-    "copied", "cast", "updated", "replaced", "added", "source", "alias", "derivable", "superseded", "referenced"
+    "copied",
+    "cast",
+    "updated",
+    "replaced",
+    "added",
+    "source",
+    "alias",
+    "derivable",
+    "superseded",
+    "referenced",
+    "restored",
 ]
-"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced or added; the others are inputs
-without an output."""
+"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced, added or (of an unmerge) restored;
+the others are inputs without an output."""
 
 
 @dataclass(frozen=True, slots=True)

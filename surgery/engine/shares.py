@@ -56,6 +56,7 @@ class MergeRequest:
         quantized: As `surgery.merge` takes it.
         only_touched: As `surgery.merge` takes it.
         rounding: As `surgery.merge` takes it.
+        reversible: As `surgery.merge` takes it.
     """
 
     base: str
@@ -66,6 +67,7 @@ class MergeRequest:
     quantized: str = "dequantize"
     only_touched: bool = False
     rounding: str | None = None
+    reversible: bool = False
 
     def planned(self) -> tuple[Binding, Plan]:
         """The binding and the plan; opens the inputs.
@@ -74,7 +76,9 @@ class MergeRequest:
             FitError, InputError: see `surgery.merge`.
         """
         quantised = quantised_output(self.quantized, only_touched=self.only_touched, rounding=self.rounding)
-        return planned_merge(self.base, self.adapters, self.dtype, self.shard_size, self.layout, quantised)
+        return planned_merge(
+            self.base, self.adapters, self.dtype, self.shard_size, self.layout, quantised, self.reversible
+        )
 
 
 def merge_share(

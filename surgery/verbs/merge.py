@@ -17,6 +17,7 @@ from surgery.engine.output_checks import check_output
 from surgery.engine.quantised_output import quantised_output
 from surgery.progress import Callback
 from surgery.reports.result import timed
+from surgery_formats.files.output.folder import OutputFolder
 
 __all__ = ["MergeResult", "merge"]
 
@@ -37,6 +38,7 @@ def merge(
     only_touched: bool = False,
     rounding: str | None = None,
     accept_loss: bool = False,
+    reversible: bool = False,
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -63,6 +65,8 @@ def merge(
         rounding: How ``requantize`` chooses codes: ``feedback`` (the default) makes up for errors along the inputs that
             the adapter listens to, where rounding to ``nearest`` would lose a part of the update.
         accept_loss: Write codes that hold less than half of the update, too.
+        reversible: Keep beside the model what rounding loses, as ``base.rounding``, so that `surgery.unmerge` gives the
+            base back bit for bit.
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -84,7 +88,7 @@ def merge(
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
     quantised = quantised_output(quantized, only_touched=only_touched, rounding=rounding)
-    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised)
+    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible)
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 
@@ -98,5 +102,12 @@ def merge(
         warnings.extend(check_output(ledger, binding.checkpoint, weights, accept_loss=accept_loss))
         return {"README.md": merge_card(binding, ledger)}
 
-    ledger = execute(plan, folder, run, finish, engine)
-    return MergeResult(folder, ledger, tuple(warnings))
+    kept: list[int] = []
+
+    def last(staged: OutputFolder) -> None:
+        from surgery.engine.undo.record import record_base  # it reads back all that was computed
+
+        kept.append(record_base(binding, plan, staged, run))
+
+    ledger = execute(plan, folder, run, finish, engine, last if reversible else None)
+    return MergeResult(folder, ledger, tuple(warnings), rounding_nbytes=sum(kept))

@@ -182,7 +182,6 @@ def test_scales_of_a_cache_and_tensors_that_are_no_weights_stay_as_they_are(tmp_
         ({"weight_scale_inv": np.ones(48, np.float32)}, "neither one"),
         ({"weight_scale": np.ones((), np.float32)}, "two scales"),
         ({"weight_scale_2": np.ones((), np.float32)}, "a second scale"),
-        ({"pre_quant_scale": np.ones(48, np.float32)}, "multiplies its input"),
     ],
 )
 def test_what_no_program_writes_is_refused_by_name(
@@ -193,6 +192,17 @@ def test_what_no_program_writes_is_refused_by_name(
     with pytest.raises(MalformedError, match=match) as caught:
         [read_rows(weight) for weight in FP8.claim(tensors, case.config)]
     assert caught.value.tensor in ("layer.weight", *(f"layer.{part}" for part in changed))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pre_quant_scale": np.ones(48, np.float32)},
+        {"comfy_quant": np.ones(30, np.uint8), "weight_scale_inv": None, "weight_scale": np.ones((128, 4), np.uint8)},
+    ],
+)
+def test_weights_that_are_not_read_are_left_to_be_named(changed: dict[str, Array | None], tmp_path: Path) -> None:
+    assert list(FP8.claim(broken(CASES["block"], tmp_path, **changed), {})) == []
 
 
 def test_a_block_whose_scale_is_zero_is_zero_and_stays_so(tmp_path: Path) -> None:

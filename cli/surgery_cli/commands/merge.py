@@ -35,6 +35,9 @@ __all__ = ["command"]
     help="A quantised BASE becomes one of 16 bits, or keeps its format.",
 )
 @click.option(
+    "--reversible", is_flag=True, help="Keep what rounding loses in OUT/base.rounding, for 'surgery unmerge'."
+)
+@click.option(
     "--only-touched", is_flag=True, help="Dequantise only what an ADAPTER changes; the rest keeps its format."
 )
 @click.option(

@@ -26,9 +26,16 @@ from surgery_formats.tensors.computed import zeros
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import rows, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import Replacing, Update, is_linear, is_replacing, is_row_setting, transposed
+from surgery_formats.updates import Effect, Replacing, Update, is_linear, is_replacing, is_row_setting, transposed
 
 __all__ = ["Binding", "bind", "warn_of_other_base"]
+
+
+_WHAT: Mapping[Effect, str] = {
+    "adds": "cannot be scaled",
+    "sets": "replaces values",
+    "maps": "changes a weight by more than an addition",
+}
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,14 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
         if is_replacing(update):
             slices = (_replaced(update, slices, weight),)
         linear = is_linear(update)
+        if weight < 0 and not linear:
+            raise FitError(
+                f"a weight of {weight:g} for a {update.kind}: only additions can be subtracted, "
+                f"this {_WHAT[update.effect]}",
+                file=adapter.path,
+                tensor=str(chain.site),
+                hint="`surgery unmerge` takes a merge back",
+            )
         scaled = update.scaled(weight) if is_linear(update) and weight != 1.0 else update
         yield from _operations(scaled, slices, chain.site, number, 1.0 if linear else weight)
 

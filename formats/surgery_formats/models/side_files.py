@@ -12,9 +12,12 @@ from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import stays_inside
 
-__all__ = ["side_files"]
+__all__ = ["BASE_ROUNDING", "side_files"]
 
-_NEVER_CARRIED = ("surgery_manifest.json", "adapter_config.json", "README.md", ".gitattributes")
+BASE_ROUNDING = "base.rounding"
+"""What a reversible merge keeps beside the model. Its ending is none of weights: programs load every such file."""
+
+_NEVER_CARRIED = ("surgery_manifest.json", BASE_ROUNDING, "adapter_config.json", "README.md", ".gitattributes")
 
 Files = list[tuple[str, Path]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from surgery_formats.arrays import Array, assign, empty
@@ -25,6 +26,20 @@ _SIDES = 2  # matrices of a thread: both sides of a difference
 def release() -> None:
     """Let go of the matrices that the calling thread read last in order to turn them."""
     _HELD.slabs = []
+
+
+Columns = Callable[[int, int], Array]
+"""Columns ``[start, stop)`` of a matrix in memory, as rows."""
+
+
+def _columns_of(storage: Storage, start: int, stop: int) -> Columns:
+    """Of the rows ``[start, stop)``; a codec that knows how holds its codes, and not the numbers they stand for."""
+    held = getattr(storage, "held_columns", None)
+    if held is not None and (start, stop) == (0, storage.shape[0]):
+        columns: Columns = held()
+        return columns
+    matrix = read_block(storage, start, stop)
+    return lambda first, last: matrix[:, first:last].T
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +121,16 @@ class Turned:
         height, stop = self.group, start + len(block)
         for number in range(start // height, -(-stop // height)):
             first, last = max(start, number * height), min(stop, (number + 1) * height)
-            slab = self._matrix(number)
-            assign(block[first - start : last - start], slab[:, first - number * height : last - number * height].T)
+            columns = self._matrix(number)(first - number * height, last - number * height)
+            assign(block[first - start : last - start], columns)
 
-    def _matrix(self, number: int) -> Array:
-        held: list[tuple[Storage, int, Array]] = getattr(_HELD, "slabs", [])
+    def _matrix(self, number: int) -> Columns:
+        held: list[tuple[Storage, int, Columns]] = getattr(_HELD, "slabs", [])
         found = next((slab for of, which, slab in held if of is self.stored and which == number), None)
         if found is None:
             _HELD.slabs = held = held[1 - _SIDES :]  # room, before the next one is there
             rows = self._slab[0]
-            found = read_block(self.stored, number * rows, (number + 1) * rows)
+            found = _columns_of(self.stored, number * rows, (number + 1) * rows)
             held.append((self.stored, number, found))
         return found
 

@@ -16,6 +16,7 @@ from typing import Any
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import Storage
+from surgery_formats.storage.code_rows import CodeRows
 from surgery_formats.storage.quantised import quantisation_of
 from surgery_formats.storage.scaled_weight import ScaledWeight, absmax
 from surgery_formats.storage.scales import Blocks, Scales
@@ -98,26 +99,23 @@ def fp8_weight(
     scale = _scale_of(tensor, tensors)
     stacked = len(tensor.shape) == 3 and (not tensor.name.endswith(".weight") or _has_grids(tensor, scale))
     shape = (tensor.shape[0] * tensor.shape[1], tensor.shape[2]) if stacked else matrix_of(tensor.shape)
+    rows = CodeRows(tensor, shape, numbers.bits)
     weight = ScaledWeight(
-        tensor.name, kind, tensor.shape, shape, tensor, numbers, others=companions(tensor.name, tensors)
+        tensor.name, kind, tensor.shape, shape, rows, numbers, others=companions(tensor.name, tensors)
     )
     if scale is None:
         return weight
     blocks = scale_blocks(tensor, shape, shape[0] // tensor.shape[0] if stacked else shape[0], scale, block, method)
     scales = Scales(scale, blocks)
     if blocks.size != shape:
-        rows, columns = blocks.size
+        height, width = blocks.size
         kind = f"MX{kind}" if scales.are_exponents and blocks.size == (1, 32) else kind
-        kind += " rows" if (rows, columns) == (1, shape[1]) else "" if kind.startswith("MX") else f" {rows}x{columns}"
+        kind += " rows" if (height, width) == (1, shape[1]) else "" if kind.startswith("MX") else f" {height}x{width}"
     return replace(weight, kind=kind, scales=scales, choose=absmax(numbers.largest))
 
 
 def companions(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[StoredTensor, ...]:
-    """What stands beside a quantised weight for its layer's inputs, outputs and cache: it goes where the scales go.
-
-    Raises:
-        MalformedError: the weight is not what its layer multiplies with.
-    """
+    """What stands beside a quantised weight for its layer's inputs, outputs and cache: it goes where the scales go."""
     module = name.removesuffix(".weight")
     if module == name:
         named = [f"{name}_{each}" for each in ("input_scale", "activation_scale")]
@@ -125,12 +123,6 @@ def companions(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[StoredTe
         parent, _, last = module.rpartition(".")
         named = [f"{module}.{each}" for each in _INPUT_SCALES]
         named += [f"{parent}.{each}" for each in _CACHE_SCALES.get(last, ())]
-        if (other := tensors.get(f"{module}.pre_quant_scale")) is not None:
-            raise MalformedError(
-                "the layer multiplies its input by this before the weight, which is not supported",
-                file=other.path,
-                tensor=other.name,
-            )
     return tuple(tensors[each] for each in named if each in tensors)
 
 
@@ -207,8 +199,16 @@ def _scale_of(tensor: StoredTensor, tensors: Mapping[str, StoredTensor]) -> Stor
 
 
 def _is_weight(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether a tensor is a weight of this format: it has a scale, or a name that only weights have."""
+    """Whether a tensor is a weight of this format: it has a scale, or a name that only weights have.
+
+    One whose layer multiplies its input by numbers first (ModelOpt's AWQ) is not, nor is one whose scales ComfyUI laid
+    out in tiles.
+    """
     module, _, last = name.rpartition(".")
+    scale = tensors.get(f"{module}.weight_scale")
+    tiled = scale is not None and scale.dtype in (DType.U8, DType.F8_E8M0) and f"{module}.comfy_quant" in tensors
+    if tiled or f"{module}.pre_quant_scale" in tensors:
+        return False
     if last == "scale":  # the weight of a norm, as Flux calls it, unless it is that of a weight
         return f"{module}.weight" not in tensors
     return last in _WEIGHTS or any(name + suffix in tensors for suffix in _BEHIND_NAME)

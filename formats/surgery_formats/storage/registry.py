@@ -8,16 +8,30 @@ from typing import Any
 
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.plugins import with_plugins
+from surgery_formats.storage.awq import AWQ
 from surgery_formats.storage.base import Encoding, Storage, StorageKind
 from surgery_formats.storage.bitsandbytes import BITSANDBYTES
 from surgery_formats.storage.fp8 import FP8
+from surgery_formats.storage.gptq import GPTQ
 from surgery_formats.storage.hqq import HQQ
+from surgery_formats.storage.mlx_affine import MLX_AFFINE
+from surgery_formats.storage.mxfp4 import MXFP4
+from surgery_formats.storage.nvfp4 import NVFP4
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "claimed_weights", "storage_kinds"]
 
-BUILT_IN: tuple[StorageKind, ...] = (BITSANDBYTES, HQQ, FP8)
+BUILT_IN: tuple[StorageKind, ...] = (
+    BITSANDBYTES,
+    HQQ,
+    FP8,
+    MXFP4,
+    NVFP4,
+    GPTQ,
+    AWQ,
+    MLX_AFFINE,
+)
 """Beside `Plain`, which every tensor has that none of these claims."""
 _MEMBERS = tuple(name for part in (Encoding, Storage) for name in vars(part) if not name.startswith("_"))
 ENTRY_POINTS = "surgery.storages"  # a plugin's entry point is an object like those above

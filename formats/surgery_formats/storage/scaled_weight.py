@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from surgery_formats.arrays import Array, assign, cast, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
-from surgery_formats.storage import packing
 from surgery_formats.storage.base import PartBytes, StoredPart
+from surgery_formats.storage.code_rows import CodeRows, raw_rows
 from surgery_formats.storage.quantised import Grid, check_rows, put_quantised
 from surgery_formats.storage.scaled_grid import Numbers, ScaledGrid, extremes
-from surgery_formats.storage.scales import Scales, Zeros, raw_rows
-from surgery_formats.storage.small_floats import E2M1, decode_pairs
+from surgery_formats.storage.scales import Scales, Zeros
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
 if TYPE_CHECKING:
@@ -37,9 +36,8 @@ class ScaledWeight:
         kind: See `Storage.kind`.
         sizes: See `Encoding.sizes`.
         shape: See `Encoding.shape`.
-        codes_in: The tensor of codes.
+        rows_of_codes: Where its codes lie.
         numbers: What they stand for.
-        packed: Codes are a stream of bits along every row, in words; else one a byte.
         scales: One for every block; None if all are 1.
         zeros: One for every block, or None.
         order: The block of every column, where blocks are not neighbouring columns.
@@ -52,9 +50,8 @@ class ScaledWeight:
     kind: str
     sizes: tuple[int, ...]
     shape: tuple[int, int]
-    codes_in: StoredTensor
+    rows_of_codes: CodeRows
     numbers: Numbers
-    packed: bool = False
     scales: Scales | None = None
     zeros: Zeros | None = None
     order: StoredTensor | None = None
@@ -89,16 +86,16 @@ class ScaledWeight:
 
     @property
     def group(self) -> int:
-        """Rows of whole blocks, and of whole words of zeros."""
+        """Rows of whole blocks, of whole bytes, and of whole words of zeros."""
         high = 1 if self.scales is None else self.scales.blocks.group
-        return high if self.zeros is None else math.lcm(high, self.zeros.group)
+        return math.lcm(high, self.rows_of_codes.group, 1 if self.zeros is None else self.zeros.group)
 
     @property
     def sources(self) -> tuple[StoredTensor, ...]:
         """Codes, scales, zeros, order, the overall scale, others."""
         scales = () if self.scales is None else (self.scales.tensor,)
         zeros = () if self.zeros is None else (self.zeros.tensor,)
-        return (self.codes_in, *scales, *zeros, *self._kept)
+        return (self.rows_of_codes.tensor, *scales, *zeros, *self._kept)
 
     @property
     def _kept(self) -> tuple[StoredTensor, ...]:
@@ -111,19 +108,7 @@ class ScaledWeight:
 
     def codes(self, start: int, stop: int) -> Array:
         """See `Quantised.codes`."""
-        raw = raw_rows(self.codes_in, start, stop, self.shape[0])
-        if self.packed:
-            return packing.unpack(raw.view("<i4"), self.bits, self.shape[1])
-        codes = raw.view("i1") if self.codes_in.dtype is DType.I8 else raw
-        if (
-            self.bits < 8
-            and codes.size
-            and not -self.numbers.largest - 1 <= codes.min() <= codes.max() <= self.numbers.largest
-        ):
-            raise MalformedError(
-                f"a code is none of {self.bits} bits", file=self.codes_in.path, tensor=self.codes_in.name
-            )
-        return codes
+        return self.rows_of_codes.read(start, stop)
 
     def grid(self, start: int, stop: int) -> ScaledGrid:
         """See `Quantised.grid`."""
@@ -139,7 +124,7 @@ class ScaledWeight:
         assert self.scales is not None
         blocks = self.scales.blocks
         zeros = None if self.zeros is None else self.zeros.values(stored[1])
-        scales, rows = self.scales.values(stored[0]), blocks.rows(start, stop)
+        scales, rows = self.scales.values(stored[0], blocks.touched(start, stop)), blocks.rows(start, stop)
         return ScaledGrid(self.numbers, scales, zeros, rows, blocks.size[1], self._order(), tuple(stored))
 
     def _order(self) -> numpy.ndarray | None:
@@ -170,7 +155,7 @@ class ScaledWeight:
         touched = scales.blocks.touched(start, stop)
         starts = np.array([scales.blocks.first_row(row) - start for row in touched])
         chosen, zeros = choose(*extremes(values, starts, scales.blocks.size[1]))
-        stored = [scales.stored(chosen)]
+        stored = [scales.stored(chosen, touched)]
         if self.zeros is not None and zeros is not None:
             stored.append(self.zeros.codes(zeros))
         return self._grid(start, stop, stored)
@@ -178,9 +163,7 @@ class ScaledWeight:
     def pack(self, start: int, codes: Array, grid: Grid) -> tuple[PartBytes, ...]:
         """See `Quantised.pack`; scales are written with the first row of their block, all else with the first row."""
         assert isinstance(grid, ScaledGrid)
-        width = self.codes_in.nbytes // self.shape[0]
-        written = packing.pack(codes, self.bits) if self.packed else codes
-        pieces = [PartBytes(0, start * width, _bytes(written))]
+        pieces = [PartBytes(0, self.rows_of_codes.offset(start), _bytes(self.rows_of_codes.packed_rows(codes)))]
         if self.scales is not None and len(codes):
             blocks, stop = self.scales.blocks, start + len(codes)
             begun = blocks.begun(start, stop)
@@ -201,10 +184,7 @@ class ScaledWeight:
         if not len(block):
             return
         stop = start + len(block)
-        if self.packed and self.numbers is E2M1:
-            numbers = decode_pairs(E2M1, raw_rows(self.codes_in, start, stop, self.shape[0]), block)
-        else:
-            numbers = self.numbers.decode(self.codes(start, stop), block)
+        numbers = self.rows_of_codes.decode(self.numbers, start, stop, block)
         self.grid(start, stop).scaled(numbers)
 
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
@@ -229,13 +209,12 @@ class ScaledWeight:
 
 
 def absmax(largest: float) -> Choose:
-    """Scales that make the greatest value of a block the greatest number; 1 for blocks of zeros."""
+    """Scales that make the greatest value of a block the greatest number."""
 
     def choose(low: numpy.ndarray, high: numpy.ndarray) -> tuple[numpy.ndarray, None]:
         import numpy as np
 
-        greatest = np.maximum(-low, high)
-        return np.where(greatest > 0, greatest / np.float32(largest), np.float32(1)), None
+        return np.maximum(-low, high) / np.float32(largest), None
 
     return choose
 

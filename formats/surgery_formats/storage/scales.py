@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,14 @@ from surgery_formats.arrays import cast
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage import packing
+from surgery_formats.storage.code_rows import raw_rows
 from surgery_formats.storage.small_floats import E4M3, E8M0
 from surgery_formats.tensors.tensor import StoredTensor
 
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Blocks", "Scales", "Zeros", "raw_rows"]
+__all__ = ["Blocks", "Scales", "Zeros"]
 
 _PLAIN = (DType.F32, DType.BF16, DType.F16)
 _CODED = {DType.F8_E4M3: E4M3, DType.F8_E8M0: E8M0, DType.U8: E8M0}  # U8 holds exponents
@@ -94,7 +94,7 @@ class Scales:
     Attributes:
         tensor: The scales, a row for every row of blocks. float32, bfloat16, float16, E4M3, or exponents (E8M0).
         blocks: What they belong to.
-        overall: One number that all scales are multiplied by.
+        overall: A number that all scales are multiplied by, or one for every expert of a stack.
         divides: They are divided by it instead.
     """
 
@@ -109,7 +109,8 @@ class Scales:
             raise _wrong(self.tensor, f"scales of type {self.tensor.dtype.label}")
         if self.tensor.numel != rows * columns:
             raise _wrong(self.tensor, f"{list(self.tensor.shape)} instead of {rows} x {columns} scales")
-        if self.overall is not None and (self.overall.numel != 1 or self.overall.dtype not in _PLAIN):
+        experts = self.blocks.shape[0] // self.blocks.stack
+        if self.overall is not None and (self.overall.numel not in (1, experts) or self.overall.dtype not in _PLAIN):
             raise _wrong(self.overall, f"{self.overall.dtype.label} {list(self.overall.shape)} instead of one number")
 
     @property
@@ -123,7 +124,7 @@ class Scales:
         raw = raw_rows(self.tensor, block_rows.start, block_rows.stop, rows)
         return raw if self.tensor.dtype in _CODED else raw.view(self.tensor.dtype.numpy).reshape(-1, columns)
 
-    def values(self, stored: numpy.ndarray) -> numpy.ndarray:
+    def values(self, stored: numpy.ndarray, block_rows: range) -> numpy.ndarray:
         """float32 of what `read` gives, with the overall number.
 
         Raises:
@@ -134,7 +135,7 @@ class Scales:
         coded = _CODED.get(self.tensor.dtype)
         scales: numpy.ndarray = cast(stored, DType.F32) if coded is None else coded.decode(stored)
         self._check(self.tensor, scales)
-        overall = self._overall()
+        overall = self._overall(block_rows)
         if overall is None:
             return scales
         with np.errstate(over="ignore"):
@@ -142,12 +143,16 @@ class Scales:
         self._check(self.tensor, scales)
         return scales
 
-    def stored(self, scales: numpy.ndarray) -> numpy.ndarray:
-        """The nearest that can be stored to scales that `values` gives; of exponents, the next power of two above."""
+    def stored(self, scales: numpy.ndarray, block_rows: range) -> numpy.ndarray:
+        """The nearest that can be stored to scales that `values` gives; of exponents, the next power of two above.
+
+        Where a scale is 0, as in a block of zeros, any will do: 1.
+        """
         import numpy as np
 
-        if (overall := self._overall()) is not None:
+        if (overall := self._overall(block_rows)) is not None:
             scales = scales * overall if self.divides else scales / overall
+        scales = np.where(scales == 0, np.float32(1), scales)
         coded = _CODED.get(self.tensor.dtype)
         if coded is None:
             stored: numpy.ndarray = cast(scales, self.tensor.dtype)
@@ -158,19 +163,22 @@ class Scales:
         exponents: numpy.ndarray = np.clip(exponent + 127 - (fraction == 0.5), 0, 254).astype(np.uint8)
         return exponents
 
-    def _overall(self) -> numpy.float32 | None:
+    def _overall(self, block_rows: range) -> numpy.ndarray | None:
+        """Of every row of blocks, as a column."""
         import numpy as np
 
         if self.overall is None:
             return None
-        value = np.float32(cast(self.overall.read().reshape(1), DType.F32)[0])
-        self._check(self.overall, value)
-        if value == 0:
-            raise _wrong(self.overall, "the scale of all scales is 0")
-        return value
+        values = cast(self.overall.read().reshape(-1), DType.F32)
+        self._check(self.overall, values)
+        if not values.all():
+            raise _wrong(self.overall, "the scale of scales is 0")
+        experts = np.arange(block_rows.start, block_rows.stop) // self.blocks.per_expert
+        column: numpy.ndarray = values[experts if len(values) > 1 else np.zeros_like(experts)][:, None]
+        return column
 
     @staticmethod
-    def _check(tensor: StoredTensor, scales: numpy.ndarray | numpy.float32) -> None:
+    def _check(tensor: StoredTensor, scales: numpy.ndarray) -> None:
         import numpy as np
 
         low, high = np.min(scales, initial=np.inf), np.max(scales, initial=0)  # NaN if any is
@@ -252,21 +260,6 @@ class Zeros:
     def offset(self, block_row: int) -> int:
         """Bytes before a row of blocks, a multiple of `group`."""
         return block_row * self.blocks.counts[1] * self.bits // 8 if self.bits else block_row * self.blocks.counts[1]
-
-
-def raw_rows(tensor: StoredTensor, start: int, stop: int, rows: int) -> numpy.ndarray:
-    """The bytes of rows, uint8 ``(stop - start, bytes of a row)``, of a tensor that has `rows` of them.
-
-    Raises:
-        MalformedError: the file ends before.
-    """
-    import numpy as np
-
-    if tensor.strides is not None:  # of a pickle
-        return np.ascontiguousarray(tensor.read()).reshape(rows, -1).view(np.uint8)[start:stop]
-    width = math.prod(tensor.shape) // rows * tensor.dtype.bits // 8
-    raw = tensor.file.read(tensor.offset + start * width, (stop - start) * width)
-    return np.frombuffer(raw, np.uint8).reshape(stop - start, width)
 
 
 def _wrong(tensor: StoredTensor, what: str) -> MalformedError:

@@ -5,7 +5,7 @@ Add a kind as a file with a frozen dataclass that satisfies `update.Update`; `su
 """
 
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
-from surgery_formats.updates.blend import blend
+from surgery_formats.updates.blend import blend, unblend
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
 from surgery_formats.updates.ia3 import IA3
@@ -22,6 +22,7 @@ from surgery_formats.updates.update import (
     Directed,
     EitherWay,
     InFull,
+    Invertible,
     Linear,
     Mixing,
     Replacing,
@@ -31,6 +32,7 @@ from surgery_formats.updates.update import (
     is_directed,
     is_either_way,
     is_in_full,
+    is_invertible,
     is_linear,
     is_mixing,
     is_replacing,
@@ -51,6 +53,7 @@ __all__ = [
     "Fit",
     "Held",
     "InFull",
+    "Invertible",
     "Linear",
     "LoHa",
     "LoKr",
@@ -74,6 +77,7 @@ __all__ = [
     "is_directed",
     "is_either_way",
     "is_in_full",
+    "is_invertible",
     "is_linear",
     "is_mixing",
     "is_replacing",
@@ -85,4 +89,5 @@ __all__ = [
     "settings",
     "stack_of_loras",
     "transposed",
+    "unblend",
 ]

@@ -84,6 +84,18 @@ class DoRA:
     def prepare(self, weight: Weight) -> Apply:
         """One pass over the weight for the norms of V (accumulated in float64), then row blocks."""
         add = self.direction.prepare(weight)
+        gain = cast(self._gain(self.lost(weight), weight), weight.dtype)
+
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            v = add(block, rows, cols)
+            v *= self._along(gain, rows, cols)
+            return v
+
+        return apply
+
+    def lost(self, weight: Weight) -> Array:
+        """The lengths of V, in float64: the result has the trained ones instead."""
+        add = self.direction.prepare(weight)
         magnitude = self.magnitude.load(DType.F64, weight.device)
         xp = namespace(magnitude)
         squares = xp.zeros(weight.shape[0 if self.per_row else 1], dtype=xp.float64, device=magnitude.device)
@@ -94,12 +106,34 @@ class DoRA:
             at = rows if self.per_row else cols
             squares[slice(at.start, at.stop, at.step) if isinstance(at, range) else list(at)] += sums
         shared = len(squares) // len(magnitude)  # columns of one input channel
-        lengths = xp.sqrt(xp.sum(squares.reshape(-1, shared), axis=1))
-        gain = cast(xp.repeat(magnitude / lengths, shared), weight.dtype)
+        return xp.sqrt(xp.sum(squares.reshape(-1, shared), axis=1))
+
+    def inverse(self, weight: Weight, share: float, lost: Array | None) -> Apply:
+        """``W = (W' - w g s B A) / (1 - w + w g)`` with the gains ``g = m / ||V||``.
+
+        Raises:
+            ValueError: without the lengths of V.
+        """
+        if lost is None:
+            raise ValueError("the lengths of the rows are not in the result")
+        gain = cast(self._gain(lost, weight), weight.dtype) * share
+        add = self.direction.prepare(weight)
 
         def apply(block: Array, rows: Index, cols: Index) -> Array:
-            v = add(block, rows, cols)
-            v *= positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :]
-            return v
+            delta = add(namespace(block).zeros_like(block), rows, cols)
+            along = self._along(gain, rows, cols)
+            block -= delta * along
+            block /= along + (1 - share)
+            return block
 
         return apply
+
+    def _gain(self, lengths: Array, weight: Weight) -> Array:
+        """``m / ||V||`` of every row or column, in float64."""
+        magnitude = self.magnitude.load(DType.F64, weight.device)
+        size = weight.shape[0 if self.per_row else 1]
+        return namespace(magnitude).repeat(magnitude / lengths, size // len(magnitude))
+
+    def _along(self, gain: Array, rows: Index, cols: Index) -> Array:
+        """The gains of a block, of a shape that multiplies it."""
+        return positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :]

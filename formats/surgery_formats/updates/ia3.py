@@ -70,11 +70,31 @@ class IA3:
 
     def prepare(self, weight: Weight) -> Apply:
         """Load the vector once."""
-        vector = self.vector.load(weight.dtype, weight.device)
-        gain = namespace(vector).repeat(vector, self.kernel)
+        gain = self._gain(weight)
 
         def apply(block: Array, rows: Index, cols: Index) -> Array:
-            block *= positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :]
+            block *= self._along(gain, rows, cols)
             return block
 
         return apply
+
+    def lost(self, weight: Weight) -> None:
+        """Nothing, unless a factor is 0."""
+
+    def inverse(self, weight: Weight, share: float, lost: Array | None) -> Apply:
+        """``W' / (1 + w (l - 1))``."""
+        gain = 1 + share * (self._gain(weight) - 1)
+
+        def apply(block: Array, rows: Index, cols: Index) -> Array:
+            block /= self._along(gain, rows, cols)
+            return block
+
+        return apply
+
+    def _gain(self, weight: Weight) -> Array:
+        vector = self.vector.load(weight.dtype, weight.device)
+        return namespace(vector).repeat(vector, self.kernel)
+
+    def _along(self, gain: Array, rows: Index, cols: Index) -> Array:
+        """The factors of a block, of a shape that multiplies it."""
+        return positions(gain, 0, rows)[:, None] if self.per_row else positions(gain, 0, cols)[None, :]

@@ -112,9 +112,27 @@ class OFT:
 
     def prepare(self, weight: Weight) -> Apply:
         """Make the blocks of R in float64 once; each block of the weight costs `block` multiplications per element."""
-        rotations = cast(self.rotations(weight.device), weight.dtype)  # (blocks, n, n)
-        turned = rotations if self.embedding else rotations.mT
-        xp = namespace(rotations)
+        return self._turning(cast(self._turned(weight.device), weight.dtype))
+
+    def lost(self, weight: Weight) -> None:
+        """Nothing: a rotation is undone by its transpose."""
+
+    def inverse(self, weight: Weight, share: float, lost: Array | None) -> Apply:
+        """``W' ((1 - w) I + w R^T)^-1``, the inverse made in float64 once."""
+        turned = self._turned(weight.device)
+        xp = namespace(turned)
+        identity = xp.eye(self.block, dtype=turned.dtype, device=turned.device)
+        mixed = turned if share == 1.0 else (1 - share) * identity + share * turned
+        return self._turning(cast(xp.linalg.inv(mixed), weight.dtype))
+
+    def _turned(self, device: str) -> Array:
+        """What rows are multiplied by, ``(blocks, n, n)`` in float64."""
+        rotations = self.rotations(device)
+        return rotations if self.embedding else rotations.mT
+
+    def _turning(self, turned: Array) -> Apply:
+        """Multiply the columns in their groups by `turned`, from the right."""
+        xp = namespace(turned)
 
         def apply(block: Array, rows: Index, cols: Index) -> Array:
             if not isinstance(cols, range):

@@ -12,6 +12,7 @@ from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
+    from surgery_formats.arrays import Array
     from surgery_formats.updates.lora import LoRA
     from surgery_formats.updates.offset import Offset
     from surgery_formats.updates.replacement import Held
@@ -20,6 +21,7 @@ __all__ = [
     "Directed",
     "EitherWay",
     "InFull",
+    "Invertible",
     "Linear",
     "Mixing",
     "Replacing",
@@ -29,6 +31,7 @@ __all__ = [
     "is_directed",
     "is_either_way",
     "is_in_full",
+    "is_invertible",
     "is_linear",
     "is_mixing",
     "is_replacing",
@@ -167,6 +170,24 @@ class Unsized(Update, Protocol):
         """
 
 
+class Invertible(Update, Protocol):
+    """An update that maps a weight, and whose equation can be solved for the weight before it."""
+
+    def lost(self, weight: Weight) -> Array | None:
+        """What the equation cannot tell from the result alone, a vector of `weight` before it; None for nothing."""
+
+    def inverse(self, weight: Weight, share: float, lost: Array | None) -> Apply:
+        """The equation that takes back `share` of the way from a weight to the updated one.
+
+        Args:
+            weight: After the update.
+            share: As `surgery_formats.binding.edits.Operation` has it.
+            lost: As `lost` gave it for the weight before.
+
+        Values that are multiplied by 0 are gone: what comes back for them is not finite.
+        """
+
+
 class Mixing(Update, Protocol):
     """An update that mixes columns in groups: `apply` is given whole groups, even where a weight is stored transposed.
 
@@ -226,6 +247,11 @@ def is_either_way(update: Update) -> TypeIs[EitherWay]:
 def is_unsized(update: Update) -> TypeIs[Unsized]:
     """Whether its file may lack sizes of its weight."""
     return _has(update, "fitted")
+
+
+def is_invertible(update: Update) -> TypeIs[Invertible]:
+    """Whether its equation can be solved for the weight before it."""
+    return _has(update, "inverse")
 
 
 def is_mixing(update: Update) -> TypeIs[Mixing]:

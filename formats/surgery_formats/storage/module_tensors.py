@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stored tensors of quantised modules, found by their names, and what a configuration says of their groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import MalformedError
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import show
+
+__all__ = ["FLOATS", "check_types", "group_size", "module_tensors", "settings_of"]
+
+FLOATS = (DType.F16, DType.BF16, DType.F32)
+"""Types of scales."""
+
+_KEYS = {"bits": "bits", "w_bit": "bits", "group_size": "group_size", "q_group_size": "group_size"}
+_NESTED = ("dynamic", "extra_config")
+_USUAL = (128, 64, 32, 256, 512, 1024, 16)
+
+
+def module_tensors(
+    tensors: Mapping[str, StoredTensor], needed: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    """Every module that has a tensor ``X`` + the first ending of `needed`: its name X, and its tensors by ending.
+
+    Args:
+        tensors: Of a network, by name.
+        needed: Endings of a module's tensors, the first two of them its own.
+        optional: Endings of others that it may have.
+
+    Raises:
+        MalformedError: one with the first or the second ending lacks a tensor.
+    """
+    first, second = needed[:2]
+    for name, tensor in tensors.items():
+        if not name.endswith((first, second)):
+            continue
+        stem = name.removesuffix(first).removesuffix(second)
+        lacking = next((stem + other for other in needed if stem + other not in tensors), None)
+        if lacking is not None:
+            raise MalformedError(f"there is no '{show(lacking)}' beside it", file=tensor.path, tensor=name)
+        if not name.endswith(first):
+            continue
+        own = {each: tensors[stem + each] for each in (*needed, *optional) if stem + each in tensors}
+        yield stem, own
+
+
+def settings_of(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """All numbers of bits, and sizes of groups, that a configuration names: for all layers, then for some."""
+    found: dict[str, list[int]] = {}
+    layers = [named.get(key) for key in _NESTED]
+    for holder in (named, *(each for layer in layers if isinstance(layer, Mapping) for each in layer.values())):
+        for key, value in holder.items() if isinstance(holder, Mapping) else ():
+            if key in _KEYS and isinstance(value, int) and not isinstance(value, bool):
+                found.setdefault(_KEYS[key], []).append(value)
+    return {key: tuple(dict.fromkeys(values)) for key, values in found.items()}
+
+
+def group_size(count: int, groups: int, named: tuple[int, ...], scales: StoredTensor) -> int:
+    """Inputs of a group, if `count` inputs have so many.
+
+    Raises:
+        MalformedError: no size fits, or several do and none is named.
+    """
+    if groups == 1:
+        return count
+    for sizes in (named, _USUAL, (count // groups if count % groups == 0 else 0,)):
+        fitting = sorted({size for size in sizes if size > 0 and -(-count // size) == groups})
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            found = f"of {' or '.join(map(str, fitting))} inputs"
+            break
+    else:
+        found = "of any size"
+    raise MalformedError(
+        f"{count} inputs are not clearly in {groups} groups {found}", file=scales.path, tensor=scales.name
+    )
+
+
+def check_types(tensor: StoredTensor, dtypes: tuple[DType, ...], axes: tuple[int, ...] = (2,)) -> None:
+    """Raise MalformedError unless it is of one of these types and numbers of axes, and not empty."""
+    if tensor.dtype not in dtypes or len(tensor.shape) not in axes or 0 in tensor.shape:
+        types, counts = " or ".join(dtype.label for dtype in dtypes), " or ".join(map(str, axes))
+        raise MalformedError(
+            f"is {tensor.dtype.label} {list(tensor.shape)}, not {types} of {counts} axes",
+            file=tensor.path,
+            tensor=tensor.name,
+        )

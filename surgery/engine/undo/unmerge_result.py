@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of `surgery.unmerge`, where it gives a base back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.engine.ledger import Ledger
+from surgery.engine.undo.belongs import Evidence
+from surgery.reports.result import elapsed, summarised
+
+if TYPE_CHECKING:
+    from surgery.reports.summary import Summary
+
+__all__ = ["UnmergeResult"]
+
+_WORST = 5
+
+
+@summarised
+@dataclass(frozen=True)
+class UnmergeResult:
+    """What an unmerge gave back.
+
+    Attributes:
+        output: The folder; None for a dry run.
+        ledger: Every tensor.
+        base_id: Content id of the base, proved; empty for an estimate.
+        exact: Of an estimate, by weight: the share of values expected to be the base's bit for bit.
+        evidence: Of an estimate: how it is known that the adapters were merged.
+        same_files: Of an estimate, whether its weight files are the base's, by name, as far as a manifest tells.
+        warnings: What the user should know.
+        seconds: How long it took.
+    """
+
+    output: Path | None
+    ledger: Ledger
+    base_id: str = ""
+    exact: Mapping[str, float] = field(default_factory=dict)
+    evidence: Evidence | None = None
+    same_files: Mapping[str, bool] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    seconds: float = elapsed()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all weight files."""
+        return self.ledger.plan.nbytes
+
+    @property
+    def exact_share(self) -> float:
+        """Share of all values that are the base's bit for bit: 1 if that is proved, else as expected."""
+        sizes = {tensor.weight_label: tensor.nbytes for tensor in self.ledger.plan.weights}
+        left = sum(sizes.get(label, 0) * (1 - share) for label, share in self.exact.items())
+        return 1.0 if self.base_id else 1 - left / max(sum(sizes.values()), 1)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        plan = self.ledger.plan
+        evidence = self.evidence
+        return {
+            "output": None if self.output is None else str(self.output),
+            "nbytes": plan.nbytes,
+            "seconds": round(self.seconds, 3),
+            "base_id": self.base_id or None,
+            "exact_share": round(self.exact_share, 9),
+            "exact": {label: round(share, 6) for label, share in sorted(self.exact.items())},
+            "evidence": evidence and {"source": evidence.source, "share": evidence.share, "noise": evidence.noise},
+            "same_files": dict(self.same_files),
+            "classes": self.ledger.classes,
+            "warnings": list(self.warnings),
+        }
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """What came back, and how far it is the base; of every weight if `verbose`."""
+        from surgery.reports.output import DRY_RUN, PATH, counted
+        from surgery.reports.sections import Column, Facts, Section, Table
+        from surgery.reports.summary import Summary, warning_notes
+        from surgery.reports.values import Name, Phrase, Value
+
+        base, *adapters = self.ledger.plan.roots
+        facts: list[tuple[str, Phrase]] = [
+            ("take", Name(", ".join(map(str, adapters)), PATH)),
+            ("out of", Name(base, PATH)),
+            ("tensors", counted(self.ledger.classes)),
+        ]
+        if self.base_id:
+            facts.append(("base", f"bit for bit, content id {self.base_id[:16]}..."))
+        elif self.exact:
+            facts.append(("base", (Value(self.exact_share, "share"), " of all values are expected to be exact")))
+        if self.evidence is not None:
+            shown = f"{self.evidence.share:.3f} of the update is there (+- {self.evidence.noise:.3f})"
+            facts.append(
+                ("known by", "the manifest" if self.evidence.source == "manifest" else f"the weights: {shown}")
+            )
+        if self.same_files:
+            same = sum(self.same_files.values())
+            facts.append(("by its manifest", f"{same} of {len(self.same_files)} weight files are the base's"))
+        if self.output is not None:
+            facts.append(("wrote", (Name(self.output, PATH), ": ", Value(self.nbytes, "bytes"), " of weights")))
+        sections: list[Section] = [Facts(tuple(facts))]
+        if self.exact:
+            rows = sorted(self.exact.items(), key=lambda row: (row[1], row[0]))
+            columns = Column("weight", "name"), Column("expected exact", "share")
+            sections.append(Table(columns, tuple(rows if verbose else rows[:_WORST])))
+        if self.output is None:
+            sections.append(DRY_RUN)
+        return Summary("Unmerge", (*sections, *warning_notes(self.warnings)))

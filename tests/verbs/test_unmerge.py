@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reversible merge taken back is the base bit for bit, for every kind that merges; without the file it is an honest estimate."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery.engine.undo.sidecar import open_sidecar
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.errors import FitError, MalformedError, OutputExistsError, ProofError, SurgeryError
+from surgery_formats.files.output.folder import verify_folder
+from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.models.identity import content_id
+from surgery_formats.models.side_files import BASE_ROUNDING
+from surgery_formats.testing.plugins import installed_project
+from tests.oracles.cases import CASES, Case, build
+from tests.support import toy_kinds
+from tests.support.kit import ROOT, make_base, make_lora, spawn
+from tests.support.quantised_folders import FORMATS, quantise_folder
+
+TOY_STORAGE = Path(__file__).parents[1] / "plugins" / "toy_storage"
+sys.path.insert(0, str(TOY_STORAGE))
+
+
+def same_files(base: Path, back: Path) -> None:
+    """Every file of a base is back as it was; nothing but a manifest is new."""
+    names = {str(path.relative_to(base)) for path in base.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(back)) for path in back.rglob("*") if path.is_file()} == names | {
+        "surgery_manifest.json"
+    }
+    for name in names:
+        assert (base / name).read_bytes() == (back / name).read_bytes(), name
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_merge_is_taken_back_bit_for_bit(case: Case, tmp_path: Path) -> None:
+    built = build(case, tmp_path)
+    result = surgery.merge(built.base, built.adapters, output=tmp_path / "out", reversible=True)
+    verify_folder(tmp_path / "out")
+    assert result.rounding_nbytes == (tmp_path / "out" / BASE_ROUNDING).stat().st_size
+    back = surgery.unmerge(tmp_path / "out", built.adapters, output=tmp_path / "back")
+    verify_folder(tmp_path / "back")
+    before, after = open_checkpoint(built.base), open_checkpoint(tmp_path / "back")
+    assert content_id(after) == back.base_id
+    if all(shard.container == "safetensors" for part in before.components.values() for shard in part.shards):
+        assert content_id(before) == back.base_id
+        assert not before.path.is_dir() or {p.name for p in (tmp_path / "back").iterdir()} >= {
+            p.name for p in before.path.iterdir() if p.is_file()
+        }
+    for name, component in before.components.items():
+        for tensor in component.tensors.values():
+            twin = after.components[name].tensors[tensor.name]
+            assert (tensor.dtype, tensor.shape) == (twin.dtype, twin.shape)
+            assert tensor.read().tobytes() == twin.read().tobytes(), tensor.name
+
+
+@pytest.mark.parametrize("stored", ["keep", "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_type_is_taken_back_from_every_type(dtype: torch.dtype, stored: str, tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base", dtype), make_lora(tmp_path / "lora", strength=0.05)
+    (base / "README.md").write_text("of the base")
+    surgery.merge(base, lora, output=tmp_path / "out", dtype=stored, shard_size=9000, reversible=True)
+    surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+    same_files(base, tmp_path / "back")
+
+
+@pytest.mark.parametrize("kind", ["gained_lora", "outer_sine", "row_gain", "halves", "overwritten", "lengthened"])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_kinds_that_the_product_does_not_know_are_taken_back(kind: str, weight: float, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = toy_kinds.adapter_of(getattr(toy_kinds, kind)(tmp_path / "adapter.safetensors"))
+    surgery.merge(base, adapter * weight, output=tmp_path / "out", reversible=True)
+    surgery.unmerge(tmp_path / "out", adapter * weight, output=tmp_path / "back")
+    same_files(base, tmp_path / "back")
+
+
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_quantised_base_is_taken_back_with_its_codes_and_scales(quantized: str, shards: int, tmp_path: Path) -> None:
+    from tests.verbs.test_quantised_base import quantise
+
+    with installed_project(TOY_STORAGE):
+        base, lora = quantise(tmp_path / "base", band=2, shards=shards), make_lora(tmp_path / "lora", 1.0)
+        surgery.merge(base, lora, output=tmp_path / "out", quantized=quantized, reversible=True)
+        surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+        same_files(base, tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
+def test_codes_are_taken_back(name: str, quantized: str, tmp_path: Path) -> None:
+    """By what differs from the codes nearest to the estimate, if the format was kept; else whole."""
+    base, lora = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", name), ROOT / "examples" / "lora"
+    surgery.merge(base, lora, output=tmp_path / "out", quantized=quantized, reversible=True)
+    surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+    same_files(base, tmp_path / "back")
+    kept = tmp_path / "out" / BASE_ROUNDING
+    modes = {record["mode"] for record in open_sidecar(kept).facts["weights"].values()}
+    assert modes == ({"codes"} if quantized == "requantize" else set())
+    if quantized == "requantize":
+        assert kept.stat().st_size < 0.1 * (base / "model.safetensors").stat().st_size
+
+
+def test_a_base_of_pickles_comes_back_as_safetensors_with_its_content_id(tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # one storage, two names
+    (base / "model.safetensors").unlink()
+    torch.save(tensors, base / "pytorch_model.bin")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    surgery.merge(base, lora, output=tmp_path / "out", reversible=True)
+    result = surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+    assert result.base_id == content_id(open_checkpoint(base)) == content_id(open_checkpoint(tmp_path / "back"))
+    assert (tmp_path / "back" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_a_file_without_a_folder_is_taken_back(tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+    surgery.merge(base / "model.safetensors", lora, output=tmp_path / "out", reversible=True)
+    surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_cycles_do_not_drift(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, lora = pair
+    for number in range(4):
+        surgery.merge(base, (lora, 0.7), output=tmp_path / f"out{number}", reversible=True)
+        surgery.unmerge(tmp_path / f"out{number}", (lora, 0.7), output=tmp_path / f"back{number}")
+        base = tmp_path / f"back{number}"
+    same_files(pair[0], base)
+
+
+def test_two_merges_are_taken_back_one_after_the_other(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, lora = pair
+    other = make_lora(tmp_path / "other", strength=0.3, targets=("self_attn.k_proj", "self_attn.q_proj"))
+    surgery.merge(base, lora, output=tmp_path / "one", reversible=True)
+    surgery.merge(tmp_path / "one", other, output=tmp_path / "two", reversible=True)
+    surgery.unmerge(tmp_path / "two", other, output=tmp_path / "one-again")
+    shutil.copy(tmp_path / "one" / BASE_ROUNDING, tmp_path / "kept")
+    surgery.unmerge(tmp_path / "one-again", lora, output=tmp_path / "back", base_rounding=tmp_path / "kept")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_what_was_kept_is_the_same_from_any_number_of_workers_and_from_shares(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from surgery.engine.shares import MergeRequest, Shares, merge_share
+
+    for workers in (1, 8):
+        surgery.merge(*pair, output=tmp_path / f"w{workers}", reversible=True, workers=workers)
+    request = MergeRequest(str(pair[0]), ((str(pair[1]), 1.0),), reversible=True)
+    _, plan = request.planned()
+    for index in range(2):
+        merge_share(request, plan.id, index, 2, tmp_path / "shared")
+    surgery.merge(*pair, output=tmp_path / "shared", engine=Shares(2), reversible=True)
+    for name in os.listdir(tmp_path / "w1"):
+        data = (tmp_path / "w1" / name).read_bytes()
+        assert data == (tmp_path / "w8" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes(), name
+
+
+def test_a_merge_without_it_writes_what_it_always_wrote(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    surgery.merge(*pair, output=tmp_path / "plain")
+    surgery.merge(*pair, output=tmp_path / "kept", reversible=True)
+    assert set(os.listdir(tmp_path / "kept")) - set(os.listdir(tmp_path / "plain")) == {BASE_ROUNDING}
+    for name in set(os.listdir(tmp_path / "plain")) - {"surgery_manifest.json"}:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+    surgery.merge(tmp_path / "kept", pair[1], output=tmp_path / "again")
+    assert BASE_ROUNDING not in os.listdir(tmp_path / "again")  # it is not of that merge
+
+
+def test_a_fault_while_the_base_is_kept_leaves_nothing(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from surgery.engine.undo import record
+
+    monkeypatch.setattr(record, "decode", lambda *rest: np.zeros(1, np.uint16))
+    with pytest.raises(ProofError, match="does not give it back"):
+        surgery.merge(*pair, output=tmp_path / "out", reversible=True)
+    assert set(os.listdir(tmp_path)) == {"base", "lora"}
+
+
+class TestWithTheWrongThings:
+    """What was kept belongs to one model, one list of adapters, and their weights."""
+
+    @pytest.fixture
+    def merged(self, pair: tuple[Path, Path], tmp_path: Path) -> Path:
+        surgery.merge(pair[0], (pair[1], 0.5), output=tmp_path / "out", reversible=True)
+        return tmp_path / "out"
+
+    def refused(self, tmp_path: Path, match: str, *words: object, error: type = FitError, **options: object) -> None:
+        before = set(os.listdir(tmp_path))
+        with pytest.raises(error, match=match):
+            surgery.unmerge(*words, output=tmp_path / "back", **options)
+        assert set(os.listdir(tmp_path)) == before
+
+    def test_another_weight(self, merged: Path, tmp_path: Path) -> None:
+        self.refused(tmp_path, r"was merged with the weight 0\.5, not 1", merged, tmp_path / "lora")
+
+    def test_another_adapter(self, merged: Path, tmp_path: Path) -> None:
+        other = make_lora(tmp_path / "other", strength=0.4)
+        self.refused(tmp_path, "another adapter was merged but 'lora'|another adapter", merged, (other, 0.5))
+
+    def test_more_adapters(self, merged: Path, tmp_path: Path) -> None:
+        lora = tmp_path / "lora"
+        self.refused(tmp_path, "1 adapters were merged, 2 are given", merged, [(lora, 0.5), (lora, 0.5)])
+
+    def test_another_model(self, merged: Path, tmp_path: Path) -> None:
+        file, lora = merged / BASE_ROUNDING, (tmp_path / "lora", 0.5)
+        self.refused(tmp_path, "is not the model", tmp_path / "base", lora, base_rounding=file)
+
+    def test_a_changed_tensor(self, merged: Path, tmp_path: Path) -> None:
+        tensors = load_file(merged / "model.safetensors")
+        tensors["model.norm.weight"] += 1  # copied, not computed
+        save_file(tensors, merged / "model.safetensors", {"format": "pt"})
+        self.refused(tmp_path, "content id", merged, (tmp_path / "lora", 0.5), error=ProofError)
+
+    def test_a_changed_side_file(self, merged: Path, tmp_path: Path) -> None:
+        (merged / "tokenizer.json").write_text("{ }")
+        self.refused(tmp_path, "not as the merge left it", merged, (tmp_path / "lora", 0.5), error=MalformedError)
+
+    def test_no_such_file(self, merged: Path, tmp_path: Path) -> None:
+        lora, absent = (tmp_path / "lora", 0.5), tmp_path / "absent"
+        self.refused(tmp_path, "No such file", merged, lora, error=SurgeryError, base_rounding=absent)
+        file = merged / "model.safetensors"
+        self.refused(tmp_path, "not a file of what", merged, lora, error=MalformedError, base_rounding=file)
+
+    def test_an_output_that_is_there(self, merged: Path, tmp_path: Path) -> None:
+        (tmp_path / "back").mkdir()
+        (tmp_path / "back" / "file").touch()
+        self.refused(tmp_path, "already exists", merged, (tmp_path / "lora", 0.5), error=OutputExistsError)
+
+    def test_damaged_bytes_give_the_base_or_an_error(self, merged: Path, tmp_path: Path) -> None:
+        """Any byte may be wrong: what comes out is the base, or a fault of this program's own."""
+        good = (merged / BASE_ROUNDING).read_bytes()
+        rng, refused = np.random.default_rng(0), 0
+        base = (tmp_path / "base" / "model.safetensors").read_bytes()
+        for number in range(150):
+            data = bytearray(good)
+            for _ in range(int(rng.integers(1, 4))):
+                at = int(rng.integers(len(data) if number % 2 else 3000))
+                data[at] = int(rng.integers(256))
+            data = data[: int(rng.integers(len(data)))] if number % 7 == 0 else data
+            (tmp_path / "bad").write_bytes(data)
+            try:
+                surgery.unmerge(
+                    merged, (tmp_path / "lora", 0.5), output=tmp_path / "back", base_rounding=tmp_path / "bad"
+                )
+            except SurgeryError:
+                refused += 1
+                assert not (tmp_path / "back").exists()
+                continue
+            assert (tmp_path / "back" / "model.safetensors").read_bytes() == base
+            shutil.rmtree(tmp_path / "back")
+        assert refused > 100
+
+
+class TestWithoutTheFile:
+    """The best estimate, with how good it is; refused where it would be none."""
+
+    def share_exact(self, base: Path, back: Path) -> dict[str, float]:
+        before, after = load_file(base / "model.safetensors"), load_file(back / "model.safetensors")
+        return {
+            name: float((before[name].view(torch.int16) == after[name].view(torch.int16)).double().mean())
+            for name in before
+        }
+
+    @pytest.mark.parametrize("strength", [0.01, 0.1, 1.0])
+    def test_the_expected_share_of_exact_values_is_the_true_one(self, strength: float, tmp_path: Path) -> None:
+        base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora", strength)
+        surgery.merge(base, lora, output=tmp_path / "out")
+        result = surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+        assert result.evidence is not None
+        assert result.evidence.source == "manifest"
+        assert result.base_id == ""
+        assert "this is an estimate" in result.warnings[0]
+        true = self.share_exact(base, tmp_path / "back")
+        assert len(result.exact) == 4
+        for name, expected in result.exact.items():
+            assert true[name] == pytest.approx(expected, abs=0.03), name
+        assert result.same_files == {"model.safetensors": False}
+        assert all(share == 1 for name, share in true.items() if name not in result.exact)
+
+    def test_an_update_too_small_to_move_a_power_of_two_comes_back_whole_and_the_manifest_shows_it(
+        self, tmp_path: Path
+    ) -> None:
+        base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora", 1.0)
+        for folder, name in ((base, "model.safetensors"), (lora, "adapter_model.safetensors")):
+            tensors = load_file(folder / name)
+            for key, tensor in tensors.items():
+                if "q_proj" in key or "v_proj" in key:
+                    tensors[key] = tensor.clamp(-1, 1) * (0.001 if "lora" in key else 0.2) + (
+                        0 if "lora" in key else 1.5
+                    )
+            save_file(tensors, folder / name, {"format": "pt"})
+        surgery.merge(base, (lora, 1000.0), output=tmp_path / "out")
+        result = surgery.unmerge(tmp_path / "out", (lora, 1000.0), output=tmp_path / "back")
+        assert result.same_files == {"model.safetensors": True}
+        assert result.warnings == ()
+        assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+    def test_without_a_manifest_the_weights_tell(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        base, lora = pair
+        surgery.merge(base, lora, output=tmp_path / "out")
+        (tmp_path / "out" / "surgery_manifest.json").unlink()
+        result = surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+        assert result.evidence is not None
+        assert result.evidence.source == "weights"
+        assert result.evidence.share == pytest.approx(1, abs=5 * result.evidence.noise + 1e-3)
+        with pytest.raises(FitError, match=r"hold -?0\.\d\d \(\+- 0\.\d\d\) times its update"):
+            surgery.unmerge(base, lora, output=tmp_path / "never")
+        with pytest.raises(FitError, match=r"hold 1\.99 .* times its update"):
+            surgery.unmerge(tmp_path / "out", (lora, 0.5), output=tmp_path / "never")
+
+    def test_the_manifest_names_the_adapters_and_their_weights(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        surgery.merge(pair[0], (pair[1], 0.5), output=tmp_path / "out")
+        with pytest.raises(FitError, match=r"with the weight 0\.5, not 1"):
+            surgery.unmerge(tmp_path / "out", pair[1], output=tmp_path / "back")
+        with pytest.raises(FitError, match="another adapter was merged"):
+            surgery.unmerge(tmp_path / "out", (make_lora(tmp_path / "b", 2.0), 0.5), output=tmp_path / "back")
+        surgery.merge(pair[0], pair[1], output=tmp_path / "kept", reversible=True)
+        surgery.unmerge(tmp_path / "kept", pair[1], output=tmp_path / "back")
+        with pytest.raises(FitError, match="was not written by a merge"):
+            surgery.unmerge(tmp_path / "back", pair[1], output=tmp_path / "never")
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("llama-dora", "lengths of the rows before are not in the result"),
+            ("llama_cls-ia3", "replaced"),
+        ],
+    )
+    def test_what_has_no_inverse_is_refused_with_the_reason(self, name: str, why: str, tmp_path: Path) -> None:
+        built = build(CASES[name], tmp_path)
+        surgery.merge(built.base, built.adapters, output=tmp_path / "out")
+        with pytest.raises(FitError, match=why):
+            surgery.unmerge(tmp_path / "out", built.adapters, output=tmp_path / "back")
+
+    @pytest.mark.parametrize("name", ["llama-ia3", "llama-oft", "llama-loha", "llama-lokr", "llama-vera"])
+    def test_what_can_be_solved_is(self, name: str, tmp_path: Path) -> None:
+        built = build(CASES[name], tmp_path)
+        surgery.merge(built.base, built.adapters, output=tmp_path / "out")
+        surgery.unmerge(tmp_path / "out", built.adapters, output=tmp_path / "back")
+        before, after = open_checkpoint(built.base).main.tensors, open_checkpoint(tmp_path / "back").main.tensors
+        for key, tensor in before.items():
+            np.testing.assert_allclose(after[key].read(), tensor.read(), rtol=1e-4, atol=1e-5)
+
+    def test_nothing_tells_of_a_stretch_without_a_manifest(self, tmp_path: Path) -> None:
+        built = build(CASES["llama-ia3"], tmp_path)
+        surgery.merge(built.base, built.adapters, output=tmp_path / "out")
+        (tmp_path / "out" / "surgery_manifest.json").unlink()
+        with pytest.raises(FitError, match="nothing in the files tells"):
+            surgery.unmerge(tmp_path / "out", built.adapters, output=tmp_path / "back")
+
+
+def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, lora = pair
+    done = spawn("merge", base, f"{lora}=0.7", "-o", tmp_path / "out", "--reversible")
+    assert done.returncode == 0, done.stderr
+    assert "kept beside it" in done.stdout + done.stderr
+    ahead = spawn("unmerge", tmp_path / "out", f"{lora}=0.7", "--dry-run")
+    assert ahead.returncode == 0, ahead.stderr
+    done = spawn("unmerge", tmp_path / "out", f"{lora}=0.7", "-o", tmp_path / "back", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)["result"]
+    assert answer["base_id"] == content_id(open_checkpoint(base))
+    assert answer["exact_share"] == 1
+    same_files(base, tmp_path / "back")
+    refused = spawn("unmerge", tmp_path / "out", lora, "-o", tmp_path / "again")
+    assert refused.returncode == 4
+    assert "lora=0.7" in refused.stderr
+
+
+def test_an_adapter_is_read_and_given_as_well(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    lora = read_adapter(pair[1])
+    surgery.merge(pair[0], lora * 0.25, output=tmp_path / "out", reversible=True)
+    result = surgery.unmerge(surgery.open(tmp_path / "out"), lora * 0.25, output=tmp_path / "back")
+    assert result.output == tmp_path / "back"
+    assert result.exact_share == 1
+    assert "bit for bit" in str(result)
