@@ -66,12 +66,14 @@ def _wrote(plan: Plan, output: Path, seconds: float) -> Phrase:
 
 
 def _inputs(plan: Plan) -> Iterator[tuple[str, Phrase]]:
-    base, *adapters = plan.roots
     facts: list[dict[str, Any]] = list(plan.facts["adapters"])  # type: ignore[call-overload]
+    base, *adapters = plan.roots[: 1 + len(facts)]
     for path, fact in zip(adapters, facts, strict=True):
         kind = Name(f"{fact['format']} {fact['kind']}")
         yield "merge", (Name(path, PATH), " (", kind, f", weight {fact['weight']:g})")
     yield "into", Name(base, PATH)
+    if isinstance(trained := plan.facts.get("as_trained"), dict):
+        yield "as trained", str(trained["said"])
 
 
 def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:

@@ -11,7 +11,7 @@ from typing import Any
 from surgery.engine.plan import Compute, Copy, PlannedTensor, SideFile
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.storage.quantised import CONFIG_KEYS
 
 __all__ = ["corrected_config"]
@@ -28,6 +28,9 @@ def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: 
     """config.json of every component that has one: vocabulary size, tie, stored type and task heads made true."""
     side_files = []
     for component in binding.checkpoint.components.values():
+        if component.self_contained:
+            side_files += _beside(component, binding.checkpoint)
+            continue
         if not component.config:
             continue
         config = copy.deepcopy(dict(component.config))
@@ -45,6 +48,12 @@ def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: 
         else:
             side_files.append(SideFile(name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
     return side_files
+
+
+def _beside(component: Component, checkpoint: Checkpoint) -> list[SideFile]:
+    """A config.json that lies beside weights which do not need it, as it is."""
+    beside = component.folder / "config.json"
+    return [SideFile("config.json", source=beside)] if checkpoint.path.is_dir() and beside.exists() else []
 
 
 def _holder(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def merge(
     rounding: str | None = None,
     accept_loss: bool = False,
     reversible: bool = False,
+    as_trained: CheckpointLike | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -67,6 +68,9 @@ def merge(
         accept_loss: Write codes that hold less than half of the update, too.
         reversible: Keep beside the model what rounding loses, as ``base.rounding``, so that `surgery.unmerge` gives the
             base back bit for bit.
+        as_trained: The quantised model that the adapters were trained on, whose values take the place of the release's
+            in `base`; or ``nf4``, ``nf4-double``, ``fp4``, ``fp4-double``: what bitsandbytes makes of `base` when it is
+            loaded in 4 bits. Names, types and side files remain the base's.
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -88,7 +92,7 @@ def merge(
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
     quantised = quantised_output(quantized, only_touched=only_touched, rounding=rounding)
-    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible)
+    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained)
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 

@@ -46,6 +46,11 @@ __all__ = ["command"]
     help="Codes of requantize: feedback (default) makes up for errors where nearest loses the update.",
 )
 @click.option("--accept-loss", is_flag=True, help="Write codes that hold less than half of the update, too.")
+@option.reference(
+    "--as-trained",
+    metavar="QUANTISED",
+    help="Take the values of the quantised model that was trained on; or nf4, nf4-double, fp4: as bitsandbytes loads BASE.",
+)
 @option.verify("full: compare what was copied byte by byte too.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()

@@ -131,7 +131,7 @@ def keep_where(chosen: Array, stored: Array, same: Array) -> None:
     chosen ^= (chosen ^ stored) & mask
 
 
-def check_rows(weight: Storage, start: int, stop: int) -> None:
+def check_rows(weight: Encoding, start: int, stop: int) -> None:
     """Raise ValueError unless rows ``[start, stop)`` are whole groups; the last group may be shorter."""
     if start % weight.group or (stop % weight.group and stop != weight.shape[0]):
         raise ValueError(f"rows {start} to {stop} are not whole groups of {weight.group}")

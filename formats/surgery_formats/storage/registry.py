@@ -12,6 +12,7 @@ from surgery_formats.storage.awq import AWQ
 from surgery_formats.storage.base import Encoding, Storage, StorageKind
 from surgery_formats.storage.bitsandbytes import BITSANDBYTES
 from surgery_formats.storage.fp8 import FP8
+from surgery_formats.storage.gguf import GGUF_TENSORS
 from surgery_formats.storage.gptq import GPTQ
 from surgery_formats.storage.hqq import HQQ
 from surgery_formats.storage.mlx_affine import MLX_AFFINE
@@ -31,6 +32,7 @@ BUILT_IN: tuple[StorageKind, ...] = (
     GPTQ,
     AWQ,
     MLX_AFFINE,
+    GGUF_TENSORS,
 )
 """Beside `Plain`, which every tensor has that none of these claims."""
 _MEMBERS = tuple(name for part in (Encoding, Storage) for name in vars(part) if not name.startswith("_"))
