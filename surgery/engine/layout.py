@@ -20,7 +20,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Encoding, Housed, Storage, is_contiguous, is_housed
 from surgery_formats.storage.plain import Elements
-from surgery_formats.storage.quantised import METADATA_CLASS, METADATA_NAMES, is_quantised
+from surgery_formats.storage.quantised import METADATA_NAMES, METADATA_PLAIN, is_quantised
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["WeightLayout", "lay_out", "planned_file"]
@@ -101,8 +101,9 @@ def lay_out(
     if packed:
         joint = packing_groups(component)
         groups = [(name, None, packing_order(planned, joint)) for name, _, planned in groups]
-    if not any(is_coded(tensor.step) for _, _, planned in groups for tensor in planned):
-        groups = [(name, shard and _plainly(shard), planned) for name, shard, planned in groups]
+    if any(shard is not None and METADATA_NAMES in shard.metadata for _, shard, _ in groups):
+        coded = {tensor.weight for _, _, planned in groups for tensor in planned if is_coded(tensor.step)}
+        groups = [(name, shard and _told(shard, coded), planned) for name, shard, planned in groups]
     alignment = PAGE if packed else 1
     files = tuple(
         planned_file(f"{folder}{name}", planned, shard, alignment, container)
@@ -112,12 +113,17 @@ def lay_out(
     return WeightLayout(files, *_index(component, files, folder, suffix), tuple(accounts))
 
 
-def _plainly(shard: Shard) -> Shard:
-    """A shard of which the metadata tells no classes of quantised weights."""
-    if METADATA_NAMES not in shard.metadata:
-        return shard
-    told = {k: v for k, v in shard.metadata.items() if k != METADATA_NAMES and not v.startswith(METADATA_CLASS)}
-    return replace(shard, metadata=told)
+def _told(shard: Shard, coded: Collection[str]) -> Shard:
+    """A shard of which the metadata tells the classes of the weights that are quantised; nothing, if none is."""
+    told = {key: METADATA_PLAIN if _is_class(value) else value for key, value in shard.metadata.items()}
+    kept = {key: shard.metadata[key] for key in coded if key in told}
+    if not coded:
+        told = {key: value for key, value in told.items() if key != METADATA_NAMES and value != METADATA_PLAIN}
+    return replace(shard, metadata=told | kept)
+
+
+def _is_class(value: str) -> bool:
+    return value.startswith(METADATA_PLAIN.partition(" ")[0])
 
 
 def _is_tie(name: str, source: str, component: Component) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import surgery
 from surgery_formats.arrays import Array, cast
@@ -84,3 +84,17 @@ def test_a_merge_that_requantises_keeps_the_format(base: Path, tmp_path: Path) -
     assert not np.array_equal(written, values_of(base)[QUERY])
     inside = abs(exact) <= 127 * step
     assert (abs(written - exact) <= np.where(inside, 2.5 * step, np.inf)).all()  # errors are fed back along a row
+
+
+def test_a_merge_of_which_some_weights_stay_quantised_tells_the_classes_of_these(base: Path, tmp_path: Path) -> None:
+    lora = shutil.copytree(LORA, tmp_path / "lora")
+    factors = load_file(lora / "adapter_model.safetensors")
+    save_file({n: f for n, f in factors.items() if ".layers.0." in n}, lora / "adapter_model.safetensors")
+    surgery.merge(base, lora, output=tmp_path / "out", only_touched=True)
+    merged = open_checkpoint(tmp_path / "out").main
+    told, before = metadata_of(tmp_path / "out"), metadata_of(base)
+    coded = {name for name, each in merged.parameters.items() if each.storage.elements is None}
+    assert 0 < len(coded) < sum('"Int8Tensor"' in value for value in before.values())
+    assert {name for name, value in told.items() if '"Int8Tensor"' in value} == coded
+    assert told.keys() == before.keys()
+    assert all(told[name] == before[name] for name in coded)

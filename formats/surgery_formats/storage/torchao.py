@@ -19,8 +19,9 @@ from surgery_formats.files.raw import File
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.code_rows import CodeRows
 from surgery_formats.storage.quantised import METADATA_NAMES
+from surgery_formats.storage.scale_choice import Choose, absmax
 from surgery_formats.storage.scaled_grid import Integers
-from surgery_formats.storage.scaled_weight import Choose, ScaledWeight, absmax
+from surgery_formats.storage.scaled_weight import ScaledWeight
 from surgery_formats.storage.scales import Blocks, Scales, Zeros
 from surgery_formats.storage.small_floats import E4M3, E5M2
 from surgery_formats.tensors.tensor import StoredTensor
