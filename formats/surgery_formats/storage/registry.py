@@ -20,6 +20,7 @@ from surgery_formats.storage.mlx_affine import MLX_AFFINE
 from surgery_formats.storage.mlx_floats import MLX_FLOATS
 from surgery_formats.storage.mxfp4 import MXFP4
 from surgery_formats.storage.nvfp4 import NVFP4
+from surgery_formats.storage.torchao import TORCHAO
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
@@ -28,6 +29,7 @@ __all__ = ["BUILT_IN", "ENTRY_POINTS", "claimed_weights", "storage_kinds"]
 BUILT_IN: tuple[StorageKind, ...] = (
     BITSANDBYTES,
     HQQ,
+    TORCHAO,
     FP8,
     MXFP4,
     NVFP4,
