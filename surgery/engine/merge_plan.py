@@ -121,7 +121,9 @@ def plan_merge(
     side_files = [SideFile(layout.index_name, data=layout.index) for layout in layouts.values() if layout.index_name]
     side_files += _carried(binding)
     files = tuple(file for layout in layouts.values() for file in layout.files)
-    side_files += corrected_config(binding, [tensor for file in files for tensor in file.tensors], dtype)
+    side_files += corrected_config(
+        binding, [tensor for file in files for tensor in file.tensors], dtype, rewritten=packed
+    )
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
