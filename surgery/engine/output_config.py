@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from surgery.engine.mixed_config import SIDE_FILES, leave_alone, leave_alone_beside
 from surgery.engine.plan import Compute, Copy, PlannedTensor, SideFile
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
+from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.storage.quantised import CONFIG_KEYS
 
-__all__ = ["corrected_config"]
+__all__ = ["coded_modules", "corrected_config", "corrected_quantisation_files"]
 
 _TASKS = {
     "text-classification": "ForSequenceClassification",
@@ -70,12 +72,52 @@ def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[
 
 
 def _quantisation(config: dict[str, Any], component: Component, outputs: Sequence[PlannedTensor]) -> None:
-    """A model none of whose weights is quantised any more says so."""
-    quantised = any(storage.elements is None for storage in component.owners.values())
-    if not quantised or any(_is_quantised(tensor.step) for tensor in outputs):
+    """A model of which weights are quantised no more says so: of all of them, or which.
+
+    Raises:
+        FitError: its readers cannot mix.
+    """
+    plain, quantised = coded_modules(component, outputs)
+    if not plain:
         return
-    for key in CONFIG_KEYS:
-        _holder(config, key).pop(key, None)
+    holder, key = next(
+        ((holder, key) for key in CONFIG_KEYS for holder in (config, _holder(config, key)) if key in holder), ({}, "")
+    )
+    if not quantised:
+        for each in CONFIG_KEYS:
+            _holder(config, each).pop(each, None)
+    elif isinstance(holder.get(key), dict):
+        head = component.head.removesuffix(".weight")
+        leave_alone(holder[key], plain, quantised, "" if head in quantised else head)
+
+
+def corrected_quantisation_files(
+    binding: Binding, files: Sequence[SideFile], outputs: Sequence[PlannedTensor]
+) -> list[SideFile]:
+    """The side files, those that say how the model is quantised made true, or left out where nothing is any more."""
+    component = binding.checkpoint.components.get("")
+    plain, quantised = coded_modules(component, outputs) if component is not None else ([], [])
+    kept = []
+    for file in files:
+        if plain and file.name in SIDE_FILES and file.source is not None:
+            if quantised:
+                config = dict(read_object(file.source))
+                leave_alone_beside(file.name, config, plain, quantised)
+                kept.append(SideFile(file.name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
+        else:
+            kept.append(file)
+    return kept
+
+
+def coded_modules(component: Component, outputs: Iterable[PlannedTensor]) -> tuple[list[str], list[str]]:
+    """Paths of the modules that were quantised and are not any more, and of those that still are."""
+    coded = {owner.name for owner in component.owners.values() if owner.elements is None}
+    plain: list[str] = []
+    quantised: list[str] = []
+    for tensor in outputs:
+        if tensor.component == component.name and not tensor.part and tensor.weight in coded:
+            (quantised if _is_quantised(tensor.step) else plain).append(tensor.weight.removesuffix(".weight"))
+    return plain, quantised
 
 
 def _is_quantised(step: Copy | Compute) -> bool:

@@ -21,6 +21,7 @@ from surgery_formats.storage.aligned import release, turned
 from surgery_formats.storage.base import read_block, read_rows
 from surgery_formats.storage.gptq import GPTQ
 from surgery_formats.storage.grouped_rows import GroupedRows
+from surgery_formats.storage.packing import pack
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.testing.storage import QUANTISED_CHECKS, StorageCase
 
@@ -114,6 +115,28 @@ def test_values_become_the_nearest_codes(data: st.DataObject, tmp_path_factory: 
     every = [grid.values(np.full(values.shape, code, np.uint8)) for code in range(1 << weight.bits)]
     best = np.min([abs(each.astype(np.float64) - values) for each in every], axis=0)
     assert (abs(rounded.astype(np.float64) - values) <= best + 1e-6 * abs(values)).all()
+
+
+@pytest.mark.parametrize("inputs", [45, 100, 8])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_odd_sizes_are_read_in_both_directions(inputs: int, scattered: bool, tmp_path: Path) -> None:
+    """Words that are not full, and a last group that is short."""
+    rng = np.random.default_rng(0)
+    groups = np.arange(inputs, dtype=np.int32) // 32
+    groups = rng.permutation(groups) if scattered else groups
+    codes = rng.integers(0, 16, (inputs, 12))
+    scales, zeros = rng.random((groups.max() + 1, 12)).astype(np.float16), rng.integers(0, 16, (groups.max() + 1, 12))
+    own = {"w.qweight": pack(codes, 4, 0).view(np.int32), "w.qzeros": pack(zeros, 4).view(np.int32)}
+    weight = claimed({**own, "w.scales": scales, "w.g_idx": groups}, tmp_path, "v2.4.short", group_size=32)
+    wanted = (codes - zeros[groups]) * scales.astype(np.float32)[groups]
+    assert np.array_equal(read_block(weight, 0, inputs), wanted)
+    assert np.array_equal(read_block(turned(weight), 5, 11), wanted[:, 5:11].T)
+    rounded = np.empty_like(wanted, np.float32)
+    written = weight.put(0, wanted.astype(np.float32), rounded)
+    assert [bytes(piece.data) for piece in written] == [
+        source.file.read(source.offset, source.nbytes) for source in weight.sources
+    ]
+    release()
 
 
 def test_scattered_groups_keep_their_scales_and_others_are_fitted(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from surgery_formats.plugins import with_plugins
 from surgery_formats.storage.awq import AWQ
 from surgery_formats.storage.base import Encoding, Storage, StorageKind
 from surgery_formats.storage.bitsandbytes import BITSANDBYTES
+from surgery_formats.storage.compressed_tensors import COMPRESSED_TENSORS
 from surgery_formats.storage.fp8 import FP8
 from surgery_formats.storage.gguf import GGUF_TENSORS
 from surgery_formats.storage.gptq import GPTQ
@@ -29,6 +30,7 @@ BUILT_IN: tuple[StorageKind, ...] = (
     FP8,
     MXFP4,
     NVFP4,
+    COMPRESSED_TENSORS,
     GPTQ,
     AWQ,
     MLX_AFFINE,
