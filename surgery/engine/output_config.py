@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from surgery.engine.mixed_config import SIDE_FILES, leave_alone, leave_alone_beside
-from surgery.engine.plan import Compute, Copy, PlannedTensor, SideFile
+from surgery.engine.plan import PlannedTensor, SideFile, is_coded
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.files.bounded_json import read_object
@@ -116,14 +116,8 @@ def coded_modules(component: Component, outputs: Iterable[PlannedTensor]) -> tup
     quantised: list[str] = []
     for tensor in outputs:
         if tensor.component == component.name and not tensor.part and tensor.weight in coded:
-            (quantised if _is_quantised(tensor.step) else plain).append(tensor.weight.removesuffix(".weight"))
+            (quantised if is_coded(tensor.step) else plain).append(tensor.weight.removesuffix(".weight"))
     return plain, quantised
-
-
-def _is_quantised(step: Copy | Compute) -> bool:
-    """Whether a weight is written as codes."""
-    written = step.weight if isinstance(step, Copy) else step.target
-    return getattr(written, "elements", written) is None  # an encoding alone is one of elements
 
 
 def _task_head(config: dict[str, Any], binding: Binding, outputs: Sequence[PlannedTensor]) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "SideFile",
     "TensorOutcome",
     "check_conservation",
+    "is_coded",
 ]
 
 SHARE_FILE, SHARE_MAGIC = "weights", b"surgery share 1\n"  # the one file of a share, and its first bytes
@@ -119,6 +120,12 @@ class Compute:
     def sizes(self) -> tuple[int, ...]:
         """Sizes of the weight as it will be written."""
         return self.target.sizes
+
+
+def is_coded(step: Copy | Compute) -> bool:
+    """Whether a weight is written as codes."""
+    written = step.weight if isinstance(step, Copy) else step.target
+    return getattr(written, "elements", written) is None  # an encoding alone is one of elements
 
 
 @dataclass(frozen=True, slots=True)
