@@ -90,7 +90,7 @@ def lay_out(
             if not any(output.name == tensor.name for output in outputs):
                 accounts.append(Account(tensor, "source", f"its values are in {weight.name}"))
             planned += outputs
-        groups.append((output_name(shard.path.name, suffix), shard, planned))
+        groups.append((output_name(shard.path.name, suffix, {output.dtype for output in planned}), shard, planned))
     for edit in edits.values():
         if edit.name not in component.parameters:
             groups[-1][2].extend(planner.weight(edit.name, edit.source))
@@ -230,7 +230,10 @@ class _WeightPlanner:
 
         A weight that the base lacks is stored like its embedding (or first matrix).
         """
-        housed = next((weight for weight in (base, source) if is_housed(weight)), None)
+        like = [base, source]
+        if edit is not None and edit.added and self._component.self_contained and self._component.embedding:
+            like.append(self._component.parameters[self._component.embedding].storage)
+        housed = next((weight for weight in like if is_housed(weight)), None)
         if housed is not None:
             return self._in_house(housed, source, edit)
         if not source.is_float:
@@ -288,7 +291,7 @@ def planned_file(
     """
     layout = container.lay_out([(tensor.name, tensor.dtype, tensor.shape) for tensor in planned], shard, alignment)
     placed = tuple([_placed(tensor, *layout.ranges[tensor.name]) for tensor in planned])
-    return PlannedFile(name, layout.header, layout.nbytes, placed)
+    return PlannedFile(name, layout.header, layout.nbytes, placed, layout.padding)
 
 
 def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:

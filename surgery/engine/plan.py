@@ -171,12 +171,21 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One weight file of the output."""
+    """One weight file of the output.
+
+    Attributes:
+        name: Relative to the output folder.
+        header: Its first bytes.
+        nbytes: Length of the whole file.
+        tensors: In order.
+        padding: See `FileLayout.padding`.
+    """
 
     name: str
     header: bytes
     nbytes: int
     tensors: tuple[PlannedTensor, ...]
+    padding: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
