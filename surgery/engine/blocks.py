@@ -42,5 +42,6 @@ def block_bytes(tensor: PlannedTensor) -> int:
     block = block_height(width, step) * width * 8
     used = {tensor for operation in step.operations for tensor in operation.update.tensors}
     factors = sum(tensor.numel * 8 for tensor in used)
+    held = getattr(step.source, "held_nbytes", 0)  # of one that is read with its axes exchanged
     mixing = [operation.update for operation in step.operations if is_mixing(operation.update)]
-    return 5 * block + factors + sum(update.shape[1] * update.group * 8 * 5 for update in mixing)
+    return 5 * block + held + factors + sum(update.shape[1] * update.group * 8 * 5 for update in mixing)

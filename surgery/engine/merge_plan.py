@@ -5,24 +5,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery._version import __version__
 from surgery.engine.input_checks import check_base_id, float_type
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.layout import WeightLayout, lay_out
-from surgery.engine.output_config import corrected_config
-from surgery.engine.plan import Plan, SideFile, check_conservation
+from surgery.engine.mixed_config import torn_apart
+from surgery.engine.output_config import coded_modules, corrected_config, corrected_quantisation_files
+from surgery.engine.plan import Plan, PlannedTensor, SideFile, check_conservation
 from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
+from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.collector import collector_paused
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.text import listing, show
+
+if TYPE_CHECKING:
+    from surgery.engine.as_trained import TrainedValues
 
 __all__ = ["plan_merge", "planned_merge"]
 
@@ -36,8 +43,12 @@ def planned_merge(
     layout: str,
     quantised: QuantisedOutput = DEQUANTISED,
     reversible: bool = False,
+    as_trained: CheckpointLike | None = None,
 ) -> tuple[Binding, Plan]:
     """The binding and the plan of a merge.
+
+    Where an adapter says that it was trained on a quantised base and this is another, a few rows of the base are read
+    to tell what that costs.
 
     Raises:
         FitError, InputError: see `surgery.merge`.
@@ -51,6 +62,19 @@ def planned_merge(
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     stored = float_type(dtype, "weights")
+    values = None
+    if as_trained is not None:
+        if reversible:
+            raise FitError(
+                "the release's values are not in the output, so that nothing can give them back",
+                hint="`reversible=True` goes with the base itself",
+            )
+        from surgery.engine.as_trained import trained_values, with_trained_values
+
+        values = trained_values(as_trained, checkpoint)
+        binding = with_trained_values(binding, values)
+    else:
+        binding = replace(binding, warnings=(*binding.warnings, *_other_base(binding)))
     return binding, plan_merge(
         binding,
         dtype=stored,
@@ -58,7 +82,22 @@ def planned_merge(
         packed=layout == "packed",
         quantised=quantised,
         reversible=reversible,
+        values=values,
     )
+
+
+def _other_base(binding: Binding) -> tuple[str, ...]:
+    """Warnings for adapters that were trained on a quantised base, where the base of this merge is not."""
+    quantised = [(number, said) for number, (a, _) in enumerate(binding.adapters) if (said := quantised_base_of(a))]
+    if not quantised or any(
+        weight.elements is None
+        for component in binding.checkpoint.components.values()
+        for weight in component.owners.values()
+    ):
+        return ()
+    from surgery.engine.base_choice import cost_of_other_base  # numpy
+
+    return tuple(cost_of_other_base(binding, number, said) for number, said in quantised)
 
 
 def plan_merge(
@@ -69,6 +108,7 @@ def plan_merge(
     packed: bool = False,
     quantised: QuantisedOutput = DEQUANTISED,
     reversible: bool = False,
+    values: TrainedValues | None = None,
 ) -> Plan:
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
 
@@ -83,10 +123,17 @@ def plan_merge(
     side_files = [SideFile(layout.index_name, data=layout.index) for layout in layouts.values() if layout.index_name]
     side_files += _carried(binding)
     files = tuple(file for layout in layouts.values() for file in layout.files)
-    side_files += corrected_config(binding, [tensor for file in files for tensor in file.tensors], dtype)
+    outputs = [tensor for file in files for tensor in file.tensors]
+    side_files = corrected_quantisation_files(binding, side_files, outputs)
+    side_files += corrected_config(binding, outputs, dtype, rewritten=packed)
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
+    roots = [checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)]
+    if values is not None:
+        inputs += values.files
+        facts["as_trained"] = values.facts
+        roots += [values.root] if values.root is not None else []
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     options |= quantised.options
     if reversible:
@@ -98,10 +145,10 @@ def plan_merge(
         accounts=tuple(account for layout in layouts.values() for account in layout.accounts),
         ignored=binding.ignored,
         inputs=tuple(inputs),
-        roots=(checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)),
+        roots=tuple(roots),
         id=hashlib.sha256(json.dumps([__version__, "merge", facts, options], sort_keys=True).encode()).hexdigest(),
         facts=facts,
-        warnings=binding.warnings + _left_behind(checkpoint),
+        warnings=binding.warnings + _left_behind(checkpoint) + _torn(checkpoint, outputs),
     )
     check_conservation(binding, plan)
     return plan
@@ -158,3 +205,12 @@ def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not checkpoint.left_behind:
         return ()
     return (f"not carried (other weights, deeper folders, links out of the folder): {listing(checkpoint.left_behind)}",)
+
+
+def _torn(checkpoint: Checkpoint, outputs: Sequence[PlannedTensor]) -> tuple[str, ...]:
+    found = [
+        name for component in checkpoint.components.values() for name in torn_apart(*coded_modules(component, outputs))
+    ]
+    if not found:
+        return ()
+    return (f"vLLM and SGLang join these with others that are still quantised, and refuse that: {listing(found)}",)

@@ -57,6 +57,7 @@ class MergeRequest:
         only_touched: As `surgery.merge` takes it.
         rounding: As `surgery.merge` takes it.
         reversible: As `surgery.merge` takes it.
+        as_trained: As `surgery.merge` takes it: a rule, or a reference.
     """
 
     base: str
@@ -68,6 +69,7 @@ class MergeRequest:
     only_touched: bool = False
     rounding: str | None = None
     reversible: bool = False
+    as_trained: str | None = None
 
     def planned(self) -> tuple[Binding, Plan]:
         """The binding and the plan; opens the inputs.
@@ -77,7 +79,14 @@ class MergeRequest:
         """
         quantised = quantised_output(self.quantized, only_touched=self.only_touched, rounding=self.rounding)
         return planned_merge(
-            self.base, self.adapters, self.dtype, self.shard_size, self.layout, quantised, self.reversible
+            self.base,
+            self.adapters,
+            self.dtype,
+            self.shard_size,
+            self.layout,
+            quantised,
+            self.reversible,
+            self.as_trained,
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.reports.base_choice import BaseChoice, choice_sections
 from surgery.reports.quantisation import QuantisedWeights, quantised_phrase
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
@@ -128,6 +129,7 @@ class SavingsReport:
     Attributes:
         base: The base, or None if none was given.
         adapters: In the order given.
+        choices: Of each adapter, which of two bases it belongs to, if another one was named.
         together: All these adapters on one base against as many copies; None for fewer than two, or without a base.
         seconds: How long it took.
     """
@@ -135,6 +137,7 @@ class SavingsReport:
     base: BaseCost | None
     adapters: tuple[AdapterCost, ...]
     together: TaskCost | None = None
+    choices: tuple[BaseChoice, ...] = ()
     seconds: float = elapsed()
 
     @property
@@ -174,6 +177,7 @@ class SavingsReport:
         sections.append(Table(_SPLITS, tuple(_split(*entry) for entry in splits)))
         if rows := tuple(self._tasks()):
             sections.append(Table(_TASKS, rows))
+        sections += [section for choice in self.choices for section in choice_sections(choice)]
         warnings = (Note((Name(cost.name), ": ", text), "warning") for cost in self._costs for text in cost.warnings)
         return Summary("Savings", (*sections, *warnings))
 

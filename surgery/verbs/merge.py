@@ -39,6 +39,7 @@ def merge(
     rounding: str | None = None,
     accept_loss: bool = False,
     reversible: bool = False,
+    as_trained: CheckpointLike | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -55,7 +56,8 @@ def merge(
         dtype: ``keep`` (each tensor its own), or a type for every floating-point tensor (``bf16``, ``fp16``, ``fp32``).
         device: Where arithmetic runs: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is the cpu, where a merge is sooner done
             (docs/benchmarks.md).
-        workers: Computing threads; None is one per core, at most eight. Never changes the result.
+        workers: Threads that compute, or processes where many have much to do; None is one per core, at most eight
+            threads or 16 processes. Never changes the result.
         memory_limit: Bytes the computed tensors may take together.
         shard_size: Most bytes per weight file; None keeps the base's shards.
         layout: ``keep`` the base's order of tensors; ``packed`` puts those that a graph reads together together
@@ -67,6 +69,9 @@ def merge(
         accept_loss: Write codes that hold less than half of the update, too.
         reversible: Keep beside the model what rounding loses, as ``base.rounding``, so that `surgery.unmerge` gives the
             base back bit for bit.
+        as_trained: The quantised model that the adapters were trained on, whose values take the place of the release's
+            in `base`; or ``nf4``, ``nf4-double``, ``fp4``, ``fp4-double``: what bitsandbytes makes of `base` when it is
+            loaded in 4 bits. Names, types and side files remain the base's.
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -88,7 +93,7 @@ def merge(
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
     quantised = quantised_output(quantized, only_touched=only_touched, rounding=rounding)
-    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible)
+    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained)
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, as_list, as_opened, check_counts
+from surgery.reports.base_choice import BaseChoice
 from surgery.reports.fit import fit_report
 from surgery.reports.quantisation import quantised_weights
 from surgery.reports.result import timed
@@ -26,13 +27,17 @@ def report(
     references: Openable | Iterable[Openable],
     *,
     base: CheckpointLike | None = None,
+    other_base: CheckpointLike | None = None,
     tasks: int | Sequence[int] = (1, 10, 100),
 ) -> SavingsReport:
-    """Parameter and storage savings of adapters. Only headers are read.
+    """Parameter and storage savings of adapters. Only headers are read, unless two bases are compared.
 
     Args:
         references: Adapters, as paths or opened; one of them may be their base instead of naming it by `base`.
         base: The model they were trained on. Without it there are no shares and no comparison with copies.
+        other_base: The same model, quantised or not: how far its values lie from the base's is measured beside what
+            each adapter adds, and which of the two gives the behaviour that the adapter had in training. Or the name
+            of a rule, ``nf4``: what bitsandbytes makes of the base (see `surgery.merge`).
         tasks: Numbers of tasks to compare.
 
     Raises:
@@ -62,7 +67,14 @@ def report(
     together = None
     if base_cost and len(costs) > 1:
         together = _task_cost(base_cost, len(costs), sum(c.nbytes for c in costs), sum(c.trained for c in costs))
-    return SavingsReport(base_cost, costs, together)
+    choices: tuple[BaseChoice, ...] = ()
+    if other_base is not None:
+        if model is None:
+            raise UsageError("another base needs a base to be compared with", hint="`base=` names it")
+        from surgery.engine.base_choice import base_choice
+
+        choices = tuple(base_choice(adapter, model, other_base) for adapter in adapters)
+    return SavingsReport(base_cost, costs, together, choices)
 
 
 def _name(path: Path) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from surgery_formats.dtypes import DType
 from surgery_formats.models.tied_parameters import ties_by_place
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.apply import gather
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.tensors.views import View, expert, interleaved, permute, rows, transpose, whole, window
+from surgery_formats.tensors.views import View, expert, interleaved, permute, rows, transpose, turned, whole, window
 
 
 def stored(folder: Path, values: np.ndarray) -> StoredTensor:
@@ -116,3 +118,27 @@ def test_a_permutation_must_be_one() -> None:
 def test_ties_are_seen_by_place(tmp_path: Path) -> None:
     tensor = stored(tmp_path, np.ones((3, 2)))
     assert [(tie.alias, tie.source) for tie in ties_by_place({"a": tensor, "b": tensor})] == [("b", "a")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(), count=st.integers(1, 3), height=st.integers(1, 6), width=st.integers(1, 6), index=st.integers(0, 2)
+)
+def test_a_view_of_turned_matrices_shows_the_same_elements(
+    data: st.DataObject, count: int, height: int, width: int, index: int
+) -> None:
+    stack = np.arange(count * height * width).reshape(count, height, width)
+    number = index % count
+    view = data.draw(views((height, width)))
+    at = (number * height, 0) if not view.transposed else (0, number * height)
+    placed = replace(view, rows=tuple(v + at[0] for v in view.rows), cols=tuple(v + at[1] for v in view.cols))
+    there = turned(placed, (height, width))
+    one = gather(stack.reshape(-1, width), placed.locate(0, count * height))
+    other = gather(stack.mT.reshape(-1, height), there.locate(0, count * width))
+    assert np.array_equal(one, other)
+    assert (there.row_origin, there.col_origin) == (view.row_origin, view.col_origin)
+
+
+def test_a_view_over_several_matrices_cannot_be_turned() -> None:
+    with pytest.raises(ValueError, match="several matrices"):
+        turned(whole((6, 4)), (3, 4))

@@ -21,7 +21,11 @@ __all__ = ["command"]
 @option.output("Folder to make; it must not exist yet.")
 @option.dtype
 @option.device_option
-@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Computing threads, or processes for much; by default one per core, at most 8 threads or 16 processes.",
+)
 @click.option(
     "--memory-limit", type=option.size, metavar="SIZE", help="Most memory for tensors being computed, e.g. 2GB."
 )
@@ -46,6 +50,11 @@ __all__ = ["command"]
     help="Codes of requantize: feedback (default) makes up for errors where nearest loses the update.",
 )
 @click.option("--accept-loss", is_flag=True, help="Write codes that hold less than half of the update, too.")
+@option.reference(
+    "--as-trained",
+    metavar="QUANTISED",
+    help="Take the values of the quantised model that was trained on; or nf4, nf4-double, fp4: as bitsandbytes loads BASE.",
+)
 @option.verify("full: compare what was copied byte by byte too.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()

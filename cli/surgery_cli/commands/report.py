@@ -19,6 +19,9 @@ __all__ = ["command"]
 @subcommand("report")
 @click.argument("references", nargs=-1, required=True, metavar="REF...", shell_complete=complete_files)
 @option.reference("--base", metavar="BASE", help="The model the adapters were trained on.")
+@option.reference(
+    "--other-base", metavar="OTHER", help="The same model, quantised or not, or nf4: which base was it trained on?"
+)
 @click.option(
     "--tasks",
     type=click.IntRange(min=1),
@@ -35,11 +38,12 @@ def command(
     """Report what adapters save in parameters and storage.
 
     Trained share of the parameters, bytes against a full copy, N tasks on one base against N copies, and what the
-    numbers are part of. Only headers are read.
+    numbers are part of. Only headers are read, unless two bases are compared.
 
     \b
     Examples:
       surgery report my-lora/ --base llama/
+      surgery report my-lora/ --base llama/ --other-base llama-bnb-4bit/
       surgery report llama/ lora-a/ lora-b/ --md savings.md
     """
     from surgery.reports.sections import Note

@@ -78,6 +78,11 @@ class Turned:
         return self.stored.shape[0] // max(rows, 1) * cols, rows
 
     @property
+    def held_nbytes(self) -> int:
+        """Memory that a thread which reads it holds: of a matrix of codes a byte for each."""
+        return math.prod(self._slab) * (1 if hasattr(self.stored, "held_columns") else self.dtype.bits // 8)
+
+    @property
     def dtype(self) -> DType:
         """As stored."""
         return self.stored.dtype

@@ -16,8 +16,15 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.storage.fitting import fit_awq
 from surgery_formats.storage.grouped_columns import GroupedColumns
 from surgery_formats.storage.grouped_rows import GroupedRows, Packing
-from surgery_formats.storage.module_tensors import FLOATS, check_types, group_size, module_tensors, settings_of
-from surgery_formats.storage.packing import words_of
+from surgery_formats.storage.module_tensors import (
+    FLOATS,
+    check_types,
+    group_size,
+    is_rotated,
+    module_tensors,
+    settings_of,
+)
+from surgery_formats.storage.packing import unit, words_of
 from surgery_formats.storage.quantised import quantisation_of
 from surgery_formats.tensors.tensor import StoredTensor
 
@@ -66,6 +73,8 @@ AWQ = _Awq()
 
 
 def _is_awq(named: Mapping[str, Any]) -> bool:
+    if is_rotated(named):
+        return False
     method = str(named.get("quant_method", "")).lower()
     version = str(named.get("version") or named.get("checkpoint_format") or named.get("format") or "gemm").lower()
     if method == "awq":
@@ -82,7 +91,7 @@ def _gemm(
         raise MalformedError(
             f"{columns} zero points are not in {qzeros.shape[1]} words", file=qzeros.path, tensor=qzeros.name
         )
-    order = tuple(start + place for start in range(0, 8 if bits == 4 else 32, 8) for place in _ORDER)
+    order = tuple(start + place for start in range(0, unit(bits), 8) for place in _ORDER)
     size = group_size(rows, scales.shape[0], sizes, scales)
     packing = Packing(bits, axis=1, order=order)
     return GroupedRows(name, f"AWQ{bits}", (rows, columns), True, qweight, qzeros, scales, None, packing, size, fit_awq)

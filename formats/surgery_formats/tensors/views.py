@@ -27,6 +27,7 @@ __all__ = [
     "rows",
     "take",
     "transpose",
+    "turned",
     "whole",
     "window",
 ]
@@ -126,6 +127,22 @@ def expert(index: int, count: int, shape: tuple[int, int]) -> View:
 def transpose(view: View) -> View:
     """`view` with its logical axes exchanged."""
     return View(view.cols, view.rows, not view.transposed, view.col_origin, view.row_origin)
+
+
+def turned(view: View, matrix: tuple[int, int]) -> View:
+    """`view` of the same elements, once every matrix ``(rows, cols)`` of its storage is stored transposed.
+
+    Raises:
+        ValueError: it reaches over several matrices, whose rows and columns then lie apart.
+    """
+    height, width = matrix
+    places = view.cols if view.transposed else view.rows
+    number = places[0] // height if len(places) else 0
+    if len(places) and {min(places) // height, max(places) // height} != {number}:
+        raise ValueError("reaches over several matrices")
+    inside, beside = -number * height, number * width
+    rows, cols = (beside, inside) if view.transposed else (inside, beside)
+    return replace(view, rows=_shift(view.rows, rows), cols=_shift(view.cols, cols), transposed=not view.transposed)
 
 
 def permute(view: View, order: Sequence[int]) -> View:

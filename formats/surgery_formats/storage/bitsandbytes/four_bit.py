@@ -20,7 +20,7 @@ from surgery_formats.storage.bitsandbytes.absmax import AbsMax, Scales
 from surgery_formats.storage.elements import read_bytes
 from surgery_formats.storage.flat_blocks import FlatBlocks, rows_of_whole_blocks
 from surgery_formats.storage.levels import Levels, join_nibbles, split_nibbles
-from surgery_formats.storage.quantised import Grid, check_rows, put_quantised
+from surgery_formats.storage.quantised import Grid, check_rows, keep_where, put_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes, matrix_of
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["FourBit", "FourBitGrid", "levels_of"]
 
 _SMALLEST = 1e-38  # a scale below it counts as this when values are divided by it
+_MAGNITUDE = 7  # the bits of a code of FP4 beside its sign
 _TOLERANCE = 1e-4  # of a quant_map; bitsandbytes has FP4's thirds with four digits in places
 
 # The quantiles of the normal distribution that the format's definition fixes.
@@ -224,9 +225,13 @@ class FourBit:
         stop = start + len(block)
         check_rows(self, start, stop)
         grid = self.grid(start, stop)
-        if self.quant_type != "nf4" or not (abs(grid.scales.values) > _SMALLEST).all():
-            return put_quantised(self, start, block, rounded)  # several codes stand for one number
-        codes = grid.nearest(cast(to_cpu(block), DType.F32))
+        if not (abs(grid.scales.values) > _SMALLEST).all():
+            return put_quantised(self, start, block, rounded)  # every code of such a block stands for one number
+        values = cast(to_cpu(block), DType.F32)
+        codes = grid.nearest(values)
+        if self.quant_type == "fp4" and (zero := values == 0).any():  # which has two codes
+            stored = self.codes(start, stop)
+            keep_where(codes, stored, zero & (stored & _MAGNITUDE == 0))
         rounded[...] = grid.values(codes)
         return self.pack(start, codes, grid)
 
