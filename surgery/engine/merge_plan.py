@@ -75,8 +75,17 @@ def planned_merge(
         binding = with_trained_values(binding, values)
     else:
         binding = replace(binding, warnings=(*binding.warnings, *_other_base(binding)))
+    planned = binding
+    if quantised.way == "residual":
+        if reversible or stored is not None:
+            raise FitError(
+                "a model with a LoRA beside it keeps its codes", hint="leave out `dtype=` and `reversible=True`"
+            )
+        from surgery.engine.residual_choice import without_kept  # numpy
+
+        planned = without_kept(binding, quantised)
     return binding, plan_merge(
-        binding,
+        planned,
         dtype=stored,
         shard_size=shard_size,
         packed=layout == "packed",
