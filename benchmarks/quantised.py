@@ -29,7 +29,6 @@ from safetensors.numpy import save_file
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 import evaluate  # noqa: E402
-from tests.support.gguf_file import F32, GgufTensor, RawGguf, text, u32  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import surgery  # noqa: E402
@@ -40,6 +39,7 @@ from surgery_formats.storage.base import read_rows  # noqa: E402
 from surgery_formats.storage.bitsandbytes.four_bit import levels_of  # noqa: E402
 from surgery_formats.storage.quantised import is_quantised  # noqa: E402
 from surgery_formats.tensors.apply import scatter  # noqa: E402
+from tests.support.gguf_file import F32, GgufTensor, RawGguf, text, u32  # noqa: E402
 
 BASE, LORA = ROOT / "examples" / "base", ROOT / "examples" / "lora"
 Tensors = dict[str, Array]
@@ -156,14 +156,12 @@ def quantise(folder: Path, name: str) -> Path:
         assert is_quantised(storage), storage.kind
         matrix = np.zeros(storage.shape, np.float32)
         scatter(matrix, parameter.view.locate(0, len(matrix)), weights[parameter.name])
-        pieces = [(0, len(matrix))]
         grid = storage.fit(0, matrix)
         assert grid is not None, name
-        for start, _ in pieces:
-            for piece in storage.pack(start, grid.nearest(matrix), grid):
-                source = storage.sources[piece.part]
-                with open(source.path, "r+b") as file:
-                    os.pwrite(file.fileno(), piece.data, source.offset + piece.offset)
+        for piece in storage.pack(0, grid.nearest(matrix), grid):
+            source = storage.sources[piece.part]
+            with open(source.path, "r+b") as file:
+                os.pwrite(file.fileno(), piece.data, source.offset + piece.offset)
     return model
 
 
@@ -247,9 +245,7 @@ def row(name: str, weight: float, scorer: Scorer, folder: Path) -> str:
     accounts = {}
     for rounding in ("nearest", "feedback"):
         out = folder / rounding
-        result = surgery.merge(
-            base, adapters, output=out, quantized="requantize", rounding=rounding, accept_loss=True
-        )
+        result = surgery.merge(base, adapters, output=out, quantized="requantize", rounding=rounding, accept_loss=True)
         accounts[rounding] = result.as_json()["ledger"]["requantised"]
         scores[rounding] = scorer.score(logical(model_in(out)))
     surgery.merge(base, adapters, output=folder / "16 bits")
@@ -259,16 +255,14 @@ def row(name: str, weight: float, scorer: Scorer, folder: Path) -> str:
     scores["residual"] = scorer.score(logical(model_in(folder / "both")))
     for text_kind in ("target", "source"):
         assert abs(scores["residual"][text_kind] / scores["attached"][text_kind] - 1) < 0.005
-    cells = [name, f"{weight:g}"]
-    for which in ("base", "attached", "16 bits"):
-        cells.append(f"{scores[which]['target']:.4f} / {scores[which]['source']:.4f}")
+    bits = {which: f"{each['target']:.4f} / {each['source']:.4f}" for which, each in scores.items()}
+    cells = [name, f"{weight:g}", *(bits[which] for which in ("base", "attached", "16 bits"))]
     for rounding in ("nearest", "feedback"):
         angle = math.degrees(math.acos(min(1.0, accounts[rounding]["correlation"])))
         inside = math.degrees(math.acos(min(1.0, accounts[rounding]["inside"]["correlation"])))
         cells.append(f"{accounts[rounding]['survival']:.0%}, {angle:.0f}°, {inside:.0f}°")
-        cells.append(f"{scores[rounding]['target']:.4f} / {scores[rounding]['source']:.4f}")
-    cells.append(f"{scores['residual']['target']:.4f} / {scores['residual']['source']:.4f}")
-    return "| " + " | ".join(cells) + " |"
+        cells.append(bits[rounding])
+    return "| " + " | ".join([*cells, bits["residual"]]) + " |"
 
 
 def main() -> None:
