@@ -125,7 +125,7 @@ def plan_merge(
     files = tuple(file for layout in layouts.values() for file in layout.files)
     outputs = [tensor for file in files for tensor in file.tensors]
     side_files = corrected_quantisation_files(binding, side_files, outputs)
-    side_files += corrected_config(binding, outputs, dtype)
+    side_files += corrected_config(binding, outputs, dtype, rewritten=packed)
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)

@@ -217,6 +217,8 @@ def _next_step(plan: Plan, output: Path) -> tuple[str | Name, ...]:
     path = Name(output, PATH)
     if "model_index.json" in names:
         return 'load it with diffusers: DiffusionPipeline.from_pretrained("', path, '")'
+    if plan.files and plan.files[0].name.endswith(".gguf"):
+        return 'run it with llama.cpp: llama-cli -m "', Name(output / plan.files[0].name, PATH), '"'
     if "config.json" in names:
         configs: dict[str, Any] = dict(plan.facts["configs"])  # type: ignore[call-overload]
         architectures = str(configs.get("", {}).get("architectures"))

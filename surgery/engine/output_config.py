@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from surgery.engine.mixed_config import SIDE_FILES, leave_alone, leave_alone_beside
-from surgery.engine.plan import Compute, Copy, PlannedTensor, SideFile
+from surgery.engine.plan import PlannedTensor, SideFile, is_coded
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.files.bounded_json import read_object
@@ -26,11 +26,20 @@ _TASKS = {
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
 
-def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: DType | None) -> list[SideFile]:
-    """config.json of every component that has one: vocabulary size, tie, stored type and task heads made true."""
+def corrected_config(
+    binding: Binding, outputs: Sequence[PlannedTensor], dtype: DType | None, *, rewritten: bool = False
+) -> list[SideFile]:
+    """config.json of every component that has one: vocabulary size, tie, stored type and task heads made true.
+
+    Args:
+        binding: Of the merge.
+        outputs: All tensors that it writes.
+        dtype: The element type that was asked for.
+        rewritten: Whether weights leave their container, with which those that are self-contained lose their configuration.
+    """
     side_files = []
     for component in binding.checkpoint.components.values():
-        if component.self_contained:
+        if component.self_contained and not rewritten:
             side_files += _beside(component, binding.checkpoint)
             continue
         if not component.config:
@@ -45,7 +54,8 @@ def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: 
             config[key] = dtype.torch_name
         _task_head(config, binding, written)
         name = f"{component.name}/config.json" if component.name else "config.json"
-        if config == component.config and (component.folder / "config.json").exists():
+        own = not component.self_contained and (component.folder / "config.json").exists()
+        if config == component.config and own:
             side_files.append(SideFile(name, source=component.folder / "config.json"))
         else:
             side_files.append(SideFile(name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
@@ -116,14 +126,8 @@ def coded_modules(component: Component, outputs: Iterable[PlannedTensor]) -> tup
     quantised: list[str] = []
     for tensor in outputs:
         if tensor.component == component.name and not tensor.part and tensor.weight in coded:
-            (quantised if _is_quantised(tensor.step) else plain).append(tensor.weight.removesuffix(".weight"))
+            (quantised if is_coded(tensor.step) else plain).append(tensor.weight.removesuffix(".weight"))
     return plain, quantised
-
-
-def _is_quantised(step: Copy | Compute) -> bool:
-    """Whether a weight is written as codes."""
-    written = step.weight if isinstance(step, Copy) else step.target
-    return getattr(written, "elements", written) is None  # an encoding alone is one of elements
 
 
 def _task_head(config: dict[str, Any], binding: Binding, outputs: Sequence[PlannedTensor]) -> None:

@@ -93,11 +93,13 @@ class FileLayout:
         header: Its first bytes.
         ranges: ``{tensor: (absolute offset, nbytes)}``; the bytes of each are little endian, in C order.
         nbytes: Length of the whole file.
+        padding: ``(offset, nbytes)`` of zeros between and behind the tensors.
     """
 
     header: bytes
     ranges: Mapping[str, tuple[int, int]]
     nbytes: int
+    padding: tuple[tuple[int, int], ...] = ()
 
 
 @runtime_checkable

@@ -12,6 +12,8 @@ from surgery_formats.storage.base import Encoding, PartBytes, Storage
 
 __all__ = [
     "CONFIG_KEYS",
+    "METADATA_NAMES",
+    "METADATA_PLAIN",
     "Grid",
     "Quantised",
     "check_rows",
@@ -24,6 +26,8 @@ __all__ = [
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 """Where a config.json says how its weights are quantised; the last is MLX's."""
+METADATA_NAMES, METADATA_PLAIN = "tensor_names", '{"_type": "Tensor"}'
+"""Where torchao lists weights in a file's metadata, and the entry under the name of one that is not quantised."""
 
 
 class Grid(Protocol):

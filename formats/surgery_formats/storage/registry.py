@@ -17,8 +17,10 @@ from surgery_formats.storage.gguf import GGUF_TENSORS
 from surgery_formats.storage.gptq import GPTQ
 from surgery_formats.storage.hqq import HQQ
 from surgery_formats.storage.mlx_affine import MLX_AFFINE
+from surgery_formats.storage.mlx_floats import MLX_FLOATS
 from surgery_formats.storage.mxfp4 import MXFP4
 from surgery_formats.storage.nvfp4 import NVFP4
+from surgery_formats.storage.torchao import TORCHAO
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
@@ -27,6 +29,7 @@ __all__ = ["BUILT_IN", "ENTRY_POINTS", "claimed_weights", "storage_kinds"]
 BUILT_IN: tuple[StorageKind, ...] = (
     BITSANDBYTES,
     HQQ,
+    TORCHAO,
     FP8,
     MXFP4,
     NVFP4,
@@ -34,6 +37,7 @@ BUILT_IN: tuple[StorageKind, ...] = (
     GPTQ,
     AWQ,
     MLX_AFFINE,
+    MLX_FLOATS,
     GGUF_TENSORS,
 )
 """Beside `Plain`, which every tensor has that none of these claims."""

@@ -41,7 +41,7 @@ def lay_out(tensors: Sequence[TensorSpec], base: Header | None, alignment: int) 
         padded = -(-end // alignment) * alignment
         nbytes = base.file.size if end <= base.file.size <= padded else padded
         ranges = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in base.tensors}
-        return FileLayout(bytes(base.file.read(0, base.begin)), ranges, nbytes)
+        return _padded(bytes(base.file.read(0, base.begin)), ranges, nbytes)
     if len({name for name, _, _ in tensors}) != len(tensors):
         raise FitError("two tensors of one name")
     types = {name: _type(name, dtype, shape, base) for name, dtype, shape in tensors}
@@ -57,7 +57,17 @@ def lay_out(tensors: Sequence[TensorSpec], base: Header | None, alignment: int) 
     header = MAGIC + counts + b"".join(entries) + b"".join(infos)
     header += bytes(-len(header) % alignment)
     ranges = {name: (len(header) + offset, nbytes) for name, (offset, nbytes) in places.items()}
-    return FileLayout(header, ranges, len(header) + at)
+    return _padded(header, ranges, len(header) + at)
+
+
+def _padded(header: bytes, ranges: Mapping[str, tuple[int, int]], nbytes: int) -> FileLayout:
+    """The layout, with all that is between the tensors: they are in order."""
+    padding, at = [], len(header)
+    for offset, size in (*ranges.values(), (nbytes, 0)):
+        if offset > at:
+            padding.append((at, offset - at))
+        at = offset + size
+    return FileLayout(header, ranges, nbytes, tuple(padding))
 
 
 def _same(tensors: Sequence[TensorSpec], base: Header) -> bool:

@@ -25,11 +25,11 @@ class GgufElements:
 
     Attributes:
         seat: Where it lies.
-        stored: Type of the elements.
+        stored_dtype: Type of the elements.
     """
 
     seat: Seat
-    stored: DType
+    stored_dtype: DType
     container: ClassVar[str] = "gguf"
     coded: ClassVar[bool] = False
 
@@ -66,17 +66,17 @@ class GgufElements:
     @property
     def dtype(self) -> DType:
         """The elements' type; of norms with 1 added float32."""
-        return DType.F32 if self.seat.place.plus_one else self.stored
+        return DType.F32 if self.seat.place.plus_one else self.stored_dtype
 
     @property
     def kind(self) -> str:
         """Name of the elements' type."""
-        return self.stored.label
+        return self.stored_dtype.label
 
     @property
     def is_float(self) -> bool:
         """Whether the elements are floating-point numbers."""
-        return self.stored.is_float
+        return self.stored_dtype.is_float
 
     @property
     def elements(self) -> StoredTensor | None:
@@ -95,13 +95,13 @@ class GgufElements:
 
     def in_elements(self, dtype: DType) -> Encoding:
         """In `dtype`; vectors and what else llama.cpp expects in float32 stay as they are."""
-        if self.seat.place.in_full or not self.is_float or dtype is self.stored:
+        if self.seat.place.in_full or not self.is_float or dtype is self.stored_dtype:
             return self
         return AsElements(self.seat, dtype)
 
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """One tensor."""
-        return self.seat.parts(name, self.stored, self.seat.tensor.shape)
+        return self.seat.parts(name, self.stored_dtype, self.seat.tensor.shape)
 
     def read_into(self, block: Array, start: int) -> None:
         """See `Storage.read_into`."""
@@ -115,20 +115,20 @@ class GgufElements:
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """The rows rounded to the stored type; norms that did not change keep their bits."""
         if not self.seat.place.plus_one:
-            return AsElements(self.seat, self.stored).put(start, block, rounded)
+            return AsElements(self.seat, self.stored_dtype).put(start, block, rounded)
         import numpy as np
 
         old = self._stored(start, start + len(block))
         values = cast(to_cpu(block), DType.F32)
         self.read_into(rounded, start)
-        new = np.where(rounded == values, old, cast(values + np.float32(1), self.stored))
+        new = np.where(rounded == values, old, cast(values + np.float32(1), self.stored_dtype))
         assign(rounded, new)
         rounded -= 1
         return self.seat.rows.written(start, new)
 
     def _stored(self, start: int, stop: int) -> Array:
         raw = self.seat.rows.read(start, stop)
-        return raw.view(self.stored.numpy).reshape(stop - start, self.shape[1])
+        return raw.view(self.stored_dtype.numpy).reshape(stop - start, self.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
