@@ -62,8 +62,7 @@ def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[
 
 def _quantisation(config: dict[str, Any], component: Component, outputs: Sequence[PlannedTensor]) -> None:
     """A model none of whose weights is quantised any more says so."""
-    quantised = any(storage.elements is None for storage in component.owners.values())
-    if not quantised or any(_is_quantised(tensor.step) for tensor in outputs):
+    if not component.is_quantised or any(_is_quantised(tensor.step) for tensor in outputs):
         return
     for key in CONFIG_KEYS:
         _holder(config, key).pop(key, None)

@@ -24,6 +24,7 @@ from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
+from surgery_formats.storage.aligned import as_stored
 from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.code_rounding import rounding_variance
 from surgery_formats.storage.quantised import is_quantised
@@ -62,8 +63,8 @@ def code_noise(delta: Delta) -> CodeNoise | None:
 
 def _strip_noise(strip: Strip) -> tuple[Array, Array, float] | None:
     """Expected energies of some rows, of every column over these rows, and how many times as many rows there are."""
-    coded = [side for side in (strip.base, strip.tuned) if _as_stored(side).elements is None]
-    if not coded or not all(is_quantised(_as_stored(side)) for side in coded):
+    coded = [side for side in (strip.base, strip.tuned) if as_stored(side).elements is None]
+    if not coded or not all(is_quantised(as_stored(side)) for side in coded):
         return None
     both = len(coded) == 2
     expected = [_variances(side) for side in coded]
@@ -84,15 +85,9 @@ def _strip_noise(strip: Strip) -> tuple[Array, Array, float] | None:
     return numpy.concatenate(rows), cols, strip.height / max(seen, 1)
 
 
-def _as_stored(side: Storage) -> Storage:
-    """The storage itself, or the one that is turned in order to lie as its fellow does."""
-    stored: Storage = getattr(side, "stored", side)
-    return stored
-
-
 def _variances(side: Storage) -> Callable[[int, int], Array]:
     """The expected squared errors of some rows, float64."""
-    stored = _as_stored(side)
+    stored = as_stored(side)
     assert is_quantised(stored)
     if stored is side:
         return lambda first, last: rounding_variance(stored, first, last).astype(numpy.float64)
@@ -148,7 +143,7 @@ def _kinds(entry: TargetFactors) -> tuple[str, ...]:
     """``NF4 in BASE``, of the coded sides of a target."""
     strip = entry.target.deltas[0].strips[0]
     sides = (("BASE", strip.base), ("TUNED", strip.tuned))
-    return tuple(f"{_as_stored(side).kind} in {name}" for name, side in sides if _as_stored(side).elements is None)
+    return tuple(f"{as_stored(side).kind} in {name}" for name, side in sides if as_stored(side).elements is None)
 
 
 def _coded(entry: TargetFactors) -> CodedFactors:
