@@ -21,6 +21,7 @@ from surgery_formats.arrays import Array
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.storage.base import read_block
 from surgery_formats.storage.bitsandbytes.four_bit import levels_of
+from surgery_formats.storage.packing import pack
 from surgery_formats.storage.quantised import is_quantised
 from surgery_formats.storage.registry import claimed_weights
 
@@ -64,6 +65,41 @@ def hqq4() -> Made:
     return {**stored, "w.W_q": packed, "w.scale": scale, "w.zero": zero}, values.reshape(ROWS, COLUMNS)
 
 
+def groups(inputs: int, outputs: int) -> tuple[Array, Array, Array]:
+    """Codes of 4 bits, scales and zero points of 128 inputs, all ``(in, out)``."""
+    codes = RANDOM.integers(0, 16, (inputs, outputs)).astype(np.uint8)
+    scales = RANDOM.random((inputs // 128, outputs), np.float32).astype(np.float16)
+    return codes, scales, RANDOM.integers(1, 16, scales.shape)
+
+
+def by_group(codes: Array, scales: Array, zeros: Array) -> Array:
+    pieces = codes.reshape(len(scales), -1, codes.shape[1]) - zeros[:, None].astype(np.float32)
+    return (pieces * scales[:, None].astype(np.float32)).reshape(codes.shape)
+
+
+def gptq4(*, act: bool = False) -> Made:
+    codes, scales, zeros = groups(ROWS, COLUMNS)
+    stored = {"w.qweight": pack(codes, 4, 0).view(np.int32), "w.qzeros": pack(zeros - 1, 4).view(np.int32)}
+    if not act:
+        return {**stored, "w.scales": scales}, by_group(codes, scales, zeros)
+    index = RANDOM.permutation(np.arange(ROWS, dtype=np.int32) // 128)
+    values = (codes - zeros[index].astype(np.float32)) * scales[index].astype(np.float32)
+    return {**stored, "w.scales": scales, "w.g_idx": index}, values
+
+
+def awq4() -> Made:
+    codes, scales, zeros = groups(ROWS, COLUMNS)
+    words = (pack(each, 4, order=(0, 2, 4, 6, 1, 3, 5, 7)).view(np.int32) for each in (codes, zeros))
+    return {"w.qweight": next(words), "w.qzeros": next(words), "w.scales": scales}, by_group(codes, scales, zeros)
+
+
+def mlx(bits: int) -> Made:
+    codes = RANDOM.integers(0, 1 << bits, (ROWS, COLUMNS)).astype(np.uint8)
+    scales, biases = (RANDOM.random((ROWS, COLUMNS // 64), np.float32).astype(np.float16) for _ in range(2))
+    pieces = codes.reshape(ROWS, -1, 64) * scales[..., None].astype(np.float32) + biases[..., None].astype(np.float32)
+    return {"w.weight": pack(codes, bits), "w.scales": scales, "w.biases": biases}, pieces.reshape(codes.shape)
+
+
 CODECS: dict[str, Callable[[], Made]] = {
     "NF4": lambda: four_bit("nf4"),
     "NF4, nested scales": lambda: four_bit("nf4", nested=True),
@@ -71,7 +107,21 @@ CODECS: dict[str, Callable[[], Made]] = {
     "FP4": lambda: four_bit("fp4"),
     "INT8": int8,
     "HQQ4": hqq4,
+    "GPTQ4": gptq4,
+    "GPTQ4, scattered groups": lambda: gptq4(act=True),
+    "AWQ4": awq4,
+    "MLX4": lambda: mlx(4),
+    "MLX3": lambda: mlx(3),
 }
+GROUPS = {"bits": 4, "group_size": 128}
+CONFIGS = {
+    "GPTQ4": {"quantization_config": {**GROUPS, "quant_method": "gptq"}},
+    "GPTQ4, scattered groups": {"quantization_config": {**GROUPS, "quant_method": "gptq", "desc_act": True}},
+    "AWQ4": {"quantization_config": {**GROUPS, "quant_method": "awq"}},
+    "MLX4": {"quantization": {"bits": 4, "group_size": 64}},
+    "MLX3": {"quantization": {"bits": 3, "group_size": 64}},
+}
+"""config.json, of the formats that need one."""
 
 
 def nanoseconds(work: Callable[[int], object], group: int, elements: int) -> float:
@@ -89,7 +139,7 @@ def measure(name: str, folder: Path) -> str:
     stored, values = CODECS[name]()
     save_file(stored, folder / "weights.safetensors")
     tensors = {tensor.name: tensor for tensor in open_safetensors(folder / "weights.safetensors").tensors}
-    weight = claimed_weights(tensors, {})["w.W_q" if "w.W_q" in stored else "w.weight"]
+    weight = next(iter(claimed_weights(tensors, CONFIGS.get(name, {})).values()))
     assert is_quantised(weight)
     height, block = max(HEIGHT, weight.group), np.empty_like(values)
     assert np.array_equal(read_block(weight, 0, ROWS), values)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.containers.gguf.container import GGUF
 from surgery_formats.containers.weight_files import UNREAD_SUFFIXES, file_containers, holds_weights, is_weight_file
 from surgery_formats.errors import InputError, NotFoundError
 from surgery_formats.text import closest, show
@@ -109,6 +110,7 @@ def _download(name: HubName, text: str) -> Path:
             return Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision))
         first, *others = file_containers().values()
         unread = [*_OTHER_COPIES, *(f"*{suffix}" for suffix in UNREAD_SUFFIXES if not is_weight_file(f"x{suffix}"))]
+        unread += [f"*{suffix}" for suffix in GGUF.suffixes]  # one model in twenty sizes: its file must be named
         ignored = [*unread, *(f"*{suffix}" for container in others for suffix in container.suffixes)]
         folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=ignored))
         if not any(path.name.endswith(first.suffixes) for path in folder.rglob("*")):  # an older repository: pickles

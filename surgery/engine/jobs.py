@@ -83,12 +83,13 @@ class FileJob:
         return self._out
 
     def open(self, folder: OutputFolder, meter: ByteMeter) -> None:
-        """Create the file and write its header."""
+        """Create the file and write its header, and the zeros between tensors."""
         self._out = folder.create(self.file.name, self.file.nbytes)
-        self._out.pwrite(self.file.header, 0)
-        if self._out.readback(0, len(self.file.header)) != self.file.header:
-            raise ProofError("the header on disk is not the one written", file=self.file.name)
-        meter.add(len(self.file.header))
+        for at, raw in ((0, self.file.header), *((at, bytes(nbytes)) for at, nbytes in self.file.padding)):
+            self._out.pwrite(raw, at)
+            if self._out.readback(at, len(raw)) != raw:
+                raise ProofError("the header on disk is not the one written", file=self.file.name)
+            meter.add(len(raw))
 
     def start(self, copiers: ThreadPoolExecutor, verify: bool, stop: Stop, meter: ByteMeter) -> list[Future[None]]:
         """Submit the copies."""

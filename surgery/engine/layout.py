@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
-from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome
+from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome, is_coded
 from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.straight import straightened
@@ -16,10 +16,11 @@ from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.sharded import index_bytes, index_name, output_name, shard_names
 from surgery_formats.containers.weight_files import output_container
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.storage.base import Encoding, Storage, is_contiguous
+from surgery_formats.storage.base import Encoding, Housed, Storage, is_contiguous, is_housed
 from surgery_formats.storage.plain import Elements
-from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.storage.quantised import METADATA_NAMES, METADATA_PLAIN, is_quantised
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["WeightLayout", "lay_out", "planned_file"]
@@ -56,7 +57,8 @@ def lay_out(
         quantised: What becomes of weights stored as codes.
 
     Raises:
-        FitError: `packed`, and the architecture has no recipe that says what belongs together.
+        FitError: `packed`, and the architecture has no recipe that says what belongs together; the container has no place
+            for a weight, or nothing writes its type; `shard_size` for files that cannot be cut.
     """
     if dtype is not None:
         component.check_read()  # scales of another type would not fit their codes
@@ -65,7 +67,13 @@ def lay_out(
     suffix = container.suffixes[0]
     accounts: list[Account] = []
     groups: list[tuple[str, Shard | None, list[PlannedTensor]]] = []
-    planner = _WeightPlanner(component, edits, dtype, quantised)
+    planner = _WeightPlanner(component, edits, dtype, quantised, container.name)
+    if shard_size is not None and component.self_contained:
+        raise FitError(
+            "the files of its base are kept",
+            file=component.shards[0].path,
+            hint=f"leave out `shard_size=`: other tools split {container.title}",
+        )
     for shard in component.shards:
         planned: list[PlannedTensor] = []
         for tensor in shard.tensors:
@@ -82,7 +90,7 @@ def lay_out(
             if not any(output.name == tensor.name for output in outputs):
                 accounts.append(Account(tensor, "source", f"its values are in {weight.name}"))
             planned += outputs
-        groups.append((output_name(shard.path.name, suffix), shard, planned))
+        groups.append((output_name(shard.path.name, suffix, {output.dtype for output in planned}), shard, planned))
     for edit in edits.values():
         if edit.name not in component.parameters:
             groups[-1][2].extend(planner.weight(edit.name, edit.source))
@@ -93,6 +101,9 @@ def lay_out(
     if packed:
         joint = packing_groups(component)
         groups = [(name, None, packing_order(planned, joint)) for name, _, planned in groups]
+    if any(shard is not None and METADATA_NAMES in shard.metadata for _, shard, _ in groups):
+        coded = {tensor.weight for _, _, planned in groups for tensor in planned if is_coded(tensor.step)}
+        groups = [(name, shard and _told(shard, coded), planned) for name, shard, planned in groups]
     alignment = PAGE if packed else 1
     files = tuple(
         planned_file(f"{folder}{name}", planned, shard, alignment, container)
@@ -100,6 +111,19 @@ def lay_out(
         if planned or len(groups) == 1
     )
     return WeightLayout(files, *_index(component, files, folder, suffix), tuple(accounts))
+
+
+def _told(shard: Shard, coded: Collection[str]) -> Shard:
+    """A shard of which the metadata tells the classes of the weights that are quantised; nothing, if none is."""
+    told = {key: METADATA_PLAIN if _is_class(value) else value for key, value in shard.metadata.items()}
+    kept = {key: shard.metadata[key] for key in coded if key in told}
+    if not coded:
+        told = {key: value for key, value in told.items() if key != METADATA_NAMES and value != METADATA_PLAIN}
+    return replace(shard, metadata=told | kept)
+
+
+def _is_class(value: str) -> bool:
+    return value.startswith(METADATA_PLAIN.partition(" ")[0])
 
 
 def _is_tie(name: str, source: str, component: Component) -> bool:
@@ -111,9 +135,15 @@ class _WeightPlanner:
     """Plans the weights of one component, each once, however many stored tensors it has."""
 
     def __init__(
-        self, component: Component, edits: Mapping[str, Edit], dtype: DType | None, quantised: QuantisedOutput
+        self,
+        component: Component,
+        edits: Mapping[str, Edit],
+        dtype: DType | None,
+        quantised: QuantisedOutput,
+        container: str,
     ) -> None:
         self._component = component
+        self._container = container
         self._edits = edits
         self._dtype = dtype
         self._quantised = quantised
@@ -137,12 +167,18 @@ class _WeightPlanner:
     def weight(self, name: str, base: Storage) -> tuple[PlannedTensor, ...]:
         """The output tensors of one weight, without their offsets."""
         edit = self._edits.get(name)
-        if edit is None and is_contiguous(base) and (self._type(base) is None or not base.is_float):
+        at_home = is_housed(base) and base.container == self._container
+        kept = self._type(base) is None or not base.is_float
+        if edit is None and is_contiguous(base) and kept and (at_home or not is_housed(base)):
             return self._copies(base)
         source = base if edit is None else edit.source
         target = self._encoding(base, source, edit)
         operations = edit.operations if edit else ()
-        if source.transposed and target is not source and target is not base:  # elements lie as the model has them
+        if at_home and source.transposed != base.transposed:
+            source, operations = straightened(source, operations)
+        elif (
+            not at_home and source.transposed and target is not source and target is not base
+        ):  # elements lie as the model has them
             source, operations = straightened(source, operations)
             target = Elements(source.sizes, source.shape, target.dtype)
         elif source is not base and target is base and source.transposed != base.transposed:
@@ -194,6 +230,12 @@ class _WeightPlanner:
 
         A weight that the base lacks is stored like its embedding (or first matrix).
         """
+        like = [base, source]
+        if edit is not None and edit.added and self._component.self_contained and self._component.embedding:
+            like.append(self._component.parameters[self._component.embedding].storage)
+        housed = next((weight for weight in like if is_housed(weight)), None)
+        if housed is not None:
+            return self._in_house(housed, source, edit)
         if not source.is_float:
             return source
         if (dtype := self._type(base)) is not None:
@@ -203,6 +245,22 @@ class _WeightPlanner:
         if base is source or not base.is_float:
             return source
         return _elements(source, base.dtype) if base.elements is not None else base
+
+    def _in_house(self, housed: Housed, source: Storage, edit: Edit | None) -> Encoding:
+        """The encoding of a weight of a container with types of its own, for that container or for another."""
+        if housed.container != self._container:
+            plain = self._component.plain_dtype if housed.coded else housed.dtype
+            return Elements(source.sizes, source.shape, self._dtype or plain)
+        target: Encoding = housed
+        if housed.coded and not self._quantised.keeps(touched=edit is not None, dtype=self._dtype):
+            target = housed.in_elements(self._dtype or self._component.plain_dtype)
+        elif not housed.coded and self._dtype is not None:
+            target = housed.in_elements(self._dtype)
+        if edit is not None:
+            housed.check_place(edit.name, source.sizes)
+            if target is housed and (edit.operations or edit.replaced):
+                housed.check_written()
+        return target
 
 
 def _elements(source: Storage, dtype: DType) -> Encoding:
@@ -233,7 +291,7 @@ def planned_file(
     """
     layout = container.lay_out([(tensor.name, tensor.dtype, tensor.shape) for tensor in planned], shard, alignment)
     placed = tuple([_placed(tensor, *layout.ranges[tensor.name]) for tensor in planned])
-    return PlannedFile(name, layout.header, layout.nbytes, placed)
+    return PlannedFile(name, layout.header, layout.nbytes, placed, layout.padding)
 
 
 def _placed(tensor: PlannedTensor, offset: int, nbytes: int) -> PlannedTensor:
@@ -270,7 +328,7 @@ def _resharded(tensors: Sequence[PlannedTensor], limit: int) -> list[list[Planne
 
 def _index(component: Component, files: Sequence[PlannedFile], folder: str, suffix: str) -> tuple[str, bytes]:
     """Name and content of the index of several shards; of one, only where the base has one too."""
-    if len(files) == 1 and (component.index is None or len(component.shards) > 1):
+    if component.self_contained or (len(files) == 1 and (component.index is None or len(component.shards) > 1)):
         return "", b""
     tensors = [tensor for file in files for tensor in file.tensors]
     totals = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ from surgery._version import __version__
 from surgery.engine.input_checks import check_base_id, float_type
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.layout import WeightLayout, lay_out
-from surgery.engine.output_config import corrected_config
-from surgery.engine.plan import Plan, SideFile, check_conservation
+from surgery.engine.mixed_config import torn_apart
+from surgery.engine.output_config import coded_modules, corrected_config, corrected_quantisation_files
+from surgery.engine.plan import Plan, PlannedTensor, SideFile, check_conservation
 from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
@@ -117,7 +119,9 @@ def plan_merge(
     side_files = [SideFile(layout.index_name, data=layout.index) for layout in layouts.values() if layout.index_name]
     side_files += _carried(binding)
     files = tuple(file for layout in layouts.values() for file in layout.files)
-    side_files += corrected_config(binding, [tensor for file in files for tensor in file.tensors], dtype)
+    outputs = [tensor for file in files for tensor in file.tensors]
+    side_files = corrected_quantisation_files(binding, side_files, outputs)
+    side_files += corrected_config(binding, outputs, dtype, rewritten=packed)
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
@@ -140,7 +144,7 @@ def plan_merge(
         roots=tuple(roots),
         id=hashlib.sha256(json.dumps([__version__, "merge", facts, options], sort_keys=True).encode()).hexdigest(),
         facts=facts,
-        warnings=binding.warnings + _left_behind(checkpoint),
+        warnings=binding.warnings + _left_behind(checkpoint) + _torn(checkpoint, outputs),
     )
     check_conservation(binding, plan)
     return plan
@@ -197,3 +201,12 @@ def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not checkpoint.left_behind:
         return ()
     return (f"not carried (other weights, deeper folders, links out of the folder): {listing(checkpoint.left_behind)}",)
+
+
+def _torn(checkpoint: Checkpoint, outputs: Sequence[PlannedTensor]) -> tuple[str, ...]:
+    found = [
+        name for component in checkpoint.components.values() for name in torn_apart(*coded_modules(component, outputs))
+    ]
+    if not found:
+        return ()
+    return (f"vLLM and SGLang join these with others that are still quantised, and refuse that: {listing(found)}",)

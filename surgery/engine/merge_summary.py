@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from surgery.engine.ledger import Ledger, Row
-from surgery.engine.plan import Compute, Plan
+from surgery.engine.plan import Compute, Copy, Plan
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
+from surgery_formats.linalg.survival import Survival
+from surgery_formats.storage.plain import Elements
 
 __all__ = ["merge_summary"]
 
@@ -35,11 +38,11 @@ def merge_summary(
     rounding_nbytes: int = 0,
 ) -> Summary:
     """Inputs, outcomes, survival, and what stands out; of every tensor or operation if `verbose`."""
-    facts = [*_inputs(ledger.plan), *_tensors(ledger)]
+    facts = [*_inputs(ledger.plan), *_tensors(ledger), *_formats(ledger.plan)]
     if output is None:
         sections = [Facts((*facts, *_would_write(ledger.plan, ahead))), *_planned(ledger, verbose), DRY_RUN]
     else:
-        facts += [*_kept(ledger), ("wrote", _wrote(ledger.plan, output, seconds))]
+        facts += [*_kept(ledger), *_codes(ledger), ("wrote", _wrote(ledger.plan, output, seconds))]
         if rounding_nbytes:
             part = Value(rounding_nbytes / max(ledger.plan.nbytes, 1), "share"), " of the weights, for surgery unmerge"
             facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
@@ -85,6 +88,55 @@ def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
         ("adapter", f"{ledger.adapter_tensors} tensors used, {len(ledger.plan.ignored)} without effect"),
         ("parameters", (Value(changed, "count"), " of ", whole, " lie in tensors that change")),
     ]
+
+
+def _formats(plan: Plan) -> Iterator[tuple[str, Phrase]]:
+    """Which quantised weights keep their format, and how much larger the others become."""
+    kept: Counter[str] = Counter()
+    plain: dict[str, list[int]] = {}
+    for tensor in plan.tensors:
+        weight = tensor.step.weight if isinstance(tensor.step, Copy) else tensor.step.source
+        if weight.elements is not None or tensor.part:
+            continue
+        target = weight if isinstance(tensor.step, Copy) else tensor.step.target
+        if isinstance(target, Elements):
+            key = f"{weight.kind} to {tensor.dtype.label}"
+            counts = plain.setdefault(key, [0, 0, 0])
+            stored = sum(source.nbytes for source in weight.sources)
+            for i, count in enumerate((1, stored, tensor.nbytes)):
+                counts[i] += count
+        else:
+            kept[weight.kind] += 1
+    for key, (number, before, after) in plain.items():
+        yield (
+            "dequantised",
+            (f"{number} weights from {key}: ", Value(before, "bytes"), " become ", Value(after, "bytes")),
+        )
+    for kind, number in kept.items():
+        yield "quantised", f"{number} weights stay {kind}"
+
+
+def _codes(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
+    """What became of the codes of requantised weights."""
+    weights = ledger.requantised
+    if not weights:
+        return
+    kept = Survival.total(measured.kept for _, measured, _ in weights)
+    inside = Survival.total(change.inside for _, _, change in weights)
+    moved = sum(change.moved for _, _, change in weights) / max(sum(change.codes for _, _, change in weights), 1)
+    yield "codes", (Value(moved, "share"), f" moved in {len(weights)} weights; what is stored correlates ",
+        Value(kept.correlation, "number", 3), " with the update, and is off by ", Value(kept.rounding, "share"), " of its norm",
+    )  # fmt: skip
+    if inside.update > 0:
+        yield "", ("in the inputs that the adapter listens to: ", Value(inside.correlation, "number", 3), " and ",
+            Value(inside.rounding, "share"),
+        )  # fmt: skip
+    feedback = sum(change.rounding == "feedback" for _, _, change in weights)
+    fresh = sum(change.scales == "fresh" for _, _, change in weights)
+    yield (
+        "rounding",
+        f"with feedback in {feedback} weights, to nearest in {len(weights) - feedback}; fresh scales in {fresh}",
+    )
 
 
 def _kept(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
@@ -165,6 +217,8 @@ def _next_step(plan: Plan, output: Path) -> tuple[str | Name, ...]:
     path = Name(output, PATH)
     if "model_index.json" in names:
         return 'load it with diffusers: DiffusionPipeline.from_pretrained("', path, '")'
+    if plan.files and plan.files[0].name.endswith(".gguf"):
+        return 'run it with llama.cpp: llama-cli -m "', Name(output / plan.files[0].name, PATH), '"'
     if "config.json" in names:
         configs: dict[str, Any] = dict(plan.facts["configs"])  # type: ignore[call-overload]
         architectures = str(configs.get("", {}).get("architectures"))

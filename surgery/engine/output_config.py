@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from surgery.engine.plan import Compute, Copy, PlannedTensor, SideFile
+from surgery.engine.mixed_config import SIDE_FILES, leave_alone, leave_alone_beside
+from surgery.engine.plan import PlannedTensor, SideFile, is_coded
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.files.bounded_json import read_object
+from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.storage.quantised import CONFIG_KEYS
 
-__all__ = ["corrected_config"]
+__all__ = ["coded_modules", "corrected_config", "corrected_quantisation_files"]
 
 _TASKS = {
     "text-classification": "ForSequenceClassification",
@@ -24,10 +26,22 @@ _TASKS = {
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
 
-def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: DType | None) -> list[SideFile]:
-    """config.json of every component that has one: vocabulary size, tie, stored type and task heads made true."""
+def corrected_config(
+    binding: Binding, outputs: Sequence[PlannedTensor], dtype: DType | None, *, rewritten: bool = False
+) -> list[SideFile]:
+    """config.json of every component that has one: vocabulary size, tie, stored type and task heads made true.
+
+    Args:
+        binding: Of the merge.
+        outputs: All tensors that it writes.
+        dtype: The element type that was asked for.
+        rewritten: Whether weights leave their container, with which those that are self-contained lose their configuration.
+    """
     side_files = []
     for component in binding.checkpoint.components.values():
+        if component.self_contained and not rewritten:
+            side_files += _beside(component, binding.checkpoint)
+            continue
         if not component.config:
             continue
         config = copy.deepcopy(dict(component.config))
@@ -40,11 +54,18 @@ def corrected_config(binding: Binding, outputs: Sequence[PlannedTensor], dtype: 
             config[key] = dtype.torch_name
         _task_head(config, binding, written)
         name = f"{component.name}/config.json" if component.name else "config.json"
-        if config == component.config and (component.folder / "config.json").exists():
+        own = not component.self_contained and (component.folder / "config.json").exists()
+        if config == component.config and own:
             side_files.append(SideFile(name, source=component.folder / "config.json"))
         else:
             side_files.append(SideFile(name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
     return side_files
+
+
+def _beside(component: Component, checkpoint: Checkpoint) -> list[SideFile]:
+    """A config.json that lies beside weights which do not need it, as it is."""
+    beside = component.folder / "config.json"
+    return [SideFile("config.json", source=beside)] if checkpoint.path.is_dir() and beside.exists() else []
 
 
 def _holder(config: dict[str, Any], key: str) -> dict[str, Any]:
@@ -61,17 +82,52 @@ def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[
 
 
 def _quantisation(config: dict[str, Any], component: Component, outputs: Sequence[PlannedTensor]) -> None:
-    """A model none of whose weights is quantised any more says so."""
-    if not component.is_quantised or any(_is_quantised(tensor.step) for tensor in outputs):
+    """A model of which weights are quantised no more says so: of all of them, or which.
+
+    Raises:
+        FitError: its readers cannot mix.
+    """
+    plain, quantised = coded_modules(component, outputs)
+    if not plain:
         return
-    for key in CONFIG_KEYS:
-        _holder(config, key).pop(key, None)
+    holder, key = next(
+        ((holder, key) for key in CONFIG_KEYS for holder in (config, _holder(config, key)) if key in holder), ({}, "")
+    )
+    if not quantised:
+        for each in CONFIG_KEYS:
+            _holder(config, each).pop(each, None)
+    elif isinstance(holder.get(key), dict):
+        head = component.head.removesuffix(".weight")
+        leave_alone(holder[key], plain, quantised, "" if head in quantised else head)
 
 
-def _is_quantised(step: Copy | Compute) -> bool:
-    """Whether a weight is written as codes."""
-    written = step.weight if isinstance(step, Copy) else step.target
-    return getattr(written, "elements", written) is None  # an encoding alone is one of elements
+def corrected_quantisation_files(
+    binding: Binding, files: Sequence[SideFile], outputs: Sequence[PlannedTensor]
+) -> list[SideFile]:
+    """The side files, those that say how the model is quantised made true, or left out where nothing is any more."""
+    component = binding.checkpoint.components.get("")
+    plain, quantised = coded_modules(component, outputs) if component is not None else ([], [])
+    kept = []
+    for file in files:
+        if plain and file.name in SIDE_FILES and file.source is not None:
+            if quantised:
+                config = dict(read_object(file.source))
+                leave_alone_beside(file.name, config, plain, quantised)
+                kept.append(SideFile(file.name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
+        else:
+            kept.append(file)
+    return kept
+
+
+def coded_modules(component: Component, outputs: Iterable[PlannedTensor]) -> tuple[list[str], list[str]]:
+    """Paths of the modules that were quantised and are not any more, and of those that still are."""
+    coded = {owner.name for owner in component.owners.values() if owner.elements is None}
+    plain: list[str] = []
+    quantised: list[str] = []
+    for tensor in outputs:
+        if tensor.component == component.name and not tensor.part and tensor.weight in coded:
+            (quantised if is_coded(tensor.step) else plain).append(tensor.weight.removesuffix(".weight"))
+    return plain, quantised
 
 
 def _task_head(config: dict[str, Any], binding: Binding, outputs: Sequence[PlannedTensor]) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "SideFile",
     "TensorOutcome",
     "check_conservation",
+    "is_coded",
 ]
 
 SHARE_FILE, SHARE_MAGIC = "weights", b"surgery share 1\n"  # the one file of a share, and its first bytes
@@ -121,6 +122,12 @@ class Compute:
         return self.target.sizes
 
 
+def is_coded(step: Copy | Compute) -> bool:
+    """Whether a weight is written as codes."""
+    written = step.weight if isinstance(step, Copy) else step.target
+    return getattr(written, "elements", written) is None  # an encoding alone is one of elements
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One tensor of the output.
@@ -164,12 +171,21 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One weight file of the output."""
+    """One weight file of the output.
+
+    Attributes:
+        name: Relative to the output folder.
+        header: Its first bytes.
+        nbytes: Length of the whole file.
+        tensors: In order.
+        padding: See `FileLayout.padding`.
+    """
 
     name: str
     header: bytes
     nbytes: int
     tensors: tuple[PlannedTensor, ...]
+    padding: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,11 +36,12 @@ from surgery_formats.tensors.views import View
 
 __all__ = ["RequantisedBlock", "WeightRequantiser"]
 
-_ENOUGH = 0.95
+_ENOUGH = 0.9
 """Share of the update that nearest has to keep: above, feedback only adds noise (docs/quantised.md has the measurement)."""
 _NOISE = 0.03  # what noise with the energy of the update costs, in shares of the update
-_BETTER = 0.01  # shares of the update by which fresh scales must be better
-_MISSED = 0.05  # of the update's norm inside its inputs: what feedback may leave there
+_BETTER = 0.01  # shares of the update by which fresh scales must be better if codes are rounded to nearest
+_QUIETER = 0.9  # times the noise that fresh scales may have if feedback keeps the update on either
+_MISSED = 0.04  # of the update's norm inside its inputs: what feedback may leave there
 _LEAST, _MOST = 1e-4, 1.0  # of the diagonal of H
 _SAMPLES, _SAMPLE_ROWS, _SAMPLE_ELEMENTS = 8, 16, 1 << 19
 _MIX = numpy.float32(0.618)  # an irrational mean of two numbers of a grid lies anywhere between two others
@@ -199,12 +200,13 @@ class WeightRequantiser:
             return _Choice()
         if not self._chain:  # values in place of the base's: there is no update that must not be buried
             return _Choice(fresh=fresh.noise < kept.noise)
-        better = _worth(fresh) > _worth(kept) + _BETTER
-        found = fresh if better else kept
         listening = [span.directions for span in self._spans if span.directions is not None]
         options = self._step.requantise
-        if options is None or options.rounding == "nearest" or not listening or found.survival >= _ENOUGH:
+        better = _worth(fresh) > _worth(kept) + _BETTER
+        enough = max(kept.survival, fresh.survival if better else 0.0) >= _ENOUGH
+        if options is None or options.rounding == "nearest" or not listening or enough:
             return _Choice(better)
+        better = fresh.noise < _QUIETER * kept.noise
         spacing = math.sqrt(12 * probe / size)  # of a grid: errors of rounding to it are even
         typical = math.sqrt(kept.update / size)
         rank = max(len(directions) for directions in listening)

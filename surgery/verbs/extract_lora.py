@@ -101,7 +101,7 @@ def extract_lora(
         allow_loss: Leave out what no form can hold.
         device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``,
             ``auto``. Matrices are shared out over all of them.
-        workers: Threads that compute, on GPUs for each of them; None is one per core, at most eight, and two for each
+        workers: Threads that compute, on GPUs for each of them; None is one per core, at most eight, and three for each
             GPU. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.

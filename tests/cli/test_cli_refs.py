@@ -178,10 +178,16 @@ def test_commands_take_names_of_the_hub(hub: FakeHub, run: Run):
 
 
 def test_weights_that_a_plugin_reads_are_downloaded_where_there_is_no_safetensors(hub: FakeHub):
-    hub.holds = ["model.gguf"]
+    hub.holds = ["model.npz"]
     resolve("hf://org/name")
-    assert {"*.gguf", "*.onnx"} <= set(hub.ignored)
-    with installed(ENTRY_POINTS, "gguf", replace(SAFETENSORS, name="gguf", suffixes=(".gguf",))):
+    assert {"*.npz", "*.onnx"} <= set(hub.ignored)
+    with installed(ENTRY_POINTS, "npz", replace(SAFETENSORS, name="npz", suffixes=(".npz",))):
         resolve("hf://org/name")
-    assert "*.gguf" not in hub.ignored
+    assert "*.npz" not in hub.ignored
     assert "*.onnx" in hub.ignored
+
+
+def test_a_repository_of_gguf_is_not_downloaded_in_all_its_sizes(hub: FakeHub):
+    hub.holds = ["model-Q4_K_M.gguf", "model-Q8_0.gguf"]
+    resolve("hf://org/name")
+    assert "*.gguf" in hub.ignored

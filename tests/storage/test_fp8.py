@@ -113,7 +113,7 @@ def test_no_code_is_nearer_and_none_is_nan(
     steps = np.repeat([scale, 1.0], 6).astype(np.float32)
     possible = numbers[np.isfinite(numbers)][:, None, None] * steps
     distance = abs(possible.astype(np.float64) - values).min(axis=0)
-    assert np.allclose(abs(rounded.astype(np.float64) - values), distance, rtol=1e-6, atol=0)
+    assert (abs(rounded.astype(np.float64) - values) <= distance + 1e-6 * abs(values)).all()  # a tie in float32
 
 
 def test_a_block_of_the_configuration_wins_over_equal_parts(tmp_path: Path) -> None:

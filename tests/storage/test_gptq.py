@@ -21,6 +21,7 @@ from surgery_formats.storage.aligned import release, turned
 from surgery_formats.storage.base import read_block, read_rows
 from surgery_formats.storage.gptq import GPTQ
 from surgery_formats.storage.grouped_rows import GroupedRows
+from surgery_formats.storage.packing import pack
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.testing.storage import QUANTISED_CHECKS, StorageCase
 
@@ -116,6 +117,28 @@ def test_values_become_the_nearest_codes(data: st.DataObject, tmp_path_factory: 
     assert (abs(rounded.astype(np.float64) - values) <= best + 1e-6 * abs(values)).all()
 
 
+@pytest.mark.parametrize("inputs", [45, 100, 8])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_odd_sizes_are_read_in_both_directions(inputs: int, scattered: bool, tmp_path: Path) -> None:
+    """Words that are not full, and a last group that is short."""
+    rng = np.random.default_rng(0)
+    groups = np.arange(inputs, dtype=np.int32) // 32
+    groups = rng.permutation(groups) if scattered else groups
+    codes = rng.integers(0, 16, (inputs, 12))
+    scales, zeros = rng.random((groups.max() + 1, 12)).astype(np.float16), rng.integers(0, 16, (groups.max() + 1, 12))
+    own = {"w.qweight": pack(codes, 4, 0).view(np.int32), "w.qzeros": pack(zeros, 4).view(np.int32)}
+    weight = claimed({**own, "w.scales": scales, "w.g_idx": groups}, tmp_path, "v2.4.short", group_size=32)
+    wanted = (codes - zeros[groups]) * scales.astype(np.float32)[groups]
+    assert np.array_equal(read_block(weight, 0, inputs), wanted)
+    assert np.array_equal(read_block(turned(weight), 5, 11), wanted[:, 5:11].T)
+    rounded = np.empty_like(wanted, np.float32)
+    written = weight.put(0, wanted.astype(np.float32), rounded)
+    assert [bytes(piece.data) for piece in written] == [
+        source.file.read(source.offset, source.nbytes) for source in weight.sources
+    ]
+    release()
+
+
 def test_scattered_groups_keep_their_scales_and_others_are_fitted(tmp_path: Path) -> None:
     act, plain = (claimed(encoded(name), tmp_path, name) for name in ("v1.4.act", "v1.4"))
     values = np.random.default_rng(0).normal(0, 0.02, (32, 24)).astype(np.float32)
@@ -163,6 +186,9 @@ def test_layers_of_several_widths_are_told_by_their_shapes(tmp_path: Path) -> No
         {"quant_method": "gptq", "checkpoint_format": "marlin"},
         {"quant_method": "gptq", "is_marlin_format": True},
         {"quant_method": "gptq", "checkpoint_format": "gptq_p"},
+        {"quant_method": "gptq", "rotation": "quarot"},
+        {"quant_method": "auto-round", "rotation_config": {"block_size": 32}},
+        {"quant_method": "auto-round", "packing_format": "auto_round:fp8_static"},
         {"quant_method": "awq"},
         {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"},
         {"quant_method": "vptq"},
@@ -183,6 +209,22 @@ def test_a_conv1d_and_an_embedding_lie_as_the_model_has_them(tmp_path: Path) -> 
     sizes = {weight.name: (weight.sizes, weight.transposed) for weight in weights}
     assert sizes["h.0.attn.c_attn.weight"] == sizes["model.embed_tokens.weight"] == ((128, 16), False)
     assert sizes["lm_head.weight"] == ((16, 128), True)
+
+
+@pytest.mark.parametrize(
+    ("label", "shift"),
+    [
+        ("auto_round", 0),
+        ("auto_round:exllamav2", 0),
+        ("auto_round:gptqmodel", 0),
+        ("auto_round:auto_gptq", 1),
+        ("auto_round:auto_gptq:exllamav2", 1),
+        (None, 1),
+    ],
+)
+def test_zero_points_of_auto_round_are_as_its_format_says(label: str | None, shift: int, tmp_path: Path) -> None:
+    """Asymmetric weights are stored as they are unless GPTQ's name is in it (auto-round 0.16.1, inference/backend.py)."""
+    assert claimed(encoded("round.v2.4"), tmp_path, "round.v2.4", packing_format=label).packing.shift == shift
 
 
 Tensors = dict[str, Array]

@@ -82,7 +82,7 @@ def test_no_code_is_nearer(values: Array) -> None:
     grid = weight.grid(0, 5)
     possible = np.stack([grid.values(np.full(values.shape, code, np.uint8)) for code in range(16)])
     distance = abs(possible.astype(np.float64) - values).min(axis=0)
-    assert np.allclose(abs(rounded.astype(np.float64) - values), distance, rtol=1e-6, atol=0)
+    assert (abs(rounded.astype(np.float64) - values) <= distance + 1e-6 * abs(values)).all()  # a tie in float32
 
 
 def test_experts_that_transformers_dequantised_and_called_blocks_are_refused(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_no_code_is_nearer(values: Array) -> None:
     grid = weight.grid(0, 7)
     possible = np.stack([grid.values(np.full(values.shape, code, np.uint8)) for code in range(16)])
     distance = abs(possible.astype(np.float64) - values).min(axis=0)
-    assert np.allclose(abs(rounded.astype(np.float64) - values), distance, rtol=1e-6, atol=0)
+    assert (abs(rounded.astype(np.float64) - values) <= distance + 1e-6 * abs(values)).all()  # a tie in float32
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ class ShardSet:
         shards: In order of their names.
         index_path: The index file, if the weights have one.
         index: Its content.
-        config: The component's configuration, if its weights carry it; a config.json beside them comes first.
+        config: The component's configuration, if its weights carry it; a config.json beside them comes first, unless they
+            are `self_contained`.
+        self_contained: Whether the weights carry all that is known of the model, so that outputs need no config.json.
     """
 
     folder: Path
@@ -75,6 +77,7 @@ class ShardSet:
     index_path: Path | None = None
     index: Mapping[str, Any] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    self_contained: bool = False
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -90,11 +93,13 @@ class FileLayout:
         header: Its first bytes.
         ranges: ``{tensor: (absolute offset, nbytes)}``; the bytes of each are little endian, in C order.
         nbytes: Length of the whole file.
+        padding: ``(offset, nbytes)`` of zeros between and behind the tensors.
     """
 
     header: bytes
     ranges: Mapping[str, tuple[int, int]]
     nbytes: int
+    padding: tuple[tuple[int, int], ...] = ()
 
 
 @runtime_checkable

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery_formats.containers.base import Shard, ShardSet
 from surgery_formats.containers.weight_files import file_containers, is_weight_file, open_shard, open_weight_file
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, SurgeryError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.raw import open_file, stays_inside
@@ -39,6 +40,9 @@ MODEL_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")  # of a full
 _INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.[^.]+)\.index(?P<variant>\.[^.]+)?\.json", re.DOTALL)
 # Files of a training run beside the weights; they hold optimizer states and arguments.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.[^.]+")
+_BLOCKS = re.compile(
+    r"(?<=[-._])(UD-)?(I?Q\d_\w+|TQ\d_0|MXFP4(_MOE)?|NVFP4)(?=(-\d{5}-of-\d{5})?\.gguf$)", re.IGNORECASE
+)
 _HEAD = 1 << 20  # bytes of an index in which it is recognised
 _NAME_NBYTES = 255  # of one path component on every common file system
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows opens these as devices
@@ -220,11 +224,15 @@ class _Sharded:
 SHARDED = _Sharded()
 
 
-def output_name(name: str, suffix: str) -> str:
+def output_name(name: str, suffix: str, types: Collection[DType] = ()) -> str:
     """The name of a base's file or shard with another ending.
 
-    ``pytorch_model-1.bin`` becomes ``model-1.safetensors``.
+    ``pytorch_model-1.bin`` becomes ``model-1.safetensors``. A GGUF is commonly named after the types of its blocks: if its
+    tensors have plain `types` only, ``llama-Q4_K_M.gguf`` becomes ``llama-F16.gguf``.
     """
+    if suffix == ".gguf" and types and DType.U8 not in types:
+        plain = next((dtype for dtype in (DType.BF16, DType.F16) if dtype in types), DType.F32)
+        name = _BLOCKS.sub(plain.label, name)
     return name if name.endswith(suffix) else _plain_stem(name.rpartition(".")[0]) + suffix
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from surgery_formats.containers.base import FileContainer, Shard, ShardSet, WritableContainer
+from surgery_formats.containers.gguf.container import GGUF
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.torch import TORCH
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
@@ -28,17 +29,20 @@ __all__ = [
     "output_container",
 ]
 
-WEIGHT_FILES: tuple[FileContainer, ...] = (SAFETENSORS, TORCH)  # in order of preference where a folder holds several
+WEIGHT_FILES: tuple[FileContainer, ...] = (
+    SAFETENSORS,
+    TORCH,
+    GGUF,
+)  # in order of preference where a folder holds several
 ENTRY_POINTS = "surgery.containers"  # a plugin's entry point is an object like those above
 
-UNREAD_SUFFIXES = (".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".npz")
+UNREAD_SUFFIXES = (".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".npz")
 """Endings of weights that no container here reads; outputs do not carry such files."""
 
 _MAGIC = (
     (b"version https://git-lfs", "this is a Git LFS pointer, not the weights: run 'git lfs pull'"),
     (b"PK\x03\x04", "this is a zip archive, but not one that torch.save wrote"),
     (b"\x80", "this looks like a pickle, but not one that torch.save wrote"),
-    (b"GGUF", "this is a GGUF file"),
     (b"\x93NUMPY", "this is a numpy array"),
     (b"\x89HDF", "this is an HDF5 file"),
     (b"7z\xbc\xaf\x27\x1c", "this is a 7z archive"),

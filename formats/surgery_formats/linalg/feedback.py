@@ -23,7 +23,7 @@ from surgery_formats.threads import one_thread
 
 __all__ = ["ErrorFeedback", "Nearest", "feedback", "leading_inputs", "round_columns", "round_rows", "step_width"]
 
-_STEPS = 128
+_STEPS = 64
 """Steps that a row is rounded in, at least: within a step nothing makes up for anything."""
 _WIDEST = 32  # columns of a step
 _INDEPENDENT = 1e-3  # directions below this part of the largest are none: their factors were hardly trained
@@ -48,8 +48,8 @@ class ErrorFeedback:
 
 
 def step_width(inputs: int) -> int:
-    """Inputs that are rounded together."""
-    return max(1, min(_WIDEST, inputs // _STEPS))
+    """Inputs that are rounded together: a power of two, so that steps and blocks of scales begin together."""
+    return min(_WIDEST, 1 << max(0, (inputs // _STEPS).bit_length() - 1))
 
 
 def feedback(directions: Array, diagonal: float, width: int | None = None) -> ErrorFeedback:

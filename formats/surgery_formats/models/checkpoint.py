@@ -46,6 +46,7 @@ class Component:
         index_name: Its file name.
         config: config.json, or empty.
         uninterpreted: Whether every stored tensor is a weight of its own, whatever storage would claim it.
+        self_contained: Whether the weights carry the configuration, see `ShardSet.self_contained`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Component:
     index_name: str
     config: Mapping[str, Any]
     uninterpreted: bool = False
+    self_contained: bool = False
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -261,14 +263,18 @@ def _component(name: str, path: Path, weights: ShardSet) -> Component:
     if not weights.tensors:
         raise MalformedError("no tensors", file=weights.shards[0].path)
     if not path.is_dir():
-        return Component(name, weights.folder, weights.shards, None, "", weights.config)
+        return Component(
+            name, weights.folder, weights.shards, None, "", weights.config, self_contained=weights.self_contained
+        )
     config, file = weights.config, weights.folder / "config.json"
-    if file.exists():
+    if file.exists() and not weights.self_contained:
         config = read_object(file)
         if config and not stays_inside(file):
             raise MalformedError("is a link out of its folder", file=file)
     index_name = weights.index_path.name if weights.index_path else ""
-    return Component(name, weights.folder, weights.shards, weights.index, index_name, config)
+    return Component(
+        name, weights.folder, weights.shards, weights.index, index_name, config, self_contained=weights.self_contained
+    )
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from surgery_formats.arrays import Array, cast, empty, wide
 from surgery_formats.dtypes import DType
@@ -15,11 +15,13 @@ from surgery_formats.tensors.tensor import StoredTensor, Tensor
 
 __all__ = [
     "Encoding",
+    "Housed",
     "PartBytes",
     "Storage",
     "StorageKind",
     "StoredPart",
     "is_contiguous",
+    "is_housed",
     "is_stacked",
     "read_block",
     "read_rows",
@@ -128,6 +130,37 @@ class Storage(Encoding, Protocol):
         """
 
 
+class Housed(Storage, Protocol):
+    """A weight that only files of its own container can hold: they have names, types and an order of their own for it.
+
+    Attributes:
+        container: Name of the container.
+        coded: Whether its values are codes.
+    """
+
+    @property
+    def container(self) -> str: ...
+    @property
+    def coded(self) -> bool: ...
+
+    def in_elements(self, dtype: DType) -> Encoding:
+        """The weight in elements of `dtype`, as the container stores it; itself, if such a weight keeps its type."""
+
+    def check_place(self, name: str, sizes: tuple[int, ...]) -> None:
+        """Refuse to store a weight `name` of `sizes` in the place of this one, or beside it.
+
+        Raises:
+            FitError: the container has no place for it.
+        """
+
+    def check_written(self) -> None:
+        """Refuse a type that is only read.
+
+        Raises:
+            FitError: it is one.
+        """
+
+
 class StorageKind(Protocol):
     """One way to store weights. Add one as an object in `registry.BUILT_IN` or as a plugin's entry point.
 
@@ -196,3 +229,8 @@ def is_stacked(storage: Storage) -> bool:
 def is_contiguous(storage: Storage) -> bool:
     """Whether its stored tensors can be copied as they are: each is a range of bytes in C order."""
     return all(source.strides is None for source in storage.sources)
+
+
+def is_housed(storage: Encoding) -> TypeGuard[Housed]:
+    """Whether only files of one container can hold a weight as it is stored."""
+    return hasattr(storage, "in_elements")

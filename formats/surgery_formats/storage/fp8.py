@@ -18,7 +18,8 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.code_rows import CodeRows
 from surgery_formats.storage.quantised import quantisation_of
-from surgery_formats.storage.scaled_weight import ScaledWeight, absmax
+from surgery_formats.storage.scale_choice import absmax
+from surgery_formats.storage.scaled_weight import ScaledWeight
 from surgery_formats.storage.scales import Blocks, Scales
 from surgery_formats.storage.small_floats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, SmallFloat
 from surgery_formats.tensors.tensor import StoredTensor, matrix_of

@@ -12,7 +12,7 @@ from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.storage.fitting import Fit, stored_scales
 from surgery_formats.storage.grouped_grid import GroupedGrid, finite_scales
 from surgery_formats.storage.packing import pack, unpack
-from surgery_formats.storage.quantised import Grid, put_quantised, read_quantised
+from surgery_formats.storage.quantised import Grid, put_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
 __all__ = ["GroupedColumns"]
@@ -75,7 +75,9 @@ class GroupedColumns:
 
     def read_into(self, block: Array, start: int) -> None:
         """See `Storage.read_into`."""
-        read_quantised(self, block, start)
+        if len(block):
+            stop = start + len(block)
+            self.grid(start, stop).values_into(block, self.codes(start, stop))
 
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """See `Encoding.put`."""

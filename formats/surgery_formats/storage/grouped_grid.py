@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from surgery_formats.arrays import Array, cast
+from surgery_formats.arrays import Array, cast, empty
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
@@ -45,9 +45,15 @@ class GroupedGrid:
 
     def values(self, codes: Array, first: int = 0) -> Array:
         """See `Grid.values`; what overflows is infinite."""
+        values = empty(codes.shape, DType.F32)
+        self.values_into(values, codes, first)
+        return values
+
+    def values_into(self, values: Array, codes: Array, first: int = 0) -> None:
+        """The same, into float32 of the shape of `codes`."""
         import numpy as np
 
-        values = cast(codes, DType.F32)
+        values[...] = codes
         with np.errstate(over="ignore", invalid="ignore"):
             for part in self._parts(values, first):
                 if part.zero is not None:
@@ -55,7 +61,6 @@ class GroupedGrid:
                 part.values[...] *= part.scale
                 if part.bias is not None:
                     part.values[...] += part.bias
-        return values
 
     def nearest(self, values: Array, first: int = 0) -> Array:
         """See `Grid.nearest`; uint8. All codes of a scale of 0 are the same number: the zero point is taken."""

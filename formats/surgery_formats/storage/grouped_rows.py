@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from surgery_formats.arrays import Array, cast
@@ -15,7 +15,7 @@ from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.storage.fitting import Fit, stored_scales
 from surgery_formats.storage.grouped_grid import GroupedGrid, finite_scales, groups_of
 from surgery_formats.storage.packing import pack, unit, unpack, words_of
-from surgery_formats.storage.quantised import Grid, check_rows, put_quantised, read_quantised
+from surgery_formats.storage.quantised import Grid, check_rows, put_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
 __all__ = ["GroupedRows", "Packing"]
@@ -136,7 +136,9 @@ class GroupedRows:
 
     def read_into(self, block: Array, start: int) -> None:
         """See `Storage.read_into`."""
-        read_quantised(self, block, start)
+        if len(block):
+            stop = start + len(block)
+            self.grid(start, stop).values_into(block, self.codes(start, stop))
 
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """See `Encoding.put`."""
@@ -161,35 +163,10 @@ class GroupedRows:
 
     def held_columns(self) -> Callable[[int, int], Array]:
         """What reads columns as rows, with the codes of the whole matrix in memory as they are stored."""
-        import numpy as np
-
-        packing, rows = self.packing, self.shape[0]
-        words, grid = self.qweight.read(), self.grid(0, rows)
-        assert grid.zeros is not None
-        scales, zeros = grid.scales, cast(grid.zeros, DType.U8)
-
-        def read(start: int, stop: int) -> Array:
-            unit = 1 if packing.axis == 0 else len(packing.order)
-            first, last = start // unit * unit, -(-stop // unit) * unit
-            at = (
-                slice(first, last)
-                if packing.axis == 0
-                else slice(words_of(first, self.bits), words_of(last, self.bits))
-            )
-            count, axis = (rows, 1) if packing.axis == 0 else (last - first, 0)
-            codes = unpack(np.ascontiguousarray(words[:, at].T), self.bits, count, axis, packing.order)
-            own = GroupedGrid(
-                np.ascontiguousarray(scales[:, start:stop].T),
-                cast(np.ascontiguousarray(zeros[:, start:stop].T), DType.F32),
-                None,
-                self.size,
-                axis=1,
-                largest=self._largest,
-                index=grid.index,
-            )
-            return own.values(codes if packing.axis == 0 else codes[start - first : stop - first])
-
-        return read
+        words, grid = self.qweight.read(), self.grid(0, self.shape[0])
+        if grid.index is not None:
+            return lambda start, stop: _scattered_columns(words, grid, self.packing, start, stop)
+        return lambda start, stop: _columns(words, grid, self.packing, start, stop, self.shape[0])
 
     def fit(self, start: int, values: Array) -> GroupedGrid | None:
         """See `Quantised.fit`; None too where the rows are a part of a group, or belong to scattered ones."""
@@ -253,3 +230,30 @@ class GroupedRows:
                 f"names a group that is not among {self.scales.shape[0]}", file=self.g_idx.path, tensor=self.g_idx.name
             )
         return index
+
+
+def _scattered_columns(words: Array, grid: GroupedGrid, packing: Packing, start: int, stop: int) -> Array:
+    """Columns of which each input has its own group: whole rows of scales are looked up faster than their places."""
+    assert grid.index is not None
+    across = slice(start, stop)
+    codes = unpack(words[:, across], packing.bits, len(grid.index), 0)
+    own = replace(grid, scales=grid.scales[:, across], zeros=None if grid.zeros is None else grid.zeros[:, across])
+    return own.values(codes).T
+
+
+def _columns(words: Array, grid: GroupedGrid, packing: Packing, start: int, stop: int, rows: int) -> Array:
+    """Columns as rows: words are turned round before they are unpacked, so that few bytes move."""
+    import numpy as np
+
+    turned = [
+        None if each is None else np.ascontiguousarray(each[:, start:stop].T) for each in (grid.scales, grid.zeros)
+    ]
+    own = replace(grid, scales=turned[0], zeros=turned[1], axis=1)
+    if packing.axis == 0:
+        codes = unpack(np.ascontiguousarray(words[:, start:stop].T), packing.bits, rows, 1)
+        return own.values(codes)
+    count = len(packing.order)
+    first, last = start // count * count, -(-stop // count) * count
+    across = slice(words_of(first, packing.bits), words_of(last, packing.bits))
+    codes = unpack(np.ascontiguousarray(words[:, across].T), packing.bits, last - first, 0, packing.order)
+    return own.values(codes[start - first : stop - first])

@@ -22,7 +22,7 @@ from surgery_formats.storage.quantised import quantisation_of
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["MLX_AFFINE"]
+__all__ = ["MLX_AFFINE", "layer_settings"]
 
 _BITS = (2, 3, 4, 5, 6, 8)
 
@@ -47,7 +47,7 @@ class _MlxAffine:
             words = tensors.get(f"{stem}.weight")
             if words is None or words.dtype is not DType.U32:
                 continue
-            bits, size, mode = _settings(named, stem)
+            bits, size, mode = layer_settings(named, stem)
             if mode != "affine":
                 continue
             partner = f"{stem}{ending}" if name.endswith(".scales") else f"{stem}.scales"
@@ -60,7 +60,7 @@ class _MlxAffine:
 MLX_AFFINE = _MlxAffine()
 
 
-def _settings(named: Mapping[str, Any], stem: str) -> tuple[Any, Any, str]:
+def layer_settings(named: Mapping[str, Any], stem: str) -> tuple[Any, Any, str]:
     """Bits, size of a group and mode of a layer, as far as they are named."""
     own = named.get(stem)
     holders = (own, named) if isinstance(own, Mapping) else (named,)

@@ -19,7 +19,8 @@ from surgery_formats.storage.code_rows import CodeRows
 from surgery_formats.storage.fp8 import companions
 from surgery_formats.storage.nvfp4 import fp4_sizes
 from surgery_formats.storage.quantised import quantisation_of
-from surgery_formats.storage.scaled_weight import ScaledWeight, absmax
+from surgery_formats.storage.scale_choice import absmax
+from surgery_formats.storage.scaled_weight import ScaledWeight
 from surgery_formats.storage.scales import Blocks, Scales
 from surgery_formats.storage.small_floats import E2M1
 from surgery_formats.tensors.tensor import StoredTensor

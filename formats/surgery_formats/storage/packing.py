@@ -56,8 +56,8 @@ def unpack(
     before, behind = math.prod(outer), math.prod(inner)
     words = _whole_units(words.view(np.uint32), axis, words_of(count, bits, padded), units * per)
     codes = np.empty((before, units, size, behind), np.uint8)
-    if 8 % bits == 0 and behind == 1 and not order:
-        _split_bytes(np.ascontiguousarray(words).reshape(-1).view(np.uint8), bits, codes.reshape(-1))
+    if behind == 1 and not order and size * bits == per * _WORD:
+        _spread(np.ascontiguousarray(words).reshape(-1).view(np.uint8), bits, codes.reshape(-1))
     elif 8 % bits == 0:
         _split_planes(words.reshape(before, units, behind), bits, codes, order)
     else:
@@ -92,8 +92,8 @@ def pack(
     outer, inner = codes.shape[:axis], codes.shape[axis + 1 :]
     before, behind = math.prod(outer), math.prod(inner)
     codes = _whole_units(codes.astype(np.uint8, copy=False), axis, count, units * size)
-    if 8 % bits == 0 and behind == 1 and not order:
-        words = _joined_bytes(np.ascontiguousarray(codes).reshape(-1), bits).view(np.uint32)
+    if behind == 1 and not order and size * bits == per * _WORD:
+        words = _squeezed(np.ascontiguousarray(codes).reshape(-1), bits).view(np.uint32)
     else:
         words = _joined_words(codes.reshape(before, units, size, behind), bits, per, order, padded)
     words = words.reshape(*outer, units * per, *inner)
@@ -147,19 +147,59 @@ def _whole_units(array: numpy.ndarray, axis: int, used: int, whole: int) -> nump
     return filled
 
 
-def _split_bytes(packed: numpy.ndarray, bits: int, codes: numpy.ndarray) -> None:
-    """Codes of which whole ones make a byte, one after the other."""
+def _halvings(bits: int) -> Iterator[tuple[int, int, int]]:
+    """How eight codes of a stream become eight bytes: the upper half of every lane moves to a lane of its own.
+
+    ``(bits to move by, mask of the lower halves, mask of the upper halves)``, for lanes of 64, 32 and 16 bits.
+    """
+    for lane in (64, 32, 16):
+        half = lane * bits // 16
+        lower = sum((1 << half) - 1 << start for start in range(0, 64, lane))
+        yield lane // 2 - half, lower, lower << half
+
+
+def _spread(packed: numpy.ndarray, bits: int, codes: numpy.ndarray) -> None:
+    """Bytes of a stream into codes, both flat: eight at a time, in words of 64 bits."""
     import numpy as np
 
-    per = 8 // bits
-    for k in range(per - 1):
-        np.right_shift(packed, k * bits, out=codes[k::per])
-        codes[k::per] &= (1 << bits) - 1
-    np.right_shift(packed, 8 - bits, out=codes[per - 1 :: per])
+    if bits == 8:
+        codes[...] = packed
+        return
+    padded = np.empty(packed.size + 8, np.uint8)  # the last word reaches beyond its own bytes
+    padded[: packed.size] = packed
+    words = codes.view(np.uint64)
+    words[...] = np.ndarray(words.shape, np.uint64, padded.data, 0, (bits,))
+    words &= np.uint64((1 << 8 * bits) - 1)
+    moved = np.empty_like(words)
+    for shift, lower, upper in _halvings(bits):
+        np.bitwise_and(words, np.uint64(upper), out=moved)
+        moved <<= np.uint64(shift)
+        words &= np.uint64(lower)
+        words |= moved
+
+
+def _squeezed(codes: numpy.ndarray, bits: int) -> numpy.ndarray:
+    """The bytes of a stream of codes, flat."""
+    import numpy as np
+
+    if bits == 8:
+        return codes.copy()
+    words = codes.view(np.uint64).copy()
+    moved = np.empty_like(words)
+    for shift, lower, upper in reversed(list(_halvings(bits))):
+        np.right_shift(words, np.uint64(shift), out=moved)
+        moved &= np.uint64(upper)
+        words &= np.uint64(lower)
+        words |= moved
+    packed = np.empty((words.size, bits), np.uint8)
+    eights = words.view(np.uint8).reshape(-1, 8)
+    for place in range(bits):
+        packed[:, place] = eights[:, place]
+    return packed.reshape(-1)
 
 
 def _split_planes(words: numpy.ndarray, bits: int, codes: numpy.ndarray, order: Sequence[int]) -> None:
-    """The same along another axis, or permuted: a byte of every word first, so that most steps are on bytes."""
+    """Codes of which whole ones make a byte, along another axis or permuted: most steps are on a byte of every word."""
     import numpy as np
 
     mask = (1 << bits) - 1
@@ -180,14 +220,6 @@ def _split_words(words: numpy.ndarray, bits: int, codes: numpy.ndarray, order: S
             values |= words[:, :, place.word + 1] << np.uint32(bits - place.spilled)
         values &= mask
         codes[:, :, place.code] = values
-
-
-def _joined_bytes(codes: numpy.ndarray, bits: int) -> numpy.ndarray:
-    per = 8 // bits
-    packed = codes[::per].copy()
-    for k in range(1, per):
-        packed |= codes[k::per] << (k * bits)
-    return packed
 
 
 def _joined_words(codes: numpy.ndarray, bits: int, per: int, order: Sequence[int], padded: bool) -> numpy.ndarray:

@@ -12,6 +12,8 @@ from surgery_formats.storage.base import Encoding, PartBytes, Storage
 
 __all__ = [
     "CONFIG_KEYS",
+    "METADATA_NAMES",
+    "METADATA_PLAIN",
     "Grid",
     "Quantised",
     "check_rows",
@@ -24,6 +26,8 @@ __all__ = [
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 """Where a config.json says how its weights are quantised; the last is MLX's."""
+METADATA_NAMES, METADATA_PLAIN = "tensor_names", '{"_type": "Tensor"}'
+"""Where torchao lists weights in a file's metadata, and the entry under the name of one that is not quantised."""
 
 
 class Grid(Protocol):
@@ -131,7 +135,7 @@ def keep_where(chosen: Array, stored: Array, same: Array) -> None:
     chosen ^= (chosen ^ stored) & mask
 
 
-def check_rows(weight: Storage, start: int, stop: int) -> None:
+def check_rows(weight: Encoding, start: int, stop: int) -> None:
     """Raise ValueError unless rows ``[start, stop)`` are whole groups; the last group may be shorter."""
     if start % weight.group or (stop % weight.group and stop != weight.shape[0]):
         raise ValueError(f"rows {start} to {stop} are not whole groups of {weight.group}")

@@ -11,12 +11,16 @@ from surgery_formats.plugins import with_plugins
 from surgery_formats.storage.awq import AWQ
 from surgery_formats.storage.base import Encoding, Storage, StorageKind
 from surgery_formats.storage.bitsandbytes import BITSANDBYTES
+from surgery_formats.storage.compressed_tensors import COMPRESSED_TENSORS
 from surgery_formats.storage.fp8 import FP8
+from surgery_formats.storage.gguf import GGUF_TENSORS
 from surgery_formats.storage.gptq import GPTQ
 from surgery_formats.storage.hqq import HQQ
 from surgery_formats.storage.mlx_affine import MLX_AFFINE
+from surgery_formats.storage.mlx_floats import MLX_FLOATS
 from surgery_formats.storage.mxfp4 import MXFP4
 from surgery_formats.storage.nvfp4 import NVFP4
+from surgery_formats.storage.torchao import TORCHAO
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
@@ -25,12 +29,16 @@ __all__ = ["BUILT_IN", "ENTRY_POINTS", "claimed_weights", "storage_kinds"]
 BUILT_IN: tuple[StorageKind, ...] = (
     BITSANDBYTES,
     HQQ,
+    TORCHAO,
     FP8,
     MXFP4,
     NVFP4,
+    COMPRESSED_TENSORS,
     GPTQ,
     AWQ,
     MLX_AFFINE,
+    MLX_FLOATS,
+    GGUF_TENSORS,
 )
 """Beside `Plain`, which every tensor has that none of these claims."""
 _MEMBERS = tuple(name for part in (Encoding, Storage) for name in vars(part) if not name.startswith("_"))

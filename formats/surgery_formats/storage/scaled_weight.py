@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.storage.code_rows import CodeRows, raw_rows
 from surgery_formats.storage.quantised import Grid, check_rows, put_quantised
+from surgery_formats.storage.scale_choice import Choose
 from surgery_formats.storage.scaled_grid import Numbers, ScaledGrid, extremes
 from surgery_formats.storage.scales import Scales, Zeros
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
@@ -21,10 +21,7 @@ from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Choose", "ScaledWeight", "absmax"]
-
-Choose = Callable[["numpy.ndarray", "numpy.ndarray"], tuple["numpy.ndarray", "numpy.ndarray | None"]]
-"""``choose(low, high)``: scales, and zeros if the format has them, for the extremes of blocks."""
+__all__ = ["ScaledWeight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +38,7 @@ class ScaledWeight:
         scales: One for every block; None if all are 1.
         zeros: One for every block, or None.
         order: The block of every column, where blocks are not neighbouring columns.
+        shape_in: The tensor that says the weight's sizes, if there is one.
         choose: How the format's program chooses scales.
         others: Tensors that go with the weight, such as the scale of its layer's input.
         transposed: See `Storage.transposed`.
@@ -55,6 +53,7 @@ class ScaledWeight:
     scales: Scales | None = None
     zeros: Zeros | None = None
     order: StoredTensor | None = None
+    shape_in: StoredTensor | None = None
     choose: Choose | None = None
     others: tuple[StoredTensor, ...] = ()
     transposed: bool = False
@@ -100,7 +99,7 @@ class ScaledWeight:
     @property
     def _kept(self) -> tuple[StoredTensor, ...]:
         overall = None if self.scales is None else self.scales.overall
-        return (*(tensor for tensor in (self.order, overall) if tensor is not None), *self.others)
+        return (*(tensor for tensor in (self.order, self.shape_in, overall) if tensor is not None), *self.others)
 
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """The sources, called after the weight."""
@@ -132,6 +131,8 @@ class ScaledWeight:
             return None
         order: numpy.ndarray = self.order.read()
         assert self.scales is not None
+        if (order == -1).any():  # as it was made, before calibration
+            return None
         if order.min(initial=0) < 0 or order.max(initial=0) >= self.scales.blocks.counts[1]:
             raise MalformedError(
                 f"a column belongs to group {order.max(initial=0)} of {self.scales.blocks.counts[1]}",
@@ -206,17 +207,6 @@ class ScaledWeight:
         else:
             assign(rounded, grid.values(codes))
         return self.pack(start, codes, grid)
-
-
-def absmax(largest: float) -> Choose:
-    """Scales that make the greatest value of a block the greatest number."""
-
-    def choose(low: numpy.ndarray, high: numpy.ndarray) -> tuple[numpy.ndarray, None]:
-        import numpy as np
-
-        return np.maximum(-low, high) / np.float32(largest), None
-
-    return choose
 
 
 def _bytes(values: numpy.ndarray) -> memoryview:

@@ -11,7 +11,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage import packing
 from surgery_formats.storage.code_rows import raw_rows
-from surgery_formats.storage.small_floats import E4M3, E8M0
+from surgery_formats.storage.small_floats import E4M3, E8M0, SmallFloat
 from surgery_formats.tensors.tensor import StoredTensor
 
 if TYPE_CHECKING:
@@ -96,12 +96,14 @@ class Scales:
         blocks: What they belong to.
         overall: A number that all scales are multiplied by, or one for every expert of a stack.
         divides: They are divided by it instead.
+        stored_as: What bytes (U8) stand for, if these are not exponents.
     """
 
     tensor: StoredTensor
     blocks: Blocks
     overall: StoredTensor | None = None
     divides: bool = False
+    stored_as: SmallFloat | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.blocks.counts
@@ -116,7 +118,11 @@ class Scales:
     @property
     def are_exponents(self) -> bool:
         """Whether only powers of two can be stored."""
-        return _CODED.get(self.tensor.dtype) is E8M0
+        return self._coded is E8M0
+
+    @property
+    def _coded(self) -> SmallFloat | None:
+        return self.stored_as or _CODED.get(self.tensor.dtype)
 
     def read(self, block_rows: range) -> numpy.ndarray:
         """As they are stored; of codes, uint8."""
@@ -132,7 +138,7 @@ class Scales:
         """
         import numpy as np
 
-        coded = _CODED.get(self.tensor.dtype)
+        coded = self._coded
         scales: numpy.ndarray = cast(stored, DType.F32) if coded is None else coded.decode(stored)
         self._check(self.tensor, scales)
         overall = self._overall(block_rows)
@@ -153,7 +159,7 @@ class Scales:
         if (overall := self._overall(block_rows)) is not None:
             scales = scales * overall if self.divides else scales / overall
         scales = np.where(scales == 0, np.float32(1), scales)
-        coded = _CODED.get(self.tensor.dtype)
+        coded = self._coded
         if coded is None:
             stored: numpy.ndarray = cast(scales, self.tensor.dtype)
             return stored

@@ -94,6 +94,8 @@ class StoredTensor:
         offset: Absolute position of the first byte.
         nbytes: Length of the byte range. For a contiguous tensor exactly ``numel * bits / 8``.
         strides: In elements, for tensors a pickle stored transposed or expanded; None means C order, contiguous.
+        packed_as: The container's own name of the type (``Q4_K``), for containers whose types are not all element types;
+            then a tensor of blocks is one of bytes, with those of a row on its last axis.
     """
 
     name: str
@@ -103,6 +105,7 @@ class StoredTensor:
     offset: int
     nbytes: int
     strides: tuple[int, ...] | None = None
+    packed_as: str = ""
 
     @property
     def numel(self) -> int:
@@ -127,7 +130,7 @@ class StoredTensor:
     @property
     def stored_type(self) -> str:
         """Name of its type."""
-        return self.dtype.label
+        return self.packed_as or self.dtype.label
 
     @property
     def place(self) -> tuple[int, int, int, int]:

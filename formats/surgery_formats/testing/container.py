@@ -24,7 +24,10 @@ from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 from surgery_formats.testing.foreign import foreign_paths
 
-__all__ = ["CONTAINER_CHECKS", "ContainerCase"]
+__all__ = ["CONTAINER_CHECKS", "TYPES", "ContainerCase"]
+
+TYPES = (DType.F64, DType.F32, DType.F16, DType.BF16, DType.I64, DType.I32, DType.U8, DType.BOOL)
+"""Of the tensors that a container is tried with."""
 
 _CUTS = 40
 _FLIPS = 300
@@ -38,15 +41,34 @@ class ContainerCase:
         container: The object.
         write: Writes tensors into a folder with the format's original program, or at least without `container`, and
             returns the path that `container` opens.
+        types: Those of `TYPES` that the format has.
     """
 
     container: Container
     write: Callable[[Path, Mapping[str, Array]], Path]
+    types: tuple[DType, ...] = TYPES
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """Every common type, and every kind of shape."""
+        draw = numpy.random.default_rng(0)
+        values = draw.standard_normal((7, 5), numpy.float32)
+        types = [dtype for dtype in TYPES[:-1] if dtype in self.types]
+        tensors = {f"block.{i}.weight": cast(abs(values * 40), dtype) for i, dtype in enumerate(types)}
+        if DType.BOOL in self.types:
+            tensors["mask"] = values > 0
+        return tensors | {
+            "scalar": numpy.array(2.5, numpy.float32),
+            "vector": values[0].copy(),
+            "empty": numpy.zeros((0, 3), numpy.float32),
+            "convolution": draw.standard_normal((4, 3, 2, 2), numpy.float32),
+            "déjà vu": numpy.ones(3, numpy.float32),
+        }
 
 
 def detects_its_own(case: ContainerCase, folder: Path) -> None:
     """`detect` recognises files of the original program."""
-    assert case.container.detect(case.write(folder, _tensors()))
+    assert case.container.detect(case.write(folder, case.tensors))
 
 
 def is_silent_about_foreign_files(case: ContainerCase, folder: Path) -> None:
@@ -58,7 +80,7 @@ def is_silent_about_foreign_files(case: ContainerCase, folder: Path) -> None:
 
 def opens_what_was_written(case: ContainerCase, folder: Path) -> None:
     """Names, types, shapes and values are those of the file."""
-    expected = _tensors()
+    expected = case.tensors
     opened = _opened(case.container, case.write(folder, expected))
     assert opened.keys() == expected.keys()
     for name, tensor in opened.items():
@@ -67,14 +89,14 @@ def opens_what_was_written(case: ContainerCase, folder: Path) -> None:
 
 def stays_inside_its_files(case: ContainerCase, folder: Path) -> None:
     """The bytes of every tensor lie in its file, and are as many as its type and shape take."""
-    for tensor in _opened(case.container, case.write(folder, _tensors())).values():
+    for tensor in _opened(case.container, case.write(folder, case.tensors)).values():
         assert 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= tensor.file.size
         assert tensor.strides is not None or tensor.nbytes * 8 == tensor.numel * tensor.dtype.bits
 
 
 def reads_rows_as_slices(case: ContainerCase, folder: Path) -> None:
     """Rows of a tensor are a slice of the whole."""
-    for tensor in _opened(case.container, case.write(folder, _tensors())).values():
+    for tensor in _opened(case.container, case.write(folder, case.tensors)).values():
         whole = tensor.read()
         for start, stop in ((0, 1), (1, 3), (2, None), (0, 0)) if tensor.shape else ():
             assert numpy.array_equal(tensor.read(start, stop), whole[start:stop]), tensor.name
@@ -82,7 +104,7 @@ def reads_rows_as_slices(case: ContainerCase, folder: Path) -> None:
 
 def refuses_truncated_files(case: ContainerCase, folder: Path) -> None:
     """A file that is truncated anywhere is malformed."""
-    path = case.write(folder, _tensors())
+    path = case.write(folder, case.tensors)
     for file in _weight_files(case.container, path):
         raw = file.read_bytes()
         for size in {0, 1, 8, *(len(raw) * i // _CUTS for i in range(_CUTS)), len(raw) - 1}:
@@ -97,7 +119,7 @@ def refuses_truncated_files(case: ContainerCase, folder: Path) -> None:
 
 def survives_damage(case: ContainerCase, folder: Path) -> None:
     """A file with a wrong byte is opened or refused: no other error, no tensor beyond its file."""
-    path, draw = case.write(folder, _tensors()), random.Random(0)
+    path, draw = case.write(folder, case.tensors), random.Random(0)
     for file in _weight_files(case.container, path):
         raw = file.read_bytes()
         for _ in range(_FLIPS):
@@ -113,7 +135,7 @@ def survives_damage(case: ContainerCase, folder: Path) -> None:
 
 def writes_what_it_opens(case: ContainerCase, folder: Path) -> None:
     """A file written by `lay_out` opens with the same contents; a read-only container names one that can be written."""
-    container, expected = case.container, _tensors()
+    container, expected = case.container, case.tensors
     if not isinstance(container, WritableContainer):
         if isinstance(container, FileContainer):
             output_container(container.name)
@@ -153,23 +175,6 @@ CONTAINER_CHECKS: tuple[Callable[[ContainerCase, Path], None], ...] = (
     survives_damage,
     writes_what_it_opens,
 )
-
-
-def _tensors() -> dict[str, Array]:
-    """Every common type, and every kind of shape."""
-    draw = numpy.random.default_rng(0)
-    values = draw.standard_normal((7, 5), numpy.float32)
-    types = (DType.F64, DType.F32, DType.F16, DType.BF16, DType.I64, DType.I32, DType.U8)
-    tensors = {f"block.{i}.weight": cast(abs(values * 40), dtype) for i, dtype in enumerate(types)}
-    tensors |= {
-        "mask": values > 0,
-        "scalar": numpy.array(2.5, numpy.float32),
-        "vector": values[0].copy(),
-        "empty": numpy.zeros((0, 3), numpy.float32),
-        "convolution": draw.standard_normal((4, 3, 2, 2), numpy.float32),
-        "déjà vu": numpy.ones(3, numpy.float32),
-    }
-    return tensors
 
 
 def _opened(container: Container, path: Path) -> dict[str, StoredTensor]:

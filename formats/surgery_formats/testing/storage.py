@@ -39,6 +39,7 @@ class StorageCase:
         encode: ``encode(name, values)`` returns the stored tensors of a weight as the original program makes them.
         values: Of a weight, float32, with more rows than one group.
         config: config.json of a network with such weights.
+        metadata: Of the file that holds the tensors.
         tolerance: How far a value that is read may be from the one that was encoded, relative to the greatest value.
     """
 
@@ -47,12 +48,15 @@ class StorageCase:
     values: Array
     config: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 0.0
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def claims_all_tensors_of_its_weights(case: StorageCase, folder: Path) -> None:
     """Every stored tensor belongs to one weight, which has the name and the sizes that the model's code gives it."""
     names = (_NAME, "block.1.linear.weight")
-    stored = _stored(folder, {key: value for name in names for key, value in case.encode(name, case.values).items()})
+    stored = _stored(
+        case, folder, {key: value for name in names for key, value in case.encode(name, case.values).items()}
+    )
     weights = list(case.claim(stored, case.config))
     assert sorted(weight.name for weight in weights) == sorted(names)
     claimed = [source for weight in weights for source in weight.sources]
@@ -139,8 +143,8 @@ def leaves_other_weights_alone(case: StorageCase, folder: Path) -> None:
     if set(case.encode(_NAME, case.values)) == {_NAME}:
         return  # the storage of single tensors, which has whatever nothing else claims
     others = {"block.0.linear.bias": numpy.zeros(4), "embed.weight": numpy.zeros((4, 4)), "ids": numpy.arange(3)}
-    assert list(case.claim(_stored(folder, others), case.config)) == []
-    claimed = list(case.claim(_stored(folder, {**others, **case.encode(_NAME, case.values)}), case.config))
+    assert list(case.claim(_stored(case, folder, others), case.config)) == []
+    claimed = list(case.claim(_stored(case, folder, {**others, **case.encode(_NAME, case.values)}), case.config))
     assert [weight.name for weight in claimed] == [_NAME]
 
 
@@ -148,7 +152,7 @@ def refuses_a_weight_of_which_a_tensor_is_missing(case: StorageCase, folder: Pat
     """A weight without one of its tensors is malformed, or no weight of this storage; it is never read."""
     encoded = case.encode(_NAME, case.values)
     for missing in encoded if len(encoded) > 1 else ():
-        rest = _stored(folder, {name: tensor for name, tensor in encoded.items() if name != missing})
+        rest = _stored(case, folder, {name: tensor for name, tensor in encoded.items() if name != missing})
         try:
             assert list(case.claim(rest, case.config)) == [], missing
         except MalformedError:
@@ -235,16 +239,16 @@ QUANTISED_CHECKS: tuple[Callable[[StorageCase, Path], None], ...] = (
 """For storages that satisfy `surgery_formats.storage.quantised.Quantised`."""
 
 
-def _stored(folder: Path, tensors: Mapping[str, Array]) -> dict[str, StoredTensor]:
+def _stored(case: StorageCase, folder: Path, tensors: Mapping[str, Array]) -> dict[str, StoredTensor]:
     from safetensors.numpy import save_file
 
     path = folder / "weights.safetensors"
-    save_file({name: numpy.asarray(tensor, order="C") for name, tensor in tensors.items()}, path)
+    save_file({name: numpy.asarray(tensor, order="C") for name, tensor in tensors.items()}, path, dict(case.metadata))
     return {tensor.name: tensor for tensor in open_safetensors(path).tensors}
 
 
 def _weight(case: StorageCase, folder: Path) -> Storage:
-    (weight,) = case.claim(_stored(folder, case.encode(_NAME, case.values)), case.config)
+    (weight,) = case.claim(_stored(case, folder, case.encode(_NAME, case.values)), case.config)
     return weight
 
 
@@ -264,7 +268,7 @@ def _joined(weight: Storage, packed: Iterable[PartBytes]) -> list[bytearray]:
 def _reopened(case: StorageCase, folder: Path, weight: Storage, written: Iterable[bytes | bytearray]) -> Storage:
     """The weight from a file with these bytes."""
     parts = weight.parts(weight.name)
-    header, ranges = layout([(part.name, part.dtype, part.shape) for part in parts], {})
+    header, ranges = layout([(part.name, part.dtype, part.shape) for part in parts], case.metadata)
     data = bytearray(header) + bytearray(sum(size for _, size in ranges.values()))
     for part, raw in zip(parts, written, strict=True):
         offset, size = ranges[part.name]

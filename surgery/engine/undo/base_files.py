@@ -14,6 +14,7 @@ from surgery.engine.undo.sidecar import Sidecar, SidecarWriter
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.sharded import index_bytes, index_name, output_name
+from surgery_formats.containers.weight_files import output_container
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.checkpoint import Checkpoint, Component
@@ -26,7 +27,7 @@ _ALSO = ("README.md",)  # a merge writes its own
 def remember_shards(checkpoint: Checkpoint, writer: SidecarWriter) -> list[dict[str, Any]]:
     """The weight files: name, size, and the place of every tensor. Their headers are kept byte for byte.
 
-    A file of another container than safetensors is remembered as the safetensors file that holds its tensors.
+    A file of a container that is only read is remembered as the safetensors file that holds its tensors.
     """
     return [
         _shard(shard, component, writer) for component in checkpoint.components.values() for shard in component.shards
@@ -34,9 +35,10 @@ def remember_shards(checkpoint: Checkpoint, writer: SidecarWriter) -> list[dict[
 
 
 def _shard(shard: Shard, component: Component, writer: SidecarWriter) -> dict[str, Any]:
-    suffix = SAFETENSORS.suffixes[0]
+    container = output_container(shard.container)
+    suffix = container.suffixes[0]
     specs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]
-    layout = SAFETENSORS.lay_out(specs, shard)
+    layout = container.lay_out(specs, shard)
     name = _inside(component, output_name(shard.path.name, suffix))
     writer.add(f"header/{name}", pack_bytes(layout.header, repeats=True))
     rows = [[name, dtype.label, list(shape), *layout.ranges[name]] for name, dtype, shape in specs]
@@ -46,6 +48,7 @@ def _shard(shard: Shard, component: Component, writer: SidecarWriter) -> dict[st
         "header": len(layout.header),
         "nbytes": layout.nbytes,
         "tensors": rows,
+        **({"padding": [list(gap) for gap in layout.padding]} if layout.padding else {}),
     }
 
 
@@ -68,7 +71,12 @@ def _side_files(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
     named = {name for name, _ in checkpoint.side_files}
     for component in checkpoint.components.values():
         config = component.folder / "config.json"
-        if component.config and config.is_file() and _inside(component, "config.json") not in named:
+        if (
+            component.config
+            and checkpoint.path.is_dir()
+            and config.is_file()
+            and _inside(component, "config.json") not in named
+        ):
             yield _inside(component, "config.json"), config.read_bytes()
         if component.index is not None:
             yield _index(component)

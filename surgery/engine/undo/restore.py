@@ -188,7 +188,8 @@ class _Planner:
             tensors.append(
                 self._tensor(component, str(own), _by_label(label), tuple(map(int, shape)), int(offset), int(nbytes))
             )
-        return PlannedFile(name, header, int(entry["nbytes"]), tuple(tensors))
+        padding = tuple((int(offset), int(nbytes)) for offset, nbytes in entry.get("padding", ()))
+        return PlannedFile(name, header, int(entry["nbytes"]), tuple(tensors), padding)
 
     def _tensor(
         self, component: str, name: str, dtype: DType, shape: tuple[int, ...], offset: int, nbytes: int

@@ -16,8 +16,9 @@ from surgery.extraction.factorise import FactorisedMatrix, FactorisedStack, Stor
 from surgery.extraction.pairing import Strip
 from surgery.extraction.ranks import RankGoal
 from surgery.extraction.sampling import at_rows, sample_runs
-from surgery.extraction.stream.feed import ByteObserver, Read
+from surgery.extraction.stream.feed import Read
 from surgery.extraction.stream.lanes import Lane
+from surgery.extraction.stream.order import ByteObserver
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.stream.tally import MEASURED, PairMeasure, measure_stack
 from surgery.extraction.targets import LowRankTarget

@@ -8,18 +8,22 @@ computing overlap. Memory stays bounded: a reader waits until its buffer has bee
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, cycle, zip_longest
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle, starmap, zip_longest
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
+from surgery.extraction.stream.order import ByteObserver, InOrder, Observed
 from surgery_formats.arrays import Array, empty, is_torch
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage, read_block
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
-__all__ = ["ByteObserver", "DirectFeed", "Feed", "Read", "RowPair", "StagedFeed"]
+__all__ = ["DirectFeed", "Feed", "Read", "RowPair", "StagedFeed"]
 
 HOST_BLOCK = 1 << 19
 """Elements that are subtracted at a time on a CPU, 2 MB of float32. A thread waits for the interpreter after every call:
@@ -28,8 +32,8 @@ fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
 _CHUNK = 16 << 20  # bytes per buffer: each takes the interpreter 60 us or so, whatever its size
+_NICE = 10  # of readers: what is computed with the rows comes first
 _BUFFERS = 2  # per reader: one is read into while the other is copied
-ByteObserver = Callable[[int, memoryview], None]
 
 
 class Read(NamedTuple):
@@ -125,22 +129,21 @@ class StagedFeed:
 
     def fill(self, reads: Sequence[Read]) -> None:
         """See `Feed`."""
-        self._start(reads).finish()
+        self._start([(read, _order(read.observe, read.side, read.first)) for read in reads]).finish()
 
     def pairs(
         self, base: Storage, tuned: Storage, start: int, stop: int, observe: ByteObserver | None = None
     ) -> Iterator[RowPair]:
         """See `Feed`; the following block is read while one is used."""
         height = max(1, DEVICE_BLOCK // max(tuned.shape[1], 1))
-        if observe is not None:  # over all blocks
-            observe = _InOrder(observe, start * base.shape[1] * base.dtype.bits // 8)
+        order = _order(observe, base, start)  # over all blocks
 
         def begin(at: int) -> tuple[RowPair, _Fill]:
             shapes = ((min(height, stop - at), side.shape[1]) for side in (base, tuned))
             old, new = (
                 empty(shape, side.dtype, self._device) for shape, side in zip(shapes, (base, tuned), strict=True)
             )
-            return RowPair(at, old, new), self._start([Read(base, at, old, observe), Read(tuned, at, new)])
+            return RowPair(at, old, new), self._start([(Read(base, at, old), order), (Read(tuned, at, new), None)])
 
         started: list[tuple[RowPair, _Fill]] = []
         try:
@@ -157,9 +160,9 @@ class StagedFeed:
             for _, fill in started:  # memory may be freed only when nothing is copied into it
                 fill.abandon()
 
-    def _start(self, reads: Sequence[Read]) -> _Fill:
+    def _start(self, reads: Sequence[tuple[Read, InOrder | None]]) -> _Fill:
         """Have everything read: a chunk of each in turn, so that bytes to be observed in order rarely wait."""
-        chunks = [chunk for chunk in chain(*zip_longest(*map(_chunks, reads))) if chunk is not None]
+        chunks = [chunk for chunk in chain(*zip_longest(*starmap(_chunks, reads))) if chunk is not None]
         fill = _Fill(len(chunks), self._device)
         for chunk in chunks:
             self._waiting.put((chunk, fill))
@@ -167,6 +170,8 @@ class StagedFeed:
 
     def _serve(self) -> None:
         """Carry chunks until the end; what fails is raised where the fill is waited for."""
+        if sys.platform.startswith("linux"):  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         staging: _Staging | None = None
         broken: BaseException | None = None
         try:
@@ -176,40 +181,17 @@ class StagedFeed:
         while (item := self._waiting.get()) is not None:
             chunk, fill = item
             failure = broken
+            carried = False
             try:
                 if staging is not None and not fill.failures:
                     staging.carry(chunk, fill)
+                    carried = True
             except BaseException as error:
                 failure = error
-            finally:
-                if chunk.order is not None:
-                    chunk.order.passed(chunk.end)
-                fill.one_done(staging, failure)
+            if not carried and chunk.order is not None:
+                chunk.order.give_up()
+            fill.one_done(staging, failure)
             del item, chunk, fill  # or the memory of the last one would be held
-
-
-class _InOrder:
-    """Hands the bytes of one tensor to an observer in order, whichever reader has them.
-
-    Chunks are taken in order, and each is passed even if it could not be read, so that no reader waits in vain; after a
-    failure some bytes may come out of order.
-    """
-
-    def __init__(self, observe: ByteObserver, first: int) -> None:
-        self._observe, self._next = observe, first
-        self._changed = threading.Condition()
-
-    def __call__(self, offset: int, data: memoryview) -> None:
-        """Wait until it is the turn of these bytes, and hand them on."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._next >= offset)
-        self._observe(offset, data)
-
-    def passed(self, end: int) -> None:
-        """Let those follow that begin at `end`."""
-        with self._changed:
-            self._next = max(self._next, end)
-            self._changed.notify_all()
 
 
 class _Chunk(NamedTuple):
@@ -218,7 +200,7 @@ class _Chunk(NamedTuple):
     side: Storage
     offset: int
     into: Array
-    order: _InOrder | None
+    order: InOrder | None
 
     @property
     def end(self) -> int:
@@ -226,7 +208,15 @@ class _Chunk(NamedTuple):
         return self.offset + len(self.into)
 
 
-def _chunks(read: Read) -> Iterator[_Chunk]:
+def _order(observe: ByteObserver | None, side: Storage, first: int) -> InOrder | None:
+    return None if observe is None else InOrder(observe, _offset(side, first))
+
+
+def _offset(side: Storage, row: int) -> int:
+    return row * side.shape[1] * side.dtype.bits // 8
+
+
+def _chunks(read: Read, order: InOrder | None) -> Iterator[_Chunk]:
     flat = read.into.reshape(-1)
     if is_torch(flat):
         import torch  # of a device's memory
@@ -234,10 +224,7 @@ def _chunks(read: Read) -> Iterator[_Chunk]:
         flat = flat.view(torch.uint8)
     else:
         flat = flat.view("uint8")
-    first = read.first * read.side.shape[1] * read.side.dtype.bits // 8
-    order = read.observe
-    if order is not None and not isinstance(order, _InOrder):
-        order = _InOrder(order, first)
+    first = _offset(read.side, read.first)
     for at in range(0, len(flat), _CHUNK):
         yield _Chunk(read.side, first + at, flat[at : at + _CHUNK], order)
 
@@ -251,8 +238,13 @@ class _Fill:
         self.failures: list[BaseException] = []
         self.allocated = None if device == "cpu" else _event()  # before it, the memory may still be in use
 
+    def one_more(self) -> None:
+        """Wait for another thing, too."""
+        with self._changed:
+            self._left += 1
+
     def one_done(self, staging: _Staging | None, failure: BaseException | None) -> None:
-        """Count a chunk."""
+        """Count a chunk, or that one was observed."""
         with self._changed:
             self._left -= 1
             self._used.add(staging)
@@ -276,6 +268,21 @@ class _Fill:
                 staging.before_current_stream()
 
 
+@dataclass(slots=True)
+class _Buffer:
+    """A buffer: the same memory as an array and as bytes, the event after its last copy, and who observes it."""
+
+    memory: Array
+    raw: memoryview
+    copied: Any
+    observed: Observed | None = None
+
+    @classmethod
+    def on(cls, device: str) -> _Buffer:
+        memory = _page_locked(device, _CHUNK)
+        return cls(memory, as_bytes(memory), None if device == "cpu" else _event())
+
+
 class _Staging:
     """The buffers and the stream of the calling thread, whose current stream it becomes."""
 
@@ -288,26 +295,30 @@ class _Staging:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             torch.cuda.set_stream(self._stream)
         self._fill: _Fill | None = None
-        buffers = [_page_locked(device, _CHUNK) for _ in range(_BUFFERS)]
-        self._buffers = cycle([(one, as_bytes(one), None if self._stream is None else _event()) for one in buffers])
+        self._buffers = cycle([_Buffer.on(device) for _ in range(_BUFFERS)])
 
     def carry(self, chunk: _Chunk, fill: _Fill) -> None:
-        """Read a chunk, show it to its observer, and have it copied."""
-        buffer, raw, copied = next(self._buffers)
+        """Read a chunk, have it copied, and show it to its observer."""
+        buffer = next(self._buffers)
+        if buffer.observed is not None:
+            buffer.observed.wait()
+            buffer.observed = None
         size = len(chunk.into)
-        if copied is None:
-            _read(chunk, raw[:size])
-            chunk.into[...] = buffer[:size]
+        if buffer.copied is None:
+            _read(chunk, buffer.raw[:size])
+            chunk.into[...] = buffer.memory[:size]
         else:
-            copied.synchronize()
-            _read(chunk, raw[:size])
+            buffer.copied.synchronize()
+            _read(chunk, buffer.raw[:size])
             if fill is not self._fill:
                 self._fill = fill
                 self._stream.wait_event(fill.allocated)
-            chunk.into.copy_(buffer[:size], non_blocking=True)
-            copied.record()
+            chunk.into.copy_(buffer.memory[:size], non_blocking=True)
+            buffer.copied.record()
         if chunk.order is not None:
-            chunk.order(chunk.offset, raw[:size])
+            fill.one_more()
+            buffer.observed = Observed(lambda: fill.one_done(None, None))
+            chunk.order.offer(chunk.offset, buffer.raw[:size], buffer.observed)
 
     def before_current_stream(self) -> None:
         """Have the current stream wait for the copies so far."""

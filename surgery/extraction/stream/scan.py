@@ -22,8 +22,9 @@ from surgery.extraction.pairing import Delta, Pair, check_finite, nbytes_of, pai
 from surgery.extraction.ranks import RankGoal
 from surgery.extraction.storage_plan import MOST_ROWS
 from surgery.extraction.stream.batch import Batch, batches_of, factorise_batch, warm_batch
-from surgery.extraction.stream.feed import DEVICE_BLOCK, ByteObserver, DirectFeed, RowPair
+from surgery.extraction.stream.feed import DEVICE_BLOCK, DirectFeed, RowPair
 from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
+from surgery.extraction.stream.order import ByteObserver
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.stream.tally import PairMeasure, Tally, same_bits
 from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, tuned_parameters

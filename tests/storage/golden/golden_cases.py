@@ -71,4 +71,4 @@ def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return torch.cat([tensor.flatten()]).view(torch.uint8).numpy().tobytes()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mlx_affine.safetensors: weights that MLX and transformers' "metal" encoded, and what they decode.
+"""mlx.safetensors: weights that MLX and transformers' "metal" encoded, and what they decode.
 
-Run with mlx (for the CPU), torch and transformers: ``python make_mlx_affine.py``, or with ``--check`` to compare.
+Run with mlx (for the CPU), torch and transformers: ``python make_mlx.py``, or with ``--check`` to compare.
 
 ``decoded.X.weight`` is what MLX computes from the scales and biases in float32; in their own type of 16 bits it rounds
 the product, and then the sum: ``rounded.X.weight`` is that.
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.metal_quantization import _affine_dequantize_tensor, _affine_quantize_tensor
 
-GOLDEN = Path(__file__).with_name("mlx_affine.safetensors")
+GOLDEN = Path(__file__).with_name("mlx.safetensors")
 mx.set_default_device(mx.cpu)
 
 MLX = {
@@ -31,6 +31,14 @@ MLX = {
     "float32.8": (8, 64, (4, 128), mx.float32),
     "experts": (4, 32, (3, 4, 64), mx.bfloat16),
     "experts.6": (6, 64, (2, 3, 128), mx.float16),
+}
+FLOATS = {
+    # name: (mode, shape)
+    "mxfp4": ("mxfp4", (6, 96)),
+    "mxfp4.experts": ("mxfp4", (2, 3, 64)),
+    "mxfp8": ("mxfp8", (5, 64)),
+    "nvfp4": ("nvfp4", (6, 48)),
+    "nvfp4.experts": ("nvfp4", (3, 2, 32)),
 }
 METAL = {"metal.2": (2, 32, (6, 64)), "metal.4": (4, 64, (5, 128)), "metal.8": (8, 32, (4, 64))}
 
@@ -62,6 +70,14 @@ def by_mlx(name: str, seed: int) -> dict[str, torch.Tensor]:
     return {**own, f"decoded.{name}.weight": as_torch(decoded), f"rounded.{name}.weight": as_torch(rounded)}
 
 
+def by_mlx_floats(name: str, seed: int) -> dict[str, torch.Tensor]:
+    mode, shape = FLOATS[name]
+    words, scales = mx.quantize(mx.array(values(shape, seed)), mode=mode)
+    decoded = mx.dequantize(words, scales, mode=mode, dtype=mx.float32)
+    own = {f"{name}.weight": as_torch(words), f"{name}.scales": as_torch(scales)}
+    return {**own, f"decoded.{name}.weight": as_torch(decoded)}
+
+
 def by_metal(name: str, seed: int) -> dict[str, torch.Tensor]:
     bits, size, shape = METAL[name]
     weight = torch.from_numpy(values(shape, seed))
@@ -74,7 +90,7 @@ def by_metal(name: str, seed: int) -> dict[str, torch.Tensor]:
 
 def build() -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
-    for table, build_one in ((MLX, by_mlx), (METAL, by_metal)):
+    for table, build_one in ((MLX, by_mlx), (FLOATS, by_mlx_floats), (METAL, by_metal)):
         for seed, name in enumerate(table):
             made |= build_one(name, seed)
     return {name: tensor.contiguous() for name, tensor in made.items()}
