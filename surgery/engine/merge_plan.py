@@ -98,11 +98,7 @@ def planned_merge(
 def _other_base(binding: Binding) -> tuple[str, ...]:
     """Warnings for adapters that were trained on a quantised base, where the base of this merge is not."""
     quantised = [(number, said) for number, (a, _) in enumerate(binding.adapters) if (said := quantised_base_of(a))]
-    if not quantised or any(
-        weight.elements is None
-        for component in binding.checkpoint.components.values()
-        for weight in component.owners.values()
-    ):
+    if not quantised or binding.checkpoint.is_quantised:
         return ()
     from surgery.engine.base_choice import cost_of_other_base  # numpy
 

@@ -17,7 +17,6 @@ from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
 from surgery_formats.linalg.survival import Survival
-from surgery_formats.storage.plain import Elements
 
 if TYPE_CHECKING:
     from surgery.engine.residual import Residual
@@ -104,7 +103,7 @@ def _formats(plan: Plan) -> Iterator[tuple[str, Phrase]]:
         if weight.elements is not None or tensor.part:
             continue
         target = weight if isinstance(tensor.step, Copy) else tensor.step.target
-        if isinstance(target, Elements):
+        if getattr(target, "elements", target) is not None:  # an encoding alone is one of elements
             key = f"{weight.kind} to {tensor.dtype.label}"
             counts = plain.setdefault(key, [0, 0, 0])
             stored = sum(source.nbytes for source in weight.sources)
