@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.engine.ledger import Ledger, Row
-from surgery.engine.plan import Compute, Copy, Plan
+from surgery.engine.plan import Compute, Copy, Plan, is_coded
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
 from surgery_formats.linalg.survival import Survival
-from surgery_formats.storage.plain import Elements
 
 __all__ = ["merge_summary"]
 
@@ -98,8 +97,7 @@ def _formats(plan: Plan) -> Iterator[tuple[str, Phrase]]:
         weight = tensor.step.weight if isinstance(tensor.step, Copy) else tensor.step.source
         if weight.elements is not None or tensor.part:
             continue
-        target = weight if isinstance(tensor.step, Copy) else tensor.step.target
-        if isinstance(target, Elements):
+        if not is_coded(tensor.step):
             key = f"{weight.kind} to {tensor.dtype.label}"
             counts = plain.setdefault(key, [0, 0, 0])
             stored = sum(source.nbytes for source in weight.sources)
