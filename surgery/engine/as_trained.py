@@ -24,6 +24,7 @@ from surgery_formats.storage.aligned import oriented
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.bitsandbytes.rounded import RULES, Rounded
 from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.quantised import is_coded
 
 __all__ = [
     "RULES",
@@ -87,9 +88,7 @@ def trained_values(value: CheckpointLike, base: Checkpoint) -> TrainedValues:
         InputError, UsageError: see `as_checkpoint`.
     """
     for component in base.components.values():
-        if quantised := [
-            parameter for parameter in component.parameters.values() if parameter.storage.elements is None
-        ]:
+        if quantised := [parameter for parameter in component.parameters.values() if is_coded(parameter.storage)]:
             raise FitError(
                 f"is stored as {quantised[0].storage.kind}: its values are those that an adapter of it was trained on",
                 file=quantised[0].sources[0].path,
@@ -151,7 +150,7 @@ def values_of(other: Checkpoint, base: Checkpoint) -> TrainedValues:
             if not weight.storage.is_float or name in component.aliases:
                 continue
             storage = _counterpart(name, weight, theirs)
-            if storage.elements is None:
+            if is_coded(storage):
                 kinds[storage.kind] = kinds.get(storage.kind, 0) + 1
             weights[component.name, name] = oriented(storage, weight.storage)
     files = tuple(shard.file for component in other.components.values() for shard in component.shards)
@@ -178,7 +177,7 @@ def with_trained_values(binding: Binding, values: TrainedValues) -> Binding:
     edits = dict(binding.edits)
     for (component, name), storage in values.weights.items():
         edit = edits.get((component, name))
-        why = "" if storage.elements is not None else f"as trained: {storage.kind}"
+        why = f"as trained: {storage.kind}" if is_coded(storage) else ""
         if edit is None:
             edits[component, name] = Edit(component, name, storage, (), why=why)
         elif edit.replaced is None and not edit.added:
