@@ -214,7 +214,7 @@ device_option = _device_option(
 """Checked before anything is read."""
 devices_option = _device_option(
     "cpu|cuda[:N[,N...]]|cuda:all|auto",
-    "Where the arithmetic runs; auto: on GPUs from 1.5 B parameters.",
+    "Where the arithmetic runs; auto: on GPUs from 1 B parameters.",
     type=devices,
 )
 runtime_device_option = _device_option(

@@ -12,9 +12,9 @@ from surgery_formats.text import show
 
 __all__ = ["Devices", "device_of", "devices_of", "extraction_devices"]
 
-_PAYS = 1_500_000_000
+_PAYS = 1_000_000_000
 """Parameters from which an extraction is sooner done on a GPU. Measured with 16 cores and an H200 (docs/benchmarks.md): 1.24 B
-take 4.3 to 5.1 s on the cores and 6.1 to 6.9 s on the GPU, 5 of which start torch and the GPU; 8 B take 9.3 s there."""
+take 4.3 to 5.1 s on the cores and 3.2 s on the GPU, 2.3 of which start torch and the GPU; 8 B take 4.8 s there."""
 
 
 class Devices(NamedTuple):

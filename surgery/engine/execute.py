@@ -36,6 +36,7 @@ __all__ = [
     "cores",
     "default_workers",
     "execute",
+    "most_workers",
     "remembered",
     "still_good",
     "write_side_file",
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 _MAX_DEFAULT_WORKERS = 8  # threads of one interpreter
-_MAX_PROCESSES = 16
+_MAX_PROCESSES = 16  # more were not measured
 _FEW = 4
 """Workers up to which threads are as fast as processes (docs/benchmarks.md)."""
 _WORTH_IT = 32 << 20  # bytes for each process, which takes a few ms to start
@@ -76,6 +77,11 @@ class Run:
 def default_workers() -> int:
     """Cores this process may use, at most eight."""
     return min(cores(), _MAX_DEFAULT_WORKERS)
+
+
+def most_workers() -> int:
+    """Cores this process may use, at most 16: processes, where they are better than threads."""
+    return min(cores(), _MAX_PROCESSES)
 
 
 def cores() -> int:
@@ -206,10 +212,12 @@ def write_weights(
                 job.open(folder, meter)
             weights = list(_weights_in_turn(jobs))
             workers = _affordable(plan, run) if weights else 0
-            apart = _in_processes(weights, compute, workers, run.device)
-            if not apart and run.workers is None:
+            processes = _processes(weights, compute, workers, run.device)
+            if processes:
+                workers = processes
+            elif run.workers is None:
                 workers = min(workers, default_workers())
-            computing = _elsewhere if apart else _here
+            computing = _elsewhere if processes else _here
             with computing(weights, compute, workers, run, stop, meter) as work:
                 for job in jobs:
                     futures += job.start(copiers, run.verify_copies, stop, meter)
@@ -263,15 +271,14 @@ def _elsewhere(
         yield work
 
 
-def _in_processes(weights: Sequence[WeightJob], compute: ComputeWeight, workers: int, device: str) -> bool:
-    """Whether processes compute: for many workers, with much to do, on the CPU, and if this process can be forked."""
-    if workers <= _FEW or device != "cpu" or compute is not _compute_here:
-        return False
-    if sum(weight.nbytes for weight in weights) < workers * _WORTH_IT:
-        return False
+def _processes(weights: Sequence[WeightJob], compute: ComputeWeight, workers: int, device: str) -> int:
+    """How many processes compute: with much to do on the CPU, if this process can be forked; 0 leaves it to threads."""
+    count = min(workers, sum(weight.nbytes for weight in weights) // _WORTH_IT)
+    if count <= _FEW or device != "cpu" or compute is not _compute_here:
+        return 0
     import surgery.engine.arithmetic  # noqa: F401 - once for all processes, and before its libraries' threads are counted
 
-    return can_fork()
+    return count if can_fork() else 0
 
 
 def _weights_in_turn(jobs: Sequence[FileJob]) -> Iterable[WeightJob]:
@@ -320,7 +327,7 @@ def _affordable(plan: Plan, run: Run) -> int:
     Raises:
         ResourceError: not even one does.
     """
-    workers = run.workers or min(cores(), _MAX_PROCESSES)
+    workers = run.workers or most_workers()
     if run.memory_limit is None:
         return workers
     from surgery.engine.blocks import block_bytes  # it knows updates, which an export without adapters does not need

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.engine.blocks import block_bytes
-from surgery.engine.execute import default_workers
+from surgery.engine.execute import most_workers
 from surgery.engine.plan import Plan
 from surgery_formats.text import nbytes, show
 
@@ -40,7 +40,7 @@ class Preview:
 def preview(plan: Plan, output: Path | None, workers: int | None) -> Preview:
     """Measure free disk and predict peak memory on this machine."""
     blocks = sorted((block_bytes(tensor) for tensor in plan.computed()), reverse=True)
-    peak = _resident() + sum(blocks[: workers or default_workers()])
+    peak = _resident() + sum(blocks[: workers or most_workers()])
     return Preview(output, None if output is None else _free(output), peak)
 
 

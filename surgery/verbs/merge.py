@@ -56,7 +56,8 @@ def merge(
         dtype: ``keep`` (each tensor its own), or a type for every floating-point tensor (``bf16``, ``fp16``, ``fp32``).
         device: Where arithmetic runs: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is the cpu, where a merge is sooner done
             (docs/benchmarks.md).
-        workers: Computing threads; None is one per core, at most eight. Never changes the result.
+        workers: Threads that compute, or processes where many have much to do; None is one per core, at most eight
+            threads or 16 processes. Never changes the result.
         memory_limit: Bytes the computed tensors may take together.
         shard_size: Most bytes per weight file; None keeps the base's shards.
         layout: ``keep`` the base's order of tensors; ``packed`` puts those that a graph reads together together

@@ -51,7 +51,8 @@ def unmerge(
         output: Folder to make. Its parent must exist.
         base_rounding: What ``merge(reversible=True)`` kept; by default ``base.rounding`` in the folder of `merged`, if it
             is there. Without it the result is the best estimate.
-        workers: Computing threads; None is one per core, at most eight. Never changes the result.
+        workers: Threads that compute, or processes where many have much to do; None is one per core, at most eight
+            threads or 16 processes. Never changes the result.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
         progress: Called with every step.

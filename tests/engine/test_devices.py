@@ -28,9 +28,9 @@ def test_devices_are_listed_by_number_or_all_at_once(monkeypatch: pytest.MonkeyP
 def test_auto_takes_gpus_for_models_that_are_sooner_done_there_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    small, large = extraction_devices("auto", 1_240_000_000), extraction_devices("auto", 8_000_000_000)
+    small, large = extraction_devices("auto", 900_000_000), extraction_devices("auto", 8_000_000_000)
     assert small.names == ("cpu",)
-    assert "below 1.5 B" in small.why
+    assert "below 1.0 B" in small.why
     assert large.names == ("cuda:0", "cuda:1")
     assert large.why
     assert extraction_devices("cuda", 1000) == (("cuda:0",), ""), "a choice needs no reason"

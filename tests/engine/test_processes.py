@@ -20,7 +20,7 @@ MERGE = """
 import json, os, signal, sys
 import surgery
 from surgery.engine import arithmetic, execute, jobs, processes
-execute._WORTH_IT = 0
+execute._WORTH_IT = 1
 base, lora, out, workers, fault = sys.argv[1:]
 parent, computed = os.getpid(), arithmetic.compute
 forks, seen = [], []

@@ -126,6 +126,7 @@ def test_what_a_kernel_reads_beyond_the_last_group_is_kept(tmp_path: Path) -> No
         {"quant_method": "awq", "version": "gemv_fast"},
         {"quant_method": "awq", "version": "marlin"},
         {"quant_method": "awq", "backend": "llm-awq"},
+        {"quant_method": "awq", "rotation": "hadamard"},
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
         {},

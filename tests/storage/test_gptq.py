@@ -186,6 +186,9 @@ def test_layers_of_several_widths_are_told_by_their_shapes(tmp_path: Path) -> No
         {"quant_method": "gptq", "checkpoint_format": "marlin"},
         {"quant_method": "gptq", "is_marlin_format": True},
         {"quant_method": "gptq", "checkpoint_format": "gptq_p"},
+        {"quant_method": "gptq", "rotation": "quarot"},
+        {"quant_method": "auto-round", "rotation_config": {"block_size": 32}},
+        {"quant_method": "auto-round", "packing_format": "auto_round:fp8_static"},
         {"quant_method": "awq"},
         {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"},
         {"quant_method": "vptq"},
@@ -206,6 +209,22 @@ def test_a_conv1d_and_an_embedding_lie_as_the_model_has_them(tmp_path: Path) -> 
     sizes = {weight.name: (weight.sizes, weight.transposed) for weight in weights}
     assert sizes["h.0.attn.c_attn.weight"] == sizes["model.embed_tokens.weight"] == ((128, 16), False)
     assert sizes["lm_head.weight"] == ((16, 128), True)
+
+
+@pytest.mark.parametrize(
+    ("label", "shift"),
+    [
+        ("auto_round", 0),
+        ("auto_round:exllamav2", 0),
+        ("auto_round:gptqmodel", 0),
+        ("auto_round:auto_gptq", 1),
+        ("auto_round:auto_gptq:exllamav2", 1),
+        (None, 1),
+    ],
+)
+def test_zero_points_of_auto_round_are_as_its_format_says(label: str | None, shift: int, tmp_path: Path) -> None:
+    """Asymmetric weights are stored as they are unless GPTQ's name is in it (auto-round 0.16.1, inference/backend.py)."""
+    assert claimed(encoded("round.v2.4"), tmp_path, "round.v2.4", packing_format=label).packing.shift == shift
 
 
 Tensors = dict[str, Array]

@@ -111,7 +111,7 @@ def _dense(text: str) -> tuple[str, ...]:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Computing threads; by default one per core, at most 8; 2 for each GPU.",
+    help="Computing threads; by default one per core, at most 8; 3 for each GPU.",
 )
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
 @option.dry_run("Compare and factorise; write nothing.")

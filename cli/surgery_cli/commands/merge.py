@@ -21,7 +21,11 @@ __all__ = ["command"]
 @option.output("Folder to make; it must not exist yet.")
 @option.dtype
 @option.device_option
-@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Computing threads, or processes for much; by default one per core, at most 8 threads or 16 processes.",
+)
 @click.option(
     "--memory-limit", type=option.size, metavar="SIZE", help="Most memory for tensors being computed, e.g. 2GB."
 )

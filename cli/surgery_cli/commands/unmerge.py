@@ -26,7 +26,11 @@ __all__ = ["command"]
     metavar="FILE",
     help="What 'merge --reversible' kept; default: MERGED/base.rounding, if it is there.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Computing threads, or processes for much; by default one per core, at most 8 threads or 16 processes.",
+)
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()
 def command(

@@ -16,7 +16,14 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.storage.fitting import fit_awq
 from surgery_formats.storage.grouped_columns import GroupedColumns
 from surgery_formats.storage.grouped_rows import GroupedRows, Packing
-from surgery_formats.storage.module_tensors import FLOATS, check_types, group_size, module_tensors, settings_of
+from surgery_formats.storage.module_tensors import (
+    FLOATS,
+    check_types,
+    group_size,
+    is_rotated,
+    module_tensors,
+    settings_of,
+)
 from surgery_formats.storage.packing import unit, words_of
 from surgery_formats.storage.quantised import quantisation_of
 from surgery_formats.tensors.tensor import StoredTensor
@@ -66,6 +73,8 @@ AWQ = _Awq()
 
 
 def _is_awq(named: Mapping[str, Any]) -> bool:
+    if is_rotated(named):
+        return False
     method = str(named.get("quant_method", "")).lower()
     version = str(named.get("version") or named.get("checkpoint_format") or named.get("format") or "gemm").lower()
     if method == "awq":

@@ -13,13 +13,21 @@ Sizes are read from the shapes, which know them for each layer, and not from the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.fitting import fit_minmax, fit_symmetric
 from surgery_formats.storage.grouped_rows import GroupedRows, Packing
-from surgery_formats.storage.module_tensors import FLOATS, check_types, group_size, module_tensors, settings_of
+from surgery_formats.storage.module_tensors import (
+    FLOATS,
+    check_types,
+    group_size,
+    is_rotated,
+    module_tensors,
+    settings_of,
+)
 from surgery_formats.storage.packing import words_of
 from surgery_formats.storage.quantised import quantisation_of
 from surgery_formats.tensors.tensor import StoredTensor
@@ -31,7 +39,12 @@ _BITS = (4, 8, 3, 2)
 _MORE_BITS = (5, 6, 7)  # auto-round's; gptqmodel packs these in planes
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-_METHODS = {"gptq": "checkpoint_format", "auto-round": "packing_format", "intel/auto-round": "packing_format"}
+_METHODS = {
+    "gptq": ("checkpoint_format", "gptq"),
+    "auto-round": ("packing_format", "auto_round:auto_gptq"),
+    "intel/auto-round": ("packing_format", "auto_round:auto_gptq"),
+}
+"""By quant_method: the key that names the format, and what it is where none is named."""
 _SHIFTS = {
     "gptq": 1,
     "gptq_v2": 0,
@@ -40,7 +53,8 @@ _SHIFTS = {
     "auto_round:gptqmodel": 0,
     "auto_round": 0,
 }
-"""What is added to a stored zero point, by the name that the configuration gives the format."""
+"""What is added to a stored zero point, by the name of the format."""
+_KERNELS = (":exllamav2", ":tritonv2", ":triton")  # behind the name of a format
 
 
 class _Gptq:
@@ -50,44 +64,70 @@ class _Gptq:
     title = "X.qweight, X.qzeros, X.scales, X.g_idx: GPTQ's and auto-round's, 2 to 8 bits in words along the inputs"
 
     def claim(self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[GroupedRows]:
-        """See `StorageKind.claim`; what is packed for one kernel (Marlin, planes) is left alone."""
-        named = quantisation_of(config)
-        shift = _shift(named)
-        if shift is None:
-            return
-        for stem, own in module_tensors(tensors, (".qweight", ".qzeros", ".scales"), (".g_idx",)):
-            yield _weight(stem, own, named, str(config.get("model_type")), shift)
+        """See `StorageKind.claim`.
+
+        What is packed for one kernel (Marlin, planes), and layers whose inputs are rotated, are left alone.
+        """
+        said = _said(config)
+        if said is not None:
+            for stem, own in module_tensors(tensors, (".qweight", ".qzeros", ".scales"), (".g_idx",)):
+                yield _weight(stem, own, said)
 
 
 GPTQ = _Gptq()
 
 
-def _shift(named: Mapping[str, Any]) -> int | None:
-    """See `_SHIFTS`; None if this is another format."""
-    key = _METHODS.get(str(named.get("quant_method", "")).lower())
-    if key is None or named.get("is_marlin_format"):
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a configuration says of all layers.
+
+    Attributes:
+        shift: See `_SHIFTS`.
+        carries: See `Packing.carries`; of the widths that make whole words.
+        ordered: Whether g_idx may be left out.
+        symmetric: Whether zero points are all in the middle.
+        known: Bits of a code that its program knows.
+        bits: Those that are named.
+        sizes: Sizes of groups that are named.
+        as_code: Last names of modules whose weights the model's code has as ``(in, out)``.
+    """
+
+    shift: int
+    carries: bool
+    ordered: bool
+    symmetric: bool
+    known: tuple[int, ...]
+    bits: tuple[int, ...]
+    sizes: tuple[int, ...]
+    as_code: tuple[str, ...]
+
+
+def _said(config: Mapping[str, Any]) -> _Said | None:
+    """None if it is another format's."""
+    named = quantisation_of(config)
+    method = str(named.get("quant_method", "")).lower()
+    if method not in _METHODS or named.get("is_marlin_format") or is_rotated(named):
         return None
-    default = "gptq" if key == "checkpoint_format" else "auto_round"
-    label = str(named.get(key) or named.get("format") or named.get("backend") or default).lower()
-    kernel = label.rpartition(":")[2]
-    if label not in _SHIFTS and kernel in (
-        "exllamav2",
-        "tritonv2",
-        "marlin",
-        "triton",
-    ):  # which kernel, not which format
-        label = label.rpartition(":")[0]
-    return _SHIFTS.get(label)
+    key, default = _METHODS[method]
+    label = str(named.get(key) or (method == "gptq" and named.get("format")) or default).lower()
+    for kernel in _KERNELS:
+        label = label.removesuffix(kernel)
+    if label not in _SHIFTS:
+        return None
+    meta, settings = named.get("meta"), settings_of(named)
+    return _Said(
+        shift=_SHIFTS[label],
+        carries=label == "gptq" and isinstance(meta, Mapping) and "gptqmodel" in str(meta.get("quantizer")).lower(),
+        ordered=named.get("desc_act") is not True,
+        symmetric=named.get("sym") is not False,
+        known=_BITS if method == "gptq" else (*_BITS, *_MORE_BITS),
+        bits=settings.get("bits", ()),
+        sizes=settings.get("group_size", ()),
+        as_code=(*_CONV1D.get(str(config.get("model_type")), ()), *_EMBEDDINGS),
+    )
 
 
-def _by_gptqmodel(named: Mapping[str, Any]) -> bool:
-    meta = named.get("meta")
-    return isinstance(meta, Mapping) and "gptqmodel" in str(meta.get("quantizer")).lower()
-
-
-def _weight(
-    stem: str, own: Mapping[str, StoredTensor], named: Mapping[str, Any], model: str, shift: int
-) -> GroupedRows:
+def _weight(stem: str, own: Mapping[str, StoredTensor], said: _Said) -> GroupedRows:
     qweight, qzeros, scales, g_idx = own[".qweight"], own[".qzeros"], own[".scales"], own.get(".g_idx")
     check_types(qweight, (DType.I32,))
     check_types(qzeros, (DType.I32,))
@@ -101,37 +141,38 @@ def _weight(
             file=qweight.path,
             tensor=qweight.name,
         )
-    if g_idx is None and named.get("desc_act") is True:
+    if g_idx is None and not said.ordered:
         raise MalformedError(
             f"there is no '{show(stem)}.g_idx', which desc_act needs", file=qweight.path, tensor=qweight.name
         )
-    settings = settings_of(named)
-    bits = _bits(qweight, qzeros, columns, settings.get("bits", ()), str(named.get("quant_method")) != "gptq")
+    bits = _bits(qzeros, columns, said)
     rows = g_idx.shape[0] if g_idx is not None else qweight.shape[0] * 32 // bits
     if words_of(rows, bits) != qweight.shape[0]:
         raise MalformedError(f"has no {bits} bits for each of {rows} inputs", file=qweight.path, tensor=qweight.name)
-    size = group_size(rows, groups, settings.get("group_size", ()), scales)
-    last = stem.rpartition(".")[2]
-    as_code = last in _CONV1D.get(model, ()) or last in _EMBEDDINGS
-    carries = shift == 1 and 32 % bits == 0 and _by_gptqmodel(named)
-    packing = Packing(bits, axis=0, shift=shift, carries=carries)
-    fitting = fit_minmax if named.get("sym") is False else fit_symmetric
-    name = f"{stem}.weight"
     return GroupedRows(
-        name, f"GPTQ{bits}", (rows, columns), not as_code, qweight, qzeros, scales, g_idx, packing, size, fitting
+        f"{stem}.weight",
+        f"GPTQ{bits}",
+        (rows, columns),
+        transposed=stem.rpartition(".")[2] not in said.as_code,
+        qweight=qweight,
+        qzeros=qzeros,
+        scales=scales,
+        g_idx=g_idx,
+        packing=Packing(bits, axis=0, shift=said.shift, carries=said.carries and 32 % bits == 0),
+        size=group_size(rows, groups, said.sizes, scales),
+        fitting=fit_symmetric if said.symmetric else fit_minmax,
     )
 
 
-def _bits(qweight: StoredTensor, qzeros: StoredTensor, columns: int, named: tuple[int, ...], more: bool) -> int:
+def _bits(qzeros: StoredTensor, columns: int, said: _Said) -> int:
     """Bits of a code: words of zero points tell, the configuration where a few columns leave a choice.
 
     Raises:
         MalformedError: no number of bits fits, or several do.
     """
-    known = (*_BITS, *_MORE_BITS) if more else _BITS
-    whole = [bits for bits in known if 32 % bits == 0 or columns % 32 == 0]
+    whole = [bits for bits in said.known if 32 % bits == 0 or columns % 32 == 0]
     fitting = [bits for bits in whole if words_of(columns, bits) == qzeros.shape[1]]
-    chosen = [bits for bits in fitting if bits in named] or fitting
+    chosen = [bits for bits in fitting if bits in said.bits] or fitting
     if len(chosen) == 1:
         return chosen[0]
     found = f"{' or '.join(map(str, sorted(chosen)))} bits" if chosen else "no number of bits"

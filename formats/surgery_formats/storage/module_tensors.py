@@ -11,13 +11,14 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["FLOATS", "check_types", "group_size", "module_tensors", "settings_of"]
+__all__ = ["FLOATS", "check_types", "group_size", "is_rotated", "module_tensors", "settings_of"]
 
 FLOATS = (DType.F16, DType.BF16, DType.F32)
 """Types of scales."""
 
 _KEYS = {"bits": "bits", "w_bit": "bits", "group_size": "group_size", "q_group_size": "group_size"}
 _NESTED = ("dynamic", "extra_config")
+_ROTATIONS = ("rotation", "rotation_config", "spinquant_config")
 _USUAL = (128, 64, 32, 256, 512, 1024, 16)
 
 
@@ -57,6 +58,11 @@ def settings_of(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             if key in _KEYS and isinstance(value, int) and not isinstance(value, bool):
                 found.setdefault(_KEYS[key], []).append(value)
     return {key: tuple(dict.fromkeys(values)) for key, values in found.items()}
+
+
+def is_rotated(named: Mapping[str, Any]) -> bool:
+    """Whether layers get their inputs rotated (QuaRot, SpinQuant), so that their weights are not the model's."""
+    return any(named.get(key) for key in _ROTATIONS)
 
 
 def group_size(count: int, groups: int, named: tuple[int, ...], scales: StoredTensor) -> int:

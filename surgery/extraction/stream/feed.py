@@ -31,7 +31,7 @@ blocks of 2^17, which stay in the cache, take 1.2 times as long on 2 cores and t
 fixed."""
 DEVICE_BLOCK = 1 << 26
 """The same on a GPU, whose memory is the cache, and which wants long loops."""
-_CHUNK = 16 << 20  # bytes per buffer: each takes the interpreter 60 us or so, whatever its size
+_CHUNK = 12 << 20  # bytes per buffer: each takes the interpreter 60 us or so, whatever its size
 _NICE = 10  # of readers: what is computed with the rows comes first
 _BUFFERS = 2  # per reader: one is read into while the other is copied
 
