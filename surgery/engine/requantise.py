@@ -156,7 +156,10 @@ class WeightRequantiser:
             codes, rounded = round_columns(wanted, inputs, _nearest_of(grid))
         codes = cast(codes, dtype_of(old))
         if grid is base:  # two codes may stand for one number: the one that is there stays
-            numpy.copyto(codes, old, where=rounded == stored)
+            others = codes != old
+            others &= rounded == stored
+            if others.any():  # hardly ever: a masked copy of all would take as long as rounding them
+                codes[others] = old[others]
         if self._chain:
             self._tally.note(span, start, (stored, wanted, rounded), (old, codes))
         return RequantisedBlock(start, stored, wanted, rounded, weight.pack(start, codes, grid))

@@ -52,7 +52,7 @@ def four_bit(name: str, values: Array, kind: str) -> dict[str, Array]:
     levels, size = levels_of(kind), 64
     blocks = values.reshape(-1, size)
     scales = abs(blocks).max(axis=1)
-    codes = levels.nearest(blocks / scales[:, None]).reshape(-1)
+    codes = levels.nearest(blocks / np.maximum(scales, 1e-38)[:, None]).reshape(-1)
     state = {"quant_type": kind, "blocksize": size, "dtype": "bfloat16", "shape": list(values.shape)}
     return {
         name: (codes[::2] << 4 | codes[1::2])[:, None],
@@ -118,3 +118,30 @@ def test_inspect_counts_weights_and_not_codes(tmp_path: Path) -> None:
     found = surgery.inspect(quantised(tmp_path / "base", "nf4"))
     assert found.components[0].parameters == surgery.inspect(ROOT / "examples" / "base").components[0].parameters
     assert "NF4" in str(found)
+
+
+def test_a_head_that_is_tied_to_the_embedding_stays_so(tmp_path: Path) -> None:
+    """transformers quantises neither: it leaves the head alone, and loads no tied head in 4 bits."""
+    base = quantised(tmp_path / "base", "nf4")
+    tensors = {name: tensor.read() for name, tensor in open_checkpoint(base).main.tensors.items()}
+    save_file({n: t for n, t in tensors.items() if n != "lm_head.weight"}, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for ways in ("dequantize", "requantize"):
+        surgery.merge(base, LORA, output=tmp_path / ways, quantized=ways)
+        merged = open_checkpoint(tmp_path / ways).main
+        assert "lm_head.weight" not in merged.tensors
+        assert merged.aliases["lm_head.weight"] == "model.embed_tokens.weight"
+        same = merged.tensors["model.embed_tokens.weight"].read()
+        assert same.tobytes() == tensors["model.embed_tokens.weight"].tobytes()
+
+
+def test_a_head_and_an_embedding_in_4_bits_are_read_and_merged(tmp_path: Path) -> None:
+    base = quantised(tmp_path / "base", "nf4", more=("lm_head.weight", "model.embed_tokens.weight"))
+    found = open_checkpoint(base).main
+    assert found.parameters[found.head].storage.kind == found.parameters[found.embedding].storage.kind == "NF4"
+    surgery.merge(base, LORA, output=tmp_path / "out")
+    merged, plain = open_checkpoint(tmp_path / "out").main, open_checkpoint(ROOT / "examples" / "base").main
+    assert {n: (t.dtype, t.shape) for n, t in merged.tensors.items()} == {
+        n: (t.dtype, t.shape) for n, t in plain.tensors.items()
+    }
