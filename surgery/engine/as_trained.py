@@ -21,9 +21,10 @@ from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.family import role_of
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.aligned import oriented
-from surgery_formats.storage.base import Storage
+from surgery_formats.storage.base import Storage, is_stacked
 from surgery_formats.storage.bitsandbytes.rounded import RULES, Rounded
 from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.plain import Plain
 from surgery_formats.storage.quantised import is_coded
 
 __all__ = [
@@ -169,7 +170,10 @@ def _counterpart(name: str, weight: Parameter, theirs: Component) -> Storage:
             file=theirs.folder,
             tensor=name,
         )
-    return found.storage
+    elements = found.storage.elements
+    if elements is None:
+        return found.storage
+    return Plain.of(elements, stacked=is_stacked(weight.storage))  # under the release's name, wherever it was
 
 
 def with_trained_values(binding: Binding, values: TrainedValues) -> Binding:
