@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger, Row
-from surgery.engine.plan import Compute, Copy, Plan
+from surgery.engine.plan import Compute, Copy, Plan, is_coded
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
 from surgery.reports.sections import Column, Facts, Note, Section, Table
@@ -102,8 +102,7 @@ def _formats(plan: Plan) -> Iterator[tuple[str, Phrase]]:
         weight = tensor.step.weight if isinstance(tensor.step, Copy) else tensor.step.source
         if weight.elements is not None or tensor.part:
             continue
-        target = weight if isinstance(tensor.step, Copy) else tensor.step.target
-        if getattr(target, "elements", target) is not None:  # an encoding alone is one of elements
+        if not is_coded(tensor.step):
             key = f"{weight.kind} to {tensor.dtype.label}"
             counts = plain.setdefault(key, [0, 0, 0])
             stored = sum(source.nbytes for source in weight.sources)
