@@ -15,8 +15,8 @@ from surgery_formats.text import show
 
 __all__ = ["DEQUANTISED", "QUANTIZED", "ROUNDING", "QuantisedOutput", "quantised_output"]
 
-QUANTIZED = ("dequantize", "requantize")
-"""What becomes of a quantised base: elements of 16 bits, or the format it has."""
+QUANTIZED = ("dequantize", "requantize", "residual")
+"""What becomes of a quantised base: elements of 16 bits, the format it has, or that and a LoRA of what it cannot hold."""
 ROUNDING = ("feedback", "nearest")
 
 
@@ -29,12 +29,16 @@ class QuantisedOutput:
         only_touched: Of ``dequantize``: weights that no adapter touches keep their format.
         rounding: Of ``requantize``, see `Requantise`.
         inputs: Of ``requantize``: what a calibration file has, by the path of a module.
+        rank: Of ``residual``: most directions of the LoRA of a weight; None is what holds all of the update.
+        max_error: Of ``residual``: how far a weight may be off, relative to its update; None is as near as `rank` allows.
     """
 
-    way: Literal["dequantize", "requantize"] = "dequantize"
+    way: Literal["dequantize", "requantize", "residual"] = "dequantize"
     only_touched: bool = False
     rounding: Literal["feedback", "nearest"] = "feedback"
     inputs: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+    rank: int | None = None
+    max_error: float | None = None
 
     def keeps(self, *, touched: bool, dtype: DType | None) -> bool:
         """Whether a weight stored as codes keeps its format.
@@ -43,27 +47,40 @@ class QuantisedOutput:
             touched: Whether an adapter changes it.
             dtype: The element type that was asked for.
         """
-        if self.way == "requantize":
+        if self.way != "dequantize":
             return dtype is None
         return self.only_touched and not touched
 
     def requantise(self, name: str) -> Requantise:
         """How the codes of the weight `name` are chosen."""
+        if self.way == "residual":  # the LoRA has what feedback would make up for
+            return Requantise("nearest")
         return Requantise(self.rounding, self.inputs.get(name.rpartition(".")[0], {}))
 
     @property
     def options(self) -> dict[str, Any]:
         """What differs from the default, for the id of a plan."""
-        every = {"quantized": self.way, "only_touched": self.only_touched, "rounding": self.rounding}
+        every = {
+            "quantized": self.way,
+            "only_touched": self.only_touched,
+            "rounding": self.rounding,
+            "rank": self.rank,
+            "max_error": self.max_error,
+        }
         default = {"quantized": "dequantize", "only_touched": False, "rounding": "feedback"}
-        return {name: value for name, value in every.items() if value != default[name]}
+        return {name: value for name, value in every.items() if value != default.get(name)}
 
 
 DEQUANTISED = QuantisedOutput()
 
 
 def quantised_output(
-    quantized: str = "dequantize", *, only_touched: bool = False, rounding: str | None = None
+    quantized: str = "dequantize",
+    *,
+    only_touched: bool = False,
+    rounding: str | None = None,
+    rank: int | None = None,
+    max_error: float | None = None,
 ) -> QuantisedOutput:
     """The options of a merge, checked.
 
@@ -81,4 +98,10 @@ def quantised_output(
         )
     if rounding and quantized != "requantize":
         raise FitError('codes are chosen by `quantized="requantize"` alone', hint="leave `rounding=` away")
-    return QuantisedOutput(quantized, only_touched, rounding or "feedback")  # type: ignore[arg-type]
+    if quantized != "residual" and (rank is not None or max_error is not None):
+        raise FitError("only a residual has a rank and an error", hint='`quantized="residual"`')
+    if rank is not None and rank < 1:
+        raise FitError(f"a rank is at least 1, not {rank}")
+    if max_error is not None and not 0 < max_error < 1:
+        raise FitError(f"max_error is above 0 and below 1, not {max_error:g}")
+    return QuantisedOutput(quantized, only_touched, rounding or "feedback", {}, rank, max_error)  # type: ignore[arg-type]

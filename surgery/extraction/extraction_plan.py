@@ -19,6 +19,7 @@ from surgery.extraction.findings import Kind
 from surgery.extraction.noise import NoiseReport, noise_report
 from surgery.extraction.pairing import differing_settings
 from surgery.extraction.ranks import RankGoal, ranks_of
+from surgery.extraction.refine import Refinement, refine
 from surgery.extraction.storage_plan import StorageOptions, StoragePlan, check_losses, plan_storage
 from surgery.extraction.stream.scan import Layout, ScanResult
 from surgery.extraction.stream.scratch import Workspace
@@ -128,6 +129,7 @@ class ExtractionRequest:
         calibration: Inputs of modules.
         allow_loss: Whether to leave out what no form can hold.
         workspace: Where factors are computed and kept.
+        beyond_rounding: Whether TUNED is a merge, whose factors are fitted to the cells of its values.
     """
 
     goal: RankGoal
@@ -140,6 +142,7 @@ class ExtractionRequest:
     calibration: Calibration | None
     allow_loss: bool
     workspace: Workspace
+    beyond_rounding: bool = False
 
     @property
     def stored(self) -> DType | Coding:
@@ -167,6 +170,7 @@ class ExtractionPlan:
         decision: LoRA or DoRA.
         calibrated: What changed because of calibration inputs.
         warnings: Facts that the user should know.
+        refined: What came of fitting factors to the cells of TUNED's values; None if that was not asked for.
     """
 
     checkpoints: CheckpointPair
@@ -184,6 +188,7 @@ class ExtractionPlan:
     decision: KindDecision
     calibrated: CalibrationChanges
     warnings: tuple[str, ...]
+    refined: Refinement | None = None
 
     @property
     def nbytes(self) -> int:
@@ -241,6 +246,10 @@ def plan_extraction(
         )
         calibrated.into(storage, layout.parameters)
         stopwatch.lap("calibrating")
+    refined = None
+    if request.beyond_rounding:
+        refined = refine(storage, scan.factored, ranks, request.workspace)
+        stopwatch.lap("refining")
     for target in storage.targets:
         if (rank := goal.rank_of(target)) is not None and ranks[target.path] < rank:
             storage.why |= dict.fromkeys(
@@ -252,7 +261,7 @@ def plan_extraction(
     stopwatch.lap("settling")
     base_id = content_id(checkpoints.base, scan.digests.of)
     stopwatch.lap("identifying")
-    factored = {**scan.factored, **decision.factored, **calibrated.factored}
+    factored = {**scan.factored, **decision.factored, **calibrated.factored, **(refined.factored if refined else {})}
     magnitudes = {path: magnitude.values for path, magnitude in decision.magnitudes.items()}
     settings = FactorSettings(ranks, scaling, dtype, magnitudes)
     adapter = extracted_adapter(storage, factored, settings, checkpoints.base, base_id, checkpoints.tuned.path)
@@ -297,6 +306,7 @@ def plan_extraction(
         decision,
         calibrated,
         warnings,
+        refined,
     )
 
 
@@ -316,6 +326,8 @@ def _decide_kind(
     goal = request.goal
     if request.calibration is not None:
         return lora_decision("calibration weights the factors of a LoRA"), ranks
+    if request.beyond_rounding:
+        return lora_decision("what was merged is looked for, as the factors of an addition"), ranks
     if request.kind == "auto" and set(goal.rank.choices) & {"energy", "error"}:
         return lora_decision("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
     dora_ranks = ranks

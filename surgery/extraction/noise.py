@@ -21,6 +21,7 @@ from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
+from surgery_formats.storage.aligned import as_stored
 from surgery_formats.storage.base import Storage
 
 __all__ = [
@@ -180,7 +181,7 @@ def survivals(
 
 def _merged_type(base: Storage) -> DType:
     """The type of a merged weight: a quantised one becomes one of 16 bits."""
-    stored = getattr(base, "stored", base)  # of one that is turned
+    stored = as_stored(base)
     return stored.dtype if stored.elements is not None else DType.BF16
 
 

@@ -116,6 +116,8 @@ def export_onnx(
         from surgery.engine.output_checks import check_output
 
         assert binding is not None
+        if not binding.adapters:
+            return  # nothing but dequantised
         warnings.extend(check_output(ledger, checkpoint, [weight for _, weight in binding.adapters]))
 
     names = assembly.names(draft)
@@ -139,18 +141,19 @@ def export_onnx(
 
 
 def _merged(checkpoint: Checkpoint, roles: AdapterRoles, *, full: bool) -> tuple[Binding | None, MergedWeights | None]:
-    """The adapters to merge, bound, and the merged weights.
+    """The adapters to merge, bound, and the merged weights: also those that a graph needs in elements, not in codes.
 
     Imports only what is needed: adapters would cost a plain export as much as all the rest.
     """
-    if not roles.adapters:
+    checkpoint.main.check_read()
+    if not roles.adapters and not checkpoint.is_quantised:
         return None, None
     from surgery.engine.input_checks import check_base_id
     from surgery.onnx.export.merged import merged_weights
     from surgery_formats.binding.bind import bind
 
     check_base_id(checkpoint, roles.adapters)
-    if not (pairs := roles.merged):
+    if not (pairs := roles.merged) and not checkpoint.is_quantised:
         return None, None
     binding = bind(pairs, checkpoint, new_biases=True)
     return binding, merged_weights(binding, "full" if full else "delta")

@@ -113,7 +113,7 @@ def _entries(
         raise FitError(
             f"{len(types)} tensors in place of {len(base.tensors)}: the splits of a GGUF count those of all files",
             file=base.file.path,
-            hint="join the splits first: llama-gguf-split --merge",
+            hint="join the splits first, with llama-gguf-split",
         )
     if _ALL_TENSORS in before and base is not None and len(types) != len(base.tensors):
         changed[_ALL_TENSORS] = len(types)
