@@ -285,6 +285,8 @@ def test_reports_speak_of_the_model(tmp_path: Path) -> None:
     assert (component.family, component.facts["layers"], component.facts["vocabulary"]) == ("llama", 1, 12)
     assert {"attention", "mlp", "norm", "embedding", "head"} <= component.roles.keys()
     assert component.dtypes["Q4_K"].parameters > 0
+    (mixed,) = surgery.inspect(GOLDEN / "mixtral.gguf").components
+    assert mixed.roles["expert"].parameters == 3 * 3 * 32 * 32
     again = surgery.diff(tmp_path / "w.gguf", GOLDEN / "wide.gguf")
     assert again.difference == 0
     assert read_header(open_file(tmp_path / "w.gguf")).value("general.architecture") == "llama"
