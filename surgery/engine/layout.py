@@ -218,7 +218,7 @@ class _WeightPlanner:
 
         A weight that the base lacks is stored like its embedding (or first matrix).
         """
-        like = [base, source]
+        like = [base]  # another container's values are no reason to be stored as there
         if edit is not None and edit.added and self._component.self_contained and self._component.embedding:
             like.append(self._component.parameters[self._component.embedding].storage)
         housed = next((weight for weight in like if is_housed(weight)), None)
