@@ -113,7 +113,7 @@ def test_codes_are_taken_back(name: str, quantized: str, tmp_path: Path) -> None
     modes = {record["mode"] for record in open_sidecar(kept).facts["weights"].values()}
     assert modes == ({"codes"} if quantized == "requantize" else set())
     if quantized == "requantize":
-        assert kept.stat().st_size < 0.1 * (base / "model.safetensors").stat().st_size
+        assert kept.stat().st_size < 0.15 * (base / "model.safetensors").stat().st_size
 
 
 def test_a_base_of_pickles_comes_back_as_safetensors_with_its_content_id(tmp_path: Path) -> None:
