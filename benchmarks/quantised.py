@@ -126,6 +126,9 @@ FORMATS = {
 }
 GGML = {"GGUF Q4_0": (2, 18), "GGUF Q8_0": (8, 34)}
 """Number of a type, and bytes of its blocks of 32. K-quants need rows of 256, which the example has not."""
+_OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output",
+}  # fmt: skip
 _GGUF = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
@@ -172,10 +175,8 @@ def gguf(folder: Path, weights: Mapping[str, Array], kind: int, block: int) -> P
     tensors = {}
     for name, values in weights.items():
         stem = name.removesuffix(".weight")
-        if name == "model.embed_tokens.weight":
-            renamed = "token_embd"
-        elif name == "model.norm.weight":
-            renamed = "output_norm"
+        if name in _OUTSIDE:
+            renamed = _OUTSIDE[name]
         else:
             _, _, layer, module = stem.split(".", 3)
             renamed = f"blk.{layer}.{_GGUF[module]}"

@@ -61,6 +61,7 @@ def planned_merge(
     checkpoint = as_checkpoint(base)
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
+    quantised.check(checkpoint)
     stored = float_type(dtype, "weights")
     values = None
     if as_trained is not None:
@@ -141,6 +142,9 @@ def plan_merge(
         roots += [values.root] if values.root is not None else []
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     options |= quantised.options
+    if quantised.calibration is not None:
+        inputs += quantised.calibration.files
+        roots.append(quantised.calibration.path)
     if reversible:
         options["reversible"] = True
     plan = Plan(

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+import os
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from surgery.engine.calibration_file import Calibration, open_calibration
 from surgery.engine.plan import Requantise
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.text import show
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import closest, show
 
 __all__ = ["DEQUANTISED", "QUANTIZED", "ROUNDING", "QuantisedOutput", "quantised_output"]
 
@@ -28,7 +30,7 @@ class QuantisedOutput:
         way: One of `QUANTIZED`.
         only_touched: Of ``dequantize``: weights that no adapter touches keep their format.
         rounding: Of ``requantize``, see `Requantise`.
-        inputs: Of ``requantize``: what a calibration file has, by the path of a module.
+        calibration: Of ``requantize``: inputs to make up for errors along.
         rank: Of ``residual``: most directions of the LoRA of a weight; None is what holds all of the update.
         max_error: Of ``residual``: how far a weight may be off, relative to its update; None is as near as `rank` allows.
     """
@@ -36,7 +38,7 @@ class QuantisedOutput:
     way: Literal["dequantize", "requantize", "residual"] = "dequantize"
     only_touched: bool = False
     rounding: Literal["feedback", "nearest"] = "feedback"
-    inputs: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+    calibration: Calibration | None = None
     rank: int | None = None
     max_error: float | None = None
 
@@ -55,7 +57,32 @@ class QuantisedOutput:
         """How the codes of the weight `name` are chosen."""
         if self.way == "residual":  # the LoRA has what feedback would make up for
             return Requantise("nearest")
-        return Requantise(self.rounding, self.inputs.get(name.rpartition(".")[0], {}))
+        found = self.calibration.of(name.rpartition(".")[0]) if self.calibration is not None else None
+        return Requantise(self.rounding, found or {})
+
+    def check(self, base: Checkpoint) -> None:
+        """Check that every module of the calibration is one of the base, with the right number of inputs.
+
+        Raises:
+            FitError: a module does not fit.
+        """
+        if self.calibration is None:
+            return
+        sizes = {
+            name.rpartition(".")[0]: parameter.sizes
+            for component in base.components.values()
+            for name, parameter in component.parameters.items()
+            if name.endswith(".weight")
+        }
+        for module, parts in self.calibration.modules.items():
+            tensor = next(iter(parts.values()))
+            fault, hint = "", None
+            if module not in sizes:
+                fault, hint = "inputs of a module that the model lacks", closest(module, sizes)
+            elif (inputs := math.prod(sizes[module][1:])) != tensor.shape[-1]:
+                fault = f"{tensor.shape[-1]} inputs of a module that has {inputs}"
+            if fault:
+                raise FitError(fault, file=self.calibration.path, tensor=tensor.name, hint=hint)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,6 +93,7 @@ class QuantisedOutput:
             "rounding": self.rounding,
             "rank": self.rank,
             "max_error": self.max_error,
+            "calibration": None if self.calibration is None else self.calibration.id,
         }
         default = {"quantized": "dequantize", "only_touched": False, "rounding": "feedback"}
         return {name: value for name, value in every.items() if value != default.get(name)}
@@ -81,6 +109,7 @@ def quantised_output(
     rounding: str | None = None,
     rank: int | None = None,
     max_error: float | None = None,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> QuantisedOutput:
     """The options of a merge, checked.
 
@@ -104,4 +133,9 @@ def quantised_output(
         raise FitError(f"a rank is at least 1, not {rank}")
     if max_error is not None and not 0 < max_error < 1:
         raise FitError(f"max_error is above 0 and below 1, not {max_error:g}")
-    return QuantisedOutput(quantized, only_touched, rounding or "feedback", {}, rank, max_error)  # type: ignore[arg-type]
+    if calibration is not None and (quantized != "requantize" or rounding == "nearest"):
+        raise FitError(
+            "inputs are used by feedback alone", hint='`quantized="requantize"` without `rounding="nearest"`'
+        )
+    opened = None if calibration is None else open_calibration(calibration)
+    return QuantisedOutput(quantized, only_touched, rounding or "feedback", opened, rank, max_error)  # type: ignore[arg-type]

@@ -58,6 +58,7 @@ class MergeRequest:
         rounding: As `surgery.merge` takes it.
         rank: As `surgery.merge` takes it.
         max_error: As `surgery.merge` takes it.
+        calibration: Reference of the file that `surgery.merge` takes.
         reversible: As `surgery.merge` takes it.
         as_trained: As `surgery.merge` takes it: a rule, or a reference.
     """
@@ -72,6 +73,7 @@ class MergeRequest:
     rounding: str | None = None
     rank: int | None = None
     max_error: float | None = None
+    calibration: str | None = None
     reversible: bool = False
     as_trained: str | None = None
 
@@ -87,6 +89,7 @@ class MergeRequest:
             rounding=self.rounding,
             rank=self.rank,
             max_error=self.max_error,
+            calibration=self.calibration,
         )
         return planned_merge(
             self.base,

@@ -27,7 +27,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.storage.aligned import as_stored
 from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.code_rounding import rounding_variance
-from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.storage.quantised import is_coded, is_quantised
 
 __all__ = ["CodeNoise", "code_noise", "with_code_noise"]
 
@@ -63,7 +63,7 @@ def code_noise(delta: Delta) -> CodeNoise | None:
 
 def _strip_noise(strip: Strip) -> tuple[Array, Array, float] | None:
     """Expected energies of some rows, of every column over these rows, and how many times as many rows there are."""
-    coded = [side for side in (strip.base, strip.tuned) if as_stored(side).elements is None]
+    coded = [side for side in (strip.base, strip.tuned) if is_coded(side)]
     if not coded or not all(is_quantised(as_stored(side)) for side in coded):
         return None
     both = len(coded) == 2
@@ -143,7 +143,7 @@ def _kinds(entry: TargetFactors) -> tuple[str, ...]:
     """``NF4 in BASE``, of the coded sides of a target."""
     strip = entry.target.deltas[0].strips[0]
     sides = (("BASE", strip.base), ("TUNED", strip.tuned))
-    return tuple(f"{as_stored(side).kind} in {name}" for name, side in sides if as_stored(side).elements is None)
+    return tuple(f"{as_stored(side).kind} in {name}" for name, side in sides if is_coded(side))
 
 
 def _coded(entry: TargetFactors) -> CodedFactors:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from surgery._version import __version__
 from surgery.engine.adapter_output import rendered_size
+from surgery.engine.calibration_file import Calibration
 from surgery.extraction.adapter import FactorSettings, extracted_adapter, fold_of
-from surgery.extraction.calibration import Calibration, CalibrationChanges, calibrate
+from surgery.extraction.calibration import CalibrationChanges, calibrate, unused_modules
 from surgery.extraction.choose_kind import KindDecision, choose_kind, lora_decision
 from surgery.extraction.factorise import StoredFactorSpec, TargetFactors
 from surgery.extraction.findings import Kind
@@ -288,7 +289,7 @@ def plan_extraction(
     noise = noise_report(targets, factored, ranks, scan.measures, request.workspace.workers, gains, decision.survivals)
     stopwatch.lap("noise")
     warnings = differing_settings(old, new)
-    if request.calibration is not None and (unused := request.calibration.unused(storage.targets)):
+    if request.calibration is not None and (unused := unused_modules(request.calibration, storage.targets)):
         warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
     return ExtractionPlan(
         checkpoints,

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from surgery.engine.calibration_file import open_calibration
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of, extraction_devices
 from surgery.engine.execute import default_workers
 from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, check_counts, output_path
-from surgery.extraction.calibration import check_modules, open_calibration
+from surgery.extraction.calibration import check_modules
 from surgery.extraction.code_noise import with_code_noise
 from surgery.extraction.extraction_plan import (
     CheckpointPair,

@@ -41,6 +41,7 @@ def merge(
     quantized: str = "dequantize",
     only_touched: bool = False,
     rounding: str | None = None,
+    calibration: StrPath | None = None,
     accept_loss: bool = False,
     rank: int | None = None,
     max_error: float | None = None,
@@ -73,6 +74,7 @@ def merge(
         only_touched: Dequantise what an adapter changes; everything else keeps its format.
         rounding: How ``requantize`` chooses codes: ``feedback`` (the default) makes up for errors along the inputs that
             the adapter listens to, where rounding to ``nearest`` would lose a part of the update.
+        calibration: Of ``requantize``: a file of inputs (docs/extraction.md), along which errors are made up for too.
         accept_loss: Write codes that hold less than half of the update, too.
         rank: Of ``residual``: most directions of the LoRA of a weight; by default as many as hold all of the update.
         max_error: Of ``residual``: how far a weight may be off, relative to its update.
@@ -102,7 +104,12 @@ def merge(
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
     quantised = quantised_output(
-        quantized, only_touched=only_touched, rounding=rounding, rank=rank, max_error=max_error
+        quantized,
+        only_touched=only_touched,
+        rounding=rounding,
+        rank=rank,
+        max_error=max_error,
+        calibration=calibration,
     )
     binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained)
     if folder is None:

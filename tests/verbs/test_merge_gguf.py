@@ -288,3 +288,27 @@ def test_reports_speak_of_the_model(tmp_path: Path) -> None:
     again = surgery.diff(tmp_path / "w.gguf", GOLDEN / "wide.gguf")
     assert again.difference == 0
     assert read_header(open_file(tmp_path / "w.gguf")).value("general.architecture") == "llama"
+
+
+def test_only_what_is_touched_becomes_16_bits(tmp_path: Path) -> None:
+    """llama.cpp takes files of both; the type that a file is said to have stays that of its blocks."""
+    base = GOLDEN / "wide.gguf"
+    lora = adapter(tmp_path / "lora", {k: v for k, v in layer_weights(main(base)).items() if "up_proj" in k})
+    surgery.merge(base, lora, output=tmp_path / "out", only_touched=True)
+    before, after = main(base), main(tmp_path / "out")
+    for name, parameter in before.parameters.items():
+        kind = after.parameters[name].storage.kind
+        assert kind == ("F16" if "up_proj" in name else parameter.storage.kind)
+    kinds = [read_header(component.shards[0].file).value("general.file_type") for component in (before, after)]
+    assert kinds[0] == kinds[1]
+    assert after.shards[0].path.name == "wide.gguf"
+
+
+def test_another_element_type_is_asked_for_by_name(tmp_path: Path) -> None:
+    lora = adapter(tmp_path / "lora", layer_weights(main(GOLDEN / "wide.gguf")))
+    surgery.merge(GOLDEN / "wide.gguf", lora, output=tmp_path / "out", dtype="bf16")
+    component = main(tmp_path / "out")
+    kinds = {name: parameter.storage.kind for name, parameter in component.parameters.items()}
+    assert {kind for name, kind in kinds.items() if "norm" not in name} == {"BF16"}
+    assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
+    assert read_header(component.shards[0].file).value("general.file_type") == 32

@@ -51,6 +51,9 @@ __all__ = ["command"]
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Of residual: most directions of a weight's LoRA.")
 @click.option("--max-error", type=float, help="Of residual: error of a weight, relative to its update.")
+@click.option(
+    "--calibration", metavar="FILE", help="Of requantize: inputs to make up for errors along, as of extract-lora."
+)
 @click.option("--accept-loss", is_flag=True, help="Write codes that hold less than half of the update, too.")
 @option.reference(
     "--as-trained",

@@ -24,6 +24,7 @@ from surgery_formats.models.tied_parameters import ties_by_place
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter, Parameters
 from surgery_formats.storage.plain import Plain
+from surgery_formats.storage.quantised import is_coded
 from surgery_formats.storage.registry import claimed_weights
 from surgery_formats.storage.unread import Unread, unread_weights
 from surgery_formats.tensors.tensor import StoredTensor
@@ -72,7 +73,7 @@ class Component:
     @cached_property
     def is_quantised(self) -> bool:
         """Whether a weight is stored as codes that are read."""
-        return any(weight.elements is None for weight in self.owners.values())
+        return any(is_coded(weight) for weight in self.owners.values())
 
     @cached_property
     def unread(self) -> Unread | None:
@@ -120,7 +121,7 @@ class Component:
         weight = self._typical
         if weight is None:
             return DType.F32
-        return weight.dtype if weight.elements is not None else self.plain_dtype
+        return self.plain_dtype if is_coded(weight) else weight.dtype
 
     @property
     def _typical(self) -> Storage | None:

@@ -84,7 +84,7 @@ class Family:
     experts_transposed: bool = False
     renames: tuple[Rename, ...] = ()
     fused: tuple[Fused, ...] = ()
-    derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
+    derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias", "rope_freqs.weight")
     other_flat: Callable[[Collection[str]], Iterator[tuple[str, str]]] | None = None
     recipe: Recipe | None = None
 
