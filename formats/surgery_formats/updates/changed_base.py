@@ -85,7 +85,7 @@ class ChangedBase:
 
     def prepare(self, weight: Weight) -> Apply:
         """Take the weight apart in float64 once; each block costs one product of rank 2 r."""
-        left, right = part_of(whole_weight(weight), self.taken, self.rank)
+        left, right = part_of(whole_weight(weight, self.shape, self.tensors[0]), self.taken, self.rank)
         times = self.scale if self.taken == "first columns" else 1.0
         xp = namespace(left)
         A = xp.concat([self.lora.A.load(weight.dtype, weight.device), cast(right, weight.dtype)], axis=0)

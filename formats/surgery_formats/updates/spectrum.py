@@ -10,22 +10,45 @@ from __future__ import annotations
 
 from typing import Literal
 
+from collections.abc import Iterator
+
 from surgery_formats.arrays import Array, cast, empty, namespace
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Weight
 
-__all__ = ["Part", "part_of", "whole_weight"]
+__all__ = ["Part", "all_blocks", "part_of", "whole_weight"]
 
 Part = Literal["principal", "minor", "first columns"]
 """The part along the largest singular values, along the smallest, or ``Q_r R_r`` of the QR decomposition: the first r
 columns, and what the others have in their span."""
 
 
-def whole_weight(weight: Weight) -> Array:
-    """All of `weight`, logical ``(out, in)``, in float64."""
-    values = empty(weight.shape, DType.F64, weight.device)
+def all_blocks(weight: Weight, shape: tuple[int, int], stored: Tensor) -> Iterator[tuple[Array, Index, Index]]:
+    """The blocks of a weight of which an equation needs every element.
+
+    Raises:
+        FitError: the base holds it in pieces, of which `weight` is one; `stored`, a tensor of the update, is named.
+    """
+    seen = 0
     for block, rows, cols in weight.blocks():
+        seen += len(rows) * len(cols)
+        yield block, rows, cols
+    if seen != shape[0] * shape[1]:
+        raise FitError(
+            "needs all of its weight at once, which the base holds in several tensors",
+            file=stored.path,
+            tensor=stored.name,
+            hint="merge it into the model as it was trained, with its fused weights",
+        )
+
+
+def whole_weight(weight: Weight, shape: tuple[int, int], stored: Tensor) -> Array:
+    """All of `weight`, logical ``(out, in)``, in float64; see `all_blocks`."""
+    values = empty(shape, DType.F64, weight.device)
+    for block, rows, cols in all_blocks(weight, shape, stored):
         block = cast(block, DType.F64)
         if isinstance(rows, range) and isinstance(cols, range):
             values[_slice(rows), _slice(cols)] = block
