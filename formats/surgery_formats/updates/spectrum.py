@@ -8,9 +8,8 @@ What decides is float64: the vectors come from the Gram matrix of the short side
 
 from __future__ import annotations
 
-from typing import Literal
-
 from collections.abc import Iterator
+from typing import Literal
 
 from surgery_formats.arrays import Array, cast, empty, namespace
 from surgery_formats.dtypes import DType
