@@ -101,7 +101,7 @@ class Family:
 
 _ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("norm", ("norm", "ln", "layernorm", "layer_norm", "ln_1", "ln_2", "ln_f", "input_layernorm", "group_norm")),
-    ("expert", ("experts",)),
+    ("expert", ("experts", "switch_mlp")),
     (
         "embedding",
         ("embed", "embed_tokens", "wte", "wpe", "embeddings", "embed_positions", "shared", "embed_in", "embd"),
