@@ -16,6 +16,7 @@ from surgery_formats.testing.memory import adapter_of
 from surgery_formats.updates import (
     IA3,
     OFT,
+    ChangedBase,
     DoRA,
     Factor,
     LoHa,
@@ -56,6 +57,9 @@ EVERY_KIND: dict[str, Update] = {
     "LoRA": _lora(),
     "DoRA": DoRA(_lora(), made_factor(24)),
     "DoRA on columns": DoRA(_lora(), made_factor(40), per_row=False),
+    "raw PiSSA": ChangedBase(_lora(), "principal"),
+    "raw OLoRA": ChangedBase(_lora(), "first columns"),
+    "KaSA": ChangedBase(_lora(), "minor"),
     "IA3 on rows": IA3(made_factor(24), per_row=True),
     "IA3 on columns": IA3(made_factor(40), per_row=False),
     "LoHa": LoHa(*(made_factor(*s) for s in ((24, 2), (2, 40), (24, 2), (2, 40))), scale=0.5, alpha=1.0),

@@ -6,6 +6,7 @@ Add a kind as a file with a frozen dataclass that satisfies `update.Update`; `su
 
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.blend import blend, unblend
+from surgery_formats.updates.changed_base import ChangedBase
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
 from surgery_formats.updates.ia3 import IA3
@@ -16,6 +17,7 @@ from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.replacement import Held, Replacement
 from surgery_formats.updates.sameness import equal_factors, same_update, settings
+from surgery_formats.updates.spectrum import Part
 from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.token_rows import TokenRows
 from surgery_formats.updates.update import (
@@ -45,6 +47,7 @@ __all__ = [
     "IA3",
     "OFT",
     "Apply",
+    "ChangedBase",
     "Directed",
     "DoRA",
     "Effect",
@@ -60,6 +63,7 @@ __all__ = [
     "LoRA",
     "Mixing",
     "Offset",
+    "Part",
     "Replacement",
     "Replacing",
     "RowSetting",

@@ -7,8 +7,9 @@ grew into a higher power of two are bits lost, ``k`` of them if its unit is ``2^
 difference in units is stored, apart for every k, because each k has frequencies of its own.
 
 The estimate is computed in float64, whose last bits differ between processors. Where that could decide how it is rounded
-(the estimate lies within `MARGIN` of the middle between two neighbours), and where the difference is not what k makes
-likely, the value itself is stored. So any processor reads what another one wrote.
+(the estimate lies within `MARGIN` of the middle between two neighbours) the value itself is stored. So any processor
+reads what another one wrote. Few values differ that lost no bit: they are listed with their differences; where they are
+many (float32, in which a merge rounds more than once) every value has a class.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 from surgery.engine.undo.coding import Packer, Unpacker
 from surgery_formats.arrays import Array, assign
@@ -28,6 +30,7 @@ MARGIN = 2.0**-38
 """Of the greatest value of a block: many times what the order of additions changes in float64."""
 
 _PIECE = 1 << 16  # elements that are looked at together, in cache
+_MANY = 6  # one value of so many differs without having lost a bit: then each gets a class
 _CLASSES = 8  # differences of as many or more lost bits are stored together
 
 
@@ -160,44 +163,73 @@ def encode(before: Array, estimate: Array, merged: Array, types: tuple[DType, DT
     """
     import numpy
 
+    found = _scan(before, estimate, merged, types, margin, every=False)
+    if every := _joined(found.wrong).size * _MANY > before.size:
+        found = _scan(before, estimate, merged, types, margin, every=True)
+    packer = Packer()
+    for places in (_joined(found.doubtful), _joined(found.wrong)):
+        packer.add(numpy.diff(places, prepend=0).astype(numpy.uint32))
+    packer.add(before[_joined(found.doubtful)])
+    packer.add(_joined(found.wrong_steps))
+    by, ends = _by_class(_joined(found.classes))
+    steps = _joined(found.steps)[by]
+    for start, end in pairwise([0, *ends]):
+        packer.add(steps[start:end])
+    return bytes([every]) + packer.data()
+
+
+class _Found(NamedTuple):
+    """What pieces of a block have to say, as lists of arrays."""
+
+    doubtful: list[Array]  # places of values that are stored whole
+    wrong: list[Array]  # places of the others that differ and have no class
+    wrong_steps: list[Array]
+    classes: list[Array]  # of the rest that may differ
+    steps: list[Array]
+
+
+def _scan(
+    before: Array, estimate: Array, merged: Array, types: tuple[DType, DType], margin: float, *, every: bool
+) -> _Found:
+    """Look at every value; those that lost no bit have the class 0 if `every` one is to have a class."""
+    import numpy
+
     work = _buffers(types[0])
-    listed: list[Array] = []
-    classes: list[Array] = []
-    folded: list[Array] = []
+    found = _Found([], [], [], [], [])
     for piece in _pieces(before.size):
         values, stored, now = estimate[piece], before[piece], merged[piece]
         count = len(values)
         low, high, wide, single = work.low[:count], work.high[:count], work.wide[:count], work.single[:count]
-        plain, doubtful = work.plain[:count], work.doubtful[:count]
+        wrong, doubtful = work.plain[:count], work.doubtful[:count]
         numpy.subtract(values, margin, out=wide)
         _round(wide, types[0], low, single)
         coarse = _is_coarse(low, now, types, work)
-        numpy.not_equal(stored, low, out=plain)
-        numpy.greater(plain, coarse, out=plain)  # differs where no bit was lost
-        if margin:
+        numpy.not_equal(stored, low, out=wrong)
+        if types[0] is DType.F64:
+            doubtful[...] = wrong
+        elif margin:
             numpy.add(values, margin, out=wide)
             _round(wide, types[0], high, single)
             numpy.not_equal(low, high, out=doubtful)
-            plain |= doubtful
-        numpy.greater(coarse, plain, out=coarse)
-        listed.append(numpy.flatnonzero(plain) + piece.start)
+        else:
+            doubtful[...] = False
+        if every:
+            coarse[...] = True
+        numpy.greater(coarse, doubtful, out=coarse)
+        numpy.greater(wrong, coarse, out=wrong)
+        numpy.greater(wrong, doubtful, out=wrong)
+        found.doubtful.append(numpy.flatnonzero(doubtful) + piece.start)
+        at = numpy.flatnonzero(wrong)
+        found.wrong.append(at + piece.start)
+        found.wrong_steps.append(_steps(stored[at], low[at], types[0]))
         at = numpy.flatnonzero(coarse)
-        found, steps = _classes(low[at], now[at], types), _steps(stored[at], low[at], types[0])
-        classes.append(found)
-        folded.append(steps)
-    packer = Packer()
-    places = _joined(listed)
-    packer.add(numpy.diff(places, prepend=0).astype(numpy.uint32))
-    packer.add(before[places])
-    by, ends = _by_class(_joined(classes))
-    every = _joined(folded)[by]
-    for start, end in pairwise(ends):
-        packer.add(every[start:end])
-    return packer.data()
+        found.classes.append(_classes(low[at], now[at], types, least=int(not every)))
+        found.steps.append(_steps(stored[at], low[at], types[0]))
+    return found
 
 
 def _by_class(classes: Array) -> tuple[Array, list[int]]:
-    """The order that puts equal classes together, and where each begins and ends."""
+    """The order that puts equal classes together, and where each ends."""
     import numpy
 
     counts = numpy.bincount(classes, minlength=_CLASSES + 1)
@@ -207,7 +239,7 @@ def _by_class(classes: Array) -> tuple[Array, list[int]]:
 def _joined(parts: list[Array]) -> Array:
     import numpy
 
-    return numpy.concatenate(parts) if parts else numpy.empty(0, numpy.uint8)
+    return numpy.concatenate(parts) if parts else numpy.empty(0, numpy.int64)
 
 
 def _steps(stored: Array, low: Array, dtype: DType) -> Array:
@@ -232,31 +264,34 @@ def decode(data: bytes | bytearray | memoryview, estimate: Array, merged: Array,
 
     line, work = LINE(types[0]), _buffers(types[0])
     found = numpy.empty(estimate.size, line.unsigned)
-    unpacker = Unpacker(data)
-    places = numpy.cumsum(unpacker.take(found.size).astype(numpy.int64))
-    stored = unpacker.take(found.size)
-    if len(places) != len(stored) or (places.size and not 0 <= int(places.min()) <= int(places[-1]) < found.size):
-        raise MalformedError("a place lies outside of its block")
+    every, unpacker = bool(data[:1] == b"\x01"), Unpacker(memoryview(data)[1:])
+    places, wrong = (numpy.cumsum(unpacker.take(found.size).astype(numpy.int64)) for _ in range(2))
+    stored, wrong_steps = unpacker.take(found.size), unpacker.take(found.size)
+    for listed, values in ((places, stored), (wrong, wrong_steps)):
+        inside = not listed.size or 0 <= int(listed.min()) <= int(listed[-1]) < found.size
+        if len(listed) != len(values) or not inside:
+            raise MalformedError("a place lies outside of its block")
     kept: list[Array] = []
     classes: list[Array] = []
     for piece in _pieces(found.size):
         bits, now = found[piece], merged[piece]
         _round(estimate[piece], types[0], bits, work.single[: len(bits)])
         coarse = _is_coarse(bits, now, types, work)
+        if every:
+            coarse[...] = True
         first, last = numpy.searchsorted(places, (piece.start, piece.stop))
         coarse[places[first:last] - piece.start] = False
         at = numpy.flatnonzero(coarse)
-        classes.append(_classes(bits[at], now[at], types))
+        classes.append(_classes(bits[at], now[at], types, least=int(not every)))
         kept.append(at + piece.start)
     by, ends = _by_class(_joined(classes))
-    folded = [unpacker.take(found.size) for _ in range(_CLASSES)]
+    folded = [unpacker.take(found.size) for _ in range(_CLASSES + 1)]
     unpacker.end()
-    if list(map(len, folded)) != [end - start for start, end in pairwise(ends)]:
+    if list(map(len, folded)) != [end - start for start, end in pairwise([0, *ends])]:
         raise MalformedError("it was made for other merged values")
-    coarse_places = _joined(kept)[by]
-    steps = _joined(folded).view(numpy.int64)
-    steps = (steps >> 1) ^ -(steps & 1)
-    found[coarse_places] = line.bits(line.order(found[coarse_places]) + steps)
+    for at, steps in ((_joined(kept)[by], _joined(folded)), (wrong, wrong_steps)):
+        signed = steps.view(numpy.int64)
+        found[at] = line.bits(line.order(found[at]) + ((signed >> 1) ^ -(signed & 1)))
     found[places] = stored.astype(line.unsigned)
     return found
 
@@ -283,9 +318,9 @@ def _is_coarse(estimate: Array, merged: Array, types: tuple[DType, DType], work:
     return coarse
 
 
-def _classes(estimate: Array, merged: Array, types: tuple[DType, DType]) -> Array:
-    """How many bits finer coarse estimates are, from 1 to `_CLASSES`."""
+def _classes(estimate: Array, merged: Array, types: tuple[DType, DType], *, least: int) -> Array:
+    """How many bits finer estimates are than merged values, from `least` to `_CLASSES`."""
     import numpy
 
     lost = LINE(types[1]).unit(merged) - LINE(types[0]).unit(estimate)
-    return numpy.clip(lost, 1, _CLASSES).astype(numpy.uint8)
+    return numpy.clip(lost, least, _CLASSES).astype(numpy.uint8)
