@@ -29,7 +29,7 @@ from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Stacked, TokenRows, Update
 
-__all__ = ["LORA", "TRAINABLE_TOKENS"]
+__all__ = ["LORA", "SWITCHES", "TRAINABLE_TOKENS"]
 
 _FACTORS = frozenset(
     [
@@ -42,7 +42,7 @@ _FACTORS = frozenset(
         "trainable_tokens_delta",
     ]
 )
-_SWITCHES = Switches(
+SWITCHES = Switches(
     harmless=COMMON
     | {
         "lora_dropout",
@@ -350,7 +350,7 @@ LORA = PeftKind(
     read=_read,
     writes=frozenset([LoRA.kind, DoRA.kind, Offset.kind, TokenRows.kind, "replacement"]),
     write=_write,
-    switches=_SWITCHES,
+    switches=SWITCHES,
     issues=_issues,
 )
-TRAINABLE_TOKENS = PeftKind("TRAINABLE_TOKENS", _FACTORS, _read, frozenset(), _write, _SWITCHES)
+TRAINABLE_TOKENS = PeftKind("TRAINABLE_TOKENS", _FACTORS, _read, frozenset(), _write, SWITCHES)
