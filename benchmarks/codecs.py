@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -100,6 +101,50 @@ def mlx(bits: int) -> Made:
     return {"w.weight": pack(codes, bits), "w.scales": scales, "w.biases": biases}, pieces.reshape(codes.shape)
 
 
+def fp8(rows: int, columns: int, dtype: str = "float8_e4m3fn") -> Made:
+    """With a scale for blocks of so many rows and columns."""
+    codes = RANDOM.integers(0, 120, (ROWS, COLUMNS)).astype(np.uint8)
+    codes |= RANDOM.integers(0, 2, codes.shape).astype(np.uint8) << 7
+    scales = RANDOM.random((ROWS // rows, COLUMNS // columns), np.float32) + np.float32(0.1)
+    numbers = codes.view(getattr(ml_dtypes, dtype))
+    pieces = numbers.astype(np.float32).reshape(len(scales), rows, -1, columns) * scales[:, None, :, None]
+    return {"w.weight": numbers, "w.weight_scale_inv": scales}, pieces.reshape(codes.shape)
+
+
+def fp4(group: int, scales: Array, stored: dict[str, Array]) -> Made:
+    codes = RANDOM.integers(0, 16, (ROWS, COLUMNS)).astype(np.uint8)
+    numbers = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32).reshape(ROWS, -1, group)
+    packed = codes[:, ::2] | (codes[:, 1::2] << 4)
+    return {"w.weight": packed, **stored}, (numbers * scales[..., None]).reshape(codes.shape)
+
+
+def nvfp4() -> Made:
+    scales = (RANDOM.random((ROWS, COLUMNS // 16), np.float32) * 400 + 1).astype(ml_dtypes.float8_e4m3fn)
+    overall = np.float32(1e-5)
+    return fp4(
+        16, scales.astype(np.float32) * overall, {"w.weight_scale": scales, "w.weight_scale_2": np.array(overall)}
+    )
+
+
+def mxfp4() -> Made:
+    exponents = RANDOM.integers(110, 130, (ROWS, COLUMNS // 32)).astype(np.uint8)
+    return fp4(32, exponents.view(ml_dtypes.float8_e8m0fnu).astype(np.float32), {"w.weight_scale": exponents})
+
+
+def integers(bits: int, *, zeros: bool = False) -> Made:
+    """As compressed-tensors packs them, in groups of 128."""
+    codes = RANDOM.integers(0, 1 << bits, (ROWS, COLUMNS)).astype(np.uint8)
+    scales = (RANDOM.random((ROWS, COLUMNS // 128), np.float32) + np.float32(0.1)).astype(ml_dtypes.bfloat16)
+    stored = {"w.weight_packed": pack(codes, bits).view(np.int32), "w.weight_scale": scales}
+    stored["w.weight_shape"] = np.array([ROWS, COLUMNS])
+    zero = np.full(scales.shape, 1 << (bits - 1), np.uint8)
+    if zeros:
+        zero = RANDOM.integers(0, 1 << bits, scales.shape).astype(np.uint8)
+        stored["w.weight_zero_point"] = pack(zero, bits, 0).view(np.int32)
+    pieces = codes.reshape(ROWS, -1, 128) - zero[..., None].astype(np.float32)
+    return stored, (pieces * scales.astype(np.float32)[..., None]).reshape(codes.shape)
+
+
 CODECS: dict[str, Callable[[], Made]] = {
     "NF4": lambda: four_bit("nf4"),
     "NF4, nested scales": lambda: four_bit("nf4", nested=True),
@@ -112,6 +157,15 @@ CODECS: dict[str, Callable[[], Made]] = {
     "AWQ4": awq4,
     "MLX4": lambda: mlx(4),
     "MLX3": lambda: mlx(3),
+    "FP8, blocks": lambda: fp8(128, 128),
+    "FP8, rows": lambda: fp8(1, COLUMNS),
+    "FP8, one scale": lambda: fp8(ROWS, COLUMNS),
+    "FP8, E5M2": lambda: fp8(128, 128, "float8_e5m2"),
+    "NVFP4": nvfp4,
+    "MXFP4": mxfp4,
+    "compressed-tensors INT4": lambda: integers(4),
+    "compressed-tensors INT4, zeros": lambda: integers(4, zeros=True),
+    "compressed-tensors INT3": lambda: integers(3),
 }
 GROUPS = {"bits": 4, "group_size": 128}
 CONFIGS = {
@@ -155,11 +209,11 @@ def measure(name: str, folder: Path) -> str:
         lambda start: weight.put(start, values[start : start + height], block[start : start + height]),
     ]
     read, nearest, put = (nanoseconds(work, height, values.size) for work in works)
-    return f"{name:24} {read:6.2f} {nearest:8.2f} {put:6.2f}"
+    return f"{name:32} {read:6.2f} {nearest:8.2f} {put:6.2f}"
 
 
 if __name__ == "__main__":
-    print(f"{'ns per element':24} {'read':>6} {'nearest':>8} {'put':>6}")
+    print(f"{'ns per element':32} {'read':>6} {'nearest':>8} {'put':>6}")
     for chosen in sys.argv[1:] or CODECS:
         with tempfile.TemporaryDirectory() as made:
             print(measure(chosen, Path(made)))

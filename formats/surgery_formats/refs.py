@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.containers.gguf.container import GGUF
+from surgery_formats.containers.gguf.splits import series
 from surgery_formats.containers.weight_files import UNREAD_SUFFIXES, file_containers, holds_weights, is_weight_file
 from surgery_formats.errors import InputError, NotFoundError
 from surgery_formats.text import closest, show
@@ -107,7 +108,11 @@ def _download(name: HubName, text: str) -> Path:
     hub = _hub()
     try:
         if name.file is not None:
-            return Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision))
+            named = Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision))
+            for other in series(Path(name.file)):  # the other files of a split GGUF lie beside it in the cache
+                if other.name != named.name:
+                    hub.hf_hub_download(name.repo, other.as_posix(), revision=name.revision)
+            return named
         first, *others = file_containers().values()
         unread = [*_OTHER_COPIES, *(f"*{suffix}" for suffix in UNREAD_SUFFIXES if not is_weight_file(f"x{suffix}"))]
         unread += [f"*{suffix}" for suffix in GGUF.suffixes]  # one model in twenty sizes: its file must be named

@@ -13,6 +13,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.storage.aligned import aligned, release
 from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.quantised import is_coded
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["CheckpointDiff", "diff_checkpoints"]
@@ -192,7 +193,7 @@ def _pair(
         totals.difference += values.difference**2
         totals.moved += values.moved * mine.numel
     if codes.numel:
-        coded, other = (mine, theirs) if mine.storage.elements is None else (theirs, mine)
+        coded, other = (mine, theirs) if is_coded(mine.storage) else (theirs, mine)
         kinds = coded.storage.kind, other.storage.kind
         totals.codes[kinds] = totals.codes.get(kinds, CodeTotals()).plus(codes)
     if status == "equal" and not _within(values, tolerance):

@@ -11,7 +11,7 @@ from surgery.comparison.results import Values
 from surgery_formats.arrays import Array, cast, energy
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage, is_contiguous, read_block
-from surgery_formats.storage.quantised import Quantised, is_quantised
+from surgery_formats.storage.quantised import Quantised, is_coded, is_quantised
 
 __all__ = ["CodeTotals", "measure"]
 
@@ -107,7 +107,7 @@ def _blocks(mine: Storage, theirs: Storage, dtype: DType) -> Iterator[tuple[int,
 def _coded(mine: Storage, theirs: Storage) -> Quantised | None:
     """The side that is stored as codes, if the other is stored as elements."""
     for one, other in ((mine, theirs), (theirs, mine)):
-        if is_quantised(one) and not is_quantised(other) and other.is_float:
+        if is_quantised(one) and not is_coded(other) and other.is_float:
             return one
     return None
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
-from surgery.reports.to_json import plain
+from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
@@ -277,7 +277,8 @@ class CheckpointDiff:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **plain(self)}
+        found = without_empty(plain(self), ("quantisation", "notes", "rounding", "nearest"))
+        return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **found}
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """The totals, then the tensors that differ, or all of them if `verbose`."""

@@ -21,13 +21,22 @@ from surgery_formats.arrays import Array, all_finite, cast
 from surgery_formats.containers.safetensors import layout, reference_order
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError, SurgeryError
-from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.folder import OutputFolder, output_folder
 from surgery_formats.files.output.single import write_single
 from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint, fingerprint_of
 from surgery_formats.tensors.tensor import as_bytes
 
-__all__ = ["Prove", "WriteOptions", "job_id", "rendered_fingerprint", "rendered_size", "stored_as", "write_adapter"]
+__all__ = [
+    "Prove",
+    "WriteOptions",
+    "job_id",
+    "put_adapter",
+    "rendered_fingerprint",
+    "rendered_size",
+    "stored_as",
+    "write_adapter",
+]
 
 Put = Callable[[bytes | memoryview, int], None]
 Prove = Callable[[Path], Mapping[str, Any]]
@@ -93,7 +102,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         ProofError: as `prove`.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    output, progress = options.output, options.progress
+    output = options.output
     content = _TensorFile.of(rendering)
 
     def proved(path: Path) -> Mapping[str, Any]:
@@ -105,18 +114,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
             raise
 
     def fill(put: Put) -> str:
-        from surgery_formats.threads import one_thread
-
-        state = xxhash.xxh3_128(content.header)
-        put(content.header, 0)
-        with one_thread():  # for hundreds of small tensors a team of threads costs more than it does
-            for name, data in content.all_bytes(options.threads):
-                offset, _ = content.ranges[name]
-                put(data, offset)
-                state.update(data)
-                if progress is not None:
-                    progress(Progress(offset + len(data), content.size, "writing"))
-        return state.hexdigest()
+        return content.fill(put, options.threads, options.progress)
 
     if target.single_file:
         if output.suffix != ".safetensors":
@@ -131,16 +129,28 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
             prove=lambda path: (proved(path), None)[1],
         )
     with output_folder(output, job, overwrite=options.overwrite, inputs=options.inputs) as folder:
-        for name, data in rendering.small_files.items():
-            folder.write_small(name, data)
         for name, path in options.side_files.items():
             if name not in rendering.small_files:
                 folder.write_small(name, path.read_bytes())
-        file = folder.create(rendering.tensor_file, content.size)
-        stage = file.path.parent
-        file.finish({"xxh3": fill(file.pwrite)})
-        folder.commit({**proved(stage), "version": __version__})
+        put_adapter(rendering, folder, threads=options.threads, progress=options.progress)
+        folder.commit({**proved(folder.staged), "version": __version__})
     return output
+
+
+def put_adapter(
+    rendering: Rendering, folder: OutputFolder, within: str = "", threads: int = 1, progress: Callback | None = None
+) -> int:
+    """Write the files of `rendering` into a staged folder, or into the folder `within` it; returns the bytes of weights.
+
+    Raises:
+        FitError, ResourceError: as `write_adapter`.
+    """
+    content = _TensorFile.of(rendering)
+    for name, data in rendering.small_files.items():
+        folder.write_small(within + name, data)
+    file = folder.create(within + rendering.tensor_file, content.size)
+    file.finish({"xxh3": content.fill(file.pwrite, threads, progress)})
+    return content.size
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,21 @@ class _TensorFile:
         header, ranges = layout(order, rendering.metadata)
         size = max((offset + nbytes for offset, nbytes in ranges.values()), default=len(header))
         return cls(header, ranges, size, {tensor.name: tensor for tensor in rendering.tensors})
+
+    def fill(self, put: Put, threads: int = 1, progress: Callback | None = None) -> str:
+        """Hand all bytes to `put` in order; returns their hash."""
+        from surgery_formats.threads import one_thread
+
+        state = xxhash.xxh3_128(self.header)
+        put(self.header, 0)
+        with one_thread():  # for hundreds of small tensors a team of threads costs more than it does
+            for name, data in self.all_bytes(threads):
+                offset, _ = self.ranges[name]
+                put(data, offset)
+                state.update(data)
+                if progress is not None:
+                    progress(Progress(offset + len(data), self.size, "writing"))
+        return state.hexdigest()
 
     def bytes_of(self, name: str) -> memoryview:
         """The bytes of one tensor, computed now."""

@@ -23,7 +23,7 @@ from surgery_formats.storage.base import PartBytes, Storage, read_block
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View
 
-__all__ = ["compute"]
+__all__ = ["check_finite", "compute"]
 
 _SAMPLE = 8  # one row of eight is measured; all rows of a tensor of one block
 
@@ -81,7 +81,7 @@ def compute(
         stored, block, rounded = buffers.load(start, end)
         before = namespace(block).asarray(block[::sampled], copy=True) if chain else None
         apply_chain(chain, block, start, end)
-        _check_finite(block, target.dtype, label)
+        check_finite(block, target.dtype, label)
         encoded = target.put(start, block, rounded)
         tally.note_change(stored, rounded)
         if before is not None:
@@ -124,7 +124,7 @@ def _requantised(
     """A weight that keeps its quantised format."""
     tally = _UpdateTally()
     weight = WeightRequantiser(step, chain, device)
-    for done in weight.blocks(lambda block: _check_finite(block, step.target.dtype, label)):
+    for done in weight.blocks(lambda block: check_finite(block, step.target.dtype, label)):
         if stop():
             break
         tally.note_change(done.stored, done.rounded)
@@ -168,7 +168,7 @@ class _BlockBuffers:
         return stored, block, self._rounded[:count]
 
 
-def _check_finite(block: Array, dtype: DType, label: str) -> None:
+def check_finite(block: Array, dtype: DType, label: str) -> None:
     """Refuse NaN, Inf, and finite values that the stored type would turn into Inf.
 
     Raises:

@@ -21,9 +21,11 @@ from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.family import role_of
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.aligned import oriented
-from surgery_formats.storage.base import Storage
+from surgery_formats.storage.base import Storage, is_stacked
 from surgery_formats.storage.bitsandbytes.rounded import RULES, Rounded
 from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.plain import Plain
+from surgery_formats.storage.quantised import is_coded
 
 __all__ = [
     "RULES",
@@ -87,9 +89,7 @@ def trained_values(value: CheckpointLike, base: Checkpoint) -> TrainedValues:
         InputError, UsageError: see `as_checkpoint`.
     """
     for component in base.components.values():
-        if quantised := [
-            parameter for parameter in component.parameters.values() if parameter.storage.elements is None
-        ]:
+        if quantised := [parameter for parameter in component.parameters.values() if is_coded(parameter.storage)]:
             raise FitError(
                 f"is stored as {quantised[0].storage.kind}: its values are those that an adapter of it was trained on",
                 file=quantised[0].sources[0].path,
@@ -151,7 +151,7 @@ def values_of(other: Checkpoint, base: Checkpoint) -> TrainedValues:
             if not weight.storage.is_float or name in component.aliases:
                 continue
             storage = _counterpart(name, weight, theirs)
-            if storage.elements is None:
+            if is_coded(storage):
                 kinds[storage.kind] = kinds.get(storage.kind, 0) + 1
             weights[component.name, name] = oriented(storage, weight.storage)
     files = tuple(shard.file for component in other.components.values() for shard in component.shards)
@@ -170,7 +170,10 @@ def _counterpart(name: str, weight: Parameter, theirs: Component) -> Storage:
             file=theirs.folder,
             tensor=name,
         )
-    return found.storage
+    elements = found.storage.elements
+    if elements is None:
+        return found.storage
+    return Plain.of(elements, stacked=is_stacked(weight.storage))  # under the release's name, wherever it was
 
 
 def with_trained_values(binding: Binding, values: TrainedValues) -> Binding:
@@ -178,7 +181,7 @@ def with_trained_values(binding: Binding, values: TrainedValues) -> Binding:
     edits = dict(binding.edits)
     for (component, name), storage in values.weights.items():
         edit = edits.get((component, name))
-        why = "" if storage.elements is not None else f"as trained: {storage.kind}"
+        why = f"as trained: {storage.kind}" if is_coded(storage) else ""
         if edit is None:
             edits[component, name] = Edit(component, name, storage, (), why=why)
         elif edit.replaced is None and not edit.added:

@@ -32,7 +32,7 @@ def base_choice(adapter: Adapter, base: Checkpoint, other: CheckpointLike) -> Ba
     own, others = _kinds(base), ", ".join(values.kinds) or _kinds(values.checkpoint or base)
     names = base.path.resolve().name, values.root.resolve().name if values.root is not None else values.name
     said = quantised_base_of(adapter)
-    coded = (_is_quantised(base), bool(values.quantised))
+    coded = (base.is_quantised, bool(values.quantised))
     attached = ""
     if said is not None and coded in ((True, False), (False, True)):
         attached = names[0] if coded[0] else names[1]
@@ -57,12 +57,6 @@ def _values(other: CheckpointLike, base: Checkpoint) -> TrainedValues:
     if isinstance(other, str) and other in RULES and not Path(other).exists():
         return rule_values(other, base)
     return values_of(as_checkpoint(other, "other_base"), base)
-
-
-def _is_quantised(base: Checkpoint) -> bool:
-    return any(
-        weight.elements is None for component in base.components.values() for weight in component.owners.values()
-    )
 
 
 def _kinds(base: Checkpoint) -> str:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome, is_coded
 from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
+from surgery.engine.shard_metadata import true_of
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.straight import straightened
 from surgery_formats.containers.base import Shard, WritableContainer
@@ -20,7 +21,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Encoding, Housed, Storage, is_contiguous, is_housed
 from surgery_formats.storage.plain import Elements
-from surgery_formats.storage.quantised import METADATA_NAMES, METADATA_PLAIN, is_quantised
+from surgery_formats.storage.quantised import is_quantised
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["WeightLayout", "lay_out", "planned_file"]
@@ -101,9 +102,9 @@ def lay_out(
     if packed:
         joint = packing_groups(component)
         groups = [(name, None, packing_order(planned, joint)) for name, _, planned in groups]
-    if any(shard is not None and METADATA_NAMES in shard.metadata for _, shard, _ in groups):
+    if any(weight.elements is None for weight in component.owners.values()):
         coded = {tensor.weight for _, _, planned in groups for tensor in planned if is_coded(tensor.step)}
-        groups = [(name, shard and _told(shard, coded), planned) for name, shard, planned in groups]
+        groups = [(name, shard and true_of(shard, coded), planned) for name, shard, planned in groups]
     alignment = PAGE if packed else 1
     files = tuple(
         planned_file(f"{folder}{name}", planned, shard, alignment, container)
@@ -111,19 +112,6 @@ def lay_out(
         if planned or len(groups) == 1
     )
     return WeightLayout(files, *_index(component, files, folder, suffix), tuple(accounts))
-
-
-def _told(shard: Shard, coded: Collection[str]) -> Shard:
-    """A shard of which the metadata tells the classes of the weights that are quantised; nothing, if none is."""
-    told = {key: METADATA_PLAIN if _is_class(value) else value for key, value in shard.metadata.items()}
-    kept = {key: shard.metadata[key] for key in coded if key in told}
-    if not coded:
-        told = {key: value for key, value in told.items() if key != METADATA_NAMES and value != METADATA_PLAIN}
-    return replace(shard, metadata=told | kept)
-
-
-def _is_class(value: str) -> bool:
-    return value.startswith(METADATA_PLAIN.partition(" ")[0])
 
 
 def _is_tie(name: str, source: str, component: Component) -> bool:
@@ -230,7 +218,7 @@ class _WeightPlanner:
 
         A weight that the base lacks is stored like its embedding (or first matrix).
         """
-        like = [base, source]
+        like = [base]  # another container's values are no reason to be stored as there
         if edit is not None and edit.added and self._component.self_contained and self._component.embedding:
             like.append(self._component.parameters[self._component.embedding].storage)
         housed = next((weight for weight in like if is_housed(weight)), None)

@@ -61,6 +61,7 @@ def planned_merge(
     checkpoint = as_checkpoint(base)
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
+    quantised.check(checkpoint)
     stored = float_type(dtype, "weights")
     values = None
     if as_trained is not None:
@@ -75,8 +76,17 @@ def planned_merge(
         binding = with_trained_values(binding, values)
     else:
         binding = replace(binding, warnings=(*binding.warnings, *_other_base(binding)))
+    planned = binding
+    if quantised.way == "residual":
+        if reversible or stored is not None:
+            raise FitError(
+                "a model with a LoRA beside it keeps its codes", hint="leave out `dtype=` and `reversible=True`"
+            )
+        from surgery.engine.residual_choice import without_kept  # numpy
+
+        planned = without_kept(binding, quantised)
     return binding, plan_merge(
-        binding,
+        planned,
         dtype=stored,
         shard_size=shard_size,
         packed=layout == "packed",
@@ -89,11 +99,7 @@ def planned_merge(
 def _other_base(binding: Binding) -> tuple[str, ...]:
     """Warnings for adapters that were trained on a quantised base, where the base of this merge is not."""
     quantised = [(number, said) for number, (a, _) in enumerate(binding.adapters) if (said := quantised_base_of(a))]
-    if not quantised or any(
-        weight.elements is None
-        for component in binding.checkpoint.components.values()
-        for weight in component.owners.values()
-    ):
+    if not quantised or binding.checkpoint.is_quantised:
         return ()
     from surgery.engine.base_choice import cost_of_other_base  # numpy
 
@@ -136,6 +142,9 @@ def plan_merge(
         roots += [values.root] if values.root is not None else []
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     options |= quantised.options
+    if quantised.calibration is not None:
+        inputs += quantised.calibration.files
+        roots.append(quantised.calibration.path)
     if reversible:
         options["reversible"] = True
     plan = Plan(

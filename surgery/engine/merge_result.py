@@ -12,6 +12,7 @@ from surgery.reports.result import elapsed, summarised
 
 if TYPE_CHECKING:
     from surgery.engine.preview import Preview
+    from surgery.engine.residual import Residual
     from surgery.reports.summary import Summary
 
 __all__ = ["MergeResult"]
@@ -28,6 +29,7 @@ class MergeResult:
         warnings: What the user should know.
         preview: Of a dry run, what writing would take.
         rounding_nbytes: Size of the file that a reversible merge keeps beside the model; 0 without one.
+        residual: The LoRA beside a model that keeps its codes.
         seconds: How long it took.
     """
 
@@ -36,6 +38,7 @@ class MergeResult:
     warnings: tuple[str, ...]
     preview: Preview | None = None
     rounding_nbytes: int = 0
+    residual: Residual | None = None
     seconds: float = elapsed()
 
     @property
@@ -52,6 +55,7 @@ class MergeResult:
             "seconds": round(self.seconds, 3),
             "files": {file.name: file.nbytes for file in plan.files},
             **({"rounding_nbytes": self.rounding_nbytes} if self.rounding_nbytes else {}),
+            **({"residual": self.residual.as_json()} if self.residual else {}),
             "warnings": list(self.warnings),
             "ledger": self.ledger.as_json(),
         }
@@ -71,4 +75,5 @@ class MergeResult:
             self.warnings,
             verbose,
             rounding_nbytes=self.rounding_nbytes,
+            residual=self.residual,
         )

@@ -7,17 +7,19 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger, Row
-from surgery.engine.plan import Compute, Copy, Plan
+from surgery.engine.plan import Compute, Copy, Plan, is_coded
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
 from surgery_formats.linalg.survival import Survival
-from surgery_formats.storage.plain import Elements
+
+if TYPE_CHECKING:
+    from surgery.engine.residual import Residual
 
 __all__ = ["merge_summary"]
 
@@ -36,6 +38,7 @@ def merge_summary(
     verbose: bool,
     *,
     rounding_nbytes: int = 0,
+    residual: Residual | None = None,
 ) -> Summary:
     """Inputs, outcomes, survival, and what stands out; of every tensor or operation if `verbose`."""
     facts = [*_inputs(ledger.plan), *_tensors(ledger), *_formats(ledger.plan)]
@@ -43,6 +46,7 @@ def merge_summary(
         sections = [Facts((*facts, *_would_write(ledger.plan, ahead))), *_planned(ledger, verbose), DRY_RUN]
     else:
         facts += [*_kept(ledger), *_codes(ledger), ("wrote", _wrote(ledger.plan, output, seconds))]
+        facts += _residual(residual)
         if rounding_nbytes:
             part = Value(rounding_nbytes / max(ledger.plan.nbytes, 1), "share"), " of the weights, for surgery unmerge"
             facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
@@ -98,8 +102,7 @@ def _formats(plan: Plan) -> Iterator[tuple[str, Phrase]]:
         weight = tensor.step.weight if isinstance(tensor.step, Copy) else tensor.step.source
         if weight.elements is not None or tensor.part:
             continue
-        target = weight if isinstance(tensor.step, Copy) else tensor.step.target
-        if isinstance(target, Elements):
+        if not is_coded(tensor.step):
             key = f"{weight.kind} to {tensor.dtype.label}"
             counts = plain.setdefault(key, [0, 0, 0])
             stored = sum(source.nbytes for source in weight.sources)
@@ -137,6 +140,15 @@ def _codes(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
         "rounding",
         f"with feedback in {feedback} weights, to nearest in {len(weights) - feedback}; fresh scales in {fresh}",
     )
+
+
+def _residual(residual: Residual | None) -> Iterator[tuple[str, Phrase]]:
+    if residual is not None:
+        moved = sum(weight.moved for weight in residual.weights)
+        ranks = sorted({weight.rank for weight in residual.weights})
+        yield "adapter/", (Value(residual.nbytes, "bytes"), f": ranks {ranks[0]} to {ranks[-1]}; codes moved in {moved} of "
+            f"{len(residual.weights)} weights; model and adapter are off by ", Value(residual.error, "share"), " of the update",
+        )  # fmt: skip
 
 
 def _kept(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:

@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+import os
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from surgery.engine.calibration_file import Calibration, open_calibration
 from surgery.engine.plan import Requantise
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.text import show
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import closest, show
 
 __all__ = ["DEQUANTISED", "QUANTIZED", "ROUNDING", "QuantisedOutput", "quantised_output"]
 
-QUANTIZED = ("dequantize", "requantize")
-"""What becomes of a quantised base: elements of 16 bits, or the format it has."""
+QUANTIZED = ("dequantize", "requantize", "residual")
+"""What becomes of a quantised base: elements of 16 bits, the format it has, or that and a LoRA of what it cannot hold."""
 ROUNDING = ("feedback", "nearest")
 
 
@@ -28,13 +30,17 @@ class QuantisedOutput:
         way: One of `QUANTIZED`.
         only_touched: Of ``dequantize``: weights that no adapter touches keep their format.
         rounding: Of ``requantize``, see `Requantise`.
-        inputs: Of ``requantize``: what a calibration file has, by the path of a module.
+        calibration: Of ``requantize``: inputs to make up for errors along.
+        rank: Of ``residual``: most directions of the LoRA of a weight; None is what holds all of the update.
+        max_error: Of ``residual``: how far a weight may be off, relative to its update; None is as near as `rank` allows.
     """
 
-    way: Literal["dequantize", "requantize"] = "dequantize"
+    way: Literal["dequantize", "requantize", "residual"] = "dequantize"
     only_touched: bool = False
     rounding: Literal["feedback", "nearest"] = "feedback"
-    inputs: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    rank: int | None = None
+    max_error: float | None = None
 
     def keeps(self, *, touched: bool, dtype: DType | None) -> bool:
         """Whether a weight stored as codes keeps its format.
@@ -43,27 +49,67 @@ class QuantisedOutput:
             touched: Whether an adapter changes it.
             dtype: The element type that was asked for.
         """
-        if self.way == "requantize":
+        if self.way != "dequantize":
             return dtype is None
         return self.only_touched and not touched
 
     def requantise(self, name: str) -> Requantise:
         """How the codes of the weight `name` are chosen."""
-        return Requantise(self.rounding, self.inputs.get(name.rpartition(".")[0], {}))
+        if self.way == "residual":  # the LoRA has what feedback would make up for
+            return Requantise("nearest")
+        found = self.calibration.of(name.rpartition(".")[0]) if self.calibration is not None else None
+        return Requantise(self.rounding, found or {})
+
+    def check(self, base: Checkpoint) -> None:
+        """Check that every module of the calibration is one of the base, with the right number of inputs.
+
+        Raises:
+            FitError: a module does not fit.
+        """
+        if self.calibration is None:
+            return
+        sizes = {
+            name.rpartition(".")[0]: parameter.sizes
+            for component in base.components.values()
+            for name, parameter in component.parameters.items()
+            if name.endswith(".weight")
+        }
+        for module, parts in self.calibration.modules.items():
+            tensor = next(iter(parts.values()))
+            fault, hint = "", None
+            if module not in sizes:
+                fault, hint = "inputs of a module that the model lacks", closest(module, sizes)
+            elif (inputs := math.prod(sizes[module][1:])) != tensor.shape[-1]:
+                fault = f"{tensor.shape[-1]} inputs of a module that has {inputs}"
+            if fault:
+                raise FitError(fault, file=self.calibration.path, tensor=tensor.name, hint=hint)
 
     @property
     def options(self) -> dict[str, Any]:
         """What differs from the default, for the id of a plan."""
-        every = {"quantized": self.way, "only_touched": self.only_touched, "rounding": self.rounding}
+        every = {
+            "quantized": self.way,
+            "only_touched": self.only_touched,
+            "rounding": self.rounding,
+            "rank": self.rank,
+            "max_error": self.max_error,
+            "calibration": None if self.calibration is None else self.calibration.id,
+        }
         default = {"quantized": "dequantize", "only_touched": False, "rounding": "feedback"}
-        return {name: value for name, value in every.items() if value != default[name]}
+        return {name: value for name, value in every.items() if value != default.get(name)}
 
 
 DEQUANTISED = QuantisedOutput()
 
 
 def quantised_output(
-    quantized: str = "dequantize", *, only_touched: bool = False, rounding: str | None = None
+    quantized: str = "dequantize",
+    *,
+    only_touched: bool = False,
+    rounding: str | None = None,
+    rank: int | None = None,
+    max_error: float | None = None,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> QuantisedOutput:
     """The options of a merge, checked.
 
@@ -81,4 +127,15 @@ def quantised_output(
         )
     if rounding and quantized != "requantize":
         raise FitError('codes are chosen by `quantized="requantize"` alone', hint="leave `rounding=` away")
-    return QuantisedOutput(quantized, only_touched, rounding or "feedback")  # type: ignore[arg-type]
+    if quantized != "residual" and (rank is not None or max_error is not None):
+        raise FitError("only a residual has a rank and an error", hint='`quantized="residual"`')
+    if rank is not None and rank < 1:
+        raise FitError(f"a rank is at least 1, not {rank}")
+    if max_error is not None and not 0 < max_error < 1:
+        raise FitError(f"max_error is above 0 and below 1, not {max_error:g}")
+    if calibration is not None and (quantized != "requantize" or rounding == "nearest"):
+        raise FitError(
+            "inputs are used by feedback alone", hint='`quantized="requantize"` without `rounding="nearest"`'
+        )
+    opened = None if calibration is None else open_calibration(calibration)
+    return QuantisedOutput(quantized, only_touched, rounding or "feedback", opened, rank, max_error)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ import numpy
 
 from surgery.engine.blocks import block_height, row_group
 from surgery.engine.code_tally import CodeTally
+from surgery.engine.input_moment import SecondMoment, second_moment
 from surgery.engine.ledger import CodeChange
 from surgery.engine.listening import Span, spans
 from surgery.engine.plan import Compute
@@ -73,11 +74,18 @@ class _Choice:
 
     Attributes:
         fresh: Whether scales are chosen anew.
-        diagonal: Of H, for rounding with feedback; 0 rounds to nearest.
+        diagonal: Of H, for feedback along the inputs that the update listens to; 0 is without these.
+        calibrated: Whether there is feedback along the inputs of a calibration.
     """
 
     fresh: bool = False
     diagonal: float = 0.0
+    calibrated: bool = False
+
+    @property
+    def rounding(self) -> str:
+        """For the account."""
+        return "feedback" if self.diagonal or self.calibrated else "nearest"
 
 
 class WeightRequantiser:
@@ -93,6 +101,7 @@ class WeightRequantiser:
         self._step, self._weight, self._chain, self._device = step, target, chain, device
         self._source = step.source if step.source is target else oriented(step.source, target)
         self._spans = spans(step)
+        self._moment = second_moment(step.requantise.inputs) if step.requantise and step.requantise.inputs else None
         self._choice = self._chosen()
         self.sampled = 1 if target.shape[0] <= block_height(target.shape[1], step) else _EVERY
         self._tally = CodeTally(self.sampled)
@@ -112,13 +121,13 @@ class WeightRequantiser:
 
     def account(self) -> CodeChange | None:
         """What became of the codes, once all blocks were taken."""
-        rounding, scales = "feedback" if self._choice.diagonal else "nearest", "fresh" if self._choice.fresh else "kept"
-        return self._tally.result(rounding, scales) if self._chain else None
+        scales = "fresh" if self._choice.fresh else "kept"
+        return self._tally.result(self._choice.rounding, scales) if self._chain else None
 
     def _height(self, span: Span) -> int:
         """Rows of a block: whole steps of the feedback, and whole groups of fresh scales, which have one grid."""
         height, group = block_height(self._weight.shape[1], self._step), row_group(self._step)
-        if not span.transposed or span.directions is None:
+        if not span.transposed or self._choice.rounding == "nearest":
             return height
         if self._choice.fresh:
             return group
@@ -126,10 +135,22 @@ class WeightRequantiser:
         return -(-height // steps) * steps
 
     def _inputs(self, span: Span) -> ErrorFeedback | None:
+        known, width = self._known(span), row_group(self._step) if self._choice.fresh and span.transposed else None
+        if known is not None:
+            directions, diagonal = known.directions, known.rest
+            if self._choice.diagonal and span.directions is not None:
+                directions = numpy.concatenate([directions, span.directions / math.sqrt(self._choice.diagonal)])
+            return feedback(directions, diagonal, width)
         if not self._choice.diagonal or span.directions is None:
             return None
-        width = row_group(self._step) if self._choice.fresh and span.transposed else None
         return feedback(span.directions, self._choice.diagonal, width)
+
+    def _known(self, span: Span) -> SecondMoment | None:
+        """The moment of the calibration's inputs, where they are all inputs of the span."""
+        if self._moment is None or not self._choice.calibrated:
+            return None
+        inputs = span.stop - span.start if span.transposed else self._weight.shape[1]
+        return self._moment if self._moment.directions.shape[1] == inputs else None
 
     def _block(
         self,
@@ -156,7 +177,10 @@ class WeightRequantiser:
             codes, rounded = round_columns(wanted, inputs, _nearest_of(grid))
         codes = cast(codes, dtype_of(old))
         if grid is base:  # two codes may stand for one number: the one that is there stays
-            numpy.copyto(codes, old, where=rounded == stored)
+            others = codes != old
+            others &= rounded == stored
+            if others.any():  # hardly ever: a masked copy of all would take as long as rounding them
+                codes[others] = old[others]
         if self._chain:
             self._tally.note(span, start, (stored, wanted, rounded), (old, codes))
         return RequantisedBlock(start, stored, wanted, rounded, weight.pack(start, codes, grid))
@@ -204,14 +228,17 @@ class WeightRequantiser:
         options = self._step.requantise
         better = _worth(fresh) > _worth(kept) + _BETTER
         enough = max(kept.survival, fresh.survival if better else 0.0) >= _ENOUGH
-        if options is None or options.rounding == "nearest" or not listening or enough:
+        known = self._moment is not None
+        if options is None or options.rounding == "nearest" or not (listening or known):
             return _Choice(better)
+        if enough or not listening:
+            return _Choice(better, calibrated=known)
         better = fresh.noise < _QUIETER * kept.noise
         spacing = math.sqrt(12 * probe / size)  # of a grid: errors of rounding to it are even
         typical = math.sqrt(kept.update / size)
         rank = max(len(directions) for directions in listening)
         diagonal = 2 * _MISSED * math.sqrt(rank) * typical / spacing if spacing > 0 else _MOST
-        return _Choice(better, min(max(diagonal, _LEAST), _MOST))
+        return _Choice(better, min(max(diagonal, _LEAST), _MOST), known)
 
     def _sampled_rows(self) -> Iterator[tuple[int, int]]:
         """Whole groups of rows, evenly spread."""

@@ -56,6 +56,9 @@ class MergeRequest:
         quantized: As `surgery.merge` takes it.
         only_touched: As `surgery.merge` takes it.
         rounding: As `surgery.merge` takes it.
+        rank: As `surgery.merge` takes it.
+        max_error: As `surgery.merge` takes it.
+        calibration: Reference of the file that `surgery.merge` takes.
         reversible: As `surgery.merge` takes it.
         as_trained: As `surgery.merge` takes it: a rule, or a reference.
     """
@@ -68,6 +71,9 @@ class MergeRequest:
     quantized: str = "dequantize"
     only_touched: bool = False
     rounding: str | None = None
+    rank: int | None = None
+    max_error: float | None = None
+    calibration: str | None = None
     reversible: bool = False
     as_trained: str | None = None
 
@@ -77,7 +83,14 @@ class MergeRequest:
         Raises:
             FitError, InputError: see `surgery.merge`.
         """
-        quantised = quantised_output(self.quantized, only_touched=self.only_touched, rounding=self.rounding)
+        quantised = quantised_output(
+            self.quantized,
+            only_touched=self.only_touched,
+            rounding=self.rounding,
+            rank=self.rank,
+            max_error=self.max_error,
+            calibration=self.calibration,
+        )
         return planned_merge(
             self.base,
             self.adapters,

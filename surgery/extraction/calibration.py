@@ -16,14 +16,11 @@ comparison. Where the mean is known and the module has a bias, the bias compensa
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
-import numpy
-
+from surgery.engine.calibration_file import JUDGING, Calibration, raw_inputs
 from surgery.extraction.factorise import TargetFactors, row_lengths
 from surgery.extraction.findings import CalibrationFacts
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan
@@ -31,53 +28,15 @@ from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import ScratchSlot, Workspace
 from surgery.extraction.targets import LowRankTarget, TunedParameter
 from surgery_formats.arrays import Array, cast, dtype_of, energy, to_cpu, to_device
-from surgery_formats.containers.sharded import open_shards
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
-from surgery_formats.files.raw import File
+from surgery_formats.errors import FitError
 from surgery_formats.linalg.whitening import Moment, moment_of_gram, moment_of_inputs, output_energy, weighted_factors
-from surgery_formats.models.identity import fingerprint
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.text import closest, show
+from surgery_formats.text import closest
 
-__all__ = ["Calibration", "CalibrationChanges", "calibrate", "check_modules", "open_calibration"]
+__all__ = ["CalibrationChanges", "calibrate", "check_modules", "unused_modules"]
 
-_JUDGING = 4
-_READ = 1 << 21  # raw inputs held at a time, in numbers
 _FEW = 8  # raw inputs below this number are too few to keep some back
-_PARTS = ("activations", "gram", "mean")
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """A calibration file; only its header has been read.
-
-    Attributes:
-        path: The file.
-        files: The open file.
-        modules: Tensors by module, as the file names it, and part.
-        id: Fingerprint of its content.
-    """
-
-    path: Path
-    files: tuple[File, ...]
-    modules: Mapping[str, Mapping[str, StoredTensor]]
-    id: str
-
-    def of(self, target: LowRankTarget) -> Mapping[str, StoredTensor] | None:
-        """The parts that the file has for a target, or None."""
-        names = (target.path.rpartition(".")[0], target.names[0].rpartition(".")[0])
-        return next((self.modules[name] for name in names if name in self.modules), None)
-
-    def unused(self, targets: Iterable[LowRankTarget]) -> tuple[str, ...]:
-        """Modules of the file that belong to none of `targets`."""
-        used = {id(parts) for target in targets if (parts := self.of(target)) is not None}
-        return tuple(module for module, parts in self.modules.items() if id(parts) not in used)
-
-    def check_unchanged(self) -> None:
-        """Raise ProofError if the file has changed since it was opened."""
-        for file in self.files:
-            file.check_unchanged()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,40 +65,19 @@ class CalibrationChanges:
             storage.dropped.pop(parameter.pair.name, None)
 
 
+def inputs_of(calibration: Calibration, target: LowRankTarget) -> Mapping[str, StoredTensor] | None:
+    """The parts that the file has for a target, or None."""
+    return calibration.of(target.path.rpartition(".")[0], target.names[0].rpartition(".")[0])
+
+
+def unused_modules(calibration: Calibration, targets: Iterable[LowRankTarget]) -> tuple[str, ...]:
+    """Modules of the file that belong to none of `targets`."""
+    used = {id(parts) for target in targets if (parts := inputs_of(calibration, target)) is not None}
+    return tuple(module for module, parts in calibration.modules.items() if id(parts) not in used)
+
+
 def _row(slot: ScratchSlot) -> Array:
     return slot.read()[0]
-
-
-def open_calibration(path: str | os.PathLike[str]) -> Calibration:
-    """Open a calibration file.
-
-    Raises:
-        InputError: it is missing, malformed, or another kind of file.
-    """
-    where = Path(path)
-    if not where.exists():
-        raise NotFoundError("no such file or folder", file=where)
-    opened = open_shards(where)
-    modules: dict[str, dict[str, StoredTensor]] = {}
-    for name, tensor in opened.tensors.items():
-        module, _, part = name.rpartition(".")
-        if part not in _PARTS or not module:
-            raise MalformedError(
-                "is no part of a calibration", file=where, tensor=name, hint=f"<module>.{' or <module>.'.join(_PARTS)}"
-            )
-        if not tensor.dtype.is_float:
-            raise MalformedError(f"is {tensor.dtype.label}, no floating-point type", file=where, tensor=name)
-        modules.setdefault(module, {})[part] = tensor
-    for module, parts in modules.items():
-        if ("activations" in parts) == ("gram" in parts) or ("activations" in parts and "mean" in parts):
-            raise MalformedError(
-                f"'{show(module)}' has {' and '.join(parts)}; it has activations, or a gram and perhaps a mean",
-                file=where,
-            )
-    if not modules:
-        raise MalformedError("holds no inputs", file=where)
-    files = tuple(shard.file for shard in opened.shards)
-    return Calibration(where, files, modules, "".join(fingerprint(file) for file in files))
 
 
 def check_modules(
@@ -166,7 +104,7 @@ def check_modules(
                 hint=closest(module, known),
             )
     for target in targets:
-        for part, tensor in (calibration.of(target) or {}).items():
+        for part, tensor in (inputs_of(calibration, target) or {}).items():
             size = target.deltas[0].logical_shape[1]
             shapes = {
                 "activations": (tensor.shape[0] if tensor.shape else 0, size),
@@ -210,9 +148,9 @@ def calibrate(
         bias = f"{target.path.rpartition('.')[0]}.bias"
         chosen = bias if bias in free_biases else ""
         plain, rank = factored[target.path], ranks[target.path]
-        return _weighted(target, calibration.of(target) or {}, plain, rank, workspace, chosen)
+        return _weighted(target, inputs_of(calibration, target) or {}, plain, rank, workspace, chosen)
 
-    known = [target for target in storage.targets if calibration.of(target)]
+    known = [target for target in storage.targets if inputs_of(calibration, target)]
     results = in_threads(weighted, known, workspace.lanes)
     ordered = {target.path: result for target, result in zip(known, results, strict=True)}
     return CalibrationChanges(
@@ -242,24 +180,13 @@ def _moments(parts: Mapping[str, StoredTensor]) -> tuple[Moment, Moment]:
     stored = parts["activations"]
     count = stored.shape[0]
     if count < _FEW:
-        moment = moment_of_inputs(_inputs(stored), count)
+        moment = moment_of_inputs(raw_inputs(stored), count)
         return moment, moment
-    judging = count // _JUDGING
+    judging = count // JUDGING
     return (
-        moment_of_inputs(_inputs(stored, judging=False), count - judging),
-        moment_of_inputs(_inputs(stored, judging=True), judging),
+        moment_of_inputs(raw_inputs(stored, judging=False), count - judging),
+        moment_of_inputs(raw_inputs(stored, judging=True), judging),
     )
-
-
-def _inputs(stored: StoredTensor, *, judging: bool | None = None) -> Iterator[Array]:
-    """Blocks of rows: all of them, or only every `_JUDGING`-th (`judging`), or only the others."""
-    step = max(1, _READ // max(stored.shape[1], 1) // _JUDGING) * _JUDGING
-    for start in range(0, stored.shape[0], step):
-        rows = stored.read(start, min(start + step, stored.shape[0]))
-        last = numpy.arange(start, start + len(rows)) % _JUDGING == _JUDGING - 1
-        chosen = rows if judging is None else rows[last == judging]
-        if len(chosen):
-            yield chosen
 
 
 def _weighted(

@@ -9,9 +9,10 @@ almost all rounding, and no more of it is there than the difference itself has.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy
@@ -23,9 +24,10 @@ from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
+from surgery_formats.storage.aligned import as_stored
 from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.code_rounding import rounding_variance
-from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.storage.quantised import is_coded, is_quantised
 
 __all__ = ["CodeNoise", "code_noise", "with_code_noise"]
 
@@ -61,15 +63,16 @@ def code_noise(delta: Delta) -> CodeNoise | None:
 
 def _strip_noise(strip: Strip) -> tuple[Array, Array, float] | None:
     """Expected energies of some rows, of every column over these rows, and how many times as many rows there are."""
-    coded = [side for side in (strip.base, strip.tuned) if _as_stored(side).elements is None]
-    if not coded or not all(is_quantised(_as_stored(side)) for side in coded):
+    coded = [side for side in (strip.base, strip.tuned) if is_coded(side)]
+    if not coded or not all(is_quantised(as_stored(side)) for side in coded):
         return None
     both = len(coded) == 2
+    expected = [_variances(side) for side in coded]
     rows: list[Array] = []
     cols, seen = numpy.zeros(strip.tuned.shape[1]), 0
     for start, stop in sample_runs(strip.height, strip.tuned.shape[1]):
         first, last = strip.first + start, strip.first + stop
-        variance = sum(_variance(side, first, last) for side in coded)
+        variance = sum(of(first, last) for of in expected)
         if both:
             apart = read_values(strip.tuned, first, last, DType.F64) - read_values(strip.base, first, last, DType.F64)
             changes = apart * apart
@@ -82,22 +85,24 @@ def _strip_noise(strip: Strip) -> tuple[Array, Array, float] | None:
     return numpy.concatenate(rows), cols, strip.height / max(seen, 1)
 
 
-def _as_stored(side: Storage) -> Storage:
-    """The storage itself, or the one that is turned in order to lie as its fellow does."""
-    stored: Storage = getattr(side, "stored", side)
-    return stored
-
-
-def _variance(side: Storage, first: int, last: int) -> Array:
-    stored = _as_stored(side)
+def _variances(side: Storage) -> Callable[[int, int], Array]:
+    """The expected squared errors of some rows, float64."""
+    stored = as_stored(side)
     assert is_quantised(stored)
     if stored is side:
-        return rounding_variance(stored, first, last).astype(numpy.float64)
-    height = stored.shape[1]  # of a turned matrix; a run lies in one of them, for strips do
-    number = first // height
+        return lambda first, last: rounding_variance(stored, first, last).astype(numpy.float64)
+    height = stored.shape[1]  # of a turned matrix; a strip lies in one of them
     rows = stored.shape[0] // (side.shape[0] // height)
-    whole = rounding_variance(stored, number * rows, (number + 1) * rows)
-    return whole[:, first - number * height : last - number * height].T.astype(numpy.float64)
+
+    @functools.cache
+    def matrix(number: int) -> Array:
+        return rounding_variance(stored, number * rows, (number + 1) * rows)
+
+    def of(first: int, last: int) -> Array:
+        number = first // height
+        return matrix(number)[:, first - number * height : last - number * height].T.astype(numpy.float64)
+
+    return of
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,7 @@ def _kinds(entry: TargetFactors) -> tuple[str, ...]:
     """``NF4 in BASE``, of the coded sides of a target."""
     strip = entry.target.deltas[0].strips[0]
     sides = (("BASE", strip.base), ("TUNED", strip.tuned))
-    return tuple(f"{_as_stored(side).kind} in {name}" for name, side in sides if _as_stored(side).elements is None)
+    return tuple(f"{as_stored(side).kind} in {name}" for name, side in sides if is_coded(side))
 
 
 def _coded(entry: TargetFactors) -> CodedFactors:

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 
 from surgery._version import __version__
 from surgery.engine.adapter_output import rendered_size
+from surgery.engine.calibration_file import Calibration
 from surgery.extraction.adapter import FactorSettings, extracted_adapter, fold_of
-from surgery.extraction.calibration import Calibration, CalibrationChanges, calibrate
+from surgery.extraction.calibration import CalibrationChanges, calibrate, unused_modules
 from surgery.extraction.choose_kind import KindDecision, choose_kind, lora_decision
 from surgery.extraction.factorise import StoredFactorSpec, TargetFactors
 from surgery.extraction.findings import Kind
 from surgery.extraction.noise import NoiseReport, noise_report
 from surgery.extraction.pairing import differing_settings
 from surgery.extraction.ranks import RankGoal, ranks_of
+from surgery.extraction.refine import Refinement, refine
 from surgery.extraction.storage_plan import StorageOptions, StoragePlan, check_losses, plan_storage
 from surgery.extraction.stream.scan import Layout, ScanResult
 from surgery.extraction.stream.scratch import Workspace
@@ -128,6 +130,7 @@ class ExtractionRequest:
         calibration: Inputs of modules.
         allow_loss: Whether to leave out what no form can hold.
         workspace: Where factors are computed and kept.
+        beyond_rounding: Whether TUNED is a merge, whose factors are fitted to the cells of its values.
     """
 
     goal: RankGoal
@@ -140,6 +143,7 @@ class ExtractionRequest:
     calibration: Calibration | None
     allow_loss: bool
     workspace: Workspace
+    beyond_rounding: bool = False
 
     @property
     def stored(self) -> DType | Coding:
@@ -167,6 +171,7 @@ class ExtractionPlan:
         decision: LoRA or DoRA.
         calibrated: What changed because of calibration inputs.
         warnings: Facts that the user should know.
+        refined: What came of fitting factors to the cells of TUNED's values; None if that was not asked for.
     """
 
     checkpoints: CheckpointPair
@@ -184,6 +189,7 @@ class ExtractionPlan:
     decision: KindDecision
     calibrated: CalibrationChanges
     warnings: tuple[str, ...]
+    refined: Refinement | None = None
 
     @property
     def nbytes(self) -> int:
@@ -241,6 +247,10 @@ def plan_extraction(
         )
         calibrated.into(storage, layout.parameters)
         stopwatch.lap("calibrating")
+    refined = None
+    if request.beyond_rounding:
+        refined = refine(storage, scan.factored, ranks, request.workspace)
+        stopwatch.lap("refining")
     for target in storage.targets:
         if (rank := goal.rank_of(target)) is not None and ranks[target.path] < rank:
             storage.why |= dict.fromkeys(
@@ -252,7 +262,7 @@ def plan_extraction(
     stopwatch.lap("settling")
     base_id = content_id(checkpoints.base, scan.digests.of)
     stopwatch.lap("identifying")
-    factored = {**scan.factored, **decision.factored, **calibrated.factored}
+    factored = {**scan.factored, **decision.factored, **calibrated.factored, **(refined.factored if refined else {})}
     magnitudes = {path: magnitude.values for path, magnitude in decision.magnitudes.items()}
     settings = FactorSettings(ranks, scaling, dtype, magnitudes)
     adapter = extracted_adapter(storage, factored, settings, checkpoints.base, base_id, checkpoints.tuned.path)
@@ -279,7 +289,7 @@ def plan_extraction(
     noise = noise_report(targets, factored, ranks, scan.measures, request.workspace.workers, gains, decision.survivals)
     stopwatch.lap("noise")
     warnings = differing_settings(old, new)
-    if request.calibration is not None and (unused := request.calibration.unused(storage.targets)):
+    if request.calibration is not None and (unused := unused_modules(request.calibration, storage.targets)):
         warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
     return ExtractionPlan(
         checkpoints,
@@ -297,6 +307,7 @@ def plan_extraction(
         decision,
         calibrated,
         warnings,
+        refined,
     )
 
 
@@ -316,6 +327,8 @@ def _decide_kind(
     goal = request.goal
     if request.calibration is not None:
         return lora_decision("calibration weights the factors of a LoRA"), ranks
+    if request.beyond_rounding:
+        return lora_decision("what was merged is looked for, as the factors of an addition"), ranks
     if request.kind == "auto" and set(goal.rank.choices) & {"energy", "error"}:
         return lora_decision("ranks follow from the share to be held, which a LoRA's directions are counted for"), ranks
     dora_ranks = ranks

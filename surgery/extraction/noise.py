@@ -22,6 +22,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import survival
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.base import Storage
+from surgery_formats.storage.quantised import is_coded
 
 __all__ = [
     "NoiseReport",
@@ -180,8 +181,7 @@ def survivals(
 
 def _merged_type(base: Storage) -> DType:
     """The type of a merged weight: a quantised one becomes one of 16 bits."""
-    stored = getattr(base, "stored", base)  # of one that is turned
-    return stored.dtype if stored.elements is not None else DType.BF16
+    return DType.BF16 if is_coded(base) else base.dtype
 
 
 def _survival(factors: TargetFactors, rank: int, gains: Callable[[], Array] | None) -> Iterator[Survival]:

@@ -18,6 +18,7 @@ from surgery.extraction.stream.scratch import digest
 from surgery_formats.arrays import Array, energy
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit, prepared
+from surgery_formats.binding.straight import straightened
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.storage.aligned import oriented
@@ -141,8 +142,10 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
             if tuple(stored.shape) != slot.shape or digest(stored) != slot.digest or bool(padding.any()):
                 raise ProofError("read back, its factors are not those that were measured", tensor=pair.name)
             sides[-1].append(stored)
-    source = edit.source
-    chain = prepared(edit.operations, source, DType.F32, source.shape[0])
+    source, operations = edit.source, edit.operations
+    if parts and parts[0].strip.base.transposed != source.transposed:  # read turned, beside TUNED
+        source, operations = straightened(source, operations)
+    chain = prepared(operations, source, DType.F32, source.shape[0])
     for part, (left, right) in zip(parts, sides, strict=True):
         row_side, col_side = (right, left) if part.transposed else (left, right)
         height = part.strip.height

@@ -140,6 +140,8 @@ class ExtractResult:
         kind: LoRA or DoRA, and why.
         calibration: Effect of calibration inputs; None without any.
         quantised: What rounding to codes has to do with the change; empty if neither side is quantised.
+        reproduced: Of a merge whose factors were found beyond its rounding: the shares of TUNED's values that BASE with
+            the plain factors, and with those written, rounds to bit for bit.
         timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was
             asked for; ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA),
             ``calibrating``, ``identifying`` (the content id), ``noise`` (what a merge would keep), ``settling`` (all
@@ -164,6 +166,7 @@ class ExtractResult:
     kind: KindFacts | None = None
     calibration: CalibrationTotals | None = None
     quantised: tuple[str, ...] = ()
+    reproduced: tuple[float, float] | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu",)
     why_devices: str = ""
@@ -288,6 +291,9 @@ class ExtractResult:
         yield "change", moved
         yield "adapter", (f"{spread}, ", Value(self.parameters, "count"), f" parameters, {self.dtype}")
         lost = ("; ", Value(self.lost, "share"), " of its energy was left out") if self.lost else ()
+        if self.reproduced is not None:
+            plain, refined = (Value(share, "share") for share in self.reproduced)
+            yield "reproduced", (refined, " of the merged values bit for bit (plain factors: ", plain, ")")
         yield "held", ("all but ", Value(self.residual, "share"), " of the change", *lost)
         times = f"{self.saved:.3g} times smaller" if self.saved >= 1 else f"{1 / self.saved:.3g} times larger"
         copy = Value(self.tuned_nbytes, "bytes")

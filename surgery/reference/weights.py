@@ -88,7 +88,12 @@ def _computed(name: str, step: Compute) -> torch.Tensor:
 
 
 def stored_weights(component: Component) -> ReferenceWeights:
-    """The weights of a checkpoint's network as stored."""
+    """The weights of a checkpoint's network by value.
+
+    Raises:
+        FitError: codes in a format that is not read.
+    """
+    component.check_read()
     return _StoredWeights({name: weight.storage for name, weight in component.parameters.items()}, component.names)
 
 

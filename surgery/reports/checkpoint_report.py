@@ -13,7 +13,7 @@ from surgery.reports.quantisation import QuantisedWeights, quantised_phrase
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Section, Table
 from surgery.reports.summary import Summary, warning_notes
-from surgery.reports.to_json import plain
+from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 from surgery_formats.models.module_tree import Node, Totals
 
@@ -105,7 +105,7 @@ class CheckpointReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, the tree included."""
-        return {"type": "checkpoint", **plain(self)}
+        return {"type": "checkpoint", **without_empty(plain(self), ("quantised",))}
 
     def summary(self, *, verbose: bool = False, depth: int | None = _DEPTH) -> Summary:
         """Files, then `depth` levels of modules of every component, all if None or `verbose`, and totals by role."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from surgery.reports.values import Phrase, Value
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Storage
-from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.storage.quantised import is_coded, is_quantised
 from surgery_formats.storage.unread import method_of
 
-__all__ = ["QuantisedWeights", "is_coded", "quantised_phrase", "quantised_weights", "scale_shared_by"]
+__all__ = ["QuantisedWeights", "quantised_phrase", "quantised_weights", "scale_shared_by"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,6 @@ class QuantisedWeights:
     def bits(self) -> float:
         """Stored bits per number, those of scales and offsets included."""
         return 8 * self.nbytes / self.parameters if self.parameters else 0.0
-
-
-def is_coded(storage: Storage) -> bool:
-    """Whether values are worked out of codes, so that no stored tensor has them as its elements."""
-    return storage.elements is None
 
 
 def scale_shared_by(storage: Storage) -> str:

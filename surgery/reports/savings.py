@@ -13,7 +13,7 @@ from surgery.reports.quantisation import QuantisedWeights, quantised_phrase
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary
-from surgery.reports.to_json import plain
+from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, Phrase, Value
 
 __all__ = ["AdapterCost", "BaseCost", "SavingsReport", "Split", "TaskCost"]
@@ -156,7 +156,10 @@ class SavingsReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"type": "savings", **plain(self)}
+        found = plain(self)
+        if found["base"]:
+            found["base"] = without_empty(found["base"], ("quantised", "warnings"))
+        return {"type": "savings", **without_empty(found, ("choices",))}
 
     def as_markdown(self) -> str:
         """Tables for a model card; the same bytes for the same files."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Any
 
-__all__ = ["plain"]
+__all__ = ["plain", "without_empty"]
 
 
 def plain(value: Any) -> Any:
@@ -38,3 +38,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, PurePath):
         return str(value)
     raise TypeError(f"{type(value).__name__} is not a plain value")
+
+
+def without_empty(value: Any, names: Collection[str]) -> Any:
+    """Plain values without the fields called `names` that hold nothing: what few results have does not clutter the others."""
+    if isinstance(value, dict):
+        kept = {key: without_empty(item, names) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if key not in names or item not in (None, [], {})}
+    return [without_empty(item, names) for item in value] if isinstance(value, list) else value

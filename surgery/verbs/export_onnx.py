@@ -95,6 +95,8 @@ def export_onnx(
     roles = sort_adapters(adapters, merge, swap, prefix)
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
+    if any(shard.container == "gguf" for shard in checkpoint.main.shards):
+        merge_to = "full"  # no graph refers to such a file
     binding, merged = _merged(checkpoint, roles, full=merge_to == "full")
     assembly = _assembly(checkpoint, roles, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form)
     draft = assembly.draft()
@@ -116,6 +118,8 @@ def export_onnx(
         from surgery.engine.output_checks import check_output
 
         assert binding is not None
+        if not binding.adapters:
+            return  # nothing but dequantised
         warnings.extend(check_output(ledger, checkpoint, [weight for _, weight in binding.adapters]))
 
     names = assembly.names(draft)
@@ -139,18 +143,20 @@ def export_onnx(
 
 
 def _merged(checkpoint: Checkpoint, roles: AdapterRoles, *, full: bool) -> tuple[Binding | None, MergedWeights | None]:
-    """The adapters to merge, bound, and the merged weights.
+    """The adapters to merge, bound, and the merged weights: also those that a graph needs in elements, not in codes.
 
     Imports only what is needed: adapters would cost a plain export as much as all the rest.
     """
-    if not roles.adapters:
+    checkpoint.main.check_read()
+    coded = checkpoint.is_quantised or any(shard.container == "gguf" for shard in checkpoint.main.shards)
+    if not roles.adapters and not coded:
         return None, None
     from surgery.engine.input_checks import check_base_id
     from surgery.onnx.export.merged import merged_weights
     from surgery_formats.binding.bind import bind
 
     check_base_id(checkpoint, roles.adapters)
-    if not (pairs := roles.merged):
+    if not (pairs := roles.merged) and not coded:
         return None, None
     binding = bind(pairs, checkpoint, new_biases=True)
     return binding, merged_weights(binding, "full" if full else "delta")

@@ -15,14 +15,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from surgery.engine.calibration_file import open_calibration
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of, extraction_devices
 from surgery.engine.execute import default_workers
 from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, check_counts, output_path
-from surgery.extraction.calibration import check_modules, open_calibration
+from surgery.extraction.calibration import check_modules
 from surgery.extraction.code_noise import with_code_noise
 from surgery.extraction.extraction_plan import (
     CheckpointPair,
+    ExtractionPlan,
     ExtractionRequest,
     Stopwatch,
     plan_extraction,
@@ -71,6 +73,7 @@ def extract_lora(
     to: str = "peft",
     factors: str | None = None,
     allow_loss: bool = False,
+    beyond_rounding: bool = False,
     device: str = "cpu",
     workers: int | None = None,
     overwrite: bool = False,
@@ -99,6 +102,8 @@ def extract_lora(
         to: Format of the adapter.
         factors: ``int8`` or ``int4``: the format is ``compact``, unless `to` names another that stores codes.
         allow_loss: Leave out what no form can hold.
+        beyond_rounding: TUNED is a LoRA merged into BASE, in 16 bits: find its factors more exactly than the rounding of
+            the merge, by what each stored value says of the exact one. `surgery.unmerge` of two models asks for it.
         device: Where differences are made and factorised: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,1``, ``cuda:all``,
             ``auto``. Matrices are shared out over all of them.
         workers: Threads that compute, on GPUs for each of them; None is one per core, at most eight, and three for each
@@ -121,6 +126,8 @@ def extract_lora(
     scaling = _scaling(alpha, rslora, goal.rank.number)
     if kind == "dora" and calibration is not None:
         raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
+    if beyond_rounding and (calibration is not None or kind == "dora"):
+        raise FitError("`beyond_rounding=True` finds the factors of a merged LoRA, without calibration")
     chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
     adapter_format = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
     coding = _coding(adapter_format, dtype)
@@ -142,7 +149,7 @@ def extract_lora(
             scratch, devices[0], threads, threads if devices[0] == "cpu" else min(default_workers(), _HELPFUL)
         )
         request = ExtractionRequest(
-            goal, options, scaling, stored, coding, table, chosen, inputs, allow_loss, workspace
+            goal, options, scaling, stored, coding, table, chosen, inputs, allow_loss, workspace, beyond_rounding
         )
         layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
         goal.check_patterns(layout.targets)
@@ -162,15 +169,21 @@ def extract_lora(
         stopwatch.lap("reading")
         plan = plan_extraction(pair, layout, scanned, request, stopwatch)
         if folder is None:
-            predicted = replace(predicted_result(plan), format=adapter_format.name, timings=stopwatch.parts)
+            predicted = replace(
+                _reproduced(predicted_result(plan), plan), format=adapter_format.name, timings=stopwatch.parts
+            )
             return replace(predicted, devices=devices, why_devices=why)
         result = write_extraction(plan, adapter_format, folder, stopwatch, overwrite=overwrite, progress=progress)
         timings = {**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began}
-        return replace(result, timings=timings, devices=devices, why_devices=why)
+        return replace(_reproduced(result, plan), timings=timings, devices=devices, why_devices=why)
     finally:
         if lanes is not None:
             lanes.close()
         scratch.close()
+
+
+def _reproduced(result: ExtractResult, plan: ExtractionPlan) -> ExtractResult:
+    return result if plan.refined is None else replace(result, reproduced=(plan.refined.plain, plan.refined.refined))
 
 
 def _one_of(value: str, known: tuple[str, ...], what: str) -> str:

@@ -18,7 +18,7 @@ from surgery.reports.result import timed
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.weight_files import container_of_file
-from surgery_formats.errors import MalformedError
+from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
@@ -79,7 +79,7 @@ def _readable(component: Component) -> tuple[Component, str]:
     """A network to be shown, by its stored tensors where they make no weights; and why that is so."""
     try:
         unread = component.unread
-    except MalformedError as error:
+    except (MalformedError, FitError) as error:
         found = f"{error.tensor}: {error.message}" if error.tensor else error.message
         return replace(component, uninterpreted=True), f"{found}; what is listed are stored tensors, not weights"
     if unread is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.engine.devices import device_of
 from surgery.engine.execute import Engine, Run, execute
@@ -18,6 +19,10 @@ from surgery.engine.quantised_output import quantised_output
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.threads import one_thread
+
+if TYPE_CHECKING:
+    from surgery.engine.residual import Residual
 
 __all__ = ["MergeResult", "merge"]
 
@@ -37,7 +42,10 @@ def merge(
     quantized: str = "dequantize",
     only_touched: bool = False,
     rounding: str | None = None,
+    calibration: StrPath | None = None,
     accept_loss: bool = False,
+    rank: int | None = None,
+    max_error: float | None = None,
     reversible: bool = False,
     as_trained: CheckpointLike | None = None,
     verify_copies: bool = False,
@@ -62,11 +70,15 @@ def merge(
         shard_size: Most bytes per weight file; None keeps the base's shards.
         layout: ``keep`` the base's order of tensors; ``packed`` puts those that a graph reads together together
             (`surgery.engine.packing`).
-        quantized: What a quantised base becomes: ``dequantize`` stores it in 16 bits, ``requantize`` in its own format.
+        quantized: What a quantised base becomes: ``dequantize`` stores it in 16 bits, ``requantize`` in its own format,
+            ``residual`` in its own format with a LoRA beside it, in the folder ``adapter``, of what that cannot hold.
         only_touched: Dequantise what an adapter changes; everything else keeps its format.
         rounding: How ``requantize`` chooses codes: ``feedback`` (the default) makes up for errors along the inputs that
             the adapter listens to, where rounding to ``nearest`` would lose a part of the update.
+        calibration: Of ``requantize``: a file of inputs (docs/extraction.md), along which errors are made up for too.
         accept_loss: Write codes that hold less than half of the update, too.
+        rank: Of ``residual``: most directions of the LoRA of a weight; by default as many as hold all of the update.
+        max_error: Of ``residual``: how far a weight may be off, relative to its update.
         reversible: Keep beside the model what rounding loses, as ``base.rounding``, so that `surgery.unmerge` gives the
             base back bit for bit.
         as_trained: The quantised model that the adapters were trained on, whose values take the place of the release's
@@ -92,7 +104,14 @@ def merge(
     check_counts(workers=workers, shard_size=shard_size, memory_limit=memory_limit)
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
-    quantised = quantised_output(quantized, only_touched=only_touched, rounding=rounding)
+    quantised = quantised_output(
+        quantized,
+        only_touched=only_touched,
+        rounding=rounding,
+        rank=rank,
+        max_error=max_error,
+        calibration=calibration,
+    )
     binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained)
     if folder is None:
         from surgery.engine.preview import obstacles, preview
@@ -104,15 +123,25 @@ def merge(
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         weights = [weight for _, weight in binding.adapters]
-        warnings.extend(check_output(ledger, binding.checkpoint, weights, accept_loss=accept_loss))
+        if quantised.way != "residual":
+            warnings.extend(check_output(ledger, binding.checkpoint, weights, accept_loss=accept_loss))
         return {"README.md": merge_card(binding, ledger)}
 
     kept: list[int] = []
+    residual: list[Residual] = []
 
     def last(staged: OutputFolder) -> None:
-        from surgery.engine.undo.record import record_base  # it reads back all that was computed
+        if reversible:
+            from surgery.engine.undo.record import record_base  # it reads back all that was computed
 
-        kept.append(record_base(binding, plan, staged, run))
+            kept.append(record_base(binding, plan, staged, run))
+        if quantised.way == "residual":
+            from surgery.engine.residual import write_residual
 
-    ledger = execute(plan, folder, run, finish, engine, last if reversible else None)
-    return MergeResult(folder, ledger, tuple(warnings), rounding_nbytes=sum(kept))
+            with one_thread():
+                residual.append(write_residual(binding, plan, quantised, staged))
+
+    needed = reversible or quantised.way == "residual"
+    ledger = execute(plan, folder, run, finish, engine, last if needed else None)
+    found = residual[0] if residual else None
+    return MergeResult(folder, ledger, tuple(warnings), rounding_nbytes=sum(kept), residual=found)

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unmerge: a merge taken back. With what a reversible merge kept, the base returns bit for bit."""
+"""Unmerge: a merge taken back. With what a reversible merge kept, the base returns bit for bit.
+
+Of three things, a base, an adapter and their merge, it finds either of the first two from the others.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,13 +21,15 @@ from surgery.engine.inputs import (
     local_path,
     output_path,
 )
+from surgery.engine.inputs import open as open_reference
 from surgery.engine.ledger import Ledger
 from surgery.engine.undo.unmerge_result import UnmergeResult
+from surgery.extraction.result import ExtractResult
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.side_files import BASE_ROUNDING
@@ -33,32 +39,34 @@ __all__ = ["UnmergeResult", "unmerge"]
 
 @timed
 def unmerge(
-    merged: CheckpointLike,
-    adapters: AdaptersLike,
+    model: CheckpointLike,
+    adapters: AdaptersLike | Checkpoint,
     *,
     output: StrPath | None = None,
     base_rounding: StrPath | None = None,
+    rank: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
-) -> UnmergeResult:
-    """Take adapters out of the model they were merged into, and write the base as a folder of its own.
+) -> UnmergeResult | ExtractResult:
+    """Take adapters out of the model they were merged into, and write the base; or find the adapter of two models.
 
     Args:
-        merged: The merged model.
-        adapters: What was merged, in the same order and with the same weights; see `surgery.merge`.
+        model: The merged model; or the base, if a model follows.
+        adapters: What was merged, in the same order and with the same weights, see `surgery.merge`; or the merged model,
+            whose LoRA is then found beyond the rounding of the merge.
         output: Folder to make. Its parent must exist.
         base_rounding: What ``merge(reversible=True)`` kept; by default ``base.rounding`` in the folder of `merged`, if it
             is there. Without it the result is the best estimate.
-        workers: Threads that compute, or processes where many have much to do; None is one per core, at most eight
-            threads or 16 processes. Never changes the result.
+        rank: Of the adapter that is looked for; None finds it.
+        workers: Computing threads; None is one per core, at most eight. Never changes the result.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
         progress: Called with every step.
 
     Returns:
-        What came back, and how far it is the base.
+        What came back, and how far it is the base; of two models, as `surgery.extract_lora`.
 
     Raises:
         UsageError: an argument of a wrong type, or no output.
@@ -68,26 +76,57 @@ def unmerge(
         OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`; a ProofError, too, if the result
             is not the base that the file was kept for.
     """
-    check_counts(workers=workers)
+    check_counts(workers=workers, rank=rank)
+    if (after := _model_of(adapters)) is not None:
+        from surgery.rank import Rank
+        from surgery.verbs.extract_lora import extract_lora
+
+        if base_rounding is not None:
+            raise UsageError("base_rounding belongs to a merged model and its adapters, and two models were given")
+        return extract_lora(
+            model,
+            after,
+            output=output,
+            rank=Rank.auto if rank is None else rank,
+            dtype="fp32",
+            beyond_rounding=True,
+            workers=workers,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if rank is not None:
+        raise UsageError("rank is that of an adapter to be found, and an adapter was given")
     folder = output_path(output, dry_run=dry_run)
-    model = as_checkpoint(merged, "merged")
-    weighted = [(entry.adapter, entry.weight) for entry in as_weighted(adapters)]
+    merged = as_checkpoint(model, "model")
+    weighted = [(entry.adapter, entry.weight) for entry in as_weighted(adapters)]  # type: ignore[arg-type]
     if not weighted:
         raise FitError("no adapter was named")
     run = Run(workers=workers, overwrite=overwrite, progress=progress)
-    kept = _kept(model, base_rounding)
+    kept = _kept(merged, base_rounding)
     if kept is not None:
         from surgery.engine.undo.restore import prove_base, restoration
         from surgery.engine.undo.sidecar import open_sidecar
 
-        restored = restoration(model, weighted, open_sidecar(kept))
+        restored = restoration(merged, weighted, open_sidecar(kept))
         if folder is None:
             return UnmergeResult(None, Ledger(restored.plan))
         ledger = execute(
             restored.plan, folder, run, _nothing, restored, lambda staged: prove_base(staged, restored.base_id)
         )
         return UnmergeResult(folder, ledger, restored.base_id)
-    return _estimated(model, weighted, folder, run)
+    return _estimated(merged, weighted, folder, run)
+
+
+def _model_of(value: object) -> Checkpoint | None:
+    """The model that a single argument is or names; None for adapters."""
+    if isinstance(value, list | tuple) and len(value) == 1:
+        (value,) = value
+    if isinstance(value, tuple) and len(value) == 2 and value[1] == 1.0:
+        value = value[0]
+    if isinstance(value, str | os.PathLike):
+        value = open_reference(value)
+    return value if isinstance(value, Checkpoint) else None
 
 
 def _kept(model: Checkpoint, base_rounding: StrPath | None) -> Path | None:

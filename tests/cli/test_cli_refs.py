@@ -187,6 +187,13 @@ def test_weights_that_a_plugin_reads_are_downloaded_where_there_is_no_safetensor
     assert "*.onnx" in hub.ignored
 
 
+def test_a_file_of_a_split_gguf_brings_the_others(hub: FakeHub):
+    path = resolve("hf://org/name:big/m-00002-of-00003.gguf")
+    assert path.name == "m-00002-of-00003.gguf"
+    asked = [file for _, _, file in hub.asked]
+    assert sorted(asked) == [f"big/m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+
+
 def test_a_repository_of_gguf_is_not_downloaded_in_all_its_sizes(hub: FakeHub):
     hub.holds = ["model-Q4_K_M.gguf", "model-Q8_0.gguf"]
     resolve("hf://org/name")

@@ -237,6 +237,60 @@ def test_any_damage_is_an_error_of_ours(name: str, tmp_path: Path) -> None:
     assert 100 < refused < 1500
 
 
+ODD = {
+    "zero": u32(0),
+    "large": u32(0xFFFFFFFF),
+    "negative": any_value(5, struct.pack("<i", -7)),
+    "text": text("odd"),
+    "truth": any_value(7, b"\1"),
+    "nan": any_value(6, struct.pack("<f", float("nan"))),
+    "infinite": any_value(6, struct.pack("<f", float("-inf"))),
+    "greatest": any_value(6, b"\xff\xff\x7f\x7f"),
+    "none": array(4, 0, b""),
+    "two": array(4, 2, struct.pack("<2I", 1, 2)),
+    "texts": array(8, 1, struct.pack("<Q", 1) + b"x"),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("odd", ODD)
+def test_key_values_of_odd_types_and_sizes_are_errors_of_ours(odd: str, name: str, tmp_path: Path) -> None:
+    """Each in turn; of Llama also the factors of its positions."""
+    header = read_header(open_file(GOLDEN / f"{name}.gguf"))
+    raw = header.file.read(0, header.file.size)
+    opened = 0
+    for key, entry in header.entries.items():
+        start = 8 + len(key.encode())
+        head = struct.pack("<IQQ", 3, len(header.tensors), len(header.entries))
+        body = raw[24 : entry.offset] + raw[entry.offset : entry.offset + start] + ODD[odd]
+        last = max(other.offset + other.nbytes for other in header.entries.values())
+        body += raw[entry.offset + entry.nbytes : last] + raw[last : header.begin]
+        whole = b"GGUF" + head + bytes(body)
+        path = tmp_path / "a.gguf"
+        path.write_bytes(whole.rstrip(b"\0") + bytes(4096) + bytes(raw[header.begin :]))
+        try:
+            component = open_checkpoint(path).main
+            parameters = list(component.parameters)
+            opened += 1
+            if component.family.recipe is not None:
+                model_of(component.config, parameters)
+        except SurgeryError:
+            continue
+    assert opened > len(header.entries) // 2
+
+
+def test_factors_of_positions_that_are_none_are_no_fault(tmp_path: Path) -> None:
+    raw = bytearray((GOLDEN / "llama.gguf").read_bytes())
+    factors = {t.name: t for t in open_shard(GOLDEN / "llama.gguf").tensors}["rope_freqs.weight"]
+    for value in (0.0, float("nan"), float("inf"), -1.0, 5.0):
+        raw[factors.offset : factors.offset + factors.nbytes] = struct.pack("<f", value) * factors.numel
+        (tmp_path / "a.gguf").write_bytes(raw)
+        component = open_checkpoint(tmp_path / "a.gguf").main
+        assert component.config["rope_scaling"] == {"rope_type": "rope_freqs of a GGUF"}
+        with pytest.raises(FitError, match="rope_type is 'rope_freqs of a GGUF'"):
+            model_of(component.config, component.parameters.keys())
+
+
 def test_an_adapter_or_an_encoder_is_no_model(tmp_path: Path) -> None:
     for kind, what in (("adapter", "a LoRA for llama.cpp"), ("mmproj", "a vision or audio encoder")):
         path = replace(BASE, entries=[("general.type", text(kind))]).write(tmp_path / "a.gguf")

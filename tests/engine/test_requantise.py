@@ -200,3 +200,41 @@ def test_a_dequantised_weight_lies_as_the_model_has_it(turned: bool, tmp_path: P
         wanted[name] = wanted[name] + delta
     for name, values in wanted.items():
         assert np.allclose(merged[name].numpy(), values, atol=1e-5), name
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("raw", [False, True])
+def test_errors_are_made_up_for_along_the_inputs_of_a_calibration(turned: bool, raw: bool, tmp_path: Path) -> None:
+    base, lora = quantise(tmp_path / "base", turned=turned), make_lora(tmp_path / "lora", strength=0.1)
+    before, generator = weights(base), np.random.default_rng(0)
+    inputs = {name: generator.normal(size=(400, 3)) @ generator.normal(size=(3, 32)) for name in deltas(lora)}
+    parts = {
+        f"{name.removesuffix('.weight')}.{'activations' if raw else 'gram'}": x if raw else x.T @ x / len(x)
+        for name, x in inputs.items()
+    }
+    save_file(
+        {key: torch.from_numpy(value).float().contiguous() for key, value in parts.items()},
+        tmp_path / "inputs.safetensors",
+    )
+    off = {}
+    for name, given in (("without", None), ("with", tmp_path / "inputs.safetensors")):
+        surgery.merge(base, lora, output=tmp_path / name, quantized="requantize", calibration=given)
+        after = weights(tmp_path / name)
+        off[name] = sum(
+            float((((after[each] - before[each] - delta) @ inputs[each].T) ** 2).sum())
+            for each, (delta, _) in deltas(lora).items()
+        )
+    assert off["with"] < 0.4 * off["without"]
+
+
+def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
+    base, lora = quantise(tmp_path / "base", turned=False), make_lora(tmp_path / "lora")
+    module = "model.layers.0.self_attn.q_proj"
+    for name, size, found in ((module, 31, "31 inputs of a module that has 32"), (module + "s", 32, "the model lacks")):
+        save_file({f"{name}.gram": torch.eye(size)}, tmp_path / "inputs.safetensors")
+        with pytest.raises(FitError, match=found):
+            surgery.merge(
+                base, lora, output=tmp_path / "out", quantized="requantize", calibration=tmp_path / "inputs.safetensors"
+            )
+    with pytest.raises(FitError, match="feedback alone"):
+        surgery.merge(base, lora, output=tmp_path / "out", calibration=tmp_path / "inputs.safetensors")

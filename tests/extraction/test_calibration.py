@@ -254,7 +254,7 @@ def test_raw_inputs_are_read_in_parts(
             largest = max(largest, made.size)
         return made
 
-    monkeypatch.setattr("surgery.extraction.calibration._READ", 512)
+    monkeypatch.setattr("surgery.engine.calibration_file._READ", 512)
     monkeypatch.setattr(StoredTensor, "read", seen)
     parts = surgery.extract_lora(base, tuned, rank=2, calibration=file, dry_run=True)
     assert 0 < largest <= 512

@@ -112,7 +112,6 @@ SWITCHES = [
     ("bert_sequence", "is_decoder", True),
     ("bert_sequence", "position_embedding_type", "relative_key"),
     ("llama", "is_causal", False),
-    ("llama", "quantization_config", {"quant_method": "gptq"}),
     ("olmo", "clip_qkv", 8.0),
     ("gemma3", "attn_logit_softcapping", 50.0),
     ("mistral", "layer_types", ["full_attention"] * 3),

@@ -256,7 +256,7 @@ _field("regex-malformed", 3, {"alpha_pattern": {"q_proj(": 3}})
 _field("regex-catastrophic", 3, {"alpha_pattern": {r"(?:(.+)+\1*)+(?<!j)": 3}})
 _field("regex-catastrophic-backreference", 3, {"alpha_pattern": {r"(?:([a-z_.0-9]+)+\1*)+(?<!j)": 3}})
 _field("layer-replication", (4, 3), {"layer_replication": [[0, 2], [1, 2]]})
-for _init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"):
+for _init in ("pissa_niter_4", "corda", "loftq", "lora_ga"):
     _field(f"init-{_init}", (4, 3), {"init_lora_weights": _init}, "init_lora_weights", _init)
 _field("alora", (4, 3), {"alora_invocation_tokens": [1, 2, 3]})
 _field("arrow", (4, 3), {"arrow_config": {"top_k": 2}})

@@ -102,6 +102,17 @@ def test_values_become_the_nearest_codes(data: st.DataObject, tmp_path_factory: 
     assert (abs(rounded.astype(np.float64) - values) <= best + 1e-6 * abs(values)).all()
 
 
+@pytest.mark.parametrize("name", ["gemm", "gemm.all", "gemv.64"])
+def test_a_fitted_grid_is_that_of_autoawq(name: str, tmp_path: Path) -> None:
+    weight, given = claimed(encoded(name), tmp_path, name), STORED[f"given.{name}.weight"].read()
+    fitted, stored = weight.fit(0, given), weight.grid(0, weight.shape[0])
+    assert fitted is not None
+    assert np.array_equal(fitted.scales, stored.scales)
+    assert np.array_equal(fitted.zeros, stored.zeros)
+    # autoawq divides by a scale that it has not rounded yet
+    assert (fitted.nearest(given) != weight.codes(0, weight.shape[0])).mean() < 0.01
+
+
 def test_what_a_kernel_reads_beyond_the_last_group_is_kept(tmp_path: Path) -> None:
     tensors = encoded("gemv.many")  # 33 groups in 64 places
     tensors["gemv.many.scales"][:, 40] = 7

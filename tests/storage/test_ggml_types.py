@@ -184,7 +184,7 @@ def test_rows_that_are_no_heads_are_refused(heads: object, tmp_path: Path) -> No
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     tensor = stored(tmp_path / "w", "Q8_0", GOLDEN["Q8_0.blocks"])
-    with pytest.raises(FitError, match="architecture 'mamba\\\\x1b' is not read; known are gemma, "):
+    with pytest.raises(FitError, match="architecture 'mamba\\\\x1b' is not read; known are command-r, gemma, "):
         claimed(tensor, {"general.architecture": "mamba\x1b"})
 
 

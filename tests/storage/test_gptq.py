@@ -139,6 +139,18 @@ def test_odd_sizes_are_read_in_both_directions(inputs: int, scattered: bool, tmp
     release()
 
 
+@pytest.mark.parametrize("name", ["v1.4", "v2.8", "v2.4.short"])
+def test_a_fitted_grid_is_that_of_the_program(name: str, tmp_path: Path) -> None:
+    weight = claimed(encoded(name), tmp_path, name)
+    given = cast(STORED[f"given.{name}.weight"].read(), DType.F32)
+    fitted, stored = weight.fit(0, given), weight.grid(0, weight.shape[0])
+    assert fitted is not None
+    assert np.array_equal(fitted.scales, stored.scales)
+    assert np.array_equal(fitted.zeros, stored.zeros)
+    # the program divides by a scale that it has not rounded yet
+    assert (fitted.nearest(given) != weight.codes(0, weight.shape[0])).mean() < 0.01
+
+
 def test_scattered_groups_keep_their_scales_and_others_are_fitted(tmp_path: Path) -> None:
     act, plain = (claimed(encoded(name), tmp_path, name) for name in ("v1.4.act", "v1.4"))
     values = np.random.default_rng(0).normal(0, 0.02, (32, 24)).astype(np.float32)

@@ -115,17 +115,15 @@ def test_values_become_the_nearest_codes(data: st.DataObject, tmp_path_factory: 
     assert (abs(rounded.astype(np.float64) - values) <= best + 1e-6 * abs(values)).all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("bits", "group", "float32"))])
+@pytest.mark.parametrize("name", [name for name in NAMES if f"given.{name}.weight" in STORED])
 def test_a_fitted_grid_is_that_of_mlx(name: str, tmp_path: Path) -> None:
-    """MLX encoded these: the values it was given are not here, but those of one group of each scale's ends are."""
     weight = claimed(encoded(name), tmp_path, name)
-    values = read_rows(weight)
-    fitted, stored = weight.fit(0, values), weight.grid(0, weight.shape[0])
-    assert fitted.biases is not None
-    error = [abs(grid.values(grid.nearest(values)) - values).max(1) for grid in (fitted, stored)]
-    assert (error[1] == 0).all()
-    assert (error[0] <= 0.51 * abs(fitted.scales).max(1) + 0.01 * abs(values).max(1)).all()
-    assert (fitted.values(np.zeros(values.shape, np.uint8))[0] == 0).all()  # a row of zeros
+    given = cast(STORED[f"given.{name}.weight"].read(), DType.F32).reshape(weight.shape)
+    fitted, stored = weight.fit(0, given), weight.grid(0, weight.shape[0])
+    assert np.array_equal(fitted.scales, stored.scales)
+    assert np.array_equal(fitted.biases, stored.biases)
+    # MLX divides by a scale that it has not rounded yet
+    assert (fitted.nearest(given) != weight.codes(0, weight.shape[0])).mean() < (0.5 if weight.bits == 8 else 0.1)
 
 
 def test_layers_may_have_their_own_settings(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_scales_that_are_fitted_are_those_of_torchao(name: str) -> None:
     assert apart.mean() <= (0.02 if exact else 0.2)  # it multiplies by the reciprocal, where ties fall otherwise
 
 
-@pytest.mark.parametrize("layout", ["Int4Tensor", "Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "MXTensor"])
+@pytest.mark.parametrize("layout", ["Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "MXTensor"])
 def test_what_is_laid_out_for_a_device_is_refused_by_name(layout: str, tmp_path: Path) -> None:
     with pytest.raises(FitError, match=f"torchao's {layout}") as refused:
         claimed(tmp_path, encoded("int8.weight"), told("int8.weight", _type=layout))
@@ -125,6 +125,11 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "block of one axis": ({"data": {"block_size": [40]}}, "block_size"),
     "block that does not divide": ({"data": {"block_size": [1, 7]}}, "block_size"),
     "other block": ({"data": {"block_size": [1, 20]}}, "scales"),
+    "four bits in eight": ({"_type": "Int4Tensor", "data": {"block_size": [1, 20]}}, "where there are 4 groups"),
+    "four bits in blocks of rows": (
+        {"_type": "Int4Tensor", "data": {"block_size": [2, 20]}},
+        "not torchao's Int4Tensor",
+    ),
     "no fields": ({"_data": 3}, "not what torchao writes"),
     "no parts": ({"_tensor_data_names": None}, "not what torchao writes"),
     "odd part": ({"_tensor_data_names": [3]}, "not what torchao writes"),
@@ -161,8 +166,19 @@ def test_a_code_beyond_the_range_is_refused(tmp_path: Path) -> None:
         read_rows(weight)
 
 
-def test_mutated_files_raise_nothing_but_our_errors(tmp_path: Path) -> None:
-    claimed(tmp_path, encoded("intx4.weight"), told("intx4.weight"))
+@pytest.mark.parametrize(("value", "words"), [(-1, "negative scale"), (np.nan, "NaN"), (np.inf, "infinity")])
+def test_scales_of_four_bits_that_cannot_be_are_refused(value: float, words: str, tmp_path: Path) -> None:
+    tensors = encoded("int4.float32.weight")
+    tensors["_weight_scale"][0, 1] = value
+    (weight,) = claimed(tmp_path, tensors, told("int4.float32.weight"))
+    with pytest.raises(MalformedError, match=words) as refused:
+        read_rows(weight)
+    assert refused.value.tensor == "w._weight_scale"
+
+
+@pytest.mark.parametrize("name", ["intx4.weight", "int4.weight"])
+def test_mutated_files_raise_nothing_but_our_errors(name: str, tmp_path: Path) -> None:
+    claimed(tmp_path, encoded(name), told(name))
     path = tmp_path / "w.safetensors"
     raw, generator = bytearray(path.read_bytes()), np.random.default_rng(0)
     header = 8 + int.from_bytes(raw[:8], "little")

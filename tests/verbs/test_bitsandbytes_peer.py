@@ -43,7 +43,7 @@ def peer(*words: object) -> str:
 
 def greedy(folder: Path) -> list[int]:
     opened = open_checkpoint(folder).main
-    config = {key: value for key, value in opened.config.items() if key != "quantization_config"}  # recipes refuse it
+    config = {key: value for key, value in opened.config.items() if key != "quantization_config"}
     model, tokens = open_reference(replace(opened, config=config)), list(PROMPT)
     for _ in range(COUNT):
         tokens.append(int(forward(model, torch.tensor([tokens])).logits[0, -1].argmax()))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import surgery
@@ -121,6 +122,13 @@ def test_a_scale_that_is_no_number_is_refused_by_name_and_nothing_is_written(bas
     assert not (tmp_path / "out").exists()
 
 
+def metadata(folder: Path) -> dict[str, str]:
+    (path,) = folder.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        found: dict[str, str] = file.metadata()
+    return found
+
+
 @pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale", ""])
 def test_a_model_of_comfyui_in_one_file(suffix: str, tmp_path: Path) -> None:
     """Scaled weights with their marker, in both spellings, and a model that was only cast to fp8, its biases too."""
@@ -137,7 +145,9 @@ def test_a_model_of_comfyui_in_one_file(suffix: str, tmp_path: Path) -> None:
         tensors[f"{name}.scale_input"] = torch.tensor(1.0)
     else:
         tensors |= {f"{name}.bias": bias.to(E4M3), "double_blocks.0.img_attn.norm.key_norm.scale": bias.to(E4M3)}
-    save_file(tensors, tmp_path / "flux.safetensors")
+    layers = {"img_attn.proj": {"format": "float8_e4m3fn"}, name: {"format": "float8_e4m3fn"}, "gone": {}}
+    told = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers}), "modelspec.title": "a"}
+    save_file(tensors, tmp_path / "flux.safetensors", told)
     down, up = torch.randn(4, HIDDEN), 0.01 * torch.randn(HIDDEN, 4)
     flat = f"lora_unet_{name.replace('.', '_')}"
     lora: Mapping[str, torch.Tensor] = {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
@@ -149,6 +159,7 @@ def test_a_model_of_comfyui_in_one_file(suffix: str, tmp_path: Path) -> None:
     }
     lost = {"scaled_fp8", f"{name}.{suffix}", f"{name}.scale_input"} if suffix else set()
     assert after.keys() == tensors.keys() - lost
+    assert metadata(tmp_path / "out") == {"format": "pt", "modelspec.title": "a"}
     assert all(tensor.dtype is torch.bfloat16 for tensor in after.values())
     wanted = tensors[f"{name}.weight"].double() * scale.double() + up.double() @ down.double()
     torch.testing.assert_close(after[f"{name}.weight"].double(), wanted, rtol=2.0**-8, atol=1e-6)

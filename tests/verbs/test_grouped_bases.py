@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 import surgery
 from surgery_formats.arrays import Array, cast
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.storage.base import read_rows
 from tests.support.kit import ROOT
@@ -161,3 +162,25 @@ def test_a_requantised_merge_keeps_its_format(base: tuple[str, Path, Path], tmp_
     assert np.linalg.norm(new - meant) < 1.2 * np.linalg.norm(old - meant)
     copied = [each for each in before if each.endswith(("g_idx", "layernorm.weight"))]
     assert all(np.array_equal(before[each], after[each]) for each in copied)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "gptq, marlin, 4 bits"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "awq, gemv_fast, 4 bits"),
+        ({"quant_method": "gptq", "bits": 4, "rotation": "quarot"}, "gptq, rotated, 4 bits"),
+    ],
+)
+def test_what_is_packed_for_one_kernel_is_refused_by_name(said: dict[str, Any], words: str, tmp_path: Path) -> None:
+    shutil.copytree(BASE, tmp_path / "coded")
+    tensors = stored(BASE)
+    for name in [name for name in tensors if "_proj" in name]:
+        tensors |= awq(name, cast(tensors.pop(name), DType.F32))[0]
+    config = json.loads((BASE / "config.json").read_text())
+    (tmp_path / "coded" / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    own = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(own, tmp_path / "coded" / "model.safetensors", {"format": "pt"})
+    assert words in str(surgery.inspect(tmp_path / "coded"))
+    with pytest.raises(FitError, match=words):
+        surgery.merge(tmp_path / "coded", LORA, output=tmp_path / "merged")

@@ -19,6 +19,9 @@ from surgery_formats.containers.gguf.header import read_header
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.checkpoint import Component, open_checkpoint
+from surgery_formats.storage.gguf.affine import AffineGrid
+from surgery_formats.storage.gguf.legacy import LEGACY
+from surgery_formats.tensors.ggml import BY_NAME
 from tests.containers.golden.make_gguf_models import values
 from tests.support.gguf_file import Q8_0, GgufTensor, RawGguf, text, u32
 from tests.support.kit import ROOT
@@ -148,6 +151,47 @@ def test_quantised_by_llama_cpp_and_merged(way: str, tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(ProofError, match="changed"):
         surgery.verify(tmp_path / "out")
+
+
+def in_blocks(path: Path, name: str) -> Path:
+    """The golden model with its matrices in Q8_0."""
+    codec = next(codec for codec in LEGACY if codec.type.name == "Q8_0")
+    header = read_header(open_file(GOLDEN / f"{name}.gguf"))
+    entries = []
+    for key, entry in header.entries.items():
+        start = 8 + len(key.encode())
+        entries.append((key, bytes(header.file.read(entry.offset + start, entry.nbytes - start))))
+    tensors = {}
+    for tensor in header.tensors:
+        data = bytes(tensor.file.read(tensor.offset, tensor.nbytes))
+        type_ = BY_NAME[tensor.packed_as].number
+        if tensor.packed_as == "F16":
+            held = tensor.read().astype(np.float32).reshape(-1, tensor.shape[-1] // 32, 32)
+            blocks = codec.fit(held)
+            grid = AffineGrid.of(codec, blocks)
+            codec.pack(grid.nearest(held.reshape(len(held), -1)).reshape(held.shape), blocks)
+            type_, data = Q8_0, blocks.tobytes()
+        tensors[tensor.name] = GgufTensor(type_, tensor.shape, data)
+    return RawGguf(entries, tensors).write(path)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "gemma2", "llama"])
+@pytest.mark.parametrize("way", ["dequantize", "requantize"])
+def test_blocks_of_experts_and_of_turned_weights_are_merged_into(way: str, name: str, tmp_path: Path) -> None:
+    base = in_blocks(tmp_path / f"{name}-Q8_0.gguf", name)
+    before = apart(main(base))
+    lora = adapter(tmp_path / "lora", layer_weights(main(base)), conv1d=name == "gpt2", scale=2)
+    surgery.merge(base, lora, output=tmp_path / "out", quantized=way)
+    after = apart(main(tmp_path / "out"))
+    for key, held in after.items():
+        if held.ndim == 2 and (".layers." in key or ".h." in key):
+            A, B = factors(tmp_path / "lora", key)
+            update = (B @ A).T if name == "gpt2" else B @ A
+            apart_ = np.linalg.norm(held - before[key] - update) / np.linalg.norm(update)
+            assert apart_ < (1e-3 if way == "dequantize" else 0.02), key
+    kinds = {parameter.storage.kind for parameter in main(tmp_path / "out").parameters.values()}
+    assert kinds == ({"F16", "F32"} if way == "dequantize" else {"Q8_0", "F32"})
+    surgery.verify(tmp_path / "out", against=base)
 
 
 def factors(lora: Path, name: str) -> tuple[Array, Array]:
@@ -285,6 +329,32 @@ def test_reports_speak_of_the_model(tmp_path: Path) -> None:
     assert (component.family, component.facts["layers"], component.facts["vocabulary"]) == ("llama", 1, 12)
     assert {"attention", "mlp", "norm", "embedding", "head"} <= component.roles.keys()
     assert component.dtypes["Q4_K"].parameters > 0
+    (mixed,) = surgery.inspect(GOLDEN / "mixtral.gguf").components
+    assert mixed.roles["expert"].parameters == 3 * 3 * 32 * 32
     again = surgery.diff(tmp_path / "w.gguf", GOLDEN / "wide.gguf")
     assert again.difference == 0
     assert read_header(open_file(tmp_path / "w.gguf")).value("general.architecture") == "llama"
+
+
+def test_only_what_is_touched_becomes_16_bits(tmp_path: Path) -> None:
+    """llama.cpp takes files of both; the type that a file is said to have stays that of its blocks."""
+    base = GOLDEN / "wide.gguf"
+    lora = adapter(tmp_path / "lora", {k: v for k, v in layer_weights(main(base)).items() if "up_proj" in k})
+    surgery.merge(base, lora, output=tmp_path / "out", only_touched=True)
+    before, after = main(base), main(tmp_path / "out")
+    for name, parameter in before.parameters.items():
+        kind = after.parameters[name].storage.kind
+        assert kind == ("F16" if "up_proj" in name else parameter.storage.kind)
+    kinds = [read_header(component.shards[0].file).value("general.file_type") for component in (before, after)]
+    assert kinds[0] == kinds[1]
+    assert after.shards[0].path.name == "wide.gguf"
+
+
+def test_another_element_type_is_asked_for_by_name(tmp_path: Path) -> None:
+    lora = adapter(tmp_path / "lora", layer_weights(main(GOLDEN / "wide.gguf")))
+    surgery.merge(GOLDEN / "wide.gguf", lora, output=tmp_path / "out", dtype="bf16")
+    component = main(tmp_path / "out")
+    kinds = {name: parameter.storage.kind for name, parameter in component.parameters.items()}
+    assert {kind for name, kind in kinds.items() if "norm" not in name} == {"BF16"}
+    assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
+    assert read_header(component.shards[0].file).value("general.file_type") == 32

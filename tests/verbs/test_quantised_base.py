@@ -250,10 +250,10 @@ def llama(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_graph_refuses_the_storage_by_name(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="stored as TOY4, which graphs") as refused:
-        surgery.export_onnx(llama, output=tmp_path / "graph")
-    assert refused.value.tensor == QUERY
+def test_a_graph_has_the_weight_in_elements(llama: Path, tmp_path: Path) -> None:
+    surgery.export_onnx(llama, output=tmp_path / "graph", dtype="fp32")
+    assert surgery.verify(tmp_path / "graph", against=llama).kind == "graph"
+    assert load_file(tmp_path / "graph" / "delta.safetensors").keys() >= {QUERY}
 
 
 def test_the_reference_computes_a_merge_as_it_will_be_stored(llama: Path, tmp_path: Path) -> None:

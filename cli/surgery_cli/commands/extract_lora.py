@@ -107,6 +107,11 @@ def _dense(text: str) -> tuple[str, ...]:
 @click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="See 'surgery formats'.")
 @click.option("--factors", type=click.Choice(["int8", "int4"]), help="Store factors as codes: format compact.")
 @click.option("--allow-loss", is_flag=True, help="Leave out what no form can hold.")
+@click.option(
+    "--beyond-rounding",
+    is_flag=True,
+    help="TUNED is a merge in 16 bits: find its LoRA more exactly than it was rounded.",
+)
 @option.devices_option
 @click.option(
     "--workers",

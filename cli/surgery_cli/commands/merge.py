@@ -35,8 +35,8 @@ __all__ = ["command"]
 @option.choice("--layout", values=("keep", "packed"), help="packed: matrices that export-onnx joins lie side by side.")
 @option.choice(
     "--quantized",
-    values=("dequantize", "requantize"),
-    help="A quantised BASE becomes one of 16 bits, or keeps its format.",
+    values=("dequantize", "requantize", "residual"),
+    help="A quantised BASE becomes one of 16 bits, keeps its format, or keeps it with a LoRA of the rest beside it.",
 )
 @click.option(
     "--reversible", is_flag=True, help="Keep what rounding loses in OUT/base.rounding, for 'surgery unmerge'."
@@ -48,6 +48,11 @@ __all__ = ["command"]
     "--rounding",
     type=click.Choice(["feedback", "nearest"]),
     help="Codes of requantize: feedback (default) makes up for errors where nearest loses the update.",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="Of residual: most directions of a weight's LoRA.")
+@click.option("--max-error", type=float, help="Of residual: error of a weight, relative to its update.")
+@click.option(
+    "--calibration", metavar="FILE", help="Of requantize: inputs to make up for errors along, as of extract-lora."
 )
 @click.option("--accept-loss", is_flag=True, help="Write codes that hold less than half of the update, too.")
 @option.reference(

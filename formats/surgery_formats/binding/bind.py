@@ -24,7 +24,7 @@ from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.computed import zeros
 from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.tensors.views import rows, whole
+from surgery_formats.tensors.views import expert, rows, transpose, whole, window
 from surgery_formats.text import listing
 from surgery_formats.updates import Effect, Replacing, Update, is_linear, is_replacing, is_row_setting, transposed
 
@@ -154,6 +154,8 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
         update = _oriented(stored_update, chain.component, adapter)
         if is_replacing(update):
             slices = (_replaced(update, slices, weight),)
+        else:
+            slices = tuple(piece for place in slices for piece in _each_expert(place))
         linear = is_linear(update)
         if weight < 0 and not linear:
             raise FitError(
@@ -165,6 +167,22 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
             )
         scaled = update.scaled(weight) if is_linear(update) and weight != 1.0 else update
         yield from _operations(scaled, slices, chain.site, number, 1.0 if linear else weight)
+
+
+def _each_expert(place: WeightSlice) -> Iterator[WeightSlice]:
+    """A stack whose experts are each stored transposed, as one piece for every expert; others as they are.
+
+    The rows of such a stack are the columns of its experts, of which no view of all of them says whose they are.
+    """
+    parameter = place.parameter
+    storage = parameter.storage
+    if not (storage.transposed and is_stacked(storage) and parameter.is_whole and not parameter.view.transposed):
+        yield place
+        return
+    count, (rows, columns) = storage.sizes[0], storage.shape
+    for number in range(count):
+        view = transpose(expert(number, count, (rows // count, columns)))
+        yield replace(place, parameter=replace(parameter, view=window(view, row_origin=number * columns)))
 
 
 def _settle_ties(

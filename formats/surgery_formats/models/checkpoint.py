@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from surgery_formats.models.tied_parameters import ties_by_place
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter, Parameters
 from surgery_formats.storage.plain import Plain
+from surgery_formats.storage.quantised import is_coded
 from surgery_formats.storage.registry import claimed_weights
 from surgery_formats.storage.unread import Unread, unread_weights
 from surgery_formats.tensors.tensor import StoredTensor
@@ -70,6 +71,11 @@ class Component:
         return {name: claimed.get(name) or _plain(tensor) for name, tensor in self.tensors.items()}
 
     @cached_property
+    def is_quantised(self) -> bool:
+        """Whether a weight is stored as codes that are read."""
+        return any(is_coded(weight) for weight in self.owners.values())
+
+    @cached_property
     def unread(self) -> Unread | None:
         """Weights that are codes in a format which no storage reads: their tensors stand alone, and mean nothing so."""
         plain = {name: tensor for name, tensor in self.tensors.items() if self.owners[name].elements is tensor}
@@ -111,10 +117,17 @@ class Component:
 
     @cached_property
     def dtype(self) -> DType:
-        """The type of the token embedding, else of the first weight of numbers."""
+        """The type of the token embedding, else of the first weight of numbers; of codes, that of `plain_dtype`."""
+        weight = self._typical
+        if weight is None:
+            return DType.F32
+        return self.plain_dtype if is_coded(weight) else weight.dtype
+
+    @property
+    def _typical(self) -> Storage | None:
         if self.embedding:
-            return self.parameters[self.embedding].storage.dtype
-        return next((weight.dtype for weight in self.owners.values() if weight.is_float), DType.F32)
+            return self.parameters[self.embedding].storage
+        return next((weight for weight in self.owners.values() if weight.is_float), None)
 
     @cached_property
     def plain_dtype(self) -> DType:
@@ -126,7 +139,8 @@ class Component:
             if isinstance(config, Mapping)
         )
         halves = {DType.F16.torch_name: DType.F16, DType.BF16.torch_name: DType.BF16}
-        found = next((halves[name] for name in named if name in halves), self.dtype)
+        stored = DType.F32 if self._typical is None else self._typical.dtype
+        found = next((halves[name] for name in named if name in halves), stored)
         return found if found in halves.values() else DType.BF16
 
     @cached_property
@@ -168,6 +182,12 @@ class Component:
         bare = name.partition(".")[2]  # a bare model's checkpoint lacks the first segment
         return bare if bare in self.parameters else ""
 
+    def with_config(self, config: Mapping[str, Any]) -> Component:
+        """The same weights under another configuration, which need not say any more how they are stored."""
+        other = replace(self, config=config)
+        vars(other)["owners"] = self.owners
+        return other
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files."""
@@ -206,6 +226,11 @@ class Checkpoint:
     def is_pipeline(self) -> bool:
         """Whether it has named components."""
         return "" not in self.components
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether a weight of a component is stored as codes that are read."""
+        return any(component.is_quantised for component in self.components.values())
 
     @property
     def main(self) -> Component:

@@ -15,7 +15,7 @@ from surgery_formats.storage.base import PartBytes, Storage, StoredPart, read_bl
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor, matrix_of
 
-__all__ = ["Turned", "aligned", "flattened", "oriented", "release", "turned", "with_columns"]
+__all__ = ["Turned", "aligned", "as_stored", "flattened", "oriented", "release", "turned", "with_columns"]
 
 _HELD = threading.local()
 
@@ -172,6 +172,12 @@ def with_columns(storage: Storage, columns: int) -> Storage:
 def flattened(storage: Storage) -> Storage:
     """A weight flattened after its first axis."""
     return with_columns(storage, matrix_of(storage.sizes)[1])
+
+
+def as_stored(storage: Storage) -> Storage:
+    """The storage itself, or the one that is turned in order to lie as its fellow does."""
+    stored: Storage = getattr(storage, "stored", storage)  # of a Turned
+    return stored
 
 
 def turned(storage: Storage) -> Storage:

@@ -31,7 +31,7 @@ def rounding_variance(weight: Quantised, start: int, stop: int) -> Array:
 
     codes, grid = weight.codes(start, stop), weight.grid(start, stop)
     first, below, above = _neighbours(weight, codes.dtype)
-    numbers = codes.astype(np.int32) - first
+    numbers = np.clip(codes.astype(np.int32) - first, 0, len(below) - 1)
     values = grid.values(codes)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         lower = abs(values - grid.values(below[numbers])) / 2
@@ -50,7 +50,11 @@ def _neighbours(weight: Quantised, dtype: numpy.dtype[numpy.generic]) -> tuple[i
     """
     import numpy as np
 
-    first = -(1 << (weight.bits - 1)) if np.issubdtype(dtype, np.signedinteger) else 0
+    # A signed type may hold codes that are none.
+    signed = np.issubdtype(dtype, np.signedinteger) and any(
+        (weight.codes(row, row + 1) < 0).any() for row in _rows(weight)
+    )
+    first = -(1 << (weight.bits - 1)) if signed else 0
     codes = np.arange(first, first + (1 << weight.bits)).astype(dtype)
     values = max((_numbers(weight, codes, row) for row in _rows(weight)), key=lambda numbers: len(np.unique(numbers)))
     finite = np.flatnonzero(np.isfinite(values))

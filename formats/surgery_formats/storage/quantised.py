@@ -17,6 +17,7 @@ __all__ = [
     "Grid",
     "Quantised",
     "check_rows",
+    "is_coded",
     "is_quantised",
     "keep_where",
     "put_quantised",
@@ -90,6 +91,18 @@ class Quantised(Storage, Protocol):
 
     def pack(self, start: int, codes: Array, grid: Grid) -> tuple[PartBytes, ...]:
         """The bytes of rows from `start`, a multiple of `group`; see `Encoding.put`."""
+
+
+_NUMBERS = frozenset(dtype.label for dtype in DType if dtype.is_float)
+
+
+def is_coded(storage: Storage) -> bool:
+    """Whether the values of a weight are worked out of codes, by whatever codec.
+
+    A weight of plain numbers may have no `Storage.elements` either, where its file has them in another order.
+    """
+    stored: Storage = getattr(storage, "stored", storage)  # of one that is turned
+    return stored.elements is None and stored.kind not in _NUMBERS
 
 
 def is_quantised(storage: Encoding) -> TypeGuard[Quantised]:

@@ -27,6 +27,7 @@ class Numbers(Protocol):
         label: For people.
         bits: Of a code.
         largest: The greatest number; the lowest is its negative or, of integers, one below that.
+        signs_zero: Whether zero has two codes.
     """
 
     @property
@@ -35,6 +36,8 @@ class Numbers(Protocol):
     def bits(self) -> int: ...
     @property
     def largest(self) -> float: ...
+    @property
+    def signs_zero(self) -> bool: ...
 
     def decode(self, codes: numpy.ndarray, out: numpy.ndarray | None = None) -> numpy.ndarray:
         """The numbers of codes, float32 of their shape, in `out` if given."""
@@ -59,6 +62,11 @@ class Integers:
     def label(self) -> str:
         """``INT4``."""
         return f"INT{self.bits}"
+
+    @property
+    def signs_zero(self) -> bool:
+        """Zero is one code."""
+        return False
 
     @property
     def largest(self) -> float:
@@ -118,9 +126,7 @@ class ScaledGrid:
 
     def values(self, codes: numpy.ndarray, first: int = 0) -> numpy.ndarray:
         """See `Grid.values`."""
-        import numpy as np
-
-        return self.scaled(self.numbers.decode(np.ascontiguousarray(codes)), first)
+        return self.scaled(self.numbers.decode(codes), first)
 
     def nearest(self, values: numpy.ndarray, first: int = 0) -> numpy.ndarray:
         """See `Grid.nearest`. Where a scale is 0, every code stands for 0."""
@@ -129,40 +135,50 @@ class ScaledGrid:
         if self.scales is None:
             return self.numbers.nearest(values)
         steps = self.scales if self.scales.all() else np.where(self.scales == 0, np.float32(np.inf), self.scales)
-        block = np.array(values, np.float32, order="C")
-        self._broadcast(np.divide, block, steps, first)
+        numbers = np.empty(values.shape, np.float32)
+        self._broadcast(np.divide, values, steps, first, numbers)
         if self.zeros is not None:
-            self._broadcast(np.add, block, self.zeros, first)
-        return self.numbers.nearest(block)
+            self._broadcast(np.add, numbers, self.zeros, first, numbers)
+        return self.numbers.nearest(numbers)
 
     def scaled(self, numbers: numpy.ndarray, first: int = 0) -> numpy.ndarray:
         """Contiguous `numbers` of the columns from `first`, made values in place."""
         import numpy as np
 
         if self.zeros is not None:
-            self._broadcast(np.subtract, numbers, self.zeros, first)
+            self._broadcast(np.subtract, numbers, self.zeros, first, numbers)
         if self.scales is not None:
-            self._broadcast(np.multiply, numbers, self.scales, first)
+            self._broadcast(np.multiply, numbers, self.scales, first, numbers)
         return numbers
 
     def _broadcast(
-        self, operation: Callable[..., object], block: numpy.ndarray, matrix: numpy.ndarray, first: int
+        self,
+        operation: Callable[..., object],
+        block: numpy.ndarray,
+        matrix: numpy.ndarray,
+        first: int,
+        out: numpy.ndarray,
     ) -> None:
-        """``block = operation(block, matrix)`` in place, an element of `matrix` for every block."""
+        """``out = operation(block, matrix)``, an element of `matrix` for every block."""
         import numpy as np
 
         if self.rows is not None:
             matrix = matrix[self.rows]
         with np.errstate(over="ignore", invalid="ignore"):  # callers look for Inf and NaN themselves
             if self.order is not None:
-                operation(block, matrix[:, self.order[first : first + block.shape[1]]], out=block)
+                operation(block, matrix[:, self.order[first : first + block.shape[1]]], out=out)
             elif matrix.shape[1] == 1:
-                operation(block, matrix, out=block)
+                operation(block, matrix, out=out)
             else:
-                self._by_blocks(operation, block, matrix, first)
+                self._by_blocks(operation, block, matrix, first, out)
 
     def _by_blocks(
-        self, operation: Callable[..., object], block: numpy.ndarray, matrix: numpy.ndarray, first: int
+        self,
+        operation: Callable[..., object],
+        block: numpy.ndarray,
+        matrix: numpy.ndarray,
+        first: int,
+        out: numpy.ndarray,
     ) -> None:
         """`_broadcast` to blocks of neighbouring columns, the first and the last of which may be cut."""
         width, count = self.width, block.shape[1]
@@ -171,13 +187,14 @@ class ScaledGrid:
         body = head + whole * width
         at = first // width  # the block of the first column
         if head:
-            operation(block[:, :head], matrix[:, at : at + 1], out=block[:, :head])
+            operation(block[:, :head], matrix[:, at : at + 1], out=out[:, :head])
             at += 1
         if whole:
-            part = block[:, head:body].reshape(len(block), whole, width)  # a view: an axis is only split
-            operation(part, matrix[:, at : at + whole, None], out=part)
+            shape = len(block), whole, width  # views: an axis is only split
+            part, target = block[:, head:body].reshape(shape), out[:, head:body].reshape(shape)
+            operation(part, matrix[:, at : at + whole, None], out=target)
         if body < count:
-            operation(block[:, body:], matrix[:, at + whole : at + whole + 1], out=block[:, body:])
+            operation(block[:, body:], matrix[:, at + whole : at + whole + 1], out=out[:, body:])
 
 
 def extremes(values: numpy.ndarray, starts: numpy.ndarray, width: int) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -199,9 +199,11 @@ class ScaledWeight:
             return put_quantised(self, start, block, rounded)
         values = cast(to_cpu(block), DType.F32)
         codes = grid.nearest(values)
-        if (zero := values == 0).any():  # which may have two codes, that differ in the sign
-            stored = self.codes(start, stop)
-            np.copyto(codes, stored, where=zero & (grid.values(stored) == 0))
+        if self.numbers.signs_zero:
+            zeros = np.flatnonzero(values == 0)  # which have two codes
+            stored = self.codes(start, stop).reshape(-1)[zeros]
+            keep = self.numbers.decode(stored) == 0
+            codes.reshape(-1)[zeros[keep]] = stored[keep]
         if rounded.flags.c_contiguous:
             grid.scaled(self.numbers.decode(codes, rounded))
         else:

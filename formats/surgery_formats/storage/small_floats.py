@@ -28,18 +28,49 @@ class SmallFloat:
         bits: Of a code, which lies in the low bits of a byte.
         largest: The greatest finite number.
         type_name: Of the scalar type of ``ml_dtypes``.
+        fraction: Bits of it, if the rest is laid out as in types of IEEE 754 (of E4M3, only the code 127 differs).
     """
 
     label: str
     bits: int
     largest: float
     type_name: str
+    fraction: int | None = None
+
+    @property
+    def signs_zero(self) -> bool:
+        """Whether zero has two codes."""
+        return not self.type_name.endswith("uz") and self.type_name != "float8_e8m0fnu"
 
     def decode(self, codes: numpy.ndarray, out: numpy.ndarray | None = None) -> numpy.ndarray:
-        """What `codes`, uint8 below ``2 ** bits``, stand for: float32 of their shape, in `out` if given."""
+        """What `codes`, uint8 below ``2 ** bits``, stand for: float32 of their shape, in `out` (contiguous) if given."""
         import numpy as np
 
-        return np.take(_values(self), codes, out=out, mode="clip")
+        out = np.empty(codes.shape, np.float32) if out is None else out
+        flat, target = np.ascontiguousarray(codes).reshape(-1), out.reshape(-1)
+        for start in range(0, flat.size, _PIECE):
+            piece, numbers = flat[start : start + _PIECE], target[start : start + _PIECE]
+            if not self._shift(piece, numbers):
+                np.take(_values(self), piece, out=numbers, mode="clip")
+        return out
+
+    def _shift(self, codes: numpy.ndarray, out: numpy.ndarray) -> bool:
+        """`decode` by moving bits, where a code has the layout of a float32: thrice as fast as a table."""
+        import numpy as np
+
+        if self.fraction is None:
+            return False
+        no_number = 0x7F if self.fraction == 3 else 0x7C
+        if (codes & 0x7F).max(initial=0) >= no_number:
+            return False
+        bits = out.view(np.int32)
+        np.copyto(bits, codes.view(np.int8))  # the sign fills the upper bits
+        bits <<= 23 - self.fraction
+        bits &= (1 << (30 - self.fraction)) - 1 - (1 << 31)
+        out *= np.float32(
+            2.0 ** (120 if self.fraction == 3 else 112)
+        )  # the exponents of the two types differ by so much
+        return True
 
     def nearest(self, values: numpy.ndarray) -> numpy.ndarray:
         """The uint8 codes of the nearest numbers to float32 `values`; ties go to the even code.
@@ -72,8 +103,8 @@ class SmallFloat:
 E2M1 = SmallFloat("E2M1", 4, 6.0, "float4_e2m1fn")
 E2M3 = SmallFloat("E2M3", 6, 7.5, "float6_e2m3fn")
 E3M2 = SmallFloat("E3M2", 6, 28.0, "float6_e3m2fn")
-E4M3 = SmallFloat("E4M3", 8, 448.0, "float8_e4m3fn")
-E5M2 = SmallFloat("E5M2", 8, 57344.0, "float8_e5m2")
+E4M3 = SmallFloat("E4M3", 8, 448.0, "float8_e4m3fn", 3)
+E5M2 = SmallFloat("E5M2", 8, 57344.0, "float8_e5m2", 2)
 E4M3_FNUZ = SmallFloat("E4M3FNUZ", 8, 240.0, "float8_e4m3fnuz")
 E5M2_FNUZ = SmallFloat("E5M2FNUZ", 8, 57344.0, "float8_e5m2fnuz")
 E8M0 = SmallFloat("E8M0", 8, 2.0**127, "float8_e8m0fnu")

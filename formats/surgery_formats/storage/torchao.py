@@ -2,8 +2,9 @@
 """Weights of torchao as transformers saves them: ``X._weight_qdata`` and others, and their class in the file's metadata.
 
 Read from torchao 0.18 (``torchao.prototype.safetensors``). ``Int8Tensor``, ``IntxUnpackedToInt8Tensor`` and
-``Float8Tensor`` are read: ``(code - zero_point) * scale`` in float32. What is laid out for the kernels of one device is
-refused by name, as is a weight whose layer multiplies its input first. An ``NF4Tensor`` is never saved.
+``Float8Tensor`` are read as ``(code - zero_point) * scale`` in float32, ``Int4Tensor`` as `torchao_int4` says. What is
+laid out for the kernels of one device is refused by name, as is a weight whose layer multiplies its input first. An
+``NF4Tensor`` is never saved.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from surgery_formats.storage.scaled_grid import Integers
 from surgery_formats.storage.scaled_weight import ScaledWeight
 from surgery_formats.storage.scales import Blocks, Scales, Zeros
 from surgery_formats.storage.small_floats import E4M3, E5M2
+from surgery_formats.storage.torchao_int4 import Int4Weight
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
@@ -36,7 +38,6 @@ _CODES = "_qdata"
 _HEADER_LIMIT = 100_000_000
 _FLOATS = {DType.F8_E4M3: E4M3, DType.F8_E5M2: E5M2}
 _LAID_OUT = {
-    "Int4Tensor": "in groups whose scales lie across all rows, as the kernels of MSLK take them",
     "Int4TilePackedTo4dTensor": "in tiles for the tensor cores of a GPU",
     "Int4PlainInt32Tensor": "for the kernels of an XPU or NPU",
     "Int4PreshuffledTensor": "shuffled for the kernels of one GPU",
@@ -47,7 +48,7 @@ _LAID_OUT = {
 
 class _TorchAO:
     name = "torchao"
-    title = "torchao as transformers saves it: Int8Tensor, IntxUnpackedToInt8Tensor, Float8Tensor"
+    title = "torchao as transformers saves it: Int4Tensor, Int8Tensor, IntxUnpackedToInt8Tensor, Float8Tensor"
 
     def claim(self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[Storage]:
         """See `StorageKind`."""
@@ -73,7 +74,9 @@ def _metadata(file: File) -> dict[str, str]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _weight(name: str, stem: str, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> ScaledWeight:
+def _weight(
+    name: str, stem: str, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
+) -> ScaledWeight | Int4Weight:
     codes = tensors[stem + "qdata"]
 
     def fail(what: str) -> NoReturn:
@@ -101,7 +104,9 @@ def _weight(name: str, stem: str, tensors: Mapping[str, StoredTensor], metadata:
     for part in ("scale", *parts):
         if stem + part not in tensors:
             fail(f"there is no '{show(stem + part)}' beside it")
-    blocks = _blocks(codes, fields.get("block_size"), fail)
+    blocks = _blocks(codes, fields.get("block_size"), fail, 2 if kind == "Int4Tensor" else 1)
+    if kind == "Int4Tensor":
+        return _int4(name, codes, blocks, tensors[stem + "scale"], tensors.get(stem + "zero_point"), fail)
     scales = Scales(tensors[stem + "scale"], blocks)
     zeros = Zeros(tensors[stem + "zero_point"], blocks) if "zero_point" in parts else None
     others = tuple(tensors[stem + each] for each in parts if each not in ("qdata", "scale", "zero_point"))
@@ -133,9 +138,27 @@ def _weight(name: str, stem: str, tensors: Mapping[str, StoredTensor], metadata:
     )
 
 
-def _blocks(codes: StoredTensor, size: object, fail: Callable[[str], NoReturn]) -> Blocks:
+def _int4(
+    name: str,
+    codes: StoredTensor,
+    blocks: Blocks,
+    scale: StoredTensor,
+    zero: StoredTensor | None,
+    fail: Callable[[str], NoReturn],
+) -> Int4Weight:
+    rows, columns = blocks.shape
+    if codes.dtype not in (DType.I8, DType.U8) or len(codes.shape) != 2 or zero is None or blocks.size[0] != 1:
+        fail(f"is {codes.dtype.label} {list(codes.shape)} in blocks of {blocks.size[0]} rows, not torchao's Int4Tensor")
+    for tensor in (scale, zero):
+        if tensor.dtype not in (DType.F32, DType.BF16, DType.F16) or tensor.shape != (columns // blocks.size[1], rows):
+            what = f"is {tensor.dtype.label} {list(tensor.shape)}, where there are {columns // blocks.size[1]} groups"
+            raise MalformedError(f"{what} of {rows} rows", file=tensor.path, tensor=tensor.name)
+    return Int4Weight(name, blocks.shape, blocks.size[1], codes, scale, zero)
+
+
+def _blocks(codes: StoredTensor, size: object, fail: Callable[[str], NoReturn], per_byte: int) -> Blocks:
     """The blocks of a weight of two axes, or of a stack of such; -1 is a whole axis."""
-    shape = codes.shape
+    shape = (*codes.shape[:-1], per_byte * codes.shape[-1]) if codes.shape else ()
     if len(shape) not in (2, 3) or 0 in shape:
         fail(f"is {list(shape)}, neither a matrix nor a stack of matrices")
     if not isinstance(size, list) or len(size) != len(shape) or not all(type(each) is int for each in size):

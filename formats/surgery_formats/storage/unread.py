@@ -9,6 +9,7 @@ from typing import Any
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.storage.module_tensors import is_rotated
 from surgery_formats.storage.quantised import quantisation_of
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing, show
@@ -170,7 +171,9 @@ def method_of(config: Mapping[str, Any]) -> str:
     )
     group = named.get("group_size", named.get("q_group_size"))
     words = [str(method)]
-    words += [str(named["format"])] if isinstance(named.get("format"), str) else []
+    labels = (named.get(key) for key in ("format", "checkpoint_format", "packing_format", "version"))
+    words += dict.fromkeys(label for label in labels if isinstance(label, str))
+    words += ["rotated"] if is_rotated(named) else []
     words += [f"{bits} bits"] if bits else []
     words += [f"groups of {group}"] if isinstance(group, int) and group > 0 else []
     return ", ".join(words)

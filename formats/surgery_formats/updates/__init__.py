@@ -10,6 +10,7 @@ from surgery_formats.updates.bat import BAT
 from surgery_formats.updates.blend import blend, unblend
 from surgery_formats.updates.boft import BOFT
 from surgery_formats.updates.c3a import C3A
+from surgery_formats.updates.changed_base import ChangedBase
 from surgery_formats.updates.delora import DeLoRA
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
@@ -30,6 +31,7 @@ from surgery_formats.updates.replacement import Held, Replacement
 from surgery_formats.updates.road import RoAd
 from surgery_formats.updates.sameness import equal_factors, same_update, settings
 from surgery_formats.updates.shira import SHiRA
+from surgery_formats.updates.spectrum import Part
 from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.token_rows import TokenRows
 from surgery_formats.updates.update import (
@@ -67,6 +69,7 @@ __all__ = [
     "OFT",
     "AdaLoRA",
     "Apply",
+    "ChangedBase",
     "DeLoRA",
     "Directed",
     "DoRA",
@@ -89,6 +92,7 @@ __all__ = [
     "Mixing",
     "Offset",
     "PVeRA",
+    "Part",
     "RandLoRA",
     "RandomBases",
     "Replacement",

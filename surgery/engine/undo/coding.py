@@ -68,7 +68,7 @@ class Packer:
         """Unsigned numbers of any size, flat: only the bytes that some of them need are kept."""
         import numpy
 
-        wide = numpy.ascontiguousarray(numbers, dtype="<u8" if numbers.dtype.itemsize == 8 else "<u4")
+        wide = numpy.ascontiguousarray(numbers, dtype="<u8" if numbers.dtype.itemsize == 8 else "<u4").reshape(-1)
         largest = int(wide.max()) if wide.size else 0
         width = (largest.bit_length() + 7) // 8
         planes = wide.view(numpy.uint8).reshape(-1, wide.dtype.itemsize)

@@ -67,7 +67,7 @@ class Estimation:
         digests = [xxhash.xxh3_128() for _ in step.target.parts(label)]
         rounded = empty((min(height, after.shape[0]), after.shape[1]), step.target.dtype)
         expected = 0.0
-        for start, end, values, estimate in estimates(after, chain, height):
+        for start, end, values, estimate, _ in estimates(after, chain, height):
             if stop():
                 break
             block = rounded[: end - start]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from surgery_formats.arrays import Array, assign, empty, namespace
 from surgery_formats.binding.edits import Operation, prepared
@@ -14,7 +16,7 @@ from surgery_formats.tensors.views import View
 from surgery_formats.updates import is_invertible, is_linear, unblend
 from surgery_formats.updates.weights import WeightView
 
-__all__ = ["Chain", "estimates", "inverted", "lost_by", "why_not"]
+__all__ = ["Chain", "Estimate", "estimates", "inverted", "lost_by", "why_not"]
 
 Chain = Sequence[tuple[View, Apply]]
 
@@ -75,10 +77,28 @@ def why_not(operation: Operation) -> str:
     return f"{update.kind}: the lengths of the rows before are not in the result" if update.needs_weight else ""
 
 
-def estimates(after: Storage, chain: Chain, height: int) -> Iterator[tuple[int, int, Array, Array]]:
-    """``(first row, row after the last, values after, estimate of those before)`` of each block, good until the next.
+class Estimate(NamedTuple):
+    """A block of an estimate.
 
-    The values are in the type of `after`, the estimates in float64 and finite: what a 0 has swallowed becomes 0.
+    Attributes:
+        start: First row.
+        stop: Row after the last.
+        after: The values after the operations, in their own type.
+        before: The estimate of those before, in float64, finite.
+        largest: No value of either is greater.
+    """
+
+    start: int
+    stop: int
+    after: Array
+    before: Array
+    largest: float
+
+
+def estimates(after: Storage, chain: Chain, height: int) -> Iterator[Estimate]:
+    """Every block in turn, each good until the next.
+
+    What a 0 has swallowed becomes 0.
     """
     rows, cols = after.shape
     stored = empty((min(height, rows), cols), after.dtype)
@@ -89,8 +109,16 @@ def estimates(after: Storage, chain: Chain, height: int) -> Iterator[tuple[int, 
         values, estimate = stored[: stop - start], block[: stop - start]
         after.read_into(values, start)
         assign(estimate, values)
+        largest = _largest(estimate)
         with xp.errstate(divide="ignore", over="ignore", invalid="ignore"):
             apply_chain(chain, estimate, start, stop)
-        if not xp.isfinite(xp.sum(estimate)):
+        own = _largest(estimate)
+        if not math.isfinite(own):
             estimate[~xp.isfinite(estimate)] = 0
-        yield start, stop, values, estimate
+            own = _largest(estimate)
+        yield Estimate(start, stop, values, estimate, max(largest, own))
+
+
+def _largest(block: Array) -> float:
+    """NaN if a value is."""
+    return max(float(block.max()), -float(block.min()))

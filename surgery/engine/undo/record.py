@@ -218,14 +218,14 @@ class _Recorder:
         chain = inverted(operations, after, height, self._lost(key, operations, before, height))
         types, digest = (before.dtype, after.dtype), xxhash.xxh3_128()
         stored = empty((min(height, before.shape[0]), before.shape[1]), before.dtype)
-        for start, stop, values, estimate in estimates(after, chain, height):
+        for start, stop, values, estimate, largest in estimates(after, chain, height):
             if self.stop.is_set():
                 break
             digest.update(as_bytes(values))
             block = stored[: stop - start]
             before.read_into(block, start)
             bits, now = _bits(block), _bits(values)
-            data = encode(bits, estimate.reshape(-1), now, types, margin_of(estimate, values) if chain else 0.0)
+            data = encode(bits, estimate.reshape(-1), now, types, MARGIN * largest if chain else 0.0)
             if not bool((decode(data, estimate.reshape(-1), now, types) == bits).all()):
                 raise ProofError("what was kept of the base does not give it back", tensor=before.name)
             self.writer.add(key, data)
@@ -239,12 +239,12 @@ class _Recorder:
         height = undone_height(before, operations)
         chain = inverted(operations, after, height, self._lost(key, operations, before, height))
         digest, own = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in before.sources]
-        for start, stop, values, estimate in estimates(after, chain, height):
+        for start, stop, values, estimate, largest in estimates(after, chain, height):
             if self.stop.is_set():
                 break
             digest.update(as_bytes(values))
             parts = stored_parts(before, start, stop)
-            data = encode_codes(parts, after, start, estimate, margin_of(estimate, values) if chain else 0.0)
+            data = encode_codes(parts, after, start, estimate, MARGIN * largest if chain else 0.0)
             if data is None:
                 return None
             for part, _, raw in parts:
@@ -281,16 +281,6 @@ class _Recorder:
 def lost_dtype(before: Storage) -> str:
     """Numpy's name of the type in which lengths are kept."""
     return "<f8" if before.dtype in (DType.F32, DType.F64) and not is_quantised(before) else "<f4"
-
-
-def margin_of(estimate: Array, values: Array) -> float:
-    """How far an estimate may lie elsewhere on another processor: see `residue`."""
-    import numpy
-
-    largest = max(
-        float(numpy.max(estimate)), -float(numpy.min(estimate)), float(numpy.max(values)), -float(numpy.min(values))
-    )
-    return MARGIN * largest
 
 
 def _has_line(storage: Storage) -> bool:

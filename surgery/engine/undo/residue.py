@@ -7,11 +7,17 @@ grew into a higher power of two are bits lost, ``k`` of them if its unit is ``2^
 difference in units is stored, apart for every k, because each k has frequencies of its own.
 
 The estimate is computed in float64, whose last bits differ between processors. Where that could decide how it is rounded
-(the estimate lies within `MARGIN` of the middle between two neighbours), and where the difference is not what k makes
-likely, the value itself is stored. So any processor reads what another one wrote.
+(the estimate lies within `MARGIN` of the middle between two neighbours) the value itself is stored. So any processor
+reads what another one wrote. Few values differ that lost no bit: they are listed with their differences; where they are
+many (float32, in which a merge rounds more than once) every value has a class.
 """
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 from surgery.engine.undo.coding import Packer, Unpacker
 from surgery_formats.arrays import Array, assign
@@ -23,6 +29,8 @@ __all__ = ["LINE", "MARGIN", "Line", "decode", "encode", "nearest_bits"]
 MARGIN = 2.0**-38
 """Of the greatest value of a block: many times what the order of additions changes in float64."""
 
+_PIECE = 1 << 16  # elements that are looked at together, in cache
+_MANY = 6  # one value of so many differs without having lost a bit: then each gets a class
 _CLASSES = 8  # differences of as many or more lost bits are stored together
 
 
@@ -35,13 +43,15 @@ class Line:
         self.unsigned = numpy.dtype(unsigned)
         self.mantissa, self.bias = mantissa, bias
         self.sign = 1 << (self.unsigned.itemsize * 8 - 1)
+        self._signed = numpy.dtype(f"<i{self.unsigned.itemsize}")
+        self._wide = numpy.int32 if self.unsigned.itemsize == 2 else numpy.int64
 
     def order(self, bits: Array) -> Array:
-        """Bits as int64 that grow with the value; minus zero comes right before zero."""
-        import numpy
+        """Bits as whole numbers that grow with the value; minus zero comes right before zero.
 
-        wide = bits.astype(numpy.int64)
-        return numpy.where(bits & self.unsigned.type(self.sign) != 0, -1 - (wide & (self.sign - 1)), wide)
+        Of negative numbers all bits but the sign are turned over. The result has room for differences.
+        """
+        return self._turned(bits.view(self._signed)).astype(self._wide)
 
     def bits(self, order: Array) -> Array:
         """The bits of `order`.
@@ -49,12 +59,16 @@ class Line:
         Raises:
             MalformedError: a number beyond the type.
         """
-        import numpy
-
         if order.size and not (-self.sign <= int(order.min()) and int(order.max()) < self.sign):
             raise MalformedError("a difference leads beyond the type of the weight")
-        size = numpy.where(order < 0, -1 - order, order).astype(self.unsigned)
-        return numpy.where(order < 0, size | self.unsigned.type(self.sign), size)
+        return self._turned(order.astype(self._signed)).view(self.unsigned)
+
+    def _turned(self, signed: Array) -> Array:
+        """Its own inverse."""
+        mask = signed >> (self.unsigned.itemsize * 8 - 1)
+        mask &= self._signed.type(self.sign - 1)
+        mask ^= signed
+        return mask
 
     def unit(self, bits: Array) -> Array:
         """The power of two of the last place, as int16."""
@@ -91,15 +105,50 @@ def nearest_bits(values: Array, dtype: DType) -> Array:
     """The bits of float64 values rounded to float32 and then to `dtype`, to nearest even both times."""
     import numpy
 
+    bits = numpy.empty(values.shape, LINE(dtype).unsigned)
+    _round(values, dtype, bits, numpy.empty(values.shape, numpy.float32))
+    return bits
+
+
+def _round(values: Array, dtype: DType, bits: Array, single: Array) -> None:
+    """`nearest_bits` into `bits`, by way of `single`."""
+    import numpy
+
     if dtype is DType.F64:
-        return values.copy().view(numpy.uint64)
+        bits[...] = values.view(numpy.uint64)
+        return
     with numpy.errstate(over="ignore"):
-        single = values.astype(numpy.float32)
+        numpy.copyto(single, values, casting="same_kind")
     if dtype is DType.F32:
-        return single.view(numpy.uint32)
-    narrow = numpy.empty(single.shape, dtype.numpy)
-    assign(narrow, single)
-    return narrow.view(numpy.uint16)
+        bits[...] = single.view(numpy.uint32)
+    else:
+        assign(bits.view(dtype.numpy), single)
+
+
+class _Buffers:
+    """A thread's arrays for one piece, made once: fresh memory would cost more than what is done with it."""
+
+    def __init__(self, dtype: DType) -> None:
+        import numpy
+
+        self.wide = numpy.empty(_PIECE, numpy.float64)
+        self.single = numpy.empty(_PIECE, numpy.float32)
+        self.low, self.high, self.exponents, self.others = (numpy.empty(_PIECE, LINE(dtype).unsigned) for _ in range(4))
+        self.coarse, self.plain, self.doubtful = (numpy.empty(_PIECE, numpy.bool_) for _ in range(3))
+
+
+_kept = threading.local()
+
+
+def _buffers(dtype: DType) -> _Buffers:
+    made: dict[DType, _Buffers] = _kept.__dict__.setdefault("made", {})
+    if dtype not in made:
+        made[dtype] = _Buffers(dtype)
+    return made[dtype]
+
+
+def _pieces(size: int) -> Iterator[slice]:
+    return (slice(start, min(start + _PIECE, size)) for start in range(0, size, _PIECE))
 
 
 def encode(before: Array, estimate: Array, merged: Array, types: tuple[DType, DType], margin: float) -> bytes:
@@ -114,25 +163,95 @@ def encode(before: Array, estimate: Array, merged: Array, types: tuple[DType, DT
     """
     import numpy
 
-    line = LINE(types[0])
-    low = nearest_bits(estimate - margin if margin else estimate, types[0])
-    high = nearest_bits(estimate + margin, types[0]) if margin else low
-    lost = _lost_bits(low, merged, types)
-    coarse = lost > 0
-    plain = low != high
-    plain |= (before != low) & ~coarse
-    coarse &= ~plain
+    found = _scan(before, estimate, merged, types, margin, every=False)
+    if every := _joined(found.wrong).size * _MANY > before.size:
+        found = _scan(before, estimate, merged, types, margin, every=True)
     packer = Packer()
-    places = numpy.flatnonzero(plain)
-    packer.add(numpy.diff(places, prepend=0).astype(numpy.uint32))
-    packer.add(before[places])
-    places = numpy.flatnonzero(coarse)
-    classes = numpy.minimum(lost[places], _CLASSES)
-    steps = line.order(before[places]) - line.order(low[places])
-    folded = numpy.where(steps < 0, -2 * steps - 1, 2 * steps).astype(numpy.uint64)  # 0 -1 1 -2 2 ... -> 0 1 2 3 4
-    for number in range(1, _CLASSES + 1):
-        packer.add(folded[classes == number])
-    return packer.data()
+    for places in (_joined(found.doubtful), _joined(found.wrong)):
+        packer.add(numpy.diff(places, prepend=0).astype(numpy.uint32))
+    packer.add(before[_joined(found.doubtful)])
+    packer.add(_joined(found.wrong_steps))
+    by, ends = _by_class(_joined(found.classes))
+    steps = _joined(found.steps)[by]
+    for start, end in pairwise([0, *ends]):
+        packer.add(steps[start:end])
+    return bytes([every]) + packer.data()
+
+
+class _Found(NamedTuple):
+    """What pieces of a block have to say, as lists of arrays."""
+
+    doubtful: list[Array]  # places of values that are stored whole
+    wrong: list[Array]  # places of the others that differ and have no class
+    wrong_steps: list[Array]
+    classes: list[Array]  # of the rest that may differ
+    steps: list[Array]
+
+
+def _scan(
+    before: Array, estimate: Array, merged: Array, types: tuple[DType, DType], margin: float, *, every: bool
+) -> _Found:
+    """Look at every value; those that lost no bit have the class 0 if `every` one is to have a class."""
+    import numpy
+
+    work = _buffers(types[0])
+    found = _Found([], [], [], [], [])
+    for piece in _pieces(before.size):
+        values, stored, now = estimate[piece], before[piece], merged[piece]
+        count = len(values)
+        low, high, wide, single = work.low[:count], work.high[:count], work.wide[:count], work.single[:count]
+        wrong, doubtful = work.plain[:count], work.doubtful[:count]
+        numpy.subtract(values, margin, out=wide)
+        _round(wide, types[0], low, single)
+        coarse = _is_coarse(low, now, types, work)
+        numpy.not_equal(stored, low, out=wrong)
+        if types[0] is DType.F64:
+            doubtful[...] = wrong
+        elif margin:
+            numpy.add(values, margin, out=wide)
+            _round(wide, types[0], high, single)
+            numpy.not_equal(low, high, out=doubtful)
+        else:
+            doubtful[...] = False
+        if every:
+            coarse[...] = True
+        numpy.greater(coarse, doubtful, out=coarse)
+        numpy.greater(wrong, coarse, out=wrong)
+        numpy.greater(wrong, doubtful, out=wrong)
+        found.doubtful.append(numpy.flatnonzero(doubtful) + piece.start)
+        at = numpy.flatnonzero(wrong)
+        found.wrong.append(at + piece.start)
+        found.wrong_steps.append(_steps(stored[at], low[at], types[0]))
+        at = numpy.flatnonzero(coarse)
+        found.classes.append(_classes(low[at], now[at], types, least=int(not every)))
+        found.steps.append(_steps(stored[at], low[at], types[0]))
+    return found
+
+
+def _by_class(classes: Array) -> tuple[Array, list[int]]:
+    """The order that puts equal classes together, and where each ends."""
+    import numpy
+
+    counts = numpy.bincount(classes, minlength=_CLASSES + 1)
+    return numpy.argsort(classes, kind="stable"), numpy.cumsum(counts).tolist()
+
+
+def _joined(parts: list[Array]) -> Array:
+    import numpy
+
+    return numpy.concatenate(parts) if parts else numpy.empty(0, numpy.int64)
+
+
+def _steps(stored: Array, low: Array, dtype: DType) -> Array:
+    """Differences in units, folded into numbers from 0: 0 -1 1 -2 2 ... are 0 1 2 3 4."""
+    import numpy
+
+    steps = LINE(dtype).order(stored)
+    steps -= LINE(dtype).order(low)
+    negative = steps < 0
+    steps <<= 1
+    numpy.invert(steps, out=steps, where=negative)
+    return steps.view(f"<u{steps.itemsize}")
 
 
 def decode(data: bytes | bytearray | memoryview, estimate: Array, merged: Array, types: tuple[DType, DType]) -> Array:
@@ -143,32 +262,65 @@ def decode(data: bytes | bytearray | memoryview, estimate: Array, merged: Array,
     """
     import numpy
 
-    line = LINE(types[0])
-    found = nearest_bits(estimate, types[0])
-    unpacker = Unpacker(data)
-    places = numpy.cumsum(unpacker.take(found.size).astype(numpy.int64))
-    stored = unpacker.take(found.size)
-    if len(places) != len(stored) or (places.size and not 0 <= int(places.min()) <= int(places[-1]) < found.size):
-        raise MalformedError("a place lies outside of its block")
-    lost = _lost_bits(found, merged, types)
-    lost[places] = 0
-    coarse = numpy.flatnonzero(lost > 0)
-    classes = numpy.minimum(lost[coarse], _CLASSES)
-    folded = numpy.empty(coarse.size, numpy.int64)
-    for number in range(1, _CLASSES + 1):
-        here = classes == number
-        steps = unpacker.take(found.size)
-        if len(steps) != int(here.sum()):
-            raise MalformedError("it was made for other merged values")
-        folded[here] = steps.astype(numpy.int64)
+    line, work = LINE(types[0]), _buffers(types[0])
+    found = numpy.empty(estimate.size, line.unsigned)
+    every, unpacker = bool(data[:1] == b"\x01"), Unpacker(memoryview(data)[1:])
+    places, wrong = (numpy.cumsum(unpacker.take(found.size).astype(numpy.int64)) for _ in range(2))
+    stored, wrong_steps = unpacker.take(found.size), unpacker.take(found.size)
+    for listed, values in ((places, stored), (wrong, wrong_steps)):
+        inside = not listed.size or 0 <= int(listed.min()) <= int(listed[-1]) < found.size
+        if len(listed) != len(values) or not inside:
+            raise MalformedError("a place lies outside of its block")
+    kept: list[Array] = []
+    classes: list[Array] = []
+    for piece in _pieces(found.size):
+        bits, now = found[piece], merged[piece]
+        _round(estimate[piece], types[0], bits, work.single[: len(bits)])
+        coarse = _is_coarse(bits, now, types, work)
+        if every:
+            coarse[...] = True
+        first, last = numpy.searchsorted(places, (piece.start, piece.stop))
+        coarse[places[first:last] - piece.start] = False
+        at = numpy.flatnonzero(coarse)
+        classes.append(_classes(bits[at], now[at], types, least=int(not every)))
+        kept.append(at + piece.start)
+    by, ends = _by_class(_joined(classes))
+    folded = [unpacker.take(found.size) for _ in range(_CLASSES + 1)]
     unpacker.end()
-    steps = numpy.where(folded & 1, -(folded >> 1) - 1, folded >> 1)
-    found[coarse] = line.bits(line.order(found[coarse]) + steps)
+    if list(map(len, folded)) != [end - start for start, end in pairwise([0, *ends])]:
+        raise MalformedError("it was made for other merged values")
+    for at, steps in ((_joined(kept)[by], _joined(folded)), (wrong, wrong_steps)):
+        signed = steps.view(numpy.int64)
+        found[at] = line.bits(line.order(found[at]) + ((signed >> 1) ^ -(signed & 1)))
     found[places] = stored.astype(line.unsigned)
     return found
 
 
-def _lost_bits(estimate: Array, merged: Array, types: tuple[DType, DType]) -> Array:
-    """How many bits finer the estimate is than the merged value; none of float64, whose values are stored whole."""
+def _is_coarse(estimate: Array, merged: Array, types: tuple[DType, DType], work: _Buffers) -> Array:
+    """Where the unit of the merged value is greater than that of the estimate, so that bits are lost.
+
+    Nowhere in float64, whose values are stored whole where they differ.
+    """
+    import numpy
+
+    coarse = work.coarse[: len(estimate)]
+    if types[0] is DType.F64:
+        coarse[...] = False
+    elif types[0] is types[1]:  # by their exponents as they lie there
+        line = LINE(types[0])
+        mask = line.unsigned.type(line.sign - (1 << line.mantissa))
+        own, others = work.exponents[: len(estimate)], work.others[: len(estimate)]
+        numpy.bitwise_and(estimate, mask, out=own)
+        numpy.bitwise_and(merged, mask, out=others)
+        numpy.greater(others, own, out=coarse)
+    else:
+        numpy.greater(LINE(types[1]).unit(merged), LINE(types[0]).unit(estimate), out=coarse)
+    return coarse
+
+
+def _classes(estimate: Array, merged: Array, types: tuple[DType, DType], *, least: int) -> Array:
+    """How many bits finer estimates are than merged values, from `least` to `_CLASSES`."""
+    import numpy
+
     lost = LINE(types[1]).unit(merged) - LINE(types[0]).unit(estimate)
-    return lost * 0 if types[0] is DType.F64 else lost
+    return numpy.clip(lost, least, _CLASSES).astype(numpy.uint8)

@@ -294,7 +294,7 @@ class _Weighed:
         chain = self._chain(segments, "<f8" if dtype in (DType.F32, DType.F64) else "<f4")
         seen, digest, at = xxhash.xxh3_128(), xxhash.xxh3_128(), 0
         types = (dtype, self.after.dtype)
-        for _, _, values, estimate in estimates(self.after, chain, self.height):
+        for _, _, values, estimate, _ in estimates(self.after, chain, self.height):
             if stop():
                 break
             seen.update(as_bytes(values))
@@ -313,7 +313,7 @@ class _Weighed:
         segments = self.sidecar.segments(f"weight/{self.label}")
         chain = self._chain(segments, lost_dtype(self.after))
         seen, digests = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in self.after.sources]
-        for start, _, values, estimate in estimates(self.after, chain, self.height):
+        for start, _, values, estimate, _ in estimates(self.after, chain, self.height):
             if stop():
                 break
             seen.update(as_bytes(values))

@@ -220,9 +220,8 @@ class _Work:
     def target(self, target: LowRankTarget, lane: Lane, stop: Stop) -> None:
         """Compare and factorise the tensors of one target."""
         tallies = {name: _tally(self.parameters[name].pair, self._limit(name), target) for name in target.names}
-        seen = {
-            tally: _observer(self.result.digests, self.parameters[name].pair.base) for name, tally in tallies.items()
-        }
+        bases = {strip.tuned.name: strip.base for delta in target.deltas for strip in delta.strips}
+        seen = {tally: _observer(self.result.digests, bases[name]) for name, tally in tallies.items()}
         matrices: list[FactorisedMatrix] = []
         with lane.memory.reserve(_need(max(delta.numel for delta in target.deltas))):
             for delta in target.deltas:
@@ -291,7 +290,7 @@ def _tally(pair: Pair, row_limit: int, target: LowRankTarget | None) -> Tally:
 
 
 def _observer(digests: Digests, weight: Storage) -> ByteObserver | None:
-    """Digests the bytes of a weight as they are read; only of one tensor that is read as it is stored."""
+    """Digests the bytes of a weight as they are read; only of one tensor that is read as it is stored, and not turned."""
     return digests.claim(weight.elements) if isinstance(weight.elements, StoredTensor) else None
 
 
@@ -299,7 +298,7 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMe
     """Compare a pair that is not factorised; of a grown vocabulary, the rows that both have."""
     base, tuned = pair.matrices()
     rows, cols = min(base.shape[0], tuned.shape[0]), tuned.shape[1]
-    observe = _observer(digests, pair.base)
+    observe = _observer(digests, base)
     if not pair.is_float:
         return PairMeasure(
             any(list(map(_differs, DirectFeed().pairs(base, tuned, 0, rows, observe)))), numel=rows * cols

@@ -20,6 +20,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import MANTISSA, NoiseTally
 from surgery_formats.linalg.panel import squares
 from surgery_formats.storage.base import Storage
+from surgery_formats.storage.quantised import is_coded
 
 __all__ = ["MEASURED", "PairMeasure", "Tally", "measure_stack", "same_bits"]
 
@@ -256,7 +257,7 @@ def _measure(
     counts[0] = 0  # rows that do not differ
     middle = int((counts.cumsum() * 2 < counts.sum()).sum())
     power = middle - (len(counts) - 2) // 2 - MANTISSA[sides[1].dtype][0]
-    coded = getattr(sides[1], "stored", sides[1]).elements is None  # its spacing is not that of its type
+    coded = is_coded(sides[1])  # its spacing is not that of its type
     ulp = math.ldexp(1.0, power) if counts.any() and not coded else 0.0
     return PairMeasure(moved > 0, energy, named, numel, int(moved), ulp, noise / 12)
 

@@ -86,7 +86,7 @@ def merged_weights(binding: Binding, layout: Layout) -> MergedWeights:
         if isinstance(tensor.step, Copy) and tensor.name not in overrides and tensor.step.source.name != tensor.name:
             overrides[tensor.name] = replace(tensor.step.source, name=tensor.name)
     side_files = tuple(side for side in merge_plan.side_files if layout == "full" or side.name != component.index_name)
-    changed = replace(component, config=_config(component, side_files))
+    changed = component.with_config(_config(component, side_files))
     model = model_of(changed.config, frozenset(changed.parameters) | frozenset(overrides))
     return MergedWeights(plan, changed, overrides, side_files, _with_biases(model, overrides))
 
@@ -118,10 +118,12 @@ def _delta(binding: Binding, merge_plan: Plan, component: Component) -> Plan:
     planned += [tensor for tensor in merge_plan.tensors if tensor.name in carried]
     file = planned_file(DELTA, packing_order(planned, groups), alignment=PAGE)
     stored = {tensor.name for tensor in file.tensors}
+    sources = [account for account in merge_plan.accounts if account.outcome == "source"]  # codes, scales
+    kept = stored | {account.tensor.name for account in sources}
     accounts = [
         Account(tensor, "referenced", f"used where it lies in {tensor.file.path.name}")
         for tensor in component.tensors.values()
-        if tensor.name not in stored
+        if tensor.name not in kept
     ]
     accounted = {account.tensor.name for account in accounts}
     accounts += [account for account in merge_plan.accounts if account.tensor.name not in accounted]

@@ -156,7 +156,7 @@ class GraphWeights:
         tied = {source: alias for alias, source in component.aliases.items()}
         return [
             name
-            for name in {**component.tensors, **self._overrides}
+            for name in {**component.parameters, **self._overrides}
             if name not in self.used
             and name not in excused
             and component.aliases.get(name) not in self.used

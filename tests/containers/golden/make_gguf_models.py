@@ -92,6 +92,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
     },
     "olmo2": {"model_type": "olmo2", "rope_theta": 500000.0},
+    "olmo": {"model_type": "olmo", "rope_theta": 10000.0, "clip_qkv": None},
+    "olmoe": {"model_type": "olmoe", "num_experts": 3, "num_experts_per_tok": 2},
+    "starcoder2": {"model_type": "starcoder2", "norm_epsilon": 1e-5, "use_bias": True, "sliding_window": None},
+    "command-r": {"model_type": "cohere", "logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True},
+    "phi2": {"model_type": "phi", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "num_key_value_heads": 4},
     "smollm3": {"model_type": "smollm3", "rope_theta": 2000000.0, "no_rope_layer_interval": 4},
     "phi3": {"model_type": "phi3", "original_max_position_embeddings": 64, "sliding_window": 24},
     "gpt2": {
@@ -133,6 +138,8 @@ def write_model(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     whole = {**({} if config["model_type"] == "gpt2" else _COMMON), **config}
+    if config["model_type"] == "olmo":  # its norms have no parameters, and an epsilon of their own
+        del whole["rms_norm_eps"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**whole))
     names = set()
     for name, parameter in model.named_parameters():
@@ -181,6 +188,8 @@ def main() -> None:
     made: dict[str, bytes] = {}
     configs = {}
     for name, config in CONFIGS.items():
+        if options.only and name not in options.only.split(","):
+            continue
         with tempfile.TemporaryDirectory() as place:
             folder, output = Path(place) / "model", Path(place) / f"{name}.gguf"
             folder.mkdir()
@@ -190,6 +199,8 @@ def main() -> None:
                 quantise(output, Path(place) / "q.gguf", 15)  # LLAMA_FTYPE_MOSTLY_Q4_K_M
                 output = Path(place) / "q.gguf"
             made[f"{name}.gguf"] = output.read_bytes()
+    if options.only:
+        configs = {**json.loads((HERE / "configs.json").read_text()), **configs}
     made["configs.json"] = json.dumps(configs, indent=1, sort_keys=True).encode() + b"\n"
     for name, data in made.items():
         if options.check:

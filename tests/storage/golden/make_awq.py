@@ -4,7 +4,7 @@
 Run with both and torch for the CPU: ``python make_awq.py``, or with ``--check`` to compare.
 
 ``decoded.X.weight`` of gemm is float16 ``(in, out)``, by the programs' own function. autoawq has none for gemv: there it
-is ``(out, in)``, its quantiser's numbers of the codes that the layer was given.
+is ``(out, in)``, its quantiser's numbers of the codes that the layer was given. ``given.X.weight`` is what was encoded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ F16 = torch.float16
 
 GEMM = {"gemm": (32, 64, 64), "gemm.64": (64, 128, 32), "gemm.128": (128, 256, 32), "gemm.all": (-1, 72, 32)}
 GEMV = {"gemv": (32, 128, 16), "gemv.64": (64, 192, 8), "gemv.128": (128, 256, 8), "gemv.many": (32, 1056, 8)}
+GIVEN = ("gemm", "gemm.all", "gemv.64")  # whose weights before are kept
 ROUND = {"round.4": (4, 32, 64, 32), "round.5": (5, 32, 64, 32), "round.6": (6, 64, 64, 32), "round.7": (7, 32, 32, 32)}
 
 
@@ -61,23 +62,25 @@ def saved(name: str, layer: Any) -> dict[str, torch.Tensor]:
 def by_gemm(name: str, seed: int) -> dict[str, torch.Tensor]:
     size, inputs, outputs = GEMM[name]
     made = linear(outputs, inputs, seed)
+    given = {f"given.{name}.weight": made.weight.data.T} if name in GIVEN else {}
     made.weight.data, scales, zeros = quantised(made, 4, size)
     size = inputs if size == -1 else size
     layer = WQLinear_GEMM.from_linear(made, 4, size, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
     decoded = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, size)
     assert torch.allclose(decoded.T.float(), made.weight.data, atol=1e-3), name
-    return {**saved(name, layer), f"decoded.{name}.weight": decoded}
+    return {**saved(name, layer), **given, f"decoded.{name}.weight": decoded}
 
 
 def by_gemv(name: str, seed: int) -> dict[str, torch.Tensor]:
     size, inputs, outputs = GEMV[name]
     made = linear(outputs, inputs, seed)
+    given = {f"given.{name}.weight": made.weight.data} if name in GIVEN else {}
     made.weight.data, scales, zeros = quantised(made, 4, size)
     layer = WQLinear_GEMV.from_linear(made, 4, size, scales=scales, zeros=zeros)
     half = layer.scales[:, : inputs // size].float().repeat_interleave(size, 1)
     wide = zeros.repeat_interleave(size, 1)
     codes = torch.round((made.weight.data + (zeros * scales).repeat_interleave(size, 1)) / half)
-    return {**saved(name, layer), f"decoded.{name}.weight": ((codes - wide) * half).to(F16)}
+    return {**saved(name, layer), **given, f"decoded.{name}.weight": ((codes - wide) * half).to(F16)}
 
 
 def by_auto_round(name: str, seed: int) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ Run with these three and torch for the CPU: ``python make_gptq.py``, or with ``-
 imports beside a current transformers: its layer and its quantiser are loaded from their files alone.
 
 ``decoded.X.weight`` is ``(in, out)`` in float32, by gptqmodel's dequantiser; in float16 it is what a layer computes with.
+``given.X.weight`` is what was encoded.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ GPTQMODEL = {
     "v2.4": (2, 4, 64, False, "", 128, 16),
     "v2.4.short": (2, 4, 64, False, "", 96, 16),
     "v2.4.128": (2, 4, 128, True, "", 256, 8),
-    "v1.2": (1, 2, 32, False, "", 64, 32),
+    "v1.2": (1, 2, 32, False, "", 32, 32),
     "v2.2": (2, 2, 16, True, "act", 32, 16),
-    "v1.3": (1, 3, 32, False, "", 64, 32),
+    "v1.3": (1, 3, 32, False, "", 32, 32),
     "v2.3": (2, 3, 64, True, "act", 64, 32),
     "v1.8": (1, 8, 32, True, "", 64, 12),
     "v2.8": (2, 8, -1, False, "", 40, 12),
 }
-AUTO_GPTQ = {"old.4": (4, 32, 64, 32), "old.3": (3, 32, 32, 32), "old.8": (8, 64, 64, 32), "old.2": (2, 32, 32, 32)}
+AUTO_GPTQ = {"old.4": (4, 32, 64, 32), "old.3": (3, 32, 32, 32), "old.8": (8, 32, 32, 32), "old.2": (2, 32, 32, 32)}
+GIVEN = ("v1.4", "v2.8", "v2.4.short")  # whose weights before are kept
 AUTO_ROUND = {
     # name: (layer, bits, group, in, out)
     "round.v2.4": (qlinear_torch, 4, 32, 64, 32),
@@ -132,6 +134,8 @@ def by_gptqmodel(name: str, seed: int) -> dict[str, torch.Tensor]:
         save_file(tensors, Path(folder) / "model.safetensors")
         config = {"bits": bits, "checkpoint_format": "gptq" if number == 1 else "gptq_v2"}
         exact = convert_gptq_file(Path(folder) / "model.safetensors", F32, config, device="cpu")[f"{name}.weight"].T
+    if name in GIVEN:
+        tensors[f"given.{name}.weight"] = made.weight.data.T.to(F16)
     if exact.to(F16).equal(decoded):
         return {**tensors, f"decoded.{name}.weight": exact}
     # A zero point of 0 was borrowed from its neighbour, which this dequantiser does not know, but the layer does.

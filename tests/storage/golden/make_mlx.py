@@ -4,7 +4,7 @@
 Run with mlx (for the CPU), torch and transformers: ``python make_mlx.py``, or with ``--check`` to compare.
 
 ``decoded.X.weight`` is what MLX computes from the scales and biases in float32; in their own type of 16 bits it rounds
-the product, and then the sum: ``rounded.X.weight`` is that.
+the product, and then the sum: ``rounded.X.weight`` is that, and ``given.X.weight`` what was encoded.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def by_mlx(name: str, seed: int) -> dict[str, torch.Tensor]:
     rounded = mx.dequantize(words, scales, biases, group_size=size, bits=bits)
     made = {"weight": words, "scales": scales, "biases": biases}
     own = {f"{name}.{part}": as_torch(each) for part, each in made.items()}
+    own[f"given.{name}.weight"] = as_torch(mx.array(values(shape, seed)).astype(dtype))
     return {**own, f"decoded.{name}.weight": as_torch(decoded), f"rounded.{name}.weight": as_torch(rounded)}
 
 

@@ -20,6 +20,7 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 from torchao.quantization import (
     Float8Tensor,
     Float8WeightOnlyConfig,
+    Int4Tensor,
     Int8Tensor,
     Int8WeightOnlyConfig,
     IntxUnpackedToInt8Tensor,
@@ -29,6 +30,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.granularity import PerAxis, PerBlock, PerGroup, PerTensor
 from torchao.quantization.quant_primitives import dequantize_affine
+from torchao.quantization.quantize_.workflows.int4 import int4_tensor
 
 GOLDEN = Path(__file__).with_name("torchao.safetensors")
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
@@ -62,11 +64,34 @@ def values(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, Int4Tensor):
+        low = (tensor.qdata << 4) >> 4
+        codes = torch.stack([low, tensor.qdata >> 4], dim=2).reshape(tensor.shape[0], -1, tensor.block_size[1])
+        scale, zero = (each.float().T[:, :, None] for each in (tensor.scale, tensor.zero_point))
+        return (codes * scale + zero).reshape(tensor.shape)
     if isinstance(tensor, IntxUnpackedToInt8Tensor):  # whose own method rounds to the type that it had
         return dequantize_affine(
             tensor.qdata, tensor.block_size, tensor.scale, tensor.zero_point, torch.int8, output_dtype=F32
         )
     return tensor.dequantize(output_dtype=F32)
+
+
+def int4_row_quantize_zp(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """As FBGEMM defines it, from where torchao's MSLK has it; no package index has that."""
+    grouped = weight.float().reshape(len(weight), -1, size)
+    least = grouped.amin(2)
+    scale = (grouped.amax(2) - least).clamp(min=1e-6) / 15
+    codes = ((grouped - least[:, :, None]) / scale[:, :, None]).round().clamp(0, 15) - 8
+    return codes.reshape(weight.shape).to(torch.int8), scale.T.contiguous(), (least + 8 * scale).T.contiguous()
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    return (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+
+
+def int4(weight: torch.Tensor, size: int) -> Int4Tensor:
+    int4_tensor.int4_row_quantize_zp, int4_tensor.pack_int4 = int4_row_quantize_zp, pack_int4
+    return Int4Tensor.from_hp(weight, [1, size])
 
 
 def build() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -83,6 +108,13 @@ def build() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     blocks = values((32, 64), 98)
     state["float8.blocks.weight"] = Float8Tensor.from_hp(blocks, granularity=PerBlock([16, 32]))
     given["given.float8.blocks.weight"] = blocks
+    for name, shape, dtype in (
+        ("int4", (6, 128), BF16),
+        ("int4.float16", (5, 96), F16),
+        ("int4.float32", (3, 32), F32),
+    ):
+        weight = values(shape, len(name)).to(dtype)
+        state[f"{name}.weight"], given[f"given.{name}.weight"] = int4(weight, 32), weight
     flat, metadata = flatten_tensor_state_dict(state)
     decoded = {f"decoded.{name}": in_float32(tensor) for name, tensor in state.items() if name != "nvfp4.weight"}
     return {**flat, **given, **decoded}, metadata

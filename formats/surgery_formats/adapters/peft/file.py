@@ -43,6 +43,7 @@ class PeftFile:
         whole_biases: Whether biases are stored whole (``bias="all"``).
         defaults: Default fields of the kind's configuration.
         fields: Fields that follow from what was written.
+        rewritten: Whether the adapter's own configuration is not true of what was written, whatever ranks and scales say.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class PeftFile:
     whole_biases: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
+    rewritten: bool = False
 
     def put(
         self,
@@ -161,7 +163,7 @@ class PeftFile:
 
     def kept(self) -> bool:
         """Whether the adapter's own configuration is still true of the written tensors."""
-        if self.own is None or self.scaling is not None:
+        if self.own is None or self.scaling is not None or self.rewritten:
             return False
         for module, (rank, alpha) in self.settings.items():
             meant_scale, scale = alpha / rank, self.own.scale_of(module, rank)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 from surgery_formats.canonical.adapter import Ignored
@@ -42,24 +42,33 @@ class Sorted:
 
 
 def sort_tensors(
-    tensors: Iterable[StoredTensor], factors: Set[str], shared: Set[str] = frozenset(), prefix: str = PREFIX
+    tensors: Iterable[StoredTensor],
+    factors: Set[str],
+    shared: Set[str] = frozenset(),
+    prefix: str = PREFIX,
+    unused: Mapping[str, str] | None = None,
 ) -> Sorted:
     """Group factors by module; everything else is a parameter stored whole.
 
     Args:
         tensors: Of the file.
         factors: Names of factors after the module's path, as ``lora_A.weight``.
-        shared: Names, after ``base_model.``, of tensors that belong to no module.
+        shared: Names, after ``base_model.``, of tensors that belong to no module; see `PeftKind`.
         prefix: What the paths of parameters begin with.
+        unused: Names after a module's path of tensors that do nothing, and why.
 
     Raises:
         MalformedError: a factor or parameter is stored twice.
     """
-    contents = Sorted()
+    contents, unused = Sorted(), unused or {}
     for tensor in tensors:
-        general = tensor.name.removeprefix(ROOT).partition(".")[0]
-        if general in shared:
-            _once(contents.shared, general, tensor, f"'{general}' twice")
+        rest = tensor.name.removeprefix(ROOT)
+        general = rest.partition(".")[0]
+        if general in shared or f"{general}." in shared:
+            _once(contents.shared, general if general in shared else rest, tensor, f"'{general}' twice")
+            continue
+        if why := next((unused[part] for part in rest.split(".") if part in unused), ""):
+            contents.ignored.append(Ignored(tensor, why))
             continue
         name = tensor.name.removeprefix(prefix)
         module, factor = _split(name, factors)

@@ -82,7 +82,7 @@ def read_peft(path: Path) -> Adapter:
     if config.kind in PROMPTS:
         return _soft_prompt(whole, tensors, config)
     kind = kinds()[config.kind]
-    contents = sort_tensors(tensors, kind.factors, kind.shared)
+    contents = sort_tensors(tensors, kind.factors, kind.shared, unused=kind.unused)
     updates = _whole_parameters(contents, config)
     optional: set[Site] = set()
     wrappers = wrappers_of(contents.modules)

@@ -14,7 +14,13 @@ from surgery_formats.text import show
 
 __all__ = ["COMMON", "PeftConfig", "Switches", "parse_config"]
 
-_RAW_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_RAW_INITS: Mapping[str, str] = {
+    "pissa_niter": "the part of the base that it replaces was found by random numbers without a seed",
+    "loftq": "it was trained on a base that LoftQ rounded, which no file records",
+    "corda": "the part of the base that it replaces was chosen by data that its files do not have",
+    "lora_ga": "the part of the base that it replaces was chosen by gradients that its files do not have",
+}
+"""Starting points that changed the base in a way nobody can repeat from the files."""
 _REGEX_SECONDS = 0.5
 NOT_READ: Mapping[str, str] = {
     "ADAPTION_PROMPT": "its gates act inside attention: neither a weight nor a prefix can hold them",
@@ -229,9 +235,10 @@ def _refuse_unknown(raw: Mapping[str, Any], known: Switches, file: Path) -> None
                 hint="remove it from adapter_config.json if it does not",
             )
     init = raw.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_RAW_INITS):
+    why = [why for raw, why in _RAW_INITS.items() if isinstance(init, str) and init.lower().startswith(raw)]
+    if why:
         raise FitError(
-            f"init_lora_weights is '{show(init)}': the adapter was trained on a changed base, W + sBA would be wrong",
+            f"init_lora_weights is '{show(init)}': {why[0]}, and W + sBA would be wrong",
             file=file,
             hint="save it with PEFT's path_initial_model_for_weight_conversion",
         )

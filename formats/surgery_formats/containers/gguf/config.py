@@ -61,10 +61,22 @@ _CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "olmo": "OlmoForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "cohere": "CohereForCausalLM",
+    "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
-_MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+_MODEL_TYPES = {
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "gemma3": "gemma3_text",
+    "command-r": "cohere",
+    "phi2": "phi",
+}
+_FLOAT32 = 3.4e38
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose queries are scaled by another number
 
@@ -82,14 +94,14 @@ def model_config(header: Header, tensors: Sequence[StoredTensor] | None = None) 
     if not isinstance(name, str):
         return config
     names = {tensor.name: tensor for tensor in tensors}
-    experts = header.value(f"{name}.expert_count") or 0
+    experts = value if _is_number(value := header.value(f"{name}.expert_count")) else 0
     model_type = "mixtral" if name == "llama" and experts else _MODEL_TYPES.get(name, name)
     if model_type not in _CLASSES:
         return config
     config |= {"model_type": model_type, "architectures": [_CLASSES[model_type]]}
     keys = _GPT2 if name == "gpt2" else {**_SIZES, **(_GRANITE if name == "granite" else {})}
     for key, suffix in keys.items():
-        if (value := header.value(f"{name}.{suffix}")) is not None:
+        if _is_number(value := header.value(f"{name}.{suffix}")):
             config[key] = _plain(value)
     if experts:
         config["num_local_experts" if model_type == "mixtral" else "num_experts"] = experts
@@ -106,7 +118,7 @@ def _vocabulary(header: Header, names: Mapping[str, StoredTensor]) -> dict[str, 
     if embedding is not None and embedding.shape:
         found["vocab_size"] = embedding.shape[0]
     for key, token in _TOKENS.items():
-        if (value := header.value(f"tokenizer.ggml.{token}_token_id")) is not None:
+        if _is_number(value := header.value(f"tokenizer.ggml.{token}_token_id")):
             found[key] = value
     return found
 
@@ -128,18 +140,25 @@ def _llama_like(
         found |= {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh", "head_dim": width}
     if name in _LARGEST_GEMMA and isinstance(width, int):
         largest = config.get("num_hidden_layers") == _LARGEST_GEMMA[name]
-        found["query_pre_attn_scalar"] = hidden // heads if largest and heads and hidden else width
+        found["query_pre_attn_scalar"] = width
+        if largest and isinstance(heads, int) and isinstance(hidden, int) and heads:
+            found["query_pre_attn_scalar"] = hidden // heads
     if name == "gemma3":
         found["rope_local_base_freq"] = _plain(header.value("gemma3.rope.freq_base_swa") or 10000.0)
     if name == "phi3":
         found["sliding_window"] = config.get("sliding_window") or None
         found["original_max_position_embeddings"] = header.value("phi3.rope.scaling.original_context_length")
         rotated = header.value("phi3.rope.dimension_count")
-        if isinstance(rotated, int) and isinstance(width, int) and rotated != width:
+        if isinstance(rotated, int) and isinstance(width, int) and rotated != width != 0:
             found["partial_rotary_factor"] = rotated / width
     if (scaling := rope_scaling(header, names, width, found["rope_theta"])) is not None:
         found["rope_scaling"] = scaling
     return {key: value for key, value in found.items() if value is not None or key == "sliding_window"}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a key-value is a number, or one for each layer; other types are not what llama.cpp writes there."""
+    return isinstance(value, int | float | tuple) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:
@@ -150,6 +169,6 @@ def _plain(value: Any) -> Any:
         return value
     for digits in range(1, 10):
         short = float(f"{value:.{digits}g}")
-        if struct.pack("<f", short) == struct.pack("<f", value):
+        if abs(short) < _FLOAT32 and struct.pack("<f", short) == struct.pack("<f", value):
             return short
     return value

@@ -17,15 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from surgery_formats.containers.gguf.container import MAGIC
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import File
 from surgery_formats.tensors.ggml import BY_NUMBER, GgmlType
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["ALIGNMENT", "ALIGNMENT_KEY", "MAGIC", "NAME_LIMIT", "Header", "KeyValue", "read_header"]
+__all__ = ["ALIGNMENT", "ALIGNMENT_KEY", "NAME_LIMIT", "Header", "KeyValue", "read_header"]
 
-MAGIC = b"GGUF"
 ALIGNMENT = 32  # of a file that does not say another
 ALIGNMENT_KEY = "general.alignment"
 NAME_LIMIT = 63  # bytes of a tensor's name: GGML_MAX_NAME, with its final zero
@@ -37,6 +37,7 @@ _TEXT_KEPT, _ITEMS_KEPT = 1 << 10, 1 << 10  # longer values are skipped: templat
 _CHUNK = 1 << 20
 _ARRAY, _STRING, _BOOL = 9, 8, 7
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_LENGTH = struct.Struct("<Q")
 _LEAST_KEY_VALUE = 8 + 1 + 4 + 1  # a key of one letter with one byte
 _LEAST_TENSOR = 8 + 4 + 4 + 8
 
@@ -121,6 +122,20 @@ class _Cursor:
         if self.at - self._start > len(self._piece):
             self._start, self._piece = self.at, b""
 
+    def skip_texts(self, count: int) -> None:
+        """Pass over texts with their lengths in front: half a million of a large vocabulary, in one loop."""
+        while count:
+            if self.left < 8:
+                raise self.fault(f"the header ends at byte {self.file.size}, within a value")
+            self._start, self._piece = self.at, bytes(self.file.read(self.at, min(_CHUNK, self.left)))
+            piece, at, last = self._piece, 0, len(self._piece) - 8
+            while count and at <= last:
+                at += 8 + _LENGTH.unpack_from(piece, at)[0]
+                count -= 1
+            if at > self.left:
+                raise self.fault(f"a text ends {at - self.left} bytes behind the file")
+            self.at += at
+
     def number(self, form: str) -> Any:
         """A number of a `struct` format."""
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
@@ -200,9 +215,7 @@ def _array(cursor: _Cursor, key: str, item: int, count: int) -> Any:
     if count > cursor.left // size:
         raise cursor.fault(f"the key '{show(key)}' is an array of {count} values, in {cursor.left} bytes")
     if item == _STRING:
-        for _ in range(count):
-            cursor.skip(int.from_bytes(cursor.take(8), "little"))
-        return None
+        return cursor.skip_texts(count)
     if count > _ITEMS_KEPT:
         return cursor.skip(count * size)
     values = struct.unpack(f"<{count}{_FORMATS[item]}", cursor.take(count * size))

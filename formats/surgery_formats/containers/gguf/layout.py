@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from surgery_formats.containers.base import FileLayout, TensorSpec
-from surgery_formats.containers.gguf.header import ALIGNMENT, ALIGNMENT_KEY, MAGIC, NAME_LIMIT, Header
+from surgery_formats.containers.gguf.container import MAGIC
+from surgery_formats.containers.gguf.header import ALIGNMENT, ALIGNMENT_KEY, NAME_LIMIT, Header
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.ggml import BY_NAME, GgmlType, ggml_type_of
@@ -113,7 +114,7 @@ def _entries(
         raise FitError(
             f"{len(types)} tensors in place of {len(base.tensors)}: the splits of a GGUF count those of all files",
             file=base.file.path,
-            hint="join the splits first: llama-gguf-split --merge",
+            hint="join the splits first, with llama-gguf-split",
         )
     if _ALL_TENSORS in before and base is not None and len(types) != len(base.tensors):
         changed[_ALL_TENSORS] = len(types)

@@ -56,7 +56,9 @@ def _llama3(factors: tuple[float, ...], head_dim: Any, theta: Any) -> dict[str, 
         or theta <= 1
     ):
         return None
-    factor = max(factors)
+    factor = max(factors, default=0.0)
+    if not 0 < factor < math.inf:
+        return None
     for original in _ORIGINAL:
         expected = [_factor(2 * math.pi * theta ** (2 * i / head_dim), factor, original) for i in range(len(factors))]
         if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(factors, expected, strict=True)):

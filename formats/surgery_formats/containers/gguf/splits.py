@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.containers.base import ShardSet
-from surgery_formats.containers.gguf.config import model_config
-from surgery_formats.containers.gguf.container import open_gguf, shard_of
-from surgery_formats.containers.gguf.header import MAGIC
+from surgery_formats.containers.gguf.container import MAGIC, open_gguf, shard_of
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import first_bytes, stays_inside
 from surgery_formats.text import show
 
-__all__ = ["GGUF_SPLITS"]
+__all__ = ["GGUF_SPLITS", "series"]
 
 _NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _MOST = 4096  # files
@@ -45,6 +43,8 @@ class _GgufSplits:
         Raises:
             MalformedError: one is missing, or they do not belong together.
         """
+        from surgery_formats.containers.gguf.config import model_config
+
         files = _files_at(path)
         if not files:
             raise MalformedError("is no file of a split GGUF", file=path)
@@ -78,16 +78,17 @@ GGUF_SPLITS = _GgufSplits()
 def _files_at(path: Path) -> list[Path]:
     """The files of the model at `path`, whether they are there or not; empty if it is no split GGUF."""
     if not os.path.isdir(path):
-        return _series(path) if path.suffix == ".gguf" else []
+        return series(path) if path.suffix == ".gguf" else []
     names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
     first = [name for name in names if name.endswith(".gguf")]
     if not first or any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
         return []
-    files = _series(path / first[0])
+    files = series(path / first[0])
     return files if {file.name for file in files} >= set(first) else []
 
 
-def _series(path: Path) -> list[Path]:
+def series(path: Path) -> list[Path]:
+    """The names of all splits of a model, by one of them; empty for any other name."""
     match = _NAME.fullmatch(path.name)
     if match is None or not 1 <= int(match["number"]) <= (count := int(match["count"])) <= _MOST:
         return []

@@ -184,7 +184,7 @@ def decoder(
     `before`, `softcap` and `divisor` are those of `LanguageHead`.
 
     Raises:
-        FitError: another task's head, bidirectional attention, attention to an encoder, a quantised checkpoint, or an
+        FitError: another task's head, bidirectional attention, attention to an encoder, or an
             unread setting that may change the computation.
     """
     architectures = settings.architectures()
@@ -195,7 +195,7 @@ def decoder(
     settings.only("use_bidirectional_attention", False)
     settings.only("is_causal", True)
     settings.only("add_cross_attention", False)
-    settings.only("quantization_config")
+    settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
     stored = f"{head}.weight" in settings.names
     share = settings.flag("tie_word_embeddings", default=tied or not stored)
     weight = embedding.tokens if share else f"{head}.weight"

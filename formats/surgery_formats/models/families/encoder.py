@@ -110,13 +110,13 @@ def encoder(
     whether the file has it or not, None if the family has none.
 
     Raises:
-        FitError: a decoder, another task's head, non-absolute positions, a quantised checkpoint, or an unread setting
+        FitError: a decoder, another task's head, non-absolute positions, or an unread setting
             that may change the computation.
     """
     settings.only("is_decoder", False)
     settings.only("add_cross_attention", False)
     settings.only("position_embedding_type", "absolute")
-    settings.only("quantization_config")
+    settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
     classes = settings.architectures()
     has_pooler = pooler is not None and pooler.weight in settings.names
     head: Head

@@ -84,7 +84,7 @@ class Family:
     experts_transposed: bool = False
     renames: tuple[Rename, ...] = ()
     fused: tuple[Fused, ...] = ()
-    derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
+    derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias", "rope_freqs.weight")
     other_flat: Callable[[Collection[str]], Iterator[tuple[str, str]]] | None = None
     recipe: Recipe | None = None
 
@@ -101,7 +101,7 @@ class Family:
 
 _ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("norm", ("norm", "ln", "layernorm", "layer_norm", "ln_1", "ln_2", "ln_f", "input_layernorm", "group_norm")),
-    ("expert", ("experts",)),
+    ("expert", ("experts", "switch_mlp")),
     (
         "embedding",
         ("embed", "embed_tokens", "wte", "wpe", "embeddings", "embed_positions", "shared", "embed_in", "embd"),

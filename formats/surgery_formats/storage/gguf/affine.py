@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 from surgery_formats.arrays import Array
@@ -69,9 +70,23 @@ def affine_values(codec: AffineCodec, codes: Array, scale: Array, offset: Array 
         np.take(np.array(codec.levels, np.float32), codes, out=values, mode="wrap")
     else:
         np.copyto(values, codes)
-    values *= scale[..., None]
-    if offset is not None:
-        values += offset[..., None]
+    with np.errstate(over="ignore"):  # whoever uses the values looks for what is not finite
+        values *= scale[..., None]
+        if offset is not None:
+            values += offset[..., None]
+
+
+@cache
+def _nearest_levels(levels: tuple[int, ...]) -> tuple[int, Array]:
+    """For every half step between integers the code whose level is nearest, and the number of the first half step.
+
+    Levels are integers, so that the middle between two of them is the border of a half step.
+    """
+    import numpy as np
+
+    least = 2 * min(levels) - 1
+    middles = (np.arange(least, 2 * max(levels) + 1) + 0.5) / 2
+    return least, abs(middles[:, None] - np.array(levels)).argmin(axis=1).astype(np.int8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,10 +143,10 @@ class AffineGrid:
         with np.errstate(over="ignore"):  # far beyond the grid
             codes /= np.where(scale == 0, np.float32(np.inf), scale)  # every code of such a group stands for one number
         if self.codec.levels:
-            levels = np.array(self.codec.levels, np.float32)
-            order = np.argsort(levels, kind="stable")
-            between = (levels[order[1:]] + levels[order[:-1]]) / 2
-            return order.astype(np.int8)[np.searchsorted(between, codes)].reshape(rows, columns)
+            least, nearest = _nearest_levels(self.codec.levels)
+            np.clip(codes, least / 2, (least + len(nearest) - 1) / 2, out=codes)
+            codes *= 2
+            return nearest[np.floor(codes, out=codes).astype(np.int16) - np.int16(least)].reshape(rows, columns)
         np.rint(codes, out=codes)
         np.clip(codes, self.codec.low, self.codec.high, out=codes)
         return codes.astype(np.int8).reshape(rows, columns)

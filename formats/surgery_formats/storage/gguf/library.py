@@ -31,7 +31,7 @@ def dequantise(rows: Array, name: str) -> Array:
     library = _library(name)
     type_ = getattr(library.GGMLQuantizationType, name, None)
     if type_ is None:
-        raise FitError(f"this version of the package gguf does not know {name}", hint="pip install --upgrade gguf")
+        raise FitError(f"this version of the package gguf does not know {name}", hint="install its newest version")
     values: Array = library.quants.dequantize(rows, type_)
     return values
 

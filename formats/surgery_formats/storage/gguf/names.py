@@ -98,6 +98,14 @@ _SHARED = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 _DENSE = {**_ATTENTION, **_MLP}
+_CODE = {**_ATTENTION, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
+_PHI2 = {
+    **_ATTENTION,
+    "attn_output": "self_attn.dense",
+    "attn_qkv": "self_attn.qkv_proj",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
 _GPT2 = {
     "attn_norm": "ln_1",
     "attn_qkv": "attn.c_attn",
@@ -120,6 +128,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma2": Architecture({**_DENSE, **_SANDWICH}, plus_one=True),
     "gemma3": Architecture({**_DENSE, **_HEAD_NORMS, **_SANDWICH}, plus_one=True),
     "olmo2": Architecture({**_DENSE, **_HEAD_NORMS, **_AFTER}),
+    "olmo": Architecture(_DENSE, interleaved=True),
+    "olmoe": Architecture({**_DENSE, **_HEAD_NORMS, **_experts("mlp")}),
+    "starcoder2": Architecture(_CODE),
+    "command-r": Architecture({**_DENSE, **_HEAD_NORMS}),
+    "phi2": Architecture(_PHI2, whole={**_WHOLE, "output_norm": "model.final_layernorm"}),
     "phi3": Architecture(_PHI3),
     "gpt2": Architecture(
         _GPT2,

@@ -99,8 +99,10 @@ class PeftKind:
         write: Adds updates to a file under construction and sets the fields of its configuration. It gets all updates
             of the adapter and passes those it cannot hold to `PeftFile.hold_other`.
         switches: Fields of its configuration.
-        shared: Names of tensors that belong to the whole adapter.
+        shared: Names of tensors that belong to the whole adapter; one that ends with a dot stands for several, of which
+            each has a name of its own behind the dot.
         issues: Facts worth a warning, from configuration and headers.
+        unused: Names after a module's path of tensors that only training used, and why they do nothing.
     """
 
     name: str
@@ -111,6 +113,7 @@ class PeftKind:
     switches: Switches = field(default_factory=Switches)
     shared: frozenset[str] = frozenset()
     issues: Callable[[Mapping[str, Any], Sequence[StoredTensor]], Iterable[str]] = _no_issues
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 def malformed(tensor: StoredTensor, why: str) -> MalformedError:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,18 @@ from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION
-from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind
+from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
+from surgery_formats.adapters.peft.kinds.lora_variants import (
+    UNUSED,
+    base_fields,
+    blocks_of,
+    changed_base_issue,
+    diagonal,
+    not_plain,
+    on_changed_base,
+    put_diag,
+    taken,
+)
 from surgery_formats.adapters.peft.known_issues import combination_issues
 from surgery_formats.adapters.peft.parameters import (
     StackedParameter,
@@ -27,7 +39,7 @@ from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.canonical.adapter import ModuleKind, Site
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Stacked, TokenRows, Update
+from surgery_formats.updates import ChangedBase, DoRA, Factor, LoRA, Offset, Part, Stacked, TokenRows, Update
 
 __all__ = ["LORA", "SWITCHES", "TRAINABLE_TOKENS"]
 
@@ -38,6 +50,7 @@ _FACTORS = frozenset(
         "lora_B.bias",
         "lora_embedding_A",
         "lora_embedding_B",
+        "lora_diag",
         "lora_magnitude_vector",
         "trainable_tokens_delta",
     ]
@@ -49,6 +62,8 @@ SWITCHES = Switches(
         "megatron_core",
         "loftq_config",
         "eva_config",
+        "velora_config",  # of training: what it and MonteCLoRA leave is a plain LoRA
+        "monteclora_config",
         "qalora_group_size",
         "token_indices",
         "enable_lora",
@@ -69,17 +84,19 @@ SWITCHES = Switches(
             "use_dora",
             "lora_bias",
             "target_parameters",
+            "use_bdlora",
+            "kasa_config",
         ]
     ),
     refused={
-        "layer_replication": "its layers are copies of the base's layers: no single weight can hold them",
-        "alora_invocation_tokens": "it acts only after its invocation tokens: no merged weight does that",
-        "arrow_config": "it routes between adapters at run time",
-        "use_qalora": "its A acts on pooled inputs",
-        "use_bdlora": "block-diagonal LoRA is not read yet",
-        "kasa_config": "KaSA is not read yet",
-        "velora_config": "VeLoRA is not read yet",
-        "monteclora_config": "MonteCLoRA is not read yet",
+        "layer_replication": "its layers are copies that share the base's weights, each copy with a LoRA of its own: "
+        "no single weight can hold them. Keep it beside the base, or train it on a base that has the copied layers",
+        "alora_invocation_tokens": "it acts only after its invocation tokens: no merged weight does that. "
+        "Keep it beside the base (PEFT and vLLM choose by the tokens)",
+        "arrow_config": "it routes between adapters at run time, by each token. Merge one of the adapters that it routes "
+        "between, or keep it beside the base",
+        "use_qalora": "its A acts on inputs that were pooled to fit the groups of a quantised base. "
+        "Keep it beside that base, in PEFT",
         "megatron_config": "its tensors are one part of a parallel layer",
         "corda_config": "raw CorDA changes the base in a way its files do not record; convert it with PEFT first",
         "lora_ga_config": "raw LoRA-GA changes the base in a way its files do not record; convert it with PEFT first",
@@ -107,12 +124,15 @@ def _read(module: Module) -> ModuleUpdates:
         tensor = next(iter(parts.values()))
         raise MalformedError("belongs to a LoRA that has no factors", file=tensor.file.path, tensor=tensor.name)
     parameters = targeted_parameters(module.wrapped, clean, config, module.wrappers, parts[a])
+    part = taken(config)
     if parameters:
+        if part:
+            raise not_plain(parts[a])
         site, update = parameter_lora(module.wrapped, clean, parts, config, module.wrappers, parameters)
         return ModuleUpdates({**({Site(f"{clean}.weight"): tokens} if tokens else {}), site: (update,)})
     in_attention = module.wrapped.endswith(INSIDE_ATTENTION)  # whose alpha it has
     pattern_path = module.wrapped.removesuffix(INSIDE_ATTENTION) if in_attention else clean
-    lora = _lora(pattern_path, parts[a], parts[b], config, embedding=embedding)
+    lora = _lora(pattern_path, parts[a], parts[b], config, blocks_of(clean, config), embedding=embedding)
     if in_attention:
         # PEFT adds this delta twice, attached or merged (MultiheadAttention.merge adds it, then calls out_proj.merge):
         # it was trained at twice the scale.
@@ -120,20 +140,30 @@ def _read(module: Module) -> ModuleUpdates:
     kernel = parts[a].shape[2:]
     kind: ModuleKind = "embedding" if embedding else "convolution" if kernel else "linear"
     site = Site(f"{clean}.weight", module_kind="attention output" if in_attention else kind, kernel=kernel)
+    if part is None and "lora_diag" in parts:
+        raise malformed(parts["lora_diag"], "singular values, but no 'kasa_config'")
+    if part:
+        plain = kind == "linear" and not in_attention
+        changed = on_changed_base(lora, part, parts.get("lora_diag"), config, plain=plain)
     updates: dict[Site, tuple[Update, ...]] = {
-        site: (*tokens, _with_magnitude(lora, parts, config, embedding=embedding))
+        site: (*tokens, changed if part else _with_magnitude(lora, parts, config, embedding=embedding))
     }
     if "lora_B.bias" in parts:
         updates[replace(site, path=f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
     return ModuleUpdates(updates)
 
 
-def _lora(pattern_path: str, a: StoredTensor, b: StoredTensor, config: PeftConfig, *, embedding: bool) -> LoRA:
-    """The factors as (rank, in) and (out, rank): convolutions flattened, embeddings transposed to (vocabulary, dim)."""
+def _lora(
+    pattern_path: str, a: StoredTensor, b: StoredTensor, config: PeftConfig, blocks: tuple[int, int], *, embedding: bool
+) -> LoRA:
+    """The factors as (rank, in) and (out, rank): convolutions flattened, embeddings transposed to (vocabulary, dim).
+
+    `blocks` are those on the diagonals of A and B.
+    """
     if len(a.shape) < 2 or len(b.shape) < 2:
         raise MalformedError(f"a factor of shape {list(a.shape)}", file=a.file.path, tensor=a.name)
     rank = a.shape[0]
-    flat_b = b.shape[0], b.numel // max(b.shape[0], 1)
+    flat_b = b.shape[0], b.numel // max(b.shape[0], 1) * blocks[1]
     if flat_b[1] != rank or rank == 0:
         raise FitError(
             f"B is {list(b.shape)}, but A has rank {rank} ({list(a.shape)})", file=b.file.path, tensor=b.name
@@ -146,7 +176,9 @@ def _lora(pattern_path: str, a: StoredTensor, b: StoredTensor, config: PeftConfi
             scale=scale,
             alpha=alpha,
         )
-    return LoRA(A=Factor((a,), (rank, a.numel // rank)), B=Factor((b,), flat_b), scale=scale, alpha=alpha)
+    A = diagonal(a, blocks[0]) if blocks[0] > 1 else Factor((a,), (rank, a.numel // rank))
+    B = diagonal(b, blocks[1]) if blocks[1] > 1 else Factor((b,), flat_b)
+    return LoRA(A=A, B=B, scale=scale, alpha=alpha)
 
 
 def _with_magnitude(
@@ -201,17 +233,21 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     """LoRAs and DoRAs first, then what goes beside them, then parameters with a LoRA of their own."""
     contents = [(site, contents_of(update)) for site, update in updates]
     dora = any(held.dora for _, held in contents)
+    changed = {update.taken for _, update in updates if isinstance(update, ChangedBase)}
+    part = min(changed, default=None)
     file.rows = {_module(site): held.rows.indices for site, held in contents if held.rows}
     plain: dict[Site, _Written] = {}
     stacks: list[StackedParameter] = []
     rest: list[tuple[Site, Contents]] = []
     for site, held in contents:
-        if held.lora is None:
+        if isinstance(held.update, ChangedBase):
+            _put_low_rank(file, site, held, held.update.lora, {}, dora=dora, part=part)
+        elif held.lora is None:
             rest.append((site, held))
         elif site.module_kind == "experts" and not held.dora:
             stacks.append(StackedParameter(site, held.update, Stacked((held.lora,))))
         else:
-            _put_low_rank(file, site, held, held.lora, plain, dora=dora)
+            _put_low_rank(file, site, held, held.lora, plain, dora=dora, part=part)
     for site, held in rest:
         if held.stack and SWITCH not in site.path:
             if len({expert.rank for expert in held.stack.experts}) > 1:
@@ -233,10 +269,14 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     file.fields = {
         **ranks_and_alphas(file),
         "lora_bias": any(key.endswith(".lora_B.bias") for key in file.tensors),
+        **base_fields(part),
         "target_modules": targets(file),
         "use_dora": dora,
         "use_rslora": file.scaling is not None and file.scaling.rslora,
     }
+    if file.own is not None and file.own.raw.get("use_bdlora"):  # factors are stored whole here
+        file.fields["use_bdlora"] = None
+        file.rewritten = True
     if file.rows and file.own is None:
         file.fields["trainable_token_indices"] = {module: list(rows) for module, rows in file.rows.items()}
 
@@ -246,10 +286,20 @@ def _module(site: Site) -> str:
 
 
 def _put_low_rank(
-    file: PeftFile, site: Site, held: Contents, lora: LoRA, plain: dict[Site, _Written], *, dora: bool
+    file: PeftFile,
+    site: Site,
+    held: Contents,
+    lora: LoRA,
+    plain: dict[Site, _Written],
+    *,
+    dora: bool,
+    part: Part | None,
 ) -> None:
     """One module's LoRA or DoRA."""
     why, mine = "", held.dora
+    changed = held.update if isinstance(held.update, ChangedBase) else None
+    if part != (changed.taken if changed else None):
+        why = "all modules of a file begin in one way"
     if dora and not mine:
         why = "use_dora holds for every module of a file"
     module, shape = file.module_of(site, lora)
@@ -275,6 +325,7 @@ def _put_low_rank(
         )
         return
     file.settings[path] = (rank, stated)
+    lora = put_diag(file, key, changed) if changed else lora
     _put_factors(file, key, lora, shape, embedding=embedding, times=1.0 if alpha == stated else alpha / stated)
     if mine:
         ones = (1,) * (len(shape) - 2)
@@ -283,7 +334,10 @@ def _put_low_rank(
     else:
         plain[site] = _Written(key, lora.scale)
         _put_tied_head(file, site, lora)
-    same = not held.folded and len(lora.A.tensors) + len(lora.B.tensors) == 2 and alpha == stated
+    stored = sum(tensor.numel for tensor in (*lora.A.tensors, *lora.B.tensors))
+    same = not held.folded or changed is not None
+    same = same and len(lora.A.tensors) + len(lora.B.tensors) == 2 and alpha == stated
+    same = same and stored == math.prod(lora.A.shape) + math.prod(lora.B.shape)
     file.ledger.keep(site, held.update, "exact" if same else "folded", key)
 
 
@@ -342,15 +396,17 @@ def _issues(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Itera
     if "lora_alpha" not in config:
         yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
     yield from combination_issues(config)
+    yield from changed_base_issue(config)
 
 
 LORA = PeftKind(
     name="LORA",
     factors=_FACTORS,
     read=_read,
-    writes=frozenset([LoRA.kind, DoRA.kind, Offset.kind, TokenRows.kind, "replacement"]),
+    writes=frozenset([LoRA.kind, DoRA.kind, ChangedBase.kind, Offset.kind, TokenRows.kind, "replacement"]),
     write=_write,
     switches=SWITCHES,
     issues=_issues,
+    unused=UNUSED,
 )
 TRAINABLE_TOKENS = PeftKind("TRAINABLE_TOKENS", _FACTORS, _read, frozenset(), _write, SWITCHES)

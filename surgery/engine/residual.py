@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LoRA that a merge with a residual writes beside a quantised model: base' + LoRA is base + adapters.
+
+It is made of what lies on the disk: the staged model is opened again, its codes are read, and what is missing to the
+updated weights is factorised. Then model and LoRA are bound to each other, as a server does, and compared with base and
+adapters block by block.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from surgery.engine.adapter_output import put_adapter
+from surgery.engine.blocks import block_height
+from surgery.engine.plan import Compute, Copy, Plan
+from surgery.engine.quantised_output import QuantisedOutput
+from surgery.engine.residual_choice import base_of, coded_edits, exact_rank, goal_of, leading
+from surgery_formats.adapters.peft.read import read_peft
+from surgery_formats.adapters.peft.write import render_peft
+from surgery_formats.arrays import Array, energy
+from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.edits import Edit, prepared
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.storage.aligned import oriented
+from surgery_formats.storage.base import Storage, read_values
+from surgery_formats.tensors.apply import apply_chain
+from surgery_formats.tensors.computed import computed
+from surgery_formats.tensors.views import positions
+from surgery_formats.updates import Factor, LoRA, Update
+
+__all__ = ["FOLDER", "Residual", "WeightResidual", "write_residual"]
+
+FOLDER = "adapter"
+"""Of the LoRA, in the folder of the model."""
+_ROUNDING = 1e-5  # of float32 factors and sums, relative to the update
+
+
+@dataclass(frozen=True, slots=True)
+class WeightResidual:
+    """What became of one quantised weight.
+
+    Attributes:
+        weight: Its name.
+        moved: Whether its codes hold a part of the update.
+        rank: Of its LoRA; 0 without one.
+        update: Norm of the update.
+        error: ``||base + adapters - (base' + LoRA)||``, measured on what was written.
+    """
+
+    weight: str
+    moved: bool
+    rank: int
+    update: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """The LoRA beside a model.
+
+    Attributes:
+        nbytes: Of its file of weights.
+        weights: Every quantised weight that the adapters change.
+    """
+
+    nbytes: int
+    weights: tuple[WeightResidual, ...]
+
+    @property
+    def error(self) -> float:
+        """Error of all weights together, relative to the updates."""
+        size = math.hypot(*(weight.update for weight in self.weights))
+        return math.hypot(*(weight.error for weight in self.weights)) / size if size else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as plain values."""
+        return {
+            "folder": FOLDER,
+            "nbytes": self.nbytes,
+            "error": self.error,
+            "weights": {
+                each.weight: {
+                    "codes": "moved" if each.moved else "kept",
+                    "rank": each.rank,
+                    "error": each.error / each.update if each.update else 0.0,
+                }
+                for each in self.weights
+            },
+        }
+
+
+def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folder: OutputFolder) -> Residual:
+    """Write the LoRA into the staged output, and prove it.
+
+    Args:
+        binding: Of base and adapters, with every edit.
+        plan: Of the model.
+        options: What was asked for.
+        folder: With the model.
+
+    Raises:
+        FitError: an update has no place in PEFT's folder.
+        ProofError: what was written is further off than what was computed.
+    """
+    merged, edits = open_checkpoint(folder.staged), coded_edits(binding)
+    copied = {(each.component, each.weight) for each in plan.weights if isinstance(each.step, Copy)}
+    updates: dict[Site, tuple[Update, ...]] = {}
+    stated: dict[tuple[str, str], float] = {}
+    for key, edit in edits.items():
+        update, stated[key] = _left(binding, edit, merged, options, kept=key in copied)
+        if update is not None:
+            updates[_site(edit, binding)] = (update,)
+    nbytes = 0
+    if updates:
+        rendering = render_peft(_adapter(binding, updates, folder.staged), merged)
+        if lost := [entry for entry in rendering.entries if entry.outcome == "dropped"]:
+            raise FitError(f"PEFT's folder has no place for it: {lost[0].detail}", tensor=lost[0].site)
+        nbytes = put_adapter(rendering, folder, f"{FOLDER}/")
+    found = _measured(binding, edits, merged, folder.staged / FOLDER if updates else None)
+    weights = []
+    for key, edit in edits.items():
+        size, error, scale = found[key]
+        if error > stated[key] * (1 + _ROUNDING) + _ROUNDING * scale:
+            raise ProofError(f"model and LoRA are off by {error:.3g}, not by {stated[key]:.3g}", tensor=edit.name)
+        chain = updates.get(_site(edit, binding), ())
+        weights.append(WeightResidual(edit.name, key not in copied, (chain[0].rank or 0) if chain else 0, size, error))
+    residual = Residual(nbytes, tuple(weights))
+    folder.write_small(f"{FOLDER}/residual.json", json.dumps(residual.as_json(), indent=2).encode() + b"\n")
+    return residual
+
+
+def _site(edit: Edit, binding: Binding) -> Site:
+    """The place of an edit in the LoRA's folder."""
+    if edit.replaced is not None:
+        return edit.replaced.site
+    weight, kind = base_of(binding, edit), edit.operations[0].site.module_kind
+    kernel = weight.sizes[2:] if weight is not None and kind == "convolution" else ()
+    return Site(edit.name, edit.component, module_kind=kind, kernel=kernel)
+
+
+def _left(
+    binding: Binding, edit: Edit, merged: Checkpoint, options: QuantisedOutput, *, kept: bool
+) -> tuple[Update | None, float]:
+    """What the LoRA's folder has for a weight, and how far base' with it will be off."""
+    if edit.replaced is not None:
+        return edit.replaced.update, 0.0
+    goal, exact, weight = goal_of(edit, options), exact_rank(edit), base_of(binding, edit)
+    assert weight is not None
+    if kept and exact is not None and goal.error is None and goal.rank >= exact:
+        return _sum(edit, weight), 0.0
+    update, left = _missing(edit, weight, merged.components[edit.component].parameters[edit.name].storage)
+    found = leading(left, goal, update)
+    if not len(found.S):
+        return None, found.residual
+    B, A = (numpy.ascontiguousarray(factor) for factor in found.factors())
+    return _lora(edit.name, B, A), found.residual
+
+
+def _missing(edit: Edit, weight: Storage, written: Storage) -> tuple[float, Array]:
+    """Norm of the update, and what the written weight lacks of it: ``(out, in)``, float32."""
+    step = Compute(edit.source, edit.operations, weight)
+    height, rows = block_height(weight.shape[1], step), weight.shape[0]
+    chain = prepared(edit.operations, edit.source, DType.F32, height)
+    left, size = numpy.empty(weight.shape, numpy.float32), 0.0
+    for start in range(0, rows, height):
+        stop = min(start + height, rows)
+        block = read_values(edit.source, start, stop)
+        before = block.copy()
+        apply_chain(chain, block, start, stop)
+        size += energy(block - before)
+        left[start:stop] = block - read_values(written, start, stop)
+    return math.sqrt(size), left.T if weight.transposed else left
+
+
+def _sum(edit: Edit, weight: Storage) -> LoRA:
+    """All updates of a weight as one LoRA of it: its own factors if it is one, and all of the weight is meant."""
+    loras = [lora for operation in edit.operations if (lora := operation.update.low_rank()) is not None]
+    whole = tuple(operation.view.shape for operation in edit.operations)
+    shape = weight.shape[::-1] if weight.transposed else weight.shape
+    if len(loras) == 1 and whole == (shape,) and edit.operations[0].view.transposed == weight.transposed:
+        return loras[0]
+    tensors = [tensor for lora in loras for tensor in lora.tensors]
+    rank, name = sum(lora.rank for lora in loras), edit.name
+    A = computed(f"{name}.A", (rank, shape[1]), tensors, partial(_side, edit, weight, shape, 1))
+    B = computed(f"{name}.B", (shape[0], rank), tensors, partial(_side, edit, weight, shape, 0))
+    return LoRA(Factor.of(A), Factor.of(B), 1.0, float(rank))
+
+
+def _side(edit: Edit, weight: Storage, shape: tuple[int, int], axis: int) -> Array:
+    """The factors of all updates side by side, each where its view lies: B ``(out, r)``, or A ``(r, in)``."""
+    sides = []
+    for operation in edit.operations:
+        lora, view = operation.update.low_rank(), operation.view
+        assert lora is not None
+        if view.transposed != weight.transposed:  # the weight of the module is the transpose
+            lora, view = lora.transpose(), replace(view, rows=view.cols, cols=view.rows)
+            view = replace(view, row_origin=operation.view.col_origin, col_origin=operation.view.row_origin)
+        factor = lora.A.load(DType.F32).T if axis else lora.B.load(DType.F32) * lora.scale
+        index, origin = (view.cols, view.col_origin) if axis else (view.rows, view.row_origin)
+        side = numpy.zeros((shape[axis], lora.rank), numpy.float32)
+        side[list(index)] = positions(factor, 0, range(origin, origin + len(index)))
+        sides.append(side)
+    joined = numpy.concatenate(sides, axis=1)
+    return joined.T if axis else joined
+
+
+def _lora(name: str, B: Array, A: Array) -> LoRA:
+    factors = {"A": A, "B": B}
+    tensors = {key: computed(f"{name}.{key}", each.shape, (), partial(_held, each)) for key, each in factors.items()}
+    return LoRA(Factor.of(tensors["A"]), Factor.of(tensors["B"]), 1.0, float(len(A)))
+
+
+def _held(values: Array) -> Array:
+    return values
+
+
+def _adapter(binding: Binding, updates: Mapping[Site, tuple[Update, ...]], path: Path) -> Adapter:
+    first = binding.adapters[0][0]
+    tensors = dict.fromkeys(tensor for chain in updates.values() for update in chain for tensor in update.tensors)
+    return Adapter(
+        path=path,
+        format="residual",
+        kind="LORA",
+        updates=updates,
+        tensors=tuple(tensors),
+        copied_modules=frozenset().union(*(adapter.copied_modules for adapter, _ in binding.adapters)),
+        task=first.task,
+    )
+
+
+def _measured(
+    binding: Binding, edits: Mapping[tuple[str, str], Edit], merged: Checkpoint, lora: Path | None
+) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Norm of the update, of the error, and of the updated weight, by edit: of what lies on the disk."""
+    after = bind([(read_peft(lora), 1.0)], merged).edits if lora is not None else {}
+    found = {}
+    for key, edit in edits.items():
+        weight, written = base_of(binding, edit), merged.components[edit.component].parameters[edit.name].storage
+        assert weight is not None
+        other = after.get(key) or Edit(edit.component, edit.name, written, ())
+        sides = [(oriented(each.source, weight), each.operations) for each in (edit, other)]
+        height = max(
+            block_height(weight.shape[1], Compute(each.source, each.operations, weight)) for each in (edit, other)
+        )
+        chains = [prepared(operations, source, DType.F32, height) for source, operations in sides]
+        sums = [0.0, 0.0, 0.0]
+        for start in range(0, weight.shape[0], height):
+            stop = min(start + height, weight.shape[0])
+            blocks = [read_values(source, start, stop, DType.F32) for source, _ in sides]
+            for chain, block in zip(chains, blocks, strict=True):
+                apply_chain(chain, block, start, stop)
+            base = read_values(weight, start, stop, DType.F32)
+            for i, values in enumerate((blocks[0] - base, blocks[0] - blocks[1], blocks[0])):
+                sums[i] += energy(values)
+        found[key] = math.sqrt(sums[0]), math.sqrt(sums[1]), math.sqrt(sums[2])
+    return found

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variants and rarer kinds of PEFT, every trained number random: merged here as PEFT merges and computes them, and written again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import surgery
+from surgery_formats.adapters.peft import PEFT
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.errors import FitError
+from surgery_formats.testing.format import save
+from surgery_formats.testing.memory import in_memory
+from tests.oracles import disk, measure, models, peft_oracle
+
+Q_UP = {"target_modules": ["q_proj", "up_proj"]}
+LORA: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "raw pissa": ("llama", "Lora", {**Q_UP, "r": 3, "init_lora_weights": "pissa", "lora_alpha": 5}),
+    "raw pissa with ranks": (
+        "llama",
+        "Lora",
+        {**Q_UP, "r": 3, "init_lora_weights": "pissa", "rank_pattern": {"up_proj": 5}, "use_rslora": True},
+    ),
+    "raw pissa on conv1d": ("gpt2", "Lora", {"target_modules": ["c_attn"], "r": 4, "init_lora_weights": "pissa"}),
+    "raw olora": ("llama", "Lora", {**Q_UP, "r": 3, "init_lora_weights": "olora", "lora_alpha": 7}),
+    "kasa": ("llama", "Lora", {**Q_UP, "r": 3, "kasa_config": peft.KasaConfig(), "lora_alpha": 5}),
+    "mica": ("llama", "Lora", {**Q_UP, "r": 3, "init_lora_weights": "mica"}),
+    "mica on embedding": ("llama", "Lora", {"target_modules": ["embed_tokens"], "r": 3, "init_lora_weights": "mica"}),
+    "orthogonal": ("llama", "Lora", {**Q_UP, "r": 4, "init_lora_weights": "orthogonal"}),
+    "gaussian": ("gpt2", "Lora", {"target_modules": ["c_attn"], "r": 4, "init_lora_weights": "gaussian"}),
+    "eva": ("llama", "Lora", {**Q_UP, "r": 4, "init_lora_weights": "eva", "eva_config": peft.EvaConfig()}),
+    "velora": ("llama", "Lora", {**Q_UP, "r": 4, "velora_config": {"num_groups": 4, "scale": 1.0}}),
+    "monteclora": ("llama", "Lora", {**Q_UP, "r": 4, "monteclora_config": peft.MontecloraConfig(num_samples=2)}),
+    "block-diagonal": (
+        "llama",
+        "Lora",
+        {
+            "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"],
+            "r": 4,
+            "use_bdlora": peft.BdLoraConfig(
+                target_modules_bd_a=["o_proj", "down_proj"], target_modules_bd_b=["q_proj", "up_proj"], nblocks=2
+            ),
+        },
+    ),
+    "block-diagonal in part": (
+        "llama",
+        "Lora",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "r": 4,
+            "use_bdlora": peft.BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=4, match_strict=False),
+        },
+    ),
+}
+KINDS = LORA
+
+
+def _trained(name: str, tmp_path: Path) -> tuple[str, Path, Path]:
+    arch, kind, fields = KINDS[name]
+    base = models.build_base(arch, tmp_path / "base")
+    peft_oracle.train(arch, base, f"{kind}Config", fields, tmp_path / "trained", seed=4)
+    return arch, base, tmp_path / "trained"
+
+
+def _assert_same(actual: Mapping[str, torch.Tensor], merged: Mapping[str, torch.Tensor]) -> None:
+    assert actual.keys() == merged.keys()
+    for key, value in merged.items():
+        assert measure.relative_error(actual[key], value) < 2e-5, key
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_merge_is_pefts(name: str, tmp_path: Path) -> None:
+    arch, base, trained = _trained(name, tmp_path)
+    surgery.merge(base, trained, output=tmp_path / "merged")
+    before, merged = disk.read_tensors(base), peft_oracle.merge(arch, base, [(trained, 1.0)], "float32")
+    actual = disk.read_tensors(tmp_path / "merged")
+    assert any(not torch.equal(before[key], value) for key, value in actual.items())
+    _assert_same(actual, merged.tensors)
+    logits = models.run(arch, models.load(arch, tmp_path / "merged", "float32"))
+    torch.testing.assert_close(logits, merged.attached, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["its folder", "memory", "memory, with terms"])
+@pytest.mark.parametrize("name", KINDS)
+def test_peft_merges_what_was_written(name: str, source: str, tmp_path: Path) -> None:
+    arch, base, trained = _trained(name, tmp_path)
+    adapter = read_adapter(trained)
+    if source != "its folder":
+        adapter = in_memory(adapter, keep_terms=source.endswith("terms"))
+    rendering = PEFT.render(adapter, None)
+    assert not [entry for entry in rendering.entries if entry.outcome == "dropped"]
+    written = save(rendering, PEFT, tmp_path)
+    expected, merged = (peft_oracle.merge(arch, base, [(path, 1.0)], "float32") for path in (trained, written))
+    _assert_same(merged.tensors, expected.tensors)
+    torch.testing.assert_close(merged.attached, expected.attached, rtol=1e-3, atol=1e-4)
+
+
+def test_tensors_of_training_alone_are_accounted_for(tmp_path: Path) -> None:
+    for name, part in (("velora", "lora_velora_embed"), ("monteclora", "lora_monteclora_sampler")):
+        _, _, trained = _trained(name, tmp_path / name)
+        ignored = read_adapter(trained).ignored
+        assert ignored
+        assert all(part in entry.tensor.name for entry in ignored)
+
+
+def test_blocks_of_a_diagonal_are_written_whole(tmp_path: Path) -> None:
+    _, _, trained = _trained("block-diagonal", tmp_path)
+    rendering = PEFT.render(read_adapter(trained), None)
+    assert {entry.outcome for entry in rendering.entries} == {"folded"}
+    assert json.loads(rendering.small_files["adapter_config.json"])["use_bdlora"] is None
+
+
+@pytest.mark.parametrize("name", ["raw pissa", "raw olora", "kasa"])
+def test_a_lora_on_a_changed_base_asks_for_the_very_base(name: str, tmp_path: Path) -> None:
+    _, _, trained = _trained(name, tmp_path)
+    assert any("very weights" in issue for issue in read_adapter(trained).known_issues())
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"target_modules": ["embed_tokens"]}])
+def test_a_changed_base_is_refused_where_peft_has_none(fields: dict[str, Any], tmp_path: Path) -> None:
+    base = models.build_base("llama", tmp_path / "base")
+    peft_oracle.train("llama", base, "LoraConfig", {**Q_UP, "r": 3, **fields}, tmp_path / "trained", seed=4)
+    config, tensors = disk.adapter(tmp_path / "trained")
+    disk.write_adapter(tmp_path / "raw", {**config, "init_lora_weights": "pissa"}, tensors)
+    with pytest.raises(FitError, match="on a changed base is read for linear layers"):
+        read_adapter(tmp_path / "raw")
