@@ -161,7 +161,7 @@ def _drawn(bases: RandomBases) -> tuple[Array, Array]:
     count = -(-short // rank)
     edge = 1 / (2 * (math.sqrt(short) if bases.very_sparse else 3))
     A, B = (_signs(draws.uniform(shape), edge) for shape in ((rank, 1, short), (long, count, rank)))
-    return tuple(basis / numpy.float32(basis.std(ddof=1, dtype=numpy.float64)) for basis in (A, B))  # type: ignore[return-value]
+    return tuple(basis / numpy.float32(basis.std(ddof=1, dtype=numpy.float64)) for basis in (A, B))
 
 
 def _signs(drawn: Array, edge: float) -> Array:
