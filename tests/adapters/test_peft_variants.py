@@ -59,7 +59,30 @@ LORA: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-KINDS = LORA
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "deft": ("llama", "Deft", {**Q_UP, "r": 3}),
+    "deft by qr": ("gpt2", "Deft", {"target_modules": ["c_attn"], "r": 3, "decomposition_method": "qr", "alpha": 5}),
+    "para": ("llama", "Deft", {**Q_UP, "r": 3, "decomposition_method": "qr", "para": True}),
+    "osf": ("llama", "OSF", {**Q_UP, "effective_rank": 20}),
+    "osf in parts": ("llama", "OSF", {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 0.25}}),
+    "glora": ("qwen2", "Glora", {**Q_UP, "r": 3}),
+    "glora by vectors": (
+        "qwen2",
+        "Glora",
+        {**Q_UP, "config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+    ),
+    "glora by numbers": ("qwen2", "Glora", {**Q_UP, "config_A_B": "constant", "config_C": "none"}),
+    "glora of biases": ("qwen2", "Glora", {"target_modules": ["q_proj"], "config_A_B": "none", "r": 3}),
+    "peanut": ("llama", "Peanut", {**Q_UP, "r": 3, "scaling": 0.7}),
+    "peanut, deep": ("llama", "Peanut", {**Q_UP, "r": 3, "depth": 2, "act_fn": "gelu"}),
+    "unilora": ("llama", "UniLora", {**Q_UP, "r": 3, "theta_d_length": 50, "save_indices": True}),
+    "unilora on conv1d": (
+        "gpt2",
+        "UniLora",
+        {"target_modules": ["c_attn"], "r": 3, "theta_d_length": 50, "save_indices": True},
+    ),
+}
+KINDS = LORA | OTHERS
 
 
 def _trained(name: str, tmp_path: Path) -> tuple[str, Path, Path]:
@@ -131,3 +154,10 @@ def test_a_changed_base_is_refused_where_peft_has_none(fields: dict[str, Any], t
     disk.write_adapter(tmp_path / "raw", {**config, "init_lora_weights": "pissa"}, tensors)
     with pytest.raises(FitError, match="on a changed base is read for linear layers"):
         read_adapter(tmp_path / "raw")
+
+
+def test_a_unilora_without_its_indices_is_refused(tmp_path: Path) -> None:
+    base = models.build_base("llama", tmp_path / "base")
+    peft_oracle.train("llama", base, "UniLoraConfig", {**Q_UP, "r": 3}, tmp_path / "trained", seed=4)
+    with pytest.raises(FitError, match="'save_indices' is off.*save it again"):
+        read_adapter(tmp_path / "trained")

@@ -12,21 +12,27 @@ from surgery_formats.arrays import cast
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import computed
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.testing.memory import adapter_of
 from surgery_formats.updates import (
+    DEFT,
     IA3,
     OFT,
+    OSF,
     ChangedBase,
     DoRA,
     Factor,
+    GLoRA,
     LoHa,
     LoKr,
     LoRA,
     Offset,
+    PEANuT,
     Replacement,
     Seed,
     Stacked,
     TokenRows,
+    UniLoRA,
     Update,
     VeRA,
 )
@@ -49,6 +55,12 @@ def product(a: Factor, b: Factor) -> Factor:
     return Factor.computed((a, b), (a.shape[0], b.shape[1]), lambda left, right: left @ right)
 
 
+def _places(size: int, *shape: int) -> Tensor:
+    """Seeded whole numbers below `size`."""
+    drawn = np.random.default_rng(size).integers(0, size, shape)
+    return computed(f"places {next(_numbers)}", shape, (), lambda: drawn, DType.I64)
+
+
 def _lora(out: int = 24, inputs: int = 40, rank: int = 3) -> LoRA:
     return LoRA(made_factor(rank, inputs), made_factor(out, rank), 0.75, 0.75 * rank)
 
@@ -60,6 +72,18 @@ EVERY_KIND: dict[str, Update] = {
     "raw PiSSA": ChangedBase(_lora(), "principal"),
     "raw OLoRA": ChangedBase(_lora(), "first columns"),
     "KaSA": ChangedBase(_lora(), "minor"),
+    "DEFT": DEFT(made_factor(24, 3), made_factor(3, 40), orthonormal=False, scale=0.5),
+    "DEFT by QR": DEFT(made_factor(24, 3), made_factor(3, 40), orthonormal=True),
+    "PaRa": DEFT(made_factor(24, 3), None, orthonormal=True),
+    "OSF": OSF(made_factor(24, 5), made_factor(5), made_factor(5, 40)),
+    "GLoRA": GLoRA((made_factor(24, 2), made_factor(2, 40)), (made_factor(24, 1),)),
+    "GLoRA by numbers": GLoRA((made_factor(1, 1),), ()),
+    "PEANuT": PEANuT(
+        made_factor(3, 24), made_factor(24, 3), (made_factor(3, 3),) * 2, (made_factor(3, 3),) * 2, "gelu", 0.5
+    ),
+    "Uni-LoRA": UniLoRA(
+        made_factor(9), (_places(9, 3, 40), _places(9, 24, 3)), (made_factor(3, 40), made_factor(24, 3))
+    ),
     "IA3 on rows": IA3(made_factor(24), per_row=True),
     "IA3 on columns": IA3(made_factor(40), per_row=False),
     "LoHa": LoHa(*(made_factor(*s) for s in ((24, 2), (2, 40), (24, 2), (2, 40))), scale=0.5, alpha=1.0),

@@ -4,22 +4,28 @@
 Add a kind as a file with a frozen dataclass that satisfies `update.Update`; `surgery_formats.testing.update` checks it.
 """
 
+from surgery_formats.updates.activations import ACTIVATIONS
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.blend import blend, unblend
 from surgery_formats.updates.changed_base import ChangedBase
+from surgery_formats.updates.deft import DEFT
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
+from surgery_formats.updates.glora import GLoRA, GLoRABias, Support
 from surgery_formats.updates.ia3 import IA3
 from surgery_formats.updates.loha import LoHa
 from surgery_formats.updates.lokr import LoKr
 from surgery_formats.updates.lora import LoRA
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
+from surgery_formats.updates.osf import OSF
+from surgery_formats.updates.peanut import PEANuT
 from surgery_formats.updates.replacement import Held, Replacement
 from surgery_formats.updates.sameness import equal_factors, same_update, settings
 from surgery_formats.updates.spectrum import Part
 from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.token_rows import TokenRows
+from surgery_formats.updates.unilora import UniLoRA
 from surgery_formats.updates.update import (
     Directed,
     EitherWay,
@@ -44,8 +50,11 @@ from surgery_formats.updates.update import (
 from surgery_formats.updates.vera import Seed, VeRA
 
 __all__ = [
+    "ACTIVATIONS",
+    "DEFT",
     "IA3",
     "OFT",
+    "OSF",
     "Apply",
     "ChangedBase",
     "Directed",
@@ -54,6 +63,8 @@ __all__ = [
     "EitherWay",
     "Factor",
     "Fit",
+    "GLoRA",
+    "GLoRABias",
     "Held",
     "InFull",
     "Invertible",
@@ -63,13 +74,16 @@ __all__ = [
     "LoRA",
     "Mixing",
     "Offset",
+    "PEANuT",
     "Part",
     "Replacement",
     "Replacing",
     "RowSetting",
     "Seed",
     "Stacked",
+    "Support",
     "TokenRows",
+    "UniLoRA",
     "Unsized",
     "Update",
     "VeRA",

@@ -197,11 +197,13 @@ def parse_config(raw: Mapping[str, Any], file: Path, kinds: Mapping[str, Switche
         kind=kind,
         rank=read.integer("r", 8, low=switches.least_rank),
         alpha=read.number(switches.alpha, 8.0),
-        rank_pattern=read.pattern("rank_pattern", lambda key, value: read.check_integer(key, value, 1)),
+        rank_pattern=read.pattern("rank_pattern", lambda key, value: read.check_integer(key, value, 1))
+        if "rank_pattern" in switches.understood
+        else {},
         alpha_pattern=read.pattern("alpha_pattern", read.check_number),
         rslora=read.flag("use_rslora"),
         dora=read.flag("use_dora"),
-        bias=read.choice("bias", ("none", "all", "lora_only", "oft_only", "vera_only")),
+        bias=read.choice("bias", ("none", "all", f"{kind.lower()}_only")),
         modules_to_save=read.names("modules_to_save"),
         target_parameters=read.names("target_parameters"),
         token_indices=_token_indices(read, kind),

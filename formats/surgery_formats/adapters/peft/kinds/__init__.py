@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from surgery_formats.adapters.peft.kinds.deft import DEFT
+from surgery_formats.adapters.peft.kinds.glora import GLORA
 from surgery_formats.adapters.peft.kinds.ia3 import IA3
 from surgery_formats.adapters.peft.kinds.kind import PeftKind
 from surgery_formats.adapters.peft.kinds.ln_tuning import LN_TUNING
@@ -12,6 +14,9 @@ from surgery_formats.adapters.peft.kinds.loha import LOHA
 from surgery_formats.adapters.peft.kinds.lokr import LOKR
 from surgery_formats.adapters.peft.kinds.lora import LORA, TRAINABLE_TOKENS
 from surgery_formats.adapters.peft.kinds.oft import OFT
+from surgery_formats.adapters.peft.kinds.osf import OSF
+from surgery_formats.adapters.peft.kinds.peanut import PEANUT
+from surgery_formats.adapters.peft.kinds.unilora import UNILORA
 from surgery_formats.adapters.peft.kinds.vera import VERA
 from surgery_formats.adapters.peft.prompt import PROMPTS
 from surgery_formats.adapters.peft.read_config import Switches
@@ -19,7 +24,21 @@ from surgery_formats.plugins import with_plugins
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "kinds", "switches"]
 
-BUILT_IN: tuple[PeftKind, ...] = (LORA, TRAINABLE_TOKENS, IA3, LOHA, LOKR, OFT, VERA, LN_TUNING)
+BUILT_IN: tuple[PeftKind, ...] = (
+    LORA,
+    TRAINABLE_TOKENS,
+    IA3,
+    LOHA,
+    LOKR,
+    OFT,
+    VERA,
+    LN_TUNING,
+    DEFT,
+    GLORA,
+    OSF,
+    PEANUT,
+    UNILORA,
+)
 ENTRY_POINTS = "surgery.peft_kinds"  # a plugin's entry point is an object like those above
 
 
