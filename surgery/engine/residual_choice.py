@@ -26,6 +26,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.svd import TruncatedSVD, truncated_svd
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.threads import one_thread
 
 __all__ = ["Goal", "base_of", "coded_edits", "exact_rank", "goal_of", "leading", "without_kept"]
 
@@ -80,11 +81,12 @@ def without_kept(binding: Binding, options: QuantisedOutput) -> Binding:
     Raises:
         FitError: the LoRA of a weight would be further off than was asked for.
     """
-    kept = {
-        key: edit
-        for key, edit in coded_edits(binding).items()
-        if edit.replaced is not None or _stays(binding, edit, options)
-    }
+    with one_thread():
+        kept = {
+            key: edit
+            for key, edit in coded_edits(binding).items()
+            if edit.replaced is not None or _stays(binding, edit, options)
+        }
     in_lora = {
         tensor
         for edit in kept.values()

@@ -19,6 +19,7 @@ from surgery.engine.quantised_output import quantised_output
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.threads import one_thread
 
 if TYPE_CHECKING:
     from surgery.engine.residual import Residual
@@ -137,7 +138,8 @@ def merge(
         if quantised.way == "residual":
             from surgery.engine.residual import write_residual
 
-            residual.append(write_residual(binding, plan, quantised, staged))
+            with one_thread():
+                residual.append(write_residual(binding, plan, quantised, staged))
 
     needed = reversible or quantised.way == "residual"
     ledger = execute(plan, folder, run, finish, engine, last if needed else None)

@@ -118,6 +118,42 @@ def fp8_tensor(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: (weight.float() / scale).to(torch.float8_e4m3fn), f"{stem}.weight_scale": scale}
 
 
+def packed(name: str, weight: torch.Tensor, size: int = 32) -> dict[str, torch.Tensor]:
+    """compressed-tensors, 4 bits, symmetric: a code is stored plus 8."""
+    groups = weight.float().reshape(weight.shape[0], -1, size)
+    scale = (groups.abs().amax(2) / 7.5).clamp(min=1e-8).half().float()
+    codes = (groups / scale[..., None]).round().clamp(-8, 7).reshape(weight.shape).int() + 8
+    return {
+        f"{name}_packed": _packed(codes, 4),
+        f"{name}_scale": scale.half(),
+        f"{name}_shape": torch.tensor(weight.shape),
+    }
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def nvfp4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """compressed-tensors' NVFP4: values are divided by the global scale."""
+    groups = weight.float().reshape(weight.shape[0], -1, 16)
+    whole = 448 * 6 / weight.float().abs().amax()
+    scale = (groups.abs().amax(2) / 6 * whole).to(torch.float8_e4m3fn)
+    scaled = groups * whole / scale.float().clamp(min=1e-8)[..., None]
+    codes = (scaled.abs()[..., None] - E2M1).abs().argmin(-1) + 8 * (scaled < 0)
+    codes = codes.reshape(weight.shape)
+    return {
+        f"{name}_packed": (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8),
+        f"{name}_scale": scale,
+        f"{name}_global_scale": whole.reshape(1),
+    }
+
+
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    """What config.json has of compressed-tensors."""
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": form}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
+
+
 BNB4: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 FORMATS: dict[str, tuple[Encoder, dict[str, Any]]] = {
     "nf4": (nf4, BNB4),
@@ -127,6 +163,14 @@ FORMATS: dict[str, tuple[Encoder, dict[str, Any]]] = {
     "mlx": (mlx, {"bits": 4, "group_size": 32}),
     "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": [32, 32]}),
     "fp8 tensor": (fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "packed": (
+        packed,
+        compressed("pack-quantized", num_bits=4, type="int", symmetric=True, strategy="group", group_size=32),
+    ),
+    "nvfp4": (
+        nvfp4,
+        compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
+    ),
 }
 """By name: the encoder of a weight, and what config.json has of it."""
 KINDS = {
@@ -137,6 +181,8 @@ KINDS = {
     "mlx": "MLX4",
     "fp8": "FP8 32x32",
     "fp8 tensor": "FP8",
+    "packed": "INT4",
+    "nvfp4": "NVFP4",
 }
 """By name: what reports call a weight of it."""
 

@@ -126,7 +126,7 @@ def test_the_edge_is_above_the_noise_and_near_it(format_name: str, sides: str, t
         assert noise is not None
         added = (sizes[1][name].get() - sizes[0][name].get()) - (sizes[3][name].get() - sizes[2][name].get())
         assert 1.0 < noise.edge / numpy.linalg.norm(added, 2) < 1.9, name
-        assert 0.9 < noise.energy / numpy.linalg.norm(added) ** 2 < 1.4, name
+        assert 0.9 < noise.energy / numpy.linalg.norm(added) ** 2 < 1.6, name
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -141,7 +141,7 @@ def test_the_expected_error_is_the_one_that_values_have(format_name: str, tmp_pa
         assert numpy.array_equal(rounding_variance(storage, 3, 7), expected[3:7])
         released = open_checkpoint(BASE).main.parameters[name].get()
         error = read_block(storage, 0, rows) - (released.T if storage.transposed else released)
-        assert 0.9 < float(expected.sum()) / float((error**2).sum()) < 1.25, name
+        assert 0.9 < float(expected.sum()) / float((error**2).sum()) < 1.4, name
 
 
 def test_the_extraction_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery_formats.containers.base import FileLayout, Shard, ShardSet, TensorSpec
-from surgery_formats.containers.gguf.config import model_config
-from surgery_formats.containers.gguf.header import ALIGNMENT, MAGIC, Header, read_header
-from surgery_formats.containers.gguf.layout import lay_out
 from surgery_formats.errors import FitError, SurgeryError
 from surgery_formats.files.raw import open_file
 
-__all__ = ["GGUF", "open_gguf", "shard_of"]
+if TYPE_CHECKING:
+    from surgery_formats.containers.gguf.header import Header
+
+__all__ = ["GGUF", "MAGIC", "open_gguf", "shard_of"]
+
+MAGIC = b"GGUF"
 
 _TYPES = {"adapter": "a LoRA for llama.cpp, not a model", "mmproj": "a vision or audio encoder, not a language model"}
 
@@ -26,6 +29,8 @@ def open_gguf(path: Path) -> Header:
         NotFoundError, MalformedError: see `read_header`.
         FitError: it holds no model.
     """
+    from surgery_formats.containers.gguf.header import read_header  # most models are none
+
     header = read_header(open_file(path))
     kind = header.value("general.type")
     if kind in _TYPES:
@@ -56,11 +61,16 @@ class _Gguf:
 
     def open(self, path: Path) -> dict[str, ShardSet]:
         """One file; of splits, this one alone."""
+        from surgery_formats.containers.gguf.config import model_config
+
         header = open_gguf(path)
         return {"": ShardSet(path.parent, (shard_of(header),), config=model_config(header), self_contained=True)}
 
     def lay_out(self, tensors: Sequence[TensorSpec], like: Shard | None = None, alignment: int = 1) -> FileLayout:
         """With the key-values of `like`, of which those stay true that speak of types."""
+        from surgery_formats.containers.gguf.header import ALIGNMENT, read_header
+        from surgery_formats.containers.gguf.layout import lay_out
+
         same = like is not None and like.container == self.name
         header = read_header(like.file) if like is not None and same else None
         if header is None and alignment & (alignment - 1):

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.containers.base import ShardSet
-from surgery_formats.containers.gguf.config import model_config
-from surgery_formats.containers.gguf.container import open_gguf, shard_of
-from surgery_formats.containers.gguf.header import MAGIC
+from surgery_formats.containers.gguf.container import MAGIC, open_gguf, shard_of
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import first_bytes, stays_inside
 from surgery_formats.text import show
@@ -45,6 +43,8 @@ class _GgufSplits:
         Raises:
             MalformedError: one is missing, or they do not belong together.
         """
+        from surgery_formats.containers.gguf.config import model_config
+
         files = _files_at(path)
         if not files:
             raise MalformedError("is no file of a split GGUF", file=path)
