@@ -159,5 +159,5 @@ def test_a_changed_base_is_refused_where_peft_has_none(fields: dict[str, Any], t
 def test_a_unilora_without_its_indices_is_refused(tmp_path: Path) -> None:
     base = models.build_base("llama", tmp_path / "base")
     peft_oracle.train("llama", base, "UniLoraConfig", {**Q_UP, "r": 3}, tmp_path / "trained", seed=4)
-    with pytest.raises(FitError, match="'save_indices' is off.*save it again"):
+    with pytest.raises(FitError, match=r"'save_indices' is off.*save it again"):
         read_adapter(tmp_path / "trained")
