@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 from surgery.engine.plan import Compute, PlannedTensor
-from surgery_formats.updates import is_mixing
+from surgery_formats.updates import is_holding, is_mixing
 
 __all__ = ["BLOCK_ELEMENTS", "block_bytes", "block_height", "row_group"]
 
@@ -43,5 +43,5 @@ def block_bytes(tensor: PlannedTensor) -> int:
     used = {tensor for operation in step.operations for tensor in operation.update.tensors}
     factors = sum(tensor.numel * 8 for tensor in used)
     held = getattr(step.source, "held_nbytes", 0)  # of one that is read with its axes exchanged
-    mixing = [operation.update for operation in step.operations if is_mixing(operation.update)]
-    return 5 * block + held + factors + sum(update.shape[1] * update.group * 8 * 5 for update in mixing)
+    holding = (operation.update for operation in step.operations if is_holding(operation.update))
+    return 5 * block + held + factors + sum(update.held_numbers * 8 for update in holding)

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from surgery_formats import open_checkpoint
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.binding.sizes import sized
 from surgery_formats.testing.format import save
 from surgery_formats.testing.memory import in_memory
 from tests.oracles import measure, models, peft_oracle
@@ -67,7 +69,69 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Vera",
         {"target_modules": ["c_attn"], "r": 5, "save_projection": False, "projection_prng_key": 3},
     ),
+    "adalora": ("llama", "AdaLora", {"target_modules": ["q_proj", "up_proj"], "init_r": 4, "total_step": 10}),
+    "adalora on convolutions": (
+        "torch_module",
+        "AdaLora",
+        {"target_modules": ["conv2"], "init_r": 3, "total_step": 10},
+    ),
+    "miss": ("llama", "Miss", {"target_modules": ["q_proj", "down_proj"], "r": 5}),
+    "miss, mini": (
+        "llama",
+        "Miss",
+        {"target_modules": ["q_proj", "down_proj"], "r": 4, "mini_r": 8, "init_weights": "mini"},
+    ),
+    "miss, bat": ("llama", "Miss", {"target_modules": ["q_proj", "down_proj"], "r": 8, "init_weights": "bat"}),
+    "hira": ("gpt2", "Hira", {"target_modules": ["c_attn", "c_fc"], "r": 3, "rank_pattern": {"c_fc": 2}}),
+    "hira of kernels": ("torch_module", "Hira", {"target_modules": ["conv1", "conv2", "embed"], "r": 3}),
+    "hra": ("llama", "HRA", {"target_modules": ["q_proj", "down_proj"], "r": 4}),
+    "hra by gram-schmidt": ("llama", "HRA", {"target_modules": ["q_proj"], "r": 3, "apply_GS": True}),
+    "boft": ("llama", "BOFT", {"target_modules": ["q_proj", "down_proj"], "boft_block_size": 4}),
+    "boft of kernels": ("torch_module", "BOFT", {"target_modules": ["conv2_point"], "boft_block_size": 3}),
+    "c3a": ("llama", "C3A", {"target_modules": ["q_proj", "up_proj"], "block_size": 8}),
+    "c3a of sizes": (
+        "llama",
+        "C3A",
+        {"target_modules": ["q_proj", "up_proj"], "block_size": 8, "block_size_pattern": {"up_proj": 4}},
+    ),
+    "shira": ("llama", "Shira", {"target_modules": ["q_proj", "up_proj"], "r": 2}),
+    "road": ("bert", "Road", {"target_modules": ["query", "dense"], "group_size": 8, "variant": "road_2"}),
+    "delora": ("llama", "Delora", {"target_modules": ["q_proj", "up_proj"], "r": 3, "rank_pattern": {"up_proj": 2}}),
+    "gralora": ("gpt2", "Gralora", {"target_modules": ["c_attn"], "r": 4, "gralora_k": 2, "hybrid_r": 3}),
+    "fourierft": (
+        "gpt2",
+        "FourierFT",
+        {"target_modules": ["c_attn", "c_fc"], "n_frequency": 60, "n_frequency_pattern": {"c_fc": 9}},
+    ),
+    "randlora": ("llama", "RandLora", {"target_modules": ["q_proj", "up_proj"], "r": 5}),
+    "randlora, drawn": (
+        "llama",
+        "RandLora",
+        {"target_modules": ["q_proj", "up_proj"], "r": 5, "save_projection": False, "very_sparse": True},
+    ),
+    "pvera": ("gpt2", "Pvera", {"target_modules": ["c_attn", "c_proj"], "r": 4}),
+    "pvera, drawn": (
+        "gpt2",
+        "Pvera",
+        {"target_modules": ["c_attn"], "r": 4, "save_projection": False, "projection_prng_key": 3},
+    ),
+    "vblora": ("llama", "VBLoRA", {"target_modules": ["q_proj"], "r": 2, "num_vectors": 9, "vector_length": 8}),
+    "vblora of the greatest": (
+        "llama",
+        "VBLoRA",
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "r": 2,
+            "num_vectors": 9,
+            "vector_length": 8,
+            "topk": 3,
+            "save_only_topk_weights": True,
+        },
+    ),
+    "beft": ("bert", "Beft", {"target_modules": ["query", "dense"]}),
 }
+"""Adapters, and configurations that PEFT accepts for them."""
+_NEEDS_BASE = ("shira",)  # whose r depends on the sizes of modules
 
 
 PRODUCTS = [name for name, (_, kind, _) in KINDS.items() if kind in ("LoHa", "LoKr")]
@@ -82,7 +146,8 @@ def test_peft_merges_what_was_written_from_memory(name: str, keep_terms: bool, t
     base = models.build_base(arch, tmp_path / "base")
     peft_oracle.train(arch, base, f"{kind}Config", fields, tmp_path / "trained", seed=4)
     made = in_memory(read_adapter(tmp_path / "trained"), keep_terms=keep_terms)
-    rendering = PEFT.render(made, None)
+    known = open_checkpoint(base) if name in _NEEDS_BASE else None
+    rendering = PEFT.render(made if known is None else sized(made, known), known)
     assert not [entry for entry in rendering.entries if entry.outcome == "dropped"]
     written = save(rendering, PEFT, tmp_path)
     trained, merged = (

@@ -169,7 +169,8 @@ def _prepare(adapter: Adapter, arch: str, base: Path, folder: Path, seed: int, r
     }:  # PEFT sorts them when it saves: a file written by hand need not be sorted
         if key in fields and config[key] != fields[key]:
             raise AssertionError(f"PEFT changed {key}: {config[key]}")
-        config[key] = dict(fields.get(key, config[key]))
+        if config[key] is not None:
+            config[key] = dict(fields.get(key, config[key]))
     if adapter.edit is not None:
         config, tensors = adapter.edit(config, tensors)
     stored = {k: v.to(models.DTYPES[adapter.store]) if v.is_floating_point() else v for k, v in tensors.items()}
@@ -230,3 +231,4 @@ def build(case: Case, folder: Path) -> Built:
 from tests.oracles import catalog as _catalog  # noqa: E402, F401  (registers cases)
 from tests.oracles import catalog_kinds as _kinds  # noqa: E402, F401
 from tests.oracles import catalog_parts as _parts  # noqa: E402, F401
+from tests.oracles import catalog_peft_kinds as _peft_kinds  # noqa: E402, F401

@@ -15,25 +15,41 @@ from surgery_formats.tensors.computed import computed
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.testing.memory import adapter_of
 from surgery_formats.updates import (
+    BAT,
+    BOFT,
+    C3A,
     DEFT,
+    HRA,
     IA3,
     OFT,
     OSF,
+    AdaLoRA,
     ChangedBase,
+    DeLoRA,
     DoRA,
     Factor,
+    FourierFT,
     GLoRA,
+    GraLoRA,
+    HiRA,
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     Offset,
     PEANuT,
+    PVeRA,
+    RandLoRA,
+    RandomBases,
     Replacement,
+    RoAd,
     Seed,
+    SHiRA,
     Stacked,
     TokenRows,
     UniLoRA,
     Update,
+    VBLoRA,
     VeRA,
 )
 
@@ -48,6 +64,19 @@ def made_factor(*shape: int, scale: float = 0.3, dtype: DType = DType.F32) -> Fa
     drawn = scale * np.random.default_rng(number).standard_normal(shape)
     values = cast(cast(drawn, dtype), DType.F64)
     return Factor.of(computed(f"made {number}", shape, (), lambda: values, dtype))
+
+
+def made_indices(rows: int, cols: int, count: int) -> Tensor:
+    """Distinct places of a matrix, ``(2, count)``."""
+    places = np.random.default_rng(next(_numbers)).permutation(rows * cols)[:count]
+    values = np.stack([places // cols, places % cols]).astype(np.int32)
+    return computed(f"made {next(_numbers)}", values.shape, (), lambda: values, DType.I32)
+
+
+def made_choice(*shape: int, of: int = 9) -> Tensor:
+    """Numbers below `of`."""
+    values = np.random.default_rng(next(_numbers)).integers(0, of, shape).astype(np.uint8)
+    return computed(f"made {next(_numbers)}", shape, (), lambda: values, DType.U8)
 
 
 def product(a: Factor, b: Factor) -> Factor:
@@ -94,6 +123,36 @@ EVERY_KIND: dict[str, Update] = {
     "OFT by a series": OFT(made_factor(1, 28), 8, 5, radius=0.5, shared=True),
     "VeRA": VeRA(made_factor(24), made_factor(4), (made_factor(4, 48), made_factor(32, 4)), 0.5),
     "VeRA, drawn": VeRA(made_factor(24), made_factor(4), Seed(7)),
+    "AdaLoRA": AdaLoRA(made_factor(3, 40), made_factor(24, 3), made_factor(3, 1), 0.5),
+    "BAT": BAT(made_factor(6, 4, 4)),
+    "BOFT": BOFT(made_factor(1, 5, 8, 8), made_factor(24)),
+    "BOFT of three factors": BOFT(made_factor(3, 20, 2, 2), made_factor(24)),
+    "C3A": C3A(made_factor(3, 5, 8), 0.5),
+    "DeLoRA": DeLoRA(*(made_factor(*shape) for shape in ((3, 40), (24, 3), (1,), (40,))), scale=0.5),
+    "FourierFT": FourierFT(made_factor(90, scale=9.0), 777, 30.0),
+    "GraLoRA": GraLoRA(made_factor(4, 10, 4), made_factor(4, 4, 6), 0.5),
+    "GraLoRA, hybrid": GraLoRA(
+        made_factor(2, 20, 4), made_factor(2, 4, 12), 0.5, (made_factor(3, 40), made_factor(24, 3))
+    ),
+    "GraLoRA of full rank": GraLoRA(made_factor(4, 10, 8), made_factor(4, 8, 6), 0.5),
+    "HiRA": HiRA(made_factor(3, 40), made_factor(24, 3)),
+    "HRA": HRA(made_factor(40, 3), gram_schmidt=False),
+    "HRA by Gram-Schmidt": HRA(made_factor(40, 3), gram_schmidt=True),
+    "MiSS": MiSS(made_factor(7, 24), scale=0.5),
+    "MiSS, mini": MiSS(made_factor(7, 8), repeats=True),
+    "MiSS, mini, wide": MiSS(made_factor(3, 8), repeats=True),
+    "PVeRA": PVeRA(made_factor(24), made_factor(8), (made_factor(8, 48), made_factor(32, 4)), 0.5),
+    "PVeRA, drawn": PVeRA(made_factor(24), made_factor(8), Seed(7, twice=True)),
+    "RandLoRA": RandLoRA(made_factor(7, 4), made_factor(4, 24), (made_factor(7, 1, 30), made_factor(48, 5, 7)), 0.5),
+    "RandLoRA, drawn": RandLoRA(made_factor(7, 4), made_factor(4, 24), RandomBases(3, 7), 0.5),
+    "RoAd": RoAd(made_factor(12), made_factor(12), 1, 8),
+    "RoAd of outputs": RoAd(made_factor(24), made_factor(24), 2, 6),
+    "RoAd of sines and cosines": RoAd(made_factor(48), made_factor(48), 4, 24),
+    "SHiRA": SHiRA(made_factor(30), made_indices(24, 40, 30), 0.5),
+    "VB-LoRA": VBLoRA(made_factor(3, 5, 9), made_factor(3, 3, 9), made_factor(9, 8), 2, (), 0.5),
+    "VB-LoRA of the greatest": VBLoRA(
+        made_factor(3, 5, 1), made_factor(3, 3, 1), made_factor(9, 8), 2, (made_choice(3, 5, 2), made_choice(3, 3, 2))
+    ),
     "offset": Offset(made_factor(24, 40), 0.5),
     "offset of a bias": Offset(made_factor(24)),
     "replacement": Replacement(made_factor(24, 40)),

@@ -22,6 +22,7 @@ from surgery_formats.updates import (
     Update,
     is_directed,
     is_in_full,
+    is_invertible,
     is_linear,
     is_mixing,
     is_replacing,
@@ -33,6 +34,7 @@ from surgery_formats.updates.weights import HeldWeight
 __all__ = ["UPDATE_CHECKS", "UpdateCase"]
 
 _EXACT = 1e-10  # relative, of float64
+_SOLVED = 1e-6  # what a condition of ten thousand leaves of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,20 @@ def looks_at_the_weight_only_if_it_says_so(case: UpdateCase) -> None:
         assert weight.was_read == update.needs_weight
 
 
+def is_undone_by_its_inverse(case: UpdateCase) -> None:
+    """What can be solved for the weight before gives it back, of a share too."""
+    for update in case.pieces:
+        if not is_invertible(update) or update.needs_weight:
+            continue
+        weight, rows, cols = _weight(update.shape), range(update.shape[0]), range(update.shape[1])
+        for share in (1.0, 0.3):
+            after = weight + share * (_applied(update, weight) - weight)
+            held = HeldWeight(after)
+            before = update.inverse(held, share, update.lost(held))(after.copy(), rows, cols)
+            assert before.shape == weight.shape
+            assert float(abs(before - weight).max()) <= _SOLVED * float(abs(weight).max())
+
+
 UPDATE_CHECKS: tuple[Callable[[UpdateCase], None], ...] = (
     answers_every_question,
     accounts_for_its_tensors,
@@ -199,6 +215,7 @@ UPDATE_CHECKS: tuple[Callable[[UpdateCase], None], ...] = (
     is_the_lora_it_gives,
     does_what_its_other_members_say,
     looks_at_the_weight_only_if_it_says_so,
+    is_undone_by_its_inverse,
 )
 
 

@@ -5,23 +5,37 @@ Add a kind as a file with a frozen dataclass that satisfies `update.Update`; `su
 """
 
 from surgery_formats.updates.activations import ACTIVATIONS
+from surgery_formats.updates.adalora import AdaLoRA
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
+from surgery_formats.updates.bat import BAT
 from surgery_formats.updates.blend import blend, unblend
+from surgery_formats.updates.boft import BOFT
+from surgery_formats.updates.c3a import C3A
 from surgery_formats.updates.changed_base import ChangedBase
 from surgery_formats.updates.deft import DEFT
+from surgery_formats.updates.delora import DeLoRA
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
+from surgery_formats.updates.fourierft import FourierFT
 from surgery_formats.updates.glora import GLoRA, GLoRABias, Support
+from surgery_formats.updates.gralora import GraLoRA
+from surgery_formats.updates.hira import HiRA
+from surgery_formats.updates.hra import HRA
 from surgery_formats.updates.ia3 import IA3
 from surgery_formats.updates.loha import LoHa
 from surgery_formats.updates.lokr import LoKr
 from surgery_formats.updates.lora import LoRA
+from surgery_formats.updates.miss import MiSS
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.osf import OSF
 from surgery_formats.updates.peanut import PEANuT
+from surgery_formats.updates.pvera import PVeRA
+from surgery_formats.updates.randlora import RandLoRA, RandomBases
 from surgery_formats.updates.replacement import Held, Replacement
+from surgery_formats.updates.road import RoAd
 from surgery_formats.updates.sameness import equal_factors, same_update, settings
+from surgery_formats.updates.shira import SHiRA
 from surgery_formats.updates.spectrum import Part
 from surgery_formats.updates.stacked import Stacked
 from surgery_formats.updates.token_rows import TokenRows
@@ -29,6 +43,7 @@ from surgery_formats.updates.unilora import UniLoRA
 from surgery_formats.updates.update import (
     Directed,
     EitherWay,
+    Holding,
     InFull,
     Invertible,
     Linear,
@@ -39,6 +54,7 @@ from surgery_formats.updates.update import (
     Update,
     is_directed,
     is_either_way,
+    is_holding,
     is_in_full,
     is_invertible,
     is_linear,
@@ -47,38 +63,55 @@ from surgery_formats.updates.update import (
     is_row_setting,
     is_unsized,
 )
+from surgery_formats.updates.vblora import VBLoRA
 from surgery_formats.updates.vera import Seed, VeRA
 
 __all__ = [
     "ACTIVATIONS",
+    "BAT",
+    "BOFT",
+    "C3A",
     "DEFT",
+    "HRA",
     "IA3",
     "OFT",
     "OSF",
+    "AdaLoRA",
     "Apply",
     "ChangedBase",
+    "DeLoRA",
     "Directed",
     "DoRA",
     "Effect",
     "EitherWay",
     "Factor",
     "Fit",
+    "FourierFT",
     "GLoRA",
     "GLoRABias",
+    "GraLoRA",
     "Held",
+    "HiRA",
+    "Holding",
     "InFull",
     "Invertible",
     "Linear",
     "LoHa",
     "LoKr",
     "LoRA",
+    "MiSS",
     "Mixing",
     "Offset",
     "PEANuT",
+    "PVeRA",
     "Part",
+    "RandLoRA",
+    "RandomBases",
     "Replacement",
     "Replacing",
+    "RoAd",
     "RowSetting",
+    "SHiRA",
     "Seed",
     "Stacked",
     "Support",
@@ -86,6 +119,7 @@ __all__ = [
     "UniLoRA",
     "Unsized",
     "Update",
+    "VBLoRA",
     "VeRA",
     "Weight",
     "blend",
@@ -94,6 +128,7 @@ __all__ = [
     "in_full",
     "is_directed",
     "is_either_way",
+    "is_holding",
     "is_in_full",
     "is_invertible",
     "is_linear",

@@ -13,6 +13,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
+from surgery_formats.updates.groups import in_groups
 
 __all__ = ["OFT"]
 
@@ -69,6 +70,11 @@ class OFT:
     def group(self) -> int:
         """Columns that are mixed with each other."""
         return self.block
+
+    @property
+    def held_numbers(self) -> int:
+        """The rotations, and what they are made of."""
+        return 5 * self.inputs * self.block
 
     def fitted(self, fit: Fit) -> OFT:
         """The rows of the weight, and its columns where one block is repeated.
@@ -134,20 +140,13 @@ class OFT:
         """Multiply the columns in their groups by `turned`, from the right."""
         xp = namespace(turned)
 
-        def apply(block: Array, rows: Index, cols: Index) -> Array:
-            if not isinstance(cols, range):
-                order = sorted(range(len(cols)), key=cols.__getitem__)
-                at = array_of(order, DType.I64, block)
-                block[:, at] = apply(xp.take(block, at, axis=1), rows, range(cols[order[0]], cols[order[-1]] + 1))
-                return block
-            if cols.step != 1 or cols.start % self.block or len(cols) % self.block:
-                raise ValueError(f"columns {cols} are not whole groups of {self.block}")
-            first, last = cols.start // self.block, cols.stop // self.block
+        def turn(block: Array, rows: Index, cols: Index) -> Array:
+            first, last = cols[0] // self.block, (cols[-1] + 1) // self.block
             mixed = turned if self.shared else turned[first:last]
             parts = xp.permute_dims(block.reshape(len(block), last - first, self.block), (1, 0, 2))
             return xp.permute_dims(parts @ mixed, (1, 0, 2)).reshape(len(block), len(cols))
 
-        return apply
+        return in_groups(self.block, turn)
 
     def rotations(self, device: str = "cpu") -> Array:
         """``(blocks, n, n)`` in float64; one block if it is shared."""

@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from surgery_formats.arrays import to_cpu
 from surgery_formats.dtypes import DType
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates.base import Factor
 from surgery_formats.updates.update import Update
 
@@ -37,7 +39,17 @@ def same_update(update: Update, other: Update) -> bool:
         return False
     mine, theirs = update.factors(), other.factors()
     whole = (update.shape, update.scale, mine.keys()) == (other.shape, other.scale, theirs.keys())
-    return whole and all(equal_factors(mine[name], theirs[name]) for name in mine)
+    if not (whole and all(equal_factors(mine[name], theirs[name]) for name in mine)):
+        return False
+    return all(
+        bool((to_cpu(a.read()) == to_cpu(b.read())).all()) for a, b in zip(_beside(update), _beside(other), strict=True)
+    )
+
+
+def _beside(update: Update) -> list[Tensor]:
+    """Whole numbers that its equation takes from its file beside factors: indices."""
+    used = {tensor for factor in update.factors().values() for tensor in factor.tensors}
+    return [tensor for tensor in update.untrained if tensor.shape and tensor not in used and not tensor.dtype.is_float]
 
 
 def equal_factors(factor: Factor, other: Factor) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Directed",
     "EitherWay",
+    "Holding",
     "InFull",
     "Invertible",
     "Linear",
@@ -30,6 +31,7 @@ __all__ = [
     "Update",
     "is_directed",
     "is_either_way",
+    "is_holding",
     "is_in_full",
     "is_invertible",
     "is_linear",
@@ -199,6 +201,17 @@ class Mixing(Update, Protocol):
     def group(self) -> int: ...
 
 
+class Holding(Update, Protocol):
+    """An update whose equation keeps many numbers in memory besides its factors: what it makes of them, or the weight.
+
+    Attributes:
+        held_numbers: How many, of 8 bytes, at most.
+    """
+
+    @property
+    def held_numbers(self) -> int: ...
+
+
 _known: dict[tuple[type, str], bool] = {}
 
 
@@ -257,3 +270,8 @@ def is_invertible(update: Update) -> TypeIs[Invertible]:
 def is_mixing(update: Update) -> TypeIs[Mixing]:
     """Whether it mixes columns in groups."""
     return _has(update, "group")
+
+
+def is_holding(update: Update) -> TypeIs[Holding]:
+    """Whether its equation keeps many numbers in memory besides its factors."""
+    return _has(update, "held_numbers")

@@ -12,6 +12,7 @@ from surgery_formats.arrays import Array, add_product, to_device
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
+from surgery_formats.updates.draws import TorchDraws
 from surgery_formats.updates.lora import LoRA
 
 __all__ = ["Seed", "VeRA"]
@@ -25,10 +26,12 @@ class Seed:
         key: ``projection_prng_key``.
         widest: ``(out, in)``, each the greatest among the weights that the adapter was trained for; (0, 0) until the
             base is known.
+        twice: Whether A is drawn with twice as many rows, of which the second half is not used (PVeRA).
     """
 
     key: int
     widest: tuple[int, int] = (0, 0)
+    twice: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class VeRA:
     def fitted(self, fit: Fit) -> VeRA:
         """The width of the weight; where projections are drawn, their sizes."""
         drawn = self.projections
-        projections = Seed(drawn.key, fit.widest) if isinstance(drawn, Seed) else drawn
+        projections = replace(drawn, widest=fit.widest) if isinstance(drawn, Seed) else drawn
         width = fit.widest[1] if isinstance(drawn, Seed) else drawn[0].shape[1]
         return replace(self, projections=projections, inputs=min(fit.shape[1], width))
 
@@ -110,9 +113,9 @@ class VeRA:
         """``A`` and ``B`` as all weights share them."""
         if not isinstance(self.projections, Seed):
             return self.projections
-        key, widest = self.projections.key, self.projections.widest
-        A = Factor((), (self.rank, widest[1]), lambda: _drawn(key, self.rank, widest)[0])
-        return A, Factor((), (widest[0], self.rank), lambda: _drawn(key, self.rank, widest)[1])
+        drawn, (out, inputs) = self.projections, self.projections.widest
+        A = Factor((), (self.rank, inputs), lambda: _drawn(drawn, self.rank)[0])
+        return A, Factor((), (out, self.rank), lambda: _drawn(drawn, self.rank)[1])
 
     def parts(self) -> tuple[tuple[int, VeRA], ...]:
         """Itself."""
@@ -122,7 +125,7 @@ class VeRA:
         """Cut and scale the projections once; each block costs one rank-r product."""
         out, inputs = self.shape
         if isinstance(self.projections, Seed):
-            whole_a, whole_b = _drawn(self.projections.key, self.rank, self.projections.widest)
+            whole_a, whole_b = _drawn(self.projections, self.rank)
             A, B = (to_device(factor, weight.device, weight.dtype) for factor in (whole_a[:, :inputs], whole_b[:out]))
         else:
             A, B = (factor.load(weight.dtype, weight.device) for factor in self.projections)
@@ -136,20 +139,13 @@ class VeRA:
 
 
 @lru_cache(maxsize=2)
-def _drawn(key: int, rank: int, widest: tuple[int, int]) -> tuple[Array, Array]:
-    """A, then B, drawn from one CPU generator, uniform in ``+-sqrt(6 / columns)``, float32.
-
-    Sources: PEFT ``tuners/vera/model.py``, ``_kaiming_init``; ATen ``TransformationHelper.h``, ``uniform_real``: of each
-    word of torch's Mersenne Twister, which is numpy's with the lower half of the seed, 24 bits, rounded once.
-    """
-    import numpy
-
-    words = numpy.random.RandomState(key % 2**32)
+def _drawn(drawn: Seed, rank: int) -> tuple[Array, Array]:
+    """A, then B, drawn from one CPU generator, uniform in ``+-sqrt(6 / columns)`` (PEFT ``tuners/vera/model.py``)."""
+    draws, (out, inputs) = TorchDraws(drawn.key), drawn.widest
 
     def uniform(rows: int, cols: int) -> Array:
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(cols))
-        low, high = numpy.float32(-bound), numpy.float32(bound)
-        drawn = numpy.frombuffer(words.bytes(4 * rows * cols), "<u4") & 0xFFFFFF
-        return (drawn * 2.0**-24 * float(high - low) + float(low)).astype(numpy.float32).reshape(rows, cols)
+        return draws.uniform((rows, cols), -bound, bound)
 
-    return uniform(rank, widest[1]), uniform(widest[0], rank)
+    A = uniform(2 * rank if drawn.twice else rank, inputs)
+    return A[:rank], uniform(out, rank)

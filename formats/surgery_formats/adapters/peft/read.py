@@ -91,6 +91,7 @@ def read_peft(path: Path) -> Adapter:
     for module, parts in contents.modules.items():
         read = kind.read(Module(unwrapped(module), module, parts, contents.shared, config, wrappers))
         optional |= read.optional
+        contents.ignored.extend(read.ignored)
         for site, chain in read.updates.items():
             updates[site] = (*updates.pop(site, ()), *chain)  # under the site that knows its kind of module
     issues = () if _prefixed(tensors) else ("its keys lack PEFT's prefix 'base_model.model.'",)

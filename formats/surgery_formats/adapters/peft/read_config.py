@@ -65,6 +65,7 @@ class Switches:
             stored tensors alone cannot reproduce.
         alpha: Field that holds alpha.
         least_rank: Smallest value of ``r``; 0 where a kind has another way to give sizes.
+        rank_lists: Whether ``rank_pattern`` says of each of a module's first directions whether it was kept (AdaLoRA).
     """
 
     harmless: frozenset[str] = COMMON
@@ -72,6 +73,7 @@ class Switches:
     refused: Mapping[str, str] = field(default_factory=dict)
     alpha: str = "lora_alpha"
     least_rank: int = 1
+    rank_lists: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,10 @@ class PeftConfig:
         """Another field that is true or false."""
         return _Reader(self.raw, self.file).flag(key, default)
 
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        """Another field that is one of these words, the first by default."""
+        return _Reader(self.raw, self.file).choice(key, allowed)
+
     def integer(self, key: str, default: int, low: int = 0) -> int:
         """Another field that is a whole number of at least `low`."""
         return _Reader(self.raw, self.file).integer(key, default, low)
@@ -197,13 +203,13 @@ def parse_config(raw: Mapping[str, Any], file: Path, kinds: Mapping[str, Switche
         kind=kind,
         rank=read.integer("r", 8, low=switches.least_rank),
         alpha=read.number(switches.alpha, 8.0),
-        rank_pattern=read.pattern("rank_pattern", lambda key, value: read.check_integer(key, value, 1))
+        rank_pattern=read.pattern("rank_pattern", read.count if switches.rank_lists else read.check_rank)
         if "rank_pattern" in switches.understood
         else {},
         alpha_pattern=read.pattern("alpha_pattern", read.check_number),
         rslora=read.flag("use_rslora"),
         dora=read.flag("use_dora"),
-        bias=read.choice("bias", ("none", "all", f"{kind.lower()}_only")),
+        bias=read.bias(),
         modules_to_save=read.names("modules_to_save"),
         target_parameters=read.names("target_parameters"),
         token_indices=_token_indices(read, kind),
@@ -288,10 +294,24 @@ class _Reader:
             raise self.fail(key, value, "true or false")
         return default if value is None else value
 
+    def check_rank(self, key: str, value: object) -> int:
+        return self.check_integer(key, value, 1)
+
+    def count(self, key: str, value: object) -> int:
+        if not isinstance(value, list) or not all(isinstance(kept, bool) for kept in value):
+            raise self.fail(key, value, "a list of true and false")
+        return sum(value)
+
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
         value = self.raw.get(key, allowed[0])
         if value not in allowed:
             raise self.fail(key, value, f"one of {', '.join(allowed)}")
+        return str(value)
+
+    def bias(self) -> str:
+        value = self.raw.get("bias", "none")
+        if value not in ("none", "all") and not (isinstance(value, str) and value.endswith("_only")):
+            raise self.fail("bias", value, "one of none, all and <kind>_only")
         return str(value)
 
     def names(self, key: str) -> tuple[str, ...]:

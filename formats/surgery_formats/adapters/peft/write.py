@@ -85,6 +85,8 @@ def _kind(adapter: Adapter, own: PeftConfig | None) -> PeftKind:
     named = known.get(own.kind if own else adapter.kind)
     if named is not None and (own is not None or count.keys() <= named.writes):
         return named
+    if count.keys() == known["BEFT"].writes:  # LORA too has additions to biases, but only beside LoRAs
+        return known["BEFT"]
     return max(known.values(), key=lambda kind: sum(count[update] for update in kind.writes))
 
 

@@ -20,7 +20,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.updates import Update
 
-__all__ = ["adapter_config", "inherited", "ranks_and_alphas", "targets"]
+__all__ = ["adapter_config", "inherited", "ranks_and_alphas", "setting_and_pattern", "targets"]
 
 EXPERTS_ORDER_SINCE = "0.19.0"
 """The version of PEFT that gave expert factors today's order of axes (huggingface/peft#3165)."""
@@ -93,6 +93,18 @@ def ranks_and_alphas(file: PeftFile, alpha: str = "lora_alpha") -> dict[str, Any
         "r": rank,
         "rank_pattern": {_anchored(path): r for path, (r, _) in file.settings.items() if r != rank},
     }
+
+
+def setting_and_pattern(values: Mapping[str, Any], *, anchored: bool = True) -> tuple[Any, dict[str, Any]]:
+    """The commonest of `values`, which are by module path, and the pattern that gives the other modules theirs.
+
+    Args:
+        values: At least one.
+        anchored: Whether PEFT matches its keys as `_anchored` has it; else as ends of paths behind a dot, or as whole paths.
+    """
+    setting = commonest(values.values())
+    rest = {path: value for path, value in values.items() if value != setting}
+    return setting, {_anchored(path): value for path, value in rest.items()} if anchored else rest
 
 
 def targets(file: PeftFile) -> list[str] | str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.read_config import PeftConfig, Switches
-from surgery_formats.canonical.adapter import Site
+from surgery_formats.canonical.adapter import Ignored, Site
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Update
@@ -74,10 +74,12 @@ class ModuleUpdates:
     Attributes:
         updates: By site, in order.
         optional: Sites that the base need not have.
+        ignored: Tensors that do nothing, and are meant to do nothing.
     """
 
     updates: Mapping[Site, tuple[Update, ...]]
     optional: frozenset[Site] = frozenset()
+    ignored: tuple[Ignored, ...] = ()
 
 
 def _no_issues(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Iterable[str]:

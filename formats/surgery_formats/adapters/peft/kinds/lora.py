@@ -41,7 +41,7 @@ from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import ChangedBase, DoRA, Factor, LoRA, Offset, Part, Stacked, TokenRows, Update
 
-__all__ = ["LORA", "TRAINABLE_TOKENS"]
+__all__ = ["LORA", "SWITCHES", "TRAINABLE_TOKENS"]
 
 _FACTORS = frozenset(
     [
@@ -55,7 +55,7 @@ _FACTORS = frozenset(
         "trainable_tokens_delta",
     ]
 )
-_SWITCHES = Switches(
+SWITCHES = Switches(
     harmless=COMMON
     | {
         "lora_dropout",
@@ -405,8 +405,8 @@ LORA = PeftKind(
     read=_read,
     writes=frozenset([LoRA.kind, DoRA.kind, ChangedBase.kind, Offset.kind, TokenRows.kind, "replacement"]),
     write=_write,
-    switches=_SWITCHES,
+    switches=SWITCHES,
     issues=_issues,
     unused=UNUSED,
 )
-TRAINABLE_TOKENS = PeftKind("TRAINABLE_TOKENS", _FACTORS, _read, frozenset(), _write, _SWITCHES)
+TRAINABLE_TOKENS = PeftKind("TRAINABLE_TOKENS", _FACTORS, _read, frozenset(), _write, SWITCHES)

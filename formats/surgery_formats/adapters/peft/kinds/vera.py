@@ -9,11 +9,10 @@ from typing import Any
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import ROOT
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
+from surgery_formats.adapters.peft.kinds.shared import shared_pair
 from surgery_formats.adapters.peft.read_config import COMMON, Switches
 from surgery_formats.adapters.peft.write_config import targets
-from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
-from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, Seed, Update, VeRA
 
@@ -24,32 +23,18 @@ _SHARED = ("vera_A", "vera_B")
 
 def _read(module: Module) -> ModuleUpdates:
     b, d = module.vector("vera_lambda_b"), module.vector("vera_lambda_d")
-    config = module.config
-    A, B = (module.shared.get(name) for name in _SHARED)
-    projections: tuple[Factor, Factor] | Seed
-    if A is not None and B is not None:
-        for stored in (A, B):
-            if len(stored.shape) != 2 or not stored.numel:
-                raise malformed(stored, "not a matrix")
-        if A.shape[0] != d.numel or B.shape[1] != d.numel:
-            raise malformed(d, f"the shared projections have the ranks {A.shape[0]} and {B.shape[1]}")
-        if B.shape[0] < b.numel:
-            raise malformed(b, f"the shared 'vera_B' has only {B.shape[0]} rows")
-        projections = Factor((A,), A.shape, _shared), Factor((B,), B.shape, _shared)
-    elif A is not None or B is not None or config.flag("save_projection", default=True):
-        raise MalformedError(
-            "'base_model.vera_A' or 'base_model.vera_B' is missing", file=b.file.path, hint="was the file cut down?"
-        )
-    else:
-        if d.numel != config.integer("r", 256, low=1):
+    stored = shared_pair(module, _SHARED, (2, 2))
+    if stored is None:
+        if d.numel != module.config.integer("r", 256, low=1):
             raise malformed(d, "its size is not 'r', with which the projections were drawn")
-        projections = Seed(config.integer("projection_prng_key", 0, low=-(1 << 31)))
-    return ModuleUpdates({module.site(): (VeRA(Factor.of(b), Factor.of(d), projections),)})
-
-
-def _shared(stored: Array) -> Array:
-    """A projection as it is stored. All modules share its view, so it is read once and recognised as one tensor."""
-    return stored
+        drawn = Seed(module.config.integer("projection_prng_key", 0, low=-(1 << 31)))
+        return ModuleUpdates({module.site(): (VeRA(Factor.of(b), Factor.of(d), drawn),)})
+    A, B = stored
+    if A.shape[0] != d.numel or B.shape[1] != d.numel:
+        raise malformed(d, f"the shared projections have the ranks {A.shape[0]} and {B.shape[1]}")
+    if B.shape[0] < b.numel:
+        raise malformed(b, f"the shared 'vera_B' has only {B.shape[0]} rows")
+    return ModuleUpdates({module.site(): (VeRA(Factor.of(b), Factor.of(d), stored),)})
 
 
 def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse additions: a few numbers and where they go, added to any block of a weight."""
+
+from __future__ import annotations
+
+from surgery_formats.arrays import Array, array_of, to_cpu
+from surgery_formats.dtypes import DType
+from surgery_formats.tensors.views import Index
+from surgery_formats.updates.base import Apply
+
+__all__ = ["adding_at"]
+
+
+def adding_at(rows: Array, cols: Array, values: Array) -> Apply:
+    """The equation that adds ``values[i]`` to the element ``[rows[i], cols[i]]``; what meets one element is summed.
+
+    Args:
+        rows: Whole numbers, ``(n,)``.
+        cols: As `rows`.
+        values: ``(n,)``, where and in the type in which the arithmetic runs.
+    """
+    import numpy
+
+    row, col = to_cpu(rows).astype(numpy.int64), to_cpu(cols).astype(numpy.int64)
+    order = numpy.lexsort((col, row))
+    row, col = row[order], col[order]
+    first = numpy.ones(len(row), bool)
+    first[1:] = (row[1:] != row[:-1]) | (col[1:] != col[:-1])
+    summed = numpy.add.reduceat(to_cpu(values)[order], numpy.flatnonzero(first)) if len(row) else to_cpu(values)
+    row, col, summed = row[first], col[first], array_of(summed, DType.of(summed.dtype), values)
+
+    def apply(block: Array, at: Index, beside: Index) -> Array:
+        low, high = (int(numpy.searchsorted(row, end)) for end in (min(at), max(at) + 1))
+        here, inside = _found(row[low:high], at)
+        there, within = _found(col[low:high], beside)
+        met = inside & within
+        if met.any():
+            place = (array_of(here[met], DType.I64, block), array_of(there[met], DType.I64, block))
+            block[place] += summed[low:high][array_of(numpy.flatnonzero(met), DType.I64, block)]
+        return block
+
+    return apply
+
+
+def _found(wanted: Array, index: Index) -> tuple[Array, Array]:
+    """Where each of `wanted` stands in `index`, and whether it does."""
+    import numpy
+
+    if isinstance(index, range) and index.step == 1:
+        return wanted - index.start, (wanted >= index.start) & (wanted < index.stop)
+    there = numpy.asarray(index, numpy.int64)
+    order = numpy.argsort(there)
+    at = order[numpy.searchsorted(there, wanted, sorter=order).clip(max=len(there) - 1)]
+    return at, there[at] == wanted
