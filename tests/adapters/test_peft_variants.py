@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import surgery
+from surgery_formats import open_checkpoint
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError
@@ -81,6 +82,27 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "UniLora",
         {"target_modules": ["c_attn"], "r": 3, "theta_d_length": 50, "save_indices": True},
     ),
+    "waveft": ("llama", "WaveFT", {**Q_UP, "n_frequency": 60}),
+    "waveft by db3": ("llama", "WaveFT", {**Q_UP, "n_frequency": 60, "wavelet_family": "db3", "random_loc_seed": 3}),
+    "waveft by coif1": ("gpt2", "WaveFT", {"target_modules": ["c_attn"], "n_frequency": 60, "wavelet_family": "coif1"}),
+    "waveft by sym10": (
+        "llama",
+        "WaveFT",
+        {**Q_UP, "n_frequency": 60, "wavelet_family": "sym10", "n_frequency_pattern": {"up_proj": 90}},
+    ),
+    "waveft of elements": ("llama", "WaveFT", {**Q_UP, "n_frequency": 60, "use_idwt": False, "scaling": 3.0}),
+    "waveft in proportion": ("llama", "WaveFT", {**Q_UP, "n_frequency": 60, "proportional_parameters": True}),
+    "supertuning": ("llama", "Supertuning", {**Q_UP, "sparsity": 0.9}),
+    "supertuning with a lora": ("llama", "Supertuning", {**Q_UP, "r": 3, "lora_alpha": 5, "select_top": False}),
+    "tinylora": ("llama", "TinyLora", {**Q_UP, "r": 3, "u": 6, "weight_tying": 1.0}),
+    "tinylora on embedding": (
+        "llama",
+        "TinyLora",
+        {"target_modules": ["embed_tokens", "q_proj"], "r": 2, "u": 6, "weight_tying": 1.0},
+    ),
+    "tinylora on conv1d": ("gpt2", "TinyLora", {"target_modules": ["c_attn"], "r": 2, "u": 6, "weight_tying": 1.0}),
+    "frod": ("llama", "Frod", {**Q_UP, "sparse_rate": 0.02}),
+    "frod on conv1d": ("gpt2", "Frod", {"target_modules": ["c_attn", "c_proj"]}),
 }
 KINDS = LORA | OTHERS
 
@@ -101,6 +123,8 @@ def _assert_same(actual: Mapping[str, torch.Tensor], merged: Mapping[str, torch.
 @pytest.mark.parametrize("name", KINDS)
 def test_a_merge_is_pefts(name: str, tmp_path: Path) -> None:
     arch, base, trained = _trained(name, tmp_path)
+    surgery.inspect(trained).summary()
+    assert "do not fit" not in str(surgery.report(trained, base=base).summary())
     surgery.merge(base, trained, output=tmp_path / "merged")
     before, merged = disk.read_tensors(base), peft_oracle.merge(arch, base, [(trained, 1.0)], "float32")
     actual = disk.read_tensors(tmp_path / "merged")
@@ -117,7 +141,7 @@ def test_peft_merges_what_was_written(name: str, source: str, tmp_path: Path) ->
     adapter = read_adapter(trained)
     if source != "its folder":
         adapter = in_memory(adapter, keep_terms=source.endswith("terms"))
-    rendering = PEFT.render(adapter, None)
+    rendering = PEFT.render(adapter, open_checkpoint(base))
     assert not [entry for entry in rendering.entries if entry.outcome == "dropped"]
     written = save(rendering, PEFT, tmp_path)
     expected, merged = (peft_oracle.merge(arch, base, [(path, 1.0)], "float32") for path in (trained, written))
@@ -156,8 +180,64 @@ def test_a_changed_base_is_refused_where_peft_has_none(fields: dict[str, Any], t
         read_adapter(tmp_path / "raw")
 
 
-def test_a_unilora_without_its_indices_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tying", [0.0, 0.5])
+def test_a_tinyloras_random_tensors_tell_which_vector_a_module_has(tying: float, tmp_path: Path) -> None:
     base = models.build_base("llama", tmp_path / "base")
-    peft_oracle.train("llama", base, "UniLoraConfig", {**Q_UP, "r": 3}, tmp_path / "trained", seed=4)
-    with pytest.raises(FitError, match=r"'save_indices' is off.*save it again"):
+    fields = {"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 3, "u": 6, "weight_tying": tying}
+    peft_oracle.train("llama", base, "TinyLoraConfig", fields, tmp_path / "trained", seed=4)
+    adapter = read_adapter(tmp_path / "trained")
+    vectors = {next(iter(chain)).tensors[0] for chain in adapter.updates.values()}
+    assert len(vectors) == len(adapter.updates) * (1 - tying)
+    merged = peft_oracle.merge("llama", base, [(tmp_path / "trained", 1.0)], "float32")
+    surgery.merge(base, tmp_path / "trained", output=tmp_path / "merged")
+    _assert_same(disk.read_tensors(tmp_path / "merged"), merged.tensors)
+    own = save(PEFT.render(adapter, None), PEFT, tmp_path)
+    _assert_same(peft_oracle.merge("llama", base, [(own, 1.0)], "float32").tensors, merged.tensors)
+    dropped = [entry for entry in PEFT.render(in_memory(adapter), None).entries if entry.outcome == "dropped"]
+    assert dropped
+    assert "PEFT numbers several by the order of the model" in dropped[0].detail
+
+
+LACKING: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unilora": ("UniLora", {"r": 3}, "'save_indices' is off.*save it again"),
+    "tinylora": ("TinyLora", {"save_projection": False}, "save_projection is off"),
+    "frod": ("Frod", {"save_projection": False}, "save_projection is off"),
+    "supertuning": (
+        "Supertuning",
+        {"sparsity": 0.9, "save_precomputed_indices": False},
+        "save_precomputed_indices is off",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_is_not_in_the_file_is_refused_by_its_switch(name: str, tmp_path: Path) -> None:
+    kind, fields, message = LACKING[name]
+    base = models.build_base("llama", tmp_path / "base")
+    peft_oracle.train("llama", base, f"{kind}Config", {**Q_UP, **fields}, tmp_path / "trained", seed=4)
+    with pytest.raises(FitError, match=message):
         read_adapter(tmp_path / "trained")
+
+
+UNMERGED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Lily": ("Lily", {"r": 3, "stride_A": 1, "num_B": 2}, "a router mixes"),
+    "PSOFT": ("Psoft", {"r": 3}, "signs"),
+}
+
+
+@pytest.mark.parametrize("name", UNMERGED)
+def test_a_kind_without_a_merge_is_shown_copied_and_refused(name: str, tmp_path: Path) -> None:
+    kind, fields, message = UNMERGED[name]
+    base = models.build_base("llama", tmp_path / "base")
+    peft_oracle.train("llama", base, f"{kind}Config", {**Q_UP, **fields}, tmp_path / "trained", seed=4)
+    adapter = read_adapter(tmp_path / "trained")
+    assert not adapter.unconsumed()
+    assert {update.kind for chain in adapter.updates.values() for update in chain} == {name}
+    assert {update.rank for chain in adapter.updates.values() for update in chain} == {3}
+    surgery.inspect(tmp_path / "trained").summary()
+    assert "do not fit" not in str(surgery.report(tmp_path / "trained", base=base).summary())
+    with pytest.raises(FitError, match=message):
+        surgery.merge(base, tmp_path / "trained", output=tmp_path / "merged")
+    written = save(PEFT.render(adapter, None), PEFT, tmp_path)
+    assert disk.adapter(written)[0] == disk.adapter(tmp_path / "trained")[0]
+    assert disk.adapter(written)[1].keys() == disk.adapter(tmp_path / "trained")[1].keys()

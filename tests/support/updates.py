@@ -29,6 +29,7 @@ from surgery_formats.updates import (
     DoRA,
     Factor,
     FourierFT,
+    FRoD,
     GLoRA,
     GraLoRA,
     HiRA,
@@ -46,11 +47,14 @@ from surgery_formats.updates import (
     Seed,
     SHiRA,
     Stacked,
+    SuperTuning,
+    TinyLoRA,
     TokenRows,
     UniLoRA,
     Update,
     VBLoRA,
     VeRA,
+    WaveFT,
 )
 
 __all__ = ["EVERY_KIND", "made_adapter", "made_factor", "product"]
@@ -113,6 +117,12 @@ EVERY_KIND: dict[str, Update] = {
     "Uni-LoRA": UniLoRA(
         made_factor(9), (_places(9, 3, 40), _places(9, 24, 3)), (made_factor(3, 40), made_factor(24, 3))
     ),
+    "FRoD": FRoD(made_factor(40, 40), made_factor(40), made_factor(9), _places(40, 2, 9), ()),
+    "SuperTuning": SuperTuning(made_factor(9), _places(960, 9), 0.5),
+    "TinyLoRA": TinyLoRA(made_factor(5), made_factor(5, 3, 3), made_factor(3, 40), made_factor(24, 3), 0.5),
+    "WaveFT": WaveFT(made_factor(50), 777, "db1", 2.0),
+    "WaveFT by long filters": WaveFT(made_factor(50), 3, "coif2", 2.0),
+    "WaveFT of elements": WaveFT(made_factor(50), 3, "", 2.0),
     "IA3 on rows": IA3(made_factor(24), per_row=True),
     "IA3 on columns": IA3(made_factor(40), per_row=False),
     "LoHa": LoHa(*(made_factor(*s) for s in ((24, 2), (2, 40), (24, 2), (2, 40))), scale=0.5, alpha=1.0),

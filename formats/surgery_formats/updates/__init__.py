@@ -17,6 +17,7 @@ from surgery_formats.updates.delora import DeLoRA
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
 from surgery_formats.updates.fourierft import FourierFT
+from surgery_formats.updates.frod import FRoD
 from surgery_formats.updates.glora import GLoRA, GLoRABias, Support
 from surgery_formats.updates.gralora import GraLoRA
 from surgery_formats.updates.hira import HiRA
@@ -38,8 +39,11 @@ from surgery_formats.updates.sameness import equal_factors, same_update, setting
 from surgery_formats.updates.shira import SHiRA
 from surgery_formats.updates.spectrum import Part
 from surgery_formats.updates.stacked import Stacked
+from surgery_formats.updates.supertuning import SuperTuning
+from surgery_formats.updates.tinylora import TinyLoRA
 from surgery_formats.updates.token_rows import TokenRows
 from surgery_formats.updates.unilora import UniLoRA
+from surgery_formats.updates.unmerged import Unmerged
 from surgery_formats.updates.update import (
     Directed,
     EitherWay,
@@ -65,6 +69,8 @@ from surgery_formats.updates.update import (
 )
 from surgery_formats.updates.vblora import VBLoRA
 from surgery_formats.updates.vera import Seed, VeRA
+from surgery_formats.updates.waveft import WaveFT
+from surgery_formats.updates.wavelets import LOWPASS as WAVELETS
 
 __all__ = [
     "ACTIVATIONS",
@@ -76,6 +82,7 @@ __all__ = [
     "IA3",
     "OFT",
     "OSF",
+    "WAVELETS",
     "AdaLoRA",
     "Apply",
     "ChangedBase",
@@ -84,6 +91,7 @@ __all__ = [
     "DoRA",
     "Effect",
     "EitherWay",
+    "FRoD",
     "Factor",
     "Fit",
     "FourierFT",
@@ -114,13 +122,17 @@ __all__ = [
     "SHiRA",
     "Seed",
     "Stacked",
+    "SuperTuning",
     "Support",
+    "TinyLoRA",
     "TokenRows",
     "UniLoRA",
+    "Unmerged",
     "Unsized",
     "Update",
     "VBLoRA",
     "VeRA",
+    "WaveFT",
     "Weight",
     "blend",
     "equal_factors",

@@ -27,7 +27,7 @@ NOT_READ: Mapping[str, str] = {
     "MULTITASK_PROMPT_TUNING": "it holds one prompt per task and the task is chosen at run time",
     "XLORA": "it routes between adapters at run time",
     "POLY": "it routes between adapters at run time",
-    "LILY": "it routes between adapters at run time",
+    "SHADOW": "it runs a second, smaller model beside the base and mixes its states in: keep both, in PEFT",
 }
 """Kinds that are known and refused, and why."""
 COMMON = frozenset(

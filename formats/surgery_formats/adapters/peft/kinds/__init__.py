@@ -12,6 +12,7 @@ from surgery_formats.adapters.peft.kinds.c3a import C3A
 from surgery_formats.adapters.peft.kinds.deft import DEFT
 from surgery_formats.adapters.peft.kinds.delora import DELORA
 from surgery_formats.adapters.peft.kinds.fourierft import FOURIERFT
+from surgery_formats.adapters.peft.kinds.frod import FROD
 from surgery_formats.adapters.peft.kinds.glora import GLORA
 from surgery_formats.adapters.peft.kinds.gralora import GRALORA
 from surgery_formats.adapters.peft.kinds.hira import HIRA
@@ -30,9 +31,13 @@ from surgery_formats.adapters.peft.kinds.pvera import PVERA
 from surgery_formats.adapters.peft.kinds.randlora import RANDLORA
 from surgery_formats.adapters.peft.kinds.road import ROAD
 from surgery_formats.adapters.peft.kinds.shira import SHIRA
+from surgery_formats.adapters.peft.kinds.supertuning import SUPERTUNING
+from surgery_formats.adapters.peft.kinds.tinylora import TINYLORA
 from surgery_formats.adapters.peft.kinds.unilora import UNILORA
+from surgery_formats.adapters.peft.kinds.unmerged import ADAMSS, LILY, PSOFT
 from surgery_formats.adapters.peft.kinds.vblora import VBLORA
 from surgery_formats.adapters.peft.kinds.vera import VERA
+from surgery_formats.adapters.peft.kinds.waveft import WAVEFT
 from surgery_formats.adapters.peft.prompt import PROMPTS
 from surgery_formats.adapters.peft.read_config import Switches
 from surgery_formats.plugins import with_plugins
@@ -53,6 +58,13 @@ BUILT_IN: tuple[PeftKind, ...] = (
     OSF,
     PEANUT,
     UNILORA,
+    ADAMSS,
+    LILY,
+    PSOFT,
+    FROD,
+    TINYLORA,
+    SUPERTUNING,
+    WAVEFT,
     ADALORA,
     BEFT,
     BOFT,

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.kinds.each import put_each
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
-from surgery_formats.adapters.peft.kinds.writing import of_one_setting
 from surgery_formats.adapters.peft.read_config import COMMON, Switches
 from surgery_formats.adapters.peft.write_config import targets
 from surgery_formats.canonical.adapter import Site
@@ -42,13 +42,13 @@ def _setting(update: Filled) -> tuple[object, ...]:
 
 
 def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
-    written = None
-    for site, update, key in of_one_setting(file, updates, Filled, _setting, "rank, decomposition and alpha"):
+    def put(key: str, update: Filled) -> None:
         file.put(f"{key}.deft_P", update.P)
         if update.R:
             file.put(f"{key}.deft_R", update.R)
-        written = update
-        file.ledger.keep(site, update, "exact", f"{key}.deft_P")
+
+    why = "all modules of a file have one rank, decomposition and alpha"
+    written = put_each(file, updates, Filled, put, _setting, why)
     file.defaults = {"deft_dropout": 0.0, "fan_in_fan_out": False, "init_scale": 1.0, "init_weights": True}
     if written:
         plain = written.scale == 1.0

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.kinds.each import put_each
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
-from surgery_formats.adapters.peft.kinds.writing import of_one_setting
 from surgery_formats.adapters.peft.read_config import COMMON, Switches
 from surgery_formats.adapters.peft.write_config import targets
 from surgery_formats.canonical.adapter import Site
@@ -31,11 +31,13 @@ def _read(module: Module) -> ModuleUpdates:
 def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     """How many singular values stay is stated for each module: what remains is the rank of what is stored."""
     kept = {}
-    for site, update, key in of_one_setting(file, updates, Lower, lambda _: None, ""):
+
+    def put(key: str, update: Lower) -> None:
         for name, factor in zip(_PARTS, (update.U, update.S, update.V), strict=True):
             file.put(f"{key}.{name}", factor)
         kept[key.removeprefix(file.prefix)] = min(update.shape) - update.rank
-        file.ledger.keep(site, update, "exact", f"{key}.{_PARTS[0]}")
+
+    put_each(file, updates, Lower, put)
     file.defaults = {"init_weights": True}
     file.fields = {
         "effective_rank": min(kept.values(), default=1),

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.kinds.each import put_each
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
-from surgery_formats.adapters.peft.kinds.writing import of_one_setting
 from surgery_formats.adapters.peft.read_config import COMMON, Switches
 from surgery_formats.adapters.peft.write_config import targets
 from surgery_formats.canonical.adapter import Site
@@ -49,15 +49,15 @@ def _read(module: Module) -> ModuleUpdates:
 
 
 def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
-    written = None
-    for site, update, key in of_one_setting(file, updates, PEANuT, _setting, "rank, depth, activation and scale"):
+    def put(key: str, update: PEANuT) -> None:
         layers = {"A": update.A, "B": update.B}
         layers |= {f"encoders.{i}": layer for i, layer in enumerate(update.encoders)}
         layers |= {f"decoders.{i}": layer for i, layer in enumerate(update.decoders)}
         for name, layer in layers.items():
             file.put(f"{key}.peanut_{name}.weight", layer)
-        written = update
-        file.ledger.keep(site, update, "exact", f"{key}.peanut_A.weight")
+
+    why = "all modules of a file have one rank, depth, activation and scale"
+    written = put_each(file, updates, PEANuT, put, _setting, why)
     file.defaults = {"init_weights": True}
     if written:
         file.fields = {

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import ROOT
+from surgery_formats.adapters.peft.kinds.each import put_each
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
-from surgery_formats.adapters.peft.kinds.writing import of_one_setting
 from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
 from surgery_formats.adapters.peft.write_config import targets
 from surgery_formats.adapters.writing import copied
@@ -50,13 +50,16 @@ def _indices(module: Module, name: str) -> StoredTensor:
 
 def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     """All modules share the first one's vector; another factor on one module's addition goes into the scales of its B."""
-    written = None
-    for site, update, key in of_one_setting(file, updates, UniLoRA, _setting, "vector and rank"):
+
+    def put(key: str, update: UniLoRA) -> float:
         for side, at, times in zip("AB", update.places, update.scales, strict=True):
             file.add(copied(f"{key}.unilora_indices_{side}", at))
             file.put(f"{key}.unilora_scales_{side}", times, times=update.scale if side == "B" else 1.0)
-        written = update
-        file.ledger.keep(site, update, "exact" if update.scale == 1.0 else "folded", f"{key}.unilora_indices_A")
+        return update.scale
+
+    written = put_each(
+        file, updates, UniLoRA, put, _setting, "all modules of a file share one vector and have one rank"
+    )
     file.defaults = {"fan_in_fan_out": False, "init_weights": True, "unilora_dropout": 0.0}
     if written:
         file.put(f"{ROOT}{_THETA}", written.theta)
