@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DEFT: ``W' = W - Q P^T W + Q s R``, a subspace of the outputs emptied and filled anew (PaRa without R: arXiv:2601.22793)."""
+"""DEFT: ``W' = W - Q P^T W + Q s R`` (NeurIPS 2025); PaRa, without R (Chen et al. 2024, arXiv:2406.05641)."""
 
 from __future__ import annotations
 
