@@ -241,3 +241,42 @@ def test_a_kind_without_a_merge_is_shown_copied_and_refused(name: str, tmp_path:
     written = save(PEFT.render(adapter, None), PEFT, tmp_path)
     assert disk.adapter(written)[0] == disk.adapter(tmp_path / "trained")[0]
     assert disk.adapter(written)[1].keys() == disk.adapter(tmp_path / "trained")[1].keys()
+
+
+LOOKING = [
+    "raw pissa on conv1d",
+    "raw olora",
+    "kasa",
+    "deft by qr",
+    "para",
+    "osf",
+    "glora",
+    "peanut",
+    "frod on conv1d",
+    "waveft by coif1",
+]
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_what_looks_at_the_weight_does_the_same_in_small_blocks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, base, trained = _trained(name, tmp_path)
+    surgery.merge(base, trained, output=tmp_path / "whole")
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr("surgery_formats.updates.glora._ELEMENTS", 300)
+    surgery.merge(base, trained, output=tmp_path / "blocks")
+    whole, blocks = disk.read_tensors(tmp_path / "whole"), disk.read_tensors(tmp_path / "blocks")
+    for key, value in whole.items():
+        assert measure.relative_error(blocks[key], value) < 1e-6, key
+
+
+@pytest.mark.parametrize("name", ["unilora", "tinylora"])
+def test_a_lora_by_another_name_converts_to_one(name: str, tmp_path: Path) -> None:
+    _, base, trained = _trained(name, tmp_path)
+    surgery.convert(trained, output=tmp_path / "mlx", to="mlx", base=base)
+    for adapter in (trained, tmp_path / "mlx"):
+        surgery.merge(base, adapter, output=tmp_path / f"{adapter.name}-merged")
+    merged = disk.read_tensors(tmp_path / "trained-merged")
+    for key, value in disk.read_tensors(tmp_path / "mlx-merged").items():
+        assert measure.relative_error(value, merged[key]) < 1e-6, key

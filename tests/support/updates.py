@@ -31,6 +31,7 @@ from surgery_formats.updates import (
     FourierFT,
     FRoD,
     GLoRA,
+    GLoRABias,
     GraLoRA,
     HiRA,
     LoHa,
@@ -111,6 +112,7 @@ EVERY_KIND: dict[str, Update] = {
     "OSF": OSF(made_factor(24, 5), made_factor(5), made_factor(5, 40)),
     "GLoRA": GLoRA((made_factor(24, 2), made_factor(2, 40)), (made_factor(24, 1),)),
     "GLoRA by numbers": GLoRA((made_factor(1, 1),), ()),
+    "GLoRA of a bias": GLoRABias((), (made_factor(24, 1),), (made_factor(1, 1),)),
     "PEANuT": PEANuT(
         made_factor(3, 24), made_factor(24, 3), (made_factor(3, 3),) * 2, (made_factor(3, 3),) * 2, "gelu", 0.5
     ),
