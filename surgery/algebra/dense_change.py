@@ -162,6 +162,7 @@ def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution]
             seed=recipe.seed,
             name=name,
             owners=[share.owner for share in contributions],
+            majority=recipe.majority,
         )
 
     tensors = [tensor for offset in offsets for tensor in offset.tensors]

@@ -85,6 +85,7 @@ class Recipe:
         max_error: Greatest error of a module, relative, Frobenius.
         density: Share of values kept, for the dense methods.
         seed: Of random drops.
+        majority: What elects the signs of TIES: one of `surgery.algebra.ties_and_dare.MAJORITIES`.
     """
 
     method: str = "exact"
@@ -93,9 +94,10 @@ class Recipe:
     max_error: float | None = None
     density: float = 1.0
     seed: int = 0
+    majority: str = "total"
 
     @classmethod
-    def of(cls, method: str, rank: Rank, density: float = 1.0, seed: int = 0) -> Recipe:
+    def of(cls, method: str, rank: Rank, density: float = 1.0, seed: int = 0, majority: str = "total") -> Recipe:
         """The recipe that cuts to `rank`.
 
         Raises:
@@ -103,7 +105,7 @@ class Recipe:
         """
         if rank.patterns or not set(rank.choices) <= {"rank", "energy", "error"}:
             raise FitError(f"{rank!r} is for extractions", hint="give a rank, an energy or an error")
-        return cls(method, rank.number, rank.least_energy, rank.most_error, density, seed)
+        return cls(method, rank.number, rank.least_energy, rank.most_error, density, seed, majority)
 
     @property
     def by_spectrum(self) -> bool:
@@ -281,6 +283,7 @@ def merged_delta(
                 seed=recipe.seed,
                 name=name,
                 owners=owners,
+                majority=recipe.majority,
             )
 
     return DenseDelta(terms[0].shape, tuple(term.rank for term in terms), formed, recipe.seed)

@@ -143,7 +143,9 @@ def _codes(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
 
 
 def _residual(residual: Residual | None) -> Iterator[tuple[str, Phrase]]:
-    if residual is not None:
+    if residual is not None and not residual.weights:
+        yield "adapter/", "none: the adapters change no quantised weight"
+    elif residual is not None:
         moved = sum(weight.moved for weight in residual.weights)
         ranks = sorted({weight.rank for weight in residual.weights})
         yield "adapter/", (Value(residual.nbytes, "bytes"), f": ranks {ranks[0]} to {ranks[-1]}; codes moved in {moved} of "

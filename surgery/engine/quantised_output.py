@@ -31,7 +31,7 @@ class QuantisedOutput:
         only_touched: Of ``dequantize``: weights that no adapter touches keep their format.
         rounding: Of ``requantize``, see `Requantise`.
         calibration: Of ``requantize``: inputs to make up for errors along.
-        rank: Of ``residual``: most directions of the LoRA of a weight; None is what holds all of the update.
+        rank: Of ``residual``: most directions of the LoRA of a weight; None is what holds all of a LoRA, see `goal_of`.
         max_error: Of ``residual``: how far a weight may be off, relative to its update; None is as near as `rank` allows.
     """
 
