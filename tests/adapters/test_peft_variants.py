@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import surgery
 from surgery_formats import open_checkpoint
 from surgery_formats.adapters.peft import PEFT
+from surgery_formats.adapters.peft.kinds import switches
+from surgery_formats.adapters.peft.read_config import NOT_READ
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError
 from surgery_formats.testing.format import save
@@ -280,3 +284,18 @@ def test_a_lora_by_another_name_converts_to_one(name: str, tmp_path: Path) -> No
     merged = disk.read_tensors(tmp_path / "trained-merged")
     for key, value in disk.read_tensors(tmp_path / "mlx-merged").items():
         assert measure.relative_error(value, merged[key]) < 1e-6, key
+
+
+NOT_ADALORAS = {"kasa_config", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora"}
+"""Fields that AdaLoRA's configuration has of LoRA's, and PEFT does not use for it: refused where they are on."""
+
+
+def test_every_kind_and_field_of_the_installed_peft_is_known() -> None:
+    unknown = {}
+    for name, config in ((kind.value, config) for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()):
+        if name not in NOT_READ:
+            known = switches()[name]
+            fields = {field.name for field in dataclasses.fields(config)}
+            unknown[name] = fields - known.harmless - known.understood - set(known.refused)
+    assert unknown.pop("ADALORA") == NOT_ADALORAS
+    assert not any(unknown.values()), unknown
