@@ -166,6 +166,6 @@ def _estimated(
 
     ledger = execute(estimated.plan, folder, run, _nothing, estimated, last)
     exact = bool(same) and all(same.values())
-    warnings = () if exact else ("this is an estimate: rounding lost what a reversible merge would have kept",)
-    warnings += of_codes.warnings
+    estimate = () if exact else ("this is an estimate: rounding lost what a reversible merge would have kept",)
+    warnings = (*estimate, *of_codes.warnings)
     return UnmergeResult(folder, ledger, "", estimated.exact, estimated.evidence, same, warnings, of_codes)
