@@ -13,7 +13,15 @@ from surgery_formats.updates.c3a import C3A
 from surgery_formats.updates.changed_base import ChangedBase
 from surgery_formats.updates.delora import DeLoRA
 from surgery_formats.updates.dora import DoRA
-from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
+from surgery_formats.updates.forms import (
+    expanded,
+    experts_of,
+    in_full,
+    low_rank_part,
+    plain_form,
+    stack_of_loras,
+    transposed,
+)
 from surgery_formats.updates.fourierft import FourierFT
 from surgery_formats.updates.gralora import GraLoRA
 from surgery_formats.updates.hira import HiRA
@@ -37,6 +45,7 @@ from surgery_formats.updates.token_rows import TokenRows
 from surgery_formats.updates.update import (
     Directed,
     EitherWay,
+    Expanding,
     Holding,
     InFull,
     Invertible,
@@ -48,6 +57,7 @@ from surgery_formats.updates.update import (
     Update,
     is_directed,
     is_either_way,
+    is_expanding,
     is_holding,
     is_in_full,
     is_invertible,
@@ -75,6 +85,7 @@ __all__ = [
     "DoRA",
     "Effect",
     "EitherWay",
+    "Expanding",
     "Factor",
     "Fit",
     "FourierFT",
@@ -110,10 +121,12 @@ __all__ = [
     "Weight",
     "blend",
     "equal_factors",
+    "expanded",
     "experts_of",
     "in_full",
     "is_directed",
     "is_either_way",
+    "is_expanding",
     "is_holding",
     "is_in_full",
     "is_invertible",
