@@ -29,7 +29,7 @@ from surgery_formats.tensors.computed import computed
 from surgery_formats.updates import Factor, Offset, Update, in_full
 from surgery_formats.updates.weights import HeldWeight
 
-__all__ = ["ChangeTerm", "combine_changes", "combine_offsets"]
+__all__ = ["ChangeTerm", "change_of_bias", "combine_changes", "combine_offsets"]
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def combine_changes(
     weights, owners = tuple(share.weight for share in contributions), tuple(share.owner for share in contributions)
     target = MergedDelta(terms, weights, owners, dense, name)
     if site.path.endswith(".bias"):
-        return _offset(site, target, updates)
+        return change_of_bias(site, target, updates)
     rank, best = common_rank((target,), dense)
     return solved_lora(name, site, target, updates, rank, best, recipe, solutions)
 
 
-def _offset(site: Site, target: MergedDelta, sources: Sequence[Update]) -> CombinedUpdate:
+def change_of_bias(site: Site, target: MergedDelta, sources: Sequence[Update]) -> CombinedUpdate:
     """The change of a bias, which is stored in full and loses nothing."""
 
     def vector() -> Array:
