@@ -9,66 +9,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 
-from surgery.algebra.sums import Compared, LowRankSum, MergedDelta, Recipe, Solved
+from surgery.algebra.dense_change import change_in_turn
+from surgery.algebra.group import Contribution
+from surgery.algebra.sums import Compared, DenseDelta, LowRankSum, Recipe, Solved
 from surgery_formats.arrays import Array
+from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.updates import Update
-from surgery_formats.updates.weights import HeldWeight
 
-__all__ = ["ChainChange", "ExpandedChange", "break_even", "formed_change"]
+__all__ = ["ExpandedChange", "break_even", "formed_change"]
 
 
-@dataclass(frozen=True)
-class ChainChange:
-    """What updates do to a weight one after the other, as a merge applies them.
+def formed_change(site: Site, updates: Sequence[Update], places: Sequence[WeightSlice]) -> DenseDelta:
+    """What `updates`, of one adapter, do to a weight, as a merge applies them, formed where it is needed.
 
-    Attributes:
-        updates: In order, all of one shape.
-        places: Where the base holds the weight; empty if none of the updates looks at it.
+    `places` are where the base holds the weight; none if no update looks at it.
     """
-
-    updates: tuple[Update, ...]
-    places: tuple[WeightSlice, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.updates[0].shape
-
-    @property
-    def rank(self) -> int:
-        """Rank of the updates' factors, 0 without low-rank factors; the change itself may have a higher one."""
-        return sum(update.rank or 0 for update in self.updates)
-
-    def delta(self, dtype: DType) -> Array:
-        """The change, dense."""
-        before = self._weight(dtype)
-        rows, cols = (range(size) for size in self.shape)
-        after = before
-        for update in self.updates:
-            apply = update.prepare(HeldWeight(after))
-            after = apply(after.copy(), rows, cols)
-        return after - before
-
-    def _weight(self, dtype: DType) -> Array:
-        values = numpy.zeros(self.shape, dtype.numpy)
-        for place in self.places:
-            view = place.parameter.view
-            at = slice(view.row_origin, view.row_origin + view.shape[0])
-            beside = slice(view.col_origin, view.col_origin + view.shape[1])
-            values[at, beside] = place.parameter.get(dtype)
-        return values
+    shares = [Contribution(0, site, update, 1.0) for update in updates]
+    before = partial(_values, updates[0].shape, places)
+    # Ranks are those of the factors, 0 without low-rank ones; the change itself may have a higher one.
+    ranks = tuple(update.rank or 0 for update in updates)
+    return DenseDelta(updates[0].shape, ranks, partial(change_in_turn, before, shares), seed=0)
 
 
-def formed_change(change: ChainChange, name: str) -> MergedDelta:
-    """A change as a delta that is formed where it is needed."""
-    return MergedDelta(
-        (change,), (1.0,), (0,), Recipe("dare-linear"), name
-    )  # a sum of one term, of which nothing drops
+def _values(shape: tuple[int, int], places: Sequence[WeightSlice]) -> Array:
+    """The weight, put together of its places; zeros without any."""
+    values = numpy.zeros(shape)
+    for place in places:
+        view = place.parameter.view
+        at = slice(view.row_origin, view.row_origin + view.shape[0])
+        beside = slice(view.col_origin, view.col_origin + view.shape[1])
+        values[at, beside] = place.parameter.get(DType.F64)
+    return values
 
 
 @dataclass(frozen=True)
@@ -81,7 +58,7 @@ class ExpandedChange:
     """
 
     factors: LowRankSum
-    change: MergedDelta
+    change: DenseDelta
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.dense_change import change_of_bias
-from surgery.algebra.expanded import ChainChange, ExpandedChange, break_even, formed_change
+from surgery.algebra.expanded import ExpandedChange, break_even, formed_change
 from surgery.algebra.experts import combine_stacks
 from surgery.algebra.group import Contribution
 from surgery.algebra.lora_question import Spectrum
 from surgery.algebra.low_rank import combine_loras, common_rank, computed_lora, solved_lora
-from surgery.algebra.sums import LowRankSum, MergedDelta, Recipe, Solved
+from surgery.algebra.sums import DenseDelta, LowRankSum, Recipe, Solved
 from surgery_formats.adapters.writing import places_of, zero_padded
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
@@ -90,17 +90,17 @@ def lora_of_weight(
     change = _change(site, changes, kept, base, adapter)
     name = str(site)
     if site.path.endswith(".bias"):
-        made = change_of_bias(site, formed_change(change, name), changes)
+        made = change_of_bias(site, change, changes)
         return WeightForm(_beside(kept, made), kind)
     loras = [lora for form in changes if (lora := expanded(form))]
     directions = sum(lora.rank for lora in loras)
     if len(loras) == len(changes) and (recipe.truncates or directions <= break_even(change.shape)):
-        target = ExpandedChange(LowRankSum(tuple(loras)), formed_change(change, name))
+        target = ExpandedChange(LowRankSum(tuple(loras)), change)
         rank, best = common_rank((target.factors,), recipe)
         made = solved_lora(name, site, target, changes, rank, best, recipe, solutions)
         error = best[1] / best[0] if best is not None and best[0] else 0.0
         return WeightForm(_beside(kept, made), kind, error)
-    return _by_svd(site, formed_change(change, name), changes, kept, kind, recipe, solutions)
+    return _by_svd(site, change, changes, kept, kind, recipe, solutions)
 
 
 def _beside(kept: tuple[Update, ...], made: CombinedUpdate) -> CombinedUpdate:
@@ -140,7 +140,7 @@ def _resized(
 
 def _change(
     site: Site, changes: Sequence[Update], kept: Sequence[Update], base: Checkpoint | None, adapter: Adapter
-) -> ChainChange:
+) -> DenseDelta:
     """The change of a weight.
 
     Raises:
@@ -164,12 +164,12 @@ def _change(
             f"{what}: {depends}", file=adapter.path, tensor=changes[0].tensors[0].name, hint="give it with `base=`"
         )
     places = places_of(site, base, changes[0].tensors) if maps and base is not None else ()
-    return ChainChange(tuple(changes), places)
+    return formed_change(site, changes, places)
 
 
 def _by_svd(
     site: Site,
-    target: MergedDelta,
+    target: DenseDelta,
     changes: Sequence[Update],
     kept: tuple[Update, ...],
     kind: str,
