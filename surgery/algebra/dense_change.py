@@ -4,6 +4,9 @@
 What an update adds is the same for any weight (LoHa, LoKr). What it makes of a weight only the base tells: of a DoRA
 that is ``m / ||W + s B A|| * (W + s B A) - W``, of a rotation ``W R - W``. Differences that are stored in full (biases
 of ``lora_bias``, LyCORIS ``diff``) are added up; they have no rank, and lose nothing.
+
+Where one of several updates maps the weight, their sum is what a merge of them, one after the other, does to the base.
+TIES, DARE and pruning are of each adapter's own change, what it does to the base alone.
 """
 
 from __future__ import annotations
@@ -17,19 +20,26 @@ import numpy
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import common_rank, solved_lora
-from surgery.algebra.sums import MergedDelta, Recipe
+from surgery.algebra.sums import DenseDelta, Recipe, merged_delta
 from surgery.algebra.ties_and_dare import DENSE_METHODS, merge_deltas
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.arrays import Array
+from surgery_formats.binding.edits import Operation, at_weight, prepared
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.apply import apply_chain
 from surgery_formats.tensors.computed import computed
+from surgery_formats.tensors.views import rows, whole
+from surgery_formats.threads import one_thread
 from surgery_formats.updates import Factor, Offset, Update, in_full
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["ChangeTerm", "combine_changes", "combine_offsets"]
+
+_HEIGHT = 512  # rows of a weight that are measured at a time
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,22 @@ class ChangeTerm:
         return apply(values.copy(), range(self.shape[0]), range(self.shape[1])) - values
 
 
+def _change_in_turn(weight: Parameter, contributions: Sequence[Contribution]) -> Array:
+    """What a merge of all in their order changes of a weight, float64."""
+    before = weight.get(DType.F64)
+    source = Plain.of(computed(weight.name, before.shape, (), lambda: before, DType.F64))
+    operations = []
+    for share in contributions:
+        update, part_of_way = at_weight(share.update, share.weight)
+        for first, part in update.parts():
+            view = rows(whole(source.shape), first, first + part.shape[0])
+            operations.append(Operation(part, view, share.site, share.owner, part_of_way))
+    with one_thread():
+        after = before.copy()
+        apply_chain(prepared(operations, source, DType.F64, _HEIGHT), after, 0, len(after))
+        return after - before
+
+
 def combine_changes(
     name: str,
     site: Site,
@@ -79,20 +105,35 @@ def combine_changes(
         if base is None or whole_place(places := places_of(site, base, updates[0].tensors)) is None:
             return None
         weight = places[0].parameter
+    # a sum of dense deltas, where nothing drops
+    dense = recipe if recipe.method in DENSE_METHODS else replace(recipe, method="dare-linear", density=1.0)
+    if weight is not None and len(updates) > 1 and recipe.method not in DENSE_METHODS:
+        ranks = tuple(update.rank or 0 for update in updates)
+        chained = DenseDelta(updates[0].shape, ranks, partial(_change_in_turn, weight, contributions), recipe.seed)
+        return _as_one(name, site, chained, updates, dense, recipe, solutions)
     terms = tuple(
         update.low_rank() or ChangeTerm(update, weight if update.effect != "adds" else None) for update in updates
     )
-    # a sum of dense deltas, where nothing drops
-    dense = recipe if recipe.method in DENSE_METHODS else replace(recipe, method="dare-linear", density=1.0)
     weights, owners = tuple(share.weight for share in contributions), tuple(share.owner for share in contributions)
-    target = MergedDelta(terms, weights, owners, dense, name)
+    return _as_one(name, site, merged_delta(terms, weights, owners, dense, name), updates, dense, recipe, solutions)
+
+
+def _as_one(
+    name: str,
+    site: Site,
+    target: DenseDelta,
+    sources: Sequence[Update],
+    dense: Recipe,
+    recipe: Recipe,
+    solutions: Solutions,
+) -> CombinedUpdate:
     if site.path.endswith(".bias"):
-        return _offset(site, target, updates)
+        return _offset(site, target, sources)
     rank, best = common_rank((target,), dense)
-    return solved_lora(name, site, target, updates, rank, best, recipe, solutions)
+    return solved_lora(name, site, target, sources, rank, best, recipe, solutions)
 
 
-def _offset(site: Site, target: MergedDelta, sources: Sequence[Update]) -> CombinedUpdate:
+def _offset(site: Site, target: DenseDelta, sources: Sequence[Update]) -> CombinedUpdate:
     """The change of a bias, which is stored in full and loses nothing."""
 
     def vector() -> Array:
@@ -121,6 +162,7 @@ def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution]
             seed=recipe.seed,
             name=name,
             owners=[share.owner for share in contributions],
+            majority=recipe.majority,
         )
 
     tensors = [tensor for offset in offsets for tensor in offset.tensors]

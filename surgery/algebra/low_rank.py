@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from surgery.algebra.combined_update import CombinedUpdate, Outcome, Solutions
 from surgery.algebra.group import Contribution
-from surgery.algebra.sums import DeltaTarget, LowRankSum, MergedDelta, Recipe, Solved, rank_for
+from surgery.algebra.sums import DeltaTarget, LowRankSum, Recipe, Solved, merged_delta, rank_for
 from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
@@ -83,7 +83,7 @@ def target_of(name: str, loras: Sequence[LoRA], contributions: Sequence[Contribu
     """The delta that `loras`, one per contribution, are to become."""
     weights = tuple(share.weight for share in contributions)
     if recipe.method in DENSE_METHODS:
-        return MergedDelta(tuple(loras), weights, tuple(share.owner for share in contributions), recipe, name)
+        return merged_delta(loras, weights, [share.owner for share in contributions], recipe, name)
     scaled = tuple(lora.scaled(weight) for lora, weight in zip(loras, weights, strict=True))
     return LowRankSum(scaled, recipe.method == "svd")
 

@@ -8,7 +8,7 @@ formed when it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -26,7 +26,18 @@ from surgery_formats.linalg.svd import truncated_svd
 from surgery_formats.threads import one_thread
 from surgery_formats.updates import LoRA
 
-__all__ = ["Compared", "DeltaTarget", "LowRankSum", "MergedDelta", "Recipe", "Solved", "Term", "rank_for", "stacked"]
+__all__ = [
+    "Compared",
+    "DeltaTarget",
+    "DenseDelta",
+    "LowRankSum",
+    "Recipe",
+    "Solved",
+    "Term",
+    "merged_delta",
+    "rank_for",
+    "stacked",
+]
 
 
 class Solved(NamedTuple):
@@ -74,6 +85,7 @@ class Recipe:
         max_error: Greatest error of a module, relative, Frobenius.
         density: Share of values kept, for the dense methods.
         seed: Of random drops.
+        majority: What elects the signs of TIES: one of `surgery.algebra.ties_and_dare.MAJORITIES`.
     """
 
     method: str = "exact"
@@ -82,9 +94,10 @@ class Recipe:
     max_error: float | None = None
     density: float = 1.0
     seed: int = 0
+    majority: str = "total"
 
     @classmethod
-    def of(cls, method: str, rank: Rank, density: float = 1.0, seed: int = 0) -> Recipe:
+    def of(cls, method: str, rank: Rank, density: float = 1.0, seed: int = 0, majority: str = "total") -> Recipe:
         """The recipe that cuts to `rank`.
 
         Raises:
@@ -92,7 +105,7 @@ class Recipe:
         """
         if rank.patterns or not set(rank.choices) <= {"rank", "energy", "error"}:
             raise FitError(f"{rank!r} is for extractions", hint="give a rank, an energy or an error")
-        return cls(method, rank.number, rank.least_energy, rank.most_error, density, seed)
+        return cls(method, rank.number, rank.least_energy, rank.most_error, density, seed, majority)
 
     @property
     def by_spectrum(self) -> bool:
@@ -196,50 +209,25 @@ class Term(Protocol):
 
 
 @dataclass(frozen=True)
-class MergedDelta:
-    """Several deltas merged by TIES, DARE or pruning (`surgery.algebra.ties_and_dare`): dense, and of full rank.
+class DenseDelta:
+    """A delta of full rank: several merged by TIES, DARE or pruning, or what updates that map a weight do to it in turn.
 
     Attributes:
-        terms: The deltas, without their weights.
-        weights: One per term.
-        owners: Number of each term's adapter.
-        recipe: Method, density and seed.
-        name: Of the weight.
+        shape: ``(out, in)``.
+        ranks: One per term.
+        formed: The dense delta, float64.
+        seed: Of the truncated SVD.
     """
 
-    terms: tuple[Term, ...]
-    weights: tuple[float, ...]
-    owners: tuple[int, ...]
-    recipe: Recipe
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.terms[0].shape
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """One per term."""
-        return tuple(term.rank for term in self.terms)
+    shape: tuple[int, int]
+    ranks: tuple[int, ...]
+    formed: Callable[[], Array]
+    seed: int
 
     @property
     def full_rank(self) -> int:
         """The matrix's."""
         return min(self.shape)
-
-    def formed(self) -> Array:
-        """The dense delta, float64."""
-        with one_thread():
-            return merge_deltas(
-                [partial(term.delta, DType.F64) for term in self.terms],
-                self.weights,
-                method=self.recipe.method,
-                density=self.recipe.density,
-                seed=self.recipe.seed,
-                name=self.name,
-                owners=self.owners,
-            )
 
     def least(self, recipe: Recipe) -> int:
         """The least rank, by a truncated SVD that stops where the request is met."""
@@ -260,7 +248,7 @@ class MergedDelta:
 
         Zeros fill up where the delta has fewer directions than were asked for.
         """
-        svd = truncated_svd(self.formed(), rank=rank, accuracy=_ACCURACY, seed=self.recipe.seed)
+        svd = truncated_svd(self.formed(), rank=rank, accuracy=_ACCURACY, seed=self.seed)
         B, A = svd.factors()
         return Solved(zero_padded(B, 1, rank), zero_padded(A, 0, rank), svd.residual)
 
@@ -270,6 +258,35 @@ class MergedDelta:
             delta = self.formed()
             norm = float(numpy.linalg.norm(delta))
             return Compared(norm, float(numpy.linalg.norm(delta - B @ A)), norm)
+
+
+def merged_delta(
+    terms: Sequence[Term], weights: Sequence[float], owners: Sequence[int], recipe: Recipe, name: str
+) -> DenseDelta:
+    """Several deltas merged by TIES, DARE or pruning (`surgery.algebra.ties_and_dare`).
+
+    Args:
+        terms: The deltas, without their weights.
+        weights: One per term.
+        owners: Number of each term's adapter.
+        recipe: Method, density and seed.
+        name: Of the weight.
+    """
+
+    def formed() -> Array:
+        with one_thread():
+            return merge_deltas(
+                [partial(term.delta, DType.F64) for term in terms],
+                weights,
+                method=recipe.method,
+                density=recipe.density,
+                seed=recipe.seed,
+                name=name,
+                owners=owners,
+                majority=recipe.majority,
+            )
+
+    return DenseDelta(terms[0].shape, tuple(term.rank for term in terms), formed, recipe.seed)
 
 
 def stacked(terms: Sequence[LoRA]) -> tuple[Array, Array]:

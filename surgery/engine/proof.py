@@ -80,8 +80,8 @@ def prove_rendering(
     """
     written = read_back(target, path)
     errors: dict[str, float] = {}
-    kept = {entry.site for entry in rendering.entries if entry.outcome != "dropped"}
-    if source.prompt is not None and source.prompt.table.name in kept:
+    dropped = {entry.site for entry in rendering.entries if entry.outcome == "dropped"}
+    if source.prompt is not None and source.prompt.table.name not in dropped:
         errors |= compare_prompt(source.prompt, written)
     components = {site.component for site in rendering.held}
     if len(components) == 1 and all(not site.component for site in written.updates):
@@ -241,7 +241,7 @@ def _tensor_error(expected: _ProofTarget, actual: _ProofTarget) -> float | None:
 
 
 def _has_plain_delta(update: Update) -> bool:
-    stored_in_full = update.effect != "maps" and len(update.factors()) == 1
+    stored_in_full = update.effect != "maps" and len(update.factors()) == 1 and all(update.shape)
     return stored_in_full or low_rank_part(update) is not None
 
 

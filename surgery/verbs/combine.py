@@ -18,7 +18,7 @@ from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.output import write_combination
 from surgery.algebra.selection import Selection, check_patterns
 from surgery.algebra.sums import Recipe
-from surgery.algebra.ties_and_dare import DENSE_METHODS
+from surgery.algebra.ties_and_dare import DENSE_METHODS, MAJORITIES
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import (
@@ -52,6 +52,7 @@ def combine(
     method: str = "exact",
     density: float | None = None,
     seed: int = 0,
+    majority: str | None = None,
     only: str | Sequence[str] = (),
     without: str | Sequence[str] = (),
     dtype: str = "keep",
@@ -71,9 +72,10 @@ def combine(
             lost.
         method: ``exact``; ``svd`` (the exact sum in its least number of directions); ``ties`` (arXiv:2306.01708),
             ``dare-ties``, ``dare-linear`` (arXiv:2311.03099), ``magnitude-prune``: dense merges of the deltas, which
-            need a `rank`.
+            need a `rank`. ``peft-ties``, ``peft-dare-ties`` elect signs before weights, as PEFT's ``ties_svd`` does.
         density: Share of the values that a dense method keeps, in (0, 1].
         seed: Of DARE's random drops.
+        majority: What elects a sign in TIES: the ``total`` of the values (the default), or the ``frequency`` of signs.
         only: Patterns of modules to keep (see `surgery.algebra.selection.Selection`); all of them by default.
         without: Patterns of modules to leave out.
         dtype: ``keep`` (float32 for what was computed), ``fp32``, ``fp16``, ``bf16``.
@@ -92,8 +94,9 @@ def combine(
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    recipe = Recipe.of(method, Rank() if rank is None else Rank.of(rank), 1.0 if density is None else density, seed)
-    _check_options(recipe, density)
+    ranks = Rank() if rank is None else Rank.of(rank)
+    recipe = Recipe.of(method, ranks, 1.0 if density is None else density, seed, majority or MAJORITIES[0])
+    _check_options(recipe, density, majority)
     stored, target = float_type(dtype), None if to is None else format_named(to)
     destination = output_path(output, dry_run=dry_run)
     terms = as_weighted(adapters)
@@ -125,10 +128,14 @@ def _chosen(terms: Sequence[WeightedAdapter], selection: Selection) -> tuple[lis
     return kept, tuple(left)
 
 
-def _check_options(recipe: Recipe, density: float | None) -> None:
+def _check_options(recipe: Recipe, density: float | None, majority: str | None) -> None:
     method = recipe.method
     if method not in METHODS:
         raise FitError(f"no method '{show(method)}'", hint=f"there are {listing(METHODS, 10)}")
+    if majority is not None and majority not in MAJORITIES:
+        raise FitError(f"no majority '{show(majority)}'", hint=f"there are {listing(MAJORITIES)}")
+    if majority is not None and not method.endswith("ties"):
+        raise FitError(f"'{method}' elects no signs, so it has no majority")
     if density is not None and not 0 < density <= 1:
         raise FitError(f"a density of {density:g}", hint="give a share between 0 and 1")
     if method not in DENSE_METHODS:

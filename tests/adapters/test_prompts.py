@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from surgery import convert
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.errors import FitError
@@ -100,6 +101,20 @@ def test_keys_and_values_are_those_in_pefts_cache(arch: str, name: str, tmp_path
     with torch.no_grad():
         logits = plain(input_ids=ids, past_key_values=mine, attention_mask=mask).logits
         assert_same_logits(logits, model(input_ids=ids).logits, ids.shape[1])
+
+
+@pytest.mark.parametrize("name", [*EMBEDDINGS, *KEYS_AND_VALUES, "cpt"])
+def test_a_converted_prompt_is_proved_and_is_pefts(name: str, tmp_path: Path) -> None:
+    kind, fields = {**EMBEDDINGS, **KEYS_AND_VALUES, "cpt": ("CPTConfig", CPT)}[name]
+    model = trained("llama", kind, tmp_path, **fields)
+    result = convert(tmp_path / "adapter", to="peft", output=tmp_path / "again")
+    assert result.errors == {prompt_of(tmp_path).table.name: 0.0}
+    with peft_oracle.quiet():
+        plain = models.load("llama", tmp_path / "base", "float32")
+        again = peft.PeftModel.from_pretrained(plain, tmp_path / "again").eval()
+    ids = models.inputs_of("llama")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_cpt_holds_the_whole_rows(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from surgery import Rank, combine
 from surgery_formats.errors import FitError
+from tests.oracles import models, peft_oracle
 from tests.support.adapter_files import (
     peft_deltas,
 )
@@ -57,6 +58,50 @@ def test_ties_follows_its_paper(pair: list[tuple[Path, float]], tmp_path: Path, 
     wanted = ties(*_deltas(pair), density)
     got = _found(pair, tmp_path / "out", method="ties", density=density)
     assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_ties_by_frequency_elects_the_sign_of_most(
+    pair: list[tuple[Path, float]], tmp_path: Path, density: float
+) -> None:
+    deltas, weights = _deltas(pair)
+    kept = [
+        w * np.where(np.abs(d) >= np.sort(np.abs(d).ravel())[-math.ceil(density * d.size)], d, 0)
+        for d, w in zip(deltas, weights, strict=True)
+    ]
+    signs = np.sign(sum(np.sign(d) for d in kept))
+    agree = [np.where((np.sign(d) == signs) & (d != 0), d, 0) for d in kept]
+    wanted = sum(agree) / np.maximum(sum((d != 0).astype(float) for d in agree), 1)
+    got = _found(pair, tmp_path / "out", method="ties", density=density, majority="frequency")
+    assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("majority", ["total", "frequency"])
+@pytest.mark.parametrize("density", [0.25, 1.0])
+def test_peft_ties_is_what_peft_computes(tmp_path: Path, density: float, majority: str) -> None:
+    base = models.build_base("llama", tmp_path / "base")
+    config = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
+    pairs = [(tmp_path / name, weight) for name, weight in (("one", 0.7), ("two", -0.4), ("three", 1.1))]
+    for seed, (path, _) in enumerate(pairs):
+        peft_oracle.train("llama", base, "LoraConfig", config, path, seed=seed)
+    combine(pairs, output=tmp_path / "out", rank=models.HIDDEN, method="peft-ties", density=density, majority=majority)
+    wrapped = peft_oracle.attach("llama", base, [(path, 1.0) for path, _ in pairs], "float64")
+    with peft_oracle.quiet():
+        wrapped.add_weighted_adapter(
+            ["a0", "a1", "a2"],
+            [weight for _, weight in pairs],
+            "both",
+            combination_type="ties_svd",
+            density=density,
+            majority_sign_method=majority,
+            svd_rank=models.HIDDEN,
+        )
+    got = peft_deltas(tmp_path / "out")
+    assert got
+    for name, delta in got.items():
+        module = wrapped.base_model.model.get_submodule(name)
+        wanted = module.get_delta_weight("both").detach().double().numpy()
+        assert np.linalg.norm(delta - wanted) <= 1e-5 * np.linalg.norm(wanted), name
 
 
 def test_magnitude_prune_is_the_sum_of_what_is_left(pair: list[tuple[Path, float]], tmp_path: Path) -> None:
@@ -121,6 +166,8 @@ def test_a_dense_method_is_cut_optimally(pair: list[tuple[Path, float]], tmp_pat
         ({"method": "ties", "density": 0.5}, "full rank"),
         ({"method": "exact", "density": 0.5}, "no density"),
         ({"method": "tise"}, "no method"),
+        ({"method": "ties", "rank": 4, "density": 0.5, "majority": "most"}, "no majority"),
+        ({"method": "dare-linear", "rank": 4, "density": 0.5, "majority": "total"}, "elects no signs"),
         ({"rank": 0}, "the rank is 0"),
         ({"rank": Rank.budget("1MB")}, "is for extractions"),
     ],

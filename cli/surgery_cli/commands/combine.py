@@ -15,7 +15,7 @@ from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
-_DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
+_DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune", "peft-ties", "peft-dare-ties")
 
 
 @subcommand("combine")
@@ -26,12 +26,17 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 @option.choice(
     "--method",
     values=("exact", "svd", *_DENSE),
-    help="How deltas are combined; all but exact and svd are approximate by design.",
+    help="How deltas are combined; all but exact and svd are approximate by design. peft-*: signs before weights.",
 )
 @click.option(
     "--density", type=option.share, metavar="SHARE", help="Share of the values TIES, DARE and pruning keep, e.g. .2."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of DARE's random drops.")
+@click.option(
+    "--majority",
+    type=click.Choice(("total", "frequency")),
+    help="What elects a sign in TIES: the values' total (the default), or how many have it.",
+)
 @click.option(
     "--only", multiple=True, metavar="PATTERN", help="Keep modules of this name alone: q_proj, 'layers.[01].*'."
 )
@@ -73,5 +78,7 @@ def _check(options: dict[str, Any]) -> None:
         raise click.UsageError(f"--method {options['method']} needs --density")
     if not dense and options["density"] is not None:
         raise click.UsageError(f"--method {options['method']} drops no values: --density has no meaning")
+    if options["majority"] is not None and not options["method"].endswith("ties"):
+        raise click.UsageError(f"--method {options['method']} elects no signs: --majority has no meaning")
     if dense and options["rank"] is None and options["energy"] is None:
         raise click.UsageError(f"what --method {options['method']} makes has full rank: give --rank or --energy")

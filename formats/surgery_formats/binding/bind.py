@@ -10,11 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from surgery_formats.binding.edits import Edit, Operation
-from surgery_formats.binding.fit_checks import check_family, check_fit, check_mergeable, check_missing, check_overlap
+from surgery_formats.binding.edits import Edit, Operation, at_weight
+from surgery_formats.binding.fit_checks import (
+    check_family,
+    check_fit,
+    check_kernel,
+    check_mergeable,
+    check_missing,
+    check_overlap,
+    disagreements,
+)
 from surgery_formats.binding.sizes import component_of, sized
-from surgery_formats.binding.tied_edits import settle_tie
+from surgery_formats.binding.tied_edits import same_values, settle_tie
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
+from surgery_formats.canonical.ungathered import UNGATHERED, is_ungathered
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
@@ -85,7 +94,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
         check_missing(missing, adapter, checkpoint)
     edits = {key: _edit(key, operations, checkpoint.components[key[0]], adapters) for key, operations in bound.items()}
     settled, untied = _settle_ties(edits, adapters, checkpoint)
-    bound_tensors = {tensor for edit in edits.values() for tensor in _trained(edit)}
+    bound_tensors = {tensor for some in bound.values() for one in some for tensor in one.operation.update.tensors}
     applied_tensors = {tensor for edit in settled.values() for tensor in _trained(edit)}
     return Binding(
         checkpoint,
@@ -94,7 +103,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
         untied,
         ignored=tuple(entry for adapter, _ in adapters for entry in adapter.ignored),
         settled=tuple(sorted(bound_tensors - applied_tensors, key=lambda tensor: tensor.name)),
-        warnings=_warnings(adapters, untied, checkpoint),
+        warnings=_warnings(adapters, untied, checkpoint, settled),
     )
 
 
@@ -153,12 +162,12 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
     slices = chain.slices
     for stored_update in chain.updates:
         update = _oriented(stored_update, chain.component, adapter)
+        counts = 1.0 if _is_carried(update) else weight
         if is_replacing(update):
-            slices = (_replaced(update, slices, weight),)
+            slices = (_replaced(update, slices, counts),)
         else:
             slices = tuple(piece for place in slices for piece in _each_expert(place))
-        linear = is_linear(update)
-        if weight < 0 and not linear:
+        if counts < 0 and not is_linear(update):
             raise FitError(
                 f"a weight of {weight:g} for a {update.kind}: only additions can be subtracted, "
                 f"this {_WHAT[update.effect]}",
@@ -166,8 +175,8 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
                 tensor=str(chain.site),
                 hint="`surgery unmerge` takes a merge back",
             )
-        scaled = update.scaled(weight) if is_linear(update) and weight != 1.0 else update
-        yield from _operations(scaled, slices, chain.site, number, 1.0 if linear else weight)
+        scaled, share = at_weight(update, counts)
+        yield from _operations(scaled, slices, chain.site, number, share)
 
 
 def _each_expert(place: WeightSlice) -> Iterator[WeightSlice]:
@@ -201,8 +210,12 @@ def _settle_ties(
 
 def _trained(edit: Edit) -> Iterator[Tensor]:
     """The adapters' tensors that make an edit."""
-    for operation in (*edit.operations, *((edit.replaced,) if edit.replaced else ())):
+    for operation in _trained_by(edit):
         yield from operation.update.tensors
+
+
+def _trained_by(edit: Edit) -> tuple[Operation, ...]:
+    return (*edit.operations, *((edit.replaced,) if edit.replaced else ()))
 
 
 def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component: Component) -> tuple[WeightSlice, ...]:
@@ -256,7 +269,8 @@ def _replaced(update: Replacing, places: tuple[WeightSlice, ...], weight: float)
     old, new = place.parameter.storage, update.stored
     grows = old.elements is not None and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
     if len(places) > 1 or (new.shape != old.sizes and not grows):
-        raise FitError(f"shape {list(new.shape)}, but {list(old.sizes)} in the base", file=new.path, tensor=new.name)
+        what = f"shape {list(new.shape)}, but {list(old.sizes)} in the base"
+        raise FitError(what, file=new.path, tensor=new.name, hint=UNGATHERED if is_ungathered(new) else None)
     if new.dtype is not old.dtype and not (new.dtype.is_float and old.is_float):
         raise FitError(f"{new.dtype.label} in place of {old.kind}", file=new.path, tensor=new.name)
     if weight != 1.0 and (new.shape != old.sizes or old.sources == new.sources):
@@ -276,6 +290,7 @@ def _operations(
 ) -> Iterator[_BoundOperation]:
     """`update` cut to the pieces of the base that hold its weight."""
     check_fit(update, places)
+    check_kernel(update, site, places)
     if is_replacing(update):  # as the parameter is stored, whatever its orientation
         everything = whole(places[0].parameter.storage.shape)
         yield _BoundOperation(Operation(update, everything, site, number, share), places[0])
@@ -293,6 +308,32 @@ def _operations(
                 yield _BoundOperation(Operation(part, piece, site, number, share), place)
 
 
+def _is_carried(update: Update) -> bool:
+    """Whether it is no update at all, but the base's own value: PEFT stores a whole embedding beside its LoRA."""
+    return is_replacing(update) and update.held == "carried"
+
+
+def _carried_once(
+    name: str, operations: Sequence[Operation], adapters: Sequence[tuple[Adapter, float]]
+) -> tuple[Operation, ...]:
+    """The operations, with the base's own values first and once where several adapters, or a later one, brought them.
+
+    Raises:
+        FitError: they brought different ones.
+    """
+    carried = [operation for operation in operations if _is_carried(operation.update)]
+    if not carried:
+        return tuple(operations)
+    first, *others = (Plain.of(operation.update.tensors[0]) for operation in carried)
+    for operation, other in zip(carried[1:], others, strict=True):
+        if not same_values(first, other):
+            names = listing([adapters[one.adapter][0].path.name for one in (carried[0], operation)])
+            raise FitError(
+                f"is stored whole by {names}, with other values: they were trained on different bases", tensor=name
+            )
+    return (carried[0], *(operation for operation in operations if not _is_carried(operation.update)))
+
+
 def _edit(
     key: tuple[str, str],
     bound: Sequence[_BoundOperation],
@@ -300,9 +341,9 @@ def _edit(
     adapters: Sequence[tuple[Adapter, float]],
 ) -> Edit:
     """The operations on one weight, its source being the base or the one adapter that replaces it."""
-    operations = tuple(bound_operation.operation for bound_operation in bound)
+    operations = _carried_once(key[1], [bound_operation.operation for bound_operation in bound], adapters)
     replacements = [i for i, operation in enumerate(operations) if is_replacing(operation.update)]
-    several = len({operation.adapter for operation in operations}) > 1
+    several = len({operation.adapter for operation in operations}) > 1 and not _is_carried(operations[0].update)
     if len(replacements) > 1 or (replacements and (several or replacements[0] != 0)):
         names = sorted({str(adapters[operation.adapter][0].path.name) for operation in operations})
         raise FitError(f"is trained in full by one adapter and changed by another ({listing(names)})", tensor=key[1])
@@ -319,9 +360,15 @@ def _edit(
 
 
 def _warnings(
-    adapters: Sequence[tuple[Adapter, float]], untied: frozenset[str], checkpoint: Checkpoint
+    adapters: Sequence[tuple[Adapter, float]],
+    untied: frozenset[str],
+    checkpoint: Checkpoint,
+    edits: Mapping[tuple[str, str], Edit],
 ) -> tuple[str, ...]:
     issues = [f"{adapter.path.name}: {issue}" for adapter, _ in adapters for issue in adapter.known_issues()]
+    for number, (adapter, _) in enumerate(adapters):
+        changed = [edit for edit in edits.values() if any(op.adapter == number for op in _trained_by(edit))]
+        issues += [f"{adapter.path.name}: {issue}" for issue in disagreements(adapter, checkpoint, changed)]
     other_base = warn_of_other_base([adapter for adapter, _ in adapters], checkpoint)
     return (*issues, *_warn_of_parting(untied, checkpoint), *other_base)
 

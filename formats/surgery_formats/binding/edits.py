@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgery_formats.canonical.adapter import Site
@@ -11,10 +11,10 @@ from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.apply import Apply
 from surgery_formats.tensors.views import View
-from surgery_formats.updates import Update, blend
+from surgery_formats.updates import Update, blend, is_directed, is_linear
 from surgery_formats.updates.weights import WeightView
 
-__all__ = ["Edit", "Operation", "prepared"]
+__all__ = ["Edit", "Operation", "at_weight", "prepared", "seen_by"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,17 @@ class Edit:
     why: str = ""
 
 
+def at_weight(update: Update, weight: float) -> tuple[Update, float]:
+    """An update and its share, so that it counts `weight` times: an addition is scaled, of others a share is applied."""
+    if is_linear(update):
+        return (update if weight == 1.0 else update.scaled(weight)), 1.0
+    return update, weight
+
+
 def prepared(
-    operations: Iterable[Operation], source: Storage, dtype: DType, height: int, device: str = "cpu"
+    operations: Sequence[Operation], source: Storage, dtype: DType, height: int, device: str = "cpu"
 ) -> list[tuple[View, Apply]]:
     """The equations of `operations` for `apply_chain`, with their factors loaded.
-
-    Each sees `source` as the operations before it leave it.
 
     Args:
         operations: In order.
@@ -78,8 +83,38 @@ def prepared(
         FitError: a factor holds NaN or Inf.
     """
     chain: list[tuple[View, Apply]] = []
-    for operation in operations:
-        weight = WeightView(source, tuple(chain), operation.view, dtype, device, height)
-        apply = operation.update.prepare(weight)
+    for number, operation in enumerate(operations):
+        apply = operation.update.prepare(seen_by(number, operations, chain, source, dtype, height, device))
         chain.append((operation.view, apply if operation.share == 1.0 else blend(apply, operation.share)))
     return chain
+
+
+def seen_by(
+    number: int,
+    operations: Sequence[Operation],
+    chain: Sequence[tuple[View, Apply]],
+    source: Storage,
+    dtype: DType,
+    height: int,
+    device: str = "cpu",
+) -> WeightView:
+    """The weight that an operation looks at before it acts.
+
+    It is what the operations before it left. Only a DoRA measures rows without what *other* adapters did to them: it
+    was trained on the base, and so PEFT computes it, attached and merged:
+    ``W' = m_b / ||W + s_b B_b A_b|| * (m_a / ||W + s_a B_a A_a|| * (W + s_a B_a A_a) + s_b B_b A_b)``.
+
+    Args:
+        number: Which of `operations`.
+        operations: In order.
+        chain: The equations of those before it, and perhaps of more.
+        source: The weight they begin with.
+        dtype: Precision of the arithmetic.
+        height: Storage rows per block.
+        device: Where the arithmetic runs.
+    """
+    operation, earlier = operations[number], tuple(chain[:number])
+    if is_directed(operation.update):
+        owners = (before.adapter for before in operations[:number])
+        earlier = tuple(step for step, owner in zip(earlier, owners, strict=True) if owner == operation.adapter)
+    return WeightView(source, earlier, operation.view, dtype, device, height)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from surgery_formats.arrays import Array, assign, empty, namespace
-from surgery_formats.binding.edits import Operation, prepared
+from surgery_formats.binding.edits import Operation, prepared, seen_by
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.apply import Apply, apply_chain
@@ -28,9 +28,7 @@ def lost_by(operations: Sequence[Operation], before: Storage, height: int) -> tu
     for number, operation in enumerate(operations):
         update = operation.update
         if _may_lose(operation) and is_invertible(update):
-            found.append(
-                update.lost(WeightView(before, tuple(chain[:number]), operation.view, DType.F64, "cpu", height))
-            )
+            found.append(update.lost(seen_by(number, operations, chain, before, DType.F64, height)))
         else:
             found.append(None)
     return tuple(found)

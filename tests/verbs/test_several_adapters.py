@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several adapters on one weight mean what PEFT's attached model means: merged, combined, in a graph, and taken back.
+
+A DoRA measures the base's rows, whatever comes before it; the order of adapters matters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import surgery
+from surgery.verbs.export_onnx import export_onnx
+from tests.oracles import disk, models, peft_oracle, recipes
+from tests.support import trained
+from tests.support.sessions import Plain
+
+CONFIG = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj", "embed_tokens"]}
+CHAINS: dict[str, list[tuple[str, float]]] = {
+    "two doras": [("dora", 1.0), ("other", 1.0)],
+    "the other way round": [("other", 1.0), ("dora", 1.0)],
+    "lora, dora": [("lora", 1.0), ("dora", 1.0)],
+    "dora, lora": [("dora", 1.0), ("lora", 1.0)],
+    "weights of loras": [("lora", -0.4), ("dora", 1.0), ("rest", 0.7), ("other", 1.0)],
+}
+IDS = np.array([[5, 17, 3, 88, 42, 9, 61]])
+
+Made = tuple[Path, dict[str, Path]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("several")
+    base = models.build_base("llama", folder / "base")
+    for seed, name in enumerate(("dora", "other", "lora", "rest")):
+        config = {**CONFIG, "use_dora": name in ("dora", "other")}
+        peft_oracle.train("llama", base, "LoraConfig", config, folder / name, seed=seed)
+    return base, {name: folder / name for name in ("dora", "other", "lora", "rest")}
+
+
+def chain_of(made: Made, name: str) -> list[tuple[Path, float]]:
+    return [(made[1][adapter], weight) for adapter, weight in CHAINS[name]]
+
+
+def far(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.double() - other.double()).abs().max())
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_merge_is_the_attached_model_and_pefts_own_merge(made: Made, name: str, tmp_path: Path) -> None:
+    base, chain = made[0], chain_of(made, name)
+    surgery.merge(base, chain, output=tmp_path / "merged")
+    peft = peft_oracle.merge("llama", base, chain)
+    merged = disk.read_tensors(tmp_path / "merged")
+    assert far(models.run("llama", models.load("llama", tmp_path / "merged", "float32")), peft.attached) < 1e-5
+    assert max(far(merged[tensor], value) for tensor, value in peft.tensors.items() if tensor in merged) < 1e-6
+
+
+def test_the_order_matters(made: Made) -> None:
+    one, other = (peft_oracle.merge("llama", made[0], chain_of(made, n)) for n in ("two doras", "the other way round"))
+    assert far(one.attached, other.attached) > 0.01
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_combination_does_what_the_merge_does(made: Made, name: str, tmp_path: Path) -> None:
+    base, chain = made[0], chain_of(made, name)
+    surgery.merge(base, chain, output=tmp_path / "merged")
+    surgery.combine(chain, output=tmp_path / "one", base=base, rank=models.HIDDEN)
+    surgery.merge(base, tmp_path / "one", output=tmp_path / "again")
+    merged, again = disk.read_tensors(tmp_path / "merged"), disk.read_tensors(tmp_path / "again")
+    assert max(far(again[tensor], value) for tensor, value in merged.items()) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_merge_is_taken_back_bit_for_bit(made: Made, name: str, share: float, dtype: str, tmp_path: Path) -> None:
+    base = models.build_base("llama", tmp_path / "base", dtype=dtype)
+    chain = chain_of(made, name)
+    chain = [*chain[:-1], (chain[-1][0], share)]
+    surgery.merge(base, chain, output=tmp_path / "merged", reversible=True)
+    surgery.unmerge(tmp_path / "merged", chain, output=tmp_path / "back")
+    assert (base / "model.safetensors").read_bytes() == (tmp_path / "back" / "model.safetensors").read_bytes()
+
+
+def test_graphs_mean_the_same(tmp_path: Path) -> None:
+    base = recipes.build("llama", tmp_path / "base", hidden_size=64)
+    dora = trained.train("llama", base, trained._lora(use_dora=True), tmp_path / "dora", seed=3)
+    lora = trained.train("llama", base, trained._lora(), tmp_path / "lora", seed=4)
+    expected = trained.logits(trained.attached("llama", base, (lora, 0.5), (dora, 1.0)), IDS)
+    export_onnx(base, merge=[(lora, 0.5), dora], output=tmp_path / "out", dtype="fp32")
+    found = Plain(tmp_path / "out" / "model.onnx").step(IDS, np.ones_like(IDS))
+    assert np.abs(found - expected).max() <= 1e-4
