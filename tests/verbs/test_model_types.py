@@ -24,6 +24,7 @@ SOME = (
 
 REFUSED = {
     **dict.fromkeys(("big_bird", "ernie", "megatron-bert", "roformer"), "the head is tied, under names not known here"),
+    **dict.fromkeys(("bert-generation", "data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl"), "the same"),
     **dict.fromkeys(("biogpt", "gpt_neox_japanese", "modernbert-decoder", "trocr", "xlm"), "the same"),
     "jetmoe": "stacks of experts whose names end in `weight`",
     **dict.fromkeys(("pp_chart2table", "shieldgemma2"), "the class's parts are not known"),
