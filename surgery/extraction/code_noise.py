@@ -2,9 +2,11 @@
 """Rounding to codes in the difference of two checkpoints: how much of it there is, and the edge below which it hides.
 
 A side that is stored as codes brings the error of its quantiser into the difference, unless the other side was made
-from the same rounded values. Both are told apart by what is left below the edge: rounding that is there leaves its
+from the same rounded values. All are told apart by what is left below the edge: rounding that is there leaves its
 whole energy. Two sides on one grid have equal codes wherever the change is far below a step; what differs then is
-almost all rounding, and no more of it is there than the difference itself has.
+almost all rounding, and no more of it is there than the difference itself has. Where TUNED was rounded again from
+BASE's own rounded values, as `surgery merge --quantized requantize` does, only TUNED's rounding is there, and, where
+BASE's scales were kept, values that would have left their range: those show in what the directions leave alone.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy
 
 from surgery.extraction.factorise import FactorisedMatrix, TargetFactors
-from surgery.extraction.pairing import Delta, Strip
+from surgery.extraction.pairing import BLOCK_ELEMENTS, Delta, Strip
 from surgery.extraction.sampling import sample_runs
 from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.tally import PairMeasure
@@ -34,6 +36,8 @@ __all__ = ["CodeNoise", "code_noise", "with_code_noise"]
 _PRESENT = 0.5
 """Where a quantiser's rounding is in a difference, at least this share of it is left below the edge, beside what the
 directions above the edge took with them."""
+_MOSTLY = 0.7
+"""Of the norm of differences, rounding that is half of their energy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,14 @@ class CodeNoise:
     energy: float
 
 
-def code_noise(delta: Delta) -> CodeNoise | None:
-    """The rounding that coded sides may bring; None if neither is coded, or a codec does not tell its grid."""
+def code_noise(delta: Delta, *, tuned_alone: bool = False) -> CodeNoise | None:
+    """The rounding that coded sides may bring; None if neither is coded, or a codec does not tell its grid.
+
+    With `tuned_alone` it is TUNED's, where both sides are coded: BASE's rounded values are what was rounded.
+    """
     row, energy, cols = 0.0, 0.0, numpy.zeros(delta.shape[1])
     for strip in delta.strips:
-        sums = _strip_noise(strip)
+        sums = _strip_noise(strip, tuned_alone=tuned_alone)
         if sums is None:
             return None
         rows, columns, scale = sums
@@ -61,13 +68,13 @@ def code_noise(delta: Delta) -> CodeNoise | None:
     return CodeNoise(math.sqrt(row) + math.sqrt(float(cols.max())), energy)
 
 
-def _strip_noise(strip: Strip) -> tuple[Array, Array, float] | None:
+def _strip_noise(strip: Strip, *, tuned_alone: bool) -> tuple[Array, Array, float] | None:
     """Expected energies of some rows, of every column over these rows, and how many times as many rows there are."""
     coded = [side for side in (strip.base, strip.tuned) if is_coded(side)]
     if not coded or not all(is_quantised(as_stored(side)) for side in coded):
         return None
     both = len(coded) == 2
-    expected = [_variances(side) for side in coded]
+    expected = [_variances(side) for side in coded[-1 if tuned_alone else 0 :]]
     rows: list[Array] = []
     cols, seen = numpy.zeros(strip.tuned.shape[1]), 0
     for start, stop in sample_runs(strip.height, strip.tuned.shape[1]):
@@ -113,11 +120,13 @@ class CodedFactors:
         factors: With edges that know of it, where it is there.
         energy: Of the rounding that is there, over all matrices.
         found: Whether it is there; None if it is not known.
+        again: Whether it is that of rounding BASE's rounded values again.
     """
 
     factors: TargetFactors
     energy: float
     found: bool | None
+    again: bool = False
 
 
 def with_code_noise(
@@ -148,21 +157,90 @@ def _kinds(entry: TargetFactors) -> tuple[str, ...]:
 
 def _coded(entry: TargetFactors) -> CodedFactors:
     matrices: list[FactorisedMatrix] = []
-    energy, found = 0.0, list[bool | None]()
+    energy, found, again = 0.0, list[bool | None](), False
+    both = len(_kinds(entry)) == 2
     for delta, matrix in zip(entry.target.deltas, entry.matrices, strict=True):
         noise = code_noise(delta)
         if noise is None:
             found.append(None)
             matrices.append(matrix)
             continue
-        whole = replace(matrix, edge=math.hypot(matrix.edge, noise.edge))
-        left = noise.energy * math.prod(1 - whole.signal / size for size in delta.shape)
-        there = noise.energy > 0 and whole.residual(whole.signal) >= _PRESENT * left
-        found.append(there)
-        matrices.append(whole if there else matrix)
-        energy += noise.energy if there else 0.0
+        kept = both and _on_one_grid(delta)
+        whole = None if kept else _with_edge(delta, matrix, noise)
+        if whole is None and both and (noise := code_noise(delta, tuned_alone=True)) is not None:
+            whole = _with_edge(delta, matrix, noise)
+            if whole is not None and kept:
+                whole, noise = _beyond_range(delta, whole, noise)
+            again = again or whole is not None
+        found.append(whole is not None)
+        matrices.append(whole or matrix)
+        energy += noise.energy if whole is not None and noise is not None else 0.0
     known = [flag for flag in found if flag is not None]
-    return CodedFactors(replace(entry, matrices=tuple(matrices)), energy, any(known) if known else None)
+    return CodedFactors(replace(entry, matrices=tuple(matrices)), energy, any(known) if known else None, again)
+
+
+def _with_edge(delta: Delta, matrix: FactorisedMatrix, noise: CodeNoise) -> FactorisedMatrix | None:
+    """The matrix with the edge of rounding; None if its energy is not below the edge, so that it is not there."""
+    whole = replace(matrix, edge=math.hypot(matrix.edge, noise.edge))
+    left = noise.energy * _untaken(delta, whole.signal)
+    return whole if noise.energy > 0 and whole.residual(whole.signal) >= _PRESENT * left else None
+
+
+def _untaken(delta: Delta, signal: int) -> float:
+    """The share of rounding that as many directions leave."""
+    return math.prod(1 - signal / size for size in delta.shape)
+
+
+def _on_one_grid(delta: Delta) -> bool:
+    """Whether both sides' codes stand for the same numbers: scales were kept, or never differed."""
+    same = total = 0
+    for strip in delta.strips:
+        base, tuned = as_stored(strip.base), as_stored(strip.tuned)
+        if not (is_quantised(base) and is_quantised(tuned)) or base.shape != tuned.shape or base.kind != tuned.kind:
+            return False
+        for start, stop in sample_runs(base.shape[0], base.shape[1]):
+            codes = tuned.codes(start, stop)
+            numbers, others = (side.grid(start, stop).values(codes) for side in (tuned, base))
+            same, total = same + int((numbers == others).sum()), total + codes.size
+    return same > _PRESENT * total
+
+
+def _beyond_range(delta: Delta, matrix: FactorisedMatrix, noise: CodeNoise) -> tuple[FactorisedMatrix, CodeNoise]:
+    """Edge and energy that know of values beyond the range of kept scales, whose errors have no bound.
+
+    They are few, large, and in no low rank. So each number of directions is asked whether its last one is above what
+    independent errors as large as what all of them leave, row by row and column by column, could do.
+    """
+    count = matrix.signal
+    if not count or matrix.left_energy is not None or count >= min(delta.shape):  # rounded factors do not tell
+        return matrix, noise
+    sides = (matrix.right, matrix.left) if delta.transposed else (matrix.left, matrix.right)
+    rows, cols = (_shares(side.read()[:count]) for side in sides)
+    row_left, col_left = numpy.zeros(delta.shape[0]), numpy.zeros(delta.shape[1])
+    height = max(1, BLOCK_ELEMENTS // max(delta.shape[1], 1))
+    for start in range(0, delta.shape[0], height):
+        stop = min(start + height, delta.shape[0])
+        squares = delta.rows(start, stop).astype(numpy.float64) ** 2
+        row_left[start:stop], col_left = squares.sum(1), col_left + squares.sum(0)
+    edge, number = matrix.values[0], 0
+    for place, value in enumerate(matrix.values[:count]):
+        row_left, col_left = row_left - value**2 * rows[place], col_left - value**2 * cols[place]
+        bound = math.sqrt(max(row_left.max(), 0.0)) + math.sqrt(max(col_left.max(), 0.0))
+        bound /= math.sqrt(_untaken(delta, place + 1))
+        if value > bound:
+            following = matrix.values[place + 1] if place + 1 < len(matrix.values) else 0.0
+            edge, number = max(bound, following), place + 1
+    if number == count:
+        return matrix, noise
+    left = matrix.residual(number) / _untaken(delta, number)
+    return replace(matrix, edge=max(matrix.edge, edge)), replace(noise, energy=max(noise.energy, left))
+
+
+def _shares(directions: Array) -> Array:
+    """What part of its square each element of each direction has, float64."""
+    squares = directions.astype(numpy.float64) ** 2
+    shares: Array = squares / numpy.maximum(squares.sum(1, keepdims=True), 1e-300)
+    return shares
 
 
 def _findings(results: Iterable[CodedFactors]) -> Iterable[str]:
@@ -171,12 +249,15 @@ def _findings(results: Iterable[CodedFactors]) -> Iterable[str]:
         by_kind.setdefault(_kinds(result.factors), []).append(result)
     for kinds, group in by_kind.items():
         what, counts = " and ".join(kinds), Counter(result.found for result in group)
+        again = sum(result.again for result in group)
         if counts[True]:
             energy = math.fsum(result.factors.energy for result in group if result.found)
             share = math.sqrt(math.fsum(result.energy for result in group) / energy) if energy else 0.0
             yield (
                 f"rounding to codes ({what}) is in {counts[True]} of {len(group)} differences and makes up "
                 f"{min(share, 1.0):.1%} of their norm: what is below its edge is no change of the fine-tune"
+                + (f"; {again} were rounded again from BASE's rounded values" if again else "")
+                + ("; most is rounding: give the rank, if it is known" if share > _MOSTLY else "")
             )
         if counts[False]:
             yield (

@@ -39,13 +39,12 @@ class Refinement:
 
     Attributes:
         factored: The better factors, by target path.
-        plain: Share of TUNED's values that BASE with the plain factors rounds to.
-        refined: The same with the better ones.
+        reproduced: The shares of TUNED's values that BASE with the plain factors rounds to, and with the better ones;
+            None where no value has a cell, as those of codes.
     """
 
     factored: Mapping[str, TargetFactors]
-    plain: float
-    refined: float
+    reproduced: tuple[float, float] | None
 
 
 def refine(
@@ -66,9 +65,11 @@ def refine(
 
     found = in_threads(better, targets, workspace.workers)
     count = sum(numel for *_, numel in found)
-    plain = sum(inside * numel for _, inside, _, numel in found) / count if count else 0.0
-    refined = sum(inside * numel for _, _, inside, numel in found) / count if count else 0.0
-    return Refinement({target.path: one for target, (one, *_) in zip(targets, found, strict=True)}, plain, refined)
+    factored = {target.path: one for target, (one, *_) in zip(targets, found, strict=True)}
+    if not count:
+        return Refinement(factored, None)
+    plain = sum(inside * numel for _, inside, _, numel in found) / count
+    return Refinement(factored, (plain, sum(inside * numel for _, _, inside, numel in found) / count))
 
 
 def _has_cells(delta: Delta) -> bool:

@@ -43,21 +43,32 @@ def predicted_result(plan: ExtractionPlan) -> ExtractResult:
         FitError: a changed tensor is in no class.
     """
     request, rows = plan.request, _predicted_rows(plan)
+    nbytes = sum(row.nbytes for row in rows) if request.coding else plan.nbytes
     return ExtractResult(
         None,
         plan.peft.name,
         plan.adapter.base_id,
         rows,
         request.coding.name if request.coding else request.dtype.label,
-        sum(row.nbytes for row in rows) if request.coding else plan.nbytes,
+        nbytes,
         plan.checkpoints.tuned.nbytes,
-        plan.warnings,
+        plan.warnings + _too_large(plan, nbytes),
         rank_table(plan.storage, plan.scan.factored, plan.scan.measures, request.stored) if request.table else (),
         plan.noise.survival,
         plan.noise.merged,
         plan.decision.facts,
         CalibrationTotals.of(plan.calibrated.facts.values()) if request.calibration is not None else None,
         plan.scan.findings,
+    )
+
+
+def _too_large(plan: ExtractionPlan, nbytes: int) -> tuple[str, ...]:
+    """A warning where the rank was looked for, and what was found is no smaller than a copy."""
+    if not plan.request.goal.rank.above_noise or nbytes <= plan.checkpoints.tuned.nbytes:
+        return ()
+    return (
+        "the adapter is larger than TUNED: its change has no low rank, or is hidden by rounding; if you know the rank, "
+        "give it (rank N)",
     )
 
 

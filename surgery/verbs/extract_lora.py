@@ -183,7 +183,7 @@ def extract_lora(
 
 
 def _reproduced(result: ExtractResult, plan: ExtractionPlan) -> ExtractResult:
-    return result if plan.refined is None else replace(result, reproduced=(plan.refined.plain, plan.refined.refined))
+    return result if plan.refined is None else replace(result, reproduced=plan.refined.reproduced)
 
 
 def _one_of(value: str, known: tuple[str, ...], what: str) -> str:

@@ -112,6 +112,41 @@ def test_a_lora_merged_into_the_release_stands_out_of_the_rounding_of_its_nf4(tm
     assert json.loads((tmp_path / "lora" / "surgery_manifest.json").read_text())["quantised"] == [finding]
 
 
+@pytest.mark.parametrize("format_name", ["nf4", "int8"])
+def test_a_lora_merged_into_codes_stands_out_of_their_new_rounding(format_name: str, tmp_path: Path) -> None:
+    """BASE's rounded values are what was rounded again; int8 keeps its scales, and some values leave their range."""
+    base = quantise_folder(BASE, tmp_path / "base", format_name)
+    surgery.merge(base, LORA, output=tmp_path / "tuned", quantized="requantize")
+    result = surgery.unmerge(base, tmp_path / "tuned", output=tmp_path / "lora")
+    assert isinstance(result, surgery.ExtractResult)
+    rank = json.loads((LORA / "adapter_config.json").read_text())["r"]
+    ranks = [row.rank for row in result.rows if row.kind == "low-rank"]
+    assert len(ranks) == 42
+    assert 5 <= min(ranks) <= max(ranks) <= rank + 1  # up to 128 without
+    assert ranks.count(rank) > 30
+    (finding,) = result.quantised
+    assert "is in 42 of 42 differences" in finding
+    assert "42 were rounded again from BASE's rounded values" in finding
+    assert result.reproduced is None  # codes are no cells of elements
+    assert "reproduced" not in str(result.summary())
+    assert not result.warnings
+
+
+def test_an_adapter_that_is_larger_than_the_copy_is_warned_of(tmp_path: Path) -> None:
+    tensors = {name: value.float() for name, value in values(BASE).items()}
+    generator = torch.Generator().manual_seed(0)
+    moved = {
+        name: value + 1e-3 * torch.randn(value.shape, generator=generator) if "_proj" in name else value
+        for name, value in tensors.items()
+    }
+    base = saved(tmp_path / "base", tensors, torch.float32)
+    tuned = saved(tmp_path / "tuned", moved, torch.float32)
+    result = surgery.extract_lora(base, tuned, rank=surgery.Rank.auto, kind="lora", dry_run=True)
+    assert result.saved < 1
+    assert "the adapter is larger than TUNED" in result.warnings[-1]
+    assert not surgery.extract_lora(base, tuned, rank=128, kind="lora", dry_run=True).warnings
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("sides", ["base", "tuned", "both"])
 def test_the_edge_is_above_the_noise_and_near_it(format_name: str, sides: str, tmp_path: Path) -> None:
