@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from surgery_formats.canonical.adapter import Ignored
 from surgery_formats.errors import MalformedError
@@ -124,6 +125,7 @@ def bared(key: str, found: set[str] | None = None) -> str:
     return ".".join(kept)
 
 
+@lru_cache(maxsize=1024)
 def bare_pattern(pattern: str) -> str:
     """A pattern on paths, or their ends, without the segments of wrappers."""
     return re.sub(rf"({'|'.join(sorted(_WRAPPERS))})\\?\.", "", pattern)
