@@ -63,6 +63,8 @@ def planned_merge(
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     quantised.check(checkpoint)
     stored = float_type(dtype, "weights")
+    if quantised.way != "dequantize":
+        _check_codes(checkpoint, quantised.way, stored)
     values = None
     if as_trained is not None:
         if reversible:
@@ -78,10 +80,8 @@ def planned_merge(
         binding = replace(binding, warnings=(*binding.warnings, *_other_base(binding)))
     planned = binding
     if quantised.way == "residual":
-        if reversible or stored is not None:
-            raise FitError(
-                "a model with a LoRA beside it keeps its codes", hint="leave out `dtype=` and `reversible=True`"
-            )
+        if reversible:
+            raise FitError("a model with a LoRA beside it keeps its codes", hint="leave out `reversible=True`")
         from surgery.engine.residual_choice import without_kept  # numpy
 
         planned = without_kept(binding, quantised)
@@ -94,6 +94,21 @@ def planned_merge(
         reversible=reversible,
         values=values,
     )
+
+
+def _check_codes(checkpoint: Checkpoint, way: str, dtype: DType | None) -> None:
+    """Refuse to keep codes where there are none, or where elements of another type are asked for."""
+    if not (checkpoint.is_quantised or any(component.unread for component in checkpoint.components.values())):
+        raise FitError(
+            "nothing of it is quantised, so that there are no codes to keep",
+            file=checkpoint.path,
+            hint=f'leave out `quantized="{way}"`',
+        )
+    if dtype is not None:
+        raise FitError(
+            f'`quantized="{way}"` keeps the codes, and `dtype=` asks for elements in their place',
+            hint="leave out one of the two",
+        )
 
 
 def _other_base(binding: Binding) -> tuple[str, ...]:
@@ -135,6 +150,8 @@ def plan_merge(
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
+    if quantised.way == "residual":
+        facts["quantized"] = quantised.way  # who takes a merge back has to know that most of it is not in the weights
     roots = [checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)]
     if values is not None:
         inputs += values.files

@@ -31,7 +31,7 @@ class QuantisedOutput:
         only_touched: Of ``dequantize``: weights that no adapter touches keep their format.
         rounding: Of ``requantize``, see `Requantise`.
         calibration: Of ``requantize``: inputs to make up for errors along.
-        rank: Of ``residual``: most directions of the LoRA of a weight; None is what holds all of the update.
+        rank: Of ``residual``: most directions of the LoRA of a weight; None is what holds all of a LoRA, see `goal_of`.
         max_error: Of ``residual``: how far a weight may be off, relative to its update; None is as near as `rank` allows.
     """
 
@@ -126,9 +126,15 @@ def quantised_output(
             hint='`only_touched=True` belongs to `quantized="dequantize"`',
         )
     if rounding and quantized != "requantize":
-        raise FitError('codes are chosen by `quantized="requantize"` alone', hint="leave `rounding=` away")
+        raise FitError(
+            "how codes are rounded is a choice of requantising alone",
+            hint='leave `rounding=` away, or add `quantized="requantize"`',
+        )
     if quantized != "residual" and (rank is not None or max_error is not None):
-        raise FitError("only a residual has a rank and an error", hint='`quantized="residual"`')
+        raise FitError(
+            "only a residual, the LoRA beside a quantised model, has a rank and an error to stay below",
+            hint='leave `rank=` and `max_error=` away, or add `quantized="residual"`',
+        )
     if rank is not None and rank < 1:
         raise FitError(f"a rank is at least 1, not {rank}")
     if max_error is not None and not 0 < max_error < 1:

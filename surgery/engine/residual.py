@@ -137,7 +137,8 @@ def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folde
         chain = updates.get(_site(edit, binding), ())
         weights.append(WeightResidual(edit.name, key not in copied, (chain[0].rank or 0) if chain else 0, size, error))
     residual = Residual(nbytes, tuple(weights))
-    folder.write_small(f"{FOLDER}/residual.json", json.dumps(residual.as_json(), indent=2).encode() + b"\n")
+    if weights:
+        folder.write_small(f"{FOLDER}/residual.json", json.dumps(residual.as_json(), indent=2).encode() + b"\n")
     return residual
 
 

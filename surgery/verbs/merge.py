@@ -77,7 +77,8 @@ def merge(
             the adapter listens to, where rounding to ``nearest`` would lose a part of the update.
         calibration: Of ``requantize``: a file of inputs (docs/extraction.md), along which errors are made up for too.
         accept_loss: Write codes that hold less than half of the update, too.
-        rank: Of ``residual``: most directions of the LoRA of a weight; by default as many as hold all of the update.
+        rank: Of ``residual``: most directions of the LoRA of a weight; by default as many as hold all of the update, and
+            at least 16 where it is no LoRA (a DoRA, (IA)^3 ...), which leaves a part that the result states.
         max_error: Of ``residual``: how far a weight may be off, relative to its update.
         reversible: Keep beside the model what rounding loses, as ``base.rounding``, so that `surgery.unmerge` gives the
             base back bit for bit.
@@ -125,7 +126,7 @@ def merge(
         weights = [weight for _, weight in binding.adapters]
         if quantised.way != "residual":
             warnings.extend(check_output(ledger, binding.checkpoint, weights, accept_loss=accept_loss))
-        return {"README.md": merge_card(binding, ledger)}
+        return {"README.md": merge_card(binding, ledger, residual=quantised.way == "residual")}
 
     kept: list[int] = []
     residual: list[Residual] = []

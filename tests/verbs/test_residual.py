@@ -145,9 +145,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FitError, match="a LoRA of rank 2 leaves") as refused:
         surgery.merge(base, LORA, output=tmp_path / "out", quantized="residual", rank=2, max_error=0.05)
     assert refused.value.tensor is not None
-    for options in ({"dtype": "bf16"}, {"reversible": True}):
-        with pytest.raises(FitError, match="keeps its codes"):
-            surgery.merge(base, LORA, output=tmp_path / "out", quantized="residual", **options)
+    with pytest.raises(FitError, match="keeps its codes"):
+        surgery.merge(base, LORA, output=tmp_path / "out", quantized="residual", reversible=True)
     for options in ({"rank": 4}, {"max_error": 0.1}):
         with pytest.raises(FitError, match="only a residual"):
             surgery.merge(base, LORA, output=tmp_path / "out", **options)
@@ -166,3 +165,31 @@ def test_a_lora_that_is_not_what_was_computed_is_no_output(tmp_path: Path, monke
         surgery.merge(base, LORA, output=tmp_path / "out", quantized="residual", rank=4)
     assert failed.value.tensor == QUERY
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_plain_weights_alone_leaves_nothing_for_a_lora(tmp_path: Path) -> None:
+    base, lora = quantised(tmp_path / "base", "nf4"), tmp_path / "lora"
+    shutil.copytree(LORA, lora)
+    name = "base_model.model.lm_head.lora_{}.weight"
+    factors = {
+        name.format("A"): np.full((8, 128), 0.1, np.float32),
+        name.format("B"): np.full((1536, 8), 0.1, np.float32),
+    }
+    save_file(factors, lora / "adapter_model.safetensors")
+    result = surgery.merge(base, lora, output=tmp_path / "out", quantized="residual")
+    assert "none: the adapters change no quantised weight" in str(result.summary())
+    assert not (tmp_path / "out" / "adapter").exists()
+    surgery.merge(base, lora, output=tmp_path / "wanted", quantized="requantize")
+    written = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "wanted")]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("way", ["requantize", "residual"])
+def test_codes_are_kept_only_where_there_are_some_and_no_other_type_is_asked_for(way: str, tmp_path: Path) -> None:
+    with pytest.raises(FitError, match="nothing of it is quantised"):
+        surgery.merge(ROOT / "examples" / "base", LORA, output=tmp_path / "out", quantized=way)
+    with pytest.raises(FitError, match="nothing of it is quantised"):  # by their values, not as they are stored
+        surgery.merge(ROOT / "examples" / "base", LORA, output=tmp_path / "out", quantized=way, as_trained="nf4")
+    base = quantised(tmp_path / "base", "nf4")
+    with pytest.raises(FitError, match="keeps the codes, and `dtype=` asks for elements"):
+        surgery.merge(base, LORA, output=tmp_path / "out", quantized=way, dtype="bf16")

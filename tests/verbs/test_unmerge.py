@@ -214,7 +214,7 @@ class TestWithTheWrongThings:
 
     def test_another_adapter(self, merged: Path, tmp_path: Path) -> None:
         other = make_lora(tmp_path / "other", strength=0.4)
-        self.refused(tmp_path, "another adapter was merged but 'lora'|another adapter", merged, (other, 0.5))
+        self.refused(tmp_path, "another adapter was merged: 'lora'|another adapter was merged", merged, (other, 0.5))
 
     def test_more_adapters(self, merged: Path, tmp_path: Path) -> None:
         lora = tmp_path / "lora"
@@ -295,6 +295,25 @@ class TestWithoutTheFile:
             assert true[name] == pytest.approx(expected, abs=0.03), name
         assert result.same_files == {"model.safetensors": False}
         assert all(share == 1 for name, share in true.items() if name not in result.exact)
+
+    def test_of_codes_nothing_is_said_to_be_exact(self, tmp_path: Path) -> None:
+        base, lora = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", "nf4"), ROOT / "examples" / "lora"
+        surgery.merge(base, lora, output=tmp_path / "out", quantized="requantize")
+        result = surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+        assert not result.exact
+        assert len(result.estimated_codes) == 42
+        assert result.exact_share < 0.7
+        assert "the nearest codes in 42 weights: how many are the base's is not known" in str(result.summary())
+        before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "back"))
+        codes = [name for name in before if name.endswith("proj.weight")]
+        assert not all(torch.equal(before[name], after[name]) for name in codes)  # it had been said of all
+
+    def test_a_merge_with_a_residual_has_no_update_to_take_out(self, tmp_path: Path) -> None:
+        base, lora = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", "nf4"), ROOT / "examples" / "lora"
+        surgery.merge(base, lora, output=tmp_path / "out", quantized="residual")
+        shutil.rmtree(tmp_path / "out" / "adapter")
+        with pytest.raises(FitError, match="hold at most a part of the update: the rest is in the LoRA beside it"):
+            surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
 
     def test_an_update_too_small_to_move_a_power_of_two_comes_back_whole_and_the_manifest_shows_it(
         self, tmp_path: Path

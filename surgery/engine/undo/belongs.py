@@ -59,6 +59,12 @@ def recorded_base(folder: Path) -> Mapping[str, Any] | None:
         return None
     if ledger.get("verb") != "merge":
         raise FitError("was not written by a merge", file=folder, hint="there is no update in it to take back")
+    if inputs.get("quantized") == "residual":
+        raise FitError(
+            "its codes hold at most a part of the update: the rest is in the LoRA beside it",
+            file=folder,
+            hint="leave that LoRA away; the base itself is its own backup",
+        )
     return inputs
 
 

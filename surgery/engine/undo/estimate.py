@@ -17,7 +17,7 @@ from surgery._version import __version__
 from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.layout import lay_out
 from surgery.engine.ledger import Measurement
-from surgery.engine.plan import Compute, Plan, PlannedFile, SideFile
+from surgery.engine.plan import Compute, Plan, PlannedFile, SideFile, is_coded
 from surgery.engine.quantised_output import QuantisedOutput
 from surgery.engine.undo.belongs import Evidence, check_belongs
 from surgery.engine.undo.inverse import estimates, inverted, why_not
@@ -41,8 +41,9 @@ class Estimation:
     Attributes:
         plan: What to write.
         evidence: How it is known that the adapters are in there.
-        exact: By weight, once it is computed: the share of values that are the base's bit for bit, as expected from how
-            many bits each lost.
+        exact: By weight of elements, once it is computed: the share of values that are the base's bit for bit, as
+            expected from how many bits each lost. Of codes nothing tells: a step of their grid may be many times the
+            update, and feedback moves them further than half of one.
     """
 
     plan: Plan
@@ -52,7 +53,9 @@ class Estimation:
     def complete(self) -> None:
         """Find out about the weights that an interrupted run had finished, too."""
         for tensor in self.plan.computed():
-            if tensor.weight_label not in self.exact and isinstance(tensor.step, Compute):
+            if tensor.weight_label in self.exact or is_coded(tensor.step):
+                continue
+            if isinstance(tensor.step, Compute):
                 self._compute(tensor.weight_label, tensor.step, lambda *rest: None, lambda: False, "cpu")
 
     def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
@@ -77,11 +80,11 @@ class Estimation:
                 chunks = [(0, start * after.shape[1] * after.dtype.bits // 8, as_bytes(bits))]
             else:
                 chunks = [(chunk.part, chunk.offset, chunk.data) for chunk in step.target.put(start, estimate, block)]
-                expected += block.size
             for part, at, data in chunks:
                 digests[part].update(data)
                 write(part, at, data)
-        self.exact[label] = expected / max(after.shape[0] * after.shape[1], 1)
+        if after.elements is not None:
+            self.exact[label] = expected / max(after.shape[0] * after.shape[1], 1)
         return tuple(Measurement(digest.hexdigest(), True) for digest in digests)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger
+from surgery.engine.plan import is_coded
 from surgery.engine.undo.belongs import Evidence
 from surgery.reports.result import elapsed, summarised
 
@@ -29,7 +30,7 @@ class UnmergeResult:
         output: The folder; None for a dry run.
         ledger: Every tensor.
         base_id: Content id of the base, proved; empty for an estimate.
-        exact: Of an estimate, by weight: the share of values expected to be the base's bit for bit.
+        exact: Of an estimate, by weight of elements: the share of values expected to be the base's bit for bit.
         evidence: Of an estimate: how it is known that the adapters were merged.
         same_files: Of an estimate, whether its weight files are the base's, by name, as far as a manifest tells.
         warnings: What the user should know.
@@ -51,11 +52,23 @@ class UnmergeResult:
         return self.ledger.plan.nbytes
 
     @property
+    def _is_base(self) -> bool:
+        return bool(self.base_id) or (bool(self.same_files) and all(self.same_files.values()))
+
+    @property
+    def estimated_codes(self) -> tuple[str, ...]:
+        """Of an estimate: weights stored as codes, of which nothing tells how many are the base's."""
+        computed = () if self._is_base else self.ledger.plan.computed()
+        return tuple(dict.fromkeys(tensor.weight_label for tensor in computed if is_coded(tensor.step)))
+
+    @property
     def exact_share(self) -> float:
-        """Share of all values that are the base's bit for bit: 1 if that is proved, else as expected."""
+        """Share of all stored bytes that are the base's bit for bit: 1 if that is proved, else as expected, without codes."""
+        codes = set(self.estimated_codes)
         sizes = {tensor.weight_label: tensor.nbytes for tensor in self.ledger.plan.weights}
         left = sum(sizes.get(label, 0) * (1 - share) for label, share in self.exact.items())
-        return 1.0 if self.base_id else 1 - left / max(sum(sizes.values()), 1)
+        left += sum(nbytes for label, nbytes in sizes.items() if label in codes)
+        return 1.0 if self._is_base else 1 - left / max(sum(sizes.values()), 1)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -67,6 +80,7 @@ class UnmergeResult:
             "seconds": round(self.seconds, 3),
             "base_id": self.base_id or None,
             "exact_share": round(self.exact_share, 9),
+            "estimated_codes": list(self.estimated_codes),
             "exact": {label: round(share, 6) for label, share in sorted(self.exact.items())},
             "evidence": evidence and {"source": evidence.source, "share": evidence.share, "noise": evidence.noise},
             "same_files": dict(self.same_files),
@@ -89,6 +103,8 @@ class UnmergeResult:
         ]
         if self.base_id:
             facts.append(("base", f"bit for bit, content id {self.base_id[:16]}..."))
+        elif codes := self.estimated_codes:
+            facts.append(("base", f"the nearest codes in {len(codes)} weights: how many are the base's is not known"))
         elif self.exact:
             facts.append(("base", (Value(self.exact_share, "share"), " of all values are expected to be exact")))
         if self.evidence is not None:
