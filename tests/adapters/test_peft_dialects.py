@@ -184,10 +184,34 @@ def test_factors_of_other_ranks_or_counts_are_refused(
     tinker: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     tensors = load_file(tinker[1] / "adapter_model.safetensors")
-    with pytest.raises(FitError, match="the configuration says 3"):
+    with pytest.raises(MalformedError, match="rank 4, but r says 3"):
         surgery.inspect(rewritten(tinker[1], tmp_path / "rank", tensors, r=3))
     for name, value in tensors.items():
         if name.endswith("w2.lora_B.weight"):
             tensors[name] = torch.cat([value] * 2)
     with pytest.raises(FitError, match="its lora_B"):
         surgery.inspect(rewritten(tinker[1], tmp_path / "count", tensors))
+
+
+def test_unsloths_linears_of_gpt_oss_meet_its_stacks(tmp_path: Path) -> None:
+    """The stacks are (E, in, out); one is square, so that no shape gives the order away."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = {"gate_up_proj": (8, 12), "down_proj": (8, 8)}
+    stem = "model.layers.0.mlp.experts."
+    base = {f"{stem}{name}": torch.randn(3, *size, generator=generator) for name, size in sizes.items()}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
+    tensors, wanted = {}, {name: value.clone() for name, value in base.items()}
+    for name, (inputs, out) in sizes.items():
+        for e in range(3):
+            a, b = torch.randn(2, inputs, generator=generator), torch.randn(out, 2, generator=generator)
+            tensors[f"base_model.model.{stem}{name}s.{e}.lora_A.weight"] = a
+            tensors[f"base_model.model.{stem}{name}s.{e}.lora_B.weight"] = b
+            wanted[f"{stem}{name}"][e] += 2 * (b @ a).T
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    targets = [f"{name}s.{e}" for name in sizes for e in range(3)]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert same(merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out"), wanted, 1e-5)

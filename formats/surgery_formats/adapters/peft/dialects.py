@@ -83,18 +83,15 @@ def experts_of_tinker(module: Module) -> ModuleUpdates | None:
 
     Raises:
         FitError: the factors do not belong together.
+        MalformedError: they have another rank than the configuration.
     """
     a, b, named = module.parts["lora_A.weight"], module.parts["lora_B.weight"], _EXPERTS.fullmatch(module.path)
     if not named or len(a.shape) != 3 or len(b.shape) != 3:
         return None
-    count = max(a.shape[0], b.shape[0])
-    rank = module.config.rank_of(module.path)
+    count, rank = max(a.shape[0], b.shape[0]), a.shape[1]
     if {a.shape[0], b.shape[0]} - {1, count} or a.shape[1] != b.shape[2] or 0 in (*a.shape, *b.shape):
         raise FitError(f"is {list(a.shape)}, its lora_B {list(b.shape)}", file=a.file.path, tensor=a.name)
-    if a.shape[1] != rank:
-        raise FitError(
-            f"experts of rank {a.shape[1]}, but the configuration says {rank}", file=a.file.path, tensor=a.name
-        )
+    module.config.check_rank(module.path, rank, a)
     scale, alpha = module.config.scale_of(module.path, rank), module.config.alpha_of(module.path)
 
     def expert(e: int) -> LoRA:
