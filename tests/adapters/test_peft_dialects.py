@@ -152,6 +152,24 @@ def test_tinkers_experts_and_head_are_merged(arch: str, tmp_path: Path) -> None:
     assert same(after, wanted, 2e-6)
 
 
+@pytest.mark.parametrize("arch", NAMES)
+def test_experts_one_by_one_under_the_names_of_the_disk(arch: str, tmp_path: Path) -> None:
+    """What Automodel and axolotl write: a LoRA per expert and projection, under the names before transformers 5."""
+    base, folder, deltas = of_tinker(arch, tmp_path)
+    block, parts = NAMES[arch]
+    single = {}
+    for name, value in load_file(folder / "adapter_model.safetensors").items():
+        for e in range(EXPERTS if value.ndim == 3 else 0):
+            stem, _, rest = name.partition(".mlp.experts.")
+            part, _, factor = rest.partition(".")
+            single[f"{stem}.{block}.experts.{e}.{parts[part]}.{factor}"] = value[min(e, len(value) - 1)].clone()
+    legacy = rewritten(folder, tmp_path / "single", single, target_modules=list(parts.values()), peft_version="0.17.1")
+    before, after = disk.read_tensors(base), merged(base, legacy, tmp_path / "out")
+    del deltas["lm_head.weight"]
+    wanted = {name: value + deltas[name] if name in deltas else value for name, value in before.items()}
+    assert same(after, wanted, 2e-6)
+
+
 def test_tinkers_folder_becomes_one_that_peft_attaches(tmp_path: Path) -> None:
     base, folder, _ = of_tinker("mixtral", tmp_path)
     surgery.convert(folder, to="peft", output=tmp_path / "peft", base=base)
