@@ -134,7 +134,7 @@ def inherited(adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, 
     rank = commonest(held.update.rank for _, held in pairs if held.update.rank is not None) or 8
     replaced = [f".{site.path}" for site, held in pairs if held.whole]
     listed = {name for config in configs for name in config.get("modules_to_save") or ()}
-    biases = max((str(config.get("bias", "none")) for config in configs), key=_BIAS.index)
+    biases = max(map(_bias_of, configs), key=_BIAS.index)
     rows = {site.path.removesuffix(".weight"): list(held.rows.indices) for site, held in pairs if held.rows}
     fields: dict[str, Any] = {
         **{key: value for key in _INHERITED if (value := _first(configs, key)) is not None},
@@ -156,6 +156,12 @@ def inherited(adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, 
         named = sorted(site.path for site in stacks if SWITCH not in site.path)
         fields |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": named or None}
     return fields
+
+
+def _bias_of(config: Mapping[str, Any]) -> str:
+    """The field ``bias`` as LoRA has it: OFT and BOFT call their own modules' biases ``oft_only`` and ``boft_only``."""
+    bias = str(config.get("bias", "none"))
+    return "lora_only" if bias.endswith("_only") else bias
 
 
 def _first(configs: Sequence[Mapping[str, Any]], key: str) -> Any:
