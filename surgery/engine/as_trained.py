@@ -15,7 +15,7 @@ from typing import Any
 from surgery.engine.inputs import CheckpointLike, as_checkpoint
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.family import role_of
@@ -30,6 +30,7 @@ from surgery_formats.storage.quantised import is_coded
 __all__ = [
     "RULES",
     "TrainedValues",
+    "quantised_model",
     "rounded_weights",
     "rule_values",
     "trained_values",
@@ -73,10 +74,12 @@ class TrainedValues:
     @property
     def said(self) -> str:
         """In one line, for people."""
-        said = f"{self.quantised} weights have the values that {', '.join(self.kinds)} gives them"
         if self.root is None:
-            said += ": every matrix of a linear layer but those of heads, as bitsandbytes loads a model"
-        return said
+            return (
+                f"{self.quantised} weights have the values that {self.name} gives them: every matrix of a linear layer but "
+                "those of heads, as bitsandbytes loads a model"
+            )
+        return f"{self.quantised} weights have the values that {', '.join(self.kinds)} gives them"
 
 
 def trained_values(value: CheckpointLike, base: Checkpoint) -> TrainedValues:
@@ -98,7 +101,7 @@ def trained_values(value: CheckpointLike, base: Checkpoint) -> TrainedValues:
             )
     if isinstance(value, str) and value in RULES and not Path(value).exists():
         return rule_values(value, base)
-    other = as_checkpoint(value, "as_trained")
+    other = quantised_model(value, "as_trained")
     values = values_of(other, base)
     if not values.quantised:
         raise FitError(
@@ -107,6 +110,15 @@ def trained_values(value: CheckpointLike, base: Checkpoint) -> TrainedValues:
             hint="give it as the base",
         )
     return values
+
+
+def quantised_model(value: CheckpointLike, argument: str) -> Checkpoint:
+    """The model that `value` is or names, where it could have been the name of a rule."""
+    try:
+        return as_checkpoint(value, argument)
+    except NotFoundError as error:
+        rules = f"a model's folder, or one of {', '.join(RULES)}"
+        raise NotFoundError(error.message, file=error.file, hint=error.hint or rules) from None
 
 
 def rule_values(rule: str, base: Checkpoint) -> TrainedValues:

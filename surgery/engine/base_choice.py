@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from surgery.engine.as_trained import RULES, TrainedValues, rule_values, values_of
+from surgery.engine.as_trained import RULES, TrainedValues, quantised_model, rule_values, values_of
 from surgery.engine.base_gap import BaseGap, base_gap
-from surgery.engine.inputs import CheckpointLike, as_checkpoint
+from surgery.engine.inputs import CheckpointLike
 from surgery.reports.base_choice import BaseChoice
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter
@@ -41,7 +41,7 @@ def base_choice(adapter: Adapter, base: Checkpoint, other: CheckpointLike) -> Ba
         adapter.path.resolve().name,
         (names[0], own),
         (names[1], others),
-        "" if said is None else f"{said.method}, by {said.evidence}",
+        "" if said is None else f"{said.method} ({said.evidence})",
         attached,
         gap.weights,
         gap.others,
@@ -56,7 +56,7 @@ def base_choice(adapter: Adapter, base: Checkpoint, other: CheckpointLike) -> Ba
 def _values(other: CheckpointLike, base: Checkpoint) -> TrainedValues:
     if isinstance(other, str) and other in RULES and not Path(other).exists():
         return rule_values(other, base)
-    return values_of(as_checkpoint(other, "other_base"), base)
+    return values_of(quantised_model(other, "other_base"), base)
 
 
 def _kinds(base: Checkpoint) -> str:

@@ -17,6 +17,7 @@ from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
 from surgery_formats.linalg.survival import Survival
+from surgery_formats.storage.quantised import is_coded as is_quantised
 
 if TYPE_CHECKING:
     from surgery.engine.residual import Residual
@@ -50,7 +51,7 @@ def merge_summary(
         if rounding_nbytes:
             part = Value(rounding_nbytes / max(ledger.plan.nbytes, 1), "share"), " of the weights, for surgery unmerge"
             facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
-        next_step = Note(("next: ", *_next_step(ledger.plan, output)))
+        next_step = Note(("next: ", *_next_step(ledger.plan, output, residual)))
         sections = [Facts(tuple(facts)), *_poor(ledger, verbose), next_step]
     return Summary("Merge", (*sections, *warning_notes(warnings)))
 
@@ -96,11 +97,13 @@ def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
 
 def _formats(plan: Plan) -> Iterator[tuple[str, Phrase]]:
     """Which quantised weights keep their format, and how much larger the others become."""
+    if isinstance(trained := plan.facts.get("as_trained"), dict) and "rule" in trained:
+        return  # the codes are only thought of
     kept: Counter[str] = Counter()
     plain: dict[str, list[int]] = {}
     for tensor in plan.tensors:
         weight = tensor.step.weight if isinstance(tensor.step, Copy) else tensor.step.source
-        if weight.elements is not None or tensor.part:
+        if not is_quantised(weight) or tensor.part:
             continue
         if not is_coded(tensor.step):
             key = f"{weight.kind} to {tensor.dtype.label}"
@@ -131,8 +134,8 @@ def _codes(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
         Value(kept.correlation, "number", 3), " with the update, and is off by ", Value(kept.rounding, "share"), " of its norm",
     )  # fmt: skip
     if inside.update > 0:
-        yield "", ("in the inputs that the adapter listens to: ", Value(inside.correlation, "number", 3), " and ",
-            Value(inside.rounding, "share"),
+        yield "", ("in the inputs that the adapter listens to it correlates ", Value(inside.correlation, "number", 3),
+            ", and is off by ", Value(inside.rounding, "share"),
         )  # fmt: skip
     feedback = sum(change.rounding == "feedback" for _, _, change in weights)
     fresh = sum(change.scales == "fresh" for _, _, change in weights)
@@ -148,7 +151,8 @@ def _residual(residual: Residual | None) -> Iterator[tuple[str, Phrase]]:
     elif residual is not None:
         moved = sum(weight.moved for weight in residual.weights)
         ranks = sorted({weight.rank for weight in residual.weights})
-        yield "adapter/", (Value(residual.nbytes, "bytes"), f": ranks {ranks[0]} to {ranks[-1]}; codes moved in {moved} of "
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        yield "adapter/", (Value(residual.nbytes, "bytes"), f": {rank}; codes moved in {moved} of "
             f"{len(residual.weights)} weights; model and adapter are off by ", Value(residual.error, "share"), " of the update",
         )  # fmt: skip
 
@@ -226,9 +230,14 @@ def _survival(row: Row) -> float:
     return row.measured.survival if row.measured is not None and row.measured.update > 0 else math.inf
 
 
-def _next_step(plan: Plan, output: Path) -> tuple[str | Name, ...]:
+def _next_step(plan: Plan, output: Path, residual: Residual | None) -> tuple[str | Name, ...]:
     names = {side.name for side in plan.side_files}
     path = Name(output, PATH)
+    if residual is not None:  # the weights alone lack the update
+        lora = Name(output / "adapter", PATH)
+        if plan.files and plan.files[0].name.endswith(".gguf"):
+            return "use the model with its LoRA, in GGUF for llama.cpp: convert_lora_to_gguf.py ", lora
+        return 'load the model, and attach the LoRA to it: PeftModel.from_pretrained(model, "', lora, '")'
     if "model_index.json" in names:
         return 'load it with diffusers: DiffusionPipeline.from_pretrained("', path, '")'
     if plan.files and plan.files[0].name.endswith(".gguf"):

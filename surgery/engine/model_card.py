@@ -19,8 +19,8 @@ from surgery_formats.text import count, nbytes, show
 __all__ = ["merge_card"]
 
 
-def merge_card(binding: Binding, ledger: Ledger) -> bytes:
-    """README.md of a merged model."""
+def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> bytes:
+    """README.md of a merged model; with `residual`, of one whose weights are to be used with the LoRA beside them."""
     base = binding.checkpoint
     names = [code(show(adapter.path.resolve().name)) for adapter, _ in binding.adapters]
     rows = [
@@ -43,13 +43,17 @@ def merge_card(binding: Binding, ledger: Ledger) -> bytes:
         "- merge",
         "---",
         "",
-        f"# {code(show(base.path.resolve().name))} with {', '.join(names)} merged in",
+        f"# {code(show(base.path.resolve().name))} with {', '.join(names)} {'beside it' if residual else 'merged in'}",
         "",
         *table_lines(("adapter", "kind", "weight", "trained parameters"), rows),
         "",
         f"- Base: {code(show(base.path.resolve().name))}, {count(parameters)} parameters, {nbytes(base.nbytes)}.",
         f"- Tensors: {classes}.",
     ]
+    if residual:
+        lines.append(
+            "- The weights do not hold all of the update: attach the LoRA in `adapter/`, for instance with PEFT."
+        )
     if not math.isnan(ledger.survival):
         lines.append(
             f"- {ledger.survival:.2%} of the update survives in the stored type (rounding noise {ledger.rounding:.2%} "

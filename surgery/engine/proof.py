@@ -241,7 +241,7 @@ def _tensor_error(expected: _ProofTarget, actual: _ProofTarget) -> float | None:
 
 
 def _has_plain_delta(update: Update) -> bool:
-    stored_in_full = update.effect != "maps" and len(update.factors()) == 1
+    stored_in_full = update.effect != "maps" and len(update.factors()) == 1 and all(update.shape)
     return stored_in_full or low_rank_part(update) is not None
 
 

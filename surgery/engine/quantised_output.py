@@ -126,9 +126,15 @@ def quantised_output(
             hint='`only_touched=True` belongs to `quantized="dequantize"`',
         )
     if rounding and quantized != "requantize":
-        raise FitError('codes are chosen by `quantized="requantize"` alone', hint="leave `rounding=` away")
+        raise FitError(
+            "how codes are rounded is a choice of requantising alone",
+            hint='leave `rounding=` away, or add `quantized="requantize"`',
+        )
     if quantized != "residual" and (rank is not None or max_error is not None):
-        raise FitError("only a residual has a rank and an error", hint='`quantized="residual"`')
+        raise FitError(
+            "only a residual, the LoRA beside a quantised model, has a rank and an error to stay below",
+            hint='leave `rank=` and `max_error=` away, or add `quantized="residual"`',
+        )
     if rank is not None and rank < 1:
         raise FitError(f"a rank is at least 1, not {rank}")
     if max_error is not None and not 0 < max_error < 1:

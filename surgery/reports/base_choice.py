@@ -65,5 +65,8 @@ def choice_sections(choice: BaseChoice) -> Iterator[Section]:
     if choice.attached:
         said: Phrase = (Name(choice.attached), " gives the behaviour of training: ", Name(choice.trained_on))
     else:
-        said = "the adapter's files do not tell which it was trained on; that one gives the behaviour of training"
+        said = (
+            "the adapter's files do not tell whether its base was quantised in training; "
+            "the base that it was trained on gives the behaviour that it had then"
+        )
     yield Facts((*facts, ("trained on", said)))

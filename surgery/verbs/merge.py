@@ -126,7 +126,7 @@ def merge(
         weights = [weight for _, weight in binding.adapters]
         if quantised.way != "residual":
             warnings.extend(check_output(ledger, binding.checkpoint, weights, accept_loss=accept_loss))
-        return {"README.md": merge_card(binding, ledger)}
+        return {"README.md": merge_card(binding, ledger, residual=quantised.way == "residual")}
 
     kept: list[int] = []
     residual: list[Residual] = []

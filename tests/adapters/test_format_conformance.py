@@ -85,6 +85,59 @@ PEFT_FILES: dict[str, tuple[dict[str, np.ndarray], dict[str, object]]] = {
         {"r": 3, "trainable_token_indices": {"embed_tokens": [1, 7]}},
     ),
     "wrapped attention": (_pair("base_model.model.attn.base_layer.out_proj"), {"r": 3, "lora_alpha": 6}),
+    "adalora": (
+        {f"{Q}.lora_A": draw(40, 3, 40), f"{Q}.lora_B": draw(41, 24, 3), f"{Q}.lora_E": draw(42, 3, 1)},
+        {
+            "peft_type": "ADALORA",
+            "init_r": 4,
+            "lora_alpha": 6,
+            "rank_pattern": {f"{Q[17:]}.lora_E": [True] * 3 + [False]},
+        },
+    ),
+    "miss": ({f"{Q}.miss_block": draw(43, 6, 24)}, {"peft_type": "MISS", "r": 6}),
+    "bat": ({f"{Q}.miss_block": draw(44, 6, 4, 4)}, {"peft_type": "MISS", "r": 4, "init_weights": "bat"}),
+    "hira": ({f"{Q}.hira_A": draw(46, 3, 40), f"{Q}.hira_B": draw(47, 24, 3)}, {"peft_type": "HIRA", "r": 3}),
+    "hra": ({f"{Q}.hra_u": draw(48, 40, 3)}, {"peft_type": "HRA", "r": 3}),
+    "boft": (
+        {f"{Q}.boft_R": draw(49, 2, 10, 4, 4), f"{Q}.boft_s": draw(50, 24, 1)},
+        {"peft_type": "BOFT", "boft_block_size": 4, "boft_n_butterfly_factor": 2},
+    ),
+    "c3a": ({f"{Q}.c3a_kernel": draw(51, 3, 5, 8)}, {"peft_type": "C3A", "block_size": 8}),
+    "road": (
+        {f"{Q}.road_theta": draw(52, 12), f"{Q}.road_alpha": draw(53, 12)},
+        {"peft_type": "ROAD", "variant": "road_1", "group_size": 8},
+    ),
+    "delora": (
+        {
+            f"{Q}.delora_A": draw(54, 3, 40),
+            f"{Q}.delora_B": draw(55, 24, 3),
+            f"{Q}.delora_lambda": draw(56, 1),
+            f"{Q}.delora_w_norm": draw(57, 40) + 4,
+        },
+        {"peft_type": "DELORA", "r": 3},
+    ),
+    "gralora": (
+        {f"{Q}.gralora_A": draw(58, 2, 20, 4), f"{Q}.gralora_B": draw(59, 2, 4, 12)},
+        {"peft_type": "GRALORA", "r": 4, "gralora_k": 2, "alpha": 6},
+    ),
+    "fourierft": ({f"{Q}.fourierft_spectrum": draw(60, 30)}, {"peft_type": "FOURIERFT", "n_frequency": 30}),
+    "pvera, drawn": (
+        {f"{Q}.pvera_lambda_b": draw(61, 24), f"{Q}.pvera_lambda_d": draw(62, 6)},
+        {"peft_type": "PVERA", "r": 3, "save_projection": False},
+    ),
+    "randlora, drawn": (
+        {f"{Q}.randlora_lambda": draw(63, 5, 3), f"{Q}.randlora_gamma": draw(64, 3, 12)},
+        {"peft_type": "RANDLORA", "r": 5, "save_projection": False, "sparse": True},
+    ),
+    "vblora": (
+        {
+            f"{Q}.vblora_logits_A": draw(65, 3, 5, 9),
+            f"{Q}.vblora_logits_B": draw(66, 3, 3, 9),
+            "base_model.vblora_vector_bank": draw(67, 9, 8),
+        },
+        {"peft_type": "VBLORA", "r": 3, "num_vectors": 9, "vector_length": 8, "topk": 2},
+    ),
+    "beft": ({f"{Q}.beft_bias": draw(68, 1, 24)}, {"peft_type": "BEFT"}),
     "ia3": (
         {f"{Q}.ia3_l": draw(14, 24, 1) + 2, f"{UP}.ia3_l": draw(15, 1, 40) + 2},
         {"peft_type": "IA3", "feedforward_modules": ["up_proj"]},

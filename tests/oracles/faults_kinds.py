@@ -24,6 +24,20 @@ _TRAINED: Mapping[str, dict[str, Any]] = {
     "LoKr": {"target_modules": ["q_proj", "up_proj"], "r": 2, "decompose_both": True, "decompose_factor": 8},
     "OFT": {"target_modules": ["q_proj", "down_proj"], "oft_block_size": 8},
     "Vera": {"target_modules": ["q_proj", "down_proj"], "r": 4},
+    "AdaLora": {"target_modules": ["q_proj", "down_proj"], "init_r": 4, "total_step": 10},
+    "Miss": {"target_modules": ["q_proj", "down_proj"], "r": 8},
+    "Hira": {"target_modules": ["q_proj", "down_proj"], "r": 4},
+    "HRA": {"target_modules": ["q_proj", "down_proj"], "r": 4},
+    "BOFT": {"target_modules": ["q_proj", "down_proj"], "boft_block_size": 4},
+    "C3A": {"target_modules": ["q_proj", "down_proj"], "block_size": 8},
+    "Shira": {"target_modules": ["q_proj", "down_proj"], "r": 2},
+    "Road": {"target_modules": ["q_proj", "down_proj"], "group_size": 8},
+    "Delora": {"target_modules": ["q_proj", "down_proj"], "r": 4},
+    "Gralora": {"target_modules": ["q_proj", "down_proj"], "r": 4, "gralora_k": 2, "hybrid_r": 2},
+    "FourierFT": {"target_modules": ["q_proj", "down_proj"], "n_frequency": 50},
+    "RandLora": {"target_modules": ["q_proj", "down_proj"], "r": 6},
+    "Pvera": {"target_modules": ["q_proj", "down_proj"], "r": 4},
+    "VBLoRA": {"target_modules": ["q_proj", "down_proj"], "r": 2, "num_vectors": 9, "vector_length": 8},
 }
 
 
@@ -66,6 +80,20 @@ for _name, _factor in (
     ("LoKr", "up_proj.lokr_w2_a"),
     ("OFT", "q_proj.oft_R.weight"),
     ("Vera", "q_proj.vera_lambda_d"),
+    ("AdaLora", "q_proj.lora_E"),
+    ("Miss", "q_proj.miss_block"),
+    ("Hira", "q_proj.hira_B"),
+    ("HRA", "q_proj.hra_u"),
+    ("BOFT", "q_proj.boft_R"),
+    ("C3A", "q_proj.c3a_kernel"),
+    ("Shira", "q_proj.shira_weight"),
+    ("Road", "q_proj.road_theta"),
+    ("Delora", "q_proj.delora_lambda"),
+    ("Gralora", "q_proj.gralora_A"),
+    ("FourierFT", "q_proj.fourierft_spectrum"),
+    ("RandLora", "q_proj.randlora_gamma"),
+    ("Pvera", "q_proj.pvera_lambda_b"),
+    ("VBLoRA", "q_proj.vblora_logits_A"),
 ):
     _leaf = _factor.partition(".")[2]
     _kind(_name, "nan", (3, 4), lambda c, t, f=_factor: _edit(t, f, _spoil(math.nan)), _factor)
@@ -226,3 +254,85 @@ _prompt(
 )
 _prompt("prefix-of-odd-heads", "PrefixTuningConfig", lambda c, t: c.update(num_attention_heads=3), (4, 3), "token_dim")
 _prompt("prefix-without-layers", "PrefixTuningConfig", lambda c, t: c.pop("num_layers"), (3, 4), "num_layers")
+
+
+# --- the less common kinds ----------------------------------------------------------------------------------------------------
+_kind("AdaLora", "rank-it-has-not", (3, 4), lambda c, t: c.update(init_r=5), "init_r")
+_kind("AdaLora", "pattern-of-numbers", 3, lambda c, t: c.update(rank_pattern={"x.lora_E": 3}), "rank_pattern")
+_kind(
+    "AdaLora",
+    "no-alpha-and-pruned",
+    (4, 3),
+    lambda c, t: c.update(lora_alpha=0, rank_pattern={"x.lora_E": [True]}),
+    "lora_alpha",
+)
+_kind("AdaLora", "acts-after-tokens", (4, 3), lambda c, t: c.update(alora_invocation_tokens=[1]), "invocation")
+_kind("Miss", "mini-of-another-width", (3, 4), lambda c, t: c.update(init_weights="mini", mini_r=4), "mini_r")
+_kind("Miss", "bat-of-two-axes", (3, 4), lambda c, t: c.update(init_weights="bat"), "three axes")
+_kind("Miss", "no-such-variant", (4, 3), lambda c, t: c.update(init_weights="cat"), "cat")
+_kind("Miss", "wider-than-the-base", 4, lambda c, t: _edit(t, "q_proj.miss_block", lambda v: v.repeat(5, 1)), "q_proj")
+_kind("Hira", "without-its-a", (3, 4), lambda c, t: _drop(t, "q_proj.hira_A"), "hira_A")
+_kind(
+    "HRA", "a-vector-of-zeros", 4, lambda c, t: _edit(t, "q_proj.hra_u", lambda v: v * (torch.arange(4) != 2)), "is 0"
+)
+_kind(
+    "HRA",
+    "vectors-alike",
+    4,
+    lambda c, t: (c.update(apply_GS=True), _edit(t, "q_proj.hra_u", lambda v: v[:, [0, 1, 1, 2]])),
+    "Gram-Schmidt",
+)
+_kind("BOFT", "blocks-not-square", (3, 4), lambda c, t: _edit(t, "q_proj.boft_R", lambda v: v[..., :3]), "square")
+_kind(
+    "BOFT",
+    "factors-of-odd-blocks",
+    (3, 4),
+    lambda c, t: _edit(t, "q_proj.boft_R", lambda v: v[:, :7].repeat(2, 1, 1, 1)),
+    "shuffled",
+)
+_kind("C3A", "blocks-too-small", 4, lambda c, t: _edit(t, "q_proj.c3a_kernel", lambda v: v[..., :4]), "q_proj")
+_kind("Shira", "an-index-outside", 4, lambda c, t: _edit(t, "q_proj.shira_indices", lambda v: v + 9), "outside")
+_kind(
+    "Shira",
+    "an-index-short",
+    (3, 4),
+    lambda c, t: _edit(t, "q_proj.shira_indices", lambda v: v[:, 1:]),
+    "shira_indices",
+)
+_kind("Shira", "no-indices", (3, 4), lambda c, t: _drop(t, "q_proj.shira_indices"), "shira_indices")
+_kind("Road", "another-variant", (3, 4), lambda c, t: c.update(variant="road_4"), "down_proj")
+_kind("Road", "no-such-variant", 3, lambda c, t: c.update(variant="road_3"), "variant")
+_kind("Road", "groups-that-do-not-fit", (3, 4), lambda c, t: c.update(group_size=48), "48")
+_kind("Delora", "without-lengths", (3, 4), lambda c, t: _drop(t, "q_proj.delora_w_norm"), "delora_w_norm")
+_kind("Gralora", "general-of-another-rank", (3, 4), lambda c, t: c.update(hybrid_r=3), "hybrid_r")
+_kind(
+    "Gralora",
+    "general-without-b",
+    (3, 4),
+    lambda c, t: _drop(t, "q_proj.gralora_B_general.weight"),
+    "gralora_B_general",
+)
+_kind(
+    "FourierFT",
+    "more-than-there-are",
+    4,
+    lambda c, t: _edit(t, "q_proj.fourierft_spectrum", lambda v: v.repeat(99)),
+    "frequencies",
+)
+_kind(
+    "RandLora",
+    "another-basis",
+    (3, 4),
+    lambda c, t: _edit(t, "1.self_attn.q_proj.randlora_B", lambda v: v + 1),
+    "base_model.randlora_B",
+)
+_kind(
+    "RandLora",
+    "drawn-dense",
+    4,
+    lambda c, t: (c.update(save_projection=False), [t.pop(k) for k in list(t) if k.endswith(("_A", "_B"))]),
+    "half precision",
+)
+_kind("Pvera", "odd-halves", (3, 4), lambda c, t: _edit(t, "q_proj.pvera_lambda_d", lambda v: v[1:]), "half")
+_kind("VBLoRA", "no-bank", 3, lambda c, t: _drop(t, "vblora_vector_bank"), "vblora_vector_bank")
+_kind("VBLoRA", "more-than-the-bank", (3, 4), lambda c, t: c.update(topk=10), "bank")

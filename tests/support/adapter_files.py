@@ -29,12 +29,23 @@ def write_base(
 
 
 def write_peft(folder: Path, tensors: Mapping[str, np.ndarray], **config: object) -> Path:
-    """A PEFT folder."""
+    """A PEFT folder, whose configuration has the ranks of the tensors unless it states its own."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    lora = {} if "peft_type" in config else {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
+    lora = {} if "peft_type" in config else {"peft_type": "LORA", "lora_alpha": 8, **_ranks(tensors)}
     (folder / "adapter_config.json").write_text(json.dumps({**lora, **config}))
     return folder
+
+
+def _ranks(tensors: Mapping[str, np.ndarray]) -> dict[str, object]:
+    ranks = {
+        key.removeprefix("base_model.model.").rpartition(mark)[0]: value.shape[0]
+        for key, value in tensors.items()
+        for mark in (".lora_A.", ".lora_embedding_A")
+        if mark in key
+    }
+    common = next(iter(ranks.values()), 8)
+    return {"r": common, "rank_pattern": {key: rank for key, rank in ranks.items() if rank != common}}
 
 
 def write_mlx(folder: Path, tensors: Mapping[str, np.ndarray], **config: object) -> Path:

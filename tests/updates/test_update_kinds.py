@@ -23,6 +23,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.refs import resolve
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates import Fit, is_linear, is_unsized
+from surgery_formats.updates.weights import HeldWeight
 from tests.oracles import disk, measure, models, peft_oracle
 
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -33,7 +34,42 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "oft": ("llama", "OFT", {"target_modules": ["q_proj", "down_proj"], "oft_block_size": 8}),
     "vera": ("gpt2", "Vera", {"target_modules": ["c_attn", "c_proj"], "r": 5}),
     "ln": ("llama", "LNTuning", {"target_modules": ["input_layernorm"]}),
+    "adalora": ("gpt2", "AdaLora", {"target_modules": ["c_attn"], "init_r": 3, "total_step": 10}),
+    "miss": ("llama", "Miss", {"target_modules": ["q_proj", "down_proj"], "r": 5}),
+    "bat": ("llama", "Miss", {"target_modules": ["q_proj", "down_proj"], "r": 8, "init_weights": "bat"}),
+    "hira": ("gpt2", "Hira", {"target_modules": ["c_attn"], "r": 3}),
+    "hra": ("llama", "HRA", {"target_modules": ["q_proj", "down_proj"], "r": 4}),
+    "boft": ("llama", "BOFT", {"target_modules": ["q_proj", "down_proj"], "boft_block_size": 4}),
+    "c3a": ("llama", "C3A", {"target_modules": ["q_proj", "up_proj"], "block_size": 8}),
+    "shira": ("llama", "Shira", {"target_modules": ["q_proj", "up_proj"], "r": 2}),
+    "road": ("bert", "Road", {"target_modules": ["query", "dense"], "group_size": 8, "variant": "road_4"}),
+    "delora": ("llama", "Delora", {"target_modules": ["q_proj", "up_proj"], "r": 3}),
+    "gralora": ("gpt2", "Gralora", {"target_modules": ["c_attn"], "r": 4, "gralora_k": 2, "hybrid_r": 3}),
+    "fourierft": ("gpt2", "FourierFT", {"target_modules": ["c_attn", "c_fc"], "n_frequency": 60}),
+    "randlora": ("gpt2", "RandLora", {"target_modules": ["c_attn", "c_proj"], "r": 5}),
+    "pvera": ("gpt2", "Pvera", {"target_modules": ["c_attn", "c_proj"], "r": 4}),
+    "vblora": ("llama", "VBLoRA", {"target_modules": ["q_proj"], "r": 2, "num_vectors": 9, "vector_length": 8}),
+    "beft": ("bert", "Beft", {"target_modules": ["query"]}),
 }
+ADDS = (
+    "loha",
+    "lokr",
+    "vera",
+    "adalora",
+    "miss",
+    "c3a",
+    "shira",
+    "delora",
+    "gralora",
+    "fourierft",
+    "randlora",
+    "pvera",
+    "vblora",
+    "beft",
+)
+"""Kinds that satisfy `Linear`."""
+WHOLE = ("oft", "ln", "bat", "hra", "boft", "road", "beft")
+"""Kinds that need whole groups of columns, the weight itself, or a vector."""
 
 
 def made(name: str, folder: Path, seed: int = 2) -> tuple[Path, Path]:
@@ -63,6 +99,10 @@ def test_blocks_of_any_height_give_the_same(
         assert measure.relative_error(blocks[key], value) < 5e-7, key
 
 
+SIZES = {"SHiRA": (56, 32), "RandLoRA": (96, 32)}
+"""Of weights whose sizes a file does not tell, and limits."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """What `prepare` may ask for; these kinds do not look at the weight."""
@@ -75,15 +115,15 @@ class Weight:
         raise AssertionError("only kinds that need the weight look at it")
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("oft", "ln")])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in WHOLE])
 def test_any_rows_and_columns_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
     """Permuted and transposed storage hands an equation any positions, in any order."""
     draw = np.random.default_rng(8)
     adapter = read_adapter(made(name, tmp_path)[1])
     for chain in adapter.updates.values():
         for given in chain:
-            height, width = (size or 11 for size in given.shape)
-            update = given.fitted(Fit((height, width))) if is_unsized(given) else given
+            height, width = (size or 11 for size in (SIZES.get(given.kind) or given.shape))
+            update = given.fitted(Fit((height, width), 1, (height, width))) if is_unsized(given) else given
             apply = update.prepare(Weight((height, width)))
             weight = draw.standard_normal((height, width))
             whole = apply(weight.copy(), range(height), range(width))
@@ -126,6 +166,28 @@ def test_a_rotation_meets_whole_groups_where_a_weight_is_stored_transposed(
     assert measure.relative_error(after.T, turned(before.T, angles, 5)) < 5e-7
 
 
+@pytest.mark.parametrize("elements", [1, 500, 1 << 19])
+@pytest.mark.parametrize("name", ["hra", "boft", "bat"])
+def test_whole_groups_are_mixed_wherever_a_weight_is_stored_transposed(
+    name: str, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT has these kinds on no Conv1D; a weight that is stored so must change as its transpose does."""
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", elements)
+    _, trained = made(name, tmp_path)
+    config, tensors = disk.adapter(trained)
+    base = models.build_base("gpt2", tmp_path / "gpt2", n_embd=32, n_head=4)
+    path = "transformer.h.0.attn.c_proj"
+    key = next(key for key in tensors if "q_proj" in key).rpartition(".")[0]
+    mine = {k.replace(key, f"base_model.model.{path}"): v for k, v in tensors.items() if k.startswith(f"{key}.")}
+    disk.write_adapter(tmp_path / "moved", config, mine)
+    surgery.merge(base, tmp_path / "moved", output=tmp_path / "out")
+    before, after = (disk.read_tensors(folder)[f"{path}.weight"] for folder in (base, tmp_path / "out"))
+    ((chain,),) = ([*read_adapter(tmp_path / "moved").updates.values()],)
+    update = chain[0].fitted(Fit((32, 32))) if is_unsized(chain[0]) else chain[0]
+    meant = update.prepare(HeldWeight(before.T.double().numpy()))(before.T.double().numpy(), range(32), range(32))
+    assert measure.relative_error(after.T, torch.from_numpy(np.array(meant))) < 5e-7
+
+
 def test_experts_trained_one_by_one_meet_a_fused_base(tmp_path: Path) -> None:
     """Adapters of transformers 4 name each expert's layers; the base of today holds them in one tensor, or apart as then."""
     base = models.build_base("mixtral", tmp_path / "base")
@@ -149,7 +211,7 @@ def test_experts_trained_one_by_one_meet_a_fused_base(tmp_path: Path) -> None:
 def test_only_what_is_added_can_be_scaled_in_its_factors(name: str, tmp_path: Path) -> None:
     adapter = read_adapter(made(name, tmp_path)[1])
     linear = {is_linear(update) for chain in adapter.updates.values() for update in chain}
-    assert linear == {name.partition("-")[0] in ("loha", "lokr", "vera")}
+    assert linear == {name.partition("-")[0] in ADDS}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -202,20 +264,20 @@ def test_a_sum_without_low_rank_names_what_is_missing(name: str, why: str, way: 
     assert way in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("name", ["ia3", "loha", "lokr", "oft", "vera"])
+@pytest.mark.parametrize(
+    "name", ["ia3", "loha", "lokr", "oft", "vera", "bat", "hira", "hra", "c3a", "shira", "fourierft"]
+)
 def test_with_a_base_and_a_rank_any_change_is_combined(name: str, tmp_path: Path) -> None:
     """At full rank the combination changes every weight as the two adapters do, one after the other with half its weight."""
     base, one = made(name, tmp_path)
     _, other = made(name, tmp_path, seed=3)
-    needed = {} if name.startswith("lo") else {"base": base}
+    needed = {} if name.startswith("lo") or name == "c3a" else {"base": base}
     surgery.combine([(one, 0.5), (other, 0.5)], output=tmp_path / "sum", rank=models.HIDDEN * 4, **needed)  # type: ignore[arg-type]
-    before, changes = disk.read_tensors(base), []
-    for adapter in (one, other, tmp_path / "sum"):
-        surgery.merge(base, adapter, output=tmp_path / f"on-{adapter.name}", dtype="fp32")
-        after = disk.read_tensors(tmp_path / f"on-{adapter.name}")
-        changes.append({key: value.double() - before[key].double() for key, value in after.items()})
-    for key, value in changes[2].items():
-        torch.testing.assert_close(value, 0.5 * changes[0][key] + 0.5 * changes[1][key], atol=2e-6, rtol=0)
+    surgery.merge(base, [(one, 0.5), (other, 0.5)], output=tmp_path / "both", dtype="fp32")
+    surgery.merge(base, tmp_path / "sum", output=tmp_path / "on-sum", dtype="fp32")
+    meant, merged = disk.read_tensors(tmp_path / "both"), disk.read_tensors(tmp_path / "on-sum")
+    for key, value in meant.items():
+        torch.testing.assert_close(merged[key], value, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["ia3", "oft", "vera"])

@@ -226,7 +226,7 @@ class TestWithTheWrongThings:
 
     def test_another_adapter(self, merged: Path, tmp_path: Path) -> None:
         other = make_lora(tmp_path / "other", strength=0.4)
-        self.refused(tmp_path, "another adapter was merged but 'lora'|another adapter", merged, (other, 0.5))
+        self.refused(tmp_path, "another adapter was merged: 'lora'|another adapter was merged", merged, (other, 0.5))
 
     def test_more_adapters(self, merged: Path, tmp_path: Path) -> None:
         lora = tmp_path / "lora"

@@ -11,10 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgery_formats.binding.edits import Edit, Operation, at_weight
-from surgery_formats.binding.fit_checks import check_family, check_fit, check_mergeable, check_missing, check_overlap
+from surgery_formats.binding.fit_checks import (
+    check_family,
+    check_fit,
+    check_kernel,
+    check_mergeable,
+    check_missing,
+    check_overlap,
+    disagreements,
+)
 from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.binding.tied_edits import same_values, settle_tie
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
+from surgery_formats.canonical.ungathered import UNGATHERED, is_ungathered
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
@@ -93,7 +102,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
         untied,
         ignored=tuple(entry for adapter, _ in adapters for entry in adapter.ignored),
         settled=tuple(sorted(bound_tensors - applied_tensors, key=lambda tensor: tensor.name)),
-        warnings=_warnings(adapters, untied, checkpoint),
+        warnings=_warnings(adapters, untied, checkpoint, settled),
     )
 
 
@@ -200,8 +209,12 @@ def _settle_ties(
 
 def _trained(edit: Edit) -> Iterator[Tensor]:
     """The adapters' tensors that make an edit."""
-    for operation in (*edit.operations, *((edit.replaced,) if edit.replaced else ())):
+    for operation in _trained_by(edit):
         yield from operation.update.tensors
+
+
+def _trained_by(edit: Edit) -> tuple[Operation, ...]:
+    return (*edit.operations, *((edit.replaced,) if edit.replaced else ()))
 
 
 def _new_head(site: Site, chain: tuple[Update, ...], adapter: Adapter, component: Component) -> tuple[WeightSlice, ...]:
@@ -254,7 +267,8 @@ def _replaced(update: Replacing, places: tuple[WeightSlice, ...], weight: float)
     old, new = place.parameter.storage, update.stored
     grows = old.elements is not None and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
     if len(places) > 1 or (new.shape != old.sizes and not grows):
-        raise FitError(f"shape {list(new.shape)}, but {list(old.sizes)} in the base", file=new.path, tensor=new.name)
+        what = f"shape {list(new.shape)}, but {list(old.sizes)} in the base"
+        raise FitError(what, file=new.path, tensor=new.name, hint=UNGATHERED if is_ungathered(new) else None)
     if new.dtype is not old.dtype and not (new.dtype.is_float and old.is_float):
         raise FitError(f"{new.dtype.label} in place of {old.kind}", file=new.path, tensor=new.name)
     if weight != 1.0 and (new.shape != old.sizes or old.sources == new.sources):
@@ -274,6 +288,7 @@ def _operations(
 ) -> Iterator[_BoundOperation]:
     """`update` cut to the pieces of the base that hold its weight."""
     check_fit(update, places)
+    check_kernel(update, site, places)
     if is_replacing(update):  # as the parameter is stored, whatever its orientation
         everything = whole(places[0].parameter.storage.shape)
         yield _BoundOperation(Operation(update, everything, site, number, share), places[0])
@@ -343,9 +358,15 @@ def _edit(
 
 
 def _warnings(
-    adapters: Sequence[tuple[Adapter, float]], untied: frozenset[str], checkpoint: Checkpoint
+    adapters: Sequence[tuple[Adapter, float]],
+    untied: frozenset[str],
+    checkpoint: Checkpoint,
+    edits: Mapping[tuple[str, str], Edit],
 ) -> tuple[str, ...]:
     issues = [f"{adapter.path.name}: {issue}" for adapter, _ in adapters for issue in adapter.known_issues()]
+    for number, (adapter, _) in enumerate(adapters):
+        changed = [edit for edit in edits.values() if any(op.adapter == number for op in _trained_by(edit))]
+        issues += [f"{adapter.path.name}: {issue}" for issue in disagreements(adapter, checkpoint, changed)]
     other_base = warn_of_other_base([adapter for adapter, _ in adapters], checkpoint)
     return (*issues, *_warn_of_parting(untied, checkpoint), *other_base)
 

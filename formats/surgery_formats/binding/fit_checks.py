@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from surgery_formats.binding.edits import Operation
+from surgery_formats.binding.edits import Edit, Operation
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
@@ -17,7 +17,15 @@ from surgery_formats.tensors.views import View
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Update, is_replacing, is_row_setting
 
-__all__ = ["check_family", "check_fit", "check_mergeable", "check_missing", "check_overlap"]
+__all__ = [
+    "check_family",
+    "check_fit",
+    "check_kernel",
+    "check_mergeable",
+    "check_missing",
+    "check_overlap",
+    "disagreements",
+]
 
 
 def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
@@ -63,6 +71,42 @@ def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
             tensor=tensor.name,
             hint="is this the base it was trained on?",
         )
+
+
+def check_kernel(update: Update, site: Site, places: tuple[WeightSlice, ...]) -> None:
+    """Refuse factors of a convolution for a linear layer, unless they are those of a kernel ``(1, 1)``, which is one."""
+    sizes = places[0].parameter.storage.sizes
+    if is_replacing(update) or len(sizes) != 2 or not site.kernel or site.kernel == (1, 1):
+        return
+    tensor = update.tensors[0]
+    raise FitError(
+        f"a factor of a convolution, {list(tensor.shape)}, but '{places[0].parameter.name}' is {list(sizes)}",
+        file=tensor.path,
+        tensor=tensor.name,
+        hint="a linear layer has factors of two dimensions",
+    )
+
+
+def disagreements(adapter: Adapter, checkpoint: Checkpoint, edits: Sequence[Edit]) -> tuple[str, ...]:
+    """What an adapter's configuration says of its base, and the base does not bear out.
+
+    Args:
+        adapter: The adapter.
+        checkpoint: Its base.
+        edits: Those that it has a part in.
+    """
+    names = {edit.component for edit in edits}
+    known = [name for owner in names for name in checkpoint.components[owner].parameters]
+    found = adapter.unmet(known, {edit.name for edit in edits})
+    turned = {
+        operation.view.transposed
+        for edit in edits
+        for operation in edit.operations
+        if operation.site.module_kind in ("", "linear") and not is_row_setting(operation.update)
+    }
+    if adapter.stored_transposed and turned == {False}:
+        found += ("fan_in_fan_out is true, but the base stores linear layers as (out, in): taken as such",)
+    return found
 
 
 def check_overlap(name: str, operations: Sequence[Operation], adapters: Sequence[tuple[Adapter, float]]) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -62,6 +62,10 @@ class Ignored:
     reason: str
 
 
+def _nothing_unmet(parameters: Collection[str], changed: Collection[str]) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Adapter:
     """Everything that was trained for a base, before that base is known.
@@ -84,6 +88,8 @@ class Adapter:
         stated_issues: Known issues that headers and configuration show (a missing alpha, a version that writes wrong
             scales).
         examine: Returns the known issues that only values show; see `known_issues`.
+        unmet: Returns what the names of a base's parameters, and of those that the adapter changes, show of promises that
+            its file does not keep: biases, targets and saved modules that stay as they are.
         optional: Sites that a base need not have: biases that follow their weight.
         keeps_ties: Whether updates of the embedding also apply to a tied head (mlx-lm), and not to the embedding alone
             (PEFT).
@@ -108,6 +114,7 @@ class Adapter:
     side_files: tuple[Path, ...] = ()
     stated_issues: tuple[str, ...] = ()
     examine: Callable[[], tuple[str, ...]] = tuple
+    unmet: Callable[[Collection[str], Collection[str]], tuple[str, ...]] = _nothing_unmet
     optional: frozenset[Site] = frozenset()
     keeps_ties: bool = False
     task: str = ""

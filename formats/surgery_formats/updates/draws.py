@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TorchDraws"]
 
-_WIDE = (2**32 - 1) // 20
-"""The number of things from which on torch shuffles them by words of 64 bits."""
+_MANY = (2**32 - 1) // 20
+"""The number of things from which on torch shuffles them in another way, by words of 64 bits."""
+_CHUNK = 1 << 20
 
 
 class TorchDraws:
@@ -35,29 +36,49 @@ class TorchDraws:
         return numpy.frombuffer(self._words.bytes(4 * count), "<u4")
 
     def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Array:
-        """``torch.empty(shape).uniform_(low, high)``, float32: 24 bits of each word, rounded once."""
+        """``torch.empty(shape).uniform_(low, high)``, float32: 24 bits of each word, rounded once; `high` becomes `low`."""
         import numpy
 
         first, last = numpy.float32(low), numpy.float32(high)
         drawn = self._drawn(math.prod(shape)) & 0xFFFFFF
-        return (drawn * 2.0**-24 * float(last - first) + float(first)).astype(numpy.float32).reshape(shape)
+        values = (drawn * 2.0**-24 * float(last - first) + float(first)).astype(numpy.float32)
+        values[values == last] = first
+        return values.reshape(shape)
 
     def first_of_shuffled(self, total: int, count: int) -> Array:
-        """``torch.randperm(total)[:count]``, int64, in time and memory of `count`."""
+        """``torch.randperm(total)[:count]``, int64, in memory of `count`.
+
+        Of less than 214,748,364 things torch puts one after the other in its place, so that the first ones are known
+        first. Of more it puts each in the place of one before it, and all have to be drawn.
+        """
+        return self._shuffled_forwards(total, count) if total < _MANY else self._shuffled_inside_out(total, count)
+
+    def _shuffled_forwards(self, total: int, count: int) -> Array:
         import numpy
 
         steps = min(count, total - 1)
-        if total < _WIDE:
-            drawn = self._drawn(steps).astype(numpy.uint64)
-        else:
-            high, low = self._drawn(2 * steps).astype(numpy.uint64).reshape(-1, 2).T
-            drawn = (high << numpy.uint64(32)) | low
         moved: dict[int, int] = {}  # what stands at a place, where that is not the place's own number
         shuffled = []
-        for place, word in enumerate(drawn.tolist()):
+        for place, word in enumerate(self._drawn(steps).tolist()):
             chosen = place + word % (total - place)
             shuffled.append(moved.get(chosen, chosen))
             moved[chosen] = moved.get(place, place)
         if count > steps:  # the last one has no choice left
             shuffled.append(moved.get(total - 1, total - 1))
         return numpy.asarray(shuffled, numpy.int64)
+
+    def _shuffled_inside_out(self, total: int, count: int) -> Array:
+        import numpy
+
+        shuffled = numpy.arange(count, dtype=numpy.int64)
+        for start in range(0, total, _CHUNK):
+            numbers = numpy.arange(start, min(start + _CHUNK, total), dtype=numpy.uint64)
+            words = self._drawn(2 * len(numbers)).reshape(-1, 2).astype(numpy.uint64)
+            places = (words[:, 0] << numpy.uint64(32) | words[:, 1]) % (numbers + numpy.uint64(1))
+            begin = max(0, min(count - start, len(numbers)))
+            for number, place in zip(range(start, start + begin), places[:begin].tolist(), strict=True):
+                shuffled[number] = shuffled[place]
+                shuffled[place] = number
+            late = begin + numpy.flatnonzero(places[begin:] < count)
+            shuffled[places[late].astype(numpy.int64)] = numbers[late].astype(numpy.int64)  # of several the last
+        return shuffled

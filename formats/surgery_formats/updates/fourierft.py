@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 from surgery_formats.arrays import Array, array_of, cast, dtype_of, namespace
@@ -98,7 +99,7 @@ class FourierFT:
         """
         out, inputs = self.shape
         spectrum = self.spectrum.load(DType.F64, weight.device) * self.scale
-        places = TorchDraws(self.seed).first_of_shuffled(out * inputs, self.spectrum.shape[0])
+        places = _places(self.seed, out * inputs, self.spectrum.shape[0])
         by_rows = _Lines(spectrum, places // inputs, places % inputs, out, inputs)
         by_columns = _Lines(spectrum, places % inputs, places // inputs, inputs, out)
 
@@ -108,6 +109,12 @@ class FourierFT:
             return by_columns.add_to(block.T, cols, rows).T
 
         return apply
+
+
+@lru_cache(maxsize=4)
+def _places(seed: int, total: int, count: int) -> Array:
+    """Kept, because layers of one shape share them, and of very large weights they take seconds."""
+    return TorchDraws(seed).first_of_shuffled(total, count)
 
 
 class _Lines:

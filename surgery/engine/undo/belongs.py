@@ -63,7 +63,7 @@ def recorded_base(folder: Path) -> Mapping[str, Any] | None:
         raise FitError(
             "its codes hold at most a part of the update: the rest is in the LoRA beside it",
             file=folder,
-            hint="leave that LoRA away; the base itself is its own backup",
+            hint="use the model without that LoRA if its codes were kept, else the base itself",
         )
     return inputs
 

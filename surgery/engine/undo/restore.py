@@ -113,7 +113,7 @@ def check_adapters(recorded: Sequence[Mapping[str, Any]], given: Sequence[tuple[
         )
     for record, (adapter, weight), mine in zip(recorded, given, adapters_of(given), strict=True):
         if list(record["files"]) != mine["files"]:
-            named = f" but '{show(str(record['name']))}'" if "name" in record else ""
+            named = f": '{show(str(record['name']))}'" if "name" in record else ""
             raise FitError(
                 f"another adapter was merged{named}", file=adapter.path, hint=f"{show(source, 200)} records it"
             )

@@ -30,7 +30,9 @@ class _Peft:
     """
 
     name: str = "peft"
-    title: str = "Hugging Face PEFT folder: LoRA, DoRA, (IA)^3, LoHa, LoKr, OFT, VeRA, trained tokens, soft prompts"
+    title: str = (
+        "Hugging Face PEFT folder: LoRA, DoRA, and every other kind that can merge; trained tokens, soft prompts"
+    )
     needs_base: bool = False
     single_file: bool = False
     file_stems: tuple[str, ...] = (f"{WEIGHTS}*",)

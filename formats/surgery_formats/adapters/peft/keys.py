@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
@@ -10,7 +11,18 @@ from surgery_formats.canonical.adapter import Ignored
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["HEADS", "INSIDE_ATTENTION", "PREFIX", "ROOT", "WEIGHTS", "Sorted", "ancestors", "sort_tensors", "unwrapped"]
+__all__ = [
+    "HEADS",
+    "INSIDE_ATTENTION",
+    "PREFIX",
+    "ROOT",
+    "WEIGHTS",
+    "Sorted",
+    "ancestors",
+    "bare_pattern",
+    "sort_tensors",
+    "unwrapped",
+]
 
 WEIGHTS = "adapter_model"
 """What the names of its weight files begin with."""
@@ -22,6 +34,10 @@ HEADS = frozenset(("score", "classifier", "qa_outputs"))  # added by PEFT itself
 INSIDE_ATTENTION = ".base_layer.out_proj"
 """Where PEFT holds the output projection of a ``torch.nn.MultiheadAttention`` that it wrapped."""
 _SAVED = "modules_to_save"
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+"""Segments that torch.compile, FSDP and activation checkpointing put into paths, wherever they wrap a module."""
+_PARALLEL = "module"
+"""The segment of DataParallel and DistributedDataParallel, which wrap a whole model: inside one it is a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +49,14 @@ class Sorted:
         plain: Parameters stored whole, by their own path.
         shared: Tensors of the whole adapter, by name.
         ignored: Tensors that have no effect and are meant to have none.
+        wrappers: What programs of training had put around the keys' paths, and is left out.
     """
 
     modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     plain: dict[str, StoredTensor] = field(default_factory=dict)
     shared: dict[str, StoredTensor] = field(default_factory=dict)
     ignored: list[Ignored] = field(default_factory=list)
+    wrappers: set[str] = field(default_factory=set)
 
 
 def sort_tensors(
@@ -62,7 +80,8 @@ def sort_tensors(
     """
     contents, unused = Sorted(), unused or {}
     for tensor in tensors:
-        rest = tensor.name.removeprefix(ROOT)
+        key = _bared(tensor.name, contents.wrappers)
+        rest = key.removeprefix(ROOT)
         general = rest.partition(".")[0]
         if general in shared or f"{general}." in shared:
             _once(contents.shared, general if general in shared else rest, tensor, f"'{general}' twice")
@@ -70,7 +89,7 @@ def sort_tensors(
         if why := next((unused[part] for part in rest.split(".") if part in unused), ""):
             contents.ignored.append(Ignored(tensor, why))
             continue
-        name = tensor.name.removeprefix(prefix)
+        name = key.removeprefix(prefix)
         module, factor = _split(name, factors)
         if factor:
             _once(contents.modules.setdefault(module, {}), factor, tensor, f"'{factor}' twice for module '{module}'")
@@ -79,6 +98,33 @@ def sort_tensors(
         else:
             _whole(name, tensor, contents)
     return contents
+
+
+def _bared(key: str, found: set[str]) -> str:
+    """The key without the segments of wrappers: PEFT's prefix stands at its head, and there once.
+
+    Args:
+        key: Of a tensor.
+        found: To which wrappers are added.
+    """
+    segments = key.split(".")
+    found.update(_WRAPPERS.intersection(segments))
+    kept = [segment for segment in segments if segment not in _WRAPPERS]
+    head = PREFIX.strip(".").split(".")
+    starts = [i for i in range(len(kept) - 2) if kept[i : i + 2] == head]
+    if starts and starts[-1]:
+        found.add(".".join(kept[: starts[-1]]))
+        kept = kept[starts[-1] :]
+    for first in (0, len(head)):  # around what PEFT wrapped, or inside it
+        while kept[first : first + 1] == [_PARALLEL] and len(kept) > first + 2 and (first == 0 or kept[:2] == head):
+            found.add(_PARALLEL)
+            del kept[first]
+    return ".".join(kept)
+
+
+def bare_pattern(pattern: str) -> str:
+    """A pattern on paths, or their ends, without the segments of wrappers."""
+    return re.sub(rf"({'|'.join(sorted(_WRAPPERS))})\\?\.", "", pattern)
 
 
 def _once(where: dict[str, StoredTensor], key: str, tensor: StoredTensor, twice: str) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
+from surgery_formats.adapters.peft.disagreements import stated_disagreements, unmet_promises
 from surgery_formats.adapters.peft.keys import (
     HEADS,
     PREFIX,
@@ -26,12 +27,14 @@ from surgery_formats.adapters.peft.parameters import wrappers_of
 from surgery_formats.adapters.peft.prompt import PROMPTS, read_prompt
 from surgery_formats.adapters.peft.read_config import PeftConfig, parse_config
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.ungathered import UNGATHERED, is_ungathered
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.sharded import open_folder_tensors
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
 from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import listing
 from surgery_formats.updates import Factor, Replacement, Update
 
 __all__ = ["read_peft"]
@@ -86,13 +89,21 @@ def read_peft(path: Path) -> Adapter:
     updates = _whole_parameters(contents, config)
     optional: set[Site] = set()
     wrappers = wrappers_of(contents.modules)
+    _check_gathered(tensor for parts in contents.modules.values() for tensor in parts.values())
     for module, parts in contents.modules.items():
         read = kind.read(Module(unwrapped(module), module, parts, contents.shared, config, wrappers))
         optional |= read.optional
         contents.ignored.extend(read.ignored)
         for site, chain in read.updates.items():
             updates[site] = (*updates.pop(site, ()), *chain)  # under the site that knows its kind of module
-    issues = () if _prefixed(tensors) else ("its keys lack PEFT's prefix 'base_model.model.'",)
+    issues = [] if contents.wrappers or _prefixed(tensors) else ["its keys lack PEFT's prefix 'base_model.model.'"]
+    exact = not issues
+    if contents.wrappers:
+        named = listing(f"'{name}'" for name in sorted(contents.wrappers))
+        issues.append(f"its keys hold {named}, of programs that wrapped the model in training: left out of all paths")
+    if empty := sorted(name for name, tensor in contents.plain.items() if is_ungathered(tensor)):
+        issues.append(f"{listing(empty)}: shape [0]. {UNGATHERED}")
+    issues += stated_disagreements(config, kind.switches, contents.modules, contents.plain, exact=exact)
     return replace(
         whole,
         updates=dict(sorted(updates.items())),
@@ -100,7 +111,14 @@ def read_peft(path: Path) -> Adapter:
         optional=frozenset(optional),
         stated_issues=(*issues, *kind.issues(config.raw, tensors)),
         examine=partial(issues_by_value, config.kind, config.raw, tensors),
+        unmet=partial(unmet_promises, config),
     )
+
+
+def _check_gathered(factors: Iterable[StoredTensor]) -> None:
+    """Refuse factors that a training with ZeRO-3 did not gather before it saved them."""
+    if empty := next((tensor for tensor in factors if is_ungathered(tensor)), None):
+        raise MalformedError("a factor of shape [0]", file=empty.file.path, tensor=empty.name, hint=UNGATHERED)
 
 
 def _text(value: object) -> str:

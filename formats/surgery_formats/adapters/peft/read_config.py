@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery_formats.adapters.peft.keys import bare_pattern
 from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
 __all__ = ["COMMON", "PeftConfig", "Switches", "parse_config"]
@@ -125,6 +127,24 @@ class PeftConfig:
         """``alpha / rank``, or ``alpha / sqrt(rank)``."""
         return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
 
+    def check_rank(self, module: str, rank: int, tensor: StoredTensor) -> None:
+        """Refuse a rank of the file that is not the configured one.
+
+        Raises:
+            MalformedError: they differ.
+        """
+        key = self._first("rank_pattern", module)
+        if key is None and self.raw.get("r") is None:
+            return
+        stated, field = self.rank_of(module), "r" if key is None else f"rank_pattern['{show(key)}']"
+        if rank != stated:
+            raise MalformedError(
+                f"rank {rank}, but {field} says {stated}: which of them the scale was meant for cannot be told",
+                file=tensor.file.path,
+                tensor=tensor.name,
+                hint="PEFT refuses it too. Put right what is wrong in adapter_config.json, or save the adapter again",
+            )
+
     def _first(self, field: Literal["rank_pattern", "alpha_pattern"], module: str) -> str | None:
         """The first key that matches as PEFT matches (``get_pattern_key``), with a limit on time."""
         return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)
@@ -132,7 +152,8 @@ class PeftConfig:
     def _matches(self, field: str, pattern: str, module: str, *, whole: bool) -> bool:
         import regex  # slow to import, and few configurations hold patterns
 
-        anchored = rf"(?:{pattern})\Z" if whole else rf"(.*\.)?({pattern})$"
+        bare = bare_pattern(pattern)
+        anchored = rf"(?:{bare})\Z" if whole else rf"(.*\.)?({bare})$"
         try:
             return regex.match(anchored, module, timeout=_REGEX_SECONDS) is not None
         except TimeoutError as error:

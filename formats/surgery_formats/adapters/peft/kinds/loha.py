@@ -23,6 +23,7 @@ def _read(module: Module) -> ModuleUpdates:
         raise malformed(
             module.part("hada_w2_a"), f"the first pair makes {[A1.shape[0], B1.shape[1]]}, of rank {A1.shape[1]}"
         )
+    module.config.check_rank(module.path, A1.shape[1], module.part("hada_w1_a"))
     alpha = module.config.alpha_of(module.path)
     site = module.site(module.parts["hada_t1"].shape[2:] if "hada_t1" in module.parts else ())
     return ModuleUpdates({site: (LoHa(A1, B1, A2, B2, alpha / A1.shape[1], alpha),)})

@@ -57,6 +57,8 @@ def _read(module: Module) -> ModuleUpdates:
         raise FitError(
             f"factors of the ranks {listing(map(str, sorted(ranks)))}", file=stored.file.path, tensor=stored.name
         )
+    for stated in ranks:
+        module.config.check_rank(module.path, stated, next(iter(module.parts.values())))
     rank = ranks.pop() if ranks else module.config.rank_of(module.path)
     alpha = module.config.alpha_of(module.path)
     whole = module.parts.get("lokr_w2", module.parts.get("lokr_t2"))

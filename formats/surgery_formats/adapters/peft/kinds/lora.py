@@ -123,6 +123,10 @@ def _read(module: Module) -> ModuleUpdates:
     if a not in parts:
         tensor = next(iter(parts.values()))
         raise MalformedError("belongs to a LoRA that has no factors", file=tensor.file.path, tensor=tensor.name)
+    if flat := next((tensor for tensor in (parts[a], parts[b]) if len(tensor.shape) < 2), None):
+        raise malformed(flat, "not a factor of a LoRA")
+    if len(parts[a].shape) != len(parts[b].shape):
+        raise malformed(parts[b], f"its other factor is {list(parts[a].shape)}")
     parameters = targeted_parameters(module.wrapped, clean, config, module.wrappers, parts[a])
     part = taken(config)
     if parameters:
@@ -133,6 +137,7 @@ def _read(module: Module) -> ModuleUpdates:
     in_attention = module.wrapped.endswith(INSIDE_ATTENTION)  # whose alpha it has
     pattern_path = module.wrapped.removesuffix(INSIDE_ATTENTION) if in_attention else clean
     lora = _lora(pattern_path, parts[a], parts[b], config, blocks_of(clean, config), embedding=embedding)
+    config.check_rank(pattern_path, lora.rank, parts[a])
     if in_attention:
         # PEFT adds this delta twice, attached or merged (MultiheadAttention.merge adds it, then calls out_proj.merge):
         # it was trained at twice the scale.
@@ -160,8 +165,6 @@ def _lora(
 
     `blocks` are those on the diagonals of A and B.
     """
-    if len(a.shape) < 2 or len(b.shape) < 2:
-        raise MalformedError(f"a factor of shape {list(a.shape)}", file=a.file.path, tensor=a.name)
     rank = a.shape[0]
     flat_b = b.shape[0], b.numel // max(b.shape[0], 1) * blocks[1]
     if flat_b[1] != rank or rank == 0:
