@@ -18,15 +18,20 @@ from surgery_formats.updates import (
     BAT,
     BOFT,
     C3A,
+    DEFT,
     HRA,
     IA3,
     OFT,
+    OSF,
     AdaLoRA,
     ChangedBase,
     DeLoRA,
     DoRA,
     Factor,
     FourierFT,
+    FRoD,
+    GLoRA,
+    GLoRABias,
     GraLoRA,
     HiRA,
     LoHa,
@@ -34,6 +39,7 @@ from surgery_formats.updates import (
     LoRA,
     MiSS,
     Offset,
+    PEANuT,
     PVeRA,
     RandLoRA,
     RandomBases,
@@ -42,10 +48,14 @@ from surgery_formats.updates import (
     Seed,
     SHiRA,
     Stacked,
+    SuperTuning,
+    TinyLoRA,
     TokenRows,
+    UniLoRA,
     Update,
     VBLoRA,
     VeRA,
+    WaveFT,
 )
 
 __all__ = ["EVERY_KIND", "made_adapter", "made_factor", "product"]
@@ -79,6 +89,12 @@ def product(a: Factor, b: Factor) -> Factor:
     return Factor.computed((a, b), (a.shape[0], b.shape[1]), lambda left, right: left @ right)
 
 
+def _places(size: int, *shape: int) -> Tensor:
+    """Seeded whole numbers below `size`."""
+    drawn = np.random.default_rng(size).integers(0, size, shape)
+    return computed(f"places {next(_numbers)}", shape, (), lambda: drawn, DType.I64)
+
+
 def _lora(out: int = 24, inputs: int = 40, rank: int = 3) -> LoRA:
     return LoRA(made_factor(rank, inputs), made_factor(out, rank), 0.75, 0.75 * rank)
 
@@ -90,6 +106,25 @@ EVERY_KIND: dict[str, Update] = {
     "raw PiSSA": ChangedBase(_lora(), "principal"),
     "raw OLoRA": ChangedBase(_lora(), "first columns"),
     "KaSA": ChangedBase(_lora(), "minor"),
+    "DEFT": DEFT(made_factor(24, 3), made_factor(3, 40), orthonormal=False, scale=0.5),
+    "DEFT by QR": DEFT(made_factor(24, 3), made_factor(3, 40), orthonormal=True),
+    "PaRa": DEFT(made_factor(24, 3), None, orthonormal=True),
+    "OSF": OSF(made_factor(24, 5), made_factor(5), made_factor(5, 40)),
+    "GLoRA": GLoRA((made_factor(24, 2), made_factor(2, 40)), (made_factor(24, 1),)),
+    "GLoRA by numbers": GLoRA((made_factor(1, 1),), ()),
+    "GLoRA of a bias": GLoRABias((), (made_factor(24, 1),), (made_factor(1, 1),)),
+    "PEANuT": PEANuT(
+        made_factor(3, 24), made_factor(24, 3), (made_factor(3, 3),) * 2, (made_factor(3, 3),) * 2, "gelu", 0.5
+    ),
+    "Uni-LoRA": UniLoRA(
+        made_factor(9), (_places(9, 3, 40), _places(9, 24, 3)), (made_factor(3, 40), made_factor(24, 3))
+    ),
+    "FRoD": FRoD(made_factor(40, 40), made_factor(40), made_factor(9), _places(40, 2, 9), ()),
+    "SuperTuning": SuperTuning(made_factor(9), _places(960, 9), 0.5),
+    "TinyLoRA": TinyLoRA(made_factor(5), made_factor(5, 3, 3), made_factor(3, 40), made_factor(24, 3), 0.5),
+    "WaveFT": WaveFT(made_factor(50), 777, "db1", 2.0),
+    "WaveFT by long filters": WaveFT(made_factor(50), 3, "coif2", 2.0),
+    "WaveFT of elements": WaveFT(made_factor(50), 3, "", 2.0),
     "IA3 on rows": IA3(made_factor(24), per_row=True),
     "IA3 on columns": IA3(made_factor(40), per_row=False),
     "LoHa": LoHa(*(made_factor(*s) for s in ((24, 2), (2, 40), (24, 2), (2, 40))), scale=0.5, alpha=1.0),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from surgery_formats.arrays import as_torch, is_torch, to_cpu
+from surgery_formats.errors import FitError
 from surgery_formats.testing.update import UPDATE_CHECKS, UpdateCase
 from surgery_formats.updates import LoRA, Offset
 from surgery_formats.updates.weights import HeldWeight
@@ -110,3 +111,11 @@ def test_a_kind_does_the_same_in_both_libraries(name: str) -> None:
             assert is_torch(result)
             assert not is_torch(expected)
             np.testing.assert_allclose(to_cpu(result), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["raw PiSSA", "raw OLoRA", "KaSA", "DEFT", "PaRa", "OSF", "PEANuT", "FRoD"])
+def test_a_piece_of_a_weight_is_refused_where_all_of_it_decides(name: str) -> None:
+    update = _case(name).sized
+    piece = HeldWeight(np.ones((update.shape[0] // 2, update.shape[1])))
+    with pytest.raises(FitError, match="needs all of its weight at once"):
+        update.prepare(piece)

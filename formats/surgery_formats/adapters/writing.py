@@ -26,6 +26,7 @@ __all__ = [
     "factor_dtype",
     "factor_tensor",
     "places_of",
+    "rate_of",
     "row_slice",
     "surviving_metadata",
     "whole_place",
@@ -133,6 +134,13 @@ def commonest(values: Iterable[_Key]) -> _Key | None:
     """The value that occurs most often, the least of those that tie; None if there are none."""
     counts = Counter(values)
     return min(counts, key=lambda value: (-counts[value], value), default=None)
+
+
+def rate_of(counts: Iterable[tuple[int, int]]) -> float:
+    """The rate by which each size gives its count, for ``(count, size)`` that were made as ``int(size * rate)``."""
+    known = [(count, size) for count, size in counts if size]
+    low = max((count / size for count, size in known), default=0.0)
+    return (low + min(((count + 1) / size for count, size in known), default=low)) / 2
 
 
 def surviving_metadata(adapter: Adapter) -> dict[str, str]:

@@ -15,7 +15,7 @@ from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.views import View
 from surgery_formats.text import closest, listing, show
-from surgery_formats.updates import Update, is_replacing, is_row_setting
+from surgery_formats.updates import Update, is_refusing, is_replacing, is_row_setting
 
 __all__ = [
     "check_family",
@@ -37,6 +37,10 @@ def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
             file=adapter.path,
             hint="keep it beside the model: `surgery export-onnx` puts it in front of the input",
         )
+    for chain in adapter.updates.values():
+        for update in chain:
+            if is_refusing(update):
+                update.refuse()
     if not adapter.updates:
         raise FitError("the adapter holds no tensors", file=adapter.path)
     components = sorted({site.component for site in adapter.updates})

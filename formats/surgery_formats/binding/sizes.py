@@ -10,6 +10,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
+from surgery_formats.storage.parameter import Parameter
 from surgery_formats.text import listing
 from surgery_formats.updates import Fit, Update, is_unsized
 
@@ -28,12 +29,12 @@ def component_of(site: Site, base: Checkpoint) -> Component:
     return component
 
 
-def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int]) -> Fit:
-    """Facts about the weight at `places` that an update may need."""
+def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int], beside: Parameter | None = None) -> Fit:
+    """Facts about the weight at `places` that an update may need; see `Fit`."""
     storage = places[0].parameter.storage
     sizes = storage.sizes
     kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
-    return Fit(extent(places), kernel, widest)
+    return Fit(extent(places), kernel, widest, beside)
 
 
 def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -44,6 +45,13 @@ def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int,
             names = component_of(site, checkpoint).names
             shapes += [extent(slices)] if (slices := names.resolve(site.path, flat=site.flat)) else []
     return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
+
+
+def _beside(site: Site, base: Checkpoint) -> Parameter | None:
+    """The weight of the layer whose bias `site` is."""
+    module, _, leaf = site.path.rpartition(".")
+    weights = component_of(site, base).names.resolve(f"{module}.weight", flat=site.flat) if leaf == "bias" else ()
+    return weights[0].parameter if len(weights) == 1 else None
 
 
 def sized(adapter: Adapter, base: Checkpoint) -> Adapter:
@@ -62,7 +70,7 @@ def sized(adapter: Adapter, base: Checkpoint) -> Adapter:
             return update
         if update.kind not in widest:
             widest[update.kind] = widest_of(update.kind, adapter, base)
-        return update.fitted(fit_of(places, widest[update.kind]))
+        return update.fitted(fit_of(places, widest[update.kind], _beside(site, base)))
 
     return replace(
         adapter,

@@ -4,6 +4,7 @@
 Add a kind as a file with a frozen dataclass that satisfies `update.Update`; `surgery_formats.testing.update` checks it.
 """
 
+from surgery_formats.updates.activations import ACTIVATIONS
 from surgery_formats.updates.adalora import AdaLoRA
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.bat import BAT
@@ -11,10 +12,13 @@ from surgery_formats.updates.blend import blend, unblend
 from surgery_formats.updates.boft import BOFT
 from surgery_formats.updates.c3a import C3A
 from surgery_formats.updates.changed_base import ChangedBase
+from surgery_formats.updates.deft import DEFT
 from surgery_formats.updates.delora import DeLoRA
 from surgery_formats.updates.dora import DoRA
 from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
 from surgery_formats.updates.fourierft import FourierFT
+from surgery_formats.updates.frod import FRoD
+from surgery_formats.updates.glora import GLoRA, GLoRABias, Support
 from surgery_formats.updates.gralora import GraLoRA
 from surgery_formats.updates.hira import HiRA
 from surgery_formats.updates.hra import HRA
@@ -25,6 +29,8 @@ from surgery_formats.updates.lora import LoRA
 from surgery_formats.updates.miss import MiSS
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
+from surgery_formats.updates.osf import OSF
+from surgery_formats.updates.peanut import PEANuT
 from surgery_formats.updates.pvera import PVeRA
 from surgery_formats.updates.randlora import RandLoRA, RandomBases
 from surgery_formats.updates.replacement import Held, Replacement
@@ -33,7 +39,11 @@ from surgery_formats.updates.sameness import equal_factors, same_update, setting
 from surgery_formats.updates.shira import SHiRA
 from surgery_formats.updates.spectrum import Part
 from surgery_formats.updates.stacked import Stacked
+from surgery_formats.updates.supertuning import SuperTuning
+from surgery_formats.updates.tinylora import TinyLoRA
 from surgery_formats.updates.token_rows import TokenRows
+from surgery_formats.updates.unilora import UniLoRA
+from surgery_formats.updates.unmerged import Unmerged
 from surgery_formats.updates.update import (
     Directed,
     EitherWay,
@@ -42,6 +52,7 @@ from surgery_formats.updates.update import (
     Invertible,
     Linear,
     Mixing,
+    Refusing,
     Replacing,
     RowSetting,
     Unsized,
@@ -53,20 +64,27 @@ from surgery_formats.updates.update import (
     is_invertible,
     is_linear,
     is_mixing,
+    is_refusing,
     is_replacing,
     is_row_setting,
     is_unsized,
 )
 from surgery_formats.updates.vblora import VBLoRA
 from surgery_formats.updates.vera import Seed, VeRA
+from surgery_formats.updates.waveft import WaveFT
+from surgery_formats.updates.wavelets import LOWPASS as WAVELETS
 
 __all__ = [
+    "ACTIVATIONS",
     "BAT",
     "BOFT",
     "C3A",
+    "DEFT",
     "HRA",
     "IA3",
     "OFT",
+    "OSF",
+    "WAVELETS",
     "AdaLoRA",
     "Apply",
     "ChangedBase",
@@ -75,9 +93,12 @@ __all__ = [
     "DoRA",
     "Effect",
     "EitherWay",
+    "FRoD",
     "Factor",
     "Fit",
     "FourierFT",
+    "GLoRA",
+    "GLoRABias",
     "GraLoRA",
     "Held",
     "HiRA",
@@ -91,10 +112,12 @@ __all__ = [
     "MiSS",
     "Mixing",
     "Offset",
+    "PEANuT",
     "PVeRA",
     "Part",
     "RandLoRA",
     "RandomBases",
+    "Refusing",
     "Replacement",
     "Replacing",
     "RoAd",
@@ -102,11 +125,17 @@ __all__ = [
     "SHiRA",
     "Seed",
     "Stacked",
+    "SuperTuning",
+    "Support",
+    "TinyLoRA",
     "TokenRows",
+    "UniLoRA",
+    "Unmerged",
     "Unsized",
     "Update",
     "VBLoRA",
     "VeRA",
+    "WaveFT",
     "Weight",
     "blend",
     "equal_factors",
@@ -119,6 +148,7 @@ __all__ = [
     "is_invertible",
     "is_linear",
     "is_mixing",
+    "is_refusing",
     "is_replacing",
     "is_row_setting",
     "is_unsized",

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from surgery_formats.arrays import Array, all_finite, cast, namespace, to_device
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.apply import Apply
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.tensors.views import Index
@@ -138,8 +139,10 @@ class Fit:
         shape: Logical ``(out, in)``.
         kernel: Columns per input channel: the size of a convolution's kernel, else 1.
         widest: ``(out, in)``, each the greatest of all weights for which the adapter has an update of this kind.
+        beside: Of a bias, the weight of its layer where the base holds that in one piece.
     """
 
     shape: tuple[int, int]
     kernel: int = 1
     widest: tuple[int, int] = (0, 0)
+    beside: Parameter | None = None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
@@ -25,6 +25,7 @@ __all__ = [
     "Invertible",
     "Linear",
     "Mixing",
+    "Refusing",
     "Replacing",
     "RowSetting",
     "Unsized",
@@ -36,6 +37,7 @@ __all__ = [
     "is_invertible",
     "is_linear",
     "is_mixing",
+    "is_refusing",
     "is_replacing",
     "is_row_setting",
     "is_unsized",
@@ -212,6 +214,17 @@ class Holding(Update, Protocol):
     def held_numbers(self) -> int: ...
 
 
+class Refusing(Update, Protocol):
+    """What was trained in a way that no weight can hold, or that its files do not tell: it is shown and copied only."""
+
+    def refuse(self) -> NoReturn:
+        """Say why, and what to do.
+
+        Raises:
+            FitError: always.
+        """
+
+
 _known: dict[tuple[type, str], bool] = {}
 
 
@@ -275,3 +288,8 @@ def is_mixing(update: Update) -> TypeIs[Mixing]:
 def is_holding(update: Update) -> TypeIs[Holding]:
     """Whether its equation keeps many numbers in memory besides its factors."""
     return _has(update, "held_numbers")
+
+
+def is_refusing(update: Update) -> TypeIs[Refusing]:
+    """Whether no weight can hold it."""
+    return _has(update, "refuse")

@@ -180,6 +180,8 @@ def _split(name: str, factors: Set[str]) -> tuple[str, str]:
         module, tail = segments[:position], segments[position + 1 :]
         if root == "trainable_tokens_delta":
             return ".".join(module[:-1] if module[-1:] == ["token_adapter"] else module), "tokens"
+        if (exact := ".".join((root, *tail))) in factors:
+            return ".".join(module), exact
         whole = f"{root}.{tail[-1]}" if tail else root
         return ".".join(module), whole if whole in factors else root
     return "", ""

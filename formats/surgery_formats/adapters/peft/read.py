@@ -30,7 +30,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.ungathered import UNGATHERED, is_ungathered
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.sharded import open_folder_tensors
-from surgery_formats.errors import MalformedError
+from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
 from surgery_formats.tensors.tensor import StoredTensor
@@ -85,6 +85,8 @@ def read_peft(path: Path) -> Adapter:
     if config.kind in PROMPTS:
         return _soft_prompt(whole, tensors, config)
     kind = kinds()[config.kind]
+    if why := kind.lacks(config):
+        raise FitError(why, file=config.file)
     contents = sort_tensors(tensors, kind.factors, kind.shared, unused=kind.unused)
     updates = _whole_parameters(contents, config)
     optional: set[Site] = set()

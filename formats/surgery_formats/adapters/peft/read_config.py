@@ -29,7 +29,7 @@ NOT_READ: Mapping[str, str] = {
     "MULTITASK_PROMPT_TUNING": "it holds one prompt per task and the task is chosen at run time",
     "XLORA": "it routes between adapters at run time",
     "POLY": "it routes between adapters at run time",
-    "LILY": "it routes between adapters at run time",
+    "SHADOW": "it runs a second, smaller model beside the base and mixes its states in: keep both, in PEFT",
 }
 """Kinds that are known and refused, and why."""
 COMMON = frozenset(
@@ -224,7 +224,9 @@ def parse_config(raw: Mapping[str, Any], file: Path, kinds: Mapping[str, Switche
         kind=kind,
         rank=read.integer("r", 8, low=switches.least_rank),
         alpha=read.number(switches.alpha, 8.0),
-        rank_pattern=read.pattern("rank_pattern", read.count if switches.rank_lists else read.check_rank),
+        rank_pattern=read.pattern("rank_pattern", read.count if switches.rank_lists else read.check_rank)
+        if "rank_pattern" in switches.understood
+        else {},
         alpha_pattern=read.pattern("alpha_pattern", read.check_number),
         rslora=read.flag("use_rslora"),
         dora=read.flag("use_dora"),

@@ -86,6 +86,10 @@ def _no_issues(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> It
     return ()
 
 
+def _no_lack(config: PeftConfig) -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class PeftKind:
     """One ``peft_type``. Adding one is a file with such an object, and a line in `kinds.BUILT_IN` or an entry point.
@@ -102,6 +106,7 @@ class PeftKind:
         shared: Names of tensors that belong to the whole adapter; one that ends with a dot stands for several, of which
             each has a name of its own behind the dot.
         issues: Facts worth a warning, from configuration and headers.
+        lacks: What its files lack, going by their configuration, so that they cannot be read; empty if nothing.
         unused: Names after a module's path of tensors that only training used, and why they do nothing.
     """
 
@@ -114,6 +119,7 @@ class PeftKind:
     shared: frozenset[str] = frozenset()
     issues: Callable[[Mapping[str, Any], Sequence[StoredTensor]], Iterable[str]] = _no_issues
     unused: Mapping[str, str] = field(default_factory=dict)
+    lacks: Callable[[PeftConfig], str] = _no_lack
 
 
 def malformed(tensor: StoredTensor, why: str) -> MalformedError:
