@@ -16,7 +16,7 @@ from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, a
 from surgery.engine.layout import WeightLayout, lay_out
 from surgery.engine.mixed_config import torn_apart
 from surgery.engine.output_config import coded_modules, corrected_config, corrected_quantisation_files
-from surgery.engine.plan import Plan, PlannedTensor, SideFile, check_conservation
+from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile, check_conservation, is_coded
 from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
@@ -26,6 +26,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
+from surgery_formats.storage.quantised import is_coded as is_quantised
 from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
@@ -152,6 +153,8 @@ def plan_merge(
     facts = _facts(binding)
     if quantised.way == "residual":
         facts["quantized"] = quantised.way  # who takes a merge back has to know that most of it is not in the weights
+    if dequantised := _dequantised(outputs, values):
+        facts["dequantised"] = dequantised
     roots = [checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)]
     if values is not None:
         inputs += values.files
@@ -219,6 +222,18 @@ def _facts(binding: Binding) -> dict[str, Any]:
             for adapter, weight in binding.adapters
         ],
     }
+
+
+def _dequantised(outputs: Sequence[PlannedTensor], values: TrainedValues | None) -> dict[str, list[str]]:
+    """By format: the weights whose values were those of codes, and are written as elements."""
+    by_rule = values.weights if values is not None and values.root is None else {}
+    kinds: dict[str, list[str]] = {}
+    for tensor in outputs:
+        if isinstance(tensor.step, Compute) and not is_coded(tensor.step):
+            source = tensor.step.source
+            if is_quantised(source) or source is by_rule.get((tensor.component, tensor.weight)):
+                kinds.setdefault(source.kind, []).append(tensor.weight_label)
+    return kinds
 
 
 def _small_digest(path: Path) -> str:

@@ -27,6 +27,7 @@ from surgery_formats.canonical.ungathered import UNGATHERED, is_ungathered
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.eras import experts_transposed
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.storage.base import is_stacked
 from surgery_formats.storage.parameter import Parameter
@@ -251,7 +252,8 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     out, inputs = update.parts()[0][1].shape
     turned = transposed(update)
     doubtful = turned is not None or (update.effect != "sets" and adapter.stored_transposed)
-    if doubtful and out == inputs and not component.family.known:
+    known = component.family.known or (turned is not None and experts_transposed(component.config) is not None)
+    if doubtful and out == inputs and not known:
         raise FitError(
             "square, and only the base's family could tell rows from columns",
             file=update.tensors[0].path,

@@ -174,7 +174,7 @@ class Component:
     @cached_property
     def names(self) -> Names:
         """Resolves an adapter's names."""
-        return Names(self.parameters.without(self.aliases), self.aliases, self.family, self.name)
+        return Names(self.parameters.without(self.aliases), self.aliases, self.family, self.name, self.config)
 
     def _stored(self, name: str) -> str:
         if name in self.parameters:

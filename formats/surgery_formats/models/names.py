@@ -9,15 +9,18 @@ has; nothing is guessed from the adapter's name alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from surgery_formats.errors import FitError
+from surgery_formats.models.conversions import expert_parts, pieces_of
+from surgery_formats.models.eras import Eras, eras_of
 from surgery_formats.models.families.family import Family
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.views import expert, rows, window
+from surgery_formats.tensors.views import expert, rows, transpose, window
 from surgery_formats.text import listing
 
 __all__ = ["Names", "WeightSlice", "extent"]
@@ -53,22 +56,32 @@ class Names:
         aliases: Names that are not stored (or are copies), with the name whose bytes they are.
         family: Spellings and orientation.
         component: Name of the component.
+        config: Its config.json: its model type tells what transformers renames and converts.
     """
 
     parameters: Mapping[str, Parameter]
     aliases: Mapping[str, str]
     family: Family
     component: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def _known(self) -> frozenset[str]:
         return frozenset(self.parameters) | frozenset(self.aliases)
 
     @cached_property
+    def eras(self) -> Eras:
+        """The names as the model's code has them."""
+        return eras_of(self.config, self._known)
+
+    def _stored(self, name: str) -> Parameter:
+        return self.parameters[self.aliases.get(name, name)]
+
+    @cached_property
     def _prefixes(self) -> tuple[str, ...]:
         """Leading segments (``transformer``, ``model.language_model``) that a bare model's adapter lacks."""
         prefixes: dict[str, None] = {}
-        for name in self._known:
+        for name in (*self._known, *self.eras.parameters):
             segments = name.split(".")
             for depth in (1, 2):
                 if len(segments) > depth + 1 and not segments[depth - 1].isdigit():
@@ -98,7 +111,26 @@ class Names:
         for spelling in self._flat_spellings(path) if flat else self._spellings(path):
             if slices := self._places(spelling):
                 return slices
-        return ()
+        return () if flat else self._of_another_era(path)
+
+    def _of_another_era(self, path: str) -> tuple[WeightSlice, ...]:
+        """The weight that an older release, or a file of one, calls `path`, in a base of a newer one."""
+        eras = self.eras
+        renamed = eras.renamed(path)
+        if renamed != path and (slices := self._places(eras.renamings.get(renamed, renamed))):
+            return slices
+        if (converted := eras.converted(renamed)) is None:
+            return ()
+        conversion, number, expert_number, targets = converted
+        wholes = [self._places(target) for target in targets]
+        if not all(wholes):
+            return ()
+        if expert_number < 0:
+            return _below_each_other(wholes) if [step for step, _ in conversion.steps] == ["Chunk"] else ()
+        pieces = [place.parameter for place in wholes[0]]
+        return tuple(
+            WeightSlice(part) for part in expert_parts(pieces, expert_number, number, len(conversion.patterns))
+        )
 
     def _flat_spellings(self, path: str) -> Iterator[str]:
         tried = [path, *(f"{prefix}_{path}" for prefix in self._prefixes if "." not in prefix)]
@@ -122,6 +154,11 @@ class Names:
         yield from hits[:1]
 
     def _places(self, name: str) -> tuple[WeightSlice, ...]:
+        if (era := self.eras.parameters.get(name)) is not None and (
+            pieces := pieces_of(name, era, self._stored, self.config)
+        ):
+            alias = next((stored for stored in era.stored.values() if stored in self.aliases), "")
+            return tuple(WeightSlice(piece, alias) for piece in pieces)
         if name in self._known:
             source = self.aliases.get(name, name)
             return (WeightSlice(self.parameters[source], name if source != name else ""),)
@@ -165,7 +202,7 @@ class Names:
 
     def _fused_here(self, name: str) -> tuple[WeightSlice, ...]:
         """One expert's part (``experts.3.w1.weight``) of a 3-D tensor in which the base stores all experts."""
-        for fused in self.family.fused:
+        for fused in (*self.family.fused, *self.family.numbered):
             for position, part in enumerate(fused.parts):
                 number = _expert_number(name, part)
                 if number is None:
@@ -175,11 +212,27 @@ class Names:
                 if stack is None or len(stack.sizes) != 3 or number >= stack.sizes[0]:
                     continue
                 count, *shape = stack.sizes
-                height = shape[0] // len(fused.parts)
                 view = expert(number, count, (shape[0], shape[1]))
+                if self.family.experts_transposed:
+                    if stack.storage.elements is None:
+                        continue
+                    view = transpose(view)
+                height = view.shape[0] // len(fused.parts)
                 view = rows(view, position * height, (position + 1) * height)
                 return (WeightSlice(replace(stack, storage=_stacked(stack.storage), view=view)),)
         return ()
+
+
+def _below_each_other(wholes: Sequence[tuple[WeightSlice, ...]]) -> tuple[WeightSlice, ...]:
+    """Weights as the parts of one, in order."""
+    placed: list[WeightSlice] = []
+    row = 0
+    for places in wholes:
+        for place in places:
+            view = window(place.parameter.view, row_origin=row)
+            placed.append(replace(place, parameter=replace(place.parameter, view=view)))
+        row += extent(places)[0]
+    return tuple(placed)
 
 
 def _stacked(storage: Storage) -> Storage:

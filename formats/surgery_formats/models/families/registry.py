@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from surgery_formats.models.eras import experts_transposed
 from surgery_formats.models.families.family import Family
 
 __all__ = ["families", "family_of", "modules"]
@@ -37,4 +39,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
     kind = config.get("model_type", config.get("_class_name"))
     if kind is None:
         return _UNKNOWN
-    return next((family for family in families() if kind in family.names), _UNKNOWN)
+    found = next((family for family in families() if kind in family.names), None)
+    return found or replace(_UNKNOWN, experts_transposed=bool(experts_transposed(config)))
