@@ -53,14 +53,16 @@ class CodeNoise:
     energy: float
 
 
-def code_noise(delta: Delta, *, tuned_alone: bool = False) -> CodeNoise | None:
+def code_noise(delta: Delta, *, of_base: bool = True) -> CodeNoise | None:
     """The rounding that coded sides may bring; None if neither is coded, or a codec does not tell its grid.
 
-    With `tuned_alone` it is TUNED's, where both sides are coded: BASE's rounded values are what was rounded.
+    Args:
+        delta: The difference.
+        of_base: Whether BASE's counts: it is in no difference to what was made of its rounded values, and rounded again.
     """
     row, energy, cols = 0.0, 0.0, numpy.zeros(delta.shape[1])
     for strip in delta.strips:
-        sums = _strip_noise(strip, tuned_alone=tuned_alone)
+        sums = _strip_noise(strip, of_base=of_base)
         if sums is None:
             return None
         rows, columns, scale = sums
@@ -68,13 +70,15 @@ def code_noise(delta: Delta, *, tuned_alone: bool = False) -> CodeNoise | None:
     return CodeNoise(math.sqrt(row) + math.sqrt(float(cols.max())), energy)
 
 
-def _strip_noise(strip: Strip, *, tuned_alone: bool) -> tuple[Array, Array, float] | None:
+def _strip_noise(strip: Strip, *, of_base: bool) -> tuple[Array, Array, float] | None:
     """Expected energies of some rows, of every column over these rows, and how many times as many rows there are."""
     coded = [side for side in (strip.base, strip.tuned) if is_coded(side)]
     if not coded or not all(is_quantised(as_stored(side)) for side in coded):
         return None
     both = len(coded) == 2
-    expected = [_variances(side) for side in coded[-1 if tuned_alone else 0 :]]
+    expected = [_variances(side) for side in coded if of_base or side is strip.tuned]
+    if not expected:
+        return None
     rows: list[Array] = []
     cols, seen = numpy.zeros(strip.tuned.shape[1]), 0
     for start, stop in sample_runs(strip.height, strip.tuned.shape[1]):
@@ -167,7 +171,7 @@ def _coded(entry: TargetFactors) -> CodedFactors:
             continue
         kept = both and _on_one_grid(delta)
         whole = None if kept else _with_edge(delta, matrix, noise)
-        if whole is None and both and (noise := code_noise(delta, tuned_alone=True)) is not None:
+        if whole is None and both and (noise := code_noise(delta, of_base=False)) is not None:
             whole = _with_edge(delta, matrix, noise)
             if whole is not None and kept:
                 whole, noise = _beyond_range(delta, whole, noise)

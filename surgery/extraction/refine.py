@@ -39,12 +39,13 @@ class Refinement:
 
     Attributes:
         factored: The better factors, by target path.
-        reproduced: The shares of TUNED's values that BASE with the plain factors rounds to, and with the better ones;
-            None where no value has a cell, as those of codes.
+        plain: Share of TUNED's values that BASE with the plain factors rounds to.
+        refined: The same with the better ones.
     """
 
     factored: Mapping[str, TargetFactors]
-    reproduced: tuple[float, float] | None
+    plain: float
+    refined: float
 
 
 def refine(
@@ -65,11 +66,9 @@ def refine(
 
     found = in_threads(better, targets, workspace.workers)
     count = sum(numel for *_, numel in found)
-    factored = {target.path: one for target, (one, *_) in zip(targets, found, strict=True)}
-    if not count:
-        return Refinement(factored, None)
-    plain = sum(inside * numel for _, inside, _, numel in found) / count
-    return Refinement(factored, (plain, sum(inside * numel for _, _, inside, numel in found) / count))
+    plain = sum(inside * numel for _, inside, _, numel in found) / count if count else 0.0
+    refined = sum(inside * numel for _, _, inside, numel in found) / count if count else 0.0
+    return Refinement({target.path: one for target, (one, *_) in zip(targets, found, strict=True)}, plain, refined)
 
 
 def _has_cells(delta: Delta) -> bool:
