@@ -65,15 +65,10 @@ def planned_merge(
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     quantised.check(checkpoint)
     stored = float_type(dtype, "weights")
-    if quantised.way != "dequantize":
-        _check_codes(checkpoint, quantised.way, stored)
+    if quantised.way != "dequantize" or quantised.only_touched:
+        _check_codes(checkpoint, quantised)
     values = None
     if as_trained is not None:
-        if reversible:
-            raise FitError(
-                "the release's values are not in the output, so that nothing can give them back",
-                hint="`reversible=True` goes with the base itself",
-            )
         from surgery.engine.as_trained import trained_values, with_trained_values
 
         values = trained_values(as_trained, checkpoint)
@@ -82,8 +77,6 @@ def planned_merge(
         binding = replace(binding, warnings=(*binding.warnings, *_other_base(binding)))
     planned = binding
     if quantised.way == "residual":
-        if reversible:
-            raise FitError("a model with a LoRA beside it keeps its codes", hint="leave out `reversible=True`")
         from surgery.engine.residual_choice import without_kept  # numpy
 
         planned = without_kept(binding, quantised)
@@ -98,18 +91,13 @@ def planned_merge(
     )
 
 
-def _check_codes(checkpoint: Checkpoint, way: str, dtype: DType | None) -> None:
-    """Refuse to keep codes where there are none, or where elements of another type are asked for."""
+def _check_codes(checkpoint: Checkpoint, quantised: QuantisedOutput) -> None:
+    """Refuse to keep codes where there are none."""
     if not (checkpoint.is_quantised or any(component.unread for component in checkpoint.components.values())):
         raise FitError(
             "nothing of it is quantised, so that there are no codes to keep",
             file=checkpoint.path,
-            hint=f'leave out `quantized="{way}"`',
-        )
-    if dtype is not None:
-        raise FitError(
-            f'`quantized="{way}"` keeps the codes, and `dtype=` asks for elements in their place',
-            hint="leave out one of the two",
+            hint="leave out " + ("`only_touched=True`" if quantised.only_touched else f'`quantized="{quantised.way}"`'),
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from surgery.engine.calibration_file import Calibration, open_calibration
 from surgery.engine.plan import Requantise
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import closest, show
 
@@ -110,37 +110,64 @@ def quantised_output(
     rank: int | None = None,
     max_error: float | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    accept_loss: bool = False,
+    reversible: bool = False,
+    as_trained: bool = False,
+    dtype: str = "keep",
 ) -> QuantisedOutput:
-    """The options of a merge, checked.
+    """The options of a merge, checked. `accept_loss` and what follows are only looked at.
 
     Raises:
-        FitError: a value that there is not, or options that contradict each other.
+        FitError: a value that there is not.
+        UsageError: options that contradict each other.
     """
     if quantized not in QUANTIZED:
         raise FitError(f"quantized is one of {', '.join(QUANTIZED)}, not '{show(quantized)}'")
     if rounding and rounding not in ROUNDING:
         raise FitError(f"rounding is one of {', '.join(ROUNDING)}, not '{show(rounding)}'")
     if only_touched and quantized != "dequantize":
-        raise FitError(
+        raise UsageError(
             "only what adapters touch is computed anyway",
             hint='`only_touched=True` belongs to `quantized="dequantize"`',
         )
     if rounding and quantized != "requantize":
-        raise FitError(
+        raise UsageError(
             "how codes are rounded is a choice of requantising alone",
             hint='leave `rounding=` away, or add `quantized="requantize"`',
         )
     if quantized != "residual" and (rank is not None or max_error is not None):
-        raise FitError(
+        raise UsageError(
             "only a residual, the LoRA beside a quantised model, has a rank and an error to stay below",
             hint='leave `rank=` and `max_error=` away, or add `quantized="residual"`',
         )
+    if accept_loss and quantized != "requantize":
+        raise UsageError(
+            "only codes that are chosen again can lose the update",
+            hint='leave `accept_loss=True` away, or add `quantized="requantize"`',
+        )
+    if quantized != "dequantize" and dtype != "keep":
+        raise UsageError(
+            f'`quantized="{quantized}"` keeps the codes, and `dtype=` asks for elements in their place',
+            hint="leave out one of the two",
+        )
+    if quantized != "dequantize" and as_trained:
+        raise UsageError(
+            f'`quantized="{quantized}"` is for a quantised base, and `as_trained=` for the release that one was made of',
+            hint="leave out one of the two",
+        )
+    if reversible and as_trained:
+        raise UsageError(
+            "the release's values are not in the output, so that nothing can give them back",
+            hint="`reversible=True` goes with the base itself",
+        )
+    if reversible and quantized == "residual":
+        raise UsageError("a model with a LoRA beside it keeps its codes", hint="leave out `reversible=True`")
     if rank is not None and rank < 1:
         raise FitError(f"a rank is at least 1, not {rank}")
     if max_error is not None and not 0 < max_error < 1:
         raise FitError(f"max_error is above 0 and below 1, not {max_error:g}")
     if calibration is not None and (quantized != "requantize" or rounding == "nearest"):
-        raise FitError(
+        raise UsageError(
             "inputs are used by feedback alone", hint='`quantized="requantize"` without `rounding="nearest"`'
         )
     opened = None if calibration is None else open_calibration(calibration)

@@ -97,7 +97,7 @@ def merge(
         The ledger of every tensor.
 
     Raises:
-        UsageError: an argument of a wrong type, or no output.
+        UsageError: an argument of a wrong type, arguments that contradict each other, or no output.
         InputError: base or adapter cannot be read.
         FitError: they do not fit, a tensor has no use, a value is NaN or Inf.
         NothingChangedError: the output would be the base, or its codes hold too little of the update.
@@ -113,6 +113,10 @@ def merge(
         rank=rank,
         max_error=max_error,
         calibration=calibration,
+        accept_loss=accept_loss,
+        reversible=reversible,
+        as_trained=as_trained is not None,
+        dtype=dtype,
     )
     binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained)
     if folder is None:

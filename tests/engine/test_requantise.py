@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.engine import blocks
 from surgery_formats.arrays import as_torch
-from surgery_formats.errors import FitError, NothingChangedError
+from surgery_formats.errors import FitError, NothingChangedError, UsageError
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.storage.base import read_rows
 from surgery_formats.tensors.tensor import StoredTensor
@@ -179,15 +179,49 @@ def test_an_adapter_without_input_space_is_rounded_to_nearest(turned: bool, tmp_
     assert np.array_equal(found, np.asarray(best.T if turned else best, np.float64))
 
 
-def test_options_that_contradict_each_other_are_refused() -> None:
+def test_values_that_there_are_not_are_refused() -> None:
     for options, found in (
         ({"quantized": "never"}, "quantized is one of"),
         ({"quantized": "requantize", "rounding": "up"}, "rounding is one of"),
-        ({"quantized": "requantize", "only_touched": True}, "computed anyway"),
-        ({"rounding": "nearest"}, "alone"),
     ):
         with pytest.raises(FitError, match=found):
             surgery.merge("base", "lora", output="out", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"quantized": "requantize", "only_touched": True}, "computed anyway"),
+        ({"quantized": "residual", "only_touched": True}, "computed anyway"),
+        ({"rounding": "nearest"}, "alone"),
+        ({"quantized": "residual", "rounding": "feedback"}, "alone"),
+        ({"rank": 4}, "only a residual"),
+        ({"quantized": "requantize", "max_error": 0.1}, "only a residual"),
+        ({"calibration": "inputs"}, "by feedback alone"),
+        ({"quantized": "requantize", "rounding": "nearest", "calibration": "inputs"}, "by feedback alone"),
+        ({"accept_loss": True}, "only codes that are chosen again"),
+        ({"quantized": "residual", "accept_loss": True}, "only codes that are chosen again"),
+        ({"quantized": "requantize", "dtype": "fp32"}, "asks for elements"),
+        ({"quantized": "requantize", "as_trained": "nf4"}, "for the release that one was made of"),
+        ({"reversible": True, "as_trained": "nf4"}, "nothing can give them back"),
+        ({"quantized": "residual", "reversible": True}, "keeps its codes"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_an_error_of_usage(options: dict[str, object], found: str) -> None:
+    """Before anything is read: neither of the two files is there."""
+    with pytest.raises(UsageError, match=found):
+        surgery.merge("base", "lora", output="out", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{"only_touched": True}, {"quantized": "requantize", "accept_loss": True}, {"quantized": "residual"}]
+)
+def test_options_that_mean_nothing_of_a_plain_base_are_refused(options: dict[str, object], tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+    with pytest.raises(FitError, match="nothing of it is quantised") as refused:
+        surgery.merge(base, lora, output=tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert f"{next(iter(options))}=" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -236,5 +270,5 @@ def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
             surgery.merge(
                 base, lora, output=tmp_path / "out", quantized="requantize", calibration=tmp_path / "inputs.safetensors"
             )
-    with pytest.raises(FitError, match="feedback alone"):
+    with pytest.raises(UsageError, match="feedback alone"):
         surgery.merge(base, lora, output=tmp_path / "out", calibration=tmp_path / "inputs.safetensors")
