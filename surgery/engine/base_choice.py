@@ -78,7 +78,7 @@ def cost_of_other_base(binding: Binding, adapter: int, trained_on: QuantisedBase
         f"{name}: was trained on a base in {trained_on.method} ({trained_on.evidence}), and this one is not quantised"
     )
     if not trained_on.rule:
-        return f"{said}: without that base it cannot be told what this costs; --as-trained takes its values"
+        return f"{said}: without that base it cannot be told what this costs; --as-trained with its folder takes its values"
     gap = base_gap(binding, rule_values(trained_on.rule, binding.checkpoint).weights, adapter=adapter, sampled=True)
     if not gap.weights:
         return f"{said}; --as-trained {trained_on.rule} adds the error of that rounding back"

@@ -184,7 +184,13 @@ class Ledger:
 
     @property
     def adapter_tensors(self) -> int:
-        """Adapter tensors consumed."""
+        """Adapter tensors consumed, also those in a LoRA beside the model.
+
+        Values that a model gives in the place of the base's (`as_trained`) are no adapter's.
+        """
+        trained = self.plan.facts.get("as_trained")
+        count = len(trained.get("files", ())) if isinstance(trained, dict) else 0
+        others = {file.identity for file in self.plan.inputs[len(self.plan.inputs) - count :]}
         used = {
             origin(tensor)
             for planned in self.plan.computed()
@@ -197,8 +203,9 @@ class Ledger:
             for tensor in self.plan.weights
             if tensor.outcome in ("replaced", "added")
             for source in tensor.step.sources
+            if source.file.identity not in others
         }
-        return len(used)
+        return len(used) + self.plan.in_lora
 
     @property
     def kept(self) -> Survival:

@@ -28,6 +28,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.quantised import is_coded as is_quantised
+from surgery_formats.tensors.tensor import origin
 from surgery_formats.text import listing, show, without_local_paths
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def plan_merge(
         roots=tuple(roots),
         id=hashlib.sha256(json.dumps([__version__, "merge", facts, options], sort_keys=True).encode()).hexdigest(),
         facts=facts,
+        in_lora=len({origin(t) for t in binding.settled}) if quantised.way == "residual" else 0,
         warnings=binding.warnings + carried.warnings + _left_behind(checkpoint) + _torn(checkpoint, outputs),
     )
     check_conservation(binding, plan)

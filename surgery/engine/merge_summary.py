@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger, Row
 from surgery.engine.next_step import next_step
-from surgery.engine.plan import Compute, Copy, Plan, is_coded
+from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor, is_coded
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
 from surgery.reports.sections import Column, Facts, Note, Section, Table
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["merge_summary"]
 
 _POOR = 0.9  # share of a module's update; those that keep less are worth a look
+_HEARD, _LOST, _MUFFLED = 0.99, 0.75, 0.9
+"""Of requantised codes: the correlation, in the inputs that an adapter listens to, of a good merge; the survival and the
+correlation below which a merge is poor."""
 _WORST = 5
 _MEASURABLE = 100_000_000  # bytes; below, starting up takes most of the time
 _FIRST = 10  # operations of a dry run, unless all are asked for
@@ -50,7 +53,9 @@ def merge_summary(
         facts += [*_kept(ledger), *_codes(ledger), ("wrote", _wrote(ledger.plan, output, seconds))]
         facts += _residual(residual)
         if rounding_nbytes:
-            part = Value(rounding_nbytes / max(ledger.plan.nbytes, 1), "share"), " of the weights, for surgery unmerge"
+            count = len(dict(ledger.plan.facts["base"]))  # type: ignore[call-overload]
+            base_nbytes = sum(file.size for file in ledger.plan.inputs[:count])
+            part = Value(rounding_nbytes / max(base_nbytes, 1), "share"), " of the base's weights, for surgery unmerge"
             facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
         following = Note(("next: ", *next_step(ledger.plan, output, residual)))
         sections = [Facts(tuple(facts)), *_poor(ledger, verbose), following]
@@ -95,9 +100,10 @@ def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
     sizes = [(math.prod(tensor.step.sizes), tensor.outcome) for tensor in ledger.plan.weights]
     changed = sum(size for size, outcome in sizes if outcome in ("updated", "replaced", "added"))
     whole = Value(sum(size for size, _ in sizes), "count")
+    in_lora = f"; {ledger.plan.in_lora} of them in the LoRA beside the model" if ledger.plan.in_lora else ""
     return [
         ("tensors", counted(ledger.classes)),
-        ("adapter", f"{ledger.adapter_tensors} tensors used, {len(ledger.plan.ignored)} without effect"),
+        ("adapter", f"{ledger.adapter_tensors} tensors used, {len(ledger.plan.ignored)} without effect{in_lora}"),
         ("parameters", (Value(changed, "count"), " of ", whole, " lie in tensors that change")),
     ]
 
@@ -144,12 +150,23 @@ def _codes(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
         yield "", ("in the inputs that the adapter listens to it correlates ", Value(inside.correlation, "number", 3),
             ", and is off by ", Value(inside.rounding, "share"),
         )  # fmt: skip
+    yield "verdict", _verdict(kept, inside)
     feedback = sum(change.rounding == "feedback" for _, _, change in weights)
     fresh = sum(change.scales == "fresh" for _, _, change in weights)
     yield (
         "rounding",
         f"with feedback in {feedback} weights, to nearest in {len(weights) - feedback}; fresh scales in {fresh}",
     )
+
+
+def _verdict(kept: Survival, inside: Survival) -> str:
+    """In a few words; docs/quantised.md has what such numbers were worth on the example."""
+    heard = inside.correlation if inside.update > 0 else kept.correlation
+    if kept.survival >= _POOR and heard >= _HEARD:
+        return "good: nearly all of the update is there, where the adapter listens"
+    if kept.survival >= _LOST and heard >= _MUFFLED:
+        return "fair: a part of the update is lost, which --quantized residual or 16 bits keep"
+    return "poor: much of the update is lost, which --quantized residual or 16 bits keep"
 
 
 def _residual(residual: Residual | None) -> Iterator[tuple[str, Phrase]]:
@@ -173,7 +190,8 @@ def _kept(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
 def _poor(ledger: Ledger, verbose: bool) -> list[Section]:
     """Tensors that keep little of their update; all of them if `verbose`."""
     poor = sorted((row for row in ledger.rows if _survival(row) < _POOR), key=_survival)
-    shown = sorted(ledger.rows, key=_survival) if verbose else poor[:_WORST]
+    every = [row for row in ledger.rows if not row.tensor.part]
+    shown = sorted(every, key=_survival) if verbose else poor[:_WORST]
     if not shown:
         return []
     columns = (
@@ -191,11 +209,12 @@ def _planned(ledger: Ledger, verbose: bool) -> list[Section]:
     """Files, and the first operations; all of them if `verbose`."""
     rows = []
     for file in ledger.plan.files:
-        computed = sum(isinstance(tensor.step, Compute) for tensor in file.tensors)
-        rows.append((file.name, file.nbytes, len(file.tensors) - computed, computed))
+        weights = [tensor for tensor in file.tensors if not tensor.part]
+        computed = sum(isinstance(tensor.step, Compute) for tensor in weights)
+        rows.append((file.name, file.nbytes, len(weights) - computed, computed))
     files = Column("file", "name"), Column("bytes", "bytes"), Column("copied", "integer"), Column("computed", "integer")
     sections: list[Section] = [Table(files, tuple(rows))]
-    steps = [row for row in ledger.rows if row.tensor.outcome != "copied"]
+    steps = [row for row in ledger.rows if row.tensor.outcome != "copied" and not row.tensor.part]
     shown = steps if verbose else steps[:_FIRST]
     if shown:
         columns = (
@@ -205,11 +224,17 @@ def _planned(ledger: Ledger, verbose: bool) -> list[Section]:
             Column("shape", "shape"),
             Column("type"),
         )
-        cells = ((*_named(row), row.tensor.shape, row.tensor.dtype.label) for row in shown)
-        sections.append(Table(columns, tuple(cells)))
+        sections.append(Table(columns, tuple((*_named(row), *_stored(row.tensor)) for row in shown)))
     if len(shown) < len(steps):
         sections.append(Note(f"... and {len(steps) - len(shown)} more operations", "omitted"))
     return sections
+
+
+def _stored(tensor: PlannedTensor) -> tuple[Cell, ...]:
+    """Shape and type; of codes those of the weight, whatever tensors it is stored in."""
+    if is_coded(tensor.step) and isinstance(tensor.step, Compute):
+        return tensor.step.sizes, tensor.step.source.kind
+    return tensor.shape, tensor.dtype.label
 
 
 def _files(plan: Plan) -> tuple[Value | str, ...]:
@@ -218,7 +243,8 @@ def _files(plan: Plan) -> tuple[Value | str, ...]:
 
 
 def _named(row: Row) -> tuple[Cell, ...]:
-    return row.tensor.label, row.tensor.outcome, " + ".join(map(_update, row.as_json().get("updates", ())))
+    label = row.tensor.weight_label if is_coded(row.tensor.step) else row.tensor.label
+    return label, row.tensor.outcome, " + ".join(map(_update, row.as_json().get("updates", ())))
 
 
 def _update(update: dict[str, Any]) -> str:

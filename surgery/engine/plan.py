@@ -221,6 +221,7 @@ class Plan:
         id: Digest of inputs and options: equal plans have equal outputs.
         facts: What the manifest says about the inputs.
         warnings: What the user should know.
+        in_lora: Number of adapter tensors that are in no weight, but in a LoRA beside the model.
     """
 
     verb: str
@@ -233,6 +234,7 @@ class Plan:
     id: str
     facts: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    in_lora: int = 0
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:

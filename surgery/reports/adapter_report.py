@@ -15,7 +15,7 @@ from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.targets import TargetedParameter, TargetGroup
-from surgery.reports.to_json import plain
+from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Name, NameList, Phrase, Piece, Value
 from surgery_formats.canonical.prompts import Prefix
 from surgery_formats.models.module_tree import Totals
@@ -69,6 +69,7 @@ class AdapterReport:
         files: Its weight files.
         base_name: The base it says it was trained on, or empty.
         base_id: Content id of that base, or empty.
+        quantised_base: What quantised that base and where the adapter's files say so; None if they do not.
         metadata: Free strings of the file.
         ignored: ``{tensor: why}`` of tensors that rightly do nothing.
         traps: What makes this adapter easy to use wrongly.
@@ -99,6 +100,7 @@ class AdapterReport:
     metadata: Mapping[str, str]
     ignored: Mapping[str, str]
     traps: tuple[str, ...]
+    quantised_base: str | None = None
     seconds: float = elapsed()
 
     @property
@@ -108,7 +110,7 @@ class AdapterReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"type": "adapter", **plain(self)}
+        return {"type": "adapter", **without_empty(plain(self), ("quantised_base",))}
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """Format, kind, ranks, scales and sizes, then the parameters it changes.
@@ -142,6 +144,8 @@ class AdapterReport:
             rows.append(("token rows", _listed((Name(name), f": {len(ids)}") for name, ids in self.token_rows.items())))
         if self.base_name:
             rows.append(("base", Name(self.base_name, PATH)))
+        if self.quantised_base:
+            rows.append(("trained on", self.quantised_base))
         if self.base_id:
             rows.append(("base id", Name(self.base_id)))
         carried: tuple[Piece, ...] = (", and ", Value(self.carried, "count"), " carried along untrained")

@@ -26,7 +26,7 @@ class QuantisedWeights:
         of: All weights of the network.
         parameters: Numbers that they stand for.
         nbytes: Of all their stored tensors, scales too.
-        shared: What shares a scale: ``blocks of 64``.
+        shared: What shares a scale: ``blocks of 64``; and whether the scales are codes themselves.
     """
 
     kind: str
@@ -68,7 +68,8 @@ def quantised_weights(component: Component) -> tuple[QuantisedWeights, ...]:
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for parameter in component.parameters.values():
         if is_coded(parameter.storage):
-            key = parameter.storage.kind, scale_shared_by(parameter.storage)
+            nested = ", nested scales" if getattr(parameter.storage, "nested", False) else ""
+            key = parameter.storage.kind, scale_shared_by(parameter.storage) + nested
             found.setdefault(key, []).append((parameter.numel, parameter.nbytes))
     method, whole = method_of(component.config), len(component.parameters)
     groups = [

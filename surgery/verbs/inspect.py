@@ -17,6 +17,7 @@ from surgery.reports.quantisation import quantised_weights
 from surgery.reports.result import timed
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.containers.weight_files import container_of_file
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.models.checkpoint import Checkpoint, Component
@@ -142,7 +143,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         dtypes[tensor.stored_type] = Totals(
             before.tensors + 1, before.parameters + tensor.numel, before.nbytes + tensor.nbytes
         )
-    files = _files(adapter)
+    files, quantised = _files(adapter), quantised_base_of(adapter)
     token_rows = {
         str(site): update.indices
         for site, chain in adapter.updates.items()
@@ -176,6 +177,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         metadata=adapter.metadata,
         ignored={entry.tensor.name: entry.reason for entry in adapter.ignored},
         traps=(*adapter.known_issues(), *_traps(adapter, modules)),
+        quantised_base=None if quantised is None else f"{quantised.method} ({quantised.evidence})",
     )
 
 

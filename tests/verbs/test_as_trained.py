@@ -135,8 +135,9 @@ def test_the_gap_is_that_of_dense_matrices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base_name", "method", "rule"),
     [
-        ("unsloth/llama-3-8b-bnb-4bit", "bitsandbytes NF4", "nf4"),
-        ("unsloth/Qwen3-8B-unsloth-bnb-4bit", "bitsandbytes NF4", "nf4"),
+        ("someone/llama-3-8b-bnb-4bit", "bitsandbytes NF4", "nf4"),
+        ("unsloth/llama-3-8b-bnb-4bit", "bitsandbytes NF4", ""),  # some of its modules are in 16 bits
+        ("unsloth/Qwen3-8B-unsloth-bnb-4bit", "bitsandbytes NF4", ""),
         ("TheBloke/Llama-2-7B-GPTQ", "GPTQ", ""),
         ("Qwen/Qwen2.5-7B-Instruct-AWQ/", "AWQ", ""),
         ("mlx-community/Mistral-7B-4bit", "4 bits", ""),
@@ -169,7 +170,7 @@ def test_the_card_that_peft_writes_tells_the_type_and_the_nesting(tmp_path: Path
 
 
 def test_a_merge_into_the_release_says_what_that_costs(tmp_path: Path) -> None:
-    lora = renamed(tmp_path / "lora", "unsloth/example-bnb-4bit")
+    lora = renamed(tmp_path / "lora", "someone/other-bnb-4bit")
     result = surgery.merge(BASE, lora, output=tmp_path / "out")
     (warning,) = [text for text in result.warnings if "was trained on a base in" in text]
     coded = quantise_folder(BASE, tmp_path / "coded", "nf4")
@@ -184,12 +185,25 @@ def test_a_merge_into_the_release_says_what_that_costs(tmp_path: Path) -> None:
     assert not [text for text in surgery.merge(coded, lora, dry_run=True).warnings if "was trained on a base" in text]
 
 
-def test_a_base_that_only_files_tell_is_asked_for(tmp_path: Path) -> None:
-    lora = renamed(tmp_path / "lora", "org/example-GPTQ")
-    (warning,) = [
-        text for text in surgery.merge(BASE, lora, dry_run=True).warnings if "GPTQ" in text and "costs" in text
-    ]
-    assert "--as-trained takes its values" in warning
+@pytest.mark.parametrize("base_name", ["org/example-GPTQ", "unsloth/example-unsloth-bnb-4bit"])
+def test_a_base_that_only_files_tell_is_asked_for(base_name: str, tmp_path: Path) -> None:
+    lora = renamed(tmp_path / "lora", base_name)
+    (warning,) = [text for text in surgery.merge(BASE, lora, dry_run=True).warnings if "costs" in text]
+    assert "--as-trained with its folder takes its values" in warning
+
+
+def test_tensors_of_the_quantised_folder_are_not_counted_as_the_adapter_s(tmp_path: Path) -> None:
+    coded = quantise_folder(BASE, tmp_path / "coded", "nf4")
+    result = surgery.merge(BASE, LORA, as_trained=coded, dry_run=True)
+    assert result.ledger.adapter_tensors == 84
+
+
+def test_inspect_tells_what_an_adapter_was_trained_on(tmp_path: Path) -> None:
+    report = surgery.inspect(renamed(tmp_path / "lora", "someone/example-bnb-4bit"))
+    assert "trained on bitsandbytes NF4 (its base is called 'someone/example-bnb-4bit')" in " ".join(
+        str(report.summary()).split()
+    )
+    assert "quantised_base" not in surgery.inspect(LORA).as_json()
 
 
 def test_what_cannot_be_as_trained_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from surgery_formats.canonical.adapter import Adapter
@@ -39,7 +39,7 @@ class QuantisedBase:
     Attributes:
         method: What quantised it.
         rule: ``nf4``, ``nf4-double``, ``fp4``, ``fp4-double`` where bitsandbytes did, on the fly: what it made of a
-            release follows from that; empty where only the quantised files tell.
+            release follows from that; empty where only the quantised files tell, such as those of unsloth.
         evidence: Where that is said, for people.
     """
 
@@ -53,7 +53,10 @@ def quantised_base_of(adapter: Adapter) -> QuantisedBase | None:
 
     Looked at are its configuration, the name of its base, and the card that PEFT writes beside it.
     """
-    return _of_config(adapter) or _of_card(adapter) or _of_name(adapter.base_name)
+    found = _of_config(adapter) or _of_card(adapter) or _of_name(adapter.base_name)
+    if found is not None and re.match(r"unsloth/.*bnb[-_]4bit", adapter.base_name, re.IGNORECASE):
+        return replace(found, rule="")  # its models have other modules in 16 bits each, which no rule tells
+    return found
 
 
 def _of_config(adapter: Adapter) -> QuantisedBase | None:

@@ -8,7 +8,7 @@ Only names, shapes and types are read. Numbered siblings with equal contents bec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from surgery_formats.models.checkpoint import Component
@@ -126,7 +126,9 @@ def role_totals(nodes: Iterable[Node]) -> Mapping[str, Totals]:
 
 @dataclass(slots=True)
 class _ModuleBranch:
-    leaf: Node | None = None  # without its name, and with a role only if that is no matter of its name
+    leaf: Node | None = (
+        None  # without its name, with the numbers of all that are taken together, and with a role only if that is no matter of its name
+    )
     below: dict[str, _ModuleBranch] = field(default_factory=dict)
     signature: int = 0
 
@@ -138,7 +140,8 @@ class _ModuleBranch:
 
     def sign(self, known: dict[object, int]) -> int:
         """Number the branches so that equal ones get equal numbers; the name of a branch itself does not count."""
-        leaf = self.leaf and (self.leaf.shape, self.leaf.dtypes, self.leaf.nbytes, bool(self.leaf.tied))
+        # Bytes of codes may differ by the few of a description stored beside them, which makes no other module.
+        leaf = self.leaf and (self.leaf.shape, self.leaf.dtypes, self.leaf.nbytes > 0, bool(self.leaf.tied))
         content = (leaf, tuple(sorted((segment, branch.sign(known)) for segment, branch in self.below.items())))
         self.signature = known.setdefault(content, len(known))
         return self.signature
@@ -151,11 +154,23 @@ def _children(branch: _ModuleBranch, path: str | None, times: int) -> list[Node]
     for segment, below in branch.below.items():
         groups.setdefault(("", below.signature) if _numbered(segment) else (segment, -1), []).append(segment)
     nodes = [
-        _node(branch.below[members[0]], prefix + _ranges(members), times * len(members)) for members in groups.values()
+        _node(_together([branch.below[member] for member in members]), prefix + _ranges(members), times * len(members))
+        for members in groups.values()
     ]
     if branch.leaf is not None and path is not None:  # a tensor whose name is also a module's
         nodes.append(_tensor(branch.leaf, path, times))
     return sorted(nodes, key=lambda node: (_ORDER.index(node.role), _natural(node.name)))
+
+
+def _together(branches: Sequence[_ModuleBranch]) -> _ModuleBranch:
+    """Branches that are alike as one, with the numbers of all."""
+    first = branches[0]
+    if len(branches) == 1:
+        return first
+    found = [branch.leaf for branch in branches if branch.leaf is not None]
+    below = {segment: _together([branch.below[segment] for branch in branches]) for segment in first.below}
+    numbers, kept = sum(leaf.parameters for leaf in found), sum(leaf.nbytes for leaf in found)
+    return _ModuleBranch(replace(found[0], parameters=numbers, nbytes=kept) if found else None, below, first.signature)
 
 
 def _node(branch: _ModuleBranch, path: str, times: int) -> Node:
@@ -172,8 +187,7 @@ def _node(branch: _ModuleBranch, path: str, times: int) -> Node:
 
 
 def _tensor(leaf: Node, path: str, times: int) -> Node:
-    numbers, kept = leaf.parameters * times, leaf.nbytes * times
-    return replace(leaf, name=path, role=leaf.role or role_of(path), parameters=numbers, nbytes=kept, repeated=times)
+    return replace(leaf, name=path, role=leaf.role or role_of(path), repeated=times)
 
 
 def _sum(path: str, role: str, children: tuple[Node, ...], times: int) -> Node:

@@ -16,7 +16,7 @@ from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import PartBytes, StoredPart
-from surgery_formats.storage.bitsandbytes.absmax import AbsMax, Scales
+from surgery_formats.storage.bitsandbytes.absmax import AbsMax, NestedAbsMax, Scales
 from surgery_formats.storage.elements import read_bytes
 from surgery_formats.storage.flat_blocks import FlatBlocks, rows_of_whole_blocks
 from surgery_formats.storage.levels import Levels, join_nibbles, split_nibbles
@@ -133,6 +133,11 @@ class FourBit:
     def kind(self) -> str:
         """``NF4`` or ``FP4``."""
         return self.quant_type.upper()
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are codes, too, as ``bnb_4bit_use_double_quant`` makes them."""
+        return isinstance(self.absmax, NestedAbsMax)
 
     @property
     def shape(self) -> tuple[int, int]:
