@@ -11,7 +11,7 @@ TIES, DARE and pruning are of each adapter's own change, what it does to the bas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -37,7 +37,7 @@ from surgery_formats.threads import one_thread
 from surgery_formats.updates import Factor, Offset, Update, in_full
 from surgery_formats.updates.weights import HeldWeight
 
-__all__ = ["ChangeTerm", "combine_changes", "combine_offsets"]
+__all__ = ["ChangeTerm", "change_in_turn", "change_of_bias", "combine_changes", "combine_offsets"]
 
 _HEIGHT = 512  # rows of a weight that are measured at a time
 
@@ -71,10 +71,10 @@ class ChangeTerm:
         return apply(values.copy(), range(self.shape[0]), range(self.shape[1])) - values
 
 
-def _change_in_turn(weight: Parameter, contributions: Sequence[Contribution]) -> Array:
-    """What a merge of all in their order changes of a weight, float64."""
-    before = weight.get(DType.F64)
-    source = Plain.of(computed(weight.name, before.shape, (), lambda: before, DType.F64))
+def change_in_turn(before: Callable[[], Array], contributions: Sequence[Contribution]) -> Array:
+    """What a merge of all in their order changes of a weight; `before` gives its values, float64."""
+    values = before()
+    source = Plain.of(computed(str(contributions[0].site), values.shape, (), lambda: values, DType.F64))
     operations = []
     for share in contributions:
         update, part_of_way = at_weight(share.update, share.weight)
@@ -82,9 +82,9 @@ def _change_in_turn(weight: Parameter, contributions: Sequence[Contribution]) ->
             view = rows(whole(source.shape), first, first + part.shape[0])
             operations.append(Operation(part, view, share.site, share.owner, part_of_way))
     with one_thread():
-        after = before.copy()
+        after = values.copy()
         apply_chain(prepared(operations, source, DType.F64, _HEIGHT), after, 0, len(after))
-        return after - before
+        return after - values
 
 
 def combine_changes(
@@ -109,7 +109,9 @@ def combine_changes(
     dense = recipe if recipe.method in DENSE_METHODS else replace(recipe, method="dare-linear", density=1.0)
     if weight is not None and len(updates) > 1 and recipe.method not in DENSE_METHODS:
         ranks = tuple(update.rank or 0 for update in updates)
-        chained = DenseDelta(updates[0].shape, ranks, partial(_change_in_turn, weight, contributions), recipe.seed)
+        chained = DenseDelta(
+            updates[0].shape, ranks, partial(change_in_turn, partial(weight.get, DType.F64), contributions), recipe.seed
+        )
         return _as_one(name, site, chained, updates, dense, recipe, solutions)
     terms = tuple(
         update.low_rank() or ChangeTerm(update, weight if update.effect != "adds" else None) for update in updates
@@ -128,12 +130,12 @@ def _as_one(
     solutions: Solutions,
 ) -> CombinedUpdate:
     if site.path.endswith(".bias"):
-        return _offset(site, target, sources)
+        return change_of_bias(site, target, sources)
     rank, best = common_rank((target,), dense)
     return solved_lora(name, site, target, sources, rank, best, recipe, solutions)
 
 
-def _offset(site: Site, target: DenseDelta, sources: Sequence[Update]) -> CombinedUpdate:
+def change_of_bias(site: Site, target: DenseDelta, sources: Sequence[Update]) -> CombinedUpdate:
     """The change of a bias, which is stored in full and loses nothing."""
 
     def vector() -> Array:

@@ -17,7 +17,7 @@ from surgery_formats.updates import Stacked, Update, is_replacing, plain_form, s
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["Contribution", "group", "key_of"]
+__all__ = ["Contribution", "applicable_updates", "group", "key_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     seen: list[set[tuple[str, str]]] = []
     for owner, term in enumerate(terms):
         mine: set[tuple[str, str]] = set()
-        updates = term.adapter.updates if base is None else _sized(term.adapter, base)
+        updates = term.adapter.updates if base is None else applicable_updates(term.adapter, base)
         for site, chain in updates.items():
             if not site.component and len(components) > 1:
                 raise FitError(
@@ -91,7 +91,9 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     return groups
 
 
-def _sized(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:
+def applicable_updates(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:
+    """The updates with the sizes that only a base tells, without the optional ones that it lacks."""
+
     def lacks(site: Site) -> bool:
         return site in adapter.optional and not component_of(site, base).names.resolve(site.path, flat=site.flat)
 

@@ -28,6 +28,7 @@ from surgery_formats.text import listing, show
 
 __all__ = [
     "Conversion",
+    "Errors",
     "bound_source",
     "coded_as",
     "conversion_id",
@@ -190,9 +191,14 @@ def tolerance_of(dtype: DType | None) -> float:
     return _ROUNDING.get(dtype, TOLERANCE) if dtype else TOLERANCE
 
 
-def conversion_id(conversion: Conversion, source: Iterable[File | str], projections: str | None = None) -> str:
-    """Names a conversion by its options and the content of its source, given as files or as their fingerprints."""
-    facts = {"verb": "convert", "target": conversion.target.name, "projections": projections}
+def conversion_id(
+    conversion: Conversion,
+    source: Iterable[File | str],
+    projections: str | None = None,
+    also: Mapping[str, Any] | None = None,
+) -> str:
+    """Names a conversion by its options, `also` among them, and the content of its source: files, or their fingerprints."""
+    facts = {"verb": "convert", "target": conversion.target.name, "projections": projections, **(also or {})}
     return job_id(facts, source, conversion.rendering)
 
 
@@ -217,8 +223,13 @@ def prove_conversion(
     errors |= also(path) if also is not None else {}
     if conversion.base is not None:
         conversion.base.check_unchanged()
-    entries = tuple(replace(e, error=near[e.site]) if e.outcome == "approximated" else e for e in result.entries)
+    entries = tuple(replace(e, error=_error(e, near)) if e.outcome == "approximated" else e for e in result.entries)
     return replace(result, entries=entries, errors=errors)
+
+
+def _error(entry: Entry, near: Mapping[str, float]) -> float:
+    """Of codes; of factors that stand for an update; at most their sum where codes stand for such factors."""
+    return near[entry.site] if entry.error is None else entry.error + near.get(entry.site, 0.0)
 
 
 def write_conversion(
@@ -227,6 +238,7 @@ def write_conversion(
     result: ConvertResult,
     *,
     projections: str | None = None,
+    rank: str | None = None,
     also: Errors | None = None,
 ) -> ConvertResult:
     """Write a planned conversion and prove it.
@@ -236,6 +248,7 @@ def write_conversion(
         options: Where and how.
         result: What is known before it is written.
         projections: Layout of the projections, where it was changed.
+        rank: How directions were chosen, where updates of other kinds became LoRAs.
         also: As for `prove_conversion`.
 
     Raises:
@@ -249,6 +262,9 @@ def write_conversion(
         result = prove_conversion(path, conversion, result, also)
         return result.as_manifest()
 
-    job = conversion_id(conversion, conversion.source.files, projections)
+    files = conversion.source.files
+    if rank is not None and conversion.base is not None:  # what a change is may depend on the base's values
+        files += tuple(shard.file for part in conversion.base.components.values() for shard in part.shards)
+    job = conversion_id(conversion, files, projections, None if rank is None else {"rank": rank})
     output = write_adapter(conversion.rendering, conversion.target, job, prove, options)
     return replace(result, output=output)

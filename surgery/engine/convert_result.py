@@ -35,6 +35,7 @@ class ConvertResult:
             value; empty for a dry run.
         warnings: What the user should know.
         adapter: What was converted.
+        as_lora: Whether updates of other kinds became LoRAs.
         seconds: How long it took.
     """
 
@@ -45,6 +46,7 @@ class ConvertResult:
     errors: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     adapter: Path | None = None
+    as_lora: bool = False
     seconds: float = elapsed()
 
     @property
@@ -72,6 +74,7 @@ class ConvertResult:
             "verb": "convert",
             "from": self.source,
             "to": self.target,
+            **({"as": "lora"} if self.as_lora else {}),
             "entries": [
                 {"site": e.site, "outcome": e.outcome, "detail": e.detail}
                 | ({} if e.error is None else {"error": e.error})
@@ -102,20 +105,23 @@ class ConvertResult:
         if self.output is not None:
             facts += [("proof", self._proof(outcomes["approximated"])), ("wrote", wrote(self.output, self.seconds))]
         dropped = [entry for entry in self.entries if entry.outcome == "dropped"]
-        shown = list(self.entries) if verbose else dropped[:_LISTED]
+        worst = sorted((e for e in self.entries if self.as_lora and e.error), key=lambda e: -(e.error or 0.0))
+        shown = list(self.entries) if verbose else [*dropped[:_LISTED], *worst[:_LISTED]]
         sections: list[Section] = [Facts(tuple(facts))]
         if shown:
             sections.append(
                 Table((Column("part", "name"), Column("outcome"), Column("detail")), tuple(map(_part, shown)))
             )
-        if len(dropped) > len(shown):
-            sections.append(Note(f"... and {len(dropped) - len(shown)} more dropped", "omitted"))
+        for what, left in (("dropped", len(dropped)), ("approximated", len(worst))):
+            if left > _LISTED and not verbose:
+                sections.append(Note(f"... and {left - _LISTED} more {what}", "omitted"))
         if self.output is None:
             sections.append(DRY_RUN)
         return Summary("Conversion", (*sections, *warning_notes(self.warnings)))
 
     def _proof(self, approximated: int) -> str:
-        same = f"{len(self.errors)} weights change as before; largest error {self.max_error:.1e} of a change"
+        what = "are written as computed" if self.as_lora and approximated else "change as before"
+        same = f"{len(self.errors)} weights {what}; largest error {self.max_error:.1e} of a change"
         near = f"{approximated} change nearly as before; largest error {self.max_approximation:.2%} of a change"
         return "; ".join([same] * bool(self.errors) + [near] * bool(approximated)) or same
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.conversion import (
+    Errors,
     bound_source,
     coded_as,
     placed,
@@ -18,10 +20,14 @@ from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
 from surgery.progress import Callback
+from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.errors import FitError
+
+if TYPE_CHECKING:
+    from surgery.algebra.lora_form import LoraForm
 
 __all__ = ["ConvertResult", "convert"]
 
@@ -37,6 +43,8 @@ def convert(
     projections: str | None = None,
     dtype: str = "keep",
     factors: str | None = None,
+    as_lora: bool = False,
+    rank: int | Rank | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -56,6 +64,10 @@ def convert(
         dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``,
             ``bf16``.
         factors: ``int8`` or ``int4``, for a format that stores factors as codes (``compact``).
+        as_lora: Write LoRAs whatever the updates' kinds: exactly where their changes are of low rank, else as near as
+            `rank` allows; the base is needed where a change depends on it.
+        rank: With `as_lora`: greatest rank of a weight, or ``Rank.energy(.99)``, ``Rank.error(.05)``, or several joined
+            by ``&``; by default nothing may be lost.
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
@@ -72,11 +84,23 @@ def convert(
     stored = float_type(dtype)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
+    if rank is not None and not as_lora:
+        raise FitError("a rank is chosen for LoRAs made of other kinds", hint="`as_lora=True`, or resize the adapter")
+    if as_lora and projections is not None:
+        raise FitError("LoRAs are made of the weights as they are named", hint="convert with `projections=` afterwards")
     destination = output_path(output, dry_run=dry_run)
     original = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
     original, left, known = placed(original, checkpoint, component)
-    source, named, also = original, checkpoint, None
+    source, named = original, checkpoint
+    also: Errors | None = None
+    form: LoraForm | None = None
+    if as_lora:
+        from surgery.algebra.lora_form import lora_form, prove_lora_form
+
+        bound_source(original, checkpoint, known)
+        form = lora_form(original, checkpoint, target, None if rank is None else Rank.of(rank))
+        source, also = form.adapter, partial(prove_lora_form, form=form)
     if projections is not None:
         from surgery.algebra.projections import change_layout, prove_layout
 
@@ -93,14 +117,19 @@ def convert(
     binding = bound_source(source, named, known)
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss)
     entries = (*plan.rendering.entries, *left)
-    result = ConvertResult(None, original.format, target.name, entries, {}, original.known_issues(), original.path)
+    if form is not None:
+        entries = form.restated(entries)
+    result = ConvertResult(
+        None, original.format, target.name, entries, {}, original.known_issues(), original.path, as_lora
+    )
     if destination is None:
         return result
     options = WriteOptions(
         destination,
         (original.path, *(() if checkpoint is None else (checkpoint.path,))),
-        {path.name: path for path in original.side_files},
+        original.files_beside,
         overwrite,
         progress,
     )
-    return write_conversion(plan, options, result, projections=projections, also=also)
+    chosen = repr(rank) if as_lora else None
+    return write_conversion(plan, options, result, projections=projections, rank=chosen, also=also)

@@ -23,7 +23,7 @@ from surgery.engine.inputs import (
 )
 from surgery.engine.inputs import open as open_reference
 from surgery.engine.ledger import Ledger
-from surgery.engine.undo.unmerge_result import UnmergeResult
+from surgery.engine.undo.unmerge_result import OfCodes, UnmergeResult
 from surgery.extraction.result import ExtractResult
 from surgery.progress import Callback
 from surgery.reports.result import timed
@@ -148,10 +148,13 @@ def _estimated(
     from surgery_formats.files.raw import open_file
     from surgery_formats.models.identity import fingerprint
 
-    estimated = estimation(bind(adapters, model), adapters)
+    recorded = recorded_base(model.path, adapters) if model.path.is_dir() else None  # before other reasons to refuse
+    estimated = estimation(bind(adapters, model), adapters, recorded)
+    trained = recorded is not None and recorded.get("as_trained") is not None
+    of_codes = OfCodes(estimated.dequantised, as_trained=trained)
     if folder is None:
-        return UnmergeResult(None, Ledger(estimated.plan), evidence=estimated.evidence)
-    recorded = recorded_base(model.path) if model.path.is_dir() else None
+        ledger, evidence = Ledger(estimated.plan), estimated.evidence
+        return UnmergeResult(None, ledger, evidence=evidence, warnings=of_codes.warnings, of_codes=of_codes)
     known = recorded.get("base") if recorded else None
     same: dict[str, bool] = {}
 
@@ -163,5 +166,6 @@ def _estimated(
 
     ledger = execute(estimated.plan, folder, run, _nothing, estimated, last)
     exact = bool(same) and all(same.values())
-    warnings = () if exact else ("this is an estimate: rounding lost what a reversible merge would have kept",)
-    return UnmergeResult(folder, ledger, "", estimated.exact, estimated.evidence, same, warnings)
+    estimate = () if exact else ("this is an estimate: rounding lost what a reversible merge would have kept",)
+    warnings = (*estimate, *of_codes.warnings)
+    return UnmergeResult(folder, ledger, "", estimated.exact, estimated.evidence, same, warnings, of_codes)

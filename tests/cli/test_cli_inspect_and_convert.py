@@ -229,3 +229,15 @@ def test_a_narrow_terminal_keeps_names_whole(monkeypatch, run: Run, width, kept,
     assert left_out is None or left_out not in heading
     assert any(line.startswith("model.layers.*.post_attention_layernorm ") for line in shown)
     assert max(map(len, shown)) <= width
+
+
+def test_convert_as_lora_asks_by_its_own_flags(run: Run, base, lora, tmp_path):
+    refused = run("convert", lora, "--to", "mlx", "--rank", "2", "-o", tmp_path / "x")
+    assert refused.exit_code == 2
+    assert "--as lora" in refused.stderr
+    done = run("convert", lora, "--to", "peft", "--as", "lora", "--rank", "1", "-o", tmp_path / "x", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["result"]
+    assert found["as"] == "lora"
+    assert all(entry["outcome"] == "approximated" and 0 < entry["error"] < 1 for entry in found["entries"])
+    assert found["entries"][0]["detail"] == "cut to rank 1"

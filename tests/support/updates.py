@@ -131,6 +131,15 @@ EVERY_KIND: dict[str, Update] = {
     "LoKr": LoKr(made_factor(4, 5), made_factor(6, 8), 0.5, 1.0, 2),
     "LoKr of pairs": LoKr(made_factor(4, 5), product(made_factor(6, 2), made_factor(2, 8)), 0.5, 1.0, 2),
     "LoKr of a Conv1d": LoKr(made_factor(4, 5), made_factor(6, 8), 0.5, 1.0, 2, kernel=2, crossed=True),
+    "LoKr of two pairs": LoKr(
+        product(made_factor(6, 2), made_factor(2, 5)), product(made_factor(4, 3), made_factor(3, 8)), 0.5, 1.0, 2
+    ),
+    "LoKr of a pair and a tall matrix": LoKr(
+        product(made_factor(4, 2), made_factor(2, 10)), made_factor(6, 4), 0.5, 1.0, 2
+    ),
+    "LoKr of a Conv1d, of a pair": LoKr(
+        product(made_factor(4, 2), made_factor(2, 5)), made_factor(6, 8), 0.5, 1.0, 2, kernel=2, crossed=True
+    ),
     "OFT": OFT(made_factor(5, 28), 8, 0, inputs=40),
     "OFT by a series": OFT(made_factor(1, 28), 8, 5, radius=0.5, shared=True),
     "VeRA": VeRA(made_factor(24), made_factor(4), (made_factor(4, 48), made_factor(32, 4)), 0.5),

@@ -22,6 +22,7 @@ from surgery_formats.files.output.folder import verify_folder
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.models.identity import content_id
 from surgery_formats.models.side_files import BASE_ROUNDING
+from surgery_formats.storage.base import read_values
 from surgery_formats.testing.plugins import installed_project
 from tests.oracles.cases import CASES, Case, build
 from tests.support import toy_kinds
@@ -114,6 +115,18 @@ def test_codes_are_taken_back(name: str, quantized: str, tmp_path: Path) -> None
     assert modes == ({"codes"} if quantized == "requantize" else set())
     if quantized == "requantize":
         assert kept.stat().st_size < 0.15 * (base / "model.safetensors").stat().st_size
+
+
+def test_what_was_kept_for_codes_is_of_no_use_to_elements_and_a_plan_promises_the_base(tmp_path: Path) -> None:
+    base, lora = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", "nf4"), ROOT / "examples" / "lora"
+    surgery.merge(base, lora, output=tmp_path / "out", quantized="requantize", reversible=True)
+    surgery.merge(base, lora, output=tmp_path / "other")
+    planned = surgery.unmerge(tmp_path / "out", lora, dry_run=True)
+    assert not planned.estimated_codes
+    assert planned.exact_share == 1
+    kept = tmp_path / "out" / BASE_ROUNDING
+    with pytest.raises(FitError, match="is not the model that this file was kept for"):
+        surgery.unmerge(tmp_path / "other", lora, output=tmp_path / "back", base_rounding=kept)
 
 
 def test_a_base_of_pickles_comes_back_as_safetensors_with_its_content_id(tmp_path: Path) -> None:
@@ -295,6 +308,35 @@ class TestWithoutTheFile:
             assert true[name] == pytest.approx(expected, abs=0.03), name
         assert result.same_files == {"model.safetensors": False}
         assert all(share == 1 for name, share in true.items() if name not in result.exact)
+
+    def test_of_a_dequantised_base_the_expected_share_is_that_of_its_rounded_values(self, tmp_path: Path) -> None:
+        base, lora = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", "nf4"), ROOT / "examples" / "lora"
+        surgery.merge(base, lora, output=tmp_path / "out")
+        result = surgery.unmerge(tmp_path / "out", lora, output=tmp_path / "back")
+        after = load_file(tmp_path / "back" / "model.safetensors")
+        for name, parameter in open_checkpoint(base).components[""].parameters.items():
+            values = torch.from_numpy(read_values(parameter.storage, 0, parameter.storage.shape[0])).bfloat16()
+            true = float((values.reshape(after[name].shape) == after[name]).double().mean())
+            assert true == pytest.approx(result.exact.get(name, 1.0), abs=0.02), name
+        assert 0.7 < result.exact_share < 0.8  # 0.874 had been said, as if the base had been in bf16
+        assert set(result.of_codes.kinds.values()) == {"NF4"}
+        assert "the merge dequantised 42 weights of NF4: their codes and scales are lost" in str(result.warnings)
+        assert "of codes (42 weights of NF4) as they round to elements" in str(result.summary())
+
+    def test_a_merge_as_trained_does_not_give_the_release_back(self, tmp_path: Path) -> None:
+        release, lora = ROOT / "examples" / "base", ROOT / "examples" / "lora"
+        surgery.merge(release, lora, output=tmp_path / "out", as_trained="nf4")
+        result = surgery.unmerge(tmp_path / "out", lora, dry_run=True)
+        assert isinstance(result, surgery.UnmergeResult)
+        assert result.of_codes.as_trained
+        assert "this is not the release" in result.warnings[0]
+        assert "(42 weights of NF4)" in result.warnings[0]
+
+    def test_another_adapter_is_refused_as_such_before_its_kind_is(self, tmp_path: Path) -> None:
+        base, lora = ROOT / "examples" / "base", ROOT / "examples" / "lora"
+        surgery.merge(base, lora, output=tmp_path / "out")
+        with pytest.raises(FitError, match="another adapter was merged"):
+            surgery.unmerge(tmp_path / "out", ROOT / "examples" / "dora", output=tmp_path / "back")
 
     def test_of_codes_nothing_is_said_to_be_exact(self, tmp_path: Path) -> None:
         base, lora = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", "nf4"), ROOT / "examples" / "lora"

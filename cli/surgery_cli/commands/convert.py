@@ -47,6 +47,12 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     type=click.Choice(["split", "fused"]),
     help="Make qkv_proj and gate_up_proj of their parts, or parts of them.",
 )
+@click.option("--as", "as_kind", type=click.Choice(["lora"]), help="Write LoRAs, whatever the kind of ADAPTER.")
+@click.option("--rank", type=click.IntRange(min=1), help="With --as: greatest rank of a weight.")
+@click.option("--energy", type=option.share, metavar="SHARE", help="With --as: share of a change to keep, e.g. .99.")
+@click.option(
+    "--max-error", type=option.share, metavar="SHARE", help="With --as: greatest error of a change, e.g. .05."
+)
 @click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
 @option.dtype
 @click.option(
@@ -56,11 +62,17 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 )
 @option.dry_run("Show what would become of every part; write nothing.")
 @option.overwrite()
-def command(settings: Settings, adapter: str, to: str, output: Path | None, **options: Any) -> None:
+def command(
+    settings: Settings, adapter: str, to: str, output: Path | None, as_kind: str | None, **options: Any
+) -> None:
     """Convert an adapter to another format.
 
     What was written is read back, and must change every weight as ADAPTER does. What FORMAT cannot hold is an error
     that names it.
+
+    With --as lora an adapter of another kind (LoHa, OFT, DoRA ...) is written as LoRAs: exactly where its changes are of
+    low rank; else give a rank, an energy or an error, and each weight's error is shown. Kinds whose change depends on
+    the weight need --base.
 
     \b
     Examples:
@@ -68,9 +80,15 @@ def command(settings: Settings, adapter: str, to: str, output: Path | None, **op
       surgery convert phi3-lora/ --to peft -o llama-names/ --projections split --base phi3/
       surgery convert style.safetensors --to peft --base sdxl/ -o style-peft/
       surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
+      surgery convert my-oft/ --to peft --as lora --max-error .05 --base llama/ -o as-lora/
     """
     from surgery.verbs.convert import convert
 
+    sizes = {name: options.pop(name) for name in ("rank", "energy", "max_error")}
+    if any(value is not None for value in sizes.values()):
+        if as_kind is None:
+            raise click.UsageError("--rank, --energy and --max-error go with --as lora; 'surgery resize' cuts a LoRA")
+        options["rank"] = option.rank_of(**sizes)
     with bar(settings, "converting") as progress:
-        result = convert(adapter, to, output=output, progress=progress, **options)
+        result = convert(adapter, to, output=output, as_lora=as_kind == "lora", progress=progress, **options)
     show_output("convert", result, settings, output)

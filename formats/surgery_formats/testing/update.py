@@ -20,6 +20,7 @@ from surgery_formats.updates import (
     Effect,
     Fit,
     Update,
+    expanded,
     is_directed,
     is_in_full,
     is_invertible,
@@ -150,11 +151,9 @@ def is_linear_if_it_adds(case: UpdateCase) -> None:
 
 
 def is_the_lora_it_gives(case: UpdateCase) -> None:
-    """``low_rank()`` does the same to every weight, exactly, and its factors have its rank."""
-    for update in (*case.pieces, case.sized):
-        lora = update.low_rank()
-        if lora is None:
-            continue
+    """``low_rank()`` and ``expanded()`` do the same to every weight, exactly, and their factors have their rank."""
+    pieces = (*case.pieces, case.sized)
+    for update, lora in [(u, lora) for u in pieces for lora in (u.low_rank(), expanded(u)) if lora is not None]:
         assert lora.low_rank() == lora
         assert lora.factors().keys() == {"A", "B"}
         assert update.effect == "adds"

@@ -15,7 +15,15 @@ from surgery_formats.updates.changed_base import ChangedBase
 from surgery_formats.updates.deft import DEFT
 from surgery_formats.updates.delora import DeLoRA
 from surgery_formats.updates.dora import DoRA
-from surgery_formats.updates.forms import experts_of, in_full, low_rank_part, plain_form, stack_of_loras, transposed
+from surgery_formats.updates.forms import (
+    expanded,
+    experts_of,
+    in_full,
+    low_rank_part,
+    plain_form,
+    stack_of_loras,
+    transposed,
+)
 from surgery_formats.updates.fourierft import FourierFT
 from surgery_formats.updates.frod import FRoD
 from surgery_formats.updates.glora import GLoRA, GLoRABias, Support
@@ -47,6 +55,7 @@ from surgery_formats.updates.unmerged import Unmerged
 from surgery_formats.updates.update import (
     Directed,
     EitherWay,
+    Expanding,
     Holding,
     InFull,
     Invertible,
@@ -59,6 +68,7 @@ from surgery_formats.updates.update import (
     Update,
     is_directed,
     is_either_way,
+    is_expanding,
     is_holding,
     is_in_full,
     is_invertible,
@@ -93,6 +103,7 @@ __all__ = [
     "DoRA",
     "Effect",
     "EitherWay",
+    "Expanding",
     "FRoD",
     "Factor",
     "Fit",
@@ -139,10 +150,12 @@ __all__ = [
     "Weight",
     "blend",
     "equal_factors",
+    "expanded",
     "experts_of",
     "in_full",
     "is_directed",
     "is_either_way",
+    "is_expanding",
     "is_holding",
     "is_in_full",
     "is_invertible",

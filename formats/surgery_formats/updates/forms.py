@@ -6,14 +6,19 @@ from __future__ import annotations
 from surgery_formats.updates.lora import LoRA
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.stacked import Stacked
-from surgery_formats.updates.update import Update, is_directed, is_either_way, is_in_full
+from surgery_formats.updates.update import Update, is_directed, is_either_way, is_expanding, is_in_full
 
-__all__ = ["experts_of", "in_full", "low_rank_part", "plain_form", "stack_of_loras", "transposed"]
+__all__ = ["expanded", "experts_of", "in_full", "low_rank_part", "plain_form", "stack_of_loras", "transposed"]
 
 
 def low_rank_part(update: Update) -> LoRA | None:
     """All of an update, or what it adds before rows get their lengths, as one LoRA; None where it has no such part."""
     return update.direction if is_directed(update) else update.low_rank()
+
+
+def expanded(update: Update) -> LoRA | None:
+    """All of an update as one LoRA, exactly, of however many directions it takes; None where no file tells them."""
+    return update.low_rank() or (update.expanded() if is_expanding(update) else None)
 
 
 def in_full(update: Update) -> Offset | None:

@@ -10,6 +10,7 @@ from surgery_formats.arrays import Array
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
+from surgery_formats.updates.lora import LoRA
 
 __all__ = ["LoHa"]
 
@@ -68,7 +69,17 @@ class LoHa:
         return {"A1": self.A1, "B1": self.B1, "A2": self.A2, "B2": self.B2}
 
     def low_rank(self) -> None:
-        """None: its rank is the square of the pairs', rarely low."""
+        """None: its rank is the square of the pairs', rarely low; see `expanded`."""
+
+    def expanded(self) -> LoRA | None:
+        """Row by row every column of A1 times every one of A2, and so the rows of B1 and B2: the Khatri-Rao products."""
+        rank = self.A1.shape[1] * self.A2.shape[1]
+        if rank > min(self.shape):
+            return None
+        out, inputs = self.shape
+        B = Factor.computed((self.A1, self.A2), (out, rank), lambda a, c: a[:, :, None] * c[:, None, :])
+        A = Factor.computed((self.B1, self.B2), (rank, inputs), lambda b, d: b[:, None, :] * d[None, :, :])
+        return LoRA(A, B, self.scale)
 
     def parts(self) -> tuple[tuple[int, LoHa], ...]:
         """Itself."""

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, array_of
+from surgery_formats.arrays import Array, array_of, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
+from surgery_formats.updates.lora import LoRA
 
 __all__ = ["LoKr"]
 
@@ -67,7 +69,34 @@ class LoKr:
         return {"C": self.C, "D": self.D}
 
     def low_rank(self) -> None:
-        """None: its rank is the product of the factors' ranks, rarely low."""
+        """None: its rank is the product of the factors' ranks, rarely low; see `expanded`."""
+
+    def expanded(self) -> LoRA | None:
+        """``kron(C' C'', D' D'') = kron(C', D') kron(C'', D'')``: of the rank of C times the rank of D.
+
+        None as well where neither is stored as a pair of low rank: only a pair shows its rank.
+        """
+        first, second = _Pair.of(self.C), _Pair.of(self.D)
+        rank, kernel, crossed = first.rank * second.rank, self.kernel, self.crossed
+        if rank > min(self.shape) or not (first.is_low or second.is_low):
+            return None
+
+        def left(*stored: Array) -> Array:
+            x, y = _both(first.left, second.left, (first.rank, second.rank), stored)
+            if crossed:  # an element of D is the slow index of the rows
+                return y[:, None, None, :] * x[None, :, :, None]
+            return x[:, None, :, None] * y[None, :, None, :]
+
+        def right(*stored: Array) -> Array:
+            x, y = _both(first.right, second.right, (first.rank, second.rank), stored)
+            if crossed:  # its channels outside, its kernel inside the columns of C
+                return y.reshape(1, second.rank, -1, 1, kernel) * x.reshape(first.rank, 1, 1, -1, 1)
+            return x[:, None, :, None] * y[None, :, None, :]
+
+        out, inputs = self.shape
+        sides = [[side for side in pair if side] for pair in zip(first.sides, second.sides, strict=True)]
+        B = Factor.computed(sides[0], (out, rank), left)
+        return LoRA(Factor.computed(sides[1], (rank, inputs), right), B, self.scale)
 
     def parts(self) -> tuple[tuple[int, LoKr], ...]:
         """Itself."""
@@ -97,3 +126,50 @@ class LoKr:
             return block
 
         return apply
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A factor as a product of two.
+
+    Attributes:
+        left: ``(rows, rank)``; None for the identity.
+        right: ``(rank, cols)``; None for the identity.
+        rank: Inner size.
+    """
+
+    left: Factor | None
+    right: Factor | None
+    rank: int
+
+    @classmethod
+    def of(cls, factor: Factor) -> _Pair:
+        """The stored pair if it is of low rank, else the factor beside an identity of its short side."""
+        rows, cols = factor.shape
+        if [len(term.shape) for term in factor.terms] == [2, 2]:
+            left, right = factor.terms
+            if left.shape[1] == right.shape[0] < min(rows, cols) and (left.shape[0], right.shape[1]) == (rows, cols):
+                return cls(left, right, left.shape[1])
+        return cls(None, factor, rows) if rows <= cols else cls(factor, None, cols)
+
+    @property
+    def is_low(self) -> bool:
+        """Whether both sides are stored."""
+        return self.left is not None and self.right is not None
+
+    @property
+    def sides(self) -> tuple[Factor | None, Factor | None]:
+        """Left, right."""
+        return self.left, self.right
+
+
+def _both(x: Factor | None, y: Factor | None, ranks: tuple[int, int], stored: Sequence[Array]) -> tuple[Array, Array]:
+    """Values of one side of both factors, of which at least one is stored; the identity for the other."""
+    values = iter(stored)
+    first, second = (None if side is None else next(values) for side in (x, y))
+    like = stored[0]
+    xp = namespace(like)
+    first, second = (
+        xp.eye(n, dtype=like.dtype) if v is None else v for v, n in zip((first, second), ranks, strict=True)
+    )
+    return first, second

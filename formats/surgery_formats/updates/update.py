@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Directed",
     "EitherWay",
+    "Expanding",
     "Holding",
     "InFull",
     "Invertible",
@@ -32,6 +33,7 @@ __all__ = [
     "Update",
     "is_directed",
     "is_either_way",
+    "is_expanding",
     "is_holding",
     "is_in_full",
     "is_invertible",
@@ -102,6 +104,13 @@ class Linear(Update, Protocol):
 
     def scaled(self, weight: float) -> Linear:
         """The update that moves a weight `weight` times as far."""
+
+
+class Expanding(Linear, Protocol):
+    """An addition that is a product of two matrices, of more directions than its file has in any factor."""
+
+    def expanded(self) -> LoRA | None:
+        """The same update as one LoRA, exactly, its factors worked out; None if it has more directions than the weight."""
 
 
 class InFull(Linear, Protocol):
@@ -283,6 +292,11 @@ def is_invertible(update: Update) -> TypeIs[Invertible]:
 def is_mixing(update: Update) -> TypeIs[Mixing]:
     """Whether it mixes columns in groups."""
     return _has(update, "group")
+
+
+def is_expanding(update: Update) -> TypeIs[Expanding]:
+    """Whether it is a product of more directions than its factors have."""
+    return _has(update, "expanded")
 
 
 def is_holding(update: Update) -> TypeIs[Holding]:

@@ -27,7 +27,7 @@ from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.views import positions
 from surgery_formats.updates.weights import HeldWeight, WeightView
 
-__all__ = ["Evidence", "check_belongs", "recorded_base"]
+__all__ = ["Evidence", "check_belongs", "dequantised_weights", "recorded_base"]
 
 _HEIGHT = 512  # rows of a block
 _NEAR, _SHARP = 0.5, 0.2
@@ -49,8 +49,12 @@ class Evidence:
     noise: float = 0.0
 
 
-def recorded_base(folder: Path) -> Mapping[str, Any] | None:
-    """What a merge's manifest in `folder` says of its inputs; None without one."""
+def recorded_base(folder: Path, adapters: Sequence[tuple[Adapter, float]]) -> Mapping[str, Any] | None:
+    """What a merge's manifest in `folder` says of its inputs; None without one.
+
+    Raises:
+        FitError: it names other adapters or weights, or the folder is of another command.
+    """
     if not (folder / MANIFEST).is_file():
         return None
     manifest = read_object(folder / MANIFEST, INDEX_LIMIT)
@@ -65,25 +69,34 @@ def recorded_base(folder: Path) -> Mapping[str, Any] | None:
             file=folder,
             hint="use the model without that LoRA if its codes were kept, else the base itself",
         )
+    try:
+        check_adapters(inputs["adapters"], adapters, folder / MANIFEST)
+    except SurgeryError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FitError("its entry of adapters is damaged", file=folder / MANIFEST) from error
     return inputs
 
 
-def check_belongs(binding: Binding, adapters: Sequence[tuple[Adapter, float]]) -> Evidence:
-    """Refuse to take back what was not merged.
+def dequantised_weights(recorded: Mapping[str, Any] | None) -> dict[str, str]:
+    """By label: the format of every weight that a recorded merge dequantised."""
+    kinds = recorded.get("dequantised") if recorded is not None else None
+    return {
+        label: kind
+        for kind, labels in (kinds.items() if isinstance(kinds, dict) else ())
+        if isinstance(labels, list)
+        for label in labels
+        if isinstance(label, str)
+    }
+
+
+def check_belongs(binding: Binding) -> Evidence:
+    """Refuse to take back what the weights do not hold, where no manifest tells.
 
     Raises:
-        FitError: the manifest names other adapters or weights, the updates are not in the weights, or nothing tells.
+        FitError: the updates are not in the weights, or nothing tells.
     """
     folder = binding.checkpoint.path
-    recorded = recorded_base(folder) if folder.is_dir() else None
-    if recorded is not None:
-        try:
-            check_adapters(recorded["adapters"], adapters, folder / MANIFEST)
-        except SurgeryError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise FitError("its entry of adapters is damaged", file=folder / MANIFEST) from error
-        return Evidence("manifest")
     found = [
         measured
         for edit in binding.edits.values()

@@ -6,10 +6,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -19,7 +20,7 @@ from surgery.engine.layout import lay_out
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, Plan, PlannedFile, SideFile, is_coded
 from surgery.engine.quantised_output import QuantisedOutput
-from surgery.engine.undo.belongs import Evidence, check_belongs
+from surgery.engine.undo.belongs import Evidence, check_belongs, dequantised_weights
 from surgery.engine.undo.inverse import estimates, inverted, why_not
 from surgery.engine.undo.record import adapters_of, undone_height
 from surgery.engine.undo.residue import LINE, nearest_bits
@@ -41,13 +42,16 @@ class Estimation:
     Attributes:
         plan: What to write.
         evidence: How it is known that the adapters are in there.
-        exact: By weight of elements, once it is computed: the share of values that are the base's bit for bit, as
-            expected from how many bits each lost. Of codes nothing tells: a step of their grid may be many times the
-            update, and feedback moves them further than half of one.
+        dequantised: By label: the format of weights that the base had as codes.
+        exact: By weight of elements, once it is computed: the share of values that are the base's bit for bit (of a
+            dequantised one: what its codes stand for, rounded), as expected from how many bits each lost. Of codes
+            nothing tells: a step of their grid may be many times the update, and feedback moves them further than half
+            of one.
     """
 
     plan: Plan
     evidence: Evidence
+    dequantised: Mapping[str, str] = field(default_factory=dict)
     exact: dict[str, float] = field(default_factory=dict)
 
     def complete(self) -> None:
@@ -69,14 +73,14 @@ class Estimation:
         chain = inverted(step.operations, after, height, [None] * len(step.operations))
         digests = [xxhash.xxh3_128() for _ in step.target.parts(label)]
         rounded = empty((min(height, after.shape[0]), after.shape[1]), step.target.dtype)
-        expected = 0.0
+        expected, between = 0.0, label in self.dequantised and after.dtype.bits < 32
         for start, end, values, estimate, _ in estimates(after, chain, height):
             if stop():
                 break
             block = rounded[: end - start]
             if after.elements is not None:
                 bits = nearest_bits(estimate.reshape(-1), after.dtype)
-                expected += _expected(bits, values, after.dtype)
+                expected += _expected(bits, values, after.dtype, between=between)
                 chunks = [(0, start * after.shape[1] * after.dtype.bits // 8, as_bytes(bits))]
             else:
                 chunks = [(chunk.part, chunk.offset, chunk.data) for chunk in step.target.put(start, estimate, block)]
@@ -88,21 +92,31 @@ class Estimation:
         return tuple(Measurement(digest.hexdigest(), True) for digest in digests)
 
 
-def _expected(bits: Array, merged: Array, dtype: DType) -> float:
-    """How many of the values are likely to be exact: one of ``2^k`` where k bits were lost."""
+def _expected(bits: Array, merged: Array, dtype: DType, *, between: bool) -> float:
+    """How many of the values are likely to be exact: one of ``2^k`` where k bits were lost.
+
+    Values of codes lie `between` those of the type, uniformly. The merge's error, of up to m/2 units for an m of ``2^k``,
+    then carries a quarter of them over the middle to a neighbour for an m of 1, and m/4 of them for one below.
+    """
     import numpy
 
     line = LINE(dtype)
-    lost = line.unit(merged.reshape(-1).view(line.unsigned)) - line.unit(bits)
-    return float(numpy.exp2(-numpy.maximum(lost, 0).astype(numpy.float32)).sum(dtype=numpy.float64))
+    lost = (line.unit(merged.reshape(-1).view(line.unsigned)) - line.unit(bits)).astype(numpy.float32)
+    likely = numpy.exp2(-numpy.maximum(lost, 0))
+    if between:
+        likely = numpy.where(lost > 0, likely, 1 - numpy.exp2(numpy.minimum(lost, 0)) / 4)
+    return float(likely.sum(dtype=numpy.float64))
 
 
-def estimation(binding: Binding, adapters: Sequence[tuple[Adapter, float]]) -> Estimation:
+def estimation(
+    binding: Binding, adapters: Sequence[tuple[Adapter, float]], recorded: Mapping[str, Any] | None
+) -> Estimation:
     """Plan to write the best estimate of the base.
 
     Args:
         binding: Of the adapters to the merged model.
         adapters: As they were merged.
+        recorded: What the merge's manifest says of its inputs, with these adapters; None without one.
 
     Raises:
         FitError: the adapters are not in there, or an update has no inverse.
@@ -117,7 +131,7 @@ def estimation(binding: Binding, adapters: Sequence[tuple[Adapter, float]]) -> E
                 tensor=edit.name,
                 hint="a merge keeps what is needed if it is asked to: `reversible=True`",
             )
-    evidence = check_belongs(binding, adapters)
+    evidence = Evidence("manifest") if recorded is not None else check_belongs(binding)
     files: list[PlannedFile] = []
     side_files: list[SideFile] = [SideFile(name, source=path) for name, path in merged.side_files]
     for name, component in merged.components.items():
@@ -144,4 +158,4 @@ def estimation(binding: Binding, adapters: Sequence[tuple[Adapter, float]]) -> E
         id=hashlib.sha256(json.dumps([__version__, "unmerge", about], sort_keys=True).encode()).hexdigest(),
         facts=about,
     )
-    return Estimation(plan, evidence)
+    return Estimation(plan, evidence, dequantised_weights(recorded))

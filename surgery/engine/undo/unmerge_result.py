@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,48 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import is_coded
 from surgery.engine.undo.belongs import Evidence
 from surgery.reports.result import elapsed, summarised
+from surgery_formats.text import listing
 
 if TYPE_CHECKING:
     from surgery.reports.summary import Summary
 
-__all__ = ["UnmergeResult"]
+__all__ = ["OfCodes", "UnmergeResult"]
 
 _WORST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class OfCodes:
+    """Weights that a merge stored as elements, and whose values had been those of codes.
+
+    Attributes:
+        kinds: Their format, by label.
+        as_trained: Whether the codes were not the base's, but took the place of its values.
+    """
+
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    as_trained: bool = False
+
+    @property
+    def said(self) -> str:
+        """``42 weights of NF4``; empty without any."""
+        counts = Counter(self.kinds.values())
+        return listing((f"{number} weights of {kind}" for kind, number in sorted(counts.items())))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is not the base here."""
+        if self.as_trained:
+            return (
+                "this is not the release: the merge took the values that the adapter was trained on in its place"
+                + (f" ({self.said}), and these come back in elements" if self.said else ""),
+            )
+        if self.said:
+            return (
+                f"the merge dequantised {self.said}: their codes and scales are lost without base.rounding, and these are "
+                "estimates of what they stood for: compare with the dequantised base",
+            )
+        return ()
 
 
 @summarised
@@ -31,9 +67,10 @@ class UnmergeResult:
         ledger: Every tensor.
         base_id: Content id of the base, proved; empty for an estimate.
         exact: Of an estimate, by weight of elements: the share of values expected to be the base's bit for bit.
-        evidence: Of an estimate: how it is known that the adapters were merged.
+        evidence: Of an estimate: how it is known that the adapters were merged; None with what the merge kept.
         same_files: Of an estimate, whether its weight files are the base's, by name, as far as a manifest tells.
         warnings: What the user should know.
+        of_codes: Of an estimate: weights whose values were those of codes, as far as a manifest tells.
         seconds: How long it took.
     """
 
@@ -44,6 +81,7 @@ class UnmergeResult:
     evidence: Evidence | None = None
     same_files: Mapping[str, bool] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    of_codes: OfCodes = OfCodes()
     seconds: float = elapsed()
 
     @property
@@ -53,7 +91,7 @@ class UnmergeResult:
 
     @property
     def _is_base(self) -> bool:
-        return bool(self.base_id) or (bool(self.same_files) and all(self.same_files.values()))
+        return self.evidence is None or (bool(self.same_files) and all(self.same_files.values()))
 
     @property
     def estimated_codes(self) -> tuple[str, ...]:
@@ -63,7 +101,10 @@ class UnmergeResult:
 
     @property
     def exact_share(self) -> float:
-        """Share of all stored bytes that are the base's bit for bit: 1 if that is proved, else as expected, without codes."""
+        """Share of all stored bytes that are the base's bit for bit: 1 if that is proved, else as expected, without codes.
+
+        Where the merge dequantised, the base is meant with its values rounded to the type that they are stored in here.
+        """
         codes = set(self.estimated_codes)
         sizes = {tensor.weight_label: tensor.nbytes for tensor in self.ledger.plan.weights}
         left = sum(sizes.get(label, 0) * (1 - share) for label, share in self.exact.items())
@@ -85,6 +126,8 @@ class UnmergeResult:
             "evidence": evidence and {"source": evidence.source, "share": evidence.share, "noise": evidence.noise},
             "same_files": dict(self.same_files),
             "classes": self.ledger.classes,
+            "dequantised": dict(self.of_codes.kinds),
+            "as_trained": self.of_codes.as_trained,
             "warnings": list(self.warnings),
         }
 
@@ -106,7 +149,10 @@ class UnmergeResult:
         elif codes := self.estimated_codes:
             facts.append(("base", f"the nearest codes in {len(codes)} weights: how many are the base's is not known"))
         elif self.exact:
-            facts.append(("base", (Value(self.exact_share, "share"), " of all values are expected to be exact")))
+            of = " of all values are expected to be exact"
+            if self.of_codes.kinds:
+                of = f" of all values are expected to be exact, of codes ({self.of_codes.said}) as they round to elements"
+            facts.append(("base", (Value(self.exact_share, "share"), of)))
         if self.evidence is not None:
             shown = f"{self.evidence.share:.3f} of the update is there (+- {self.evidence.noise:.3f})"
             facts.append(

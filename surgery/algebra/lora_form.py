@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter of any kind as LoRAs: exactly where its changes are of low rank, else as near as a chosen rank allows.
+
+What an update is, it says itself: a LoRA, a product of known factors, or a change that is formed from the base. Of the
+last kind the least rank that loses nothing is found by an SVD; where that is no low rank, the user is asked for one.
+What replaces values of the base, and what is added to biases, stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from surgery.algebra.combined_adapter import combined_adapter
+from surgery.algebra.combined_update import CombinedUpdate, Solutions, new_solutions
+from surgery.algebra.group import applicable_updates
+from surgery.algebra.lora_of_weight import WeightForm, lora_of_weight
+from surgery.algebra.lora_question import no_low_rank
+from surgery.algebra.proof import OPTIMAL, TOLERANCE
+from surgery.algebra.sums import Recipe, stacked
+from surgery.rank import Rank
+from surgery_formats.adapters.format import Entry, Format
+from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import show
+from surgery_formats.updates import LoRA, experts_of
+
+__all__ = ["LoraForm", "lora_form", "prove_lora_form"]
+
+_ASKED = 8
+"""Weights of no low rank that are measured before the user is asked: enough to show what a rank costs."""
+
+
+@dataclass(frozen=True)
+class LoraForm:
+    """An adapter as LoRAs.
+
+    Attributes:
+        adapter: The LoRAs, for a writer, and what was kept.
+        weights: What became of every weight, by site.
+        solutions: The solved factors.
+    """
+
+    adapter: Adapter
+    weights: Mapping[str, WeightForm]
+    solutions: Solutions
+
+    def restated(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
+        """The writer's entries, with what became of the updates before it saw them."""
+        return tuple(self._restated(entry) for entry in entries)
+
+    def _restated(self, entry: Entry) -> Entry:
+        weight = self.weights.get(entry.site)
+        rank = 0 if weight is None else weight.made.rank
+        if weight is None or weight.taken_over or entry.outcome == "dropped" or not rank:
+            return entry
+        detail = f"cut to rank {rank}" if weight.cut else f"{weight.kind} as LoRA of rank {rank}"
+        if entry.outcome == "approximated":
+            detail = f"{detail}, {entry.detail}"
+        if weight.error:
+            return replace(entry, outcome="approximated", detail=detail, error=weight.error)
+        return replace(entry, outcome="folded" if entry.outcome == "exact" else entry.outcome, detail=detail)
+
+
+def lora_form(adapter: Adapter, base: Checkpoint | None, target: Format, rank: Rank | None) -> LoraForm:
+    """An adapter as LoRAs, whose factors are worked out when they are written.
+
+    Args:
+        adapter: What to convert.
+        base: The model it was trained on; needed where a change depends on it.
+        target: The format it will be written in.
+        rank: Directions of each weight; None loses nothing.
+
+    Raises:
+        FitError: a change depends on the base and there is none, has no low rank and no rank was chosen, or no update
+            changes a matrix.
+    """
+    if adapter.prompt is not None:
+        raise FitError(f"{adapter.kind} trains virtual tokens: they are no change of a weight", file=adapter.path)
+    recipe, solutions = Recipe.of("exact", rank or Rank()), new_solutions()
+    updates = adapter.updates if base is None else applicable_updates(adapter, base)
+    weights: dict[str, WeightForm] = {}
+    high = []
+    for site, chain in updates.items():
+        form = lora_of_weight(site, chain, base, recipe, solutions, adapter)
+        weights[str(site)] = form
+        if form.spectrum is not None:
+            high.append(form.spectrum)
+            if len(high) == _ASKED:
+                break
+    if high:
+        raise no_low_rank(high, len(updates), adapter)
+    if not any(form.made.rank for form in weights.values()):
+        kinds = sorted({update.kind for chain in updates.values() for update in chain})
+        raise FitError(
+            f"it changes no matrix ({', '.join(map(show, kinds))}): a LoRA could hold nothing of it",
+            file=adapter.path,
+            hint="merge it into the base",
+        )
+    made = {form.made.site: form.made.updates for form in weights.values()}
+    formed = combined_adapter([WeightedAdapter(adapter, 1.0)], made, target)
+    optional = frozenset(site for site in adapter.optional if site in made)
+    return LoraForm(replace(formed, kind="LORA", optional=optional), weights, solutions)
+
+
+def prove_lora_form(path: Path, form: LoraForm) -> dict[str, float]:
+    """Compare every LoRA with the change that its updates' own equations make, in float64.
+
+    What lies at `path` was proved to be these LoRAs. Returns no errors of its own: those of approximated weights were
+    measured as they were solved for.
+
+    Raises:
+        ProofError: a LoRA is further from the change than intended.
+    """
+    for site, weight in form.weights.items():
+        made = weight.made
+        if not made.solved_as:
+            continue
+        for target, lora, key in zip(made.targets, _loras(made), made.solved_as, strict=True):
+            compared = target.compare(*stacked([lora]))
+            lost = form.solutions.errors[key]
+            if not compared.error <= OPTIMAL * lost + TOLERANCE * compared.size:
+                raise ProofError(
+                    f"is {compared.error:.1e} away from what {weight.kind} does, {lost:.1e} was intended "
+                    f"(its norm is {compared.norm:.1e})",
+                    file=path.name,
+                    tensor=site,
+                )
+    return {}
+
+
+def _loras(made: CombinedUpdate) -> list[LoRA]:
+    """The LoRA that was made for each of its targets."""
+    parts = [part for update in made.updates for part in (experts_of(update) or (update,))]
+    return [lora for part in parts if (lora := part.low_rank())]
