@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-__all__ = ["clean", "closest", "count", "listing", "nbytes", "show"]
+__all__ = ["clean", "closest", "count", "listing", "local_name", "nbytes", "show", "without_local_paths"]
+
+_LOCAL = re.compile(r"(?:/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[\\/]|\\\\)[^\r\n]*")
 
 
 def show(text: object, limit: int = 120) -> str:
@@ -30,6 +34,21 @@ def listing(names: Iterable[str], limit: int = 4) -> str:
     shown = list(names)
     head = ", ".join(show(name) for name in shown[:limit])
     return head if len(shown) <= limit else f"{head} and {len(shown) - limit} more"
+
+
+def local_name(text: str) -> str:
+    """The last part of a path of somebody's machine, which is nobody else's business; other text as it is."""
+    parts = re.split(r"[/\\]+", text.rstrip("/\\")) if _LOCAL.fullmatch(text) else [text]
+    return parts[-1]
+
+
+def without_local_paths(value: Any) -> Any:
+    """A JSON value whose strings are no paths of somebody's machine, but their last part."""
+    if isinstance(value, Mapping):
+        return {key: without_local_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_local_paths(entry) for entry in value]
+    return local_name(value) if isinstance(value, str) else value
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

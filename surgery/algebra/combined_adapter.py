@@ -67,5 +67,5 @@ def _shared(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def side_files(terms: Sequence[WeightedAdapter]) -> dict[str, Path]:
-    """Tokenizer files, the first adapter's where several have one of a name."""
-    return {path.name: path for term in reversed(terms) for path in term.adapter.side_files}
+    """Tokenizer files and the like, the first adapter's where several have one of a name."""
+    return {name: path for term in reversed(terms) for name, path in term.adapter.files_beside.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery._version import __version__
+from surgery.engine.carried import carried_files
 from surgery.engine.input_checks import check_base_id, float_type
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.layout import WeightLayout, lay_out
@@ -27,7 +28,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.quantised import is_coded as is_quantised
-from surgery_formats.text import listing, show
+from surgery_formats.text import listing, show, without_local_paths
 
 if TYPE_CHECKING:
     from surgery.engine.as_trained import TrainedValues
@@ -143,7 +144,9 @@ def plan_merge(
         edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
         layouts[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed, quantised)
     side_files = [SideFile(layout.index_name, data=layout.index) for layout in layouts.values() if layout.index_name]
-    side_files += _carried(binding)
+    grown = {edit.replaced.adapter for edit in binding.edits.values() if edit.replaced and _grew(edit, checkpoint)}
+    carried = carried_files(binding, grown)
+    side_files += carried.files
     files = tuple(file for layout in layouts.values() for file in layout.files)
     outputs = [tensor for file in files for tensor in file.tensors]
     side_files = corrected_quantisation_files(binding, side_files, outputs)
@@ -151,6 +154,8 @@ def plan_merge(
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
+    if carried.facts:
+        facts["carried"] = carried.facts
     if quantised.way == "residual":
         facts["quantized"] = quantised.way  # who takes a merge back has to know that most of it is not in the weights
     if dequantised := _dequantised(outputs, values):
@@ -177,28 +182,15 @@ def plan_merge(
         roots=tuple(roots),
         id=hashlib.sha256(json.dumps([__version__, "merge", facts, options], sort_keys=True).encode()).hexdigest(),
         facts=facts,
-        warnings=binding.warnings + _left_behind(checkpoint) + _torn(checkpoint, outputs),
+        warnings=binding.warnings + carried.warnings + _left_behind(checkpoint) + _torn(checkpoint, outputs),
     )
     check_conservation(binding, plan)
     return plan
 
 
-def _carried(binding: Binding) -> list[SideFile]:
-    """The base's side files; the adapter's tokenizer where the vocabulary grew."""
-    side_files = {name: SideFile(name, source=path) for name, path in binding.checkpoint.side_files}
-    grown = [
-        edit for edit in binding.edits.values() if edit.replaced and not edit.added and _grew(edit, binding.checkpoint)
-    ]
-    for edit in grown:
-        assert edit.replaced is not None
-        for path in binding.adapters[edit.replaced.adapter][0].side_files:
-            side_files[path.name] = SideFile(path.name, source=path)
-    return [side_files[name] for name in sorted(side_files)]
-
-
 def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:
     base = checkpoint.components[edit.component].parameters.get(edit.name)
-    return base is not None and edit.source.sizes != base.sizes
+    return not edit.added and base is not None and edit.source.sizes != base.sizes
 
 
 def _facts(binding: Binding) -> dict[str, Any]:
@@ -210,13 +202,15 @@ def _facts(binding: Binding) -> dict[str, Any]:
             for shard in component.shards
         },
         "side_files": {name: _small_digest(path) for name, path in binding.checkpoint.side_files},
-        "configs": {name: component.config for name, component in binding.checkpoint.components.items()},
+        "configs": {
+            name: without_local_paths(component.config) for name, component in binding.checkpoint.components.items()
+        },
         "adapters": [
             {
                 "format": adapter.format,
                 "kind": adapter.kind,
                 "weight": weight,
-                "config": adapter.config,
+                "config": without_local_paths(adapter.config),
                 "files": sorted({fingerprint(file) for file in adapter.files}),
             }
             for adapter, weight in binding.adapters

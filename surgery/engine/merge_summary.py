@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger, Row
+from surgery.engine.next_step import next_step
 from surgery.engine.plan import Compute, Copy, Plan, is_coded
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
-from surgery.reports.values import Cell, Name, Phrase, Value
+from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.quantised import is_coded as is_quantised
 
@@ -51,8 +52,8 @@ def merge_summary(
         if rounding_nbytes:
             part = Value(rounding_nbytes / max(ledger.plan.nbytes, 1), "share"), " of the weights, for surgery unmerge"
             facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
-        next_step = Note(("next: ", *_next_step(ledger.plan, output, residual)))
-        sections = [Facts(tuple(facts)), *_poor(ledger, verbose), next_step]
+        following = Note(("next: ", *next_step(ledger.plan, output, residual)))
+        sections = [Facts(tuple(facts)), *_poor(ledger, verbose), following]
     return Summary("Merge", (*sections, *warning_notes(warnings)))
 
 
@@ -80,6 +81,12 @@ def _inputs(plan: Plan) -> Iterator[tuple[str, Phrase]]:
         kind = Name(f"{fact['format']} {fact['kind']}")
         yield "merge", (Name(path, PATH), " (", kind, f", weight {fact['weight']:g})")
     yield "into", Name(base, PATH)
+    carried: dict[str, Any] = dict(plan.facts.get("carried", {}))  # type: ignore[call-overload]
+    for what, taken in carried.items():
+        yield (
+            what,
+            (Name(taken["adapter"]), "'s, for which the base has none or another: ", NameList(tuple(taken["files"]))),
+        )
     if isinstance(trained := plan.facts.get("as_trained"), dict):
         yield "as trained", str(trained["said"])
 
@@ -228,24 +235,3 @@ def _measured(row: Row) -> tuple[Cell, ...]:
 def _survival(row: Row) -> float:
     """The key to sort rows by survival; a tensor without an update survives in full."""
     return row.measured.survival if row.measured is not None and row.measured.update > 0 else math.inf
-
-
-def _next_step(plan: Plan, output: Path, residual: Residual | None) -> tuple[str | Name, ...]:
-    names = {side.name for side in plan.side_files}
-    path = Name(output, PATH)
-    if residual is not None:  # the weights alone lack the update
-        lora = Name(output / "adapter", PATH)
-        if plan.files and plan.files[0].name.endswith(".gguf"):
-            return "use the model with its LoRA, in GGUF for llama.cpp: convert_lora_to_gguf.py ", lora
-        return 'load the model, and attach the LoRA to it: PeftModel.from_pretrained(model, "', lora, '")'
-    if "model_index.json" in names:
-        return 'load it with diffusers: DiffusionPipeline.from_pretrained("', path, '")'
-    if plan.files and plan.files[0].name.endswith(".gguf"):
-        return 'run it with llama.cpp: llama-cli -m "', Name(output / plan.files[0].name, PATH), '"'
-    if "config.json" in names:
-        configs: dict[str, Any] = dict(plan.facts["configs"])  # type: ignore[call-overload]
-        architectures = str(configs.get("", {}).get("architectures"))
-        causal = "ForCausalLM" in architectures or "LMHeadModel" in architectures
-        loader = "AutoModelForCausalLM" if causal else "AutoModel"
-        return f'load it with transformers: {loader}.from_pretrained("', path, '")'
-    return "look at it: surgery inspect ", path

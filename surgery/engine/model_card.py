@@ -7,9 +7,9 @@ No paths, no times: the same bytes every time.
 from __future__ import annotations
 
 import math
-import re
 
 from surgery._version import __version__
+from surgery.engine.card_metadata import card_metadata
 from surgery.engine.ledger import Ledger
 from surgery.reports.markdown_parts import code, table_lines
 from surgery_formats.binding.bind import Binding
@@ -36,11 +36,7 @@ def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> b
     classes = ", ".join(f"{number} {kind}" for kind, number in ledger.classes.items())
     lines = [
         "---",
-        *_base_model(binding),
-        "base_model_relation: merge",
-        f"library_name: {'diffusers' if base.is_pipeline else 'transformers'}",
-        "tags:",
-        "- merge",
+        *card_metadata(binding),
         "---",
         "",
         f"# {code(show(base.path.resolve().name))} with {', '.join(names)} {'beside it' if residual else 'merged in'}",
@@ -62,13 +58,3 @@ def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> b
     lines += [f"- Warning: {show(warning, 500)}" for warning in ledger.plan.warnings]
     lines += ["", f"Made by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
     return "\n".join(lines).encode()
-
-
-def _base_model(binding: Binding) -> list[str]:
-    """The hub's name of the base, where an adapter recorded one."""
-    names = {adapter.base_name for adapter, _ in binding.adapters}
-    return [
-        f"base_model: {name}"
-        for name in sorted(names)
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name)
-    ][:1]

@@ -49,11 +49,16 @@ class CodeNoise:
     energy: float
 
 
-def code_noise(delta: Delta) -> CodeNoise | None:
-    """The rounding that coded sides may bring; None if neither is coded, or a codec does not tell its grid."""
+def code_noise(delta: Delta, *, of_base: bool = True) -> CodeNoise | None:
+    """The rounding that coded sides may bring; None if neither is coded, or a codec does not tell its grid.
+
+    Args:
+        delta: The difference.
+        of_base: Whether BASE's counts: it is in no difference to what was made of its rounded values, and rounded again.
+    """
     row, energy, cols = 0.0, 0.0, numpy.zeros(delta.shape[1])
     for strip in delta.strips:
-        sums = _strip_noise(strip)
+        sums = _strip_noise(strip, of_base)
         if sums is None:
             return None
         rows, columns, scale = sums
@@ -61,13 +66,15 @@ def code_noise(delta: Delta) -> CodeNoise | None:
     return CodeNoise(math.sqrt(row) + math.sqrt(float(cols.max())), energy)
 
 
-def _strip_noise(strip: Strip) -> tuple[Array, Array, float] | None:
+def _strip_noise(strip: Strip, of_base: bool) -> tuple[Array, Array, float] | None:
     """Expected energies of some rows, of every column over these rows, and how many times as many rows there are."""
     coded = [side for side in (strip.base, strip.tuned) if is_coded(side)]
     if not coded or not all(is_quantised(as_stored(side)) for side in coded):
         return None
     both = len(coded) == 2
-    expected = [_variances(side) for side in coded]
+    expected = [_variances(side) for side in coded if of_base or side is strip.tuned]
+    if not expected:
+        return None
     rows: list[Array] = []
     cols, seen = numpy.zeros(strip.tuned.shape[1]), 0
     for start, stop in sample_runs(strip.height, strip.tuned.shape[1]):
@@ -150,19 +157,24 @@ def _coded(entry: TargetFactors) -> CodedFactors:
     matrices: list[FactorisedMatrix] = []
     energy, found = 0.0, list[bool | None]()
     for delta, matrix in zip(entry.target.deltas, entry.matrices, strict=True):
-        noise = code_noise(delta)
-        if noise is None:
+        known = [noise for noise in (code_noise(delta), code_noise(delta, of_base=False)) if noise is not None]
+        if not known:
             found.append(None)
             matrices.append(matrix)
             continue
-        whole = replace(matrix, edge=math.hypot(matrix.edge, noise.edge))
-        left = noise.energy * math.prod(1 - whole.signal / size for size in delta.shape)
-        there = noise.energy > 0 and whole.residual(whole.signal) >= _PRESENT * left
-        found.append(there)
-        matrices.append(whole if there else matrix)
-        energy += noise.energy if there else 0.0
-    known = [flag for flag in found if flag is not None]
-    return CodedFactors(replace(entry, matrices=tuple(matrices)), energy, any(known) if known else None)
+        seen = next((both for noise in known if (both := _with_noise(delta, matrix, noise)) is not None), None)
+        found.append(seen is not None)
+        matrices.append(matrix if seen is None else seen[0])
+        energy += 0.0 if seen is None else seen[1]
+    told = [flag for flag in found if flag is not None]
+    return CodedFactors(replace(entry, matrices=tuple(matrices)), energy, any(told) if told else None)
+
+
+def _with_noise(delta: Delta, matrix: FactorisedMatrix, noise: CodeNoise) -> tuple[FactorisedMatrix, float] | None:
+    """The matrix with an edge that knows of a rounding, and the rounding's energy; None if it is not in there."""
+    whole = replace(matrix, edge=math.hypot(matrix.edge, noise.edge))
+    left = noise.energy * math.prod(1 - whole.signal / size for size in delta.shape)
+    return (whole, noise.energy) if noise.energy > 0 and whole.residual(whole.signal) >= _PRESENT * left else None
 
 
 def _findings(results: Iterable[CodedFactors]) -> Iterable[str]:

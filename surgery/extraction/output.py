@@ -19,11 +19,10 @@ from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.models.sets_beside import sets_beside
 from surgery_formats.text import show
 
 __all__ = ["load_writer", "write_extraction"]
-
-_TOKENIZER = ("vocab.json", "merges.txt")  # and whatever has ``token`` in its name
 
 
 def write_extraction(
@@ -75,8 +74,7 @@ def _side_files(plan: ExtractionPlan) -> Mapping[str, Path]:
     """TUNED's tokenizer, where its vocabulary grew."""
     if not any(dense.via == "resized" for dense in plan.storage.dense_tensors):
         return {}
-    files = plan.checkpoints.tuned.side_files
-    return {name: path for name, path in files if "token" in name or name in _TOKENIZER}
+    return sets_beside(plan.checkpoints.tuned.path).get("tokenizer", {})
 
 
 @dataclass

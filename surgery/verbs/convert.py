@@ -127,7 +127,7 @@ def convert(
     options = WriteOptions(
         destination,
         (original.path, *(() if checkpoint is None else (checkpoint.path,))),
-        {path.name: path for path in original.side_files},
+        original.files_beside,
         overwrite,
         progress,
     )

@@ -183,7 +183,10 @@ def extract_lora(
 
 
 def _reproduced(result: ExtractResult, plan: ExtractionPlan) -> ExtractResult:
-    return result if plan.refined is None else replace(result, reproduced=(plan.refined.plain, plan.refined.refined))
+    refined = plan.refined
+    if refined is None or not refined.factored:  # of codes and wide elements there are no cells to reach
+        return result
+    return replace(result, reproduced=(refined.plain, refined.refined))
 
 
 def _one_of(value: str, known: tuple[str, ...], what: str) -> str:

@@ -18,6 +18,7 @@ from surgery.engine.output_checks import check_output
 from surgery.engine.quantised_output import quantised_output
 from surgery.progress import Callback
 from surgery.reports.result import timed
+from surgery_formats.errors import NothingChangedError
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.threads import one_thread
 
@@ -141,6 +142,8 @@ def merge(
 
             with one_thread():
                 residual.append(write_residual(binding, plan, quantised, staged))
+            if not plan.computed() and not any(weight.update > 0 for weight in residual[0].weights):
+                raise NothingChangedError("no weight of the base would change", hint="the adapter is all zeros")
 
     needed = reversible or quantised.way == "residual"
     ledger = execute(plan, folder, run, finish, engine, last if needed else None)

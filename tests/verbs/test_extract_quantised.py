@@ -98,6 +98,26 @@ def test_a_lora_merged_into_the_dequantised_base_is_found_below_the_step(format_
     assert [text for text in result.quantised if "is not in" in text] == list(result.quantised)
 
 
+@pytest.mark.parametrize("beyond_rounding", [False, True])
+def test_a_lora_that_was_requantised_stands_out_of_one_rounding(beyond_rounding: bool, tmp_path: Path) -> None:
+    """BASE's own rounding is on both sides, and TUNED's is not."""
+    base = quantise_folder(BASE, tmp_path / "base", "nf4")
+    surgery.merge(base, LORA, output=tmp_path / "tuned", quantized="requantize")
+    result = surgery.extract_lora(
+        base,
+        tmp_path / "tuned",
+        output=tmp_path / "lora",
+        rank=surgery.Rank.auto,
+        kind="lora",
+        beyond_rounding=beyond_rounding,
+    )
+    rank = json.loads((LORA / "adapter_config.json").read_text())["r"]
+    assert 1 <= max(row.rank for row in result.rows if row.kind == "low-rank") <= rank
+    (finding,) = result.quantised
+    assert finding.startswith("rounding to codes (NF4 in BASE and NF4 in TUNED) is in 42 of 42 differences")
+    assert result.reproduced is None  # codes have no cells of a width
+
+
 def test_a_lora_merged_into_the_release_stands_out_of_the_rounding_of_its_nf4(tmp_path: Path) -> None:
     """The difference has the LoRA and the error of the quantiser; what is below its edge is left out."""
     base = quantise_folder(BASE, tmp_path / "base", "nf4")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import surgery
 from surgery.engine import residual as module
 from surgery_formats.arrays import Array
-from surgery_formats.errors import FitError, ProofError
+from surgery_formats.errors import FitError, NothingChangedError, ProofError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.engine.test_requantise import quantise as toy_model
 from tests.engine.test_requantise import storage as toy_storage  # noqa: F401  # a fixture
@@ -193,3 +193,9 @@ def test_codes_are_kept_only_where_there_are_some_and_no_other_type_is_asked_for
     base = quantised(tmp_path / "base", "nf4")
     with pytest.raises(FitError, match="keeps the codes, and `dtype=` asks for elements"):
         surgery.merge(base, LORA, output=tmp_path / "out", quantized=way, dtype="bf16")
+
+
+def test_an_adapter_that_adds_nothing_is_no_merge(tmp_path: Path) -> None:
+    with pytest.raises(NothingChangedError, match="no weight of the base would change"):
+        surgery.merge(quantised(tmp_path / "base", "nf4"), (LORA, 0.0), output=tmp_path / "out", quantized="residual")
+    assert not (tmp_path / "out").exists()

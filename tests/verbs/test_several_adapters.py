@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -87,6 +88,7 @@ def test_a_merge_is_taken_back_bit_for_bit(made: Made, name: str, share: float, 
 
 
 def test_graphs_mean_the_same(tmp_path: Path) -> None:
+    """What is merged comes first, what is in slots last."""
     base = recipes.build("llama", tmp_path / "base", hidden_size=64)
     dora = trained.train("llama", base, trained._lora(use_dora=True), tmp_path / "dora", seed=3)
     lora = trained.train("llama", base, trained._lora(), tmp_path / "lora", seed=4)
@@ -94,3 +96,12 @@ def test_graphs_mean_the_same(tmp_path: Path) -> None:
     export_onnx(base, merge=[(lora, 0.5), dora], output=tmp_path / "out", dtype="fp32")
     found = Plain(tmp_path / "out" / "model.onnx").step(IDS, np.ones_like(IDS))
     assert np.abs(found - expected).max() <= 1e-4
+    export_onnx(base, merge=[dora], swap=[lora], output=tmp_path / "slots", dtype="fp32")
+    adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    (file,) = (tmp_path / "slots" / "adapters").iterdir()
+    adapter.Load(str(file))
+    options.add_active_adapter(adapter)
+    plain = Plain(tmp_path / "slots" / "model.onnx")
+    feed = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), **plain.past}
+    expected = trained.logits(trained.attached("llama", base, (dora, 1.0), (lora, 1.0)), IDS)
+    assert np.abs(plain.session.run(["logits"], feed, options)[0] - expected).max() <= 1e-4

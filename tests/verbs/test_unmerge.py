@@ -117,6 +117,18 @@ def test_codes_are_taken_back(name: str, quantized: str, tmp_path: Path) -> None
         assert kept.stat().st_size < 0.15 * (base / "model.safetensors").stat().st_size
 
 
+def test_what_was_kept_for_codes_is_of_no_use_to_elements_and_a_plan_promises_the_base(tmp_path: Path) -> None:
+    base, lora = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", "nf4"), ROOT / "examples" / "lora"
+    surgery.merge(base, lora, output=tmp_path / "out", quantized="requantize", reversible=True)
+    surgery.merge(base, lora, output=tmp_path / "other")
+    planned = surgery.unmerge(tmp_path / "out", lora, dry_run=True)
+    assert not planned.estimated_codes
+    assert planned.exact_share == 1
+    kept = tmp_path / "out" / BASE_ROUNDING
+    with pytest.raises(FitError, match="is not the model that this file was kept for"):
+        surgery.unmerge(tmp_path / "other", lora, output=tmp_path / "back", base_rounding=kept)
+
+
 def test_a_base_of_pickles_comes_back_as_safetensors_with_its_content_id(tmp_path: Path) -> None:
     base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
     tensors = load_file(base / "model.safetensors")

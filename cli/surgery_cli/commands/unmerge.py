@@ -45,7 +45,7 @@ def command(
       surgery merge llama/ my-lora/ -o merged/ --reversible
       surgery unmerge merged/ my-lora/ -o llama-again/
       surgery unmerge merged/ style=0.7 facts=0.5 -o base/ --base-rounding base.rounding
-    surgery unmerge llama/ merged/ -o the-lora/
+      surgery unmerge llama/ merged/ -o the-lora/
     """
     from surgery.verbs.unmerge import unmerge
 

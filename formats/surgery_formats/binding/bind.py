@@ -35,7 +35,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.computed import zeros
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import expert, rows, transpose, whole, window
-from surgery_formats.text import listing
+from surgery_formats.text import listing, local_name
 from surgery_formats.updates import Effect, Replacing, Update, is_linear, is_replacing, is_row_setting, transposed
 
 __all__ = ["Binding", "bind", "warn_of_other_base"]
@@ -385,7 +385,7 @@ def warn_of_other_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> l
     config = next(iter(checkpoint.components.values())).config
     names = {checkpoint.path.resolve().name, str(config.get("_name_or_path", "")).rpartition("/")[2]}
     return [
-        f"{adapter.path.name}: was trained on '{adapter.base_name}', "
+        f"{adapter.path.name}: was trained on '{local_name(adapter.base_name)}', "
         f"the base given is '{checkpoint.path.resolve().name}'"
         for adapter in adapters
         if adapter.base_name and adapter.base_name.rstrip("/").rpartition("/")[2] not in names

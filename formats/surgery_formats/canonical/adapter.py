@@ -84,7 +84,7 @@ class Adapter:
         base_id: Content id of that base, where recorded.
         config: The format's own configuration, for writers and reports; only plain JSON values.
         metadata: Free strings that must survive a conversion (``ss_*``, ``modelspec.*``).
-        side_files: Tokenizer files and the like beside the adapter.
+        side_files: Tokenizer files and the like beside the adapter, or in folders beside it.
         stated_issues: Known issues that headers and configuration show (a missing alpha, a version that writes wrong
             scales).
         examine: Returns the known issues that only values show; see `known_issues`.
@@ -140,6 +140,11 @@ class Adapter:
         """The files its tensors lie in."""
         stored = (source for tensor in self.tensors for source in tensor.sources)
         return tuple({source.file.identity: source.file for source in stored}.values())
+
+    @property
+    def files_beside(self) -> dict[str, Path]:
+        """Its side files by their names relative to its folder."""
+        return {path.relative_to(self.path).as_posix(): path for path in self.side_files}
 
     @property
     def parameters(self) -> int:

@@ -30,6 +30,7 @@ __all__ = [
     "index_bytes",
     "index_name",
     "is_index",
+    "is_training_state",
     "open_folder_tensors",
     "open_shards",
     "output_name",
@@ -51,6 +52,11 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECA
 def is_index(name: str) -> bool:
     """Whether `name` is that of an index whose shards can be read."""
     return (match := _INDEX.fullmatch(name)) is not None and is_weight_file(f"x{match['suffix']}")
+
+
+def is_training_state(name: str) -> bool:
+    """Whether `name` is that of a training run's own file: arguments, or the state of its optimizer or generators."""
+    return _NOT_WEIGHTS.fullmatch(name) is not None
 
 
 def _name_fault(name: str, suffix: str) -> str | None:

@@ -20,7 +20,7 @@ from surgery_formats.models.families.family import Family
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.views import expert, rows, window
+from surgery_formats.tensors.views import expert, rows, transpose, window
 from surgery_formats.text import listing
 
 __all__ = ["Names", "WeightSlice", "extent"]
@@ -202,7 +202,7 @@ class Names:
 
     def _fused_here(self, name: str) -> tuple[WeightSlice, ...]:
         """One expert's part (``experts.3.w1.weight``) of a 3-D tensor in which the base stores all experts."""
-        for fused in self.family.fused:
+        for fused in (*self.family.fused, *self.family.numbered):
             for position, part in enumerate(fused.parts):
                 number = _expert_number(name, part)
                 if number is None:
@@ -212,8 +212,12 @@ class Names:
                 if stack is None or len(stack.sizes) != 3 or number >= stack.sizes[0]:
                     continue
                 count, *shape = stack.sizes
-                height = shape[0] // len(fused.parts)
                 view = expert(number, count, (shape[0], shape[1]))
+                if self.family.experts_transposed:
+                    if stack.storage.elements is None:
+                        continue
+                    view = transpose(view)
+                height = view.shape[0] // len(fused.parts)
                 view = rows(view, position * height, (position + 1) * height)
                 return (WeightSlice(replace(stack, storage=_stacked(stack.storage), view=view)),)
         return ()

@@ -261,6 +261,8 @@ class _Planner:
         if len(operations) != record["undone"]:
             raise FitError(_OTHER, file=self._merged.path, tensor=weight)
         coded = record["mode"] == "codes"
+        if coded and not is_quantised(after):
+            raise FitError(_OTHER, file=self._merged.path, tensor=weight)
         target = after if coded else Elements(shape, after.shape, dtype)
         step = self._steps[label] = Compute(after, operations, target)
         if int(record["height"]) < 1:

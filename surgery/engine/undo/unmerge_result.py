@@ -67,7 +67,7 @@ class UnmergeResult:
         ledger: Every tensor.
         base_id: Content id of the base, proved; empty for an estimate.
         exact: Of an estimate, by weight of elements: the share of values expected to be the base's bit for bit.
-        evidence: Of an estimate: how it is known that the adapters were merged.
+        evidence: Of an estimate: how it is known that the adapters were merged; None with what the merge kept.
         same_files: Of an estimate, whether its weight files are the base's, by name, as far as a manifest tells.
         warnings: What the user should know.
         of_codes: Of an estimate: weights whose values were those of codes, as far as a manifest tells.
@@ -91,7 +91,7 @@ class UnmergeResult:
 
     @property
     def _is_base(self) -> bool:
-        return bool(self.base_id) or (bool(self.same_files) and all(self.same_files.values()))
+        return self.evidence is None or (bool(self.same_files) and all(self.same_files.values()))
 
     @property
     def estimated_codes(self) -> tuple[str, ...]:

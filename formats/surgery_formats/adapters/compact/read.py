@@ -15,8 +15,8 @@ from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
-from surgery_formats.files.raw import stays_inside
 from surgery_formats.linalg.coding import CODINGS, Coding
+from surgery_formats.models.sets_beside import sets_beside
 from surgery_formats.tensors.coded import CodedTensor, quantised
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.text import listing, show
@@ -96,7 +96,7 @@ def read_compact(path: Path) -> Adapter:
         base_id=shard.metadata.get("surgery.base", ""),
         config=state.config,
         metadata=dict(shard.metadata),
-        side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
+        side_files=tuple(file for files in sets_beside(path).values() for file in files.values()),
         keeps_ties=raw.get("keeps_ties", bool),
         task=raw.get("task", str, task_of(state.config)),
         stored_transposed=raw.get("stored_transposed", bool, stored_transposed(state.config)),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from surgery_formats.canonical.adapter import Ignored
 from surgery_formats.errors import MalformedError
@@ -20,6 +21,7 @@ __all__ = [
     "Sorted",
     "ancestors",
     "bare_pattern",
+    "bared",
     "sort_tensors",
     "unwrapped",
 ]
@@ -80,7 +82,7 @@ def sort_tensors(
     """
     contents, unused = Sorted(), unused or {}
     for tensor in tensors:
-        key = _bared(tensor.name, contents.wrappers)
+        key = bared(tensor.name, contents.wrappers)
         rest = key.removeprefix(ROOT)
         general = rest.partition(".")[0]
         if general in shared or f"{general}." in shared:
@@ -100,13 +102,14 @@ def sort_tensors(
     return contents
 
 
-def _bared(key: str, found: set[str]) -> str:
+def bared(key: str, found: set[str] | None = None) -> str:
     """The key without the segments of wrappers: PEFT's prefix stands at its head, and there once.
 
     Args:
         key: Of a tensor.
         found: To which wrappers are added.
     """
+    found = set() if found is None else found
     segments = key.split(".")
     found.update(_WRAPPERS.intersection(segments))
     kept = [segment for segment in segments if segment not in _WRAPPERS]
@@ -122,6 +125,7 @@ def _bared(key: str, found: set[str]) -> str:
     return ".".join(kept)
 
 
+@lru_cache(maxsize=1024)
 def bare_pattern(pattern: str) -> str:
     """A pattern on paths, or their ends, without the segments of wrappers."""
     return re.sub(rf"({'|'.join(sorted(_WRAPPERS))})\\?\.", "", pattern)

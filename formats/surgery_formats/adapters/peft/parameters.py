@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.adapters.format import NewTensor
+from surgery_formats.adapters.peft.dialects import by_expert
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.adapters.writing import factor_dtype
@@ -101,17 +102,22 @@ def parameter_lora(
     if name == "weight" or (count == 1 and not config.experts_old_order):
         return site, LoRA(Factor.of(a), Factor.of(b), scale, alpha)
 
+    grouped = by_expert(config, count, rank, b)
+
+    def columns(stack: Array, e: int) -> Array:
+        return stack.reshape(-1, count, rank)[:, e] if grouped else stack.reshape(-1, rank, count)[:, :, e]
+
     def forward(e: int) -> LoRA:  # PEFT >= 0.19: delta[e] = B[:, :, e] @ A[e], (rows, cols)
         return LoRA(
             Factor((a,), (rank, a.shape[1]), lambda t: t.reshape(count, rank, -1)[e]),
-            Factor((b,), (b.shape[0], rank), lambda t: t.reshape(-1, rank, count)[:, :, e]),
+            Factor((b,), (b.shape[0], rank), lambda t: columns(t, e)),
             scale,
             alpha,
         )
 
     def backward(e: int) -> LoRA:  # before, and where experts are held (E, in, out): the transpose
         return LoRA(
-            Factor((b,), (rank, b.shape[0]), lambda t: t.reshape(-1, rank, count)[:, :, e].T),
+            Factor((b,), (rank, b.shape[0]), lambda t: columns(t, e).T),
             Factor((a,), (a.shape[1], rank), lambda t: t.reshape(count, rank, -1)[e].T),
             scale,
             alpha,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from surgery_formats.adapters.peft.beside import Beside, weights_beside
 from surgery_formats.adapters.peft.carried import held_by_config, stored_transposed, task_of
 from surgery_formats.adapters.peft.disagreements import stated_disagreements, unmet_promises
 from surgery_formats.adapters.peft.keys import (
@@ -32,10 +33,10 @@ from surgery_formats.containers.base import Shard
 from surgery_formats.containers.sharded import open_folder_tensors
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.files.raw import stays_inside
+from surgery_formats.models.sets_beside import sets_beside
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
-from surgery_formats.updates import Factor, Replacement, Update
+from surgery_formats.updates import Factor, Replacement, Update, is_replacing
 
 __all__ = ["read_peft"]
 
@@ -67,6 +68,7 @@ def read_peft(path: Path) -> Adapter:
     config = parse_config(read_object(path / "adapter_config.json"), path / "adapter_config.json", switches())
     opened = open_folder_tensors(path, (WEIGHTS,))
     tensors = tuple(opened.tensors.values())
+    beside = weights_beside(path)
     whole = Adapter(
         path=path,
         format="peft",
@@ -78,12 +80,12 @@ def read_peft(path: Path) -> Adapter:
         base_id=_metadata(opened.shards).get("surgery.base", ""),
         config=config.raw,
         metadata=_metadata(opened.shards),
-        side_files=tuple(sorted(p for p in path.iterdir() if "token" in p.name and p.is_file() and stays_inside(p))),
+        side_files=tuple(sorted([*beside.carried, *(p for s in sets_beside(path).values() for p in s.values())])),
         task=task_of(config.raw),
         stored_transposed=stored_transposed(config.raw),
     )
     if config.kind in PROMPTS:
-        return _soft_prompt(whole, tensors, config)
+        return _with_beside(_soft_prompt(whole, tensors, config), beside)
     kind = kinds()[config.kind]
     if why := kind.lacks(config):
         raise FitError(why, file=config.file)
@@ -106,7 +108,7 @@ def read_peft(path: Path) -> Adapter:
     if empty := sorted(name for name, tensor in contents.plain.items() if is_ungathered(tensor)):
         issues.append(f"{listing(empty)}: shape [0]. {UNGATHERED}")
     issues += stated_disagreements(config, kind.switches, contents.modules, contents.plain, exact=exact)
-    return replace(
+    read_here = replace(
         whole,
         updates=dict(sorted(updates.items())),
         ignored=tuple(contents.ignored),
@@ -114,6 +116,32 @@ def read_peft(path: Path) -> Adapter:
         stated_issues=(*issues, *kind.issues(config.raw, tensors)),
         examine=partial(issues_by_value, config.kind, config.raw, tensors),
         unmet=partial(unmet_promises, config),
+    )
+    return _with_beside(read_here, beside)
+
+
+def _with_beside(adapter: Adapter, beside: Beside) -> Adapter:
+    """The adapter with the parameters of other files of its folder, as if PEFT had saved them as modules of its own.
+
+    Raises:
+        MalformedError: PEFT's file has one of them too.
+    """
+    updates = dict(adapter.updates)
+    for path, tensor in beside.parameters.items():
+        site = Site(path)
+        if any(is_replacing(update) for update in updates.get(site, ())):
+            raise MalformedError(
+                f"'{path}' is in the adapter's own file too", file=tensor.file.path, tensor=tensor.name
+            )
+        updates[site] = (Replacement(Factor.of(tensor), "copy"), *updates.get(site, ()))
+    listed = adapter.config.get("modules_to_save") or []
+    saved = {"modules_to_save": sorted({*listed, *beside.modules})} if beside.modules else {}
+    return replace(
+        adapter,
+        updates=dict(sorted(updates.items())),
+        tensors=(*adapter.tensors, *beside.parameters.values()),
+        config={**adapter.config, **saved},
+        stated_issues=(*adapter.stated_issues, *beside.issues),
     )
 
 

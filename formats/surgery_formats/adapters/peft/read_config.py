@@ -255,7 +255,7 @@ def _refuse_unknown(raw: Mapping[str, Any], known: Switches, file: Path) -> None
             raise FitError(
                 f"the switch '{show(key)}' is on and not known; it may change what the tensors mean",
                 file=file,
-                hint="remove it from adapter_config.json if it does not",
+                hint="a newer version may know it; the program that wrote it can merge it",
             )
     init = raw.get("init_lora_weights")
     why = [why for raw, why in _RAW_INITS.items() if isinstance(init, str) and init.lower().startswith(raw)]

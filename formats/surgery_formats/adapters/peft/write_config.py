@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery_formats.adapters.contents import contents_of
+from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.adapters.peft.carried import TASK_TYPES, is_peft
+from surgery_formats.adapters.peft.dialects import marked
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.writing import commonest
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -62,6 +64,8 @@ def adapter_config(file: PeftFile) -> bytes:
         }
         if file.experts:
             config |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(file.experts)}
+    if file.experts:
+        config = marked(config)
     # One line where scales were chosen anew: token ids would take a line each, and an extraction may list 65,536.
     indent = None if file.scaling is not None and file.rows else 2
     return (json.dumps(config, indent=indent, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
@@ -149,7 +153,8 @@ def inherited(adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, 
         "use_rslora": False,
     }
     if stacks:
-        fields |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(site.path for site in stacks)}
+        named = sorted(site.path for site in stacks if SWITCH not in site.path)
+        fields |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": named or None}
     return fields
 
 

@@ -68,6 +68,7 @@ class Family:
         experts_transposed: Whether 3-D expert tensors are ``(E, in, out)`` rather than ``(E, out, in)``.
         renames: Spellings, see `Rename`.
         fused: Parameters stored in parts, see `Fused`.
+        numbered: Names that programs give to single experts of a stack, and no file of the family has.
         derivable: Last path segments of tensors that are computed, not trained (``inv_freq``).
         other_flat: Maps a base's module paths to ``(another flattened name, module path)`` pairs, for networks that
             other tools know under other names.
@@ -84,6 +85,7 @@ class Family:
     experts_transposed: bool = False
     renames: tuple[Rename, ...] = ()
     fused: tuple[Fused, ...] = ()
+    numbered: tuple[Fused, ...] = ()
     derivable: tuple[str, ...] = ("rotary_emb.inv_freq", "position_ids", "masked_bias", "rope_freqs.weight")
     other_flat: Callable[[Collection[str]], Iterator[tuple[str, str]]] | None = None
     recipe: Recipe | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
+from surgery_formats.adapters.peft.dialects import LAYOUT, experts_of_tinker, named_by_peft
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
@@ -84,6 +85,7 @@ SWITCHES = Switches(
             "use_dora",
             "lora_bias",
             "target_parameters",
+            LAYOUT,
             "use_bdlora",
             "kasa_config",
         ]
@@ -106,7 +108,7 @@ SWITCHES = Switches(
 
 def _read(module: Module) -> ModuleUpdates:
     """All updates of one module."""
-    parts, config, clean = module.parts, module.config, module.path
+    parts, config, clean = module.parts, module.config, named_by_peft(module.path)
     tokens = (_token_rows(clean, parts["tokens"], config),) if "tokens" in parts else ()
     if tokens and len(parts) == 1:
         return ModuleUpdates({Site(f"{clean}.weight"): tokens})
@@ -127,6 +129,8 @@ def _read(module: Module) -> ModuleUpdates:
         raise malformed(flat, "not a factor of a LoRA")
     if len(parts[a].shape) != len(parts[b].shape):
         raise malformed(parts[b], f"its other factor is {list(parts[a].shape)}")
+    if not embedding and (experts := experts_of_tinker(module)):
+        return experts
     parameters = targeted_parameters(module.wrapped, clean, config, module.wrappers, parts[a])
     part = taken(config)
     if parameters:
@@ -259,6 +263,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
                 stacks.append(StackedParameter(site, held.update, todays_order(file, site, held.stack)))
         elif held.stack:
             _put_experts(file, site, held.update)
+            file.rewritten = True  # its configuration has no such modules
         elif held.offset:
             _put_bias(file, site, held, held.offset, plain)
         elif held.rows:
@@ -268,6 +273,8 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
         else:
             file.hold_other(site, held.update, by_key=False)
     put_parameters(file, stacks)
+    named = {tensor.name.removeprefix(file.prefix).partition(".lora_")[0] for tensor in file.adapter.tensors}
+    file.rewritten |= any(named_by_peft(path) != path for path in named)
     file.defaults = {"fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0}
     file.fields = {
         **ranks_and_alphas(file),
