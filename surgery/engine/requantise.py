@@ -41,6 +41,7 @@ _ENOUGH = 0.9
 """Share of the update that nearest has to keep: above, feedback only adds noise (docs/quantised.md has the measurement)."""
 _NOISE = 0.03  # what noise with the energy of the update costs, in shares of the update
 _BETTER = 0.01  # shares of the update by which fresh scales must be better if codes are rounded to nearest
+_HALVED = 0.5  # times the noise that fresh scales may have to be better as well, where they keep no less
 _QUIETER = 0.9  # times the noise that fresh scales may have if feedback keeps the update on either
 _MISSED = 0.04  # of the update's norm inside its inputs: what feedback may leave there
 _LEAST, _MOST = 1e-4, 1.0  # of the diagonal of H
@@ -226,7 +227,8 @@ class WeightRequantiser:
             return _Choice(fresh=fresh.noise < kept.noise)
         listening = [span.directions for span in self._spans if span.directions is not None]
         options = self._step.requantise
-        better = _worth(fresh) > _worth(kept) + _BETTER
+        quiet = fresh.noise < _HALVED * kept.noise and _worth(fresh) > _worth(kept)
+        better = quiet or _worth(fresh) > _worth(kept) + _BETTER
         enough = max(kept.survival, fresh.survival if better else 0.0) >= _ENOUGH
         known = self._moment is not None
         if options is None or options.rounding == "nearest" or not (listening or known):

@@ -23,7 +23,8 @@ from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.storage.base import read_rows
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.testing.plugins import installed
-from tests.support.kit import make_base, make_lora
+from tests.support.kit import ROOT, make_base, make_lora
+from tests.support.quantised_folders import quantise_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugins" / "toy_storage"))
 from toy_storage import CODES, SCALES, ToyWeight, quantised  # a package of its own
@@ -238,3 +239,18 @@ def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
             )
     with pytest.raises(FitError, match="feedback alone"):
         surgery.merge(base, lora, output=tmp_path / "out", calibration=tmp_path / "inputs.safetensors")
+
+
+def test_scales_in_which_the_greatest_values_would_be_cut_off_are_chosen_anew(tmp_path: Path) -> None:
+    """A row's greatest value is at the end of int8's grid: an update moves some of them beyond."""
+    base = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", "int8")
+    lora = ROOT / "examples" / "lora"
+    surgery.merge(base, lora, output=tmp_path / "out", quantized="requantize")
+    before, after, left, update, fitted = weights(base), weights(tmp_path / "out"), 0.0, 0.0, 0.0
+    for name, (delta, _) in deltas(lora).items():
+        wanted = before[name] + delta
+        scale = abs(wanted).max(1, keepdims=True) / 127
+        left += float(((after[name] - wanted) ** 2).sum())
+        fitted += float(((np.round(wanted / scale) * scale - wanted) ** 2).sum())
+        update += float((delta**2).sum())
+    assert left <= 1.1 * fitted < 0.04**2 * update
