@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE", "architectures", "bases", "main", "records", "transposed"]
+__all__ = ["FILE", "architectures", "bases", "main", "records", "ties", "transposed"]
 
 FILE = Path(__file__).parents[1] / "formats" / "surgery_formats" / "models" / "eras.json"
 
@@ -63,20 +63,26 @@ def bases() -> dict[str, list[str]]:
     return dict(sorted(found.items()))
 
 
-def architectures() -> dict[str, list[list[str]]]:
-    """``{class: [[path of a model inside it, key of its configuration], ...]}`` of composites, bare models left out."""
-    import transformers
+def _classes() -> list[str]:
+    """Classes that transformers makes by the type of a configuration."""
     from transformers.models.auto import modeling_auto
 
-    found = {}
-    names = {
-        name
+    values = [
+        value
         for mapping in vars(modeling_auto).values()
         if isinstance(mapping, Mapping) and type(mapping).__name__ == "OrderedDict"
         for value in mapping.values()
-        for name in ([value] if isinstance(value, str) else value if isinstance(value, tuple | list) else [])
-    }
-    for name in sorted(names):
+    ]
+    several = [[value] if isinstance(value, str) else value for value in values]
+    return sorted({str(name) for names in several if isinstance(names, list | tuple) for name in names})
+
+
+def architectures() -> dict[str, list[list[str]]]:
+    """``{class: [[path of a model inside it, key of its configuration], ...]}`` of composites, bare models left out."""
+    import transformers
+
+    found = {}
+    for name in _classes():
         with suppress(ImportError, AttributeError):
             if parts := list(_parts(getattr(transformers, name))):
                 found[name] = parts
@@ -98,6 +104,20 @@ def transposed() -> list[str]:
             if transformers.CONFIG_MAPPING[kind].__module__.split(".")[-2] in marked:
                 found.append(kind)
     return sorted(found)
+
+
+def ties() -> dict[str, dict[str, str]]:
+    """``{class: {parameter that is another: that other}}``, by the names of the model's code."""
+    import transformers
+
+    found = {}
+    for name in _classes():
+        with suppress(ImportError, AttributeError):
+            tied = getattr(transformers, name)._tied_weights_keys
+            plain = {a: b for a, b in (tied or {}).items() if re.fullmatch(r"[\w.]+", a + b)}
+            if plain:
+                found[name] = plain
+    return found
 
 
 def _parts(made: Any) -> Iterator[list[str]]:
@@ -143,6 +163,7 @@ def main() -> None:
         "source": f"transformers {transformers.__version__}, conversion_mapping.py, Apache-2.0",
         "records": _shared(records()),
         "bases": bases(),
+        "ties": ties(),
         "transposed": dict.fromkeys(transposed(), True),
         "architectures": architectures(),
     }

@@ -11,7 +11,7 @@ from surgery.algebra.combination import CombinationPlan
 from surgery.algebra.combine_result import Combined, CombineResult
 from surgery.algebra.combined_adapter import side_files
 from surgery.algebra.proof import CombinationProof, prove_combination
-from surgery.algebra.ties_and_dare import DENSE_METHODS
+from surgery.algebra.ties_and_dare import DENSE_METHODS, MAJORITIES
 from surgery.engine.adapter_output import WriteOptions, job_id, write_adapter
 from surgery.reports.to_json import plain
 from surgery_formats.errors import NothingChangedError
@@ -42,9 +42,12 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
             file.check_unchanged()
         return result.as_manifest()
 
+    recipe = plain(plan.combination.recipe)
+    if recipe["majority"] == MAJORITIES[0]:  # as if there were no choice: ids stay those of before there was one
+        del recipe["majority"]
     facts = {
         "verb": result.verb,
-        "recipe": plain(plan.combination.recipe),
+        "recipe": recipe,
         "sources": plain(result.sources),
         "target": plan.target.name,
     }

@@ -20,7 +20,7 @@ from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
-from surgery_formats.updates import in_full, is_linear
+from surgery_formats.updates import expanded, in_full, is_linear
 
 __all__ = ["combine_weight"]
 
@@ -62,6 +62,9 @@ def combine_weight(
             combined_change = combine_changes(name, site, contributions, base, recipe, solutions)
             if combined_change is not None:
                 return combined_change
+        products = _expanded(contributions)
+        if products and (len({share.owner for share in contributions}) > 1 or recipe.method == "svd"):
+            return combine_weight(key, products, terms, recipe, solutions, base)
         return _kept(site, contributions, others, terms, recipe, base)
     _check_shapes(site, contributions, terms)
     present = [shares for shares in (low_rank, stacks, full) if shares]
@@ -80,6 +83,12 @@ def combine_weight(
         return combined_kinds[0]
     low, offset = combined_kinds  # a LoRA and a full difference of one weight add up side by side
     return replace(low, updates=(*low.updates, *offset.updates), vector=offset.vector)
+
+
+def _expanded(contributions: Sequence[Contribution]) -> list[Contribution]:
+    """The contributions as LoRAs, if each is one or a product of known factors; else none."""
+    products = [replace(share, update=lora) for share in contributions if (lora := expanded(share.update))]
+    return products if len(products) == len(contributions) else []
 
 
 def _all_change(contributions: Sequence[Contribution]) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from surgery.algebra.group import key_of
 from surgery.comparison.additive import Chain, Squares, are_sums, blocks_of, compared, measured_side, ratio, side_of
@@ -11,7 +12,16 @@ from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
 from surgery.engine.factor_proof import tensor_error
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
-from surgery_formats.updates import Factor, Update, is_directed, is_replacing, is_row_setting, settings
+from surgery_formats.updates import (
+    Factor,
+    Update,
+    expanded,
+    in_full,
+    is_directed,
+    is_replacing,
+    is_row_setting,
+    settings,
+)
 
 __all__ = ["diff_adapters"]
 
@@ -95,7 +105,12 @@ def _by_value(name: str, mine: Chain | None, theirs: Chain | None, limit: float)
     shapes = [chain[0].shape for chain in (mine, theirs)]
     if shapes[0] != shapes[1] or len(blocks_of(mine)) != len(blocks_of(theirs)):
         return ModuleDiff(name, "different", a, b, note="made for weights of different shapes"), None
-    if kinds[0] != kinds[1] and not (are_sums(mine) and are_sums(theirs)):
+    if kinds[0] != kinds[1] and (products := _products(mine, theirs)):
+        mine, theirs = products
+        a, b = (
+            replace(measured_side(chain), kind=side.kind) for chain, side in zip(products, (a, b), strict=True) if side
+        )
+    elif kinds[0] != kinds[1] and not (are_sums(mine) and are_sums(theirs)):
         return ModuleDiff(
             name, "different", a, b, note="of different kinds: only the base can tell their difference"
         ), None
@@ -105,6 +120,15 @@ def _by_value(name: str, mine: Chain | None, theirs: Chain | None, limit: float)
     cosine = max(-1.0, min(1.0, sums.product / sizes)) if sizes else None
     status: AdapterStatus = "equal" if difference <= limit and not notes else "different"
     return ModuleDiff(name, status, a, b, difference, cosine, "; ".join(notes)), sums
+
+
+def _products(mine: Chain, theirs: Chain) -> tuple[Chain, Chain] | None:
+    """Both sides as sums of LoRAs, if one has a product of known factors (LoHa) and the other can be compared with it."""
+    if are_sums(mine) and are_sums(theirs):
+        return None
+    sides = [tuple(in_full(update) or expanded(update) for update in chain) for chain in (mine, theirs)]
+    known = [tuple(form for form in side if form is not None) for side in sides]
+    return (known[0], known[1]) if list(map(len, known)) == list(map(len, sides)) else None
 
 
 def unadded_differences(mine: Chain, theirs: Chain, limit: float) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgery.reports.targets import site_role
+from surgery_formats.binding.containers import housed
 from surgery_formats.binding.sizes import fit_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
@@ -48,6 +49,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     Raises:
         FitError: none of them is there in the right shape.
     """
+    adapter, notes = housed(adapter, base)
     roles: dict[Site, str] = {}
     sizes: dict[tuple[str, str], int] = {}
     odd: list[Site] = []
@@ -73,7 +75,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
             file=adapter.path,
             hint=_hint(odd[0], base),
         )
-    warnings = _prompt(adapter, base)
+    warnings = (*_prompt(adapter, base), *notes)
     if odd:
         count = f"{len(odd)} of {len(adapter.updates)} parameters"
         warnings = (f"{count} do not fit the base: {listing(map(str, odd))}", *warnings)

@@ -13,13 +13,17 @@ from peft.tuners.lora.conversion import save_as_lora
 from safetensors.torch import load_file
 from torch import Tensor
 
-from surgery import Rank, convert, merge
+from surgery import Rank, combine, convert, diff, merge
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.updates import LoHa
-from tests.adapters.test_peft_kinds import KINDS
+from tests.adapters import test_peft_kinds, test_peft_variants
 from tests.oracles import disk, measure, models, peft_oracle
 from tests.support.combinations import best
 
+GLORA = {name: case for name, case in test_peft_variants.OTHERS.items() if name.startswith("glora")}
+"""Of which PEFT's own LoRA has no merge: it has biases for all modules or for none."""
+OTHERS = {name: case for name, case in test_peft_variants.OTHERS.items() if name not in GLORA}
+KINDS = test_peft_kinds.KINDS | OTHERS
 RANK = 3
 NO_MATRIX = ("beft", "ln_tuning", "layer norms")
 """Kinds that change no matrix: there is nothing that a LoRA could hold."""
@@ -27,7 +31,7 @@ NO_MATRIX = ("beft", "ln_tuning", "layer norms")
 
 def trained(name: str, folder: Path) -> tuple[str, Path, Path]:
     """Architecture, base and adapter."""
-    arch, kind, fields = KINDS[name]
+    arch, kind, fields = (KINDS | GLORA | test_peft_variants.LORA)[name]
     base = models.build_base(arch, folder / "base")
     peft_oracle.train(arch, base, f"{kind}Config", fields, folder / "trained", seed=4)
     return arch, base, folder / "trained"
@@ -81,6 +85,25 @@ def test_at_the_rank_it_has_nothing_is_lost(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got.attached, wanted.attached, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["glora", "glora by vectors", "raw pissa", "raw olora", "kasa"])
+def test_what_peft_cannot_merge_in_float64_does_the_same_attached(name: str, tmp_path: Path) -> None:
+    arch, base, adapter = trained(name, tmp_path)
+    rank = None if name in test_peft_variants.LORA else Rank.energy(1.0)
+    result = convert(adapter, "peft", output=tmp_path / "lora", as_lora=True, rank=rank, base=base)
+    assert {entry.outcome for entry in result.entries} == {"folded"} or rank is not None
+    models_run = [
+        models.run(arch, peft_oracle.attach(arch, base, [(path, 1.0)], "float32"))
+        for path in (adapter, tmp_path / "lora")
+    ]
+    torch.testing.assert_close(models_run[1], models_run[0], rtol=1e-3, atol=1e-4)
+
+
+def test_changes_of_biases_alone_are_refused(tmp_path: Path) -> None:
+    _, base, adapter = trained("glora of biases", tmp_path)
+    with pytest.raises(FitError, match="changes no matrix"):
+        convert(adapter, "peft", output=tmp_path / "lora", as_lora=True, rank=RANK, base=base)
+
+
 @pytest.mark.parametrize("name", [name for name, (arch, _, _) in KINDS.items() if arch == "llama"])
 def test_peft_converts_none_better(name: str, tmp_path: Path) -> None:
     arch, base, adapter = trained(name, tmp_path)
@@ -94,7 +117,8 @@ def test_peft_converts_none_better(name: str, tmp_path: Path) -> None:
     convert(adapter, "peft", output=tmp_path / "ours", as_lora=True, rank=rank, base=base)
     wanted, ours, theirs = (changes(arch, base, path) for path in (adapter, tmp_path / "ours", tmp_path / "theirs"))
     for key, change in wanted.items():
-        lost, peer = (float((got[key] - change).norm()) for got in (ours, theirs))
+        nothing = torch.zeros_like(change)  # PEFT's conversion of an embedding is of no effect
+        lost, peer = (float((got.get(key, nothing) - change).norm()) for got in (ours, theirs))
         assert lost <= 1.0001 * peer + 1e-6 * float(change.norm()), key
 
 
@@ -207,3 +231,23 @@ def test_a_lora_that_does_something_else_is_not_proved(
     with pytest.raises(ProofError, match="away from what LoHa does"):
         convert(made[1]["loha"], "peft", output=tmp_path / "lora", as_lora=True)
     assert not (tmp_path / "lora").exists()
+
+
+def test_the_sum_of_a_loha_and_a_lora_is_exact(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    base, adapters = made
+    result = combine([(adapters["lora"], 0.5), (adapters["loha"], -2.0)], output=tmp_path / "sum")
+    assert {(module.outcome, module.ranks, module.rank) for module in result.modules} == {("exact", (2, 9), 11)}
+    lora, loha, got = (changes("llama", base, path) for path in (adapters["lora"], adapters["loha"], tmp_path / "sum"))
+    for key, change in got.items():
+        wanted = 0.5 * lora[key] - 2.0 * loha[key]
+        assert float((change - wanted).norm()) <= 1e-6 * float(wanted.norm()), key
+
+
+def test_a_loha_is_compared_with_the_lora_that_it_became(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    _, adapters = made
+    convert(adapters["loha"], "peft", output=tmp_path / "same", as_lora=True)
+    lossy = convert(adapters["loha"], "peft", output=tmp_path / "near", as_lora=True, rank=5)
+    assert diff(adapters["loha"], tmp_path / "same").equal
+    apart = diff(adapters["loha"], tmp_path / "near")
+    errors = {entry.site: entry.error for entry in lossy.entries}
+    assert {module.name: module.difference for module in apart.modules} == pytest.approx(errors, rel=1e-4)

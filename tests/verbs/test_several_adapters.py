@@ -87,6 +87,20 @@ def test_a_merge_is_taken_back_bit_for_bit(made: Made, name: str, share: float, 
     assert (base / "model.safetensors").read_bytes() == (tmp_path / "back" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("order", [("lora", "pissa"), ("pissa", "lora")])
+def test_a_raw_pissa_takes_its_part_from_the_base(made: Made, order: tuple[str, str], tmp_path: Path) -> None:
+    base, folders = made
+    config = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa"}
+    peft_oracle.train("llama", base, "LoraConfig", config, tmp_path / "pissa", seed=7)
+    chain = [(folders.get(name, tmp_path / name), 1.0) for name in order]
+    surgery.merge(base, chain, output=tmp_path / "merged")
+    surgery.combine(chain, output=tmp_path / "one", base=base, rank=models.HIDDEN)
+    surgery.merge(base, tmp_path / "one", output=tmp_path / "again")
+    attached = peft_oracle.merge("llama", base, chain, "float32").attached
+    for folder in ("merged", "again"):
+        assert far(models.run("llama", models.load("llama", tmp_path / folder, "float32")), attached) < 2e-5
+
+
 def test_graphs_mean_the_same(tmp_path: Path) -> None:
     """What is merged comes first, what is in slots last."""
     base = recipes.build("llama", tmp_path / "base", hidden_size=64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from surgery_formats.binding.containers import housed
 from surgery_formats.binding.edits import Edit, Operation, at_weight
 from surgery_formats.binding.fit_checks import (
     check_family,
@@ -85,8 +86,11 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
             adapter changes no weights, or two adapters replace one parameter.
     """
     bound: dict[tuple[str, str], list[_BoundOperation]] = {}
-    for number, (adapter, weight) in enumerate(adapters):
-        check_mergeable(adapter, checkpoint)
+    notes: list[str] = []
+    for number, (given, weight) in enumerate(adapters):
+        check_mergeable(given, checkpoint)
+        adapter, read_as = housed(given, checkpoint)
+        notes += read_as
         chains, missing = _locate(sized(adapter, checkpoint), checkpoint, new_biases=new_biases)
         for chain in chains:
             for operation in _operate(chain, adapter, number, weight):
@@ -103,7 +107,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
         untied,
         ignored=tuple(entry for adapter, _ in adapters for entry in adapter.ignored),
         settled=tuple(sorted(bound_tensors - applied_tensors, key=lambda tensor: tensor.name)),
-        warnings=_warnings(adapters, untied, checkpoint, settled),
+        warnings=(*_warnings(adapters, untied, checkpoint, settled), *notes),
     )
 
 

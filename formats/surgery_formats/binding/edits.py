@@ -11,7 +11,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.apply import Apply
 from surgery_formats.tensors.views import View
-from surgery_formats.updates import Update, blend, is_directed, is_linear
+from surgery_formats.updates import Update, blend, is_linear, is_of_base
 from surgery_formats.updates.weights import WeightView
 
 __all__ = ["Edit", "Operation", "at_weight", "prepared", "seen_by"]
@@ -100,9 +100,9 @@ def seen_by(
 ) -> WeightView:
     """The weight that an operation looks at before it acts.
 
-    It is what the operations before it left. Only a DoRA measures rows without what *other* adapters did to them: it
-    was trained on the base, and so PEFT computes it, attached and merged:
-    ``W' = m_b / ||W + s_b B_b A_b|| * (m_a / ||W + s_a B_a A_a|| * (W + s_a B_a A_a) + s_b B_b A_b)``.
+    It is what the operations before it left. Only a DoRA, which measures rows, and what takes a part of the base away
+    look at it without what *other* adapters did: they were trained on the base, and so PEFT computes them, attached. Of two
+    DoRAs ``W' = m_b / ||W + s_b B_b A_b|| * (m_a / ||W + s_a B_a A_a|| * (W + s_a B_a A_a) + s_b B_b A_b)``.
 
     Args:
         number: Which of `operations`.
@@ -114,7 +114,7 @@ def seen_by(
         device: Where the arithmetic runs.
     """
     operation, earlier = operations[number], tuple(chain[:number])
-    if is_directed(operation.update):
+    if is_of_base(operation.update):
         owners = (before.adapter for before in operations[:number])
         earlier = tuple(step for step, owner in zip(earlier, owners, strict=True) if owner == operation.adapter)
     return WeightView(source, earlier, operation.view, dtype, device, height)

@@ -75,7 +75,19 @@ def settle_tie(
             head = Edit(component.name, component.head, source, (), why="was tied to the embedding, keeps its values")
         if head is not None:
             settled[head_key] = replace(head, added=True)
-    return settled, True
+    return _with_bias(settled, component), True
+
+
+def _with_bias(settled: Edits, component: Component) -> Edits:
+    """The head's bias too, where the class ties it: transformers looks for it as soon as the weights are parted."""
+    alias = f"{component.head.removesuffix('weight')}bias"
+    source = component.aliases.get(alias)
+    if source is None or alias in component.parameters:
+        return settled
+    known = settled.get((component.name, source))
+    base = component.parameters[source].storage
+    bias = known or Edit(component.name, alias, base, (), why="was tied, keeps its values")
+    return {(component.name, alias): replace(bias, name=alias, added=True), **settled}
 
 
 def _head_follows(embedding: Edit, component: Component, keeping: frozenset[int]) -> bool:

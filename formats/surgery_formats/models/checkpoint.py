@@ -16,6 +16,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
+from surgery_formats.models.eras import class_ties, expert_counts
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.names import Names
@@ -68,7 +69,8 @@ class Component:
     def owners(self) -> dict[str, Storage]:
         """From every stored tensor to the weight that it is, or is a part of."""
         claimed = {} if self.uninterpreted else claimed_weights(self.tensors, self.config)
-        return {name: claimed.get(name) or _plain(tensor) for name, tensor in self.tensors.items()}
+        counts = expert_counts(self.config)
+        return {name: claimed.get(name) or _plain(tensor, counts) for name, tensor in self.tensors.items()}
 
     @cached_property
     def is_quantised(self) -> bool:
@@ -155,7 +157,8 @@ class Component:
     def _has_head(self) -> bool:
         architectures = self.config.get("architectures")
         names = architectures if isinstance(architectures, list) else []
-        return any(mark in str(name) for name in names for mark in _WITH_HEAD)
+        marked = any(mark in str(name) for name in names for mark in _WITH_HEAD)
+        return marked or f"{self.family.head}.weight" in class_ties(self.config)
 
     @cached_property
     def aliases(self) -> dict[str, str]:
@@ -194,12 +197,16 @@ class Component:
         return sum(shard.file.size for shard in self.shards)
 
 
-def _plain(tensor: StoredTensor) -> Plain:
+def _plain(tensor: StoredTensor, counts: frozenset[int] = frozenset()) -> Plain:
     """A tensor as a weight of its own.
 
-    A tensor of three axes is a stack of experts, unless its name ends in ``.weight``: then it is a convolution.
+    A tensor of three axes is a stack of experts, unless its name ends in ``.weight``: then it is a convolution, if it
+    does not have as many matrices as the configuration counts experts and no module of the name of a convolution.
     """
-    return Plain.of(tensor, stacked=not tensor.name.endswith(".weight"))
+    convolves = tensor.name.endswith(".weight") and (
+        len(tensor.shape) != 3 or tensor.shape[0] not in counts or "conv" in tensor.name or 1 in tensor.shape[1:]
+    )
+    return Plain.of(tensor, stacked=not convolves)
 
 
 @dataclass(frozen=True, repr=False)

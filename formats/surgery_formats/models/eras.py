@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["Conversion", "Era", "Eras", "eras_of", "experts_transposed"]
+__all__ = ["Conversion", "Era", "Eras", "class_ties", "eras_of", "expert_counts", "experts_transposed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +217,26 @@ def experts_transposed(config: Mapping[str, Any]) -> bool | None:
         return None
     parts = (str(part.get("model_type")) for part in config.values() if isinstance(part, Mapping))
     return any(kind in data["transposed"] for kind in (own, *parts))
+
+
+def class_ties(config: Mapping[str, Any]) -> dict[str, str]:
+    """``{parameter that is another: that other}`` of the class in `config`, by the names of the model's code."""
+    architectures = config.get("architectures")
+    kind = architectures[0] if isinstance(architectures, Sequence) and architectures else ""
+    ties: dict[str, str] = _data()["ties"].get(str(kind), {})
+    return ties
+
+
+def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:
+    """How many experts a layer has, by every name that configurations have for it."""
+    parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
+    return frozenset(
+        value
+        for part in parts
+        for key, value in part.items()
+        if "experts" in key and "per_tok" not in key and "shared" not in key
+        if isinstance(value, int) and not isinstance(value, bool) and value > 1
+    )
 
 
 def _of(config: Mapping[str, Any], kind: str) -> tuple[Conversion, ...]:

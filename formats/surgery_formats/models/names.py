@@ -113,6 +113,13 @@ class Names:
                 return slices
         return () if flat else self._of_another_era(path)
 
+    def resolve_here(self, path: str) -> tuple[WeightSlice, ...]:
+        """As `resolve`, of a path whose leading segments are the base's."""
+        for spelling in _renamings(path, self.family):
+            if slices := self._places(spelling):
+                return slices
+        return self._of_another_era(path)
+
     def _of_another_era(self, path: str) -> tuple[WeightSlice, ...]:
         """The weight that an older release, or a file of one, calls `path`, in a base of a newer one."""
         eras = self.eras
@@ -148,8 +155,15 @@ class Names:
         shorter = [name.partition(".")[2] for name in renamed if name.count(".") > 1]
         yield from shorter
         longer = [f"{prefix}.{name}" for prefix in self._prefixes for name in renamed]
-        hits = [name for name in longer if self._places(name)]
-        if len(hits) > 1 and len({self.aliases.get(hit, hit) for hit in hits}) > 1:
+        places = {name: slices for name in longer if (slices := self._places(name))}
+        hits = list(places)
+        weights = {
+            tuple(
+                (self.aliases.get(piece.parameter.name, piece.parameter.name), piece.parameter.view) for piece in slices
+            )
+            for slices in places.values()
+        }
+        if len(weights) > 1:
             raise FitError(f"'{path}' fits {listing(hits)}", tensor=path, hint="the base has several models in it")
         yield from hits[:1]
 

@@ -32,6 +32,7 @@ class ChangedBase:
     kind: ClassVar[str] = "LoRA on a changed base"
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "maps"
+    of_base: ClassVar[bool] = True
 
     lora: LoRA
     taken: Part

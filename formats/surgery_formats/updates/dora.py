@@ -31,6 +31,7 @@ class DoRA:
     kind: ClassVar[str] = "DoRA"
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "maps"
+    of_base: ClassVar[bool] = True
 
     direction: LoRA
     magnitude: Factor

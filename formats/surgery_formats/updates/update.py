@@ -26,6 +26,7 @@ __all__ = [
     "Invertible",
     "Linear",
     "Mixing",
+    "OfBase",
     "Refusing",
     "Replacing",
     "RowSetting",
@@ -39,6 +40,7 @@ __all__ = [
     "is_invertible",
     "is_linear",
     "is_mixing",
+    "is_of_base",
     "is_refusing",
     "is_replacing",
     "is_row_setting",
@@ -201,6 +203,17 @@ class Invertible(Update, Protocol):
         """
 
 
+class OfBase(Update, Protocol):
+    """An update that was trained on the base, and measures that: `prepare` sees nothing that other adapters did to it.
+
+    Attributes:
+        of_base: Always true.
+    """
+
+    @property
+    def of_base(self) -> bool: ...
+
+
 class Mixing(Update, Protocol):
     """An update that mixes columns in groups: `apply` is given whole groups, even where a weight is stored transposed.
 
@@ -287,6 +300,11 @@ def is_unsized(update: Update) -> TypeIs[Unsized]:
 def is_invertible(update: Update) -> TypeIs[Invertible]:
     """Whether its equation can be solved for the weight before it."""
     return _has(update, "inverse")
+
+
+def is_of_base(update: Update) -> TypeIs[OfBase]:
+    """Whether it measures the base, whatever other adapters did to it."""
+    return _has(update, "of_base")
 
 
 def is_mixing(update: Update) -> TypeIs[Mixing]:

@@ -32,7 +32,7 @@ __all__ = ["Swappable", "slot_arrays", "swappable"]
 
 Array = npt.NDArray[Any]
 Additions = tuple[tuple[LoRA, View], ...]
-_HINT = "merge it instead: `merge=`"
+_HINT = "merge it instead (`merge=`), or make LoRAs of it: surgery convert --as lora"
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def parameter_lora(
             tensor=a.name,
         )
     scale, alpha = config.scale_of(key, rank), config.alpha_of(key)
-    site = Site(key, module_kind="linear" if name == "weight" else "experts")
-    if name == "weight" or (count == 1 and not config.experts_old_order):
+    site = Site(key, module_kind="linear" if name == "weight" and count == 1 else "experts")
+    if count == 1 and (name == "weight" or not config.experts_old_order):
         return site, LoRA(Factor.of(a), Factor.of(b), scale, alpha)
 
     grouped = by_expert(config, count, rank, b)

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from surgery_formats.models.eras import experts_transposed
+from surgery_formats.models.eras import class_ties, experts_transposed
 from surgery_formats.models.families.family import Family
 
 __all__ = ["families", "family_of", "modules"]
@@ -40,4 +40,21 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if kind is None:
         return _UNKNOWN
     found = next((family for family in families() if kind in family.names), None)
-    return found or replace(_UNKNOWN, experts_transposed=bool(experts_transposed(config)))
+    return found or _of_transformers(config)
+
+
+def _of_transformers(config: Mapping[str, Any]) -> Family:
+    """What transformers' own classes tell of a type without a file here."""
+    ties = class_ties(config)
+    turned = bool(experts_transposed(config))
+    heads = [(alias, source) for alias, source in ties.items() if alias.endswith(".weight")]
+    if len(heads) != 1:
+        return replace(_UNKNOWN, experts_transposed=turned)
+    ((head, embedding),) = heads
+    return Family(
+        names=(str(config.get("model_type")),),
+        embedding=embedding.removesuffix(".weight"),
+        head=head.removesuffix(".weight"),
+        ties=tuple((alias, source) for alias, source in ties.items() if not alias.endswith(".weight")),
+        experts_transposed=turned,
+    )
