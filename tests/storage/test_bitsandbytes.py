@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import surgery
 from surgery_formats.arrays import Array, cast
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.dtypes import DType
@@ -58,6 +59,10 @@ def test_every_golden_weight_is_claimed() -> None:
     assert set(WEIGHTS) == set(DECODED)
     assert {source.name for weight in WEIGHTS.values() for source in weight.sources} == set(ENCODED)
     assert WEIGHTS["nf4.nested.weight"].kind == "NF4"
+    assert {name for name, weight in WEIGHTS.items() if getattr(weight, "nested", False)} == {
+        name for name in WEIGHTS if f"{name}.nested_absmax" in ENCODED
+    }
+    assert "blocks of 64, nested scales" in str(surgery.inspect(GOLDEN).summary())
     assert WEIGHTS["fp4.weight"].kind == "FP4"
     assert WEIGHTS["int8.weight"].kind == "INT8"
 
