@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ SOME = (
 REFUSED: dict[str, str] = {}
 """Types that are refused, with the reason: this list can only shrink."""
 
-_SMALLEST = 130
+_SMALLEST = 180
 """Types of which a tiny model can be made with the installed transformers, at the least."""
 
 
@@ -83,7 +84,8 @@ def _difference(model_type: str, folder: Path) -> float:
     made, without, wanted = _written(model_type, folder)
     surgery.merge(folder / "base", [folder / "adapter"], output=folder / "merged")
     merged, info = made.from_pretrained(folder / "merged", dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"]
+    if info["missing_keys"]:
+        return math.inf
     return float((_logits(merged.eval()) - wanted).abs().max() / (wanted - without).abs().max())
 
 
@@ -105,7 +107,7 @@ def test_merged_is_attached(model_type: str, tmp_path: Path) -> None:
 def test_merged_is_attached_for_every_type(tmp_path: Path) -> None:
     right: list[str] = []
     refused: dict[str, str] = {}
-    wrong: dict[str, object] = {}
+    wrong: dict[str, float] = {}
     unmade: dict[str, str] = {}
     for model_type in sorted({*causal_types(), *multimodal_types()}):
         folder = tmp_path / model_type
@@ -113,8 +115,6 @@ def test_merged_is_attached_for_every_type(tmp_path: Path) -> None:
             difference = _difference(model_type, folder)
         except surgery.SurgeryError as error:
             refused[model_type] = str(error)
-        except AssertionError as error:
-            wrong[model_type] = str(error)
         except Exception as error:  # transformers cannot make, run or adapt so small a model of this type
             unmade[model_type] = str(error)[:100]
         else:
