@@ -71,9 +71,12 @@ def fault_of(error: BaseException) -> Fault:
     return Fault(INTERNAL, "InternalError", message, f"run again with --debug for the traceback; please report{whom}")
 
 
+_RENAMED = {"output": "-o", "as_lora": "--as lora"}  # arguments whose options have other names
+
+
 def _option(argument: re.Match[str]) -> str:
     """An argument of a function as the option of the same name: ``overwrite=True`` -> ``--overwrite``."""
-    option = "-o" if argument["name"] == "output" else f"--{argument['name'].replace('_', '-')}"
+    option = _RENAMED.get(argument["name"]) or f"--{argument['name'].replace('_', '-')}"
     value = argument["value"].strip('"')
     return option if value in ("", "True") else f"{option} {value}"
 

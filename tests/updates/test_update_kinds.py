@@ -249,8 +249,8 @@ def test_other_formats_say_that_they_have_no_such_thing(name: str, tmp_path: Pat
     [
         ("ia3", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
         ("oft", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
-        ("loha", "their sum has no low rank", "give a rank (`rank=`), or merge them"),
-        ("lokr", "their sum has no low rank", "give a rank (`rank=`), or merge them"),
+        ("c3a", "their sum has no low rank", "give a rank (`rank=`), or merge them"),
+        ("shira", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
         ("vera", "their sum depends on the base", "give the base (`base=`) and a rank (`rank=`), or merge them"),
         ("ln", "their sum depends on the base", "merge them"),
     ],

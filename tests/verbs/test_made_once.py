@@ -54,7 +54,7 @@ def inputs(tmp_path: Path) -> Inputs:
     file = adapter / "adapter_model.safetensors"
     stem = "base_model.model.model.embed_tokens.lora_embedding"
     hidden = tensors["model.norm.weight"].shape[0]
-    embedding = {f"{stem}_A": draw(1, 2, 64), f"{stem}_B": draw(2, hidden, 2)}
+    embedding = {f"{stem}_A": draw(1, 4, 64), f"{stem}_B": draw(2, hidden, 4)}
     factors = load_file(file)
     import torch
 

@@ -114,7 +114,10 @@ def test_codes_are_taken_back(name: str, quantized: str, tmp_path: Path) -> None
     modes = {record["mode"] for record in open_sidecar(kept).facts["weights"].values()}
     assert modes == ({"codes"} if quantized == "requantize" else set())
     if quantized == "requantize":
-        assert kept.stat().st_size < 0.15 * (base / "model.safetensors").stat().st_size
+        limit = (
+            0.32 if name == "int8" else 0.15
+        )  # int8's scales are chosen anew, so that its codes are less foreseeable
+        assert kept.stat().st_size < limit * (base / "model.safetensors").stat().st_size
 
 
 def test_what_was_kept_for_codes_is_of_no_use_to_elements_and_a_plan_promises_the_base(tmp_path: Path) -> None:

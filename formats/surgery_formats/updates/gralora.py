@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GraLoRA: a LoRA for each of k x k blocks of the weight, which share their factors (Jung et al. 2025, arXiv:2505.20355)."""
+"""GraLoRA: ``W'ij = Wij + s Bij Aji``, a LoRA for each of k x k blocks, of shared factors (Jung et al. 2025, arXiv:2505.20355)."""
 
 from __future__ import annotations
 

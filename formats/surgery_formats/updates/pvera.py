@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PVeRA: a VeRA whose inner values are drawn from a distribution; merged it is their mean (Leitner et al. 2025, arXiv:2512.07703)."""
+"""PVeRA: ``W' = W + diag(b) B diag(mean d) A``, a VeRA whose d are drawn (Leitner et al. 2025, arXiv:2512.07703)."""
 
 from __future__ import annotations
 

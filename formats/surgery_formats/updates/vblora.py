@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VB-LoRA: a LoRA whose factors are mixed from one bank of vectors that all weights share (Li et al. 2024, arXiv:2405.15179)."""
+"""VB-LoRA: ``W' = W + B A``, mixed from one bank of vectors that all weights share (Li et al. 2024, arXiv:2405.15179)."""
 
 from __future__ import annotations
 
