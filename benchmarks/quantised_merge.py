@@ -129,7 +129,8 @@ def check(shape: Shape, base: Path, adapter: Path, out: Path, way: str) -> float
             assert sorted(found) == sorted(stored(base, name)), name
             continue
         ulp = np.exp2(np.frexp(np.maximum(abs(before + update), abs(before)))[1] - 8.0)
-        assert float((abs(after - before - update) / ulp).max()) <= 0.51, name
+        sums = 2e-9  # what float32 loses of the sixteen products: more than a unit where the update is nearly 0 and its weight is 0
+        assert float((abs(after - before - update) - 0.51 * ulp).max()) <= sums, name
         assert list(found) == [name]
     assert least >= 0.5, least
     return least
@@ -163,9 +164,7 @@ def bench(work: Path, options: argparse.Namespace) -> None:
         "NF4 and a residual LoRA": ("large", "nf4", "residual"),
         "fp8 to bf16": ("large", "fp8", "dequantize"),
         "fp8 to fp8": ("large", "fp8", "requantize"),
-        "fp8 to fp8, nearest": ("large", "fp8", "requantize"),
         "NF4 to NF4, a quarter the size": ("small", "nf4", "requantize"),
-        "fp8 to fp8, a quarter the size": ("small", "fp8", "requantize"),
     }
     samples: dict[str, list[Sample]] = {name: [] for name in contenders}
     kept: dict[str, float] = {}
@@ -174,9 +173,11 @@ def bench(work: Path, options: argparse.Namespace) -> None:
         for name, (size, base, way) in contenders.items():
             time.sleep(options.pause)
             command = [sys.executable, "-P", "-m", "surgery_cli", "-q", "merge", str(work / size / base)]
-            command += [str(work / size / "adapter"), "-o", str(out), "--quantized", way, "--accept-loss"]
-            command += ["--rounding", "nearest"] if name.endswith("nearest") else []
+            command += [str(work / size / "adapter"), "-o", str(out)]
+            command += ["--quantized", way] if base != "bf16" else []
+            command += ["--rounding", "nearest", "--accept-loss"] if name.endswith("nearest") else []
             sample = run(command, work / "log")
+            print(f"{name}: {sample.wall:.2f} s, {sample.peak / 1e6:.0f} MB", file=sys.stderr, flush=True)
             if number:
                 samples[name].append(sample)
             elif way != "residual":
