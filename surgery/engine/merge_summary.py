@@ -21,7 +21,7 @@ from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.quantised import is_coded as is_quantised
 
 if TYPE_CHECKING:
-    from surgery.engine.residual import Residual
+    from surgery.engine.residual import ResidualLoRA
 
 __all__ = ["merge_summary"]
 
@@ -43,7 +43,7 @@ def merge_summary(
     verbose: bool,
     *,
     rounding_nbytes: int = 0,
-    residual: Residual | None = None,
+    residual: ResidualLoRA | None = None,
 ) -> Summary:
     """Inputs, outcomes, survival, and what stands out; of every tensor or operation if `verbose`."""
     facts = [*_inputs(ledger.plan), *_tensors(ledger), *_formats(ledger.plan)]
@@ -169,7 +169,7 @@ def _verdict(kept: Survival, inside: Survival) -> str:
     return "poor: much of the update is lost, which --quantized residual or 16 bits keep"
 
 
-def _residual(residual: Residual | None) -> Iterator[tuple[str, Phrase]]:
+def _residual(residual: ResidualLoRA | None) -> Iterator[tuple[str, Phrase]]:
     if residual is not None and not residual.weights:
         yield "adapter/", "none: the adapters change no quantised weight"
     elif residual is not None:
