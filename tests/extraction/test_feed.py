@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -55,6 +56,34 @@ def test_feeds_hand_out_every_row_once(
                 assert bytes(seen) == values[start:stop].numpy().tobytes()
         finally:
             staged.close()
+
+
+@pytest.mark.parametrize(("readers", "most"), [(2, 64), (3, 80), (12, 320)])
+def test_page_locked_memory_is_little_more_than_the_buffers(
+    readers: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In MB, after torch's allocator has rounded each block up to a power of two."""
+    blocks: list[np.ndarray] = []
+
+    def allocated(device: str, nbytes: int) -> np.ndarray:
+        blocks.append(np.empty(nbytes, np.uint8))  # the system gives no page that nobody touches
+        return blocks[-1]
+
+    taken: list[tuple[int, int]] = []
+    take = feed._Buffers.take
+
+    def counted(self: feed._Buffers) -> feed._Buffer:
+        buffer = take(self)
+        start = buffer.memory.ctypes.data
+        taken.append((start, start + len(buffer.raw)))
+        return buffer
+
+    monkeypatch.setattr(feed, "_page_locked", allocated)
+    monkeypatch.setattr(feed._Buffers, "take", counted)
+    StagedFeed("cpu", readers).close()
+    assert [stop - start for start, stop in taken] == [feed._CHUNK] * (2 * readers)
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(sorted(taken))), "each has its own"
+    assert sum(1 << (len(block) - 1).bit_length() for block in blocks) == most << 20
 
 
 def test_memory_of_a_device_is_shared_out() -> None:
