@@ -11,7 +11,7 @@ from surgery.algebra.dense_change import change_of_bias
 from surgery.algebra.expanded import ExpandedChange, break_even, formed_change
 from surgery.algebra.experts import combine_stacks
 from surgery.algebra.group import Contribution
-from surgery.algebra.lora_question import Spectrum
+from surgery.algebra.lora_question import ChangeSpectrum
 from surgery.algebra.low_rank import combine_loras, common_rank, computed_lora, solved_lora
 from surgery.algebra.sums import DenseDelta, LowRankSum, Recipe, Solved
 from surgery_formats.adapters.writing import places_of, zero_padded
@@ -59,7 +59,7 @@ class WeightForm:
     error: float | None = None
     taken_over: bool = False
     cut: bool = False
-    spectrum: Spectrum | None = None
+    spectrum: ChangeSpectrum | None = None
 
 
 def lora_of_weight(
@@ -200,7 +200,7 @@ def _by_svd(
     relative = lost / norm if norm else 0.0
     spectrum = None
     if relative > NOTHING and not recipe.truncates:
-        spectrum = Spectrum(name, kind, values, norm, full)
+        spectrum = ChangeSpectrum(name, kind, values, norm, full)
     lora = computed_lora(name, target, rank, lambda: solutions.of(name, solve), changes)
     made = CombinedUpdate(
         site,

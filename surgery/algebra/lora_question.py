@@ -14,13 +14,13 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["Spectrum", "no_low_rank"]
+__all__ = ["ChangeSpectrum", "no_low_rank"]
 
 _RANKS = (4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class ChangeSpectrum:
     """The leading singular values of a change.
 
     Attributes:
@@ -42,7 +42,7 @@ class Spectrum:
         return max(self.norm**2 - float((self.values[:rank] ** 2).sum()), 0.0)
 
 
-def no_low_rank(spectra: Sequence[Spectrum], weights: int, adapter: Adapter) -> FitError:
+def no_low_rank(spectra: Sequence[ChangeSpectrum], weights: int, adapter: Adapter) -> FitError:
     """The refusal: which weight has no low rank, what each rank would lose, and where the spectrum bends.
 
     `spectra` are those of the weights that were measured, `weights` how many the adapter changes.

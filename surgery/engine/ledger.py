@@ -188,8 +188,7 @@ class Ledger:
 
         Values that a model gives in the place of the base's (`as_trained`) are no adapter's.
         """
-        trained = self.plan.facts.get("as_trained")
-        count = len(trained.get("files", ())) if isinstance(trained, dict) else 0
+        count = len(self.plan.facts.get("as_trained", {}).get("files", ()))
         others = {file.identity for file in self.plan.inputs[len(self.plan.inputs) - count :]}
         used = {
             origin(tensor)

@@ -12,7 +12,7 @@ from surgery.reports.result import elapsed, summarised
 
 if TYPE_CHECKING:
     from surgery.engine.preview import Preview
-    from surgery.engine.residual import Residual
+    from surgery.engine.residual import ResidualLoRA
     from surgery.reports.summary import Summary
 
 __all__ = ["MergeResult"]
@@ -38,7 +38,7 @@ class MergeResult:
     warnings: tuple[str, ...]
     preview: Preview | None = None
     rounding_nbytes: int = 0
-    residual: Residual | None = None
+    residual: ResidualLoRA | None = None
     seconds: float = elapsed()
 
     @property

@@ -21,7 +21,7 @@ from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.quantised import is_coded as is_quantised
 
 if TYPE_CHECKING:
-    from surgery.engine.residual import Residual
+    from surgery.engine.residual import ResidualLoRA
 
 __all__ = ["merge_summary"]
 
@@ -43,7 +43,7 @@ def merge_summary(
     verbose: bool,
     *,
     rounding_nbytes: int = 0,
-    residual: Residual | None = None,
+    residual: ResidualLoRA | None = None,
 ) -> Summary:
     """Inputs, outcomes, survival, and what stands out; of every tensor or operation if `verbose`."""
     facts = [*_inputs(ledger.plan), *_tensors(ledger), *_formats(ledger.plan)]
@@ -53,7 +53,7 @@ def merge_summary(
         facts += [*_kept(ledger), *_codes(ledger), ("wrote", _wrote(ledger.plan, output, seconds))]
         facts += _residual(residual)
         if rounding_nbytes:
-            count = len(dict(ledger.plan.facts["base"]))  # type: ignore[call-overload]
+            count = len(ledger.plan.facts["base"])
             base_nbytes = sum(file.size for file in ledger.plan.inputs[:count])
             part = Value(rounding_nbytes / max(base_nbytes, 1), "share"), " of the base's weights, for surgery unmerge"
             facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
@@ -80,20 +80,19 @@ def _wrote(plan: Plan, output: Path, seconds: float) -> Phrase:
 
 
 def _inputs(plan: Plan) -> Iterator[tuple[str, Phrase]]:
-    facts: list[dict[str, Any]] = list(plan.facts["adapters"])  # type: ignore[call-overload]
+    facts = plan.facts["adapters"]
     base, *adapters = plan.roots[: 1 + len(facts)]
     for path, fact in zip(adapters, facts, strict=True):
         kind = Name(f"{fact['format']} {fact['kind']}")
         yield "merge", (Name(path, PATH), " (", kind, f", weight {fact['weight']:g})")
     yield "into", Name(base, PATH)
-    carried: dict[str, Any] = dict(plan.facts.get("carried", {}))  # type: ignore[call-overload]
-    for what, taken in carried.items():
+    for what, taken in plan.facts.get("carried", {}).items():
         yield (
             what,
             (Name(taken["adapter"]), "'s, for which the base has none or another: ", NameList(tuple(taken["files"]))),
         )
-    if isinstance(trained := plan.facts.get("as_trained"), dict):
-        yield "as trained", str(trained["said"])
+    if trained := plan.facts.get("as_trained"):
+        yield "as trained", trained["said"]
 
 
 def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
@@ -110,7 +109,7 @@ def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
 
 def _formats(plan: Plan) -> Iterator[tuple[str, Phrase]]:
     """Which quantised weights keep their format, and how much larger the others become."""
-    if isinstance(trained := plan.facts.get("as_trained"), dict) and "rule" in trained:
+    if "rule" in plan.facts.get("as_trained", {}):
         return  # the codes are only thought of
     kept: Counter[str] = Counter()
     plain: dict[str, list[int]] = {}
@@ -169,7 +168,7 @@ def _verdict(kept: Survival, inside: Survival) -> str:
     return "poor: much of the update is lost, which --quantized residual or 16 bits keep"
 
 
-def _residual(residual: Residual | None) -> Iterator[tuple[str, Phrase]]:
+def _residual(residual: ResidualLoRA | None) -> Iterator[tuple[str, Phrase]]:
     if residual is not None and not residual.weights:
         yield "adapter/", "none: the adapters change no quantised weight"
     elif residual is not None:

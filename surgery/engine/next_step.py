@@ -15,7 +15,7 @@ from surgery_formats.errors import SurgeryError
 from surgery_formats.files.bounded_json import parse_object, read_object
 
 if TYPE_CHECKING:
-    from surgery.engine.residual import Residual
+    from surgery.engine.residual import ResidualLoRA
 
 __all__ = ["next_step"]
 
@@ -33,7 +33,7 @@ _VARIANT = re.compile(
 )
 
 
-def next_step(plan: Plan, output: Path, residual: Residual | None) -> tuple[str | Name, ...]:
+def next_step(plan: Plan, output: Path, residual: ResidualLoRA | None) -> tuple[str | Name, ...]:
     """A sentence with a command, for the summary of a merge."""
     names = {side.name for side in plan.side_files}
     path = Name(output, PATH)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -219,7 +219,7 @@ class Plan:
         inputs: Open files that must not change before the commit.
         roots: Files and folders the user named; the output may not lie in them.
         id: Digest of inputs and options: equal plans have equal outputs.
-        facts: What the manifest says about the inputs.
+        facts: What the manifest says about the inputs, as JSON has it.
         warnings: What the user should know.
         in_lora: Number of adapter tensors that are in no weight, but in a LoRA beside the model.
     """
@@ -232,7 +232,7 @@ class Plan:
     inputs: tuple[File, ...]
     roots: tuple[Path, ...]
     id: str
-    facts: Mapping[str, object] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     in_lora: int = 0
 

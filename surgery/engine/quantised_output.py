@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from surgery.engine.calibration_file import Calibration, open_calibration
 from surgery.engine.plan import Requantise
@@ -17,9 +17,11 @@ from surgery_formats.text import closest, show
 
 __all__ = ["DEQUANTISED", "QUANTIZED", "ROUNDING", "QuantisedOutput", "quantised_output"]
 
-QUANTIZED = ("dequantize", "requantize", "residual")
+Way = Literal["dequantize", "requantize", "residual"]
+Rounding = Literal["feedback", "nearest"]
+QUANTIZED: tuple[Way, ...] = ("dequantize", "requantize", "residual")
 """What becomes of a quantised base: elements of 16 bits, the format it has, or that and a LoRA of what it cannot hold."""
-ROUNDING = ("feedback", "nearest")
+ROUNDING: tuple[Rounding, ...] = ("feedback", "nearest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,9 @@ class QuantisedOutput:
         max_error: Of ``residual``: how far a weight may be off, relative to its update; None is as near as `rank` allows.
     """
 
-    way: Literal["dequantize", "requantize", "residual"] = "dequantize"
+    way: Way = "dequantize"
     only_touched: bool = False
-    rounding: Literal["feedback", "nearest"] = "feedback"
+    rounding: Rounding = "feedback"
     calibration: Calibration | None = None
     rank: int | None = None
     max_error: float | None = None
@@ -100,6 +102,7 @@ class QuantisedOutput:
 
 
 DEQUANTISED = QuantisedOutput()
+Option = TypeVar("Option", bound=str)
 
 
 def quantised_output(
@@ -121,10 +124,8 @@ def quantised_output(
         FitError: a value that there is not.
         UsageError: options that contradict each other.
     """
-    if quantized not in QUANTIZED:
-        raise FitError(f"quantized is one of {', '.join(QUANTIZED)}, not '{show(quantized)}'")
-    if rounding and rounding not in ROUNDING:
-        raise FitError(f"rounding is one of {', '.join(ROUNDING)}, not '{show(rounding)}'")
+    way = _one_of("quantized", quantized, QUANTIZED)
+    how = _one_of("rounding", rounding, ROUNDING) if rounding else "feedback"
     if only_touched and quantized != "dequantize":
         raise UsageError(
             "only what adapters touch is computed anyway",
@@ -171,4 +172,11 @@ def quantised_output(
             "inputs are used by feedback alone", hint='`quantized="requantize"` without `rounding="nearest"`'
         )
     opened = None if calibration is None else open_calibration(calibration)
-    return QuantisedOutput(quantized, only_touched, rounding or "feedback", opened, rank, max_error)  # type: ignore[arg-type]
+    return QuantisedOutput(way, only_touched, how, opened, rank, max_error)
+
+
+def _one_of(name: str, value: str, options: tuple[Option, ...]) -> Option:
+    found = next((option for option in options if option == value), None)
+    if found is None:
+        raise FitError(f"{name} is one of {', '.join(options)}, not '{show(value)}'")
+    return found

@@ -40,7 +40,7 @@ from surgery_formats.tensors.computed import computed
 from surgery_formats.tensors.views import positions
 from surgery_formats.updates import Factor, LoRA, Update
 
-__all__ = ["FOLDER", "Residual", "WeightResidual", "write_residual"]
+__all__ = ["FOLDER", "ResidualLoRA", "WeightResidual", "write_residual"]
 
 FOLDER = "adapter"
 """Of the LoRA, in the folder of the model."""
@@ -67,7 +67,7 @@ class WeightResidual:
 
 
 @dataclass(frozen=True, slots=True)
-class Residual:
+class ResidualLoRA:
     """The LoRA beside a model.
 
     Attributes:
@@ -101,7 +101,7 @@ class Residual:
         }
 
 
-def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folder: OutputFolder) -> Residual:
+def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folder: OutputFolder) -> ResidualLoRA:
     """Write the LoRA into the staged output, and prove it.
 
     Args:
@@ -136,7 +136,7 @@ def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folde
             raise ProofError(f"model and LoRA are off by {error:.3g}, not by {stated[key]:.3g}", tensor=edit.name)
         chain = updates.get(_site(edit, binding), ())
         weights.append(WeightResidual(edit.name, key not in copied, (chain[0].rank or 0) if chain else 0, size, error))
-    residual = Residual(nbytes, tuple(weights))
+    residual = ResidualLoRA(nbytes, tuple(weights))
     if weights:
         folder.write_small(f"{FOLDER}/residual.json", json.dumps(residual.as_json(), indent=2).encode() + b"\n")
     return residual

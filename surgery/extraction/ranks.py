@@ -14,7 +14,7 @@ import numpy
 
 from surgery.algebra.selection import matches
 from surgery.extraction.factorise import TargetFactors
-from surgery.extraction.result import RankChoice
+from surgery.extraction.figures import RankChoice
 from surgery.extraction.storage_plan import StoragePlan, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget

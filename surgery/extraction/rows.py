@@ -10,12 +10,13 @@ from typing import Any
 
 from surgery.extraction.adapter import shifted
 from surgery.extraction.extraction_plan import ExtractionPlan
+from surgery.extraction.figures import ExtractClass, ExtractRow
 from surgery.extraction.findings import CalibrationTotals
 from surgery.extraction.noise import remark
 from surgery.extraction.pairing import Pair
 from surgery.extraction.proof import Residual, agrees, prove
 from surgery.extraction.ranks import rank_table
-from surgery.extraction.result import ExtractClass, ExtractResult, ExtractRow
+from surgery.extraction.result import ExtractResult
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget

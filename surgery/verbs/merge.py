@@ -23,7 +23,7 @@ from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.threads import one_thread
 
 if TYPE_CHECKING:
-    from surgery.engine.residual import Residual
+    from surgery.engine.residual import ResidualLoRA
 
 __all__ = ["MergeResult", "merge"]
 
@@ -134,7 +134,7 @@ def merge(
         return {"README.md": merge_card(binding, ledger, residual=quantised.way == "residual")}
 
     kept: list[int] = []
-    residual: list[Residual] = []
+    residual: list[ResidualLoRA] = []
 
     def last(staged: OutputFolder) -> None:
         if reversible:

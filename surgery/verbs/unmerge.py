@@ -99,7 +99,8 @@ def unmerge(
         raise UsageError("rank is that of an adapter to be found, and an adapter was given")
     folder = output_path(output, dry_run=dry_run)
     merged = as_checkpoint(model, "model")
-    weighted = [(entry.adapter, entry.weight) for entry in as_weighted(adapters)]  # type: ignore[arg-type]
+    assert not isinstance(adapters, Checkpoint)  # that is a model, see above
+    weighted = [(entry.adapter, entry.weight) for entry in as_weighted(adapters)]
     if not weighted:
         raise FitError("no adapter was named")
     run = Run(workers=workers, overwrite=overwrite, progress=progress)

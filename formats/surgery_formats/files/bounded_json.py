@@ -35,7 +35,7 @@ def parse_object(raw: bytes | bytearray, *, file: str | os.PathLike[str]) -> dic
         values = dict(items)
         if len(values) != len(items):
             seen: set[str] = set()
-            repeated = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            repeated = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # add gives None
             raise fail(f"the key '{show(repeated)}' appears twice")
         return values
 

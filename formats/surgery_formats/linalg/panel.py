@@ -31,7 +31,8 @@ def noise(shape: tuple[int, ...], seed: int, dtype: DType, like: Array) -> Array
         return torch.randn(shape, generator=generator, dtype=dtype.torch, device=like.device)
     import numpy
 
-    return numpy.random.Generator(numpy.random.Philox(seed % 2**64)).standard_normal(shape, dtype.numpy)  # type: ignore[arg-type]
+    generated = numpy.random.Generator(numpy.random.Philox(seed % 2**64))
+    return generated.standard_normal(shape, dtype.numpy)  # type: ignore[arg-type]  # it is not known to be a float
 
 
 def squares(rows: Array) -> Array:

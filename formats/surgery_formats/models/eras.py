@@ -16,11 +16,11 @@ from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["Conversion", "Era", "Eras", "class_ties", "eras_of", "expert_counts", "experts_transposed"]
+__all__ = ["Era", "Eras", "WeightConversion", "class_ties", "eras_of", "expert_counts", "experts_transposed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Conversion:
+class WeightConversion:
     """One record: spellings on disk, those of the modules, and what happens to the values.
 
     Attributes:
@@ -94,7 +94,7 @@ class Era:
     """
 
     stored: Mapping[tuple[int, int], str]
-    conversion: Conversion | None = None
+    conversion: WeightConversion | None = None
     part: int = 0
 
 
@@ -108,10 +108,10 @@ class Eras:
     """
 
     names: frozenset[str]
-    conversions: tuple[Conversion, ...]
+    conversions: tuple[WeightConversion, ...]
 
     @cached_property
-    def _renames(self) -> tuple[Conversion, ...]:
+    def _renames(self) -> tuple[WeightConversion, ...]:
         """Records that rename; those that act together only if the checkpoint has the first of their spellings."""
         return tuple(
             entry
@@ -121,7 +121,7 @@ class Eras:
         )
 
     @cached_property
-    def _converters(self) -> tuple[Conversion, ...]:
+    def _converters(self) -> tuple[WeightConversion, ...]:
         return tuple(entry for entry in self.conversions if not entry.renames)
 
     def renamed(self, name: str) -> str:
@@ -130,7 +130,7 @@ class Eras:
             name = entry.renamed(name)
         return name
 
-    def converted(self, renamed: str) -> tuple[Conversion, int, int, tuple[str, ...]] | None:
+    def converted(self, renamed: str) -> tuple[WeightConversion, int, int, tuple[str, ...]] | None:
         """``(conversion, number of the pattern, of the expert or -1, names of the parameters)`` of a renamed name."""
         for entry in self._converters:
             if found := entry.match(renamed):
@@ -178,12 +178,12 @@ def _data() -> dict[str, Any]:
 
 
 @cache
-def _records(name: str) -> tuple[Conversion, ...]:
+def _records(name: str) -> tuple[WeightConversion, ...]:
     entries = _data()["records"].get(name, [])
     if isinstance(entries, str):
         return _records(entries)
     return tuple(
-        Conversion(
+        WeightConversion(
             tuple(re.compile(pattern) for pattern in patterns),
             tuple(targets),
             tuple((step, given) for step, given in steps),
@@ -239,7 +239,7 @@ def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:
     )
 
 
-def _of(config: Mapping[str, Any], kind: str) -> tuple[Conversion, ...]:
+def _of(config: Mapping[str, Any], kind: str) -> tuple[WeightConversion, ...]:
     return _records(kind) or _records(str(config.get("model_type", "")))
 
 

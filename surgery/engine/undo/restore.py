@@ -17,7 +17,7 @@ import xxhash
 from surgery._version import __version__
 from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.ledger import Measurement
-from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile
+from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile, TensorOutcome
 from surgery.engine.undo.base_files import kept_file
 from surgery.engine.undo.codes import decode_codes
 from surgery.engine.undo.coding import unpack_bytes
@@ -195,8 +195,8 @@ class _Planner:
         self, component: str, name: str, dtype: DType, shape: tuple[int, ...], offset: int, nbytes: int
     ) -> PlannedTensor:
         step, weight, part = self._step(component, name, dtype, shape)
-        outcome = "copied" if isinstance(step, Copy) else "restored"
-        return PlannedTensor(name, component, weight, dtype, shape, step, outcome, offset, nbytes, "", part)  # type: ignore[arg-type]
+        outcome: TensorOutcome = "copied" if isinstance(step, Copy) else "restored"
+        return PlannedTensor(name, component, weight, dtype, shape, step, outcome, offset, nbytes, "", part)
 
     def _step(self, component: str, name: str, dtype: DType, shape: tuple[int, ...]) -> tuple[Copy | Compute, str, int]:
         """The step of a tensor, its weight, and its position among the weight's."""

@@ -34,12 +34,13 @@ def _from_libc(name: str, *arguments: Any) -> Callable[..., int] | None:
     """Return the C library's function `name`, or None if it is missing (other systems, old libraries)."""
     if not sys.platform.startswith("linux"):
         return None
-    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
-    if function is None:
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, name):
         return None
+    function = library[name]
     function.argtypes = arguments
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 _renameat2 = _from_libc("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
