@@ -79,6 +79,7 @@ GRALORA = PeftKind(
     read=_read,
     writes=frozenset([GraLoRA.kind]),
     write=_write,
+    ranks={"gralora_A": 2},
     switches=Switches(
         COMMON | {"r", "gralora_k", "gralora_dropout"},
         frozenset(["alpha", "hybrid_r", "bias", "modules_to_save"]),

@@ -129,6 +129,7 @@ RANDLORA = PeftKind(
     read=_read,
     writes=frozenset([RandLoRA.kind]),
     write=_write,
+    ranks={"randlora_lambda": 0},
     switches=Switches(
         COMMON | {"randlora_dropout"},
         frozenset(

@@ -100,6 +100,7 @@ VBLORA = PeftKind(
     read=_read,
     writes=frozenset([VBLoRA.kind]),
     write=_write,
+    ranks={_LOGITS[0]: 0, f"{_LOGITS[0]}_topk_weights": 0},
     switches=Switches(
         # the sizes are the tensors'
         COMMON | {"r", "num_vectors", "vector_length", "vblora_dropout", "init_vector_bank_bound", "init_logits_std"},
