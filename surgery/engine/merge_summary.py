@@ -66,6 +66,8 @@ def _would_write(plan: Plan, preview: Preview | None) -> Iterator[tuple[str, Phr
     where = () if preview is None or preview.output is None else (Name(preview.output, PATH), ": ")
     yield "would write", (*where, *_files(plan))
     if preview is not None:
+        if preview.beside_nbytes:
+            yield "adapter/", ("at most ", Value(preview.beside_nbytes, "bytes"))
         free = preview.free_nbytes
         if preview.output is not None:
             yield "free disk", "unknown" if free is None else Value(free, "bytes")

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy
 
-from surgery.engine.adapter_output import put_adapter
+from surgery.engine.adapter_output import put_adapter, rendered_size
 from surgery.engine.blocks import block_height
+from surgery.engine.output_checks import LOW_SURVIVAL
 from surgery.engine.plan import Compute, Copy, Plan
 from surgery.engine.quantised_output import QuantisedOutput
-from surgery.engine.residual_choice import base_of, coded_edits, exact_rank, goal_of, leading
+from surgery.engine.residual_choice import base_of, coded_edits, goal_of, is_held, leading
+from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.peft.read import read_peft
 from surgery_formats.adapters.peft.write import render_peft
 from surgery_formats.arrays import Array, energy
@@ -40,11 +42,12 @@ from surgery_formats.tensors.computed import computed
 from surgery_formats.tensors.views import positions
 from surgery_formats.updates import Factor, LoRA, Update
 
-__all__ = ["FOLDER", "ResidualLoRA", "WeightResidual", "write_residual"]
+__all__ = ["FOLDER", "ResidualLoRA", "WeightResidual", "most_nbytes", "write_residual"]
 
 FOLDER = "adapter"
 """Of the LoRA, in the folder of the model."""
 _ROUNDING = 1e-5  # of float32 factors and sums, relative to the update
+_UNIT = 2.0**-24  # of float32: what one sum may be off by, relative to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class WeightResidual:
         weight: Its name.
         moved: Whether its codes hold a part of the update.
         rank: Of its LoRA; 0 without one.
-        update: Norm of the update.
+        update: Norm of the update; 0 where it is no more than the rounding of the sums that make it.
         error: ``||base + adapters - (base' + LoRA)||``, measured on what was written.
     """
 
@@ -84,6 +87,15 @@ class ResidualLoRA:
         size = math.hypot(*(weight.update for weight in self.weights))
         return math.hypot(*(weight.error for weight in self.weights)) / size if size else 0.0
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of a LoRA that holds too little."""
+        if self.error <= 1 - LOW_SURVIVAL:
+            return ()
+        return (
+            f"model and adapter are off by {self.error:.0%} of the update: a LoRA of a higher rank holds more of it",
+        )
+
     def as_json(self) -> dict[str, Any]:
         """The result as plain values."""
         return {
@@ -99,6 +111,32 @@ class ResidualLoRA:
                 for each in self.weights
             },
         }
+
+
+def most_nbytes(binding: Binding, options: QuantisedOutput) -> int:
+    """The most bytes that the LoRA's file of weights will have; those it has, where it is the adapters' own.
+
+    Raises:
+        FitError: an update has no place in PEFT's folder.
+    """
+    updates: dict[Site, tuple[Update, ...]] = {}
+    for edit in coded_edits(binding).values():
+        updates[_site(edit, binding)] = (_largest(binding, edit, options),)
+    return rendered_size(_rendered(binding, updates, binding.checkpoint)) if updates else 0
+
+
+def _largest(binding: Binding, edit: Edit, options: QuantisedOutput) -> Update:
+    """An update of the sizes that the LoRA of a weight may have."""
+    if edit.replaced is not None:
+        return edit.replaced.update
+    goal, weight = goal_of(edit, options), base_of(binding, edit)
+    assert weight is not None
+    if is_held(edit, goal):
+        return _sum(edit, weight)
+    rows, columns = weight.shape[::-1] if weight.transposed else weight.shape
+    rank = min(goal.rank, rows, columns)
+    zero = numpy.float32(0)
+    return _lora(edit.name, numpy.broadcast_to(zero, (rows, rank)), numpy.broadcast_to(zero, (rank, columns)))
 
 
 def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folder: OutputFolder) -> ResidualLoRA:
@@ -124,10 +162,7 @@ def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folde
             updates[_site(edit, binding)] = (update,)
     nbytes = 0
     if updates:
-        rendering = render_peft(_adapter(binding, updates, folder.staged), merged)
-        if lost := [entry for entry in rendering.entries if entry.outcome == "dropped"]:
-            raise FitError(f"PEFT's folder has no place for it: {lost[0].detail}", tensor=lost[0].site)
-        nbytes = put_adapter(rendering, folder, f"{FOLDER}/")
+        nbytes = put_adapter(_rendered(binding, updates, merged), folder, f"{FOLDER}/")
     found = _measured(binding, edits, merged, folder.staged / FOLDER if updates else None)
     weights = []
     for key, edit in edits.items():
@@ -157,9 +192,9 @@ def _left(
     """What the LoRA's folder has for a weight, and how far base' with it will be off."""
     if edit.replaced is not None:
         return edit.replaced.update, 0.0
-    goal, exact, weight = goal_of(edit, options), exact_rank(edit), base_of(binding, edit)
+    goal, weight = goal_of(edit, options), base_of(binding, edit)
     assert weight is not None
-    if kept and exact is not None and goal.error is None and goal.rank >= exact:
+    if kept and is_held(edit, goal):
         return _sum(edit, weight), 0.0
     update, left = _missing(edit, weight, merged.components[edit.component].parameters[edit.name].storage)
     found = leading(left, goal, update)
@@ -227,11 +262,16 @@ def _held(values: Array) -> Array:
     return values
 
 
-def _adapter(binding: Binding, updates: Mapping[Site, tuple[Update, ...]], path: Path) -> Adapter:
+def _rendered(binding: Binding, updates: Mapping[Site, tuple[Update, ...]], model: Checkpoint) -> Rendering:
+    """The LoRA as PEFT's folder.
+
+    Raises:
+        FitError: an update has no place in it.
+    """
     first = binding.adapters[0][0]
     tensors = dict.fromkeys(tensor for chain in updates.values() for update in chain for tensor in update.tensors)
-    return Adapter(
-        path=path,
+    adapter = Adapter(
+        path=model.path,
         format="residual",
         kind="LORA",
         updates=updates,
@@ -239,12 +279,19 @@ def _adapter(binding: Binding, updates: Mapping[Site, tuple[Update, ...]], path:
         copied_modules=frozenset().union(*(adapter.copied_modules for adapter, _ in binding.adapters)),
         task=first.task,
     )
+    rendering = render_peft(adapter, model)
+    if lost := [entry for entry in rendering.entries if entry.outcome == "dropped"]:
+        raise FitError(f"PEFT's folder has no place for it: {lost[0].detail}", tensor=lost[0].site)
+    return rendering
 
 
 def _measured(
     binding: Binding, edits: Mapping[tuple[str, str], Edit], merged: Checkpoint, lora: Path | None
 ) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Norm of the update, of the error, and of the updated weight, by edit: of what lies on the disk."""
+    """Norm of the update, of the error, and of the updated weight, by edit: of what lies on the disk.
+
+    Updates that cancel each other leave the rounding of their sums, which is no update: its norm is 0.
+    """
     after = bind([(read_peft(lora), 1.0)], merged).edits if lora is not None else {}
     found = {}
     for key, edit in edits.items():
@@ -265,5 +312,6 @@ def _measured(
             base = read_values(weight, start, stop, DType.F32)
             for i, values in enumerate((blocks[0] - base, blocks[0] - blocks[1], blocks[0])):
                 sums[i] += energy(values)
-        found[key] = math.sqrt(sums[0]), math.sqrt(sums[1]), math.sqrt(sums[2])
+        update, error, scale = map(math.sqrt, sums)
+        found[key] = update if update > 2 * len(edit.operations) * _UNIT * scale else 0.0, error, scale
     return found

@@ -122,7 +122,12 @@ def merge(
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 
-        ahead = preview(plan, None if output is None else Path(output), workers)
+        beside = 0
+        if quantised.way == "residual":
+            from surgery.engine.residual import most_nbytes
+
+            beside = most_nbytes(binding, quantised)
+        ahead = preview(plan, None if output is None else Path(output), workers, beside)
         return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
     run = Run(workers, memory_limit, device, verify_copies, overwrite, progress)
     warnings: list[str] = list(plan.warnings)
@@ -147,9 +152,13 @@ def merge(
             with one_thread():
                 residual.append(write_residual(binding, plan, quantised, staged))
             if not plan.computed() and not any(weight.update > 0 for weight in residual[0].weights):
-                raise NothingChangedError("no weight of the base would change", hint="the adapter is all zeros")
+                raise NothingChangedError(
+                    "no weight of the base would change", hint="the adapters are all zeros, or cancel each other"
+                )
 
     needed = reversible or quantised.way == "residual"
     ledger = execute(plan, folder, run, finish, engine, last if needed else None)
     found = residual[0] if residual else None
+    if found is not None and max_error is None:
+        warnings.extend(found.warnings)
     return MergeResult(folder, ledger, tuple(warnings), rounding_nbytes=sum(kept), residual=found)
