@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each way of merging into a quantised base keeps: survival, angle, and bits per byte on text nobody trained on.
 
-    python benchmarks/quantised.py [--formats NF4 GPTQ4] [--weights 1 .25] [--part 1]
+    python benchmarks/quantised.py [--formats NF4 GPTQ4] [--weights 1 .25] [--part 1] [--bitsandbytes PYTHON] [--llama-cpp PYTHON]
 
-The example's base is quantised by the fit of each codec; the example's LoRA is merged into it by every way, at its whole
-strength and at a quarter. At the whole its update is as large as a step of 4 bits, at a quarter it is what adapters of
-large models are: some hundredths to tenths of a step. Models are scored as `examples/evaluate.py` does.
+The example's base is quantised by the fit of each codec, and by the programs themselves where a python has them; the
+example's LoRA is merged into it by every way, at its whole strength and at a quarter. At the whole its update is as
+large as a step of 4 bits, at a quarter it is what adapters of large models are: some hundredths to tenths of a step.
+Models are scored as `examples/evaluate.py` does.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import json
 import math
 import os
 import shutil
+import struct
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,7 @@ from surgery_formats.storage.base import read_rows  # noqa: E402
 from surgery_formats.storage.bitsandbytes.four_bit import levels_of  # noqa: E402
 from surgery_formats.storage.quantised import is_quantised  # noqa: E402
 from surgery_formats.tensors.apply import scatter  # noqa: E402
-from tests.support.gguf_file import F32, GgufTensor, RawGguf, text, u32  # noqa: E402
+from tests.support.gguf_file import F32, GgufTensor, RawGguf, any_value, text, u32  # noqa: E402
 
 BASE, LORA = ROOT / "examples" / "base", ROOT / "examples" / "lora"
 Tensors = dict[str, Array]
@@ -180,10 +184,11 @@ def gguf(folder: Path, weights: Mapping[str, Array], kind: int, block: int) -> P
         else:
             _, _, layer, module = stem.split(".", 3)
             renamed = f"blk.{layer}.{_GGUF[module]}"
-        if "_proj" in name:
+        if "_proj" in name and kind != F32:
             tensors[f"{renamed}.weight"] = GgufTensor(kind, values.shape, bytes(values.size // 32 * block))
         else:
-            tensors[f"{renamed}.weight"] = GgufTensor(F32, values.shape, values.tobytes())
+            rows = _interleaved(values, config) if "q_proj" in name or "k_proj" in name else values
+            tensors[f"{renamed}.weight"] = GgufTensor(F32, values.shape, rows.tobytes())
     sizes = {
         "block_count": "num_hidden_layers",
         "embedding_length": "hidden_size",
@@ -195,7 +200,15 @@ def gguf(folder: Path, weights: Mapping[str, Array], kind: int, block: int) -> P
     }
     entries = [("general.architecture", text("llama"))]
     entries += [(f"llama.{key}", u32(config[name])) for key, name in sizes.items()]
+    entries += [("llama.attention.layer_norm_rms_epsilon", any_value(6, struct.pack("<f", config["rms_norm_eps"])))]
     return RawGguf(entries, tensors).write(folder / "model.gguf")
+
+
+def _interleaved(values: Array, config: Mapping[str, Any]) -> Array:
+    """Rows of rotary weights as llama.cpp has them: the two halves of a head in turn."""
+    head = config["hidden_size"] // config["num_attention_heads"]
+    halves = values.reshape(-1, 2, head // 2, values.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
 
 
 def logical(model: Path) -> dict[str, Array]:
@@ -231,14 +244,55 @@ class Scorer:
         return bits
 
 
+BY_BITSANDBYTES = """
+import sys, torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+method = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
+AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=method, device_map="cpu").save_pretrained(sys.argv[2])
+"""
+BY_LLAMA_CPP = """
+import sys, llama_cpp
+options = llama_cpp.llama_model_quantize_default_params()
+options.ftype = int(sys.argv[3])
+assert llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), options) == 0
+"""
+LLAMA_CPP = {"Q4_K_M": 15, "Q8_0": 7}
+"""``llama_ftype``."""
+
+
+def by_bitsandbytes(folder: Path, python: str) -> Path:
+    """The base as transformers saves it, its scales nested."""
+    _foreign([python, "-c", BY_BITSANDBYTES, str(BASE), str(folder)])
+    return folder
+
+
+def by_llama_cpp(folder: Path, python: str, kind: str) -> Path:
+    """The base quantised by llama.cpp."""
+    weights = logical(BASE)
+    plain = gguf(folder, weights, F32, 128)
+    assert all(np.array_equal(values, weights[name]) for name, values in logical(plain).items())
+    model = folder.with_suffix(".quantised")
+    model.mkdir()
+    _foreign([python, "-c", BY_LLAMA_CPP, str(plain), str(model / "model.gguf"), str(LLAMA_CPP[kind])])
+    return model / "model.gguf"
+
+
+def _foreign(command: list[str]) -> None:
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+
+
 def model_in(folder: Path) -> Path:
     """The folder, or the GGUF file that it is."""
     return next(iter(folder.glob("*.gguf")), folder)
 
 
-def row(name: str, weight: float, scorer: Scorer, folder: Path) -> str:
+def row(name: str, weight: float, scorer: Scorer, folder: Path, make: Callable[[Path], Path]) -> str:
     """One line of the table."""
-    base = quantise(folder / "base", name)
+    base = make(folder / "base")
     adapters = [(LORA, weight)]
     surgery.merge(base, adapters, output=folder / "attached", dtype="fp32")
     attached = logical(model_in(folder / "attached"))
@@ -271,6 +325,8 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=[], help="only those whose name contains one of these")
     parser.add_argument("--weights", nargs="*", type=float, default=[1.0, 0.25])
     parser.add_argument("--part", type=float, default=1.0, help="of the held-out texts")
+    parser.add_argument("--bitsandbytes", help="a python with transformers and bitsandbytes, to quantise as they do")
+    parser.add_argument("--llama-cpp", help="a python with llama_cpp, to quantise as llama.cpp does")
     options = parser.parse_args()
     torch.set_num_threads(1)
     scorer = Scorer(options.part)
@@ -279,12 +335,17 @@ def main() -> None:
     columns = ["format", "LoRA", "base", "attached", "16 bits", "nearest", "bits", "feedback", "bits", "residual"]
     print("| " + " | ".join(columns) + " |")
     print("| --- " * len(columns) + "|", flush=True)
-    for name in [*FORMATS, *GGML]:
+    makers: dict[str, Callable[[Path], Path]] = {name: partial(quantise, name=name) for name in [*FORMATS, *GGML]}
+    if options.bitsandbytes:
+        makers["NF4 by bitsandbytes, nested"] = partial(by_bitsandbytes, python=options.bitsandbytes)
+    for kind in LLAMA_CPP if options.llama_cpp else ():
+        makers[f"GGUF {kind} by llama.cpp"] = partial(by_llama_cpp, python=options.llama_cpp, kind=kind)
+    for name, make in makers.items():
         if options.formats and not any(part in name for part in options.formats):
             continue
         for weight in options.weights:
             with tempfile.TemporaryDirectory(prefix="surgery-bench-") as folder:
-                print(row(name, weight, scorer, Path(folder)), flush=True)
+                print(row(name, weight, scorer, Path(folder), make), flush=True)
     print(f"\n{versions('numpy', 'torch', 'transformers')}")
 
 

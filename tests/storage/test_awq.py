@@ -188,6 +188,26 @@ def test_groups_of_gemv_are_told_by_their_width(tmp_path: Path) -> None:
         claimed({**tensors, **narrow}, tmp_path, "gemv")
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "words"),
+    [
+        ("gemm.64", {"group_size": 32}, "has groups of 64 inputs, where its configuration says 32"),
+        ("gemm.all", {"group_size": 32}, "has groups of 72 inputs, where its configuration says 32"),
+        ("gemv.64", {"group_size": 32}, "has groups of 64 inputs, where its configuration says 32"),
+        ("round.5", {"bits": 6}, "has codes of 5 bits, where its configuration says 6"),
+    ],
+)
+def test_a_configuration_that_the_shapes_contradict_is_refused_naming_both(
+    name: str, said: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """autoawq makes room by the configuration, and cannot load other shapes."""
+    with pytest.raises(MalformedError, match=words) as refused:
+        claimed(encoded(name), tmp_path, name, **said)
+    assert refused.value.tensor
+    absent = dict.fromkeys(said)
+    assert claimed(encoded(name), tmp_path, name, **absent).block == claimed(encoded(name), tmp_path, name).block
+
+
 @pytest.mark.parametrize("name", ["gemm", "gemv", "round.5"])
 def test_mutated_files_raise_nothing_but_our_errors(name: str, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"

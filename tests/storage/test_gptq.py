@@ -249,7 +249,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "codes are narrow": (lambda t: t.update({"w.qweight": t["w.qweight"][:, 1:]}), "does not fit scales"),
     "codes are floats": (lambda t: t.update({"w.qweight": t["w.qweight"].astype(np.float32)}), "F32 .* not I32"),
     "zero points are short": (lambda t: t.update({"w.qzeros": t["w.qzeros"][1:]}), "does not fit scales"),
-    "zero points are narrow": (lambda t: t.update({"w.qzeros": t["w.qzeros"][:, 1:]}), "has no 2 bits for each of 96 inputs"),
+    "zero points are narrow": (lambda t: t.update({"w.qzeros": t["w.qzeros"][:, 1:]}), "has codes of 2 bits, where .* says 4"),
     "scales are integers": (lambda t: t.update({"w.scales": t["w.scales"].astype(np.int16)}), "not F16 or BF16 or F32"),
     "scales are a vector": (lambda t: t.update({"w.scales": t["w.scales"][0]}), "of 2 axes"),
     "scales are NaN": (lambda t: t["w.scales"].__setitem__((1, 2), np.nan), "NaN or infinite"),
@@ -279,6 +279,27 @@ def test_a_width_in_doubt_is_refused_naming_both(tmp_path: Path) -> None:
     with pytest.raises(MalformedError, match="2 or 4 or 8 bits fit 4 zero points in 1 words"):
         claimed(narrow, tmp_path, "v1.8", bits=None)
     assert claimed(narrow, tmp_path, "v1.8").bits == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "words"),
+    [
+        ("v2.4", {"group_size": 32}, "has groups of 64 inputs, where its configuration says 32"),
+        ("v2.4", {"group_size": -1}, "has groups of 64 inputs, where its configuration says 128"),
+        ("v1.4.all", {"group_size": 16}, "has groups of .* inputs, where its configuration says 16"),
+        ("v2.4", {"group_size": 32, "dynamic": {"+:a": {"group_size": 128}}}, "of 64 inputs, .* says 32 or 128"),
+        ("v2.8", {"bits": 4}, "has codes of 8 bits, where its configuration says 4"),
+    ],
+)
+def test_a_configuration_that_the_shapes_contradict_is_refused_naming_both(
+    name: str, said: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """gptqmodel makes room by the configuration, and cannot load other shapes."""
+    with pytest.raises(MalformedError, match=words) as refused:
+        claimed(encoded(name), tmp_path, name, **said)
+    assert refused.value.tensor
+    absent = dict.fromkeys(said)
+    assert claimed(encoded(name), tmp_path, name, **absent).block == claimed(encoded(name), tmp_path, name).block
 
 
 @pytest.mark.parametrize("name", ["v1.4.act", "v2.3", "v1.4.all", "round.v2.5"])

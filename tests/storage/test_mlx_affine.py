@@ -126,6 +126,20 @@ def test_a_fitted_grid_is_that_of_mlx(name: str, tmp_path: Path) -> None:
     assert (fitted.nearest(given) != weight.codes(0, weight.shape[0])).mean() < (0.5 if weight.bits == 8 else 0.1)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("metal")])
+def test_a_fitted_grid_of_metal_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    """Its own rule, which MLX's is not: from the least value of a group to the greatest."""
+    import torch
+    from transformers.integrations.metal_quantization import _affine_quantize_tensor
+
+    weight = claimed(encoded(name), tmp_path, name)
+    values = np.random.default_rng(0).normal(0, 0.02, weight.shape).astype(np.float32)
+    _, scales, biases = _affine_quantize_tensor(torch.from_numpy(values), weight.size, weight.bits)
+    fitted = weight.fit(0, values)
+    assert np.array_equal(fitted.scales, cast(cast(scales.numpy(), DType.BF16), DType.F32))
+    assert np.array_equal(fitted.biases, cast(cast(biases.numpy(), DType.BF16), DType.F32))
+
+
 def test_layers_may_have_their_own_settings(tmp_path: Path) -> None:
     tensors = {**encoded("bits.4", "a.b"), **encoded("bits.8", "a.c"), **encoded("group.128", "d")}
     own = {"a.c": {"bits": 8}, "d": {"bits": 3, "group_size": 128}, "lm_head": False}

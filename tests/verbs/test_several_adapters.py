@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several adapters on one weight mean what PEFT's attached model means: merged, combined, in a graph, and taken back.
 
-A DoRA measures the base's rows, whatever comes before it; the order of adapters matters.
+A DoRA measures the base's rows, whatever comes before it; the order of adapters matters. What looks at the weight sees it
+before all of its kind; RoAd, HRA, BOFT and BAT see what the one before them left.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,6 +17,7 @@ import torch
 
 import surgery
 from surgery.verbs.export_onnx import export_onnx
+from surgery_formats.errors import FitError
 from tests.oracles import disk, models, peft_oracle, recipes
 from tests.support import trained
 from tests.support.sessions import Plain
@@ -99,6 +102,79 @@ def test_a_raw_pissa_takes_its_part_from_the_base(made: Made, order: tuple[str, 
     attached = peft_oracle.merge("llama", base, chain, "float32").attached
     for folder in ("merged", "again"):
         assert far(models.run("llama", models.load("llama", tmp_path / folder, "float32")), attached) < 2e-5
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.build_base("qwen2", tmp_path_factory.mktemp("biased") / "base")
+
+
+SEEING: dict[str, tuple[str, dict[str, Any]]] = {
+    "HiRA": ("HiraConfig", {"r": 3}),
+    "DEFT": ("DeftConfig", {"r": 4}),
+    "DEFT by QR": ("DeftConfig", {"r": 4, "decomposition_method": "qr"}),
+    "PaRa": ("DeftConfig", {"r": 4, "para": True}),
+    "PEANuT": ("PeanutConfig", {"r": 4}),
+    "GLoRA": ("GloraConfig", {"r": 4}),
+    "FRoD": ("FrodConfig", {"progressbar": False}),
+    "RoAd": ("RoadConfig", {"group_size": 8}),
+    "HRA": ("HRAConfig", {"r": 4}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 8}),
+    "BAT": ("MissConfig", {"r": 8, "init_weights": "bat"}),
+}
+
+
+def of_one_kind(base: Path, name: str, folder: Path, count: int) -> list[Path]:
+    kind, fields = SEEING[name]
+    config = {"target_modules": ["q_proj", "up_proj", "down_proj"], **fields}
+    for seed in range(count):
+        peft_oracle.train("qwen2", base, kind, config, folder / f"{name}{seed}", seed=seed)
+    return [folder / f"{name}{seed}" for seed in range(count)]
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_adapters_of_one_kind_see_what_pefts_attached_ones_see(name: str, biased: Path, tmp_path: Path) -> None:
+    chain = [(folder, 1.0) for folder in of_one_kind(biased, name, tmp_path, 3)]
+    surgery.merge(biased, chain, output=tmp_path / "merged")
+    attached = peft_oracle.merge("qwen2", biased, chain).attached
+    assert far(models.run("qwen2", models.load("qwen2", tmp_path / "merged", "float32")), attached) < 1e-5
+
+
+def test_a_combination_sees_what_the_merge_sees(biased: Path, tmp_path: Path) -> None:
+    chain = [(folder, 1.0) for folder in of_one_kind(biased, "HiRA", tmp_path, 2)]
+    surgery.merge(biased, chain, output=tmp_path / "merged")
+    surgery.combine(chain, output=tmp_path / "one", base=biased, rank=models.HIDDEN)
+    surgery.merge(biased, tmp_path / "one", output=tmp_path / "again")
+    merged, again = disk.read_tensors(tmp_path / "merged"), disk.read_tensors(tmp_path / "again")
+    assert max(far(again[tensor], value) for tensor, value in merged.items()) < 2e-6
+
+
+def test_what_was_summed_is_taken_back_with_what_the_merge_kept(biased: Path, tmp_path: Path) -> None:
+    chain = [
+        (folder, share) for folder, share in zip(of_one_kind(biased, "HiRA", tmp_path, 2), (1.0, 0.5), strict=True)
+    ]
+    surgery.merge(biased, chain, output=tmp_path / "merged", reversible=True)
+    surgery.unmerge(tmp_path / "merged", chain, output=tmp_path / "back")
+    assert (biased / "model.safetensors").read_bytes() == (tmp_path / "back" / "model.safetensors").read_bytes()
+    surgery.merge(biased, chain, output=tmp_path / "plain")
+    with pytest.raises(FitError, match="cannot be computed back: several HiRA act side by side"):
+        surgery.unmerge(tmp_path / "plain", chain, output=tmp_path / "no")
+
+
+def test_only_one_osf_can_be_on_a_weight(biased: Path, tmp_path: Path) -> None:
+    """Attached, PEFT applies the first of its active adapters and no other."""
+    config = {"target_modules": ["q_proj"]}
+    for seed, name in enumerate(("one", "two")):
+        peft_oracle.train("qwen2", biased, "OSFConfig", config, tmp_path / name, seed=seed)
+    chain = [(tmp_path / name, 1.0) for name in ("one", "two")]
+    attached = peft_oracle.merge("qwen2", biased, chain).attached
+    assert far(attached, peft_oracle.merge("qwen2", biased, chain[:1]).attached) == 0
+    refused = r"two.*a second OSF for one weight, beside '.*one.*'"
+    with pytest.raises(FitError, match=refused):
+        surgery.merge(biased, chain, output=tmp_path / "merged")
+    with pytest.raises(FitError, match=refused):
+        surgery.combine(chain, output=tmp_path / "combined", base=biased, rank=models.HIDDEN)
+    surgery.merge(biased, chain[:1], output=tmp_path / "first")
 
 
 def test_graphs_mean_the_same(tmp_path: Path) -> None:

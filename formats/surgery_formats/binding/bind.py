@@ -23,6 +23,7 @@ from surgery_formats.binding.fit_checks import (
 )
 from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.binding.tied_edits import same_values, settle_tie
+from surgery_formats.binding.together import side_by_side
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.canonical.ungathered import UNGATHERED, is_ungathered
 from surgery_formats.dtypes import DType
@@ -353,6 +354,7 @@ def _edit(
         raise FitError(f"is trained in full by one adapter and changed by another ({listing(names)})", tensor=key[1])
     storage = bound[0].place.parameter.storage
     check_overlap(key[1], operations, adapters)
+    side_by_side(operations)  # for its errors, before anything is written
     check_family(key[1], storage, component)
     is_new = component.aliases.get(key[1], key[1]) not in component.names.parameters
     first = operations[0]

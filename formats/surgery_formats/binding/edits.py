@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from surgery_formats.binding.together import side_by_side, summed, untouched
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage
@@ -79,13 +80,20 @@ def prepared(
         height: Storage rows per block for updates that read the weight first.
         device: Where the arithmetic runs.
 
+    Returns:
+        A step for each operation. Of those that act side by side, the first one's step does what all of them do.
+
     Raises:
         FitError: a factor holds NaN or Inf.
     """
     chain: list[tuple[View, Apply]] = []
-    for number, operation in enumerate(operations):
-        apply = operation.update.prepare(seen_by(number, operations, chain, source, dtype, height, device))
-        chain.append((operation.view, apply if operation.share == 1.0 else blend(apply, operation.share)))
+    for number, (operation, first) in enumerate(zip(operations, side_by_side(operations), strict=True)):
+        apply = operation.update.prepare(seen_by(first, operations, chain, source, dtype, height, device))
+        apply = apply if operation.share == 1.0 else blend(apply, operation.share)
+        if first < number:
+            view, others = chain[first]
+            chain[first], apply = (view, summed(others, apply)), untouched
+        chain.append((operation.view, apply))
     return chain
 
 

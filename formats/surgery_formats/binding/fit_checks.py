@@ -13,7 +13,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.base import Storage
-from surgery_formats.tensors.views import View
+from surgery_formats.tensors.views import intersect
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Update, is_refusing, is_replacing, is_row_setting
 
@@ -117,16 +117,12 @@ def check_overlap(name: str, operations: Sequence[Operation], adapters: Sequence
     """Refuse two updates of one adapter for the same rows: adding both would apply one trained update twice."""
     for position, second in enumerate(operations):
         for first in operations[:position]:
-            if second.adapter == first.adapter and second.site != first.site and _intersect(first.view, second.view):
+            if second.adapter == first.adapter and second.site != first.site and intersect(first.view, second.view):
                 raise FitError(
                     f"'{second.site}' and '{first.site}' are the same weight of the base",
                     file=adapters[second.adapter][0].path,
                     tensor=name,
                 )
-
-
-def _intersect(first: View, second: View) -> bool:
-    return bool(set(first.rows) & set(second.rows)) and bool(set(first.cols) & set(second.cols))
 
 
 def check_family(name: str, storage: Storage, component: Component) -> None:

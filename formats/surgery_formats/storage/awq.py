@@ -18,7 +18,9 @@ from surgery_formats.storage.grouped_columns import GroupedColumns
 from surgery_formats.storage.grouped_rows import GroupedRows, Packing
 from surgery_formats.storage.module_tensors import (
     FLOATS,
+    check_bits,
     check_types,
+    clear_size,
     group_size,
     is_rotated,
     module_tensors,
@@ -55,9 +57,9 @@ class _Awq:
             check_types(qweight, (DType.I32,))
             check_types(qzeros, (DType.I32,))
             check_types(scales, FLOATS)
-            sizes = settings.get("group_size", ())
+            sizes, bits = settings.get("group_size", ()), settings.get("bits", ())
             if qweight.shape[1] == qzeros.shape[1] and qzeros.shape[0] == scales.shape[0]:
-                yield _gemm(f"{stem}.weight", qweight, qzeros, scales, sizes)
+                yield _gemm(f"{stem}.weight", qweight, qzeros, scales, sizes, bits)
             elif qweight.shape[0] == qzeros.shape[0] == scales.shape[0] and scales.shape[1] == 8 * qzeros.shape[1]:
                 yield _gemv(f"{stem}.weight", qweight, qzeros, scales, sizes)
             else:
@@ -83,7 +85,12 @@ def _is_awq(named: Mapping[str, Any]) -> bool:
 
 
 def _gemm(
-    name: str, qweight: StoredTensor, qzeros: StoredTensor, scales: StoredTensor, sizes: tuple[int, ...]
+    name: str,
+    qweight: StoredTensor,
+    qzeros: StoredTensor,
+    scales: StoredTensor,
+    sizes: tuple[int, ...],
+    named_bits: tuple[int, ...],
 ) -> GroupedRows:
     rows, columns = qweight.shape[0], scales.shape[1]
     bits = next((bits for bits in _BITS if words_of(columns, bits) == qzeros.shape[1]), 0)
@@ -91,6 +98,7 @@ def _gemm(
         raise MalformedError(
             f"{columns} zero points are not in {qzeros.shape[1]} words", file=qzeros.path, tensor=qzeros.name
         )
+    check_bits(bits, named_bits, qzeros)
     order = tuple(start + place for start in range(0, unit(bits), 8) for place in _ORDER)
     size = group_size(rows, scales.shape[0], sizes, scales)
     packing = Packing(bits, axis=1, order=order)
@@ -101,18 +109,10 @@ def _gemv(
     name: str, qweight: StoredTensor, qzeros: StoredTensor, scales: StoredTensor, sizes: tuple[int, ...]
 ) -> GroupedColumns:
     rows, columns = qweight.shape[0], qweight.shape[1] * 8
-    named = [columns if size == -1 else size for size in sizes]
-    for choice in (named, (128, 64, 32)):
-        fitting = {size for size in choice if size > 0 and _width(columns, size) == qzeros.shape[1]}
-        if len(fitting) == 1:
-            break
-    else:
-        raise MalformedError(
-            f"{columns} inputs have no clear groups in {qzeros.shape[1]} words", file=qzeros.path, tensor=qzeros.name
-        )
-    return GroupedColumns(
-        name, "AWQ4 gemv", (rows, columns), qweight, scales, qzeros, (0, 2, 1), 4, fitting.pop(), fit_awq
-    )
+    words = qzeros.shape[1]
+    unclear = f"{columns} inputs have no clear groups in {words} words"
+    size = clear_size(columns, sizes, (128, 64, 32), lambda size: _width(columns, size) == words, unclear, qzeros)
+    return GroupedColumns(name, "AWQ4 gemv", (rows, columns), qweight, scales, qzeros, (0, 2, 1), 4, size, fit_awq)
 
 
 def _width(columns: int, size: int) -> int:

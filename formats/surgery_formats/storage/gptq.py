@@ -22,6 +22,7 @@ from surgery_formats.storage.fitting import fit_minmax, fit_symmetric
 from surgery_formats.storage.grouped_rows import GroupedRows, Packing
 from surgery_formats.storage.module_tensors import (
     FLOATS,
+    check_bits,
     check_types,
     group_size,
     is_rotated,
@@ -168,12 +169,13 @@ def _bits(qzeros: StoredTensor, columns: int, said: _Said) -> int:
     """Bits of a code: words of zero points tell, the configuration where a few columns leave a choice.
 
     Raises:
-        MalformedError: no number of bits fits, or several do.
+        MalformedError: no number of bits fits, several do, or one that is not named.
     """
     whole = [bits for bits in said.known if 32 % bits == 0 or columns % 32 == 0]
     fitting = [bits for bits in whole if words_of(columns, bits) == qzeros.shape[1]]
     chosen = [bits for bits in fitting if bits in said.bits] or fitting
     if len(chosen) == 1:
+        check_bits(chosen[0], said.bits, qzeros)
         return chosen[0]
     found = f"{' or '.join(map(str, sorted(chosen)))} bits" if chosen else "no number of bits"
     raise MalformedError(

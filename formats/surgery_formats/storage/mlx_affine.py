@@ -85,4 +85,4 @@ def _weight(
             tensor=words.name,
         )
     sizes = (*words.shape[:-1], columns)
-    return GroupedColumns(f"{stem}.weight", f"MLX{bits}", sizes, words, scales, biases, (0, 1, 2), bits, size, fit_mlx)
+    return GroupedColumns(f"{stem}.weight", f"MLX{bits}", sizes, words, scales, biases, (0, 1, 2), bits, size, fitting)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from surgery_formats.dtypes import DType
@@ -11,7 +11,16 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["FLOATS", "check_types", "group_size", "is_rotated", "module_tensors", "settings_of"]
+__all__ = [
+    "FLOATS",
+    "check_bits",
+    "check_types",
+    "clear_size",
+    "group_size",
+    "is_rotated",
+    "module_tensors",
+    "settings_of",
+]
 
 FLOATS = (DType.F16, DType.BF16, DType.F32)
 """Types of scales."""
@@ -66,25 +75,58 @@ def is_rotated(named: Mapping[str, Any]) -> bool:
 
 
 def group_size(count: int, groups: int, named: tuple[int, ...], scales: StoredTensor) -> int:
-    """Inputs of a group, if `count` inputs have so many.
+    """Inputs of a group, if `count` inputs have so many groups: see `clear_size`."""
+
+    def fits(size: int) -> bool:
+        return -(-count // size) == groups
+
+    even = [count // groups] if count % groups == 0 else []
+    usual = [count] if groups == 1 else [size for size in _USUAL if fits(size)] or even
+    return clear_size(count, named, usual, fits, f"{count} inputs are not clearly in {groups} groups", scales)
+
+
+def clear_size(
+    count: int,
+    named: Iterable[int],
+    usual: Iterable[int],
+    fits: Callable[[int], bool],
+    unclear: str,
+    tensor: StoredTensor,
+) -> int:
+    """Inputs of a group.
+
+    Args:
+        count: Inputs of the layer.
+        named: Sizes that the configuration names for any layer, -1 for all inputs.
+        usual: Sizes that may be meant where it names none.
+        fits: Whether groups of a size have the shapes that are stored.
+        unclear: What to say where not one size fits.
+        tensor: Whose shape tells, for messages.
 
     Raises:
-        MalformedError: no size fits, or several do and none is named.
+        MalformedError: not one size fits, or none of those that are named, for which a program would make room.
     """
-    if groups == 1:
-        return count
-    for sizes in (named, _USUAL, (count // groups if count % groups == 0 else 0,)):
-        fitting = sorted({size for size in sizes if size > 0 and -(-count // size) == groups})
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
-            found = f"of {' or '.join(map(str, fitting))} inputs"
-            break
+    told = dict.fromkeys(count if size == -1 else min(size, count) for size in named if size == -1 or size > 0)
+    by_shape = sorted(size for size in usual if fits(size))
+    fitting = sorted(filter(fits, told)) if told else by_shape
+    if len(fitting) == 1:
+        return fitting[0]
+    if told and not fitting and by_shape:
+        what = f"has groups of {_either(by_shape)} inputs, where its configuration says {_either(told)}"
     else:
-        found = "of any size"
-    raise MalformedError(
-        f"{count} inputs are not clearly in {groups} groups {found}", file=scales.path, tensor=scales.name
-    )
+        what = unclear + (f" of {_either(fitting)} inputs" if fitting else "")
+    raise MalformedError(what, file=tensor.path, tensor=tensor.name)
+
+
+def check_bits(bits: int, named: tuple[int, ...], tensor: StoredTensor) -> None:
+    """Raise MalformedError if the configuration names other bits of a code than the shape of `tensor` tells."""
+    if named and bits not in named:
+        what = f"has codes of {bits} bits, where its configuration says {_either(named)}"
+        raise MalformedError(what, file=tensor.path, tensor=tensor.name)
+
+
+def _either(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def check_types(tensor: StoredTensor, dtypes: tuple[DType, ...], axes: tuple[int, ...] = (2,)) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "View",
     "expert",
     "interleaved",
+    "intersect",
     "permute",
     "positions",
     "rows",
@@ -122,6 +123,17 @@ def expert(index: int, count: int, shape: tuple[int, int]) -> View:
     if not 0 <= index < count:
         raise IndexError(f"expert {index} of {count}")
     return View(range(index * shape[0], (index + 1) * shape[0]), range(shape[1]))
+
+
+def intersect(first: View, second: View) -> bool:
+    """Whether two views of one storage have elements in common."""
+    return _meet(first.rows, second.rows) and _meet(first.cols, second.cols)
+
+
+def _meet(first: Index, second: Index) -> bool:
+    if isinstance(first, range) and isinstance(second, range) and first.step == second.step == 1:
+        return max(first.start, second.start) < min(first.stop, second.stop)
+    return not set(first).isdisjoint(second)
 
 
 def transpose(view: View) -> View:

@@ -65,6 +65,7 @@ from surgery_formats.updates.update import (
     Refusing,
     Replacing,
     RowSetting,
+    Sharing,
     Unsized,
     Update,
     is_directed,
@@ -79,6 +80,7 @@ from surgery_formats.updates.update import (
     is_refusing,
     is_replacing,
     is_row_setting,
+    is_sharing,
     is_unsized,
 )
 from surgery_formats.updates.vblora import VBLoRA
@@ -138,6 +140,7 @@ __all__ = [
     "RowSetting",
     "SHiRA",
     "Seed",
+    "Sharing",
     "Stacked",
     "SuperTuning",
     "Support",
@@ -168,6 +171,7 @@ __all__ = [
     "is_refusing",
     "is_replacing",
     "is_row_setting",
+    "is_sharing",
     "is_unsized",
     "low_rank_part",
     "plain_form",

@@ -32,6 +32,7 @@ class DEFT:
     kind: ClassVar[str] = "DEFT"
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "maps"
+    together: ClassVar[bool] = True
     alpha: ClassVar[None] = None
     untrained: ClassVar[tuple[()]] = ()
 

@@ -39,6 +39,7 @@ class FRoD:
     kind: ClassVar[str] = "FRoD"
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "maps"
+    together: ClassVar[bool] = True
     rank: ClassVar[None] = None
     alpha: ClassVar[None] = None
     scale: ClassVar[None] = None

@@ -50,6 +50,7 @@ class GLoRA:
     kind: ClassVar[str] = "GLoRA"
     needs_weight: ClassVar[bool] = False
     effect: ClassVar[Effect] = "maps"
+    together: ClassVar[bool] = True
     alpha: ClassVar[None] = None
     scale: ClassVar[None] = None
     untrained: ClassVar[tuple[()]] = ()
@@ -129,6 +130,7 @@ class GLoRABias:
     kind: ClassVar[str] = "GLoRA of a bias"
     needs_weight: ClassVar[bool] = False
     effect: ClassVar[Effect] = "maps"
+    together: ClassVar[bool] = True
     rank: ClassVar[None] = None
     alpha: ClassVar[None] = None
     scale: ClassVar[None] = None

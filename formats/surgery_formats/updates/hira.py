@@ -26,6 +26,7 @@ class HiRA:
     kind: ClassVar[str] = "HiRA"
     needs_weight: ClassVar[bool] = False
     effect: ClassVar[Effect] = "maps"
+    together: ClassVar[bool] = True
     alpha: ClassVar[None] = None
     scale: ClassVar[None] = None
     untrained: ClassVar[tuple[()]] = ()

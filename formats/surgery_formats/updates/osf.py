@@ -28,6 +28,7 @@ class OSF:
     kind: ClassVar[str] = "OSF"
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "maps"
+    together: ClassVar[bool] = False
     alpha: ClassVar[None] = None
     scale: ClassVar[None] = None
     untrained: ClassVar[tuple[()]] = ()

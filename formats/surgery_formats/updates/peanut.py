@@ -37,6 +37,7 @@ class PEANuT:
     kind: ClassVar[str] = "PEANuT"
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "maps"
+    together: ClassVar[bool] = True
     alpha: ClassVar[None] = None
     untrained: ClassVar[tuple[()]] = ()
 

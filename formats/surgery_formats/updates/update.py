@@ -30,6 +30,7 @@ __all__ = [
     "Refusing",
     "Replacing",
     "RowSetting",
+    "Sharing",
     "Unsized",
     "Update",
     "is_directed",
@@ -44,6 +45,7 @@ __all__ = [
     "is_refusing",
     "is_replacing",
     "is_row_setting",
+    "is_sharing",
     "is_unsized",
 ]
 
@@ -214,6 +216,18 @@ class OfBase(Update, Protocol):
     def of_base(self) -> bool: ...
 
 
+class Sharing(Update, Protocol):
+    """An update that is not applied to what those of its kind left that other adapters have for the weight.
+
+    Attributes:
+        together: Whether each is of the weight before all of them, and what they change is summed; else they have no
+            meaning together.
+    """
+
+    @property
+    def together(self) -> bool: ...
+
+
 class Mixing(Update, Protocol):
     """An update that mixes columns in groups: `apply` is given whole groups, even where a weight is stored transposed.
 
@@ -305,6 +319,11 @@ def is_invertible(update: Update) -> TypeIs[Invertible]:
 def is_of_base(update: Update) -> TypeIs[OfBase]:
     """Whether it measures the base, whatever other adapters did to it."""
     return _has(update, "of_base")
+
+
+def is_sharing(update: Update) -> TypeIs[Sharing]:
+    """Whether it is not applied to what others of its kind left."""
+    return _has(update, "together")
 
 
 def is_mixing(update: Update) -> TypeIs[Mixing]:

@@ -124,7 +124,7 @@ def estimation(
     merged = binding.checkpoint
     for edit in binding.edits.values():
         operations = (*((edit.replaced,) if edit.replaced else ()), *edit.operations)
-        if reason := next(filter(None, map(why_not, operations)), ""):
+        if reason := why_not(operations):
             raise FitError(
                 f"cannot be computed back: {reason}",
                 file=merged.path,

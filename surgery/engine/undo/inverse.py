@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from surgery_formats.arrays import Array, assign, empty, namespace
 from surgery_formats.binding.edits import Operation, prepared, seen_by
+from surgery_formats.binding.together import side_by_side
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.apply import Apply, apply_chain
@@ -63,8 +64,14 @@ def inverted(operations: Sequence[Operation], after: Storage, height: int, lost:
     return chain
 
 
-def why_not(operation: Operation) -> str:
-    """Why the weight before an operation cannot be computed from the one after it; empty if it can."""
+def why_not(operations: Sequence[Operation]) -> str:
+    """Why the weight before some operations cannot be computed from the one after them; empty if it can."""
+    if any(first < number for number, first in enumerate(side_by_side(operations))):
+        return f"several {operations[0].update.kind} act side by side"
+    return next(filter(None, map(_why_not, operations)), "")
+
+
+def _why_not(operation: Operation) -> str:
     update = operation.update
     if update.effect == "sets":
         return "" if operation.share != 1.0 else f"{update.kind}: the values before were replaced"

@@ -16,10 +16,10 @@ from surgery_formats.tensors.tensor import StoredTensor
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["AbsMax", "FloatAbsMax", "NestedAbsMax", "Scales"]
+__all__ = ["AbsMax", "BlockScales", "FloatAbsMax", "NestedAbsMax"]
 
 
-class Scales(NamedTuple):
+class BlockScales(NamedTuple):
     """The scales of some blocks, as they are stored and as float32."""
 
     stored: numpy.ndarray
@@ -37,14 +37,14 @@ class AbsMax(Protocol):
     def beside(self) -> tuple[StoredTensor, ...]:
         """Other tensors they are made of, none of which a new fit changes."""
 
-    def read(self, first: int, stop: int) -> Scales:
+    def read(self, first: int, stop: int) -> BlockScales:
         """The scales of blocks ``[first, stop)``.
 
         Raises:
             MalformedError: a scale is NaN, infinite, or negative where the format has none.
         """
 
-    def fit(self, first: int, largest: numpy.ndarray) -> Scales:
+    def fit(self, first: int, largest: numpy.ndarray) -> BlockScales:
         """The scales from block `first` on for other greatest values."""
 
 
@@ -56,16 +56,16 @@ class FloatAbsMax:
 
     beside = ()
 
-    def read(self, first: int, stop: int) -> Scales:
+    def read(self, first: int, stop: int) -> BlockScales:
         """See `AbsMax`."""
         scales = self.tensor.read(first, stop)
         if not (scales >= 0).all() or not (scales < float("inf")).all():
             raise _no_scale(self.tensor, "NaN, infinite or negative")
-        return Scales(scales, scales)
+        return BlockScales(scales, scales)
 
-    def fit(self, first: int, largest: numpy.ndarray) -> Scales:
+    def fit(self, first: int, largest: numpy.ndarray) -> BlockScales:
         """See `AbsMax`."""
-        return Scales(largest, largest)
+        return BlockScales(largest, largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +85,12 @@ class NestedAbsMax:
         """The second level."""
         return self.second, self.levels
 
-    def read(self, first: int, stop: int) -> Scales:
+    def read(self, first: int, stop: int) -> BlockScales:
         """See `AbsMax`."""
         codes = self.tensor.read(first, stop)
         return self._decoded(codes, self._second(first, stop), self._levels())
 
-    def fit(self, first: int, largest: numpy.ndarray) -> Scales:
+    def fit(self, first: int, largest: numpy.ndarray) -> BlockScales:
         """The nearest codes on the second level that is stored."""
         import numpy as np
 
@@ -99,14 +99,14 @@ class NestedAbsMax:
         codes = levels.nearest((largest - np.float32(self.nesting.offset)) * inverse)
         return self._decoded(codes, second, levels)
 
-    def _decoded(self, codes: numpy.ndarray, second: numpy.ndarray, levels: Levels) -> Scales:
+    def _decoded(self, codes: numpy.ndarray, second: numpy.ndarray, levels: Levels) -> BlockScales:
         import numpy as np
 
         # Rounded after each step to the type in which bitsandbytes has the scales, which is float32 but for files that
         # it saved after using them.
         dtype, offset = self.nesting.dtype, np.float32(self.nesting.offset)
         scaled = cast(cast(levels.decode(codes) * second, dtype), DType.F32)
-        return Scales(codes, cast(cast(scaled + offset, dtype), DType.F32))
+        return BlockScales(codes, cast(cast(scaled + offset, dtype), DType.F32))
 
     def _second(self, first: int, stop: int) -> numpy.ndarray:
         """The second level's scale of each block."""

@@ -10,21 +10,17 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import PartBytes, StoredPart
-from surgery_formats.storage.bitsandbytes.absmax import AbsMax, NestedAbsMax, Scales
+from surgery_formats.storage.bitsandbytes.absmax import AbsMax, BlockScales, NestedAbsMax
 from surgery_formats.storage.elements import read_bytes
 from surgery_formats.storage.flat_blocks import FlatBlocks, rows_of_whole_blocks
 from surgery_formats.storage.levels import Levels, join_nibbles, split_nibbles
 from surgery_formats.storage.quantised import Grid, check_rows, keep_where, put_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes, matrix_of
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["FourBit", "FourBitGrid", "levels_of"]
 
@@ -80,7 +76,7 @@ class FourBitGrid:
 
     levels: Levels
     blocks: FlatBlocks
-    scales: Scales
+    scales: BlockScales
 
     def values(self, codes: Array, first: int = 0) -> Array:
         """See `Grid`."""
@@ -109,7 +105,7 @@ class FourBit:
         sizes: Shape of the weight.
         size: Elements of a block.
         tensor: The codes, two in a byte, the first in its high half; a last odd one has another beside it.
-        absmax: Scales.
+        absmax: Scales of the blocks.
         levels: ``quant_map``.
         state: See `read_state`.
     """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import PartBytes, Storage, StoredPart, read_values
-from surgery_formats.storage.bitsandbytes.absmax import Scales
+from surgery_formats.storage.bitsandbytes.absmax import BlockScales
 from surgery_formats.storage.bitsandbytes.four_bit import FourBitGrid, levels_of
 from surgery_formats.storage.flat_blocks import FlatBlocks, rows_of_whole_blocks
 from surgery_formats.tensors.tensor import StoredTensor
@@ -100,10 +100,10 @@ class Rounded:
         values = read_values(self.stored, first, last, DType.F32)
         blocks = FlatBlocks(first, last - first, columns, _SIZE)
         largest, levels = blocks.largest(values), levels_of(self.rule[:3])
-        codes = FourBitGrid(levels, blocks, Scales(largest, largest)).nearest(values)
+        codes = FourBitGrid(levels, blocks, BlockScales(largest, largest)).nearest(values)
         if self.rule.endswith("-double"):  # codes are chosen before the scales become some
             largest = self._nested().of(largest, blocks.first)
-        values = FourBitGrid(levels, blocks, Scales(largest, largest)).values(codes)
+        values = FourBitGrid(levels, blocks, BlockScales(largest, largest)).values(codes)
         block[...] = values[start - first : start - first + len(block)]
 
     def _nested(self) -> _NestedScales:

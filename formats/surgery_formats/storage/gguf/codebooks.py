@@ -7,7 +7,9 @@ and those of NVFP4 by a rule for whole tensors; a fit of such is not offered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from surgery_formats.arrays import Array
 from surgery_formats.tensors.ggml import BY_NAME, GgmlType
@@ -19,134 +21,91 @@ _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the n
 
 
 @dataclass(frozen=True, slots=True)
-class _Iq4Nl:
-    """A half, 16 bytes of codes."""
+class _Listed:
+    """Scales, then codes of 4 bits that are places in a list.
 
-    type: GgmlType = BY_NAME["IQ4_NL"]
+    Attributes:
+        type: Its name and sizes.
+        levels: The list.
+        begin: Bytes in front of the codes.
+        scale_of: From blocks to the scales of their groups, float32.
+        choose: From float32 ``(rows, blocks, codes)`` to blocks with scales, as llama.cpp's reference chooses them; None
+            where that is not offered.
+        group: Codes that share a scale; the lower halves of so many bytes, and then the upper, follow each other.
+    """
+
+    type: GgmlType
+    levels: tuple[int, ...]
+    begin: int
+    scale_of: Callable[[Array], Array]
+    choose: Callable[[Array], Array] | None = None
     group: int = 32
-    low: int = 0
-    high: int = 15
-    bits: int = 4
-    levels: tuple[int, ...] = _IQ4
+    low: ClassVar[int] = 0
+    high: ClassVar[int] = 15
+    bits: ClassVar[int] = 4
 
     def unpack(self, blocks: Array) -> Array:
         """See `AffineCodec.unpack`."""
-        return _nibbles(blocks[..., 2:], 16)
+        return _nibbles(blocks[..., self.begin :], self.group // 2)
 
     def pack(self, codes: Array, blocks: Array) -> None:
         """See `AffineCodec.pack`."""
-        blocks[..., 2:] = _join_nibbles(codes, 16)
+        blocks[..., self.begin :] = _join_nibbles(codes, self.group // 2)
 
     def scales(self, blocks: Array) -> tuple[Array, None]:
         """See `AffineCodec.scales`."""
-        return _half(blocks[..., :2]), None
+        return self.scale_of(blocks), None
 
-    def fit(self, values: Array) -> None:
-        """None is offered."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Iq4Xs:
-    """A half, 2 bytes with the upper bits of eight scales of 6 bits, 4 bytes with the lower, 128 bytes of codes."""
-
-    type: GgmlType = BY_NAME["IQ4_XS"]
-    group: int = 32
-    low: int = 0
-    high: int = 15
-    bits: int = 4
-    levels: tuple[int, ...] = _IQ4
-
-    def unpack(self, blocks: Array) -> Array:
-        """See `AffineCodec.unpack`."""
-        return _nibbles(blocks[..., 8:], 16)
-
-    def pack(self, codes: Array, blocks: Array) -> None:
-        """See `AffineCodec.pack`."""
-        blocks[..., 8:] = _join_nibbles(codes, 16)
-
-    def scales(self, blocks: Array) -> tuple[Array, None]:
-        """See `AffineCodec.scales`."""
-        import numpy as np
-
-        lower = (blocks[..., 4:8, None] >> np.array([0, 4], np.uint8)) & 15
-        upper = (blocks[..., 2:4, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
-        lead = blocks.shape[:-1]
-        codes = lower.reshape(*lead, 8) | (upper.reshape(*lead, 8) << 4)
-        return _half(blocks[..., :2]) * (codes.view(np.int8) - np.int8(32)), None
-
-    def fit(self, values: Array) -> None:
-        """None is offered."""
+    def fit(self, values: Array) -> Array | None:
+        """See `AffineCodec.fit`."""
+        return None if self.choose is None else self.choose(values)
 
 
-@dataclass(frozen=True, slots=True)
-class _Mxfp4:
-    """An exponent, 16 bytes of codes."""
-
-    type: GgmlType = BY_NAME["MXFP4"]
-    group: int = 32
-    low: int = 0
-    high: int = 15
-    bits: int = 4
-    levels: tuple[int, ...] = _E2M1
-
-    def unpack(self, blocks: Array) -> Array:
-        """See `AffineCodec.unpack`."""
-        return _nibbles(blocks[..., 1:], 16)
-
-    def pack(self, codes: Array, blocks: Array) -> None:
-        """See `AffineCodec.pack`."""
-        blocks[..., 1:] = _join_nibbles(codes, 16)
-
-    def scales(self, blocks: Array) -> tuple[Array, None]:
-        """Half a power of two; the two least are subnormal."""
-        import numpy as np
-
-        exponent = blocks[..., :1].astype(np.uint32)
-        bits = np.where(exponent < 2, np.uint32(0x200000) << exponent, (exponent - np.uint32(1)) << np.uint32(23))
-        return bits.view(np.float32), None
-
-    def fit(self, values: Array) -> Array:
-        """The power of two below the greatest value, as ``quantize_row_mxfp4_ref`` chooses it."""
-        import numpy as np
-
-        blocks = np.zeros((*values.shape[:-1], 17), np.uint8)
-        _, exponent = np.frexp(abs(values).max(axis=-1, keepdims=True))
-        exponent = np.where(exponent - 1 - 2 + 127 > 0, exponent - 1 - 2 + 127, 0)
-        blocks[..., :1] = np.where(abs(values).max(axis=-1, keepdims=True) > 0, exponent, 0)
-        return blocks
+def _iq4_nl_scales(blocks: Array) -> Array:
+    """A half."""
+    return _half(blocks[..., :2])
 
 
-@dataclass(frozen=True, slots=True)
-class _Nvfp4:
-    """4 bytes of scales, unsigned E4M3, 32 bytes of codes."""
+def _iq4_xs_scales(blocks: Array) -> Array:
+    """A half, 2 bytes with the upper bits of eight scales of 6 bits, 4 bytes with the lower."""
+    import numpy as np
 
-    type: GgmlType = BY_NAME["NVFP4"]
-    group: int = 16
-    low: int = 0
-    high: int = 15
-    bits: int = 4
-    levels: tuple[int, ...] = _E2M1
+    lower = (blocks[..., 4:8, None] >> np.array([0, 4], np.uint8)) & 15
+    upper = (blocks[..., 2:4, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    lead = blocks.shape[:-1]
+    codes = lower.reshape(*lead, 8) | (upper.reshape(*lead, 8) << 4)
+    return _half(blocks[..., :2]) * (codes.view(np.int8) - np.int8(32))
 
-    def unpack(self, blocks: Array) -> Array:
-        """See `AffineCodec.unpack`."""
-        return _nibbles(blocks[..., 4:], 8)
 
-    def pack(self, codes: Array, blocks: Array) -> None:
-        """See `AffineCodec.pack`."""
-        blocks[..., 4:] = _join_nibbles(codes, 8)
+def _mxfp4_scales(blocks: Array) -> Array:
+    """Half a power of two, by its exponent; the two least are subnormal."""
+    import numpy as np
 
-    def scales(self, blocks: Array) -> tuple[Array, None]:
-        """Half of each; 0x7F, which is NaN elsewhere, is 0 for llama.cpp, and the sign is ignored."""
-        import numpy as np
+    exponent = blocks[..., :1].astype(np.uint32)
+    bits = np.where(exponent < 2, np.uint32(0x200000) << exponent, (exponent - np.uint32(1)) << np.uint32(23))
+    return bits.view(np.float32)
 
-        code = blocks[..., :4].astype(np.int32)
-        exponent, mantissa = (code >> 3) & 15, (code & 7).astype(np.float32)
-        subnormal = exponent == 0
-        number = np.ldexp(np.where(subnormal, mantissa, mantissa + 8), np.where(subnormal, -10, exponent - 11))
-        return np.where((code == 0) | (code == 0x7F), np.float32(0), number.astype(np.float32)), None
 
-    def fit(self, values: Array) -> None:
-        """None is offered."""
+def _mxfp4_fit(values: Array) -> Array:
+    """The power of two below the greatest value, as ``quantize_row_mxfp4_ref`` chooses it."""
+    import numpy as np
+
+    blocks = np.zeros((*values.shape[:-1], 17), np.uint8)
+    _, exponent = np.frexp(abs(values).max(axis=-1, keepdims=True))
+    exponent = np.where(exponent - 1 - 2 + 127 > 0, exponent - 1 - 2 + 127, 0)
+    blocks[..., :1] = np.where(abs(values).max(axis=-1, keepdims=True) > 0, exponent, 0)
+    return blocks
+
+
+def _nvfp4_scales(blocks: Array) -> Array:
+    """Half of each E4M3; 0x7F, which is NaN elsewhere, is 0 for llama.cpp, and the sign is ignored."""
+    import numpy as np
+
+    code = blocks[..., :4].astype(np.int32)
+    exponent, mantissa = (code >> 3) & 15, (code & 7).astype(np.float32)
+    subnormal = exponent == 0
+    number = np.ldexp(np.where(subnormal, mantissa, mantissa + 8), np.where(subnormal, -10, exponent - 11))
+    return np.where((code == 0) | (code == 0x7F), np.float32(0), number.astype(np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +170,10 @@ _RUNS = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
 """Of TQ1_0: bytes, and the ternary digits that each of them holds."""
 
 CODEBOOKS = (
-    _Iq4Nl(),
-    _Iq4Xs(),
-    _Mxfp4(),
-    _Nvfp4(),
+    _Listed(BY_NAME["IQ4_NL"], _IQ4, 2, _iq4_nl_scales),
+    _Listed(BY_NAME["IQ4_XS"], _IQ4, 8, _iq4_xs_scales),
+    _Listed(BY_NAME["MXFP4"], _E2M1, 1, _mxfp4_scales, _mxfp4_fit),
+    _Listed(BY_NAME["NVFP4"], _E2M1, 4, _nvfp4_scales, group=16),
     _Ternary(BY_NAME["TQ1_0"]),
     _Ternary(BY_NAME["TQ2_0"]),
 )

@@ -20,18 +20,15 @@ __all__ = ["GgufBlocks", "GgufElements", "GgufLibrary"]
 
 
 @dataclass(frozen=True, slots=True)
-class GgufElements:
-    """A weight of elements.
+class _Seated:
+    """What every weight of a GGUF has by its place alone.
 
     Attributes:
         seat: Where it lies.
-        stored_dtype: Type of the elements.
     """
 
     seat: Seat
-    stored_dtype: DType
     container: ClassVar[str] = "gguf"
-    coded: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -63,6 +60,22 @@ class GgufElements:
         """The stored tensor."""
         return (self.seat.tensor,)
 
+    def check_place(self, name: str, sizes: tuple[int, ...]) -> None:
+        """See `Seat.check_place`."""
+        self.seat.check_place(name, sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufElements(_Seated):
+    """A weight of elements.
+
+    Attributes:
+        stored_dtype: Type of the elements.
+    """
+
+    stored_dtype: DType
+    coded: ClassVar[bool] = False
+
     @property
     def dtype(self) -> DType:
         """The elements' type; of norms with 1 added float32."""
@@ -85,10 +98,6 @@ class GgufElements:
         if place.transposed or place.head > 1 or place.plus_one or tensor.shape != place.sizes:
             return None
         return replace(tensor, name=place.name)
-
-    def check_place(self, name: str, sizes: tuple[int, ...]) -> None:
-        """See `Seat.check_place`."""
-        self.seat.check_place(name, sizes)
 
     def check_written(self) -> None:
         """It is."""
@@ -132,51 +141,18 @@ class GgufElements:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufBlocks:
+class GgufBlocks(_Seated):
     """A weight of blocks of codes with scales.
 
     Attributes:
-        seat: Where it lies.
         codec: The type of the blocks.
     """
 
-    seat: Seat
     codec: AffineCodec
-    container: ClassVar[str] = "gguf"
     coded: ClassVar[bool] = True
     dtype: ClassVar[DType] = DType.F32
     elements: ClassVar[None] = None
     is_float: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        """As the model's code has it."""
-        return self.seat.place.name
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """As the model's code has them."""
-        return self.seat.place.sizes
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `Encoding.shape`."""
-        return self.seat.place.shape
-
-    @property
-    def transposed(self) -> bool:
-        """See `Storage.transposed`."""
-        return self.seat.place.transposed
-
-    @property
-    def group(self) -> int:
-        """See `Seat.group`."""
-        return self.seat.group
-
-    @property
-    def sources(self) -> tuple[StoredTensor, ...]:
-        """The stored tensor."""
-        return (self.seat.tensor,)
 
     @property
     def kind(self) -> str:
@@ -192,10 +168,6 @@ class GgufBlocks:
     def block(self) -> tuple[int, int]:
         """See `Quantised.block`."""
         return 1, self.codec.group
-
-    def check_place(self, name: str, sizes: tuple[int, ...]) -> None:
-        """See `Seat.check_place`."""
-        self.seat.check_place(name, sizes)
 
     def check_written(self) -> None:
         """It is."""
@@ -261,55 +233,18 @@ class GgufBlocks:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufLibrary:
+class GgufLibrary(_Seated):
     """A weight of blocks that the package ``gguf`` reads, and nothing here writes.
 
     Attributes:
-        seat: Where it lies.
         kind: Name of the type.
     """
 
-    seat: Seat
     kind: str
-    container: ClassVar[str] = "gguf"
     coded: ClassVar[bool] = True
     dtype: ClassVar[DType] = DType.F32
     elements: ClassVar[None] = None
     is_float: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        """As the model's code has it."""
-        return self.seat.place.name
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """As the model's code has them."""
-        return self.seat.place.sizes
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `Encoding.shape`."""
-        return self.seat.place.shape
-
-    @property
-    def transposed(self) -> bool:
-        """See `Storage.transposed`."""
-        return self.seat.place.transposed
-
-    @property
-    def group(self) -> int:
-        """See `Seat.group`."""
-        return self.seat.group
-
-    @property
-    def sources(self) -> tuple[StoredTensor, ...]:
-        """The stored tensor."""
-        return (self.seat.tensor,)
-
-    def check_place(self, name: str, sizes: tuple[int, ...]) -> None:
-        """See `Seat.check_place`."""
-        self.seat.check_place(name, sizes)
 
     def check_written(self) -> None:
         """Raise FitError: it is not."""

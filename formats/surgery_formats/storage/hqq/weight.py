@@ -25,14 +25,14 @@ from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["PACKINGS", "WEIGHT", "HQQGrid", "HQQWeight", "Packing"]
+__all__ = ["PACKINGS", "WEIGHT", "HQQGrid", "HQQPacking", "HQQWeight"]
 
 WEIGHT = ".weight"
 _ROUNDS = 20  # of HQQ's search, in which deviations to the power of 0.7 count
 _POWER, _SHRINK = -0.3, 10.0
 
 
-class Packing(NamedTuple):
+class HQQPacking(NamedTuple):
     """How codes lie in words: bits that each takes, codes of a word, and the word's bytes."""
 
     bits: int
@@ -41,11 +41,11 @@ class Packing(NamedTuple):
 
 
 PACKINGS = {
-    "8bit_u8": Packing(8, 1, 1),
-    "4bit_u8": Packing(4, 2, 1),
-    "3bit_32": Packing(3, 10, 4),
-    "2bit_u8": Packing(2, 4, 1),
-    "1bit_u8": Packing(1, 8, 1),
+    "8bit_u8": HQQPacking(8, 1, 1),
+    "4bit_u8": HQQPacking(4, 2, 1),
+    "3bit_32": HQQPacking(3, 10, 4),
+    "2bit_u8": HQQPacking(2, 4, 1),
+    "1bit_u8": HQQPacking(1, 8, 1),
 }
 
 
@@ -122,7 +122,7 @@ class HQQWeight:
     shape: tuple[int, int]
     axis: int
     group_size: int
-    packing: Packing
+    packing: HQQPacking
     largest: int
     tensor: StoredTensor
     scale: StoredTensor
