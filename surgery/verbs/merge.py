@@ -11,11 +11,11 @@ from surgery.engine.devices import device_of
 from surgery.engine.execute import Engine, Run, execute
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, check_counts, output_path
 from surgery.engine.ledger import Ledger
-from surgery.engine.merge_plan import planned_merge
-from surgery.engine.merge_result import MergeResult
-from surgery.engine.model_card import merge_card
+from surgery.engine.merge.merge_plan import planned_merge
+from surgery.engine.merge.merge_result import MergeResult
+from surgery.engine.merge.model_card import merge_card
 from surgery.engine.output_checks import check_output
-from surgery.engine.quantised_output import quantised_output
+from surgery.engine.quantised.output import quantised_output
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import NothingChangedError
@@ -23,7 +23,7 @@ from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.threads import one_thread
 
 if TYPE_CHECKING:
-    from surgery.engine.residual import ResidualLoRA
+    from surgery.engine.quantised.residual import ResidualLoRA
 
 __all__ = ["MergeResult", "merge"]
 
@@ -124,7 +124,7 @@ def merge(
 
         beside = 0
         if quantised.way == "residual":
-            from surgery.engine.residual import most_nbytes
+            from surgery.engine.quantised.residual import most_nbytes
 
             beside = most_nbytes(binding, quantised)
         ahead = preview(plan, None if output is None else Path(output), workers, beside)
@@ -147,7 +147,7 @@ def merge(
 
             kept.append(record_base(binding, plan, staged, run))
         if quantised.way == "residual":
-            from surgery.engine.residual import write_residual
+            from surgery.engine.quantised.residual import write_residual
 
             with one_thread():
                 residual.append(write_residual(binding, plan, quantised, staged))

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import surgery
-from surgery.engine import residual as module
+from surgery.engine.quantised import residual as module
 from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError, NothingChangedError, ProofError, UsageError
 from surgery_formats.models.checkpoint import open_checkpoint

@@ -16,8 +16,8 @@ import numpy
 from surgery.engine.arithmetic import check_finite
 from surgery.engine.blocks import block_height
 from surgery.engine.plan import Compute, Requantise
-from surgery.engine.quantised_output import QuantisedOutput
-from surgery.engine.requantise import WeightRequantiser
+from surgery.engine.quantised.output import QuantisedOutput
+from surgery.engine.quantised.requantise import WeightRequantiser
 from surgery_formats.arrays import Array, energy
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit, prepared

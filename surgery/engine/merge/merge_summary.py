@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger, Row
-from surgery.engine.next_step import next_step
+from surgery.engine.merge.next_step import next_step
 from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor, is_coded
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
@@ -21,7 +21,7 @@ from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.quantised import is_coded as is_quantised
 
 if TYPE_CHECKING:
-    from surgery.engine.residual import ResidualLoRA
+    from surgery.engine.quantised.residual import ResidualLoRA
 
 __all__ = ["merge_summary"]
 

@@ -22,8 +22,8 @@ from surgery.engine.adapter_output import put_adapter, rendered_size
 from surgery.engine.blocks import block_height
 from surgery.engine.output_checks import LOW_SURVIVAL
 from surgery.engine.plan import Compute, Copy, Plan
-from surgery.engine.quantised_output import QuantisedOutput
-from surgery.engine.residual_choice import base_of, coded_edits, goal_of, is_held, leading
+from surgery.engine.quantised.output import QuantisedOutput
+from surgery.engine.quantised.residual_choice import base_of, coded_edits, goal_of, is_held, leading
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.peft.read import read_peft
 from surgery_formats.adapters.peft.write import render_peft
