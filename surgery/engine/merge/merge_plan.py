@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery._version import __version__
@@ -25,6 +24,7 @@ from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.collector import collector_paused
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.files.raw import open_file
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.quantised import is_coded as is_quantised
@@ -191,7 +191,7 @@ def _facts(binding: Binding) -> dict[str, Any]:
             for component in binding.checkpoint.components.values()
             for shard in component.shards
         },
-        "side_files": {name: _small_digest(path) for name, path in binding.checkpoint.side_files},
+        "side_files": {name: fingerprint(open_file(path)) for name, path in binding.checkpoint.side_files},
         "configs": {
             name: without_local_paths(component.config) for name, component in binding.checkpoint.components.items()
         },
@@ -218,12 +218,6 @@ def _dequantised(outputs: Sequence[PlannedTensor], values: TrainedValues | None)
             if is_quantised(source) or source is by_rule.get((tensor.component, tensor.weight)):
                 kinds.setdefault(source.kind, []).append(tensor.weight_label)
     return kinds
-
-
-def _small_digest(path: Path) -> str:
-    from surgery_formats.files.raw import open_file
-
-    return fingerprint(open_file(path))
 
 
 def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
