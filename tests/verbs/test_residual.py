@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import surgery
-from surgery.engine.quantised import residual as module
+from surgery.engine.quantised import residual_factors
 from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError, NothingChangedError, ProofError, UsageError
 from surgery_formats.models.checkpoint import open_checkpoint
@@ -156,12 +156,12 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_lora_that_is_not_what_was_computed_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = quantised(tmp_path / "base", "nf4")
-    make = module._lora
+    make = residual_factors._lora
 
     def twice(name: str, B: Array, A: Array) -> Any:
         return make(name, B * (2 if name == QUERY else 1), A)
 
-    monkeypatch.setattr(module, "_lora", twice)
+    monkeypatch.setattr(residual_factors, "_lora", twice)
     with pytest.raises(ProofError) as failed:
         surgery.merge(base, LORA, output=tmp_path / "out", quantized="residual", rank=4)
     assert failed.value.tensor == QUERY
