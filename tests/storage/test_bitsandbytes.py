@@ -18,6 +18,7 @@ from surgery_formats.arrays import Array, cast
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
+from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.storage.base import Storage, read_block, read_rows
 from surgery_formats.storage.bitsandbytes import BITSANDBYTES
 from surgery_formats.storage.bitsandbytes.four_bit import FourBit, levels_of
@@ -237,10 +238,15 @@ def test_scales_that_bitsandbytes_saved_turned_round_are_refused(tmp_path: Path)
     assert refused.value.tensor == "w.weight.absmax"
 
 
-def test_int8_of_old_layouts_is_refused_by_name(tmp_path: Path) -> None:
+def test_int8_of_old_layouts_is_named_and_not_read(tmp_path: Path) -> None:
     tensors = {f"w.{rest}": tensor for rest, tensor in encoded("int8.weight").items()}
+    opened({**tensors, "w.weight_format": np.array(2, np.uint8)}, tmp_path)
+    (warning,) = surgery.inspect(tmp_path / "weights.safetensors").warnings
+    assert "codes lie in tiles, col_turing: a bitsandbytes before 0.42 can save them in rows" in warning
     with pytest.raises(FitError, match="col_turing"):
-        claimed({**tensors, "w.weight_format": np.array(2, np.uint8)}, tmp_path)
+        open_checkpoint(tmp_path / "weights.safetensors").main.check_read()
+    with pytest.raises(MalformedError, match=r"is U8 \[1\] where bitsandbytes has U8 \[\]"):
+        claimed({**tensors, "w.weight_format": np.array([0], np.uint8)}, tmp_path)
     old = {name: tensor for name, tensor in tensors.items() if name != "w.weight_format"}
     assert read_rows(claimed(old, tmp_path)).tobytes() == DECODED["int8.weight"].read().tobytes()
     with pytest.raises(MalformedError, match="not a matrix of int8"):

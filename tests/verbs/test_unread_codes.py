@@ -122,6 +122,11 @@ U8, I32, F16, F8 = torch.uint8, torch.int32, torch.float16, torch.float8_e4m3fn
         ({"a.weight": (U8, (512, 1)), "a.weight.absmax": (U8, (16,))}, "a.weight", "a.weight.quant_map"),
         ({"a.weight": (torch.int8, (32, 32))}, "a.weight", ""),
         ({"a.weight": (F8, (32, 32)), "a.weight_scale_inv": (torch.float32, (1, 1))}, "a.weight", ""),
+        ({"a.weight.absmax": (torch.float32, (16,))}, "a.weight", "a.weight"),
+        ({"a.weight.nested_absmax": (torch.float32, (1,))}, "a.weight", "a.weight"),
+        ({"a.weight": (F16, (32, 32)), "a.weight.absmax": (torch.float32, (16,))}, "a.weight", "a.weight.quant_map"),
+        ({"a.weight_scale_inv": (torch.float32, (1, 1))}, "a.weight", "a.weight"),
+        ({"a.weight_scale": (F16, (32, 1))}, "a.weight", "a.weight_packed"),
         ({"experts.x_blocks": (U8, (2, 4, 2, 16))}, "experts.x", "experts.x_scales"),
     ],
 )
@@ -138,6 +143,47 @@ def test_what_is_missing_is_named(
     assert found.tensors == parts.keys()
     assert list(found.lacking)[:1] == ([lacking] if lacking else [])
     assert (f"without {lacking}" in found.message) == bool(lacking)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (
+            {"weight": (U8, (32, 16)), "weight_scale": (F8, (32, 2)), "weight_scale_2": (torch.float32, ())}
+            | {"pre_quant_scale": (F16, (32,))},
+            "(ModelOpt with AWQ) in a form that is not read (layers multiply their inputs by pre_quant_scale first)",
+        ),
+        (
+            {"weight": (U8, (32, 16)), "weight_scale": (F8, (128, 4)), "weight_scale_2": (torch.float32, ())}
+            | {"comfy_quant": (U8, (20,))},
+            "(ComfyUI) in a form that is not read (scales lie in tiles, for the tensor cores of a GPU)",
+        ),
+        (
+            {"weight": (F8, (32, 32)), "weight_scale": (U8, (128, 4)), "comfy_quant": (U8, (20,))},
+            "(ComfyUI) in a form that is not read (scales lie in tiles, for the tensor cores of a GPU)",
+        ),
+    ],
+)
+def test_the_cause_is_named_where_it_is_known(
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]], words: str, tmp_path: Path
+) -> None:
+    tensors = {f"a.{name}": torch.ones(shape).to(dtype) for name, (dtype, shape) in parts.items()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    (warning,) = surgery.inspect(tmp_path / "m.safetensors").warnings
+    assert words in warning
+    with pytest.raises(FitError) as refused:
+        open_checkpoint(tmp_path / "m.safetensors").main.check_read()
+    assert words in refused.value.message
+
+
+def test_scales_that_lost_their_codes_do_not_pass_in_silence(tmp_path: Path) -> None:
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+    tensors = load_file(base / "model.safetensors")
+    del tensors[f"{CODED}.weight"]
+    save_file(tensors | {f"{CODED}.weight.absmax": torch.ones(16)}, base / "model.safetensors", {"format": "pt"})
+    assert f"without {CODED}.weight" in surgery.inspect(base).warnings[0]
+    with pytest.raises(SurgeryError):
+        surgery.merge(base, lora, output=tmp_path / "out")
 
 
 def test_numbers_buffers_and_indices_are_no_codes(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class Component:
     def unread(self) -> Unread | None:
         """Weights that are codes in a format which no storage reads: their tensors stand alone, and mean nothing so."""
         plain = {name: tensor for name, tensor in self.tensors.items() if self.owners[name].elements is tensor}
-        return unread_weights(plain, self.config)
+        return unread_weights(plain, self.config, self.tensors.keys() - plain.keys())
 
     def check_read(self) -> None:
         """Raise FitError if the values of some weights cannot be read: see `unread`."""

@@ -19,6 +19,7 @@ from surgery_formats.storage.hqq import HQQ
 from surgery_formats.storage.mlx_affine import MLX_AFFINE
 from surgery_formats.storage.mlx_floats import MLX_FLOATS
 from surgery_formats.storage.mxfp4 import MXFP4
+from surgery_formats.storage.named_method import check_method
 from surgery_formats.storage.nvfp4 import NVFP4
 from surgery_formats.storage.torchao import TORCHAO
 from surgery_formats.tensors.tensor import StoredTensor
@@ -59,7 +60,7 @@ def claimed_weights(tensors: Mapping[str, StoredTensor], config: Mapping[str, An
 
     Raises:
         MalformedError: two weights claim a tensor or have one name, a weight has the name of another tensor, or none of
-            its own.
+            its own, or the configuration names another method, see `check_method`.
         SurgeryError: a plugin's weight is not one, see `Storage`.
     """
     owners: dict[str, Storage] = {}
@@ -73,6 +74,7 @@ def claimed_weights(tensors: Mapping[str, StoredTensor], config: Mapping[str, An
                 )
             if not weight.sources:
                 raise MalformedError(f"'{show(kind.name)}' claims '{show(weight.name)}' without a stored tensor of it")
+            check_method(kind.name, weight, config)
             if named.setdefault(weight.name, weight) is not weight:
                 raise MalformedError(
                     f"'{show(weight.name)}' is claimed twice, as {named[weight.name].kind} and as {weight.kind}",

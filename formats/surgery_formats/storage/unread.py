@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.storage.bitsandbytes.int8 import FORMAT, tiles_of
 from surgery_formats.storage.module_tensors import is_rotated
 from surgery_formats.storage.quantised import quantisation_of
 from surgery_formats.tensors.tensor import StoredTensor
@@ -26,12 +27,16 @@ class _Layout:
         suffix: Of the weight's own name.
         parts: Endings of its tensors that stand in place of `suffix`.
         needed: Those without which the weight cannot be read.
+        codes: Endings of the tensors that may hold its codes, if the names of the others tell that there were some.
+        sure: Whether its names mean nothing else, whatever type the codes are held in.
     """
 
     method: str
     suffix: str
     parts: tuple[str, ...]
     needed: tuple[str, ...]
+    codes: tuple[str, ...] = ()
+    sure: bool = False
 
 
 _LAYOUTS = (
@@ -43,6 +48,7 @@ _LAYOUTS = (
             ".weight_g_idx", ".weight_scale_2",
         ),
         (".weight_scale",),
+        (".weight_packed", ".weight"),
     ),
     _Layout(
         "bitsandbytes, 4 bits", ".weight",
@@ -51,14 +57,21 @@ _LAYOUTS = (
             ".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4",
         ),
         (".weight.absmax", ".weight.quant_map", ".weight.quant_state.bitsandbytes__nf4"),
+        (".weight",),
+        sure=True,
     ),
-    _Layout("bitsandbytes, 8 bits", ".weight", (".SCB", ".weight_format"), (".SCB",)),
-    _Layout("float8 in blocks", ".weight", (".weight_scale_inv",), (".weight_scale_inv",)),
-    _Layout("float8", ".weight", (".scale_weight",), (".scale_weight",)),
+    _Layout("bitsandbytes, 8 bits", ".weight", (".SCB", ".weight_format"), (".SCB",), (".weight",)),
+    _Layout("float8 in blocks", ".weight", (".weight_scale_inv",), (".weight_scale_inv",), (".weight",)),
+    _Layout("float8", ".weight", (".scale_weight",), (".scale_weight",), (".weight",)),
     _Layout("MXFP4", "", ("_blocks", "_scales"), ("_blocks", "_scales")),
 )  # fmt: skip
 _PARTS = {part: layout for layout in _LAYOUTS for part in layout.parts}
 _ENDINGS = tuple(sorted(_PARTS, key=len, reverse=True))
+_CAUSES = {
+    ".pre_quant_scale": ("ModelOpt with AWQ", "layers multiply their inputs by pre_quant_scale first"),
+    ".comfy_quant": ("ComfyUI", "scales lie in tiles, for the tensor cores of a GPU"),
+}
+"""What a tensor beside a weight that is not read says: who quantised it, and why it is not read."""
 _CODES = frozenset(
     {DType.I8, DType.U8, DType.I16, DType.U16, DType.I32, DType.U32, DType.F4, DType.F6_E2M3, DType.F6_E3M2}
 )
@@ -74,12 +87,14 @@ class Unread:
     Attributes:
         method: What quantised them, as config.json or the tensors' names have it. Untrusted text.
         weights: Their names in the model's code, each with the stored tensors it is made of.
+        cause: Why the first of them is not read, where that is known; else empty.
         lacking: Stored tensors without which the first of them cannot be read, whoever knows its format.
     """
 
     method: str
     weights: Mapping[str, tuple[StoredTensor, ...]]
     lacking: tuple[str, ...]
+    cause: str = ""
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -94,8 +109,9 @@ class Unread:
         what = f"{count} weights are" if count > 1 else "one weight is"
         shape = listing(f"{tensor.name} {tensor.dtype.label} {list(tensor.shape)}" for tensor in parts)
         lacking = f"; without {listing(self.lacking)} it cannot be read at all" if self.lacking else ""
+        cause = f" ({self.cause})" if self.cause else ""
         return (
-            f"is quantised ({show(self.method, 60)}) in a form that is not read: {what} stored as codes, such as "
+            f"is quantised ({show(self.method, 60)}) in a form that is not read{cause}: {what} stored as codes, such as "
             f"'{show(first)}' ({shape}){lacking}"
         )
 
@@ -106,12 +122,15 @@ class Unread:
         return FitError(self.message, file=parts[0].path, tensor=first, hint=hint)
 
 
-def unread_weights(plain: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Unread | None:
-    """The weights among tensors that no storage claims which are codes; None if there are none.
+def unread_weights(
+    plain: Mapping[str, StoredTensor], config: Mapping[str, Any], read: Container[str] = ()
+) -> Unread | None:
+    """The weights among tensors that no storage claims which are codes, or were and are gone; None if there are none.
 
     Args:
         plain: Tensors that no storage claims, by name.
         config: config.json of the network.
+        read: Names of the tensors that storages claim.
     """
     named = quantisation_of(config)
     groups: dict[str, dict[str, StoredTensor]] = {}
@@ -136,18 +155,38 @@ def unread_weights(plain: Mapping[str, StoredTensor], config: Mapping[str, Any])
     for weight, parts in groups.items():
         if weight in plain:
             parts.setdefault(weight, plain[weight])
-        if not any(tensor.dtype in _NARROW for tensor in parts.values()):
+        named_as = layouts.get(weight)
+        gone = tuple(_codes_gone(weight, named_as, plain, read))
+        if not (gone or (named_as and named_as.sure) or any(tensor.dtype in _NARROW for tensor in parts.values())):
             continue  # numbers whose names happen to end so
         if not weights:
-            lacking = tuple(_lacking(weight, parts, layouts.get(weight)))
-            layout_name = layouts[weight].method if weight in layouts else "integers"
+            lacking = (*gone, *_lacking(weight, parts, named_as))
+            method, cause = _cause(weight, plain) or (named_as.method if named_as else "integers", "")
         weights[weight] = tuple(parts.values())
-    return Unread(method_of(config) or layout_name, weights, lacking) if weights else None
+    return Unread(method_of(config) or method, weights, lacking, cause) if weights else None
 
 
 def _module(name: str) -> str:
     """The module of a tensor; of ``a.weight._data``, a."""
     return name.rpartition(".")[0].removesuffix(".weight")
+
+
+def _cause(weight: str, plain: Mapping[str, StoredTensor]) -> tuple[str, str] | None:
+    module = weight.removesuffix(".weight")
+    mark = plain.get(module + FORMAT)
+    if mark is not None and (tiles := tiles_of(mark)):
+        return "bitsandbytes, 8 bits", f"codes lie in tiles, {tiles}: a bitsandbytes before 0.42 can save them in rows"
+    return next((cause for ending, cause in _CAUSES.items() if module + ending in plain), None)
+
+
+def _codes_gone(
+    weight: str, layout: _Layout | None, plain: Mapping[str, StoredTensor], read: Container[str]
+) -> Iterator[str]:
+    """The tensor that should hold the codes of a weight, if there is none."""
+    if layout is not None and layout.codes:
+        names = [weight.removesuffix(layout.suffix) + ending for ending in layout.codes]
+        if not any(name in plain or name in read for name in names):
+            yield names[0]
 
 
 def _lacking(weight: str, parts: Mapping[str, StoredTensor], layout: _Layout | None) -> Iterator[str]:

@@ -15,7 +15,7 @@ from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.bitsandbytes.absmax import AbsMax, FloatAbsMax, NestedAbsMax
 from surgery_formats.storage.bitsandbytes.four_bit import FourBit
-from surgery_formats.storage.bitsandbytes.int8 import FORMAT, SCALES, Int8
+from surgery_formats.storage.bitsandbytes.int8 import FORMAT, SCALES, Int8, tiles_of
 from surgery_formats.storage.bitsandbytes.state import QuantState, read_state
 from surgery_formats.storage.quantised import quantisation_of
 from surgery_formats.tensors.tensor import StoredTensor
@@ -25,7 +25,6 @@ __all__ = ["BITSANDBYTES"]
 _STATE, _LEVELS = ".quant_state.bitsandbytes__", ".quant_map"
 _TYPES = ("nf4", "fp4")
 _STORAGES = (DType.U8, DType.I8, DType.BF16, DType.F16, DType.F32)
-_TILED = {1: "col32", 2: "col_turing", 3: "col_ampere"}
 
 
 class _BitsAndBytes:
@@ -33,13 +32,15 @@ class _BitsAndBytes:
     title = "bitsandbytes: NF4, FP4 (plain and nested scales) and LLM.int8"
 
     def claim(self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Iterator[Storage]:
-        """See `StorageKind`."""
+        """See `StorageKind`; int8 in tiles is left alone."""
         named = quantisation_of(config).get("quant_method") == self.name
         for name, tensor in tensors.items():
             if name.endswith(_LEVELS):
                 yield _four_bit(name.removesuffix(_LEVELS), tensor, tensors)
             elif name.endswith(SCALES):
-                yield _int8(name.removesuffix(SCALES), tensor, tensors)
+                stem = name.removesuffix(SCALES)
+                if (mark := tensors.get(stem + FORMAT)) is None or not tiles_of(mark):
+                    yield _int8(stem, tensor, mark, tensors)
             elif named and tensor.dtype is DType.I8 and name.endswith(".weight"):
                 _needed(name.removesuffix(".weight") + SCALES, tensor, tensors)
             elif _STATE in name:
@@ -105,20 +106,10 @@ def _absmax(
     return NestedAbsMax(scales, second, table, state.nesting)
 
 
-def _int8(stem: str, scales: StoredTensor, tensors: Mapping[str, StoredTensor]) -> Int8:
+def _int8(stem: str, scales: StoredTensor, mark: StoredTensor | None, tensors: Mapping[str, StoredTensor]) -> Int8:
     codes = _needed(f"{stem}.weight", scales, tensors)
     if codes.dtype is not DType.I8 or len(codes.shape) != 2 or 0 in codes.shape:
         what = f"is {codes.dtype.label} {list(codes.shape)}, not a matrix of int8, though it has an SCB"
         raise MalformedError(what, file=codes.path, tensor=codes.name)
     _check(scales, DType.F32, codes.shape[:1])
-    mark = tensors.get(stem + FORMAT)
-    if mark is not None:
-        _check(mark, DType.U8, ())
-        if layout := int(mark.read()):
-            raise FitError(
-                f"says that the codes lie in tiles ({_TILED.get(layout, layout)}), for a GPU of its time",
-                file=mark.path,
-                tensor=mark.name,
-                hint="load the model in a bitsandbytes before 0.42 and save it in rows",
-            )
     return Int8(codes.name, codes, scales, mark)

@@ -20,12 +20,26 @@ from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["FORMAT", "SCALES", "Int8", "Int8Grid"]
+__all__ = ["FORMAT", "SCALES", "Int8", "Int8Grid", "tiles_of"]
 
 SCALES, FORMAT = ".SCB", ".weight_format"
 _WEIGHT = ".weight"
 _STEP = 7.874015718698502e-3
 _LARGEST = 127
+_TILES = {1: "col32", 2: "col_turing", 3: "col_ampere"}
+
+
+def tiles_of(mark: StoredTensor) -> str:
+    """How the codes lie that a ``weight_format`` stands beside, for a GPU of its time; empty if they lie in rows.
+
+    Raises:
+        MalformedError: it is not a byte.
+    """
+    if mark.dtype is not DType.U8 or mark.shape:
+        what = f"is {mark.dtype.label} {list(mark.shape)} where bitsandbytes has U8 []"
+        raise MalformedError(what, file=mark.path, tensor=mark.name)
+    layout = int(mark.read())
+    return _TILES.get(layout, f"layout {layout}") if layout else ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
