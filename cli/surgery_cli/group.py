@@ -30,7 +30,7 @@ COMMANDS = {
     "resize": "Lower the rank of an adapter.",
     "export-onnx": "Export a model as ONNX graphs that use its weight files as they are.",
     "verify": "Verify an output: its bytes, and what a graph computes.",
-    "check": "Show what programs make of an adapter: what each ignores, refuses or scales wrongly.",
+    "check": "Show what programs make of an adapter.",
     "inspect": "Show what a model or an adapter is made of.",
     "diff": "Show what differs between two models or two adapters.",
     "report": "Report what adapters save in parameters and storage.",

@@ -21,7 +21,7 @@ from surgery_formats.errors import FitError, InputError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.family import role_of
-from surgery_formats.updates import LoRA, Update, is_refusing
+from surgery_formats.updates import Update, is_refusing
 
 __all__ = ["AdapterFacts", "AdapterPart", "bound_facts", "facts_of"]
 
@@ -126,7 +126,7 @@ def _part(site: Site, update: Update, base: Checkpoint, chain: tuple[Update, ...
         return AdapterPart(name, "LoRA of stacked experts", update.kind, held.stack.rank, held.stack.scale)
     if held.offset is not None:
         return AdapterPart(name, "bias of a LoRA" if site.path.endswith(".bias") else "other kind", update.kind)
-    if isinstance(update, LoRA):
+    if held.lora is update:
         return AdapterPart(name, _lora(site, update, base), update.kind, update.rank, update.scale)
     if update.kind.startswith("LoRA"):
         return AdapterPart(name, "LoRA on a changed base", update.kind, update.rank, update.scale)

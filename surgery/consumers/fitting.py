@@ -6,41 +6,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.lora_form import LoraForm, lora_form
+from surgery.consumers.consent import Consent
 from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import facts_of
 from surgery.consumers.rewriting import padded, scaled_inside, with_partners, without
 from surgery.consumers.verdict import Remedy, Verdict
-from surgery.rank import Rank
 from surgery_formats.adapters.format import Entry, Format, Scaled
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
 
-__all__ = ["Consent", "Fitted", "SavedChoice", "as_it_would_be_read", "fitted"]
+__all__ = ["Fitted", "as_it_would_be_read", "fitted"]
 
-SavedChoice = Literal["lora", "drop"]
 _ROUNDS = 8  # partners bring partners, and a new rank new scales: each a round or two
 _SHOWN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Consent:
-    """What the user allows.
-
-    Attributes:
-        saved: What becomes of modules trained in full: a LoRA of their difference to the base, or nothing.
-        loss: Whether parts may be left out that the consumer cannot honour.
-        rank: Directions of LoRAs that stand for other kinds; None loses nothing.
-    """
-
-    saved: SavedChoice | None = None
-    loss: bool = False
-    rank: Rank | None = None
 
 
 @dataclass(frozen=True)

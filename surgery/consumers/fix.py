@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from surgery.algebra.lora_form import prove_lora_form
+from surgery.consumers.consent import Consent
 from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import bound_facts, facts_of
-from surgery.consumers.fitting import Consent, Fitted, fitted
+from surgery.consumers.fitting import Fitted, fitted
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.conversion import bound_source, placed, plan_conversion, tolerance_of, write_conversion
 from surgery.engine.convert_result import ConvertResult

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.writing import places_of, zero_padded
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -59,10 +60,11 @@ def scaled_inside(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
 
 
 def _inside(update: Update, factor: float) -> Update:
-    if isinstance(update, Stacked):
-        turned = tuple(_scaled(expert, factor) for expert in update.if_transposed)
-        return Stacked(tuple(_scaled(expert, factor) for expert in update.experts), turned)
-    return _scaled(update, factor) if isinstance(update, LoRA) else update
+    held = contents_of(update)
+    if held.stack is not None:
+        turned = tuple(_scaled(expert, factor) for expert in held.stack.if_transposed)
+        return Stacked(tuple(_scaled(expert, factor) for expert in held.stack.experts), turned)
+    return _scaled(held.lora, factor) if held.lora is not None else update
 
 
 def _scaled(lora: LoRA, factor: float) -> LoRA:
@@ -75,11 +77,11 @@ def _scaled(lora: LoRA, factor: float) -> LoRA:
 
 def padded(adapter: Adapter) -> Adapter:
     """One rank for all LoRAs: directions of zeros behind the others. The scales stay."""
-    loras = [update for chain in adapter.updates.values() for update in chain if isinstance(update, LoRA)]
-    rank = max((lora.rank for lora in loras), default=0)
+    held = {site: [contents_of(update) for update in chain] for site, chain in adapter.updates.items()}
+    rank = max((one.lora.rank for chain in held.values() for one in chain if one.lora is not None), default=0)
     updates = {
-        site: tuple(_padded(update, rank) if isinstance(update, LoRA) else update for update in chain)
-        for site, chain in adapter.updates.items()
+        site: tuple(_padded(one.lora, rank) if one.lora is not None else one.update for one in chain)
+        for site, chain in held.items()
     }
     return replace(adapter, updates=updates)
 
@@ -114,7 +116,7 @@ def with_partners(adapter: Adapter, base: Checkpoint, partners: Mapping[str, str
     added: dict[Site, tuple[Update, ...]] = {}
     for path, beside in partners.items():
         site = replace(by_module[beside], path=f"{path}.weight")
-        model = next(update for update in adapter.updates[by_module[beside]] if isinstance(update, LoRA))
+        model = next(lora for update in adapter.updates[by_module[beside]] if (lora := contents_of(update).lora))
         places = places_of(site, base, model.tensors)
         out, inputs = sum(place.parameter.shape[0] for place in places), places[0].parameter.shape[1]
         dtype = model.B.tensors[0].dtype if model.B.tensors else DType.F32

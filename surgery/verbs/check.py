@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from surgery.consumers.check_result import CheckResult, ConsumerCheck
+from surgery.consumers.consent import Consent, SavedChoice
 from surgery.consumers.facts import bound_facts
-from surgery.consumers.fitting import Consent, SavedChoice
 from surgery.consumers.registry import asked_version, consumer_named, consumers
 from surgery.engine.conversion import placed
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, local_path
@@ -55,7 +55,7 @@ def check(
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
     if consumer is None and fix is not None:
-        raise FitError("an adapter is rewritten for one program", hint='name it: `consumer="vllm"`')
+        raise FitError("an adapter is rewritten for one program", hint="name the program")
     if saved not in (None, "lora", "drop"):
         raise FitError("saved modules become 'lora' or 'drop'", hint="'drop' leaves them out")
     chosen = (

@@ -66,11 +66,12 @@ def complete_consumers(ctx: click.Context, param: click.Parameter, incomplete: s
 @click.option("--allow-loss", is_flag=True, help="With --fix: leave out what the program cannot honour.")
 @option.overwrite()
 def command(settings: Settings, base: str, adapter: str, **options: Any) -> None:
-    """Show what programs make of an adapter: what each ignores, refuses or scales wrongly.
+    """Show what programs make of an adapter.
 
-    The rules come from the programs' own code, which need not be installed. With --for, exit code 6 says that the
-    program does not honour all of it. With --fix it is written anew: scales inside B, ranks padded, other kinds as LoRA;
-    what was written is read back, compared, and checked again.
+    Of each part it tells whether a program honours it, scales it wrongly, ignores or refuses it. The rules come from the
+    programs' own code, which need not be installed. With --for, exit code 6 says that the program does not honour all of
+    it. With --fix it is written anew: scales inside B, ranks padded, other kinds as LoRA; what was written is read back,
+    compared, and checked again.
 
     \b
     Examples:
