@@ -11,6 +11,7 @@ from surgery.engine.conversion import (
     Errors,
     bound_source,
     coded_as,
+    in_dialect,
     placed,
     plan_conversion,
     tolerance_of,
@@ -41,6 +42,7 @@ def convert(
     base: CheckpointLike | None = None,
     component: str | None = None,
     projections: str | None = None,
+    dialect: str | None = None,
     dtype: str = "keep",
     factors: str | None = None,
     as_lora: bool = False,
@@ -61,6 +63,9 @@ def convert(
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
         projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as
             they are. Where only the base knows how high the parts are it is needed; it may have either.
+        dialect: How to hold experts, for ``peft``: ``peft``, ``peft-0.18``, ``unsloth``, ``unsloth-grouped``, ``tinker``,
+            ``sglang``, ``vllm``, ``unsloth-linears`` or ``per-expert`` (docs/formats.md); by default as near as possible
+            to how the adapter has them.
         dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``,
             ``bf16``.
         factors: ``int8`` or ``int4``, for a format that stores factors as codes (``compact``).
@@ -80,7 +85,7 @@ def convert(
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    target = coded_as(format_named(to), factors)
+    target = in_dialect(coded_as(format_named(to), factors), dialect)
     stored = float_type(dtype)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
