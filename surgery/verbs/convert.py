@@ -12,6 +12,7 @@ from surgery.engine.conversion import (
     Errors,
     bound_source,
     coded_as,
+    in_dialect,
     placed,
     plan_conversion,
     tolerance_of,
@@ -44,6 +45,7 @@ def convert(
     base: CheckpointLike | None = None,
     component: str | None = None,
     projections: str | None = None,
+    dialect: str | None = None,
     dtype: str = "keep",
     factors: str | None = None,
     as_lora: bool = False,
@@ -66,6 +68,9 @@ def convert(
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
         projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as
             they are. Where only the base knows how high the parts are it is needed; it may have either.
+        dialect: How to hold experts, for ``peft``: ``peft``, ``peft-0.18``, ``unsloth``, ``unsloth-grouped``, ``tinker``,
+            ``sglang``, ``vllm``, ``unsloth-linears`` or ``per-expert`` (docs/formats.md); by default as near as possible
+            to how the adapter has them.
         dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``,
             ``bf16``.
         factors: ``int8`` or ``int4``, for a format that stores factors as codes (``compact``).
@@ -91,7 +96,7 @@ def convert(
     """
     stored = float_type(dtype)
     if consumer is not None:
-        if to is not None or projections is not None or factors is not None or as_lora:
+        if to is not None or projections is not None or factors is not None or dialect is not None or as_lora:
             raise FitError(
                 "a program decides about format, projections and kinds itself", hint="name either a format or a program"
             )
@@ -112,7 +117,7 @@ def convert(
         raise UsageError("a format is named, as in 'peft', not NoneType", hint="or a program is, such as vllm")
     if saved is not None:
         raise FitError("saved modules are turned for a program", hint="name the program")
-    target = coded_as(format_named(to), factors)
+    target = in_dialect(coded_as(format_named(to), factors), dialect)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
     if rank is not None and not as_lora:

@@ -35,6 +35,23 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     return [name for name in formats() if name.startswith(incomplete)]
 
 
+def _dialect(text: str) -> str:
+    """A dialect's name."""
+    from surgery_formats.adapters.peft import PEFT
+    from surgery_formats.text import closest, listing
+
+    if text not in PEFT.dialects:
+        hint = closest(text, PEFT.dialects) or f"there are {listing(PEFT.dialects, 20)}"
+        raise click.BadParameter(f"no dialect of experts '{show(text)}'; {hint}")
+    return text
+
+
+def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from surgery_formats.adapters.peft import PEFT
+
+    return [name for name in PEFT.dialects if name.startswith(incomplete)]
+
+
 @subcommand("convert")
 @click.argument("adapter", shell_complete=complete_files)
 @click.option("--to", type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'.")
@@ -53,6 +70,13 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     "--projections",
     type=click.Choice(["split", "fused"]),
     help="Make qkv_proj and gate_up_proj of their parts, or parts of them.",
+)
+@click.option(
+    "--dialect",
+    type=_dialect,
+    metavar="NAME",
+    shell_complete=_complete_dialect,
+    help="How FORMAT is to hold the experts of a mixture: see 'surgery formats'.",
 )
 @click.option("--as", "as_kind", type=click.Choice(["lora"]), help="Write LoRAs, whatever the kind of ADAPTER.")
 @click.option(
@@ -93,6 +117,7 @@ def command(
       surgery convert my-lora/ --to mlx -o my-lora-mlx/
       surgery convert phi3-lora/ --to peft -o llama-names/ --projections split --base phi3/
       surgery convert style.safetensors --to peft --base sdxl/ -o style-peft/
+      surgery convert moe-lora/ --to peft --dialect sglang --base qwen3-moe/ -o for-sglang/
       surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
       surgery convert my-rslora/ --for sglang --base llama/ -o for-sglang/
       surgery convert my-oft/ --to peft --as lora --max-error .05 --base llama/ -o as-lora/
