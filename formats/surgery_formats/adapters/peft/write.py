@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import replace
 
 from surgery_formats.adapters.format import Rendering, Scaling
+from surgery_formats.adapters.peft.class_names import called_back, class_names, renamed
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import HEADS, ROOT
 from surgery_formats.adapters.peft.kinds import kinds, switches
@@ -43,6 +44,8 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
     """
     _check_sites(adapter, base)
     own = parse_config(adapter.config, adapter.path, switches()) if adapter.format == "peft" else None
+    names = class_names(adapter, base) if base is not None and own is None else {}
+    adapter = renamed(adapter, names) if names else adapter
     kind = _kind(adapter, own)
     file = PeftFile(kind.name, adapter, base, own, scaling, has_biases="bias" in kind.switches.understood)
     if adapter.prompt is not None and own is not None:
@@ -56,7 +59,7 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
         file.ledger.keep_prompt(adapter.prompt.table)
     else:
         file.ledger.drop_prompt(adapter)
-    return Rendering(
+    rendering = Rendering(
         TENSOR_FILE,
         tuple(file.tensors[name] for name in sorted(file.tensors)),
         surviving_metadata(adapter) | {"format": "pt"},
@@ -64,6 +67,7 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
         tuple(file.ledger.entries),
         file.ledger.held_in_order(adapter),
     )
+    return called_back(rendering, names) if names else rendering
 
 
 def described(adapter: Adapter, scaling: Scaling | None = None) -> Adapter:

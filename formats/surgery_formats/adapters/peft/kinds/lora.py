@@ -31,6 +31,7 @@ from surgery_formats.adapters.peft.parameters import (
     StackedParameter,
     parameter_lora,
     put_parameters,
+    taken_for_experts_here,
     targeted_parameters,
     todays_order,
 )
@@ -251,7 +252,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
             _put_low_rank(file, site, held, held.update.lora, {}, dora=dora, part=part)
         elif held.lora is None:
             rest.append((site, held))
-        elif site.module_kind == "experts" and not held.dora:
+        elif not held.dora and (site.module_kind == "experts" or taken_for_experts_here(file, site)):
             stacks.append(StackedParameter(site, held.update, Stacked((held.lora,))))
         else:
             _put_low_rank(file, site, held, held.lora, plain, dora=dora, part=part)
