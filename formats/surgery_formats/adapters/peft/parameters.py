@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery_formats.adapters.format import NewTensor
-from surgery_formats.adapters.peft.dialects import by_expert
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.packing import by_expert
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.arrays import Array
@@ -39,7 +39,7 @@ def taken_for_experts_here(file: PeftFile, site: Site) -> bool:
 
     A LoRA on its parameter is then the form that is attached. An adapter that has a PEFT configuration keeps its own.
     """
-    if file.base is None or file.own is not None or not site.path.endswith(".weight"):
+    if file.base is None or file.own is not None or file.dialect is not None or not site.path.endswith(".weight"):
         return False
     names = taken_for_experts(component_of(site, file.base).config)
     return site.path.split(".")[-2] in names and site.module_kind in ("", "linear")

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from surgery.engine.mixed_config import SIDE_FILES, leave_alone, leave_alone_beside
 from surgery.engine.plan import PlannedTensor, SideFile, is_coded
+from surgery.engine.quantised.mixed_config import SIDE_FILES, leave_alone, leave_alone_beside
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.files.bounded_json import read_object

@@ -11,21 +11,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-
-from surgery.engine.adapter_output import put_adapter
+from surgery.engine.adapter_output import put_adapter, rendered_size
 from surgery.engine.blocks import block_height
+from surgery.engine.output_checks import LOW_SURVIVAL
 from surgery.engine.plan import Compute, Copy, Plan
-from surgery.engine.quantised_output import QuantisedOutput
-from surgery.engine.residual_choice import base_of, coded_edits, exact_rank, goal_of, leading
+from surgery.engine.quantised.output import QuantisedOutput
+from surgery.engine.quantised.residual_choice import base_of, coded_edits
+from surgery.engine.quantised.residual_factors import largest_update, update_left
+from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.peft.read import read_peft
 from surgery_formats.adapters.peft.write import render_peft
-from surgery_formats.arrays import Array, energy
+from surgery_formats.arrays import energy
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit, prepared
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -34,17 +34,16 @@ from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.storage.aligned import oriented
-from surgery_formats.storage.base import Storage, read_values
+from surgery_formats.storage.base import read_values
 from surgery_formats.tensors.apply import apply_chain
-from surgery_formats.tensors.computed import computed
-from surgery_formats.tensors.views import positions
-from surgery_formats.updates import Factor, LoRA, Update
+from surgery_formats.updates import Update
 
-__all__ = ["FOLDER", "ResidualLoRA", "WeightResidual", "write_residual"]
+__all__ = ["FOLDER", "ResidualLoRA", "WeightResidual", "most_nbytes", "write_residual"]
 
 FOLDER = "adapter"
 """Of the LoRA, in the folder of the model."""
 _ROUNDING = 1e-5  # of float32 factors and sums, relative to the update
+_UNIT = 2.0**-24  # of float32: what one sum may be off by, relative to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class WeightResidual:
         weight: Its name.
         moved: Whether its codes hold a part of the update.
         rank: Of its LoRA; 0 without one.
-        update: Norm of the update.
+        update: Norm of the update; 0 where it is no more than the rounding of the sums that make it.
         error: ``||base + adapters - (base' + LoRA)||``, measured on what was written.
     """
 
@@ -84,6 +83,15 @@ class ResidualLoRA:
         size = math.hypot(*(weight.update for weight in self.weights))
         return math.hypot(*(weight.error for weight in self.weights)) / size if size else 0.0
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of a LoRA that holds too little."""
+        if self.error <= 1 - LOW_SURVIVAL:
+            return ()
+        return (
+            f"model and adapter are off by {self.error:.0%} of the update: a LoRA of a higher rank holds more of it",
+        )
+
     def as_json(self) -> dict[str, Any]:
         """The result as plain values."""
         return {
@@ -99,6 +107,18 @@ class ResidualLoRA:
                 for each in self.weights
             },
         }
+
+
+def most_nbytes(binding: Binding, options: QuantisedOutput) -> int:
+    """The most bytes that the LoRA's file of weights will have; those it has, where it is the adapters' own.
+
+    Raises:
+        FitError: an update has no place in PEFT's folder.
+    """
+    updates: dict[Site, tuple[Update, ...]] = {}
+    for edit in coded_edits(binding).values():
+        updates[_site(edit, binding)] = (largest_update(binding, edit, options),)
+    return rendered_size(_rendered(binding, updates, binding.checkpoint)) if updates else 0
 
 
 def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folder: OutputFolder) -> ResidualLoRA:
@@ -119,15 +139,12 @@ def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folde
     updates: dict[Site, tuple[Update, ...]] = {}
     stated: dict[tuple[str, str], float] = {}
     for key, edit in edits.items():
-        update, stated[key] = _left(binding, edit, merged, options, kept=key in copied)
+        update, stated[key] = update_left(binding, edit, merged, options, kept=key in copied)
         if update is not None:
             updates[_site(edit, binding)] = (update,)
     nbytes = 0
     if updates:
-        rendering = render_peft(_adapter(binding, updates, folder.staged), merged)
-        if lost := [entry for entry in rendering.entries if entry.outcome == "dropped"]:
-            raise FitError(f"PEFT's folder has no place for it: {lost[0].detail}", tensor=lost[0].site)
-        nbytes = put_adapter(rendering, folder, f"{FOLDER}/")
+        nbytes = put_adapter(_rendered(binding, updates, merged), folder, f"{FOLDER}/")
     found = _measured(binding, edits, merged, folder.staged / FOLDER if updates else None)
     weights = []
     for key, edit in edits.items():
@@ -151,87 +168,16 @@ def _site(edit: Edit, binding: Binding) -> Site:
     return Site(edit.name, edit.component, module_kind=kind, kernel=kernel)
 
 
-def _left(
-    binding: Binding, edit: Edit, merged: Checkpoint, options: QuantisedOutput, *, kept: bool
-) -> tuple[Update | None, float]:
-    """What the LoRA's folder has for a weight, and how far base' with it will be off."""
-    if edit.replaced is not None:
-        return edit.replaced.update, 0.0
-    goal, exact, weight = goal_of(edit, options), exact_rank(edit), base_of(binding, edit)
-    assert weight is not None
-    if kept and exact is not None and goal.error is None and goal.rank >= exact:
-        return _sum(edit, weight), 0.0
-    update, left = _missing(edit, weight, merged.components[edit.component].parameters[edit.name].storage)
-    found = leading(left, goal, update)
-    if not len(found.S):
-        return None, found.residual
-    B, A = (numpy.ascontiguousarray(factor) for factor in found.factors())
-    return _lora(edit.name, B, A), found.residual
+def _rendered(binding: Binding, updates: Mapping[Site, tuple[Update, ...]], model: Checkpoint) -> Rendering:
+    """The LoRA as PEFT's folder.
 
-
-def _missing(edit: Edit, weight: Storage, written: Storage) -> tuple[float, Array]:
-    """Norm of the update, and what the written weight lacks of it: ``(out, in)``, float32."""
-    step = Compute(edit.source, edit.operations, weight)
-    height, rows = block_height(weight.shape[1], step), weight.shape[0]
-    chain = prepared(edit.operations, edit.source, DType.F32, height)
-    left, size = numpy.empty(weight.shape, numpy.float32), 0.0
-    for start in range(0, rows, height):
-        stop = min(start + height, rows)
-        block = read_values(edit.source, start, stop)
-        before = block.copy()
-        apply_chain(chain, block, start, stop)
-        size += energy(block - before)
-        left[start:stop] = block - read_values(written, start, stop)
-    return math.sqrt(size), left.T if weight.transposed else left
-
-
-def _sum(edit: Edit, weight: Storage) -> LoRA:
-    """All updates of a weight as one LoRA of it: its own factors if it is one, and all of the weight is meant."""
-    loras = [lora for operation in edit.operations if (lora := operation.update.low_rank()) is not None]
-    whole = tuple(operation.view.shape for operation in edit.operations)
-    shape = weight.shape[::-1] if weight.transposed else weight.shape
-    if len(loras) == 1 and whole == (shape,) and edit.operations[0].view.transposed == weight.transposed:
-        return loras[0]
-    tensors = [tensor for lora in loras for tensor in lora.tensors]
-    rank, name = sum(lora.rank for lora in loras), edit.name
-    A = computed(f"{name}.A", (rank, shape[1]), tensors, partial(_side, edit, weight, shape, 1))
-    B = computed(f"{name}.B", (shape[0], rank), tensors, partial(_side, edit, weight, shape, 0))
-    return LoRA(Factor.of(A), Factor.of(B), 1.0, float(rank))
-
-
-def _side(edit: Edit, weight: Storage, shape: tuple[int, int], axis: int) -> Array:
-    """The factors of all updates side by side, each where its view lies: B ``(out, r)``, or A ``(r, in)``."""
-    sides = []
-    for operation in edit.operations:
-        lora, view = operation.update.low_rank(), operation.view
-        assert lora is not None
-        if view.transposed != weight.transposed:  # the weight of the module is the transpose
-            lora, view = lora.transpose(), replace(view, rows=view.cols, cols=view.rows)
-            view = replace(view, row_origin=operation.view.col_origin, col_origin=operation.view.row_origin)
-        factor = lora.A.load(DType.F32).T if axis else lora.B.load(DType.F32) * lora.scale
-        index, origin = (view.cols, view.col_origin) if axis else (view.rows, view.row_origin)
-        side = numpy.zeros((shape[axis], lora.rank), numpy.float32)
-        side[list(index)] = positions(factor, 0, range(origin, origin + len(index)))
-        sides.append(side)
-    joined = numpy.concatenate(sides, axis=1)
-    return joined.T if axis else joined
-
-
-def _lora(name: str, B: Array, A: Array) -> LoRA:
-    factors = {"A": A, "B": B}
-    tensors = {key: computed(f"{name}.{key}", each.shape, (), partial(_held, each)) for key, each in factors.items()}
-    return LoRA(Factor.of(tensors["A"]), Factor.of(tensors["B"]), 1.0, float(len(A)))
-
-
-def _held(values: Array) -> Array:
-    return values
-
-
-def _adapter(binding: Binding, updates: Mapping[Site, tuple[Update, ...]], path: Path) -> Adapter:
+    Raises:
+        FitError: an update has no place in it.
+    """
     first = binding.adapters[0][0]
     tensors = dict.fromkeys(tensor for chain in updates.values() for update in chain for tensor in update.tensors)
-    return Adapter(
-        path=path,
+    adapter = Adapter(
+        path=model.path,
         format="residual",
         kind="LORA",
         updates=updates,
@@ -239,12 +185,19 @@ def _adapter(binding: Binding, updates: Mapping[Site, tuple[Update, ...]], path:
         copied_modules=frozenset().union(*(adapter.copied_modules for adapter, _ in binding.adapters)),
         task=first.task,
     )
+    rendering = render_peft(adapter, model)
+    if lost := [entry for entry in rendering.entries if entry.outcome == "dropped"]:
+        raise FitError(f"PEFT's folder has no place for it: {lost[0].detail}", tensor=lost[0].site)
+    return rendering
 
 
 def _measured(
     binding: Binding, edits: Mapping[tuple[str, str], Edit], merged: Checkpoint, lora: Path | None
 ) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Norm of the update, of the error, and of the updated weight, by edit: of what lies on the disk."""
+    """Norm of the update, of the error, and of the updated weight, by edit: of what lies on the disk.
+
+    Updates that cancel each other leave the rounding of their sums, which is no update: its norm is 0.
+    """
     after = bind([(read_peft(lora), 1.0)], merged).edits if lora is not None else {}
     found = {}
     for key, edit in edits.items():
@@ -265,5 +218,6 @@ def _measured(
             base = read_values(weight, start, stop, DType.F32)
             for i, values in enumerate((blocks[0] - base, blocks[0] - blocks[1], blocks[0])):
                 sums[i] += energy(values)
-        found[key] = math.sqrt(sums[0]), math.sqrt(sums[1]), math.sqrt(sums[2])
+        update, error, scale = map(math.sqrt, sums)
+        found[key] = update if update > 2 * len(edit.operations) * _UNIT * scale else 0.0, error, scale
     return found

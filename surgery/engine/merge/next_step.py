@@ -15,7 +15,7 @@ from surgery_formats.errors import SurgeryError
 from surgery_formats.files.bounded_json import parse_object, read_object
 
 if TYPE_CHECKING:
-    from surgery.engine.residual import ResidualLoRA
+    from surgery.engine.quantised.residual import ResidualLoRA
 
 __all__ = ["next_step"]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy
 
 from surgery.engine.ledger import CodeChange
-from surgery.engine.listening import Span
+from surgery.engine.quantised.listening import Span
 from surgery_formats.arrays import Array, cast
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.survival import Survival

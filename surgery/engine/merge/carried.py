@@ -70,7 +70,7 @@ def carried_files(binding: Binding, grown: Collection[int]) -> CarriedFiles:
         files |= differing[chosen]
         facts[what or "files"] = {
             "adapter": show(adapter.path.resolve().name),
-            "files": {name: _digest(path) for name, path in differing[chosen].items()},
+            "files": {name: fingerprint(open_file(path)) for name, path in differing[chosen].items()},
         }
     return CarriedFiles([SideFile(name, source=files[name]) for name in sorted(files)], facts, tuple(warnings))
 
@@ -107,7 +107,3 @@ def _differs(names: Mapping[str, Path], own: Mapping[str, Path]) -> bool:
 def _same(path: Path, other: Path) -> bool:
     one, two = open_file(path), open_file(other)
     return one.identity == two.identity or (one.size == two.size and one.read(0, one.size) == two.read(0, two.size))
-
-
-def _digest(path: Path) -> str:
-    return fingerprint(open_file(path))

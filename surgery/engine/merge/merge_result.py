@@ -12,7 +12,7 @@ from surgery.reports.result import elapsed, summarised
 
 if TYPE_CHECKING:
     from surgery.engine.preview import Preview
-    from surgery.engine.residual import ResidualLoRA
+    from surgery.engine.quantised.residual import ResidualLoRA
     from surgery.reports.summary import Summary
 
 __all__ = ["MergeResult"]
@@ -65,7 +65,7 @@ class MergeResult:
 
         With `verbose` also every tensor or operation.
         """
-        from surgery.engine.merge_summary import merge_summary
+        from surgery.engine.merge.merge_summary import merge_summary
 
         return merge_summary(
             self.ledger,

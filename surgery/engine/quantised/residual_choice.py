@@ -16,8 +16,8 @@ import numpy
 from surgery.engine.arithmetic import check_finite
 from surgery.engine.blocks import block_height
 from surgery.engine.plan import Compute, Requantise
-from surgery.engine.quantised_output import QuantisedOutput
-from surgery.engine.requantise import WeightRequantiser
+from surgery.engine.quantised.output import QuantisedOutput
+from surgery.engine.quantised.requantise import WeightRequantiser
 from surgery_formats.arrays import Array, energy
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit, prepared
@@ -28,7 +28,7 @@ from surgery_formats.storage.base import Storage
 from surgery_formats.storage.quantised import is_quantised
 from surgery_formats.threads import one_thread
 
-__all__ = ["Goal", "base_of", "coded_edits", "exact_rank", "goal_of", "leading", "without_kept"]
+__all__ = ["Goal", "base_of", "coded_edits", "goal_of", "is_held", "leading", "without_kept"]
 
 _USUAL = 16
 """Rank for an update that is no LoRA, if none is asked for."""
@@ -62,7 +62,13 @@ def base_of(binding: Binding, edit: Edit) -> Storage | None:
     return None if parameter is None or edit.added else parameter.storage
 
 
-def exact_rank(edit: Edit) -> int | None:
+def is_held(edit: Edit, goal: Goal) -> bool:
+    """Whether a LoRA within a goal is exactly what an edit adds, without a search for its directions."""
+    exact = _exact_rank(edit)
+    return exact is not None and goal.error is None and goal.rank >= exact
+
+
+def _exact_rank(edit: Edit) -> int | None:
     """The rank of a LoRA that is exactly what an edit adds, or None if there is none."""
     loras = [operation.update.low_rank() if operation.share == 1.0 else None for operation in edit.operations]
     return None if any(lora is None for lora in loras) else sum(lora.rank for lora in loras if lora is not None)
@@ -71,7 +77,7 @@ def exact_rank(edit: Edit) -> int | None:
 def goal_of(edit: Edit, options: QuantisedOutput) -> Goal:
     """What was asked for, for one weight."""
     ranks = [operation.update.rank or 0 for operation in edit.operations]
-    usual = exact_rank(edit) or max(_USUAL, sum(ranks))
+    usual = _exact_rank(edit) or max(_USUAL, sum(ranks))
     return Goal(options.rank or usual, options.max_error)
 
 
@@ -102,11 +108,11 @@ def without_kept(binding: Binding, options: QuantisedOutput) -> Binding:
 
 def _stays(binding: Binding, edit: Edit, options: QuantisedOutput) -> bool:
     """Whether the codes of a weight stay as they are."""
-    weight, exact, goal = base_of(binding, edit), exact_rank(edit), goal_of(edit, options)
+    weight, goal = base_of(binding, edit), goal_of(edit, options)
     assert weight is not None
     if len(weight.sizes) == 3:
         raise FitError("no LoRA beside a stack of experts is written yet", tensor=edit.name)
-    if not is_quantised(weight) or (exact is not None and goal.error is None and goal.rank >= exact):
+    if not is_quantised(weight) or is_held(edit, goal):
         return True
     update, left = _both(edit, weight)
     size = math.sqrt(energy(update))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger, Row
-from surgery.engine.next_step import next_step
+from surgery.engine.merge.next_step import next_step
 from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor, is_coded
 from surgery.engine.preview import Preview
 from surgery.reports.output import DRY_RUN, PATH, counted
@@ -21,7 +21,7 @@ from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.quantised import is_coded as is_quantised
 
 if TYPE_CHECKING:
-    from surgery.engine.residual import ResidualLoRA
+    from surgery.engine.quantised.residual import ResidualLoRA
 
 __all__ = ["merge_summary"]
 
@@ -66,6 +66,8 @@ def _would_write(plan: Plan, preview: Preview | None) -> Iterator[tuple[str, Phr
     where = () if preview is None or preview.output is None else (Name(preview.output, PATH), ": ")
     yield "would write", (*where, *_files(plan))
     if preview is not None:
+        if preview.beside_nbytes:
+            yield "adapter/", ("at most ", Value(preview.beside_nbytes, "bytes"))
         free = preview.free_nbytes
         if preview.output is not None:
             yield "free disk", "unknown" if free is None else Value(free, "bytes")

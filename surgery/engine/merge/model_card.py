@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from surgery._version import __version__
-from surgery.engine.card_metadata import card_metadata
 from surgery.engine.ledger import Ledger
+from surgery.engine.merge.card_metadata import card_metadata
 from surgery.reports.markdown_parts import code, table_lines
 from surgery_formats.binding.bind import Binding
 from surgery_formats.models.module_tree import module_graph

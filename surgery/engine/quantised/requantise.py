@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy
 
 from surgery.engine.blocks import block_height, row_group
-from surgery.engine.code_tally import CodeTally
-from surgery.engine.input_moment import SecondMoment, second_moment
 from surgery.engine.ledger import CodeChange
-from surgery.engine.listening import Span, spans
 from surgery.engine.plan import Compute
+from surgery.engine.quantised.code_tally import CodeTally
+from surgery.engine.quantised.input_moment import SecondMoment, second_moment
+from surgery.engine.quantised.listening import Span, spans
 from surgery_formats.arrays import Array, assign, cast, dtype_of, empty, energy, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.feedback import ErrorFeedback, Nearest, feedback, round_columns, round_rows, step_width

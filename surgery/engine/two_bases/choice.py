@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from surgery.engine.as_trained import RULES, TrainedValues, quantised_model, rule_values, values_of
-from surgery.engine.base_gap import BaseGap, base_gap
 from surgery.engine.inputs import CheckpointLike
+from surgery.engine.two_bases.as_trained import RULES, TrainedValues, quantised_model, rule_values, values_of
+from surgery.engine.two_bases.gap import BaseGap, base_gap
 from surgery.reports.base_choice import BaseChoice
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter

@@ -7,24 +7,24 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery._version import __version__
-from surgery.engine.carried import carried_files
 from surgery.engine.input_checks import check_base_id, float_type
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.layout import WeightLayout, lay_out
-from surgery.engine.mixed_config import torn_apart
-from surgery.engine.output_config import coded_modules, corrected_config, corrected_quantisation_files
+from surgery.engine.merge.carried import carried_files
+from surgery.engine.merge.output_config import coded_modules, corrected_config, corrected_quantisation_files
 from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile, check_conservation, is_coded
-from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
+from surgery.engine.quantised.mixed_config import torn_apart
+from surgery.engine.quantised.output import DEQUANTISED, QuantisedOutput
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
 from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.collector import collector_paused
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.files.raw import open_file
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.quantised import is_coded as is_quantised
@@ -32,7 +32,7 @@ from surgery_formats.tensors.tensor import origin
 from surgery_formats.text import listing, show, without_local_paths
 
 if TYPE_CHECKING:
-    from surgery.engine.as_trained import TrainedValues
+    from surgery.engine.two_bases.as_trained import TrainedValues
 
 __all__ = ["plan_merge", "planned_merge"]
 
@@ -70,7 +70,7 @@ def planned_merge(
         _check_codes(checkpoint, quantised)
     values = None
     if as_trained is not None:
-        from surgery.engine.as_trained import trained_values, with_trained_values
+        from surgery.engine.two_bases.as_trained import trained_values, with_trained_values
 
         values = trained_values(as_trained, checkpoint)
         binding = with_trained_values(binding, values)
@@ -78,7 +78,7 @@ def planned_merge(
         binding = replace(binding, warnings=(*binding.warnings, *_other_base(binding)))
     planned = binding
     if quantised.way == "residual":
-        from surgery.engine.residual_choice import without_kept  # numpy
+        from surgery.engine.quantised.residual_choice import without_kept  # numpy
 
         planned = without_kept(binding, quantised)
     return binding, plan_merge(
@@ -107,7 +107,7 @@ def _other_base(binding: Binding) -> tuple[str, ...]:
     quantised = [(number, said) for number, (a, _) in enumerate(binding.adapters) if (said := quantised_base_of(a))]
     if not quantised or binding.checkpoint.is_quantised:
         return ()
-    from surgery.engine.base_choice import cost_of_other_base  # numpy
+    from surgery.engine.two_bases.choice import cost_of_other_base  # numpy
 
     return tuple(cost_of_other_base(binding, number, said) for number, said in quantised)
 
@@ -191,7 +191,7 @@ def _facts(binding: Binding) -> dict[str, Any]:
             for component in binding.checkpoint.components.values()
             for shard in component.shards
         },
-        "side_files": {name: _small_digest(path) for name, path in binding.checkpoint.side_files},
+        "side_files": {name: fingerprint(open_file(path)) for name, path in binding.checkpoint.side_files},
         "configs": {
             name: without_local_paths(component.config) for name, component in binding.checkpoint.components.items()
         },
@@ -218,12 +218,6 @@ def _dequantised(outputs: Sequence[PlannedTensor], values: TrainedValues | None)
             if is_quantised(source) or source is by_rule.get((tensor.component, tensor.weight)):
                 kinds.setdefault(source.kind, []).append(tensor.weight_label)
     return kinds
-
-
-def _small_digest(path: Path) -> str:
-    from surgery_formats.files.raw import open_file
-
-    return fingerprint(open_file(path))
 
 
 def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
