@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from surgery_cli import options as option
+from surgery_cli.commands.check import complete_consumers, consumer
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
 from surgery_cli.progress import bar
@@ -53,8 +54,14 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 
 @subcommand("convert")
 @click.argument("adapter", shell_complete=complete_files)
+@click.option("--to", type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'.")
 @click.option(
-    "--to", required=True, type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'."
+    "--for",
+    "consumer",
+    type=consumer,
+    metavar="CONSUMER[@VERSION]",
+    shell_complete=complete_consumers,
+    help="In place of --to: the program that will load it, and must honour all of it; see 'surgery check'.",
 )
 @option.output("Folder to make, or file where FORMAT is a single file.")
 @option.reference("--base", metavar="BASE", help="The model it was trained on, if FORMAT needs its names.")
@@ -72,10 +79,17 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
     help="How FORMAT is to hold the experts of a mixture: see 'surgery formats'.",
 )
 @click.option("--as", "as_kind", type=click.Choice(["lora"]), help="Write LoRAs, whatever the kind of ADAPTER.")
-@click.option("--rank", type=click.IntRange(min=1), help="With --as: greatest rank of a weight.")
-@click.option("--energy", type=option.share, metavar="SHARE", help="With --as: share of a change to keep, e.g. .99.")
 @click.option(
-    "--max-error", type=option.share, metavar="SHARE", help="With --as: greatest error of a change, e.g. .05."
+    "--saved",
+    type=click.Choice(["lora", "drop"]),
+    help="With --for: modules trained in full become LoRAs, or are left out.",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="With --as or --for: greatest rank of a weight.")
+@click.option(
+    "--energy", type=option.share, metavar="SHARE", help="With --as or --for: share of a change to keep, e.g. .99."
+)
+@click.option(
+    "--max-error", type=option.share, metavar="SHARE", help="With --as or --for: greatest error of a change, e.g. .05."
 )
 @click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
 @option.dtype
@@ -87,7 +101,7 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 @option.dry_run("Show what would become of every part; write nothing.")
 @option.overwrite()
 def command(
-    settings: Settings, adapter: str, to: str, output: Path | None, as_kind: str | None, **options: Any
+    settings: Settings, adapter: str, to: str | None, output: Path | None, as_kind: str | None, **options: Any
 ) -> None:
     """Convert an adapter to another format.
 
@@ -105,13 +119,18 @@ def command(
       surgery convert style.safetensors --to peft --base sdxl/ -o style-peft/
       surgery convert moe-lora/ --to peft --dialect sglang --base qwen3-moe/ -o for-sglang/
       surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
+      surgery convert my-rslora/ --for sglang --base llama/ -o for-sglang/
       surgery convert my-oft/ --to peft --as lora --max-error .05 --base llama/ -o as-lora/
     """
     from surgery.verbs.convert import convert
 
+    if (to is None) == (options["consumer"] is None):
+        raise click.UsageError("give either --to FORMAT or --for CONSUMER")
+    if options["saved"] and options["consumer"] is None:
+        raise click.UsageError("--saved goes with --for; --allow-loss leaves out what FORMAT cannot hold")
     sizes = {name: options.pop(name) for name in ("rank", "energy", "max_error")}
     if any(value is not None for value in sizes.values()):
-        if as_kind is None:
+        if as_kind is None and options["consumer"] is None:
             raise click.UsageError("--rank, --energy and --max-error go with --as lora; 'surgery resize' cuts a LoRA")
         options["rank"] = option.rank_of(**sizes)
     with bar(settings, "converting") as progress:
