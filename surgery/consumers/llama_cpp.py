@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp: convert_lora_to_gguf.py writes ``lora_alpha`` alone, and the runtime divides it by each LoRA's own rank."""
+"""llama.cpp: its converter writes ``lora_alpha`` alone, and the runtime divides it by each LoRA's own rank.
+
+Versions are those of llama-cpp-python, which has both.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ _UNEXPECTED = "the converter exits at any tensor that is no lora_A or lora_B: 'U
 LLAMA_CPP = RuledConsumer(
     name="llama.cpp",
     title="llama.cpp",
-    version="b7000",
-    oldest="b4000",
+    version="0.3.36",
+    oldest="0.3.36",
     sources=(
+        SourceRead("llama-cpp-python", "0.3.36", "vendor/llama.cpp/convert_lora_to_gguf.py", "LoraModel"),
         SourceRead("ggml-org/llama.cpp", "0b03adaa", "convert_lora_to_gguf.py", "LoraModel"),
         SourceRead("ggml-org/llama.cpp", "0650ea8c", "src/llama-adapter.cpp", "llama_adapter_lora_init_impl"),
         SourceRead("ggml-org/llama.cpp", "0650ea8c", "src/llama-adapter.h", "llama_adapter_lora_weight::get_scale"),
