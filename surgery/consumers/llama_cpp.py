@@ -6,12 +6,24 @@ Versions are those of llama-cpp-python, which has both.
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, ignored, refused
+from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
+from surgery.consumers.facts import AdapterFacts, AdapterPart
 from surgery.consumers.scales import alpha_over_own_rank
+from surgery.consumers.verdict import Remedy
 
 __all__ = ["LLAMA_CPP"]
 
 _UNEXPECTED = "the converter exits at any tensor that is no lora_A or lora_B: 'Unexpected name'"
+
+
+def _without_alpha(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """Configurations of other kinds, whatever their tensors are."""
+    return None if "lora_alpha" in facts.config else refused("its configuration has no 'lora_alpha'", _remedy(part))
+
+
+def _remedy(part: AdapterPart) -> Remedy:
+    return "lora" if part.trait == "other kind" else "" if part.trait == "virtual tokens" else "drop"
+
 
 LLAMA_CPP = RuledConsumer(
     name="llama.cpp",
@@ -26,6 +38,7 @@ LLAMA_CPP = RuledConsumer(
     ),
     scale=alpha_over_own_rank,
     dialect="per-expert",
+    exceptions=_without_alpha,
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,

@@ -243,6 +243,26 @@ def test_what_no_form_holds_is_left_out_only_by_consent(base: Path, tmp_path: Pa
     ]
 
 
+@pytest.mark.parametrize("consumer", ["vllm", "mlx-lm", "llama.cpp"])
+def test_the_bases_own_values_beside_a_lora_are_no_fault_and_take_nothing_along(
+    base: Path, tmp_path: Path, consumer: str
+) -> None:
+    """PEFT stores the vocabulary beside the LoRA of it: the values are the base's, and only its own format has them."""
+    embedding = {
+        "base_model.model.model.embed_tokens.base_layer.weight": load_file(base / "model.safetensors")[
+            "model.embed_tokens.weight"
+        ],
+        "base_model.model.model.embed_tokens.lora_embedding_A": draw(1, 2, 11),
+        "base_model.model.model.embed_tokens.lora_embedding_B": draw(2, 6, 2),
+    }
+    adapter = write_peft(tmp_path / "a", embedding | _lora(1, MODULES), target_modules=[*TARGETS, "embed_tokens"])
+    if consumer != "mlx-lm":
+        assert surgery.check(base, adapter, consumer=consumer).honoured
+    surgery.check(base, adapter, consumer=consumer, fix=tmp_path / "fixed")
+    read = mlx_deltas if consumer == "mlx-lm" else peft_deltas
+    assert_close(read(tmp_path / "fixed"), peft_deltas(adapter))
+
+
 def test_a_virtual_prompt_has_no_way_but_a_merge(base: Path, tmp_path: Path) -> None:
     prompt = {"prompt_embeddings": draw(1, 3, 6)}
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 6, "task_type": "CAUSAL_LM"}
