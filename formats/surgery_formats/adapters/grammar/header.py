@@ -4,50 +4,69 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from surgery_formats.adapters.grammar.dialect import Dialect
-from surgery_formats.adapters.grammar.scales import ADAPTER_METADATA
-from surgery_formats.adapters.writing import commonest
-from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import MalformedError
 
-__all__ = ["header_of"]
+if TYPE_CHECKING:
+    from surgery_formats.adapters.peft.read_config import PeftConfig
+
+__all__ = ["ADAPTER_METADATA", "configs_of", "header_of"]
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""The field of the header. Its keys are those of a LoraConfig behind the component: ``transformer.r``."""
 
 
-def header_of(adapter: Adapter, ranks: Mapping[tuple[str, str], tuple[int, float]], dialect: Dialect) -> dict[str, str]:
-    """The header's field that states ranks and alphas.
+def configs_of(metadata: Mapping[str, str], path: Path) -> dict[str, PeftConfig]:
+    """The configurations in a header by component; none if it has none.
+
+    Raises:
+        MalformedError: the field is not what diffusers writes.
+        FitError: a switch that no merged weight can have.
+    """
+    parted = _parted(metadata, path)
+    if not parted:
+        return {}
+    from surgery_formats.adapters.peft.embedded import embedded_config  # for the few files that need it
+
+    return {component: embedded_config(fields, path) for component, fields in parted.items() if "r" in fields}
+
+
+def header_of(
+    metadata: Mapping[str, str], modules: Mapping[str, Mapping[str, tuple[int, float]]], path: Path
+) -> dict[str, str]:
+    """The field that states ranks and alphas.
 
     Args:
-        adapter: What is written; fields of its own header that still hold are kept.
-        ranks: Rank and alpha of modules, by component and path.
-        dialect: Of the format, for the components' names.
+        metadata: Of the file that it was made from.
+        modules: Rank and alpha of modules by path, by component as the header calls it.
+        path: That file, for errors.
     """
-    before = json.loads(adapter.metadata.get(ADAPTER_METADATA, "{}"))
+    from surgery_formats.adapters.peft.embedded import embedded_fields
+
+    before = _parted(metadata, path)
     fields: dict[str, Any] = {}
-    for component in dict.fromkeys(component for component, _ in ranks):
-        mine = {module: pair for (owner, module), pair in ranks.items() if owner == component}
-        name = (dialect.prefix_for(component) or "").rstrip(".")
-        dotted = f"{name}." if name else ""
-        rank, alpha = commonest(r for r, _ in mine.values()), commonest(a for _, a in mine.values())
-        fields |= {key: value for key, value in before.items() if key.startswith(dotted)}
-        fields |= {
-            f"{dotted}r": rank,
-            f"{dotted}lora_alpha": _number(alpha),
-            f"{dotted}rank_pattern": {_whole(m): r for m, (r, _) in sorted(mine.items()) if r != rank},
-            f"{dotted}alpha_pattern": {_whole(m): _number(a) for m, (_, a) in sorted(mine.items()) if a != alpha},
-            f"{dotted}use_rslora": False,
-            f"{dotted}peft_type": "LORA",
-            f"{dotted}target_modules": sorted(mine),
-        }
+    for component, stated in modules.items():
+        dotted = f"{component}." if component else ""
+        fields |= {f"{dotted}{key}": value for key, value in embedded_fields(before.get(component, {}), stated).items()}
     return {ADAPTER_METADATA: json.dumps(fields, indent=2, sort_keys=True)} if fields else {}
 
 
-def _whole(module: str) -> str:
-    """A pattern that matches this module alone."""
-    return f"^{re.escape(module)}"
-
-
-def _number(value: float | None) -> float | int | None:
-    return int(value) if value is not None and value == int(value) else value
+def _parted(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
+    """``{"transformer.r": 4, "transformer.lora_alpha": 8, ...}`` by component."""
+    text = metadata.get(ADAPTER_METADATA)
+    if text is None:
+        return {}
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"'{ADAPTER_METADATA}' in its header is not JSON", file=path) from error
+    if not isinstance(fields, dict):
+        raise MalformedError(f"'{ADAPTER_METADATA}' in its header is not an object", file=path)
+    parted: dict[str, dict[str, Any]] = {}
+    for key, value in fields.items():
+        component, dot, field = key.partition(".")
+        parted.setdefault(component if dot else "", {})[field if dot else key] = value
+    return parted

@@ -8,20 +8,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from surgery_formats.adapters.grammar.header import configs_of
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
 from surgery_formats.adapters.grammar.scalars import scalar
-from surgery_formats.adapters.peft.read_config import PeftConfig, parse_config
 from surgery_formats.canonical.provenance import ScaleSource
-from surgery_formats.errors import MalformedError
 from surgery_formats.models.families.denoisers import COMPONENTS
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["ADAPTER_METADATA", "Scale", "Scales"]
+if TYPE_CHECKING:
+    from surgery_formats.adapters.peft.read_config import PeftConfig
 
-ADAPTER_METADATA = "lora_adapter_metadata"
-"""The key of the header under which diffusers stores the fields of each component's LoraConfig."""
+__all__ = ["Scale", "Scales"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class Scales:
     """The rules of one file.
 
     Attributes:
-        configs: ``LoraConfig`` by component, of `ADAPTER_METADATA`.
+        configs: ``LoraConfig`` by component, of the header.
         trained: ``(dim, alpha)`` by the metadata of sd-scripts, where no module has an alpha of its own: of all modules,
             and of convolutions.
     """
@@ -64,9 +63,9 @@ class Scales:
             path: The file, for errors.
 
         Raises:
-            MalformedError: `ADAPTER_METADATA` is not what diffusers writes.
+            MalformedError, FitError: see `header.configs_of`.
         """
-        return cls(_configs(metadata, path), () if with_alphas else _trained(metadata))
+        return cls(configs_of(metadata, path), () if with_alphas else _trained(metadata))
 
     def of_module(self, module: ModuleTensors, rank: int, counted: int | None = None) -> Scale:
         """The scale of a module.
@@ -88,7 +87,7 @@ class Scales:
         if config := self._config(module.component):
             alpha = config.alpha_of(module.path)
             config.check_rank(module.path, rank, next(iter(module.parts.values())))
-            return Scale(alpha / (math.sqrt(rank) if config.rslora else rank), alpha, "adapter metadata")
+            return Scale(config.scale_of(module.path, rank), alpha, "adapter metadata")
         for dim, alpha in self.trained:
             if dim == rank:
                 return Scale(alpha / rank, alpha, "training metadata")
@@ -99,31 +98,6 @@ class Scales:
             return self.configs[component]
         others = [name for name in self.configs if name in COMPONENTS or not name]
         return self.configs[others[0]] if len(others) == 1 and component in (*COMPONENTS, "") else None
-
-
-def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, PeftConfig]:
-    """``{"transformer.r": 4, "transformer.lora_alpha": 8, ...}`` by component."""
-    text = metadata.get(ADAPTER_METADATA)
-    if text is None:
-        return {}
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"'{ADAPTER_METADATA}' in its header is not JSON", file=path) from error
-    if not isinstance(fields, dict):
-        raise MalformedError(f"'{ADAPTER_METADATA}' in its header is not an object", file=path)
-    parted: dict[str, dict[str, Any]] = {}
-    for key, value in fields.items():
-        component, dot, field = key.partition(".")
-        parted.setdefault(component if dot else "", {})[field if dot else key] = value
-    from surgery_formats.adapters.peft.kinds.lora import LORA  # for few files
-
-    switches = {LORA.name: LORA.switches}
-    return {
-        component: parse_config({**parts, "peft_type": LORA.name}, path, switches)
-        for component, parts in parted.items()
-        if "r" in parts
-    }
 
 
 def _trained(metadata: Mapping[str, str]) -> tuple[tuple[int, float], ...]:

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.grammar.dialect import Dialect
-from surgery_formats.adapters.grammar.header import header_of
+from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
 from surgery_formats.adapters.grammar.layout import Layout
-from surgery_formats.adapters.grammar.scales import ADAPTER_METADATA
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
@@ -77,7 +76,7 @@ class _Job:
     dialect: Dialect
     layout: Layout
     writers: dict[str, LeafWriter] = field(default_factory=dict)
-    ranks: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
+    ranks: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stem: str = ""
 
@@ -123,7 +122,8 @@ class _Job:
                 return "a second one of this kind on one module"
             known.tensors.update(writer.tensors)
         if writer.alpha is not None and update.rank:
-            self.ranks[site.component, module] = update.rank, writer.alpha
+            owner = (self.dialect.prefix_for(site.component) or "").rstrip(".")
+            self.ranks.setdefault(owner, {})[module] = update.rank, writer.alpha
         self.notes, self.stem = writer.notes, stem
         if not self.notes and type(update) is not type(source):
             self.notes = [held.folded]
@@ -149,7 +149,7 @@ def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
     metadata = surviving_metadata(adapter)
     metadata.pop(ADAPTER_METADATA, None)
     if job.in_header:
-        metadata |= header_of(adapter, job.ranks, job.dialect)
+        metadata |= header_of(adapter.metadata, job.ranks, adapter.path)
     loras = [lora for chain in adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
     if loras and "ss_network_dim" in metadata:
         metadata["ss_network_dim"] = f"{commonest(lora.rank for lora in loras)}"

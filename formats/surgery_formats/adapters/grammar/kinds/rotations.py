@@ -22,26 +22,26 @@ _BY_SD_SCRIPTS = "oft_"  # the stem's beginning
 
 def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
     blocks = module.part("oft_blocks", "oft_blocks" if "oft_blocks" in module.parts else "rescale")
-    sizes = (1, *blocks.shape)[-4:]
-    if len(blocks.shape) not in (3, 4) or len(set(sizes[2:])) != 1:
+    shape: tuple[int, ...] = (1, 1, *blocks.shape)
+    *_, count, rows, columns = shape
+    if len(blocks.shape) not in (3, 4) or rows != columns:
         raise malformed(blocks, f"blocks of shape {list(blocks.shape)}")
-    factors, count, rows, _ = sizes
-    if len(blocks.shape) == 4 and (rows % 2 or count % (1 << (factors - 1))):
+    if len(blocks.shape) == 4 and (rows % 2 or count % (1 << (shape[2] - 1))):
         raise malformed(blocks, f"no butterfly has blocks of shape {list(blocks.shape)}")
     out = count * rows
     rescale = module.parts.get("rescale")
     if rescale is not None and rescale.numel != out:
         raise malformed(rescale, f"{rescale.numel} lengths for {out} rows")
-    noted = (module.parts["alpha"],) if "alpha" in module.parts else ()
-    constraint = scalar(noted[0], "a constraint") if noted else 0.0
-    if not 0 <= constraint < float("inf"):
-        raise malformed(noted[0], f"a constraint of {constraint}")
-    limited = constraint > 0 or (bool(noted) and module.stem.startswith(_BY_SD_SCRIPTS))
+    alpha = module.parts.get("alpha")
+    constraint = 0.0 if alpha is None else scalar(alpha, "a constraint")
+    if alpha is not None and not 0 <= constraint < float("inf"):
+        raise malformed(alpha, f"a constraint of {constraint}")
+    limited = constraint > 0 or (alpha is not None and module.stem.startswith(_BY_SD_SCRIPTS))
     update = OutputRotation(
         Factor.of(blocks),
         None if rescale is None else Factor((rescale,), (out,)),
         constraint * out if limited else None,
-        noted=noted,
+        noted=() if alpha is None else (alpha,),
     )
     kernel = (0,) * (len(rescale.shape) - 2) if rescale is not None else ()
     yield ReadUpdate("weight", update, kernel=kernel)
