@@ -14,7 +14,7 @@ from surgery_formats.adapters.peft.read_config import PeftConfig, Switches
 from surgery_formats.adapters.peft.write_config import targets
 from surgery_formats.canonical.adapter import Ignored, Site
 from surgery_formats.errors import FitError
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.updates import AdaLoRA, Factor, Update
 
 __all__ = ["ADALORA"]
@@ -43,11 +43,11 @@ def _initial(config: PeftConfig) -> int:
     return config.integer("init_r", _INITIAL, low=1)
 
 
-def _scale(config: PeftConfig, stored: StoredTensor) -> float:
+def _scale(config: PeftConfig, stored: Tensor) -> float:
     if config.alpha <= 0 and config.rank_pattern:
         raise FitError(
             "lora_alpha is not positive, and ranks were pruned: PEFT trains with one scale and loads with another",
-            file=stored.file.path,
+            file=stored.path,
             tensor=stored.name,
             hint="give it the lora_alpha that was meant",
         )
@@ -61,7 +61,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     initial = max((update.rank for update in held), default=_INITIAL)
     scale = held[0].scale if held else 1.0
     if file.own is not None and held:
-        scale = _scale(file.own, file.adapter.tensors[0])  # type: ignore[arg-type]
+        scale = _scale(file.own, file.adapter.tensors[0])
     kept: dict[str, list[bool]] = {}
 
     def put(key: str, update: AdaLoRA) -> float:
