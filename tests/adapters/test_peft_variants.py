@@ -286,7 +286,7 @@ def test_a_lora_by_another_name_converts_to_one(name: str, tmp_path: Path) -> No
         assert measure.relative_error(value, merged[key]) < 1e-6, key
 
 
-NOT_ADALORAS = {"kasa_config", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora"}
+NOT_ADALORAS = {"kasa_config", "lora_bias", "target_parameters", "use_bdlora", "use_dora"}
 """Fields that AdaLoRA's configuration has of LoRA's, and PEFT does not use for it: refused where they are on."""
 
 
