@@ -247,6 +247,23 @@ def test_a_kind_without_a_merge_is_shown_copied_and_refused(name: str, tmp_path:
     assert disk.adapter(written)[1].keys() == disk.adapter(tmp_path / "trained")[1].keys()
 
 
+def test_an_adamss_is_shown_copied_and_refused(tmp_path: Path) -> None:
+    """As PEFT writes it where scikit-learn is: rows are parted among the subspaces, their sum is the weight's."""
+    base = models.build_base("llama", tmp_path / "base")
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.adamss_"
+    tensors = {f"{stem}A.{i}": torch.ones(2, 8) for i in range(2)}
+    tensors |= {f"{stem}B.0": torch.ones(20, 2), f"{stem}B.1": torch.ones(12, 2), f"{stem}newB": torch.ones(8, 33)}
+    fields = {"peft_type": "ADAMSS", "r": 8, "num_subspaces": 2, "subspace_rank": 2, "target_modules": ["q_proj"]}
+    trained = disk.write_adapter(tmp_path / "trained", fields, tensors)
+    adapter = read_adapter(trained)
+    assert not adapter.unconsumed()
+    assert {update.rank for chain in adapter.updates.values() for update in chain} == {8}
+    with pytest.raises(FitError, match=r"groups them again by k-means.*merge it with PEFT"):
+        surgery.merge(base, trained, output=tmp_path / "merged")
+    written = save(PEFT.render(adapter, None), PEFT, tmp_path)
+    assert disk.adapter(written)[1].keys() == tensors.keys()
+
+
 LOOKING = [
     "raw pissa on conv1d",
     "raw olora",

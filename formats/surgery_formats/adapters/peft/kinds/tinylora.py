@@ -119,6 +119,7 @@ TINYLORA = PeftKind(
     read=_read,
     writes=frozenset([TinyLoRA.kind]),
     write=_write,
+    ranks={"tinylora_A": 0},
     switches=Switches(
         COMMON | {"init_v_bound", "tinylora_dropout", "u"},
         frozenset(["r", "bias", "modules_to_save", "projection_seed", "save_projection", "weight_tying"]),
