@@ -64,7 +64,7 @@ class BaseGap:
 
 
 @dataclass(slots=True)
-class _Sums:
+class _GapSums:
     """Squares of norms."""
 
     base: float = 0.0
@@ -89,7 +89,7 @@ def base_gap(
     Raises:
         FitError, MalformedError: a weight cannot be read, or holds what its format does not have.
     """
-    sums, count, others, read, numel = _Sums(), 0, 0, 0, 0
+    sums, count, others, read, numel = _GapSums(), 0, 0, 0, 0
     for key, edit in binding.edits.items():
         theirs = other.get(key)
         operations = [operation for operation in edit.operations if operation.adapter == adapter]
@@ -134,14 +134,14 @@ class _Term:
             self.reads[rows] += part @ positions(self.V, 0, at.cols)
             self.writes[:, cols] += positions(self.U, 0, at.rows).T @ part
 
-    def into(self, sums: _Sums) -> None:
+    def into(self, sums: _GapSums) -> None:
         sums.rows += _energy(self.reads)
         sums.columns += _energy(self.writes)
         sums.both += _energy(self.U.T @ self.reads)
 
 
 def _measure(
-    sums: _Sums, base: Storage, other: Storage, terms: Iterable[tuple[Operation, LoRA]], *, sampled: bool
+    sums: _GapSums, base: Storage, other: Storage, terms: Iterable[tuple[Operation, LoRA]], *, sampled: bool
 ) -> int:
     """Add one weight to the sums; returns how many of its values were read."""
     rows, cols = base.shape

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.adapters.format import NewTensor
-from surgery_formats.adapters.peft.dialects import by_expert
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.packing import by_expert
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.arrays import Array

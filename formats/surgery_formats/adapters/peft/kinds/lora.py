@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from surgery_formats.adapters.peft.dialects import LAYOUT, experts_of_tinker, named_by_peft
+from surgery_formats.adapters.peft.dialects.leaves import named_by_peft
+from surgery_formats.adapters.peft.dialects.reading import experts_of
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
 from surgery_formats.adapters.peft.kinds.lora_variants import (
@@ -22,10 +23,7 @@ from surgery_formats.adapters.peft.kinds.lora_variants import (
 from surgery_formats.adapters.peft.kinds.lora_write import write_lora
 from surgery_formats.adapters.peft.kinds.tokens import ROWS, read_rows
 from surgery_formats.adapters.peft.known_issues import combination_issues
-from surgery_formats.adapters.peft.parameters import (
-    parameter_lora,
-    targeted_parameters,
-)
+from surgery_formats.adapters.peft.packing import LAYOUT
 from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
 from surgery_formats.canonical.adapter import Ignored, ModuleKind, Site
 from surgery_formats.errors import FitError, MalformedError
@@ -119,15 +117,11 @@ def _read(module: Module) -> ModuleUpdates:
         raise malformed(flat, "not a factor of a LoRA")
     if len(parts[a].shape) != len(parts[b].shape):
         raise malformed(parts[b], f"its other factor is {list(parts[a].shape)}")
-    if not embedding and (experts := experts_of_tinker(module)):
-        return experts
-    parameters = targeted_parameters(module.wrapped, clean, config, module.wrappers, parts[a])
     part = taken(config)
-    if parameters:
+    if not embedding and (experts := experts_of(module)):
         if part:
             raise not_plain(parts[a])
-        site, update = parameter_lora(module.wrapped, clean, parts, config, module.wrappers, parameters)
-        return ModuleUpdates({**({Site(f"{clean}.weight"): tokens} if tokens else {}), site: (update,)})
+        return replace(experts, updates={**({Site(f"{clean}.weight"): tokens} if tokens else {}), **experts.updates})
     in_attention = module.wrapped.endswith(INSIDE_ATTENTION)  # whose alpha it has
     pattern_path = module.wrapped.removesuffix(INSIDE_ATTENTION) if in_attention else clean
     lora = _lora(pattern_path, parts[a], parts[b], config, blocks_of(clean, config), embedding=embedding)

@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
-from surgery_formats.adapters.peft.dialects import named_by_peft
+from surgery_formats.adapters.peft.dialects.leaves import named_by_peft
+from surgery_formats.adapters.peft.dialects.writing import put_experts
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION
 from surgery_formats.adapters.peft.kinds.lora_variants import base_fields, put_diag
 from surgery_formats.adapters.peft.kinds.tokens import put_rows
 from surgery_formats.adapters.peft.parameters import StackedParameter, put_parameters, todays_order
 from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
-from surgery_formats.adapters.writing import places_of, whole_place
+from surgery_formats.adapters.writing import places_of, whole_place, zero_padded
+from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.updates import ChangedBase, LoRA, Offset, Part, Stacked, Update
 
@@ -34,6 +36,7 @@ class _Written:
 
 def write_lora(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     """LoRAs and DoRAs first, then what goes beside them, then parameters with a LoRA of their own."""
+    updates = put_experts(file, updates) if file.dialect is not None else updates
     contents = [(site, contents_of(update)) for site, update in updates]
     dora = any(held.dora for _, held in contents)
     changed = {update.taken for _, update in updates if isinstance(update, ChangedBase)}
@@ -103,6 +106,7 @@ def _put_low_rank(
     if dora and not mine:
         why = "use_dora holds for every module of a file"
     module, shape = file.module_of(site, lora)
+    module = file.dialect.named(module) if file.dialect else module
     key = f"{file.prefix}{module}"
     embedding = is_embedding(module, file.base, site)
     if mine:
@@ -125,19 +129,23 @@ def _put_low_rank(
             site, held.update, f"the rest of its attention has rank {rank} and alpha {stated:g}, it has other ones"
         )
         return
+    times = 1.0 if alpha == stated else alpha / stated
+    if file.even is not None:
+        rank, even = file.even
+        stated, times = file.alpha_of(rank, even), scale / even
     file.settings[path] = (rank, stated)
     lora = put_diag(file, key, changed) if changed else lora
-    _put_factors(file, key, lora, shape, embedding=embedding, times=1.0 if alpha == stated else alpha / stated)
+    _put_factors(file, key, lora, shape, embedding=embedding, times=times, rank=rank)
     if mine:
         ones = (1,) * (len(shape) - 2)
         magnitude = (1, shape[0], *ones) if ones else mine.magnitude.shape
         file.put(f"{key}.lora_magnitude_vector", mine.magnitude, magnitude)
     else:
-        plain[site] = _Written(key, scale)
+        plain[site] = _Written(key, scale / times if times else scale)
         _put_tied_head(file, site, lora)
     stored = sum(tensor.numel for tensor in (*lora.A.tensors, *lora.B.tensors))
     same = not held.folded or changed is not None
-    same = same and len(lora.A.tensors) + len(lora.B.tensors) == 2 and alpha == stated
+    same = same and len(lora.A.tensors) + len(lora.B.tensors) == 2 and times == 1.0 and rank == lora.rank
     same = same and stored == math.prod(lora.A.shape) + math.prod(lora.B.shape)
     file.ledger.keep(site, held.update, "exact" if same else "folded", key)
 
@@ -156,17 +164,32 @@ def _put_tied_head(file: PeftFile, site: Site, lora: LoRA) -> None:
 
 
 def _put_factors(
-    file: PeftFile, key: str, lora: LoRA, shape: tuple[int, ...], *, embedding: bool, times: float = 1.0
+    file: PeftFile,
+    key: str,
+    lora: LoRA,
+    shape: tuple[int, ...],
+    *,
+    embedding: bool,
+    times: float = 1.0,
+    rank: int | None = None,
 ) -> None:
-    """The two factors, `times` multiplied into B."""
-    rank = lora.rank
+    """The two factors, `times` multiplied into B, with zeros up to `rank` directions."""
+    rank = lora.rank if rank is None else rank
+
+    def a(values: Array) -> Array:
+        return zero_padded(values, 0, rank)
+
+    def b(values: Array) -> Array:
+        return zero_padded(values, 1, rank)
+
     if embedding:  # delta = (B A)^T
-        file.put(f"{key}.lora_embedding_A", lora.B, (rank, lora.shape[0]), lambda t: t.T, times=times)
-        file.put(f"{key}.lora_embedding_B", lora.A, (lora.shape[1], rank), lambda t: t.T)
+        file.put(f"{key}.lora_embedding_A", lora.B, (rank, lora.shape[0]), lambda t: b(t).T, times=times)
+        file.put(f"{key}.lora_embedding_B", lora.A, (lora.shape[1], rank), lambda t: a(t).T)
     else:
         ones = (1,) * (len(shape) - 2)
-        file.put(f"{key}.lora_A.weight", lora.A, (rank, *shape[1:]))
-        file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones), times=times)
+        padded = (a, b) if rank != lora.rank else (None, None)
+        file.put(f"{key}.lora_A.weight", lora.A, (rank, *shape[1:]), padded[0])
+        file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones), padded[1], times=times)
 
 
 def _put_bias(file: PeftFile, site: Site, held: Contents, offset: Offset, plain: Mapping[Site, _Written]) -> None:
