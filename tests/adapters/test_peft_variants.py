@@ -264,6 +264,26 @@ def test_an_adamss_is_shown_copied_and_refused(tmp_path: Path) -> None:
     assert disk.adapter(written)[1].keys() == tensors.keys()
 
 
+def test_gloras_of_biases_combine_to_biases(tmp_path: Path) -> None:
+    """Which BEFT's files hold, and GLoRA's not."""
+    arch, kind, fields = KINDS["glora of biases"]
+    base = models.build_base(arch, tmp_path / "base")
+    for seed in range(2):
+        peft_oracle.train(arch, base, f"{kind}Config", fields, tmp_path / f"a{seed}", seed=seed)
+    chain = [(tmp_path / "a0", 1.0), (tmp_path / "a1", 1.0)]
+    surgery.merge(base, chain, output=tmp_path / "merged")
+    surgery.combine(chain, output=tmp_path / "one", base=base, rank=models.HIDDEN)
+    assert disk.adapter(tmp_path / "one")[0]["peft_type"] == "BEFT"
+    surgery.merge(base, tmp_path / "one", output=tmp_path / "again")
+    _assert_same(disk.read_tensors(tmp_path / "again"), disk.read_tensors(tmp_path / "merged"))
+    _assert_same(peft_oracle.merge(arch, base, chain[:1]).tensors, _merged(base, tmp_path / "a0", tmp_path / "first"))
+
+
+def _merged(base: Path, adapter: Path, folder: Path) -> Mapping[str, torch.Tensor]:
+    surgery.merge(base, adapter, output=folder)
+    return disk.read_tensors(folder)
+
+
 LOOKING = [
     "raw pissa on conv1d",
     "raw olora",
