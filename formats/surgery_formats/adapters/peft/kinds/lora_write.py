@@ -16,7 +16,12 @@ from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION
 from surgery_formats.adapters.peft.kinds.lora_variants import base_fields, put_diag
 from surgery_formats.adapters.peft.kinds.tokens import put_rows
-from surgery_formats.adapters.peft.parameters import StackedParameter, put_parameters, todays_order
+from surgery_formats.adapters.peft.parameters import (
+    StackedParameter,
+    put_parameters,
+    taken_for_experts_here,
+    todays_order,
+)
 from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
 from surgery_formats.adapters.writing import places_of, whole_place, zero_padded
 from surgery_formats.arrays import Array
@@ -50,7 +55,7 @@ def write_lora(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
             _put_low_rank(file, site, held, held.update.lora, {}, dora=dora, part=part)
         elif held.lora is None:
             rest.append((site, held))
-        elif site.module_kind == "experts" and not held.dora:
+        elif not held.dora and (site.module_kind == "experts" or taken_for_experts_here(file, site)):
             stacks.append(StackedParameter(site, held.update, Stacked((held.lora,))))
         else:
             _put_low_rank(file, site, held, held.lora, plain, dora=dora, part=part)
