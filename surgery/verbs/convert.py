@@ -26,6 +26,7 @@ from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.registry import format_named
+from surgery_formats.binding.containers import housed
 from surgery_formats.errors import FitError, UsageError
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def convert(
     original = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
     original, left, known = placed(original, checkpoint, component)
+    if checkpoint is not None and not checkpoint.is_pipeline:
+        original, _ = housed(original, checkpoint)  # writers ask the base by these names
     source, named = original, checkpoint
     also: Errors | None = None
     form: LoraForm | None = None
