@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from surgery.reports.result import Result as Result
     from surgery.verbs.bench import BenchResult as BenchResult
     from surgery.verbs.bench import bench as bench
+    from surgery.verbs.check import CheckResult as CheckResult
+    from surgery.verbs.check import check as check
     from surgery.verbs.combine import CombineResult as CombineResult
     from surgery.verbs.combine import combine as combine
     from surgery.verbs.convert import ConvertResult as ConvertResult
@@ -67,6 +69,7 @@ else:
             "surgery.rank": ["Rank"],
             "surgery.reports.result": ["Result"],
             "surgery.verbs.bench": ["BenchResult", "bench"],
+            "surgery.verbs.check": ["CheckResult", "check"],
             "surgery.verbs.combine": ["CombineResult", "combine"],
             "surgery.verbs.convert": ["ConvertResult", "convert"],
             "surgery.verbs.diff": ["diff"],

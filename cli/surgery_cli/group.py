@@ -30,6 +30,7 @@ COMMANDS = {
     "resize": "Lower the rank of an adapter.",
     "export-onnx": "Export a model as ONNX graphs that use its weight files as they are.",
     "verify": "Verify an output: its bytes, and what a graph computes.",
+    "check": "Show what programs make of an adapter.",
     "inspect": "Show what a model or an adapter is made of.",
     "diff": "Show what differs between two models or two adapters.",
     "report": "Report what adapters save in parameters and storage.",
@@ -45,8 +46,8 @@ COMPLETE = "_SURGERY_COMPLETE"  # click's name for it; the scripts of ``surgery 
 
 _EPILOG = """\b
 Exit codes: 0 done; 1 internal error; 2 usage; 3 input missing, unreadable or
-malformed; 4 does not fit; 5 proof failed; 6 findings (diff --fail-on);
-7 not enough disk or memory; 130 interrupted.
+malformed; 4 does not fit; 5 proof failed; 6 findings (diff --fail-on,
+check --for); 7 not enough disk or memory; 130 interrupted.
 """
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.combined_update import CombinedUpdate, Solutions, new_solutions
 from surgery.algebra.group import applicable_updates
-from surgery.algebra.lora_of_weight import WeightForm, lora_of_weight
+from surgery.algebra.lora_of_weight import WeightForm, is_saved_matrix, lora_of_saved, lora_of_weight
 from surgery.algebra.lora_question import no_low_rank
 from surgery.algebra.proof import OPTIMAL, TOLERANCE
 from surgery.algebra.sums import Recipe, stacked
@@ -64,7 +64,9 @@ class LoraForm:
         return replace(entry, outcome="folded" if entry.outcome == "exact" else entry.outcome, detail=detail)
 
 
-def lora_form(adapter: Adapter, base: Checkpoint | None, target: Format, rank: Rank | None) -> LoraForm:
+def lora_form(
+    adapter: Adapter, base: Checkpoint | None, target: Format, rank: Rank | None, *, saved: bool = False
+) -> LoraForm:
     """An adapter as LoRAs, whose factors are worked out when they are written.
 
     Args:
@@ -72,6 +74,7 @@ def lora_form(adapter: Adapter, base: Checkpoint | None, target: Format, rank: R
         base: The model it was trained on; needed where a change depends on it.
         target: The format it will be written in.
         rank: Directions of each weight; None loses nothing.
+        saved: Whether matrices trained in full become LoRAs too, of their differences to the base, which is needed then.
 
     Raises:
         FitError: a change depends on the base and there is none, has no low rank and no rank was chosen, or no update
@@ -84,7 +87,10 @@ def lora_form(adapter: Adapter, base: Checkpoint | None, target: Format, rank: R
     weights: dict[str, WeightForm] = {}
     high = []
     for site, chain in updates.items():
-        form = lora_of_weight(site, chain, base, recipe, solutions, adapter)
+        if saved and base is not None and is_saved_matrix(chain):
+            form = lora_of_saved(site, chain, base, recipe, solutions)
+        else:
+            form = lora_of_weight(site, chain, base, recipe, solutions, adapter)
         weights[str(site)] = form
         if form.spectrum is not None:
             high.append(form.spectrum)

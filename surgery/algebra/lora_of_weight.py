@@ -31,7 +31,7 @@ from surgery_formats.updates import (
     stack_of_loras,
 )
 
-__all__ = ["WeightForm", "lora_of_weight"]
+__all__ = ["WeightForm", "is_saved_matrix", "lora_of_saved", "lora_of_weight"]
 
 _EXACT = 1e-7
 """Residual of a change formed in float64, relative to it, that is rounding: float32 factors differ by more."""
@@ -101,6 +101,19 @@ def lora_of_weight(
         error = best[1] / best[0] if best is not None and best[0] else 0.0
         return WeightForm(_beside(kept, made), kind, error)
     return _by_svd(site, change, changes, kept, kind, recipe, solutions)
+
+
+def is_saved_matrix(chain: Sequence[Update]) -> bool:
+    """Whether a chain is one matrix that takes the place of the base's."""
+    return len(chain) == 1 and is_replacing(chain[0]) and len(chain[0].stored.shape) == 2
+
+
+def lora_of_saved(
+    site: Site, chain: Sequence[Update], base: Checkpoint, recipe: Recipe, solutions: Solutions
+) -> WeightForm:
+    """The LoRA nearest to the difference between a matrix that was trained in full and the base's."""
+    change = formed_change(site, chain, places_of(site, base, chain[0].tensors))
+    return _by_svd(site, change, chain, (), chain[0].kind, recipe, solutions)
 
 
 def _beside(kept: tuple[Update, ...], made: CombinedUpdate) -> CombinedUpdate:

@@ -12,7 +12,7 @@ import xxhash
 from surgery.engine.blocks import block_height
 from surgery.engine.ledger import CodeChange, Measurement
 from surgery.engine.plan import Compute
-from surgery.engine.requantise import WeightRequantiser
+from surgery.engine.quantised.requantise import WeightRequantiser
 from surgery_formats.arrays import Array, assign, cast, dtype_of, empty, energy, namespace
 from surgery_formats.binding.edits import prepared
 from surgery_formats.dtypes import DType

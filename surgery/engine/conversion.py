@@ -15,7 +15,7 @@ from typing import Any
 from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write_adapter
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
-from surgery_formats.adapters.format import Coded, Entry, Format, Rendering
+from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter
@@ -32,6 +32,7 @@ __all__ = [
     "bound_source",
     "coded_as",
     "conversion_id",
+    "in_dialect",
     "placed",
     "plan_conversion",
     "prove_conversion",
@@ -84,6 +85,20 @@ def coded_as(target: Format, factors: str | None) -> Format:
             f"{target.name} stores factors as numbers, not as {show(factors, 40)} codes", hint='`to="compact"`'
         )
     return target.with_factors(factors)
+
+
+def in_dialect(target: Format, dialect: str | None) -> Format:
+    """`target` holding experts as `dialect` does, if one was named.
+
+    Raises:
+        FitError: it has one way only.
+        NotFoundError: no such dialect.
+    """
+    if dialect is None:
+        return target
+    if not isinstance(target, InDialects):
+        raise FitError(f"{target.name} holds experts in one way, not as {show(dialect, 40)}", hint='`to="peft"`')
+    return target.with_dialect(dialect)
 
 
 def placed(

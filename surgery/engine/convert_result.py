@@ -36,6 +36,7 @@ class ConvertResult:
         warnings: What the user should know.
         adapter: What was converted.
         as_lora: Whether updates of other kinds became LoRAs.
+        consumer: The program that it was written for, or empty.
         seconds: How long it took.
     """
 
@@ -47,6 +48,7 @@ class ConvertResult:
     warnings: tuple[str, ...] = ()
     adapter: Path | None = None
     as_lora: bool = False
+    consumer: str = ""
     seconds: float = elapsed()
 
     @property
@@ -75,6 +77,7 @@ class ConvertResult:
             "from": self.source,
             "to": self.target,
             **({"as": "lora"} if self.as_lora else {}),
+            **({"for": self.consumer} if self.consumer else {}),
             "entries": [
                 {"site": e.site, "outcome": e.outcome, "detail": e.detail}
                 | ({} if e.error is None else {"error": e.error})
@@ -100,6 +103,7 @@ class ConvertResult:
         facts: list[tuple[str, Phrase]] = [
             ("convert", source),
             ("to", destination(self.output or output, self.target)),
+            *([("for", self.consumer)] if self.consumer else []),
             ("parts", counted(outcomes)),
         ]
         if self.output is not None:

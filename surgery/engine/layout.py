@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, PlannedFile, PlannedTensor, TensorOutcome, is_coded
-from surgery.engine.quantised_output import DEQUANTISED, QuantisedOutput
-from surgery.engine.shard_metadata import true_of
+from surgery.engine.quantised.output import DEQUANTISED, QuantisedOutput
+from surgery.engine.quantised.shard_metadata import true_of
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.straight import straightened
 from surgery_formats.containers.base import Shard, WritableContainer

@@ -28,20 +28,22 @@ class Preview:
     Attributes:
         output: The output that was named, if any.
         free_nbytes: Free space on its disk; None if its parent folder is missing.
+        beside_nbytes: The most that a LoRA beside the model takes; 0 without one.
         peak_nbytes: Peak memory: what this process has used so far, at least what numpy takes, plus the largest tensors
             computed at the same time.
     """
 
     output: Path | None
     free_nbytes: int | None
+    beside_nbytes: int
     peak_nbytes: int
 
 
-def preview(plan: Plan, output: Path | None, workers: int | None) -> Preview:
+def preview(plan: Plan, output: Path | None, workers: int | None, beside_nbytes: int = 0) -> Preview:
     """Measure free disk and predict peak memory on this machine."""
     blocks = sorted((block_bytes(tensor) for tensor in plan.computed()), reverse=True)
     peak = _resident() + sum(blocks[: workers or most_workers()])
-    return Preview(output, None if output is None else _free(output), peak)
+    return Preview(output, None if output is None else _free(output), beside_nbytes, peak)
 
 
 def obstacles(plan: Plan, preview: Preview, *, overwrite: bool) -> Iterator[str]:
@@ -51,8 +53,8 @@ def obstacles(plan: Plan, preview: Preview, *, overwrite: bool) -> Iterator[str]
         return
     if preview.free_nbytes is None:
         yield f"there is no folder {show(output.absolute().parent, _PATH)} to write into"
-    elif preview.free_nbytes < plan.nbytes:
-        yield f"{nbytes(plan.nbytes)} will not fit into {nbytes(preview.free_nbytes)} of free disk"
+    elif preview.free_nbytes < (needed := plan.nbytes + preview.beside_nbytes):
+        yield f"{nbytes(needed)} will not fit into {nbytes(preview.free_nbytes)} of free disk"
     if os.path.lexists(output) and not overwrite:
         yield f"{show(output, _PATH)} is already there; the merge needs another name, or --overwrite"
     if any(os.path.realpath(output) == os.path.realpath(root) for root in plan.roots):

@@ -28,9 +28,9 @@ import xxhash
 from surgery.engine.execute import Run, remembered, write_weights
 from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.ledger import Measurement
-from surgery.engine.merge_plan import planned_merge
+from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.plan import SHARE_FILE, Compute, Plan, PlannedTensor
-from surgery.engine.quantised_output import quantised_output
+from surgery.engine.quantised.output import quantised_output
 from surgery_formats.binding.bind import Binding
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder

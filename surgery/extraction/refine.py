@@ -138,7 +138,7 @@ def _fit(delta: Delta, rows: Array, cols: Array) -> _Fitted:
     unit = _typical(delta)
     best, first, reached = (rows, cols), 0.0, -1.0
     for sweep in range(_SWEEPS + 1):
-        count, sums = 0, _Sums(cols.shape)
+        count, sums = 0, _FactorSums(cols.shape)
         solved = numpy.empty_like(rows)
         for cells in _cells(delta):
             missed, weights, hit = _missed(cells, rows, cols, unit)
@@ -213,7 +213,7 @@ def _solve(weights: Array, missed: Array, cols: Array) -> Array:
     return _solved(weights @ _pairs(cols).T, (weights * missed) @ cols.T.astype(numpy.float32), len(cols))
 
 
-class _Sums:
+class _FactorSums:
     """The same for columns, whose sums run over all blocks."""
 
     def __init__(self, shape: tuple[int, int]) -> None:

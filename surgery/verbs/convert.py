@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from surgery.consumers.consent import Consent, SavedChoice
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.conversion import (
     Errors,
     bound_source,
     coded_as,
+    in_dialect,
     placed,
     plan_conversion,
     tolerance_of,
@@ -24,10 +26,13 @@ from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.registry import format_named
-from surgery_formats.errors import FitError
+from surgery_formats.binding.containers import housed
+from surgery_formats.errors import FitError, UsageError
 
 if TYPE_CHECKING:
     from surgery.algebra.lora_form import LoraForm
+    from surgery_formats.canonical.adapter import Adapter
+    from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["ConvertResult", "convert"]
 
@@ -35,16 +40,20 @@ __all__ = ["ConvertResult", "convert"]
 @timed
 def convert(
     adapter: AdapterLike,
-    to: str,
+    to: str | None = None,
     *,
     output: StrPath | None = None,
     base: CheckpointLike | None = None,
     component: str | None = None,
     projections: str | None = None,
+    dialect: str | None = None,
     dtype: str = "keep",
     factors: str | None = None,
     as_lora: bool = False,
     rank: int | Rank | None = None,
+    consumer: str | None = None,
+    saved: SavedChoice | None = None,
+    max_rank: int | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -54,13 +63,16 @@ def convert(
 
     Args:
         adapter: File or folder of any known format, or an opened Adapter.
-        to: Name of a format.
+        to: Name of a format; not needed with `consumer`.
         output: File (kohya) or folder to make. Its parent must exist.
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where
             given.
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
         projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as
             they are. Where only the base knows how high the parts are it is needed; it may have either.
+        dialect: How to hold experts, for ``peft``: ``peft``, ``peft-0.18``, ``unsloth``, ``unsloth-grouped``, ``tinker``,
+            ``sglang``, ``vllm``, ``unsloth-linears`` or ``per-expert`` (docs/formats.md); by default as near as possible
+            to how the adapter has them.
         dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``,
             ``bf16``.
         factors: ``int8`` or ``int4``, for a format that stores factors as codes (``compact``).
@@ -68,6 +80,11 @@ def convert(
             `rank` allows; the base is needed where a change depends on it.
         rank: With `as_lora`: greatest rank of a weight, or ``Rank.energy(.99)``, ``Rank.error(.05)``, or several joined
             by ``&``; by default nothing may be lost.
+        consumer: The program that will load it, as in ``vllm`` or ``sglang@0.5.23``: the adapter is written so that it
+            honours all of it (`surgery.check`), and the base is needed.
+        saved: With `consumer`, what becomes of modules trained in full that it cannot hold: ``lora`` of their difference
+            to the base, or ``drop``.
+        max_rank: With `consumer`, the greatest rank that it was started with; by default its own default.
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
@@ -80,8 +97,30 @@ def convert(
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    target = coded_as(format_named(to), factors)
     stored = float_type(dtype)
+    if consumer is not None:
+        if to is not None or projections is not None or factors is not None or dialect is not None or as_lora:
+            raise FitError(
+                "a program decides about format, projections and kinds itself", hint="name either a format or a program"
+            )
+        if base is None:
+            raise FitError("the rules of a program look at the base too", hint="give it with `base=`")
+        return _for_consumer(
+            as_adapter(adapter),
+            as_checkpoint(base),
+            consumer,
+            Consent(saved, allow_loss, None if rank is None else Rank.of(rank), max_rank),
+            output=output_path(output, dry_run=dry_run),
+            component=component,
+            dtype=stored,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if to is None:
+        raise UsageError("a format is named, as in 'peft', not NoneType", hint="or a program is, such as vllm")
+    if saved is not None or max_rank is not None:
+        raise FitError("what a program takes is asked of a program", hint="name the program")
+    target = in_dialect(coded_as(format_named(to), factors), dialect)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
     if rank is not None and not as_lora:
@@ -92,6 +131,8 @@ def convert(
     original = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
     original, left, known = placed(original, checkpoint, component)
+    if checkpoint is not None and not checkpoint.is_pipeline:
+        original, _ = housed(original, checkpoint)  # writers ask the base by these names
     source, named = original, checkpoint
     also: Errors | None = None
     form: LoraForm | None = None
@@ -133,3 +174,12 @@ def convert(
     )
     chosen = repr(rank) if as_lora else None
     return write_conversion(plan, options, result, projections=projections, rank=chosen, also=also)
+
+
+def _for_consumer(adapter: Adapter, base: Checkpoint, consumer: str, consent: Consent, **options: Any) -> ConvertResult:
+    """Write an adapter so that a program honours all of it."""
+    from surgery.consumers.fix import write_for
+    from surgery.consumers.registry import asked_version, consumer_named
+
+    program, version = consumer_named(consumer)
+    return write_for(adapter, base, program, asked_version(version), consent, **options)

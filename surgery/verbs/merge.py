@@ -11,11 +11,11 @@ from surgery.engine.devices import device_of
 from surgery.engine.execute import Engine, Run, execute
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, check_counts, output_path
 from surgery.engine.ledger import Ledger
-from surgery.engine.merge_plan import planned_merge
-from surgery.engine.merge_result import MergeResult
-from surgery.engine.model_card import merge_card
+from surgery.engine.merge.merge_plan import planned_merge
+from surgery.engine.merge.merge_result import MergeResult
+from surgery.engine.merge.model_card import merge_card
 from surgery.engine.output_checks import check_output
-from surgery.engine.quantised_output import quantised_output
+from surgery.engine.quantised.output import quantised_output
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import NothingChangedError
@@ -23,7 +23,7 @@ from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.threads import one_thread
 
 if TYPE_CHECKING:
-    from surgery.engine.residual import ResidualLoRA
+    from surgery.engine.quantised.residual import ResidualLoRA
 
 __all__ = ["MergeResult", "merge"]
 
@@ -122,7 +122,12 @@ def merge(
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 
-        ahead = preview(plan, None if output is None else Path(output), workers)
+        beside = 0
+        if quantised.way == "residual":
+            from surgery.engine.quantised.residual import most_nbytes
+
+            beside = most_nbytes(binding, quantised)
+        ahead = preview(plan, None if output is None else Path(output), workers, beside)
         return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
     run = Run(workers, memory_limit, device, verify_copies, overwrite, progress)
     warnings: list[str] = list(plan.warnings)
@@ -142,14 +147,18 @@ def merge(
 
             kept.append(record_base(binding, plan, staged, run))
         if quantised.way == "residual":
-            from surgery.engine.residual import write_residual
+            from surgery.engine.quantised.residual import write_residual
 
             with one_thread():
                 residual.append(write_residual(binding, plan, quantised, staged))
             if not plan.computed() and not any(weight.update > 0 for weight in residual[0].weights):
-                raise NothingChangedError("no weight of the base would change", hint="the adapter is all zeros")
+                raise NothingChangedError(
+                    "no weight of the base would change", hint="the adapters are all zeros, or cancel each other"
+                )
 
     needed = reversible or quantised.way == "residual"
     ledger = execute(plan, folder, run, finish, engine, last if needed else None)
     found = residual[0] if residual else None
+    if found is not None and max_error is None:
+        warnings.extend(found.warnings)
     return MergeResult(folder, ledger, tuple(warnings), rounding_nbytes=sum(kept), residual=found)

@@ -71,7 +71,7 @@ def report(
     if other_base is not None:
         if model is None:
             raise UsageError("another base needs a base to be compared with", hint="`base=` names it")
-        from surgery.engine.base_choice import base_choice
+        from surgery.engine.two_bases.choice import base_choice
 
         choices = tuple(base_choice(adapter, model, other_base) for adapter in adapters)
     return SavingsReport(base_cost, costs, together, choices)

@@ -239,7 +239,7 @@ def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> lis
 def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Reference:
     """The model that the graph should be: base and adapters where named, else what lies beside it."""
     from surgery.engine.input_checks import check_base_id
-    from surgery.engine.merge_plan import plan_merge
+    from surgery.engine.merge.merge_plan import plan_merge
     from surgery.reference import open_reference
     from surgery.reference.model import Reference
     from surgery.reference.weights import tensor_weights

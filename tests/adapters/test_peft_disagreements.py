@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A PEFT configuration that its tensors, or the base, do not bear out is told by name, or refused where the scale is open."""
+"""A PEFT configuration that its tensors, or the base, do not bear out is told by name, or refused where the rank is open."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.numpy import load_file
 
 import surgery
 from surgery_formats.errors import FitError, MalformedError
+from tests.oracles import models, peft_oracle
 from tests.support.adapter_files import Arrays, draw, write_base, write_peft
 
 ROOT = "base_model.model."
@@ -74,6 +77,32 @@ def test_what_agrees_is_not_spoken_of(tmp_path: Path) -> None:
     assert said(tmp_path, factors()) == ("", "")
 
 
+STATED: dict[str, tuple[str, dict[str, Any]]] = {
+    "HiRA": ("HiraConfig", {"r": 4}),
+    "DeLoRA": ("DeloraConfig", {"r": 4}),
+    "GraLoRA": ("GraloraConfig", {"r": 4, "gralora_k": 2}),
+    "RandLoRA": ("RandLoraConfig", {"r": 4}),
+    "VB-LoRA": ("VBLoRAConfig", {"r": 4, "num_vectors": 11, "vector_length": 8}),
+    "VB-LoRA of the greatest": (
+        "VBLoRAConfig",
+        {"r": 4, "num_vectors": 11, "vector_length": 8, "save_only_topk_weights": True},
+    ),
+    "VeRA": ("VeraConfig", {"r": 4}),
+    "PVeRA": ("PveraConfig", {"r": 4}),
+    "HRA": ("HRAConfig", {"r": 4}),
+    "MiSS": ("MissConfig", {"r": 4}),
+    "BAT": ("MissConfig", {"r": 4, "init_weights": "bat"}),
+    "PEANuT": ("PeanutConfig", {"r": 4}),
+    "GLoRA": ("GloraConfig", {"r": 4}),
+    "Uni-LoRA": ("UniLoraConfig", {"r": 4, "save_indices": True}),
+    "DEFT": ("DeftConfig", {"r": 4}),
+    "PaRa": ("DeftConfig", {"r": 4, "para": True, "alpha": 3}),
+    "TinyLoRA": ("TinyLoraConfig", {"r": 4, "u": 5}),
+    "Lily": ("LilyConfig", {"r": 4}),
+    "SuperTuning": ("SupertuningConfig", {"r": 4, "lora_alpha": 8}),
+}
+
+
 def test_a_rank_that_is_not_the_configured_one_is_refused(tmp_path: Path) -> None:
     """The scale of alpha 4 would be 2 by the file and 0.5 by the configuration."""
     base, adapter = (
@@ -110,6 +139,57 @@ def test_loha_has_the_configured_rank_too(tmp_path: Path) -> None:
     adapter = write_peft(tmp_path / "a", tensors, peft_type="LOHA", r=4, alpha=4, target_modules=["q_proj"])
     with pytest.raises(MalformedError, match="rank 2, but r says 4"):
         surgery.inspect(adapter)
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_every_kind_has_the_rank_that_peft_would_build(name: str, tmp_path: Path) -> None:
+    """PEFT makes factors of r, which the file's do not fit."""
+    kind, fields = STATED[name]
+    base = models.build_base("llama", tmp_path / "base")
+    peft_oracle.train("llama", base, kind, {"target_modules": ["q_proj"], **fields}, tmp_path / "a", seed=1)
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    surgery.inspect(tmp_path / "a")
+    file.write_text(json.dumps(config | {"r": 16}))
+    with pytest.raises(MalformedError, match="rank 4, but r says 16: which of them was trained"):
+        surgery.inspect(tmp_path / "a")
+    with peft_oracle.quiet(), pytest.raises((RuntimeError, ValueError)):
+        peft_oracle.attach("llama", base, [(tmp_path / "a", 1.0)], "float32")
+
+
+@pytest.mark.parametrize(("stated", "says"), [(20, 20), (0.25, 8), (None, 16)])
+def test_osf_keeps_as_many_directions_as_it_says(stated: float | None, says: int, tmp_path: Path) -> None:
+    """A number of them, a share of the weight's smaller size, or half."""
+    base, fields = models.build_base("llama", tmp_path / "base"), {"target_modules": ["q_proj"]}
+    peft_oracle.train("llama", base, "OSFConfig", {**fields, "effective_rank": stated}, tmp_path / "good", seed=1)
+    surgery.inspect(tmp_path / "good")
+    peft_oracle.train("llama", base, "OSFConfig", {**fields, "effective_rank": 11}, tmp_path / "bad", seed=1)
+    file = tmp_path / "bad" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"effective_rank": stated}))
+    with pytest.raises(MalformedError, match=f"11 of 32 singular values stay, but 'effective_rank' says {says}"):
+        surgery.inspect(tmp_path / "bad")
+    with peft_oracle.quiet(), pytest.raises(RuntimeError):
+        peft_oracle.attach("llama", base, [(tmp_path / "bad", 1.0)], "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "refused"),
+    [
+        ("HiRA", {"r": 16, "rank_pattern": {"q_proj": 4}}, ""),
+        ("HiRA", {"rank_pattern": {"q_proj": 3}}, ""),  # PEFT 0.21 does not look at its pattern
+        ("HiRA", {"r": 16, "rank_pattern": {"q_proj": 3}}, r"rank_pattern\['q_proj'\] says 3"),
+        ("DeLoRA", {"r": 16, "rank_pattern": {"q_proj": 4}}, ""),
+        ("DeLoRA", {"rank_pattern": {"q_proj": 3}}, r"rank_pattern\['q_proj'\] says 3"),
+    ],
+)
+def test_patterns_of_other_kinds(name: str, fields: dict[str, Any], refused: str, tmp_path: Path) -> None:
+    kind, made = STATED[name]
+    base = models.build_base("llama", tmp_path / "base")
+    peft_oracle.train("llama", base, kind, {"target_modules": ["q_proj"], **made}, tmp_path / "a", seed=1)
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(MalformedError, match=refused) if refused else nullcontext():
+        surgery.inspect(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

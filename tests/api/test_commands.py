@@ -21,6 +21,7 @@ SAMPLING = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), "sampling")
 OTHERWISE: dict[str, dict[str, str | None]] = {
     "extract-lora": RANK,
     "convert": {"as_kind": "as_lora", "energy": "rank", "max_error": "rank"},
+    "check": {"energy": "rank", "max_error": "rank"},
     "combine": RANK,
     "resize": RANK,
     "run": {"texts": "inputs", "ids": "inputs", "no_prompt": "prompt", **SAMPLING},

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import surgery
-from surgery.engine.mixed_config import leave_alone, torn_apart
+from surgery.engine.quantised.mixed_config import leave_alone, torn_apart
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.verbs.test_bitsandbytes_base import LORA, quantised

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.engine.merge_plan import plan_merge
+from surgery.engine.merge.merge_plan import plan_merge
 from surgery.reference import forward, greedy, open_reference, prefix_cache, prompt_cache
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.engine.as_trained import rule_values, values_of
-from surgery.engine.base_gap import base_gap
+from surgery.engine.two_bases.as_trained import rule_values, values_of
+from surgery.engine.two_bases.gap import base_gap
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.arrays import as_torch
 from surgery_formats.binding.bind import bind

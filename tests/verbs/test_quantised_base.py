@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.engine.merge_plan import plan_merge
+from surgery.engine.merge.merge_plan import plan_merge
 from surgery.engine.plan import PlannedFile, check_conservation
-from surgery.engine.quantised_output import quantised_output
+from surgery.engine.quantised.output import quantised_output
 from surgery.reference.model import forward, open_reference
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.arrays import as_torch

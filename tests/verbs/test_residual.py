@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import surgery
-from surgery.engine import residual as module
+from surgery.engine.quantised import residual_factors
 from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError, NothingChangedError, ProofError, UsageError
 from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.text import nbytes
 from tests.engine.test_requantise import quantise as toy_model
 from tests.engine.test_requantise import storage as toy_storage  # noqa: F401  # a fixture
 from tests.support.kit import ROOT, make_lora
@@ -155,12 +156,12 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_lora_that_is_not_what_was_computed_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = quantised(tmp_path / "base", "nf4")
-    make = module._lora
+    make = residual_factors._lora
 
     def twice(name: str, B: Array, A: Array) -> Any:
         return make(name, B * (2 if name == QUERY else 1), A)
 
-    monkeypatch.setattr(module, "_lora", twice)
+    monkeypatch.setattr(residual_factors, "_lora", twice)
     with pytest.raises(ProofError) as failed:
         surgery.merge(base, LORA, output=tmp_path / "out", quantized="residual", rank=4)
     assert failed.value.tensor == QUERY
@@ -193,6 +194,52 @@ def test_codes_are_kept_only_where_there_are_some_and_no_other_type_is_asked_for
     base = quantised(tmp_path / "base", "nf4")
     with pytest.raises(UsageError, match="keeps the codes, and `dtype=` asks for elements"):
         surgery.merge(base, LORA, output=tmp_path / "out", quantized=way, dtype="bf16")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options", "exact"),
+    [(LORA, {}, True), (LORA, {"rank": 4}, False), (LORA, {"max_error": 0.3}, False), (DORA, {}, False)],
+    ids=["its own", "of a lower rank", "to an error", "DoRA"],
+)
+def test_a_dry_run_says_what_the_lora_takes(
+    adapter: Path, options: dict[str, Any], exact: bool, tmp_path: Path
+) -> None:
+    base = quantised(tmp_path / "base", "nf4")
+    ahead = surgery.merge(base, adapter, quantized="residual", dry_run=True, **options)
+    written = surgery.merge(base, adapter, output=tmp_path / "out", quantized="residual", **options)
+    assert ahead.preview is not None
+    assert written.residual is not None
+    most = ahead.preview.beside_nbytes
+    assert most == written.residual.nbytes if exact else written.residual.nbytes <= most < 2e6
+    assert f"at most {nbytes(most)}" in str(ahead)
+
+
+def test_a_dry_run_counts_the_lora_in_what_has_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = quantised(tmp_path / "base", "nf4")
+    plain = surgery.merge(base, LORA, quantized="residual", dry_run=True).nbytes
+    monkeypatch.setattr("surgery.engine.preview._free", lambda output: plain + 1000)
+    for quantized, fits in [("requantize", True), ("residual", False)]:
+        ahead = surgery.merge(base, LORA, output=tmp_path / "out", quantized=quantized, dry_run=True)
+        assert any("will not fit" in warning for warning in ahead.warnings) is not fits
+
+
+def test_a_lora_that_holds_too_little_gets_a_warning(tmp_path: Path) -> None:
+    base = quantised(tmp_path / "base", "nf4")
+    poor = surgery.merge(base, LORA, output=tmp_path / "poor", quantized="residual", rank=2)
+    assert poor.residual is not None
+    assert poor.residual.error > 0.1
+    assert any(f"off by {poor.residual.error:.0%} of the update" in warning for warning in poor.warnings)
+    for number, options in enumerate([{}, {"max_error": 0.3}]):  # it holds all, or what was asked for
+        result = surgery.merge(base, LORA, output=tmp_path / f"{number}", quantized="residual", **options)
+        assert not any("off by" in warning for warning in result.warnings)
+
+
+def test_adapters_that_cancel_each_other_are_no_merge(tmp_path: Path) -> None:
+    base = quantised(tmp_path / "base", "nf4")
+    with pytest.raises(NothingChangedError, match="no weight of the base would change") as refused:
+        surgery.merge(base, [(LORA, -1.0), LORA], output=tmp_path / "out", quantized="residual")
+    assert "cancel" in str(refused.value.hint)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_that_adds_nothing_is_no_merge(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from surgery_cli import options as option
+from surgery_cli.commands.check import complete_consumers, consumer
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
 from surgery_cli.progress import bar
@@ -34,10 +35,33 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     return [name for name in formats() if name.startswith(incomplete)]
 
 
+def _dialect(text: str) -> str:
+    """A dialect's name."""
+    from surgery_formats.adapters.peft import PEFT
+    from surgery_formats.text import closest, listing
+
+    if text not in PEFT.dialects:
+        hint = closest(text, PEFT.dialects) or f"there are {listing(PEFT.dialects, 20)}"
+        raise click.BadParameter(f"no dialect of experts '{show(text)}'; {hint}")
+    return text
+
+
+def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from surgery_formats.adapters.peft import PEFT
+
+    return [name for name in PEFT.dialects if name.startswith(incomplete)]
+
+
 @subcommand("convert")
 @click.argument("adapter", shell_complete=complete_files)
+@click.option("--to", type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'.")
 @click.option(
-    "--to", required=True, type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'."
+    "--for",
+    "consumer",
+    type=consumer,
+    metavar="CONSUMER[@VERSION]",
+    shell_complete=complete_consumers,
+    help="In place of --to: the program that will load it, and must honour all of it; see 'surgery check'.",
 )
 @option.output("Folder to make, or file where FORMAT is a single file.")
 @option.reference("--base", metavar="BASE", help="The model it was trained on, if FORMAT needs its names.")
@@ -47,11 +71,26 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     type=click.Choice(["split", "fused"]),
     help="Make qkv_proj and gate_up_proj of their parts, or parts of them.",
 )
-@click.option("--as", "as_kind", type=click.Choice(["lora"]), help="Write LoRAs, whatever the kind of ADAPTER.")
-@click.option("--rank", type=click.IntRange(min=1), help="With --as: greatest rank of a weight.")
-@click.option("--energy", type=option.share, metavar="SHARE", help="With --as: share of a change to keep, e.g. .99.")
 @click.option(
-    "--max-error", type=option.share, metavar="SHARE", help="With --as: greatest error of a change, e.g. .05."
+    "--dialect",
+    type=_dialect,
+    metavar="NAME",
+    shell_complete=_complete_dialect,
+    help="How FORMAT is to hold the experts of a mixture: see 'surgery formats'.",
+)
+@click.option("--as", "as_kind", type=click.Choice(["lora"]), help="Write LoRAs, whatever the kind of ADAPTER.")
+@click.option(
+    "--saved",
+    type=click.Choice(["lora", "drop"]),
+    help="With --for: modules trained in full become LoRAs, or are left out.",
+)
+@click.option("--max-rank", type=click.IntRange(min=1), help="With --for: greatest rank that it was started with.")
+@click.option("--rank", type=click.IntRange(min=1), help="With --as or --for: greatest rank of a weight.")
+@click.option(
+    "--energy", type=option.share, metavar="SHARE", help="With --as or --for: share of a change to keep, e.g. .99."
+)
+@click.option(
+    "--max-error", type=option.share, metavar="SHARE", help="With --as or --for: greatest error of a change, e.g. .05."
 )
 @click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
 @option.dtype
@@ -63,7 +102,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 @option.dry_run("Show what would become of every part; write nothing.")
 @option.overwrite()
 def command(
-    settings: Settings, adapter: str, to: str, output: Path | None, as_kind: str | None, **options: Any
+    settings: Settings, adapter: str, to: str | None, output: Path | None, as_kind: str | None, **options: Any
 ) -> None:
     """Convert an adapter to another format.
 
@@ -79,14 +118,20 @@ def command(
       surgery convert my-lora/ --to mlx -o my-lora-mlx/
       surgery convert phi3-lora/ --to peft -o llama-names/ --projections split --base phi3/
       surgery convert style.safetensors --to peft --base sdxl/ -o style-peft/
+      surgery convert moe-lora/ --to peft --dialect sglang --base qwen3-moe/ -o for-sglang/
       surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
+      surgery convert my-rslora/ --for sglang --base llama/ -o for-sglang/
       surgery convert my-oft/ --to peft --as lora --max-error .05 --base llama/ -o as-lora/
     """
     from surgery.verbs.convert import convert
 
+    if (to is None) == (options["consumer"] is None):
+        raise click.UsageError("give either --to FORMAT or --for CONSUMER")
+    if (options["saved"] or options["max_rank"]) and options["consumer"] is None:
+        raise click.UsageError("--saved and --max-rank go with --for")
     sizes = {name: options.pop(name) for name in ("rank", "energy", "max_error")}
     if any(value is not None for value in sizes.values()):
-        if as_kind is None:
+        if as_kind is None and options["consumer"] is None:
             raise click.UsageError("--rank, --energy and --max-error go with --as lora; 'surgery resize' cuts a LoRA")
         options["rank"] = option.rank_of(**sizes)
     with bar(settings, "converting") as progress:

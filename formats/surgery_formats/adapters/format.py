@@ -16,7 +16,18 @@ from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import Update
 
-__all__ = ["Coded", "Entry", "Format", "Inheriting", "NewTensor", "Outcome", "Rendering", "Scaled", "Scaling"]
+__all__ = [
+    "Coded",
+    "Entry",
+    "Format",
+    "InDialects",
+    "Inheriting",
+    "NewTensor",
+    "Outcome",
+    "Rendering",
+    "Scaled",
+    "Scaling",
+]
 
 Outcome = Literal["exact", "folded", "approximated", "dropped"]
 
@@ -165,6 +176,22 @@ class Coded(Format, Protocol):
 
         Raises:
             FitError: no such type.
+        """
+
+
+@runtime_checkable
+class InDialects(Format, Protocol):
+    """A format whose programs hold the experts of a mixture in several ways, each of which has a name."""
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """Their names."""
+
+    def with_dialect(self, name: str) -> Format:
+        """The same format, holding experts as the dialect `name` does.
+
+        Raises:
+            NotFoundError: no such dialect.
         """
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from surgery_formats.errors import FitError
 from surgery_formats.models.conversions import expert_parts, pieces_of
 from surgery_formats.models.eras import Eras, eras_of
+from surgery_formats.models.expert_stacks import matrices_of, parse_expert_path, part_of
 from surgery_formats.models.families.family import Family
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter
@@ -111,14 +112,14 @@ class Names:
         for spelling in self._flat_spellings(path) if flat else self._spellings(path):
             if slices := self._places(spelling):
                 return slices
-        return () if flat else self._of_another_era(path)
+        return () if flat else self._of_another_era(path) or self._within_a_stack(path)
 
     def resolve_here(self, path: str) -> tuple[WeightSlice, ...]:
         """As `resolve`, of a path whose leading segments are the base's."""
         for spelling in _renamings(path, self.family):
             if slices := self._places(spelling):
                 return slices
-        return self._of_another_era(path)
+        return self._of_another_era(path) or self._within_a_stack(path)
 
     def _of_another_era(self, path: str) -> tuple[WeightSlice, ...]:
         """The weight that an older release, or a file of one, calls `path`, in a base of a newer one."""
@@ -138,6 +139,20 @@ class Names:
         return tuple(
             WeightSlice(part) for part in expert_parts(pieces, expert_number, number, len(conversion.patterns))
         )
+
+    def _within_a_stack(self, path: str) -> tuple[WeightSlice, ...]:
+        """A projection of all experts, or of one, by a program's name, inside the stacks of the model's code."""
+        named = parse_expert_path(path)
+        if named is None or path == named.stack:
+            return ()
+        family, found = self.family, list[WeightSlice]()
+        whole = [place.parameter for place in self.resolve(named.stack)]
+        for number, matrix in enumerate(matrices_of(whole, transposed=family.experts_transposed)):
+            if named.number in (None, number):
+                origin = extent(found)[0] if found else 0
+                parts = part_of(matrix, named.role, interleaved=family.gate_up_interleaved, origin=origin)
+                found += map(WeightSlice, parts)
+        return tuple(found)
 
     def _flat_spellings(self, path: str) -> Iterator[str]:
         tried = [path, *(f"{prefix}_{path}" for prefix in self._prefixes if "." not in prefix)]

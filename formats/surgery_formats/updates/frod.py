@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from surgery_formats.arrays import Array, array_of, cast, namespace, to_cpu, to_device
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 from surgery_formats.updates.groups import in_groups
+from surgery_formats.updates.sparse import check_places
 from surgery_formats.updates.spectrum import all_blocks
 
 __all__ = ["FRoD"]
@@ -121,8 +121,7 @@ class FRoD:
 
         size = self.V.shape[0]
         rows, cols = to_cpu(self.places.read()).astype(numpy.int64)
-        if len(rows) and not (min(rows.min(), cols.min()) >= 0 and max(rows.max(), cols.max()) < size):
-            raise FitError(f"a place outside of {size} columns", file=self.places.path, tensor=self.places.name)
+        check_places(rows, cols, (size, size), self.places)
         between = numpy.diag(to_cpu(self.diagonal.load(DType.F64)))
         numpy.add.at(between, (rows, cols), to_cpu(self.values.load(DType.F64)))
         return to_device(between, device)

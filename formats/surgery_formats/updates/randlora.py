@@ -47,8 +47,8 @@ class RandLoRA:
     and in the other on the longer side (basis by basis); what was trained that way is merged that way.
 
     Attributes:
-        l: ``randlora_lambda``, ``(rank, bases)``.
-        g: ``randlora_gamma``, ``(bases, shorter axis)``.
+        lam: The l of each basis, ``randlora_lambda``, ``(rank, bases)``.
+        gamma: The g of each, ``randlora_gamma``, ``(bases, shorter axis)``.
         bases: A ``(rank, 1, shorter axis or more)`` and B ``(longer axis or more, bases or more, rank)``, or how to
             draw them.
         scale: ``alpha / rank``.
@@ -62,8 +62,8 @@ class RandLoRA:
     effect: ClassVar[Effect] = "adds"
     rank: ClassVar[None] = None
 
-    l: Factor  # noqa: E741
-    g: Factor
+    lam: Factor
+    gamma: Factor
     bases: tuple[Factor, Factor] | RandomBases
     scale: float
     alpha: float | None = None
@@ -78,7 +78,7 @@ class RandLoRA:
     @property
     def held_numbers(self) -> int:
         """Both sides of the product, and the bases they are cut from."""
-        joined = self.l.shape[0] * self.l.shape[1]
+        joined = self.lam.shape[0] * self.lam.shape[1]
         return 3 * joined * (self.outputs + self.inputs)
 
     @property
@@ -91,7 +91,7 @@ class RandLoRA:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The diagonals', then the bases'."""
-        return (*self.l.tensors, *self.g.tensors, *self.untrained)
+        return (*self.lam.tensors, *self.gamma.tensors, *self.untrained)
 
     def scaled(self, weight: float) -> RandLoRA:
         """The same bases, `weight` times as far."""
@@ -103,15 +103,17 @@ class RandLoRA:
         Raises:
             FitError: the diagonals, or the stored bases, belong to a weight of another size.
         """
-        rank, count = self.l.shape
-        drawn = isinstance(self.bases, RandomBases)
-        bases = replace(self.bases, widest=fit.widest) if isinstance(self.bases, RandomBases) else self.bases
-        longest = max(fit.widest) if drawn else self._stored_rows()
+        rank, count = self.lam.shape
+        bases = self.bases
+        if isinstance(bases, RandomBases):
+            bases, longest = replace(bases, widest=fit.widest), max(fit.widest)
+        else:
+            longest = bases[1].shape[0]
         short, long = sorted(fit.shape)
-        if self.g.shape[1] != short or count != -(-short // rank) or longest < long:
-            stored = self.g.tensors[0]
+        if self.gamma.shape[1] != short or count != -(-short // rank) or longest < long:
+            stored = self.gamma.tensors[0]
             raise FitError(
-                f"{count} bases of rank {rank} for {self.g.shape[1]} inputs or outputs and at most {longest} of the "
+                f"{count} bases of rank {rank} for {self.gamma.shape[1]} inputs or outputs and at most {longest} of the "
                 f"other, but the weight is {list(fit.shape)}",
                 file=stored.path,
                 tensor=stored.name,
@@ -119,13 +121,10 @@ class RandLoRA:
             )
         return replace(self, bases=bases, outputs=fit.shape[0], inputs=fit.shape[1])
 
-    def _stored_rows(self) -> int:
-        return 0 if isinstance(self.bases, RandomBases) else self.bases[1].shape[0]
-
     def factors(self) -> dict[str, Factor]:
         """``l`` and ``g``; the bases ``A`` and ``B`` where the file has them."""
         stored = () if isinstance(self.bases, RandomBases) else self.bases
-        return {"l": self.l, "g": self.g, **dict(zip("AB", stored, strict=False))}
+        return {"l": self.lam, "g": self.gamma, **dict(zip("AB", stored, strict=False))}
 
     def low_rank(self) -> None:
         """None: it has full rank."""
@@ -136,13 +135,13 @@ class RandLoRA:
 
     def prepare(self, weight: Weight) -> Apply:
         """Join the bases once; each block costs a product whose inner size is the shorter axis."""
-        l, g = (factor.load(weight.dtype, weight.device) for factor in (self.l, self.g))  # noqa: E741
-        (rank, count), short, long = self.l.shape, min(self.shape), max(self.shape)
+        lam, gamma = (factor.load(weight.dtype, weight.device) for factor in (self.lam, self.gamma))
+        (rank, count), short, long = self.lam.shape, min(self.shape), max(self.shape)
         if isinstance(self.bases, RandomBases):
             A, B = (to_device(basis, weight.device, weight.dtype) for basis in _drawn(self.bases))
         else:
             A, B = (factor.load(weight.dtype, weight.device) for factor in self.bases)
-        trained = (l[:, :, None] * A[:, :, :short] * g[None]).reshape(rank * count, short) * self.scale
+        trained = (lam[:, :, None] * A[:, :, :short] * gamma[None]).reshape(rank * count, short) * self.scale
         fixed = B[:long, :count].reshape(long, count * rank)
         left, right = (fixed, trained) if short == self.inputs else (trained.T, fixed.T)
 

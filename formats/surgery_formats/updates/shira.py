@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
-from surgery_formats.updates.sparse import adding_at
+from surgery_formats.updates.sparse import adding_at, check_places
 
 __all__ = ["SHiRA"]
 
@@ -76,15 +75,8 @@ class SHiRA:
         """Load the values once.
 
         Raises:
-            FitError: an index is outside of the weight.
+            FitError: a place is outside of the weight.
         """
         rows, cols = self.places.read()
-        for at, size in ((rows, self.outputs), (cols, self.inputs)):
-            if len(at) and not (at.min() >= 0 and at.max() < size):
-                raise FitError(
-                    f"an index outside of a weight of {list(self.shape)}",
-                    file=self.places.path,
-                    tensor=self.places.name,
-                    hint="is this the base it was trained on?",
-                )
+        check_places(rows, cols, self.shape, self.places)
         return adding_at(rows, cols, self.values.load(weight.dtype, weight.device) * self.scale)

@@ -5,10 +5,33 @@ from __future__ import annotations
 
 from surgery_formats.arrays import Array, array_of, to_cpu
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply
 
-__all__ = ["adding_at"]
+__all__ = ["adding_at", "check_places"]
+
+
+def check_places(rows: Array, cols: Array, shape: tuple[int, int], stored: Tensor) -> None:
+    """Refuse places that a weight does not have.
+
+    Args:
+        rows: ``(n,)``.
+        cols: As `rows`.
+        shape: Of the weight.
+        stored: Holds the places.
+
+    Raises:
+        FitError: one is outside of the weight.
+    """
+    if any(len(at) and not (at.min() >= 0 and at.max() < size) for at, size in zip((rows, cols), shape, strict=True)):
+        raise FitError(
+            f"a place outside of a weight of {list(shape)}",
+            file=stored.path,
+            tensor=stored.name,
+            hint="is this the base it was trained on?",
+        )
 
 
 def adding_at(rows: Array, cols: Array, values: Array) -> Apply:

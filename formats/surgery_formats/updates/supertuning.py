@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from surgery_formats.arrays import to_cpu
-from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
-from surgery_formats.updates.sparse import adding_at
+from surgery_formats.updates.sparse import adding_at, check_places
 
 __all__ = ["SuperTuning"]
 
@@ -79,13 +78,6 @@ class SuperTuning:
         Raises:
             FitError: a place is outside of the weight.
         """
-        places = to_cpu(self.places.read())
-        if len(places) and not (places.min() >= 0 and places.max() < self.outputs * self.inputs):
-            raise FitError(
-                f"a place outside of a weight of {list(self.shape)}",
-                file=self.places.path,
-                tensor=self.places.name,
-                hint="is this the base it was trained on?",
-            )
-        values = self.values.load(weight.dtype, weight.device) * self.scale
-        return adding_at(places // self.inputs, places % self.inputs, values)
+        rows, cols = divmod(to_cpu(self.places.read()), self.inputs)
+        check_places(rows, cols, self.shape, self.places)
+        return adding_at(rows, cols, self.values.load(weight.dtype, weight.device) * self.scale)

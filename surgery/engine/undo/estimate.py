@@ -19,7 +19,7 @@ from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.layout import lay_out
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, Plan, PlannedFile, SideFile, is_coded
-from surgery.engine.quantised_output import QuantisedOutput
+from surgery.engine.quantised.output import QuantisedOutput
 from surgery.engine.undo.belongs import Evidence, check_belongs, dequantised_weights
 from surgery.engine.undo.inverse import estimates, inverted, why_not
 from surgery.engine.undo.record import adapters_of, undone_height

@@ -125,7 +125,7 @@ def _round(values: Array, dtype: DType, bits: Array, single: Array) -> None:
         assign(bits.view(dtype.numpy), single)
 
 
-class _Buffers:
+class _Scratch:
     """A thread's arrays for one piece, made once: fresh memory would cost more than what is done with it."""
 
     def __init__(self, dtype: DType) -> None:
@@ -140,10 +140,10 @@ class _Buffers:
 _kept = threading.local()
 
 
-def _buffers(dtype: DType) -> _Buffers:
-    made: dict[DType, _Buffers] = _kept.__dict__.setdefault("made", {})
+def _buffers(dtype: DType) -> _Scratch:
+    made: dict[DType, _Scratch] = _kept.__dict__.setdefault("made", {})
     if dtype not in made:
-        made[dtype] = _Buffers(dtype)
+        made[dtype] = _Scratch(dtype)
     return made[dtype]
 
 
@@ -296,7 +296,7 @@ def decode(data: bytes | bytearray | memoryview, estimate: Array, merged: Array,
     return found
 
 
-def _is_coarse(estimate: Array, merged: Array, types: tuple[DType, DType], work: _Buffers) -> Array:
+def _is_coarse(estimate: Array, merged: Array, types: tuple[DType, DType], work: _Scratch) -> Array:
     """Where the unit of the merged value is greater than that of the estimate, so that bits are lost.
 
     Nowhere in float64, whose values are stored whole where they differ.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery.engine.layout import planned_file
-from surgery.engine.merge_plan import plan_merge
+from surgery.engine.merge.merge_plan import plan_merge
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, SideFile, check_conservation
 from surgery.onnx.graph.weights import GraphTensor
@@ -62,7 +62,7 @@ def merged_weights(binding: Binding, layout: Layout) -> MergedWeights:
         layout: ``delta``: only changed tensors are written; ``full``: all tensors, laid out for graphs.
 
     Raises:
-        FitError: see `surgery.engine.merge_plan.plan_merge`.
+        FitError: see `surgery.engine.merge.merge_plan.plan_merge`.
     """
     component = binding.checkpoint.main
     if layout == "full" and (new_biases := [edit.name for edit in binding.edits.values() if not edit.source.sources]):

@@ -27,6 +27,7 @@ class _Peft:
 
     Attributes:
         scaling: How ranks and scales are stated; None keeps an adapter's own way.
+        dialect: Name of the way in which experts are held (`dialects`); empty for the nearest to an adapter's own.
     """
 
     name: str = "peft"
@@ -37,6 +38,7 @@ class _Peft:
     single_file: bool = False
     file_stems: tuple[str, ...] = (f"{WEIGHTS}*",)
     scaling: Scaling | None = None
+    dialect: str = ""
 
     def detect(self, path: Path) -> bool:
         """A folder whose adapter_config.json mentions a peft_type, or that holds PEFT's weights."""
@@ -56,7 +58,28 @@ class _Peft:
         """See `render_peft`."""
         from surgery_formats.adapters.peft.write import render_peft
 
-        return render_peft(adapter, base, self.scaling)
+        if not self.dialect:
+            return render_peft(adapter, base, self.scaling)
+        from surgery_formats.adapters.peft.dialects import dialect_named
+
+        return render_peft(adapter, base, self.scaling, dialect_named(self.dialect))
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """See `peft.dialects`."""
+        from surgery_formats.adapters.peft.dialects import BUILT_IN
+
+        return tuple(dialect.name for dialect in BUILT_IN)
+
+    def with_dialect(self, name: str) -> _Peft:
+        """The same format, holding experts as the dialect `name` does.
+
+        Raises:
+            NotFoundError: no such dialect.
+        """
+        from surgery_formats.adapters.peft.dialects import dialect_named
+
+        return replace(self, dialect=dialect_named(name).name)
 
     def with_scaling(self, scaling: Scaling) -> _Peft:
         """The same format, stating ranks and scales as `scaling` says."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.format import NewTensor, Scaling
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION, PREFIX
@@ -17,6 +17,10 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import Factor, Replacing, Update, is_replacing
+
+if TYPE_CHECKING:
+    from surgery_formats.adapters.expert_layers import ExpertStack
+    from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 
 __all__ = ["PeftFile"]
 
@@ -43,6 +47,8 @@ class PeftFile:
         whole_biases: Whether biases are stored whole (``bias="all"``).
         defaults: Default fields of the kind's configuration.
         fields: Fields that follow from what was written.
+        dialect: How experts are held; None holds each in the way that is nearest to the adapter's own.
+        even: The rank and the scale of all modules, for readers that know one.
         rewritten: Whether the adapter's own configuration is not true of what was written, whatever ranks and scales say.
     """
 
@@ -63,7 +69,13 @@ class PeftFile:
     whole_biases: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
+    dialect: ExpertDialect | None = None
+    even: tuple[int, float] | None = None
     rewritten: bool = False
+
+    def rank_and_scale(self, stack: ExpertStack) -> tuple[int, float]:
+        """Of all experts of a stack, as they are written."""
+        return self.even or (stack.rank, stack.scale)
 
     def put(
         self,
@@ -144,7 +156,7 @@ class PeftFile:
         module, _, leaf = site.path.rpartition(".")
         wrapper = "token_adapter." if module in self.rows and self.own and self.own.kind != "TRAINABLE_TOKENS" else ""
         plain, inside = f"{self.prefix}{site.path}", f"{self.prefix}{module}.{wrapper}base_layer.{leaf}"
-        targeted = module in self.settings or module in self.targets
+        targeted = module in self.settings or module in self.targets or f"{module}.weight" in self.experts
         beside = self.adapter.updates.get(replace(site, path=f"{module}.weight"), ())
         if self.own is not None:
             wrapped = targeted or module in self.rows

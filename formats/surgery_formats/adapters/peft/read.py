@@ -96,6 +96,8 @@ def read_peft(path: Path) -> Adapter:
     _check_gathered(tensor for parts in contents.modules.values() for tensor in parts.values())
     for module, parts in contents.modules.items():
         read = kind.read(Module(unwrapped(module), module, parts, contents.shared, config, wrappers))
+        for name in kind.ranks.keys() & parts.keys():
+            config.check_rank(unwrapped(module), parts[name].shape[kind.ranks[name]], parts[name])
         optional |= read.optional
         contents.ignored.extend(read.ignored)
         for site, chain in read.updates.items():

@@ -139,7 +139,7 @@ class PeftConfig:
         stated, field = self.rank_of(module), "r" if key is None else f"rank_pattern['{show(key)}']"
         if rank != stated:
             raise MalformedError(
-                f"rank {rank}, but {field} says {stated}: which of them the scale was meant for cannot be told",
+                f"rank {rank}, but {field} says {stated}: which of them was trained cannot be told",
                 file=tensor.file.path,
                 tensor=tensor.name,
                 hint="PEFT refuses it too. Put right what is wrong in adapter_config.json, or save the adapter again",

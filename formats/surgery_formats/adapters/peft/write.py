@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import replace
 
 from surgery_formats.adapters.format import Rendering, Scaling
+from surgery_formats.adapters.peft.class_names import called_back, class_names, renamed
+from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import HEADS, ROOT
 from surgery_formats.adapters.peft.kinds import kinds, switches
@@ -29,7 +31,9 @@ __all__ = ["TENSOR_FILE", "described", "render_peft"]
 TENSOR_FILE = "adapter_model.safetensors"
 
 
-def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | None = None) -> Rendering:
+def render_peft(
+    adapter: Adapter, base: Checkpoint | None, scaling: Scaling | None = None, dialect: ExpertDialect | None = None
+) -> Rendering:
     """adapter_model.safetensors and adapter_config.json.
 
     Args:
@@ -37,14 +41,21 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
         base: The model it is for; needed where names are flattened.
         scaling: How to state ranks and scales; by default as the adapter's own PEFT configuration does, if that is
             still true.
+        dialect: How to hold experts; by default as near as possible to how the adapter has them.
 
     Raises:
         FitError: flattened names and no base, or several parts of a pipeline, of which a PEFT folder can hold one.
     """
     _check_sites(adapter, base)
     own = parse_config(adapter.config, adapter.path, switches()) if adapter.format == "peft" else None
+    names = class_names(adapter, base) if base is not None and own is None and dialect is None else {}
+    adapter = renamed(adapter, names) if names else adapter
     kind = _kind(adapter, own)
     file = PeftFile(kind.name, adapter, base, own, scaling, has_biases="bias" in kind.switches.understood)
+    if dialect is not None:
+        if kind is not kinds()["LORA"]:
+            raise FitError(f"{dialect.name} has LoRAs, not {kind.name}", file=adapter.path)
+        file.dialect, file.rewritten = dialect, True
     if adapter.prompt is not None and own is not None:
         file.prefix = ROOT
     updates = [(site, update) for site, chain in adapter.updates.items() for update in chain]
@@ -56,7 +67,7 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
         file.ledger.keep_prompt(adapter.prompt.table)
     else:
         file.ledger.drop_prompt(adapter)
-    return Rendering(
+    rendering = Rendering(
         TENSOR_FILE,
         tuple(file.tensors[name] for name in sorted(file.tensors)),
         surviving_metadata(adapter) | {"format": "pt"},
@@ -64,6 +75,7 @@ def render_peft(adapter: Adapter, base: Checkpoint | None, scaling: Scaling | No
         tuple(file.ledger.entries),
         file.ledger.held_in_order(adapter),
     )
+    return called_back(rendering, names) if names else rendering
 
 
 def described(adapter: Adapter, scaling: Scaling | None = None) -> Adapter:

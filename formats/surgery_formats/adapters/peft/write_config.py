@@ -15,8 +15,8 @@ from typing import Any
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.adapters.peft.carried import TASK_TYPES, is_peft
-from surgery_formats.adapters.peft.dialects import marked
 from surgery_formats.adapters.peft.file import PeftFile
+from surgery_formats.adapters.peft.packing import marked
 from surgery_formats.adapters.writing import commonest
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
@@ -29,6 +29,8 @@ EXPERTS_ORDER_SINCE = "0.19.0"
 _NO_TARGET = (
     "dummy-target-modules"  # PEFT refuses an adapter without a target, but for this name (peft.utils.constants)
 )
+_ALWAYS = ("auto_mapping", "base_model_name_or_path", "modules_to_save", "revision", "task_type")
+"""Fields that PEFT writes even where they are null."""
 _SURVIVING = ("auto_mapping", "inference_mode", "lora_dropout", "revision", "task_type")
 """Fields that have nothing to do with tensors, and so survive another format."""
 _INHERITED = (
@@ -66,6 +68,9 @@ def adapter_config(file: PeftFile) -> bytes:
             config |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(file.experts)}
     if file.experts:
         config = marked(config)
+    if file.dialect is not None:
+        said = file.dialect.fields(file)
+        config = {key: value for key, value in {**config, **said}.items() if value is not None or key in _ALWAYS}
     # One line where scales were chosen anew: token ids would take a line each, and an extraction may list 65,536.
     indent = None if file.scaling is not None and file.rows else 2
     return (json.dumps(config, indent=indent, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()

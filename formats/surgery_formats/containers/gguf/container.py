@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery_formats.containers.base import FileLayout, Shard, ShardSet, TensorSpec
+from surgery_formats.containers.gguf.constants import ALIGNMENT, MAGIC
 from surgery_formats.errors import FitError, SurgeryError
 from surgery_formats.files.raw import open_file
 
 if TYPE_CHECKING:
     from surgery_formats.containers.gguf.header import Header
 
-__all__ = ["GGUF", "MAGIC", "open_gguf", "shard_of"]
-
-MAGIC = b"GGUF"
+__all__ = ["GGUF", "open_gguf", "shard_of"]
 
 _TYPES = {"adapter": "a LoRA for llama.cpp, not a model", "mmproj": "a vision or audio encoder, not a language model"}
 
@@ -68,7 +67,7 @@ class _Gguf:
 
     def lay_out(self, tensors: Sequence[TensorSpec], like: Shard | None = None, alignment: int = 1) -> FileLayout:
         """With the key-values of `like`, of which those stay true that speak of types."""
-        from surgery_formats.containers.gguf.header import ALIGNMENT, read_header
+        from surgery_formats.containers.gguf.header import read_header
         from surgery_formats.containers.gguf.layout import lay_out
 
         same = like is not None and like.container == self.name

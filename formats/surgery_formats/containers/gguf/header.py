@@ -17,18 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery_formats.containers.gguf.container import MAGIC
+from surgery_formats.containers.gguf.constants import ALIGNMENT, ALIGNMENT_KEY, MAGIC, NAME_LIMIT
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import File
 from surgery_formats.tensors.ggml import BY_NUMBER, GgmlType
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["ALIGNMENT", "ALIGNMENT_KEY", "NAME_LIMIT", "Header", "KeyValue", "read_header"]
+__all__ = ["Header", "KeyValue", "read_header"]
 
-ALIGNMENT = 32  # of a file that does not say another
-ALIGNMENT_KEY = "general.alignment"
-NAME_LIMIT = 63  # bytes of a tensor's name: GGML_MAX_NAME, with its final zero
 _VERSIONS = (2, 3)
 _DIMS = 4  # GGML_MAX_DIMS
 _KEY_LIMIT = 65535

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from surgery_formats.containers.base import FileLayout, TensorSpec
-from surgery_formats.containers.gguf.container import MAGIC
-from surgery_formats.containers.gguf.header import ALIGNMENT, ALIGNMENT_KEY, NAME_LIMIT, Header
+from surgery_formats.containers.gguf.constants import ALIGNMENT, ALIGNMENT_KEY, MAGIC, NAME_LIMIT
+from surgery_formats.containers.gguf.header import Header
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.ggml import BY_NAME, GgmlType, ggml_type_of

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.containers.base import ShardSet
-from surgery_formats.containers.gguf.container import MAGIC, open_gguf, shard_of
+from surgery_formats.containers.gguf.constants import MAGIC
+from surgery_formats.containers.gguf.container import open_gguf, shard_of
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import first_bytes, stays_inside
 from surgery_formats.text import show

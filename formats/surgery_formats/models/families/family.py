@@ -66,6 +66,7 @@ class Family:
         inseparable: Why tied head and embedding cannot be separated; empty if they can.
         conv1d: Last path segments of modules that store their weight ``(in, out)``.
         experts_transposed: Whether 3-D expert tensors are ``(E, in, out)`` rather than ``(E, out, in)``.
+        gate_up_interleaved: Whether rows of gate and up alternate in stacks of both, instead of lying one below the other.
         renames: Spellings, see `Rename`.
         fused: Parameters stored in parts, see `Fused`.
         numbered: Names that programs give to single experts of a stack, and no file of the family has.
@@ -83,6 +84,7 @@ class Family:
     inseparable: str = ""
     conv1d: tuple[str, ...] = ()
     experts_transposed: bool = False
+    gate_up_interleaved: bool = False
     renames: tuple[Rename, ...] = ()
     fused: tuple[Fused, ...] = ()
     numbered: tuple[Fused, ...] = ()

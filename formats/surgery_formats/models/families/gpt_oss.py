@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """gpt-oss: experts in 3-D tensors, ``(E, in, out)``, gate and up interleaved."""
 
-from surgery_formats.models.families.family import Family, Fused
+from surgery_formats.models.families.family import Family, Fused, Rename
 
 __all__ = ["FAMILY"]
 
@@ -10,6 +10,8 @@ FAMILY = Family(
     embedding="model.embed_tokens",
     head="lm_head",
     experts_transposed=True,
+    gate_up_interleaved=True,
+    renames=(Rename("self_attn", "attn"),),  # Tinker's name (tinker-cookbook, weights/_merge_gpt_oss.py)
     numbered=(  # Unsloth holds each expert as a Linear where it quantises them (unsloth-zoo#885)
         Fused("experts.gate_up_proj", ("experts.gate_up_projs.{e}.weight",)),
         Fused("experts.down_proj", ("experts.down_projs.{e}.weight",)),

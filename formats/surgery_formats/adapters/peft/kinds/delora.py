@@ -51,9 +51,10 @@ DELORA = PeftKind(
     read=_read,
     writes=frozenset([DeLoRA.kind]),
     write=_write,
+    ranks={"delora_A": 0},
     switches=Switches(
         # where training began; the tensors have what it came to
-        COMMON | {"r", "rank_pattern", "delora_lambda", "lambda_pattern", "module_dropout"},
-        frozenset(["bias", "modules_to_save"]),
+        COMMON | {"r", "delora_lambda", "lambda_pattern", "module_dropout"},
+        frozenset(["bias", "modules_to_save", "rank_pattern"]),
     ),
 )

@@ -94,6 +94,7 @@ GLORA = PeftKind(
     read=_read,
     writes=frozenset([GLoRA.kind, GLoRABias.kind]),
     write=_write,
+    ranks={f"glora_{name}.Xd": 1 for name in "ABC"},
     switches=Switches(
         COMMON,
         frozenset(["r", "bias", "config_A_B", "config_C", "config_D_E", "modules_to_save"]),

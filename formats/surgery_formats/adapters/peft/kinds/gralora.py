@@ -24,15 +24,18 @@ def _read(module: Module) -> ModuleUpdates:
     k, _, rank = A.shape if len(A.shape) == 3 else (0, 0, 0)
     if len(B.shape) != 3 or B.shape[:2] != (k, rank) or not A.numel or not B.numel or rank % k:
         raise malformed(A, f"'gralora_B' is {list(B.shape)}")
-    general = tuple(map(module.matrix, _GENERAL)) if any(name in module.parts for name in _GENERAL) else ()
-    beside = general[0].shape[0] if general else 0
-    if general and (general[0].shape[1], *general[1].shape) != (k * A.shape[1], k * B.shape[2], beside):
-        raise malformed(general[1], f"beside {list(general[0].shape)} and blocks of {list(A.shape)}, {list(B.shape)}")
+    general: tuple[Factor, Factor] | tuple[()] = ()
+    beside = 0
+    if any(name in module.parts for name in _GENERAL):
+        down, up = map(module.matrix, _GENERAL)
+        beside = down.shape[0]
+        if (down.shape[1], *up.shape) != (k * A.shape[1], k * B.shape[2], beside):
+            raise malformed(up, f"beside {list(down.shape)} and blocks of {list(A.shape)}, {list(B.shape)}")
+        general = Factor.of(down), Factor.of(up)
     if beside != module.config.integer("hybrid_r", 0):
         raise malformed(A, f"'hybrid_r' does not say that the general LoRA has rank {beside}")
     alpha = module.config.number("alpha", _ALPHA)
-    factors = tuple(map(Factor.of, general))
-    update = GraLoRA(Factor.of(A), Factor.of(B), alpha / (rank + beside), factors, alpha)  # type: ignore[arg-type]
+    update = GraLoRA(Factor.of(A), Factor.of(B), alpha / (rank + beside), general, alpha)
     return ModuleUpdates({module.site(): (update,)})
 
 
@@ -76,6 +79,7 @@ GRALORA = PeftKind(
     read=_read,
     writes=frozenset([GraLoRA.kind]),
     write=_write,
+    ranks={"gralora_A": 2},
     switches=Switches(
         COMMON | {"r", "gralora_k", "gralora_dropout"},
         frozenset(["alpha", "hybrid_r", "bias", "modules_to_save"]),

@@ -23,6 +23,8 @@ def _read(module: Module) -> ModuleUpdates:
     rank, kernel = a.shape[0] if a.shape else 0, a.shape[2:]
     if len(a.shape) < 2 or not a.numel or b.shape[1:] != (rank, *(1,) * len(kernel)) or not b.numel:
         raise malformed(b, f"'{a.name}' is {list(a.shape)}")
+    if rank != module.config.rank:  # PEFT 0.21 makes factors of r where rank_pattern says another
+        module.config.check_rank(module.path, rank, a)
     if embedding:
         A, B = Factor((b,), (rank, b.shape[0]), lambda t: t.T), Factor((a,), (a.shape[1], rank), lambda t: t.T)
     else:
@@ -59,5 +61,5 @@ HIRA = PeftKind(
     read=_read,
     writes=frozenset([HiRA.kind]),
     write=_write,
-    switches=Switches(COMMON | {"r", "rank_pattern", "hira_dropout"}, frozenset(["modules_to_save"])),
+    switches=Switches(COMMON | {"r", "hira_dropout"}, frozenset(["modules_to_save", "rank_pattern"])),
 )

@@ -48,5 +48,6 @@ HRA = PeftKind(
     read=_read,
     writes=frozenset([Reflections.kind]),
     write=_write,
+    ranks={"hra_u": 1},
     switches=Switches(COMMON | {"r"}, frozenset(["bias", "modules_to_save", "apply_GS"])),
 )

@@ -108,6 +108,8 @@ class PeftKind:
         issues: Facts worth a warning, from configuration and headers.
         lacks: What its files lack, going by their configuration, so that they cannot be read; empty if nothing.
         unused: Names after a module's path of tensors that only training used, and why they do nothing.
+        ranks: Factors whose axis of this number is as long as ``r``, or ``rank_pattern``, says. A kind that checks it
+            in its reader has none.
     """
 
     name: str
@@ -120,6 +122,7 @@ class PeftKind:
     issues: Callable[[Mapping[str, Any], Sequence[StoredTensor]], Iterable[str]] = _no_issues
     unused: Mapping[str, str] = field(default_factory=dict)
     lacks: Callable[[PeftConfig], str] = _no_lack
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def malformed(tensor: StoredTensor, why: str) -> MalformedError:

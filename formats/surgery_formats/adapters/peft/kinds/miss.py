@@ -84,5 +84,13 @@ def _variant(update: MiSS | BAT | None) -> tuple[bool | str, int]:
 
 
 _SWITCHES = Switches(COMMON | {"r", "miss_dropout"}, frozenset(["bias", "modules_to_save", "init_weights", "mini_r"]))
-MISS = PeftKind("MISS", frozenset(["miss_block"]), _read, frozenset([MiSS.kind, BAT.kind]), _write, _SWITCHES)
-BONE = PeftKind("BONE", frozenset(["bone_block"]), _read, frozenset(), _write, _SWITCHES)
+MISS = PeftKind(
+    "MISS",
+    frozenset(["miss_block"]),
+    _read,
+    frozenset([MiSS.kind, BAT.kind]),
+    _write,
+    _SWITCHES,
+    ranks={"miss_block": -2},
+)
+BONE = PeftKind("BONE", frozenset(["bone_block"]), _read, frozenset(), _write, _SWITCHES, ranks={"bone_block": -2})

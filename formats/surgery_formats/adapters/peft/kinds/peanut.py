@@ -82,5 +82,6 @@ PEANUT = PeftKind(
     read=_read,
     writes=frozenset([PEANuT.kind]),
     write=_write,
+    ranks={"peanut_A.weight": 0},
     switches=Switches(COMMON, frozenset(["r", "act_fn", "depth", "modules_to_save", "scaling"])),
 )

@@ -27,6 +27,7 @@ def _read(module: Module) -> ModuleUpdates:
     rank = d.numel // 2
     if d.numel % 2:
         raise malformed(d, "not one half for means and one for variances")
+    module.config.check_rank(module.path, rank, d)
     stored = shared_pair(module, _SHARED, (2, 2))
     if stored is None:
         if rank != module.config.integer("r", 256, low=1):

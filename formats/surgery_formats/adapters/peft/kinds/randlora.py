@@ -28,26 +28,26 @@ _ALPHA = 640.0  # PEFT's default
 
 
 def _read(module: Module) -> ModuleUpdates:
-    l, g = module.matrix("randlora_lambda"), module.matrix("randlora_gamma")  # noqa: E741
-    rank, count = l.shape
-    if g.shape[0] != count:
-        raise malformed(g, f"'randlora_lambda' is {list(l.shape)}")
+    lam, gamma = module.matrix("randlora_lambda"), module.matrix("randlora_gamma")
+    rank, count = lam.shape
+    if gamma.shape[0] != count:
+        raise malformed(gamma, f"'randlora_lambda' is {list(lam.shape)}")
     copies = tuple(module.parts[name] for name in _SHARED if name in module.parts)
     bases: tuple[Factor, Factor] | RandomBases
     stored = shared_pair(module, _SHARED, (3, 3))
     if stored is None:
         if copies or rank != module.config.integer("r", 32, low=1):
-            raise malformed(l, "'save_projection' and 'r' do not say with which bases it was trained")
+            raise malformed(lam, "'save_projection' and 'r' do not say with which bases it was trained")
         key = module.config.integer("projection_prng_key", 0, low=-(1 << 31))
-        bases = RandomBases(key, rank, _very_sparse(module.config, l))
+        bases = RandomBases(key, rank, _very_sparse(module.config, lam))
     else:
         A, B = bases = stored
-        if A.shape[:2] != (rank, 1) or B.shape[2] != rank or B.shape[1] < count or A.shape[2] < g.shape[1]:
-            raise malformed(l, f"the shared bases are {list(A.shape)} and {list(B.shape)}")
+        if A.shape[:2] != (rank, 1) or B.shape[2] != rank or B.shape[1] < count or A.shape[2] < gamma.shape[1]:
+            raise malformed(lam, f"the shared bases are {list(A.shape)} and {list(B.shape)}")
         for copy in copies:
             _check_copy(copy, module.shared[copy.name.rpartition(".")[2]])
     scale = module.config.number("randlora_alpha", _ALPHA)
-    update = RandLoRA(Factor.of(l), Factor.of(g), bases, scale / rank, scale)
+    update = RandLoRA(Factor.of(lam), Factor.of(gamma), bases, scale / rank, scale)
     ignored = tuple(Ignored(copy, "one more copy of a basis that all modules share") for copy in copies)
     return ModuleUpdates({module.site(): (update,)}, ignored=ignored)
 
@@ -86,8 +86,8 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
 
     def put(key: str, update: RandLoRA) -> float:
         times = 1.0 if update.scale == scale else update.scale / scale
-        file.put(f"{key}.randlora_lambda", update.l, times=times)
-        file.put(f"{key}.randlora_gamma", update.g)
+        file.put(f"{key}.randlora_lambda", update.lam, times=times)
+        file.put(f"{key}.randlora_gamma", update.gamma)
         if not isinstance(update.bases, RandomBases):
             for name, factor in zip(_SHARED, update.bases, strict=True):
                 file.put(f"{key}.{name}", factor)
@@ -98,7 +98,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     if not isinstance(bases, RandomBases):
         for name, factor in zip(_SHARED, bases, strict=True):
             file.put(f"{ROOT}{name}", factor)
-    rank = first.l.shape[0] if first is not None else 32
+    rank = first.lam.shape[0] if first is not None else 32
     file.defaults = {"fan_in_fan_out": False, "init_weights": True, "randlora_dropout": 0.0}
     file.fields = {
         "projection_prng_key": bases.key if isinstance(bases, RandomBases) else 0,
@@ -129,6 +129,7 @@ RANDLORA = PeftKind(
     read=_read,
     writes=frozenset([RandLoRA.kind]),
     write=_write,
+    ranks={"randlora_lambda": 0},
     switches=Switches(
         COMMON | {"randlora_dropout"},
         frozenset(

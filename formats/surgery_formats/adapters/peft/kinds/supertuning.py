@@ -95,6 +95,7 @@ SUPERTUNING = PeftKind(
     read=_read,
     writes=frozenset([SuperTuning.kind, LoRA.kind]),
     write=_write,
+    ranks={_A: 0},
     switches=Switches(
         COMMON | {"lora_dropout", "select_top", "sparsity"},
         frozenset(["r", "lora_alpha", "modules_to_save", "save_precomputed_indices"]),

@@ -90,6 +90,7 @@ UNILORA = PeftKind(
     read=_read,
     writes=frozenset([UniLoRA.kind]),
     write=_write,
+    ranks={"unilora_indices_A": 0},
     switches=Switches(
         COMMON | {"proj_seed", "unilora_dropout", "init_theta_d_bound"},
         frozenset(["r", "bias", "modules_to_save", "save_indices", "theta_d_length"]),

@@ -33,17 +33,19 @@ def _read(module: Module) -> ModuleUpdates:
         )
     chosen, few = module.config.integer("topk", 2, low=1), f"{_LOGITS[0]}_topk_indices" in module.parts
     A, B = (module.part(f"{name}_topk_weights" if few else name) for name in _LOGITS)
-    indices = tuple(module.part(f"{name}_topk_indices") for name in _LOGITS) if few else ()
+    picks: tuple[StoredTensor, StoredTensor] | tuple[()] = ()
+    if few:
+        picks = module.part(f"{_LOGITS[0]}_topk_indices"), module.part(f"{_LOGITS[1]}_topk_indices")
     last = chosen - 1 if few else bank.shape[0]
     for stored in (A, B):
         if len(stored.shape) != 3 or stored.shape[2] != last or not stored.shape[0] or not stored.shape[1]:
             raise malformed(stored, f"not {last} numbers for each vector of a factor")
     if A.shape[0] != B.shape[1] or chosen > bank.shape[0]:
         raise malformed(B, f"'{A.name}' is {list(A.shape)}, the bank {list(bank.shape)}")
-    for weights, index in zip((A, B), indices, strict=False):
+    for weights, index in zip((A, B), picks, strict=False):
         _check_index(index, (*weights.shape[:2], chosen), bank.shape[0])
     factor = Factor((bank,), bank.shape, _as_stored)
-    update = VBLoRA(Factor.of(A), Factor.of(B), factor, chosen, indices)  # type: ignore[arg-type]
+    update = VBLoRA(Factor.of(A), Factor.of(B), factor, chosen, picks)
     return ModuleUpdates({module.site(): (update,)})
 
 
@@ -98,6 +100,7 @@ VBLORA = PeftKind(
     read=_read,
     writes=frozenset([VBLoRA.kind]),
     write=_write,
+    ranks={_LOGITS[0]: 0, f"{_LOGITS[0]}_topk_weights": 0},
     switches=Switches(
         # the sizes are the tensors'
         COMMON | {"r", "num_vectors", "vector_length", "vblora_dropout", "init_vector_bank_bound", "init_logits_std"},

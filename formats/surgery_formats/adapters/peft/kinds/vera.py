@@ -85,6 +85,7 @@ VERA = PeftKind(
     read=_read,
     writes=frozenset([VeRA.kind]),
     write=_write,
+    ranks={"vera_lambda_d": 0},
     switches=Switches(
         COMMON | {"vera_dropout", "d_initial"},
         frozenset(["r", "bias", "modules_to_save", "projection_prng_key", "save_projection"]),

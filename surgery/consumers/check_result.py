@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of `surgery.check`: what each consumer makes of an adapter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from surgery.consumers.consumer import Consumer, SourceRead
+from surgery.consumers.verdict import OUTCOMES, Outcome, Remedy, Verdict, worst
+from surgery.engine.convert_result import ConvertResult
+from surgery.reports.output import PATH
+from surgery.reports.result import elapsed, summarised
+from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.summary import Summary, warning_notes
+from surgery.reports.to_json import plain
+from surgery.reports.values import Name, Phrase, Value
+
+__all__ = ["CheckResult", "ConsumerCheck"]
+
+_LISTED = 20  # parts shown of one consumer, unless all are asked for
+_REMEDIES: dict[Remedy, str] = {
+    "": "merge it into the base",
+    "rewrite": "write it anew",
+    "scale": "multiply the scale into B",
+    "pad": "one rank for all",
+    "partners": "zeros beside it",
+    "cut": "cut it by its error, or start the program with more",
+    "dialect": "its dialect of experts",
+    "lora": "a LoRA of it",
+    "saved": "a LoRA of it, or leave it out",
+    "drop": "leave it out, or merge it into the base",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerCheck:
+    """What one consumer makes of an adapter.
+
+    Attributes:
+        name: Of the consumer.
+        title: One line.
+        version: That was asked for.
+        read: The newest version that the rules were read from.
+        sources: Where they were read.
+        verdicts: One for each part.
+    """
+
+    name: str
+    title: str
+    version: str
+    read: str
+    sources: tuple[SourceRead, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @classmethod
+    def of(cls, consumer: Consumer, version: str, verdicts: tuple[Verdict, ...]) -> ConsumerCheck:
+        """With what the consumer says of itself."""
+        return cls(consumer.name, consumer.title, version, consumer.version, consumer.sources, verdicts)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Of the whole: the worst."""
+        return worst(verdict.outcome for verdict in self.verdicts)
+
+    @property
+    def honoured(self) -> bool:
+        """Whether every part acts as it was trained."""
+        return self.outcome == "honoured"
+
+    @property
+    def faults(self) -> tuple[Verdict, ...]:
+        """All but what is honoured, the worst first."""
+        wrong = [verdict for verdict in self.verdicts if verdict.outcome != "honoured"]
+        return tuple(sorted(wrong, key=lambda verdict: -OUTCOMES.index(verdict.outcome)))
+
+
+@summarised
+@dataclass(frozen=True)
+class CheckResult:
+    """What consumers make of an adapter.
+
+    Attributes:
+        adapter: Its path.
+        base: The model it was checked with.
+        format: Of the adapter.
+        consumers: One record for each consumer that was asked about.
+        one: Whether one was asked about, rather than all.
+        fixed: The adapter as it was rewritten for that one; None unless it was asked for.
+        warnings: What the user should know.
+        seconds: How long it took.
+    """
+
+    adapter: Path
+    base: Path
+    format: str
+    consumers: tuple[ConsumerCheck, ...]
+    one: bool
+    fixed: ConvertResult | None = None
+    warnings: tuple[str, ...] = ()
+    seconds: float = elapsed()
+    nbytes: ClassVar[int] = 0  # only headers were read
+
+    @property
+    def honoured(self) -> bool:
+        """Whether each of these consumers honours all of it, or what was written for it."""
+        return self.fixed is not None or all(check.honoured for check in self.consumers)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "type": "check",
+            "adapter": str(self.adapter),
+            "base": str(self.base),
+            "format": self.format,
+            "honoured": self.honoured,
+            "consumers": [plain(check) | {"outcome": check.outcome} for check in self.consumers],
+            "fixed": None if self.fixed is None else self.fixed.as_json(),
+            "warnings": list(self.warnings),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def summary(self, *, verbose: bool = False) -> Summary:
+        """A line for each consumer; for one alone, its parts."""
+        facts: list[tuple[Phrase, Phrase]] = [
+            ("adapter", (Name(self.adapter, PATH), " (", Name(self.format), ")")),
+            ("base", Name(self.base, PATH)),
+        ]
+        sections: list[Section] = []
+        if self.one:
+            (check,) = self.consumers
+            facts += _facts_of_one(check)
+            sections += _parts(check, verbose)
+        else:
+            columns = (Column("consumer"), Column("version"), Column("verdict"), Column("parts"), Column("why"))
+            sections.append(Table(columns, tuple(_line(check) for check in self.consumers)))
+        if self.fixed is not None:
+            facts.append(("written", f"honoured by {self.consumers[0].title}, by the same rules"))
+            fixed = self.fixed.summary(verbose=verbose)
+            sections += fixed.data
+            sections += [note for note in fixed.notes if note.level != "warning"]
+        return Summary("Check", (Facts(tuple(facts)), *sections, *warning_notes(self.warnings)))
+
+    def plus(self, fixed: ConvertResult) -> CheckResult:
+        """With what was written."""
+        return replace(self, fixed=fixed)
+
+
+def _facts_of_one(check: ConsumerCheck) -> list[tuple[Phrase, Phrase]]:
+    read: Phrase = f"{check.title} {check.version}"
+    return [
+        ("for", read),
+        ("verdict", f"{check.outcome}: {_counted(check.verdicts)}"),
+        ("rules from", "; ".join(f"{s.program} {s.version} {s.file}" for s in check.sources)),
+    ]
+
+
+def _counted(verdicts: Sequence[Verdict]) -> str:
+    counts = Counter(verdict.outcome for verdict in verdicts)
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
+
+
+def _line(check: ConsumerCheck) -> tuple[object, ...]:
+    """One consumer of many."""
+    faults = check.faults
+    why: Phrase = (faults[0].what, ": ", faults[0].why) if faults else ""
+    return check.title, check.version, check.outcome, _counted(check.verdicts), why
+
+
+def _parts(check: ConsumerCheck, verbose: bool) -> list[Section]:
+    """Parts of one consumer: those at fault, or all."""
+    chosen = check.verdicts if verbose else check.faults[:_LISTED]
+    if not chosen:
+        return []
+    columns = (Column("part", "name"), Column("what"), Column("verdict"), Column("why"), Column("remedy"))
+    rows = tuple((one.part, one.what, _outcome(one), one.why, _remedy(one)) for one in chosen)
+    more = len(check.faults) - len(chosen)
+    return [Table(columns, rows), *([Note(f"... and {more} more", "omitted")] if more > 0 else [])]
+
+
+def _outcome(verdict: Verdict) -> Phrase:
+    if verdict.factor is None:
+        return verdict.outcome
+    return verdict.outcome, ", times ", Value(verdict.factor, "number", 3)
+
+
+def _remedy(verdict: Verdict) -> str:
+    return "" if verdict.outcome == "honoured" else _REMEDIES[verdict.remedy]

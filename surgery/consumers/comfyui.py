@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ComfyUI: single files by key, kind by kind; a key that it does not know is a line in its log and no more."""
+
+from __future__ import annotations
+
+from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, ignored, refused
+
+__all__ = ["COMFYUI"]
+
+_LOG = "'lora key not loaded', in the log"
+
+COMFYUI = RuledConsumer(
+    name="comfyui",
+    title="ComfyUI",
+    version="0.3",
+    oldest="0.3",
+    sources=(
+        SourceRead("comfyanonymous/ComfyUI", "master", "comfy/lora.py", "load_lora"),
+        SourceRead("comfyanonymous/ComfyUI", "master", "comfy/weight_adapter", "adapters"),
+    ),
+    format="kohya",
+    reads=frozenset({"kohya"}),
+    rules={
+        "LoRA of an embedding": honoured,
+        "LoRA of the head": honoured,
+        "LoRA of one expert": honoured,
+        "LoRA of stacked experts": ignored(_LOG, "drop"),
+        "LoRA of a turned weight": honoured,
+        "LoRA of a convolution": honoured,
+        "LoRA on a changed base": ignored(_LOG, "lora"),
+        "DoRA": honoured,
+        "other kind": honoured,  # LoHa, LoKr, OFT, BOFT, GLoRA and differences have adapters of their own
+        "bias of a LoRA": honoured,
+        "trained bias": honoured,
+        "saved norm": honoured,
+        "saved head": honoured,
+        "saved module": honoured,
+        "saved vocabulary": honoured,
+        "carried weight": honoured,
+        "added rows": refused("a difference of another shape", "drop"),
+        "token rows": ignored(_LOG, "drop"),
+        "virtual tokens": ignored(_LOG),
+        "pattern of targets": honoured,
+        "null patterns": honoured,
+        "block-diagonal factors": honoured,
+        "bare names": honoured,
+        "wrapped names": honoured,
+        "names of an adapter": honoured,
+        "targeted parameters": honoured,
+        "added tokens": honoured,  # not looked at
+        "pickled weights": honoured,
+        "other weight files": honoured,
+    },
+)

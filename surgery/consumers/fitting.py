@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rewriting of an adapter that a consumer honours, composed by what its rules ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from surgery.algebra.combined_adapter import combined_adapter
+from surgery.algebra.group import applicable_updates
+from surgery.algebra.lora_form import LoraForm, lora_form
+from surgery.consumers.consent import Consent
+from surgery.consumers.consumer import Consumer
+from surgery.consumers.facts import facts_of
+from surgery.consumers.rewriting import padded, scaled_inside, with_partners, without
+from surgery.consumers.verdict import Remedy, Verdict
+from surgery_formats.adapters.format import Entry, Format, Scaled
+from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import listing, show
+
+__all__ = ["Fitted", "as_it_would_be_read", "fitted"]
+
+_ROUNDS = 8  # partners bring partners, and a new rank new scales: each a round or two
+_SHOWN = 3
+_OF_WRITING: frozenset[Remedy] = frozenset({"dialect", "rewrite"})
+"""Remedies that are a matter of writing: what is read back shows whether they helped."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter that a consumer honours, for a writer.
+
+    Attributes:
+        adapter: The adapter.
+        form: What became LoRAs, where something did.
+        left_out: Entries of what was left out.
+        done: What was done, by site.
+        side_files: The side files that go along.
+    """
+
+    adapter: Adapter
+    form: LoraForm | None
+    left_out: tuple[Entry, ...]
+    done: Mapping[str, str]
+    side_files: tuple[Path, ...]
+
+    def restated(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
+        """The writer's entries, with what was done before it."""
+        entries = self.form.restated(entries) if self.form is not None else entries
+        return (*(self._restated(entry) for entry in entries), *self.left_out)
+
+    def _restated(self, entry: Entry) -> Entry:
+        if entry.site not in self.done:
+            return entry
+        detail = ", ".join(filter(None, (entry.detail, self.done[entry.site])))
+        return replace(entry, outcome="folded" if entry.outcome == "exact" else entry.outcome, detail=detail)
+
+
+def as_it_would_be_read(adapter: Adapter, target: Format) -> Adapter:
+    """The adapter as a reader of its files in the format `target` would see it."""
+    return target.described(adapter) if isinstance(target, Scaled) else replace(adapter, format=target.name)
+
+
+def fitted(
+    adapter: Adapter, base: Checkpoint, consumer: Consumer, version: tuple[int, ...], target: Format, consent: Consent
+) -> Fitted:
+    """Rewrite an adapter until a consumer honours all of it.
+
+    Raises:
+        FitError: a part that only a merge brings into the consumer, or one that the user must decide about.
+    """
+    seen = replace(adapter, format=target.name) if adapter.format != target.name else adapter
+    facts = facts_of(seen, base, consent.greatest_rank)
+    verdicts = [one for one in consumer.judge(facts, version) if one.outcome != "honoured"]
+    _check_remedies(verdicts, adapter, consumer)
+    out = _left_out(verdicts, adapter, consumer, consent)
+    if target.name != "peft":  # whose files alone bring the base's own values along
+        out |= {part.name: "the base's own values" for part in facts.parts if part.trait == "carried weight"}
+    left = without(replace(adapter, updates=applicable_updates(adapter, base)), out)
+    entries = tuple(Entry(str(site), "dropped", out[str(site)]) for site in left.sites)
+    entries += tuple(Entry(name, "dropped", why) for name, why in out.items() if name in _files(adapter))
+    turned = {one.part for one in verdicts if one.remedy in ("lora", "cut", "saved") and one.part not in out}
+    if consent.rank is None:
+        _check_ranks(verdicts, adapter, consumer, consent)
+    form = _as_loras(left.adapter, turned, base, target, consent)
+    updates = {**left.adapter.updates, **(form.adapter.updates if form is not None else {})}
+    made = combined_adapter([WeightedAdapter(left.adapter, 1.0)], updates, target)
+    done: dict[str, str] = {}
+    for _ in range(_ROUNDS):
+        facts = facts_of(as_it_would_be_read(made, target), base, consent.greatest_rank)
+        found = consumer.judge(facts, version)
+        verdicts = [one for one in found if one.outcome != "honoured" and one.remedy not in _OF_WRITING]
+        if not verdicts:
+            return Fitted(made, form, entries, done, left.adapter.side_files)
+        made = _next(made, base, verdicts, done)
+    _check_ranks(verdicts, adapter, consumer, consent)
+    raise FitError(
+        f"no rewriting was found that {consumer.title} honours: '{show(verdicts[0].part)}', {verdicts[0].why}",
+        file=adapter.path,
+        hint="merge it into the base",
+    )
+
+
+def _as_loras(adapter: Adapter, names: set[str], base: Checkpoint, target: Format, consent: Consent) -> LoraForm | None:
+    """The updates at some sites as LoRAs; None if there are none. The rank that was chosen is theirs alone."""
+    sites = [site for site in adapter.updates if str(site) in names]
+    if not sites:
+        return None
+    return lora_form(adapter.only(sites), base, target, consent.rank, saved=consent.saved == "lora")
+
+
+def _next(adapter: Adapter, base: Checkpoint, verdicts: Sequence[Verdict], done: dict[str, str]) -> Adapter:
+    """One more step, the first that any verdict asks for."""
+    asked: set[Remedy] = {one.remedy for one in verdicts}
+    if "partners" in asked:
+        partners = {one.needs: one.module for one in verdicts if one.remedy == "partners"}
+        done |= {f"{path}.weight": "zeros beside the others" for path in partners}
+        return with_partners(adapter, base, partners)
+    if "pad" in asked:
+        made = padded(adapter)
+        for site, chain in made.updates.items():
+            if chain is not adapter.updates[site] and chain != adapter.updates[site]:
+                done[str(site)] = f"rank {adapter.updates[site][-1].rank} padded to {chain[-1].rank}"
+        return made
+    if "scale" in asked:
+        factors = {one.part: one.factor for one in verdicts if one.remedy == "scale" and one.factor}
+        done |= {name: f"scale multiplied into B, times {1 / factor:.4g}" for name, factor in factors.items()}
+        return scaled_inside(adapter, factors)
+    return adapter
+
+
+def _check_remedies(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Consumer) -> None:
+    """Refuse what only a merge brings into the consumer.
+
+    Raises:
+        FitError: there is such a part.
+    """
+    hopeless = [one for one in verdicts if not one.remedy]
+    if hopeless:
+        raise FitError(
+            f"{consumer.title} has no way to honour '{show(hopeless[0].part)}' ({hopeless[0].what}: {hopeless[0].why})",
+            file=adapter.path,
+            hint="merge it into the base, which every program then loads",
+        )
+
+
+def _check_ranks(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Consumer, consent: Consent) -> None:
+    """Refuse a rank above what the consumer takes.
+
+    Raises:
+        FitError: there is one.
+    """
+    if cut := next((one for one in verdicts if one.remedy == "cut"), None):
+        most = consent.greatest_rank or consumer.greatest_rank
+        raise FitError(
+            f"'{show(cut.part)}': {cut.why}",
+            file=adapter.path,
+            hint=f"`rank={most}` cuts it, with the error shown; `max_rank=` says what the program was started with",
+        )
+
+
+def _left_out(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Consumer, consent: Consent) -> dict[str, str]:
+    """What is left out, by site or file, and why.
+
+    Raises:
+        FitError: the user has not decided.
+    """
+    saved = [one for one in verdicts if one.remedy == "saved"]
+    if saved and consent.saved is None:
+        raise FitError(
+            f"{consumer.title} cannot hold {_some(saved, 'module')} trained in full: {listing(one.part for one in saved)}",
+            file=adapter.path,
+            hint='`saved="lora"` makes a LoRA of the difference to the base, `saved="drop"` leaves them out; '
+            "or merge it into the base",
+        )
+    lost = [one for one in verdicts if one.remedy == "drop"]
+    if lost and not consent.loss:
+        named = "; ".join(f"'{show(one.part)}' ({one.what}: {one.why})" for one in lost[:_SHOWN])
+        more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise FitError(
+            f"{consumer.title} cannot honour {_some(lost, 'part')}: {named}{more}",
+            file=adapter.path,
+            hint="`allow_loss=True` leaves them out; or merge it into the base",
+        )
+    dropped = [*lost, *(saved if consent.saved == "drop" else [])]
+    return {one.part: f"{one.what}: {one.why}" for one in dropped}
+
+
+def _some(verdicts: Sequence[Verdict], what: str) -> str:
+    return f"{len(verdicts)} {what}{'' if len(verdicts) == 1 else 's'}"
+
+
+def _files(adapter: Adapter) -> set[str]:
+    return {file.name for file in adapter.side_files}

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write an adapter so that a consumer honours it, and prove it: what was written is read, compared, and judged again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from surgery.algebra.lora_form import prove_lora_form
+from surgery.consumers.consent import Consent
+from surgery.consumers.consumer import Consumer
+from surgery.consumers.facts import bound_facts, facts_of
+from surgery.consumers.fitting import Fitted, fitted
+from surgery.engine.adapter_output import WriteOptions
+from surgery.engine.conversion import bound_source, in_dialect, placed, plan_conversion, tolerance_of, write_conversion
+from surgery.engine.convert_result import ConvertResult
+from surgery.engine.proof import check_errors, compare, read_back, restricted
+from surgery.progress import Callback
+from surgery_formats.adapters.format import Format
+from surgery_formats.adapters.registry import format_named
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import ProofError
+from surgery_formats.models.checkpoint import Checkpoint
+
+__all__ = ["write_for"]
+
+
+def write_for(
+    adapter: Adapter,
+    base: Checkpoint,
+    consumer: Consumer,
+    version: tuple[int, ...],
+    consent: Consent,
+    *,
+    output: Path | None,
+    component: str | None = None,
+    dtype: DType | None = None,
+    overwrite: bool = False,
+    progress: Callback | None = None,
+) -> ConvertResult:
+    """Rewrite an adapter for a consumer.
+
+    Args:
+        adapter: The adapter.
+        base: The model it was trained on.
+        consumer: The program.
+        version: Of the program.
+        consent: What the user allows.
+        output: File or folder to make; None writes nothing.
+        component: The part of a pipeline to write.
+        dtype: Type of the stored matrices; None keeps them.
+        overwrite: Replace an existing output, atomically.
+        progress: Called with every step.
+
+    Raises:
+        FitError: the adapter does not fit the base, or no rewriting is honoured.
+        ProofError: what was written does something else, or is not honoured.
+        OutputExistsError, ResourceError: see `surgery_formats.files`.
+    """
+    target = format_named(consumer.format)
+    original, left, _ = placed(adapter, base, component)
+    bound_facts(original, base)
+    target = _in_its_dialect(target, original, base, consumer, version)
+    made = fitted(original, base, consumer, version, target, consent)
+    binding = bound_source(made.adapter, base)
+    plan = plan_conversion(made.adapter, target, base, binding, dtype=dtype, allow_loss=consent.loss)
+    result = ConvertResult(
+        None,
+        original.format,
+        target.name,
+        (*made.restated(plan.rendering.entries), *left),
+        {},
+        original.known_issues(),
+        original.path,
+        made.form is not None,
+        consumer=consumer.name,
+    )
+    if output is None:
+        return result
+    files = {name: path for name, path in original.files_beside.items() if path in made.side_files}
+    options = WriteOptions(output, (original.path, base.path), files, overwrite, progress)
+    also = partial(
+        _prove,
+        original=original,
+        made=made,
+        base=base,
+        consumer=consumer,
+        version=version,
+        target=target,
+        dtype=dtype,
+        greatest_rank=consent.greatest_rank,
+    )
+    chosen = repr(consent) if made.form is not None else f"{consumer.name} {version}"
+    return write_conversion(plan, options, result, rank=chosen, also=also)
+
+
+def _in_its_dialect(
+    target: Format, adapter: Adapter, base: Checkpoint, consumer: Consumer, version: tuple[int, ...]
+) -> Format:
+    """The format with the dialect of experts that the consumer's rules ask for."""
+    seen = replace(adapter, format=target.name) if adapter.format != target.name else adapter
+    asked = any(verdict.remedy == "dialect" for verdict in consumer.judge(facts_of(seen, base), version))
+    return in_dialect(target, consumer.dialect or None) if asked else target
+
+
+def _prove(
+    path: Path,
+    *,
+    original: Adapter,
+    made: Fitted,
+    base: Checkpoint,
+    consumer: Consumer,
+    version: tuple[int, ...],
+    target: Format,
+    dtype: DType | None,
+    greatest_rank: int | None,
+) -> Mapping[str, float]:
+    """Errors by weight of the rewriting, against the original.
+
+    What lies at `path` was proved to be the rewriting.
+
+    Raises:
+        ProofError: it does something else than the original, or the consumer does not honour it.
+    """
+    written = read_back(target, path)
+    verdicts = consumer.judge(facts_of(written, base, greatest_rank), version)
+    if wrong := next((one for one in verdicts if one.outcome != "honoured"), None):
+        raise ProofError(f"{consumer.title} would not honour it: {wrong.why}", file=path.name, tensor=wrong.part)
+    if made.form is not None:
+        prove_lora_form(path, made.form)
+    worked_out = {} if made.form is None else made.form.weights
+    exact = {
+        site: chain
+        for site, chain in original.updates.items()
+        if site in made.adapter.updates and (str(site) not in worked_out or worked_out[str(site)].taken_over)
+    }
+    if not exact:
+        return {}
+    rewritten = {site: made.adapter.updates[site] for site in exact}
+    errors = compare(restricted(original, exact), restricted(made.adapter, rewritten), None)
+    check_errors(errors, tolerance_of(dtype), path)
+    return errors

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Olive's convert-adapters: one scale for all, patterns are not looked at; every tensor of the file becomes an input."""
+
+from __future__ import annotations
+
+from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, ignored, refused
+from surgery.consumers.scales import alpha_over_r_or_root
+
+__all__ = ["OLIVE"]
+
+_UNBOUND = "it is written, and no input of the graph has its name"
+
+OLIVE = RuledConsumer(
+    name="olive",
+    title="Olive convert-adapters",
+    version="0.13.0",
+    oldest="0.8",
+    sources=(SourceRead("olive-ai", "0.13.0", "olive/cli/convert_adapters.py", "ConvertAdaptersCommand.run"),),
+    scale=alpha_over_r_or_root,
+    rules={
+        "LoRA of an embedding": ignored(_UNBOUND, "drop"),
+        "LoRA of the head": honoured,
+        "LoRA of one expert": honoured,
+        "LoRA of stacked experts": ignored(_UNBOUND, "drop"),
+        "LoRA of a turned weight": honoured,
+        "LoRA of a convolution": ignored("it turns the factors as matrices", "drop"),
+        "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),
+        "DoRA": refused("'DoRA adapters are not supported for export'", "lora"),
+        "other kind": refused("its configuration is not one of LoRA", "lora"),
+        "bias of a LoRA": ignored("it is scaled as B is, and no input of the graph has its name", "drop"),
+        "trained bias": ignored(_UNBOUND, "drop"),
+        "saved norm": ignored(_UNBOUND, "drop"),
+        "saved head": ignored(_UNBOUND, "drop"),
+        "saved module": ignored(_UNBOUND, "saved"),
+        "saved vocabulary": ignored(_UNBOUND, "drop"),
+        "carried weight": honoured,
+        "added rows": ignored(_UNBOUND, "drop"),
+        "token rows": ignored(_UNBOUND, "drop"),
+        "virtual tokens": refused("its configuration is not one of LoRA"),
+        "pattern of targets": honoured,  # it goes by the tensors' names
+        "null patterns": honoured,
+        "block-diagonal factors": ignored("its factors have the sizes of blocks", "rewrite"),
+        "bare names": honoured,
+        "wrapped names": ignored(_UNBOUND, "rewrite"),
+        "names of an adapter": ignored(_UNBOUND, "rewrite"),
+        "targeted parameters": honoured,
+        "added tokens": honoured,  # not looked at
+        "pickled weights": honoured,
+        "other weight files": refused("PEFT opens adapter_model.safetensors or adapter_model.bin", "rewrite"),
+    },
+)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a merge: weight files, side files and configuration of the output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from surgery._version import __version__
+from surgery.engine.input_checks import check_base_id, float_type
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
+from surgery.engine.layout import WeightLayout, lay_out
+from surgery.engine.merge.carried import carried_files
+from surgery.engine.merge.output_config import coded_modules, corrected_config, corrected_quantisation_files
+from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile, check_conservation, is_coded
+from surgery.engine.quantised.mixed_config import torn_apart
+from surgery.engine.quantised.output import DEQUANTISED, QuantisedOutput
+from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.edits import Edit
+from surgery_formats.canonical.quantised_base import quantised_base_of
+from surgery_formats.collector import collector_paused
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.files.raw import open_file
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.identity import fingerprint
+from surgery_formats.storage.quantised import is_coded as is_quantised
+from surgery_formats.tensors.tensor import origin
+from surgery_formats.text import listing, show, without_local_paths
+
+if TYPE_CHECKING:
+    from surgery.engine.two_bases.as_trained import TrainedValues
+
+__all__ = ["plan_merge", "planned_merge"]
+
+
+@collector_paused()
+def planned_merge(
+    base: CheckpointLike,
+    adapters: AdaptersLike,
+    dtype: str,
+    shard_size: int | None,
+    layout: str,
+    quantised: QuantisedOutput = DEQUANTISED,
+    reversible: bool = False,
+    as_trained: CheckpointLike | None = None,
+) -> tuple[Binding, Plan]:
+    """The binding and the plan of a merge.
+
+    Where an adapter says that it was trained on a quantised base and this is another, a few rows of the base are read
+    to tell what that costs.
+
+    Raises:
+        FitError, InputError: see `surgery.merge`.
+    """
+    if layout not in ("keep", "packed"):
+        raise FitError(f"layout is 'keep' or 'packed', not '{show(layout)}'")
+    weighted = as_weighted(adapters)
+    if not weighted:
+        raise FitError("no adapter was named")
+    checkpoint = as_checkpoint(base)
+    binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
+    check_base_id(checkpoint, [entry.adapter for entry in weighted])
+    quantised.check(checkpoint)
+    stored = float_type(dtype, "weights")
+    if quantised.way != "dequantize" or quantised.only_touched:
+        _check_codes(checkpoint, quantised)
+    values = None
+    if as_trained is not None:
+        from surgery.engine.two_bases.as_trained import trained_values, with_trained_values
+
+        values = trained_values(as_trained, checkpoint)
+        binding = with_trained_values(binding, values)
+    else:
+        binding = replace(binding, warnings=(*binding.warnings, *_other_base(binding)))
+    planned = binding
+    if quantised.way == "residual":
+        from surgery.engine.quantised.residual_choice import without_kept  # numpy
+
+        planned = without_kept(binding, quantised)
+    return binding, plan_merge(
+        planned,
+        dtype=stored,
+        shard_size=shard_size,
+        packed=layout == "packed",
+        quantised=quantised,
+        reversible=reversible,
+        values=values,
+    )
+
+
+def _check_codes(checkpoint: Checkpoint, quantised: QuantisedOutput) -> None:
+    """Refuse to keep codes where there are none."""
+    if not (checkpoint.is_quantised or any(component.unread for component in checkpoint.components.values())):
+        raise FitError(
+            "nothing of it is quantised, so that there are no codes to keep",
+            file=checkpoint.path,
+            hint="leave out " + ("`only_touched=True`" if quantised.only_touched else f'`quantized="{quantised.way}"`'),
+        )
+
+
+def _other_base(binding: Binding) -> tuple[str, ...]:
+    """Warnings for adapters that were trained on a quantised base, where the base of this merge is not."""
+    quantised = [(number, said) for number, (a, _) in enumerate(binding.adapters) if (said := quantised_base_of(a))]
+    if not quantised or binding.checkpoint.is_quantised:
+        return ()
+    from surgery.engine.two_bases.choice import cost_of_other_base  # numpy
+
+    return tuple(cost_of_other_base(binding, number, said) for number, said in quantised)
+
+
+def plan_merge(
+    binding: Binding,
+    *,
+    dtype: DType | None = None,
+    shard_size: int | None = None,
+    packed: bool = False,
+    quantised: QuantisedOutput = DEQUANTISED,
+    reversible: bool = False,
+    values: TrainedValues | None = None,
+) -> Plan:
+    """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
+
+    Raises:
+        FitError: the base would lose a tensor.
+    """
+    checkpoint = binding.checkpoint
+    layouts: dict[str, WeightLayout] = {}
+    for name, component in checkpoint.components.items():
+        edits = {edit.name: edit for (owner, _), edit in binding.edits.items() if owner == name}
+        layouts[name] = lay_out(component, edits, dtype, shard_size, binding.untied, packed, quantised)
+    side_files = [SideFile(layout.index_name, data=layout.index) for layout in layouts.values() if layout.index_name]
+    grown = {edit.replaced.adapter for edit in binding.edits.values() if edit.replaced and _grew(edit, checkpoint)}
+    carried = carried_files(binding, grown)
+    side_files += carried.files
+    files = tuple(file for layout in layouts.values() for file in layout.files)
+    outputs = [tensor for file in files for tensor in file.tensors]
+    side_files = corrected_quantisation_files(binding, side_files, outputs)
+    side_files += corrected_config(binding, outputs, dtype, rewritten=packed)
+    inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
+    inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
+    facts = _facts(binding)
+    if carried.facts:
+        facts["carried"] = carried.facts
+    if quantised.way == "residual":
+        facts["quantized"] = quantised.way  # who takes a merge back has to know that most of it is not in the weights
+    if dequantised := _dequantised(outputs, values):
+        facts["dequantised"] = dequantised
+    roots = [checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)]
+    if values is not None:
+        inputs += values.files
+        facts["as_trained"] = values.facts
+        roots += [values.root] if values.root is not None else []
+    options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
+    options |= quantised.options
+    if quantised.calibration is not None:
+        inputs += quantised.calibration.files
+        roots.append(quantised.calibration.path)
+    if reversible:
+        options["reversible"] = True
+    plan = Plan(
+        verb="merge",
+        files=files,
+        side_files=tuple(side_files),
+        accounts=tuple(account for layout in layouts.values() for account in layout.accounts),
+        ignored=binding.ignored,
+        inputs=tuple(inputs),
+        roots=tuple(roots),
+        id=hashlib.sha256(json.dumps([__version__, "merge", facts, options], sort_keys=True).encode()).hexdigest(),
+        facts=facts,
+        in_lora=len({origin(t) for t in binding.settled}) if quantised.way == "residual" else 0,
+        warnings=binding.warnings + carried.warnings + _left_behind(checkpoint) + _torn(checkpoint, outputs),
+    )
+    check_conservation(binding, plan)
+    return plan
+
+
+def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:
+    base = checkpoint.components[edit.component].parameters.get(edit.name)
+    return not edit.added and base is not None and edit.source.sizes != base.sizes
+
+
+def _facts(binding: Binding) -> dict[str, Any]:
+    """Facts that identify the inputs by content, not by path."""
+    return {
+        "base": {
+            (f"{component.name}/" if component.name else "") + shard.path.name: fingerprint(shard.file)
+            for component in binding.checkpoint.components.values()
+            for shard in component.shards
+        },
+        "side_files": {name: fingerprint(open_file(path)) for name, path in binding.checkpoint.side_files},
+        "configs": {
+            name: without_local_paths(component.config) for name, component in binding.checkpoint.components.items()
+        },
+        "adapters": [
+            {
+                "format": adapter.format,
+                "kind": adapter.kind,
+                "weight": weight,
+                "config": without_local_paths(adapter.config),
+                "files": sorted({fingerprint(file) for file in adapter.files}),
+            }
+            for adapter, weight in binding.adapters
+        ],
+    }
+
+
+def _dequantised(outputs: Sequence[PlannedTensor], values: TrainedValues | None) -> dict[str, list[str]]:
+    """By format: the weights whose values were those of codes, and are written as elements."""
+    by_rule = values.weights if values is not None and values.root is None else {}
+    kinds: dict[str, list[str]] = {}
+    for tensor in outputs:
+        if isinstance(tensor.step, Compute) and not is_coded(tensor.step):
+            source = tensor.step.source
+            if is_quantised(source) or source is by_rule.get((tensor.component, tensor.weight)):
+                kinds.setdefault(source.kind, []).append(tensor.weight_label)
+    return kinds
+
+
+def _left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if not checkpoint.left_behind:
+        return ()
+    return (f"not carried (other weights, deeper folders, links out of the folder): {listing(checkpoint.left_behind)}",)
+
+
+def _torn(checkpoint: Checkpoint, outputs: Sequence[PlannedTensor]) -> tuple[str, ...]:
+    found = [
+        name for component in checkpoint.components.values() for name in torn_apart(*coded_modules(component, outputs))
+    ]
+    if not found:
+        return ()
+    return (f"vLLM and SGLang join these with others that are still quantised, and refuse that: {listing(found)}",)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check: what consumers' rules say of adapters, and adapters that are rewritten until a consumer honours them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import surgery
+from surgery.consumers.consumer import RuledConsumer, honoured, refused
+from surgery.consumers.registry import BUILT_IN, ENTRY_POINTS, consumer_named, consumers
+from surgery.consumers.traits import TRAITS
+from surgery_formats.testing.plugins import installed
+from tests.support.adapter_files import assert_close, config_of, draw, mlx_deltas, peft_deltas, write_base, write_peft
+
+ROOT = "base_model.model.model.layers"
+
+
+def _lora(seed: int, modules: dict[str, tuple[int, int]], rank: int = 2, **ranks: int) -> dict[str, np.ndarray]:
+    tensors = {}
+    for number, (module, (out, inputs)) in enumerate(modules.items()):
+        own = ranks.get(module.rpartition(".")[2], rank)
+        tensors[f"{ROOT}.{module}.lora_A.weight"] = draw(seed + number, own, inputs)
+        tensors[f"{ROOT}.{module}.lora_B.weight"] = draw(seed + 50 + number, out, own)
+    return tensors
+
+
+Q, DOWN = "0.self_attn.q_proj", "1.mlp.down_proj"
+MODULES = {Q: (6, 6), DOWN: (6, 8)}
+TARGETS = ["q_proj", "down_proj"]
+PROJECTIONS = {"self_attn.q_proj": (6, 6), "self_attn.k_proj": (4, 6), "mlp.down_proj": (6, 8)}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A decoder of two layers, with all projections that programs put together."""
+    leaves = {"self_attn.v_proj": (4, 6), "mlp.gate_proj": (8, 6), "mlp.up_proj": (8, 6), **PROJECTIONS}
+    layers = {f"model.layers.{i}.{leaf}.weight": shape for i in range(2) for leaf, shape in leaves.items()}
+    shapes = {"model.embed_tokens.weight": (11, 6), **layers, "lm_head.weight": (11, 6)}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    return write_base(tmp_path / "base", shapes, config)
+
+
+@pytest.mark.parametrize("consumer", BUILT_IN, ids=lambda one: one.name)
+def test_every_consumer_has_a_rule_for_every_trait_and_names_its_sources(consumer: RuledConsumer) -> None:
+    assert {"LoRA", *consumer.rules} == {*TRAITS}
+    assert consumer.sources
+    assert all(source.version and source.file for source in consumer.sources)
+    for rules in (consumer.rules, *(changed for _, changed in consumer.since)):
+        assert all(rule.why for rule in rules.values() if rule.outcome != "honoured")
+
+
+def test_a_plain_lora_is_honoured_by_all_that_read_its_format(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=["down_proj"])
+    found = {check.name: check.outcome for check in surgery.check(base, adapter).consumers}
+    assert {name for name, outcome in found.items() if outcome == "honoured"} == {
+        "peft", "transformers", "vllm", "tensorrt-llm", "edge-llm", "llama.cpp", "onnxruntime-genai", "olive",
+    }  # fmt: skip
+    assert found["sglang"] == "refused"  # q has a LoRA and v has none
+
+
+@pytest.mark.parametrize(
+    ("consumer", "config", "factor"),
+    [
+        ("sglang", {"use_rslora": True}, 1 / 2**0.5),
+        ("llama.cpp", {"use_rslora": True}, 1 / 2**0.5),
+        ("llama.cpp", {"alpha_pattern": {"down_proj": 32}}, 1 / 4),
+        ("olive", {"alpha_pattern": {"down_proj": 32}}, 1 / 4),
+        ("vllm@0.10", {"alpha_pattern": {"down_proj": 32}}, 1 / 4),
+        ("tensorrt-llm", {"alpha_pattern": {"down_proj": 32}, "use_rslora": True}, 1 / 4),
+    ],
+)
+def test_a_wrong_scale_is_told_with_its_factor(
+    base: Path, tmp_path: Path, consumer: str, config: dict[str, object], factor: float
+) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, {DOWN: (6, 8)}), target_modules=["down_proj"], **config)
+    (check,) = surgery.check(base, adapter, consumer=consumer).consumers
+    (wrong,) = check.faults
+    assert check.outcome == wrong.outcome == "scaled wrongly"
+    assert wrong.factor == pytest.approx(factor)
+
+
+def test_an_alpha_of_zero_is_a_scale_of_one_in_llama_cpp(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, {DOWN: (6, 8)}), target_modules=["down_proj"], lora_alpha=0)
+    (check,) = surgery.check(base, adapter, consumer="llama.cpp").consumers
+    assert check.outcome == "scaled wrongly"
+
+
+def test_versions_have_their_own_rules(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS, alpha_pattern={"down_proj": 1})
+    assert surgery.check(base, adapter, consumer="vllm").honoured
+    assert not surgery.check(base, adapter, consumer="vllm@0.32.1").honoured
+    newer = surgery.check(base, adapter, consumer="vllm@99.0")
+    assert any("which is older" in warning for warning in newer.warnings)
+    with pytest.raises(surgery.FitError, match=r"the rules of vllm begin at 0\.9"):
+        surgery.check(base, adapter, consumer="vllm@0.1")
+    with pytest.raises(surgery.FitError, match="'soon' is no version"):
+        surgery.check(base, adapter, consumer="vllm@soon")
+    with pytest.raises(surgery.NotFoundError, match="no consumer 'vlm'") as caught:
+        surgery.check(base, adapter, consumer="vlm")
+    assert "vllm" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("names", "outcomes"),
+    [
+        (lambda name: name.removeprefix("base_model.model."), {"peft": "ignored", "vllm": "honoured"}),
+        (lambda name: name.replace("model.layers", "_orig_mod.model.layers"), {"peft": "ignored", "llama.cpp": "refused"}),
+        (lambda name: name.replace(".weight", ".default.weight"), {"peft": "honoured", "vllm": "refused"}),
+    ],
+    ids=["bare", "wrapped", "in memory"],
+)  # fmt: skip
+def test_names_of_tensors_that_are_not_pefts_are_told_and_put_right(
+    base: Path, tmp_path: Path, names: Callable[[str], str], outcomes: dict[str, str]
+) -> None:
+    tensors = {names(name): value for name, value in _lora(1, MODULES).items()}
+    adapter = write_peft(tmp_path / "a", tensors, target_modules=TARGETS, r=2, rank_pattern={})
+    found = {check.name: check.outcome for check in surgery.check(base, adapter).consumers}
+    assert found.items() >= outcomes.items()
+    for consumer in outcomes:
+        assert surgery.check(base, adapter, consumer=consumer, fix=tmp_path / f"for {consumer}").honoured
+
+
+def test_a_rank_above_what_the_program_takes_is_cut_by_choice(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES, rank=6), target_modules=TARGETS)
+    assert surgery.check(base, adapter, consumer="vllm").honoured
+    assert not surgery.check(base, adapter, consumer="vllm", max_rank=4).honoured
+    with pytest.raises(surgery.FitError, match="rank 6 is above 4"):
+        surgery.check(base, adapter, consumer="vllm", max_rank=4, fix=tmp_path / "never")
+    surgery.check(base, adapter, consumer="vllm", max_rank=4, fix=tmp_path / "fixed", rank=4)
+    assert config_of(tmp_path / "fixed")["r"] == 4
+
+
+@pytest.mark.parametrize("consumer", ["sglang", "edge-llm", "llama.cpp", "olive", "vllm@0.10", "tensorrt-llm", "peft"])
+@pytest.mark.parametrize(
+    ("ranks", "config"),
+    [
+        ({}, {"use_rslora": True}),
+        ({"q_proj": 3}, {}),
+        ({"q_proj": 3}, {"alpha_pattern": {"down_proj": 3}, "use_rslora": True}),
+        ({"down_proj": 1}, {"target_modules": r".*\.(q_proj|down_proj)"}),
+    ],
+    ids=["rslora", "ranks", "all patterns", "regex"],
+)
+def test_what_is_fixed_is_honoured_and_adds_the_same(
+    base: Path, tmp_path: Path, consumer: str, ranks: dict[str, int], config: dict[str, object]
+) -> None:
+    tensors = _lora(1, MODULES, **ranks)
+    adapter = write_peft(tmp_path / "a", tensors, **{"target_modules": TARGETS, **config})
+    result = surgery.check(base, adapter, consumer=consumer, fix=tmp_path / "fixed")
+    assert result.honoured
+    assert surgery.check(base, tmp_path / "fixed", consumer=consumer).honoured
+    got = peft_deltas(tmp_path / "fixed")
+    assert_close({name: got[name] for name in peft_deltas(adapter)}, peft_deltas(adapter))
+    assert all(not value.any() for name, value in got.items() if name not in peft_deltas(adapter))
+
+
+def test_one_rank_and_one_scale_leave_no_pattern_behind(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(
+        tmp_path / "a",
+        _lora(1, {DOWN: (6, 8), "0.mlp.down_proj": (6, 8)}, rank=2) | _lora(9, {"0.self_attn.q_proj": (6, 6)}, rank=3),
+        target_modules=TARGETS,
+        alpha_pattern={"q_proj": 5},
+        use_rslora=True,
+    )
+    surgery.check(base, adapter, consumer="edge-llm", fix=tmp_path / "fixed")
+    config = config_of(tmp_path / "fixed")
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (3, {}, {}, False)
+
+
+def test_partners_are_zeros_of_the_right_sizes(base: Path, tmp_path: Path) -> None:
+    """SGLang puts q, k and v together: a LoRA of k alone is refused there."""
+    k = {"0.self_attn.k_proj": (4, 6)}
+    adapter = write_peft(tmp_path / "a", _lora(1, k), target_modules=["k_proj"])
+    (check,) = surgery.check(base, adapter, consumer="sglang").consumers
+    assert check.outcome == "refused"
+    surgery.check(base, adapter, consumer="sglang", fix=tmp_path / "fixed")
+    deltas = peft_deltas(tmp_path / "fixed")
+    assert {name: value.shape for name, value in deltas.items()} == {
+        "model.layers.0.self_attn.q_proj": (6, 6),
+        "model.layers.0.self_attn.k_proj": (4, 6),
+        "model.layers.0.self_attn.v_proj": (4, 6),
+    }
+    assert not deltas["model.layers.0.self_attn.v_proj"].any()
+
+
+def _dora(folder: Path) -> Path:
+    tensors = _lora(1, MODULES)
+    for module, (out, _) in MODULES.items():
+        tensors[f"{ROOT}.{module}.lora_magnitude_vector"] = np.abs(draw(3, out))
+    return write_peft(folder, tensors, target_modules=TARGETS, use_dora=True)
+
+
+def test_dora_is_the_nearest_lora_with_its_error_by_choice(base: Path, tmp_path: Path) -> None:
+    adapter = _dora(tmp_path / "a")
+    with pytest.raises(surgery.FitError, match="has no low rank"):
+        surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "fixed")
+    result = surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "fixed", rank=4)
+    assert result.fixed is not None
+    assert {entry.outcome for entry in result.fixed.entries} == {"approximated"}
+    assert all(0 < (entry.error or 0) < 1 for entry in result.fixed.entries)
+    assert surgery.check(base, tmp_path / "fixed", consumer="vllm").honoured
+
+
+def test_a_rank_is_chosen_for_what_becomes_a_lora_and_not_for_loras(base: Path, tmp_path: Path) -> None:
+    tensors = _lora(1, MODULES, rank=3) | {"base_model.model.lm_head.weight": draw(8, 11, 6)}
+    adapter = write_peft(tmp_path / "a", tensors, target_modules=TARGETS, modules_to_save=["lm_head"])
+    result = surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "fixed", saved="lora", rank=2)
+    assert result.fixed is not None
+    outcomes = {entry.site: entry.outcome for entry in result.fixed.entries}
+    assert outcomes.pop("lm_head.weight") == "approximated"
+    assert set(outcomes.values()) == {"exact"}
+
+
+def test_saved_modules_need_consent(base: Path, tmp_path: Path) -> None:
+    saved = load_file(base / "model.safetensors")["lm_head.weight"] + draw(4, 11, 1) @ draw(5, 1, 6)
+    tensors = _lora(1, MODULES) | {"base_model.model.lm_head.weight": saved.astype(np.float32)}
+    adapter = write_peft(tmp_path / "a", tensors, target_modules=TARGETS, modules_to_save=["lm_head"])
+    with pytest.raises(surgery.FitError, match="1 module trained in full: lm_head") as caught:
+        surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "never")
+    assert "saved=" in str(caught.value.hint)
+    surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "dropped", saved="drop")
+    assert not [name for name in load_file(tmp_path / "dropped" / "adapter_model.safetensors") if "lm_head" in name]
+    surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "lora", saved="lora", rank=1)
+    change = peft_deltas(tmp_path / "lora")["lm_head"]
+    assert np.abs(change - (saved - load_file(base / "model.safetensors")["lm_head.weight"])).max() < 1e-5
+
+
+def test_what_no_form_holds_is_left_out_only_by_consent(base: Path, tmp_path: Path) -> None:
+    tensors = _lora(1, MODULES) | {f"{ROOT}.{Q}.lora_B.bias": draw(7, 6)}
+    adapter = write_peft(tmp_path / "a", tensors, target_modules=TARGETS, lora_bias=True)
+    with pytest.raises(surgery.FitError, match=r"vLLM cannot honour 1 part: '.*q_proj.bias' \(bias of a LoRA"):
+        surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "never")
+    result = surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "fixed", allow_loss=True)
+    assert result.fixed is not None
+    assert [entry.site for entry in result.fixed.entries if entry.outcome == "dropped"] == [
+        "model.layers.0.self_attn.q_proj.bias"
+    ]
+
+
+def test_a_virtual_prompt_has_no_way_but_a_merge(base: Path, tmp_path: Path) -> None:
+    prompt = {"prompt_embeddings": draw(1, 3, 6)}
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 6, "task_type": "CAUSAL_LM"}
+    adapter = write_peft(tmp_path / "a", prompt, **config)
+    assert not surgery.check(base, adapter, consumer="vllm").honoured
+    with pytest.raises(surgery.FitError, match="vLLM has no way to honour"):
+        surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "never")
+
+
+def test_another_format_is_converted(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES, q_proj=3), target_modules=TARGETS, use_rslora=True)
+    (check,) = surgery.check(base, adapter, consumer="mlx-lm").consumers
+    assert [fault.what for fault in check.faults] == ["format"]
+    surgery.check(base, adapter, consumer="mlx-lm", fix=tmp_path / "fixed")
+    assert_close(mlx_deltas(tmp_path / "fixed"), peft_deltas(adapter))
+    (back,) = surgery.check(base, tmp_path / "fixed", consumer="vllm").consumers
+    assert [fault.why for fault in back.faults] == ["it loads peft, this is mlx"]
+
+
+def test_results_are_json_and_markdown_without_values_read_twice(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS, use_rslora=True)
+    result = surgery.check(base, adapter)
+    document = json.loads(json.dumps(result.as_json()))
+    assert [entry["name"] for entry in document["consumers"]] == list(consumers())
+    assert document["consumers"][0]["outcome"] == "honoured"
+    assert "| SGLang |" in result.summary().as_markdown()
+
+
+def test_a_plugin_is_a_consumer(base: Path, tmp_path: Path) -> None:
+    rules = dict.fromkeys(TRAITS, refused("nothing pleases it")) | {"LoRA of the head": honoured}
+    critic = RuledConsumer("critic", "Critic", "2.1", "1", BUILT_IN[0].sources, rules)
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS)
+    with installed(ENTRY_POINTS, "critic", critic):
+        assert consumer_named("critic@2.0") == (critic, "2.0")
+        (check,) = surgery.check(base, adapter, consumer="critic").consumers
+    assert check.outcome == "refused"
