@@ -32,8 +32,8 @@ from surgery_formats.adapters.peft.known_issues import combination_issues
 from surgery_formats.adapters.peft.packing import LAYOUT
 from surgery_formats.adapters.peft.parameters import (
     StackedParameter,
+    is_parameter_here,
     put_parameters,
-    taken_for_experts_here,
     todays_order,
 )
 from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
@@ -251,7 +251,7 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
             _put_low_rank(file, site, held, held.update.lora, {}, dora=dora, part=part)
         elif held.lora is None:
             rest.append((site, held))
-        elif not held.dora and (site.module_kind == "experts" or taken_for_experts_here(file, site)):
+        elif not held.dora and (site.module_kind == "experts" or is_parameter_here(file, site)):
             stacks.append(StackedParameter(site, held.update, Stacked((held.lora,))))
         else:
             _put_low_rank(file, site, held, held.lora, plain, dora=dora, part=part)
