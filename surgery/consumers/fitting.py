@@ -24,6 +24,8 @@ __all__ = ["Fitted", "as_it_would_be_read", "fitted"]
 
 _ROUNDS = 8  # partners bring partners, and a new rank new scales: each a round or two
 _SHOWN = 3
+_OF_WRITING: frozenset[Remedy] = frozenset({"dialect", "rewrite"})
+"""Remedies that are a matter of writing: what is read back shows whether they helped."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def fitted(
         FitError: a part that only a merge brings into the consumer, or one that the user must decide about.
     """
     seen = replace(adapter, format=target.name) if adapter.format != target.name else adapter
-    facts = facts_of(seen, base)
+    facts = facts_of(seen, base, consent.greatest_rank)
     verdicts = [one for one in consumer.judge(facts, version) if one.outcome != "honoured"]
     _check_remedies(verdicts, adapter, consumer)
     out = _left_out(verdicts, adapter, consumer, consent)
@@ -79,14 +81,22 @@ def fitted(
     left = without(adapter, out)
     entries = tuple(Entry(str(site), "dropped", out[str(site)]) for site in left.sites)
     entries += tuple(Entry(name, "dropped", why) for name, why in out.items() if name in _files(adapter))
-    turned = {one.part for one in verdicts if one.remedy in ("lora", "saved") and one.part not in out}
+    turned = {one.part for one in verdicts if one.remedy in ("lora", "cut", "saved") and one.part not in out}
+    if consent.rank is None and (cut := next((one for one in verdicts if one.remedy == "cut"), None)):
+        raise FitError(
+            f"'{show(cut.part)}': {cut.why}",
+            file=adapter.path,
+            hint=f"`rank={consent.greatest_rank or consumer.greatest_rank}` cuts it, with the error shown; `max_rank=` says "
+            "what the program was started with",
+        )
     form = _as_loras(left.adapter, turned, base, target, consent)
     updates = {**left.adapter.updates, **(form.adapter.updates if form is not None else {})}
     made = combined_adapter([WeightedAdapter(left.adapter, 1.0)], updates, target)
     done: dict[str, str] = {}
     for _ in range(_ROUNDS):
-        facts = facts_of(as_it_would_be_read(made, target), base)
-        verdicts = [one for one in consumer.judge(facts, version) if one.outcome != "honoured"]
+        facts = facts_of(as_it_would_be_read(made, target), base, consent.greatest_rank)
+        found = consumer.judge(facts, version)
+        verdicts = [one for one in found if one.outcome != "honoured" and one.remedy not in _OF_WRITING]
         if not verdicts:
             return Fitted(made, form, entries, done, left.adapter.side_files)
         made = _next(made, base, verdicts, done)

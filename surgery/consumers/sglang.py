@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import ModuleGroup, RuledConsumer, SourceRead, honoured, ignored, refused
+from surgery.consumers.consumer import ModuleGroup, RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
+from surgery.consumers.facts import AdapterFacts, AdapterPart
 from surgery.consumers.scales import alpha_over_r
 
 __all__ = ["SGLANG"]
@@ -13,6 +14,12 @@ _NAMES = (
     "q_proj k_proj v_proj qkv_proj o_proj out_proj in_proj gate_proj up_proj gate_up_proj down_proj embed_tokens lm_head "
     "q_a_proj kv_a_proj_with_mqa q_b_proj kv_b_proj wq_b wk weights_proj in_proj_qkvz fc1_latent_proj fc2_latent_proj w1 w2 w3"
 )
+
+
+def _of_dialect(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """Stacks of experts by projection, which are called as single experts are, without a number."""
+    return honoured if part.trait == "LoRA of stacked experts" and facts.dialect in ("sglang", "tinker") else None
+
 
 SGLANG = RuledConsumer(
     name="sglang",
@@ -26,6 +33,8 @@ SGLANG = RuledConsumer(
         SourceRead("sglang", "0.5.23", "sglang/srt/lora/mem_pool.py", "LoRAMemoryPool.load_lora_weight_to_buffer"),
     ),
     scale=alpha_over_r,
+    dialect="sglang",
+    exceptions=_of_dialect,
     one_rank=refused("its buffers have r rows: 'LoRA buffer shape does not match weight shape'", "pad"),
     leaves=frozenset(_NAMES.split()),
     other_leaf=refused("it has no buffer for a module of this name", "drop"),
@@ -39,7 +48,7 @@ SGLANG = RuledConsumer(
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,
         "LoRA of one expert": honoured,
-        "LoRA of stacked experts": refused("its targets are parameters, and it reads lists of modules", "drop"),
+        "LoRA of stacked experts": refused("its targets are parameters, and it reads lists of modules", "dialect"),
         "LoRA of a turned weight": refused("it has no buffer for a module of this name", "drop"),
         "LoRA of a convolution": refused("it has no buffer for a module of this name", "drop"),
         "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),
@@ -58,6 +67,11 @@ SGLANG = RuledConsumer(
         "pattern of targets": refused(
             "'Only all or all-linear can be used as the string for target module'", "rewrite"
         ),
+        "null patterns": honoured,
+        "block-diagonal factors": refused("its buffers have the sizes of whole factors", "rewrite"),
+        "bare names": honoured,
+        "wrapped names": honoured,
+        "names of an adapter": honoured,
         "targeted parameters": honoured,
         "added tokens": refused("'LoRA serving currently doesn't support adapters that add tokens'", "drop"),
         "pickled weights": honoured,
