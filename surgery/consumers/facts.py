@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from surgery.algebra.group import applicable_updates
 from surgery.consumers.traits import Trait
 from surgery.engine.input_checks import check_base_id
 from surgery_formats.adapters.contents import contents_of
@@ -107,7 +108,8 @@ class AdapterFacts:
 
 def facts_of(adapter: Adapter, base: Checkpoint, greatest_rank: int | None = None) -> AdapterFacts:
     """Take an adapter apart."""
-    parts = [_part(site, update, base, chain) for site, chain in adapter.updates.items() for update in chain]
+    updates = applicable_updates(adapter, base)
+    parts = [_part(site, update, base, chain) for site, chain in updates.items() for update in chain]
     if adapter.prompt is not None:
         parts.append(AdapterPart(adapter.prompt.table.name, "virtual tokens", adapter.kind))
     if adapter.format == "peft":

@@ -174,11 +174,11 @@ def test_one_rank_and_one_scale_leave_no_pattern_behind(base: Path, tmp_path: Pa
 
 
 def test_partners_are_zeros_of_the_right_sizes(base: Path, tmp_path: Path) -> None:
-    """SGLang puts q, k and v together: a LoRA of k alone is passed over there."""
+    """SGLang puts q, k and v together: a LoRA of k alone is refused there."""
     k = {"0.self_attn.k_proj": (4, 6)}
     adapter = write_peft(tmp_path / "a", _lora(1, k), target_modules=["k_proj"])
     (check,) = surgery.check(base, adapter, consumer="sglang").consumers
-    assert check.outcome == "ignored"
+    assert check.outcome == "refused"
     surgery.check(base, adapter, consumer="sglang", fix=tmp_path / "fixed")
     deltas = peft_deltas(tmp_path / "fixed")
     assert {name: value.shape for name, value in deltas.items()} == {
