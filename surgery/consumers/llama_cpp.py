@@ -6,10 +6,9 @@ Versions are those of llama-cpp-python, which has both.
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
+from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused, remedy_of_kind
 from surgery.consumers.facts import AdapterFacts, AdapterPart, lacks_experts
 from surgery.consumers.scales import alpha_over_own_rank
-from surgery.consumers.verdict import Remedy
 
 __all__ = ["LLAMA_CPP"]
 
@@ -19,16 +18,12 @@ _UNEXPECTED = "the converter exits at any tensor that is no lora_A or lora_B: 'U
 def _exceptions(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
     """Configurations of other kinds, whatever their tensors are; tied vocabularies; layers that lack experts."""
     if "lora_alpha" not in facts.config:
-        return refused("its configuration has no 'lora_alpha'", _remedy(part))
+        return refused("its configuration has no 'lora_alpha'", remedy_of_kind(part))
     if part.trait in ("LoRA of an embedding", "LoRA of the head") and facts.base.main.tied:
         return refused("head and embedding are one tensor: the runtime dies at the first token", "drop")
     if part.trait == "LoRA of one expert" and lacks_experts(part, facts):
         return refused("it stacks all experts of a layer: 'Unprocessed experts'", "dialect")
     return None
-
-
-def _remedy(part: AdapterPart) -> Remedy:
-    return "lora" if part.trait == "other kind" else "" if part.trait == "virtual tokens" else "drop"
 
 
 LLAMA_CPP = RuledConsumer(
