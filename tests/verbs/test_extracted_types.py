@@ -48,6 +48,7 @@ def _tune(model: Any) -> None:
 
 def _logits(model: Any) -> torch.Tensor:
     ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(5))
+    torch.manual_seed(1)  # a model of diffusion draws
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids).logits
     return logits
@@ -71,7 +72,11 @@ def _attached(base: Any, adapter: Path) -> Any:
 
 
 def _difference(
-    model_type: str, folder: Path, change: Callable[[Path], Path] = lambda folder: folder / "lora"
+    model_type: str,
+    folder: Path,
+    change: Callable[[Path], Path] = lambda folder: folder / "lora",
+    tune: Callable[[Any], None] = _tune,
+    rank: int = 2,
 ) -> float:
     """The greatest difference of the attached model's logits from the tuned, as a share of the tuning's effect.
 
