@@ -27,6 +27,14 @@ _SMALLEST = 180
 """Types of which a tiny model can be made with the installed transformers, at the least."""
 
 
+NOT_ATTACHED = {
+    "diffusion_gemma": "refused: encoder and decoder share layers",
+    "molmo2": "refused: a projection is split by sizes that only the model's code has",
+    "mistral_large4": "PEFT 0.21 misses the factors of the experts",
+}
+"""Types of which PEFT does not attach what changed in this test: the list can only shrink."""
+
+
 def _tune(model: Any) -> None:
     """Change every linear layer and every expert by rank 2."""
     generator = torch.Generator().manual_seed(3)
@@ -152,6 +160,11 @@ def test_peft_attaches_what_was_combined_or_converted(
     assert _difference(model_type, tmp_path, change) < 1e-3
 
 
+def test_layers_that_encoder_and_decoder_share_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(surgery.SurgeryError, match="the encoder has it too"):
+        _difference("diffusion_gemma", tmp_path)
+
+
 @pytest.mark.slow
 def test_peft_attaches_what_was_extracted_from_every_type(tmp_path: Path) -> None:
     right: list[str] = []
@@ -170,5 +183,5 @@ def test_peft_attaches_what_was_extracted_from_every_type(tmp_path: Path) -> Non
                 wrong[model_type] = f"{difference:.1e}"
     print(f"right: {len(right)}", *right)
     print(f"no tiny model: {len(unmade)}", *unmade)
-    assert not wrong
+    assert set(wrong) <= NOT_ATTACHED.keys(), wrong
     assert len(right) >= _SMALLEST
