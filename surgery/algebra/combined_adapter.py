@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.adapters.format import Format, Inheriting
+from surgery_formats.adapters.format import Format, Inheriting, Spelling
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.updates import Update, low_rank_part
 
@@ -35,9 +35,11 @@ def combined_adapter(
         config = target.inherited(adapters, updates)
     elif not _kinds_of([updates]) <= _kinds_of(adapter.updates for adapter in adapters):
         config = {}
+    if isinstance(target, Spelling):  # of files of another format nothing has to be kept
+        config = target.spelt_as([adapter for adapter in adapters if adapter.format == target.name])
     return Adapter(
         path=first.path,
-        format=target.name if same and config else "combined",
+        format=target.name if config and (same or isinstance(target, Spelling)) else "combined",
         kind=first.kind,
         updates=updates,
         tensors=tuple(tensors.values()),

@@ -51,7 +51,9 @@ class Layout:
         return cls({name: ModuleLayout(stem, leaves) for name, (stem, leaves) in stored.items()})
 
     def as_config(self) -> dict[str, Any]:
-        """Plain values, for an adapter's configuration."""
+        """Plain values, for an adapter's configuration; none where there are no modules."""
+        if not self.modules:
+            return {}
         return {_FIELD: {name: [module.stem, dict(module.leaves)] for name, module in self.modules.items()}}
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.format import Rendering
@@ -24,8 +25,10 @@ from surgery_formats.adapters.writing import (
     surviving_metadata,
     whole_place,
 )
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
 from surgery_formats.updates import Update, is_replacing, low_rank_part
 
 __all__ = ["has_own_keys", "render_weight_file"]
@@ -106,8 +109,10 @@ class _Job:
         if site.module_kind in ("embedding", "experts", "attention output"):
             return f"this format has no place for an {site.module_kind}"
         stem, kernel = (own.stem, site.kernel) if own else self._spelt(site, update)
+        if not stem and own is None and self.dialect.prefix_for(self._component(site)) is None:
+            return f"this format has no place for '{site.component}'"
         if not stem:
-            return kernel if isinstance(kernel, str) else "its name is flattened, and only the base can tell its dots"
+            return "its name is flattened, and only the base can tell its dots"
         writer = LeafWriter(
             stem,
             {**self.dialect.leaves, **self.layout.usual, **(own.leaves if own else {})},
@@ -122,7 +127,7 @@ class _Job:
                 return "a second one of this kind on one module"
             known.tensors.update(writer.tensors)
         if writer.alpha is not None and update.rank:
-            owner = (self.dialect.prefix_for(site.component) or "").rstrip(".")
+            owner = (self.dialect.prefix_for(self._component(site)) or "").rstrip(".")
             self.ranks.setdefault(owner, {})[module] = update.rank, writer.alpha
         self.notes, self.stem = writer.notes, stem
         if not self.notes and type(update) is not type(source):
@@ -131,12 +136,26 @@ class _Job:
 
     def _spelt(self, site: Site, update: Update) -> tuple[str, tuple[int, ...]]:
         """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""
-        prefix = self.dialect.prefix_for(site.component)
+        prefix = self.dialect.prefix_for(self._component(site))
         if prefix is None:
             return "", ()
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
             return f"{prefix}{where[0].rpartition('.')[0]}.", where[1][2:]
         return ("" if site.flat else f"{prefix}{site.path.rpartition('.')[0]}."), site.kernel
+
+    def _component(self, site: Site) -> str:
+        """What diffusers calls the component of a site; ``lora_unet_`` and ``diffusion_model.`` say it of any denoiser."""
+        if self.layout.at(site) is not None or site.component not in (*COMPONENTS, ""):
+            return site.component
+        if self.base is not None and self.base.is_pipeline:
+            return component_of(site, self.base).name
+        return self._denoiser or site.component
+
+    @cached_property
+    def _denoiser(self) -> str:
+        names = self.base.main.parameters if self.base else [site.path for site in self.adapter.updates]
+        family = denoiser_of(name.rpartition(".")[0] for name in names)
+        return family.component if family else ""
 
     def _kernel(self, site: Site, update: Update) -> tuple[int, ...]:
         assert self.base is not None
