@@ -35,11 +35,9 @@ def combined_adapter(
         config = target.inherited(adapters, updates)
     elif not _kinds_of([updates]) <= _kinds_of(adapter.updates for adapter in adapters):
         config = {}
-    if isinstance(target, Spelling):  # of files of another format nothing has to be kept
-        config = target.spelt_as([adapter for adapter in adapters if adapter.format == target.name])
     return Adapter(
         path=first.path,
-        format=target.name if config and (same or isinstance(target, Spelling)) else "combined",
+        format=target.name if same and config else "combined",
         kind=first.kind,
         updates=updates,
         tensors=tuple(tensors.values()),
@@ -52,6 +50,7 @@ def combined_adapter(
         keeps_ties=first.keeps_ties,
         task=first.task if same else "",
         stored_transposed=same and first.stored_transposed,
+        spelling={target.name: target.spelt_as(adapters)} if isinstance(target, Spelling) else {},
     )
 
 

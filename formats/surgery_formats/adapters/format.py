@@ -223,4 +223,4 @@ class Spelling(Format, Protocol):
     """A format whose files spell each module their own way, and keep that spelling when they are written again."""
 
     def spelt_as(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
-        """The configuration (`Adapter.config`) of an adapter whose modules are spelt as `adapters` of this format do."""
+        """The spelling (`Adapter.spelling`, of this format) of an adapter that was made from `adapters`."""

@@ -60,6 +60,6 @@ class WeightFileFormat:
 
     def spelt_as(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
         """The spelling of all modules of `adapters`, for what was made from them."""
-        from surgery_formats.adapters.grammar.layout import Layout
+        from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 
-        return Layout.joined(adapters).as_config()
+        return SpeltModules.joined(adapters, self.name).as_values()

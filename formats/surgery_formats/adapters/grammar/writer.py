@@ -17,7 +17,7 @@ from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
-from surgery_formats.adapters.grammar.layout import Layout
+from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
@@ -36,8 +36,8 @@ __all__ = ["has_own_keys", "render_weight_file"]
 
 def has_own_keys(adapter: Adapter, dialect: Dialect) -> bool:
     """Whether every module of an adapter has keys of a file that it came from, of this format."""
-    layout = Layout.in_config(adapter.config) if adapter.format == dialect.name else Layout()
-    return bool(adapter.updates) and all(layout.at(site) is not None for site in adapter.updates)
+    spelt = SpeltModules.in_adapter(adapter, dialect.name)
+    return bool(adapter.updates) and all(spelt.at(site) is not None for site in adapter.updates)
 
 
 def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Dialect) -> Rendering:
@@ -46,8 +46,8 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
     Raises:
         FitError: a weight that the base does not have.
     """
-    layout = Layout.in_config(adapter.config) if adapter.format == dialect.name else Layout()
-    job = _Job(adapter, base, dialect, layout)
+    spelt = SpeltModules.in_adapter(adapter, dialect.name)
+    job = _Job(adapter, base, dialect, spelt)
     ledger = ConversionLedger()
     for site, chain in adapter.updates.items():
         for source in chain:
@@ -77,7 +77,7 @@ class _Job:
     adapter: Adapter
     base: Checkpoint | None
     dialect: Dialect
-    layout: Layout
+    spelt: SpeltModules
     writers: dict[str, LeafWriter] = field(default_factory=dict)
     ranks: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -86,14 +86,14 @@ class _Job:
     @property
     def with_alpha(self) -> bool:
         """Whether scales stand beside factors."""
-        return self.layout.has_alphas if self.layout.modules else self.dialect.with_alpha
+        return self.spelt.has_alphas if self.spelt.modules else self.dialect.with_alpha
 
     @property
     def in_header(self) -> bool:
         """Whether scales stand in the header."""
         if self.with_alpha:
             return False
-        return ADAPTER_METADATA in self.adapter.metadata if self.layout.modules else self.dialect.in_header
+        return ADAPTER_METADATA in self.adapter.metadata if self.spelt.modules else self.dialect.in_header
 
     def write(self, site: Site, source: Update) -> str:
         """Write one update; why it cannot be, or empty."""
@@ -101,7 +101,7 @@ class _Job:
         update: Update = source if kind_of_update(source.kind) else (held.lora or held.offset or source)
         kind = kind_of_update(update.kind)
         module, _, parameter = site.path.rpartition(".")
-        own = self.layout.at(site)
+        own = self.spelt.at(site)
         if kind is None or (is_replacing(update) and not (own and "set_weight" in own.leaves)):
             return f"this format has no {source.kind}"
         if parameter not in ("weight", "bias") or (parameter == "bias" and not held.offset):
@@ -115,7 +115,7 @@ class _Job:
             return "its name is flattened, and only the base can tell its dots"
         writer = LeafWriter(
             stem,
-            {**self.dialect.leaves, **self.layout.usual, **(own.leaves if own else {})},
+            {**self.dialect.leaves, **self.spelt.usual, **(own.leaves if own else {})},
             kernel if all(kernel) or not self.base else self._kernel(site, update),
             self.with_alpha,
             self.in_header and low_rank_part(update) is not None,
@@ -145,7 +145,7 @@ class _Job:
 
     def _component(self, site: Site) -> str:
         """What diffusers calls the component of a site; ``lora_unet_`` and ``diffusion_model.`` say it of any denoiser."""
-        if self.layout.at(site) is not None or site.component not in (*COMPONENTS, ""):
+        if self.spelt.at(site) is not None or site.component not in (*COMPONENTS, ""):
             return site.component
         if self.base is not None and self.base.is_pipeline:
             return component_of(site, self.base).name

@@ -48,10 +48,9 @@ class _Kohya:
 
     def spelt_as(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
         """The spelling of all modules of `adapters`, for what was made from them."""
-        from surgery_formats.adapters.grammar.layout import Layout
+        from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 
-        spelling = Layout.joined(adapters).as_config()
-        return {**spelling, "combined": True} if spelling else {}
+        return SpeltModules.joined(adapters, self.name).as_values()
 
 
 KOHYA = _Kohya()
