@@ -16,7 +16,17 @@ from surgery.consumers.consumer import RuledConsumer, honoured, refused
 from surgery.consumers.registry import BUILT_IN, ENTRY_POINTS, consumer_named, consumers
 from surgery.consumers.traits import TRAITS
 from surgery_formats.testing.plugins import installed
-from tests.support.adapter_files import assert_close, config_of, draw, mlx_deltas, peft_deltas, write_base, write_peft
+from tests.support.adapter_files import (
+    assert_close,
+    config_of,
+    draw,
+    kohya_deltas,
+    mlx_deltas,
+    peft_deltas,
+    unet,
+    write_base,
+    write_peft,
+)
 
 ROOT = "base_model.model.model.layers"
 
@@ -283,6 +293,22 @@ def test_the_rest_is_merged_into_a_copy_of_the_base(base: Path, tmp_path: Path) 
         )
 
 
+@pytest.mark.parametrize("kind", ["prompt", "biases"])
+def test_what_is_honoured_is_written_as_it_is(base: Path, tmp_path: Path, kind: str) -> None:
+    tensors, config = {
+        "prompt": (
+            {"prompt_embeddings": draw(1, 3, 6)},
+            {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 6, "task_type": "CAUSAL_LM"},
+        ),
+        "biases": (_lora(1, MODULES) | {f"{ROOT}.{Q}.lora_B.bias": draw(7, 6)}, {"lora_bias": True}),
+    }[kind]
+    adapter = write_peft(tmp_path / "a", tensors, target_modules=TARGETS, **config)
+    surgery.check(base, adapter, consumer="peft", fix=tmp_path / "fixed")
+    written = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(np.array_equal(written[name], value) for name, value in tensors.items())
+
+
 def test_a_sum_of_adapters_is_honoured_by_servers_with_one_alpha(base: Path, tmp_path: Path) -> None:
     parts = [
         write_peft(
@@ -344,6 +370,27 @@ def test_another_format_is_converted(base: Path, tmp_path: Path) -> None:
     assert_close(mlx_deltas(tmp_path / "fixed"), peft_deltas(adapter))
     (back,) = surgery.check(base, tmp_path / "fixed", consumer="vllm").consumers
     assert [fault.why for fault in back.faults] == ["it loads peft, this is mlx"]
+
+
+@pytest.mark.parametrize("consumer", ["diffusers", "comfyui"])
+def test_diffusion_programs_get_one_file_with_the_scale_inside(tmp_path: Path, consumer: str) -> None:
+    network = unet(tmp_path / "unet")
+    linear = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    convolution = "base_model.model.down_blocks.0.resnets.0.conv1"
+    tensors = {
+        f"{linear}.lora_A.weight": draw(1, 2, 4),
+        f"{linear}.lora_B.weight": draw(2, 6, 2),
+        f"{convolution}.lora_A.weight": draw(3, 2, 4, 3, 3),
+        f"{convolution}.lora_B.weight": draw(4, 4, 2, 1, 1),
+    }
+    adapter = write_peft(tmp_path / "a", tensors, target_modules=["to_q", "conv1"], use_rslora=True)
+    fixed = tmp_path / "style.safetensors"
+    surgery.check(network, adapter, consumer=consumer, fix=fixed)
+    assert surgery.check(network, fixed, consumer=consumer).honoured
+    assert_close(
+        {name.replace(".", "_"): value for name, value in peft_deltas(adapter).items()},
+        {name.removeprefix("lora_unet_"): value for name, value in kohya_deltas(fixed).items()},
+    )
 
 
 def test_results_are_json_and_markdown_without_values_read_twice(base: Path, tmp_path: Path) -> None:
