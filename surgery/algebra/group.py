@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,14 @@ from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError
+from surgery_formats.models.families.denoisers import COMPONENTS
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Stacked, Update, is_replacing, plain_form, stack_of_loras
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["Contribution", "applicable_updates", "group", "key_of"]
+__all__ = ["Contribution", "applicable_updates", "group", "key_of", "same_denoiser"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     """
     flat = any(site.flat for term in terms for site in term.adapter.updates)
     components = {site.component for term in terms for site in term.adapter.updates} - {""}
+    called = same_denoiser(components)
     groups: dict[tuple[str, str], list[Contribution]] = {}
     seen: list[set[tuple[str, str]]] = []
     for owner, term in enumerate(terms):
@@ -77,9 +79,9 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
                     f"which of {listing(sorted(components))} it belongs to is not known", file=term.adapter.path
                 )
             named = replace(site, component=site.component or next(iter(components), ""))
-            key = key_of(named, flat=flat)
+            key = key_of(replace(named, component=called.get(named.component, named.component)), flat=flat)
             if base is not None and (whole := whole_place(places_of(named, base, chain[0].tensors))):
-                key = named.component, whole[0]
+                key = key[0], whole[0]
             contributions = groups.setdefault(key, [])
             if contributions:
                 named = replace(named, path=contributions[0].site.path, component=contributions[0].site.component)
@@ -89,6 +91,12 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     if base is None:
         _check_spellings(terms, seen)
     return groups
+
+
+def same_denoiser(components: Iterable[str]) -> Mapping[str, str]:
+    """One name for the network that removes noise, where adapters or files call it by several; nothing where they do not."""
+    names = sorted(set(components) & set(COMPONENTS))
+    return dict.fromkeys(names, names[0]) if len(names) > 1 else {}
 
 
 def applicable_updates(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:

@@ -15,7 +15,7 @@ import numpy
 
 from surgery.algebra.combination import CombinationPlan
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
-from surgery.algebra.group import key_of
+from surgery.algebra.group import key_of, same_denoiser
 from surgery.algebra.sums import DeltaTarget, stacked
 from surgery.engine.factor_proof import approximation_errors
 from surgery.engine.proof import check_errors, compare, read_back, restricted
@@ -103,12 +103,17 @@ def _matched(meant: Adapter, written: Adapter) -> dict[Site, tuple[Update, ...]]
     """The written updates by the sites they were meant for; None if names or kinds changed on the way."""
     flat = any(site.flat for adapter in (meant, written) for site in adapter.updates)
     components = {site.component for site in meant.updates}
+    called = same_denoiser({*components, *(site.component for site in written.updates)})
+
+    def key(site: Site) -> tuple[str, str]:
+        return key_of(replace(site, component=called.get(site.component, site.component)), flat=flat)
+
     bare = all(not site.component for site in written.updates) and len(components) == 1
     by_key = {
-        key_of(replace(site, component=min(components)) if bare else site, flat=flat): chain
+        key(replace(site, component=min(components)) if bare else site): chain
         for site, chain in written.updates.items()
     }
-    keys = {site: key_of(site, flat=flat) for site in meant.updates}
+    keys = {site: key(site) for site in meant.updates}
     if set(keys.values()) != by_key.keys() or len(by_key) != len(written.updates):
         return None
     matched = {site: by_key[key] for site, key in keys.items()}

@@ -80,9 +80,7 @@ def _render_with_base_names(adapter: Adapter, base: Checkpoint) -> Rendering:
                 ledger.drop(site, source, "a second one of this kind on one module")
             else:
                 fitting[mark] = _Fitting(site, held, component.name, namer.key(where[0]), *where)
-    alphas = (
-        {} if adapter.format == "kohya" and not adapter.config.get("combined") else _common_alphas(fitting.values())
-    )
+    alphas = {} if adapter.format == "kohya" else _common_alphas(fitting.values())
     tensors: dict[str, NewTensor] = {}
     for entry in fitting.values():
         new, folded = _tensors(entry, alphas.get(entry.component))
