@@ -26,6 +26,7 @@ COMFYUI = RuledConsumer(
         "LoRA of the head": honoured,
         "LoRA of one expert": honoured,
         "LoRA of stacked experts": ignored(_LOG, "drop"),
+        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": honoured,
         "LoRA of a convolution": honoured,
         "LoRA on a changed base": ignored(_LOG, "lora"),

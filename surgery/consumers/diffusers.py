@@ -30,6 +30,7 @@ DIFFUSERS = RuledConsumer(
         "LoRA of the head": honoured,
         "LoRA of one expert": honoured,
         "LoRA of stacked experts": refused(_NO_LORA, "drop"),
+        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": honoured,
         "LoRA of a convolution": honoured,
         "LoRA on a changed base": refused(_NO_LORA, "lora"),
