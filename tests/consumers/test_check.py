@@ -372,6 +372,28 @@ def test_another_format_is_converted(base: Path, tmp_path: Path) -> None:
     assert [fault.why for fault in back.faults] == ["it loads peft, this is mlx"]
 
 
+@pytest.mark.parametrize("consumer", ["vllm", "vllm@0.30", "llama.cpp"])
+def test_experts_that_were_not_trained_are_zeros_where_a_program_wants_all(tmp_path: Path, consumer: str) -> None:
+    experts = {
+        f"model.layers.0.mlp.experts.{e}.{name}.weight": shape
+        for e in range(2)
+        for name, shape in (("gate_proj", (4, 6)), ("up_proj", (4, 6)), ("down_proj", (6, 4)))
+    }
+    shapes = {"model.embed_tokens.weight": (11, 6), **experts, "lm_head.weight": (11, 6)}
+    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 2}
+    moe = write_base(tmp_path / "moe", shapes, config)
+    trained = {f"0.mlp.experts.{e}.down_proj": (6, 4) for e in range(2)}
+    adapter = write_peft(tmp_path / "a", _lora(1, trained, rank=3), target_modules=["down_proj"])
+    (check,) = surgery.check(moe, adapter, consumer=consumer).consumers
+    assert {fault.remedy for fault in check.faults} == {"dialect"}
+    surgery.check(moe, adapter, consumer=consumer, fix=tmp_path / "fixed")
+    assert surgery.check(moe, tmp_path / "fixed", consumer=consumer).honoured
+    got, want = peft_deltas(tmp_path / "fixed"), peft_deltas(adapter)
+    assert len(got) == len(experts)
+    assert_close({name: got[name] for name in want}, want)
+    assert not any(value.any() for name, value in got.items() if name not in want)
+
+
 @pytest.mark.parametrize("consumer", ["diffusers", "comfyui"])
 def test_diffusion_programs_get_one_file_with_the_scale_inside(tmp_path: Path, consumer: str) -> None:
     network = unet(tmp_path / "unet")
