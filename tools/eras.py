@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE", "architectures", "bases", "main", "records", "ties", "transposed"]
+__all__ = ["FILE", "architectures", "bases", "main", "records", "taken_for_experts", "ties", "transposed"]
 
 FILE = Path(__file__).parents[1] / "formats" / "surgery_formats" / "models" / "eras.json"
 
@@ -78,7 +78,10 @@ def _classes() -> list[str]:
 
 
 def architectures() -> dict[str, list[list[str]]]:
-    """``{class: [[path of a model inside it, key of its configuration], ...]}`` of composites, bare models left out."""
+    """``{class: [[path of a model inside it, key of its configuration], ...]}`` of composites.
+
+    A bare model has the configuration of the whole: no key, but its class behind it.
+    """
     import transformers
 
     found = {}
@@ -104,6 +107,19 @@ def transposed() -> list[str]:
             if transformers.CONFIG_MAPPING[kind].__module__.split(".")[-2] in marked:
                 found.append(kind)
     return sorted(found)
+
+
+def taken_for_experts() -> dict[str, list[str]]:
+    """``{model type: names of modules}`` that PEFT takes for experts of releases before 5, wherever they stand."""
+    from peft.utils import transformers_weight_conversion as peft
+    from transformers import conversion_mapping
+
+    names = peft._MOE_TARGET_MODULE_MAPPING
+    return {
+        kind: sorted(names[like])
+        for kind, like in sorted(peft._MODEL_TO_CONVERSION_PATTERN.items())
+        if like in names and conversion_mapping.get_checkpoint_conversion_mapping(kind) is not None
+    }
 
 
 def ties() -> dict[str, dict[str, str]]:
@@ -143,7 +159,7 @@ def _parts(made: Any) -> Iterator[list[str]]:
     for path, module in model.named_modules():
         if path and isinstance(module, PreTrainedModel):
             if module.config is config:
-                yield [path, ""]
+                yield [path, "", type(module).__name__]
             else:
                 same = [k for k in kind.sub_configs if _type(getattr(config, k, None)) == module.config.model_type]
                 yield [path, subs.get(id(module.config)) or (same[0] if len(same) == 1 else module.config.model_type)]
@@ -164,6 +180,7 @@ def main() -> None:
         "records": _shared(records()),
         "bases": bases(),
         "ties": ties(),
+        "taken_for_experts": taken_for_experts(),
         "transposed": dict.fromkeys(transposed(), True),
         "architectures": architectures(),
     }

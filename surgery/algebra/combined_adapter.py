@@ -6,7 +6,7 @@ It has the combined updates, and everything else of its sources' files that stil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ def combined_adapter(
     config: Mapping[str, Any] = first.config if same else {}
     if same and isinstance(target, Inheriting) and not _is_of_another_kind(updates):
         config = target.inherited(adapters, updates)
+    elif not _kinds_of([updates]) <= _kinds_of(adapter.updates for adapter in adapters):
+        config = {}
     return Adapter(
         path=first.path,
         format=target.name if same and config else "combined",
@@ -51,10 +53,14 @@ def combined_adapter(
     )
 
 
+def _kinds_of(changes: Iterable[Mapping[Site, tuple[Update, ...]]]) -> set[str]:
+    return {update.kind for updates in changes for chain in updates.values() for update in chain}
+
+
 def _is_of_another_kind(updates: Mapping[Site, tuple[Update, ...]]) -> bool:
     """Whether some updates have factors that are not low-rank, and none has low-rank ones.
 
-    The configuration of such an adapter still holds after combining.
+    The configuration of such an adapter still holds after combining, if its updates are still of the kind they were.
     """
     parts = [part for chain in updates.values() for update in chain for _, part in update.parts()]
     low_rank = any(low_rank_part(part) for part in parts)

@@ -28,6 +28,8 @@ _REMEDIES: dict[Remedy, str] = {
     "scale": "multiply the scale into B",
     "pad": "one rank for all",
     "partners": "zeros beside it",
+    "cut": "cut it by its error, or start the program with more",
+    "dialect": "its dialect of experts",
     "lora": "a LoRA of it",
     "saved": "a LoRA of it, or leave it out",
     "drop": "leave it out, or merge it into the base",

@@ -41,6 +41,11 @@ COMFYUI = RuledConsumer(
         "token rows": ignored(_LOG, "drop"),
         "virtual tokens": ignored(_LOG),
         "pattern of targets": honoured,
+        "null patterns": honoured,
+        "block-diagonal factors": honoured,
+        "bare names": honoured,
+        "wrapped names": honoured,
+        "names of an adapter": honoured,
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at
         "pickled weights": honoured,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -63,6 +63,14 @@ class Consumer(Protocol):
     def format(self) -> str:
         """Name of the adapter format that it loads."""
 
+    @property
+    def dialect(self) -> str:
+        """The dialect of experts to write for it; empty where it needs none of its own."""
+
+    @property
+    def greatest_rank(self) -> int | None:
+        """Of a LoRA, unless the program is told otherwise as it starts; None for any."""
+
     def judge(self, facts: AdapterFacts, version: tuple[int, ...]) -> tuple[Verdict, ...]:
         """What that version of the program makes of every part of an adapter."""
 
@@ -110,8 +118,8 @@ class ModuleGroup:
     rule: TraitRule
 
 
-def _no_more(facts: AdapterFacts, version: tuple[int, ...]) -> Iterable[Verdict]:
-    return ()
+def _no_exception(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,9 @@ class RuledConsumer:
         groups: Modules that it puts together.
         since: Rules of later versions: the first version with other rules, and these. They come in order.
         scale_since: The same for `scale`.
-        more: Further verdicts, for what no table holds.
+        greatest_rank: Of a LoRA, unless the program is told otherwise as it starts; None for any.
+        dialect: The dialect of experts to write for it (`surgery_formats.adapters.peft.dialects`).
+        exceptions: Rules of single parts, for what no table holds; None leaves a part to its trait.
     """
 
     name: str
@@ -152,10 +162,12 @@ class RuledConsumer:
     groups: tuple[ModuleGroup, ...] = ()
     since: tuple[tuple[tuple[int, ...], Mapping[Trait, TraitRule]], ...] = ()
     scale_since: tuple[tuple[tuple[int, ...], Formula | None], ...] = ()
-    more: Callable[[AdapterFacts, tuple[int, ...]], Iterable[Verdict]] = field(default=_no_more)
+    greatest_rank: int | None = None
+    dialect: str = ""
+    exceptions: Callable[[AdapterPart, AdapterFacts, tuple[int, ...]], TraitRule | None] = field(default=_no_exception)
 
     def judge(self, facts: AdapterFacts, version: tuple[int, ...]) -> tuple[Verdict, ...]:
-        """One verdict for each part, and those of `more`."""
+        """One verdict for each part."""
         if facts.adapter.format not in self.reads:
             why = f"it loads {' and '.join(sorted(self.reads))}, this is {facts.adapter.format}"
             return (Verdict(facts.adapter.path.name, "format", "refused", why, "rewrite"),)
@@ -165,8 +177,8 @@ class RuledConsumer:
             rules |= changed if version >= first else {}
         for first, formula in self.scale_since:
             scale = formula if version >= first else scale
-        verdicts = [self._verdict(part, rules[part.trait], scale, facts) for part in facts.parts]
-        return (*verdicts, *self.more(facts, version))
+        found = ((part, self.exceptions(part, facts, version) or rules[part.trait]) for part in facts.parts)
+        return tuple(self._verdict(part, rule, scale, facts) for part, rule in found)
 
     def _verdict(self, part: AdapterPart, rule: TraitRule, scale: Formula | None, facts: AdapterFacts) -> Verdict:
         """One part: by its trait, then by its module's name, its partners, its rank, its scale."""
@@ -190,6 +202,8 @@ class RuledConsumer:
             beside = f"{part.module.removesuffix(group.having)}{group.needs}"
             if part.leaf == group.having and beside not in facts.modules:
                 return group.rule, beside
+        if (most := facts.greatest_rank or self.greatest_rank) and (part.rank or 0) > most:
+            return refused(f"rank {part.rank} is above {most}, what it takes unless it is started with more", "cut"), ""
         if self.one_rank.outcome != "honoured" and part.rank != facts.config.get("r", part.rank):
             return self.one_rank, ""
         return honoured, ""

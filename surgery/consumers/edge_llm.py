@@ -42,6 +42,11 @@ EDGE_LLM = RuledConsumer(
         "token rows": ignored(_UNBOUND, "drop"),
         "virtual tokens": refused("it loads LoRA alone"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "null patterns": honoured,
+        "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
+        "bare names": honoured,
+        "wrapped names": ignored(_UNBOUND, "rewrite"),
+        "names of an adapter": ignored(_UNBOUND, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at
         "pickled weights": refused("it opens adapter_model.safetensors", "rewrite"),

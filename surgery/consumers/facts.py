@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from surgery.algebra.group import applicable_updates
 from surgery.consumers.traits import Trait
 from surgery.engine.input_checks import check_base_id
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.embeddings import EMBEDDINGS
+from surgery_formats.adapters.peft.dialects import dialect_of
+from surgery_formats.adapters.peft.keys import ROOT, WRAPPERS
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -27,6 +31,9 @@ __all__ = ["AdapterFacts", "AdapterPart", "bound_facts", "facts_of"]
 
 _HEADS = frozenset(["lm_head", "embed_out", "output_projection"])
 _CLASSIFIERS = frozenset(["score", "classifier", "qa_outputs"])
+_IN_MEMORY = re.compile(
+    r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.(?!weight$|bias$)\w+(\.weight|\.bias)?$"
+)
 _ALL = frozenset(["all-linear", "all"])
 
 
@@ -67,11 +74,13 @@ class AdapterFacts:
         adapter: The adapter.
         base: The model it belongs to.
         parts: Every update, field and file that a program may treat in a way of its own.
+        greatest_rank: What the program was started with; None if nothing was said.
     """
 
     adapter: Adapter
     base: Checkpoint
     parts: tuple[AdapterPart, ...]
+    greatest_rank: int | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -79,22 +88,38 @@ class AdapterFacts:
         return self.adapter.config
 
     @cached_property
+    def dialect(self) -> str:
+        """How a PEFT folder holds experts, see `surgery_formats.adapters.peft.dialects`; empty without any."""
+        found = dialect_of(self.adapter)
+        return "" if found is None else found.name
+
+    @cached_property
+    def model_type(self) -> str:
+        """Of the base's language model."""
+        config = next(iter(self.base.components.values())).config
+        nested = config.get("text_config")
+        return str((nested if isinstance(nested, Mapping) else config).get("model_type", ""))
+
+    @cached_property
     def modules(self) -> frozenset[str]:
         """Paths of the modules with a LoRA."""
         return frozenset(part.module for part in self.parts if part.scale is not None)
 
 
-def facts_of(adapter: Adapter, base: Checkpoint) -> AdapterFacts:
+def facts_of(adapter: Adapter, base: Checkpoint, greatest_rank: int | None = None) -> AdapterFacts:
     """Take an adapter apart."""
-    parts = [_part(site, update, base, chain) for site, chain in adapter.updates.items() for update in chain]
+    updates = applicable_updates(adapter, base)
+    parts = [_part(site, update, base, chain) for site, chain in updates.items() for update in chain]
     if adapter.prompt is not None:
         parts.append(AdapterPart(adapter.prompt.table.name, "virtual tokens", adapter.kind))
     if adapter.format == "peft":
         parts += _fields(adapter, base)
-    return AdapterFacts(adapter, base, tuple(parts))
+    return AdapterFacts(adapter, base, tuple(parts), greatest_rank)
 
 
-def bound_facts(adapter: Adapter, base: Checkpoint) -> tuple[AdapterFacts, tuple[str, ...]]:
+def bound_facts(
+    adapter: Adapter, base: Checkpoint, greatest_rank: int | None = None
+) -> tuple[AdapterFacts, tuple[str, ...]]:
     """An adapter that was found to belong to a base, taken apart, and what binding it warns of.
 
     Biases of layers that have none in the base are no fault here: rules speak of them.
@@ -107,14 +132,14 @@ def bound_facts(adapter: Adapter, base: Checkpoint) -> tuple[AdapterFacts, tuple
     if adapter.updates:
         warnings = bind([(adapter, 1.0)], base, new_biases=True).warnings
         check_base_id(base, [adapter])
-    return facts_of(adapter, base), warnings
+    return facts_of(adapter, base, greatest_rank), warnings
 
 
 def _part(site: Site, update: Update, base: Checkpoint, chain: tuple[Update, ...]) -> AdapterPart:
     held, name = contents_of(update), str(site)
     if is_refusing(update):
         return AdapterPart(name, "other kind", update.kind)
-    if held.whole is not None and held.whole.held == "carried":
+    if held.whole is not None and held.whole.held == "carried" and ".base_layer." in held.whole.stored.name:
         return AdapterPart(name, "carried weight", update.kind)
     if held.whole is not None:
         return AdapterPart(name, _saved(site, held.whole.stored.shape, base), update.kind)
@@ -138,7 +163,7 @@ def _lora(site: Site, update: Update, base: Checkpoint) -> Trait:
     path = site.path.removesuffix(".weight")
     leaf = path.rpartition(".")[2]
     main = None if base.is_pipeline else base.main
-    if site.module_kind == "experts":
+    if site.module_kind == "experts" and not site.path.endswith(".weight"):
         return "LoRA of stacked experts"
     if site.module_kind == "convolution" or any(site.kernel):
         return "LoRA of a convolution"
@@ -186,6 +211,12 @@ def _fields(adapter: Adapter, base: Checkpoint) -> Iterator[AdapterPart]:
     targets = adapter.config.get("target_modules")
     if isinstance(targets, str) and targets not in _ALL:
         yield AdapterPart("target_modules", "pattern of targets")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if adapter.kind == "LORA" and name in adapter.config and adapter.config[name] is None:
+            yield AdapterPart(name, "null patterns")
+    if adapter.config.get("use_bdlora"):
+        yield AdapterPart("use_bdlora", "block-diagonal factors")
+    yield from _names(adapter)
     if adapter.config.get("target_parameters"):
         yield AdapterPart("target_parameters", "targeted parameters")
     yield from _added_tokens(adapter, base)
@@ -195,6 +226,17 @@ def _fields(adapter: Adapter, base: Checkpoint) -> Iterator[AdapterPart]:
             yield AdapterPart(name, "pickled weights")
         elif name != "adapter_model.safetensors":
             yield AdapterPart(name, "other weight files")
+
+
+def _names(adapter: Adapter) -> Iterator[AdapterPart]:
+    """Ways of naming tensors that are not PEFT's: one part each, called like the first tensor."""
+    names = [tensor.name for tensor in adapter.tensors] if adapter.prompt is None else []
+    if names and not any(name.startswith(ROOT) for name in names):
+        yield AdapterPart(names[0], "bare names")
+    if wrapped := next((name for name in names if not WRAPPERS.isdisjoint(name.split("."))), ""):
+        yield AdapterPart(wrapped, "wrapped names")
+    if own := next((name for name in names if _IN_MEMORY.search(name)), ""):
+        yield AdapterPart(own, "names of an adapter")
 
 
 def _added_tokens(adapter: Adapter, base: Checkpoint) -> Iterator[AdapterPart]:

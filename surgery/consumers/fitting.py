@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.algebra.combined_adapter import combined_adapter
+from surgery.algebra.group import applicable_updates
 from surgery.algebra.lora_form import LoraForm, lora_form
 from surgery.consumers.consent import Consent
 from surgery.consumers.consumer import Consumer
@@ -24,6 +25,8 @@ __all__ = ["Fitted", "as_it_would_be_read", "fitted"]
 
 _ROUNDS = 8  # partners bring partners, and a new rank new scales: each a round or two
 _SHOWN = 3
+_OF_WRITING: frozenset[Remedy] = frozenset({"dialect", "rewrite"})
+"""Remedies that are a matter of writing: what is read back shows whether they helped."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +73,30 @@ def fitted(
         FitError: a part that only a merge brings into the consumer, or one that the user must decide about.
     """
     seen = replace(adapter, format=target.name) if adapter.format != target.name else adapter
-    facts = facts_of(seen, base)
+    facts = facts_of(seen, base, consent.greatest_rank)
     verdicts = [one for one in consumer.judge(facts, version) if one.outcome != "honoured"]
     _check_remedies(verdicts, adapter, consumer)
     out = _left_out(verdicts, adapter, consumer, consent)
     if target.name != "peft":  # whose files alone bring the base's own values along
         out |= {part.name: "the base's own values" for part in facts.parts if part.trait == "carried weight"}
-    left = without(adapter, out)
+    left = without(replace(adapter, updates=applicable_updates(adapter, base)), out)
     entries = tuple(Entry(str(site), "dropped", out[str(site)]) for site in left.sites)
     entries += tuple(Entry(name, "dropped", why) for name, why in out.items() if name in _files(adapter))
-    turned = {one.part for one in verdicts if one.remedy in ("lora", "saved") and one.part not in out}
+    turned = {one.part for one in verdicts if one.remedy in ("lora", "cut", "saved") and one.part not in out}
+    if consent.rank is None:
+        _check_ranks(verdicts, adapter, consumer, consent)
     form = _as_loras(left.adapter, turned, base, target, consent)
     updates = {**left.adapter.updates, **(form.adapter.updates if form is not None else {})}
     made = combined_adapter([WeightedAdapter(left.adapter, 1.0)], updates, target)
     done: dict[str, str] = {}
     for _ in range(_ROUNDS):
-        facts = facts_of(as_it_would_be_read(made, target), base)
-        verdicts = [one for one in consumer.judge(facts, version) if one.outcome != "honoured"]
+        facts = facts_of(as_it_would_be_read(made, target), base, consent.greatest_rank)
+        found = consumer.judge(facts, version)
+        verdicts = [one for one in found if one.outcome != "honoured" and one.remedy not in _OF_WRITING]
         if not verdicts:
             return Fitted(made, form, entries, done, left.adapter.side_files)
         made = _next(made, base, verdicts, done)
+    _check_ranks(verdicts, adapter, consumer, consent)
     raise FitError(
         f"no rewriting was found that {consumer.title} honours: '{show(verdicts[0].part)}', {verdicts[0].why}",
         file=adapter.path,
@@ -137,6 +144,21 @@ def _check_remedies(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Con
             f"{consumer.title} has no way to honour '{show(hopeless[0].part)}' ({hopeless[0].what}: {hopeless[0].why})",
             file=adapter.path,
             hint="merge it into the base, which every program then loads",
+        )
+
+
+def _check_ranks(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Consumer, consent: Consent) -> None:
+    """Refuse a rank above what the consumer takes.
+
+    Raises:
+        FitError: there is one.
+    """
+    if cut := next((one for one in verdicts if one.remedy == "cut"), None):
+        most = consent.greatest_rank or consumer.greatest_rank
+        raise FitError(
+            f"'{show(cut.part)}': {cut.why}",
+            file=adapter.path,
+            hint=f"`rank={most}` cuts it, with the error shown; `max_rank=` says what the program was started with",
         )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import bound_facts, facts_of
 from surgery.consumers.fitting import Fitted, fitted
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.conversion import bound_source, placed, plan_conversion, tolerance_of, write_conversion
+from surgery.engine.conversion import bound_source, in_dialect, placed, plan_conversion, tolerance_of, write_conversion
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery.progress import Callback
@@ -62,6 +63,7 @@ def write_for(
     target = format_named(consumer.format)
     original, left, _ = placed(adapter, base, component)
     bound_facts(original, base)
+    target = _in_its_dialect(target, original, base, consumer, version)
     made = fitted(original, base, consumer, version, target, consent)
     binding = bound_source(made.adapter, base)
     plan = plan_conversion(made.adapter, target, base, binding, dtype=dtype, allow_loss=consent.loss)
@@ -81,10 +83,27 @@ def write_for(
     files = {name: path for name, path in original.files_beside.items() if path in made.side_files}
     options = WriteOptions(output, (original.path, base.path), files, overwrite, progress)
     also = partial(
-        _prove, original=original, made=made, base=base, consumer=consumer, version=version, target=target, dtype=dtype
+        _prove,
+        original=original,
+        made=made,
+        base=base,
+        consumer=consumer,
+        version=version,
+        target=target,
+        dtype=dtype,
+        greatest_rank=consent.greatest_rank,
     )
     chosen = repr(consent) if made.form is not None else f"{consumer.name} {version}"
     return write_conversion(plan, options, result, rank=chosen, also=also)
+
+
+def _in_its_dialect(
+    target: Format, adapter: Adapter, base: Checkpoint, consumer: Consumer, version: tuple[int, ...]
+) -> Format:
+    """The format with the dialect of experts that the consumer's rules ask for."""
+    seen = replace(adapter, format=target.name) if adapter.format != target.name else adapter
+    asked = any(verdict.remedy == "dialect" for verdict in consumer.judge(facts_of(seen, base), version))
+    return in_dialect(target, consumer.dialect or None) if asked else target
 
 
 def _prove(
@@ -97,6 +116,7 @@ def _prove(
     version: tuple[int, ...],
     target: Format,
     dtype: DType | None,
+    greatest_rank: int | None,
 ) -> Mapping[str, float]:
     """Errors by weight of the rewriting, against the original.
 
@@ -106,7 +126,7 @@ def _prove(
         ProofError: it does something else than the original, or the consumer does not honour it.
     """
     written = read_back(target, path)
-    verdicts = consumer.judge(facts_of(written, base), version)
+    verdicts = consumer.judge(facts_of(written, base, greatest_rank), version)
     if wrong := next((one for one in verdicts if one.outcome != "honoured"), None):
         raise ProofError(f"{consumer.title} would not honour it: {wrong.why}", file=path.name, tensor=wrong.part)
     if made.form is not None:

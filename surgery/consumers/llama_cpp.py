@@ -21,11 +21,12 @@ LLAMA_CPP = RuledConsumer(
         SourceRead("ggml-org/llama.cpp", "0650ea8c", "src/llama-adapter.h", "llama_adapter_lora_weight::get_scale"),
     ),
     scale=alpha_over_own_rank,
+    dialect="per-expert",
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,
         "LoRA of one expert": honoured,
-        "LoRA of stacked experts": refused("its names are of no tensor of the model", "drop"),
+        "LoRA of stacked experts": refused("its names are of no tensor of the model", "dialect"),
         "LoRA of a turned weight": refused(
             "the converter turns the product as it turns the weight, and PEFT's factors are not stored so"
         ),
@@ -44,6 +45,11 @@ LLAMA_CPP = RuledConsumer(
         "token rows": refused(_UNEXPECTED, "drop"),
         "virtual tokens": refused("it converts LoRA alone"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "null patterns": honoured,
+        "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
+        "bare names": honoured,
+        "wrapped names": refused("its names are of no tensor of the model", "rewrite"),
+        "names of an adapter": refused(_UNEXPECTED, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at
         "pickled weights": honoured,

@@ -41,6 +41,11 @@ MLX_LM = RuledConsumer(
         "token rows": refused(_NOT, "drop"),
         "virtual tokens": refused(_NOT),
         "pattern of targets": honoured,
+        "null patterns": honoured,
+        "block-diagonal factors": honoured,
+        "bare names": honoured,
+        "wrapped names": honoured,
+        "names of an adapter": honoured,
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at
         "pickled weights": refused("it opens adapters.safetensors", "rewrite"),

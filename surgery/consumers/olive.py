@@ -38,6 +38,11 @@ OLIVE = RuledConsumer(
         "token rows": ignored(_UNBOUND, "drop"),
         "virtual tokens": refused("its configuration is not one of LoRA"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "null patterns": honoured,
+        "block-diagonal factors": ignored("its factors have the sizes of blocks", "rewrite"),
+        "bare names": honoured,
+        "wrapped names": ignored(_UNBOUND, "rewrite"),
+        "names of an adapter": ignored(_UNBOUND, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at
         "pickled weights": honoured,

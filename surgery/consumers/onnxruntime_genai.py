@@ -39,6 +39,11 @@ ONNXRUNTIME_GENAI = RuledConsumer(
         "token rows": ignored("the embedding is written from the base's weight", "drop"),
         "virtual tokens": ignored("the builder knows no virtual tokens"),
         "pattern of targets": honoured,
+        "null patterns": refused("PEFT asks null for its keys", "rewrite"),
+        "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
+        "bare names": ignored("PEFT finds none of its names", "rewrite"),
+        "wrapped names": ignored("PEFT finds none of its names", "rewrite"),
+        "names of an adapter": honoured,
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at
         "pickled weights": honoured,

@@ -16,6 +16,7 @@ from surgery.consumers.onnxruntime_genai import ONNXRUNTIME_GENAI
 from surgery.consumers.peft import PEFT
 from surgery.consumers.sglang import SGLANG
 from surgery.consumers.tensorrt_llm import TENSORRT_LLM
+from surgery.consumers.transformers import TRANSFORMERS
 from surgery.consumers.vllm import VLLM
 from surgery_formats.errors import FitError, NotFoundError, UsageError
 from surgery_formats.plugins import with_plugins
@@ -25,6 +26,7 @@ __all__ = ["BUILT_IN", "ENTRY_POINTS", "asked_version", "consumer_named", "consu
 
 BUILT_IN: tuple[Consumer, ...] = (
     PEFT,
+    TRANSFORMERS,
     VLLM,
     SGLANG,
     TENSORRT_LLM,

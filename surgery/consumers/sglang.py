@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import ModuleGroup, RuledConsumer, SourceRead, honoured, ignored, refused
+from surgery.consumers.consumer import ModuleGroup, RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
+from surgery.consumers.facts import AdapterFacts, AdapterPart
 from surgery.consumers.scales import alpha_over_r
 
 __all__ = ["SGLANG"]
 
-_SKIPPED = "it is skipped: 'did not match any target module'"
+_SKIPPED = "it is of no target module, and skipped"
+_NO_TARGET = "'Cannot find target module name'"
 _NAMES = (
     "q_proj k_proj v_proj qkv_proj o_proj out_proj in_proj gate_proj up_proj gate_up_proj down_proj embed_tokens lm_head "
     "q_a_proj kv_a_proj_with_mqa q_b_proj kv_b_proj wq_b wk weights_proj in_proj_qkvz fc1_latent_proj fc2_latent_proj w1 w2 w3"
 )
+
+
+def _of_dialect(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """Stacks of experts by projection, which are called as single experts are, without a number."""
+    return honoured if part.trait == "LoRA of stacked experts" and facts.dialect in ("sglang", "tinker") else None
+
 
 SGLANG = RuledConsumer(
     name="sglang",
@@ -26,30 +34,32 @@ SGLANG = RuledConsumer(
         SourceRead("sglang", "0.5.23", "sglang/srt/lora/mem_pool.py", "LoRAMemoryPool.load_lora_weight_to_buffer"),
     ),
     scale=alpha_over_r,
+    dialect="sglang",
+    exceptions=_of_dialect,
     one_rank=refused("its buffers have r rows: 'LoRA buffer shape does not match weight shape'", "pad"),
     leaves=frozenset(_NAMES.split()),
     other_leaf=refused("it has no buffer for a module of this name", "drop"),
     groups=(
         ModuleGroup("q_proj", "v_proj", refused("it puts q, k and v together, and v has no LoRA", "partners")),
-        ModuleGroup("k_proj", "q_proj", ignored("it puts q, k and v together, beginning at q", "partners")),
-        ModuleGroup("v_proj", "q_proj", ignored("it puts q, k and v together, beginning at q", "partners")),
-        ModuleGroup("up_proj", "gate_proj", ignored("it puts gate and up together, beginning at gate", "partners")),
+        ModuleGroup("k_proj", "q_proj", refused("it puts q, k and v together, beginning at q", "partners")),
+        ModuleGroup("v_proj", "q_proj", refused("it puts q, k and v together, beginning at q", "partners")),
+        ModuleGroup("up_proj", "gate_proj", refused("it puts gate and up together, beginning at gate", "partners")),
     ),
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,
         "LoRA of one expert": honoured,
-        "LoRA of stacked experts": refused("its targets are parameters, and it reads lists of modules", "drop"),
+        "LoRA of stacked experts": refused("its targets are parameters, and it reads lists of modules", "dialect"),
         "LoRA of a turned weight": refused("it has no buffer for a module of this name", "drop"),
         "LoRA of a convolution": refused("it has no buffer for a module of this name", "drop"),
         "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),
         "DoRA": refused("'LoRA serving currently doesn't support DoRA adapters'", "lora"),
         "other kind": refused("it asserts that peft_type is LORA", "lora"),
-        "bias of a LoRA": refused("a tensor lora_B.bias is taken for the factor B", "drop"),
-        "trained bias": ignored(_SKIPPED, "drop"),
-        "saved norm": ignored(_SKIPPED, "drop"),
+        "bias of a LoRA": ignored("lora_B.weight comes after lora_B.bias and takes its place", "drop"),
+        "trained bias": ignored("the factors of its module take its place", "drop"),
+        "saved norm": refused(_NO_TARGET, "drop"),
         "saved head": ignored(_SKIPPED, "drop"),
-        "saved module": ignored(_SKIPPED, "saved"),
+        "saved module": refused(_NO_TARGET, "saved"),
         "saved vocabulary": ignored(_SKIPPED, "saved"),
         "carried weight": honoured,
         "added rows": ignored(_SKIPPED, "drop"),
@@ -58,6 +68,11 @@ SGLANG = RuledConsumer(
         "pattern of targets": refused(
             "'Only all or all-linear can be used as the string for target module'", "rewrite"
         ),
+        "null patterns": honoured,
+        "block-diagonal factors": refused("its buffers have the sizes of whole factors", "rewrite"),
+        "bare names": honoured,
+        "wrapped names": honoured,
+        "names of an adapter": honoured,
         "targeted parameters": honoured,
         "added tokens": refused("'LoRA serving currently doesn't support adapters that add tokens'", "drop"),
         "pickled weights": honoured,

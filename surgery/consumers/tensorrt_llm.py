@@ -21,6 +21,7 @@ TENSORRT_LLM = RuledConsumer(
         SourceRead("NVIDIA/TensorRT-LLM", "007e181b", "tensorrt_llm/lora_manager.py", "iterate_hf_lora"),
     ),
     scale=alpha_over_own_rank_or_root,
+    greatest_rank=64,
     leaves=frozenset(_NAMES.split()),
     other_leaf=refused("'hf_module is not in supported list'", "drop"),
     rules={
@@ -44,6 +45,11 @@ TENSORRT_LLM = RuledConsumer(
         "token rows": ignored("keys with embed_tokens are passed over", "drop"),
         "virtual tokens": refused("it loads LoRA alone"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "null patterns": honoured,
+        "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
+        "bare names": honoured,
+        "wrapped names": honoured,
+        "names of an adapter": refused(_KEY, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at
         "pickled weights": honoured,

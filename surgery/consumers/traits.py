@@ -29,6 +29,11 @@ Trait = Literal[
     "token rows",
     "virtual tokens",
     "pattern of targets",
+    "null patterns",
+    "block-diagonal factors",
+    "bare names",
+    "wrapped names",
+    "names of an adapter",
     "targeted parameters",
     "added tokens",
     "pickled weights",
@@ -56,6 +61,16 @@ Trait = Literal[
     ``trainable_token_indices``.
 ``pattern of targets``
     ``target_modules`` is one regular expression.
+``null patterns``
+    ``rank_pattern`` or ``alpha_pattern`` is null.
+``block-diagonal factors``
+    ``use_bdlora``.
+``bare names``
+    Tensors are called ``model.layers...``, without ``base_model.model.`` before it.
+``wrapped names``
+    Tensors have segments of programs that wrapped the model in training: ``_orig_mod``.
+``names of an adapter``
+    Tensors are called ``lora_A.default.weight``, as in memory.
 ``targeted parameters``
     ``target_parameters`` is set.
 ``added tokens``

@@ -23,7 +23,7 @@ Outcome = Literal["honoured", "scaled wrongly", "ignored", "refused"]
 """
 OUTCOMES: tuple[Outcome, ...] = ("honoured", "scaled wrongly", "ignored", "refused")
 """From the best to the worst."""
-Remedy = Literal["", "rewrite", "scale", "pad", "partners", "lora", "saved", "drop"]
+Remedy = Literal["", "rewrite", "scale", "pad", "partners", "cut", "dialect", "lora", "saved", "drop"]
 """What makes a program honour a part.
 
 ``rewrite``
@@ -34,6 +34,10 @@ Remedy = Literal["", "rewrite", "scale", "pad", "partners", "lora", "saved", "dr
     One rank for all modules, with zeros behind the smaller ones.
 ``partners``
     LoRAs of zeros for the modules that the program expects beside it.
+``cut``
+    The best LoRA of a lower rank.
+``dialect``
+    Writing experts in the program's dialect.
 ``lora``
     A LoRA that does the same, or comes nearest.
 ``saved``

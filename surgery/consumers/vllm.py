@@ -3,12 +3,68 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, refused
+from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
+from surgery.consumers.facts import AdapterFacts, AdapterPart
 from surgery.consumers.scales import alpha_over_r_or_root
+from surgery_formats.adapters.peft.dialects.vllm import STACKED
 
 __all__ = ["VLLM"]
 
 _UNKNOWN = "no tensor of such a name: 'unsupported LoRA weight'"
+
+_ONE_BY_ONE = "its class for this model takes experts one by one"
+_WITH_EMBEDDINGS = frozenset(
+    [
+        "apertus",
+        "exaone",
+        "exaone4",
+        "exaone_moe",
+        "falcon_h1",
+        "granite",
+        "granitemoe",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "hyperclovax",
+        "jamba",
+        "k2_horizon",
+        "lfm2",
+        "lfm2_moe",
+        "llama",
+        "minicpm",
+        "mixtral",
+        "nemotron",
+        "nemotron_h",
+        "nemotron-nas",
+        "phimoe",
+        "qwen3",
+        "qwen3_5",
+        "qwen3_5_text",
+        "qwen3_moe",
+        "solar",
+    ]
+)
+"""Model types whose class has ``embedding_modules`` for the embedding and the head; Cohere's has the embedding alone."""
+
+
+def _of_model(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """What depends on the class that serves the model."""
+    kind = facts.model_type
+    if part.trait in ("LoRA of an embedding", "LoRA of the head") and kind not in _WITH_EMBEDDINGS:
+        if kind in ("cohere", "cohere2") and part.trait == "LoRA of an embedding":
+            return honoured
+        return refused(
+            "its class for this model has no LoRA of the vocabulary: 'expected target modules in ...'", "drop"
+        )
+    if part.trait in ("LoRA of stacked experts", "LoRA of one expert"):
+        stacked = part.trait == "LoRA of stacked experts"
+        if stacked and not kind.startswith(STACKED):
+            return refused(_ONE_BY_ONE, "dialect")
+        if stacked and facts.dialect not in ("peft", "vllm"):
+            return refused("it takes stacks as PEFT has them since 0.19", "dialect")
+        if not stacked and kind.startswith(STACKED):
+            return refused("its class for this model takes stacks of experts", "dialect")
+    return None
+
 
 VLLM = RuledConsumer(
     name="vllm",
@@ -19,9 +75,14 @@ VLLM = RuledConsumer(
         SourceRead("vllm", "0.33.0", "vllm/lora/peft_helper.py", "PEFTHelper"),
         SourceRead("vllm", "0.33.0", "vllm/lora/utils.py", "parse_fine_tuned_lora_name"),
         SourceRead("vllm", "0.33.0", "vllm/lora/lora_model.py", "LoRAModel.from_local_checkpoint"),
+        SourceRead("vllm", "0.33.0", "vllm/lora/model_manager.py", "_validate_moe_lora_format"),
+        SourceRead("vllm", "0.33.0", "vllm/model_executor/models", "embedding_modules, is_3d_moe_weight"),
         SourceRead("vllm-project/vllm", "02143692", "vllm/lora/peft_helper.py", "PEFTHelper, without patterns"),
     ),
     scale=alpha_over_r_or_root,
+    greatest_rank=16,
+    dialect="vllm",
+    exceptions=_of_model,
     scale_since=(((0, 33), None),),
     rules={
         "LoRA of an embedding": honoured,
@@ -48,6 +109,11 @@ VLLM = RuledConsumer(
         "token rows": refused(_UNKNOWN, "drop"),
         "virtual tokens": refused("it loads LoRA alone"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "null patterns": honoured,
+        "block-diagonal factors": refused("'vLLM does not support block-diagonal LoRA'", "rewrite"),
+        "bare names": honoured,
+        "wrapped names": ignored("its names are of no module", "rewrite"),
+        "names of an adapter": refused(_UNKNOWN, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at: the rows that they need are refused as such
         "pickled weights": honoured,

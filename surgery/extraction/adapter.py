@@ -26,6 +26,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import read_rows
 from surgery_formats.tensors.computed import computed
 from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.views import take
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, TokenRows, Update
 from surgery_formats.updates.replacement import Held
 
@@ -72,7 +73,8 @@ def extracted_adapter(
     updates: dict[Site, tuple[Update, ...]] = {}
     for target in storage.targets:
         kernel = target.shape[2:] if target.form == "conv" else ()
-        site = Site(target.path, module_kind=_MODULE_KINDS[target.form], kernel=kernel)
+        kind = _MODULE_KINDS[target.form if target.path.endswith(".weight") else "experts"]
+        site = Site(target.path, module_kind=kind, kernel=kernel)
         updates[site] = (_low_rank(factored[target.path], settings),)
     for dense in storage.dense_tensors:
         updates[Site(dense.path)] = (_dense(dense),)
@@ -120,7 +122,11 @@ def _lora(factors: TargetFactors, index: int, settings: FactorSettings) -> LoRA:
     fold = fold_of(settings.scaling, rank)
 
     def side(which: Literal["left", "right"]) -> Callable[[], Array]:
-        return lambda: _rounded(factors.side(which, index, rank, fold), settings.dtype, target)
+        def load() -> Array:
+            factor = _rounded(factors.side(which, index, rank, fold), settings.dtype, target)
+            return take(factor, target.order) if target.order and which == "left" else factor
+
+        return load
 
     dtype, sources = settings.dtype, _sources(target.deltas[index])
     inputs = target.shape[1:] if target.form == "conv" else (cols,)

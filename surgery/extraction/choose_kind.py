@@ -170,6 +170,9 @@ def _obstacle(targets: Sequence[LowRankTarget], able: Sequence[LowRankTarget]) -
         return "no linear layer or convolution becomes factors"
     if experts := [target.path for target in targets if target.form == "experts"]:
         return f"PEFT has no DoRA for experts ('{experts[0]}'), and an adapter is DoRA for all modules or none"
+    for target in targets:
+        if target.order or len(target.deltas[0].strips) > 1:
+            return f"'{target.path}' lies in several tensors, or in another order"
     return ""
 
 

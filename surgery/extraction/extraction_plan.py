@@ -269,7 +269,7 @@ def plan_extraction(
     peft = format_named("peft")
     assert isinstance(peft, Scaled)
     peft = peft.with_scaling(scaling)
-    rendering = peft.render(adapter, None)
+    rendering = peft.render(adapter, checkpoints.base)
     (config,) = rendering.small_files.values()
     adapter = peft.described(adapter)  # other formats are given what a reader of the PEFT folder would know
     order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors)

@@ -17,13 +17,14 @@ from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
 from surgery_formats.arrays import Array, energy
 from surgery_formats.binding.bind import Binding
-from surgery_formats.binding.edits import Edit, prepared
+from surgery_formats.binding.edits import Edit, Operation, prepared
 from surgery_formats.binding.straight import straightened
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.storage.aligned import oriented
 from surgery_formats.storage.base import read_values
 from surgery_formats.tensors.apply import apply_chain
+from surgery_formats.updates import Factor
 
 __all__ = ["Residual", "agrees", "prove"]
 
@@ -66,8 +67,10 @@ def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> 
     edits = {edit.name: edit for edit in binding.edits.values()}
     measures, shifted = plan.scan.measures, {d.name for d in plan.storage.dense_tensors if d.shift is not None}
     measured: dict[str, list[_ProvedPart]] = {}
+    reordered = {name for target in plan.storage.targets if target.order for name in target.names}
     for target in plan.storage.targets if recognise else ():
-        measured |= _parts(plan.factored[target.path])
+        for name, parts in _parts(plan.factored[target.path]).items():
+            measured.setdefault(name, []).extend(parts)
     residuals: dict[str, Residual] = {}
     jobs: list[Callable[[], None]] = []
     for pair in plan.layout.pairs:
@@ -82,12 +85,12 @@ def prove(plan: ExtractionPlan, binding: Binding, *, recognise: bool = True) -> 
                 file=binding.adapters[0][0].path.name,
                 tensor=pair.name,
             )
-        parts = measured.get(pair.name)
-        if parts is None or not all(operation.update.low_rank() for operation in edit.operations):
+        known = None if pair.name in reordered else measured.get(pair.name)
+        if known is None or not all(operation.update.low_rank() for operation in edit.operations):
             jobs.append(partial(_measure, residuals, pair, edit))
             continue
-        residuals[pair.name] = Residual(measures[pair.name].energy, math.fsum(part.left for part in parts))
-        jobs.append(partial(_recognise, parts, edit, pair))
+        residuals[pair.name] = Residual(measures[pair.name].energy, math.fsum(part.left for part in known))
+        jobs.append(partial(_recognise, known, edit, pair))
     in_threads(lambda job: job(), jobs, plan.request.workspace.workers)
     return residuals
 
@@ -101,6 +104,7 @@ class _ProvedPart:
         strip: The rows.
         at: First row of the strip in the stored difference.
         transposed: Whether the stored difference is the transpose of the factors' product.
+        turned: Whether the factors that act are those of the transpose: of experts that are held ``(E, in, out)``.
         left: Energy that the factors leave of it.
     """
 
@@ -108,6 +112,7 @@ class _ProvedPart:
     strip: Strip
     at: int
     transposed: bool
+    turned: bool
     left: float
 
 
@@ -117,16 +122,18 @@ def _parts(factors: TargetFactors) -> dict[str, list[_ProvedPart]]:
     for delta, matrix in zip(factors.target.deltas, factors.matrices, strict=True):
         if matrix.left_energy is None:
             return {}
-        at = 0
+        at, turns = 0, delta.transposed and factors.target.form == "experts"
         for strip, left in zip(delta.strips, matrix.left_energy, strict=True):
-            parts.setdefault(strip.tuned.name, []).append(_ProvedPart(matrix, strip, at, delta.transposed, left))
+            parts.setdefault(strip.tuned.name, []).append(_ProvedPart(matrix, strip, at, delta.transposed, turns, left))
             at += strip.height
     return parts
 
 
 def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
     """Check that the factors are bit by bit those that were measured, and act on the same rows."""
-    loras = [lora for operation in edit.operations if (lora := operation.update.low_rank())]
+    parts = sorted(parts, key=lambda part: part.strip.first)
+    in_order = sorted(edit.operations, key=_first_row)
+    loras = [lora for operation in in_order if (lora := operation.update.low_rank())]
     if edit.replaced is not None or len(loras) != len(parts):
         raise ProofError(
             f"read back as {len(loras)} updates, written as {len(parts)} pairs of factors", tensor=pair.name
@@ -134,9 +141,9 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
     sides: list[list[Array]] = []  # of each part, bit by bit what was measured: left (k, out), right (k, in)
     for lora, part in zip(loras, parts, strict=True):
         sides.append([])
-        for factor, slot in (
-            (lora.B.load(DType.F32).T, part.matrix.left),
-            (lora.A.load(DType.F32), part.matrix.right),
+        sources = (lora.A, lora.B) if part.turned else (lora.B, lora.A)
+        for factor, slot in zip(
+            _directions(*sources, turned=part.turned), (part.matrix.left, part.matrix.right), strict=True
         ):
             stored, padding = numpy.ascontiguousarray(factor[: slot.shape[0]]), factor[slot.shape[0] :]
             if tuple(stored.shape) != slot.shape or digest(stored) != slot.digest or bool(padding.any()):
@@ -164,6 +171,18 @@ def _recognise(parts: list[_ProvedPart], edit: Edit, pair: Pair) -> None:
                     "was measured",
                     tensor=pair.name,
                 )
+
+
+def _first_row(operation: Operation) -> int:
+    """The first stored row that an operation changes."""
+    rows = operation.view.cols if operation.view.transposed else operation.view.rows
+    return min(rows, default=0)
+
+
+def _directions(left: Factor, right: Factor, *, turned: bool) -> tuple[Array, Array]:
+    """Both factors with one direction per row, ``(k, out)`` and ``(k, in)``."""
+    first, second = left.load(DType.F32), right.load(DType.F32)
+    return (first, second.T) if turned else (first.T, second)
 
 
 def agrees(measured: float, reported: float, dtype: DType, whole: float = 0.0) -> bool:

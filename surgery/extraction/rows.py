@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from surgery.extraction.ranks import rank_table
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via, dense_size
 from surgery.extraction.stream.tally import PairMeasure
-from surgery.extraction.targets import LowRankTarget
+from surgery.extraction.targets import LowRankTarget, sharing
 from surgery_formats.arrays import cast, energy
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
@@ -80,8 +80,9 @@ def proved_result(plan: ExtractionPlan, binding: Binding) -> ExtractResult:
         ProofError: it differs from what was measured.
     """
     residuals, result = prove(plan, binding), predicted_result(plan)
-    for target in plan.storage.targets:
-        _check_residual(plan, target, [residuals[name] for name in target.names if name in residuals])
+    for group in sharing(plan.storage.targets):
+        names = dict.fromkeys(name for target in group for name in target.names)
+        _check_residual(plan, group, [residuals[name] for name in names if name in residuals])
     dense = {tensor.name: tensor for tensor in plan.storage.dense_tensors}
     rows = (_proved_row(row, residuals.get(row.name), dense.get(row.name)) for row in result.rows)
     return replace(result, rows=tuple(rows))
@@ -97,17 +98,29 @@ def coded_result(plan: ExtractionPlan, binding: Binding) -> ExtractResult:
     return replace(result, rows=tuple(rows))
 
 
-def _check_residual(plan: ExtractionPlan, target: LowRankTarget, residuals: list[Residual]) -> None:
+def _check_residual(plan: ExtractionPlan, group: Sequence[LowRankTarget], residuals: list[Residual]) -> None:
+    """Compare what is left of targets that have a tensor in common, or of one, with what was measured of its factors."""
     energy = math.fsum(residual.energy for residual in residuals)
     left = math.fsum(residual.left for residual in residuals)
-    factors, magnitude = plan.factored[target.path], plan.decision.magnitudes.get(target.path)
-    predicted = math.sqrt(factors.residual(plan.ranks[target.path]) / factors.energy)
+    magnitudes = [
+        plan.decision.magnitudes[target.path].size for target in group if target.path in plan.decision.magnitudes
+    ]
+    predicted = _left(plan, group)
     measured = math.sqrt(left / energy) if energy else 0.0
-    whole = magnitude.size / math.sqrt(energy) if energy and magnitude is not None else 0.0
+    whole = math.hypot(*magnitudes) / math.sqrt(energy) if energy else 0.0
     if not agrees(measured, predicted, plan.request.dtype, whole):
         raise ProofError(
-            f"read back, {measured:.4%} of the change is missing; {predicted:.4%} was expected", tensor=target.names[0]
+            f"read back, {measured:.4%} of the change is missing; {predicted:.4%} was expected",
+            tensor=group[0].names[0],
         )
+
+
+def _left(plan: ExtractionPlan, group: Sequence[LowRankTarget]) -> float:
+    """The share of the change of targets that their factors leave."""
+    factored = [(plan.factored[target.path], plan.ranks[target.path]) for target in group]
+    energy = math.fsum(factors.energy for factors, _ in factored)
+    left = math.fsum(factors.residual(rank) for factors, rank in factored)
+    return math.sqrt(left / energy) if energy else 0.0
 
 
 def _proved_row(row: ExtractRow, residual: Residual | None, dense: DenseTensor | None) -> ExtractRow:
@@ -123,7 +136,10 @@ def _proved_row(row: ExtractRow, residual: Residual | None, dense: DenseTensor |
 
 
 def _predicted_rows(plan: ExtractionPlan) -> tuple[ExtractRow, ...]:
-    targets = {name: target for target in plan.storage.targets for name in target.names}
+    targets: dict[str, list[LowRankTarget]] = {}
+    for target in plan.storage.targets:
+        for name in target.names:
+            targets.setdefault(name, []).append(target)
     dense_by_name: dict[str, list[DenseTensor]] = {}
     for dense in plan.storage.dense_tensors:
         dense_by_name.setdefault(dense.name, []).append(dense)
@@ -150,8 +166,7 @@ def _predicted_rows(plan: ExtractionPlan) -> tuple[ExtractRow, ...]:
         elif not plan.scan.measures[pair.name].changed:
             row = replace(row, kind="unchanged")
         elif pair.name in targets:
-            target = targets[pair.name]
-            row = _low_rank(plan, row, target)
+            row = _low_rank(plan, row, targets[pair.name])
         else:
             unclassified.append(pair.name)
         rows.append(row)
@@ -197,31 +212,41 @@ def _corrected(row: ExtractRow, measured: Residual, dense: DenseTensor) -> Extra
     return replace(row, residual=measured.relative if measured.energy > 0 else 0.0)
 
 
-def _low_rank(plan: ExtractionPlan, row: ExtractRow, target: LowRankTarget) -> ExtractRow:
-    """The row of a tensor whose change is held by factors.
+def _low_rank(plan: ExtractionPlan, row: ExtractRow, group: Sequence[LowRankTarget]) -> ExtractRow:
+    """The row of a tensor whose change is held by factors: one pair, or one for each parameter that it is made into.
 
-    Experts share their cost, so that nothing is counted twice.
+    Tensors that make one parameter share its cost, so that nothing is counted twice.
     """
-    factors, rank, signal = plan.factored[target.path], plan.ranks[target.path], plan.noise.signals[target.path]
-    magnitude = plan.decision.magnitudes.get(target.path)
-    magnitudes = 0 if magnitude is None else magnitude.count
-    numbers, count = target.cost * rank, len(target.names)
-    own_numbers = numbers // count + (numbers % count if row.name == target.names[0] else 0)
-    notes = [row.why, f"experts of '{target.path}' in one pair of factors" if count > 1 else ""]
+    target = group[0]
+    largest = max(group, key=lambda each: plan.ranks[each.path])
+    rank, signal = plan.ranks[largest.path], plan.noise.signals[largest.path]
+    found = [plan.decision.magnitudes.get(each.path) for each in group]
+    magnitudes = sum(magnitude.count for magnitude in found if magnitude is not None)
+    count, own_numbers = len(target.names), 0
+    for each in group:
+        numbers, holders = each.cost * plan.ranks[each.path], len(each.names)
+        own_numbers += numbers // holders + (numbers % holders if row.name == each.names[0] else 0)
+    notes = [row.why, _place(target) if count > 1 else ""]
+    notes += [f"{len(group)} parameters of the model's class"] if len(group) > 1 else []
     notes.append(remark(rank, signal, asked=plan.request.goal.rank.number is not None))
     return replace(
         row,
         kind="low-rank",
         form="DoRA" if magnitudes else "LoRA",
         rank=rank,
-        residual=math.sqrt(factors.residual(rank) / factors.energy if factors.energy else 0.0),
-        bound=max(matrix.bound for matrix in factors.matrices),
+        residual=_left(plan, group),
+        bound=max(matrix.bound for each in group for matrix in plan.factored[each.path].matrices),
         parameters=own_numbers + magnitudes,
         nbytes=plan.request.stored.nbytes(own_numbers) + magnitudes * 4,
         signal=signal,
         calibration=plan.calibrated.facts.get(target.path),
         why="; ".join(note for note in notes if note),
     )
+
+
+def _place(target: LowRankTarget) -> str:
+    what = "experts" if target.form == "experts" else "parts"
+    return f"{what} of '{target.path}' in one pair of factors"
 
 
 def rows_without(rows: Iterable[ExtractRow], storage: StoragePlan, lost: Mapping[str, str]) -> tuple[ExtractRow, ...]:

@@ -20,6 +20,7 @@ from surgery.extraction.targets import LowRankTarget, TunedParameter, tree_name
 from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.parameter_order import is_order_known
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.tensor import matrix_of
 from surgery_formats.text import show
@@ -37,7 +38,6 @@ __all__ = [
 
 RESIZABLE = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
 """Modules whose whole weight PEFT (and every reader here) takes under its plain name: a vocabulary that was resized."""
-_NESTING = ("gate_up_proj", "down_proj")  # in the order transformers registers them: the first is the innermost wrapper
 MOST_ROWS = 1 << 16
 """Rows that can be listed in a configuration of at most 1 MB, which is what readers here accept."""
 _TOO_MANY = f"more than {MOST_ROWS} rows of a tensor that several modules share changed"
@@ -127,8 +127,11 @@ def plan_storage(
         if not covered.intersection(target.names) and any(measures[name].changed for name in target.names):
             plan.targets.append(target)
     _refuse_nests(plan)
+    held = {name for target in targets for name in target.names}
     for parameter in rest:
         name = parameter.pair.name
+        if parameter.form == "part" and name not in held and measures[name].changed:
+            plan.dropped[name] = f"how transformers makes '{parameter.path}' of it is not known"
         if name in covered:
             plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "modules_to_save", name))
         elif measures[name].changed and parameter.path.endswith(".bias") and parameter.form in ("bias", "norm"):
@@ -296,6 +299,7 @@ def _copies(
             "embedding",
             "experts",
             "bias",
+            "part",
         ):
             continue
         only_bias = parameter.form == "norm" and parameter.path.endswith(".bias")
@@ -334,11 +338,10 @@ def _refuse_nests(plan: StoragePlan) -> None:
     """Drop several 3-D parameters of one module unless their order is known: PEFT wraps them around each other."""
     by_module: dict[str, list[LowRankTarget]] = {}
     for target in plan.targets:
-        if target.form == "experts":
+        if target.form == "experts" or not target.path.endswith(".weight"):
             by_module.setdefault(target.path.rpartition(".")[0], []).append(target)
     for module, targets in by_module.items():
-        names = {target.path.rpartition(".")[2] for target in targets}
-        if len(targets) > 1 and not names <= set(_NESTING):
+        if not is_order_known([target.path.rpartition(".")[2] for target in targets]):
             for target in targets:
                 plan.targets.remove(target)
                 plan.dropped |= dict.fromkeys(

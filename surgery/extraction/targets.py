@@ -6,22 +6,26 @@ PEFT addresses modules by their names in the model that transformers builds, whi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from surgery.extraction.made_weights import made_weights
 from surgery.extraction.pairing import Delta, Pair, Strip
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.eras import Era, Eras, expert_counts, is_known
 from surgery_formats.models.families.family import Fused
 from surgery_formats.storage.aligned import turned
 
-__all__ = ["Form", "LowRankTarget", "TunedParameter", "low_rank_targets", "tree_name", "tuned_parameters"]
+__all__ = ["Form", "LowRankTarget", "TunedParameter", "low_rank_targets", "sharing", "tree_name", "tuned_parameters"]
 
-Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole", "owner"]
+Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole", "owner", "part"]
 """``whole``: a weight that only a copy of its module can hold; ``owner``: a parameter that belongs to a module of
-several."""
+several; ``part``: a tensor that transformers makes a parameter of with others, or several parameters of, and that only
+factors can hold."""
 _TABLES = (
     "embed", "embed_in", "embed_tokens", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding",
     "token_embeddings", "word_embeddings", "wpe", "wte",
@@ -30,9 +34,11 @@ _OTHER_TABLES = ("relative_attention_bias",)
 """Tables of an unusual name or with a forward() of their own (``embed_positions`` computes the positions itself), where
 a LoRA would be missed; whatever has ``emb`` in its name is taken for one."""
 _LINEAR = ("proj", "linear", "dense")  # with ``emb`` in their name, and linear all the same: ``time_emb_proj``
-_BARE_CONVOLUTIONS = {"whisper": ("conv1", "conv2")}
-"""By model type: convolutions whose attributes the model reads (``conv1.stride``), which PEFT's LoRA layer does not
-pass on."""
+_BARE = {"whisper": ("conv1", "conv2"), "deepseek_v4": ("o_a_proj",)}
+"""By model type: modules whose attributes the model reads (``conv1.stride``), which PEFT's LoRA layer does not pass on,
+or that compute something else than a LoRA beside them would."""
+_MAMBA = frozenset(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"))
+"""Model types in which PEFT refuses to attach anything to a mixer's ``out_proj`` (PEFT 0.21)."""
 _ROUTERS = ("gate", "router")  # beside ``experts``: parameters of a router module, which no LoRA layer wraps
 
 
@@ -66,6 +72,7 @@ class LowRankTarget:
         deltas: The differences, one per expert; a single one for any other form.
         shape: ``(out, in[, k...])`` of the weight, of one expert where there are several.
         names: The tensors of TUNED that hold it.
+        order: The row of a difference that each row of the parameter is; empty for the same.
     """
 
     path: str
@@ -73,6 +80,7 @@ class LowRankTarget:
     deltas: tuple[Delta, ...]
     shape: tuple[int, ...]
     names: tuple[str, ...]
+    order: tuple[int, ...] = ()
 
     @property
     def cost(self) -> int:
@@ -88,13 +96,27 @@ class LowRankTarget:
 def tuned_parameters(pairs: Iterable[Pair], base: Component) -> tuple[TunedParameter, ...]:
     """Find the parameter and the form of every compared pair."""
     prefix = _prefix(base)
-    compared = [pair for pair in pairs if pair.match == "pair"]
-    by_name = {pair.name: pair for pair in compared}
-    routed = {name.partition(".experts.")[0] for name in by_name if ".experts." in name}
+    paths = {pair.name: tree_name(pair.name, base, prefix) for pair in pairs if pair.match == "pair"}
+    by_path = {paths[pair.name]: pair for pair in pairs if pair.name in paths}
+    routed = {path.partition(".experts.")[0] for path in by_path if ".experts." in path}
+    eras = _eras(paths, base, prefix)
+    parts = {name.removeprefix(prefix) for era in eras.parameters.values() if era.conversion for name in _stored(era)}
     return tuple(
-        TunedParameter(pair, tree_name(pair.name, base, prefix), _form(pair, base, by_name, routed))
-        for pair in compared
+        TunedParameter(
+            pair, paths[pair.name], "part" if pair.name in parts else _form(pair, base, by_path, routed, paths)
+        )
+        for pair in pairs
+        if pair.name in paths
     )
+
+
+def _stored(era: Era) -> Iterable[str]:
+    return era.stored.values()
+
+
+def _eras(names: Iterable[str], base: Component, prefix: str) -> Eras:
+    """The records of BASE's class over the names of TUNED."""
+    return Eras(frozenset(f"{prefix}{name}" for name in names), base.names.eras.conversions)
 
 
 def _prefix(base: Component) -> str:
@@ -108,20 +130,25 @@ def _prefix(base: Component) -> str:
 
 
 def tree_name(name: str, base: Component, prefix: str = "") -> str:
-    """The path of the parameter `name` in the model's tree, in today's spelling."""
+    """The path of the parameter `name` in the model's tree, in today's spelling; of a part, that of the first whole."""
+    if is_known(base.config):
+        return base.names.eras.live(f"{prefix}{name}")
     path = f".{prefix}{name}."
     for rename in base.family.renames:
         path = path.replace(f".{rename.old}.", f".{rename.new}.")
     return path[1:-1]
 
 
-def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[str]) -> Form:
-    module, _, leaf = pair.name.rpartition(".")
+def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[str], paths: Mapping[str, str]) -> Form:
+    path = paths[pair.name]
+    module, _, leaf = path.rpartition(".")
     last = module.rpartition(".")[2]
     shape = pair.tuned.sizes
     if not pair.is_float:
         return "whole" if module else "owner"
-    if len(shape) == 3 and leaf != "weight" and last == "experts" and not base.family.experts_transposed:
+    if len(shape) == 2 and last == "experts" and leaf.endswith("_bias"):
+        return "linear"
+    if len(shape) == 3 and _is_stack(pair, last, leaf, base):
         return "experts"
     if leaf == "bias" and len(shape) == 1:
         weight = known.get(f"{module}.weight")
@@ -135,16 +162,43 @@ def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[st
         )
     if len(shape) == 1:
         return "norm"
+    if last in _BARE.get(str(base.config.get("model_type")), ()) or _is_renamed_again(path, base):
+        return "whole"
     if len(shape) == 2:
         if pair.name in (base.embedding, base.head) or last in _TABLES:
             return "linear" if pair.name == base.head else "embedding"
+        mixer = module.rpartition(".")[0]
+        if f"{mixer}.A_log" in known and (last == "dt_proj" or (last == "out_proj" and _is_mamba(base))):
+            return "whole"  # its weight is read, and not its module called
         table = last in _OTHER_TABLES or ("emb" in last and not last.endswith(_LINEAR))
-        if table or (last in _ROUTERS and module.rpartition(".")[0] in routed):
+        if table or _routes(module, routed):
             return "whole"
         return "linear"
     # Of a grouped convolution the file shows less input channels than there are; a depthwise one shows one.
-    bare = last in _BARE_CONVOLUTIONS.get(str(base.config.get("model_type")), ())
-    return "conv" if len(shape) <= 5 and shape[1] > 1 and not bare else "whole"
+    return "conv" if len(shape) <= 5 and shape[1] > 1 else "whole"
+
+
+def _routes(module: str, routed: set[str]) -> bool:
+    """Whether it is a router beside experts, or a layer of one."""
+    owner = module.rpartition(".")[0]
+    beside = module if module.rpartition(".")[2] in _ROUTERS else owner
+    return beside.rpartition(".")[2] in _ROUTERS and beside.rpartition(".")[0] in routed
+
+
+def _is_renamed_again(path: str, base: Component) -> bool:
+    """Whether PEFT, which renames the factors it loads as if they had the names on disk, would miss this one's."""
+    return is_known(base.config) and base.names.eras.renamed(path) != path
+
+
+def _is_mamba(base: Component) -> bool:
+    return base.config.get("model_type") in _MAMBA
+
+
+def _is_stack(pair: Pair, last: str, leaf: str, base: Component) -> bool:
+    """Whether a tensor of three axes is a stack of experts: by its name, or as the configuration counts experts."""
+    if leaf != "weight":
+        return last == "experts" or pair.tuned.sizes[0] in expert_counts(base.config)
+    return pair.base.shape[0] == math.prod(pair.base.sizes[:2]) != pair.base.sizes[0]
 
 
 def low_rank_targets(parameters: Iterable[TunedParameter], base: Component) -> tuple[LowRankTarget, ...]:
@@ -152,6 +206,7 @@ def low_rank_targets(parameters: Iterable[TunedParameter], base: Component) -> t
     targets: list[LowRankTarget] = []
     apart: dict[str, dict[tuple[int, int], TunedParameter]] = {}
     fused_by_path: dict[str, Fused] = {}
+    parameters = tuple(parameters)
     for parameter in parameters:
         if not parameter.pair.numel:
             continue  # without values, thus without a change
@@ -161,12 +216,30 @@ def low_rank_targets(parameters: Iterable[TunedParameter], base: Component) -> t
             apart.setdefault(path, {})[number, position] = parameter
             fused_by_path[path] = fused
         elif parameter.form == "experts":
-            targets.append(_stack(parameter))
+            targets.append(_stack(parameter, base))
         elif parameter.form in ("linear", "conv", "embedding"):
             targets.append(_single(parameter, base))
     for path, parts in apart.items():
         targets.append(_gathered(path, parts, len(fused_by_path[path].parts)))
+    prefix = _prefix(base)
+    pairs = {f"{prefix}{parameter.pair.name}": parameter.pair for parameter in parameters}
+    eras = _eras([parameter.pair.name for parameter in parameters], base, prefix)
+    for made in made_weights(eras, pairs, base):
+        form: Form = "experts" if made.stacked else "linear"
+        targets.append(
+            LowRankTarget(made.path, form, made.deltas, made.deltas[0].logical_shape, made.names, made.order)
+        )
     return tuple(targets)
+
+
+def sharing(targets: Iterable[LowRankTarget]) -> list[tuple[LowRankTarget, ...]]:
+    """Targets that have a tensor in common together, the others by themselves."""
+    groups: dict[str, list[LowRankTarget]] = {}
+    for target in targets:
+        known = next((groups[name] for name in target.names if name in groups), [])
+        known.append(target)
+        groups |= dict.fromkeys(target.names, known)
+    return list({id(group): tuple(group) for group in groups.values()}.values())
 
 
 def _single(parameter: TunedParameter, base: Component) -> LowRankTarget:
@@ -185,21 +258,24 @@ def _strip(pair: Pair, *, upright: bool = False) -> Strip:
     return Strip(base, tuned, 0, min(base.shape[0], tuned.shape[0]))
 
 
-def _stack(parameter: TunedParameter) -> LowRankTarget:
-    """The target of a 3-D tensor ``(E, out, in)``, with one difference per expert."""
+def _stack(parameter: TunedParameter, component: Component) -> LowRankTarget:
+    """The target of a 3-D tensor ``(E, out, in)`` or ``(E, in, out)``, with one difference per expert."""
     pair = parameter.pair
     count = pair.tuned.sizes[0]
     base, tuned = pair.matrices(stacked=True)
-    if base.transposed:
+    turns = component.family.experts_transposed
+    if base.transposed and not turns:
         base, tuned = turned(base), turned(tuned)
+    flips = turns and not base.transposed
     height = tuned.shape[0] // count
-    deltas = tuple(Delta((Strip(base, tuned, e * height, (e + 1) * height),), names=(pair.name,)) for e in range(count))
-    return LowRankTarget(parameter.path, "experts", deltas, pair.tuned.sizes[1:], (pair.name,))
+    strips = [Strip(base, tuned, e * height, (e + 1) * height) for e in range(count)]
+    deltas = tuple(Delta((strip,), flips, (pair.name,)) for strip in strips)
+    return LowRankTarget(parameter.path, "experts", deltas, deltas[0].logical_shape, (pair.name,))
 
 
 def _expert_part(parameter: TunedParameter, base: Component) -> tuple[str, int, int, Fused] | None:
     """``(path of the 3-D parameter, expert, position of the part, record)`` of one expert's own tensor."""
-    if parameter.form != "linear" or ".experts." not in parameter.path:
+    if parameter.form != "linear" or ".experts." not in parameter.path or is_known(base.config):
         return None
     for fused in base.family.fused:
         for position, part in enumerate(fused.parts):

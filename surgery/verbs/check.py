@@ -26,6 +26,7 @@ def check(
     fix: StrPath | None = None,
     saved: SavedChoice | None = None,
     rank: int | Rank | None = None,
+    max_rank: int | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
     progress: Callback | None = None,
@@ -43,6 +44,7 @@ def check(
             difference to the base, or ``drop``.
         rank: With `fix`, directions of LoRAs that stand for other kinds, as for `surgery.convert`; by default nothing
             may be lost.
+        max_rank: The greatest rank that the program was started with, where it has a limit; by default its own default.
         allow_loss: With `fix`, leave out what the program cannot honour in any form.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step.
@@ -62,7 +64,7 @@ def check(
         [consumer_named(consumer)] if consumer is not None else [(one, one.version) for one in consumers().values()]
     )
     checkpoint, original = as_checkpoint(base), as_adapter(adapter)
-    facts, warnings = bound_facts(placed(original, checkpoint, None)[0], checkpoint)
+    facts, warnings = bound_facts(placed(original, checkpoint, None)[0], checkpoint, max_rank)
     checks = tuple(ConsumerCheck.of(one, v, one.judge(facts, asked_version(v))) for one, v in chosen)
     newer = [one for one, v in chosen if asked_version(v) > asked_version(one.version)]
     notes = [f"the rules of {one.title} were read from version {one.version}, which is older" for one in newer]
@@ -79,7 +81,7 @@ def check(
     from surgery.consumers.fix import write_for
 
     ((program, version),) = chosen
-    consent = Consent(saved, allow_loss, None if rank is None else Rank.of(rank))
+    consent = Consent(saved, allow_loss, None if rank is None else Rank.of(rank), max_rank)
     output = local_path(fix, "fix")
     written = write_for(
         original,

@@ -26,6 +26,7 @@ from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded
 from surgery_formats.adapters.registry import format_named
+from surgery_formats.binding.containers import housed
 from surgery_formats.errors import FitError, UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def convert(
     rank: int | Rank | None = None,
     consumer: str | None = None,
     saved: SavedChoice | None = None,
+    max_rank: int | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -82,6 +84,7 @@ def convert(
             honours all of it (`surgery.check`), and the base is needed.
         saved: With `consumer`, what becomes of modules trained in full that it cannot hold: ``lora`` of their difference
             to the base, or ``drop``.
+        max_rank: With `consumer`, the greatest rank that it was started with; by default its own default.
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
@@ -106,7 +109,7 @@ def convert(
             as_adapter(adapter),
             as_checkpoint(base),
             consumer,
-            Consent(saved, allow_loss, None if rank is None else Rank.of(rank)),
+            Consent(saved, allow_loss, None if rank is None else Rank.of(rank), max_rank),
             output=output_path(output, dry_run=dry_run),
             component=component,
             dtype=stored,
@@ -115,8 +118,8 @@ def convert(
         )
     if to is None:
         raise UsageError("a format is named, as in 'peft', not NoneType", hint="or a program is, such as vllm")
-    if saved is not None:
-        raise FitError("saved modules are turned for a program", hint="name the program")
+    if saved is not None or max_rank is not None:
+        raise FitError("what a program takes is asked of a program", hint="name the program")
     target = in_dialect(coded_as(format_named(to), factors), dialect)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
@@ -128,6 +131,8 @@ def convert(
     original = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
     original, left, known = placed(original, checkpoint, component)
+    if checkpoint is not None and not checkpoint.is_pipeline:
+        original, _ = housed(original, checkpoint)  # writers ask the base by these names
     source, named = original, checkpoint
     also: Errors | None = None
     form: LoraForm | None = None

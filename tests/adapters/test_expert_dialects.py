@@ -13,7 +13,7 @@ from torch import Tensor
 import surgery
 from surgery_formats import open_checkpoint, read_adapter
 from surgery_formats.adapters.peft.dialects import BUILT_IN, dialect_of, write
-from surgery_formats.errors import FitError, NotFoundError, SurgeryError
+from surgery_formats.errors import FitError, NotFoundError
 from tests.oracles import disk
 from tests.support import expert_models
 
@@ -23,7 +23,7 @@ STACKED_IN_VLLM = ("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe")
 
 def held(name: str, model: str) -> bool:
     """Whether a dialect has experts of such a model at all."""
-    return name != ("mlx" if model == "gpt_oss" else "unsloth-linears")
+    return name != "unsloth-linears" or model == "gpt_oss"
 
 
 def convert(adapter: Path, dialect: str, base: Path, output: Path) -> surgery.ConvertResult:
@@ -83,10 +83,24 @@ def test_what_was_written_is_recognised(mixture: Mixture) -> None:
         assert (found.name if found else None) == wanted
 
 
+def test_mlx_has_the_paths_of_its_own_classes(mixture: Mixture) -> None:
+    """Compared with the classes of mlx-lm 0.32.2, which load these files and give the same logits."""
+    stems = {"mixtral": "model.layers.{}.block_sparse_moe.switch_mlp", "gpt_oss": "model.layers.{}.mlp.experts"}
+    composite = "language_model.model.layers.{}.mlp.switch_mlp"
+    stem = stems.get(mixture.name, composite if "qwen3_" in mixture.name[:8] else "")
+    stem = "model.layers.{}.mlp.switch_mlp" if mixture.name == "qwen3_moe" or not stem else stem
+    (file,) = mixture.dialects["mlx"].glob("*.safetensors")
+    names = {name for name in disk.read_tensors(mixture.dialects["mlx"]) if ".self_attn." not in name}
+    assert file.name == "adapters.safetensors"
+    layers = (1,) if mixture.name == "deepseek_v3" else (0, 1)
+    parts = ("gate_proj", "up_proj", "down_proj")
+    assert names == {f"{stem.format(n)}.{part}.lora_{side}" for n in layers for part in parts for side in "ab"}
+
+
 @pytest.mark.parametrize("source", DIALECTS)
 def test_every_dialect_becomes_every_other(mixture: Mixture, source: str, tmp_path: Path) -> None:
     if source not in mixture.dialects:
-        with pytest.raises(SurgeryError):
+        with pytest.raises(FitError, match="only gpt-oss"):
             convert(mixture.adapter, source, mixture.base, tmp_path / "out")
         return
     for target in mixture.dialects:

@@ -95,6 +95,10 @@ STATED: dict[str, tuple[str, dict[str, Any]]] = {
     "PEANuT": ("PeanutConfig", {"r": 4}),
     "GLoRA": ("GloraConfig", {"r": 4}),
     "Uni-LoRA": ("UniLoraConfig", {"r": 4, "save_indices": True}),
+    "DEFT": ("DeftConfig", {"r": 4}),
+    "PaRa": ("DeftConfig", {"r": 4, "para": True, "alpha": 3}),
+    "TinyLoRA": ("TinyLoraConfig", {"r": 4, "u": 5}),
+    "Lily": ("LilyConfig", {"r": 4}),
     "SuperTuning": ("SupertuningConfig", {"r": 4, "lora_alpha": 8}),
 }
 
@@ -151,6 +155,21 @@ def test_every_kind_has_the_rank_that_peft_would_build(name: str, tmp_path: Path
         surgery.inspect(tmp_path / "a")
     with peft_oracle.quiet(), pytest.raises((RuntimeError, ValueError)):
         peft_oracle.attach("llama", base, [(tmp_path / "a", 1.0)], "float32")
+
+
+@pytest.mark.parametrize(("stated", "says"), [(20, 20), (0.25, 8), (None, 16)])
+def test_osf_keeps_as_many_directions_as_it_says(stated: float | None, says: int, tmp_path: Path) -> None:
+    """A number of them, a share of the weight's smaller size, or half."""
+    base, fields = models.build_base("llama", tmp_path / "base"), {"target_modules": ["q_proj"]}
+    peft_oracle.train("llama", base, "OSFConfig", {**fields, "effective_rank": stated}, tmp_path / "good", seed=1)
+    surgery.inspect(tmp_path / "good")
+    peft_oracle.train("llama", base, "OSFConfig", {**fields, "effective_rank": 11}, tmp_path / "bad", seed=1)
+    file = tmp_path / "bad" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"effective_rank": stated}))
+    with pytest.raises(MalformedError, match=f"11 of 32 singular values stay, but 'effective_rank' says {says}"):
+        surgery.inspect(tmp_path / "bad")
+    with peft_oracle.quiet(), pytest.raises(RuntimeError):
+        peft_oracle.attach("llama", base, [(tmp_path / "bad", 1.0)], "float32")
 
 
 @pytest.mark.parametrize(

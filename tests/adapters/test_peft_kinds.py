@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "convolution": ("torch_module", "Lora", {"target_modules": ["conv1", "conv2"], "r": 3}),
     "other convolutions": ("torch_module", "Lora", {"target_modules": ["conv2_point", "conv3"], "r": 3}),
     "wrapped attention": ("torch_module", "Lora", {"target_modules": ["attention", "head"], "r": 3, "lora_alpha": 5}),
+    "biased attention": ("torch_module", "Lora", {"target_modules": ["attention", "head"], "r": 3, "lora_bias": True}),
     "conv1d": ("gpt2", "Lora", {"target_modules": ["c_attn", "c_proj"], "r": 3}),
     "lora_bias": ("gpt2", "Lora", {"target_modules": ["c_attn"], "r": 3, "lora_bias": True}),
     "token rows": (
@@ -70,6 +71,16 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"target_modules": ["c_attn"], "r": 5, "save_projection": False, "projection_prng_key": 3},
     ),
     "adalora": ("llama", "AdaLora", {"target_modules": ["q_proj", "up_proj"], "init_r": 4, "total_step": 10}),
+    "adalora and token rows": (
+        "llama",
+        "AdaLora",
+        {
+            "target_modules": ["q_proj"],
+            "init_r": 4,
+            "total_step": 10,
+            "trainable_token_indices": {"embed_tokens": [1, 5]},
+        },
+    ),
     "adalora on convolutions": (
         "torch_module",
         "AdaLora",

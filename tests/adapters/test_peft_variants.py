@@ -247,6 +247,43 @@ def test_a_kind_without_a_merge_is_shown_copied_and_refused(name: str, tmp_path:
     assert disk.adapter(written)[1].keys() == disk.adapter(tmp_path / "trained")[1].keys()
 
 
+def test_an_adamss_is_shown_copied_and_refused(tmp_path: Path) -> None:
+    """As PEFT writes it where scikit-learn is: rows are parted among the subspaces, their sum is the weight's."""
+    base = models.build_base("llama", tmp_path / "base")
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.adamss_"
+    tensors = {f"{stem}A.{i}": torch.ones(2, 8) for i in range(2)}
+    tensors |= {f"{stem}B.0": torch.ones(20, 2), f"{stem}B.1": torch.ones(12, 2), f"{stem}newB": torch.ones(8, 33)}
+    fields = {"peft_type": "ADAMSS", "r": 8, "num_subspaces": 2, "subspace_rank": 2, "target_modules": ["q_proj"]}
+    trained = disk.write_adapter(tmp_path / "trained", fields, tensors)
+    adapter = read_adapter(trained)
+    assert not adapter.unconsumed()
+    assert {update.rank for chain in adapter.updates.values() for update in chain} == {8}
+    with pytest.raises(FitError, match=r"groups them again by k-means.*merge it with PEFT"):
+        surgery.merge(base, trained, output=tmp_path / "merged")
+    written = save(PEFT.render(adapter, None), PEFT, tmp_path)
+    assert disk.adapter(written)[1].keys() == tensors.keys()
+
+
+def test_gloras_of_biases_combine_to_biases(tmp_path: Path) -> None:
+    """Which BEFT's files hold, and GLoRA's not."""
+    arch, kind, fields = KINDS["glora of biases"]
+    base = models.build_base(arch, tmp_path / "base")
+    for seed in range(2):
+        peft_oracle.train(arch, base, f"{kind}Config", fields, tmp_path / f"a{seed}", seed=seed)
+    chain = [(tmp_path / "a0", 1.0), (tmp_path / "a1", 1.0)]
+    surgery.merge(base, chain, output=tmp_path / "merged")
+    surgery.combine(chain, output=tmp_path / "one", base=base, rank=models.HIDDEN)
+    assert disk.adapter(tmp_path / "one")[0]["peft_type"] == "BEFT"
+    surgery.merge(base, tmp_path / "one", output=tmp_path / "again")
+    _assert_same(disk.read_tensors(tmp_path / "again"), disk.read_tensors(tmp_path / "merged"))
+    _assert_same(peft_oracle.merge(arch, base, chain[:1]).tensors, _merged(base, tmp_path / "a0", tmp_path / "first"))
+
+
+def _merged(base: Path, adapter: Path, folder: Path) -> Mapping[str, torch.Tensor]:
+    surgery.merge(base, adapter, output=folder)
+    return disk.read_tensors(folder)
+
+
 LOOKING = [
     "raw pissa on conv1d",
     "raw olora",
@@ -286,7 +323,7 @@ def test_a_lora_by_another_name_converts_to_one(name: str, tmp_path: Path) -> No
         assert measure.relative_error(value, merged[key]) < 1e-6, key
 
 
-NOT_ADALORAS = {"kasa_config", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora"}
+NOT_ADALORAS = {"kasa_config", "lora_bias", "target_parameters", "use_bdlora", "use_dora"}
 """Fields that AdaLoRA's configuration has of LoRA's, and PEFT does not use for it: refused where they are on."""
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_a_plain_lora_is_honoured_by_all_that_read_its_format(base: Path, tmp_pa
     adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=["down_proj"])
     found = {check.name: check.outcome for check in surgery.check(base, adapter).consumers}
     assert {name for name, outcome in found.items() if outcome == "honoured"} == {
-        "peft", "vllm", "tensorrt-llm", "edge-llm", "llama.cpp", "onnxruntime-genai", "olive",
+        "peft", "transformers", "vllm", "tensorrt-llm", "edge-llm", "llama.cpp", "onnxruntime-genai", "olive",
     }  # fmt: skip
     assert found["sglang"] == "refused"  # q has a LoRA and v has none
 
@@ -105,6 +106,36 @@ def test_versions_have_their_own_rules(base: Path, tmp_path: Path) -> None:
     assert "vllm" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("names", "outcomes"),
+    [
+        (lambda name: name.removeprefix("base_model.model."), {"peft": "ignored", "vllm": "honoured"}),
+        (lambda name: name.replace("model.layers", "_orig_mod.model.layers"), {"peft": "ignored", "llama.cpp": "refused"}),
+        (lambda name: name.replace(".weight", ".default.weight"), {"peft": "honoured", "vllm": "refused"}),
+    ],
+    ids=["bare", "wrapped", "in memory"],
+)  # fmt: skip
+def test_names_of_tensors_that_are_not_pefts_are_told_and_put_right(
+    base: Path, tmp_path: Path, names: Callable[[str], str], outcomes: dict[str, str]
+) -> None:
+    tensors = {names(name): value for name, value in _lora(1, MODULES).items()}
+    adapter = write_peft(tmp_path / "a", tensors, target_modules=TARGETS, r=2, rank_pattern={})
+    found = {check.name: check.outcome for check in surgery.check(base, adapter).consumers}
+    assert found.items() >= outcomes.items()
+    for consumer in outcomes:
+        assert surgery.check(base, adapter, consumer=consumer, fix=tmp_path / f"for {consumer}").honoured
+
+
+def test_a_rank_above_what_the_program_takes_is_cut_by_choice(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES, rank=6), target_modules=TARGETS)
+    assert surgery.check(base, adapter, consumer="vllm").honoured
+    assert not surgery.check(base, adapter, consumer="vllm", max_rank=4).honoured
+    with pytest.raises(surgery.FitError, match="rank 6 is above 4"):
+        surgery.check(base, adapter, consumer="vllm", max_rank=4, fix=tmp_path / "never")
+    surgery.check(base, adapter, consumer="vllm", max_rank=4, fix=tmp_path / "fixed", rank=4)
+    assert config_of(tmp_path / "fixed")["r"] == 4
+
+
 @pytest.mark.parametrize("consumer", ["sglang", "edge-llm", "llama.cpp", "olive", "vllm@0.10", "tensorrt-llm", "peft"])
 @pytest.mark.parametrize(
     ("ranks", "config"),
@@ -143,11 +174,11 @@ def test_one_rank_and_one_scale_leave_no_pattern_behind(base: Path, tmp_path: Pa
 
 
 def test_partners_are_zeros_of_the_right_sizes(base: Path, tmp_path: Path) -> None:
-    """SGLang puts q, k and v together: a LoRA of k alone is passed over there."""
+    """SGLang puts q, k and v together: a LoRA of k alone is refused there."""
     k = {"0.self_attn.k_proj": (4, 6)}
     adapter = write_peft(tmp_path / "a", _lora(1, k), target_modules=["k_proj"])
     (check,) = surgery.check(base, adapter, consumer="sglang").consumers
-    assert check.outcome == "ignored"
+    assert check.outcome == "refused"
     surgery.check(base, adapter, consumer="sglang", fix=tmp_path / "fixed")
     deltas = peft_deltas(tmp_path / "fixed")
     assert {name: value.shape for name, value in deltas.items()} == {

@@ -56,6 +56,10 @@ def test_types_and_orientations_are_those_of_the_installed_transformers() -> Non
     assert list(DATA["transposed"]) == _tool().transposed()
 
 
+def test_names_that_peft_takes_for_experts_are_those_of_the_installed_peft() -> None:
+    assert DATA["taken_for_experts"] == _tool().taken_for_experts()
+
+
 def test_records_that_are_not_read_are_listed() -> None:
     found = set()
     for name, entries in DATA["records"].items():

@@ -270,7 +270,13 @@ _kind("AdaLora", "acts-after-tokens", (4, 3), lambda c, t: c.update(alora_invoca
 _kind("Miss", "mini-of-another-width", (3, 4), lambda c, t: c.update(init_weights="mini", mini_r=4), "mini_r")
 _kind("Miss", "bat-of-two-axes", (3, 4), lambda c, t: c.update(init_weights="bat"), "three axes")
 _kind("Miss", "no-such-variant", (4, 3), lambda c, t: c.update(init_weights="cat"), "cat")
-_kind("Miss", "wider-than-the-base", 4, lambda c, t: _edit(t, "q_proj.miss_block", lambda v: v.repeat(5, 1)), "q_proj")
+_kind(
+    "Miss",
+    "wider-than-the-base",
+    4,
+    lambda c, t: (c.update(r=40), [_edit(t, key, lambda v: v.repeat(5, 1)) for key in list(t)]),
+    "q_proj",
+)
 _kind("Hira", "without-its-a", (3, 4), lambda c, t: _drop(t, "q_proj.hira_A"), "hira_A")
 _kind(
     "HRA", "a-vector-of-zeros", 4, lambda c, t: _edit(t, "q_proj.hra_u", lambda v: v * (torch.arange(4) != 2)), "is 0"

@@ -25,6 +25,13 @@ def test_uniform_numbers(seed: int, sizes: list[int], low: float, span: float) -
         np.testing.assert_array_equal(draws.uniform(tuple(sizes), low, low + span), drawn.numpy())
 
 
+@given(SEEDS, st.integers(1, 50))
+def test_normal_numbers(seed: int, count: int) -> None:
+    """But for the last bits, in which libraries' logarithms and cosines differ."""
+    drawn = torch.empty(count).normal_(generator=torch.Generator().manual_seed(seed))
+    np.testing.assert_allclose(TorchDraws(seed).normal(count), drawn.numpy(), rtol=2e-5, atol=2e-6)
+
+
 @given(SEEDS, st.integers(1, 500), st.integers(0, 500))
 def test_the_head_of_a_permutation(seed: int, total: int, count: int) -> None:
     count = min(count, total)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import peft
 import pytest
 import torch
 
@@ -57,10 +58,10 @@ def far(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_a_merge_is_the_attached_model_and_pefts_own_merge(made: Made, name: str, tmp_path: Path) -> None:
     base, chain = made[0], chain_of(made, name)
     surgery.merge(base, chain, output=tmp_path / "merged")
-    peft = peft_oracle.merge("llama", base, chain)
+    expected = peft_oracle.merge("llama", base, chain)
     merged = disk.read_tensors(tmp_path / "merged")
-    assert far(models.run("llama", models.load("llama", tmp_path / "merged", "float32")), peft.attached) < 1e-5
-    assert max(far(merged[tensor], value) for tensor, value in peft.tensors.items() if tensor in merged) < 1e-6
+    assert far(models.run("llama", models.load("llama", tmp_path / "merged", "float32")), expected.attached) < 1e-5
+    assert max(far(merged[tensor], value) for tensor, value in expected.tensors.items() if tensor in merged) < 1e-6
 
 
 def test_the_order_matters(made: Made) -> None:
@@ -124,8 +125,15 @@ SEEING: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+BASED = SEEING | {
+    "OSF": ("OSFConfig", {}),
+    "DoRA": ("LoraConfig", {"r": 3, "use_dora": True}),
+    "raw PiSSA": ("LoraConfig", {"r": 3, "init_lora_weights": "pissa"}),
+}
+
+
 def of_one_kind(base: Path, name: str, folder: Path, count: int) -> list[Path]:
-    kind, fields = SEEING[name]
+    kind, fields = BASED[name]
     config = {"target_modules": ["q_proj", "up_proj", "down_proj"], **fields}
     for seed in range(count):
         peft_oracle.train("qwen2", base, kind, config, folder / f"{name}{seed}", seed=seed)
@@ -140,13 +148,72 @@ def test_adapters_of_one_kind_see_what_pefts_attached_ones_see(name: str, biased
     assert far(models.run("qwen2", models.load("qwen2", tmp_path / "merged", "float32")), attached) < 1e-5
 
 
-def test_a_combination_sees_what_the_merge_sees(biased: Path, tmp_path: Path) -> None:
-    chain = [(folder, 1.0) for folder in of_one_kind(biased, "HiRA", tmp_path, 2)]
+@pytest.mark.parametrize("name", SEEING)
+def test_a_combination_sees_what_the_merge_sees(name: str, biased: Path, tmp_path: Path) -> None:
+    chain = [(folder, 1.0) for folder in of_one_kind(biased, name, tmp_path, 2)]
+    _same_combined(biased, chain, tmp_path)
+
+
+BEHIND = [
+    ("DoRA", "HiRA"),
+    ("HiRA", "DoRA"),
+    ("OSF", "HiRA"),
+    ("HiRA", "OSF"),
+    ("RoAd", "DoRA"),
+    ("PEANuT", "raw PiSSA"),
+]
+"""Kinds that see the base, one behind another: PEFT cannot attach them together, and merges one after the other."""
+
+
+@pytest.mark.parametrize("names", BEHIND, ids=" ".join)
+def test_kinds_that_see_the_base_combine_as_they_merge(names: tuple[str, str], biased: Path, tmp_path: Path) -> None:
+    chain = [(of_one_kind(biased, name, tmp_path, 1)[0], 1.0) for name in names]
+    _same_combined(biased, chain, tmp_path)
+
+
+def _same_combined(biased: Path, chain: list[tuple[Path, float]], tmp_path: Path) -> None:
     surgery.merge(biased, chain, output=tmp_path / "merged")
     surgery.combine(chain, output=tmp_path / "one", base=biased, rank=models.HIDDEN)
     surgery.merge(biased, tmp_path / "one", output=tmp_path / "again")
     merged, again = disk.read_tensors(tmp_path / "merged"), disk.read_tensors(tmp_path / "again")
-    assert max(far(again[tensor], value) for tensor, value in merged.items()) < 2e-6
+    assert max(far(again[tensor], value) for tensor, value in merged.items()) < 5e-6
+
+
+MIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("LoraConfig", {"r": 3}),
+    "DoRA": ("LoraConfig", {"r": 3, "use_dora": True}),
+    "LoHa": ("LoHaConfig", {"r": 3}),
+    "LoKr": ("LoKrConfig", {"r": 3}),
+    "AdaLoRA": ("AdaLoraConfig", {"init_r": 3, "total_step": 10}),
+    "SHiRA": ("ShiraConfig", {"r": 2}),
+    "OFT": ("OFTConfig", {"oft_block_size": 8}),
+}
+PAIRS = [
+    *((name, "DoRA") for name in MIXED if name != "OFT"),
+    *(("DoRA", name) for name in MIXED if name not in ("DoRA", "SHiRA")),
+    *((name, "OFT") for name in ("LoRA", "LoHa", "SHiRA")),
+]
+"""PEFT has no OFT before another kind, and no SHiRA behind one."""
+
+
+@pytest.mark.parametrize("names", PAIRS, ids=" ".join)
+def test_adapters_of_several_kinds_mean_what_pefts_mixed_model_does(
+    names: tuple[str, str], biased: Path, tmp_path: Path
+) -> None:
+    """Attached: its merge of a DoRA behind another kind measures the rows that the other has changed."""
+    chain = []
+    for seed, name in enumerate(names):
+        kind, fields = MIXED[name]
+        config = {"target_modules": ["q_proj", "up_proj", "down_proj"], **fields}
+        peft_oracle.train("qwen2", biased, kind, config, tmp_path / f"{name}{seed}", seed=seed)
+        chain.append(tmp_path / f"{name}{seed}")
+    with peft_oracle.quiet():
+        model = peft.PeftMixedModel.from_pretrained(models.load("qwen2", biased, "float64"), str(chain[0]), "first")
+        model.load_adapter(str(chain[1]), "second")
+        model.set_adapter(["first", "second"])
+        attached = models.run("qwen2", model.eval())
+    surgery.merge(biased, [(folder, 1.0) for folder in chain], output=tmp_path / "merged")
+    assert far(models.run("qwen2", models.load("qwen2", tmp_path / "merged", "float32")), attached) < 2e-5
 
 
 def test_what_was_summed_is_taken_back_with_what_the_merge_kept(biased: Path, tmp_path: Path) -> None:

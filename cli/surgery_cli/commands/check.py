@@ -63,6 +63,11 @@ def complete_consumers(ctx: click.Context, param: click.Parameter, incomplete: s
 @click.option(
     "--max-error", type=option.share, metavar="SHARE", help="With --fix: greatest error of a change, e.g. .05."
 )
+@click.option(
+    "--max-rank",
+    type=click.IntRange(min=1),
+    help="What the program was started with, e.g. vLLM's --max-lora-rank; default: its own.",
+)
 @click.option("--allow-loss", is_flag=True, help="With --fix: leave out what the program cannot honour.")
 @option.overwrite()
 def command(settings: Settings, base: str, adapter: str, **options: Any) -> None:

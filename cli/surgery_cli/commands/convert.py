@@ -84,6 +84,7 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
     type=click.Choice(["lora", "drop"]),
     help="With --for: modules trained in full become LoRAs, or are left out.",
 )
+@click.option("--max-rank", type=click.IntRange(min=1), help="With --for: greatest rank that it was started with.")
 @click.option("--rank", type=click.IntRange(min=1), help="With --as or --for: greatest rank of a weight.")
 @click.option(
     "--energy", type=option.share, metavar="SHARE", help="With --as or --for: share of a change to keep, e.g. .99."
@@ -126,8 +127,8 @@ def command(
 
     if (to is None) == (options["consumer"] is None):
         raise click.UsageError("give either --to FORMAT or --for CONSUMER")
-    if options["saved"] and options["consumer"] is None:
-        raise click.UsageError("--saved goes with --for; --allow-loss leaves out what FORMAT cannot hold")
+    if (options["saved"] or options["max_rank"]) and options["consumer"] is None:
+        raise click.UsageError("--saved and --max-rank go with --for")
     sizes = {name: options.pop(name) for name in ("rank", "energy", "max_error")}
     if any(value is not None for value in sizes.values()):
         if as_kind is None and options["consumer"] is None:

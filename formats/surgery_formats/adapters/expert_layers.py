@@ -164,6 +164,12 @@ class ExpertLayer:
         both: dict[ExpertRole, ExpertStack] = {"gate_up_proj": whole}
         return both | {role: stack for role, stack in self.stacks.items() if role == "down_proj"}
 
+    @cached_property
+    def stem(self) -> str:
+        """The path on the disk of what holds the module of the experts."""
+        named = parse_expert_path(f"{self.single(next(iter(self.split())), 0)}.weight")
+        return named.stem if named else self.module.removesuffix(".experts")
+
     def empty(self, role: ExpertRole) -> ExpertStack:
         """A projection of which no expert was trained."""
         place = _place(ExpertPath(self.module.removesuffix(".experts"), role), self.component)

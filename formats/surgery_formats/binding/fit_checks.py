@@ -148,10 +148,18 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
         return
     site = missing[0]
     component_of(site, checkpoint).check_read()  # a name that is near it is one of its codes
-    tensor = adapter.updates[site][0].tensors[0]
+    tensor, parameters = adapter.updates[site][0].tensors[0], component_of(site, checkpoint).parameters
+    module, _, leaf = site.path.rpartition(".")
+    if leaf == "bias" and f"{module}.weight" in parameters:
+        raise FitError(
+            f"the base has no parameter '{site}': attached, PEFT gives the layer a bias",
+            file=tensor.path,
+            tensor=tensor.name,
+            hint="keep the adapter beside the base, in PEFT: a merged model has no place for the bias",
+        )
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
         file=tensor.path,
         tensor=tensor.name,
-        hint=closest(site.path, component_of(site, checkpoint).parameters) or "is this the base it was trained on?",
+        hint=closest(site.path, parameters) or "is this the base it was trained on?",
     )

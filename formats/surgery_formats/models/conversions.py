@@ -18,7 +18,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.views import expert, interleaved, permute, rows, transpose, whole, window
 from surgery_formats.text import listing
 
-__all__ = ["SUPPORTED", "expert_parts", "pieces_of"]
+__all__ = ["SUPPORTED", "expert_parts", "matrices_of", "pieces_of"]
 
 Matrix = tuple[Parameter, ...]
 """Pieces of one matrix, one below the other."""
@@ -40,10 +40,21 @@ def pieces_of(
     Raises:
         FitError: an expert is missing from the checkpoint.
     """
-    conversion = era.conversion
-    if conversion is None:
+    if era.conversion is None:
         (path,) = era.stored.values()
         return (_stacked(stored(path), name),)
+    return tuple(_placed(matrices_of(name, era, stored, config)))
+
+
+def matrices_of(name: str, era: Era, stored: Callable[[str], Parameter], config: Mapping[str, Any]) -> Matrices:
+    """The matrices of the converted parameter `name`; empty if they cannot be told.
+
+    Raises:
+        FitError: an expert is missing from the checkpoint.
+    """
+    conversion = era.conversion
+    if conversion is None:
+        return ()
     if not all(step in SUPPORTED for step, _ in conversion.steps):
         return ()
     values = {number: _gathered(name, number, era, stored) for number in sorted({n for n, _ in era.stored})}
@@ -70,7 +81,7 @@ def pieces_of(
             }
         if any(not value for value in values.values()):
             return ()
-    return tuple(_placed(values[era.part if len(values) > 1 else 0]))
+    return values[era.part if len(values) > 1 else 0]
 
 
 def expert_parts(pieces: Sequence[Parameter], number: int, position: int, count: int) -> tuple[Parameter, ...]:

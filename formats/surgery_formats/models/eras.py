@@ -16,7 +16,17 @@ from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["Era", "Eras", "WeightConversion", "class_ties", "eras_of", "expert_counts", "experts_transposed"]
+__all__ = [
+    "Era",
+    "Eras",
+    "WeightConversion",
+    "class_ties",
+    "eras_of",
+    "expert_counts",
+    "experts_transposed",
+    "is_known",
+    "taken_for_experts",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +219,29 @@ def eras_of(config: Mapping[str, Any], names: frozenset[str]) -> Eras:
     return Eras(names, tuple(found))
 
 
-def experts_transposed(config: Mapping[str, Any]) -> bool | None:
-    """Whether the type's experts are ``(E, in, out)``; None of a type that transformers does not know."""
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether transformers knows the model type, so that the records tell all that it renames and converts."""
     data = _data()
     own = str(config.get("model_type"))
-    if own not in data["bases"] and own not in data["records"]:
+    return own in data["bases"] or own in data["records"]
+
+
+def experts_transposed(config: Mapping[str, Any]) -> bool | None:
+    """Whether the type's experts are ``(E, in, out)``; None of a type that transformers does not know."""
+    if not is_known(config):
         return None
+    data, own = _data(), str(config.get("model_type"))
     parts = (str(part.get("model_type")) for part in config.values() if isinstance(part, Mapping))
     return any(kind in data["transposed"] for kind in (own, *parts))
+
+
+def taken_for_experts(config: Mapping[str, Any]) -> frozenset[str]:
+    """Last segments of modules that PEFT takes for experts of an older release in a model of this type.
+
+    It does so wherever they stand, in a dense layer too, and then attaches nothing there (PEFT 0.21,
+    ``_convert_peft_config_moe``). A LoRA on the module's parameter is left alone.
+    """
+    return frozenset(_data()["taken_for_experts"].get(str(config.get("model_type")), ()))
 
 
 def class_ties(config: Mapping[str, Any]) -> dict[str, str]:
@@ -252,7 +277,7 @@ def _parts(config: Mapping[str, Any], kind: str, model_type: str, prefix: str) -
         if prefix and kind != made:
             yield prefix, model_type, made
         return
-    for path, key in paths:
+    for path, key, *classes in paths:
         own = config if not key else config.get(key)
         part = str(own.get("model_type", "")) if isinstance(own, Mapping) else key
-        yield path, part, data["bases"].get(part, ["", ""])[0]
+        yield path, part, classes[0] if classes else data["bases"].get(part, ["", ""])[0]

@@ -119,7 +119,7 @@ class Names:
         for spelling in _renamings(path, self.family):
             if slices := self._places(spelling):
                 return slices
-        return self._of_another_era(path)
+        return self._of_another_era(path) or self._within_a_stack(path)
 
     def _of_another_era(self, path: str) -> tuple[WeightSlice, ...]:
         """The weight that an older release, or a file of one, calls `path`, in a base of a newer one."""

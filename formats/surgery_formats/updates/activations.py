@@ -18,11 +18,16 @@ def _sigmoid(x: Array) -> Array:
         return 1 / (1 + numpy.exp(-x))
 
 
-def _gelu(x: Array) -> Array:
+def _normal_share(x: Array) -> Array:
+    """How much of a normal distribution lies below x."""
     import numpy
 
     erf = numpy.fromiter(map(math.erf, (x / math.sqrt(2)).ravel().tolist()), float, x.size).reshape(x.shape)
-    return x * (1 + erf) / 2
+    return (1 + erf) / 2
+
+
+def _gelu(x: Array) -> Array:
+    return x * _normal_share(x)
 
 
 def _gelu_tanh(x: Array) -> Array:
@@ -50,6 +55,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "leaky_relu": lambda x: x.clip(min=0) + 0.01 * x.clip(max=0),
     "gelu": _gelu,
     "gelu_python": _gelu,
+    "gelu_10": lambda x: _gelu(x).clip(-10, 10),
+    "gelu_accurate": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
     "gelu_new": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
@@ -59,6 +67,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "sigmoid": _sigmoid,
     "tanh": _tanh,
     "mish": lambda x: x * _tanh(_softplus(x)),
+    "hardswish": lambda x: x * (x + 3).clip(0, 6) / 6,
+    "laplace": lambda x: _normal_share((x - 0.707107) / 0.282095),
+    "sqrtsoftplus": lambda x: _softplus(x) ** 0.5,
     "linear": lambda x: x,
 }
 """On numpy arrays in float64."""

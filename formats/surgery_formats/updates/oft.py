@@ -89,6 +89,7 @@ class OFT:
                 "which no weight can do",
                 file=stored.path,
                 tensor=stored.name,
+                hint="keep it beside the base, in PEFT",
             )
         inputs = fit.shape[1] if self.shared else self.inputs
         if inputs % self.block:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
 from surgery.extraction.stream.order import ByteObserver
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.stream.tally import PairMeasure, Tally, same_bits
-from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, tuned_parameters
+from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, sharing, tuned_parameters
 from surgery.progress import Callback, Progress
 from surgery_formats.arrays import array_of, cast, empty
 from surgery_formats.dtypes import DType
@@ -133,9 +133,8 @@ def scan(
     batches = batches_of(layout.factorised, goal, spec_of) if lanes.on_gpus else ()
     batched = {target.path for batch in batches for target in batch.targets}
     jobs += [
-        (max(delta.numel for delta in target.deltas), partial(stream_jobs.target, target))
-        for target in layout.factorised
-        if target.path not in batched
+        (max(delta.numel for target in group for delta in target.deltas), partial(stream_jobs.targets, group))
+        for group in sharing([target for target in layout.factorised if target.path not in batched])
     ]
     inside = {name for target in layout.factorised for name in target.names}
     lone = [parameter.pair.name for parameter in layout.parameters if parameter.pair.name not in inside]
@@ -217,23 +216,30 @@ class _Work:
             self.result.factored[target.path] = TargetFactors(target, (matrix,))
         self.meter.add(sum(nbytes_of(strip.tuned) for strip in batch.strips))
 
-    def target(self, target: LowRankTarget, lane: Lane, stop: Stop) -> None:
-        """Compare and factorise the tensors of one target."""
-        tallies = {name: _tally(self.parameters[name].pair, self._limit(name), target) for name in target.names}
-        bases = {strip.tuned.name: strip.base for delta in target.deltas for strip in delta.strips}
+    def targets(self, targets: Sequence[LowRankTarget], lane: Lane, stop: Stop) -> None:
+        """Compare and factorise the tensors of one target, or of several that have a tensor in common."""
+        owners = {name: target for target in targets for name in target.names}
+        tallies = {name: _tally(self.parameters[name].pair, self._limit(name), owner) for name, owner in owners.items()}
+        strips = [strip for target in targets for delta in target.deltas for strip in delta.strips]
+        bases = {strip.tuned.name: strip.base for strip in strips}
         seen = {tally: _observer(self.result.digests, bases[name]) for name, tally in tallies.items()}
-        matrices: list[FactorisedMatrix] = []
-        with lane.memory.reserve(_need(max(delta.numel for delta in target.deltas))):
-            for delta in target.deltas:
-                if stop():
-                    return
-                matrix = self._matrix(target, delta, tallies, seen, lane)
-                if matrix is not None:
-                    matrices.append(matrix)
+        found: list[TargetFactors] = []
+        with lane.memory.reserve(_need(max(delta.numel for target in targets for delta in target.deltas))):
+            for target in targets:
+                matrices: list[FactorisedMatrix] = []
+                for delta in target.deltas:
+                    if stop():
+                        return
+                    matrix = self._matrix(target, delta, tallies, seen, lane)
+                    if matrix is not None:
+                        matrices.append(matrix)
+                if matrices:
+                    found.append(TargetFactors(target, tuple(matrices)))
         for name, tally in tallies.items():
             self.result.measures[name] = tally.result()
-        if matrices and any(self.result.measures[name].changed for name in target.names):
-            self.result.factored[target.path] = TargetFactors(target, tuple(matrices))
+        for factors in found:
+            if any(self.result.measures[name].changed for name in factors.target.names):
+                self.result.factored[factors.target.path] = factors
 
     def _limit(self, name: str) -> int:
         return MOST_ROWS if self.parameters[name].form == "embedding" else 0

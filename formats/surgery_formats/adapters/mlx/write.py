@@ -14,6 +14,7 @@ from typing import Any
 
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.embeddings import is_embedding
+from surgery_formats.adapters.expert_layers import ExpertStack, expert_layers
 from surgery_formats.adapters.experts import SWITCH, fused_of, one_expert, taken_apart
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.mlx.files import TENSOR_FILE
@@ -34,10 +35,14 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.expert_stacks import parse_expert_path
 from surgery_formats.updates import Factor, LoRA, Replacing, Update
 
 __all__ = ["render_mlx"]
 
+_COMPOSITE = "model.language_model."
+_AS_TRANSFORMERS = ("gemma3n",)
+"""Composites whose class in mlx-lm has the names of transformers (mlx-lm 0.32, ``models/gemma3n.py``)."""
 _CONTAINERS = ("layers", "h", "blocks", "block")  # what holds the numbered blocks
 
 
@@ -69,11 +74,15 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     tie = _tie(adapter, base)
     for site, held in updates:
         source, update = held.update, held.lora or held.update
-        why = _fault(site, held, base, dora=dora) or _parted(site, update, base, tie)
+        why = _fault(site, held, adapter, base, dora=dora) or _parted(site, update, base, tie)
         if why:
             ledger.drop(site, source, why)
         elif base is not None and tie.follows and _stored_name(site, update, base) == base.main.head:
             ledger.keep(site, source, "folded", "tied to the embedding, which has the same update")
+        elif not held.dora and (experts := _by_path(site, adapter, base)):
+            for path, known in experts.items():
+                stacks.setdefault(path, _Stack(count=known.count)).experts.update(known.loras)
+                noted += [(site, held, lora) for lora in known.loras.values()]
         elif held.lora is None:
             for path, lora in _apart(site, source, base):
                 _stack(stacks, path, lora, fused_of(site, base))
@@ -101,12 +110,13 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         ledger.keep(site, held.update, "folded" if folded else "exact", ", ".join(folded))
     tensors: list[NewTensor] = []
     for module in sorted(plain):
-        tensors += _linear(module, plain[module], scale, rank, embedding=is_embedding(module, base))
+        embedding = is_embedding(module, base)
+        tensors += _linear(_in_mlx(module, base), plain[module], scale, rank, embedding=embedding)
     for path, stack in sorted(stacks.items()):
-        tensors += _switch(path.removesuffix(".weight"), stack, scale, rank)
+        tensors += _switch(_in_mlx(path.removesuffix(".weight"), base), stack, scale, rank)
     ledger.drop_prompt(adapter)
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
-    keys, layers = _keys([*plain, *(path.removesuffix(".weight") for path in stacks)])
+    keys, layers = _keys([_in_mlx(path.removesuffix(".weight"), base) for path in (*plain, *stacks)])
     config = _config(adapter, "dora" if dora else "lora") | {
         "num_layers": layers,
         "lora_parameters": {**parameters, "keys": keys},
@@ -138,10 +148,34 @@ def _rendering(
     return Rendering(TENSOR_FILE, tuple(tensors), metadata, small, tuple(ledger.entries), ledger.held)
 
 
-def _fault(site: Site, held: Contents, base: Checkpoint | None, *, dora: bool) -> str:
+def _in_mlx(path: str, base: Checkpoint | None) -> str:
+    """The path in mlx-lm's class, which holds the language model of a composite under ``language_model``."""
+    composite = base is not None and any(name.startswith(_COMPOSITE) for name in base.main.parameters)
+    if not composite or base is None or str(base.main.config.get("model_type")) in _AS_TRANSFORMERS:
+        return path
+    if path.startswith(_COMPOSITE):
+        return f"language_model.model.{path.removeprefix(_COMPOSITE)}"
+    return f"language_model.{path}" if path.startswith("lm_head") else path
+
+
+def _by_path(site: Site, adapter: Adapter, base: Checkpoint | None) -> dict[str, ExpertStack]:
+    """The stacks of a site by mlx-lm's path, if the base tells its experts.
+
+    mlx-lm keeps the names that the disk has for what holds them; in gpt-oss, whose rows of gate and up alternate, there is
+    no ``switch_mlp``.
+    """
+    if base is None or parse_expert_path(site.path) is None:
+        return {}
+    layers, _ = expert_layers(adapter.only([site]), base)
+    homes = {layer.module: f"{layer.module}." if layer.interleaved else f"{layer.stem}{SWITCH}" for layer in layers}
+    return {f"{homes[layer.module]}{role}.weight": stack for layer in layers for role, stack in layer.split().items()}
+
+
+def _fault(site: Site, held: Contents, adapter: Adapter, base: Checkpoint | None, *, dora: bool) -> str:
     """Why the format cannot hold an update; empty if it can."""
     if site.flat or site.component:
         return "mlx-lm has language models only"
+    told = base is not None and bool(_by_path(site, adapter, base))
     if stack := held.stack:
         if SWITCH in site.path:
             return "DoRA and stacked experts do not go together" if dora else ""
@@ -152,14 +186,14 @@ def _fault(site: Site, held: Contents, base: Checkpoint | None, *, dora: bool) -
                 tensor=stack.tensors[0].name,
                 hint="give it with `base=`",
             )
-        if not _apart(site, stack, base):
+        if not (told or _apart(site, stack, base)):
             return "the names of its experts are not known"
         return "DoRA and stacked experts do not go together" if dora else ""
     if held.lora is None:
         return f"this format has no {held.update.kind}"
     if dora and not held.dora:
         return "one file holds either LoRA or DoRA"
-    if not site.path.endswith(".weight"):
+    if not site.path.endswith(".weight") and not told:
         return "this format names modules, not parameters"
     if held.dora and not held.dora.per_row:
         return "its magnitudes belong to columns, this format's to rows"

@@ -156,7 +156,7 @@ class PeftFile:
         module, _, leaf = site.path.rpartition(".")
         wrapper = "token_adapter." if module in self.rows and self.own and self.own.kind != "TRAINABLE_TOKENS" else ""
         plain, inside = f"{self.prefix}{site.path}", f"{self.prefix}{module}.{wrapper}base_layer.{leaf}"
-        targeted = module in self.settings or module in self.targets
+        targeted = module in self.settings or module in self.targets or f"{module}.weight" in self.experts
         beside = self.adapter.updates.get(replace(site, path=f"{module}.weight"), ())
         if self.own is not None:
             wrapped = targeted or module in self.rows

@@ -18,6 +18,7 @@ __all__ = [
     "PREFIX",
     "ROOT",
     "WEIGHTS",
+    "WRAPPERS",
     "Sorted",
     "ancestors",
     "bare_pattern",
@@ -36,7 +37,7 @@ HEADS = frozenset(("score", "classifier", "qa_outputs"))  # added by PEFT itself
 INSIDE_ATTENTION = ".base_layer.out_proj"
 """Where PEFT holds the output projection of a ``torch.nn.MultiheadAttention`` that it wrapped."""
 _SAVED = "modules_to_save"
-_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 """Segments that torch.compile, FSDP and activation checkpointing put into paths, wherever they wrap a module."""
 _PARALLEL = "module"
 """The segment of DataParallel and DistributedDataParallel, which wrap a whole model: inside one it is a name."""
@@ -111,8 +112,8 @@ def bared(key: str, found: set[str] | None = None) -> str:
     """
     found = set() if found is None else found
     segments = key.split(".")
-    found.update(_WRAPPERS.intersection(segments))
-    kept = [segment for segment in segments if segment not in _WRAPPERS]
+    found.update(WRAPPERS.intersection(segments))
+    kept = [segment for segment in segments if segment not in WRAPPERS]
     head = PREFIX.strip(".").split(".")
     starts = [i for i in range(len(kept) - 2) if kept[i : i + 2] == head]
     if starts and starts[-1]:
@@ -128,7 +129,7 @@ def bared(key: str, found: set[str] | None = None) -> str:
 @lru_cache(maxsize=1024)
 def bare_pattern(pattern: str) -> str:
     """A pattern on paths, or their ends, without the segments of wrappers."""
-    return re.sub(rf"({'|'.join(sorted(_WRAPPERS))})\\?\.", "", pattern)
+    return re.sub(rf"({'|'.join(sorted(WRAPPERS))})\\?\.", "", pattern)
 
 
 def _once(where: dict[str, StoredTensor], key: str, tensor: StoredTensor, twice: str) -> None:

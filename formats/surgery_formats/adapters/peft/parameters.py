@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.peft.file import PeftFile
@@ -18,39 +17,32 @@ from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.models.eras import taken_for_experts
+from surgery_formats.models.parameter_order import innermost_first
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
 
 __all__ = [
     "StackedParameter",
-    "innermost_first",
     "parameter_lora",
     "put_parameters",
+    "taken_for_experts_here",
     "targeted_parameters",
     "todays_order",
     "wrappers_of",
 ]
 
-# As transformers registers the parameters of a module that holds several.
-_PARAMETER_ORDER = ("weight", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
 
+def taken_for_experts_here(file: PeftFile, site: Site) -> bool:
+    """Whether PEFT, in the base's model, takes the module of `site` for an expert of an older release.
 
-def innermost_first(names: Sequence[str], file: Path | None) -> list[str]:
-    """Parameters of a module in the order in which PEFT nests their LoRAs: the first registered is the innermost.
-
-    Args:
-        names: Without their module.
-        file: For messages.
-
-    Raises:
-        FitError: there are several, and the order of one of them is not known.
+    A LoRA on its parameter is then the form that is attached. An adapter that has a PEFT configuration keeps its own.
     """
-    if len(names) < 2:
-        return list(names)
-    if not set(names) <= set(_PARAMETER_ORDER):
-        raise FitError(f"which of {listing(sorted(names))} is the inner one is not known", file=file)
-    return sorted(names, key=_PARAMETER_ORDER.index)
+    if file.base is None or file.own is not None or file.dialect is not None or not site.path.endswith(".weight"):
+        return False
+    names = taken_for_experts(component_of(site, file.base).config)
+    return site.path.split(".")[-2] in names and site.module_kind in ("", "linear")
 
 
 def targeted_parameters(

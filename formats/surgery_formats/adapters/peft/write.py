@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import replace
 
 from surgery_formats.adapters.format import Rendering, Scaling
+from surgery_formats.adapters.peft.class_names import called_back, class_names, renamed
 from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import HEADS, ROOT
@@ -47,6 +48,8 @@ def render_peft(
     """
     _check_sites(adapter, base)
     own = parse_config(adapter.config, adapter.path, switches()) if adapter.format == "peft" else None
+    names = class_names(adapter, base) if base is not None and own is None and dialect is None else {}
+    adapter = renamed(adapter, names) if names else adapter
     kind = _kind(adapter, own)
     file = PeftFile(kind.name, adapter, base, own, scaling, has_biases="bias" in kind.switches.understood)
     if dialect is not None:
@@ -64,7 +67,7 @@ def render_peft(
         file.ledger.keep_prompt(adapter.prompt.table)
     else:
         file.ledger.drop_prompt(adapter)
-    return Rendering(
+    rendering = Rendering(
         TENSOR_FILE,
         tuple(file.tensors[name] for name in sorted(file.tensors)),
         surviving_metadata(adapter) | {"format": "pt"},
@@ -72,6 +75,7 @@ def render_peft(
         tuple(file.ledger.entries),
         file.ledger.held_in_order(adapter),
     )
+    return called_back(rendering, names) if names else rendering
 
 
 def described(adapter: Adapter, scaling: Scaling | None = None) -> Adapter:

@@ -21,9 +21,9 @@ from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.models.expert_stacks import ExpertRole
 from surgery_formats.tensors.tensor import Tensor
 
-__all__ = ["VLLM"]
+__all__ = ["STACKED", "VLLM"]
 
-_STACKED = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
+STACKED = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
 """Model types of the classes with ``is_3d_moe_weight``; their text models' types begin alike."""
 
 
@@ -73,7 +73,7 @@ class _Vllm:
 
 
 def _is_stacked(layer: ExpertLayer) -> bool:
-    return str(layer.component.config.get("model_type", "")).startswith(_STACKED)
+    return str(layer.component.config.get("model_type", "")).startswith(STACKED)
 
 
 VLLM = _Vllm()

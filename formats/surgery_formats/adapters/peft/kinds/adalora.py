@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ADALORA: low-rank factors around singular values, of ranks that training pruned (PEFT 0.21, ``tuners/adalora``)."""
+"""ADALORA: low-rank factors around singular values, of ranks that training pruned; token rows (PEFT 0.21, ``tuners/adalora``)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.kinds.each import put_each
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
 from surgery_formats.adapters.peft.kinds.lora import SWITCHES
+from surgery_formats.adapters.peft.kinds.tokens import ROWS, put_rows, read_rows
 from surgery_formats.adapters.peft.read_config import PeftConfig, Switches
 from surgery_formats.adapters.peft.write_config import targets
 from surgery_formats.canonical.adapter import Ignored, Site
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
-from surgery_formats.updates import AdaLoRA, Factor, Update
+from surgery_formats.updates import AdaLoRA, Factor, TokenRows, Update
 
 __all__ = ["ADALORA"]
 
@@ -25,6 +26,8 @@ _SMALL = 1e-5  # what PEFT adds to the initial rank
 
 
 def _read(module: Module) -> ModuleUpdates:
+    if "tokens" in module.parts and len(module.parts) == 1:
+        return ModuleUpdates({module.site(): (read_rows(module.path, module.parts["tokens"], module.config),)})
     A, B, E = (module.part(f"lora_{name}") for name in "ABE")
     rank = A.shape[0] if A.shape else 0
     if len(A.shape) != 2 or len(B.shape) != 2 or B.shape[1] != rank or E.shape != (rank, 1):
@@ -74,13 +77,17 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
             kept[f"{module}.lora_E"] = [row < update.rank for row in range(initial)]
         return times
 
-    put_each(file, updates, AdaLoRA, put)
+    for site, update in updates:
+        if isinstance(update, TokenRows):
+            put_rows(file, site, update)
+    put_each(file, [pair for pair in updates if not isinstance(pair[1], TokenRows)], AdaLoRA, put)
     file.defaults = {"fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0, "total_step": 1}
     file.fields = {
         "init_r": initial,
         "lora_alpha": scale * (initial + _SMALL),
         "rank_pattern": kept or None,
         "target_modules": targets(file),
+        "trainable_token_indices": {module: list(rows) for module, rows in file.rows.items()} or None,
     }
 
 
@@ -92,16 +99,16 @@ def _issues(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Itera
 _TRAINING = {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
 ADALORA = PeftKind(
     name="ADALORA",
-    factors=frozenset(["lora_A", "lora_B", "lora_E"]),
+    factors=frozenset(["lora_A", "lora_B", "lora_E", ROWS]),
     read=_read,
-    writes=frozenset([AdaLoRA.kind]),
+    writes=frozenset([AdaLoRA.kind, TokenRows.kind]),
     write=_write,
     switches=Switches(
         # r and alpha_pattern belong to LoRA, from which PEFT's configuration inherits; AdaLoRA does not look at them
         SWITCHES.harmless
         | _TRAINING
         | {"r", "alpha_pattern", "use_rslora", "init_lora_weights", "ensure_weight_tying"},
-        frozenset(["init_r", "lora_alpha", "bias", "modules_to_save", "rank_pattern"]),
+        frozenset(["init_r", "lora_alpha", "bias", "modules_to_save", "rank_pattern", "trainable_token_indices"]),
         SWITCHES.refused,
         least_rank=0,
         rank_lists=True,

@@ -67,6 +67,7 @@ DEFT = PeftKind(
     read=_read,
     writes=frozenset([Filled.kind]),
     write=_write,
+    ranks={"deft_P": 1},
     switches=Switches(
         COMMON | {"init_scale", "deft_dropout"},
         frozenset(["r", "alpha", "bias", "decomposition_method", "modules_to_save", "para"]),

@@ -3,42 +3,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from surgery_formats.adapters.contents import Contents, contents_of
-from surgery_formats.adapters.embeddings import is_embedding
-from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
 from surgery_formats.adapters.peft.dialects.leaves import named_by_peft
 from surgery_formats.adapters.peft.dialects.reading import experts_of
-from surgery_formats.adapters.peft.dialects.writing import put_experts
-from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
 from surgery_formats.adapters.peft.kinds.lora_variants import (
     UNUSED,
-    base_fields,
     blocks_of,
     changed_base_issue,
     diagonal,
     not_plain,
     on_changed_base,
-    put_diag,
     taken,
 )
+from surgery_formats.adapters.peft.kinds.lora_write import write_lora
+from surgery_formats.adapters.peft.kinds.tokens import ROWS, read_rows
 from surgery_formats.adapters.peft.known_issues import combination_issues
 from surgery_formats.adapters.peft.packing import LAYOUT
-from surgery_formats.adapters.peft.parameters import StackedParameter, put_parameters, todays_order
 from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
-from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
-from surgery_formats.adapters.writing import places_of, whole_place, zero_padded
-from surgery_formats.arrays import Array
-from surgery_formats.canonical.adapter import ModuleKind, Site
+from surgery_formats.canonical.adapter import Ignored, ModuleKind, Site
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.updates import ChangedBase, DoRA, Factor, LoRA, Offset, Part, Stacked, TokenRows, Update
+from surgery_formats.updates import ChangedBase, DoRA, Factor, LoRA, Offset, TokenRows, Update
 
 __all__ = ["LORA", "SWITCHES", "TRAINABLE_TOKENS"]
 
@@ -51,7 +41,7 @@ _FACTORS = frozenset(
         "lora_embedding_B",
         "lora_diag",
         "lora_magnitude_vector",
-        "trainable_tokens_delta",
+        ROWS,
     ]
 )
 SWITCHES = Switches(
@@ -107,7 +97,7 @@ SWITCHES = Switches(
 def _read(module: Module) -> ModuleUpdates:
     """All updates of one module."""
     parts, config, clean = module.parts, module.config, named_by_peft(module.path)
-    tokens = (_token_rows(clean, parts["tokens"], config),) if "tokens" in parts else ()
+    tokens = (read_rows(clean, parts["tokens"], config),) if "tokens" in parts else ()
     if tokens and len(parts) == 1:
         return ModuleUpdates({Site(f"{clean}.weight"): tokens})
     embedding = "lora_embedding_A" in parts
@@ -136,9 +126,10 @@ def _read(module: Module) -> ModuleUpdates:
     pattern_path = module.wrapped.removesuffix(INSIDE_ATTENTION) if in_attention else clean
     lora = _lora(pattern_path, parts[a], parts[b], config, blocks_of(clean, config), embedding=embedding)
     config.check_rank(pattern_path, lora.rank, parts[a])
+    bias_scale = lora.scale
     if in_attention:
         # PEFT adds this delta twice, attached or merged (MultiheadAttention.merge adds it, then calls out_proj.merge):
-        # it was trained at twice the scale.
+        # it was trained at twice the scale. Its bias is added once.
         lora = lora.scaled(2.0)
     kernel = parts[a].shape[2:]
     kind: ModuleKind = "embedding" if embedding else "convolution" if kernel else "linear"
@@ -151,8 +142,11 @@ def _read(module: Module) -> ModuleUpdates:
     updates: dict[Site, tuple[Update, ...]] = {
         site: (*tokens, changed if part else _with_magnitude(lora, parts, config, embedding=embedding))
     }
-    if "lora_B.bias" in parts:
-        updates[replace(site, path=f"{clean}.bias")] = (Offset(Factor.of(parts["lora_B.bias"]), lora.scale),)
+    bias = parts.get("lora_B.bias")
+    if bias is not None and f"{module.path}.out_proj" in module.wrappers:
+        return ModuleUpdates(updates, ignored=(Ignored(bias, "PEFT adds none to the inputs of an attention"),))
+    if bias is not None:
+        updates[replace(site, path=f"{clean}.bias")] = (Offset(Factor.of(bias), bias_scale),)
     return ModuleUpdates(updates)
 
 
@@ -165,6 +159,14 @@ def _lora(
     """
     rank = a.shape[0]
     flat_b = b.shape[0], b.numel // max(b.shape[0], 1) * blocks[1]
+    if len(a.shape) > 2 and flat_b[1] and rank > flat_b[1] and rank % flat_b[1] == 0:
+        raise FitError(
+            f"the LoRA of a convolution in {rank // flat_b[1]} groups: its A sees the inputs of all groups, "
+            "and a weight of that convolution none but its own",
+            file=b.file.path,
+            tensor=b.name,
+            hint="keep it beside the base, in PEFT",
+        )
     if flat_b[1] != rank or rank == 0:
         raise FitError(
             f"B is {list(b.shape)}, but A has rank {rank} ({list(a.shape)})", file=b.file.path, tensor=b.name
@@ -208,216 +210,6 @@ def _with_magnitude(
     return DoRA(lora, Factor((magnitude,), (size,)), per_row=not embedding)
 
 
-def _token_rows(clean: str, tensor: StoredTensor, config: PeftConfig) -> TokenRows:
-    indices = config.token_indices
-    if isinstance(indices, Mapping):
-        named = [rows for name, rows in indices.items() if f".{clean}".endswith(f".{name}")]
-        indices = named[0] if len(named) == 1 else ()
-    if len(tensor.shape) != 2 or len(indices) != tensor.shape[0]:
-        raise MalformedError(
-            f"{tensor.shape[0] if tensor.shape else 0} token rows for {len(indices)} indices",
-            file=tensor.file.path,
-            tensor=tensor.name,
-        )
-    return TokenRows(Factor.of(tensor), indices)
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """A plain LoRA that is in the file: what a bias beside it needs to know."""
-
-    key: str
-    scale: float
-
-
-def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
-    """LoRAs and DoRAs first, then what goes beside them, then parameters with a LoRA of their own."""
-    updates = put_experts(file, updates) if file.dialect is not None else updates
-    contents = [(site, contents_of(update)) for site, update in updates]
-    dora = any(held.dora for _, held in contents)
-    changed = {update.taken for _, update in updates if isinstance(update, ChangedBase)}
-    part = min(changed, default=None)
-    file.rows = {_module(site): held.rows.indices for site, held in contents if held.rows}
-    plain: dict[Site, _Written] = {}
-    stacks: list[StackedParameter] = []
-    rest: list[tuple[Site, Contents]] = []
-    for site, held in contents:
-        if isinstance(held.update, ChangedBase):
-            _put_low_rank(file, site, held, held.update.lora, {}, dora=dora, part=part)
-        elif held.lora is None:
-            rest.append((site, held))
-        elif site.module_kind == "experts" and not held.dora:
-            stacks.append(StackedParameter(site, held.update, Stacked((held.lora,))))
-        else:
-            _put_low_rank(file, site, held, held.lora, plain, dora=dora, part=part)
-    for site, held in rest:
-        if held.stack and SWITCH not in site.path:
-            if len({expert.rank for expert in held.stack.experts}) > 1:
-                file.drop(site, held.update, "its experts have several ranks")
-            else:
-                stacks.append(StackedParameter(site, held.update, todays_order(file, site, held.stack)))
-        elif held.stack:
-            _put_experts(file, site, held.update)
-            file.rewritten = True  # its configuration has no such modules
-        elif held.offset:
-            _put_bias(file, site, held, held.offset, plain)
-        elif held.rows:
-            wrapper = "" if file.own is not None and file.own.kind == "TRAINABLE_TOKENS" else ".token_adapter"
-            file.put(f"{file.prefix}{_module(site)}{wrapper}.trainable_tokens_delta", held.rows.value)
-            file.ledger.keep(site, held.update, "exact", "trainable tokens")
-        else:
-            file.hold_other(site, held.update, by_key=False)
-    put_parameters(file, stacks)
-    named = {tensor.name.removeprefix(file.prefix).partition(".lora_")[0] for tensor in file.adapter.tensors}
-    file.rewritten |= any(named_by_peft(path) != path for path in named)
-    file.defaults = {"fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0}
-    file.fields = {
-        **ranks_and_alphas(file),
-        "lora_bias": any(key.endswith(".lora_B.bias") for key in file.tensors),
-        **base_fields(part),
-        "target_modules": targets(file),
-        "use_dora": dora,
-        "use_rslora": file.scaling is not None and file.scaling.rslora,
-    }
-    if file.own is not None and file.own.raw.get("use_bdlora"):  # factors are stored whole here
-        file.fields["use_bdlora"] = None
-        file.rewritten = True
-    if file.rows and file.own is None:
-        file.fields["trainable_token_indices"] = {module: list(rows) for module, rows in file.rows.items()}
-
-
-def _module(site: Site) -> str:
-    return site.path.removesuffix(".weight")
-
-
-def _put_low_rank(
-    file: PeftFile,
-    site: Site,
-    held: Contents,
-    lora: LoRA,
-    plain: dict[Site, _Written],
-    *,
-    dora: bool,
-    part: Part | None,
-) -> None:
-    """One module's LoRA or DoRA."""
-    why, mine = "", held.dora
-    changed = held.update if isinstance(held.update, ChangedBase) else None
-    if part != (changed.taken if changed else None):
-        why = "all modules of a file begin in one way"
-    if dora and not mine:
-        why = "use_dora holds for every module of a file"
-    module, shape = file.module_of(site, lora)
-    module = file.dialect.named(module) if file.dialect else module
-    key = f"{file.prefix}{module}"
-    embedding = is_embedding(module, file.base, site)
-    if mine:
-        size = lora.shape[1 if embedding else 0]
-        if mine.per_row == embedding or mine.magnitude.shape[0] != size:
-            why = f"its magnitudes belong to {'rows' if mine.per_row else 'columns'}, this format's do not"
-    if f"{key}.lora_A.weight" in file.tensors or f"{key}.lora_embedding_A" in file.tensors:
-        why = "a second one on one module"
-    if not site.path.endswith(".weight"):
-        why = "this format names modules, not parameters"
-    if why:
-        file.drop(site, held.update, why)
-        return
-    inside = module.endswith(INSIDE_ATTENTION)  # configured with its attention, and applied twice (`_read`)
-    path, alpha = module.removesuffix(INSIDE_ATTENTION), file.alpha_of(lora.rank, lora.scale / (2 if inside else 1))
-    rank, stated = file.settings.get(path, (lora.rank, alpha))
-    if rank != lora.rank or (alpha and not stated):
-        file.drop(
-            site, held.update, f"the rest of its attention has rank {rank} and alpha {stated:g}, it has other ones"
-        )
-        return
-    times = 1.0 if alpha == stated else alpha / stated
-    if file.even is not None:
-        rank, scale = file.even
-        stated = file.alpha_of(rank, scale)
-        times = lora.scale / (2 if inside else 1) / scale
-    file.settings[path] = (rank, stated)
-    lora = put_diag(file, key, changed) if changed else lora
-    _put_factors(file, key, lora, shape, embedding=embedding, times=times, rank=rank)
-    if mine:
-        ones = (1,) * (len(shape) - 2)
-        magnitude = (1, shape[0], *ones) if ones else mine.magnitude.shape
-        file.put(f"{key}.lora_magnitude_vector", mine.magnitude, magnitude)
-    else:
-        plain[site] = _Written(key, lora.scale)
-        _put_tied_head(file, site, lora)
-    stored = sum(tensor.numel for tensor in (*lora.A.tensors, *lora.B.tensors))
-    same = not held.folded or changed is not None
-    same = same and len(lora.A.tensors) + len(lora.B.tensors) == 2 and times == 1.0 and rank == lora.rank
-    same = same and stored == math.prod(lora.A.shape) + math.prod(lora.B.shape)
-    file.ledger.keep(site, held.update, "exact" if same else "folded", key)
-
-
-def _put_tied_head(file: PeftFile, site: Site, lora: LoRA) -> None:
-    """A tied head that follows the embedding (mlx-lm) needs the same LoRA of its own here."""
-    base = file.base
-    if base is None or base.is_pipeline or not file.adapter.keeps_ties:
-        return
-    main = base.main
-    place = whole_place(places_of(site, base, lora.tensors))
-    if main.tied and main.head and place and place[0] == main.embedding and Site(main.head) not in file.adapter.updates:
-        module = main.head.removesuffix(".weight")
-        _put_factors(file, f"{file.prefix}{module}", lora, lora.shape, embedding=False)
-        file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
-
-
-def _put_factors(
-    file: PeftFile,
-    key: str,
-    lora: LoRA,
-    shape: tuple[int, ...],
-    *,
-    embedding: bool,
-    times: float = 1.0,
-    rank: int | None = None,
-) -> None:
-    """The two factors, `times` multiplied into B, with zeros up to `rank` directions."""
-    rank = lora.rank if rank is None else rank
-
-    def a(values: Array) -> Array:
-        return zero_padded(values, 0, rank)
-
-    def b(values: Array) -> Array:
-        return zero_padded(values, 1, rank)
-
-    if embedding:  # delta = (B A)^T
-        file.put(f"{key}.lora_embedding_A", lora.B, (rank, lora.shape[0]), lambda t: b(t).T, times=times)
-        file.put(f"{key}.lora_embedding_B", lora.A, (lora.shape[1], rank), lambda t: a(t).T)
-    else:
-        ones = (1,) * (len(shape) - 2)
-        padded = (a, b) if rank != lora.rank else (None, None)
-        file.put(f"{key}.lora_A.weight", lora.A, (rank, *shape[1:]), padded[0])
-        file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones), padded[1], times=times)
-
-
-def _put_bias(file: PeftFile, site: Site, held: Contents, offset: Offset, plain: Mapping[Site, _Written]) -> None:
-    """``lora_bias``: an addition to the bias, scaled like the LoRA of its module."""
-    lora = plain.get(replace(site, path=site.path.removesuffix("bias") + "weight"))
-    if not site.path.endswith(".bias") or lora is None:
-        file.drop(site, held.update, "this format adds to a bias only where its module has a LoRA")
-        return
-    times = 1.0 if offset.scale == lora.scale else offset.scale / lora.scale
-    file.put(f"{lora.key}.lora_B.bias", offset.value, times=times)
-    file.ledger.keep(site, held.update, "exact" if times == 1.0 else "folded", "lora_bias")
-
-
-def _put_experts(file: PeftFile, site: Site, update: Update) -> None:
-    """MLX's stacks, as one LoRA per expert."""
-    pieces = list(taken_apart(site.path, update, fused_of(site, file.base)))
-    if not pieces:
-        file.drop(site, update, "the names of its experts are not known")
-        return
-    for path, lora in pieces:
-        module = path.removesuffix(".weight")
-        _put_factors(file, f"{file.prefix}{module}", lora, lora.shape, embedding=False)
-        file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
-    file.ledger.keep(site, update, "exact", f"{len(pieces)} modules")
-
-
 def _issues(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Iterable[str]:
     if "lora_alpha" not in config:
         yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
@@ -430,9 +222,9 @@ LORA = PeftKind(
     factors=_FACTORS,
     read=_read,
     writes=frozenset([LoRA.kind, DoRA.kind, ChangedBase.kind, Offset.kind, TokenRows.kind, "replacement"]),
-    write=_write,
+    write=write_lora,
     switches=SWITCHES,
     issues=_issues,
     unused=UNUSED,
 )
-TRAINABLE_TOKENS = PeftKind("TRAINABLE_TOKENS", _FACTORS, _read, frozenset(), _write, SWITCHES)
+TRAINABLE_TOKENS = PeftKind("TRAINABLE_TOKENS", _FACTORS, _read, frozenset(), write_lora, SWITCHES)

@@ -9,7 +9,7 @@ from typing import Any
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.kinds.each import put_each
 from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates, PeftKind, malformed
-from surgery_formats.adapters.peft.read_config import COMMON, Switches
+from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
 from surgery_formats.adapters.peft.write_config import targets
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.tensors.tensor import StoredTensor
@@ -25,7 +25,18 @@ def _read(module: Module) -> ModuleUpdates:
     U, S, V = module.matrix(_PARTS[0]), module.vector(_PARTS[1]), module.matrix(_PARTS[2])
     if not U.shape[1] == S.numel == V.shape[0] or S.numel > min(U.shape[0], V.shape[1]):
         raise malformed(S, f"between {list(U.shape)} and {list(V.shape)}")
+    smallest = min(U.shape[0], V.shape[1])
+    stays, stated = smallest - S.numel, _stated(module.config, smallest)
+    if not module.config.raw.get("rank_pattern") and stays != stated:
+        raise malformed(S, f"{stays} of {smallest} singular values stay, but 'effective_rank' says {stated}")
     return ModuleUpdates({module.site(): (Lower(Factor.of(U), Factor.of(S), Factor.of(V)),)})
+
+
+def _stated(config: PeftConfig, smallest: int) -> int:
+    """How many of a weight's singular values stay: a number, or a share of them; half by default."""
+    stated = config.number("effective_rank", 0.5)
+    share = not isinstance(config.raw.get("effective_rank"), int) and 0 < stated <= 1
+    return min(smallest, int(smallest * stated if share else stated))
 
 
 def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:

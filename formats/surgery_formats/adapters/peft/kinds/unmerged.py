@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from surgery_formats.adapters.peft.file import PeftFile
@@ -66,10 +66,11 @@ def _kind(
     why: str,
     instead: str,
     sizes: _Sizes,
+    ranks: Mapping[str, int] = {},
 ) -> PeftKind:
     read = partial(_read, name=name, why=why, instead=instead, sizes=sizes)
     switches = Switches(COMMON | set(harmless), frozenset(["r", "modules_to_save"]))
-    return PeftKind(peft_type, frozenset(factors), read, frozenset([name]), _write, switches)
+    return PeftKind(peft_type, frozenset(factors), read, frozenset([name]), _write, switches, ranks=ranks)
 
 
 LILY = _kind(
@@ -80,6 +81,7 @@ LILY = _kind(
     "a router mixes its matrices B anew for every input",
     "keep it beside the base, in PEFT",
     _lily,
+    {"lily_A.weight": 0},
 )
 PSOFT = _kind(
     "PSOFT",

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is extracted, PEFT attaches to the base as transformers loads it, and it then gives the tuned model's logits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import surgery
+from tests.support.tiny_models import causal_types, multimodal_types, tiny
+
+SOME = (
+    *("afmoe", "aria", "deepseek_v3", "gemma3", "gpt_oss", "granitemoe", "hrm_text", "inkling2_text", "jamba"),
+    *("jetmoe", "kimi_k25", "laguna", "llava", "longcat_flash", "mamba", "nemotron_h", "phimoe", "qwen3_5_moe"),
+)
+"""Types that stand for the ways in which names on disk, the class's modules and what PEFT can attach to differ."""
+
+_SMALLEST = 180
+"""Types of which a tiny model can be made with the installed transformers, at the least."""
+
+
+def _tune(model: Any) -> None:
+    """Change every linear layer and every expert by rank 2."""
+    generator = torch.Generator().manual_seed(3)
+
+    def low_rank(*shape: int) -> torch.Tensor:
+        *count, out, inputs = shape
+        left, right = (torch.randn(*count, *size, generator=generator) for size in ((out, 2), (2, inputs)))
+        return left @ right * 0.02
+
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        module = modules[name.rpartition(".")[0]]
+        head = module is model.get_output_embeddings()
+        linear = isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D) and parameter.dim() == 2
+        stack = parameter.dim() == 3 and ("expert" in name or "moe" in name) and not isinstance(module, torch.nn.Conv1d)
+        if (linear and not head) or stack:
+            parameter.data += low_rank(*parameter.shape)
+
+
+def _logits(model: Any) -> torch.Tensor:
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids).logits
+    return logits
+
+
+def _loaded(made: Any, folder: Path) -> Any:
+    model, info = made.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError("transformers does not find what it saved")
+    return model.eval()
+
+
+def _difference(model_type: str, folder: Path) -> float:
+    """The greatest difference of the attached model's logits from the tuned, as a share of the tuning's effect."""
+    model = tiny(model_type)
+    _logits(model)
+    model.save_pretrained(folder / "base")
+    _tune(model)
+    model.save_pretrained(folder / "tuned")
+    made = type(model)
+    base, wanted = _loaded(made, folder / "base"), _logits(_loaded(made, folder / "tuned"))
+    without = _logits(base)
+    surgery.extract_lora(folder / "base", folder / "tuned", output=folder / "lora", rank=2, kind="lora")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attached = peft.PeftModel.from_pretrained(base, folder / "lora").eval()
+    if missing := [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]:
+        raise AssertionError(missing[0])
+    return float((_logits(attached) - wanted).abs().max() / (wanted - without).abs().max())
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("model_type", SOME)
+def test_peft_attaches_what_was_extracted(model_type: str, tmp_path: Path) -> None:
+    assert _difference(model_type, tmp_path) < 1e-3
+
+
+@pytest.mark.slow
+def test_peft_attaches_what_was_extracted_from_every_type(tmp_path: Path) -> None:
+    right: list[str] = []
+    wrong: dict[str, str] = {}
+    unmade: dict[str, str] = {}
+    for model_type in sorted({*causal_types(), *multimodal_types()}):
+        folder = tmp_path / model_type
+        try:
+            difference = _difference(model_type, folder)
+        except Exception as error:  # transformers cannot make, run or save so small a model of this type
+            (wrong if (folder / "tuned").exists() else unmade)[model_type] = str(error)[:200]
+        else:
+            if difference < 1e-3:
+                right.append(model_type)
+            else:
+                wrong[model_type] = f"{difference:.1e}"
+    print(f"right: {len(right)}", *right)
+    print(f"no tiny model: {len(unmade)}", *unmade)
+    assert not wrong
+    assert len(right) >= _SMALLEST
