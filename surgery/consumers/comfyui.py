@@ -12,11 +12,12 @@ _LOG = "'lora key not loaded', in the log"
 COMFYUI = RuledConsumer(
     name="comfyui",
     title="ComfyUI",
-    version="0.3",
-    oldest="0.3",
+    version="0.8.1",
+    oldest="0.8.1",
     sources=(
-        SourceRead("comfyanonymous/ComfyUI", "master", "comfy/lora.py", "load_lora"),
-        SourceRead("comfyanonymous/ComfyUI", "master", "comfy/weight_adapter", "adapters"),
+        SourceRead("comfyanonymous/ComfyUI", "00728eb2", "comfy/lora.py", "load_lora"),
+        SourceRead("comfyanonymous/ComfyUI", "0323d874", "comfy/weight_adapter/lora.py", "LoRAAdapter.load"),
+        SourceRead("comfyanonymous/ComfyUI", "0bca89eb", "comfy/weight_adapter/__init__.py", "adapters"),
     ),
     format="kohya",
     reads=frozenset({"kohya"}),

@@ -13,7 +13,7 @@ DIFFUSERS = RuledConsumer(
     name="diffusers",
     title="diffusers",
     version="0.42.1",
-    oldest="0.30",
+    oldest="0.42.1",
     sources=(
         SourceRead(
             "diffusers",

@@ -14,7 +14,7 @@ EDGE_LLM = RuledConsumer(
     name="edge-llm",
     title="TensorRT Edge-LLM",
     version="0.11.0",
-    oldest="0.4",
+    oldest="0.11.0",
     sources=(
         SourceRead("NVIDIA/TensorRT-Edge-LLM", "150230fa", "tensorrt_edgellm/lora/lora.py", "_process_tensor"),
         SourceRead("NVIDIA/TensorRT-Edge-LLM", "150230fa", "tensorrt_edgellm/lora/lora.py", "_should_keep_tensor"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,7 @@ class AdapterPart:
         kind: Kind of its update (`Update.kind`), or empty.
         rank: Inner size of its LoRA.
         scale: What its LoRA was trained with.
+        update: The update, where the part is one.
     """
 
     name: str
@@ -54,6 +55,7 @@ class AdapterPart:
     kind: str = ""
     rank: int | None = None
     scale: float | None = None
+    update: Update | None = field(default=None, compare=False, repr=False)
 
     @property
     def module(self) -> str:
@@ -74,12 +76,14 @@ class AdapterFacts:
         adapter: The adapter.
         base: The model it belongs to.
         parts: Every update, field and file that a program may treat in a way of its own.
+        updates: Its updates with the sizes that the base tells, without optional ones that it lacks.
         greatest_rank: What the program was started with; None if nothing was said.
     """
 
     adapter: Adapter
     base: Checkpoint
     parts: tuple[AdapterPart, ...]
+    updates: Mapping[Site, tuple[Update, ...]]
     greatest_rank: int | None = None
 
     @property
@@ -109,12 +113,12 @@ class AdapterFacts:
 def facts_of(adapter: Adapter, base: Checkpoint, greatest_rank: int | None = None) -> AdapterFacts:
     """Take an adapter apart."""
     updates = applicable_updates(adapter, base)
-    parts = [_part(site, update, base, chain) for site, chain in updates.items() for update in chain]
+    parts = [replace(_part(site, update, base), update=update) for site, chain in updates.items() for update in chain]
     if adapter.prompt is not None:
         parts.append(AdapterPart(adapter.prompt.table.name, "virtual tokens", adapter.kind))
     if adapter.format == "peft":
         parts += _fields(adapter, base)
-    return AdapterFacts(adapter, base, tuple(parts), greatest_rank)
+    return AdapterFacts(adapter, base, tuple(parts), updates, greatest_rank)
 
 
 def bound_facts(
@@ -135,7 +139,7 @@ def bound_facts(
     return facts_of(adapter, base, greatest_rank), warnings
 
 
-def _part(site: Site, update: Update, base: Checkpoint, chain: tuple[Update, ...]) -> AdapterPart:
+def _part(site: Site, update: Update, base: Checkpoint) -> AdapterPart:
     held, name = contents_of(update), str(site)
     if is_refusing(update):
         return AdapterPart(name, "other kind", update.kind)

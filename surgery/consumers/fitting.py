@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from surgery.algebra.combined_adapter import combined_adapter
-from surgery.algebra.group import applicable_updates
 from surgery.algebra.lora_form import LoraForm, lora_form
 from surgery.consumers.consent import Consent
 from surgery.consumers.consumer import Consumer
@@ -35,17 +33,17 @@ class Fitted:
 
     Attributes:
         adapter: The adapter.
+        kept: The original without what was left out.
         form: What became LoRAs, where something did.
         left_out: Entries of what was left out.
         done: What was done, by site.
-        side_files: The side files that go along.
     """
 
     adapter: Adapter
+    kept: Adapter
     form: LoraForm | None
     left_out: tuple[Entry, ...]
     done: Mapping[str, str]
-    side_files: tuple[Path, ...]
 
     def restated(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
         """The writer's entries, with what was done before it."""
@@ -78,23 +76,26 @@ def fitted(
     _check_remedies(verdicts, adapter, consumer)
     out = _left_out(verdicts, adapter, consumer, consent)
     if target.name != "peft":  # whose files alone bring the base's own values along
-        out |= {part.name: "the base's own values" for part in facts.parts if part.trait == "carried weight"}
-    left = without(replace(adapter, updates=applicable_updates(adapter, base)), out)
-    entries = tuple(Entry(str(site), "dropped", out[str(site)]) for site in left.sites)
-    entries += tuple(Entry(name, "dropped", why) for name, why in out.items() if name in _files(adapter))
-    turned = {one.part for one in verdicts if one.remedy in ("lora", "cut", "saved") and one.part not in out}
+        carried = (part for part in facts.parts if part.trait == "carried weight")
+        out |= {(part.name, part.trait): "the base's own values" for part in carried}
+    gone = [part.update for part in facts.parts if part.update is not None and (part.name, part.trait) in out]
+    left = without(replace(adapter, updates=facts.updates), gone, (name for name, _ in out))
+    entries = tuple(Entry(name, "dropped", why) for (name, _), why in out.items())
+    turned = {
+        one.part for one in verdicts if one.remedy in ("lora", "cut", "saved") and (one.part, one.what) not in out
+    }
     if consent.rank is None:
         _check_ranks(verdicts, adapter, consumer, consent)
-    form = _as_loras(left.adapter, turned, base, target, consent)
-    updates = {**left.adapter.updates, **(form.adapter.updates if form is not None else {})}
-    made = combined_adapter([WeightedAdapter(left.adapter, 1.0)], updates, target)
+    form = _as_loras(left, turned, base, target, consent)
+    updates = {**left.updates, **(form.adapter.updates if form is not None else {})}
+    made = combined_adapter([WeightedAdapter(left, 1.0)], updates, target)
     done: dict[str, str] = {}
     for _ in range(_ROUNDS):
         facts = facts_of(as_it_would_be_read(made, target), base, consent.greatest_rank)
         found = consumer.judge(facts, version)
         verdicts = [one for one in found if one.outcome != "honoured" and one.remedy not in _OF_WRITING]
         if not verdicts:
-            return Fitted(made, form, entries, done, left.adapter.side_files)
+            return Fitted(made, left, form, entries, done)
         made = _next(made, base, verdicts, done)
     _check_ranks(verdicts, adapter, consumer, consent)
     raise FitError(
@@ -162,8 +163,10 @@ def _check_ranks(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Consum
         )
 
 
-def _left_out(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Consumer, consent: Consent) -> dict[str, str]:
-    """What is left out, by site or file, and why.
+def _left_out(
+    verdicts: Sequence[Verdict], adapter: Adapter, consumer: Consumer, consent: Consent
+) -> dict[tuple[str, str], str]:
+    """What is left out, by part and trait, and why.
 
     Raises:
         FitError: the user has not decided.
@@ -186,12 +189,8 @@ def _left_out(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Consumer,
             hint="`allow_loss=True` leaves them out; or merge it into the base",
         )
     dropped = [*lost, *(saved if consent.saved == "drop" else [])]
-    return {one.part: f"{one.what}: {one.why}" for one in dropped}
+    return {(one.part, one.what): f"{one.what}: {one.why}" for one in dropped}
 
 
 def _some(verdicts: Sequence[Verdict], what: str) -> str:
     return f"{len(verdicts)} {what}{'' if len(verdicts) == 1 else 's'}"
-
-
-def _files(adapter: Adapter) -> set[str]:
-    return {file.name for file in adapter.side_files}

@@ -80,11 +80,10 @@ def write_for(
     )
     if output is None:
         return result
-    files = {name: path for name, path in original.files_beside.items() if path in made.side_files}
+    files = {name: path for name, path in original.files_beside.items() if path in made.kept.side_files}
     options = WriteOptions(output, (original.path, base.path), files, overwrite, progress)
     also = partial(
         _prove,
-        original=original,
         made=made,
         base=base,
         consumer=consumer,
@@ -109,7 +108,6 @@ def _in_its_dialect(
 def _prove(
     path: Path,
     *,
-    original: Adapter,
     made: Fitted,
     base: Checkpoint,
     consumer: Consumer,
@@ -132,14 +130,13 @@ def _prove(
     if made.form is not None:
         prove_lora_form(path, made.form)
     worked_out = {} if made.form is None else made.form.weights
-    exact = {
-        site: chain
-        for site, chain in original.updates.items()
-        if site in made.adapter.updates and (str(site) not in worked_out or worked_out[str(site)].taken_over)
-    }
+    kept = made.kept.updates
+    if lost := next((site for site in kept if site not in made.adapter.updates), None):
+        raise ProofError("is neither in it nor accounted for", file=path.name, tensor=str(lost))
+    exact = {s: chain for s, chain in kept.items() if str(s) not in worked_out or worked_out[str(s)].taken_over}
     if not exact:
         return {}
     rewritten = {site: made.adapter.updates[site] for site in exact}
-    errors = compare(restricted(original, exact), restricted(made.adapter, rewritten), None)
+    errors = compare(restricted(made.kept, exact), restricted(made.adapter, rewritten), None)
     check_errors(errors, tolerance_of(dtype), path)
     return errors

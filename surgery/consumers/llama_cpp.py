@@ -1,27 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp: convert_lora_to_gguf.py writes ``lora_alpha`` alone, and the runtime divides it by each LoRA's own rank."""
+"""llama.cpp: its converter writes ``lora_alpha`` alone, and the runtime divides it by each LoRA's own rank.
+
+Versions are those of llama-cpp-python, which has both.
+"""
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, ignored, refused
+from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
+from surgery.consumers.facts import AdapterFacts, AdapterPart
 from surgery.consumers.scales import alpha_over_own_rank
+from surgery.consumers.verdict import Remedy
 
 __all__ = ["LLAMA_CPP"]
 
 _UNEXPECTED = "the converter exits at any tensor that is no lora_A or lora_B: 'Unexpected name'"
 
+
+def _without_alpha(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """Configurations of other kinds, whatever their tensors are."""
+    return None if "lora_alpha" in facts.config else refused("its configuration has no 'lora_alpha'", _remedy(part))
+
+
+def _remedy(part: AdapterPart) -> Remedy:
+    return "lora" if part.trait == "other kind" else "" if part.trait == "virtual tokens" else "drop"
+
+
 LLAMA_CPP = RuledConsumer(
     name="llama.cpp",
     title="llama.cpp",
-    version="b7000",
-    oldest="b4000",
+    version="0.3.36",
+    oldest="0.3.36",
     sources=(
+        SourceRead("llama-cpp-python", "0.3.36", "vendor/llama.cpp/convert_lora_to_gguf.py", "LoraModel"),
         SourceRead("ggml-org/llama.cpp", "0b03adaa", "convert_lora_to_gguf.py", "LoraModel"),
         SourceRead("ggml-org/llama.cpp", "0650ea8c", "src/llama-adapter.cpp", "llama_adapter_lora_init_impl"),
         SourceRead("ggml-org/llama.cpp", "0650ea8c", "src/llama-adapter.h", "llama_adapter_lora_weight::get_scale"),
     ),
     scale=alpha_over_own_rank,
     dialect="per-expert",
+    exceptions=_without_alpha,
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,

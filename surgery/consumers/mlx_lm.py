@@ -13,7 +13,7 @@ MLX_LM = RuledConsumer(
     name="mlx-lm",
     title="mlx-lm",
     version="0.32.2",
-    oldest="0.32",
+    oldest="0.32.0",
     sources=(
         SourceRead("mlx-lm", "0.32.2", "mlx_lm/tuner/utils.py", "load_adapters, linear_to_lora_layers"),
         SourceRead("mlx-lm", "0.32.2", "mlx_lm/tuner/lora.py", "LoRALinear, LoRASwitchLinear, LoRAEmbedding"),

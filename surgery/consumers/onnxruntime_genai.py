@@ -13,7 +13,7 @@ ONNXRUNTIME_GENAI = RuledConsumer(
     name="onnxruntime-genai",
     title="onnxruntime-genai builder",
     version="0.18.0",
-    oldest="0.6",
+    oldest="0.18.0",
     sources=(
         SourceRead("onnxruntime-genai", "0.18.0", "onnxruntime_genai/models/builders/base.py", "make_matmul_lora"),
         SourceRead("onnxruntime-genai", "0.18.0", "onnxruntime_genai/models/builders/base.py", "load_weights"),

@@ -26,7 +26,7 @@ PEFT = RuledConsumer(
     name="peft",
     title="PEFT",
     version="0.21.2",
-    oldest="0.19",
+    oldest="0.21.2",
     sources=(
         SourceRead("peft", "0.21.2", "peft/peft_model.py", "PeftModel.from_pretrained"),
         SourceRead("peft", "0.21.2", "peft/utils/save_and_load.py", "load_peft_weights, set_peft_model_state_dict"),

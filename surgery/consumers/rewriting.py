@@ -7,7 +7,7 @@ All of them keep what the adapter does to every weight, except for what is left 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.writing import places_of, zero_padded
@@ -19,35 +19,32 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.tensors.computed import zeros
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
 
-__all__ = ["LeftOut", "padded", "scaled_inside", "with_partners", "without"]
+__all__ = ["padded", "scaled_inside", "with_partners", "without"]
 
 
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """Updates that are left out.
-
-    Attributes:
-        adapter: What is left.
-        sites: Sites of which all is gone.
-    """
-
-    adapter: Adapter
-    sites: tuple[Site, ...]
-
-
-def without(adapter: Adapter, names: Iterable[str]) -> LeftOut:
-    """Leave out the updates at some sites, and the files that name tokens which nothing else needs.
+def without(adapter: Adapter, gone: Iterable[Update], files: Iterable[str]) -> Adapter:
+    """Leave out updates, with the tensors that no other uses, and side files.
 
     Raises:
         FitError: nothing would be left.
     """
-    out = set(names)
-    gone = tuple(site for site in adapter.updates if str(site) in out)
-    kept = [site for site in adapter.updates if site not in gone]
-    if gone and not kept:
+    out = {id(update) for update in gone}
+    if not out:
+        kept = dict(adapter.updates)
+    else:
+        chains = {site: tuple(one for one in chain if id(one) not in out) for site, chain in adapter.updates.items()}
+        kept = {site: chain for site, chain in chains.items() if chain}
+    if not kept:
         raise FitError("nothing of it would be left", file=adapter.path, hint="merge it into the base")
-    left = adapter.only(kept) if gone else adapter
-    return LeftOut(replace(left, side_files=tuple(file for file in left.side_files if file.name not in out)), gone)
+    used = {tensor.name for chain in kept.values() for update in chain for tensor in update.tensors}
+    names = set(files)
+    return replace(
+        adapter,
+        updates=kept,
+        tensors=tuple(tensor for tensor in adapter.tensors if tensor.name in used) if out else adapter.tensors,
+        ignored=() if out else adapter.ignored,
+        side_files=tuple(file for file in adapter.side_files if file.name not in names),
+    )
 
 
 def scaled_inside(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:

@@ -26,7 +26,7 @@ SGLANG = RuledConsumer(
     name="sglang",
     title="SGLang",
     version="0.5.23",
-    oldest="0.5",
+    oldest="0.5.23",
     sources=(
         SourceRead("sglang", "0.5.23", "sglang/srt/lora/lora_config.py", "LoRAConfig"),
         SourceRead("sglang", "0.5.23", "sglang/srt/lora/lora.py", "LoRAAdapter"),

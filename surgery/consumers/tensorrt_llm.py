@@ -14,7 +14,7 @@ _NAMES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj gate_up_proj w
 TENSORRT_LLM = RuledConsumer(
     name="tensorrt-llm",
     title="TensorRT-LLM",
-    version="1.2.1",
+    version="1.0",
     oldest="1.0",
     sources=(
         SourceRead("NVIDIA/TensorRT-LLM", "007e181b", "tensorrt_llm/lora_manager.py", "LoraManager.load_from_hf"),

@@ -25,7 +25,7 @@ TRANSFORMERS = RuledConsumer(
     name="transformers",
     title="transformers load_adapter",
     version="5.23.0",
-    oldest="5.0",
+    oldest="5.23.0",
     sources=(
         SourceRead("transformers", "5.23.0", "transformers/integrations/peft.py", "PeftAdapterMixin.load_adapter"),
         SourceRead("peft", "0.21.2", "peft/mapping.py", "inject_adapter_in_model"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM: LoRA of linear layers, embeddings and heads; scales by configuration, patterns since 0.33."""
+"""vLLM: LoRA of linear layers, embeddings and heads; scales by configuration, patterns since 0.32."""
 
 from __future__ import annotations
 
@@ -70,20 +70,30 @@ VLLM = RuledConsumer(
     name="vllm",
     title="vLLM",
     version="0.33.0",
-    oldest="0.9",
+    oldest="0.25",
     sources=(
         SourceRead("vllm", "0.33.0", "vllm/lora/peft_helper.py", "PEFTHelper"),
         SourceRead("vllm", "0.33.0", "vllm/lora/utils.py", "parse_fine_tuned_lora_name"),
         SourceRead("vllm", "0.33.0", "vllm/lora/lora_model.py", "LoRAModel.from_local_checkpoint"),
         SourceRead("vllm", "0.33.0", "vllm/lora/model_manager.py", "_validate_moe_lora_format"),
         SourceRead("vllm", "0.33.0", "vllm/model_executor/models", "embedding_modules, is_3d_moe_weight"),
-        SourceRead("vllm-project/vllm", "02143692", "vllm/lora/peft_helper.py", "PEFTHelper, without patterns"),
+        SourceRead("vllm", "0.25.0, 0.28.0, 0.30.0, 0.31.0, 0.32.0", "vllm/lora/peft_helper.py", "PEFTHelper"),
     ),
     scale=alpha_over_r_or_root,
     greatest_rank=16,
     dialect="vllm",
     exceptions=_of_model,
-    scale_since=(((0, 33), None),),
+    scale_since=(((0, 32), None),),
+    since=(
+        ((0, 31), {"saved head": honoured}),  # 'score' and 'classifier' of classification models
+        (
+            (0, 32),
+            {
+                "LoRA on a changed base": refused("'vLLM does not support init_lora_weights=...'", "lora"),
+                "block-diagonal factors": refused("'vLLM does not support block-diagonal LoRA'", "rewrite"),
+            },
+        ),
+    ),
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,
@@ -91,13 +101,13 @@ VLLM = RuledConsumer(
         "LoRA of stacked experts": honoured,
         "LoRA of a turned weight": honoured,
         "LoRA of a convolution": refused("it has LoRA for linear layers and embeddings", "drop"),
-        "LoRA on a changed base": refused("it takes the factors for a LoRA of the base as it is", "lora"),
+        "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),
         "DoRA": refused("'vLLM does not yet support DoRA'", "lora"),
         "other kind": refused("it loads LoRA alone: its configuration lacks 'r' or 'lora_alpha'", "lora"),
-        "bias of a LoRA": refused("'vLLM does not support LoRA bias'", "drop"),
+        "bias of a LoRA": refused("no LoRA bias: 'unsupported LoRA weight'", "drop"),
         "trained bias": refused("'Adapter bias is not supported'", "drop"),
         "saved norm": refused(_UNKNOWN, "drop"),
-        "saved head": honoured,  # 'score' and 'classifier' of classification models
+        "saved head": refused("'vLLM only supports modules_to_save being None'", "drop"),
         "saved module": refused(
             "'vLLM only supports modules_to_save being either None or [classifier, score]'", "saved"
         ),
@@ -110,7 +120,7 @@ VLLM = RuledConsumer(
         "virtual tokens": refused("it loads LoRA alone"),
         "pattern of targets": honoured,  # it goes by the tensors' names
         "null patterns": honoured,
-        "block-diagonal factors": refused("'vLLM does not support block-diagonal LoRA'", "rewrite"),
+        "block-diagonal factors": ignored("blocks are taken for whole factors", "rewrite"),
         "bare names": honoured,
         "wrapped names": ignored("its names are of no module", "rewrite"),
         "names of an adapter": refused(_UNKNOWN, "rewrite"),

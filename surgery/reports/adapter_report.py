@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from surgery.reports.targets import TargetedParameter, TargetGroup
 from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Name, NameList, Phrase, Piece, Value
 from surgery_formats.canonical.prompts import Prefix
+from surgery_formats.canonical.provenance import ScaleSource
 from surgery_formats.models.module_tree import Totals
 
 __all__ = ["AdapterReport", "PromptFacts"]
@@ -73,6 +74,9 @@ class AdapterReport:
         metadata: Free strings of the file.
         ignored: ``{tensor: why}`` of tensors that rightly do nothing.
         traps: What makes this adapter easy to use wrongly.
+        tool: The program that wrote it and what tells so, or None.
+        family: The family of its base by the names it changes, or None.
+        scale_sources: How many updates have their scale from where (`surgery_formats.canonical.provenance`).
         seconds: How long it took.
     """
 
@@ -101,6 +105,9 @@ class AdapterReport:
     ignored: Mapping[str, str]
     traps: tuple[str, ...]
     quantised_base: str | None = None
+    tool: str | None = None
+    family: str | None = None
+    scale_sources: Mapping[ScaleSource, int] = field(default_factory=dict)
     seconds: float = elapsed()
 
     @property
@@ -110,7 +117,7 @@ class AdapterReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"type": "adapter", **without_empty(plain(self), ("quantised_base",))}
+        return {"type": "adapter", **without_empty(plain(self), ("quantised_base", "tool", "family", "scale_sources"))}
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """Format, kind, ranks, scales and sizes, then the parameters it changes.
@@ -138,10 +145,17 @@ class AdapterReport:
             if values:
                 how = ", alpha / sqrt(rank)" if label == "scale" and self.rslora else ""
                 rows.append((label, (Value(values, "spread", 6), how)))
+        if self.scale_sources:
+            found = (f"{number} {_SOURCES[source]}" for source, number in self.scale_sources.items())
+            rows.append(("scales from", ", ".join(found)))
         if self.prompt is not None:
             rows.append(("prompt", _prompt(self.prompt)))
         if self.token_rows:
             rows.append(("token rows", _listed((Name(name), f": {len(ids)}") for name, ids in self.token_rows.items())))
+        if self.family:
+            rows.append(("family", f"{self.family}, by its names"))
+        if self.tool:
+            rows.append(("written by", Name(self.tool)))
         if self.base_name:
             rows.append(("base", Name(self.base_name, PATH)))
         if self.quantised_base:
@@ -158,6 +172,15 @@ class AdapterReport:
 
     def _metadata(self) -> list[tuple[str, Phrase]]:
         return [("metadata", (Name(name), " = ", Name(value, PATH))) for name, value in self.metadata.items()]
+
+
+_SOURCES: Mapping[ScaleSource, str] = {
+    "alpha": "alpha in the file",
+    "adapter metadata": "lora_adapter_metadata",
+    "training metadata": "ss_network_alpha",
+    "rank": "nowhere: alpha is the rank",
+    "none": "stored whole, without one",
+}
 
 
 def _listed(entries: Iterable[tuple[Piece, ...]]) -> Phrase:

@@ -178,6 +178,9 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         ignored={entry.tensor.name: entry.reason for entry in adapter.ignored},
         traps=(*adapter.known_issues(), *_traps(adapter, modules)),
         quantised_base=None if quantised is None else f"{quantised.method} ({quantised.evidence})",
+        tool=adapter.provenance.tool or None,
+        family=adapter.provenance.family or None,
+        scale_sources=adapter.provenance.scales,
     )
 
 

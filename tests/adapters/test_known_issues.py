@@ -102,10 +102,11 @@ def test_a_file_of_a_merge_script(tmp_path: Path) -> None:
     assert "merge_lora.py squares the ratios" in said_by(kohya(tmp_path / "m.safetensors", 4, 2.0, **facts))
 
 
-def test_a_lost_alpha_is_named_from_the_metadata(tmp_path: Path) -> None:
+def test_a_lost_alpha_is_taken_from_the_metadata_and_said_so(tmp_path: Path) -> None:
     lost = kohya(tmp_path / "l.safetensors", 4, None, ss_network_dim="4", ss_network_alpha="1")
-    assert "alpha 1 for dim 4" in said_by(lost)
-    assert "=0.25" in said_by(lost)
+    assert "their scale is 0.25 by ss_network_alpha" in said_by(lost)
+    ((update,),) = read_adapter(lost).updates.values()
+    assert update.scale == 0.25
     assert said_by(kohya(tmp_path / "n.safetensors", 4, None)) == "1 modules without alpha: their scale is 1"
 
 

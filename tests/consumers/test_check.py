@@ -71,7 +71,7 @@ def test_a_plain_lora_is_honoured_by_all_that_read_its_format(base: Path, tmp_pa
         ("llama.cpp", {"use_rslora": True}, 1 / 2**0.5),
         ("llama.cpp", {"alpha_pattern": {"down_proj": 32}}, 1 / 4),
         ("olive", {"alpha_pattern": {"down_proj": 32}}, 1 / 4),
-        ("vllm@0.10", {"alpha_pattern": {"down_proj": 32}}, 1 / 4),
+        ("vllm@0.30", {"alpha_pattern": {"down_proj": 32}}, 1 / 4),
         ("tensorrt-llm", {"alpha_pattern": {"down_proj": 32}, "use_rslora": True}, 1 / 4),
     ],
 )
@@ -94,10 +94,10 @@ def test_an_alpha_of_zero_is_a_scale_of_one_in_llama_cpp(base: Path, tmp_path: P
 def test_versions_have_their_own_rules(base: Path, tmp_path: Path) -> None:
     adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS, alpha_pattern={"down_proj": 1})
     assert surgery.check(base, adapter, consumer="vllm").honoured
-    assert not surgery.check(base, adapter, consumer="vllm@0.32.1").honoured
+    assert not surgery.check(base, adapter, consumer="vllm@0.31.0").honoured
     newer = surgery.check(base, adapter, consumer="vllm@99.0")
     assert any("which is older" in warning for warning in newer.warnings)
-    with pytest.raises(surgery.FitError, match=r"the rules of vllm begin at 0\.9"):
+    with pytest.raises(surgery.FitError, match=r"the rules of vllm begin at 0\.25"):
         surgery.check(base, adapter, consumer="vllm@0.1")
     with pytest.raises(surgery.FitError, match="'soon' is no version"):
         surgery.check(base, adapter, consumer="vllm@soon")
@@ -136,7 +136,7 @@ def test_a_rank_above_what_the_program_takes_is_cut_by_choice(base: Path, tmp_pa
     assert config_of(tmp_path / "fixed")["r"] == 4
 
 
-@pytest.mark.parametrize("consumer", ["sglang", "edge-llm", "llama.cpp", "olive", "vllm@0.10", "tensorrt-llm", "peft"])
+@pytest.mark.parametrize("consumer", ["sglang", "edge-llm", "llama.cpp", "olive", "vllm@0.30", "tensorrt-llm", "peft"])
 @pytest.mark.parametrize(
     ("ranks", "config"),
     [
@@ -241,6 +241,26 @@ def test_what_no_form_holds_is_left_out_only_by_consent(base: Path, tmp_path: Pa
     assert [entry.site for entry in result.fixed.entries if entry.outcome == "dropped"] == [
         "model.layers.0.self_attn.q_proj.bias"
     ]
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "mlx-lm", "llama.cpp"])
+def test_the_bases_own_values_beside_a_lora_are_no_fault_and_take_nothing_along(
+    base: Path, tmp_path: Path, consumer: str
+) -> None:
+    """PEFT stores the vocabulary beside the LoRA of it: the values are the base's, and only its own format has them."""
+    embedding = {
+        "base_model.model.model.embed_tokens.base_layer.weight": load_file(base / "model.safetensors")[
+            "model.embed_tokens.weight"
+        ],
+        "base_model.model.model.embed_tokens.lora_embedding_A": draw(1, 2, 11),
+        "base_model.model.model.embed_tokens.lora_embedding_B": draw(2, 6, 2),
+    }
+    adapter = write_peft(tmp_path / "a", embedding | _lora(1, MODULES), target_modules=[*TARGETS, "embed_tokens"])
+    if consumer != "mlx-lm":
+        assert surgery.check(base, adapter, consumer=consumer).honoured
+    surgery.check(base, adapter, consumer=consumer, fix=tmp_path / "fixed")
+    read = mlx_deltas if consumer == "mlx-lm" else peft_deltas
+    assert_close(read(tmp_path / "fixed"), peft_deltas(adapter))
 
 
 def test_a_virtual_prompt_has_no_way_but_a_merge(base: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.oracles import disk, models
 
-__all__ = ["Merged", "attach", "merge", "quiet", "randomise", "train"]
+__all__ = ["Merged", "attach", "forwardable", "merge", "quiet", "randomise", "train"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def randomise(model: Any, generator: torch.Generator) -> None:
             parameter.data.add_(0.1 * noise)
 
 
-def _forwardable(wrapped: Any) -> Any:
+def forwardable(wrapped: Any) -> Any:
     """Whisper's forward asks its convolutions for their stride, which PEFT's wrapper has not got."""
     for module in wrapped.modules():
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), torch.nn.Conv1d):
@@ -84,7 +84,7 @@ def train(
         wrapped = peft.get_peft_model(model, getattr(peft, kind)(**config))
         randomise(wrapped, torch.Generator().manual_seed(seed))
         wrapped.save_pretrained(folder)
-        return models.run(arch, _forwardable(wrapped))
+        return models.run(arch, forwardable(wrapped))
 
 
 def attach(arch: str, base: Path, adapters: Sequence[tuple[Path, float]], dtype: str, resize: int = 0) -> Any:
@@ -104,7 +104,7 @@ def attach(arch: str, base: Path, adapters: Sequence[tuple[Path, float]], dtype:
                 for name, (_, weight) in zip(names, adapters, strict=True):
                     if name in module.scaling:
                         module.scaling[name] *= weight
-        return _forwardable(wrapped)
+        return forwardable(wrapped)
 
 
 def merge(

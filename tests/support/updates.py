@@ -25,6 +25,7 @@ from surgery_formats.updates import (
     OSF,
     AdaLoRA,
     ChangedBase,
+    Decomposed,
     DeLoRA,
     DoRA,
     Factor,
@@ -39,7 +40,9 @@ from surgery_formats.updates import (
     LoRA,
     MiSS,
     Offset,
+    OutputRotation,
     PEANuT,
+    ProductGLoRA,
     PVeRA,
     RandLoRA,
     RandomBases,
@@ -113,6 +116,17 @@ EVERY_KIND: dict[str, Update] = {
     "GLoRA": GLoRA((made_factor(24, 2), made_factor(2, 40)), (made_factor(24, 1),)),
     "GLoRA by numbers": GLoRA((made_factor(1, 1),), ()),
     "GLoRA of a bias": GLoRABias((), (made_factor(24, 1),), (made_factor(1, 1),)),
+    "GLoRA of LyCORIS": ProductGLoRA(*(made_factor(*s) for s in ((40, 2), (2, 40), (24, 2), (2, 40))), scale=0.5),
+    "GLoRA of LyCORIS on a convolution": ProductGLoRA(
+        *(made_factor(*s) for s in ((10, 2), (2, 10), (24, 2), (2, 40))), scale=0.5
+    ),
+    "OFT of outputs": OutputRotation(made_factor(6, 4, 4), made_factor(24)),
+    "OFT of outputs within a limit": OutputRotation(made_factor(6, 4, 4), limit=0.25),
+    "BOFT of outputs": OutputRotation(made_factor(3, 4, 6, 6), made_factor(24)),
+    "DoHa": Decomposed(
+        LoHa(*(made_factor(*s) for s in ((24, 2), (2, 40), (24, 2), (2, 40))), scale=0.5, alpha=1.0), made_factor(24)
+    ),
+    "DoKr on columns": Decomposed(LoKr(made_factor(4, 5), made_factor(6, 8), 0.5), made_factor(40), per_row=False),
     "PEANuT": PEANuT(
         made_factor(3, 24), made_factor(24, 3), (made_factor(3, 3),) * 2, (made_factor(3, 3),) * 2, "gelu", 0.5
     ),

@@ -100,7 +100,6 @@ def test_a_value_head_goes_along_and_is_spoken_of(name: str, pair: tuple[Path, P
         ("model.safetensors", {NORM: draw(1, HIDDEN)}, "a full model by its name: not read"),
         ("adapters.safetensors", {"layers.0.q_proj.lora_a": draw(1, 4, 4)}, "another adapter by its tensors: not read"),
         ("model.onnx", {NORM: draw(1, HIDDEN)}, "weights that are not read here"),
-        ("expected.safetensors", {NORM: draw(1, HIDDEN)}, "nothing says that it belongs to it: not read"),
         ("notes.bin", None, "is not read"),
     ],
 )
@@ -115,6 +114,16 @@ def test_other_weights_are_named(
     result, out = merged(pair, tmp_path / "out")
     assert any(name in warning and says in warning for warning in result.warnings)
     assert all(np.array_equal(out[key], plain[key]) for key in plain)
+
+
+def test_weights_that_no_rule_knows_are_refused_by_name(pair: tuple[Path, Path]) -> None:
+    save_file({NORM: draw(1, HIDDEN)}, pair[1] / "extra.safetensors")
+    for operate in (surgery.merge, lambda _, adapter, **options: surgery.convert(adapter, "mlx", **options)):
+        with pytest.raises(FitError, match="not used by any update") as error:
+            operate(*pair, dry_run=True)
+        assert "extra.safetensors" in str(error.value.file)
+        assert "move it out" in str(error.value.hint)
+    assert any("extra.safetensors" in trap for trap in surgery.inspect(pair[1]).traps)  # type: ignore[union-attr]
 
 
 def test_states_of_a_training_are_passed_over(pair: tuple[Path, Path]) -> None:

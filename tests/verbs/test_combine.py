@@ -248,8 +248,10 @@ def test_kohya_files_combine_through_the_base(tmp_path: Path) -> None:
     assert (result.modules[0].ranks, result.modules[0].rank) == ((2, 3), 4)  # the weight has four rows
     combine([(tmp_path / "p0", 0.7), (paths[1], -0.3)], output=tmp_path / "mixed", base=base)
     assert_close(peft_deltas(tmp_path / "mixed"), {"conv_in": next(iter(wanted.values()))})
+    combine(pairs, output=tmp_path / "own.safetensors")
+    assert_close(kohya_deltas(tmp_path / "own.safetensors"), wanted)
     with pytest.raises(FitError, match="come from the base"):
-        combine(pairs, output=tmp_path / "none.safetensors")
+        combine([(tmp_path / "p0", 0.7)], output=tmp_path / "none.safetensors", to="kohya")
 
 
 def test_names_that_only_a_base_can_tell_apart(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,26 @@ def _loaded(made: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def _difference(model_type: str, folder: Path) -> float:
-    """The greatest difference of the attached model's logits from the tuned, as a share of the tuning's effect."""
+def _attached(base: Any, adapter: Path) -> Any:
+    """The base with an adapter of which PEFT misses nothing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attached = peft.PeftModel.from_pretrained(base, adapter).eval()
+    if missing := [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]:
+        raise AssertionError(missing[0])
+    return attached
+
+
+def _difference(
+    model_type: str, folder: Path, change: Callable[[Path], Path] = lambda folder: folder / "lora"
+) -> float:
+    """The greatest difference of the attached model's logits from the tuned, as a share of the tuning's effect.
+
+    Args:
+        model_type: Of the model.
+        folder: For files.
+        change: Makes another adapter of the extracted one.
+    """
     model = tiny(model_type)
     _logits(model)
     model.save_pretrained(folder / "base")
@@ -70,11 +88,7 @@ def _difference(model_type: str, folder: Path) -> float:
     base, wanted = _loaded(made, folder / "base"), _logits(_loaded(made, folder / "tuned"))
     without = _logits(base)
     surgery.extract_lora(folder / "base", folder / "tuned", output=folder / "lora", rank=2, kind="lora")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        attached = peft.PeftModel.from_pretrained(base, folder / "lora").eval()
-    if missing := [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]:
-        raise AssertionError(missing[0])
+    attached = _attached(base, change(folder))
     return float((_logits(attached) - wanted).abs().max() / (wanted - without).abs().max())
 
 
@@ -90,6 +104,26 @@ def _quiet() -> Iterator[None]:
 @pytest.mark.parametrize("model_type", SOME)
 def test_peft_attaches_what_was_extracted(model_type: str, tmp_path: Path) -> None:
     assert _difference(model_type, tmp_path) < 1e-3
+
+
+def _combined(folder: Path) -> Path:
+    halves = [(folder / "lora", 0.5), (folder / "lora", 0.5)]
+    surgery.combine(halves, output=folder / "halves", base=folder / "base")
+    return folder / "halves"
+
+
+def _by_mlx(folder: Path) -> Path:
+    surgery.convert(folder / "lora", "mlx", output=folder / "mlx", base=folder / "base")
+    surgery.convert(folder / "mlx", "peft", output=folder / "back", base=folder / "base")
+    return folder / "back"
+
+
+@pytest.mark.parametrize("change", [_combined, _by_mlx])
+@pytest.mark.parametrize("model_type", ["aria", "deepseek_v3", "granitemoe", "llava", "qwen3_5_moe", "solar_open"])
+def test_peft_attaches_what_was_combined_or_converted(
+    model_type: str, change: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    assert _difference(model_type, tmp_path, change) < 1e-3
 
 
 @pytest.mark.slow

@@ -7,7 +7,10 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from surgery_formats.adapters.bare import BARE
+from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
+from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
@@ -19,7 +22,7 @@ from surgery_formats.text import closest, listing
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "format_at", "format_named", "formats", "is_adapter_file", "read_adapter"]
 
-BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA, COMPACT)
+BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE)
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 
 

@@ -75,19 +75,18 @@ def settle_tie(
             head = Edit(component.name, component.head, source, (), why="was tied to the embedding, keeps its values")
         if head is not None:
             settled[head_key] = replace(head, added=True)
-    return _with_bias(settled, component), True
+    return _with_biases(settled, component), True
 
 
-def _with_bias(settled: Edits, component: Component) -> Edits:
-    """The head's bias too, where the class ties it: transformers looks for it as soon as the weights are parted."""
-    alias = f"{component.head.removesuffix('weight')}bias"
-    source = component.aliases.get(alias)
-    if source is None or alias in component.parameters:
-        return settled
-    known = settled.get((component.name, source))
-    base = component.parameters[source].storage
-    bias = known or Edit(component.name, alias, base, (), why="was tied, keeps its values")
-    return {(component.name, alias): replace(bias, name=alias, added=True), **settled}
+def _with_biases(settled: Edits, component: Component) -> Edits:
+    """Biases that the class ties too: transformers looks for all of them as soon as the weights are parted."""
+    for alias, source in component.aliases.items():
+        if alias.endswith(".bias") and alias not in component.parameters:
+            known = settled.get((component.name, source))
+            base = component.parameters[source].storage
+            bias = known or Edit(component.name, alias, base, (), why="was tied, keeps its values")
+            settled = {(component.name, alias): replace(bias, name=alias, added=True), **settled}
+    return settled
 
 
 def _head_follows(embedding: Edit, component: Component, keeping: frozenset[int]) -> bool:

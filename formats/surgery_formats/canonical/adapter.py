@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery_formats.canonical.prompts import SoftPrompt
+from surgery_formats.canonical.provenance import Provenance
 from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Update
@@ -96,6 +97,7 @@ class Adapter:
         task: What the model with the adapter does, as the Hub names it (``text-classification``); empty where the file
             does not tell.
         stored_transposed: Whether the file says that its base stores the weights of linear layers as ``(in, out)``.
+        provenance: What the file tells of its making, for reports.
     """
 
     path: Path
@@ -119,6 +121,7 @@ class Adapter:
     keeps_ties: bool = False
     task: str = ""
     stored_transposed: bool = False
+    provenance: Provenance = field(default_factory=Provenance)
 
     def __repr__(self) -> str:
         return f"<Adapter {str(self.path)!r}: {self.format} {self.kind}, {len(self.updates)} updates>"

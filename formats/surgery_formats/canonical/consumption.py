@@ -21,9 +21,15 @@ def check_consumed(adapter: Adapter, error: type[FitError | ProofError] = FitErr
         FitError: tensors are left over (or `error`).
     """
     if left := adapter.unconsumed():
+        names = {tensor.name for tensor in left}
+        apart = left[0].path not in {tensor.path for tensor in adapter.tensors if tensor.name not in names}
+        apart = apart and len(left) < len(adapter.tensors)
         raise error(
             f"{len(left)} of {len(adapter.tensors)} tensors are not used by any update: "
             f"{listing(tensor.name for tensor in left)}",
             file=left[0].path if error is FitError else adapter.path.name,
             tensor=left[0].name,
+            hint="no rule knows this file: move it out of the adapter's folder if it is no part of it"
+            if apart
+            else None,
         )

@@ -17,6 +17,8 @@ from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
 from surgery_formats.models.eras import class_ties, expert_counts
+from surgery_formats.models.factor_names import named_adapter
+from surgery_formats.models.families.denoisers import COMPONENTS
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.names import Names
@@ -251,8 +253,14 @@ class Checkpoint:
         return self.components[""]
 
     def component(self, name: str) -> Component | None:
-        """The component that an adapter calls `name`: a plain model has whatever name it is given."""
-        return self.components.get(name, self.components.get(""))
+        """The component that an adapter calls `name`: a plain model has whatever name it is given.
+
+        Adapters call the network that removes noise a U-Net, a transformer or nothing in particular, whatever it is.
+        """
+        found = self.components.get(name, self.components.get(""))
+        if found is None and name in COMPONENTS:
+            found = next((self.components[other] for other in COMPONENTS if other in self.components), None)
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -291,10 +299,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header, index or config is not what its format says.
-        FitError: a folder of PEFT's, with an adapter alone.
+        FitError: an adapter.
     """
     where = Path(path)
     components = {name: _component(name, where, weights) for name, weights in open_weights(where).items()}
+    if len(components) == 1 and (what := named_adapter(next(iter(components.values())).tensors)):
+        raise FitError(f"an adapter where a full model was expected: {what}", file=where)
     if not where.is_dir():
         return Checkpoint(where, components, ())
     files = [shard.path for component in components.values() for shard in component.shards]

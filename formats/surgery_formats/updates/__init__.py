@@ -12,6 +12,7 @@ from surgery_formats.updates.blend import blend, unblend
 from surgery_formats.updates.boft import BOFT
 from surgery_formats.updates.c3a import C3A
 from surgery_formats.updates.changed_base import ChangedBase
+from surgery_formats.updates.decomposed import Decomposed
 from surgery_formats.updates.deft import DEFT
 from surgery_formats.updates.delora import DeLoRA
 from surgery_formats.updates.dora import DoRA
@@ -38,7 +39,9 @@ from surgery_formats.updates.miss import MiSS
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.osf import OSF
+from surgery_formats.updates.output_rotations import OutputRotation
 from surgery_formats.updates.peanut import PEANuT
+from surgery_formats.updates.product_glora import ProductGLoRA
 from surgery_formats.updates.pvera import PVeRA
 from surgery_formats.updates.randlora import RandLoRA, RandomBases
 from surgery_formats.updates.replacement import Held, Replacement
@@ -103,6 +106,7 @@ __all__ = [
     "Apply",
     "ChangedBase",
     "DeLoRA",
+    "Decomposed",
     "Directed",
     "DoRA",
     "Effect",
@@ -128,9 +132,11 @@ __all__ = [
     "Mixing",
     "OfBase",
     "Offset",
+    "OutputRotation",
     "PEANuT",
     "PVeRA",
     "Part",
+    "ProductGLoRA",
     "RandLoRA",
     "RandomBases",
     "Refusing",

@@ -23,6 +23,7 @@ class IA3:
         per_row: Whether `vector` belongs to rows (PEFT's default) or to columns (PEFT's ``feedforward_modules``).
         other: Size of the other axis; 0 until `fitted`.
         kernel: Columns that share one input channel's value.
+        noted: Stored tensors that say where `vector` acts.
     """
 
     kind: ClassVar[str] = "IA3"
@@ -36,6 +37,7 @@ class IA3:
     per_row: bool
     other: int = 0
     kernel: int = 1
+    noted: tuple[Tensor, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,8 +47,8 @@ class IA3:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The vector's."""
-        return self.vector.tensors
+        """The vector's, then those that say where it acts."""
+        return (*self.vector.tensors, *self.noted)
 
     def fitted(self, fit: Fit) -> IA3:
         """The update with the size of its other axis and of a convolution's kernel."""
@@ -54,8 +56,8 @@ class IA3:
 
     @property
     def untrained(self) -> tuple[Tensor, ...]:
-        """Nothing: every stored number was trained."""
-        return ()
+        """What says where the vector acts."""
+        return self.noted
 
     def factors(self) -> dict[str, Factor]:
         """``vector``."""

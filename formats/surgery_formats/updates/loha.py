@@ -26,6 +26,7 @@ class LoHa:
         B2: As B1.
         scale: ``alpha / rank``.
         alpha: As written in the file.
+        noted: Stored tensors that `scale` was read from.
     """
 
     kind: ClassVar[str] = "LoHa"
@@ -38,6 +39,7 @@ class LoHa:
     B2: Factor
     scale: float
     alpha: float | None = None
+    noted: tuple[Tensor, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -52,7 +54,7 @@ class LoHa:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of all four factors."""
-        tensors = (*self.A1.tensors, *self.B1.tensors, *self.A2.tensors, *self.B2.tensors)
+        tensors = (*self.A1.tensors, *self.B1.tensors, *self.A2.tensors, *self.B2.tensors, *self.noted)
         return tuple(dict.fromkeys(tensors))
 
     def scaled(self, weight: float) -> LoHa:
@@ -61,8 +63,8 @@ class LoHa:
 
     @property
     def untrained(self) -> tuple[Tensor, ...]:
-        """Nothing: every stored number was trained."""
-        return ()
+        """What the scale was read from."""
+        return self.noted
 
     def factors(self) -> dict[str, Factor]:
         """``A1``, ``B1``, ``A2``, ``B2``."""

@@ -31,6 +31,7 @@ class LoKr:
         crossed: Whether the delta has the order that PEFT gives a Conv1d whose ``lokr_w2`` is stored whole,
             ``(c, d, kernel)``: PEFT takes ``kron`` of a matrix and a 3-D tensor, so that the element of `D`, not of
             `C`, is the slow index of rows and columns.
+        noted: Stored tensors that `scale` was read from.
     """
 
     kind: ClassVar[str] = "LoKr"
@@ -44,6 +45,7 @@ class LoKr:
     rank: int | None = None
     kernel: int = 1
     crossed: bool = False
+    noted: tuple[Tensor, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,7 +55,7 @@ class LoKr:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of both factors."""
-        return (*self.C.tensors, *self.D.tensors)
+        return (*self.C.tensors, *self.D.tensors, *self.noted)
 
     def scaled(self, weight: float) -> LoKr:
         """The same addition, `weight` times as far."""
@@ -61,8 +63,8 @@ class LoKr:
 
     @property
     def untrained(self) -> tuple[Tensor, ...]:
-        """Nothing: every stored number was trained."""
-        return ()
+        """What the scale was read from."""
+        return self.noted
 
     def factors(self) -> dict[str, Factor]:
         """``C`` and ``D``."""

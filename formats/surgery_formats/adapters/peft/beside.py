@@ -8,7 +8,7 @@
 ``value_head.safetensors``       the value head of a reward model (LLaMA-Factory, TRL), which belongs to no class
                                  of transformers: carried along
 ``model.safetensors`` ...        a full model: told, not read
-other names                      told, not read, unless its tensors have PEFT's prefix
+other names                      refused by name, unless its tensors have PEFT's prefix
 states of a training             passed over
 ===============================  ==========================================================================
 """
@@ -47,11 +47,13 @@ class Beside:
         parameters: Trained in full, by their path.
         carried: Files that go where the adapter goes.
         issues: What to say of the others.
+        unknown: Tensors of files that nothing says belong to the adapter, or do not: an operation refuses them by name.
     """
 
     parameters: dict[str, StoredTensor] = field(default_factory=dict)
     carried: list[Path] = field(default_factory=list)
     issues: list[str] = field(default_factory=list)
+    unknown: list[StoredTensor] = field(default_factory=list)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -99,7 +101,8 @@ def _sort(path: Path, beside: Beside) -> None:
     elif _TRAINED.fullmatch(path.name) or any(bared(key).startswith(PREFIX) for key in names):
         _add(shard, beside)
     else:
-        beside.issues.append(f"'{name}' lies beside it, and nothing says that it belongs to it: not read")
+        beside.issues.append(f"'{name}' lies beside it, and no rule says what it is to the adapter")
+        beside.unknown.extend(shard.tensors)
 
 
 def _path(tensor: StoredTensor) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.peft.file import PeftFile
@@ -23,26 +24,39 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
 
+if TYPE_CHECKING:
+    from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
+
 __all__ = [
     "StackedParameter",
+    "for_peft",
+    "is_parameter_here",
     "parameter_lora",
     "put_parameters",
-    "taken_for_experts_here",
     "targeted_parameters",
     "todays_order",
     "wrappers_of",
 ]
 
 
-def taken_for_experts_here(file: PeftFile, site: Site) -> bool:
-    """Whether PEFT, in the base's model, takes the module of `site` for an expert of an older release.
+def is_parameter_here(file: PeftFile, site: Site) -> bool:
+    """Whether the LoRA of a module is to be one of its parameter, ``weight``.
 
-    A LoRA on its parameter is then the form that is attached. An adapter that has a PEFT configuration keeps its own.
+    It is if the adapter's own configuration says so, or if PEFT takes the module, in the base's model, for an expert of
+    an older release, and would attach nothing to it.
     """
-    if file.base is None or file.own is not None or file.dialect is not None or not site.path.endswith(".weight"):
+    if not site.path.endswith(".weight") or site.module_kind not in ("", "linear"):
         return False
-    names = taken_for_experts(component_of(site, file.base).config)
-    return site.path.split(".")[-2] in names and site.module_kind in ("", "linear")
+    if file.own is not None:
+        return any("." in name and f".{site.path}".endswith(f".{name}") for name in file.own.target_parameters)
+    if file.base is None or not for_peft(file.dialect):
+        return False
+    return site.path.split(".")[-2] in taken_for_experts(component_of(site, file.base).config)
+
+
+def for_peft(dialect: ExpertDialect | None) -> bool:
+    """Whether a folder in a dialect, or in none, is one for today's PEFT."""
+    return dialect is None or dialect.name == "peft"
 
 
 def targeted_parameters(

@@ -141,7 +141,7 @@ def _with_beside(adapter: Adapter, beside: Beside) -> Adapter:
     return replace(
         adapter,
         updates=dict(sorted(updates.items())),
-        tensors=(*adapter.tensors, *beside.parameters.values()),
+        tensors=(*adapter.tensors, *beside.parameters.values(), *beside.unknown),
         config={**adapter.config, **saved},
         stated_issues=(*adapter.stated_issues, *beside.issues),
     )

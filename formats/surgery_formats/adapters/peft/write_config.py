@@ -134,7 +134,10 @@ def inherited(adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, 
     pairs = [(site, contents_of(update)) for site, chain in updates.items() for update in chain]
     low = {site for site, held in pairs if held.lora}
     stacks = {site for site, held in pairs if held.stack}
-    if not low and not stacks:
+    targeted = [f".{name}" for config in configs for name in config.get("target_parameters") or () if "." in name]
+    parameters = {site for site in low if f".{site.path}".endswith(tuple(targeted))}
+    low -= parameters
+    if not low and not stacks and not parameters:
         raise FitError("none of the adapters holds a LoRA", file=adapters[0].path)
     rank = commonest(held.update.rank for _, held in pairs if held.update.rank is not None) or 8
     replaced = [f".{site.path}" for site, held in pairs if held.whole]
@@ -157,8 +160,8 @@ def inherited(adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, 
         "use_dora": any(held.dora for _, held in pairs),
         "use_rslora": False,
     }
-    if stacks:
-        named = sorted(site.path for site in stacks if SWITCH not in site.path)
+    if stacks or parameters:
+        named = sorted(site.path for site in stacks | parameters if SWITCH not in site.path)
         fields |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": named or None}
     return fields
 

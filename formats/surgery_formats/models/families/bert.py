@@ -17,7 +17,7 @@ from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.models.families.settings import ModelSettings
 
-__all__ = ["FAMILY", "NAMES_ONLY"]
+__all__ = ["DEBERTA", "ELECTRA", "FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
@@ -41,4 +41,5 @@ FAMILY = Family(
     derivable=("embeddings.position_ids", "embeddings.token_type_ids"),
     recipe=recipe,
 )
-NAMES_ONLY = replace(FAMILY, names=("electra", "deberta-v2"), recipe=None)
+ELECTRA = replace(FAMILY, names=("electra",), recipe=None)
+DEBERTA = replace(ELECTRA, names=("deberta-v2",), embedding="deberta.embeddings.word_embeddings")

@@ -18,8 +18,8 @@ from surgery_formats.adapters.peft.kinds.lora_variants import base_fields, put_d
 from surgery_formats.adapters.peft.kinds.tokens import put_rows
 from surgery_formats.adapters.peft.parameters import (
     StackedParameter,
+    is_parameter_here,
     put_parameters,
-    taken_for_experts_here,
     todays_order,
 )
 from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
@@ -55,7 +55,7 @@ def write_lora(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
             _put_low_rank(file, site, held, held.update.lora, {}, dora=dora, part=part)
         elif held.lora is None:
             rest.append((site, held))
-        elif not held.dora and (site.module_kind == "experts" or taken_for_experts_here(file, site)):
+        elif not held.dora and (site.module_kind == "experts" or is_parameter_here(file, site)):
             stacks.append(StackedParameter(site, held.update, Stacked((held.lora,))))
         else:
             _put_low_rank(file, site, held, held.lora, plain, dora=dora, part=part)

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signs in the headers, alphas and metadata of a kohya file that its scale is not the one that was trained."""
+"""Signs in the headers, alphas and metadata of a file that its scale is not the one that was trained."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from surgery_formats.adapters.contents import contents_of
+from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.canonical.adapter import Site
 from surgery_formats.text import show
-from surgery_formats.updates import LoRA, Update
+from surgery_formats.updates import OutputRotation, Update
 
 __all__ = ["stated_issues"]
 
 _MERGED_FROM = "modelspec.merged_from"  # written by the merge scripts of sd-scripts, and by no trainer
 
 
-def stated_issues(updates: Collection[Update], metadata: Mapping[str, str]) -> Iterable[str]:
+def stated_issues(
+    updates: Mapping[Site, tuple[Update, ...]], scales: Scales, metadata: Mapping[str, str], *, flat: bool
+) -> Iterable[str]:
     """Facts worth a warning.
 
     Sources: sd-scripts ``networks/merge_lora.py`` and ``svd_merge_lora.py``, and diffusers' loader. docs/combine.md
@@ -23,16 +27,23 @@ def stated_issues(updates: Collection[Update], metadata: Mapping[str, str]) -> I
 
     Args:
         updates: All updates of the file.
+        scales: Where their scales come from.
         metadata: Its metadata, with ``ss_*`` and ``modelspec.*``.
+        flat: Whether modules are spelt as sd-scripts does, whose files have an alpha for each.
     """
-    contents = [contents_of(update) for update in updates]
+    every = [update for chain in updates.values() for update in chain]
+    contents = [contents_of(update) for update in every]
     loras = [held.lora for held in contents if held.lora]
-    alpha, dim = _number(metadata, "ss_network_alpha"), _number(metadata, "ss_network_dim")
-    lacking = sum(not lora.noted for lora in loras)
-    if lacking:
-        yield f"{lacking} modules without alpha: their scale is 1" + _lost(loras, alpha, dim)
-    if any(held.dora for held in contents):
+    dim = _number(metadata, "ss_network_dim")
+    lacking = [lora for lora in loras if not lora.noted]
+    if scales.configs and any(lora.scale != 1.0 for lora in lacking):
+        yield "its alphas stand in the header alone: programs that look for a tensor beside the factors take 1 for the scale"
+    elif flat and lacking:
+        yield f"{len(lacking)} modules without alpha: " + _meant([lora.scale for lora in lacking])
+    if flat and any(held.dora for held in contents):
         yield "DoRA: diffusers drops its magnitudes when it loads such a file"
+    if any(isinstance(update, OutputRotation) and update.noted and update.limit is None for update in every):
+        yield "OFT with alpha 0: LyCORIS means no constraint by it, A1111 and sd-scripts one that lets nothing pass"
     grown = {round(lora.rank / dim, 6) for lora in loras if dim}
     if loras and min(grown, default=1.0) > 1.0 and all(ratio == int(ratio) for ratio in grown):
         low = dim / max(lora.rank for lora in loras) if dim else 1.0
@@ -49,12 +60,13 @@ def stated_issues(updates: Collection[Update], metadata: Mapping[str, str]) -> I
         )
 
 
-def _lost(loras: Collection[LoRA], alpha: float | None, dim: float | None) -> str:
-    """The trained scale by the metadata, if no alpha in the file has it."""
-    if alpha is None or not dim or alpha == dim or any(lora.noted for lora in loras):
-        return ""
-    scale = f"{alpha / dim:.3g}"
-    return f", but its metadata says alpha {alpha:g} for dim {dim:g}: then {scale} was trained (combine FILE={scale})"
+def _meant(scales: list[float]) -> str:
+    """The scale of modules without alpha: by the metadata, else 1."""
+    stated = sorted({scale for scale in scales if scale != 1.0})
+    if not stated:
+        return "their scale is 1"
+    shown = ", ".join(f"{scale:.3g}" for scale in stated)
+    return f"their scale is {shown} by ss_network_alpha in its metadata; programs that look for alphas take 1"
 
 
 def _number(metadata: Mapping[str, str], key: str) -> float | None:

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files with the dotted names of modules and nothing before them: DiffSynth-Studio, the Lightning LoRAs of Qwen-Image."""
+
+from __future__ import annotations
+
+from surgery_formats.adapters.grammar.dialect import Dialect
+from surgery_formats.adapters.grammar.format import WeightFileFormat
+from surgery_formats.adapters.grammar.leaves import LORA_SPELLINGS
+from surgery_formats.adapters.grammar.spelling import Prefix
+
+__all__ = ["BARE"]
+
+_DOWN, _UP = LORA_SPELLINGS["lora_down"]
+
+BARE = WeightFileFormat(
+    Dialect(
+        name="bare",
+        prefixes=(Prefix("", "", False),),
+        foreign=("base_model.",),  # of PEFT, without the configuration that has its scale
+        written={"": "", "denoiser": ""},
+        leaves={"down": _DOWN, "up": _UP},
+    ),
+    title="dotted names without a prefix (DiffSynth-Studio, Lightning): LoRA, LyCORIS' kinds, differences",
+)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files with the original names of a diffusion network behind ``diffusion_model.``: ComfyUI, ai-toolkit, diffusion-pipe.
+
+A file may hold LoRA, LyCORIS' kinds and differences side by side (LightX2V).
+"""
+
+from __future__ import annotations
+
+from surgery_formats.adapters.grammar.dialect import Dialect
+from surgery_formats.adapters.grammar.format import WeightFileFormat
+from surgery_formats.adapters.grammar.leaves import LORA_SPELLINGS
+from surgery_formats.adapters.grammar.spelling import FLAT, Prefix
+
+__all__ = ["COMFYUI"]
+
+_MODEL = Prefix("diffusion_model.", "denoiser", False)
+_TEXT = (
+    Prefix("text_encoders.clip_l.transformer.", "text_encoder", False),
+    Prefix("text_encoders.clip_g.transformer.", "text_encoder_2", False),
+    Prefix("text_encoders.t5xxl.transformer.", "text_encoder_2", False),
+)
+_DOWN, _UP = LORA_SPELLINGS["lora_A"]
+
+COMFYUI = WeightFileFormat(
+    Dialect(
+        name="comfyui",
+        prefixes=(_MODEL, *_TEXT, *(prefix for prefix in FLAT if prefix.component.startswith("text_encoder"))),
+        own=(_MODEL.text,),
+        written={"": _MODEL.text, _MODEL.component: _MODEL.text},
+        leaves={"down": _DOWN, "up": _UP},
+    ),
+    title="ComfyUI file (and ai-toolkit, diffusion-pipe, LightX2V): original names behind diffusion_model.",
+)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dialect: what one format of one-file adapters spells its own way. It is all that such a format has to say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from surgery_formats.adapters.grammar.leaves import LEAVES
+from surgery_formats.adapters.grammar.spelling import Prefix, split_key
+from surgery_formats.models.factor_names import holds_factors_alone
+from surgery_formats.models.families.denoisers import COMPONENTS
+
+__all__ = ["Dialect"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """The spelling of one format.
+
+    Attributes:
+        name: Of the format.
+        prefixes: How keys may begin; the first that fits is taken.
+        own: Beginnings that no other format has: a file with such a key is of this one. Without any, all keys have to be
+            modules with known leaves, and the format is asked after those that have some.
+        foreign: Beginnings that no file of this format has.
+        written: The prefix that is written for each component of a pipeline; of one without a name first.
+        leaves: Spellings of roles in what is written from other formats.
+        with_alpha: Whether scales are written as alphas beside factors from other formats.
+        in_header: Whether they are written into the header instead, as diffusers does.
+    """
+
+    name: str
+    prefixes: tuple[Prefix, ...]
+    own: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    written: Mapping[str, str] = field(default_factory=dict)
+    leaves: Mapping[str, str] = field(default_factory=dict)
+    with_alpha: bool = True
+    in_header: bool = False
+
+    def claims(self, names: Collection[str]) -> bool:
+        """Whether a file with these keys is of this format: it has its beginnings, and holds factors alone."""
+        if self.foreign and any(name.startswith(self.foreign) for name in names):
+            return False
+        if not self.own:
+            return holds_factors_alone(names) and all(map(self._is_leaf, names))
+        if not any(name.startswith(self.own) for name in names):
+            return False
+        return any(map(self._is_leaf, names)) and (self.flat or holds_factors_alone(names))
+
+    @property
+    def flat(self) -> bool:
+        """Whether modules of all its keys are flattened: their beginnings are no model's."""
+        return all(prefix.flat for prefix in self.prefixes)
+
+    def _is_leaf(self, name: str) -> bool:
+        key = split_key(name, self.prefixes)
+        return key is not None and (self.flat or key.leaf in LEAVES)
+
+    def prefix_for(self, component: str) -> str | None:
+        """How keys of a component begin in what is written; None if the format has no place for it."""
+        if component in self.written:
+            return self.written[component]
+        alike = [name for name in COMPONENTS if name in self.written] if component in COMPONENTS else []
+        return self.written[alike[0]] if alike else None

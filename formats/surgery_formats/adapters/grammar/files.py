@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one file of weights of an adapter: found in what the user named, and looked into once for all formats."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from surgery_formats.containers.base import ShardSet
+from surgery_formats.containers.sharded import MODEL_STEMS, open_shards
+from surgery_formats.containers.weight_files import is_weight_file
+from surgery_formats.errors import SurgeryError
+
+__all__ = ["keys_at", "open_adapter_file", "weights_at"]
+
+_DIFFUSERS = "pytorch_lora_weights"
+
+
+def weights_at(path: Path) -> Path | None:
+    """The file of weights that `path` is, or the one in a folder that holds no model and no other; None if there is none.
+
+    A folder of diffusers' has its file under a name of its own, whatever lies beside it.
+    """
+    if os.path.isfile(path):
+        return path if is_weight_file(path.name) else None
+    try:
+        with os.scandir(path) as entries:
+            names = sorted(entry.name for entry in entries if is_weight_file(entry.name) and entry.is_file())
+    except (OSError, ValueError):  # a path that no system has
+        return None
+    own = [name for name in names if name.partition(".")[0] == _DIFFUSERS]
+    if own:
+        return path / own[-1]  # safetensors after bin
+    alone = len(names) == 1 and not names[0].startswith((*MODEL_STEMS, "adapter_model", "adapters"))
+    return path / names[0] if alone and not os.path.exists(path / "config.json") else None
+
+
+def keys_at(path: Path) -> Mapping[str, object]:
+    """The names of the tensors of the file at `path`; none if there is no such file, or it is malformed.
+
+    Every format of one file asks, so the last answer is kept.
+    """
+    file = weights_at(path)
+    if file is None:
+        return {}
+    try:
+        known = os.stat(file)
+        return _keys(file, (known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns))
+    except (SurgeryError, OSError, ValueError):
+        return {}
+
+
+@lru_cache(maxsize=1)
+def _keys(file: Path, _identity: tuple[int, ...]) -> Mapping[str, object]:
+    return dict.fromkeys(open_shards(file).tensors)
+
+
+def open_adapter_file(path: Path) -> ShardSet:
+    """The file of weights at `path`.
+
+    Raises:
+        NotFoundError, MalformedError: none, or not what its container says.
+    """
+    return open_shards(weights_at(path) or path)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the keys of one-file adapters begin, and how a key is taken apart into module and leaf."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from surgery_formats.adapters.grammar.leaves import longest_leaf
+
+__all__ = ["DOTTED", "FLAT", "Key", "Prefix", "split_key"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """How keys of one component begin.
+
+    Attributes:
+        text: With the separator behind it: ``lora_unet_``, ``transformer.``; empty for keys that begin with the module.
+        component: What the sites' component is called.
+        flat: Whether dots of the module are written as underscores.
+    """
+
+    text: str
+    component: str
+    flat: bool
+
+
+def _prefixes(flat: bool, **components: str) -> tuple[Prefix, ...]:
+    mark = "_" if flat else "."
+    return tuple(Prefix(f"{text}{mark}", component, flat) for text, component in components.items())
+
+
+FLAT = _prefixes(
+    True,
+    lora_unet="unet",
+    lora_te="text_encoder",
+    lora_te1="text_encoder",
+    lora_te2="text_encoder_2",
+    lora_te3="text_encoder_3",
+    lora_transformer="transformer",
+    lora_prior_unet="prior",
+    lora_prior_te="text_encoder",
+    lycoris="denoiser",
+    oft_unet="unet",
+)
+"""sd-scripts and all who follow it: A1111, musubi-tuner, OneTrainer, LyCORIS (``lycoris_`` by itself)."""
+
+DOTTED = _prefixes(
+    False,
+    transformer="transformer",
+    unet="unet",
+    text_encoder="text_encoder",
+    text_encoder_2="text_encoder_2",
+    text_encoder_3="text_encoder_3",
+    prior="prior",
+    diffusion_model="denoiser",
+)
+"""Prefixes of dotted keys: diffusers names the component, ComfyUI says ``diffusion_model``."""
+
+_PROCESSOR = re.compile(r"(?P<block>.+?)\.(?:processor\.)?(?P<part>\w+)_lora\.(?P<side>down|up)\.weight")
+_ENDINGS = {"to_out": "to_out.0"}  # of an attention processor's parts, where the module is called otherwise
+_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key, taken apart.
+
+    Attributes:
+        prefix: How it begins.
+        module: Path of the module, as a base would have it, flat if the prefix is.
+        leaf: What stands behind it.
+        stem: All of the key before the leaf, to spell another leaf of the same module.
+    """
+
+    prefix: Prefix
+    module: str
+    leaf: str
+    stem: str
+
+
+def split_key(name: str, prefixes: Iterable[Prefix]) -> Key | None:
+    """Take a key apart; None if no prefix fits, or nothing stands between prefix and leaf.
+
+    The leaf of a flat key is all after the first dot, known or not. That of a dotted one must be known, since only that
+    tells where its module ends.
+    """
+    for prefix in prefixes:
+        if not name.startswith(prefix.text):
+            continue
+        rest = name[len(prefix.text) :]
+        if prefix.flat:
+            module, dot, leaf = rest.partition(".")
+            # VideoX-Fun writes two underscores behind the prefix: no module begins with one
+            return Key(prefix, module.lstrip("_"), leaf, f"{prefix.text}{module}.") if module and dot else None
+        if key := _processor(prefix, rest):
+            return key
+        leaf = longest_leaf(rest)
+        module = rest[: -len(leaf) - 1] if leaf else ""
+        return Key(prefix, module, leaf, f"{prefix.text}{module}.") if module else None
+    return None
+
+
+def _processor(prefix: Prefix, rest: str) -> Key | None:
+    """``attn1.processor.to_q_lora.down.weight``: factors beside an attention, named after its parts."""
+    match = _PROCESSOR.fullmatch(rest)
+    if match is None:
+        return None
+    block, part = match["block"], match["part"]
+    of_text = prefix.component.startswith("text_encoder") and part in _TEXT
+    module = f"{block}.{_TEXT[part] if of_text else _ENDINGS.get(part, part)}"
+    name = f"{prefix.text}{rest}"
+    return Key(prefix, module, f"lora.{match['side']}.weight", name.removesuffix(f"lora.{match['side']}.weight"))

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which program wrote a file, by its header and the spelling of its keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+__all__ = ["TOOLS", "Tool", "tool_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A program that writes adapters.
+
+    Attributes:
+        name: As people call it.
+        field: A field of the header that it writes, as a pattern; empty for one that is told by keys.
+        value: A pattern that the field's value has.
+        key: A pattern that one of the file's keys matches; empty for one that is told by the header.
+    """
+
+    name: str
+    field: str = ""
+    value: str = ""
+    key: str = ""
+
+    def evidence(self, names: Collection[str], metadata: Mapping[str, str]) -> str:
+        """The field or key that tells of it; empty if none does."""
+        if self.field:
+            fields = (name for name in metadata if re.fullmatch(self.field, name))
+            return next((name for name in fields if re.search(self.value, metadata[name][:10_000])), "")
+        return next((name for name in names if re.search(self.key, name)), "")
+
+
+TOOLS = (
+    Tool("OneTrainer", "ot_.*"),
+    Tool("ai-toolkit", "software", "ai-toolkit"),
+    Tool("SimpleTuner", "simpletuner.*|.*trainer.*|software", "(?i)simple.?tuner"),
+    Tool("LyCORIS", "ss_network_module", "lycoris"),
+    Tool("musubi-tuner", "ss_network_module", r"networks\.lora_(?!flux|sd3|lumina|anima|hunyuan_image)"),
+    Tool("sd-scripts", "ss_network_module", r"networks\."),
+    Tool("sd-scripts, merged", r"modelspec\.merged_from"),
+    Tool("sd-scripts or musubi-tuner", "ss_.*"),
+    Tool("diffusers", "lora_adapter_metadata"),
+    Tool("OneTrainer", key=r"^lora_transformer_|^bundle_emb\."),
+    Tool("VideoX-Fun", key="^lora_unet__"),
+    Tool("SimpleTuner, or LyCORIS alone", key="^lycoris_"),
+    Tool("sd-scripts", key="^oft_unet_"),
+    Tool("DiffSynth-Studio", key=r"\.lora_[AB]\.default\.weight$"),
+    Tool("LightX2V, or an extraction of ComfyUI", key=r"^diffusion_model\..*\.(diff|diff_b)$"),
+    Tool("LyCORIS", key=r"\.(hada_w1_a|oft_blocks|a1\.weight|on_input|w_norm)$"),
+    Tool("diffusers before 0.20", key=r"\.processor\.\w+_lora\.(up|down)\.weight$"),
+    Tool("diffusers before 0.26", key=r"\.lora(_linear_layer)?\.(up|down)\.weight$"),
+)
+"""In order: what a header says goes before what keys look like."""
+
+
+def tool_of(names: Collection[str], metadata: Mapping[str, str]) -> str:
+    """The program, and what tells of it; empty if nothing does."""
+    for tool in TOOLS:
+        if evidence := tool.evidence(names, metadata):
+            return f"{tool.name} ({evidence})"
+    return ""

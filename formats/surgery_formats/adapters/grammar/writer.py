@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the canonical form to one file of weights, by the dialect of a format.
+
+An adapter that was read from such a file, or made from several, is written under its own keys, and needs no base. Sites
+from elsewhere get the dialect's spelling; flat ones need the base, which alone knows their dots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from surgery_formats.adapters.contents import contents_of
+from surgery_formats.adapters.format import Rendering
+from surgery_formats.adapters.grammar.dialect import Dialect
+from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
+from surgery_formats.adapters.grammar.kinds import kind_of_update
+from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
+from surgery_formats.adapters.grammar.layout import Layout
+from surgery_formats.adapters.writing import (
+    ConversionLedger,
+    commonest,
+    places_of,
+    surviving_metadata,
+    whole_place,
+)
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.updates import Update, is_replacing, low_rank_part
+
+__all__ = ["has_own_keys", "render_weight_file"]
+
+
+def has_own_keys(adapter: Adapter, dialect: Dialect) -> bool:
+    """Whether every module of an adapter has keys of a file that it came from, of this format."""
+    layout = Layout.in_config(adapter.config) if adapter.format == dialect.name else Layout()
+    return bool(adapter.updates) and all(layout.at(site) is not None for site in adapter.updates)
+
+
+def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Dialect) -> Rendering:
+    """Render an adapter as one file. What the grammar has no leaves for is dropped.
+
+    Raises:
+        FitError: a weight that the base does not have.
+    """
+    layout = Layout.in_config(adapter.config) if adapter.format == dialect.name else Layout()
+    job = _Job(adapter, base, dialect, layout)
+    ledger = ConversionLedger()
+    for site, chain in adapter.updates.items():
+        for source in chain:
+            if why := job.write(site, source):
+                ledger.drop(site, source, why)
+            else:
+                notes = ", ".join(job.notes)
+                ledger.keep(site, source, "folded" if notes else "exact", notes or job.stem)
+    ledger.drop_prompt(adapter)
+    tensors = {name: tensor for writer in job.writers.values() for name, tensor in writer.tensors.items()}
+    metadata = _metadata(adapter, job)
+    ordered = tuple(tensors[name] for name in sorted(tensors))
+    return Rendering(f"{adapter.path.stem}.safetensors", ordered, metadata, {}, tuple(ledger.entries), ledger.held)
+
+
+@dataclass
+class _Job:
+    """One file in the making.
+
+    Attributes:
+        writers: By stem.
+        ranks: Ranks and alphas of modules that the header states, by component and path.
+        notes: What was multiplied into which, for the update written last.
+        stem: Of that update.
+    """
+
+    adapter: Adapter
+    base: Checkpoint | None
+    dialect: Dialect
+    layout: Layout
+    writers: dict[str, LeafWriter] = field(default_factory=dict)
+    ranks: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    stem: str = ""
+
+    @property
+    def with_alpha(self) -> bool:
+        """Whether scales stand beside factors."""
+        return self.layout.has_alphas if self.layout.modules else self.dialect.with_alpha
+
+    @property
+    def in_header(self) -> bool:
+        """Whether scales stand in the header."""
+        if self.with_alpha:
+            return False
+        return ADAPTER_METADATA in self.adapter.metadata if self.layout.modules else self.dialect.in_header
+
+    def write(self, site: Site, source: Update) -> str:
+        """Write one update; why it cannot be, or empty."""
+        held = contents_of(source)
+        update: Update = source if kind_of_update(source.kind) else (held.lora or held.offset or source)
+        kind = kind_of_update(update.kind)
+        module, _, parameter = site.path.rpartition(".")
+        own = self.layout.at(site)
+        if kind is None or (is_replacing(update) and not (own and "set_weight" in own.leaves)):
+            return f"this format has no {source.kind}"
+        if parameter not in ("weight", "bias") or (parameter == "bias" and not held.offset):
+            return "this format names modules, not parameters"
+        if site.module_kind in ("embedding", "experts", "attention output"):
+            return f"this format has no place for an {site.module_kind}"
+        stem, kernel = (own.stem, site.kernel) if own else self._spelt(site, update)
+        if not stem:
+            return kernel if isinstance(kernel, str) else "its name is flattened, and only the base can tell its dots"
+        writer = LeafWriter(
+            stem,
+            {**self.dialect.leaves, **self.layout.usual, **(own.leaves if own else {})},
+            kernel if all(kernel) or not self.base else self._kernel(site, update),
+            self.with_alpha,
+            self.in_header and low_rank_part(update) is not None,
+        )
+        kind.write(update, parameter, writer)
+        known = self.writers.setdefault(stem, writer)
+        if known is not writer:
+            if known.tensors.keys() & writer.tensors.keys():
+                return "a second one of this kind on one module"
+            known.tensors.update(writer.tensors)
+        if writer.alpha is not None and update.rank:
+            owner = (self.dialect.prefix_for(site.component) or "").rstrip(".")
+            self.ranks.setdefault(owner, {})[module] = update.rank, writer.alpha
+        self.notes, self.stem = writer.notes, stem
+        if not self.notes and type(update) is not type(source):
+            self.notes = [held.folded]
+        return ""
+
+    def _spelt(self, site: Site, update: Update) -> tuple[str, tuple[int, ...]]:
+        """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""
+        prefix = self.dialect.prefix_for(site.component)
+        if prefix is None:
+            return "", ()
+        if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
+            return f"{prefix}{where[0].rpartition('.')[0]}.", where[1][2:]
+        return ("" if site.flat else f"{prefix}{site.path.rpartition('.')[0]}."), site.kernel
+
+    def _kernel(self, site: Site, update: Update) -> tuple[int, ...]:
+        assert self.base is not None
+        where = whole_place(places_of(site, self.base, update.tensors))
+        return where[1][2:] if where else ()
+
+
+def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
+    """What the file says of itself: what its sources said, with ranks and alphas as they are now."""
+    metadata = surviving_metadata(adapter)
+    metadata.pop(ADAPTER_METADATA, None)
+    if job.in_header:
+        metadata |= header_of(adapter.metadata, job.ranks, adapter.path)
+    loras = [lora for chain in adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
+    if loras and "ss_network_dim" in metadata:
+        metadata["ss_network_dim"] = f"{commonest(lora.rank for lora in loras)}"
+    if loras and "ss_network_alpha" in metadata:
+        metadata["ss_network_alpha"] = f"{commonest(lora.scale * lora.rank for lora in loras):.9g}"
+    return metadata

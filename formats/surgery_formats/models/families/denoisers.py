@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families of diffusion networks, told by the names of the modules that an adapter changes.
+
+Names are compared as kohya flattens them, so that a dotted file and a flat one tell the same. What names of one family
+are in another layout (fused projections, single files) belongs into its record here too: readers never map a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["COMPONENTS", "DENOISERS", "Denoiser", "denoiser_of"]
+
+COMPONENTS = ("transformer", "unet", "denoiser", "prior")
+"""What pipelines and adapters call the network that removes noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denoiser:
+    """A family.
+
+    Attributes:
+        name: As people call it; several where the names cannot tell them apart.
+        marks: Regular expressions, each found in some flattened name.
+        without: Expressions that are found in none.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+    def matches(self, names: str) -> bool:
+        """Whether flattened names, one a line, are of this family."""
+        found = all(re.search(mark, names, re.MULTILINE) for mark in self.marks)
+        return found and not any(re.search(mark, names, re.MULTILINE) for mark in self.without)
+
+
+_IN_UNET = r"^(down|up|mid)_blocks?_(\d+_)?(attentions|resnets|downsamplers|upsamplers)_"
+
+DENOISERS = (
+    Denoiser("Stable Diffusion XL", (r"^(input|middle|output)_blocks?_.*transformer_blocks_[1-9]",)),
+    Denoiser("Stable Diffusion XL", (_IN_UNET, r"attentions_\d+_transformer_blocks_[1-9]|^add_embedding_")),
+    Denoiser("Stable Diffusion 1, 2 or XL", (r"^(input|middle|output)_blocks?_\d+_\d+_",)),
+    Denoiser("Stable Diffusion 1, 2 or XL", (_IN_UNET,)),
+    Denoiser("Stable Diffusion 3", (r"^joint_blocks_\d+_",)),
+    Denoiser("Chroma", (r"^distilled_guidance_layer_",)),
+    Denoiser("Flux 2", (r"^(double_stream_modulation|single_stream_modulation)",)),
+    Denoiser("Flux 2", (r"^single_transformer_blocks_\d+_attn_to_qkv_mlp_proj",)),
+    Denoiser("Flux or HunyuanVideo", (r"^double_blocks_\d+_(img|txt)_",)),
+    Denoiser("Flux or HunyuanVideo", (r"^single_blocks_\d+_(linear|modulation|norm)",)),
+    Denoiser("Flux", (r"^single_transformer_blocks_\d+_",)),
+    Denoiser("Qwen-Image", (r"^transformer_blocks_\d+_(img|txt)_(mlp|mod)_",)),
+    Denoiser("Flux, Stable Diffusion 3 or Qwen-Image", (r"^transformer_blocks_\d+_attn_(to|add)_",)),
+    Denoiser("Wan", (r"^blocks_\d+_(self|cross)_attn_[qkvo](_img)?$",)),
+    Denoiser("Wan", (r"^blocks_\d+_ffn_(\d|net)",)),
+    Denoiser("Wan", (r"^blocks_\d+_attn[12]_(to|add)_",)),
+    Denoiser("Z-Image or Lumina 2", (r"^(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)_",)),
+    Denoiser("LTX-Video or PixArt", (r"^transformer_blocks_\d+_(attn[12]|ff)_",)),
+)
+"""In order: of several that match, the first is meant."""
+
+
+def denoiser_of(modules: Iterable[str]) -> Denoiser | None:
+    """The family of modules' paths, dotted or flat; None if they tell none."""
+    names = "\n".join(module.replace(".", "_") for module in modules)
+    return next((denoiser for denoiser in DENOISERS if denoiser.matches(names)), None)
