@@ -45,7 +45,14 @@ BASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("Qwen2Config", {**_SIZES, "tie_word_embeddings": True}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
-        {**_SIZES, "tie_word_embeddings": False, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        {
+            **_SIZES,
+            "tie_word_embeddings": False,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,  # as in every published one; llama.cpp does not ask
+        },
     ),
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -194,7 +201,9 @@ ADAPTERS: dict[str, Sample] = {
     "moe-attention": Sample({"target_modules": ATTENTION}, base="qwen3_moe"),
     "moe-experts": Sample({"target_modules": ATTENTION, "target_parameters": EXPERTS}, base="qwen3_moe"),
     "moe-down-only": Sample({"target_modules": ATTENTION, "target_parameters": EXPERTS[1:]}, base="qwen3_moe"),
-    "moe-router": Sample({"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.gate.weight"]}, base="qwen3_moe"),
+    "moe-router": Sample(
+        {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.gate.weight"]}, base="qwen3_moe"
+    ),
 }
 
 

@@ -33,6 +33,8 @@ def to_gguf(base: Path, output: Path) -> None:
 
         def set_vocab(self) -> None:
             self.gguf_writer.add_tokenizer_model("no_vocab")
+            if not any(key.endswith(".vocab_size") for data in self.gguf_writer.kv_data for key in data):
+                self.gguf_writer.add_vocab_size(hparams["vocab_size"])  # without tokens nothing else says it
 
     Plain(base, gguf.LlamaFileType.ALL_F32, output, hparams=hparams).write()
 

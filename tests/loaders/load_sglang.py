@@ -30,7 +30,6 @@ from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.server_args import ServerArgs
 
 
-
 def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Without an accelerator there is no pinned memory."""
     return lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)
@@ -53,7 +52,9 @@ def dense(module: str, layer: int, a: torch.Tensor, b: torch.Tensor, rows: list[
 
 
 def opened(base: Path) -> Callable[[Path], Found]:
-    arguments = ServerArgs(model_path=str(base), device="cpu", dtype="float32", enable_lora=True, skip_tokenizer_init=True)
+    arguments = ServerArgs(
+        model_path=str(base), device="cpu", dtype="float32", enable_lora=True, skip_tokenizer_init=True
+    )
     publish(arguments, role="scheduler", ranks=SpawnRanks(0))
     init_distributed_environment(1, 0, "file://" + tempfile.mktemp(), 0, "gloo")
     initialize_model_parallel()

@@ -24,6 +24,7 @@ stand_in("torchvision", "xgrammar", "vllm._C", "vllm._moe_C")
 
 import vllm.model_executor.models.registry as registry
 from vllm.config import set_current_vllm_config
+from vllm.config.lora import LoRAConfig
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
@@ -63,7 +64,13 @@ def held(name: str, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def opened(base: Path) -> Callable[[Path], Found]:
     arguments = EngineArgs(
-        model=str(base), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", enable_lora=True, max_model_len=64
+        model=str(base),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=64,
+        enable_lora=True,
+        max_lora_rank=int(os.environ.get("MAX_LORA_RANK", LoRAConfig.max_lora_rank)),
     )
     config = arguments.create_engine_config()
     context = set_current_vllm_config(config)

@@ -25,7 +25,8 @@ Found = dict[str, np.ndarray]
 
 
 def _refusal(error: BaseException, base: Path, adapter: Path) -> str:
-    text = f"{type(error).__name__}: {error}".replace(str(adapter), "ADAPTER").replace(str(base), "BASE")
+    kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+    text = f"{kind}{error}".replace(str(adapter), "ADAPTER").replace(str(base), "BASE")
     return " ".join(text.split())[:300]
 
 
