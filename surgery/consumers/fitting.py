@@ -13,11 +13,12 @@ from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import facts_of
 from surgery.consumers.rewriting import padded, scaled_inside, with_partners, without
 from surgery.consumers.verdict import Remedy, Verdict
-from surgery_formats.adapters.format import Entry, Format, Scaled
+from surgery_formats.adapters.format import Entry, Format, Outcome, Scaled
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
+from surgery_formats.updates import Update
 
 __all__ = ["Fitted", "as_it_would_be_read", "fitted"]
 
@@ -34,6 +35,7 @@ class Fitted:
     Attributes:
         adapter: The adapter.
         kept: The original without what was left out.
+        rest: What was left out, to be merged into the base; None where nothing is.
         form: What became LoRAs, where something did.
         left_out: Entries of what was left out.
         done: What was done, by site.
@@ -41,6 +43,7 @@ class Fitted:
 
     adapter: Adapter
     kept: Adapter
+    rest: Adapter | None
     form: LoraForm | None
     left_out: tuple[Entry, ...]
     done: Mapping[str, str]
@@ -76,11 +79,16 @@ def fitted(
     _check_remedies(verdicts, adapter, consumer)
     out = _left_out(verdicts, adapter, consumer, consent)
     if target.name != "peft":  # whose files alone bring the base's own values along
-        carried = (part for part in facts.parts if part.trait == "carried weight")
+        carried = [part for part in facts.parts if part.trait == "carried weight"]
         out |= {(part.name, part.trait): "the base's own values" for part in carried}
     gone = [part.update for part in facts.parts if part.update is not None and (part.name, part.trait) in out]
     left = without(replace(adapter, updates=facts.updates), gone, (name for name, _ in out))
-    entries = tuple(Entry(name, "dropped", why) for (name, _), why in out.items())
+    outcome: Outcome = "folded" if consent.merged else "dropped"
+    entries = tuple(
+        Entry(name, *(("dropped", why) if what == "carried weight" else (outcome, why)))
+        for (name, what), why in out.items()
+    )
+    rest = _rest(adapter, gone) if consent.merged else None
     turned = {
         one.part for one in verdicts if one.remedy in ("lora", "cut", "saved") and (one.part, one.what) not in out
     }
@@ -95,7 +103,7 @@ def fitted(
         found = consumer.judge(facts, version)
         verdicts = [one for one in found if one.outcome != "honoured" and one.remedy not in _OF_WRITING]
         if not verdicts:
-            return Fitted(made, left, form, entries, done)
+            return Fitted(made, left, rest, form, entries, done)
         made = _next(made, base, verdicts, done)
     _check_ranks(verdicts, adapter, consumer, consent)
     raise FitError(
@@ -148,6 +156,16 @@ def _check_remedies(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Con
         )
 
 
+def _rest(adapter: Adapter, gone: Sequence[Update]) -> Adapter | None:
+    """An adapter of the updates that are left out of another."""
+    out = {id(update) for update in gone}
+    chains = {site: tuple(one for one in chain if id(one) in out) for site, chain in adapter.updates.items()}
+    updates = {site: chain for site, chain in chains.items() if chain}
+    used = {tensor.name for chain in updates.values() for update in chain for tensor in update.tensors}
+    tensors = tuple(tensor for tensor in adapter.tensors if tensor.name in used)
+    return replace(adapter, updates=updates, tensors=tensors, ignored=(), examine=tuple) if updates else None
+
+
 def _check_ranks(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Consumer, consent: Consent) -> None:
     """Refuse a rank above what the consumer takes.
 
@@ -172,21 +190,24 @@ def _left_out(
         FitError: the user has not decided.
     """
     saved = [one for one in verdicts if one.remedy == "saved"]
+    lost = [one for one in verdicts if one.remedy == "drop"]
+    if consent.merged:
+        chosen = [*lost, *(saved if consent.saved != "lora" else [])]
+        return {(one.part, one.what): f"{one.what}: merged into the base" for one in chosen}
     if saved and consent.saved is None:
         raise FitError(
             f"{consumer.title} cannot hold {_some(saved, 'module')} trained in full: {listing(one.part for one in saved)}",
             file=adapter.path,
-            hint='`saved="lora"` makes a LoRA of the difference to the base, `saved="drop"` leaves them out; '
-            "or merge it into the base",
+            hint='`saved="lora"` makes a LoRA of the difference to the base, `saved="drop"` leaves them out, '
+            "`merge_rest=` merges them into a copy of the base",
         )
-    lost = [one for one in verdicts if one.remedy == "drop"]
     if lost and not consent.loss:
         named = "; ".join(f"'{show(one.part)}' ({one.what}: {one.why})" for one in lost[:_SHOWN])
         more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise FitError(
             f"{consumer.title} cannot honour {_some(lost, 'part')}: {named}{more}",
             file=adapter.path,
-            hint="`allow_loss=True` leaves them out; or merge it into the base",
+            hint="`merge_rest=` merges them into a copy of the base, `allow_loss=True` leaves them out",
         )
     dropped = [*lost, *(saved if consent.saved == "drop" else [])]
     return {(one.part, one.what): f"{one.what}: {one.why}" for one in dropped}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ def write_for(
     dtype: DType | None = None,
     overwrite: bool = False,
     progress: Callback | None = None,
+    merge_rest: Callable[[Adapter], object] | None = None,
 ) -> ConvertResult:
     """Rewrite an adapter for a consumer.
 
@@ -54,6 +55,7 @@ def write_for(
         dtype: Type of the stored matrices; None keeps them.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step.
+        merge_rest: Called with what is to be merged into the base (`Consent.merged`), before anything is written.
 
     Raises:
         FitError: the adapter does not fit the base, or no rewriting is honoured.
@@ -80,6 +82,8 @@ def write_for(
     )
     if output is None:
         return result
+    if merge_rest is not None and made.rest is not None:
+        merge_rest(made.rest)
     files = {name: path for name, path in original.files_beside.items() if path in made.kept.side_files}
     options = WriteOptions(output, (original.path, base.path), files, overwrite, progress)
     also = partial(

@@ -150,12 +150,22 @@ def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[
     else:
         # The written adapter is bound anew: this proves its names, which the source's binding cannot.
         expected, actual = _bound(binding), _bound(bind([(written, 1.0)], binding.checkpoint))
-    if expected.keys() != actual.keys():
-        lost, new = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
+    lost = sorted(expected.keys() - actual.keys())
+    new = [name for name in sorted(actual.keys() - expected.keys()) if not _adds_nothing(actual[name])]
+    if lost or new:
         raise ProofError(
             f"{len(lost)} weights are missing ({listing(lost)}), {len(new)} are new ({listing(new)})", file=written.path
         )
     return {name: _error(name, expected[name], actual[name], written) for name in sorted(expected)}
+
+
+def _adds_nothing(target: _ProofTarget) -> bool:
+    """Whether its rows of B are zeros: they stand for what was not trained, where a format stacks it with what was."""
+    for update, view in target.pieces:
+        lora = update.low_rank()
+        if lora is None or _largest(lora.B.load(DType.F64)[view.row_origin :][: view.shape[0]]):
+            return False
+    return target.value is None
 
 
 def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:

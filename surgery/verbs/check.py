@@ -12,6 +12,7 @@ from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapt
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
+from surgery.verbs.rest import rest_merger
 from surgery_formats.errors import FitError
 
 __all__ = ["CheckResult", "check"]
@@ -27,6 +28,7 @@ def check(
     saved: SavedChoice | None = None,
     rank: int | Rank | None = None,
     max_rank: int | None = None,
+    merge_rest: StrPath | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
     progress: Callback | None = None,
@@ -45,6 +47,8 @@ def check(
         rank: With `fix`, directions of LoRAs that stand for other kinds, as for `surgery.convert`; by default nothing
             may be lost.
         max_rank: The greatest rank that the program was started with, where it has a limit; by default its own default.
+        merge_rest: With `fix`, folder or file to make: a copy of the base, into which is merged what the program cannot
+            honour in the adapter. The two belong together.
         allow_loss: With `fix`, leave out what the program cannot honour in any form.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step.
@@ -81,7 +85,7 @@ def check(
     from surgery.consumers.fix import write_for
 
     ((program, version),) = chosen
-    consent = Consent(saved, allow_loss, None if rank is None else Rank.of(rank), max_rank)
+    consent = Consent(saved, allow_loss, merge_rest is not None, None if rank is None else Rank.of(rank), max_rank)
     output = local_path(fix, "fix")
     written = write_for(
         original,
@@ -92,5 +96,6 @@ def check(
         output=output,
         overwrite=overwrite,
         progress=progress,
+        merge_rest=None if merge_rest is None else rest_merger(checkpoint, merge_rest, overwrite, progress),
     )
     return result.plus(written)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.consumers.consent import Consent, SavedChoice
@@ -54,6 +55,7 @@ def convert(
     consumer: str | None = None,
     saved: SavedChoice | None = None,
     max_rank: int | None = None,
+    merge_rest: StrPath | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -85,6 +87,8 @@ def convert(
         saved: With `consumer`, what becomes of modules trained in full that it cannot hold: ``lora`` of their difference
             to the base, or ``drop``.
         max_rank: With `consumer`, the greatest rank that it was started with; by default its own default.
+        merge_rest: With `consumer`, folder or file to make: a copy of the base, into which is merged what the program
+            cannot honour in the adapter. The two belong together.
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
@@ -109,7 +113,8 @@ def convert(
             as_adapter(adapter),
             as_checkpoint(base),
             consumer,
-            Consent(saved, allow_loss, None if rank is None else Rank.of(rank), max_rank),
+            Consent(saved, allow_loss, merge_rest is not None, None if rank is None else Rank.of(rank), max_rank),
+            merge_rest,
             output=output_path(output, dry_run=dry_run),
             component=component,
             dtype=stored,
@@ -118,7 +123,7 @@ def convert(
         )
     if to is None:
         raise UsageError("a format is named, as in 'peft', not NoneType", hint="or a program is, such as vllm")
-    if saved is not None or max_rank is not None:
+    if saved is not None or max_rank is not None or merge_rest is not None:
         raise FitError("what a program takes is asked of a program", hint="name the program")
     target = in_dialect(coded_as(format_named(to), factors), dialect)
     if stored is not None and isinstance(target, Coded):
@@ -176,10 +181,36 @@ def convert(
     return write_conversion(plan, options, result, projections=projections, rank=chosen, also=also)
 
 
-def _for_consumer(adapter: Adapter, base: Checkpoint, consumer: str, consent: Consent, **options: Any) -> ConvertResult:
+def _for_consumer(
+    adapter: Adapter,
+    base: Checkpoint,
+    consumer: str,
+    consent: Consent,
+    merge_rest: StrPath | None,
+    *,
+    output: Path | None,
+    overwrite: bool,
+    progress: Callback | None,
+    **options: Any,
+) -> ConvertResult:
     """Write an adapter so that a program honours all of it."""
     from surgery.consumers.fix import write_for
     from surgery.consumers.registry import asked_version, consumer_named
+    from surgery.verbs.rest import rest_merger
 
     program, version = consumer_named(consumer)
-    return write_for(adapter, base, program, asked_version(version), consent, **options)
+    merger = None
+    if merge_rest is not None and output is not None:
+        merger = rest_merger(base, merge_rest, overwrite, progress)
+    return write_for(
+        adapter,
+        base,
+        program,
+        asked_version(version),
+        consent,
+        output=output,
+        overwrite=overwrite,
+        progress=progress,
+        merge_rest=merger,
+        **options,
+    )

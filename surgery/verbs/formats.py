@@ -17,6 +17,7 @@ from surgery.reports.sections import Column, Table
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery_formats import updates
+from surgery_formats.adapters.peft.dialects import BUILT_IN as DIALECTS
 from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.adapters.registry import formats as adapter_formats
 from surgery_formats.containers.registry import BUILT_IN as MODEL_CONTAINERS
@@ -25,7 +26,7 @@ from surgery_formats.models.families import registry
 from surgery_formats.storage.registry import BUILT_IN as STORAGES
 from surgery_formats.storage.registry import storage_kinds
 
-__all__ = ["AdapterFormat", "Catalogue", "ContainerEntry", "FamilyEntry", "UpdateKind", "formats"]
+__all__ = ["AdapterFormat", "Catalogue", "ContainerEntry", "DialectEntry", "FamilyEntry", "UpdateKind", "formats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,23 @@ class AdapterFormat:
     needs_base: bool
     single_file: bool
     built_in: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DialectEntry:
+    """A way in which PEFT's folders hold the LoRAs of experts.
+
+    Attributes:
+        name: As in ``surgery convert --dialect NAME``.
+        title: Who reads it, and its shapes.
+        limits: What it cannot hold as it is.
+        source: Where that was read.
+    """
+
+    name: str
+    title: str
+    limits: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +140,7 @@ class Catalogue:
 
     Attributes:
         formats: Adapter formats, all of which are read and written.
+        dialects: In which PEFT's folders hold experts, all of which are read and written.
         containers: Of models.
         storages: Of weights that are not plain numbers.
         families: Whose names are known; other models are read by their names alone.
@@ -130,6 +149,7 @@ class Catalogue:
     """
 
     formats: tuple[AdapterFormat, ...]
+    dialects: tuple[DialectEntry, ...]
     containers: tuple[ContainerEntry, ...]
     storages: tuple[StorageEntry, ...]
     families: tuple[FamilyEntry, ...]
@@ -163,8 +183,10 @@ class Catalogue:
         )
         families = ((family.name, family.graphs, ", ".join(family.model_types)) for family in self.families)
         updates = ((update.name, update.equation or update.title) for update in self.updates)
+        dialects = ((dialect.name, dialect.title) for dialect in self.dialects)
         tables = (
             Table((Column("adapter format"), Column("title"), Column("as"), Column("to write it")), tuple(formats)),
+            Table((Column("dialect of experts"), Column("title")), tuple(dialects)),
             Table(
                 (Column("container"), Column("files"), Column("read", "flag"), Column("written", "flag")),
                 tuple(containers),
@@ -194,6 +216,7 @@ def formats() -> Catalogue:
             )
             for adapter_format in adapter_formats().values()
         ),
+        dialects=tuple(DialectEntry(d.name, d.title, d.limits, d.source) for d in DIALECTS),
         containers=tuple(
             ContainerEntry(
                 container.name,

@@ -215,6 +215,15 @@ def test_the_file_alone_shows_it(config: dict[str, Any], says: str, tmp_path: Pa
     assert len(alone.splitlines()) == 1
 
 
+@pytest.mark.parametrize("alpha", [0, -4])
+def test_adalora_subtracts_nothing(alpha: int, tmp_path: Path) -> None:
+    """PEFT has the initial rank in the place of an alpha that is not positive."""
+    base, fields = models.build_base("llama", tmp_path / "base"), {"init_r": 4, "total_step": 9, "lora_alpha": alpha}
+    peft_oracle.train("llama", base, "AdaLoraConfig", {"target_modules": ["q_proj"], **fields}, tmp_path / "a", seed=1)
+    (trap,) = surgery.inspect(tmp_path / "a").traps  # type: ignore[union-attr]
+    assert trap == f"lora_alpha is not positive ({alpha}): PEFT takes init_r in its place"
+
+
 @pytest.mark.parametrize(
     ("config", "layers", "says"),
     [

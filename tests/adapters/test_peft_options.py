@@ -25,7 +25,7 @@ from surgery_formats.adapters.peft.kinds import switches
 from surgery_formats.adapters.peft.read_config import NOT_READ
 from surgery_formats.errors import SurgeryError
 from tests.oracles import disk, measure, models, peft_oracle
-from tests.oracles.catalog_options import ALL, CASES, CONV1D, EXPERTS, KINDS, NOT_INSTALLED, Fields
+from tests.oracles.catalog_options import ALL, CASES, CONV1D, EXPERTS, KINDS, LINEAR, NOT_INSTALLED, Fields
 
 CLASSES = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 IDS = torch.randint(0, 21, (2, 8), generator=torch.Generator().manual_seed(7))
@@ -147,6 +147,44 @@ def test_a_merge_is_pefts(
     assert measure.relative_error(base.run(base.load(tmp_path / "merged", dtype)), logits) < bound
     if not fields.get("sample_at_inference"):  # which draws anew whenever it runs
         assert measure.relative_error(logits, attached) < bound
+
+
+OTHER_SHAPES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "no axis": lambda tensor: tensor.reshape(-1)[0],
+    "one before": lambda tensor: tensor[None],
+    "one behind": lambda tensor: tensor[..., None],
+    "nothing": lambda tensor: tensor.reshape(-1)[:0],
+    "no rows": lambda tensor: tensor[:0],
+    "a row less": lambda tensor: tensor[:-1],
+}
+COUNTED = {"FOURIERFT", "WAVEFT", "UNILORA", "LN_TUNING"}
+"""Whose tensors have as many numbers as they like: one less is another adapter (a whole weight may be a vocabulary)."""
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind, walk in KINDS.items() if LINEAR in walk.layers and LINEAR not in walk.refused]
+)
+def test_a_tensor_of_another_shape_is_refused_or_means_the_same(
+    kind: str, bases: dict[str, Base], tmp_path: Path
+) -> None:
+    base, fields = bases[""], {**KINDS[kind].fields, **next(iter(KINDS[kind].options.values()))}
+    with peft_oracle.quiet():
+        wrapped(base, kind, LINEAR, fields).save_pretrained(tmp_path / "adapter")
+    surgery.merge(base.folder, tmp_path / "adapter", output=tmp_path / "sound")
+    config, tensors = disk.adapter(tmp_path / "adapter")
+    sound = disk.read_tensors(tmp_path / "sound")
+    for key in [key for key in tensors if "wide" not in key and "tall" not in key]:
+        for name, change in OTHER_SHAPES.items():
+            tensor = tensors[key]
+            if not tensor.ndim or (name == "a row less" and kind in COUNTED):
+                continue
+            bad = disk.write_adapter(tmp_path / "bad", config, {**tensors, key: change(tensor).contiguous()})
+            try:
+                surgery.merge(base.folder, bad, output=tmp_path / "merged", overwrite=True)
+            except SurgeryError:
+                continue
+            found = disk.read_tensors(tmp_path / "merged")
+            assert all(torch.equal(found[other], value) for other, value in sound.items()), (key, name)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "LN_TUNING"])  # which copies any module

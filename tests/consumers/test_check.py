@@ -263,6 +263,70 @@ def test_the_bases_own_values_beside_a_lora_are_no_fault_and_take_nothing_along(
     assert_close(read(tmp_path / "fixed"), peft_deltas(adapter))
 
 
+def test_the_rest_is_merged_into_a_copy_of_the_base(base: Path, tmp_path: Path) -> None:
+    """Together the two do what the adapter does: a vocabulary that grew, as mlx-lm and servers refuse it."""
+    grown = np.concatenate([load_file(base / "model.safetensors")["lm_head.weight"], draw(4, 2, 6)])
+    whole = {f"base_model.model.{name}.weight": grown for name in ("lm_head", "model.embed_tokens")}
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES) | whole, target_modules=TARGETS)
+    (check,) = surgery.check(base, adapter, consumer="mlx-lm@0.32.2").consumers
+    assert check.outcome == "refused"
+    for consumer in ("vllm", "mlx-lm"):
+        rest, fixed = tmp_path / f"{consumer} base", tmp_path / f"{consumer} lora"
+        result = surgery.check(base, adapter, consumer=consumer, fix=fixed, merge_rest=rest)
+        assert result.fixed is not None
+        assert {e.detail for e in result.fixed.entries if "merged" in e.detail} == {"added rows: merged into the base"}
+        assert surgery.check(rest, fixed, consumer=consumer).honoured
+        surgery.merge(base, adapter, output=tmp_path / f"{consumer} at once")
+        surgery.merge(rest, fixed, output=tmp_path / f"{consumer} in two")
+        assert_close(
+            *(load_file(tmp_path / f"{consumer} {how}" / "model.safetensors") for how in ("in two", "at once"))
+        )
+
+
+def test_a_sum_of_adapters_is_honoured_by_servers_with_one_alpha(base: Path, tmp_path: Path) -> None:
+    parts = [
+        write_peft(
+            tmp_path / name, _lora(seed, {DOWN: (6, 8), "0.mlp.down_proj": (6, 8)}), target_modules=["down_proj"]
+        )
+        for seed, name in enumerate("abc")
+    ]
+    surgery.combine(
+        {str(part): weight for part, weight in zip(parts, (0.5, 0.3, 0.2), strict=True)}, output=tmp_path / "sum"
+    )
+    found = {check.name: check.outcome for check in surgery.check(base, tmp_path / "sum").consumers}
+    assert {found[name] for name in ("peft", "vllm", "sglang", "llama.cpp", "edge-llm", "olive")} == {"honoured"}
+
+
+def test_saved_modules_go_to_mlx_as_loras_by_convert(base: Path, tmp_path: Path) -> None:
+    """mlx-lm refuses a file with LoRAs and whole tensors."""
+    stored = load_file(base / "model.safetensors")
+    whole = {
+        "base_model.model.lm_head.weight": stored["lm_head.weight"] + draw(4, 11, 1) @ draw(5, 1, 6),
+        "base_model.model.model.embed_tokens.weight": stored["model.embed_tokens.weight"]
+        + draw(6, 11, 1) @ draw(7, 1, 6),
+    }
+    saved = ["embed_tokens", "lm_head"]
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES) | whole, target_modules=TARGETS, modules_to_save=saved)
+    with pytest.raises(surgery.FitError, match="2 modules trained in full"):
+        surgery.convert(adapter, consumer="mlx-lm", base=base, output=tmp_path / "never")
+    result = surgery.convert(adapter, consumer="mlx-lm", base=base, saved="lora", rank=1, output=tmp_path / "out")
+    assert result.max_approximation < 1e-6
+    deltas = mlx_deltas(tmp_path / "out")
+    for name in ("lm_head", "model.embed_tokens"):
+        change = whole[f"base_model.model.{name}.weight"] - stored[f"{name}.weight"]
+        assert np.abs(deltas[name] - change).max() < 1e-5
+
+
+def test_convert_asks_for_one_of_a_format_and_a_program(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS)
+    with pytest.raises(surgery.FitError, match="a program decides about format"):
+        surgery.convert(adapter, "peft", consumer="vllm", base=base, output=tmp_path / "never")
+    with pytest.raises(surgery.FitError, match="look at the base too"):
+        surgery.convert(adapter, consumer="vllm", output=tmp_path / "never")
+    dry = surgery.convert(adapter, consumer="sglang", base=base, dry_run=True)
+    assert (dry.output, dry.consumer) == (None, "sglang")
+
+
 def test_a_virtual_prompt_has_no_way_but_a_merge(base: Path, tmp_path: Path) -> None:
     prompt = {"prompt_embeddings": draw(1, 3, 6)}
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 6, "task_type": "CAUSAL_LM"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import peft
 
-__all__ = ["ALL", "CASES", "CONV1D", "EXPERTS", "KINDS", "NOT_INSTALLED", "Fields"]
+__all__ = ["ALL", "CASES", "CONV1D", "EXPERTS", "KINDS", "LINEAR", "NOT_INSTALLED", "Fields"]
 
 LINEAR, CONV1D = "square,wide,tall", "c_attn,c_fc,mlp.c_proj"
 EXPERTS = "mlp.experts.gate_up_proj,mlp.experts.down_proj"

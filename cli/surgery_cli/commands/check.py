@@ -68,6 +68,12 @@ def complete_consumers(ctx: click.Context, param: click.Parameter, incomplete: s
     type=click.IntRange(min=1),
     help="What the program was started with, e.g. vLLM's --max-lora-rank; default: its own.",
 )
+@click.option(
+    "--merge-rest",
+    type=click.Path(path_type=Path),
+    metavar="BASE_OUT",
+    help="With --fix: merge what the program cannot honour into a copy of BASE, made here.",
+)
 @click.option("--allow-loss", is_flag=True, help="With --fix: leave out what the program cannot honour.")
 @option.overwrite()
 def command(settings: Settings, base: str, adapter: str, **options: Any) -> None:
@@ -83,15 +89,16 @@ def command(settings: Settings, base: str, adapter: str, **options: Any) -> None
       surgery check llama/ my-lora/
       surgery check llama/ my-lora/ --for vllm
       surgery check llama/ my-rslora/ --for sglang@0.5.23 --fix for-sglang/
+      surgery check llama/ grown/ --for vllm --fix lora-only/ --merge-rest llama-grown/
       surgery check llama/ my-dora/ --for llama.cpp --fix plain/ --max-error .05
     """
     from surgery.verbs.check import check
 
     sizes = {name: options.pop(name) for name in ("rank", "energy", "max_error")}
     if options["fix"] is None and (
-        options["saved"] or options["allow_loss"] or any(v is not None for v in sizes.values())
+        options["saved"] or options["allow_loss"] or options["merge_rest"] or any(v is not None for v in sizes.values())
     ):
-        raise click.UsageError("--saved, --rank, --energy, --max-error and --allow-loss go with --fix")
+        raise click.UsageError("--saved, --merge-rest, --rank, --energy, --max-error and --allow-loss go with --fix")
     if options["fix"] is not None and options["consumer"] is None:
         raise click.UsageError("--fix goes with --for, which names the program")
     if any(value is not None for value in sizes.values()):

@@ -92,6 +92,12 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 @click.option(
     "--max-error", type=option.share, metavar="SHARE", help="With --as or --for: greatest error of a change, e.g. .05."
 )
+@click.option(
+    "--merge-rest",
+    type=click.Path(path_type=Path),
+    metavar="BASE_OUT",
+    help="With --for: merge what the program cannot honour into a copy of BASE, made here.",
+)
 @click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
 @option.dtype
 @click.option(
@@ -127,8 +133,8 @@ def command(
 
     if (to is None) == (options["consumer"] is None):
         raise click.UsageError("give either --to FORMAT or --for CONSUMER")
-    if (options["saved"] or options["max_rank"]) and options["consumer"] is None:
-        raise click.UsageError("--saved and --max-rank go with --for")
+    if options["consumer"] is None and (options["saved"] or options["max_rank"] or options["merge_rest"]):
+        raise click.UsageError("--saved, --max-rank and --merge-rest go with --for")
     sizes = {name: options.pop(name) for name in ("rank", "energy", "max_error")}
     if any(value is not None for value in sizes.values()):
         if as_kind is None and options["consumer"] is None:

@@ -12,11 +12,13 @@ from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.format import Format
+from surgery_formats.adapters.grammar.files import keys_at
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import MalformedError, NotFoundError, UsageError
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, UsageError
+from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.plugins import with_plugins
 from surgery_formats.text import closest, listing
 
@@ -68,6 +70,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     Raises:
         NotFoundError: nothing there.
         MalformedError: no format knows it.
+        FitError: it is known what it is, and no format reads it.
         InputError, FitError: as the format's reader.
     """
     where = Path(path)
@@ -81,4 +84,6 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             file=where,
             hint="where a command takes both, BASE comes before ADAPTER",
         )
+    if what := named_adapter(keys_at(where).keys()):
+        raise FitError(f"{what}, which no format here reads", file=where)
     raise MalformedError("not an adapter of a known format", file=where, hint=f"known: {listing(formats(), 20)}")

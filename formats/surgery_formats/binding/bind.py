@@ -272,7 +272,7 @@ def _replaced(update: Replacing, places: tuple[WeightSlice, ...], weight: float)
     """The weight slice after its values were replaced: a longer vocabulary gives a longer weight."""
     place = places[0]
     old, new = place.parameter.storage, update.stored
-    grows = old.elements is not None and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:]
+    grows = old.elements is not None and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:] and new.shape[0] > 0
     if len(places) > 1 or (new.shape != old.sizes and not grows):
         what = f"shape {list(new.shape)}, but {list(old.sizes)} in the base"
         raise FitError(what, file=new.path, tensor=new.name, hint=UNGATHERED if is_ungathered(new) else None)

@@ -76,13 +76,23 @@ class GLoRA:
         return _tensors(self.A, self.B)
 
     def fitted(self, fit: Fit) -> GLoRA:
-        """The sizes of the weight, where the supports are stretched over it; else those of the supports."""
-        out, inputs = fit.shape
-        for support in (self.A, self.B):
-            if support:
-                out = support[0].shape[0] if support[0].shape[0] > 1 else out
-                inputs = support[1].shape[1] if len(support) == 2 else inputs
-        return replace(self, outputs=out, inputs=inputs)
+        """The sizes of the weight, where the supports are stretched over it; else those of the supports.
+
+        Raises:
+            FitError: the supports are of different sizes.
+        """
+        present = [support for support in (self.A, self.B) if support]
+        rows = {support[0].shape[0] for support in present} - {1}
+        cols = {support[1].shape[1] for support in present if len(support) == 2}
+        if len(rows) > 1 or len(cols) > 1:
+            stored = self.tensors[0]
+            raise FitError(
+                f"its supports have {' and '.join(map(str, sorted(rows)))} rows, "
+                f"{' and '.join(map(str, sorted(cols))) or 'no'} columns",
+                file=stored.path,
+                tensor=stored.name,
+            )
+        return replace(self, outputs=max(rows, default=fit.shape[0]), inputs=max(cols, default=fit.shape[1]))
 
     def factors(self) -> dict[str, Factor]:
         """Those of ``A`` and ``B``."""

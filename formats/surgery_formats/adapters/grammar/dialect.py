@@ -44,19 +44,22 @@ class Dialect:
         if self.foreign and any(name.startswith(self.foreign) for name in names):
             return False
         if not self.own:
-            return holds_factors_alone(names) and all(map(self._is_leaf, names))
+            return holds_factors_alone(names) and all(self._is_leaf(name, names) for name in names)
         if not any(name.startswith(self.own) for name in names):
             return False
-        return any(map(self._is_leaf, names)) and (self.flat or holds_factors_alone(names))
+        return any(self._is_leaf(name, names) for name in names) and (self.flat or holds_factors_alone(names))
 
     @property
     def flat(self) -> bool:
         """Whether modules of all its keys are flattened: their beginnings are no model's."""
         return all(prefix.flat for prefix in self.prefixes)
 
-    def _is_leaf(self, name: str) -> bool:
+    def _is_leaf(self, name: str, names: Collection[str]) -> bool:
         key = split_key(name, self.prefixes)
-        return key is not None and (self.flat or key.leaf in LEAVES)
+        if key is None or self.flat:
+            return key is not None
+        # "weight" is a leaf of (IA)^3, and the end of many a name that is none of this grammar
+        return key.leaf in LEAVES and (key.leaf != "weight" or f"{key.stem}on_input" in names)
 
     def prefix_for(self, component: str) -> str | None:
         """How keys of a component begin in what is written; None if the format has no place for it."""

@@ -74,7 +74,7 @@ def _numbers(config: PeftConfig, switches: Switches, trained: Collection[str]) -
         return
     if "r" in switches.understood and config.raw.get("r") is None:
         yield "its configuration has no 'r': the tensors' rank is used"
-    if switches.alpha in switches.understood and config.alpha < 0:
+    if switches.signed and switches.alpha in switches.understood and config.alpha < 0:
         yield f"'{switches.alpha}' is negative ({config.alpha:g}): what was trained is subtracted"
     if negative := [f"{key}: {alpha:g}" for key, alpha in config.alpha_pattern.items() if alpha < 0]:
         yield f"'alpha_pattern' is negative ({listing(negative)}): what was trained there is subtracted"

@@ -66,6 +66,7 @@ class Switches:
         refused: Fields, with the reason, that change the arithmetic in a way that no merged weight can have or that the
             stored tensors alone cannot reproduce.
         alpha: Field that holds alpha.
+        signed: Whether a negative alpha subtracts what was trained; else PEFT takes another number for it.
         least_rank: Smallest value of ``r``; 0 where a kind has another way to give sizes.
         rank_lists: Whether ``rank_pattern`` says of each of a module's first directions whether it was kept (AdaLoRA).
     """
@@ -74,6 +75,7 @@ class Switches:
     understood: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     alpha: str = "lora_alpha"
+    signed: bool = True
     least_rank: int = 1
     rank_lists: bool = False
 

@@ -29,7 +29,9 @@ def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
     core = module.parts.get("hada_t1")
     lengths = lengths_of(module, loha.shape[0], (module.parts["hada_w1_b"].shape[1],))
     update: Update = loha if lengths is None else Decomposed(loha, *lengths)
-    yield ReadUpdate("weight", update, scale.source, core.shape[2:] if core else ())
+    # Without a core a kernel is flattened into the factors; the axes of the lengths still tell of it.
+    flat = (0,) * max(0, len(module.parts["dora_scale"].shape) - 2) if lengths else ()
+    yield ReadUpdate("weight", update, scale.source, core.shape[2:] if core else flat)
 
 
 def _write(update: Update, parameter: str, writer: LeafWriter) -> None:

@@ -15,6 +15,7 @@ from surgery_formats.adapters.grammar.kinds.magnitudes import lengths_of, put_le
 from surgery_formats.adapters.grammar.kinds.pairs import low_rank_pair, put_pair
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
 from surgery_formats.adapters.grammar.scales import Scale, Scales
+from surgery_formats.adapters.writing import copied
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, LoKr, Update
 from surgery_formats.updates.decomposed import Decomposed
@@ -36,7 +37,9 @@ def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
     lokr = LoKr(C, D, scale.value, alpha, rank, noted=scale.noted)
     kernel = parts["lokr_w2"].shape[2:] if "lokr_w2" in parts else ()
     kernel = parts["lokr_t2"].shape[2:] if "lokr_t2" in parts else kernel
-    lengths = lengths_of(module, lokr.shape[0], (lokr.shape[1] // math.prod(kernel),))
+    if not kernel and "dora_scale" in parts:  # flattened into the factors; the axes of the lengths still tell of it
+        kernel = (0,) * max(0, len(parts["dora_scale"].shape) - 2)
+    lengths = lengths_of(module, lokr.shape[0], (lokr.shape[1] // (math.prod(kernel) or 1),))
     update: Update = lokr if lengths is None else Decomposed(lokr, *lengths)
     yield ReadUpdate("weight", update, scale.source, kernel)
 
@@ -66,8 +69,11 @@ def _write(update: Update, parameter: str, writer: LeafWriter) -> None:
         times = writer.put_scale(lokr.scale, (lokr.D.terms or lokr.C.terms)[0].shape[1])
     else:
         times = lokr.scale
-        if writer.with_alpha:
-            writer.put_scale(1.0, lokr.rank or 1)
+        name = writer.spelt("alpha")  # it means nothing here; programs look for it
+        if lokr.noted:
+            writer.tensors[name] = copied(name, lokr.noted[0])
+        elif writer.with_alpha:
+            writer.put_scale(1.0, 1)
         if times != 1.0:
             writer.notes.append(f"its scale {times:g} is in 'lokr_w1'")
     if lokr.C.terms:

@@ -94,6 +94,9 @@ def _write(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
 def _issues(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Iterable[str]:
     if "lora_alpha" not in config:
         yield "no lora_alpha in its configuration: PEFT's default, 8, is used"
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, int | float) and alpha <= 0:
+        yield f"lora_alpha is not positive ({alpha:g}): PEFT takes init_r in its place"
 
 
 _TRAINING = {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
@@ -110,6 +113,7 @@ ADALORA = PeftKind(
         | {"r", "alpha_pattern", "use_rslora", "init_lora_weights", "ensure_weight_tying"},
         frozenset(["init_r", "lora_alpha", "bias", "modules_to_save", "rank_pattern", "trainable_token_indices"]),
         SWITCHES.refused,
+        signed=False,
         least_rank=0,
         rank_lists=True,
     ),

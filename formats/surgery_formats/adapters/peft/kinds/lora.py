@@ -143,6 +143,8 @@ def _read(module: Module) -> ModuleUpdates:
         site: (*tokens, changed if part else _with_magnitude(lora, parts, config, embedding=embedding))
     }
     bias = parts.get("lora_B.bias")
+    if bias is not None and len(bias.shape) != 1:
+        raise malformed(bias, "not a vector")
     if bias is not None and f"{module.path}.out_proj" in module.wrappers:
         return ModuleUpdates(updates, ignored=(Ignored(bias, "PEFT adds none to the inputs of an attention"),))
     if bias is not None:
